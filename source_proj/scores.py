@@ -1,0 +1,288 @@
+"""What attribution returns: scores with their ids, sign and unit, and the strongest examples of each query."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Hits", "PredictedChange", "Scores"]
+
+Subset = Sequence[Any] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Hits:
+    """The strongest training examples of each query, best first.
+
+    Attributes:
+        ids: ids of the examples, Q lists of k entries.
+        scores: their scores, ``(Q, k)`` float32.
+        indices: their positions in the training set, ``(Q, k)`` int64.
+        query_ids: ids of the queries, Q entries.
+        unit: unit of the scores.
+    """
+
+    ids: list[list[Any]]
+    scores: np.ndarray
+    indices: np.ndarray
+    query_ids: list[Any]
+    unit: str
+
+    def __iter__(self) -> Iterator[tuple[Any, list[tuple[Any, float]]]]:
+        """Yield ``(query id, [(training id, score), ...])`` for each query."""
+        for query_id, ids, scores in zip(self.query_ids, self.ids, self.scores, strict=True):
+            yield query_id, [(one, float(score)) for one, score in zip(ids, scores, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.query_ids)
+
+
+@dataclass(frozen=True)
+class PredictedChange:
+    """The predicted change of each query's measurement when a subset is removed from training.
+
+    Attributes:
+        values: change of each query's measurement, ``(Q,)`` float64, in ``unit``.
+        unit: unit of the measurement.
+        normalization: which retraining this predicts: ``"fixed 1/N"`` (the removed examples' gradients vanish, all
+            other weights stay) or ``"renormalized"`` (the mean is taken over the fewer examples that stay).
+        n_removed: number of removed examples.
+    """
+
+    values: np.ndarray
+    unit: str
+    normalization: str
+    n_removed: int
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.values, dtype=dtype, copy=copy)
+
+
+class Scores:
+    """Attribution scores of Q queries against N training examples.
+
+    ``values[q, z]`` is the first-order change of the measurement of query q that *including* training example z made,
+    in the measurement's own unit: positive means that z raises the measurement. Removing z is predicted to change it
+    by ``-values[q, z]``.
+
+    Args:
+        values: ``(Q, N)`` scores.
+        query_ids: Q ids.
+        train_ids: N unique ids.
+        unit: unit of the measurement, such as "logit margin".
+        higher_is_better: whether a rise of the measurement is an improvement; "helpful" follows it.
+        stage_sizes: sizes of the training sets of the stages, in order; default: one stage of N examples.
+        additive: whether the scores are changes of the measurement (and so may be summed over a subset).
+
+    Example:
+        >>> scores = Scores(np.array([[0.5, -0.25, 0.0]]), ["q"], ["a", "b", "c"], unit="logit margin")
+        >>> scores
+        Scores(1 query x 3 training examples; +: including the example raised the logit margin)
+        >>> scores.top_k(1).ids
+        [['a']]
+        >>> scores.predict_removal(["a", "b"]).values
+        array([-0.25])
+    """
+
+    def __init__(
+        self,
+        values: np.ndarray,
+        query_ids: Sequence[Any],
+        train_ids: Sequence[Any],
+        *,
+        unit: str,
+        higher_is_better: bool = True,
+        stage_sizes: Sequence[int] | None = None,
+        additive: bool = True,
+    ) -> None:
+        values = np.asarray(values)
+        if values.shape != (len(query_ids), len(train_ids)):
+            raise ValueError(
+                f"scores of shape {values.shape} do not fit {len(query_ids)} query ids and {len(train_ids)} training ids"
+            )
+        self.values = values
+        self.query_ids = list(query_ids)
+        self.train_ids = list(train_ids)
+        self.unit = unit
+        self.higher_is_better = higher_is_better
+        self.stage_sizes = tuple(stage_sizes) if stage_sizes is not None else (len(train_ids),)
+        self.additive = additive
+        self._positions: dict[Any, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(Q, N)``."""
+        return self.values.shape  # type: ignore[return-value]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.values, dtype=dtype, copy=copy)
+
+    def __len__(self) -> int:
+        return len(self.query_ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.values[index]
+
+    def __repr__(self) -> str:
+        queries, rows = self.shape
+        meaning = f"including the example raised the {self.unit}" if self.additive else f"similarity ({self.unit})"
+        return (
+            f"Scores({queries} {'query' if queries == 1 else 'queries'} x {rows} training examples; +: {meaning})"
+        )
+
+    def top_k(self, k: int) -> Hits:
+        """Return the k highest scores of each query, highest first: the examples that raise its measurement most."""
+        return self._strongest(k, highest=True)
+
+    def bottom_k(self, k: int) -> Hits:
+        """Return the k lowest scores of each query, lowest first: the examples that lower its measurement most."""
+        return self._strongest(k, highest=False)
+
+    def helpful(self, k: int) -> Hits:
+        """Return the k examples that improve each query's measurement most, following ``higher_is_better``."""
+        return self._strongest(k, highest=self.higher_is_better)
+
+    def harmful(self, k: int) -> Hits:
+        """Return the k examples that worsen each query's measurement most, following ``higher_is_better``."""
+        return self._strongest(k, highest=not self.higher_is_better)
+
+    def group(self, subset: Subset | Mapping[Any, Subset]) -> "np.ndarray | Scores":
+        """Sum the scores over groups of training examples.
+
+        Args:
+            subset: training ids, or a boolean mask ``(N,)``; or a mapping from group names to such subsets.
+
+        Returns:
+            The sums ``(Q,)`` of one subset, or :class:`Scores` with one column a named group.
+
+        Raises:
+            ValueError: if the scores are no changes of the measurement, and so have no meaningful sum.
+        """
+        self._require_additive("group")
+        if isinstance(subset, Mapping):
+            sums = np.stack([self._sum(self._indices(one)) for one in subset.values()], axis=1)
+            return Scores(
+                sums, self.query_ids, list(subset), unit=self.unit, higher_is_better=self.higher_is_better
+            )  # fmt: skip
+        return self._sum(self._indices(subset))
+
+    def predict_removal(self, subset: Subset, *, renormalize: bool = False) -> PredictedChange:
+        """Predict how each query's measurement changes when a subset is left out of training.
+
+        At fixed 1/N the prediction is ``-Σ_{z in subset} score(q, z)``. A retraining that takes the mean loss over
+        the n fewer examples also raises the weight of every remaining one from 1/N to 1/(N-n), at first order
+        ``+ n/(N-n) Σ_{z kept} score(q, z)``: ask for it with ``renormalize=True``.
+
+        Args:
+            subset: training ids, or a boolean mask ``(N,)`` that marks the removed ones.
+            renormalize: predict the renormalised retraining instead of the one at fixed 1/N.
+
+        Raises:
+            ValueError: if the scores are no changes of the measurement, or a whole stage would be removed.
+        """
+        self._require_additive("predict_removal")
+        removed = np.zeros(len(self.train_ids), dtype=bool)
+        removed[self._indices(subset)] = True
+        change = -self._sum(np.flatnonzero(removed))
+        if renormalize:
+            stop = 0
+            for size in self.stage_sizes:
+                start, stop = stop, stop + size
+                gone = removed[start:stop]
+                n = int(gone.sum())
+                if n == size:
+                    raise ValueError(f"all {size} examples of a stage are removed; nothing is left to renormalize to")
+                change = change + n / (size - n) * self._sum(start + np.flatnonzero(~gone))
+        return PredictedChange(change, self.unit, "renormalized" if renormalize else "fixed 1/N", int(removed.sum()))
+
+    def to_numpy(self) -> np.ndarray:
+        """Return the values, ``(Q, N)`` float32."""
+        return self.values
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Return a data frame with queries as rows and training examples as columns (needs the ``pandas`` extra)."""
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError('to_pandas needs pandas: pip install "source-proj[pandas]"') from error
+        return pd.DataFrame(
+            self.values,
+            index=pd.Index(self.query_ids, name="query", tupleize_cols=False),
+            columns=pd.Index(self.train_ids, name="train", tupleize_cols=False),
+        )
+
+    def to_zarr(self, path: str | Path) -> zarr.Array:
+        """Write the values to a new zarr v3 array with ids, sign and unit in its attributes.
+
+        Raises:
+            FileExistsError: if something is there already.
+        """
+        path = Path(path)
+        if path.exists():
+            raise FileExistsError(f"{path} exists; remove it or give another path")
+        return zarr.create_array(
+            store=str(path),
+            data=np.ascontiguousarray(self.values),
+            attributes={
+                "query_ids": _plain(self.query_ids),
+                "train_ids": _plain(self.train_ids),
+                "unit": self.unit,
+                "sign": "positive: including the example raised the measurement",
+                "higher_is_better": self.higher_is_better,
+            },
+        )
+
+    def _require_additive(self, verb: str) -> None:
+        if not self.additive:
+            raise ValueError(
+                f"{verb} needs scores that are changes of the measurement; these are a similarity ({self.unit})"
+            )
+
+    def _strongest(self, k: int, *, highest: bool) -> Hits:
+        if not 1 <= k <= len(self.train_ids):
+            raise ValueError(f"k must lie in 1..{len(self.train_ids)} (the number of training examples), got {k}")
+        keys = -self.values if highest else self.values
+        indices = np.argpartition(keys, k - 1, axis=1)[:, :k]
+        indices.sort(axis=1)  # ties are broken by position
+        order = np.argsort(np.take_along_axis(keys, indices, axis=1), axis=1, kind="stable")
+        indices = np.take_along_axis(indices, order, axis=1)
+        best = np.take_along_axis(self.values, indices, axis=1)
+        return make_hits(indices, best, self.train_ids, self.query_ids, self.unit)
+
+    def _indices(self, subset: Subset) -> np.ndarray:
+        if isinstance(subset, np.ndarray) and subset.dtype == bool:
+            if subset.shape != (len(self.train_ids),):
+                raise ValueError(f"a mask must have shape ({len(self.train_ids)},), got {subset.shape}")
+            return np.flatnonzero(subset)
+        if self._positions is None:
+            self._positions = {one: position for position, one in enumerate(self.train_ids)}
+        chosen = subset.tolist() if isinstance(subset, np.ndarray) else list(subset)
+        unknown = [one for one in chosen if one not in self._positions]
+        if unknown:
+            raise ValueError(f"unknown training ids {unknown[:5]}; the first known ones are {self.train_ids[:5]}")
+        if len(set(chosen)) != len(chosen):
+            raise ValueError("a subset must name each training id once; some are repeated")
+        return np.array([self._positions[one] for one in chosen], dtype=np.int64)
+
+    def _sum(self, indices: np.ndarray) -> np.ndarray:
+        total: np.ndarray = self.values[:, indices].sum(axis=1, dtype=np.float64)
+        return total
+
+
+def make_hits(
+    indices: np.ndarray, scores: np.ndarray, train_ids: Sequence[Any], query_ids: Sequence[Any], unit: str
+) -> Hits:
+    """Attach ids and unit to the positions ``(Q, k)`` and scores ``(Q, k)`` of the strongest examples."""
+    ids = [[train_ids[i] for i in row] for row in indices]
+    return Hits(ids, scores, indices.astype(np.int64), list(query_ids), unit)
+
+
+def _plain(ids: Iterable[Any]) -> list[Any]:
+    """Ids as JSON can hold them."""
+    return [one.item() if isinstance(one, np.generic) else list(one) if isinstance(one, tuple) else one for one in ids]
