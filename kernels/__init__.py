@@ -1,0 +1,23 @@
+"""Random projections whose matrices are pure functions of a seed: plain references, fast paths and their launchers."""
+
+from .backends import KINDS, available_backends, choose_backend
+from .kronecker import kronecker_add_, kronecker_add_outer_, kronecker_split
+from .philox import philox4x32
+from .rademacher import rademacher_add_, rademacher_add_outer_, sign_tile
+from .sparse import sparse_add_, sparse_add_outer_, sparse_map
+
+__all__ = [
+    "KINDS",
+    "available_backends",
+    "choose_backend",
+    "kronecker_add_",
+    "kronecker_add_outer_",
+    "kronecker_split",
+    "philox4x32",
+    "rademacher_add_",
+    "rademacher_add_outer_",
+    "sign_tile",
+    "sparse_add_",
+    "sparse_add_outer_",
+    "sparse_map",
+]

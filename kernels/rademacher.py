@@ -1,0 +1,48 @@
+"""Dense Rademacher matrix: k x d entries +-1/sqrt(k), made tile by tile when they are needed and never kept.
+
+The sign of entry (column c, coordinate i) is bit c % 128 of the 128 bits of Philox counter
+(low i, high i, c // 128, tag) under the key of the seed; a set bit means -1. Other tags give other matrices.
+Achlioptas, "Database-friendly random projections" (2003).
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .philox import philox4x32, sign_bits
+from .tiles import outer_tiles
+
+__all__ = ["TAG_DENSE", "rademacher_add_", "rademacher_add_outer_", "sign_tile"]
+
+TAG_DENSE = 0x44454E53
+
+_WORD = np.uint64(0xFFFFFFFF)
+_TILE = 1 << 20  # entries of the matrix that are held at once
+_OUTER_TILE = 1 << 18  # numbers of the gradients of one tile
+
+
+def sign_tile(start: int, stop: int, count: int, *, seed: int, tag: int = TAG_DENSE) -> Tensor:
+    """Signs of the coordinates [start, stop) in columns [0, count): (stop - start, count) float32, each 1 or -1."""
+    coordinates = np.arange(start, stop, dtype=np.uint64)[:, None]
+    words = np.arange(-(-count // 128), dtype=np.uint64)
+    random = philox4x32(coordinates & _WORD, coordinates >> np.uint64(32), words, tag, seed=seed)
+    bits = sign_bits(random.reshape(stop - start, 4 * words.size))[:, :count]
+    return torch.from_numpy(1 - 2 * bits.astype(np.float32))
+
+
+def rademacher_add_(out: Tensor, rows: Tensor, offset: int, *, seed: int, backend: str = "torch") -> None:
+    """Add R[:, offset : offset + n] rows, for rows (B, n), to out (B, k); both float32, in place."""
+    dim = out.shape[1]
+    step = max(_TILE // dim, 1)
+    for start in range(0, rows.shape[1], step):
+        piece = rows[:, start : start + step]
+        signs = sign_tile(offset + start, offset + start + piece.shape[1], dim, seed=seed)
+        out.addmm_(piece, signs.to(out.device), alpha=dim**-0.5)
+
+
+def rademacher_add_outer_(
+    out: Tensor, left: Tensor, right: Tensor, offset: int, *, seed: int, backend: str = "torch"
+) -> None:
+    """Add R vec(sum_t left_t (x) right_t), for left (B, T, o) and right (B, T, i), to out (B, k); all float32, in place."""
+    for some, start, tile in outer_tiles(left, right, _OUTER_TILE):
+        rademacher_add_(out[some], tile, offset + start, seed=seed, backend=backend)

@@ -1,0 +1,43 @@
+"""Per-example gradients of a matrix, sum_t left_t (x) right_t, in tiles that stay in the cache."""
+
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["outer_tiles"]
+
+_local = threading.local()
+
+
+def outer_tiles(left: Tensor, right: Tensor, elements: int) -> Iterator[tuple[slice, int, Tensor]]:
+    """Tiles of G_b = sum_t left_t (x) right_t for left (B, T, o) and right (B, T, i), each flattened in C order.
+
+    Yields (examples, first coordinate, tile (examples, coordinates)). A tile is a view of one buffer of about the given
+    number of elements (more only where a single row of G is longer), which the next tile overwrites: new memory is
+    costly, as the kernel must clear each page of it.
+    """
+    batch, _, o = left.shape
+    i = right.shape[2]
+    if 0 in (batch, o, i):
+        return
+    examples = min(batch, max(1, elements // i))
+    height = min(o, max(1, elements // (examples * i)))
+    for b in range(0, batch, examples):
+        some = slice(b, min(b + examples, batch))
+        count = some.stop - some.start
+        for row in range(0, o, height):
+            piece = left[some, :, row : row + height].transpose(1, 2)  # (b, h, T)
+            tile = _buffer(count * piece.shape[1] * i, left).view(count, piece.shape[1], i)
+            torch.bmm(piece, right[some], out=tile)
+            yield some, row * i, tile.flatten(1)
+
+
+def _buffer(count: int, like: Tensor) -> Tensor:
+    """Memory of this thread for count float32 numbers, kept from call to call."""
+    kept: Tensor | None = getattr(_local, "buffer", None)
+    if kept is None or kept.numel() < count or kept.device != like.device:
+        kept = torch.empty(count, dtype=torch.float32, device=like.device)
+        _local.buffer = kept
+    return kept[:count]

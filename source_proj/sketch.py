@@ -1,0 +1,257 @@
+"""The sketch: a random projection of gradients whose matrix is a pure function of seed, coordinate and column."""
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import kernels
+
+__all__ = ["Sketch"]
+
+_PORTABLE = "portable"  # in a spec: the matrix that every backend makes
+_CONVERTED = 1 << 16  # coordinates that are converted to float32 at once
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A random linear map R from d parameter coordinates to dim numbers, with E[R^T R] = I.
+
+    R is never kept: its entries are functions of (seed, absolute coordinate, column), the same bits on every backend,
+    for every split into layers, batches or tiles, and for any d. So sketches of pieces add up to that of the whole,
+    and a bank made on one machine answers queries on another.
+
+    Args:
+        dim: numbers per sketch, k; inner products err by about sqrt(1/k) of the norms.
+        kind: ``"sparse"``: block-permutation CountSketch (`source_proj.kernels.sparse`), O(d) per gradient;
+            ``"rademacher"``: dense signs, O(d k); ``"kronecker"``: two-sided per matrix parameter, cheapest for huge
+            linear layers and less faithful (its vectors go through the sparse map); ``"identity"``: no projection,
+            dim is then the number of parameters.
+        seed: which matrix, in [0, 2^64). One seed for all that is compared; ensemble members take different ones.
+        nnz: nonzeros per column of R for the sparse map; more than one serves gradients with few huge entries.
+        backend: ``"native"``, ``"torch"``, or None for the fastest present. No backend changes the matrix.
+
+    Raises:
+        ValueError: an argument is out of range, or the backend is not present; the message lists those that are.
+
+    >>> sketch = Sketch(dim=64, seed=1)
+    >>> x = torch.arange(1.0, 101.0)
+    >>> whole = sketch(x)
+    >>> whole.shape
+    torch.Size([64])
+    >>> torch.equal(whole, sketch(x[:30]) + sketch(x[30:], offset=30))
+    True
+    """
+
+    dim: int = 4096
+    kind: str = "sparse"
+    seed: int = 0
+    nnz: int = 1
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "seed", "nnz"):
+            object.__setattr__(self, name, _integer(name, getattr(self, name)))
+        if not 1 <= self.dim < 1 << 31:
+            raise ValueError(f"dim is {self.dim}; give a number of columns from 1 to 2^31 - 1")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed is {self.seed}; give a number from 0 to 2^64 - 1")
+        if not 1 <= self.nnz < 1 << 16:
+            raise ValueError(f"nnz is {self.nnz}; give a number of nonzeros from 1 to 65535")
+        kernels.choose_backend(self.kind, self.backend)
+        if self.nnz > 1 and self.kind in ("rademacher", "identity"):
+            raise ValueError(f"nnz is {self.nnz}, but kind {self.kind!r} has no choice of nonzeros; leave nnz at 1")
+
+    @property
+    def chosen_backend(self) -> str:
+        """The backend that serves tensors in main memory; tensors elsewhere go through ``"torch"``."""
+        return kernels.choose_backend(self.kind, self.backend)
+
+    @property
+    def noise_free(self) -> bool:
+        """Whether inner products are kept exactly: true of the identity alone."""
+        return self.kind == "identity"
+
+    def spec(self) -> dict[str, Any]:
+        """What defines the matrix, JSON-able; ``"portable"`` says that any backend makes it.
+
+        >>> Sketch(dim=8).spec()
+        {'kind': 'sparse', 'dim': 8, 'seed': 0, 'nnz': 1, 'backend': 'portable'}
+        """
+        return {"kind": self.kind, "dim": self.dim, "seed": self.seed, "nnz": self.nnz, "backend": _PORTABLE}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> "Sketch":
+        """The sketch of a `spec`, served by the fastest backend present.
+
+        Raises:
+            ValueError: an entry is missing or unknown, or names a backend whose matrix cannot be made here.
+        """
+        wanted = {"kind", "dim", "seed", "nnz", "backend"}
+        if set(spec) != wanted:
+            raise ValueError(f"sketch spec has entries {sorted(spec)}; expected {sorted(wanted)}")
+        backend = None if spec["backend"] == _PORTABLE else spec["backend"]
+        return cls(dim=spec["dim"], kind=spec["kind"], seed=spec["seed"], nnz=spec["nnz"], backend=backend)
+
+    def __call__(self, x: Tensor | NDArray[Any], offset: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
+        """R[:, offset : offset + n] x.
+
+        Args:
+            x: (..., n) floating point numbers, the coordinates [offset, offset + n) of any number of vectors.
+            offset: absolute coordinate of the first of them.
+            shape: for ``"kronecker"``, the shape of the one parameter whose flattened gradients these are.
+
+        Returns:
+            (..., dim) float32 on x's device, without a graph.
+
+        Raises:
+            ValueError: x has no axis, or the coordinates or the shape do not fit.
+            TypeError: x is not floating point.
+        """
+        rows = _tensor(x)
+        if rows.ndim == 0:
+            raise ValueError("x is a single number; give vectors (..., n)")
+        flat = rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
+        out = torch.zeros(flat.shape[0], self.dim, dtype=torch.float32, device=flat.device)
+        self.add_(out, flat, offset, shape)
+        return out.view(*rows.shape[:-1], self.dim)
+
+    @torch.no_grad()
+    def add_(self, out: Tensor, rows: Tensor, offset: int = 0, shape: tuple[int, ...] | None = None) -> None:
+        """Add R[:, offset : offset + n] rows to out, in place.
+
+        Args:
+            out: (B, dim) float32, where to add; its last axis contiguous.
+            rows: (B, n), gradients of any floating point type, one example a row, of any strides.
+            offset: absolute coordinate of the first column of rows.
+            shape: for ``"kronecker"``, the shape of the one parameter whose flattened gradients the rows are; without
+                it, and for shapes of fewer than two axes, the rows go through the sparse map.
+
+        Raises:
+            ValueError: shapes, devices or coordinates do not fit.
+            TypeError: rows are not floating point or out is not float32.
+        """
+        self._check(out, rows, 2, "rows (B, n)")
+        batch, count = rows.shape
+        _check_range(offset, count)
+        if shape is not None and math.prod(shape) != count:
+            raise ValueError(f"shape {tuple(shape)} has {math.prod(shape)} coordinates, but rows have {count}")
+        if batch == 0 or count == 0:
+            return
+        if self.kind == "identity":
+            self._check_identity(offset, count)
+            out[:, offset : offset + count] += rows
+        elif self.kind == "kronecker" and shape is not None and len(shape) > 1:
+            matrix = (shape[0], count // shape[0])
+            kernels.kronecker_add_(out, rows.float(), offset, matrix, seed=self.seed, backend=self._serving(out))
+        elif rows.dtype == torch.float32:
+            self._add_float32(out, rows, offset)
+        else:
+            for start in range(0, count, _CONVERTED):
+                self._add_float32(out, rows[:, start : start + _CONVERTED].float(), offset + start)
+
+    def _add_float32(self, out: Tensor, rows: Tensor, offset: int) -> None:
+        backend = self._serving(out)
+        if self.kind == "rademacher":
+            kernels.rademacher_add_(out, rows, offset, seed=self.seed, backend=backend)
+        else:
+            kernels.sparse_add_(out, rows, offset, seed=self.seed, nnz=self.nnz, backend=backend)
+
+    @torch.no_grad()
+    def add_outer_(self, out: Tensor, left: Tensor, right: Tensor, offset: int) -> None:
+        """Add R vec(sum_t left_t (x) right_t) to out, in place, without making the B x d matrix.
+
+        This is the gradient of a linear layer's weight (o, i), in C order, when left holds output gradients and right
+        inputs.
+
+        Args:
+            out: (B, dim) float32, where to add; its last axis contiguous.
+            left: (B, T, o) of any floating point type.
+            right: (B, T, i).
+            offset: absolute coordinate of the weight's first entry.
+
+        Raises:
+            ValueError: shapes, devices or coordinates do not fit.
+            TypeError: left or right is not floating point or out is not float32.
+        """
+        self._check(out, left, 3, "left (B, T, o)")
+        self._check(out, right, 3, "right (B, T, i)")
+        if left.shape[1] != right.shape[1]:
+            raise ValueError(f"left {tuple(left.shape)} and right {tuple(right.shape)} differ in their second axis, T")
+        count = left.shape[2] * right.shape[2]
+        _check_range(offset, count)
+        if 0 in (*left.shape, *right.shape):
+            return
+        left, right, backend = left.float(), right.float(), self._serving(out)
+        if self.kind == "identity":
+            self._check_identity(offset, count)
+            out[:, offset : offset + count] += (left.transpose(1, 2) @ right).flatten(1)
+        elif self.kind == "kronecker":
+            kernels.kronecker_add_outer_(out, left, right, offset, seed=self.seed, backend=backend)
+        elif self.kind == "rademacher":
+            kernels.rademacher_add_outer_(out, left, right, offset, seed=self.seed, backend=backend)
+        else:
+            kernels.sparse_add_outer_(out, left, right, offset, seed=self.seed, nnz=self.nnz, backend=backend)
+
+    def matrix(self, start: int, stop: int, shape: tuple[int, ...] | None = None) -> Tensor:
+        """R[:, start : stop] as a dense (dim, stop - start) tensor, for tests and small models.
+
+        >>> Sketch(dim=3, kind="identity").matrix(1, 3)
+        tensor([[0., 0.],
+                [1., 0.],
+                [0., 1.]])
+        """
+        if stop < start:
+            raise ValueError(f"stop is {stop}, before start {start}")
+        return self(torch.eye(stop - start), start, shape).T.contiguous()
+
+    def _serving(self, out: Tensor) -> str:
+        return kernels.choose_backend(self.kind, self.backend, out.device.type)
+
+    def _check(self, out: Tensor, rows: Tensor, axes: int, name: str) -> None:
+        if out.dtype != torch.float32:
+            raise TypeError(f"out is {out.dtype}; sums are kept in torch.float32")
+        if not rows.is_floating_point():
+            raise TypeError(f"{name} is {rows.dtype}; give floating point numbers")
+        if rows.ndim != axes or out.ndim != 2 or out.shape[1] != self.dim or out.shape[0] != rows.shape[0]:
+            raise ValueError(
+                f"out is {tuple(out.shape)} and {name} is {tuple(rows.shape)}; out must be (B, {self.dim}), B alike"
+            )
+        if out.stride(1) != 1 and self.dim > 1 and out.shape[0]:
+            raise ValueError(f"out has strides {out.stride()}; its last axis must be contiguous")
+        if out.device != rows.device:
+            raise ValueError(f"out is on {out.device} and {name} is on {rows.device}; move them to one device")
+
+    def _check_identity(self, offset: int, count: int) -> None:
+        if offset + count > self.dim:
+            raise ValueError(
+                f"coordinates {offset} to {offset + count} do not fit identity of dim {self.dim}; "
+                "set dim to the number of attributed parameters"
+            )
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; give an integer") from None
+
+
+def _check_range(offset: int, count: int) -> None:
+    if offset < 0 or offset + count >= 1 << 63:
+        raise ValueError(f"coordinates {offset} to {offset + count} are outside of 0 to 2^63 - 1")
+
+
+def _tensor(x: Tensor | NDArray[Any]) -> Tensor:
+    if isinstance(x, Tensor):
+        return x.detach()
+    array = np.asarray(x)
+    if array.dtype.kind != "f":
+        raise TypeError(f"x is an array of {array.dtype}; give floating point numbers")
+    return torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
