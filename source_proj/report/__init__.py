@@ -1,0 +1,17 @@
+"""Report: attribution as one self-contained HTML page (needs the ``demo`` extra: jinja2 and Pillow)."""
+
+from source_proj.report.content import Attribution, Check, Example, Page, QuerySection
+from source_proj.report.images import image_uri
+from source_proj.report.page import collect, render, write_report
+
+__all__ = [
+    "Attribution",
+    "Check",
+    "Example",
+    "Page",
+    "QuerySection",
+    "collect",
+    "image_uri",
+    "render",
+    "write_report",
+]

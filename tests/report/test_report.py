@@ -1,0 +1,198 @@
+import base64
+import io
+import re
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from source_proj.report import Attribution, Check, Example, Page, QuerySection, collect, image_uri, render, write_report
+from source_proj.scores import Scores
+
+pytest.importorskip("jinja2")
+Image = pytest.importorskip("PIL.Image")
+
+
+class Reader(HTMLParser):
+    """Collects what the laws below speak of: every tag with its attributes, and the visible text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+    def find(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def small_scores(**options):
+    values = np.array([[0.5, -0.25, 0.125, 0.0], [-1.0, 2.0, -3.0, 4.0]])
+    return Scores(values, ["q0", "q1"], ["a", "b", "c", "d"], unit="logit margin", **options)
+
+
+def small_data(n):
+    return [(torch.rand(1, 6, 5), i % 2) for i in range(n)]
+
+
+def small_page(**options):
+    scores = options.pop("scores", small_scores())
+    sections = collect(scores, small_data(4), small_data(2), **options)
+    return Page("A title", scores.unit, sections, higher_is_better=scores.higher_is_better)
+
+
+def test_lists_hold_the_strongest_examples_of_their_own_sign():
+    first, second = collect(small_scores(), small_data(4), small_data(2), top=3)
+    assert [(hit.example.id, hit.score) for hit in first.helpful] == [("a", 0.5), ("c", 0.125)]
+    assert [(hit.example.id, hit.score) for hit in first.harmful] == [("b", -0.25)]
+    assert [hit.example.id for hit in second.helpful] == ["d", "b"]
+    assert [hit.example.id for hit in second.harmful] == ["c", "a"]
+
+
+def test_helpful_follows_the_direction_of_the_measurement():
+    (first, _) = collect(small_scores(higher_is_better=False), small_data(4), small_data(2))
+    assert [hit.example.id for hit in first.helpful] == ["b"]
+    assert [hit.example.id for hit in first.harmful] == ["a", "c"]
+    html = render(small_page(scores=small_scores(higher_is_better=False)))
+    assert "Negative: helpful." in html
+    assert "Positive: helpful." not in html
+
+
+def test_parts_become_shares_that_sum_to_one():
+    scores = small_scores()
+    parts = np.stack([scores.values * 1.5, scores.values * -0.5])
+    section = collect(scores, small_data(4), small_data(2), parts=parts)[0]
+    assert section.helpful[0].parts == (0.75, -0.25)
+    assert section.helpful[0].shares == (0.75, 0.25)
+    page = Page("t", "u", (section,), segments=("first half", "second half"))
+    html = render(page)
+    assert html.count('class="shares"') == 3  # three non-zero scores
+    assert "first half" in html
+
+
+def test_all_zero_parts_have_no_share():
+    assert Attribution(Example("a", "b"), 0.0, (0.0, 0.0)).shares == (0.0, 0.0)
+
+
+def test_lengths_must_agree():
+    with pytest.raises(ValueError, match="got 2 and 3"):
+        collect(small_scores(), small_data(3), small_data(2))
+
+
+def test_page_needs_nothing_beside_it():
+    reader = Reader(render(small_page()))
+    assert reader.open == []  # every element is closed
+    assert not reader.find("link")
+    assert not reader.find("script")
+    assert len(reader.find("img")) == 2 + 3 + 4
+    for image in reader.find("img"):
+        assert image["src"].startswith("data:image/png;base64,")
+        assert image["alt"].startswith("example ")
+    assert "http" not in reader.text
+
+
+def test_page_speaks_of_sign_unit_light_dark_and_phone():
+    html = render(small_page())
+    assert "+0.500" in html
+    assert "−0.250" in html
+    assert html.count('<span class="unit"> logit margin') == 7
+    assert "prefers-color-scheme: dark" in html
+    assert "width=device-width" in html
+    assert "@media (max-width" in html
+
+
+EVIL = '<script>alert("x")</script>'
+
+
+def test_every_text_is_escaped():
+    example = Example(EVIL, EVIL, text=EVIL, prediction=EVIL)
+    hit = Attribution(example, 0.5, (0.25, 0.25))
+    page = Page(
+        EVIL, EVIL, (QuerySection(example, (hit,), (hit,), 1.0, EVIL),), EVIL, (EVIL, EVIL), ((EVIL, EVIL),),
+        (Check(EVIL, 1.0, 1.0, 0.1, 3, EVIL),), EVIL,
+    )  # fmt: skip
+    html = render(page)
+    assert "<script" not in html
+    assert Reader(html).text.count(EVIL) >= 15
+
+
+def test_text_inputs_are_shown_as_text():
+    section = collect(
+        Scores(np.array([[1.0]]), [0], [0], unit="u"), [("a training sentence", 1)], [("a query sentence", 0)],
+        predictions=[1], class_names={0: "bad", 1: "good"},
+    )[0]  # fmt: skip
+    html = render(Page("t", "u", (section,)))
+    assert "a training sentence" in html
+    assert "a query sentence" in html
+    assert 'class="wrong"' in html  # predicted good, labelled bad
+
+
+def test_charts_hold_every_mark():
+    checks = (Check("one", -1.0, -0.5, 0.3, 4, "v"), Check("two", 0.1, 2.0, 0.5, 4, "v"), Check("none", 0, 0, 0, 1, ""))
+    html = render(Page("t", "u", (), checks=checks))
+    places = [float(x) for x in re.findall(r"(?:left|right):(-?[\d.]+)%", html)]
+    assert len(places) == 3 * 5
+    assert all(0 <= place <= 100 for place in places)
+    assert "predicted −1.00, actual −0.500 with standard error 0.300" in html
+
+
+def test_report_is_written_where_asked(tmp_path):
+    path = write_report(small_page(), tmp_path / "new" / "page.html")
+    assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+PICTURES = {
+    "rows": np.arange(12).reshape(3, 4),
+    "channel first": np.random.default_rng(0).random((3, 5, 4)),
+    "one channel": torch.rand(1, 5, 4),
+    "channel last": torch.rand(5, 4, 3),
+    "one channel last": np.zeros((5, 4, 1), dtype=np.uint8),
+    "half precision": torch.rand(5, 4).bfloat16(),
+    "mask": np.eye(4, dtype=bool),
+    "constant": torch.full((5, 4), 7.0),
+    "not a number": np.array([[np.nan, 1.0], [0.0, 2.0]]),
+    "pillow": Image.new("P", (4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_encoded(name):
+    value = PICTURES[name]
+    uri = image_uri(value)
+    image = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+    expected = {"rows": (4, 3), "mask": (4, 4), "not a number": (2, 2)}.get(name, (4, 5))
+    assert image.size == expected
+
+
+def test_pixels_keep_their_place_and_order():
+    value = np.array([[0.0, 1.0], [2.0, 4.0]])
+    image = Image.open(io.BytesIO(base64.b64decode(image_uri(value).split(",")[1])))
+    assert np.array_equal(np.asarray(image), [[0, 64], [128, 255]])
+    whole = np.array([[0, 200], [100, 255]])
+    image = Image.open(io.BytesIO(base64.b64decode(image_uri(whole).split(",")[1])))
+    assert np.array_equal(np.asarray(image), whole)
+
+
+@pytest.mark.parametrize("value", ["text", 3, None, np.zeros(5), np.zeros((2, 5, 4)), np.zeros((0, 3)), {"x": 1}])
+def test_other_values_are_no_pictures(value):
+    assert image_uri(value) is None
+
+
+@pytest.mark.parametrize(("module", "call"), [("jinja2", lambda: render(small_page())), ("PIL", lambda: image_uri(1))])
+def test_a_missing_extra_is_named(monkeypatch, module, call):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=r"source-proj\[demo\]"):
+        call()
