@@ -1,0 +1,150 @@
+"""The base of all tasks; also the task made of plain functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from source_proj.task.batch import Batch, Model, Uniform
+
+__all__ = ["Derivatives", "Task"]
+
+Derivatives = tuple[Tensor, Tensor | None]
+"""ℓ'(o) (B,), and ℓ''(o) (B,), or None where the loss is no function of the output alone."""
+
+
+class Task:
+    """What a model was trained on and what is asked of it: subclass it, or give functions.
+
+    Args:
+        output: function of (model, batch) to (B,): the scalar :math:`o(z)` of each example.
+        loss_derivatives: function of (outputs (B,), batch) to :math:`ℓ'(o)` (B,) and :math:`ℓ''(o)` (B,) or None,
+            which refuses Gauss-Newton curvature for this task. Needed for training examples, not for queries.
+        measurement: function of (model, batch) to (B,): what is asked of a query. The output, if not given.
+        sampled_output: function of (model, batch, uniform) to (B,): log-likelihood of labels drawn from the model's
+            own prediction. Needed for the sampled Fisher only.
+        higher_is_better: whether a larger measurement is a better one.
+        unit: unit of the measurement.
+        name: the task's name.
+
+    Functions must run under ``torch.func.vmap(grad)``: no control flow that depends on values.
+
+    Example:
+        >>> import torch
+        >>> def negative_error(model, batch):
+        ...     inputs, targets = batch
+        ...     return -(model(inputs).squeeze(-1) - targets).abs()
+        >>> task = Task(negative_error, lambda output, batch: (-torch.ones_like(output), None), name="robust")
+        >>> model = torch.nn.Linear(2, 1)
+        >>> task.output(model, (torch.zeros(3, 2), torch.zeros(3))).shape
+        torch.Size([3])
+    """
+
+    name: str = "custom"
+    unit: str = "output"
+    higher_is_better: bool = True
+
+    _functions: Mapping[str, Callable[..., Any] | None] = {}
+
+    def __init__(
+        self,
+        output: Callable[[Model, Batch], Tensor] | None = None,
+        loss_derivatives: Callable[[Tensor, Batch], Derivatives] | None = None,
+        measurement: Callable[[Model, Batch], Tensor] | None = None,
+        sampled_output: Callable[[Model, Batch, Uniform], Tensor] | None = None,
+        higher_is_better: bool | None = None,
+        unit: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        self._functions = {
+            "output": output,
+            "loss_derivatives": loss_derivatives,
+            "measurement": measurement,
+            "sampled_output": sampled_output,
+        }
+        for key, function in self._functions.items():
+            if function is not None and not callable(function):
+                raise TypeError(f"{key} must be a function, got {function!r}")
+        if type(self) is Task and output is None:
+            raise TypeError("a custom task needs output=, a function of (model, batch) to one scalar per example")
+        self.higher_is_better = type(self).higher_is_better if higher_is_better is None else higher_is_better
+        self.unit = type(self).unit if unit is None else unit
+        self.name = type(self).name if name is None else name
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.spec().items())})"
+
+    def output(self, model: Model, batch: Batch) -> Tensor:
+        """Scalar output :math:`o(z)` of each example, (B,)."""
+        return _per_example(self._custom("output")(model, batch), "output")
+
+    def loss_derivatives(self, output: Tensor, batch: Batch) -> Derivatives:
+        """Loss derivatives :math:`ℓ'(o)` and :math:`ℓ''(o)` by the output, (B,) each; None where ℓ'' has no meaning."""
+        first, second = self._custom("loss_derivatives")(output, batch)
+        return _per_example(first, "ℓ'"), None if second is None else _per_example(second, "ℓ''")
+
+    def measurement(self, model: Model, batch: Batch) -> Tensor:
+        """Measurement :math:`m(q)` of each query, (B,)."""
+        function = self._functions.get("measurement")
+        return self.output(model, batch) if function is None else _per_example(function(model, batch), "measurement")
+
+    def sampled_output(self, model: Model, batch: Batch, uniform: Uniform) -> Tensor:
+        """Log-likelihood of labels drawn, without gradient, from the model's own prediction, (B,).
+
+        It is scaled so that the mean outer product of its gradient is the Gauss-Newton Hessian of the training loss.
+        """
+        return _per_example(self._custom("sampled_output")(model, batch, uniform), "sampled_output")
+
+    def spec(self) -> dict[str, Any]:
+        """JSON-able description, compared when a bank is opened with a task: name, options, names of functions."""
+        if self._is_builtin():
+            return {"name": self.name, **self._options()}
+        functions = {key: _qualified_name(f) for key, f in self._functions.items() if f is not None}
+        named = {"name": self.name, "class": _qualified_name(type(self)), **self._options(), **functions}
+        return {**named, "unit": self.unit, "higher_is_better": self.higher_is_better}
+
+    @staticmethod
+    def from_spec(spec: Mapping[str, Any]) -> Task:
+        """Rebuild one of the built-in tasks from its :meth:`spec`.
+
+        Raises:
+            ValueError: the task is a custom one, whose code only the caller has.
+        """
+        options = dict(spec)
+        name = options.pop("name", None)
+        builtin = {task.name: task for task in Task.__subclasses__() if task._is_builtin()}
+        if name not in builtin or "class" in options:
+            known = ", ".join(sorted(builtin))
+            raise ValueError(f"task {name!r} is none of the built-in ones ({known}): give the task object as task=")
+        return builtin[name](**options)
+
+    def _options(self) -> dict[str, Any]:
+        """Constructor arguments of a built-in task, for its description."""
+        return {}
+
+    @classmethod
+    def _is_builtin(cls) -> bool:
+        """Whether the class itself, and not one that it derives from, is built in."""
+        return "_builtin" in vars(cls)
+
+    def _custom(self, key: str) -> Callable[..., Any]:
+        function = self._functions.get(key)
+        if function is None:
+            raise NotImplementedError(
+                f"the task {self.name!r} has no {key}: give {key}= to Task, or override it in {type(self).__name__}"
+            )
+        return function
+
+
+def _per_example(values: Tensor, what: str) -> Tensor:
+    if not isinstance(values, Tensor) or values.ndim != 1:
+        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{what} must be one number per example, shape (batch,), got {found}")
+    return values
+
+
+def _qualified_name(thing: Any) -> str:
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{named.__module__}.{named.__qualname__}"

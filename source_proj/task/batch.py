@@ -1,0 +1,94 @@
+"""Batches taken apart, models called, labels drawn: what the tasks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "Model", "Uniform", "checked_weight", "class_indices", "draw", "forward", "split", "weights"]
+
+Model = Callable[..., Any]
+"""A module, or anything that is called like one."""
+
+Batch = Any
+"""(input, target), or a dict with "labels" whose other entries are the model's keyword arguments."""
+
+Uniform = Callable[[int], Tensor]
+"""``uniform(n)`` gives (B, n) reproducible numbers in [0, 1)."""
+
+
+def split(batch: Batch, sample_weight: str | int | None) -> tuple[Any, Tensor, Tensor | None]:
+    """Take a batch apart: model inputs (a dict where they are keyword arguments), labels, weights."""
+    if isinstance(batch, Mapping):
+        inputs = dict(batch)
+        needed = ["labels"] if sample_weight is None else ["labels", sample_weight]
+        missing = [key for key in needed if key not in inputs]
+        if missing:
+            raise ValueError(f"the batch has no entry {missing[0]!r}, only {sorted(map(str, batch))}")
+        labels = inputs.pop("labels")
+        return inputs, labels, None if sample_weight is None else inputs.pop(sample_weight)
+    expected = 2 if sample_weight is None else 3
+    if not isinstance(batch, Sequence) or len(batch) != expected or isinstance(sample_weight, str):
+        raise ValueError(
+            f"a batch must be a dict with 'labels'"
+            f"{f' and {sample_weight!r}' if isinstance(sample_weight, str) else ''}, or a tuple (input, target"
+            f"{', weight' if expected == 3 else ''}), got {_describe(batch)}"
+        )
+    return batch[0], batch[1], None if sample_weight is None else batch[2]
+
+
+def forward(model: Model, batch: Batch, sample_weight: str | int | None) -> tuple[Tensor, Tensor]:
+    """Run the model; return its logits or predictions, and the labels."""
+    inputs, labels, _ = split(batch, sample_weight)
+    result = model(**inputs) if isinstance(batch, Mapping) else model(inputs)
+    if isinstance(result, Mapping) and "logits" in result:
+        result = result["logits"]
+    elif hasattr(result, "logits"):
+        result = result.logits
+    elif isinstance(result, tuple | list) and result:
+        result = result[0]
+    if not isinstance(result, Tensor):
+        raise TypeError(
+            f"the model must return a tensor, an object or dict with logits, or a tuple that begins with "
+            f"them, got {type(result).__name__}"
+        )
+    return result, labels
+
+
+def weights(batch: Batch, sample_weight: str | int | None, like: Tensor) -> Tensor:
+    """Sample weights (B,), ones where there are none."""
+    if sample_weight is None:
+        return torch.ones_like(like.detach())
+    weight = split(batch, sample_weight)[2]
+    if not isinstance(weight, Tensor) or weight.shape != like.shape:
+        found = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"sample weights must be a tensor of shape {tuple(like.shape)}, got {found}")
+    return weight.detach().to(like)
+
+
+def draw(logp: Tensor, uniform: Tensor) -> Tensor:
+    """Draw classes (...) from log-probabilities (..., C) by inverting their cumulative sum, without gradient."""
+    cumulative = logp.detach().exp().cumsum(-1)
+    return (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1).clamp(max=logp.shape[-1] - 1)
+
+
+def class_indices(labels: Tensor) -> Tensor:
+    """Integer labels of any width as int64; other types are refused."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integer class indices, got {labels.dtype}")
+    return labels.long()
+
+
+def checked_weight(sample_weight: str | int | None) -> str | int | None:
+    """Refuse what names no place in a batch."""
+    if sample_weight is None or isinstance(sample_weight, str) or (sample_weight == 2 and sample_weight is not True):
+        return sample_weight
+    raise ValueError(f"sample_weight must name an entry of dict batches, or be 2 for tuples, got {sample_weight!r}")
+
+
+def _describe(batch: Batch) -> str:
+    size = f" of {len(batch)}" if isinstance(batch, Sequence) else ""
+    return f"a {type(batch).__name__}{size}"

@@ -1,0 +1,98 @@
+"""Language modelling by the likelihood of each next token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from source_proj.task.base import Derivatives, Task
+from source_proj.task.batch import Batch, Model, Uniform, class_indices, draw, forward
+
+__all__ = ["CausalLM"]
+
+
+class CausalLM(Task):
+    r"""Language modelling, one token after another.
+
+    The output and the measurement are the log-likelihood of a sequence's labels, :math:`o = \sum_t \log p(y_t)` or
+    its mean over the counted tokens, and the loss is :math:`ℓ = -o`, hence :math:`ℓ' = -1`; Gauss-Newton is refused,
+    as the loss is no function of one scalar of the network. "mean" weighs sequences equally; a trainer that averages
+    over all tokens of a batch weighs long ones more (equal lengths make no difference).
+
+    Logits are (B, T, vocabulary), labels (B, T). A sequence without a counted token gives 0.
+
+    Args:
+        shift: the labels are aligned with the inputs, as transformers has it: position t predicts label t + 1.
+            False where the data set has shifted them already.
+        reduction: "mean" or "sum" over a sequence's tokens.
+        ignore_index: the label of tokens that do not count (padding, prompts).
+
+    Example:
+        >>> uniform_model = lambda input_ids: torch.zeros(*input_ids.shape, 10)
+        >>> tokens = torch.tensor([[1, 2, 3], [1, 2, 3]])
+        >>> labels = torch.tensor([[1, 2, 3], [-100, -100, -100]])
+        >>> CausalLM(reduction="sum").output(uniform_model, {"input_ids": tokens, "labels": labels})
+        tensor([-4.6052,  0.0000])
+    """
+
+    name = "causal_lm"
+    _builtin = True
+
+    def __init__(self, shift: bool = True, reduction: str = "mean", ignore_index: int = -100) -> None:
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        super().__init__(unit=f"{'mean token' if reduction == 'mean' else 'sequence'} log-likelihood (nats)")
+        self.shift = shift
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+
+    def output(self, model: Model, batch: Batch) -> Tensor:  # noqa: D102
+        logp, labels, counted = self._tokens(model, batch)
+        return self._total(logp, labels, counted) / self._length(counted)
+
+    def loss_derivatives(self, output: Tensor, batch: Batch) -> Derivatives:  # noqa: ARG002, D102
+        return -torch.ones_like(output.detach()), None
+
+    def sampled_output(self, model: Model, batch: Batch, uniform: Uniform) -> Tensor:
+        """Log-likelihood of drawn tokens, divided by √(counted tokens) for "mean".
+
+        Draws at different positions are independent, so that the outer product of the summed gradient is the sum of
+        the positions' Fisher matrices in expectation; the loss's Hessian is the mean of them.
+        """
+        logp, _, counted = self._tokens(model, batch)
+        drawn = draw(logp, uniform(logp.shape[1]).to(logp))
+        return self._total(logp, drawn, counted) / self._length(counted).sqrt()
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "shift": self.shift,
+            "reduction": self.reduction,
+            "ignore_index": self.ignore_index,
+        }
+
+    def _tokens(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities (B, T, V), labels (B, T) safe to gather with, and whether each counts."""
+        logits, labels = forward(model, batch, None)
+        if logits.ndim != 3 or labels.shape != logits.shape[:2]:
+            raise ValueError(
+                f"CausalLM needs logits (batch, tokens, vocabulary) and labels (batch, tokens), got "
+                f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+            )
+        labels = class_indices(labels)
+        if self.shift:
+            if labels.shape[1] < 2:
+                raise ValueError(f"shift=True needs two tokens or more, got labels {tuple(labels.shape)}")
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        counted = labels != self.ignore_index
+        return log_softmax(logits, dim=-1), torch.where(counted, labels, 0), counted
+
+    def _total(self, logp: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+        picked = logp.gather(2, labels[..., None]).squeeze(2)  # (B, T)
+        return torch.where(counted, picked, 0.0).sum(-1)
+
+    def _length(self, counted: Tensor) -> Tensor:
+        length = counted.sum(-1).clamp(min=1).float()
+        return length if self.reduction == "mean" else torch.ones_like(length)

@@ -1,0 +1,102 @@
+"""Regression of one number by the squared error."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from source_proj.task.base import Derivatives, Task
+from source_proj.task.batch import Batch, Model, Uniform, checked_weight, forward, split, weights
+
+__all__ = ["Regression"]
+
+
+class Regression(Task):
+    r"""Regression of one number by the squared error.
+
+    The output is the prediction :math:`o`. ``loss="mse"`` is torch's :math:`(o - y)^2`, ``"half_mse"`` is
+    :math:`½(o - y)^2`. The measurement is the error :math:`|o - y|` ("absolute") or :math:`(o - y)^2` ("squared").
+
+    Predictions are (B,) or (B, 1), and so are the targets.
+
+    Args:
+        measurement: "absolute" or "squared".
+        loss: "mse" or "half_mse".
+        sample_weight: as in :class:`Classification`.
+
+    Example:
+        >>> task = Regression()
+        >>> batch = (torch.tensor([[1.0], [4.0]]), torch.tensor([3.0, 3.0]))
+        >>> task.measurement(lambda inputs: inputs, batch)
+        tensor([2., 1.])
+        >>> task.loss_derivatives(task.output(lambda inputs: inputs, batch), batch)
+        (tensor([-4.,  2.]), tensor([2., 2.]))
+    """
+
+    name = "regression"
+    _builtin = True
+    higher_is_better = False
+
+    def __init__(
+        self, measurement: str = "absolute", loss: str = "mse", sample_weight: str | int | None = None
+    ) -> None:
+        if measurement not in ("absolute", "squared"):
+            raise ValueError(f"measurement must be 'absolute' or 'squared', got {measurement!r}")
+        if loss not in ("mse", "half_mse"):
+            raise ValueError(f"loss must be 'mse' or 'half_mse', got {loss!r}")
+        super().__init__(unit=f"{measurement} error")
+        self.error = measurement
+        self.loss = loss
+        self.sample_weight = checked_weight(sample_weight)
+        self._curvature = 2.0 if loss == "mse" else 1.0
+
+    def output(self, model: Model, batch: Batch) -> Tensor:  # noqa: D102
+        return self._prediction(model, batch)[0]
+
+    def loss_derivatives(self, output: Tensor, batch: Batch) -> Derivatives:  # noqa: D102
+        target = _column(split(batch, self.sample_weight)[1], "targets")
+        second = self._curvature * weights(batch, self.sample_weight, output)
+        return second * (output.detach() - target.to(output)), second
+
+    def measurement(self, model: Model, batch: Batch) -> Tensor:  # noqa: D102
+        prediction, target = self._prediction(model, batch)
+        error = prediction - target.to(prediction)
+        return error.abs() if self.error == "absolute" else error.square()
+
+    def sampled_output(self, model: Model, batch: Batch, uniform: Uniform) -> Tensor:
+        """Gaussian log-likelihood, the loss's own: variance 1/ℓ'', drawn by the Box-Muller transform."""
+        prediction = self.output(model, batch)
+        u = uniform(2).to(prediction)
+        normal = (-2 * torch.log1p(-u[:, 0])).sqrt() * torch.cos(2 * math.pi * u[:, 1])
+        drawn = prediction.detach() + normal / math.sqrt(self._curvature)
+        root = weights(batch, self.sample_weight, prediction).sqrt()
+        return -root * 0.5 * self._curvature * (prediction - drawn).square()
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "measurement": self.error,
+            "loss": self.loss,
+            "sample_weight": self.sample_weight,
+        }
+
+    def _prediction(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
+        prediction, target = forward(model, batch, self.sample_weight)
+        prediction, target = _column(prediction, "predictions"), _column(target, "targets")
+        if prediction.shape != target.shape:
+            raise ValueError(f"{len(prediction)} predictions for {len(target)} targets: one each")
+        return prediction, target
+
+
+def _column(values: Tensor, what: str) -> Tensor:
+    """(B,) or (B, 1) to (B,)."""
+    if values.ndim == 2 and values.shape[1] == 1:
+        return values.squeeze(1)
+    if values.ndim != 1:
+        raise ValueError(
+            f"Regression needs {what} of shape (batch,) or (batch, 1), got {tuple(values.shape)}: "
+            "one number an example; write a Task for more"
+        )
+    return values

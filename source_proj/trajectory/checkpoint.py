@@ -1,0 +1,250 @@
+"""A model's weights at one moment of training: where they are, what they hash to, how they get into a model."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from source_proj.errors import MismatchError
+
+__all__ = ["Checkpoint"]
+
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_WRAPPERS = ("model", "state_dict", "model_state_dict")
+_LISTED = 8  # names spelled out in an error before it is cut short
+
+
+class Checkpoint:
+    """The weights (and buffers) of a model after ``step`` optimizer steps.
+
+    Args:
+        state: what ``model.state_dict()`` gave, as a dict, or a file that holds it: ``.safetensors``, or ``.pt``,
+            ``.pth``, ``.bin``, ``.ckpt`` written by :func:`torch.save`. A dict that holds the state under "model",
+            "state_dict" or "model_state_dict" is unwrapped. Tensors of a dict are copied to the CPU, because
+            ``state_dict()`` returns the live weights, which training goes on to overwrite. A file is read when needed.
+        step: optimizer steps taken so far, ≥ 0.
+        lr: learning rate at that time; enough where it is constant (see :class:`Stage` for schedules).
+        optimizer_state: the optimizer's ``state_dict()``, or a file with it, for optimizers whose metric is read from
+            their state. SGD needs none.
+
+    Raises:
+        ValueError: ``step`` or ``lr`` is out of range, the file type is unknown, or the state is ambiguous.
+        FileNotFoundError: no such file.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> initial = Checkpoint(model.state_dict(), step=0, lr=0.1)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.add_(1.0)
+        >>> with initial.applied_to(model):
+        ...     torch.equal(model.weight, initial.load()["weight"])
+        True
+        >>> torch.equal(model.weight, initial.load()["weight"])
+        False
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, Any] | str | Path,
+        step: int,
+        lr: float | None = None,
+        optimizer_state: Mapping[str, Any] | str | Path | None = None,
+    ) -> None:
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"step must be an integer of at least 0, got {step!r}")
+        if lr is not None and not 0 <= lr < float("inf"):
+            raise ValueError(f"lr must be finite and at least 0, got {lr!r}")
+        self.step = step
+        self.lr = None if lr is None else float(lr)
+        self.optimizer_state = optimizer_state
+        self.path: Path | None = None
+        self._state: dict[str, Tensor] | None = None
+        self._hash: tuple[object, str] | None = None
+        if isinstance(state, str | Path):
+            self.path = _checked_path(Path(state).absolute())
+        elif isinstance(state, Mapping):
+            self._state = {name: t.detach().to("cpu", copy=True) for name, t in _unwrap(state, "the dict").items()}
+        else:
+            raise TypeError(f"state must be a dict of tensors or a path, got {type(state).__name__}")
+
+    def __repr__(self) -> str:
+        where = "a dict" if self.path is None else repr(str(self.path))
+        return f"Checkpoint({where}, step={self.step}, lr={self.lr})"
+
+    def load(self) -> dict[str, Tensor]:
+        """Return the state, on the CPU: a new dict; the tensors of a checkpoint given as a dict are shared, not copied.
+
+        Raises:
+            FileNotFoundError: the file has gone.
+            ValueError: the file is corrupt or holds no state of a model.
+        """
+        if self._state is not None:
+            return dict(self._state)
+        path = _checked_path(self.path)  # it may have gone since
+        return _unwrap(_read(path), str(path))
+
+    def hash(self) -> str:
+        """SHA-256, in hex: of the file's bytes, or of a dict's names, types, shapes and bytes (order does not matter).
+
+        It is cached; a file whose size or time of modification changed is read again.
+        """
+        key: object = None
+        if self._state is None:
+            stat = _checked_path(self.path).stat()
+            key = (stat.st_size, stat.st_mtime_ns)
+        if self._hash is None or self._hash[0] != key:
+            self._hash = (key, _hash_file(self.path) if self._state is None else _hash_state(self._state))
+        return self._hash[1]
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Put these weights into a model and the model into evaluation mode, for the length of a ``with`` block.
+
+        The model's own weights, buffers and training flags come back bit for bit, also after an exception. A name
+        missing here only because it is tied to one that is present is no mismatch.
+
+        Raises:
+            MismatchError: names or shapes differ from the model's; the message lists them. The model is untouched.
+        """
+        state = matched_state(self.load(), model, repr(self))
+        own_state = {
+            name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+            for name, value in model.state_dict().items()
+        }
+        own_buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]  # also those of no state_dict
+        own_flags = [(module, module.training) for module in model.modules()]
+        try:
+            model.load_state_dict(state)
+            for module, _ in own_flags:
+                module.training = False  # not eval(): an overridden train() may do more than set the flag
+            yield model
+        finally:
+            model.load_state_dict(own_state)
+            with torch.no_grad():
+                for buffer, value in own_buffers:
+                    buffer.copy_(value)
+            for module, flag in own_flags:
+                module.training = flag
+
+
+def matched_state(state: Mapping[str, Tensor], model: nn.Module, source: str) -> dict[str, Tensor]:
+    """Check a state against a model's names and shapes, and fill in names that are tied to present ones.
+
+    Args:
+        state: name to tensor.
+        model: the model that must take it.
+        source: what the error calls the state.
+
+    Raises:
+        MismatchError: names or shapes differ, or entries that the model ties hold different values.
+    """
+    own = model.state_dict(keep_vars=True)
+    first_of: dict[int, str] = {}  # tensor identity → the first name under which the state has it
+    for name in own:
+        if name in state:
+            first_of.setdefault(id(own[name]), name)
+    full = {name: state[first_of[id(own[name])]] for name in own if name not in state and id(own[name]) in first_of}
+    full |= {name: value for name, value in state.items() if name in own}
+    problems = [
+        _listed("missing", [name for name in own if name not in full]),
+        _listed("not in the model", [name for name in state if name not in own]),
+        _listed(
+            "of another shape",
+            [
+                f"{name} {tuple(value.shape)} where the model has {tuple(own[name].shape)}"
+                for name, value in full.items()
+                if isinstance(own[name], Tensor) and value.shape != own[name].shape
+            ],
+        ),
+    ]
+    if any(problems):
+        raise MismatchError(
+            f"{source} does not fit the model {type(model).__name__}: {'; '.join(filter(None, problems))}. "
+            f"Give the model that was trained, or its own checkpoint{_prefix_hint(state, own)}."
+        )
+    for name, value in full.items():
+        twin = first_of[id(own[name])]
+        if twin != name and not torch.equal(value, full[twin]):
+            raise MismatchError(f"{source}: {twin} and {name} are tied in the model, but hold different values here")
+    return full
+
+
+def _listed(label: str, names: list[str]) -> str:
+    """Spell out at most ``_LISTED`` names after a label; nothing for no names."""
+    if not names:
+        return ""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{label}: {', '.join(names[:_LISTED])}{more}"
+
+
+def _prefix_hint(state: Mapping[str, Tensor], own: Mapping[str, Any]) -> str:
+    """Say which prefix a wrapper (DistributedDataParallel, torch.compile, Lightning) has put before every name."""
+    for prefix in ("module.", "_orig_mod.", "model."):
+        if state and all(name.startswith(prefix) for name in state) and not any(n.startswith(prefix) for n in own):
+            return f" (all its names begin with {prefix!r}: remove it, or save the unwrapped model)"
+    return ""
+
+
+def _checked_path(path: Path | None) -> Path:
+    if path is None or not path.is_file():
+        what = "is a directory" if path is not None and path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"checkpoint file {str(path)!r} {what}: give the file that holds the state_dict")
+    if path.suffix not in (*_TORCH_SUFFIXES, ".safetensors"):
+        known = ", ".join((".safetensors", *_TORCH_SUFFIXES))
+        raise ValueError(f"checkpoint file {str(path)!r} is of an unknown type: its name must end in one of {known}")
+    return path
+
+
+def _read(path: Path) -> object:
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{str(path)!r} is no whole safetensors file ({error}): write it anew") from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load lets through whatever zip, pickle and its own readers raise
+        raise ValueError(
+            f"{str(path)!r} cannot be read as tensors alone ({type(error).__name__}: {str(error).strip()[:300]}): "
+            "it is corrupt, or holds other objects; save model.state_dict() alone"
+        ) from error
+
+
+def _unwrap(state: object, source: str) -> dict[str, Tensor]:
+    """Return the name-to-tensor dict inside what was read."""
+    if isinstance(state, Mapping):
+        inner = [key for key in _WRAPPERS if isinstance(state.get(key), Mapping)]
+        if len(inner) > 1:
+            raise ValueError(f"{source} holds several states ({', '.join(inner)}): give the one that is meant")
+        if inner:
+            return _unwrap(state[inner[0]], f"{inner[0]!r} of {source}")
+        foreign = [repr(name) for name, value in state.items() if not isinstance(value, Tensor)]
+        if state and not foreign:
+            return dict(state)
+        found = _listed("entries that are no tensors", foreign) or "no entry"
+    else:
+        found = f"a {type(state).__name__}"
+    raise ValueError(f"{source} must hold a model's state_dict, names to tensors, but has {found}")
+
+
+def _hash_file(path: Path | None) -> str:
+    with _checked_path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_state(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,76 @@
+"""Segments: which checkpoints stand for which stretch of training, and how long each stretch was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+from source_proj.trajectory.optimizer import SGD
+
+__all__ = ["Segments", "segment_times", "split_segments"]
+
+Segments = int | Sequence[Sequence[int]]
+"""How many segments, or the checkpoint indices of each."""
+
+
+def split_segments(count: int, segments: Segments) -> list[list[int]]:
+    """Cut ``count`` checkpoints into segments.
+
+    Args:
+        count: number of checkpoints.
+        segments: number of contiguous groups, as equal as possible, longer ones first; or the groups themselves.
+
+    Raises:
+        ValueError: the groups are no partition of the checkpoints in order; the message names the culprit.
+        TypeError: neither a number nor lists of indices.
+
+    Example:
+        >>> split_segments(5, 2)
+        [[0, 1, 2], [3, 4]]
+        >>> split_segments(3, [[0], [1, 2]])
+        [[0], [1, 2]]
+    """
+    if isinstance(segments, int):
+        if isinstance(segments, bool) or not 1 <= segments <= count:
+            raise ValueError(f"{count} checkpoints can be cut into 1 to {count} segments, got segments={segments}")
+        short, longer = divmod(count, segments)
+        ends = accumulate([short + (i < longer) for i in range(segments)], initial=0)
+        return [list(range(begin, end)) for begin, end in pairwise(ends)]
+    if not all(isinstance(group, Sequence) and not isinstance(group, str) for group in segments):
+        raise TypeError(
+            f"segments must be a number, or lists of checkpoint indices such as [[0, 1], [2]]: {segments!r}"
+        )
+    groups = [list(group) for group in segments]
+    if [] in groups:
+        raise ValueError(f"segment {groups.index([])} of {groups} has no checkpoint: leave it out")
+    for expected, index in enumerate(index for group in groups for index in group):
+        if isinstance(index, bool) or index != expected or expected == count:
+            raise ValueError(
+                f"segments must name the checkpoints 0 to {count - 1} once each and in order, "
+                f"but {groups} has {index!r} where {expected if expected < count else 'the end'} should be"
+            )
+    named = sum(map(len, groups))
+    if named < count:
+        raise ValueError(
+            f"segments {groups} leave out the checkpoints from {named} to {count - 1}: give each its place"
+        )
+    return [[int(index) for index in group] for group in groups]
+
+
+def segment_times(stage_spec: Mapping[str, Any], segments: Segments) -> list[float]:
+    r"""Time scale of each segment, :math:`s_l = \sum_t η_t · (1 - δ)/(1 - β)`.
+
+    Args:
+        stage_spec: what ``Stage.spec()`` gave.
+        segments: the stage's segments, or others to look at it by.
+
+    Example:
+        >>> spec = {"optimizer": SGD(momentum=0.5).spec(), "lr_integrals": [1.0, 1.5, 4.0]}
+        >>> segment_times(spec, [[0, 1], [2]])
+        [3.0, 5.0]
+    """
+    integrals = stage_spec["lr_integrals"]
+    factor = SGD.from_spec(stage_spec["optimizer"]).time_factor
+    ends = [0.0, *(integrals[group[-1]] for group in split_segments(len(integrals), segments))]
+    return [factor * (end - begin) for begin, end in pairwise(ends)]

@@ -1,0 +1,289 @@
+"""The course of training, cut into stages and segments, with the learning rate integrated over every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+
+from source_proj.trajectory.checkpoint import Checkpoint
+from source_proj.trajectory.optimizer import SGD
+from source_proj.trajectory.segments import Segments, split_segments
+
+__all__ = ["Schedule", "Stage", "Trajectory"]
+
+Schedule = Callable[[int], float] | Sequence[float]
+"""Learning rate of an update: a function of its number (0 for the first), or one value per update."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    r"""One stage of training: its checkpoints, its optimizer, its segments.
+
+    A segment covers the optimizer steps after the end of the one before it, up to the step of its last checkpoint;
+    its time scale is :math:`s_l = \sum η_t` over those steps, times the optimizer's ``time_factor``. The sum runs over
+    the real steps, not over the learning rates that happen to hold at checkpoints.
+
+    Steps are *optimizer* steps. When gradients of several micro-batches are accumulated, what matters is how they were
+    combined. Averaged (each loss divided by their number, as most trainers do): nothing needs saying, leave
+    ``accumulation=1``. Summed undivided: give their number as ``accumulation``. Likewise ``loss_reduction="sum"`` means
+    that the loss was summed over a batch of ``batch_size``. Both scale the gradient of the mean loss, and therefore the
+    learning rate, by :attr:`loss_scale`; the weight decay, which they do not scale, counts divided by it.
+
+    Args:
+        name: the stage's name, unique in a trajectory.
+        checkpoints: at least one, in order of their steps.
+        optimizer: how gradients became steps.
+        segments: number of segments, checkpoints split as equally as possible; or lists of checkpoint indices.
+        lr_schedule: learning rate of every update. A function gets the update's number in the stage's own count: the
+            update that leads from step t to t + 1 is number t. A sequence has one entry for each update from
+            ``start_step`` to the last checkpoint. Without it, all checkpoints must name one same ``lr``. Where it is
+            given, the checkpoints' ``lr`` is not used.
+        start_step: step count at which the stage began.
+        loss_reduction: "mean" or "sum" over the batch.
+        batch_size: examples in a micro-batch; needed for "sum".
+        accumulation: micro-batches whose gradients were summed, undivided, before a step.
+        final: the weights at the end, if other than the last checkpoint's (as for averaged parameters).
+
+    Raises:
+        ValueError: anything that does not add up; the message names the value.
+    """
+
+    name: str
+    checkpoints: Sequence[Checkpoint]
+    optimizer: SGD = SGD()  # noqa: RUF009 (frozen)
+    segments: Segments = 1
+    lr_schedule: Schedule | None = None
+    start_step: int = 0
+    loss_reduction: str = "mean"
+    batch_size: int | None = None
+    accumulation: int = 1
+    final: Checkpoint | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
+        self._check_loss()
+        self._check_steps()
+        # Cut and integrated once, here, so that a mistake shows where it was made.
+        object.__setattr__(self, "_groups", split_segments(len(self.checkpoints), self.segments))
+        object.__setattr__(self, "_integrals", self._integrate())
+        ends = [self.start_step, *(self.checkpoints[group[-1]].step for group in self.segment_indices)]
+        for number, (begin, end) in enumerate(pairwise(ends)):
+            if begin == end:
+                raise ValueError(
+                    f"segment {number} of stage {self.name!r} has no optimizer step: it begins and ends at step {end}. "
+                    "Join it with the next one, or leave its checkpoint out"
+                )
+
+    @property
+    def loss_scale(self) -> float:
+        """Gradient that went into a step, in units of the mean loss's: batch size for "sum", times accumulation."""
+        batch = self.batch_size if self.loss_reduction == "sum" and self.batch_size else 1
+        return float(batch * self.accumulation)
+
+    @property
+    def segment_indices(self) -> list[list[int]]:
+        """Checkpoint indices of each segment."""
+        groups: list[list[int]] = self.__dict__["_groups"]
+        return [list(group) for group in groups]
+
+    @property
+    def lr_integrals(self) -> list[float]:
+        """Σ lr · loss_scale over the steps from the stage's start to each checkpoint (no momentum factor)."""
+        return list(self.__dict__["_integrals"])
+
+    def average_parameters(self) -> Stage:
+        """Fast-Source's stage: one checkpoint a segment, its parameters the mean over the segment's checkpoints.
+
+        Floating-point buffers are averaged too, others taken from the segment's last checkpoint. Times and the final
+        weights stay as they are. See :meth:`Trajectory.average_parameters`.
+        """
+        groups = self.segment_indices
+        averaged = [_average([self.checkpoints[i] for i in group]) for group in groups]
+        return replace(self, checkpoints=averaged, segments=len(averaged), final=self.final or self.checkpoints[-1])
+
+    def spec(self) -> dict[str, Any]:
+        """Describe the stage in JSON-able terms, as the bank writes it down.
+
+        The optimizer's weight decay is stated for the mean loss, that is, divided by :attr:`loss_scale`.
+        """
+        optimizer = replace(self.optimizer, weight_decay=self.optimizer.weight_decay / self.loss_scale)
+        final = self.final or self.checkpoints[-1]
+        return {
+            "name": self.name,
+            "optimizer": optimizer.spec(),
+            "loss_scale": self.loss_scale,
+            "start_step": self.start_step,
+            "steps": [c.step for c in self.checkpoints],
+            "lr_integrals": self.lr_integrals,
+            "segments": self.segment_indices,
+            "checkpoints": [{"step": c.step, "path": _path(c), "hash": c.hash()} for c in self.checkpoints],
+            "final": {"path": _path(final), "hash": final.hash()},
+        }
+
+    def _check_loss(self) -> None:
+        if self.loss_reduction not in ("mean", "sum"):
+            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {self.loss_reduction!r}")
+        if self.loss_reduction == "sum" and self.batch_size is None:
+            raise ValueError("loss_reduction='sum' needs batch_size, the number of examples that were summed")
+        for name in ("batch_size", "accumulation"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+    def _check_steps(self) -> None:
+        if not self.checkpoints:
+            raise ValueError(f"stage {self.name!r} has no checkpoint: give at least one")
+        steps = [c.step for c in self.checkpoints]
+        if self.start_step < 0 or steps[0] < self.start_step:
+            raise ValueError(f"checkpoint at step {steps[0]} lies before start_step={self.start_step}")
+        for before, after in pairwise(steps):
+            if before >= after:
+                raise ValueError(
+                    f"checkpoints of stage {self.name!r} must be in order of their steps, but {after} follows {before}"
+                )
+        if self.final is not None and self.final.step != steps[-1]:
+            raise ValueError(
+                f"final is at step {self.final.step}, the last checkpoint at {steps[-1]}: the final weights end the "
+                "last segment, so add them to checkpoints"
+            )
+
+    def _integrate(self) -> list[float]:
+        steps = [c.step for c in self.checkpoints]
+        rate = self._rate(steps[-1])
+        parts = [
+            math.fsum(rate(t) for t in range(begin, end)) for begin, end in pairwise([self.start_step, *steps])
+        ]  # fsum: correctly rounded, so the same on every platform
+        return [self.loss_scale * total for total in accumulate(parts)]
+
+    def _rate(self, last_step: int) -> Callable[[int], float]:
+        """Return the learning rate as a checked function of the update's number."""
+        schedule = self.lr_schedule
+        if schedule is None:
+            rates = {c.lr for c in self.checkpoints}
+            if len(rates) > 1 or None in rates:
+                given = [c.lr for c in self.checkpoints]
+                raise ValueError(
+                    f"checkpoints of stage {self.name!r} give the learning rates {given}; only a constant one, named "
+                    "at every checkpoint, can be integrated from them. Give lr_schedule: a function of the step, or "
+                    "one value per optimizer step"
+                )
+            (constant,) = rates
+            schedule = [constant] * (last_step - self.start_step)  # type: ignore[list-item]
+        function: Callable[[int], float]
+        if callable(schedule):
+            function = schedule
+        else:
+            values = list(schedule)
+            if len(values) != last_step - self.start_step:
+                raise ValueError(
+                    f"lr_schedule of stage {self.name!r} has {len(values)} entries for the "
+                    f"{last_step - self.start_step} optimizer steps {self.start_step} to {last_step}: give one each"
+                )
+            offset = self.start_step
+
+            def function(step: int) -> float:
+                return values[step - offset]
+
+        def rate(step: int) -> float:
+            value = float(function(step))
+            if not 0 <= value < math.inf:
+                raise ValueError(f"lr_schedule gives {value} for update {step}: must be finite and at least 0")
+            return value
+
+        return rate
+
+
+class Trajectory:
+    """A training run: one stage or several, each with checkpoints, an optimizer and segments.
+
+    This constructor makes a run of one stage, named "train"; the arguments are those of :class:`Stage`.
+
+    Example:
+        >>> weights = torch.zeros(3)
+        >>> run = Trajectory([Checkpoint({"w": weights}, step, lr=0.1) for step in (10, 20, 30, 40)], segments=2)
+        >>> run.stages[0].segment_indices
+        [[0, 1], [2, 3]]
+        >>> [round(integral, 6) for integral in run.stages[0].lr_integrals]
+        [1.0, 2.0, 3.0, 4.0]
+    """
+
+    def __init__(
+        self,
+        checkpoints: Sequence[Checkpoint],
+        optimizer: SGD = SGD(),  # noqa: B008 (frozen)
+        segments: Segments = 1,
+        lr_schedule: Schedule | None = None,
+        start_step: int = 0,
+        loss_reduction: str = "mean",
+        batch_size: int | None = None,
+        accumulation: int = 1,
+    ) -> None:
+        stage = Stage(
+            "train", checkpoints, optimizer, segments, lr_schedule, start_step, loss_reduction, batch_size, accumulation
+        )
+        self.stages: tuple[Stage, ...] = (stage,)
+
+    @classmethod
+    def from_stages(cls, stages: Sequence[Stage]) -> Trajectory:
+        """Put stages together, in order of time. Each counts its steps from its own ``start_step``.
+
+        Raises:
+            ValueError: there is no stage, or two have one name.
+        """
+        names = [stage.name for stage in stages]
+        if not names:
+            raise ValueError("a trajectory needs at least one stage, got none")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two stages are named {name!r}: names must differ, got {names}")
+        trajectory = cls.__new__(cls)
+        trajectory.stages = tuple(stages)
+        return trajectory
+
+    def __repr__(self) -> str:
+        parts = (f"{s.name}: {len(s.checkpoints)} checkpoints, {len(s.segment_indices)} segments" for s in self.stages)
+        return f"Trajectory({'; '.join(parts)})"
+
+    @property
+    def final(self) -> Checkpoint:
+        """The weights at the end of the last stage: the model that queries are asked of."""
+        last = self.stages[-1]
+        return last.final or last.checkpoints[-1]
+
+    def average_parameters(self) -> Trajectory:
+        """Fast-Source (Bae et al. 2024, arXiv 2405.12186): one pass a segment, at its averaged parameters.
+
+        Every segment keeps its steps and its time scale, and :attr:`final` stays the true final weights.
+        """
+        return Trajectory.from_stages([stage.average_parameters() for stage in self.stages])
+
+    def spec(self) -> dict[str, Any]:
+        """Describe the trajectory in JSON-able terms; equal specs mean equal runs."""
+        return {"stages": [stage.spec() for stage in self.stages]}
+
+
+def _path(checkpoint: Checkpoint) -> str | None:
+    return None if checkpoint.path is None else str(checkpoint.path)
+
+
+def _average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+    """Mean of the floating-point entries, summed in float64, one checkpoint in memory at a time."""
+    last = checkpoints[-1]
+    if len(checkpoints) == 1:
+        return last
+    total: dict[str, torch.Tensor] = {}
+    for checkpoint in checkpoints:
+        state = checkpoint.load()
+        for name, value in state.items():
+            if value.is_floating_point():
+                total[name] = total[name] + value.double() if name in total else value.double()
+    mean = {
+        name: (total[name] / len(checkpoints)).to(value.dtype) if name in total else value
+        for name, value in state.items()
+    }
+    return Checkpoint(mean, last.step, last.lr)
