@@ -1,8 +1,20 @@
 """The trajectory of a training run: checkpoints, the optimizer's action, stages and segments."""
 
 from source_proj.trajectory.checkpoint import Checkpoint
+from source_proj.trajectory.course import Trajectory
 from source_proj.trajectory.optimizer import SGD
-from source_proj.trajectory.segments import segment_times, split_segments
-from source_proj.trajectory.stages import Stage, Trajectory
+from source_proj.trajectory.recorder import Recorder
+from source_proj.trajectory.segments import Segments, segment_times, split_segments
+from source_proj.trajectory.stages import Schedule, Stage
 
-__all__ = ["SGD", "Checkpoint", "Stage", "Trajectory", "segment_times", "split_segments"]
+__all__ = [
+    "SGD",
+    "Checkpoint",
+    "Recorder",
+    "Schedule",
+    "Segments",
+    "Stage",
+    "Trajectory",
+    "segment_times",
+    "split_segments",
+]

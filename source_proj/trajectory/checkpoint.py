@@ -97,12 +97,13 @@ class Checkpoint:
 
         It is cached; a file whose size or time of modification changed is read again.
         """
-        key: object = None
-        if self._state is None:
-            stat = _checked_path(self.path).stat()
-            key = (stat.st_size, stat.st_mtime_ns)
+        if self._state is not None:
+            self._hash = self._hash or (None, _hash_state(self._state))
+            return self._hash[1]
+        path = _checked_path(self.path)
+        key = (path.stat().st_size, path.stat().st_mtime_ns)
         if self._hash is None or self._hash[0] != key:
-            self._hash = (key, _hash_file(self.path) if self._state is None else _hash_state(self._state))
+            self._hash = (key, hash_file(path))
         return self._hash[1]
 
     @contextmanager
@@ -236,8 +237,9 @@ def _unwrap(state: object, source: str) -> dict[str, Tensor]:
     raise ValueError(f"{source} must hold a model's state_dict, names to tensors, but has {found}")
 
 
-def _hash_file(path: Path | None) -> str:
-    with _checked_path(path).open("rb") as file:
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The course of training, cut into stages and segments, with the learning rate integrated over every step."""
+"""One stage of training: its checkpoints in segments, with the learning rate integrated over every step."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.optimizer import SGD
+from source_proj.trajectory.record import Record
 from source_proj.trajectory.segments import Segments, split_segments
 
-__all__ = ["Schedule", "Stage", "Trajectory"]
+__all__ = ["Schedule", "Stage"]
 
 Schedule = Callable[[int], float] | Sequence[float]
 """Learning rate of an update: a function of its number (0 for the first), or one value per update."""
@@ -95,6 +97,39 @@ class Stage:
     def lr_integrals(self) -> list[float]:
         """Σ lr · loss_scale over the steps from the stage's start to each checkpoint (no momentum factor)."""
         return list(self.__dict__["_integrals"])
+
+    @classmethod
+    def from_recorder(
+        cls,
+        dir: str | Path,
+        segments: Segments = 1,
+        loss_reduction: str = "mean",
+        batch_size: int | None = None,
+        accumulation: int = 1,
+    ) -> Stage:
+        """Read back what a :class:`Recorder` wrote, without the model.
+
+        Raises:
+            FileNotFoundError: no run was recorded there, or a checkpoint file has gone.
+            MismatchError: the directory is foreign, or a checkpoint file was changed.
+            ValueError: no checkpoint was recorded yet.
+        """
+        directory = Path(dir).absolute()
+        record = Record.read(directory)
+        if record is None:
+            raise FileNotFoundError(f"no run was recorded in {str(directory)!r}: give the directory of a Recorder")
+        if not record.checkpoints:
+            raise ValueError(f"the run in {str(directory)!r} has no checkpoint yet: take a step, then record it")
+        return cls(
+            record.stage,
+            [checkpoint.open(directory) for checkpoint in record.checkpoints],
+            record.optimizer,
+            segments,
+            lr_schedule=record.rates(),
+            loss_reduction=loss_reduction,
+            batch_size=batch_size,
+            accumulation=accumulation,
+        )
 
     def average_parameters(self) -> Stage:
         """Fast-Source's stage: one checkpoint a segment, its parameters the mean over the segment's checkpoints.
@@ -196,75 +231,6 @@ class Stage:
             return value
 
         return rate
-
-
-class Trajectory:
-    """A training run: one stage or several, each with checkpoints, an optimizer and segments.
-
-    This constructor makes a run of one stage, named "train"; the arguments are those of :class:`Stage`.
-
-    Example:
-        >>> weights = torch.zeros(3)
-        >>> run = Trajectory([Checkpoint({"w": weights}, step, lr=0.1) for step in (10, 20, 30, 40)], segments=2)
-        >>> run.stages[0].segment_indices
-        [[0, 1], [2, 3]]
-        >>> [round(integral, 6) for integral in run.stages[0].lr_integrals]
-        [1.0, 2.0, 3.0, 4.0]
-    """
-
-    def __init__(
-        self,
-        checkpoints: Sequence[Checkpoint],
-        optimizer: SGD = SGD(),  # noqa: B008 (frozen)
-        segments: Segments = 1,
-        lr_schedule: Schedule | None = None,
-        start_step: int = 0,
-        loss_reduction: str = "mean",
-        batch_size: int | None = None,
-        accumulation: int = 1,
-    ) -> None:
-        stage = Stage(
-            "train", checkpoints, optimizer, segments, lr_schedule, start_step, loss_reduction, batch_size, accumulation
-        )
-        self.stages: tuple[Stage, ...] = (stage,)
-
-    @classmethod
-    def from_stages(cls, stages: Sequence[Stage]) -> Trajectory:
-        """Put stages together, in order of time. Each counts its steps from its own ``start_step``.
-
-        Raises:
-            ValueError: there is no stage, or two have one name.
-        """
-        names = [stage.name for stage in stages]
-        if not names:
-            raise ValueError("a trajectory needs at least one stage, got none")
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two stages are named {name!r}: names must differ, got {names}")
-        trajectory = cls.__new__(cls)
-        trajectory.stages = tuple(stages)
-        return trajectory
-
-    def __repr__(self) -> str:
-        parts = (f"{s.name}: {len(s.checkpoints)} checkpoints, {len(s.segment_indices)} segments" for s in self.stages)
-        return f"Trajectory({'; '.join(parts)})"
-
-    @property
-    def final(self) -> Checkpoint:
-        """The weights at the end of the last stage: the model that queries are asked of."""
-        last = self.stages[-1]
-        return last.final or last.checkpoints[-1]
-
-    def average_parameters(self) -> Trajectory:
-        """Fast-Source (Bae et al. 2024, arXiv 2405.12186): one pass a segment, at its averaged parameters.
-
-        Every segment keeps its steps and its time scale, and :attr:`final` stays the true final weights.
-        """
-        return Trajectory.from_stages([stage.average_parameters() for stage in self.stages])
-
-    def spec(self) -> dict[str, Any]:
-        """Describe the trajectory in JSON-able terms; equal specs mean equal runs."""
-        return {"stages": [stage.spec() for stage in self.stages]}
 
 
 def _path(checkpoint: Checkpoint) -> str | None:

@@ -1,0 +1,198 @@
+"""The files of a recorded run: what they hold, and how they are written so that no kill can spoil them.
+
+A run is one directory::
+
+    trajectory.json           which run this is, and every checkpoint that counts
+    step_00000042.pt          the model's state_dict after 42 optimizer steps
+    optimizer_00000042.pt     what goes on from there: optimizer and random states, of the last checkpoint only
+
+A file is written beside its place, flushed to the disk and renamed into it. ``trajectory.json`` comes last and alone
+decides what counts: whatever a kill leaves half done is not named there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+from source_proj.errors import MismatchError
+from source_proj.trajectory.checkpoint import Checkpoint, hash_file
+from source_proj.trajectory.optimizer import SGD
+
+__all__ = [
+    "Rates",
+    "Record",
+    "RecordedCheckpoint",
+    "check_hash",
+    "describe_state",
+    "resume_name",
+    "weights_name",
+    "write_tensors",
+]
+
+_NAME = "trajectory.json"
+_FORMAT = "source-proj recorded run"
+_VERSION = 1
+
+Rates = list[tuple[float, int]]
+"""Learning rates of consecutive updates, run-length encoded: (rate, number of updates)."""
+
+
+@dataclass(frozen=True)
+class RecordedCheckpoint:
+    """One checkpoint: where it is, what it hashes to, and the learning rates of the updates that led to it."""
+
+    step: int
+    file: str
+    sha256: str
+    lr: Rates
+
+    def open(self, directory: Path) -> Checkpoint:
+        """Give the checkpoint, its bytes compared with what was recorded.
+
+        Raises:
+            MismatchError: the file is not the one that was recorded.
+            FileNotFoundError: the file has gone.
+        """
+        checkpoint = Checkpoint(directory / self.file, self.step, self.lr[-1][0])
+        check_hash(directory / self.file, self.sha256, checkpoint.hash())
+        return checkpoint
+
+
+@dataclass
+class Record:
+    """What ``trajectory.json`` says.
+
+    Args:
+        stage: name of the stage.
+        optimizer: description of the optimizer.
+        state: names, shapes and types of the model's state, see :func:`describe_state`.
+        checkpoints: in order of steps.
+        resume: name and SHA-256 of the file that the run goes on from, once there is a checkpoint.
+    """
+
+    stage: str
+    optimizer: SGD
+    state: dict[str, list[Any]]
+    checkpoints: list[RecordedCheckpoint] = field(default_factory=list)
+    resume: tuple[str, str] | None = None
+
+    @property
+    def last_step(self) -> int:
+        """Step of the last checkpoint, 0 without any."""
+        return self.checkpoints[-1].step if self.checkpoints else 0
+
+    def rates(self) -> list[float]:
+        """Learning rate of every update up to the last checkpoint."""
+        return [rate for c in self.checkpoints for rate, count in c.lr for _ in range(count)]
+
+    def superseded(self) -> list[str]:
+        """Names of the files that were needed to go on from checkpoints before the last."""
+        names = [resume_name(c.step) for c in self.checkpoints]
+        return [name for name in names if self.resume is None or name != self.resume[0]]
+
+    def write(self, directory: Path) -> None:
+        """Replace ``trajectory.json``, at one stroke."""
+        content = {"format": _FORMAT, "version": _VERSION, **asdict(self), "optimizer": self.optimizer.spec()}
+        _write(directory / _NAME, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+    @classmethod
+    def read(cls, directory: Path) -> Record | None:
+        """Read ``trajectory.json``; None where there is none.
+
+        Raises:
+            MismatchError: the file is foreign or corrupt, or there are recorded files without it.
+        """
+        path = directory / _NAME
+        if not path.exists():
+            strays = sorted(
+                file.name for kind in ("step", "optimizer") for file in directory.glob(f"{kind}_????????.pt")
+            )
+            if strays:
+                raise MismatchError(f"{str(directory)!r} holds {strays[0]} but no {_NAME}: give an empty directory")
+            return None
+        try:
+            content = json.loads(path.read_bytes())
+            if (content["format"], content["version"]) != (_FORMAT, _VERSION):
+                raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
+            return cls(
+                stage=content["stage"],
+                optimizer=SGD.from_spec(content["optimizer"]),
+                state=content["state"],
+                checkpoints=[
+                    RecordedCheckpoint(**{**entry, "lr": [(rate, count) for rate, count in entry["lr"]]})
+                    for entry in content["checkpoints"]
+                ],
+                resume=tuple(content["resume"]) if content["resume"] else None,
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MismatchError(
+                f"{str(path)!r} was not written by a Recorder of this version ({type(error).__name__}: {error}): "
+                "give an empty directory"
+            ) from error
+
+
+def weights_name(step: int) -> str:
+    """Name of the file with the weights after so many steps."""
+    return f"step_{step:08d}.pt"
+
+
+def resume_name(step: int) -> str:
+    """Name of the file that the run goes on from after so many steps."""
+    return f"optimizer_{step:08d}.pt"
+
+
+def describe_state(model: nn.Module) -> dict[str, list[Any]]:
+    """Say of each entry of a model's state its shape and type, in JSON-able terms.
+
+    Raises:
+        ValueError: an entry is no tensor.
+    """
+    described: dict[str, list[Any]] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"the model's state has {name!r}, a {type(value).__name__}: only tensors can be recorded")
+        described[name] = [list(value.shape), str(value.dtype).removeprefix("torch.")]
+    return described
+
+
+def write_tensors(path: Path, content: dict[str, Any]) -> str:
+    """Write what :func:`torch.load` reads back with ``weights_only=True``; equal content gives equal bytes.
+
+    Returns:
+        SHA-256 of the file, in hex.
+    """
+    # Through an open file, because torch writes a path's name into the archive.
+    _write(path, lambda file: torch.save(content, file))
+    return hash_file(path)
+
+
+def check_hash(path: Path, recorded: str, found: str) -> None:
+    """Refuse a file whose hash is not what was recorded."""
+    if found != recorded:
+        raise MismatchError(
+            f"{str(path)!r} has SHA-256 {found[:16]}…, but {recorded[:16]}… was recorded: it was changed since; "
+            "bring the file back, or record anew in an empty directory"
+        )
+
+
+def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    if os.name == "posix":  # elsewhere a directory cannot be flushed
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,248 @@
+"""Recording a run from inside any training loop, in three lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from source_proj.errors import MismatchError
+from source_proj.trajectory.checkpoint import hash_file, matched_state
+from source_proj.trajectory.course import Trajectory
+from source_proj.trajectory.optimizer import SGD
+from source_proj.trajectory.record import (
+    Rates,
+    Record,
+    RecordedCheckpoint,
+    check_hash,
+    describe_state,
+    resume_name,
+    weights_name,
+    write_tensors,
+)
+from source_proj.trajectory.segments import Segments
+from source_proj.trajectory.stages import Stage
+
+__all__ = ["Recorder"]
+
+_SETTINGS = ("lr", "momentum", "weight_decay", "dampening", "nesterov")
+
+
+class Recorder:
+    """Records checkpoints, and the learning rate of every step, while a model is trained.
+
+    Call :meth:`step` right after ``optimizer.step()``, *before* a scheduler's ``step()``: it reads the learning rate
+    that the update has just used. Everything is on the disk when a checkpoint counts, so a run may be killed at any
+    instant: the same program then goes on from the last checkpoint, with the model, the optimizer and torch's random
+    states as they were. Where batches are a function of the step (or of torch's random state), it ends with the very
+    weights of an uninterrupted run. A scheduler that is stepped once an update is brought to the same place by
+    ``last_epoch=recorder.restore() - 1``.
+
+    Args:
+        model: the model that is trained; with several processes, record on one of them, the unwrapped model.
+        optimizer: a :class:`torch.optim.SGD`, one set of options for all its parameter groups.
+        dir: directory of this run, made if need be. One stage, one directory.
+        every: record after every so many optimizer steps.
+        at: record after these numbers of optimizer steps; both may be given. With neither, only
+            :meth:`trajectory` records.
+        stage: the stage's name.
+
+    Raises:
+        ValueError: the optimizer is not plain SGD, maximizes, has parameter groups that differ, or trains no parameter
+            of the model; ``every`` or ``at`` is out of range.
+        MismatchError: the directory holds another run.
+
+    Example:
+        >>> import tempfile
+        >>> model, data = nn.Linear(3, 1), torch.randn(8, 3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> directory = tempfile.mkdtemp()
+        >>> recorder = Recorder(model, optimizer, directory, every=5)  # the first line
+        >>> for step in range(recorder.restore(), 20):  # the second
+        ...     optimizer.zero_grad()
+        ...     loss = model(data).square().mean()
+        ...     loss.backward()
+        ...     _ = optimizer.step()
+        ...     recorder.step()  # the third
+        >>> recorder.trajectory(segments=2)
+        Trajectory(train: 4 checkpoints, 2 segments)
+        >>> Trajectory.from_recorder(directory, segments=2).final.step
+        20
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dir: str | Path,
+        every: int | None = None,
+        at: Iterable[int] | None = None,
+        stage: str = "train",
+    ) -> None:
+        self.dir = Path(dir).absolute()
+        self._model = model
+        self._optimizer = optimizer
+        self._every = every
+        self._at = frozenset(at or ())
+        for value in ([] if every is None else [every]) + sorted(self._at):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"every and at count optimizer steps, from 1 on, got {value!r}")
+        _check_trains(optimizer, model)
+        self._record = self._open(Record(stage, _read_settings(optimizer)[0], describe_state(model)))
+        self._pending: Rates = []  # learning rates since the last checkpoint
+        self._goes_on = not self._record.checkpoints  # False until restore() where there is something to restore
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken so far, recorded or not."""
+        return self._record.last_step + sum(count for _, count in self._pending)
+
+    def step(self) -> None:
+        """Count one optimizer step, and record a checkpoint if one is due.
+
+        Raises:
+            MismatchError: the optimizer's options changed, or the directory holds checkpoints and :meth:`restore` was
+                not called.
+        """
+        if not self._goes_on:
+            raise MismatchError(
+                f"{str(self.dir)!r} holds a run of {self._record.last_step} steps: call restore() before training to "
+                "go on with it, or give an empty directory"
+            )
+        settings, rate = _read_settings(self._optimizer)
+        if settings != self._record.optimizer:
+            raise MismatchError(
+                f"the optimizer was {self._record.optimizer}, and is {settings} at step {self.steps + 1}: only the "
+                "learning rate may change during a stage; record another stage from here"
+            )
+        if self._pending and self._pending[-1][0] == rate:
+            self._pending[-1] = (rate, self._pending[-1][1] + 1)
+        else:
+            self._pending.append((rate, 1))
+        if self.steps in self._at or (self._every is not None and self.steps % self._every == 0):
+            self._write_checkpoint()
+
+    def restore(self) -> int:
+        """Bring model, optimizer and random states back to the last checkpoint; steps after it are forgotten.
+
+        Returns:
+            The number of steps taken until then, which is the number of the update to go on with; 0 if nothing was
+            recorded (then nothing is touched).
+
+        Raises:
+            MismatchError: a recorded file was changed.
+        """
+        self._goes_on = True
+        self._pending = []
+        if self._record.resume is None:
+            return 0
+        file, digest = self._record.resume
+        last = self._record.checkpoints[-1].open(self.dir)
+        state = matched_state(last.load(), self._model, repr(last))
+        check_hash(self.dir / file, digest, hash_file(self.dir / file))
+        resume = torch.load(self.dir / file, map_location="cpu", weights_only=True)
+        self._model.load_state_dict(state)
+        self._optimizer.load_state_dict(resume["optimizer"])
+        torch.set_rng_state(resume["cpu_rng"])
+        if len(resume["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(resume["cuda_rng"])
+        return self._record.last_step
+
+    def stage(
+        self,
+        segments: Segments = 1,
+        loss_reduction: str = "mean",
+        batch_size: int | None = None,
+        accumulation: int = 1,
+    ) -> Stage:
+        """Give the recorded stage, the present weights its last checkpoint; arguments as in :class:`Stage`.
+
+        Raises:
+            ValueError: no step was taken yet.
+        """
+        if self._pending:
+            self._write_checkpoint()
+        return Stage.from_recorder(self.dir, segments, loss_reduction, batch_size, accumulation)
+
+    def trajectory(
+        self,
+        segments: Segments = 1,
+        loss_reduction: str = "mean",
+        batch_size: int | None = None,
+        accumulation: int = 1,
+    ) -> Trajectory:
+        """Give the trajectory of this one stage, see :meth:`stage`."""
+        return Trajectory.from_stages([self.stage(segments, loss_reduction, batch_size, accumulation)])
+
+    def _open(self, fresh: Record) -> Record:
+        """Go on with the directory's record if it is of this run, or begin one."""
+        if self.dir.exists() and not self.dir.is_dir():
+            raise ValueError(f"{str(self.dir)!r} is a file: give a directory")
+        self.dir.mkdir(parents=True, exist_ok=True)
+        found = Record.read(self.dir)
+        if found is None:
+            # At once, so that the checkpoints to come have an owner.
+            fresh.write(self.dir)
+            return fresh
+        differing = [n for n in (*found.state, *fresh.state) if found.state.get(n) != fresh.state.get(n)]
+        if differing:
+            name = differing[0]
+            raise MismatchError(
+                f"{str(self.dir)!r} holds a run of another model: {name} is {found.state.get(name, 'absent')} there "
+                f"and {fresh.state.get(name, 'absent')} here; give an empty directory"
+            )
+        for what in ("stage", "optimizer"):
+            there, here = getattr(found, what), getattr(fresh, what)
+            if there != here:
+                raise MismatchError(
+                    f"{str(self.dir)!r} holds a run whose {what} is {there!r}, not {here!r}: give an empty directory"
+                )
+        return found
+
+    def _write_checkpoint(self) -> None:
+        step = self.steps
+        state = {name: value.detach().cpu() for name, value in self._model.state_dict().items()}
+        resume = {
+            "optimizer": self._optimizer.state_dict(),
+            "cpu_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        weights_hash = write_tensors(self.dir / weights_name(step), state)
+        resume_hash = write_tensors(self.dir / resume_name(step), resume)
+        self._record.checkpoints.append(RecordedCheckpoint(step, weights_name(step), weights_hash, self._pending))
+        self._record.resume = (resume_name(step), resume_hash)
+        self._record.write(self.dir)
+        self._pending = []
+        for name in self._record.superseded():
+            (self.dir / name).unlink(missing_ok=True)
+
+
+def _read_settings(optimizer: torch.optim.Optimizer) -> tuple[SGD, float]:
+    """Read how the optimizer acts now, and at which learning rate."""
+    if type(optimizer) is not torch.optim.SGD:
+        raise ValueError(f"Recorder knows torch.optim.SGD alone, got {type(optimizer).__name__}")
+    groups = optimizer.param_groups
+    if any(group["maximize"] for group in groups):
+        raise ValueError("the optimizer has maximize=True: minimize the negative of the loss instead")
+    values: dict[str, Any] = {}
+    for key in _SETTINGS:
+        found = [group[key] for group in groups]
+        if any(value != found[0] for value in found):
+            raise ValueError(
+                f"the optimizer's parameter groups have different {key}: {found}; one value for all can be recorded"
+            )
+        values[key] = found[0]
+    rate = float(values.pop("lr"))
+    nesterov = bool(values.pop("nesterov"))
+    return SGD(**{key: float(value) for key, value in values.items()}, nesterov=nesterov), rate
+
+
+def _check_trains(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(
+            f"the optimizer trains no parameter of the model {type(model).__name__}: give the model it was made for"
+        )
