@@ -1,0 +1,245 @@
+"""What every attribution method on a bank shares: checks, queries, streamed products, the strongest examples.
+
+Each method's scores are a sum of terms, each the product of a query operand ``(Q, k)`` and a training operand
+``(N, k)``. A method says what its terms are; this base class multiplies them block by block, so that no verb but
+``score`` ever holds Q x N numbers, and averages over an ensemble of banks.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from source_proj.bank import Bank
+from source_proj.errors import MismatchError
+from source_proj.operands import Operand
+from source_proj.queries import QueryFeatures, resolve_task, sketch_queries
+from source_proj.scores import Hits, Scores, make_hits
+from source_proj.task import Task
+from source_proj.trajectory import Checkpoint
+
+__all__ = ["Attributor", "Term"]
+
+_BLOCK_SCORES = 8 << 20
+"""Scores held at once while streaming (32 MiB of float32)."""
+
+Queries = Any
+"""A map-style dataset, a DataLoader, or what ``sketch(queries)`` returned."""
+
+
+class Term(NamedTuple):
+    """One product of the sum: ``query`` ``(Q, k)`` times the training operand, streamed in order of rows."""
+
+    query: Tensor
+    train: Iterator[Operand]
+
+
+class Attributor(ABC):
+    """An attribution method on one bank, or averaged over the banks of several training runs.
+
+    Args:
+        bank: a finalized bank, or a list of banks of runs on the same training set (an ensemble: final scores are
+            averaged over the runs).
+        model: a module of the architecture that was trained; needed for queries given as data. It lends its code:
+            weights come from the bank's checkpoints, and its own come back unchanged.
+        task: the task of the bank; needed for custom tasks only.
+        batch_size: queries a backward pass.
+        device: where products are computed and queries run; default: the CPU, and where the model is.
+        progress: show progress bars for what takes over two seconds.
+
+    Raises:
+        MismatchError: if the banks' training ids differ, or the task is not the banks' own.
+        BankError: if a bank is not finalized.
+    """
+
+    additive = True
+    """Whether scores are changes of the measurement."""
+
+    def __init__(
+        self,
+        bank: Bank | Sequence[Bank],
+        *,
+        model: nn.Module | None = None,
+        task: Task | None = None,
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.banks = tuple(bank) if isinstance(bank, Sequence) else (bank,)
+        if not self.banks:
+            raise ValueError("got an empty list of banks; give at least one")
+        for one in self.banks:
+            one.require_finalized()
+            if one.ids != self.banks[0].ids:
+                raise MismatchError(
+                    f"the banks {self.banks[0].path} and {one.path} hold different training ids; "
+                    "an ensemble averages runs on one training set"
+                )
+            if one.task_spec != self.banks[0].task_spec:
+                raise MismatchError(
+                    f"the banks of an ensemble measure different things: {self.banks[0].task_spec} and {one.task_spec}"
+                )
+        self.model = model
+        if task is not None:
+            resolve_task(self.banks[0], task)
+        self._given_task = task
+        self.batch_size = batch_size
+        self.device = device
+        self.progress = progress
+
+    # The verbs ------------------------------------------------------------------------------------------------
+
+    def score(self, queries: Queries) -> Scores:
+        """Score every training example for every query.
+
+        Args:
+            queries: dataset or DataLoader of queries, or what :meth:`sketch` returned.
+
+        Returns:
+            Scores ``(Q, N)``: the change of the query's measurement that including the example made.
+        """
+        features = self.sketch(queries)
+        values = torch.zeros(len(features[0]), self.n_rows)
+        for start, stop, block in self._blocks(features):
+            values[:, start:stop] = block
+        return self._scores(values.numpy(), features[0].ids)
+
+    def top_k(self, queries: Queries, k: int) -> Hits:
+        """Return the k highest scores of each query, without ever holding Q x N numbers."""
+        return self._strongest(queries, k, highest=True)
+
+    def bottom_k(self, queries: Queries, k: int) -> Hits:
+        """Return the k lowest scores of each query, lowest first, without ever holding Q x N numbers."""
+        return self._strongest(queries, k, highest=False)
+
+    def sketch(self, queries: Queries) -> list[QueryFeatures]:
+        """Compute the queries' features, one entry a bank; every verb takes them in place of the data.
+
+        Raises:
+            ValueError: if data are given but no model was.
+            MismatchError: if given features belong to other banks.
+        """
+        if isinstance(queries, QueryFeatures):
+            queries = [queries]
+        if isinstance(queries, list) and queries and all(isinstance(one, QueryFeatures) for one in queries):
+            return self._checked(queries)
+        if self.model is None:
+            raise ValueError("scoring queries given as data needs the model's code: pass model= when constructing")
+        return [
+            sketch_queries(
+                bank,
+                self.model,
+                self.task,
+                queries,
+                checkpoints=self._query_points(bank),
+                batch_size=self.batch_size,
+                device=self.device,
+                progress=self.progress,
+            )
+            for bank in self.banks
+        ]
+
+    # What a method says ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
+        """Return the terms of a bank's scores."""
+
+    def _query_points(self, bank: Bank) -> list[Checkpoint]:
+        """Return the checkpoints at which queries are differentiated."""
+        return [bank.final_checkpoint()]
+
+    def _combine(self, products: list[Tensor], operands: list[Operand]) -> Tensor:  # noqa: ARG002
+        """Combine all terms' products ``(Q, n)`` of a block: the sum, averaged over the banks."""
+        total = products[0]
+        for product in products[1:]:
+            total += product
+        return total if len(self.banks) == 1 else total.div_(len(self.banks))
+
+    # Facts -----------------------------------------------------------------------------------------------------
+
+    @property
+    def n_rows(self) -> int:
+        """N, the number of training examples of all stages."""
+        return self.banks[0].n_rows
+
+    @property
+    def task(self) -> Task:
+        """The task that was given, or else the bank's own."""
+        return resolve_task(self.banks[0], self._given_task)
+
+    @property
+    def unit(self) -> str:
+        """Unit of the scores: the measurement's own."""
+        return self.task.unit
+
+    # Inside ----------------------------------------------------------------------------------------------------
+
+    def _scores(self, values: np.ndarray, query_ids: Sequence[Any]) -> Scores:
+        return Scores(
+            values,
+            query_ids,
+            self.banks[0].ids,
+            unit=self.unit,
+            higher_is_better=self.task.higher_is_better,
+            stage_sizes=[stage.n for stage in self.banks[0].stages],
+            additive=self.additive,
+        )
+
+    def _checked(self, features: list[QueryFeatures]) -> list[QueryFeatures]:
+        if len(features) != len(self.banks):
+            raise MismatchError(f"got features for {len(features)} banks, and this method averages {len(self.banks)}")
+        for bank, one in zip(self.banks, features, strict=True):
+            if one.sketch != bank.sketch.spec():
+                raise MismatchError(f"features of sketch {one.sketch} do not fit the bank's {bank.sketch.spec()}")
+        return features
+
+    def _blocks(self, features: list[QueryFeatures]) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield ``(start, stop, scores (Q, stop - start))`` over all rows, in order."""
+        terms = [term for bank, one in zip(self.banks, features, strict=True) for term in self._terms(bank, one)]
+        queries = [term.query for term in terms]
+        height = max(256, _BLOCK_SCORES // max(1, len(features[0])))
+        for start, stop, active in _aligned([term.train for term in terms], height):
+            products = [queries[index] @ operand.rows.T for index, operand in active]
+            yield start, stop, self._combine(products, [operand for _, operand in active]).cpu()
+
+    def _strongest(self, queries: Queries, k: int, *, highest: bool) -> Hits:
+        if not 1 <= k <= self.n_rows:
+            raise ValueError(f"k must lie in 1..{self.n_rows} (the number of training examples), got {k}")
+        features = self.sketch(queries)
+        best = torch.empty(len(features[0]), 0)
+        where = torch.empty(len(features[0]), 0, dtype=torch.int64)
+        for start, _, block in self._blocks(features):
+            values, positions = torch.topk(block, min(k, block.shape[1]), dim=1, largest=highest)
+            values, positions = torch.cat([best, values], 1), torch.cat([where, positions + start], 1)
+            best, order = torch.topk(values, min(k, values.shape[1]), dim=1, largest=highest)
+            where = torch.gather(positions, 1, order)
+        return make_hits(where.numpy(), best.numpy(), self.banks[0].ids, features[0].ids, self.unit)
+
+
+def _aligned(
+    streams: Sequence[Iterator[Operand]], height: int
+) -> Iterator[tuple[int, int, list[tuple[int, Operand]]]]:
+    """Walk several streams of operands together, cut to common rows of at most ``height``.
+
+    Streams may cover different rows (a stage's) and be cut at different places (other shard sizes). Yields
+    ``(start, stop, [(stream, operand cut to these rows), ...])`` with at least one operand.
+    """
+    heads = [next(stream, None) for stream in streams]
+    while any(head is not None for head in heads):
+        start = min(head.start for head in heads if head is not None)
+        stop = start + height
+        for head in heads:
+            if head is not None:
+                stop = min(stop, head.stop if head.start == start else head.start)
+        active = [
+            (index, head.cut(start, stop)) for index, head in enumerate(heads) if head is not None and head.start == start
+        ]
+        yield start, stop, active
+        for index, _ in active:
+            head = heads[index]
+            if head is not None:
+                heads[index] = head.cut(stop, head.stop) if stop < head.stop else next(streams[index], None)

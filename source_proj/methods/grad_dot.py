@@ -1,0 +1,25 @@
+"""GradDot: inner product of gradients at the final checkpoint."""
+
+from source_proj.attributor import Attributor, Term
+from source_proj.bank import Bank
+from source_proj.operands import loss_gradients
+from source_proj.queries import QueryFeatures
+
+__all__ = ["GradDot"]
+
+
+class GradDot(Attributor):
+    """Inner product of gradients (Charpiat et al., "Input Similarity from the Neural Network Perspective", 2019).
+
+        score(q, z) = -(1/N) ∇m(q)ᵀ g(z)
+
+    at the last banked checkpoint of z's stage: the change of the measurement that one full-batch step of unit learning
+    rate makes through z.
+    """
+
+    def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
+        query = features.at(bank.final_checkpoint()).to(self.device or "cpu")
+        return [
+            Term(query * (-1 / stage.n), loss_gradients(bank, index, stage.n_checkpoints - 1, self.device))
+            for index, stage in enumerate(bank.stages)
+        ]

@@ -1,0 +1,70 @@
+"""Influence functions in the sketched space."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from source_proj.attributor import Attributor, Term
+from source_proj.bank import Bank
+from source_proj.cache import cached_spectrum
+from source_proj.curvature import Curvature, Damping, check_damping, damping_value, ridge_inverse
+from source_proj.operands import mean_gradients
+from source_proj.queries import QueryFeatures
+from source_proj.task import Task
+
+__all__ = ["InfluenceFunction"]
+
+
+class InfluenceFunction(Attributor):
+    """Projected influence functions (Koh and Liang, arXiv 1703.04730).
+
+        score(q, z) = -(1/N) ∇m(q)ᵀ (Ĥ + λ + ρ)⁻¹ g(z)
+
+    with the training run's weight decay λ and damping ρ. Only the last stage is attributed to: an influence function
+    sees one optimum, so examples of earlier stages get 0.
+
+    Args:
+        bank: a finalized bank, or a list of banks (scores are averaged).
+        model: see :class:`~source_proj.attributor.Attributor`.
+        task: likewise.
+        average: take gradients and Hessian as means over all checkpoints of the last stage, as one-segment SOURCE
+            does, instead of at its last checkpoint.
+        curvature: ``"empirical_fisher"``, ``"gauss_newton"`` or ``"sampled_fisher"``.
+        damping: ``"noise"`` (ρ = tr(Ĥ)/k), a number, or None. Without damping and weight decay, the inverse is taken on
+            the range of Ĥ.
+        batch_size: queries a backward pass.
+        device: where products are computed and queries run.
+        cache: keep spectra beside the bank.
+        progress: show progress bars for what takes over two seconds.
+    """
+
+    def __init__(
+        self,
+        bank: Bank | Sequence[Bank],
+        *,
+        model: nn.Module | None = None,
+        task: Task | None = None,
+        average: bool = False,
+        curvature: Curvature = "empirical_fisher",
+        damping: Damping = "noise",
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+        cache: bool = True,
+        progress: bool = True,
+    ) -> None:
+        super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
+        check_damping(damping)
+        self.average = average
+        self.curvature: Curvature = curvature
+        self.damping: Damping = damping
+        self.cache = cache
+
+    def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
+        last, stage = len(bank.stages) - 1, bank.stages[-1]
+        checkpoints = list(range(stage.n_checkpoints)) if self.average else [stage.n_checkpoints - 1]
+        found = cached_spectrum(bank, last, checkpoints, self.curvature, device=self.device, cache=self.cache)
+        ridge = damping_value(self.damping, found.trace, bank.sketch.dim, noise_free=bank.sketch.noise_free)
+        ridge += float(stage.spec["optimizer"]["weight_decay"])
+        query = features.at(bank.final_checkpoint()).to(found.vectors) @ found.apply(ridge_inverse(ridge, found))
+        return [Term(query.float() * (-1 / stage.n), mean_gradients(bank, last, checkpoints, self.device))]

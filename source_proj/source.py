@@ -1,0 +1,281 @@
+"""SOURCE in the sketched space: fit once, then a query costs its own backward pass and one matrix product.
+
+For a query q and a training example z of a stage with N examples, with the segments l = 1 … L in order of training,
+
+    τ(q, z) = Σ_l ∇m(q)ᵀ S_L ··· S_{l+1} r_l(z),     r_l(z) = (1/N) c_l(Ĥ_l) ḡ_l(z),
+
+is the change of the measurement m(q) when z is removed (eq. 16 to 23 of Bae et al., "Training Data Attribution via
+Approximate Unrolled Differentiation", https://arxiv.org/abs/2405.12186). Everything is linear in the query, so the
+whole sum collapses into one matrix: score(q, ·) = -τ(q, ·) = B q̂ with
+
+    B = -Σ_l (1/N) Ḡ_l c_l(Ĥ_l) S_{l+1} ··· S_L        (N x k).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from source_proj.attributor import Attributor, Queries, Term
+from source_proj.bank import Bank
+from source_proj.cache import FitCache, cached_spectrum
+from source_proj.curvature import Curvature, Damping, Spectrum, check_damping, damping_value, forgetting, response
+from source_proj.operands import Operand, loss_gradients, mean_gradients
+from source_proj.queries import QueryFeatures
+from source_proj.scores import PredictedChange, Scores
+from source_proj.task import Task
+from source_proj.trajectory import segment_times, split_segments
+
+__all__ = ["Segment", "SegmentScores", "Source"]
+
+Segments = int | Sequence[Sequence[int]] | Mapping[str, "int | Sequence[Sequence[int]]"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One segment of training, as fitted.
+
+    Attributes:
+        stage: index of its stage.
+        name: stage name and checkpoint steps, for people.
+        checkpoints: which checkpoints of the stage are averaged.
+        time: time scale s (learning rate integrated over the optimizer's steps, momentum included).
+        decay: weight decay λ.
+        n: number of training examples of its stage.
+        trace: tr(Ĥ).
+        damping: what was added to the eigenvalues inside c.
+    """
+
+    stage: int
+    name: str
+    checkpoints: tuple[int, ...]
+    time: float
+    decay: float
+    n: int
+    trace: float
+    damping: float
+
+
+@dataclass(frozen=True)
+class SegmentScores:
+    """The parts of each score by segment of training: who mattered when.
+
+    Attributes:
+        values: ``(L, Q, N)`` float32; their sum over segments is the score. An example has part only in the segments
+            of its own stage; elsewhere its value is 0.
+        segments: what the L segments are.
+        query_ids: Q ids.
+        train_ids: N ids.
+        unit: unit of the measurement.
+    """
+
+    values: np.ndarray
+    segments: tuple[Segment, ...]
+    query_ids: list[Any]
+    train_ids: list[Any]
+    unit: str
+
+    def total(self) -> np.ndarray:
+        """Sum over the segments: the scores ``(Q, N)``."""
+        total: np.ndarray = self.values.sum(axis=0)
+        return total
+
+
+class Source(Attributor):
+    """SOURCE, segmented stationary unrolling (https://arxiv.org/abs/2405.12186), on a bank of sketched gradients.
+
+    Args:
+        bank: a finalized bank, or a list of banks of several runs: final scores are averaged over the runs.
+        model: a module of the architecture that was trained, for queries given as data.
+        task: the task of the bank; needed for custom tasks only.
+        segments: how checkpoints fall into segments: a number, explicit lists of checkpoint indices, or a mapping
+            from stage names to either; default: as the trajectory had it.
+        curvature: ``"empirical_fisher"``, ``"gauss_newton"`` or ``"sampled_fisher"``.
+        damping: added to the eigenvalues inside c: ``"noise"`` takes ρ = tr(Ĥ)/k, the sketch's own noise (0 for an
+            exact sketch); a number is used as it is; None switches damping off.
+        batch_size: queries a backward pass.
+        device: where products are computed and queries run.
+        cache: keep spectra and B beside the bank (or in the user's cache folder where that is read-only).
+        progress: show progress bars for what takes over two seconds.
+
+    Raises:
+        MismatchError, BankError, ValueError: see :class:`~source_proj.attributor.Attributor`; ValueError for segments
+            that are no ordered partition of a stage's checkpoints, or curvature that the bank does not offer.
+    """
+
+    def __init__(
+        self,
+        bank: Bank | Sequence[Bank],
+        *,
+        model: nn.Module | None = None,
+        task: Task | None = None,
+        segments: Segments | None = None,
+        curvature: Curvature = "empirical_fisher",
+        damping: Damping = "noise",
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+        cache: bool = True,
+        progress: bool = True,
+    ) -> None:
+        super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
+        check_damping(damping)
+        self.curvature: Curvature = curvature
+        self.damping: Damping = damping
+        self.cache = cache
+        self._groups = [_stage_groups(one, segments) for one in self.banks]
+        self._matrices: dict[Bank, Tensor] = {}
+        self._segments: dict[Bank, tuple[Segment, ...]] = {}
+
+    # Fit -------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> "Source":
+        """Compute what scoring needs, or find it in the cache; scoring does so by itself on first use."""
+        for bank in self.banks:
+            self._matrix(bank)
+        return self
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The fitted segments of the (first) bank, in order of training."""
+        return self._fit_segments(self.banks[0])
+
+    def _matrix(self, bank: Bank) -> Tensor:
+        """B, ``(N, k)`` float32."""
+        if bank not in self._matrices:
+            settings = {"curvature": self.curvature, "damping": self.damping, "segments": self._groups_of(bank)}
+            compute = lambda: {"B": self._collapse(bank).cpu().numpy()}  # noqa: E731
+            arrays = FitCache(bank).get("source", settings, compute) if self.cache else compute()
+            self._matrices[bank] = torch.from_numpy(arrays["B"]).to(self.device or "cpu")
+        return self._matrices[bank]
+
+    def _collapse(self, bank: Bank) -> Tensor:
+        matrix = torch.zeros(bank.n_rows, bank.sketch.dim)
+        segments = self._fit_segments(bank)
+        for segment, operator in zip(segments, self._operators(bank, segments), strict=True):
+            for operand in mean_gradients(bank, segment.stage, segment.checkpoints, self.device):
+                matrix[operand.start : operand.stop].add_((operand.rows @ operator).cpu(), alpha=-1 / segment.n)
+        return matrix
+
+    def _operators(self, bank: Bank, segments: Sequence[Segment]) -> list[Tensor]:
+        """c_l(Ĥ_l) S_{l+1} ··· S_L for each of the given consecutive segments, ``(k, k)`` float32."""
+        operators: list[Tensor] = []
+        after: Tensor | None = None  # S_{l+1} ··· S_L
+        for segment in reversed(segments):
+            found = self._spectrum(bank, segment.stage, segment.checkpoints)
+            own = found.apply(response(segment.time, segment.decay, segment.damping))
+            operators.append((own if after is None else own @ after).float())
+            if segment is not segments[0]:
+                kept = found.apply(forgetting(segment.time, segment.decay))
+                after = kept if after is None else kept @ after
+        return operators[::-1]
+
+    def _fit_segments(self, bank: Bank) -> tuple[Segment, ...]:
+        if bank not in self._segments:
+            segments = []
+            for index, (stage, groups) in enumerate(zip(bank.stages, self._groups_of(bank), strict=True)):
+                times = segment_times(stage.spec, groups)
+                decay = float(stage.spec["optimizer"]["weight_decay"])
+                for group, time in zip(groups, times, strict=True):
+                    found = self._spectrum(bank, index, group)
+                    damping = damping_value(self.damping, found.trace, bank.sketch.dim, noise_free=bank.sketch.noise_free)
+                    name = f"{stage.name}: steps {', '.join(str(stage.spec['steps'][c]) for c in group)}"
+                    segments.append(
+                        Segment(index, name, tuple(group), time, decay, stage.n, found.trace, damping)
+                    )  # fmt: skip
+            self._segments[bank] = tuple(segments)
+        return self._segments[bank]
+
+    def _spectrum(self, bank: Bank, stage: int, checkpoints: Sequence[int]) -> Spectrum:
+        return cached_spectrum(bank, stage, checkpoints, self.curvature, device=self.device, cache=self.cache)
+
+    def _groups_of(self, bank: Bank) -> list[list[list[int]]]:
+        return self._groups[self.banks.index(bank)]
+
+    # Verbs beside score, top_k and bottom_k ----------------------------------------------------------------------
+
+    def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
+        matrix = self._matrix(bank)
+        query = features.at(bank.final_checkpoint()).to(matrix.device)
+        return [Term(query, iter([Operand(0, len(matrix), matrix)]))]
+
+    def by_segment(self, queries: Queries) -> SegmentScores:
+        """Split each score into the parts of the segments, by the recursion itself instead of B.
+
+        The query is carried back through the segments: the part of segment l is
+        ``-(1/N) (c_l S_{l+1} ··· S_L q̂) · ḡ_l(z)``.
+        """
+        features = self.sketch(queries)
+        segments = self.segments
+        values = torch.zeros(len(segments), len(features[0]), self.n_rows)
+        for bank, one in zip(self.banks, features, strict=True):
+            own = self._fit_segments(bank)
+            if len(own) != len(segments):
+                raise ValueError(
+                    f"the runs of this ensemble have {len(segments)} and {len(own)} segments; pass segments= to make "
+                    "them comparable"
+                )
+            query = one.at(bank.final_checkpoint()).double()
+            for index in reversed(range(len(own))):
+                segment = own[index]
+                found = self._spectrum(bank, segment.stage, segment.checkpoints)
+                operator = found.apply(response(segment.time, segment.decay, segment.damping)).cpu()
+                carried = (query @ operator).float().to(self.device or "cpu")
+                for operand in mean_gradients(bank, segment.stage, segment.checkpoints, self.device):
+                    part = (carried @ operand.rows.T).cpu()
+                    values[index, :, operand.start : operand.stop].add_(part, alpha=-1 / (segment.n * len(self.banks)))
+                if index:
+                    query = query @ found.apply(forgetting(segment.time, segment.decay)).cpu()
+        return SegmentScores(values.numpy(), segments, features[0].ids, self.banks[0].ids, self.unit)
+
+    def self_influence(self) -> np.ndarray:
+        """Return how much each training example lowered its own training loss, ``(N,)`` float32.
+
+        It is the score of the measurement m = -(own training loss), taken at the end of the example's own stage (for
+        one stage: at the last banked checkpoint); in the loss's own unit. Large values mark examples that the model
+        would not fit without having seen them, mislabelled ones among them. Needs neither model nor data.
+        """
+        total = torch.zeros(self.n_rows)
+        for bank in self.banks:
+            segments = self._fit_segments(bank)
+            for index, stage in enumerate(bank.stages):
+                own = [segment for segment in segments if segment.stage == index]
+                last = stage.n_checkpoints - 1
+                for segment, operator in zip(own, self._operators(bank, own), strict=True):
+                    blocks = zip(
+                        mean_gradients(bank, segment.stage, segment.checkpoints, self.device),
+                        loss_gradients(bank, index, last, self.device),
+                        strict=True,
+                    )
+                    for mean, end in blocks:
+                        part = ((mean.rows @ operator) * end.rows).sum(1).cpu()
+                        total[mean.start : mean.stop].add_(part, alpha=1 / (segment.n * len(self.banks)))
+        return total.numpy()
+
+    def predict_removal(self, queries: Queries, subset: Any, *, renormalize: bool = False) -> PredictedChange:
+        """Predict how each query's measurement changes when a subset is left out: see :meth:`Scores.predict_removal`."""
+        scores: Scores = self.score(queries)
+        return scores.predict_removal(subset, renormalize=renormalize)
+
+
+def _stage_groups(bank: Bank, segments: Segments | None) -> list[list[list[int]]]:
+    names = [stage.name for stage in bank.stages]
+    if isinstance(segments, Mapping):
+        unknown = [name for name in segments if name not in names]
+        if unknown:
+            raise ValueError(f"segments name unknown stages {unknown}; the bank's stages are {names}")
+        chosen = [segments.get(name) for name in names]
+    elif segments is None or isinstance(segments, int):
+        chosen = [segments] * len(names)
+    elif len(names) == 1:
+        chosen = [segments]
+    else:
+        raise ValueError(f"give segments a stage, as a mapping from the names {names}, not one list for all")
+    return [
+        [list(group) for group in stage.spec["segments"]]
+        if one is None
+        else split_segments(stage.n_checkpoints, one)
+        for stage, one in zip(bank.stages, chosen, strict=True)
+    ]
