@@ -1,0 +1,83 @@
+"""Batches as trees of tensors: what of them belongs to an example, and how to take some examples out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "batch_size", "map_tensors", "per_example_tensors", "take"]
+
+Batch: TypeAlias = Any  # a tensor, or tuples, lists and mappings of them; other leaves are passed through untouched
+
+
+def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The same tree with every tensor replaced by `change(tensor)`, always visited in the same order.
+
+    Example:
+        >>> map_tensors({"x": torch.ones(2), "note": "kept"}, lambda t: t * 2)
+        {'x': tensor([2., 2.]), 'note': 'kept'}
+    """
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(value, change) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(value, change) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(map_tensors(value, change) for value in batch)
+    return batch
+
+
+def batch_size(batch: Batch) -> int:
+    """Number of examples: the first dimension of the batch's first tensor.
+
+    Raises:
+        ValueError: there is no tensor with a dimension.
+    """
+    found: list[int] = []
+
+    def look(tensor: Tensor) -> Tensor:
+        found.extend(tensor.shape[:1])
+        return tensor
+
+    map_tensors(batch, look)
+    if not found:
+        raise ValueError(
+            f"the batch of type {type(batch).__name__} holds no tensor whose first dimension counts examples"
+        )
+    return found[0]
+
+
+def per_example_tensors(batch: Batch) -> tuple[list[Tensor], Callable[[list[Tensor]], Batch]]:
+    """The tensors whose first dimension counts examples, and how to put such a list back into the tree.
+
+    Tensors of another length are one thing shared by all examples and stay in place.
+    """
+    size = batch_size(batch)
+    tensors: list[Tensor] = []
+
+    def collect(tensor: Tensor) -> Tensor:
+        if tensor.shape[:1] == (size,):
+            tensors.append(tensor)
+        return tensor
+
+    def rebuild(replacements: list[Tensor]) -> Batch:
+        left = iter(replacements)
+        return map_tensors(batch, lambda tensor: next(left) if tensor.shape[:1] == (size,) else tensor)
+
+    map_tensors(batch, collect)
+    return tensors, rebuild
+
+
+def take(batch: Batch, examples: list[int]) -> Batch:
+    """The batch of the given examples, in that order.
+
+    Example:
+        >>> take((torch.arange(4), [torch.eye(4)]), [2])[0]
+        tensor([2])
+    """
+    tensors, rebuild = per_example_tensors(batch)
+    return rebuild([tensor[torch.tensor(examples, device=tensor.device)] for tensor in tensors])

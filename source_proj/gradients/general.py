@@ -1,0 +1,143 @@
+"""The general path: `vmap(grad)` for any model that torch can differentiate, and the reference of the hook path."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from source_proj.gradients.batches import Batch, batch_size, per_example_tensors, take
+from source_proj.gradients.space import ParameterSpace
+from source_proj.sketch import Sketch
+
+__all__ = ["Autocast", "Function", "GeneralPath", "checked_values", "per_example_gradients"]
+
+Function: TypeAlias = Callable[[nn.Module, Batch], Tensor]
+Autocast: TypeAlias = Callable[[], AbstractContextManager[object]]
+
+# A chunk's gradients are examples × d floats; above this they are spread over several chunks.
+_CHUNK_BYTES = 256 * 2**20
+
+
+class _WithModel(nn.Module):
+    """`function(model, batch)` as a module, so that torch's public `functional_call` can replace the parameters."""
+
+    def __init__(self, model: nn.Module, function: Function) -> None:
+        super().__init__()
+        self.model = model
+        self._function = function
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._function(self.model, batch)
+
+
+class GeneralPath:
+    """Per-example gradients by `torch.func.vmap(grad)`, a chunk of examples at a time.
+
+    Where `vmap` cannot run the model (control flow on values, operators without a batching rule), each example gets a
+    backward pass of its own: slower, the same gradients; `note` then says why.
+
+    Args:
+        model: in evaluation mode by the time of the call.
+        space: the attributed parameters.
+    """
+
+    def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
+        self.note = ""
+        self._model = model
+        self._space = space
+        self._chunk = max(1, _CHUNK_BYTES // (4 * space.size))
+        self._loops = False
+
+    def add_(self, out: Tensor, sketch: Sketch, function: Function, batch: Batch, autocast: Autocast) -> Tensor:
+        """Add R ∇function to out (B, dim); returns the values (B,)."""
+        size = batch_size(batch)
+        values = []
+        for start in range(0, size, self._chunk):
+            stop = min(size, start + self._chunk)
+            value, gradients = self._gradients(function, take(batch, list(range(start, stop))), autocast)
+            values.append(value)
+            for name, rows in gradients.items():
+                shape = tuple(rows.shape[1:])
+                sketch.add_(out[start:stop], rows.reshape(stop - start, -1), self._space.offsets[name], shape)
+        return torch.cat(values)
+
+    def _gradients(self, function: Function, batch: Batch, autocast: Autocast) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self._loops:
+            try:
+                return self._by_vmap(function, batch, autocast)
+            except (RuntimeError, NotImplementedError, ValueError) as problem:
+                # The loop is the same mathematics, and it raises again what is wrong with the model itself.
+                self.note = f"one backward pass per example, since vmap failed: {str(problem).splitlines()[0]}"
+                result = per_example_gradients(self._model, self._space, function, batch, autocast)
+                self._loops = True
+                return result
+        return per_example_gradients(self._model, self._space, function, batch, autocast)
+
+    def _by_vmap(self, function: Function, batch: Batch, autocast: Autocast) -> tuple[Tensor, dict[str, Tensor]]:
+        tensors, rebuild = per_example_tensors(batch)
+        module = _WithModel(self._model, function)
+        parameters = {f"model.{name}": p.detach() for name, p in self._space.parameters(self._model).items()}
+
+        def scalar(parameters: dict[str, Tensor], *example: Tensor) -> tuple[Tensor, Tensor]:
+            alone = rebuild([tensor.unsqueeze(0) for tensor in example])  # a batch of one
+            with autocast():
+                value = functional_call(module, parameters, (alone,))
+            value = checked_values(value, 1)[0].float()
+            return value, value
+
+        with warnings.catch_warnings():
+            # An operator without a batching rule is looped over inside vmap: slow, right, and nothing to act upon.
+            warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+            gradients, values = vmap(grad(scalar, has_aux=True), in_dims=(None,) + (0,) * len(tensors))(
+                parameters, *tensors
+            )
+        return values.detach(), {name.removeprefix("model."): rows for name, rows in gradients.items()}
+
+
+def per_example_gradients(
+    model: nn.Module,
+    space: ParameterSpace,
+    function: Function,
+    batch: Batch,
+    autocast: Autocast,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One plain backward pass per example: values (B,), gradients {name: (B, *shape)}; zero for what is not reached."""
+    parameters = space.parameters(model)
+    wanted = {name: p.requires_grad for name, p in parameters.items()}
+    size = batch_size(batch)
+    rows = {name: p.new_zeros((size, *p.shape), requires_grad=False) for name, p in parameters.items()}
+    values = []
+    try:
+        for p in parameters.values():
+            p.requires_grad_(True)
+        for example in range(size):
+            with torch.enable_grad(), autocast():
+                value = checked_values(function(model, take(batch, [example])), 1)[0].float()
+            values.append(value.detach())
+            if not value.requires_grad:  # reaches no parameter
+                continue
+            for name, gradient in zip(
+                parameters, torch.autograd.grad(value, list(parameters.values()), allow_unused=True), strict=True
+            ):
+                if gradient is not None:
+                    rows[name][example] = gradient.to_dense() if gradient.is_sparse else gradient
+    finally:
+        for name, p in parameters.items():
+            p.requires_grad_(wanted[name])
+    return torch.stack(values), rows
+
+
+def checked_values(values: Tensor, size: int) -> Tensor:
+    """What a function of (model, batch) returned, if it is one scalar per example."""
+    if not isinstance(values, Tensor) or tuple(values.shape) != (size,):
+        got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"type {type(values).__name__}"
+        raise TypeError(
+            f"the function of (model, batch) must return one scalar per example, shape ({size},), got {got}"
+        )
+    return values

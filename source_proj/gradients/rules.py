@@ -1,0 +1,161 @@
+"""How each kind of layer's per-example parameter gradient follows from its input x and its output's gradient g."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from source_proj.gradients import convolution
+from source_proj.gradients.pieces import Pieces
+
+__all__ = ["Rule", "rule_for"]
+
+Names = Mapping[str, str]  # attributed local parameter name ("weight") → full name ("blocks.0.mlp.weight")
+Apply = Callable[[Any, Names, Tensor, Tensor, Pieces], None]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of layer: the local names of parameters that it knows, and how it makes their gradients.
+
+    `apply(module, names, x, g, pieces)` takes the layer's input x and the gradient g of its output, both with the
+    examples first, and hands every attributed parameter's per-example gradient to `pieces`. `positional` layers act on
+    the last dimension alone, so that all dimensions between it and the examples are alike.
+    """
+
+    parameters: frozenset[str]
+    apply: Apply
+    positional: bool
+
+    def add(self, module: nn.Module, names: Names, x: Tensor, g: Tensor, pieces: Pieces, size: int) -> None:
+        """The layer's pieces for a batch of `size` examples; x and g may hold r rows per example, (size · r, …)."""
+        if g.shape[0] == size:
+            self.apply(module, names, x, g, pieces)
+            return
+        x, g = x.reshape(size, -1, *x.shape[1:]), g.reshape(size, -1, *g.shape[1:])
+        if self.positional:
+            self.apply(module, names, x, g, pieces)
+            return
+        for r in range(g.shape[1]):
+            self.apply(module, names, x[:, r], g[:, r], pieces)
+
+
+def _positions(tensor: Tensor) -> Tensor:
+    """(B, …, n) → (B, T, n): all that lies between examples and features is one axis of positions."""
+    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+
+
+def _linear(_module: nn.Linear, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
+    """∂/∂W = Σ_t g_t ⊗ x_t, ∂/∂b = Σ_t g_t."""
+    g = _positions(g)
+    if "weight" in names:
+        pieces.outer(names["weight"], g, _positions(x))
+    if "bias" in names:
+        pieces.add(names["bias"], g.sum(1))
+
+
+def _transposed_linear(_module: nn.Module, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
+    """The `Conv1D` of transformers: y = x W + b with W (in, out), so ∂/∂W = Σ_t x_t ⊗ g_t."""
+    g = _positions(g)
+    if "weight" in names:
+        pieces.outer(names["weight"], _positions(x), g)
+    if "bias" in names:
+        pieces.add(names["bias"], g.sum(1))
+
+
+def _embedding(module: nn.Embedding, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
+    """Row x_t receives g_t; the padding row receives nothing."""
+    if "weight" in names:
+        index = x.reshape(x.shape[0], -1)
+        g = g.reshape(*index.shape, -1)
+        if module.padding_idx is not None:
+            g = g.masked_fill((index == module.padding_idx).unsqueeze(-1), 0.0)
+        pieces.scatter(names["weight"], index, g)
+
+
+def _affine(names: Names, normalised: Tensor, g: Tensor, pieces: Pieces, keep: int, channel: bool) -> None:
+    """Where y = weight · x̂ + bias, where the parameters span the last `keep` dims, or dim 1 when `channel`."""
+    dims = [d for d in range(1, g.dim()) if (d != 1 if channel else d < g.dim() - keep)]
+
+    def summed(tensor: Tensor) -> Tensor:
+        return tensor.sum(dims) if dims else tensor
+
+    if "weight" in names:
+        pieces.add(names["weight"], summed(g.float() * normalised.float()))
+    if "bias" in names:
+        pieces.add(names["bias"], summed(g.float()))
+
+
+def _layer_norm(module: nn.LayerNorm, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
+    shape = list(module.normalized_shape)
+    _affine(names, F.layer_norm(x, shape, eps=module.eps), g, pieces, len(shape), channel=False)
+
+
+def _rms_norm(module: nn.RMSNorm, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
+    shape = list(module.normalized_shape)
+    _affine(names, F.rms_norm(x, shape, eps=module.eps), g, pieces, len(shape), channel=False)
+
+
+def _group_norm(module: nn.GroupNorm, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
+    _affine(names, F.group_norm(x, module.num_groups, eps=module.eps), g, pieces, 0, channel=True)
+
+
+def _batch_norm(module: nn.modules.batchnorm._BatchNorm, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
+    """In evaluation mode x̂ = (x − running mean)/√(running variance + ε): no example sees another."""
+    normalised = F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+    _affine(names, normalised, g, pieces, 0, channel=True)
+
+
+_WEIGHT_BIAS = frozenset({"weight", "bias"})
+_RULES: dict[type[nn.Module], Apply] = {
+    nn.Linear: _linear,
+    nn.Conv1d: convolution.apply,
+    nn.Conv2d: convolution.apply,
+    nn.Conv3d: convolution.apply,
+    nn.Embedding: _embedding,
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _rms_norm,
+    nn.GroupNorm: _group_norm,
+    nn.BatchNorm1d: _batch_norm,
+    nn.BatchNorm2d: _batch_norm,
+    nn.BatchNorm3d: _batch_norm,
+}
+_POSITIONAL = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
+
+
+def rule_for(module: nn.Module) -> Rule | str:
+    """The rule that covers this module, or the reason why none does."""
+    kind = type(module)
+    if "forward" in vars(module):
+        return f"{kind.__name__} has a forward of its own on the instance"
+    for base, apply in _RULES.items():
+        if isinstance(module, base) and kind.forward is base.forward:
+            return _obstacle(module) or Rule(_WEIGHT_BIAS, apply, positional=base in _POSITIONAL)
+    if _is_transposed_linear(module):
+        return Rule(_WEIGHT_BIAS, _transposed_linear, positional=True)
+    return f"no rule covers {kind.__name__}"
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "Embedding with max_norm renormalises its weight in place"
+    if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
+        return "Embedding with scale_grad_by_freq divides gradients by counts over the batch"
+    return None
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """Known by its name and shape: transformers is no dependency of ours."""
+    weight = getattr(module, "weight", None)
+    width = getattr(module, "nf", None)
+    return (
+        type(module).__name__ == "Conv1D"
+        and isinstance(weight, torch.Tensor)
+        and weight.dim() == 2
+        and weight.shape[1] == cast(int, width)
+    )

@@ -1,0 +1,144 @@
+"""Which parameters are attributed, and where each one lies in the coordinates that the sketch sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from source_proj.errors import MismatchError
+
+__all__ = ["ParameterSpace"]
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """The attributed parameters of a model, laid end to end: p owns the coordinates [offset(p), offset(p) + numel(p)).
+
+    The order is that of `model.named_parameters()`; a tied parameter appears once, under its first name. Two spaces are
+    equal when names and shapes are, and only then do their sketches speak of the same coordinates.
+
+    Args:
+        names: full parameter names.
+        shapes: one shape per name.
+
+    Example:
+        >>> space = ParameterSpace.from_model(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), ["*.weight", "!0.*"])
+        >>> space.names, space.size
+        (('1.weight',), 2)
+        >>> ParameterSpace.from_spec(space.spec()) == space
+        True
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def from_model(cls, model: nn.Module, patterns: Sequence[str] | None = None) -> ParameterSpace:
+        """Choose parameters by globs; `"!glob"` excludes, and excluding wins over including.
+
+        Args:
+            model: its parameters are chosen from, whether or not they require gradients.
+            patterns: globs on full names (`"blocks.*.mlp.*"`; `*` also matches dots). A tied parameter answers to each
+                of its names. Default, or when there are only exclusions: all parameters.
+
+        Raises:
+            ValueError: a pattern matches no parameter, or nothing is left; the message lists the names.
+        """
+        aliases = _aliases(model)
+        names = [name for name in aliases if _is_chosen(aliases, name, _checked(patterns, aliases))]
+        if not names:
+            raise ValueError(
+                f"the patterns {list(patterns or [])} select no parameter; the model has {_listed(aliases)}"
+            )
+        parameters = dict(model.named_parameters())
+        _refuse_complex(parameters, names)
+        return cls(tuple(names), tuple(tuple(parameters[name].shape) for name in names))
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """First coordinate of each parameter."""
+        starts, at = {}, 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            starts[name] = at
+            at += prod(shape)
+        return starts
+
+    @cached_property
+    def size(self) -> int:
+        """The number d of attributed coordinates."""
+        return sum(prod(shape) for shape in self.shapes)
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The model's attributed parameters by name, in the order of the space.
+
+        Raises:
+            MismatchError: the model lacks one of them, or has it in another shape.
+        """
+        present = dict(model.named_parameters(remove_duplicate=False))
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            if name not in present:
+                raise MismatchError(f"the model has no parameter {name!r} of the space; it has {_listed(present)}")
+            if tuple(present[name].shape) != shape:
+                raise MismatchError(
+                    f"parameter {name!r} has shape {tuple(present[name].shape)} in the model and {shape} in the space; "
+                    "use the model that the space was made from"
+                )
+        return {name: present[name] for name in self.names}
+
+    def spec(self) -> dict[str, Any]:
+        """JSON-able form: `{"names": [...], "shapes": [[...], ...]}`."""
+        return {"names": list(self.names), "shapes": [list(shape) for shape in self.shapes]}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> ParameterSpace:
+        """The space that `spec` describes."""
+        return cls(tuple(spec["names"]), tuple(tuple(int(n) for n in shape) for shape in spec["shapes"]))
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """First name of every parameter → all names it is registered under."""
+    first: dict[int, str] = {}
+    aliases: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(first.setdefault(id(parameter), name), []).append(name)
+    return aliases
+
+
+def _checked(patterns: Sequence[str] | None, aliases: Mapping[str, list[str]]) -> list[str]:
+    """The patterns as a list; a string in place of a list, or a pattern without a match, is a slip worth naming."""
+    if isinstance(patterns, str):
+        raise TypeError(f"parameters must be a list of globs, got the string {patterns!r}; write [{patterns!r}]")
+    chosen = list(patterns or [])
+    for pattern in chosen:
+        glob = pattern.removeprefix("!")
+        if not any(fnmatchcase(alias, glob) for names in aliases.values() for alias in names):
+            raise ValueError(f"the pattern {pattern!r} matches no parameter; the model has {_listed(aliases)}")
+    return chosen
+
+
+def _is_chosen(aliases: Mapping[str, list[str]], name: str, patterns: Sequence[str]) -> bool:
+    included = [p for p in patterns if not p.startswith("!")] or ["*"]
+    excluded = [p[1:] for p in patterns if p.startswith("!")]
+
+    def matches(globs: Sequence[str]) -> bool:
+        return any(fnmatchcase(alias, glob) for alias in aliases[name] for glob in globs)
+
+    return matches(included) and not matches(excluded)
+
+
+def _refuse_complex(parameters: Mapping[str, nn.Parameter], names: Sequence[str]) -> None:
+    for name in names:
+        if not parameters[name].is_floating_point():
+            raise ValueError(f"parameter {name!r} is of type {parameters[name].dtype}; exclude it: '!{name}'")
+
+
+def _listed(names: Mapping[str, Any], limit: int = 40) -> str:
+    shown = list(names)[:limit]
+    rest = len(names) - len(shown)
+    return f"{shown}" + (f" and {rest} more" if rest else "")
