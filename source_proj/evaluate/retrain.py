@@ -3,6 +3,9 @@
 A counterfactual ("what if these examples had been left out?") is answered by retraining, hundreds of
 times. Small networks leave a machine idle when trained one by one, so the copies are stacked along a
 leading axis and advance in lock-step, one tensor program for all of them.
+
+Several stages are trained one after the other: ``train_stacked`` returns states that the next call
+takes as ``initial``.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +16,18 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from tqdm import tqdm
 
-__all__ = ["half_subsets", "retrain", "stacked_outputs"]
+from source_proj.errors import MismatchError
+
+__all__ = ["StackedState", "half_subsets", "retrain", "stacked_outputs", "train_stacked"]
 
 StackedState = dict[str, Tensor]
 """Parameters (and buffers) of M models: every tensor has a leading axis of length M."""
+
+LearningRate = float | Callable[[int], float]
+"""A constant, or a function of the optimizer step, which counts from 0."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Mean loss of ``(outputs, targets)``."""
 
 
 def half_subsets(n: int, count: int, *, fraction: float = 0.5, seed: int = 0) -> np.ndarray:
@@ -54,105 +65,222 @@ def retrain(
     *,
     epochs: int,
     batch_size: int,
-    lr: float,
+    lr: LearningRate,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
-    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    loss: Loss = nn.functional.cross_entropy,
+    initial: StackedState | None = None,
     group: int = 8,
     evaluate: Callable[[StackedState], Tensor],
     progress: bool = True,
 ) -> Tensor:
     """Train one model per (subset, seed) pair with SGD and evaluate each.
 
-    Every model sees only its own subset, in its own shuffled order, from its own initialisation; the
-    loss is the mean over a batch of its subset. The last, short batch of an epoch is used.
+    Models advance in groups of ``group``; subsets of different lengths go to different groups. Apart from
+    ``evaluate``, ``group`` and ``progress`` the arguments are those of :func:`train_stacked`.
 
     Args:
         make_model: builds a freshly initialised model; called under ``torch.manual_seed(seed)``.
         inputs: training inputs, shape ``(N, ...)``.
         targets: training targets, shape ``(N, ...)``.
-        subsets: M index arrays of equal length, the examples each model is trained on.
+        subsets: M index arrays, the examples each model is trained on.
         seeds: M seeds, one a model, for initialisation and batch order.
         epochs: passes over the subset.
         batch_size: examples in a batch.
-        lr: constant learning rate.
+        lr: learning rate, constant or by optimizer step.
         momentum: heavy-ball momentum, as in :class:`torch.optim.SGD`.
         weight_decay: coupled L2 coefficient, as in :class:`torch.optim.SGD`.
         loss: mean loss of ``(outputs, targets)``.
+        initial: weights to start from: one state dict for all, or the stacked states of all M models.
         group: models trained at once; a group's weights should fit the processor's cache.
         evaluate: maps the stacked state of a group to a tensor ``(models in group, ...)``.
         progress: show a progress bar after two seconds.
 
     Returns:
-        The evaluations of all models, stacked: shape ``(M, ...)``.
+        The evaluations of all models in the order of ``subsets``: shape ``(M, ...)``.
 
     Raises:
-        ValueError: if the subsets differ in length or do not match the seeds in number.
+        ValueError: for no or empty subsets, a group below 1, or an optimizer setting out of range.
+        MismatchError: if subsets and seeds, inputs and targets, or the initial state and model do not match.
     """
-    sizes = {len(subset) for subset in subsets}
-    if len(sizes) != 1:
-        raise ValueError(f"all subsets must have one length to train in lock-step, got lengths {sorted(sizes)}")
-    if len(subsets) != len(seeds):
-        raise ValueError(f"got {len(subsets)} subsets but {len(seeds)} seeds; give one seed a subset")
-    results = []
-    starts = range(0, len(subsets), group)
-    for start in tqdm(starts, "retrain", unit="group", delay=2, disable=not progress):
-        chosen = slice(start, start + group)
-        state = _train_group(
-            make_model, inputs, targets, subsets[chosen], seeds[chosen],
-            epochs, batch_size, lr, momentum, weight_decay, loss,
+    if group < 1:
+        raise ValueError(f"group must be at least 1 model, got {group}")
+    _check_pairs(subsets, seeds)
+    evaluations: dict[int, Tensor] = {}
+    shared = initial is not None and _is_single(make_model, initial)
+    for positions in tqdm(_lockstep_groups(subsets, group), "retrain", unit="group", delay=2, disable=not progress):
+        own = initial if initial is None or shared else {name: value[positions] for name, value in initial.items()}
+        state = train_stacked(
+            make_model, inputs, targets, [subsets[i] for i in positions], [seeds[i] for i in positions],
+            epochs=epochs, batch_size=batch_size, lr=lr, momentum=momentum, weight_decay=weight_decay, loss=loss,
+            initial=own,
         )  # fmt: skip
-        results.append(evaluate(state))
-    return torch.cat(results)
+        evaluations.update(zip(positions, evaluate(state), strict=True))
+    return torch.stack([evaluations[i] for i in range(len(subsets))])
 
 
-def stacked_outputs(make_model: Callable[[], nn.Module], inputs: Tensor) -> Callable[[StackedState], Tensor]:
-    """Build an ``evaluate`` for :func:`retrain`: the outputs ``(models, N, ...)`` of every model on ``inputs``."""
-    skeleton = make_model().eval()
-
-    def evaluate(state: StackedState) -> Tensor:
-        with torch.no_grad():
-            return vmap(lambda one: functional_call(skeleton, one, (inputs,)))(state)
-
-    return evaluate
-
-
-def _train_group(
+def train_stacked(
     make_model: Callable[[], nn.Module],
     inputs: Tensor,
     targets: Tensor,
     subsets: Sequence[np.ndarray],
     seeds: Sequence[int],
+    *,
     epochs: int,
     batch_size: int,
+    lr: LearningRate,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    loss: Loss = nn.functional.cross_entropy,
+    initial: StackedState | None = None,
+) -> StackedState:
+    """Train M models in lock-step with SGD, as M separate :class:`torch.optim.SGD` loops would.
+
+    Every model sees only its own subset, in its own shuffled order (``torch.randperm`` of a generator seeded
+    with its seed), from its own initialisation; the loss is the mean over a batch of its subset. The last,
+    short batch of an epoch is used. Models are in training mode; dropout, if any, draws from torch's global
+    generator, which is left as it was found.
+
+    Args:
+        make_model: builds a freshly initialised model; called under ``torch.manual_seed(seed)``.
+        inputs: training inputs, shape ``(N, ...)``.
+        targets: training targets, shape ``(N, ...)``.
+        subsets: M index arrays of one length, the examples each model is trained on.
+        seeds: M seeds, one a model, for initialisation and batch order.
+        epochs: passes over the subset.
+        batch_size: examples in a batch.
+        lr: learning rate, constant or by optimizer step (counted from 0 in this call).
+        momentum: heavy-ball momentum, as in :class:`torch.optim.SGD`; its velocity starts at zero.
+        weight_decay: coupled L2 coefficient, as in :class:`torch.optim.SGD`.
+        loss: mean loss of ``(outputs, targets)``.
+        initial: weights to start from: one state dict for all, or the stacked states of all M models.
+
+    Returns:
+        The stacked final states.
+
+    Raises:
+        ValueError: for no, empty or unequally long subsets, or an optimizer setting out of range.
+        MismatchError: if subsets and seeds, inputs and targets, or the initial state and model do not match.
+    """
+    _check_pairs(subsets, seeds)
+    _check_setting(len(inputs), len(targets), epochs, batch_size, momentum)
+    sizes = sorted({len(subset) for subset in subsets})
+    if len(sizes) != 1:
+        raise ValueError(f"models in lock-step need subsets of one length, got lengths {sizes}; retrain() groups them")
+    rate = lr if callable(lr) else lambda _step: float(lr)
+    indices = torch.from_numpy(np.stack(subsets)).long()  # (M, n)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with torch.random.fork_rng():
+        skeleton, parameters, buffers = _initialise(make_model, seeds, initial, inputs.device)
+        velocity = {name: torch.zeros_like(value) for name, value in parameters.items()}
+
+        def model_loss(one: StackedState, static: StackedState, x: Tensor, y: Tensor) -> Tensor:
+            return loss(functional_call(skeleton, {**one, **static}, (x,)), y)
+
+        losses = vmap(model_loss, randomness="different")
+        count = 0
+        for _ in range(epochs):
+            order = torch.stack([torch.randperm(sizes[0], generator=generator) for generator in generators])
+            shuffled = torch.gather(indices, 1, order)
+            for batch in torch.split(shuffled, batch_size, dim=1):  # batch: (M, b) indices of examples
+                total = losses(parameters, buffers, inputs[batch], targets[batch]).sum()
+                gradients = torch.autograd.grad(total, list(parameters.values()))
+                _descend(parameters, velocity, gradients, rate(count), momentum, weight_decay)
+                count += 1
+    return {name: value.detach() for name, value in {**parameters, **buffers}.items()}
+
+
+def stacked_outputs(make_model: Callable[[], nn.Module], inputs: Tensor) -> Callable[[StackedState], Tensor]:
+    """Build an ``evaluate`` for :func:`retrain`: the outputs ``(models, N, ...)`` of every model on ``inputs``."""
+    with torch.random.fork_rng():
+        skeleton = make_model().to(inputs.device).eval()
+
+    def evaluate(state: StackedState) -> Tensor:
+        with torch.no_grad():
+            outputs: Tensor = vmap(lambda one: functional_call(skeleton, one, (inputs,)))(state)
+        return outputs
+
+    return evaluate
+
+
+def _descend(
+    parameters: StackedState,
+    velocity: StackedState,
+    gradients: Sequence[Tensor],
     lr: float,
     momentum: float,
     weight_decay: float,
-    loss: Callable[[Tensor, Tensor], Tensor],
-) -> StackedState:
-    models, generators = [], []
+) -> None:
+    with torch.no_grad():
+        for (name, value), gradient in zip(parameters.items(), gradients, strict=True):
+            velocity[name].mul_(momentum).add_(gradient).add_(value, alpha=weight_decay)
+            value.sub_(velocity[name], alpha=lr)
+
+
+def _initialise(
+    make_model: Callable[[], nn.Module], seeds: Sequence[int], initial: StackedState | None, device: torch.device
+) -> tuple[nn.Module, StackedState, StackedState]:
+    """Build all models; return one of them as a skeleton, and the stacked parameters and buffers of all."""
+    models = []
     for seed in seeds:
         torch.manual_seed(seed)
-        models.append(make_model().to(inputs.device).train())
-        generators.append(torch.Generator().manual_seed(seed))
+        models.append(make_model().to(device).train())
     parameters, buffers = stack_module_state(models)
-    velocity = {name: torch.zeros_like(value) for name, value in parameters.items()}
-    skeleton, indices = models[0], torch.from_numpy(np.stack(subsets))
-
-    def model_loss(one: StackedState, static: StackedState, x: Tensor, y: Tensor) -> Tensor:
-        return loss(functional_call(skeleton, {**one, **static}, (x,)), y)
-
-    def step(batch: Tensor) -> None:  # batch: (m, b) indices of examples
-        total = vmap(model_loss)(parameters, buffers, inputs[batch], targets[batch]).sum()
-        gradients = torch.autograd.grad(total, list(parameters.values()))
+    if initial is not None:
+        single = _is_single(make_model, initial)
         with torch.no_grad():
-            for (name, value), gradient in zip(parameters.items(), gradients, strict=True):
-                velocity[name].mul_(momentum).add_(gradient).add_(value, alpha=weight_decay)
-                value.sub_(velocity[name], alpha=lr)
+            for name, value in {**parameters, **buffers}.items():
+                if name not in initial:
+                    continue
+                start = initial[name].to(device)
+                if not single and len(start) != len(seeds):
+                    raise MismatchError(f"initial holds the states of {len(start)} models, but there are {len(seeds)}")
+                value.copy_(start.expand_as(value))
+    return models[0], parameters, buffers
 
-    for _ in range(epochs):
-        order = torch.stack([torch.randperm(indices.shape[1], generator=g) for g in generators])
-        shuffled = torch.gather(indices, 1, order)
-        for first in range(0, shuffled.shape[1], batch_size):
-            step(shuffled[:, first : first + batch_size])
-    return {name: value.detach() for name, value in {**parameters, **buffers}.items()}
+
+def _is_single(make_model: Callable[[], nn.Module], initial: StackedState) -> bool:
+    """Whether ``initial`` is one model's state dict (True) or a stack of several (False)."""
+    with torch.random.fork_rng():
+        model = make_model()
+    own = {name: tuple(value.shape) for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    saved = model.state_dict().keys()  # without the buffers that are not persistent, with every name of a tied weight
+    given = {name: tuple(value.shape) for name, value in initial.items()}
+    wrong = sorted((own.keys() & saved) - given.keys() | given.keys() - own.keys() - saved)
+    common = own.keys() & given.keys()
+    if not wrong and all(given[name] == own[name] for name in common):
+        return True
+    wrong += sorted(name for name in common if given[name][1:] != own[name])
+    if wrong:
+        raise MismatchError(f"the initial state does not fit the model at {wrong[:5]}; give its state dict, or a stack")
+    return False
+
+
+def _lockstep_groups(subsets: Sequence[np.ndarray], group: int) -> list[list[int]]:
+    """Positions of the subsets in groups of one length and at most ``group`` members."""
+    by_length: dict[int, list[int]] = {}
+    for position, subset in enumerate(subsets):
+        by_length.setdefault(len(subset), []).append(position)
+    return [same[i : i + group] for same in by_length.values() for i in range(0, len(same), group)]
+
+
+def _check_pairs(subsets: Sequence[np.ndarray], seeds: Sequence[int]) -> None:
+    if len(subsets) == 0:
+        raise ValueError("there is nothing to train: got no subsets")
+    if len(subsets) != len(seeds):
+        raise MismatchError(f"got {len(subsets)} subsets but {len(seeds)} seeds; give one seed a subset")
+    for position, subset in enumerate(subsets):
+        if len(subset) == 0 or not np.issubdtype(np.asarray(subset).dtype, np.integer):
+            raise ValueError(
+                f"subset {position} must be a non-empty array of example indices, got {np.asarray(subset).dtype} "
+                f"of length {len(subset)}; np.flatnonzero turns a mask into indices"
+            )
+
+
+def _check_setting(n_inputs: int, n_targets: int, epochs: int, batch_size: int, momentum: float) -> None:
+    if n_inputs != n_targets:
+        raise MismatchError(f"got {n_inputs} inputs but {n_targets} targets; give one target an input")
+    if epochs < 1 or batch_size < 1:
+        raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must lie in [0, 1), got {momentum}")

@@ -1,0 +1,124 @@
+"""What every comparison of scores with retrainings shares: checked inputs, subset predictions, resampling."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from source_proj.errors import MismatchError
+from source_proj.evaluate._ranks import Floats
+
+__all__ = ["Retrainings", "bootstrap_weights", "percentile_interval", "subset_predictions"]
+
+_QUERY_BLOCK = 64  # rows of scores held in float64 at a time
+
+
+@dataclass(frozen=True)
+class Retrainings:
+    """Checked subsets and what models retrained on them measured.
+
+    Attributes:
+        masks: ``(M, N)`` bool, True for an example that was kept.
+        measured: ``(M, R, Q)`` float64.
+    """
+
+    masks: NDArray[np.bool_]
+    measured: Floats
+
+    @classmethod
+    def check(cls, masks: ArrayLike, outcomes: ArrayLike) -> "Retrainings":
+        """Validate shapes, types and finiteness.
+
+        Raises:
+            TypeError: if masks are not boolean.
+            ValueError: for wrong dimensions, fewer than three subsets, or values that are not finite.
+            MismatchError: if masks and outcomes differ in the number of subsets.
+        """
+        kept, measured = np.asarray(masks), np.asarray(outcomes, dtype=np.float64)
+        if kept.dtype != np.bool_:
+            raise TypeError(f"masks must be boolean, True for a kept example; got dtype {kept.dtype}")
+        if kept.ndim != 2 or kept.size == 0:
+            raise ValueError(f"masks must have shape (subsets, examples), got shape {kept.shape}")
+        if measured.ndim == 2:
+            measured = measured[:, None, :]
+        if measured.ndim != 3 or measured.size == 0:
+            raise ValueError(
+                "outcomes must have shape (subsets, retrainings, queries) or (subsets, queries), "
+                f"got shape {np.shape(outcomes)}"
+            )
+        if len(kept) != len(measured):
+            raise MismatchError(
+                f"masks describe {len(kept)} subsets but outcomes {len(measured)}; give one row of outcomes a subset"
+            )
+        if len(kept) < 3:
+            raise ValueError(f"a correlation over subsets needs at least 3 of them, got {len(kept)}")
+        _refuse_nonfinite(measured, "outcomes", "(subset, retraining, query)")
+        return cls(kept, measured)
+
+    @property
+    def mean(self) -> Floats:
+        """Measurement of each query on each subset, averaged over retrainings: ``(Q, M)``."""
+        return np.ascontiguousarray(self.measured.mean(axis=1).T)
+
+
+def subset_predictions(scores: ArrayLike, retrainings: Retrainings) -> Floats:
+    """Sum each query's scores over the kept examples of every subset: ``(Q, M)`` in float64.
+
+    Raises:
+        ValueError: if scores are not a finite matrix.
+        MismatchError: if scores, masks and outcomes disagree on N or Q.
+    """
+    matrix = np.asarray(scores)
+    if matrix.ndim != 2 or matrix.size == 0:
+        raise ValueError(f"scores must have shape (queries, examples), got shape {matrix.shape}")
+    n, q = retrainings.masks.shape[1], retrainings.measured.shape[2]
+    if matrix.shape[1] != n:
+        raise MismatchError(f"scores cover {matrix.shape[1]} training examples but masks {n}; use one training set")
+    if matrix.shape[0] != q:
+        raise MismatchError(f"scores have {matrix.shape[0]} queries but outcomes {q}; use the same queries in both")
+    _refuse_nonfinite(matrix, "scores", "(query, example)")
+    kept = retrainings.masks.T.astype(np.float64)
+    predicted = np.empty((q, kept.shape[1]))
+    for start in range(0, q, _QUERY_BLOCK):
+        block = slice(start, start + _QUERY_BLOCK)
+        rows = matrix[block].astype(np.float64)
+        np.matmul(rows, kept, out=predicted[block])
+        # Summation order alone moves a sum by ~1e-16 of the absolute mass: below that it says nothing.
+        flat = np.ptp(predicted[block], axis=1) <= 1e-12 * np.abs(rows).sum(axis=1)
+        _refuse_constant(flat, start, "the scores predict the same value for every subset")
+    flat = np.ptp(retrainings.mean, axis=1) == 0
+    _refuse_constant(flat, 0, "the outcomes are the same on every subset")
+    return predicted
+
+
+def bootstrap_weights(count: int, replicates: int, seed: int) -> Floats:
+    """How often each of ``count`` subsets occurs in each resampling with replacement: ``(replicates, count)``.
+
+    Raises:
+        ValueError: if replicates is negative.
+    """
+    if replicates < 0:
+        raise ValueError(f"bootstrap must be the number of resamplings (0 for none), got {replicates}")
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(count, np.full(count, 1 / count), size=replicates).astype(np.float64)
+
+
+def percentile_interval(replicates: Floats, level: float = 0.95) -> tuple[float, float]:
+    """Central percentile interval of bootstrap replicates; NaNs if there are none."""
+    if replicates.size == 0:
+        return (float("nan"), float("nan"))
+    low, high = np.nanquantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    return (float(low), float(high))
+
+
+def _refuse_nonfinite(values: NDArray[np.generic], name: str, axes: str) -> None:
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        where = tuple(int(i) for i in bad[0])
+        raise ValueError(f"{name} hold {len(bad)} values that are not finite, the first at {axes} = {where}")
+
+
+def _refuse_constant(flat: NDArray[np.bool_], offset: int, what: str) -> None:
+    queries = (np.flatnonzero(flat) + offset).tolist()
+    if queries:
+        raise ValueError(f"{what} for queries {queries[:10]}, so no correlation exists; leave these queries out")

@@ -1,0 +1,86 @@
+"""Calibration: is a predicted change of 1 followed by an actual change of 1?"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from source_proj.evaluate._counterfactual import (
+    Retrainings,
+    bootstrap_weights,
+    percentile_interval,
+    subset_predictions,
+)
+from source_proj.evaluate._ranks import Floats
+
+__all__ = ["Calibration", "calibration"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Least-squares slope of measured against predicted outcomes.
+
+    Attributes:
+        slope: pooled over queries; 1 when the scores' unit is right, above 1 when they predict too little.
+        interval: 95 % bootstrap interval over subsets; NaNs when ``bootstrap=0``.
+        per_query: slope of each query, shape ``(Q,)``.
+        correlation: Pearson correlation of the pooled, per-query centred pairs.
+    """
+
+    slope: float
+    interval: tuple[float, float]
+    per_query: Floats = field(repr=False)
+    correlation: float
+
+
+def calibration(
+    scores: ArrayLike, masks: ArrayLike, outcomes: ArrayLike, *, bootstrap: int = 1000, seed: int = 0
+) -> Calibration:
+    """Slope of the retrained measurements on the summed scores, each centred within its query.
+
+    With predictions p and measurements y of query q on subset j, both centred over j,
+    ``slope = Σ_qj p y / Σ_qj p²``. Scores predict at fixed 1/N; retraining on a share f of the examples
+    by the mean loss of what is left weighs each of them by 1/(fN), so a first-order exact method shows a
+    slope of about 1/f (2 for half-subsets).
+
+    Args:
+        scores: ``(Q, N)``; positive means that including the example raises the query's measurement.
+        masks: ``(M, N)`` bool; True marks an example the subset keeps.
+        outcomes: measurements ``(M, R, Q)``, or ``(M, Q)`` for one retraining a subset.
+        bootstrap: number of resamplings of subsets; 0 for none.
+        seed: seed of the resampling.
+
+    Raises:
+        TypeError: if masks are not boolean.
+        ValueError: for wrong dimensions, non-finite values, or constant predictions or outcomes.
+        MismatchError: if the three disagree on subsets, examples or queries.
+
+    Example:
+        >>> from source_proj.evaluate import half_subsets
+        >>> masks = half_subsets(40, 25)
+        >>> effect = np.linspace(-1, 1, 40)[None, :]
+        >>> round(calibration(effect / 2, masks, masks @ effect.T).slope, 6)
+        2.0
+    """
+    retrainings = Retrainings.check(masks, outcomes)
+    predicted, measured = subset_predictions(scores, retrainings), retrainings.mean
+    predicted -= predicted.mean(axis=1, keepdims=True)  # (Q, M); keeps the bootstrap's differences accurate
+    measured -= measured.mean(axis=1, keepdims=True)
+    cross, square = (predicted * measured).sum(axis=1), (predicted**2).sum(axis=1)
+    weights = bootstrap_weights(predicted.shape[1], bootstrap, seed)
+    return Calibration(
+        slope=float(cross.sum() / square.sum()),
+        interval=percentile_interval(_replicates(predicted, measured, weights)),
+        per_query=cross / square,
+        correlation=float(cross.sum() / np.sqrt(square.sum() * (measured**2).sum())),
+    )
+
+
+def _replicates(predicted: Floats, measured: Floats, weights: Floats) -> Floats:
+    if len(weights) == 0:
+        return np.empty(0)
+    count = predicted.shape[1]
+    # Weighted moments of every query at once: (B, M) @ (M, Q), centred anew in each resampling.
+    cross = weights @ (predicted * measured).T - (weights @ predicted.T) * (weights @ measured.T) / count
+    square = weights @ (predicted**2).T - (weights @ predicted.T) ** 2 / count
+    return np.asarray(cross.sum(axis=1) / square.sum(axis=1))

@@ -1,0 +1,221 @@
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from source_proj.errors import MismatchError
+from source_proj.evaluate import compare, half_subsets, lds, mean_lds, noise_ceiling
+
+
+def problem(m=20, r=4, q=3, n=30, noise=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    masks = half_subsets(n, m, seed=seed)
+    effect = rng.normal(size=(q, n))
+    outcomes = (masks @ effect.T)[:, None, :] + noise * rng.normal(size=(m, r, q))
+    return effect, masks, outcomes
+
+
+def naive_lds(scores, masks, outcomes):
+    values = []
+    for q, row in enumerate(scores):
+        predicted = [sum(row[z] for z in range(len(row)) if mask[z]) for mask in masks]
+        measured = [np.mean(outcome[:, q]) for outcome in outcomes]
+        values.append(scipy.stats.spearmanr(predicted, measured).statistic)
+    return np.array(values)
+
+
+def test_equals_its_naive_twin():
+    effect, masks, outcomes = problem(q=70)  # more queries than one block of rows
+    scores = effect + np.random.default_rng(1).normal(size=effect.shape)
+    result = lds(scores, masks, outcomes)
+    expected = naive_lds(scores, masks, outcomes)
+    np.testing.assert_allclose(result.per_query, expected, rtol=1e-10)
+    assert result.value == pytest.approx(expected.mean())
+
+
+def test_interval_equals_a_naive_bootstrap():
+    effect, masks, outcomes = problem(noise=4.0)
+    result = lds(effect, masks, outcomes, bootstrap=2000, seed=1)
+    rng = np.random.default_rng(2)  # other draws of the same distribution
+    replicates = []
+    for _ in range(2000):
+        chosen = rng.integers(0, len(masks), size=len(masks))
+        predicted, measured = masks[chosen] @ effect.T, outcomes[chosen].mean(1)
+        pairs = [scipy.stats.spearmanr(predicted[:, q], measured[:, q]).statistic for q in range(3)]
+        replicates.append(np.mean(pairs))
+    spread = np.std(replicates)
+    # A 2.5 % quantile of 2,000 draws has standard error .06 spreads; the two differ by √2 of it.
+    assert np.abs(np.array(result.interval) - np.quantile(replicates, [0.025, 0.975])).max() < 5 * 0.085 * spread
+    assert abs(result.replicates.mean() - np.mean(replicates)) < 5 * spread * np.sqrt(2 / 2000)
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    truth = lds(*_wide_problem(4000, seed=99), bootstrap=0).value
+    hits = [_covers(lds(*_wide_problem(60, seed=s), bootstrap=200), truth) for s in range(200)]
+    # 95 % nominal; percentile intervals of rank correlations are a little narrow. 5σ of 200 trials is .08.
+    assert np.mean(hits) > 0.95 - 0.08
+
+
+def _wide_problem(m, seed):
+    rng = np.random.default_rng(0)
+    effect, scores = rng.normal(size=(2, 2, 30)) + rng.normal(size=(2, 30))
+    masks = half_subsets(30, m, seed=seed)
+    return scores, masks, masks @ effect.T + 2 * np.random.default_rng(seed).normal(size=(m, 2))
+
+
+def _covers(result, truth):
+    return result.interval[0] <= truth <= result.interval[1]
+
+
+def test_perfect_and_reversed_predictions():
+    effect, masks, outcomes = problem(noise=0.0)
+    assert lds(effect, masks, outcomes).value == pytest.approx(1)
+    assert lds(-effect, masks, outcomes).value == pytest.approx(-1)
+
+
+def test_any_monotone_transform_of_one_query_changes_nothing():
+    effect, masks, outcomes = problem()
+    noisy = effect + np.random.default_rng(5).normal(size=effect.shape)
+    single = outcomes.mean(1)
+    np.testing.assert_allclose(
+        lds(7 * noisy, masks, np.exp(single / 9)).per_query, lds(noisy, masks, single).per_query, rtol=1e-12
+    )
+
+
+def test_accepts_tensors_scores_objects_and_single_retrainings():
+    effect, masks, outcomes = problem()
+    single = lds(effect, masks, outcomes[:, 0])
+    assert single.ceiling is None
+    assert lds(torch.tensor(effect), torch.tensor(masks), torch.tensor(outcomes[:, 0])).value == single.value
+    assert str(single).startswith("LDS ")
+
+
+def test_same_seed_same_interval_and_no_bootstrap_no_interval():
+    effect, masks, outcomes = problem()
+    assert lds(effect, masks, outcomes, seed=3).interval == lds(effect, masks, outcomes, seed=3).interval
+    assert np.isnan(lds(effect, masks, outcomes, bootstrap=0).interval).all()
+
+
+def test_compare_is_paired():
+    effect, masks, outcomes = problem(m=40, noise=3.0)
+    rng = np.random.default_rng(1)
+    good, bad = (lds(effect + s * rng.normal(size=effect.shape), masks, outcomes) for s in (0.1, 2.0))
+    difference = compare(good, bad)
+    assert difference.value == pytest.approx(good.value - bad.value)
+    np.testing.assert_allclose(difference.interval, np.quantile(good.replicates - bad.replicates, [0.025, 0.975]))
+    assert compare(good, good).interval == (0.0, 0.0)
+    assert not compare(good, good).significant
+
+
+def test_mean_over_runs():
+    effect, masks, outcomes = problem()
+    rng = np.random.default_rng(1)
+    runs = [lds(effect + rng.normal(size=effect.shape), masks, outcomes) for _ in range(3)]
+    mean = mean_lds(runs)
+    assert mean.value == pytest.approx(np.mean([run.value for run in runs]))
+    np.testing.assert_allclose(mean.per_query, np.mean([run.per_query for run in runs], axis=0))
+    np.testing.assert_allclose(
+        mean.interval, np.quantile(np.mean([run.replicates for run in runs], axis=0), [0.025, 0.975])
+    )
+
+
+def test_unpaired_results_are_refused():
+    effect, masks, outcomes = problem()
+    other = problem(seed=4)
+    with pytest.raises(MismatchError, match="not paired"):
+        compare(lds(effect, masks, outcomes), lds(*other))
+    with pytest.raises(MismatchError, match="not paired"):
+        mean_lds([lds(effect, masks, outcomes, seed=0), lds(effect, masks, outcomes, seed=1)])
+    with pytest.raises(ValueError, match="at least one"):
+        mean_lds([])
+
+
+@pytest.mark.parametrize("r", [2, 3, 4, 5])
+def test_noise_ceiling_equals_its_naive_twin(r):
+    _, _, outcomes = problem(r=r, noise=3.0)
+    half, correlations = r // 2, []
+    for left in itertools.combinations(range(r), half):
+        for right in itertools.combinations(set(range(r)) - set(left), half):
+            for q in range(outcomes.shape[2]):
+                a, b = (outcomes[:, list(side), q].mean(1) for side in (left, right))
+                correlations.append(scipy.stats.spearmanr(a, b).statistic)
+    one = np.mean(correlations)  # of half means; every pair of halves counted twice
+    factor = r / half
+    expected = factor * one / (1 + (factor - 1) * one)
+    reliability, ceiling = noise_ceiling(outcomes)
+    assert reliability == pytest.approx(expected)
+    assert ceiling == pytest.approx(np.sqrt(expected))
+
+
+def test_noise_ceiling_is_what_the_true_effect_reaches():
+    """Normal signal and noise of equal variance: r = (2/π·3) asin(ρ/2) for Spearman; ρ_half = 1.5/2.5."""
+    rng = np.random.default_rng(0)
+    m, r = 3000, 3
+    signal = rng.normal(size=(m, 1, 4))
+    outcomes = signal + rng.normal(size=(m, r, 4))
+    reliability, ceiling = noise_ceiling(outcomes)
+    one = 6 / np.pi * np.arcsin(1 / 2 / 2)  # halves of one retraining each: ρ = 1/2
+    expected = 3 * one / (1 + 2 * one)
+    assert reliability == pytest.approx(expected, abs=0.02)  # 5σ: dρ ≈ 1/√(m·4) each
+    reached = np.mean([scipy.stats.spearmanr(signal[:, 0, q], outcomes.mean(1)[:, q]).statistic for q in range(4)])
+    assert ceiling == pytest.approx(reached, abs=0.03)  # Spearman-Brown is exact for Pearson only
+
+
+def test_many_retrainings_use_random_splits():
+    _, _, outcomes = problem(r=9, noise=2.0)
+    first, again = noise_ceiling(outcomes, seed=1), noise_ceiling(outcomes, seed=1)
+    assert first == again
+    assert first[0] == pytest.approx(noise_ceiling(outcomes, seed=2)[0], abs=0.1)
+
+
+def test_pure_noise_has_a_low_ceiling_and_never_a_complex_one():
+    outcomes = np.random.default_rng(3).normal(size=(12, 2, 1))
+    outcomes[:, 1] = -outcomes[:, 0]
+    assert noise_ceiling(outcomes) == (0.0, 0.0)
+
+
+def bad(**changes):
+    effect, masks, outcomes = problem()
+    return {"scores": effect, "masks": masks, "outcomes": outcomes, **changes}
+
+
+def with_nan(values):
+    values = values.copy()
+    values.flat[7] = np.nan
+    return values
+
+
+EFFECT, MASKS, OUTCOMES = problem()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"masks": MASKS.astype(int)}, TypeError, "boolean"),
+        ({"masks": MASKS[0]}, ValueError, r"shape \(subsets, examples\)"),
+        ({"masks": MASKS[:0], "outcomes": OUTCOMES[:0]}, ValueError, "shape"),
+        ({"masks": MASKS[:2], "outcomes": OUTCOMES[:2]}, ValueError, "at least 3"),
+        ({"masks": MASKS[:-1]}, MismatchError, "19 subsets but outcomes 20"),
+        ({"outcomes": OUTCOMES[:, :, :, None]}, ValueError, "outcomes must have shape"),
+        ({"outcomes": with_nan(OUTCOMES)}, ValueError, r"\(0, 2, 1\)"),
+        ({"outcomes": np.ones_like(OUTCOMES)}, ValueError, "same on every subset"),
+        ({"scores": EFFECT[:, :-1]}, MismatchError, "29 training examples but masks 30"),
+        ({"scores": EFFECT[:-1]}, MismatchError, "2 queries but outcomes 3"),
+        ({"scores": EFFECT[0]}, ValueError, r"\(queries, examples\)"),
+        ({"scores": with_nan(EFFECT)}, ValueError, r"\(0, 7\)"),
+        ({"scores": np.zeros_like(EFFECT)}, ValueError, r"queries \[0, 1, 2\]"),
+        ({"scores": np.full_like(EFFECT, 0.1)}, ValueError, "same value for every subset"),
+        ({"bootstrap": -1}, ValueError, "-1"),
+    ],
+)
+def test_degenerate_input_is_refused(changes, error, message):
+    with pytest.raises(error, match=message):
+        lds(**bad(**changes))
+
+
+@pytest.mark.parametrize("outcomes", [OUTCOMES[:, 0], OUTCOMES[:, :1], OUTCOMES[:2], with_nan(OUTCOMES)])
+def test_noise_ceiling_refuses(outcomes):
+    with pytest.raises(ValueError, match="outcomes"):
+        noise_ceiling(outcomes)
