@@ -30,11 +30,11 @@ def kronecker_split(dim: int) -> tuple[int, int]:
     return left, dim // left
 
 
-def _factors(out: Tensor, offset: int, shape: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
+def _factors(out: Tensor, offset: int, shape: tuple[int, int], seed: int, backend: str) -> tuple[Tensor, Tensor]:
     """Signs of P^T (o, k_o) and Q^T (i, k_i)."""
     k_o, k_i = kronecker_split(out.shape[1])
-    left = sign_tile(offset, offset + shape[0], k_o, seed=seed, tag=TAG_LEFT)
-    right = sign_tile(offset, offset + shape[1], k_i, seed=seed, tag=TAG_RIGHT)
+    left = sign_tile(offset, offset + shape[0], k_o, seed=seed, tag=TAG_LEFT, backend=backend)
+    right = sign_tile(offset, offset + shape[1], k_i, seed=seed, tag=TAG_RIGHT, backend=backend)
     return left.to(out.device), right.to(out.device)
 
 
@@ -42,7 +42,7 @@ def kronecker_add_(
     out: Tensor, rows: Tensor, offset: int, shape: tuple[int, int], *, seed: int, backend: str = "torch"
 ) -> None:
     """Add vec(P G_b Q^T) to out (B, k), for the gradients rows (B, o i) of one parameter of shape (o, i)."""
-    left, right = _factors(out, offset, shape, seed)
+    left, right = _factors(out, offset, shape, seed, backend)
     gradient = rows.reshape(-1, *shape)  # (B, o, i)
     # The shorter chain of the two products; which one it is depends on shapes alone.
     (o, i), (k_o, k_i) = shape, (left.shape[1], right.shape[1])
@@ -57,7 +57,7 @@ def kronecker_add_outer_(
     out: Tensor, left: Tensor, right: Tensor, offset: int, *, seed: int, backend: str = "torch"
 ) -> None:
     """Add vec(sum_t (P left_t)(Q right_t)^T) to out (B, k), for left (B, T, o) and right (B, T, i)."""
-    signs_left, signs_right = _factors(out, offset, (left.shape[2], right.shape[2]), seed)
+    signs_left, signs_right = _factors(out, offset, (left.shape[2], right.shape[2]), seed, backend)
     a = left @ signs_left  # (B, T, k_o)
     b = right @ signs_right  # (B, T, k_i)
     out.add_((a.transpose(1, 2) @ b).flatten(1), alpha=out.shape[1] ** -0.5)

@@ -1,10 +1,120 @@
-"""Loads the compiled kernels, where they were built."""
+"""Loads the compiled kernels of native.c, where they were built, and shares work among threads."""
 
 import ctypes
+import functools
+import importlib.util
+import itertools
+import os
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 
-__all__ = ["native_library"]
+import torch
+from torch import Tensor
+
+__all__ = ["LANES", "aligned_scratch", "native_level", "native_library", "run_jobs"]
+
+LANES = 16  # examples that native.c interleaves
+_VERSION = 1
+_WORTH_THREADS = 100_000  # nanoseconds of work below which waking another thread costs more than it saves
+
+_pointer, _int, _i64, _u32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
+_u64, _float = ctypes.c_uint64, ctypes.c_float
+_SIGNATURES = {
+    "sp_table": [_pointer, _u64, _i64, _u64, _u32, _u32],
+    "sp_signs": [_pointer, _u64, _i64, _i64, _u64, _u32],
+    "sp_add_rows": [_pointer, _i64, _pointer, _i64, _i64, _i64, _u64, _u64, _u32, _u32, _float],
+    "sp_add_lanes": [_pointer, _pointer, _i64, _int, _i64, _u64, _u64, _u32, _u32],
+    "sp_gather_lanes": [_pointer, _i64, _pointer, _i64, _int, _i64, _float],
+    "sp_outer_lanes": [
+        *(_pointer, _pointer, _pointer, _i64, _i64, _pointer, _i64, _i64),
+        *(_int, _i64, _i64, _i64, _u64, _u64, _u32, _u32),
+    ],
+}
 
 
+@functools.cache
 def native_library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where the package was installed without a compiler."""
-    return None
+    found = importlib.util.find_spec(f"{__package__}._native")
+    if found is None or found.origin is None:
+        return None
+    library = ctypes.CDLL(found.origin)
+    version = ctypes.c_int.in_dll(library, "sp_version").value
+    if version != _VERSION:
+        warnings.warn(
+            f"the compiled kernels are of version {version}, the package of {_VERSION}: "
+            "the slower torch backend serves until the package is installed again",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    for name, types in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, None
+    return library
+
+
+def native_level() -> int:
+    """Instruction set that the compiled kernels use here: 2 is AVX-512, 1 is AVX2, 0 is the compiler's baseline."""
+    library = native_library()
+    return 0 if library is None else int(library.sp_level())
+
+
+_local = threading.local()
+
+
+def aligned_scratch(name: str, count: int) -> Tensor:
+    """Memory of this thread for count float32 numbers, at an address that 64 divides, kept from call to call.
+
+    Fresh memory is costly: the kernel must clear every page of it.
+    """
+    kept: Tensor | None = getattr(_local, name, None)
+    if kept is None or kept.numel() < count:
+        memory = torch.empty(count + LANES, dtype=torch.float32)
+        skip = -(memory.data_ptr() // 4) % LANES
+        kept = memory[skip : skip + count]
+        setattr(_local, name, kept)
+    return kept[:count]
+
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def _forget_pool() -> None:
+    global _pool
+    _pool = None  # its threads do not live on in a forked process
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+def run_jobs(jobs: Sequence[Callable[[], None]], nanoseconds: float) -> None:
+    """Run jobs of about so many nanoseconds in all, on up to torch.get_num_threads() threads, this one among them.
+
+    Which thread does which job is left open, so jobs must not share outputs. They may not call torch operators that
+    use threads of their own.
+    """
+    global _pool
+    workers = min(torch.get_num_threads(), len(jobs))
+    if workers <= 1 or nanoseconds < _WORTH_THREADS:
+        for job in jobs:
+            job()
+        return
+    if _pool is None:
+        _pool = ThreadPoolExecutor(max(os.cpu_count() or 1, workers), thread_name_prefix="sketch")
+    tickets = itertools.count()  # next() of it is atomic
+
+    def work() -> None:
+        while (ticket := next(tickets)) < len(jobs):
+            jobs[ticket]()
+
+    helpers = [_pool.submit(work) for _ in range(workers - 1)]
+    try:
+        work()
+    finally:  # the outputs belong to the caller again only when nobody writes to them
+        wait(helpers)
+    for helper in helpers:
+        helper.result()

@@ -5,10 +5,13 @@ The sign of entry (column c, coordinate i) is bit c % 128 of the 128 bits of Phi
 Achlioptas, "Database-friendly random projections" (2003).
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from .native import native_library, run_jobs
 from .philox import philox4x32, sign_bits
 from .tiles import outer_tiles
 
@@ -21,13 +24,30 @@ _TILE = 1 << 20  # entries of the matrix that are held at once
 _OUTER_TILE = 1 << 18  # numbers of the gradients of one tile
 
 
-def sign_tile(start: int, stop: int, count: int, *, seed: int, tag: int = TAG_DENSE) -> Tensor:
+def sign_tile(start: int, stop: int, count: int, *, seed: int, tag: int = TAG_DENSE, backend: str = "torch") -> Tensor:
     """Signs of the coordinates [start, stop) in columns [0, count): (stop - start, count) float32, each 1 or -1."""
+    if backend == "native":
+        return _sign_tile_native(start, stop, count, seed, tag)
     coordinates = np.arange(start, stop, dtype=np.uint64)[:, None]
     words = np.arange(-(-count // 128), dtype=np.uint64)
     random = philox4x32(coordinates & _WORD, coordinates >> np.uint64(32), words, tag, seed=seed)
     bits = sign_bits(random.reshape(stop - start, 4 * words.size))[:, :count]
     return torch.from_numpy(1 - 2 * bits.astype(np.float32))
+
+
+def _sign_tile_native(start: int, stop: int, count: int, seed: int, tag: int) -> Tensor:
+    library, rows = native_library(), stop - start
+    if library is None:
+        raise RuntimeError("the compiled kernels are not there; use backend 'torch'")
+    tile = torch.empty(rows, count)
+    share = max(1, -(-rows // 8))
+
+    def fill(first: int) -> None:
+        number = min(share, rows - first)
+        library.sp_signs(tile[first].data_ptr(), start + first, number, count, seed, tag)
+
+    run_jobs([partial(fill, first) for first in range(0, rows, share)], 0.1 * tile.numel())
+    return tile
 
 
 def rademacher_add_(out: Tensor, rows: Tensor, offset: int, *, seed: int, backend: str = "torch") -> None:
@@ -36,13 +56,13 @@ def rademacher_add_(out: Tensor, rows: Tensor, offset: int, *, seed: int, backen
     step = max(_TILE // dim, 1)
     for start in range(0, rows.shape[1], step):
         piece = rows[:, start : start + step]
-        signs = sign_tile(offset + start, offset + start + piece.shape[1], dim, seed=seed)
+        signs = sign_tile(offset + start, offset + start + piece.shape[1], dim, seed=seed, backend=backend)
         out.addmm_(piece, signs.to(out.device), alpha=dim**-0.5)
 
 
 def rademacher_add_outer_(
     out: Tensor, left: Tensor, right: Tensor, offset: int, *, seed: int, backend: str = "torch"
 ) -> None:
-    """Add R vec(sum_t left_t (x) right_t), for left (B, T, o) and right (B, T, i), to out (B, k); all float32, in place."""
+    """Add R vec(sum_t left_t (x) right_t), left (B, T, o) and right (B, T, i), to out (B, k), in place; all float32."""
     for some, start, tile in outer_tiles(left, right, _OUTER_TILE):
         rademacher_add_(out[some], tile, offset + start, seed=seed, backend=backend)

@@ -10,7 +10,7 @@ block. For copy j < nnz, with Philox under the key of the seed:
 
 Within a block no two coordinates share a column, also in a last, short block, as the map is affine with a unit
 multiplier. Charikar, Chen and Farach-Colton, "Finding frequent items in data streams" (2002), is the unblocked case.
-Sums run in float32; for nnz = 1 in the order of the coordinates, so batch, tile and thread splits do not change a bit.
+Sums run in float32. The number of threads does not change a bit of them, nor, with backend "torch", a split of batches.
 """
 
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .philox import philox4x32, sign_bits
+from .sparse_native import add_native_, add_outer_native_
 from .tiles import outer_tiles
 
 __all__ = ["TAG_PERM", "TAG_SIGN", "sparse_add_", "sparse_add_outer_", "sparse_map"]
@@ -80,15 +81,19 @@ def _negative(start: int, stop: int, seed: int, copy: int) -> NDArray[np.bool_]:
 
 def sparse_add_(out: Tensor, rows: Tensor, offset: int, *, seed: int, nnz: int = 1, backend: str = "torch") -> None:
     """Add R[:, offset : offset + n] rows, for rows (B, n), to out (B, k); both float32, in place."""
-    _add_torch_(out, rows, offset, seed, nnz)
+    add = add_native_ if backend == "native" else _add_torch_
+    add(out, rows, offset, seed, nnz)
 
 
 def sparse_add_outer_(
     out: Tensor, left: Tensor, right: Tensor, offset: int, *, seed: int, nnz: int = 1, backend: str = "torch"
 ) -> None:
-    """Add R vec(sum_t left_t (x) right_t), for left (B, T, o) and right (B, T, i), to out (B, k); all float32, in place."""
+    """Add R vec(sum_t left_t (x) right_t), left (B, T, o) and right (B, T, i), to out (B, k), in place; all float32."""
+    if backend == "native":
+        add_outer_native_(out, left, right, offset, seed, nnz)
+        return
     for some, start, tile in outer_tiles(left, right, _OUTER_TILE):
-        sparse_add_(out[some], tile, offset + start, seed=seed, nnz=nnz, backend=backend)
+        _add_torch_(out[some], tile, offset + start, seed, nnz)
 
 
 def _add_torch_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int) -> None:

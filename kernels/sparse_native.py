@@ -1,0 +1,205 @@
+"""Launches the compiled kernels of the sparse map: which of them, on which examples, in which thread.
+
+Two routes, chosen by shapes alone, never by the number of threads, which therefore changes no bit of a sum:
+
+* lanes: sixteen examples interleaved, summed into an own (k, 16) buffer that is then added to the output. Measured on
+  AVX-512 (Zen 5), per coordinate of all sixteen: 3.2 ns for given rows; for outer products of T steps 1.2 + 0.17 T ns.
+* rows: one example after the other, 0.35 ns per coordinate of each; outer products first become tiles (0.02 T ns).
+
+So the lanes serve groups of at least eight examples, and of fewer where the estimate below says so, unless there are
+too few coordinates to pay for the buffer. Where even fewer groups than `_JOBS` exist, each is split into parts with
+buffers of their own, which are added in order.
+"""
+
+import ctypes
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .native import LANES, aligned_scratch, native_level, native_library, run_jobs
+from .tiles import outer_tiles
+
+__all__ = ["add_native_", "add_outer_native_", "sparse_map_native"]
+
+_NEGATIVE = np.uint32(1 << 31)
+_TILE = 1 << 18  # numbers of a tile of gradients: a megabyte, so that it stays in the second-level cache
+_LANES_DIM = 1 << 18  # beyond it a buffer of sixteen sums per column leaves the caches
+_JOBS = 8  # that a large sum is split into, at least
+_PART = 16  # a part's coordinates, in units of k: keeps the cost of its buffer below a tenth
+_PART_ROWS = 64  # rows of an outer product per part: each part interleaves all of right again
+_BUFFERS = 1 << 24  # numbers in the buffers of parts at one time
+_OUTER_WORK = 12288 * LANES  # numbers of work space of sp_outer_lanes
+_OUTER_COPIES = 64  # largest nnz of sp_outer_lanes
+
+# sum(buffer, first example, examples, part): the interleaved sum of one part of one group
+_Sum = Callable[[Tensor, int, int, int], None]
+
+
+def sparse_map_native(
+    start: int, stop: int, *, dim: int, seed: int, copy: int = 0
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The same as `sparse_map`, by the compiled code that the sums use."""
+    table = np.empty(max(stop - start, 0), np.uint32)
+    _library().sp_table(table.ctypes.data, start, table.size, seed, dim, copy)
+    return (table & ~_NEGATIVE).astype(np.int64), (table & _NEGATIVE) != 0
+
+
+def add_native_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int) -> None:
+    """Add R[:, offset : offset + n] rows (B, n) to out (B, k)."""
+    (batch, count), dim = rows.shape, out.shape[1]
+    if rows.stride(1) != 1 and count > 1:
+        rows = rows.contiguous()
+    pays = count >= dim and dim <= _LANES_DIM
+    laned = _in_lanes(batch, 8) if pays else 0
+    if laned:
+        groups = -(-laned // LANES)
+        parts = max(1, min(-(-_JOBS // groups), count // (_PART * dim)))
+        step = -(-count // parts)
+
+        def add(sums: Tensor, first: int, lanes: int, part: int) -> None:
+            start = part * step
+            _library().sp_add_lanes(
+                sums.data_ptr(),
+                _address(rows, first, start),
+                rows.stride(0),
+                lanes,
+                max(0, min(step, count - start)),
+                offset + start,
+                seed,
+                dim,
+                nnz,
+            )
+
+        _sum_lanes_(out[:laned], parts, nnz, 0.25 * count * nnz, add)
+    if laned < batch:
+        _add_rows_(out[laned:], rows[laned:], offset, seed, nnz)
+
+
+def add_outer_native_(out: Tensor, left: Tensor, right: Tensor, offset: int, seed: int, nnz: int) -> None:
+    """Add R vec(sum_t left_t (x) right_t), for left (B, T, o) and right (B, T, i), to out (B, k)."""
+    (batch, steps, o), i, dim = left.shape, right.shape[2], out.shape[1]
+    left, right = _last_contiguous(left), _last_contiguous(right)
+    work = (1 + steps // 8) * o * i
+    pays = work >= dim and dim <= _LANES_DIM and nnz <= _OUTER_COPIES
+    laned = _in_lanes(batch, _fewest_outer_lanes(steps)) if pays else 0
+    if laned:
+        groups = -(-laned // LANES)
+        parts = max(1, min(-(-_JOBS // groups), work // (_PART * 4 * dim), o // _PART_ROWS))
+        height = -(-o // (4 * parts)) * 4  # whole panels of four rows
+
+        def add(sums: Tensor, first: int, lanes: int, part: int) -> None:
+            row = part * height
+            _library().sp_outer_lanes(
+                sums.data_ptr(),
+                aligned_scratch("work", _OUTER_WORK).data_ptr(),
+                _address(left, first, row),
+                left.stride(0),
+                left.stride(1),
+                _address(right, first, 0),
+                right.stride(0),
+                right.stride(1),
+                lanes,
+                steps,
+                max(0, min(height, o - row)),
+                i,
+                offset + row * i,
+                seed,
+                dim,
+                nnz,
+            )
+
+        _sum_lanes_(out[:laned], parts, nnz, (0.07 * nnz + 0.01 * steps) * o * i, add)
+    if laned < batch:
+        for some, start, tile in outer_tiles(left[laned:], right[laned:], _TILE):
+            _add_rows_(out[laned:][some], tile, offset + start, seed, nnz)
+
+
+def _in_lanes(batch: int, fewest: int) -> int:
+    """How many examples, from the first on, go into lanes: all, but for a last group that would be too empty."""
+    rest = batch % LANES
+    return batch if rest >= fewest else batch - rest
+
+
+def _fewest_outer_lanes(steps: int) -> int:
+    """From how many examples on interleaving costs less than tiles, by the estimates above, in ns per coordinate."""
+    wide = 1.2 + 0.17 * steps
+    if native_level() < 2:
+        wide *= 2  # half as many lanes per instruction, or fewer
+    return min(LANES, int(wide / (0.35 + 0.02 * steps)) + 1)
+
+
+def _sum_lanes_(out: Tensor, parts: int, nnz: int, nanoseconds: float, add: _Sum) -> None:
+    """Add the sums of all parts of all groups of sixteen examples to out; nanoseconds are those of one example."""
+    batch, dim = out.shape
+    jobs: list[Callable[[], None]]
+    if parts == 1:
+
+        def whole(first: int) -> None:
+            lanes = min(LANES, batch - first)
+            sums = aligned_scratch("sums", dim * LANES)
+            add(sums, first, lanes, 0)
+            _gather_(out[first : first + lanes], sums, 1, nnz)
+
+        run_jobs([partial(whole, first) for first in range(0, batch, LANES)], nanoseconds * batch)
+        return
+    # Rounds bound the memory of the buffers.
+    size = parts * dim * LANES
+    for start in range(0, batch, max(1, _BUFFERS // size) * LANES):
+        firsts = range(start, min(batch, start + max(1, _BUFFERS // size) * LANES), LANES)
+        buffers = aligned_scratch("parts", len(firsts) * size).view(len(firsts), parts, dim * LANES)
+        jobs = [
+            partial(add, buffers[group, part], first, min(LANES, batch - first), part)
+            for group, first in enumerate(firsts)
+            for part in range(parts)
+        ]
+        run_jobs(jobs, nanoseconds * LANES * len(firsts))
+        for group, first in enumerate(firsts):
+            _gather_(out[first : first + LANES], buffers[group], parts, nnz)
+
+
+def _gather_(out: Tensor, sums: Tensor, parts: int, nnz: int) -> None:
+    lanes, dim = out.shape
+    _library().sp_gather_lanes(out.data_ptr(), out.stride(0), sums.data_ptr(), parts, lanes, dim, nnz**-0.5)
+
+
+def _add_rows_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int) -> None:
+    """One example after the other; the examples are split among threads."""
+    (batch, count), dim = rows.shape, out.shape[1]
+
+    def some(first: int, last: int) -> None:
+        _library().sp_add_rows(
+            _address(out, first, 0),
+            out.stride(0),
+            _address(rows, first, 0),
+            rows.stride(0),
+            last - first,
+            count,
+            offset,
+            seed,
+            dim,
+            nnz,
+            nnz**-0.5,
+        )
+
+    share = -(-batch // min(batch, _JOBS))
+    jobs = [partial(some, first, min(first + share, batch)) for first in range(0, batch, share)]
+    run_jobs(jobs, 0.5 * batch * count * nnz)
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+def _address(x: Tensor, first: int, column: int) -> int:
+    """Of element (first, ..., column) of float32 numbers whose last axis is contiguous."""
+    return x.data_ptr() + 4 * (first * x.stride(0) + column)
+
+
+def _library() -> ctypes.CDLL:
+    library = native_library()
+    if library is None:
+        raise RuntimeError("the compiled kernels are not there; use backend 'torch'")
+    return library
