@@ -1,13 +1,12 @@
 """The hook path: per-example gradients of a whole batch from one forward and one backward pass.
 
-No parameter requires a gradient during the pass, so torch computes no batch weight gradient. A hook on each covered
+No parameter requires a gradient during the pass, so torch computes no batch weight gradient. A tap behind each covered
 layer keeps the layer's input x; when the gradient g of its output arrives, the layer's rule turns (x, g) into the
 per-example gradient of its parameters, which goes straight into the sketch, and x is let go.
 
-* Graph: where a covered layer's output carries no graph yet, an anchor starts one there, so that nothing before the
-  first attributed layer is differentiated. The anchor marks the output as modified in place: no copy, and in-place
-  activations behind it stay legal. Hooks registered on a tensor before an in-place operation receive the gradient of
-  the value before it.
+* The tap starts a graph where the layer's output carries none yet, so that nothing before the first attributed layer is
+  differentiated. It is a node of its own rather than a hook on the output: a Linear's output of three dimensions is a
+  view, and an in-place operation on a view throws the view's own node away, hooks included.
 * Layers that see no batch (a position embedding of arange(T)) would lose the examples, as autograd sums over a
   broadcast: their output is expanded to the batch first. Which layers these are is found by comparing one example
   with two.
@@ -39,17 +38,36 @@ class Unsuited(GradientError):
     """The hook path cannot give this model's gradients; the general path can."""
 
 
-class _Anchor(torch.autograd.Function):
-    """Starts a graph at a tensor that has none, without copying it."""
+class _Tap(torch.autograd.Function):
+    """The identity, without a copy; its backward hands (x, g) to a listener."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, _anchor: Tensor) -> Tensor:
-        ctx.mark_dirty(output)
-        return output
+    def forward(
+        ctx: Any, output: Tensor, _anchor: Tensor, x: Tensor, listener: Callable[[Tensor, Tensor], None], name: str
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
+        ctx.listener, ctx.name = listener, name
+        return output.detach()  # no view to autograd, so that in-place operations may follow
 
     @staticmethod
-    def backward(_ctx: Any, _gradient: Tensor) -> tuple[None, None]:
-        return None, None
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+        if g is not None:
+            ctx.listener(_saved(ctx), g)
+        return g if ctx.needs_input_grad[0] else None, None, None, None, None
+
+
+def _saved(ctx: Any) -> Tensor:
+    try:
+        x: Tensor = ctx.saved_tensors[0]
+    except RuntimeError as problem:
+        if "inplace operation" not in str(problem):
+            raise
+        raise GradientError(
+            f"the input of {ctx.name!r} was modified in place after the layer had seen it, so its gradient is lost; "
+            "replace the in-place operation"
+        ) from problem
+    return x
 
 
 def uncovered(model: nn.Module, space: ParameterSpace) -> dict[str, str]:
@@ -179,47 +197,23 @@ class HookPath:
         if not torch.is_grad_enabled():  # the model itself wants no gradient here
             return None
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        if not output.requires_grad:
-            output = cast(Tensor, _Anchor.apply(output, anchor))  # type: ignore[no-untyped-call]
         if module in self._shared:
             unbatched = output.dim()
             output = _expanded(output, size)
             x = _expanded(x, size, unsqueeze=output.dim() > unbatched)
+        name = self._names[module]
         if output.shape[0] % size:
             raise Unsuited(
-                f"the output of {self._names[module]!r} has shape {tuple(output.shape)} in a batch of {size} examples; "
+                f"the output of {name!r} has shape {tuple(output.shape)} in a batch of {size} examples; "
                 "examples must come first"
             )
-        kept = _Input(x, self._names[module])
-        output.register_hook(partial(self._on_gradient, module, kept, size, pieces))  # type: ignore[no-untyped-call]
-        return output
+        listener = partial(self._on_gradient, module, size, pieces)
+        return cast(Tensor, _Tap.apply(output, anchor, x.detach(), listener, name))  # type: ignore[no-untyped-call]
 
-    def _on_gradient(self, module: nn.Module, kept: _Input, size: int, pieces: Pieces, g: Tensor) -> None:
-        x = kept.release()
+    def _on_gradient(self, module: nn.Module, size: int, pieces: Pieces, x: Tensor, g: Tensor) -> None:
         rule, names = self._covered[module]
-        with torch.no_grad():
-            x = x.float() if x.is_floating_point() else x
-            rule.add(module, names, x, g.float(), pieces, size)
-
-
-class _Input:
-    """A layer's input, held until its gradient is due."""
-
-    def __init__(self, x: Tensor, name: str) -> None:
-        self._x: Tensor | None = x.detach()
-        self._version = x._version
-        self._name = name
-
-    def release(self) -> Tensor:
-        x, self._x = self._x, None
-        if x is None:
-            raise GradientError(f"two backward passes reached the same call of {self._name!r}")
-        if x._version != self._version:
-            raise GradientError(
-                f"the input of {self._name!r} was modified in place after the layer had seen it, so its gradient is "
-                "lost; replace the in-place operation, or use the general path (gradients='general')"
-            )
-        return x
+        x = x.float() if x.is_floating_point() else x
+        rule.add(module, names, x, g.float(), pieces, size)
 
 
 def _expanded(tensor: Tensor, size: int, unsqueeze: bool | None = None) -> Tensor:

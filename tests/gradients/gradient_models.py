@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def margin(model: nn.Module, batch: Any) -> Tensor:
@@ -223,6 +224,33 @@ class DataDependent(nn.Module):
         return self.head(x.flatten(1)) * self.scale if bool(x.sum() != 0) else self.head(x.flatten(1))
 
 
+class Encoder(nn.Module):
+    """torch's own encoder layer, whose fused inference path skips its submodules, and a recomputed block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(self.embed(x.flatten(2)))
+        return checkpoint(self.block, x, use_reentrant=False).mean(1)
+
+
+class Frozen(nn.Module):
+    """A part under no_grad and a part that is never used: both have zero gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.unused = nn.Linear(12, 5), nn.Linear(5, 4), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.a(x.flatten(1))
+        return self.b(input=x)
+
+
 def _spread(norm: nn.modules.batchnorm._BatchNorm) -> None:
     """Running statistics and weights that are not 0 and 1."""
     assert norm.running_mean is not None
@@ -303,6 +331,16 @@ CASES = [
         side=2,
         method="general",
     ),
+    _image_case("encoder", Encoder, side=2, method="general"),
+    _image_case(
+        "encoder-in-part",
+        Encoder,
+        side=2,
+        patterns=("embed.*", "layer.*linear*", "layer.norm1.*", "block.*"),
+    ),
+    _image_case("encoder-covered", Encoder, side=2, patterns=("embed.*", "*.linear1.*", "*.norm2.*", "block.*")),
+    _image_case("encoder-one-layer", Encoder, side=2, patterns=("*.linear1.*",)),
+    _image_case("frozen-and-unused", Frozen, side=2),
     _token_case("functional-head", FunctionalHead, method="general"),
     _image_case("time-first", TimeFirst, side=2, method="general"),
     _image_case("data-dependent", DataDependent, side=2, method="general"),
