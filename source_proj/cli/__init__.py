@@ -1,0 +1,5 @@
+"""Command line: ``source-proj build | finalize | score | top-k | inspect | verify | demo``."""
+
+from source_proj.cli.app import app, main
+
+__all__ = ["app", "main"]

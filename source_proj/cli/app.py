@@ -1,0 +1,49 @@
+"""The application: commands in order of use."""
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from source_proj.cli import ask, bank, demonstration, look, output
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="source-proj",
+    help="Which training examples made the model say this? SOURCE in a random-projection feature bank.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        output.say(version("source-proj"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[  # noqa: ARG001 (its callback does the work)
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    output.debug.set(debug)
+
+
+app.command("demo")(demonstration.demo)
+app.command("build")(bank.build)
+app.command("finalize")(bank.finalize)
+app.command("score")(ask.score)
+app.command("top-k")(ask.top_k)
+app.command("inspect")(look.inspect)
+app.command("verify")(look.verify)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

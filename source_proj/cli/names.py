@@ -1,0 +1,232 @@
+"""Turn the words of a command line into objects: ``module:function``, options, checkpoints, shards."""
+
+import functools
+import importlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from source_proj.sketch import Sketch
+from source_proj.task import CausalLM, Classification, Regression, Task
+from source_proj.trajectory import SGD, Checkpoint, Trajectory
+
+__all__ = [
+    "load_model",
+    "load_object",
+    "make_sketch",
+    "make_task",
+    "make_trajectory",
+    "parse_damping",
+    "parse_options",
+    "parse_segments",
+    "parse_shard",
+]
+
+_TASKS = {"classification": Classification, "regression": Regression, "causal-lm": CausalLM}
+
+
+def load_object(name: str, what: str) -> Any:
+    """Import what ``module:function`` names; functions and classes are called without arguments.
+
+    The current directory is importable. An object that is neither is used as it is.
+
+    Args:
+        name: ``package.module:function``.
+        what: the option it was given for, for messages.
+
+    Raises:
+        ValueError: if the name has no colon, or names nothing.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"{what} must be given as module:function, got {name!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise  # the module is there, but something that it imports is not
+        raise ValueError(f"{what} {name!r}: no module {error.name!r} here or among the installed packages") from error
+    found = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{what} {name!r}: {module_name} has no {attribute!r}")
+        found = getattr(found, part)
+    if inspect.isroutine(found) or inspect.isclass(found) or isinstance(found, functools.partial):
+        return found()
+    return found
+
+
+def load_model(name: str) -> nn.Module:
+    """Import a model.
+
+    Raises:
+        TypeError: if the name leads to anything but an ``nn.Module``.
+    """
+    model = load_object(name, "--model")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"--model {name!r} must give a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def parse_options(pairs: Iterable[str], what: str) -> dict[str, Any]:
+    """Read ``key=value`` pairs; values are JSON where they can be, else words.
+
+    Example:
+        >>> parse_options(["label_smoothing=0.1", "loss=mse", "shift=true"], "--task-option")
+        {'label_smoothing': 0.1, 'loss': 'mse', 'shift': True}
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise ValueError(f"{what} must be given as key=value, got {pair!r}")
+        try:
+            options[key.replace("-", "_")] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key.replace("-", "_")] = value
+    return options
+
+
+def make_task(name: str, options: Iterable[str] = ()) -> Task:
+    """Make a task from its name and options, or import a custom one.
+
+    Raises:
+        ValueError: for an unknown name or option.
+        TypeError: if an imported object is no task.
+    """
+    chosen = parse_options(options, "--task-option")
+    if ":" in name:
+        if chosen:
+            raise ValueError(
+                f"--task-option {sorted(chosen)} has no meaning beside --task {name}; set it in the function"
+            )
+        task = load_object(name, "--task")
+        if not isinstance(task, Task):
+            raise TypeError(f"--task {name!r} must give a source_proj.Task, got {type(task).__name__}")
+        return task
+    if name not in _TASKS:
+        raise ValueError(f"unknown task {name!r}; choose one of {', '.join(_TASKS)}, or give module:function")
+    kind: Any = _TASKS[name]
+    known = inspect.signature(kind).parameters
+    unknown = [key for key in chosen if key not in known]
+    if unknown:
+        raise ValueError(f"task {name} has no option {unknown}; its options are {list(known)}")
+    made: Task = kind(**chosen)
+    return made
+
+
+def make_sketch(dim: int, kind: str, seed: int, nnz: int, backend: str | None) -> Sketch:
+    """Make the sketch of the options."""
+    return Sketch(dim=dim, kind=kind, seed=seed, nnz=nnz, backend=backend)
+
+
+def make_trajectory(
+    recorder: str | None,
+    trajectory: str | None,
+    checkpoints: Iterable[str],
+    *,
+    lr: float | None,
+    momentum: float,
+    weight_decay: float,
+    segments: int | None,
+) -> Trajectory:
+    """Make the trajectory from exactly one of: a Recorder's directory, ``module:function``, ``STEP=PATH`` checkpoints.
+
+    Raises:
+        ValueError: if none or several are given, or options are given that would not be used.
+    """
+    points = list(checkpoints)
+    given = [flag for flag, value in _flags(recorder, trajectory, points) if value]
+    if len(given) != 1:
+        raise ValueError(
+            "say where the checkpoints are in one way: --recorder DIR, --checkpoint STEP=PATH (repeated), or "
+            f"--trajectory module:function; got {' and '.join(given) or 'none'}"
+        )
+    if not points and (lr is not None or momentum or weight_decay):
+        raise ValueError(f"--lr, --momentum and --weight-decay belong to --checkpoint; {given[0]} brings its own")
+    if recorder:
+        return Trajectory.from_recorder(recorder, **({} if segments is None else {"segments": segments}))
+    if trajectory:
+        if segments is not None:
+            raise ValueError(f"--segments belongs to --recorder and --checkpoint; {trajectory} brings its own")
+        made = load_object(trajectory, "--trajectory")
+        if not isinstance(made, Trajectory):
+            raise TypeError(
+                f"--trajectory {trajectory!r} must give a source_proj.Trajectory, got {type(made).__name__}"
+            )
+        return made
+    if lr is None:
+        raise ValueError("--checkpoint needs --lr, the constant learning rate; for a schedule use --trajectory")
+    return Trajectory(
+        sorted((_checkpoint(point, lr) for point in points), key=lambda one: one.step),
+        optimizer=SGD(momentum=momentum, weight_decay=weight_decay),
+        segments=segments or 1,
+    )
+
+
+def _flags(recorder: str | None, trajectory: str | None, points: list[str]) -> list[tuple[str, object]]:
+    return [("--recorder", recorder), ("--trajectory", trajectory), ("--checkpoint", points)]
+
+
+def _checkpoint(point: str, lr: float) -> Checkpoint:
+    step, equals, path = point.partition("=")
+    if not equals or not step.isdecimal() or not path:
+        raise ValueError(f"--checkpoint must be given as STEP=PATH, such as 500=weights.pt, got {point!r}")
+    return Checkpoint(path, int(step), lr=lr)
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """Read ``i/n``, i counted from 0.
+
+    Example:
+        >>> parse_shard("0/4")
+        (0, 4)
+    """
+    if text is None:
+        return None
+    index, slash, count = text.partition("/")
+    if not slash or not index.isdecimal() or not count.isdecimal() or not int(index) < int(count):
+        raise ValueError(f"--shard must be given as i/n with i from 0 to n-1, such as 0/4, got {text!r}")
+    return int(index), int(count)
+
+
+def parse_damping(text: str) -> float | str | None:
+    """Read ``noise``, ``off`` or a number.
+
+    Example:
+        >>> parse_damping("noise"), parse_damping("off"), parse_damping("1e-3")
+        ('noise', None, 0.001)
+    """
+    if text == "noise":
+        return text
+    if text == "off":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--damping must be noise, off or a number, got {text!r}") from None
+
+
+def parse_segments(text: str | None) -> Any:
+    """Read a number of segments, JSON lists of checkpoint indices, or a JSON mapping from stage names to either.
+
+    Example:
+        >>> parse_segments("2"), parse_segments("[[0, 1], [2]]"), parse_segments('{"train": 3}')
+        (2, [[0, 1], [2]], {'train': 3})
+    """
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if isinstance(value, bool) or not isinstance(value, int | list | dict):
+        raise ValueError(f"--segments must be a number, or JSON such as [[0,1],[2]], got {text!r}")
+    return value

@@ -1,0 +1,90 @@
+"""What commands print: JSON alone for scripts, tables for people, one line for an error."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any, ParamSpec
+
+import numpy as np
+import typer
+
+from source_proj.errors import SourceProjError
+
+__all__ = ["debug", "emit", "reports_errors", "say", "table"]
+
+P = ParamSpec("P")
+
+debug: ContextVar[bool] = ContextVar("debug", default=False)
+"""Whether errors show their traceback."""
+
+
+def emit(value: Any) -> None:
+    """Print a value as JSON on standard output."""
+    typer.echo(json.dumps(value, default=_plain, indent=2))
+
+
+def say(text: str) -> None:
+    """Print a line for people on standard output."""
+    typer.echo(text)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Lay out rows under a header; columns that hold only numbers are set to the right.
+
+    Example:
+        >>> print(table(["id", "score"], [["a", "+1.5"], ["bb", "-12.0"]]))
+        id  score
+        a    +1.5
+        bb  -12.0
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    lines = []
+    widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
+    right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(header))]
+    for row in [list(header), *cells]:
+        fields = (
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(row, widths, right, strict=True)
+        )
+        lines.append("  ".join(fields).rstrip())
+    return "\n".join(lines)
+
+
+def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn the errors of a command into one line on standard error and an exit code; ``--debug`` lets them through.
+
+    Exit code 1: the bank, the data or the checkpoints are at fault. Exit code 2: the command was not understood, or
+    something that it names is not there.
+    """
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (SourceProjError, ValueError, TypeError, OSError, ImportError) as error:
+            if debug.get():
+                raise
+            print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+            raise typer.Exit(1 if isinstance(error, SourceProjError) else 2) from error
+
+    return wrapped
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if hasattr(value, "__fspath__"):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")

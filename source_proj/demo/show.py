@@ -1,0 +1,151 @@
+"""What the demo shows: lines for a terminal, and the page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Subset
+
+from source_proj.demo.check import Removal, verdict
+from source_proj.demo.digits import BATCH_SIZE, EPOCHS, LR, MOMENTUM, WEIGHT_DECAY, Digits
+from source_proj.report import Check, Page, collect
+from source_proj.scores import Scores
+from source_proj.source import SegmentScores
+
+__all__ = ["Answer", "answer_text", "check_text", "make_page", "rendering"]
+
+_SHADES = np.array(list(" .:-=+*#%@"))
+_GAP = "   "
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A test digit and what the network says of it.
+
+    Attributes:
+        query: its position among the test digits.
+        label: its label.
+        prediction: the network's answer.
+        margin: logit margin of the label.
+        note: why it was chosen.
+    """
+
+    query: int
+    label: int
+    prediction: int
+    margin: float
+    note: str
+
+
+def rendering(pixels: Tensor) -> list[str]:
+    """Draw a digit of 64 pixels in [0, 1] as 8 lines of 16 characters.
+
+    Example:
+        >>> import torch
+        >>> rendering(torch.linspace(0, 1, 64))[7]
+        '%%%%%%%%%%%%%%@@'
+    """
+    levels = (pixels.reshape(8, 8).clamp(0, 1) * (len(_SHADES) - 1)).round().long().numpy()
+    return ["".join(np.repeat(_SHADES[row], 2)) for row in levels]
+
+
+def answer_text(answer: Answer, scores: Scores, row: int, digits: Digits, top: int = 5) -> str:
+    """Describe one answer and its strongest training digits, drawing the first of each kind."""
+    helpful, harmful = scores.helpful(top), scores.harmful(top)
+    right = "right" if answer.prediction == answer.label else "wrong"
+    lines = [
+        f"query {answer.query} ({answer.note}): a {answer.label}, answered {answer.prediction} ({right}), "
+        f"{scores.unit} {answer.margin:+.2f}"
+    ]
+    drawn = [
+        rendering(digits.test_set[answer.query][0]),
+        rendering(digits.train_set[int(helpful.indices[row, 0])][0]),
+        rendering(digits.train_set[int(harmful.indices[row, 0])][0]),
+    ]
+    titles = [f"query: {answer.label}", "most helpful", "most harmful"]
+    lines += ["  " + _GAP.join(f"{title:<16}" for title in titles).rstrip()]
+    lines += ["  " + _GAP.join(parts).rstrip() for parts in zip(*drawn, strict=True)]
+    for name, hits in (("most helpful", helpful), ("most harmful", harmful)):
+        found = (
+            f"{one} (a {int(digits.train_set[int(index)][1])}) {score:+.3f}"
+            for one, index, score in zip(hits.ids[row], hits.indices[row], hits.scores[row], strict=True)
+        )
+        lines.append(f"  {name}, by training id: " + ", ".join(found))
+    return "\n".join(lines)
+
+
+def check_text(answer: Answer, removals: Sequence[Removal], unit: str) -> str:
+    """Lay predicted and actual changes side by side, with what they mean."""
+    lines = [
+        f"does it hold? change of the {unit} of query {answer.query}; {len(removals[0].changes)} pairs of runs, "
+        "each with the same initial weights and batch order",
+        f"  {'':<32}{'predicted':>10}{'actual':>10}  standard error",
+    ]
+    for one in removals:
+        lines.append(f"  {one.name:<32}{one.predicted:>+10.2f}{one.actual:>+10.2f}  {one.error:.2f}")
+        lines.append(f"    {verdict(one)}")
+    failed = sum(not one.holds for one in removals)
+    lines.append("  the scores held." if not failed else f"  {failed} of {len(removals)} predictions FAILED.")
+    return "\n".join(lines)
+
+
+def make_page(
+    answers: Sequence[Answer],
+    scores: Scores,
+    parts: SegmentScores,
+    removals: Sequence[Removal],
+    digits: Digits,
+    *,
+    accuracy: float,
+    bank_bytes: int,
+) -> Page:
+    """Put everything on one page."""
+    examples = len(digits.train_set)
+    return Page(
+        title="Which training digits made these answers?",
+        unit=scores.unit,
+        sections=collect(
+            scores,
+            digits.train_set,
+            Subset(digits.test_set, [answer.query for answer in answers]),
+            parts=parts.values,
+            predictions=[answer.prediction for answer in answers],
+            measurements=[answer.margin for answer in answers],
+            notes=[answer.note for answer in answers],
+            picture=_enlarged,
+        ),
+        summary=f"A small network learned {examples:,} handwritten digits. For {len(answers)} test digits, these are "
+        "the training digits that pushed its answer up or down the most, found by SOURCE in a bank of randomly "
+        "projected gradients.",
+        segments=tuple(one.name for one in parts.segments),
+        facts=(
+            ("data", f"scikit-learn’s digits, {examples:,} for training, {len(digits.test_set)} for testing"),
+            ("network", f"64-128-128-10 with ReLU; {accuracy:.1%} of the test digits right"),
+            (
+                "training",
+                f"SGD, {EPOCHS} epochs, batches of {BATCH_SIZE}, learning rate {LR}, momentum {MOMENTUM}, "
+                f"weight decay {WEIGHT_DECAY}",
+            ),
+            ("bank", f"{bank_bytes / 1e6:.0f} MB"),
+            ("segments", "; ".join(_segment_fact(one) for one in parts.segments)),
+        ),
+        checks=tuple(
+            Check(one.name, one.predicted, one.actual, one.error, len(one.changes), verdict(one)) for one in removals
+        ),
+        check_title=f"Query {answers[0].query}, trained again",
+        higher_is_better=scores.higher_is_better,
+    )
+
+
+def _segment_fact(segment: Any) -> str:
+    return f"{segment.name}, time {segment.time:.3g}, tr(H) {segment.trace:.3g}, damping {segment.damping:.2g}"
+
+
+def _enlarged(pixels: Tensor) -> Any:
+    """Enlarge 8 x 8 pixels smoothly, so that a browser shows a digit and no mosaic."""
+    from PIL import Image
+
+    small = (pixels.reshape(8, 8).clamp(0, 1) * 255).round().byte().numpy()
+    return Image.fromarray(small).resize((64, 64), Image.Resampling.BICUBIC)
