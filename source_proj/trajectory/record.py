@@ -101,7 +101,9 @@ class Record:
     def write(self, directory: Path) -> None:
         """Replace ``trajectory.json``, at one stroke."""
         content = {"format": _FORMAT, "version": _VERSION, **asdict(self), "optimizer": self.optimizer.spec()}
+        _flush_directory(directory)  # what is named must be there first
         _write(directory / _NAME, lambda file: file.write(json.dumps(content, indent=1).encode()))
+        _flush_directory(directory)
 
     @classmethod
     def read(cls, directory: Path) -> Record | None:
@@ -190,9 +192,14 @@ def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    if os.name == "posix":  # elsewhere a directory cannot be flushed
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+
+
+def _flush_directory(directory: Path) -> None:
+    """Make renames last through a power failure, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

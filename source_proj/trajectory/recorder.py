@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -26,20 +28,33 @@ from source_proj.trajectory.record import (
 from source_proj.trajectory.segments import Segments
 from source_proj.trajectory.stages import Stage
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "Stateful"]
 
-_SETTINGS = ("lr", "momentum", "weight_decay", "dampening", "nesterov")
+_OPTIONS = ("lr", "momentum", "weight_decay", "dampening", "nesterov", "maximize")
+_Groups = list[dict[str, float]]
+
+
+class Stateful(Protocol):
+    """Anything whose state can be taken and brought back."""
+
+    def state_dict(self) -> Any:
+        """Give the state."""
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Take the state."""
 
 
 class Recorder:
     """Records checkpoints, and the learning rate of every step, while a model is trained.
 
-    Call :meth:`step` right after ``optimizer.step()``, *before* a scheduler's ``step()``: it reads the learning rate
-    that the update has just used. Everything is on the disk when a checkpoint counts, so a run may be killed at any
-    instant: the same program then goes on from the last checkpoint, with the model, the optimizer and torch's random
-    states as they were. Where batches are a function of the step (or of torch's random state), it ends with the very
-    weights of an uninterrupted run. A scheduler that is stepped once an update is brought to the same place by
-    ``last_epoch=recorder.restore() - 1``.
+    Call :meth:`step` once after every ``optimizer.step()``, before or after a scheduler's: the learning rate is read
+    while the optimizer steps. If it did not step (a GradScaler may skip one), the rate counts as 0.
+
+    A checkpoint counts once everything is on the disk, so a run may be killed at any instant: the same program then
+    goes on from the last checkpoint, with the model, the optimizer and torch's random states as they were. Where
+    batches follow from the step's number, or from torch's random state, it ends with the very weights of an
+    uninterrupted run. Schedulers, GradScalers and the like are brought back too if given as ``also``; call
+    :meth:`step` last in the loop then, so that they have done their part when their state is taken.
 
     Args:
         model: the model that is trained; with several processes, record on one of them, the unwrapped model.
@@ -49,8 +64,10 @@ class Recorder:
         at: record after these numbers of optimizer steps; both may be given. With neither, only
             :meth:`trajectory` records.
         stage: the stage's name.
+        also: what else has a ``state_dict()`` and must go on, such as a learning-rate scheduler.
 
     Raises:
+        TypeError: the state of a thing in ``also`` is not made of tensors and plain values.
         ValueError: the optimizer is not plain SGD, maximizes, has parameter groups that differ, or trains no parameter
             of the model; ``every`` or ``at`` is out of range.
         MismatchError: the directory holds another run.
@@ -81,6 +98,7 @@ class Recorder:
         every: int | None = None,
         at: Iterable[int] | None = None,
         stage: str = "train",
+        also: Sequence[Stateful] = (),
     ) -> None:
         self.dir = Path(dir).absolute()
         self._model = model
@@ -90,8 +108,12 @@ class Recorder:
         for value in ([] if every is None else [every]) + sorted(self._at):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"every and at count optimizer steps, from 1 on, got {value!r}")
+        self._also = tuple(also)
+        _check_restorable(self._also)
         _check_trains(optimizer, model)
-        self._record = self._open(Record(stage, _read_settings(optimizer)[0], describe_state(model)))
+        self._record = self._open(Record(stage, _settings(_groups(optimizer)), describe_state(model)))
+        self._seen: list[_Groups] = []  # the groups at each of the optimizer's steps since the last of ours
+        optimizer.register_step_post_hook(self._see)
         self._pending: Rates = []  # learning rates since the last checkpoint
         self._goes_on = not self._record.checkpoints  # False until restore() where there is something to restore
 
@@ -104,15 +126,24 @@ class Recorder:
         """Count one optimizer step, and record a checkpoint if one is due.
 
         Raises:
-            MismatchError: the optimizer's options changed, or the directory holds checkpoints and :meth:`restore` was
-                not called.
+            MismatchError: the optimizer's options changed, it stepped more than once since the last call, or the
+                directory holds checkpoints and :meth:`restore` was not called.
+            ValueError: the parameter groups have become different.
         """
         if not self._goes_on:
             raise MismatchError(
                 f"{str(self.dir)!r} holds a run of {self._record.last_step} steps: call restore() before training to "
                 "go on with it, or give an empty directory"
             )
-        settings, rate = _read_settings(self._optimizer)
+        groups = self._seen[0] if self._seen else _groups(self._optimizer)
+        rate = float(groups[0]["lr"]) if self._seen else 0.0
+        if len(self._seen) > 1:
+            raise MismatchError(
+                f"the optimizer stepped more than once since the recorder's step {self.steps}: "
+                "call the recorder's step() after each"
+            )
+        self._seen.clear()
+        settings = _settings(groups)
         if settings != self._record.optimizer:
             raise MismatchError(
                 f"the optimizer was {self._record.optimizer}, and is {settings} at step {self.steps + 1}: only the "
@@ -137,6 +168,7 @@ class Recorder:
         """
         self._goes_on = True
         self._pending = []
+        self._seen.clear()
         if self._record.resume is None:
             return 0
         file, digest = self._record.resume
@@ -144,6 +176,10 @@ class Recorder:
         state = matched_state(last.load(), self._model, repr(last))
         check_hash(self.dir / file, digest, hash_file(self.dir / file))
         resume = torch.load(self.dir / file, map_location="cpu", weights_only=True)
+        if len(resume["also"]) != len(self._also):
+            raise MismatchError(f"{len(resume['also'])} things were recorded as also=, and {len(self._also)} are given")
+        for thing, its_state in zip(self._also, resume["also"], strict=True):
+            thing.load_state_dict(its_state)
         self._model.load_state_dict(state)
         self._optimizer.load_state_dict(resume["optimizer"])
         torch.set_rng_state(resume["cpu_rng"])
@@ -177,6 +213,10 @@ class Recorder:
         """Give the trajectory of this one stage, see :meth:`stage`."""
         return Trajectory.from_stages([self.stage(segments, loss_reduction, batch_size, accumulation)])
 
+    def _see(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if len(self._seen) < 2:  # of more, only their being too many matters; a recorder may be idle for a whole stage
+            self._seen.append(_groups(optimizer))
+
     def _open(self, fresh: Record) -> Record:
         """Go on with the directory's record if it is of this run, or begin one."""
         if self.dir.exists() and not self.dir.is_dir():
@@ -207,6 +247,7 @@ class Recorder:
         state = {name: value.detach().cpu() for name, value in self._model.state_dict().items()}
         resume = {
             "optimizer": self._optimizer.state_dict(),
+            "also": [thing.state_dict() for thing in self._also],
             "cpu_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -220,24 +261,38 @@ class Recorder:
             (self.dir / name).unlink(missing_ok=True)
 
 
-def _read_settings(optimizer: torch.optim.Optimizer) -> tuple[SGD, float]:
-    """Read how the optimizer acts now, and at which learning rate."""
+def _groups(optimizer: torch.optim.Optimizer) -> _Groups:
+    """Options of the optimizer's parameter groups at this moment."""
     if type(optimizer) is not torch.optim.SGD:
         raise ValueError(f"Recorder knows torch.optim.SGD alone, got {type(optimizer).__name__}")
-    groups = optimizer.param_groups
+    return [{key: float(group[key]) for key in _OPTIONS} for group in optimizer.param_groups]
+
+
+def _settings(groups: _Groups) -> SGD:
+    """Describe how an optimizer with these groups acts, whatever its learning rate."""
     if any(group["maximize"] for group in groups):
         raise ValueError("the optimizer has maximize=True: minimize the negative of the loss instead")
-    values: dict[str, Any] = {}
-    for key in _SETTINGS:
+    for key in _OPTIONS:
         found = [group[key] for group in groups]
         if any(value != found[0] for value in found):
             raise ValueError(
                 f"the optimizer's parameter groups have different {key}: {found}; one value for all can be recorded"
             )
-        values[key] = found[0]
-    rate = float(values.pop("lr"))
-    nesterov = bool(values.pop("nesterov"))
-    return SGD(**{key: float(value) for key, value in values.items()}, nesterov=nesterov), rate
+    first = groups[0]
+    return SGD(first["momentum"], first["weight_decay"], first["dampening"], bool(first["nesterov"]))
+
+
+def _check_restorable(things: Sequence[Stateful]) -> None:
+    """Find out now, and not after a kill, whether a state can be read back without running foreign code."""
+    for thing in things:
+        file = BytesIO()
+        torch.save(thing.state_dict(), file)
+        try:
+            torch.load(BytesIO(file.getvalue()), weights_only=True)
+        except UnpicklingError as error:
+            raise TypeError(
+                f"the state of {type(thing).__name__} (in also=) holds more than tensors and plain values: {error}"
+            ) from error
 
 
 def _check_trains(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

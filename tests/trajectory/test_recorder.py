@@ -1,0 +1,125 @@
+"""What the Recorder reads and writes."""
+
+import pytest
+import torch
+from recorded_runs import STEPS, advance, linear, recorded, same, train, two_groups
+from torch import nn
+from torch.optim import lr_scheduler
+
+from source_proj.trajectory import SGD, Recorder, Stage, Trajectory, record, segment_times
+
+
+@pytest.fixture(autouse=True)
+def no_flush(monkeypatch):
+    """Flushing guards against power failures, which no test makes; on a busy disk it takes seconds."""
+    monkeypatch.setattr(record.os, "fsync", lambda descriptor: None)
+
+
+def test_records_the_run(tmp_path):
+    recorder, model, start = train(tmp_path)
+    run = recorder.trajectory(segments=[[0, 1], list(range(2, 9))])
+    (stage,) = run.spec()["stages"]
+    assert start == 0
+    assert stage["steps"] == [3, 5, 10, 15, 20, 25, 30, 35, 40]
+    assert SGD.from_spec(stage["optimizer"]) == SGD(momentum=0.9, weight_decay=1e-3)
+    weight = nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS)
+    rates = []
+    for _ in range(STEPS):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    times = segment_times(stage, stage["segments"])
+    assert times == pytest.approx([10 * sum(rates[:5]), 10 * sum(rates[5:])], rel=1e-12)
+    assert same(run.final.load(), model.state_dict())
+    assert Trajectory.from_recorder(tmp_path, segments=[[0, 1], list(range(2, 9))]).spec() == run.spec()
+    assert sorted(file.name for file in tmp_path.glob("optimizer_*")) == ["optimizer_00000040.pt"]
+
+
+def test_the_present_state_becomes_the_final_checkpoint(tmp_path):
+    recorder, model, _ = train(tmp_path, until=12)
+    assert recorder.steps == 12
+    run = recorder.trajectory()
+    assert [c.step for c in run.stages[0].checkpoints] == [3, 5, 10, 12]
+    assert same(run.final.load(), model.state_dict())
+    assert recorder.trajectory().spec() == run.spec()
+    _, _, start = train(tmp_path, until=17)
+    assert start == 12
+
+
+def test_options_of_the_stage_are_passed_on(tmp_path):
+    recorder, _, _ = train(tmp_path, until=5)
+    stage = recorder.stage(segments=2, loss_reduction="sum", batch_size=8, accumulation=2)
+    assert stage.loss_scale == 16
+    assert stage.name == "train"
+    again = Stage.from_recorder(tmp_path, segments=2, loss_reduction="sum", batch_size=8, accumulation=2)
+    assert again.spec() == stage.spec()
+
+
+def test_equal_groups_nesterov_and_tensor_rates_are_read(tmp_path):
+    recorder = Recorder(*two_groups(), tmp_path / "a")
+    advance(recorder)
+    assert recorder.stage().optimizer == SGD(momentum=0.5)
+    model, optimizer = linear(lr=torch.tensor(0.25), momentum=0.5, nesterov=True)
+    recorder = Recorder(model, optimizer, tmp_path / "b")
+    advance(recorder)
+    assert recorder.stage().optimizer == SGD(momentum=0.5, nesterov=True)
+    assert recorder.stage().lr_integrals == [0.25]
+    recorder = Recorder(*linear(momentum=0.5, dampening=0.25), tmp_path / "c")
+    advance(recorder)
+    assert recorder.stage().optimizer == SGD(momentum=0.5, dampening=0.25)
+
+
+def test_two_stages(tmp_path):
+    first, second = recorded(tmp_path / "a", "pretrain"), recorded(tmp_path / "b", "finetune")
+    run = Trajectory.from_stages([first.stage(segments=2), second.stage()])
+    assert [stage.name for stage in run.stages] == ["pretrain", "finetune"]
+    assert run.final.path == tmp_path / "b" / "step_00000002.pt"
+
+
+@pytest.mark.parametrize("recorder_first", [True, False])
+def test_the_scheduler_may_step_before_or_after(tmp_path, recorder_first):
+    model, optimizer = linear()
+    recorder = Recorder(model, optimizer, tmp_path, every=2)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    for _ in range(4):
+        optimizer.step()
+        for thing in (recorder, scheduler) if recorder_first else (scheduler, recorder):
+            thing.step()
+    rates = [0.1, 0.05, 0.025, 0.0125]
+    assert recorder.stage().lr_integrals == pytest.approx([sum(rates[:2]), sum(rates)], rel=1e-14)
+
+
+def test_a_step_that_the_optimizer_did_not_take_counts_nothing(tmp_path):
+    recorder = Recorder(*linear(), tmp_path)
+    advance(recorder)
+    recorder.step()
+    advance(recorder)
+    assert recorder.steps == 3
+    assert recorder.stage().lr_integrals == [pytest.approx(0.2, rel=1e-14)]
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda optimizer: lr_scheduler.MultiStepLR(optimizer, [2, 5, 5]),
+        lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+        lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=9, cycle_momentum=False),
+        lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 3),
+    ],
+)
+@pytest.mark.parametrize("stop", [1, 4])
+def test_schedulers_go_on(tmp_path, scheduler, stop):
+    def run(directory, until):
+        model, optimizer = linear()
+        schedule = scheduler(optimizer)
+        recorder = Recorder(model, optimizer, directory, every=1, also=[schedule])
+        for _ in range(recorder.restore(), until):
+            optimizer.step()
+            schedule.step()
+            recorder.step()
+        return recorder.stage().lr_integrals
+
+    run(tmp_path / "stopped", stop)
+    assert run(tmp_path / "stopped", 8) == run(tmp_path / "whole", 8)

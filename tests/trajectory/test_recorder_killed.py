@@ -1,0 +1,89 @@
+"""Runs that are killed and go on end as if nothing had been."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from recorded_runs import same, train, without_directory
+
+from source_proj.trajectory import record
+
+
+@pytest.fixture(autouse=True)
+def no_flush(monkeypatch):
+    """Flushing guards against power failures, which no test makes; on a busy disk it takes seconds."""
+    monkeypatch.setattr(record.os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    recorder, model, _ = train(directory)
+    return without_directory(recorder.trajectory(segments=3).spec(), directory), model.state_dict()
+
+
+def test_stopped_without_a_word_and_continued(tmp_path, uninterrupted):
+    starts = [train(tmp_path, until=until)[2] for until in (2, 4, 13, 29)]
+    recorder, model, last = train(tmp_path)
+    assert [*starts, last] == [0, 0, 3, 10, 25]
+    assert same(model.state_dict(), uninterrupted[1])
+    assert without_directory(recorder.trajectory(segments=3).spec(), tmp_path) == uninterrupted[0]
+
+
+PROGRAM = """
+import signal, sys
+sys.path.insert(0, {here!r})
+from recorded_runs import train
+print("ready", flush=True)
+train({directory!r}, pause=0.01)
+signal.pause()
+"""
+
+
+def test_killed_at_random_moments(tmp_path, uninterrupted):
+    """SIGKILL in the middle of anything; each new process goes on; the last one comes to the same end."""
+    chance = random.Random(0)
+    program = PROGRAM.format(here=str(Path(__file__).parent), directory=str(tmp_path / "run"))
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(chance.uniform(0.02, 0.25))
+        process.kill()
+        process.stdout.close()
+        assert process.wait() == -signal.SIGKILL
+    recorder, model, _ = train(tmp_path / "run")
+    assert same(model.state_dict(), uninterrupted[1])
+    assert without_directory(recorder.trajectory(segments=3).spec(), tmp_path / "run") == uninterrupted[0]
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL at one exact place."""
+
+
+@pytest.mark.parametrize("call", range(1, 22))
+def test_killed_at_every_place_where_files_change(tmp_path, uninterrupted, monkeypatch, call):
+    """The process dies just before the n-th rename, or just after it, leaving exactly what was on the disk then."""
+    count, real = 0, record.os.replace
+
+    def replace(source, target):
+        nonlocal count
+        count += 1
+        if count == (call + 1) // 2 and call % 2:
+            raise Killed
+        real(source, target)
+        if count == (call + 1) // 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record.os, "replace", replace)
+        with pytest.raises(Killed):
+            train(tmp_path)
+    recorder, model, _ = train(tmp_path)
+    assert same(model.state_dict(), uninterrupted[1])
+    assert without_directory(recorder.trajectory(segments=3).spec(), tmp_path) == uninterrupted[0]
+    assert len(list(tmp_path.glob("optimizer_*"))) == 1

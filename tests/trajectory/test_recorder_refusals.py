@@ -1,0 +1,193 @@
+"""What the Recorder refuses, by name."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from recorded_runs import advance, linear, recorded, same, train, two_groups
+from torch import nn
+
+from source_proj.errors import MismatchError
+from source_proj.trajectory import Recorder, Trajectory, record
+from source_proj.trajectory.record import write_tensors
+
+
+@pytest.fixture(autouse=True)
+def no_flush(monkeypatch):
+    """Flushing guards against power failures, which no test makes; on a busy disk it takes seconds."""
+    monkeypatch.setattr(record.os, "fsync", lambda descriptor: None)
+
+
+def of_class(optimizer, **settings):
+    model = nn.Linear(2, 1)
+    return model, optimizer(model.parameters(), lr=0.1, **settings)
+
+
+class MySGD(torch.optim.SGD):
+    """Might do anything."""
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: of_class(torch.optim.Adam), "torch.optim.SGD alone, got Adam"),
+        (lambda: of_class(torch.optim.AdamW), "got AdamW"),
+        (lambda: of_class(torch.optim.RMSprop), "got RMSprop"),
+        (lambda: of_class(MySGD), "got MySGD"),
+        (lambda: linear(maximize=True), "maximize=True"),
+        (lambda: two_groups(lr=0.2), r"different lr: \[0.1, 0.2\]"),
+        (lambda: two_groups(momentum=0.0), r"different momentum: \[0.5, 0.0\]"),
+        (lambda: two_groups(weight_decay=0.1), r"different weight_decay: \[0.0, 0.1\]"),
+        (lambda: two_groups(dampening=0.1), "different dampening"),
+        (lambda: two_groups(nesterov=True), "different nesterov"),
+        (lambda: (nn.Linear(2, 1), linear()[1]), "trains no parameter of the model Linear"),
+    ],
+)
+def test_optimizers_refused_by_name(tmp_path, made, message):
+    with pytest.raises(ValueError, match=message):
+        Recorder(*made(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("momentum", 0.8), ("weight_decay", 0.1), ("dampening", 0.1)])
+def test_options_that_change_on_the_way_are_refused(tmp_path, key, value):
+    model, optimizer = linear(momentum=0.5)
+    recorder = Recorder(model, optimizer, tmp_path)
+    advance(recorder)
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(MismatchError, match=rf"{key}={value}.* at step 2"):
+        advance(recorder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"every": 0}, "got 0"), ({"every": 2.0}, "got 2.0"), ({"at": [5, 0]}, "got 0"), ({"at": ["x"]}, "got 'x'")],
+)
+def test_bad_times(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        Recorder(*linear(), tmp_path, **options)
+
+
+def wider():
+    model = nn.Linear(3, 1)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def other_names():
+    model = nn.Sequential(nn.Linear(2, 1))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def in_double():
+    model = nn.Linear(2, 1).double()
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("made", "stage", "message"),
+    [
+        (wider, "train", r"another model: weight is \[\[1, 2\], 'float32'\] there and \[\[1, 3\], 'float32'\] here"),
+        (other_names, "train", "weight is .* there and absent here"),
+        (in_double, "train", "'float64'"),
+        (lambda: linear(momentum=0.5), "train", r"optimizer is SGD\(momentum=0.0.* not SGD\(momentum=0.5"),
+        (linear, "finetune", "stage is 'train', not 'finetune'"),
+    ],
+)
+def test_the_directory_of_another_run_is_refused(tmp_path, made, stage, message):
+    recorded(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(MismatchError, match=message):
+        Recorder(*made(), tmp_path, stage=stage)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("trajectory.json", b"{", "not written by a Recorder"),
+        ("trajectory.json", b"\xff\xfe", "not written by a Recorder"),
+        ("trajectory.json", b"[1, 2]", "not written by a Recorder"),
+        ("trajectory.json", b"{}", "KeyError: 'format'"),
+        ("trajectory.json", b'{"format": "source-proj recorded run", "version": 2}', "version 2"),
+        ("step_00000005.pt", b"mine", "holds step_00000005.pt but no trajectory.json"),
+        ("optimizer_00000005.pt", b"mine", "holds optimizer_00000005.pt but no trajectory.json"),
+    ],
+)
+def test_foreign_directories_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MismatchError, match=message):
+        Recorder(*linear(), tmp_path)
+    assert (tmp_path / name).read_bytes() == content
+    with pytest.raises(MismatchError, match=message):
+        Trajectory.from_recorder(tmp_path)
+
+
+def test_a_file_in_place_of_the_directory(tmp_path):
+    (tmp_path / "run").write_bytes(b"")
+    with pytest.raises(ValueError, match="is a file"):
+        Recorder(*linear(), tmp_path / "run")
+
+
+def test_nothing_recorded(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run was recorded"):
+        Trajectory.from_recorder(tmp_path / "nowhere")
+    recorder = Recorder(*linear(), tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint yet"):
+        recorder.trajectory()
+    assert Recorder(*linear(), tmp_path).restore() == 0
+
+
+def test_training_on_over_a_recorded_run_without_restore_is_refused(tmp_path):
+    recorded(tmp_path)
+    recorder = Recorder(*linear(), tmp_path)
+    with pytest.raises(MismatchError, match=r"run of 2 steps: call restore\(\)"):
+        recorder.step()
+    assert recorder.restore() == 2
+    advance(recorder)
+    assert recorder.trajectory().final.step == 3
+
+
+@pytest.mark.parametrize("name", ["step_00000002.pt", "optimizer_00000002.pt"])
+def test_changed_files_are_refused(tmp_path, name):
+    recorded(tmp_path)
+    write_tensors(tmp_path / name, {"weight": torch.zeros(1, 2), "bias": torch.zeros(1)})
+    recorder = Recorder(*linear(), tmp_path)
+    with pytest.raises(MismatchError, match=f"{name}.*it was changed since"):
+        recorder.restore()
+    if name.startswith("step"):
+        with pytest.raises(MismatchError, match=name):
+            Trajectory.from_recorder(tmp_path)
+
+
+def test_steps_that_the_recorder_was_not_told_of_are_refused(tmp_path):
+    model, optimizer = linear()
+    recorder = Recorder(model, optimizer, tmp_path)
+    advance(recorder)
+    for _ in range(3):
+        optimizer.step()
+    with pytest.raises(MismatchError, match="more than once since the recorder's step 1"):
+        recorder.step()
+
+
+def test_states_that_could_not_be_read_back_are_refused_at_once(tmp_path):
+    class Odd:
+        def state_dict(self):
+            return {"path": Path("x")}
+
+        def load_state_dict(self, state_dict):
+            raise NotImplementedError
+
+    with pytest.raises(TypeError, match="the state of Odd"):
+        Recorder(*linear(), tmp_path / "run", also=[Odd()])
+
+
+def test_things_to_restore_must_be_given(tmp_path):
+    train(tmp_path, until=5)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    recorder = Recorder(model, optimizer, tmp_path)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(MismatchError, match="1 things were recorded as also=, and 0 are given"):
+        recorder.restore()
+    assert same(model.state_dict(), before)
