@@ -41,7 +41,7 @@ def split(batch: Batch, sample_weight: str | int | None) -> tuple[Any, Tensor, T
 
 
 def forward(model: Model, batch: Batch, sample_weight: str | int | None) -> tuple[Tensor, Tensor]:
-    """Run the model; return its logits or predictions, and the labels."""
+    """Run the model; return its logits or predictions, in float32 at least, and the labels."""
     inputs, labels, _ = split(batch, sample_weight)
     result = model(**inputs) if isinstance(batch, Mapping) else model(inputs)
     if isinstance(result, Mapping) and "logits" in result:
@@ -55,7 +55,8 @@ def forward(model: Model, batch: Batch, sample_weight: str | int | None) -> tupl
             f"the model must return a tensor, an object or dict with logits, or a tuple that begins with "
             f"them, got {type(result).__name__}"
         )
-    return result, labels
+    # Half precision, as autocast leaves it, is too coarse for the loss; torch's own autocast takes losses to float32.
+    return (result.float() if result.dtype in (torch.float16, torch.bfloat16) else result), labels
 
 
 def weights(batch: Batch, sample_weight: str | int | None, like: Tensor) -> Tensor:
@@ -70,9 +71,15 @@ def weights(batch: Batch, sample_weight: str | int | None, like: Tensor) -> Tens
 
 
 def draw(logp: Tensor, uniform: Tensor) -> Tensor:
-    """Draw classes (...) from log-probabilities (..., C) by inverting their cumulative sum, without gradient."""
+    """Draw classes (...) from log-probabilities (..., C) by inverting their cumulative sum, without gradient.
+
+    Args:
+        logp: log-probabilities.
+        uniform: one number in [0, 1) for each draw, (...).
+    """
     cumulative = logp.detach().exp().cumsum(-1)
-    return (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1).clamp(max=logp.shape[-1] - 1)
+    threshold = uniform.to(logp)[..., None] * cumulative[..., -1:]
+    return (cumulative <= threshold).sum(-1).clamp(max=logp.shape[-1] - 1)
 
 
 def class_indices(labels: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class Classification(Task):
 
     def sampled_output(self, model: Model, batch: Batch, uniform: Uniform) -> Tensor:  # noqa: D102
         logp = log_softmax(self._logits(model, batch)[0], dim=-1)
-        drawn = draw(logp, uniform(1).to(logp))
+        drawn = draw(logp, uniform(1)[:, 0])
         root = weights(batch, self.sample_weight, logp[:, 0]).sqrt()
         return root * logp.gather(1, drawn[:, None]).squeeze(1)
 

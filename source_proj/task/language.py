@@ -63,7 +63,7 @@ class CausalLM(Task):
         the positions' Fisher matrices in expectation; the loss's Hessian is the mean of them.
         """
         logp, _, counted = self._tokens(model, batch)
-        drawn = draw(logp, uniform(logp.shape[1]).to(logp))
+        drawn = draw(logp, uniform(logp.shape[1]))
         return self._total(logp, drawn, counted) / self._length(counted).sqrt()
 
     def _options(self) -> dict[str, Any]:
