@@ -4,7 +4,7 @@ from .backends import KINDS, available_backends, choose_backend
 from .kronecker import kronecker_add_, kronecker_add_outer_, kronecker_split
 from .philox import philox4x32
 from .rademacher import rademacher_add_, rademacher_add_outer_, sign_tile
-from .sparse import sparse_add_, sparse_add_outer_, sparse_map
+from .sparse import sparse_add_, sparse_add_at_, sparse_add_outer_, sparse_map
 
 __all__ = [
     "KINDS",
@@ -18,6 +18,7 @@ __all__ = [
     "rademacher_add_outer_",
     "sign_tile",
     "sparse_add_",
+    "sparse_add_at_",
     "sparse_add_outer_",
     "sparse_map",
 ]

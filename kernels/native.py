@@ -25,6 +25,10 @@ _SIGNATURES = {
     "sp_table": [_pointer, _u64, _i64, _u64, _u32, _u32],
     "sp_signs": [_pointer, _u64, _i64, _i64, _u64, _u32],
     "sp_add_rows": [_pointer, _i64, _pointer, _i64, _i64, _i64, _u64, _u64, _u32, _u32, _float],
+    "sp_add_at": [
+        *(_pointer, _i64, _pointer, _i64, _i64, _i64, _pointer, _pointer),
+        *(_i64, _i64, _u64, _u32, _u32, _float),
+    ],
     "sp_add_lanes": [_pointer, _pointer, _i64, _int, _i64, _u64, _u64, _u32, _u32],
     "sp_gather_lanes": [_pointer, _i64, _pointer, _i64, _int, _i64, _float],
     "sp_outer_lanes": [

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .philox import philox4x32, sign_bits
-from .sparse_native import add_native_, add_outer_native_
+from .sparse_native import add_at_native_, add_native_, add_outer_native_
 from .tiles import outer_tiles
 
-__all__ = ["TAG_PERM", "TAG_SIGN", "sparse_add_", "sparse_add_outer_", "sparse_map"]
+__all__ = ["TAG_PERM", "TAG_SIGN", "sparse_add_", "sparse_add_at_", "sparse_add_outer_", "sparse_map"]
 
 TAG_SIGN = 0x5349474E
 TAG_PERM = 0x5045524D
@@ -83,6 +83,27 @@ def sparse_add_(out: Tensor, rows: Tensor, offset: int, *, seed: int, nnz: int =
     """Add R[:, offset : offset + n] rows, for rows (B, n), to out (B, k); both float32, in place."""
     add = add_native_ if backend == "native" else _add_torch_
     add(out, rows, offset, seed, nnz)
+
+
+def sparse_add_at_(
+    out: Tensor,
+    rows: Tensor,
+    examples: Tensor,
+    offsets: Tensor,
+    *,
+    seed: int,
+    nnz: int = 1,
+    backend: str = "torch",
+) -> None:
+    """Add R[:, offsets[r] : offsets[r] + n] rows[r] to out[examples[r]] for every row r of rows (M, n), in place."""
+    if backend == "native":
+        add_at_native_(out, rows, examples, offsets, seed, nnz)
+        return
+    for offset in torch.unique(offsets).tolist():
+        here = offsets == offset
+        sums = torch.zeros(int(here.sum()), out.shape[1], device=out.device)
+        _add_torch_(sums, rows[here], offset, seed, nnz)
+        out.index_add_(0, examples[here], sums)
 
 
 def sparse_add_outer_(

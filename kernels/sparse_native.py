@@ -22,7 +22,7 @@ from torch import Tensor
 from .native import LANES, aligned_scratch, native_level, native_library, run_jobs
 from .tiles import outer_tiles
 
-__all__ = ["add_native_", "add_outer_native_", "sparse_map_native"]
+__all__ = ["add_at_native_", "add_native_", "add_outer_native_", "sparse_map_native"]
 
 _NEGATIVE = np.uint32(1 << 31)
 _TILE = 1 << 18  # numbers of a tile of gradients: a megabyte, so that it stays in the second-level cache
@@ -117,6 +117,34 @@ def add_outer_native_(out: Tensor, left: Tensor, right: Tensor, offset: int, see
             _add_rows_(out[laned:][some], tile, offset + start, seed, nnz)
 
 
+def add_at_native_(out: Tensor, rows: Tensor, examples: Tensor, offsets: Tensor, seed: int, nnz: int) -> None:
+    """Add R[:, offsets[r] : offsets[r] + n] rows[r] to out[examples[r]] for every row r; both index tensors int64."""
+    (number, count), (batch, dim) = rows.shape, out.shape
+    if rows.stride(1) != 1 and count > 1:
+        rows = rows.contiguous()
+    examples, offsets = examples.contiguous(), offsets.contiguous()
+
+    def some(first: int, last: int) -> None:
+        _library().sp_add_at(
+            out.data_ptr(),
+            out.stride(0),
+            rows.data_ptr(),
+            rows.stride(0),
+            number,
+            count,
+            examples.data_ptr(),
+            offsets.data_ptr(),
+            first,
+            last,
+            seed,
+            dim,
+            nnz,
+            nnz**-0.5,
+        )
+
+    _share_examples(batch, some, 1.0 * number * count * nnz)
+
+
 def _in_lanes(batch: int, fewest: int) -> int:
     """How many examples, from the first on, go into lanes: all, but for a last group that would be too empty."""
     rest = batch % LANES
@@ -134,7 +162,6 @@ def _fewest_outer_lanes(steps: int) -> int:
 def _sum_lanes_(out: Tensor, parts: int, nnz: int, nanoseconds: float, add: _Sum) -> None:
     """Add the sums of all parts of all groups of sixteen examples to out; nanoseconds are those of one example."""
     batch, dim = out.shape
-    jobs: list[Callable[[], None]]
     if parts == 1:
 
         def whole(first: int) -> None:
@@ -184,9 +211,13 @@ def _add_rows_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int) -> N
             nnz**-0.5,
         )
 
+    _share_examples(batch, some, 0.5 * batch * count * nnz)
+
+
+def _share_examples(batch: int, some: Callable[[int, int], None], nanoseconds: float) -> None:
+    """Call some(first, last) on ranges that cover all examples."""
     share = -(-batch // min(batch, _JOBS))
-    jobs = [partial(some, first, min(first + share, batch)) for first in range(0, batch, share)]
-    run_jobs(jobs, 0.5 * batch * count * nnz)
+    run_jobs([partial(some, first, min(first + share, batch)) for first in range(0, batch, share)], nanoseconds)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:

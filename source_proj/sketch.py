@@ -199,6 +199,49 @@ class Sketch:
         else:
             kernels.sparse_add_outer_(out, left, right, offset, seed=self.seed, nnz=self.nnz, backend=backend)
 
+    @torch.no_grad()
+    def add_at_(self, out: Tensor, rows: Tensor, examples: Tensor, offsets: Tensor) -> None:
+        """Add R[:, offsets[r] : offsets[r] + n] rows[r] to out[examples[r]] for every row r, in place.
+
+        For gradients that touch few of many coordinates, such as an embedding's: one row per token, at the offset of
+        that token's vector. A pair of example and offset may occur again; ``"kronecker"`` uses its sparse map here.
+
+        Args:
+            out: (B, dim) float32, where to add; its last axis contiguous.
+            rows: (M, n) of any floating point type.
+            examples: (M,) int64, from 0 to B - 1.
+            offsets: (M,) int64, absolute coordinate of each row's first entry.
+
+        Raises:
+            ValueError: shapes, devices, examples or coordinates do not fit.
+            TypeError: rows are not floating point, out is not float32, or an index is not int64.
+        """
+        _check_types(out, rows, 2, "rows (M, n)")
+        self._check_out(out)
+        for name, index in (("examples", examples), ("offsets", offsets)):
+            if index.dtype != torch.int64:
+                raise TypeError(f"{name} is {index.dtype}; give torch.int64")
+            if index.shape != rows.shape[:1] or index.device != rows.device:
+                raise ValueError(
+                    f"{name} is {tuple(index.shape)} on {index.device} for rows {tuple(rows.shape)} on {rows.device}; "
+                    "give one entry per row"
+                )
+        if rows.numel() == 0:
+            return
+        if int(examples.min()) < 0 or int(examples.max()) >= out.shape[0]:
+            raise ValueError(
+                f"examples run from {int(examples.min())} to {int(examples.max())}; out has {out.shape[0]}"
+            )
+        _check_range(int(offsets.min()), 0)
+        _check_range(int(offsets.max()), rows.shape[1])
+        if self.kind in ("sparse", "kronecker"):
+            backend = self._serving(out)
+            kernels.sparse_add_at_(out, rows.float(), examples, offsets, seed=self.seed, nnz=self.nnz, backend=backend)
+            return
+        for offset in torch.unique(offsets).tolist():
+            here = offsets == offset
+            out.index_add_(0, examples[here], self(rows[here], offset))
+
     def matrix(self, start: int, stop: int, shape: tuple[int, ...] | None = None) -> Tensor:
         """R[:, start : stop] as a dense (dim, stop - start) tensor, for tests and small models.
 
@@ -215,18 +258,16 @@ class Sketch:
         return kernels.choose_backend(self.kind, self.backend, out.device.type)
 
     def _check(self, out: Tensor, rows: Tensor, axes: int, name: str) -> None:
-        if out.dtype != torch.float32:
-            raise TypeError(f"out is {out.dtype}; sums are kept in torch.float32")
-        if not rows.is_floating_point():
-            raise TypeError(f"{name} is {rows.dtype}; give floating point numbers")
-        if rows.ndim != axes or out.ndim != 2 or out.shape[1] != self.dim or out.shape[0] != rows.shape[0]:
-            raise ValueError(
-                f"out is {tuple(out.shape)} and {name} is {tuple(rows.shape)}; out must be (B, {self.dim}), B alike"
-            )
-        if out.stride(1) != 1 and self.dim > 1 and out.shape[0]:
-            raise ValueError(f"out has strides {out.stride()}; its last axis must be contiguous")
-        if out.device != rows.device:
-            raise ValueError(f"out is on {out.device} and {name} is on {rows.device}; move them to one device")
+        _check_types(out, rows, axes, name)
+        self._check_out(out)
+        if out.shape[0] != rows.shape[0]:
+            raise ValueError(f"out has {out.shape[0]} examples, but {name} is {tuple(rows.shape)}")
+
+    def _check_out(self, out: Tensor) -> None:
+        if out.ndim != 2 or out.shape[1] != self.dim:
+            raise ValueError(f"out is {tuple(out.shape)}; give (B, {self.dim})")
+        if out.numel() and ((out.stride(1) != 1 and self.dim > 1) or (out.stride(0) < self.dim and out.shape[0] > 1)):
+            raise ValueError(f"out has strides {out.stride()}; give rows that are contiguous and do not overlap")
 
     def _check_identity(self, offset: int, count: int) -> None:
         if offset + count > self.dim:
@@ -241,6 +282,17 @@ def _integer(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}; give an integer") from None
+
+
+def _check_types(out: Tensor, rows: Tensor, axes: int, name: str) -> None:
+    if out.dtype != torch.float32:
+        raise TypeError(f"out is {out.dtype}; sums are kept in torch.float32")
+    if not rows.is_floating_point():
+        raise TypeError(f"{name} is {rows.dtype}; give floating point numbers")
+    if rows.ndim != axes:
+        raise ValueError(f"{name} is {tuple(rows.shape)}; give {axes} axes")
+    if out.device != rows.device:
+        raise ValueError(f"out is on {out.device} and {name} is on {rows.device}; move them to one device")
 
 
 def _check_range(offset: int, count: int) -> None:
