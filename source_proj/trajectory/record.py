@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -100,9 +100,17 @@ class Record:
 
     def write(self, directory: Path) -> None:
         """Replace ``trajectory.json``, at one stroke."""
-        content = {"format": _FORMAT, "version": _VERSION, **asdict(self), "optimizer": self.optimizer.spec()}
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "stage": self.stage,
+            "optimizer": self.optimizer.spec(),
+            "state": self.state,
+            "checkpoints": [vars(checkpoint) for checkpoint in self.checkpoints],
+            "resume": self.resume,
+        }
         _flush_directory(directory)  # what is named must be there first
-        _write(directory / _NAME, lambda file: file.write(json.dumps(content, indent=1).encode()))
+        _write(directory / _NAME, lambda file: file.write(json.dumps(content).encode()))
         _flush_directory(directory)
 
     @classmethod

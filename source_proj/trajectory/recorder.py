@@ -114,13 +114,14 @@ class Recorder:
         self._record = self._open(Record(stage, _settings(_groups(optimizer)), describe_state(model)))
         self._seen: list[_Groups] = []  # the groups at each of the optimizer's steps since the last of ours
         optimizer.register_step_post_hook(self._see)
+        self._steps = self._record.last_step
         self._pending: Rates = []  # learning rates since the last checkpoint
         self._goes_on = not self._record.checkpoints  # False until restore() where there is something to restore
 
     @property
     def steps(self) -> int:
         """Optimizer steps taken so far, recorded or not."""
-        return self._record.last_step + sum(count for _, count in self._pending)
+        return self._steps
 
     def step(self) -> None:
         """Count one optimizer step, and record a checkpoint if one is due.
@@ -149,6 +150,7 @@ class Recorder:
                 f"the optimizer was {self._record.optimizer}, and is {settings} at step {self.steps + 1}: only the "
                 "learning rate may change during a stage; record another stage from here"
             )
+        self._steps += 1
         if self._pending and self._pending[-1][0] == rate:
             self._pending[-1] = (rate, self._pending[-1][1] + 1)
         else:
@@ -159,6 +161,8 @@ class Recorder:
     def restore(self) -> int:
         """Bring model, optimizer and random states back to the last checkpoint; steps after it are forgotten.
 
+        The optimizer's learning rate, too, becomes what it was then, whatever it was made with now.
+
         Returns:
             The number of steps taken until then, which is the number of the update to go on with; 0 if nothing was
             recorded (then nothing is touched).
@@ -167,7 +171,7 @@ class Recorder:
             MismatchError: a recorded file was changed.
         """
         self._goes_on = True
-        self._pending = []
+        self._pending, self._steps = [], self._record.last_step
         self._seen.clear()
         if self._record.resume is None:
             return 0
