@@ -1,0 +1,101 @@
+"""Files that are whole or not there: written under another name, flushed to the disk, then renamed."""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+__all__ = ["leftovers", "publish", "walk", "write_files"]
+
+_PARTIAL = ".partial"  # ends every temporary file's name, as in zarr's own store
+_CREATING = ".creating"  # ends every temporary folder's name
+
+
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Write files, each whole or not at all, and return when they and their names are on the disk.
+
+    Raises:
+        OSError: a file cannot be written; temporary files are removed.
+    """
+    temporary = {path: path.with_name(f"{path.name}.{uuid.uuid4().hex}{_PARTIAL}") for path in contents}
+    try:
+        for path, content in contents.items():
+            with temporary[path].open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in contents:
+            temporary[path].replace(path)
+    except BaseException:
+        for path in temporary.values():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        raise
+    for folder in {path.parent for path in contents}:
+        _sync(folder)
+
+
+def publish(path: Path, fill: Callable[[Path], None], beside: Path) -> bool:
+    """Let ``fill`` make a folder, and give it its name when it is whole and on the disk.
+
+    Args:
+        path: the folder's name; its parent is made where it is missing.
+        fill: called with an empty folder to fill.
+        beside: the temporary folder lies next to this path, which must be on the file system of ``path``.
+
+    Returns:
+        Whether it was published; False if another process was first, whose folder then stays.
+    """
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    temporary = beside.with_name(f".{beside.name}.{uuid.uuid4().hex}{_CREATING}")
+    try:
+        temporary.mkdir()
+        fill(temporary)
+        for file in walk(temporary):
+            _sync(file)
+        for folder, _, _ in os.walk(temporary):
+            _sync(Path(folder))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(temporary, path)  # refused where a folder with content is there already
+        _sync(path.parent)
+    except OSError:
+        if not _has_content(path):
+            raise
+        return False
+    else:
+        return True
+    finally:
+        # Whoever is still making one has lost the race, and finds out in `os.rename` at the latest.
+        if _has_content(path):
+            for old in beside.parent.glob(f".{beside.name}.*{_CREATING}"):
+                shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def walk(root: Path) -> Iterator[Path]:
+    """Yield all files under a folder, in order of their names."""
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        for name in sorted(files):
+            yield Path(folder) / name
+
+
+def leftovers(root: Path) -> list[Path]:
+    """Temporary files that a killed process left under a folder."""
+    return [file for file in walk(root) if file.name.endswith(_PARTIAL)]
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_dir() and any(path.iterdir())
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

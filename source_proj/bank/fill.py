@@ -1,0 +1,354 @@
+"""The builder's loop: batches to gradients to rows to committed shards."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from source_proj.bank.data import Batch, BatchSource, batch_hash, to_device
+from source_proj.bank.format import Settings
+from source_proj.bank.part import Part
+from source_proj.bank.quantize import encode
+from source_proj.bank.uniform import Uniforms
+from source_proj.errors import GradientError, MismatchError
+from source_proj.gradients import GradientEngine, ParameterSpace, gradient_engine, nonfinite_examples
+from source_proj.sketch import Sketch
+from source_proj.task import Task
+from source_proj.trajectory import Checkpoint
+
+__all__ = ["Work", "checked_shard", "fill"]
+
+Encoded = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A part to fill.
+
+    Attributes:
+        stage: index of its stage.
+        part: the part.
+        source: its examples.
+        checkpoints: the checkpoints of its stage.
+    """
+
+    stage: int
+    part: Part
+    source: BatchSource
+    checkpoints: Sequence[Checkpoint]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One worker's shards of one part at one checkpoint."""
+
+    work: Work
+    checkpoint: int
+    todo: list[int]
+    done: list[int]
+
+
+def checked_shard(shard: tuple[int, int] | None) -> tuple[int, int]:
+    """Return (i, n) as given, (0, 1) for None.
+
+    Raises:
+        ValueError: it is no (i, n) with 0 ≤ i < n.
+    """
+    if shard is None:
+        return 0, 1
+    try:
+        index, count = (int(one) for one in shard)
+    except (TypeError, ValueError):
+        raise ValueError(f"shard must be (i, n), the i-th of n workers from 0, got {shard!r}") from None
+    if not 0 <= index < count:
+        raise ValueError(f"shard must be (i, n) with 0 <= i < n, got {shard!r}")
+    return index, count
+
+
+def fill(
+    works: Sequence[Work],
+    settings: Settings,
+    model: nn.Module,
+    task: Task,
+    *,
+    shard: tuple[int, int] | None,
+    device: torch.device | str | None,
+    progress: bool,
+) -> None:
+    """Compute and commit all shards of a worker that are not committed yet.
+
+    All shards of all checkpoints are numbered through, and worker i of n takes those with number % n = i. The data of
+    its shards that are committed already are compared with their hashes, each batch once.
+
+    Raises:
+        GradientError: a gradient is not finite; names the stage, the checkpoint and the ids. Nothing of its shard is
+            committed.
+        MismatchError: the data differ from those of another checkpoint, or a checkpoint changed.
+        BankError: a shard cannot be written.
+    """
+    passes = list(_passes(works, *checked_shard(shard)))
+    space = ParameterSpace.from_spec(settings.parameters)
+    space.parameters(model)  # refuses another model
+    with _placed(model, device) as where:
+        checks = _checks(passes)
+        total = sum(_rows(one.work.part, one.todo) for one in passes)
+        total += sum(_rows(work.part, shards) for work, shards in checks)
+        with tqdm(total=total, unit="rows", delay=2, disable=not progress, desc="bank") as bar:
+            _check_committed(checks, bar)
+            rows = _RowMaker(model, task, space, settings, where)
+            with _Committer() as committer:
+                for one in passes:
+                    if one.todo:
+                        _run(one, rows, committer, bar)
+
+
+def _passes(works: Sequence[Work], index: int, count: int) -> Iterator[_Pass]:
+    number = 0
+    for work in works:
+        for checkpoint in range(work.part.n_checkpoints):
+            shards = range(work.part.spec.n_shards)
+            mine = [shard for shard in shards if (number + shard) % count == index]
+            number += len(shards)
+            committed = work.part.done(checkpoint)
+            todo = [shard for shard in mine if not committed[shard]]
+            yield _Pass(work, checkpoint, todo, [shard for shard in mine if committed[shard]])
+
+
+def _rows(part: Part, shards: Sequence[int]) -> int:
+    return sum(stop - start for start, stop in map(part.spec.span, shards))
+
+
+def _checks(passes: Sequence[_Pass]) -> list[tuple[Work, list[int]]]:
+    """Committed shards whose data no pass to come compares anyway."""
+    found = []
+    for work in {id(one.work): one.work for one in passes}.values():
+        own = [one for one in passes if one.work is work]
+        coming = {shard for one in own for shard in one.todo}
+        found.append((work, sorted({shard for one in own for shard in one.done} - coming)))
+    return found
+
+
+def _check_committed(checks: Sequence[tuple[Work, list[int]]], bar: "tqdm[NoReturn]") -> None:
+    """Compare the data of committed shards with the hashes that were banked."""
+    bar.set_postfix_str("comparing data", refresh=False)
+    for work, shards in checks:
+        for shard in shards:
+            hashes = []
+            for start, stop, batch in work.source.load([work.part.spec.span(shard)]):
+                hashes.append(batch_hash(batch))
+                bar.update(stop - start)
+            work.part.check_data(shard, _as_array(hashes))
+
+
+def _run(one: _Pass, rows: "_RowMaker", committer: "_Committer", bar: "tqdm[NoReturn]") -> None:
+    part, checkpoint = one.work.part, one.work.checkpoints[one.checkpoint]
+    expected = part.hashes[one.checkpoint]
+    if checkpoint.hash() != expected:
+        raise MismatchError(
+            f"{checkpoint!r} of stage {part.stage_name!r} changed since the bank was begun: its hash was "
+            f"{expected[:16]}, and is {checkpoint.hash()[:16]}; put the original back"
+        )
+    bar.set_postfix_str(f"{part.stage_name}, step {checkpoint.step}", refresh=False)
+    with checkpoint.applied_to(rows.model):
+        loaded = one.work.source.load([part.spec.span(shard) for shard in one.todo])
+        buffer = committer.buffer(part)
+        for start, stop, batch in loaded:
+            shard = start // part.spec.shard_rows
+            first, last = part.spec.span(shard)
+            buffer.put(start - first, rows(one, start, stop, batch), batch_hash(batch))
+            bar.update(stop - start)
+            if stop == last:
+                committer.commit(part, one.checkpoint, shard, buffer)
+                buffer = committer.buffer(part)
+        committer.wait()
+
+
+class _RowMaker:
+    """Turns a batch into what the bank stores of it."""
+
+    def __init__(
+        self, model: nn.Module, task: Task, space: ParameterSpace, settings: Settings, device: torch.device
+    ) -> None:
+        self.model = model
+        self._task = task
+        self._settings = settings
+        self._device = device
+        self._seed: int = settings.sketch["seed"]
+        self._engine: GradientEngine = gradient_engine(
+            model, space, Sketch.from_spec(settings.sketch), method=settings.gradients, autocast=settings.autocast
+        )
+
+    def __call__(self, one: _Pass, start: int, stop: int, batch: Batch) -> Encoded:
+        batch = to_device(batch, self._device)
+        place = _Place(one, start, stop)
+        values, rows = self._engine.sketch(self._task.output, batch)
+        if len(rows) != stop - start:
+            raise ValueError(
+                f"the batch of ids {place.ids[0]!r} to {place.ids[-1]!r} has {len(rows)} examples, and {stop - start} "
+                "were asked for: collate_fn must neither drop nor add examples"
+            )
+        place.require_finite(rows, "the gradient of the output")
+        with torch.no_grad():
+            d1, d2 = self._task.loss_derivatives(values, batch)
+        found = {"rows": rows, "d1": d1}
+        if (d2 is not None) != self._settings.second_derivative:
+            raise MismatchError(
+                f"the task gives {'a' if d2 is not None else 'no'} second derivative for ids {place.ids[:3]}, and the "
+                "opposite for the first batch; it must be the same for all"
+            )
+        if d2 is not None:
+            found["d2"] = d2
+        for name, symbol in (("d1", "ℓ'"), ("d2", "ℓ''")):
+            if name in found:
+                found[name] = found[name].detach().float()
+                place.require_finite(found[name][:, None], symbol)
+        encoded = self._encoded("", found)
+        if self._settings.sampled_fisher:
+            encoded |= self._encoded("fisher_", {"rows": self._sampled(place, batch)})
+        return encoded
+
+    def _sampled(self, place: "_Place", batch: Batch) -> Tensor:
+        """Rows ``(B·D, k)`` of sampled labels, draw j of example b at b·D + j."""
+        one = place.one
+        first = one.work.part.spec.start
+        positions = torch.arange(first + place.start, first + place.stop, device=self._device)
+        draws = []
+        for draw in range(self._settings.sampled_fisher):
+            # Positions travel with the batch: the general path calls the function for one example at a time.
+            def sampled(model: nn.Module, both: tuple[Batch, Tensor], draw: int = draw) -> Tensor:
+                uniform = Uniforms(
+                    both[1], seed=self._seed, stage=one.work.stage, checkpoint=one.checkpoint, draw=draw
+                )  # fmt: skip
+                return self._task.sampled_output(model, both[0], uniform)
+
+            draws.append(self._engine.sketch(sampled, (batch, positions))[1])
+            place.require_finite(draws[-1], "the gradient of a sampled label's likelihood")
+        return torch.stack(draws, dim=1).flatten(0, 1)
+
+    def _encoded(self, prefix: str, found: Encoded) -> Encoded:
+        rows, scale = encode(found["rows"], self._settings.storage)
+        encoded = {**found, "rows": rows} if scale is None else {**found, "rows": rows, "scale": scale}
+        return {f"{prefix}{name}": values for name, values in encoded.items()}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Which examples a batch holds, for errors."""
+
+    one: _Pass
+    start: int
+    stop: int
+
+    @property
+    def ids(self) -> list[Any]:
+        return self.one.work.part.ids[self.start : self.stop]
+
+    def require_finite(self, values: Tensor, what: str) -> None:
+        bad = nonfinite_examples(values)
+        if bad:
+            part = self.one.work.part
+            raise GradientError(
+                f"{what} is not finite for ids {[self.ids[i] for i in bad]} of stage {part.stage_name!r} at the "
+                f"checkpoint of step {part.steps[self.one.checkpoint]}: look at these examples and at the weights, or "
+                "switch autocast off"
+            )
+
+
+@dataclass
+class _Buffer:
+    """The arrays of one shard while it is made."""
+
+    part: Part
+    arrays: dict[str, np.ndarray]
+    filled: int = 0
+    hashes: list[bytes] = field(default_factory=list)
+
+    def put(self, start: int, encoded: Encoded, digest: bytes) -> None:
+        for name, values in encoded.items():
+            # Sampled-Fisher arrays have several entries a row.
+            factor = self.part.data[name].height // self.part.spec.shard_rows
+            torch.from_numpy(self.arrays[name])[start * factor : start * factor + len(values)].copy_(values)
+        self.filled = start + len(encoded["d1"])
+        self.hashes.append(digest)
+
+    def content(self) -> dict[str, np.ndarray]:
+        spec = self.part.spec
+        found = {
+            name: array[: self.filled * (self.part.data[name].height // spec.shard_rows)]
+            for name, array in self.arrays.items()
+        }
+        return {**found, "batch_hashes": _as_array(self.hashes)}
+
+
+class _Committer:
+    """Commits shards in a thread of its own, one after the other, while the next is made: flushing takes long."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bank")
+        self._pending: Future[None] | None = None
+        self._arrays: dict[int, list[dict[str, np.ndarray]]] = {}
+
+    def __enter__(self) -> "_Committer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True)
+
+    def buffer(self, part: Part) -> _Buffer:
+        """An empty buffer: two take turns, because fresh memory is slow to get."""
+        pair = self._arrays.setdefault(id(part), [])
+        if len(pair) < 2:
+            pair.append(_allocated(part))
+        else:
+            pair.reverse()
+        return _Buffer(part, pair[-1])
+
+    def commit(self, part: Part, checkpoint: int, shard: int, buffer: _Buffer) -> None:
+        """Wait for the shard before, then commit this one in the background."""
+        self.wait()
+        self._pending = self._thread.submit(_commit, part, checkpoint, shard, buffer)
+
+    def wait(self) -> None:
+        """Wait for the last shard, and raise what went wrong with it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def _commit(part: Part, checkpoint: int, shard: int, buffer: _Buffer) -> None:
+    content: Mapping[str, np.ndarray] = buffer.content()
+    part.check_hashes(checkpoint, shard, content["batch_hashes"])
+    part.commit(checkpoint, shard, content)
+
+
+def _allocated(part: Part) -> dict[str, np.ndarray]:
+    return {
+        name: np.empty((min(spec.height, spec.shape[0]), *spec.shape[1:]), spec.dtype)
+        for name, spec in part.data.items()
+        if name != "batch_hashes"
+    }
+
+
+def _as_array(hashes: Sequence[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(len(hashes), 32)
+
+
+@contextmanager
+def _placed(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
+    """Have the model on a device, and put it back afterwards."""
+    before = next(iter(model.parameters())).device
+    wanted = before if device is None else torch.device(device)
+    if wanted == before:
+        yield before
+        return
+    model.to(wanted)
+    try:
+        yield wanted
+    finally:
+        model.to(before)

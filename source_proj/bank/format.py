@@ -1,0 +1,191 @@
+"""The bank's format, version 1.
+
+A bank is a folder that holds one zarr v3 group, readable with plain zarr (``zarr.open_group(path)``). The key words
+MUST, MUST NOT and MAY are those of RFC 2119.
+
+**Tree**::
+
+    /                                   attributes: format, version, settings, versions, checkpoint_paths
+    /weights/<hash>                     uint8: safetensors file of a checkpoint that was given as a dict
+    /stage_<s>/                         attributes: name
+    /stage_<s>/part_<p>/                attributes: start, n, batch_size, shard_rows, id_type
+    /stage_<s>/part_<p>/ids             (n,)
+    /stage_<s>/part_<p>/seal            (2, 32) uint8
+    /stage_<s>/part_<p>/checkpoint_<c>/ attributes: step, hash
+        rows           (n, k)           sketched gradients R∇o of the outputs, encoded
+        scale          (n,)    float32  only with storage int8 and float16
+        d1             (n,)    float32  ℓ'(o)
+        d2             (n,)    float32  ℓ''(o), only where settings say second_derivative
+        batch_hashes   (m, 32) uint8    m = ⌈n / batch_size⌉
+        fisher_rows    (n·D, k)         sketched gradients of sampled labels, draw j of row i at i·D + j; only if D > 0
+        fisher_scale   (n·D,)  float32  only if D > 0, with storage int8 and float16
+        committed      (⌈n / shard_rows⌉, A, 32) uint8: the commit marks; A counts the arrays above that are there
+    /fits/                              MAY be there: spectra and matrices that were fitted, no part of the bank
+
+**Root**
+
+1. ``format`` MUST be "source-proj bank", ``version`` MUST be 1; a reader MUST refuse anything else, and say what
+   it found.
+2. ``settings`` MUST hold exactly: sketch, parameters, task, trajectory, storage ("int8", "float16" or "float32"),
+   sampled_fisher (D, the number of draws), second_derivative, gradients, autocast.
+3. ``versions`` says what software made the bank. A reader MUST NOT depend on it, and no fingerprint covers it.
+4. The group appears under its name whole, with all metadata, ids and weights. A writer MUST NOT change those later.
+
+**Stages and parts**
+
+5. There MUST be one group ``stage_<s>`` for every stage of the trajectory, in its order, with at least ``part_0``.
+   Parts are numbered without gaps; each further one holds appended rows. A part's ``start`` MUST be the number of rows
+   before it.
+6. ``shard_rows`` MUST be a multiple of ``batch_size``: rows of a shard depend on no other shard.
+7. ``id_type`` MUST be "int64" or "string", and ids MUST be unique within a stage.
+8. Shapes, types, chunks, shards and codecs MUST be those of `source_proj.bank.layout`. Shard i of each array holds
+   everything of the part's rows [i·shard_rows, (i+1)·shard_rows), in the one file ``c.i`` (``c.i.0``, ``c.i.0.0``).
+9. Every chunk MUST carry a CRC-32C, and every shard index too.
+
+**Rows**
+
+10. Row z of ``rows`` times its scale is the sketched gradient of the output. int8 MUST lie in [-127, 127]; the fill
+    values (-128, and NaN for floating point) MUST NOT occur among rows: they show what was never written.
+11. ``batch_hashes`` holds the SHA-256 of each batch's data, and MUST be the same at all checkpoints.
+
+**Commits**
+
+12. A commit mark is, for one checkpoint and shard, the SHA-256 of each array's decoded bytes of that shard
+    (little-endian, C order, rows that exist only), the arrays in the order listed above. All zeros: not done.
+13. A mark MUST be written after the shard's data are on the disk, and what is marked MUST NOT change.
+14. Files MUST appear whole under their names. Files that end in ".partial" are what a killed process left; a reader
+    MUST ignore them.
+
+**Seals**
+
+15. A part without mark of zeros is complete, and gets its seal: 32 bytes of SHA-256 over settings (paths aside), the
+    part's attributes, ids and marks, and 32 bytes over the canonical JSON of the metadata of root, weights, stage and
+    part. All zeros: not sealed. A bank is finalized when every part is sealed; a reader MUST NOT take rows from any
+    other bank.
+16. A reader MUST refuse a sealed part of which either hash does not match.
+17. The bank's fingerprint is the SHA-256, in hex, of the parts' content seals in order.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from source_proj.bank.quantize import STORAGES
+from source_proj.errors import BankError
+
+__all__ = ["FORMAT", "VERSION", "Settings", "canonical", "sha256"]
+
+FORMAT = "source-proj bank"
+VERSION = 1
+
+_LISTED = 5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the rows of a bank depend on besides the data; the bank's ``settings`` attribute.
+
+    Attributes:
+        sketch: ``Sketch.spec()``.
+        parameters: ``ParameterSpace.spec()``.
+        task: ``Task.spec()``.
+        trajectory: ``Trajectory.spec()``.
+        storage: "int8", "float16" or "float32".
+        sampled_fisher: draws of sampled labels.
+        second_derivative: whether the task gives ℓ''.
+        gradients: "auto", "hooks" or "general".
+        autocast: None, "bfloat16" or "float16".
+    """
+
+    sketch: dict[str, Any]
+    parameters: dict[str, Any]
+    task: dict[str, Any]
+    trajectory: dict[str, Any]
+    storage: str
+    sampled_fisher: int
+    second_derivative: bool
+    gradients: str
+    autocast: str | None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # as JSON gives them back: tuples become lists, keys strings
+            value = getattr(self, field.name)
+            try:
+                plain = json.loads(json.dumps(value, allow_nan=False))
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"{field.name} {value!r} cannot be written down as JSON: {error}") from error
+            object.__setattr__(self, field.name, plain)
+        if self.storage not in STORAGES:
+            raise ValueError(f"storage must be one of {', '.join(STORAGES)}, got {self.storage!r}")
+        draws = self.sampled_fisher
+        if isinstance(draws, bool) or not isinstance(draws, int) or draws < 0:
+            raise ValueError(f"sampled_fisher must be a number of draws, 0 or more, got {draws!r}")
+
+    @classmethod
+    def from_json(cls, found: Any) -> "Settings":
+        """Read the attribute back.
+
+        Raises:
+            BankError: entries are missing, unknown, or of the wrong type.
+        """
+        names = [field.name for field in fields(cls)]
+        if not isinstance(found, Mapping) or sorted(found) != sorted(names):
+            entries = sorted(found) if isinstance(found, Mapping) else found
+            raise BankError(f"its settings are {entries!r}, and must be {sorted(names)}")
+        for name in ("sketch", "parameters", "task", "trajectory"):
+            if not isinstance(found[name], Mapping):
+                raise BankError(f"its setting {name!r} is {found[name]!r}, and must be an object")
+        try:
+            return cls(**found)
+        except (TypeError, ValueError) as error:
+            raise BankError(f"its settings are malformed: {error}") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``settings`` attribute."""
+        return asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings without the paths of checkpoints: their hashes say what they are, wherever they lie."""
+        found: dict[str, Any] = _without_paths(asdict(self))
+        return found
+
+    def differences(self, other: "Settings") -> list[str]:
+        """Name each entry that differs, with its value in ``self`` and in ``other``."""
+        return _differences("", self.identity(), other.identity())[:_LISTED]
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with one spelling for equal values."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def sha256(*parts: bytes) -> bytes:
+    """SHA-256 over parts, each with its length before it: no two lists of parts give one text."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(entry) for key, entry in value.items() if not (key == "path" and "hash" in value)}
+    if isinstance(value, list):
+        return [_without_paths(entry) for entry in value]
+    return value
+
+
+def _differences(name: str, one: Any, other: Any) -> list[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        found = []
+        for key in dict.fromkeys([*one, *other]):
+            found += _differences(f"{name}.{key}" if name else key, one.get(key), other.get(key))
+        return found
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return [
+            text for i, pair in enumerate(zip(one, other, strict=True)) for text in _differences(f"{name}[{i}]", *pair)
+        ]
+    return [] if one == other else [f"{name} is {one!r} there and {other!r} here"]
