@@ -1,5 +1,6 @@
 """Small runs for the tests of the Recorder."""
 
+import functools
 import json
 import time
 
@@ -12,6 +13,22 @@ from source_proj.trajectory import Recorder
 STEPS = 40
 
 
+def on_one_thread(function):
+    """Threads that wait for each other take seconds over tiny models on a busy machine."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
+@on_one_thread
 def train(directory, until=STEPS, steps=STEPS, every=5, pause=0.0):
     """A run with momentum, a cosine schedule, dropout, batch norm, and batches drawn from torch's random state."""
     torch.manual_seed(0)
