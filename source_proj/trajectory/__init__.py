@@ -3,7 +3,7 @@
 from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.course import Trajectory
 from source_proj.trajectory.optimizer import SGD
-from source_proj.trajectory.recorder import Recorder
+from source_proj.trajectory.recorder import Recorder, Stateful
 from source_proj.trajectory.segments import Segments, segment_times, split_segments
 from source_proj.trajectory.stages import Schedule, Stage
 
@@ -14,6 +14,7 @@ __all__ = [
     "Schedule",
     "Segments",
     "Stage",
+    "Stateful",
     "Trajectory",
     "segment_times",
     "split_segments",
