@@ -1,0 +1,50 @@
+"""Which training examples made a model behave as it does: SOURCE in a random-projection feature bank."""
+
+from importlib.metadata import version
+
+from source_proj import evaluate
+from source_proj.bank import Bank, StageBank, build, open
+from source_proj.errors import BankError, GradientError, MismatchError, SourceProjError
+from source_proj.methods import GradCos, GradDot, InfluenceFunction, TracIn, Trak
+from source_proj.queries import QueryFeatures
+from source_proj.scores import Hits, PredictedChange, Scores
+from source_proj.sketch import Sketch
+from source_proj.source import Segment, SegmentScores, Source
+from source_proj.task import CausalLM, Classification, Regression, Task
+from source_proj.trajectory import SGD, Checkpoint, Recorder, Stage, Trajectory
+
+__version__ = version("source-proj")
+
+__all__ = [
+    "SGD",
+    "Bank",
+    "BankError",
+    "CausalLM",
+    "Checkpoint",
+    "Classification",
+    "GradCos",
+    "GradDot",
+    "GradientError",
+    "Hits",
+    "InfluenceFunction",
+    "MismatchError",
+    "PredictedChange",
+    "QueryFeatures",
+    "Recorder",
+    "Regression",
+    "Scores",
+    "Segment",
+    "SegmentScores",
+    "Sketch",
+    "Source",
+    "SourceProjError",
+    "Stage",
+    "StageBank",
+    "Task",
+    "TracIn",
+    "Trajectory",
+    "Trak",
+    "build",
+    "evaluate",
+    "open",
+]
