@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from source_proj.gradients.space import ParameterSpace
@@ -10,7 +11,11 @@ from source_proj.sketch import Sketch
 
 __all__ = ["Pieces"]
 
-_TILE_BYTES = 32 * 2**20  # of scattered embedding rows; one such buffer lives during a call
+_TILE_BYTES = 24 * 2**20  # of a dense piece of an embedding's gradient
+
+# Measured: one call of the sketch for a short row, and one coordinate of a dense tile (cleared, then sketched).
+_CALL_NANOSECONDS = 12_000
+_COORDINATE_NANOSECONDS = 0.4
 
 
 class Pieces:
@@ -33,25 +38,34 @@ class Pieces:
         out = self._out[start : start + rows.shape[0]]
         self._sketch.add_(out, rows.flatten(1), self._offsets[name], self._shapes[name])
 
-    def outer(self, name: str, left: Tensor, right: Tensor) -> None:
-        """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (B, T, o) and right (B, T, i)."""
-        self._sketch.add_outer_(self._out, left, right, self._offsets[name])
+    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0) -> None:
+        """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i)."""
+        out = self._out[start : start + left.shape[0]]
+        self._sketch.add_outer_(out, left, right, self._offsets[name])
 
     def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
         """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""
         rows, width = self._shapes[name]
-        if self._sketch.kind == "kronecker":  # needs the parameter whole
-            for b in range(index.shape[0]):
-                one_hot = torch.nn.functional.one_hot(index[b : b + 1], rows).to(values.dtype)
-                self._sketch.add_outer_(self._out[b : b + 1], one_hot, values[b : b + 1], self._offsets[name])
-            return
         size = index.shape[0]
+        if self._sketch.kind == "kronecker":  # wants the parameter whole
+            for b in range(size):
+                one_hot = F.one_hot(index[b : b + 1], rows).to(values.dtype)
+                self.outer(name, one_hot, values[b : b + 1], b)
+            return
+        places = torch.arange(size, device=index.device).unsqueeze(1) * rows + index
+        touched, inverse = torch.unique(places, return_inverse=True)  # (B, T) → which (example, row)
         height = max(1, min(rows, _TILE_BYTES // (4 * width * size)))
+        tiles = (touched % rows // height).unique()
+        if len(touched) * _CALL_NANOSECONDS < len(tiles) * height * width * size * _COORDINATE_NANOSECONDS:
+            sums = values.new_zeros(len(touched), width).index_add_(0, inverse.flatten(), values.flatten(0, 1))
+            for n, place in enumerate(touched.tolist()):
+                b, row = divmod(place, rows)
+                self._sketch.add_(self._out[b : b + 1], sums[n : n + 1], self._offsets[name] + row * width)
+            return
         example = torch.arange(size, device=index.device).unsqueeze(1).expand_as(index)
-        for first in torch.unique(index // height).tolist():
-            first = int(first) * height
-            last = min(rows, first + height)
+        for tile in tiles.tolist():
+            first, last = tile * height, min(rows, (tile + 1) * height)
             here = (index >= first) & (index < last)
-            tile = values.new_zeros((size, last - first, width))
-            tile.index_put_((example[here], index[here] - first), values[here], accumulate=True)
-            self._sketch.add_(self._out, tile.flatten(1), self._offsets[name] + first * width)
+            dense = values.new_zeros((size, last - first, width))
+            dense.index_put_((example[here], index[here] - first), values[here], accumulate=True)
+            self._sketch.add_(self._out, dense.flatten(1), self._offsets[name] + first * width)

@@ -16,6 +16,7 @@ from source_proj.errors import GradientError
 from source_proj.gradients import GradientEngine, ParameterSpace, gradient_engine, nonfinite_examples
 from source_proj.gradients import convolution as convolution_rule
 from source_proj.gradients import general as general_path
+from source_proj.gradients import pieces
 from source_proj.sketch import Sketch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -174,6 +175,28 @@ def test_every_way_of_a_convolution_gives_the_same_gradient(data: st.DataObject)
             patch.setattr(convolution_rule, "_FEW_POSITIONS", few)
             got = dense_rows(module, x, g_function)
         assert ((got - expected).norm(dim=1) <= 1e-5 * expected.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("call", [0, 10**12], ids=["rows", "tiles"])
+@pytest.mark.parametrize("kind", ["identity", "sparse", "kronecker"])
+def test_both_ways_of_an_embedding_give_the_same_gradient(
+    kind: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(pieces, "_CALL_NANOSECONDS", call)
+    monkeypatch.setattr(pieces, "_TILE_BYTES", 4 * 5 * 3 * 7)  # tiles of seven rows
+    model = nn.Embedding(40, 5, padding_idx=3)
+    space = ParameterSpace.from_model(model)
+    sketch = Sketch(kind=kind, dim=200, seed=1)
+    ids, weights = torch.tensor([[1, 1, 39, 3], [3, 3, 3, 3], [20, 6, 7, 20]]), torch.randn(3, 4, 5)
+
+    def function(model: nn.Module, batch: Any) -> Tensor:
+        return (model(batch[0]) * batch[1]).sum((1, 2))
+
+    hooks, general = (gradient_engine(model, space, sketch, method) for method in ("hooks", "general"))
+    rows, expected = (engine.sketch(function, (ids, weights))[1] for engine in (hooks, general))
+    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
+    assert (rows[1] == 0).all()
 
 
 def test_a_named_tuple_and_untouched_leaves_pass_through() -> None:
