@@ -53,7 +53,7 @@ def load_object(name: str, what: str) -> Any:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise  # the module is there, but something that it imports is not
         raise ValueError(f"{what} {name!r}: no module {error.name!r} here or among the installed packages") from error
-    found = module
+    found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ValueError(f"{what} {name!r}: {module_name} has no {attribute!r}")
@@ -152,7 +152,7 @@ def make_trajectory(
     if not points and (lr is not None or momentum or weight_decay):
         raise ValueError(f"--lr, --momentum and --weight-decay belong to --checkpoint; {given[0]} brings its own")
     if recorder:
-        return Trajectory.from_recorder(recorder, **({} if segments is None else {"segments": segments}))
+        return Trajectory.from_recorder(recorder, segments=segments or 1)
     if trajectory:
         if segments is not None:
             raise ValueError(f"--segments belongs to --recorder and --checkpoint; {trajectory} brings its own")

@@ -14,7 +14,15 @@ from torch.utils.data import Subset
 
 from source_proj.bank import build
 from source_proj.demo.check import Removal, retrain_without
-from source_proj.demo.digits import Digits, load_digits, make_network, make_optimizer, steps_of, train
+from source_proj.demo.digits import (
+    CHECKPOINTS,
+    Digits,
+    checkpoint_steps,
+    load_digits,
+    make_network,
+    make_optimizer,
+    train,
+)
 from source_proj.demo.show import Answer, answer_text, check_text, make_page
 from source_proj.report import write_report
 from source_proj.scores import Scores
@@ -25,7 +33,6 @@ from source_proj.trajectory import Recorder, Trajectory
 
 __all__ = ["Demo", "run"]
 
-CHECKPOINTS = 6
 SEGMENTS = 2
 DIM = 2048
 
@@ -129,9 +136,8 @@ class _Run:
         self.say(f"{_PARTS[part]:<58} {self.seconds[part]:5.1f} s")
 
     def train(self) -> Trajectory:
-        steps = steps_of(len(self.digits.train_set))
         optimizer = make_optimizer(self.model)
-        at = [round(steps * (index + 1) / CHECKPOINTS) for index in range(CHECKPOINTS)]
+        at = checkpoint_steps(len(self.digits.train_set))
         recorder = Recorder(self.model, optimizer, self.home / "run", at=at)
         train(self.model, optimizer, self.digits.train_set, recorder=recorder)
         return recorder.trajectory(segments=SEGMENTS)
@@ -179,7 +185,7 @@ _PARTS = {
 
 
 def predictions(model: nn.Module, digits: Digits) -> torch.Tensor:
-    """Return the network's answer for every test digit, ``(360,)``."""
+    """Return the network's answer for every test digit, ``(359,)``."""
     with torch.no_grad():
         answers: torch.Tensor = model(digits.test_set.tensors[0]).argmax(1)
     return answers

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,10 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from source_proj.demo.check import Removal, verdict
-from source_proj.demo.digits import BATCH_SIZE, EPOCHS, LR, MOMENTUM, WEIGHT_DECAY, Digits
+from source_proj.demo.digits import BATCH_SIZE, EPOCHS, LR, MOMENTUM, WEIGHT_DECAY, Digits, checkpoint_steps
 from source_proj.report import Check, Page, collect
 from source_proj.scores import Scores
-from source_proj.source import SegmentScores
+from source_proj.source import Segment, SegmentScores
 
 __all__ = ["Answer", "answer_text", "check_text", "make_page", "rendering"]
 
@@ -119,7 +120,7 @@ def make_page(
         summary=f"A small network learned {examples:,} handwritten digits. For {len(answers)} test digits, these are "
         "the training digits that pushed its answer up or down the most, found by SOURCE in a bank of randomly "
         "projected gradients.",
-        segments=tuple(one.name for one in parts.segments),
+        segments=_segment_words(parts.segments),
         facts=(
             ("data", f"scikit-learn’s digits, {examples:,} for training, {len(digits.test_set)} for testing"),
             ("network", f"64-128-128-10 with ReLU; {accuracy:.1%} of the test digits right"),
@@ -139,7 +140,13 @@ def make_page(
     )
 
 
-def _segment_fact(segment: Any) -> str:
+def _segment_words(segments: Sequence[Segment]) -> tuple[str, ...]:
+    """Name segments by the steps that they cover."""
+    ends = [0, *(checkpoint_steps(one.n)[one.checkpoints[-1]] for one in segments)]
+    return tuple(f"steps {start + 1} to {stop}" for start, stop in pairwise(ends))
+
+
+def _segment_fact(segment: Segment) -> str:
     return f"{segment.name}, time {segment.time:.3g}, tr(H) {segment.trace:.3g}, damping {segment.damping:.2g}"
 
 

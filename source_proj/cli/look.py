@@ -1,0 +1,130 @@
+"""``inspect`` and ``verify``: look into a bank."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+
+from source_proj.bank import Bank, StageBank
+from source_proj.bank import open as open_bank
+from source_proj.bank import verify as verify_bank
+from source_proj.cli.options import BankPath, Json
+from source_proj.cli.output import emit, reports_errors, say, table
+
+__all__ = ["inspect", "verify"]
+
+_LISTED = 8  # missing shards spelled out for people
+
+
+@reports_errors
+def inspect(bank: BankPath, json: Json = False) -> None:
+    """Show what is in a bank, also while it is being built."""
+    facts = _facts(open_bank(bank))
+    if json:
+        emit(facts)
+    else:
+        say("\n".join(_lines(facts)))
+
+
+@reports_errors
+def verify(bank: BankPath, json: Json = False) -> None:
+    """Read every byte of a bank; list what is wrong, and exit with code 1 if anything is."""
+    report = verify_bank(bank)
+    if json:
+        emit(
+            {
+                "bank": bank,
+                "ok": report.ok,
+                "problems": report.problems,
+                "files": report.files,
+                "bytes_read": report.bytes_read,
+                "leftovers": report.leftovers,
+            }
+        )
+    else:
+        for problem in report.problems:
+            say(problem)
+        count = len(report.problems)
+        found = "whole" if report.ok else f"{count} problem{'' if count == 1 else 's'}"
+        say(f"{bank}: {found}; {report.files} files, {report.bytes_read / 1e6:.1f} MB read")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _facts(bank: Bank) -> dict[str, Any]:
+    """Everything about a bank, as JSON can hold it."""
+    shapes = bank.space_spec["shapes"]
+    return {
+        "bank": bank.path,
+        "finalized": bank.finalized,
+        "fingerprint": bank.fingerprint if bank.finalized else None,
+        "rows": bank.n_rows,
+        "storage": bank.storage,
+        "sketch": bank.sketch.spec(),
+        "task": bank.task_spec,
+        "parameters": dict(zip(bank.space_spec["names"], shapes, strict=True)),
+        "stages": [_stage(stage) for stage in bank.stages],
+        "missing": bank.missing(),
+        "bytes": bank.nbytes(),
+        "versions": bank.versions,
+    }
+
+
+def _stage(stage: StageBank) -> dict[str, Any]:
+    done = [[part.done(index) for part in stage.parts] for index in range(stage.n_checkpoints)]
+    return {
+        "name": stage.name,
+        "rows": stage.n,
+        "first_ids": stage.ids[:5],
+        "optimizer": stage.spec["optimizer"],
+        "segments": stage.spec["segments"],
+        "sampled_fisher_draws": stage.draws,
+        "checkpoints": [
+            {
+                "step": step,
+                "lr_integral": integral,
+                "path": entry["path"],
+                "hash": entry["hash"],
+                "shards": sum(len(one) for one in shards),
+                "shards_done": sum(int(one.sum()) for one in shards),
+            }
+            for step, integral, entry, shards in zip(
+                stage.spec["steps"], stage.spec["lr_integrals"], stage.spec["checkpoints"], done, strict=True
+            )
+        ],
+    }
+
+
+def _lines(facts: dict[str, Any]) -> Iterator[str]:
+    """The same for people."""
+    state = f"complete, fingerprint {facts['fingerprint'][:16]}" if facts["finalized"] else "unfinished"
+    size = sum(facts["bytes"].values())
+    sizes = ", ".join(f"{name} {count / 1e6:.1f}" for name, count in facts["bytes"].items() if count >= 50_000)
+    count = sum(math.prod(shape) for shape in facts["parameters"].values())
+    yield f"{facts['bank']}: {state}"
+    yield f"  rows        {facts['rows']} training examples, {facts['storage']}"
+    yield f"  sketch      {_options(facts['sketch'])}"
+    yield f"  task        {_options(facts['task'])}"
+    yield f"  parameters  {count} in {len(facts['parameters'])} tensors"
+    yield f"  size        {size / 1e6:.1f} MB{f' ({sizes})' if sizes else ''}"
+    yield f"  made by     {_options(facts['versions'])}"
+    for stage in facts["stages"]:
+        yield ""
+        yield f"stage {stage['name']}: {stage['rows']} rows, {_options(stage['optimizer'])}"
+        segment_of = {one: number for number, group in enumerate(stage["segments"], 1) for one in group}
+        yield table(
+            ["checkpoint", "segment", "step", "integral of lr", "shards done", "weights"],
+            [
+                [index, segment_of[index], one["step"], f"{one['lr_integral']:.6g}",
+                 f"{one['shards_done']} of {one['shards']}", one["path"] or "in the bank"]
+                for index, one in enumerate(stage["checkpoints"])
+            ],
+        )  # fmt: skip
+    if facts["missing"]:
+        more = len(facts["missing"]) - _LISTED
+        yield "\nmissing: " + "; ".join(facts["missing"][:_LISTED]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _options(spec: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in spec.items() if value is not None)

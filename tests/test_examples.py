@@ -1,0 +1,45 @@
+"""Every example that is meant for newcomers runs, in a process of its own, away from the checkout."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(*arguments, cwd):
+    search = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": search},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def test_quickstart(tmp_path):
+    pytest.importorskip("sklearn")
+    lines = run("-W", "error", EXAMPLES / "quickstart.py", cwd=tmp_path).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [str(query) for query in range(10)]
+    assert list(tmp_path.iterdir()) == []  # it writes to a temporary folder only
+
+
+@pytest.mark.slow
+def test_notebook_runs_from_top_to_bottom(tmp_path):
+    if importlib.util.find_spec("nbclient") is None:
+        pytest.skip('needs the notebook extra: pip install "source-proj[notebook]"')
+    run("-m", "jupyter", "execute", EXAMPLES / "tour.ipynb", cwd=tmp_path)
+
+
+def test_notebook_is_kept_without_outputs():
+    cells = json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
