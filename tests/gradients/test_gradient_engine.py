@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from source_proj.errors import GradientError
-from source_proj.gradients import GradientEngine, ParameterSpace, gradient_engine, nonfinite_examples
+from source_proj.gradients import GradientEngine, ParameterSpace, gradient_engine, nonfinite_examples, pieces
 from source_proj.gradients import convolution as convolution_rule
 from source_proj.gradients import general as general_path
-from source_proj.gradients import pieces
 from source_proj.sketch import Sketch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")

@@ -1,0 +1,279 @@
+"""What does a build cost? One checkpoint's sketching pass against plain training's forward + backward.
+
+    python examples/speed/build.py                             # three models, minutes
+    python examples/speed/build.py --models resnet9 --batch 32 --repetitions 9
+
+Three ways through the same batch, in one process, each timed in turn, medians over the repetitions:
+
+* plain: forward and backward of the mean loss, as in training (BatchNorm in evaluation mode);
+* sketch: values and sketched per-example gradients by the hook path, sparse sketch;
+* vmap: per-example gradients by `vmap(grad)`, then a dense Rademacher projection, which is what TRAK does. On a CPU
+  this takes minutes per batch, so gradients are timed on a few examples and the projection on a slice of the
+  coordinates, and both are scaled up.
+
+Beside the times stands the physical bound: the floating point operations of plain training over the best rate that a
+matrix product or a convolution reaches in this process, plus one read of the per-example gradients at the bandwidth of
+a copy. Peak memory is that of three passes in a process of its own, less what the imports take.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import source_proj as sp
+from source_proj.gradients import ParameterSpace, gradient_engine
+
+DIM = 4096
+VMAP_EXAMPLES = 2
+PROJECTED = 1 << 17  # coordinates on which the dense projection is timed
+
+
+def mlp() -> nn.Module:
+    """784-256-128-10."""
+    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+class ResNet9(nn.Module):
+    """The usual one for 32×32 images: 64-128-256-512 channels, two residual blocks, 6.6 million parameters."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+
+        def block(inner: int, outer: int, pool: bool = False) -> nn.Sequential:
+            layers = [nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU(inplace=True)]
+            return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []))
+
+        self.first = nn.Sequential(block(3, 64), block(64, 128, pool=True))
+        self.residual_1 = nn.Sequential(block(128, 128), block(128, 128))
+        self.second = nn.Sequential(block(128, 256, pool=True), block(256, 512, pool=True))
+        self.residual_2 = nn.Sequential(block(512, 512), block(512, 512))
+        self.head = nn.Sequential(nn.MaxPool2d(4), nn.Flatten(), nn.Linear(512, classes))
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        x = self.first(x)
+        x = self.second(self.residual_1(x) + x)
+        return self.head(self.residual_2(x) + x)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+
+
+class Decoder(nn.Module):
+    """GPT-shaped: 4 layers of width 256 with 8 heads, 4,096 tokens, embedding and head tied; 4.2 million parameters."""
+
+    def __init__(self, vocab: int = 4096, width: int = 256, layers: int = 4, heads: int = 8, length: int = 128) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocab, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocab, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # noqa: D102
+        x = self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device))
+        return self.head(self.norm(self.blocks(x)))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its batches, its task and the loss that plain training takes the mean of."""
+
+    model: Callable[[], nn.Module]
+    batch: Callable[[int], object]
+    size: int
+    task: sp.Task
+    loss: Callable[[nn.Module, object], Tensor]
+
+
+def classified(*shape: int) -> Callable[[int], object]:
+    return lambda size: (torch.randn(size, *shape), torch.randint(0, 10, (size,)))
+
+
+def sentences(size: int) -> object:
+    ids = torch.randint(0, 4096, (size, 128))
+    return {"input_ids": ids, "labels": ids}
+
+
+def class_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(batch["input_ids"])[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+SUBJECTS = {
+    "mlp": Subject(mlp, classified(784), 64, sp.Classification(), class_loss),
+    "resnet9": Subject(ResNet9, classified(3, 32, 32), 64, sp.Classification(), class_loss),
+    "decoder": Subject(Decoder, sentences, 32, sp.CausalLM(), token_loss),
+}
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def interleaved(repetitions: int, *functions: Callable[[], object]) -> list[float]:
+    """Median seconds of each function, called in turn after one call to warm up."""
+    for function in functions:
+        function()
+    times = [[seconds(function) for function in functions] for _ in range(repetitions)]
+    return [median(column) for column in zip(*times, strict=True)]
+
+
+def resident(field: str) -> int:
+    """VmRSS, or VmHWM for the largest so far, in bytes; Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def print_peak(name: str, way: str, size: int) -> None:
+    """In a process of its own: the largest memory during three passes, less what the imports take."""
+    before = resident("VmRSS")
+    passes = dict(zip(("plain", "sketch"), Passes(SUBJECTS[name], size).both(), strict=True))
+    for _ in range(3):
+        passes[way]()
+    print(resident("VmHWM") - before)
+
+
+def peak_bytes(name: str, way: str, size: int, threads: int) -> int:
+    """What `print_peak` prints."""
+    command = [
+        sys.executable,
+        __file__,
+        "--threads",
+        str(threads),
+        "--batch",
+        str(size),
+        "--models",
+        name,
+        "--peak",
+        way,
+    ]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+class Passes:
+    """A model, one batch and an engine, made the same way every time."""
+
+    def __init__(self, subject: Subject, size: int) -> None:
+        torch.manual_seed(0)
+        self.subject = subject
+        self.model = subject.model().eval()
+        self.space = ParameterSpace.from_model(self.model)
+        self.engine = gradient_engine(self.model, self.space, sp.Sketch(DIM))
+        self.batch = subject.batch(size)
+
+    def plain(self) -> None:  # noqa: D102
+        self.model.zero_grad(set_to_none=True)
+        self.subject.loss(self.model, self.batch).backward()
+
+    def sketch(self) -> None:  # noqa: D102
+        self.model.zero_grad(set_to_none=True)
+        self.engine.sketch(self.subject.task.output, self.batch)
+
+    def both(self) -> tuple[Callable[[], None], Callable[[], None]]:
+        """The two passes that are compared."""
+        return self.plain, self.sketch
+
+
+def machine() -> tuple[float, float]:
+    """Best floating point rate of a product and a convolution (operations/s), and bandwidth of a copy (bytes/s)."""
+    a, out = torch.randn(2048, 2048), torch.empty(2048, 2048)
+    x, w = torch.randn(16, 256, 16, 16), torch.randn(256, 256, 3, 3)
+    source, target = torch.randn(1 << 25), torch.empty(1 << 25)
+    with torch.no_grad():
+        product, convolution, copy = interleaved(
+            7, lambda: torch.mm(a, a, out=out), lambda: F.conv2d(x, w, padding=1), lambda: target.copy_(source)
+        )
+    rate = max(2 * 2048**3 / product, 2 * 16 * 256 * 256 * 9 * 256 / convolution)
+    return rate, 2 * source.nbytes / copy
+
+
+def vmap_seconds(passes: Passes, size: int) -> float:
+    """`vmap(grad)` and a dense projection of a batch, scaled up from a few examples and a slice of coordinates."""
+    space = passes.space
+    dense = gradient_engine(passes.model, space, sp.Sketch(space.size, "identity"), method="general")
+    batch = passes.subject.batch(VMAP_EXAMPLES)
+    (gradients,) = interleaved(3, lambda: dense.sketch(passes.subject.task.output, batch))
+    rademacher, rows = sp.Sketch(DIM, "rademacher"), torch.randn(size, min(PROJECTED, space.size))
+    out = torch.zeros(size, DIM)
+    (projection,) = interleaved(3, lambda: rademacher.add_(out, rows))
+    return gradients * size / VMAP_EXAMPLES + projection * space.size / rows.shape[1]
+
+
+def measure(name: str, size: int, repetitions: int, threads: int, rate: float, bandwidth: float) -> None:
+    """Print one model's ratios."""
+    passes = Passes(SUBJECTS[name], size)
+    engine, d = passes.engine, passes.space.size
+    with FlopCounterMode(display=False) as counter:
+        passes.plain()
+    plain, sketch = interleaved(repetitions, *passes.both())
+    slow = vmap_seconds(passes, size)
+    bound = counter.get_total_flops() / rate + 4 * size * d / bandwidth
+    memory = [peak_bytes(name, way, size, threads) for way in ("plain", "sketch")]
+    print(f"{name}: d = {d:,}, batch {size}, k = {DIM:,}, path {engine.method!r} ({engine.reason})")
+    print(
+        f"  plain forward + backward      {plain * 1e3:9.1f} ms  {counter.get_total_flops() / plain / 1e9:.0f} GFLOP/s"
+    )
+    print(f"  sketching pass                {sketch * 1e3:9.1f} ms  {sketch / plain:.2f} of plain")
+    print(f"    per coordinate and example  {sketch / size / d * 1e9:9.2f} ns")
+    print(f"    physical bound              {bound * 1e3:9.1f} ms  reached within a factor of {sketch / bound:.2f}")
+    print(f"  vmap(grad) + dense projection {slow * 1e3:9.0f} ms  {slow / plain:.0f} of plain, ", end="")
+    print(f"{slow / sketch:.0f} of sketching")
+    print(f"    scaled up from gradients of {VMAP_EXAMPLES} examples and {min(PROJECTED, d):,} projected coordinates")
+    print(
+        f"  peak memory, sketching        {memory[1] / 2**20:9.0f} MiB {memory[1] / memory[0]:.2f} of plain\n",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--batch", type=int, help="examples per batch; default: 64, for the decoder 32")
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--peak", choices=("plain", "sketch"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    sizes = {name: arguments.batch or SUBJECTS[name].size for name in arguments.models}
+    if arguments.peak:
+        print_peak(arguments.models[0], arguments.peak, sizes[arguments.models[0]])
+        return
+    rate, bandwidth = machine()
+    print(f"{arguments.threads} threads: {rate / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.0f} GB/s, ", end="")
+    print(f"sparse sketch by the {sp.Sketch(DIM).chosen_backend!r} backend\n")
+    for name, size in sizes.items():
+        measure(name, size, arguments.repetitions, arguments.threads, rate, bandwidth)
+
+
+if __name__ == "__main__":
+    main()
