@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import torch
 from torch import Tensor
 
-__all__ = ["LANES", "aligned_scratch", "native_level", "native_library", "run_jobs"]
+__all__ = ["aligned_scratch", "native_library", "run_jobs"]
 
-LANES = 16  # examples that native.c interleaves
-_VERSION = 1
+_VERSION = 2
+_ALIGNMENT = 64  # bytes, as the widest vectors want it
 _WORTH_THREADS = 100_000  # nanoseconds of work below which waking another thread costs more than it saves
 
 _pointer, _int, _i64, _u32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
@@ -57,13 +57,8 @@ def native_library() -> ctypes.CDLL | None:
     for name, types in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = types, None
+    library.sp_outer_work.restype = _i64
     return library
-
-
-def native_level() -> int:
-    """Instruction set that the compiled kernels use here: 2 is AVX-512, 1 is AVX2, 0 is the compiler's baseline."""
-    library = native_library()
-    return 0 if library is None else int(library.sp_level())
 
 
 _local = threading.local()
@@ -76,8 +71,8 @@ def aligned_scratch(name: str, count: int) -> Tensor:
     """
     kept: Tensor | None = getattr(_local, name, None)
     if kept is None or kept.numel() < count:
-        memory = torch.empty(count + LANES, dtype=torch.float32)
-        skip = -(memory.data_ptr() // 4) % LANES
+        memory = torch.empty(count + _ALIGNMENT // 4, dtype=torch.float32)
+        skip = -memory.data_ptr() % _ALIGNMENT // 4
         kept = memory[skip : skip + count]
         setattr(_local, name, kept)
     return kept[:count]

@@ -1,14 +1,14 @@
 """Launches the compiled kernels of the sparse map: which of them, on which examples, in which thread.
 
-Two routes, chosen by shapes alone, never by the number of threads, which therefore changes no bit of a sum:
+Two routes, chosen by shapes and the processor, never by the number of threads, which therefore changes no bit of a sum:
 
-* lanes: sixteen examples interleaved, summed into an own (k, 16) buffer that is then added to the output. Measured on
-  AVX-512 (Zen 5), per coordinate of all sixteen: 3.2 ns for given rows; for outer products of T steps 1.2 + 0.17 T ns.
-* rows: one example after the other, 0.35 ns per coordinate of each; outer products first become tiles (0.02 T ns).
+* lanes: a group of examples interleaved (16 with AVX-512, 8 with AVX2, else 4), summed into a buffer of its own that is
+  then added to the output. Measured on Zen 5, per coordinate of a whole group: 2.4 to 3.2 ns for given rows; for outer
+  products of T steps 1.2 + 0.17 T ns (with AVX2 and its 8 lanes, 1.2 + 0.2 T ns).
+* rows: one example after the other, 0.35 ns per coordinate of each; outer products become tiles before, 0.02 T ns.
 
-So the lanes serve groups of at least eight examples, and of fewer where the estimate below says so, unless there are
-too few coordinates to pay for the buffer. Where even fewer groups than `_JOBS` exist, each is split into parts with
-buffers of their own, which are added in order.
+Hence the lanes serve groups that are full enough, unless there are too few coordinates to pay for the buffer. Where
+there are fewer groups than `_JOBS`, each is split into parts with buffers of their own, which are added in order.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .native import LANES, aligned_scratch, native_level, native_library, run_jobs
+from .native import aligned_scratch, native_library, run_jobs
 from .tiles import outer_tiles
 
 __all__ = ["add_at_native_", "add_native_", "add_outer_native_", "sparse_map_native"]
@@ -31,8 +31,8 @@ _JOBS = 8  # that a large sum is split into, at least
 _PART = 16  # a part's coordinates, in units of k: keeps the cost of its buffer below a tenth
 _PART_ROWS = 64  # rows of an outer product per part: each part interleaves all of right again
 _BUFFERS = 1 << 24  # numbers in the buffers of parts at one time
-_OUTER_WORK = 12288 * LANES  # numbers of work space of sp_outer_lanes
 _OUTER_COPIES = 64  # largest nnz of sp_outer_lanes
+_FULL_ENOUGH = {16: 8, 8: 6, 4: 5}  # fewest given rows that are interleaved, by lanes: never only four
 
 # sum(buffer, first example, examples, part): the interleaved sum of one part of one group
 _Sum = Callable[[Tensor, int, int, int], None]
@@ -52,10 +52,11 @@ def add_native_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int) -> 
     (batch, count), dim = rows.shape, out.shape[1]
     if rows.stride(1) != 1 and count > 1:
         rows = rows.contiguous()
+    width = _library().sp_lanes()
     pays = count >= dim and dim <= _LANES_DIM
-    laned = _in_lanes(batch, 8) if pays else 0
+    laned = _in_lanes(batch, width, _FULL_ENOUGH[width]) if pays else 0
     if laned:
-        groups = -(-laned // LANES)
+        groups = -(-laned // width)
         parts = max(1, min(-(-_JOBS // groups), count // (_PART * dim)))
         step = -(-count // parts)
 
@@ -84,9 +85,10 @@ def add_outer_native_(out: Tensor, left: Tensor, right: Tensor, offset: int, see
     left, right = _last_contiguous(left), _last_contiguous(right)
     work = (1 + steps // 8) * o * i
     pays = work >= dim and dim <= _LANES_DIM and nnz <= _OUTER_COPIES
-    laned = _in_lanes(batch, _fewest_outer_lanes(steps)) if pays else 0
+    width = _library().sp_lanes()
+    laned = _in_lanes(batch, width, _full_enough_outer(width, steps)) if pays else 0
     if laned:
-        groups = -(-laned // LANES)
+        groups = -(-laned // width)
         parts = max(1, min(-(-_JOBS // groups), work // (_PART * 4 * dim), o // _PART_ROWS))
         height = -(-o // (4 * parts)) * 4  # whole panels of four rows
 
@@ -94,7 +96,7 @@ def add_outer_native_(out: Tensor, left: Tensor, right: Tensor, offset: int, see
             row = part * height
             _library().sp_outer_lanes(
                 sums.data_ptr(),
-                aligned_scratch("work", _OUTER_WORK).data_ptr(),
+                aligned_scratch("work", _library().sp_outer_work()).data_ptr(),
                 _address(left, first, row),
                 left.stride(0),
                 left.stride(1),
@@ -145,46 +147,46 @@ def add_at_native_(out: Tensor, rows: Tensor, examples: Tensor, offsets: Tensor,
     _share_examples(batch, some, 1.0 * number * count * nnz)
 
 
-def _in_lanes(batch: int, fewest: int) -> int:
-    """How many examples, from the first on, go into lanes: all, but for a last group that would be too empty."""
-    rest = batch % LANES
-    return batch if rest >= fewest else batch - rest
+def _in_lanes(batch: int, width: int, full_enough: int) -> int:
+    """How many examples, from the first on, go into lanes: those of whole groups, and of a last one if full enough."""
+    if width < full_enough:
+        return 0
+    rest = batch % width
+    return batch if rest >= full_enough else batch - rest
 
 
-def _fewest_outer_lanes(steps: int) -> int:
-    """From how many examples on interleaving costs less than tiles, by the estimates above, in ns per coordinate."""
-    wide = 1.2 + 0.17 * steps
-    if native_level() < 2:
-        wide *= 2  # half as many lanes per instruction, or fewer
-    return min(LANES, int(wide / (0.35 + 0.02 * steps)) + 1)
+def _full_enough_outer(width: int, steps: int) -> int:
+    """From how many examples on a group costs less in lanes than as tiles, by the estimates above."""
+    step = 0.17 if width == 16 else 0.2
+    return int((1.2 + step * steps) / (0.35 + 0.02 * steps)) + 1
 
 
 def _sum_lanes_(out: Tensor, parts: int, nnz: int, nanoseconds: float, add: _Sum) -> None:
     """Add the sums of all parts of all groups of sixteen examples to out; nanoseconds are those of one example."""
-    batch, dim = out.shape
+    (batch, dim), width = out.shape, _library().sp_lanes()
     if parts == 1:
 
         def whole(first: int) -> None:
-            lanes = min(LANES, batch - first)
-            sums = aligned_scratch("sums", dim * LANES)
+            lanes = min(width, batch - first)
+            sums = aligned_scratch("sums", dim * width)
             add(sums, first, lanes, 0)
             _gather_(out[first : first + lanes], sums, 1, nnz)
 
-        run_jobs([partial(whole, first) for first in range(0, batch, LANES)], nanoseconds * batch)
+        run_jobs([partial(whole, first) for first in range(0, batch, width)], nanoseconds * batch)
         return
     # Rounds bound the memory of the buffers.
-    size = parts * dim * LANES
-    for start in range(0, batch, max(1, _BUFFERS // size) * LANES):
-        firsts = range(start, min(batch, start + max(1, _BUFFERS // size) * LANES), LANES)
-        buffers = aligned_scratch("parts", len(firsts) * size).view(len(firsts), parts, dim * LANES)
+    size = parts * dim * width
+    for start in range(0, batch, max(1, _BUFFERS // size) * width):
+        firsts = range(start, min(batch, start + max(1, _BUFFERS // size) * width), width)
+        buffers = aligned_scratch("parts", len(firsts) * size).view(len(firsts), parts, dim * width)
         jobs = [
-            partial(add, buffers[group, part], first, min(LANES, batch - first), part)
+            partial(add, buffers[group, part], first, min(width, batch - first), part)
             for group, first in enumerate(firsts)
             for part in range(parts)
         ]
-        run_jobs(jobs, nanoseconds * LANES * len(firsts))
+        run_jobs(jobs, nanoseconds * width * len(firsts))
         for group, first in enumerate(firsts):
-            _gather_(out[first : first + LANES], buffers[group], parts, nnz)
+            _gather_(out[first : first + width], buffers[group], parts, nnz)
 
 
 def _gather_(out: Tensor, sums: Tensor, parts: int, nnz: int) -> None:
