@@ -118,19 +118,23 @@ def sparse_add_outer_(
 
 
 def _add_torch_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int) -> None:
-    """The reference: torch alone, on any device."""
-    dim, on_cpu = out.shape[1], out.device.type == "cpu"
+    _add_reference_(out, rows, offset, seed, nnz, ordered=out.device.type == "cpu")
+
+
+def _add_reference_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int, *, ordered: bool) -> None:
+    """The reference: torch alone, on any device; ordered says that scatter_add_ adds one element after the other."""
+    dim = out.shape[1]
     scale = np.float32(nnz**-0.5)
-    # Elsewhere than on a CPU a chunk stays within one block: no two of its coordinates meet, so no order is left open.
-    step = _CHUNK if on_cpu else min(_CHUNK, dim)
+    # Elsewhere a chunk stays within one block: no two of its coordinates meet, so no order of sums is left open.
+    step = _CHUNK if ordered else min(_CHUNK, dim)
     for start, stop in _chunks(offset, offset + rows.shape[1], dim, step):
         piece = rows[:, start - offset : stop - offset]
         for copy in range(nnz):
             columns, negative = sparse_map(start, stop, dim=dim, seed=seed, copy=copy)
             index = torch.from_numpy(columns).to(out.device)
             values = piece * torch.from_numpy(np.where(negative, -scale, scale)).to(out.device)
-            if on_cpu:
-                out.scatter_add_(1, index.expand(values.shape), values)  # one after the other along a row
+            if ordered:
+                out.scatter_add_(1, index.expand(values.shape), values)
             else:
                 out[:, index] += values
 

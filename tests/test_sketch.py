@@ -308,6 +308,21 @@ def test_outer_products_of_any_stride(options):
     assert (half - half_expected).norm() <= 1e-6 * half_expected.norm()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", KINDS)
+def test_the_gpu_has_the_same_matrix(name):
+    sketch = Sketch(**KINDS[name])
+    eye, x = torch.eye(D), normal(5, D)
+    assert torch.equal(sketch(eye.cuda(), 500, SHAPE).cpu(), sketch(eye, 500, SHAPE))
+    assert (sketch(x.cuda(), 500, SHAPE).cpu() - sketch(x, 500, SHAPE)).norm() <= 1e-5 * x.norm()
+    left, right = normal(5, 3, SHAPE[0]), normal(5, 3, SHAPE[1], seed=1)
+    there, here = torch.zeros(5, sketch.dim, device="cuda"), torch.zeros(5, sketch.dim)
+    sketch.add_outer_(there, left.cuda(), right.cuda(), 500)
+    sketch.add_outer_(here, left, right, 500)
+    assert (there.cpu() - here).norm() <= 1e-5 * here.norm()
+
+
 def test_kronecker_vectors_take_the_sparse_map():
     sparse, kronecker = Sketch(64), Sketch(64, "kronecker")
     x = normal(3, 40)

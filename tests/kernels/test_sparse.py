@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from source_proj.kernels import available_backends, philox4x32, sparse_add_, sparse_map, sparse_native
+from source_proj.kernels import available_backends, philox4x32, sparse, sparse_add_, sparse_map, sparse_native
 from source_proj.kernels.native import native_library
 from source_proj.kernels.sparse import sparse_add_at_, sparse_add_outer_
 
@@ -146,6 +146,14 @@ def test_outer_is_the_sketch_of_the_gradient(batch, steps, o, i, k, nnz, backend
     sizes = np.einsum("bto,bti->boi", left.double().abs(), right.double().abs()).reshape(batch, -1)
     matrix = dense(k, 2**31 - 50, o * i, 2, nnz)
     assert close(out, 1 + gradient @ matrix.T, (1 + sizes @ np.abs(matrix).T).max())
+
+
+def test_reference_of_devices_without_order_adds_the_same():
+    rows = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    ordered, unordered = torch.zeros(3, 96), torch.zeros(3, 96)
+    sparse._add_reference_(ordered, rows, 50, 4, 2, ordered=True)
+    sparse._add_reference_(unordered, rows, 50, 4, 2, ordered=False)
+    assert (ordered - unordered).norm() <= 1e-6 * ordered.norm()
 
 
 @native
