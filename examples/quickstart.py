@@ -29,7 +29,7 @@ for inputs, targets in batches:
     nn.functional.cross_entropy(model(inputs), targets).backward()
     optimizer.step()
     recorder.step()
-bank = sp.build(model, sp.Classification(), recorder.trajectory(), train_set, folder / "bank")
+bank = sp.build(model, sp.Classification(), recorder.trajectory(), train_set, folder / "bank", sketch=sp.Sketch(1024))
 source = sp.Source(bank, model=model)
 for query, hits in source.top_k(queries, k=3):
     print(query, hits)

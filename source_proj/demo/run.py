@@ -34,7 +34,7 @@ from source_proj.trajectory import Recorder, Trajectory
 __all__ = ["Demo", "run"]
 
 SEGMENTS = 2
-DIM = 2048
+DIM = 1024
 
 
 @dataclass(frozen=True)

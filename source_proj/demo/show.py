@@ -46,7 +46,7 @@ def rendering(pixels: Tensor) -> list[str]:
     Example:
         >>> import torch
         >>> rendering(torch.linspace(0, 1, 64))[7]
-        '%%%%%%%%%%%%%%@@'
+        '%%%%%%%%@@@@@@@@'
     """
     levels = (pixels.reshape(8, 8).clamp(0, 1) * (len(_SHADES) - 1)).round().long().numpy()
     return ["".join(np.repeat(_SHADES[row], 2)) for row in levels]
@@ -117,7 +117,7 @@ def make_page(
             notes=[answer.note for answer in answers],
             picture=_enlarged,
         ),
-        summary=f"A small network learned {examples:,} handwritten digits. For {len(answers)} test digits, these are "
+        summary=f"A small network learned {examples:,} handwritten digits. For four test digits, these are "
         "the training digits that pushed its answer up or down the most, found by SOURCE in a bank of randomly "
         "projected gradients.",
         segments=_segment_words(parts.segments),

@@ -1,0 +1,345 @@
+"""The command line, from a recorded run to scores, inspected and verified; and what it says when something is wrong."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from torch import nn
+from typer.testing import CliRunner
+
+import source_proj as sp
+from source_proj.cli import app
+
+MODULE = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import source_proj as sp
+
+generator = torch.Generator().manual_seed(0)
+inputs = torch.randn(48, 5, generator=generator)
+labels = (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0).long()
+ready = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+
+def other_model():
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+def train_set():
+    return TensorDataset(inputs[:40], labels[:40])
+
+def by_stage():
+    return {"train": train_set()}
+
+def queries():
+    return TensorDataset(inputs[40:43], labels[40:43])
+
+def broken():
+    values = inputs[:40].clone()
+    values[7] = float("nan")
+    return TensorDataset(values, labels[:40])
+
+def trajectory():
+    return sp.Trajectory.from_recorder("run", segments=[[0], [1, 2]])
+
+def margin():
+    built_in = sp.Classification()
+    return sp.Task(
+        output=built_in.output, loss_derivatives=built_in.loss_derivatives, unit="margin", higher_is_better=True,
+        name="margin",
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A directory with a module, a recorded run, and a bank built by the command line."""
+    path = tmp_path_factory.mktemp("home")
+    (path / "mine.py").write_text(MODULE)
+    before = Path.cwd(), list(sys.path)
+    os.chdir(path)
+    sys.path.insert(0, str(path))
+    import mine
+
+    model = mine.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    recorder = sp.Recorder(model, optimizer, path / "run", every=10)
+    inputs, labels = mine.train_set().tensors
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+        recorder.step()
+    done = CliRunner().invoke(app, BUILD)
+    assert done.exit_code == 0, done.output
+    yield path
+    os.chdir(before[0])
+    sys.path[:] = before[1]
+    sys.modules.pop("mine")
+
+
+ARGUMENTS = ["--model", "mine:model", "--data", "mine:train_set", "--recorder", "run", "--batch-size", "8"]
+ARGUMENTS += ["--sketch-dim", "64", "--segments", "2", "--no-progress"]
+BUILD = ["build", "bank", *ARGUMENTS]
+ASK = ["--model", "mine:model", "--queries", "mine:queries", "--no-progress"]
+
+
+@pytest.fixture
+def call(home, monkeypatch):
+    """Run a command in that directory; JSON output is parsed, and the exit code is checked."""
+    monkeypatch.chdir(home)
+
+    def run(*arguments, code=0):
+        result = CliRunner().invoke(app, [str(one) for one in arguments])
+        if result.exit_code != code:
+            raise AssertionError(f"exit code {result.exit_code}: {result.output}") from result.exception
+        if code:
+            return result.stderr if code == 2 else result.stdout + result.stderr
+        return json.loads(result.stdout) if "--json" in arguments else result.stdout
+
+    return run
+
+
+@pytest.fixture
+def scores(home, monkeypatch):
+    monkeypatch.chdir(home)
+    import mine
+
+    return sp.Source(sp.open("bank"), model=mine.model(), progress=False).score(mine.queries())
+
+
+@pytest.mark.parametrize("extra", [[], ["--task", "mine:margin"], ["--sampled-fisher", "1"], ["--parameters", "0.*"]])
+def test_build_makes_the_bank_that_the_library_makes(call, tmp_path, extra):
+    made = call("build", tmp_path / "bank", *ARGUMENTS, *extra, "--json")
+    assert made["rows"] == 40
+    assert made["finalized"] is True
+    bank = sp.open(tmp_path / "bank")
+    assert bank.sketch == sp.Sketch(dim=64)
+    assert bank.task_spec["name"] == ("margin" if "mine:margin" in extra else "classification")
+    assert bank.stages[0].draws == ("--sampled-fisher" in extra)
+    assert len(bank.space_spec["names"]) == (2 if "0.*" in extra else 4)
+
+
+@pytest.mark.parametrize(
+    ("where", "segments"),
+    [
+        (["--trajectory", "mine:trajectory"], [[0], [1, 2]]),
+        (
+            ["--lr", "0.1", "--momentum", "0.5"]
+            + [f"--checkpoint={step}=run/step_000000{step}.pt" for step in (30, 10, 20)],
+            [[0, 1, 2]],
+        ),
+    ],
+)
+def test_trajectories_come_from_elsewhere_too(call, tmp_path, where, segments):
+    base = [one for one in ARGUMENTS if one not in ("--recorder", "run", "--segments", "2")]
+    call("build", tmp_path / "bank", *base, *where)
+    stage = sp.open(tmp_path / "bank").trajectory_spec["stages"][0]
+    assert stage["steps"] == [10, 20, 30]
+    assert stage["segments"] == segments
+    assert stage["lr_integrals"] == pytest.approx([1.0, 2.0, 3.0])
+    assert stage["optimizer"]["momentum"] == 0.5
+
+
+def test_a_bank_built_in_parts_equals_one_built_at_a_stretch(call, tmp_path, home):
+    bank = tmp_path / "bank"
+    first = call("build", bank, *ARGUMENTS, "--shard", "0/2", "--json")
+    assert first["finalized"] is False
+    if call("inspect", bank, "--json")["missing"]:
+        assert "unfinished" in call("inspect", bank)
+        assert "missing: " in call("inspect", bank)
+        assert "unfinished" in call("top-k", bank, *ASK, code=1)
+        assert "lacks" in call("finalize", bank, code=1)
+    call("build", bank, *ARGUMENTS, "--shard", "1/2")
+    assert call("finalize", bank, "--json")["finalized"] is True
+    assert sp.open(bank).fingerprint == sp.open(home / "bank").fingerprint
+
+
+@pytest.mark.usefixtures("home")
+def test_scores_are_written_with_their_ids(call, tmp_path, scores):
+    told = call("score", "bank", *ASK, "--out", tmp_path / "s.npy", "--json")
+    assert told["queries"] == 3
+    assert told["train"] == 40
+    assert told["unit"] == "logit margin"
+    assert np.array_equal(np.load(tmp_path / "s.npy"), scores.values)
+    facts = json.loads((tmp_path / "s.json").read_text())
+    assert facts["train_ids"] == list(range(40))
+    assert facts["unit"] == "logit margin"
+
+    assert "including the example raised" in call("score", "bank", *ASK, "--out", tmp_path / "s.zarr")
+    assert np.array_equal(zarr.open_array(tmp_path / "s.zarr", mode="r")[:], scores.values)
+
+    call("score", "bank", *ASK, "-o", tmp_path / "s.csv")
+    with (tmp_path / "s.csv").open(newline="") as file:
+        header, *lines = csv.reader(file)
+    assert header == ["query", *map(str, range(40))]
+    assert [line[0] for line in lines] == ["0", "1", "2"]
+    assert np.array_equal(np.array([line[1:] for line in lines], dtype=np.float32), scores.values)
+
+
+def test_top_k_prints_the_strongest(call, scores):
+    found = call("top-k", "bank", *ASK, "-k", "4", "--json")
+    assert found["unit"] == "logit margin"
+    expected = scores.top_k(4)
+    for query, ids, values in zip(found["queries"], expected.ids, expected.scores, strict=True):
+        assert [one["id"] for one in query["train"]] == ids
+        assert [one["score"] for one in query["train"]] == pytest.approx(values.tolist())
+    lowest = call("top-k", "bank", *ASK, "-k", "4", "--lowest", "--json")
+    assert [one["id"] for one in lowest["queries"][0]["train"]] == scores.bottom_k(4).ids[0]
+
+    header, *lines = call("top-k", "bank", *ASK, "-k", "2").splitlines()
+    assert header.split() == ["query", "rank", "training", "id", "score", "(logit", "margin)"]
+    assert [line.split()[:3] for line in lines[:2]] == [
+        ["0", str(rank), str(one)] for rank, one in enumerate(scores.top_k(2).ids[0], 1)
+    ]
+    assert len(lines) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--method", "tracin"], lambda bank, model: sp.TracIn(bank, model=model)),
+        (["--method", "trak"], lambda bank, model: sp.Trak(bank, model=model)),
+        (["--method", "grad-dot"], lambda bank, model: sp.GradDot(bank, model=model)),
+        (["--method", "grad-cos"], lambda bank, model: sp.GradCos(bank, model=model)),
+        (
+            ["--method", "influence", "--average", "--damping", "0.01"],
+            lambda bank, model: sp.InfluenceFunction(bank, model=model, average=True, damping=0.01),
+        ),
+        (
+            ["--segments", "[[0, 1], [2]]", "--curvature", "gauss-newton", "--damping", "off"],
+            lambda bank, model: sp.Source(
+                bank, model=model, segments=[[0, 1], [2]], curvature="gauss_newton", damping=None
+            ),
+        ),
+        (["--segments", "1"], lambda bank, model: sp.Source(bank, model=model, segments=1)),
+    ],
+)
+def test_methods_and_their_options_reach_the_library(call, tmp_path, options, expected):
+    import mine
+
+    call("score", "bank", *ASK, *options, "-o", tmp_path / "s.npy")
+    wanted = expected(sp.open("bank"), mine.model()).score(mine.queries())
+    assert np.array_equal(np.load(tmp_path / "s.npy"), np.asarray(wanted))
+
+
+def test_several_banks_are_averaged(call, tmp_path, scores):
+    call("score", "bank", "bank", *ASK, "-o", tmp_path / "s.npy")
+    assert np.allclose(np.load(tmp_path / "s.npy"), scores.values, rtol=1e-6)
+
+
+def test_inspect_shows_what_is_there(call):
+    facts = call("inspect", "bank", "--json")
+    assert facts["finalized"] is True
+    assert facts["fingerprint"] == sp.open("bank").fingerprint
+    assert facts["sketch"]["dim"] == 64
+    assert facts["parameters"] == {"0.weight": [6, 5], "0.bias": [6], "2.weight": [3, 6], "2.bias": [3]}
+    (stage,) = facts["stages"]
+    assert [one["step"] for one in stage["checkpoints"]] == [10, 20, 30]
+    assert all(one["shards_done"] == one["shards"] for one in stage["checkpoints"])
+    assert facts["missing"] == []
+    text = call("inspect", "bank")
+    for word in ("complete", "40 training examples, int8", "classification", "57 in 4 tensors", "momentum 0.5"):
+        assert word in text
+
+
+def test_verify_tells_whole_from_damaged(call, tmp_path, home):
+    assert call("verify", "bank", "--json")["ok"] is True
+    assert "whole" in call("verify", "bank")
+    call("build", tmp_path / "bank", *ARGUMENTS)
+    victim = max((tmp_path / "bank").rglob("c*"), key=lambda path: path.stat().st_size if path.is_file() else -1)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    text = call("verify", tmp_path / "bank", code=1)
+    assert victim.name in text
+    assert "1 problem;" in text
+    report = json.loads(call("verify", tmp_path / "bank", "--json", code=1))
+    assert report["ok"] is False
+    assert len(report["problems"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["top-k", "nowhere", *ASK], 1, "nowhere"),
+        (["inspect", "run"], 1, "run"),
+        (["top-k", "bank", *ASK, "-k", "41"], 2, r"k must lie in 1\.\.40.*got 41"),
+        (["top-k", "bank", "--model", "mine:absent", "--queries", "mine:queries"], 2, "mine has no 'absent'"),
+        (["top-k", "bank", "--model", "mine:other_model", "--queries", "mine:queries"], 1, r"\(6, 5\)|\[6, 5\]"),
+        (["top-k", "bank", *ASK, "--task", "regression"], 1, "regression"),
+        (["top-k", "bank", *ASK, "--method", "tracin", "--segments", "2"], 2, "--segments has no meaning for --method"),
+        (["top-k", "bank", *ASK, "--method", "grad-dot", "--average"], 2, "--average has no meaning"),
+        (["top-k", "bank", *ASK, "--curvature", "sampled-fisher"], None, "sampled"),
+        (["score", "bank", *ASK, "-o", "scores.txt"], 2, r"\.npy, \.zarr, \.csv"),
+        (["score", "bank", *ASK, "-o", "absent/scores.npy"], 2, "does not exist"),
+        ([*BUILD, "--sketch-seed", "5"], 1, "seed"),
+        ([*BUILD, "--no-resume"], None, "bank"),
+        (["build", "new", *ARGUMENTS, "--sketch-kind", "gaussian"], 2, "gaussian"),
+        (["build", "new", *ARGUMENTS, "--shard", "2/2"], 2, "i/n"),
+        (["build", "new", *ARGUMENTS[:-3], "--data", "mine:broken", "--no-progress"], 1, r"\[7\]|\b7\b"),
+        (["build", "new", "--model", "mine:model", "--data", "mine:train_set"], 2, "--recorder DIR"),
+        (["demo", "--remove", "0"], 2, "remove"),
+    ],
+)
+def test_errors_are_one_line_without_a_traceback(home, monkeypatch, arguments, code, message):
+    monkeypatch.chdir(home)
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == (code or result.exit_code) != 0
+    assert result.stdout == ""
+    assert re.search(message, result.stderr), result.stderr
+    if arguments[0] != "demo":  # there typer itself refuses, with its usage
+        assert result.stderr.count("\n") == 1
+        assert result.stderr.startswith("error: ")
+
+
+def test_debug_shows_the_traceback(home, monkeypatch):
+    monkeypatch.chdir(home)
+    result = CliRunner().invoke(app, ["--debug", "inspect", "nowhere"])
+    assert isinstance(result.exception, sp.BankError)
+
+
+def test_help_names_every_command():
+    result = CliRunner().invoke(app, ["--help"])
+    for name in ("build", "finalize", "score", "top-k", "inspect", "verify", "demo"):
+        assert name in result.stdout
+        assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
+
+
+def test_version():
+    assert CliRunner().invoke(app, ["--version"]).stdout.strip() == sp.__version__
+
+
+def test_a_real_process_prints_json_alone(home):
+    """Progress and warnings stay off standard output; the current directory is importable."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from source_proj.cli import main; main()", "top-k", "bank", *ASK[:-1], "--json"],
+        cwd=home,
+        env={**os.environ, "PYTHONPATH": str(Path(sp.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["queries"]) == 3
+    failed = subprocess.run(
+        [sys.executable, "-c", "from source_proj.cli import main; main()", "inspect", "nowhere"],
+        cwd=home, env={**os.environ, "PYTHONPATH": str(Path(sp.__file__).parent.parent)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert failed.returncode == 1
+    assert failed.stdout == ""
+    assert "Traceback" not in failed.stderr
