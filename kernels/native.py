@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import torch
 from torch import Tensor
 
-__all__ = ["aligned_scratch", "native_library", "run_jobs"]
+__all__ = ["aligned_scratch", "native_library", "run_jobs", "share_rows"]
 
 _VERSION = 2
 _ALIGNMENT = 64  # bytes, as the widest vectors want it
@@ -117,3 +117,10 @@ def run_jobs(jobs: Sequence[Callable[[], None]], nanoseconds: float) -> None:
         wait(helpers)
     for helper in helpers:
         helper.result()
+
+
+def share_rows(rows: int, some: Callable[[int, int], None], nanoseconds: float) -> None:
+    """Call some(first, last) on ranges that cover all rows, which must not depend on each other; see `run_jobs`."""
+    threads = torch.get_num_threads()
+    share = rows if threads == 1 or nanoseconds < _WORTH_THREADS else -(-rows // min(rows, 2 * threads))
+    run_jobs([functools.partial(some, row, min(row + share, rows)) for row in range(0, rows, share)], nanoseconds)

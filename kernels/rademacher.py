@@ -5,13 +5,11 @@ The sign of entry (column c, coordinate i) is bit c % 128 of the 128 bits of Phi
 Achlioptas, "Database-friendly random projections" (2003).
 """
 
-from functools import partial
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from .native import native_library, run_jobs
+from .native import native_library, share_rows
 from .philox import philox4x32, sign_bits
 from .tiles import outer_tiles
 
@@ -40,13 +38,12 @@ def _sign_tile_native(start: int, stop: int, count: int, seed: int, tag: int) ->
     if library is None:
         raise RuntimeError("the compiled kernels are not there; use backend 'torch'")
     tile = torch.empty(rows, count)
-    share = max(1, -(-rows // 8))
 
-    def fill(first: int) -> None:
-        number = min(share, rows - first)
-        library.sp_signs(tile[first].data_ptr(), start + first, number, count, seed, tag)
+    def fill(first: int, last: int) -> None:
+        library.sp_signs(tile[first].data_ptr(), start + first, last - first, count, seed, tag)
 
-    run_jobs([partial(fill, first) for first in range(0, rows, share)], 0.1 * tile.numel())
+    if rows:
+        share_rows(rows, fill, 0.1 * tile.numel())
     return tile
 
 

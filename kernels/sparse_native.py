@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .native import aligned_scratch, native_library, run_jobs
+from .native import aligned_scratch, native_library, run_jobs, share_rows
 from .tiles import outer_tiles
 
 __all__ = ["add_at_native_", "add_native_", "add_outer_native_", "sparse_map_native"]
@@ -144,7 +144,7 @@ def add_at_native_(out: Tensor, rows: Tensor, examples: Tensor, offsets: Tensor,
             nnz**-0.5,
         )
 
-    _share_examples(batch, some, 1.0 * number * count * nnz)
+    share_rows(batch, some, 1.0 * number * count * nnz)
 
 
 def _in_lanes(batch: int, width: int, full_enough: int) -> int:
@@ -213,13 +213,7 @@ def _add_rows_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int) -> N
             nnz**-0.5,
         )
 
-    _share_examples(batch, some, 0.5 * batch * count * nnz)
-
-
-def _share_examples(batch: int, some: Callable[[int, int], None], nanoseconds: float) -> None:
-    """Call some(first, last) on ranges that cover all examples."""
-    share = -(-batch // min(batch, _JOBS))
-    run_jobs([partial(some, first, min(first + share, batch)) for first in range(0, batch, share)], nanoseconds)
+    share_rows(batch, some, 0.5 * batch * count * nnz)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """The sketch: a random projection of gradients whose matrix is a pure function of seed, coordinate and column."""
 
+import functools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
 import torch
@@ -17,6 +19,23 @@ __all__ = ["Sketch"]
 
 _PORTABLE = "portable"  # in a spec: the matrix that every backend makes
 _CONVERTED = 1 << 16  # coordinates that are converted to float32 at once
+
+
+_Arguments = ParamSpec("_Arguments")
+
+
+def _plain(method: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+    """Without a graph, and in full precision also where the caller's model runs under autocast."""
+
+    @functools.wraps(method)
+    def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+        with torch.no_grad(), ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            method(*args, **kwargs)
+
+    return wrapped
 
 
 @dataclass(frozen=True)
@@ -122,7 +141,7 @@ class Sketch:
         self.add_(out, flat, offset, shape)
         return out.view(*rows.shape[:-1], self.dim)
 
-    @torch.no_grad()
+    @_plain
     def add_(self, out: Tensor, rows: Tensor, offset: int = 0, shape: tuple[int, ...] | None = None) -> None:
         """Add R[:, offset : offset + n] rows to out, in place.
 
@@ -163,7 +182,7 @@ class Sketch:
         else:
             kernels.sparse_add_(out, rows, offset, seed=self.seed, nnz=self.nnz, backend=backend)
 
-    @torch.no_grad()
+    @_plain
     def add_outer_(self, out: Tensor, left: Tensor, right: Tensor, offset: int) -> None:
         """Add R vec(sum_t left_t (x) right_t) to out, in place, without making the B x d matrix.
 
@@ -199,7 +218,7 @@ class Sketch:
         else:
             kernels.sparse_add_outer_(out, left, right, offset, seed=self.seed, nnz=self.nnz, backend=backend)
 
-    @torch.no_grad()
+    @_plain
     def add_at_(self, out: Tensor, rows: Tensor, examples: Tensor, offsets: Tensor) -> None:
         """Add R[:, offsets[r] : offsets[r] + n] rows[r] to out[examples[r]] for every row r, in place.
 

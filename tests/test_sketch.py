@@ -308,6 +308,19 @@ def test_outer_products_of_any_stride(options):
     assert (half - half_expected).norm() <= 1e-6 * half_expected.norm()
 
 
+@over_sketches
+def test_autocast_around_does_not_reach_in(options):
+    sketch = Sketch(**options)
+    x, left, right = normal(3, D), normal(3, 4, SHAPE[0]), normal(3, 4, SHAPE[1], seed=1)
+    outside, inside = torch.zeros(3, sketch.dim), torch.zeros(3, sketch.dim)
+    sketch.add_outer_(outside, left, right, 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sketch.add_outer_(inside, left, right, 0)
+        within = sketch(x, 0, SHAPE)
+    assert torch.equal(inside, outside)
+    assert torch.equal(within, sketch(x, 0, SHAPE))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", KINDS)
