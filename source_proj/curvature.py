@@ -84,8 +84,9 @@ def response(time: float, decay: float, damping: float) -> Callable[[Tensor], Te
 
     def function(eigenvalues: Tensor) -> Tensor:
         x = eigenvalues + decay + damping
-        safe = torch.where(x == 0, torch.ones_like(x), x)
-        return torch.where(x == 0, torch.full_like(x, time), -torch.expm1(-time * safe) / safe)
+        flat = time * x < 1e-15  # there c = s (1 - s x / 2 + …) is s to the last bit, and expm1 could underflow
+        safe = torch.where(flat, torch.ones_like(x), x)
+        return torch.where(flat, torch.full_like(x, time), -torch.expm1(-time * safe) / safe)
 
     return function
 
@@ -110,7 +111,9 @@ def ridge_inverse(ridge: float, of: Spectrum) -> Callable[[Tensor], Tensor]:
     def function(eigenvalues: Tensor) -> Tensor:
         if ridge > 0:
             return 1 / (eigenvalues + ridge)
-        return torch.where(eigenvalues > floor, 1 / eigenvalues.clamp(min=max(floor, torch.finfo(torch.float64).tiny)), 0)
+        return torch.where(
+            eigenvalues > floor, 1 / eigenvalues.clamp(min=max(floor, torch.finfo(torch.float64).tiny)), 0
+        )
 
     return function
 
@@ -121,9 +124,8 @@ def check_damping(damping: Damping) -> None:
     Raises:
         ValueError: unless damping is ``"noise"``, None, or a number >= 0.
     """
-    if damping is None or damping == "noise":
-        return
-    if isinstance(damping, str) or not math.isfinite(damping) or damping < 0:
+    valid = damping == "noise" if isinstance(damping, str) else damping is None or 0 <= damping < math.inf
+    if not valid:
         raise ValueError(f"damping must be 'noise', None or a number >= 0, got {damping!r}")
 
 
@@ -200,8 +202,8 @@ def _weights(block: RowBlock, curvature: Factors) -> Tensor:
         )
     if bool((block.d2 < 0).any()):
         raise ValueError(
-            f"curvature 'gauss_newton' needs ℓ'' >= 0, got {float(block.d2.min())} among training rows {block.start} to "
-            f"{block.stop}: choose 'empirical_fisher'"
+            f"curvature 'gauss_newton' needs ℓ'' >= 0, got {float(block.d2.min())} among training rows {block.start} "
+            f"to {block.stop}: choose 'empirical_fisher'"
         )
     return block.d2.sqrt()
 

@@ -12,7 +12,7 @@ __all__ = ["Operand", "loss_gradients", "mean_gradients", "stage_start"]
 
 
 class Operand(NamedTuple):
-    """Training rows start to stop of a term, ``(stop - start, k)``, and weights ``(stop - start,)`` where a method has any."""
+    """Training rows start to stop of a term, ``(stop - start, k)``, and their weights where a method has any."""
 
     start: int
     stop: int
@@ -38,7 +38,9 @@ def loss_gradients(bank: Bank, stage: int, checkpoint: int, device: torch.device
         yield Operand(start + block.start, start + block.stop, rows)
 
 
-def mean_gradients(bank: Bank, stage: int, checkpoints: Sequence[int], device: torch.device | str | None) -> Iterator[Operand]:
+def mean_gradients(
+    bank: Bank, stage: int, checkpoints: Sequence[int], device: torch.device | str | None
+) -> Iterator[Operand]:
     """ḡ_l: the loss gradients averaged over checkpoints of its stage."""
     streams = [loss_gradients(bank, stage, checkpoint, device) for checkpoint in checkpoints]
     for blocks in zip(*streams, strict=True):

@@ -104,7 +104,8 @@ class Scores:
         values = np.asarray(values)
         if values.shape != (len(query_ids), len(train_ids)):
             raise ValueError(
-                f"scores of shape {values.shape} do not fit {len(query_ids)} query ids and {len(train_ids)} training ids"
+                f"scores of shape {values.shape} do not fit {len(query_ids)} query ids "
+                f"and {len(train_ids)} training ids"
             )
         self.values = values
         self.query_ids = list(query_ids)
@@ -118,7 +119,7 @@ class Scores:
     @property
     def shape(self) -> tuple[int, int]:
         """``(Q, N)``."""
-        return self.values.shape  # type: ignore[return-value]
+        return self.values.shape
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.values, dtype=dtype, copy=copy)
@@ -132,9 +133,7 @@ class Scores:
     def __repr__(self) -> str:
         queries, rows = self.shape
         meaning = f"including the example raised the {self.unit}" if self.additive else f"similarity ({self.unit})"
-        return (
-            f"Scores({queries} {'query' if queries == 1 else 'queries'} x {rows} training examples; +: {meaning})"
-        )
+        return f"Scores({queries} {'query' if queries == 1 else 'queries'} x {rows} training examples; +: {meaning})"
 
     def top_k(self, k: int) -> Hits:
         """Return the k highest scores of each query, highest first: the examples that raise its measurement most."""
@@ -217,7 +216,7 @@ class Scores:
             columns=pd.Index(self.train_ids, name="train", tupleize_cols=False),
         )
 
-    def to_zarr(self, path: str | Path) -> zarr.Array:
+    def to_zarr(self, path: str | Path) -> zarr.Array[Any]:
         """Write the values to a new zarr v3 array with ids, sign and unit in its attributes.
 
         Raises:

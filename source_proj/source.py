@@ -126,8 +126,8 @@ class Source(Attributor):
         self.damping: Damping = damping
         self.cache = cache
         self._groups = [_stage_groups(one, segments) for one in self.banks]
-        self._matrices: dict[Bank, Tensor] = {}
-        self._segments: dict[Bank, tuple[Segment, ...]] = {}
+        self._matrices: dict[str, Tensor] = {}
+        self._segments: dict[str, tuple[Segment, ...]] = {}
 
     # Fit -------------------------------------------------------------------------------------------------------
 
@@ -144,12 +144,16 @@ class Source(Attributor):
 
     def _matrix(self, bank: Bank) -> Tensor:
         """B, ``(N, k)`` float32."""
-        if bank not in self._matrices:
+
+        def compute() -> dict[str, np.ndarray]:
+            return {"B": self._collapse(bank).cpu().numpy()}
+
+        key = bank.fingerprint  # rows may have been appended since
+        if key not in self._matrices:
             settings = {"curvature": self.curvature, "damping": self.damping, "segments": self._groups_of(bank)}
-            compute = lambda: {"B": self._collapse(bank).cpu().numpy()}  # noqa: E731
             arrays = FitCache(bank).get("source", settings, compute) if self.cache else compute()
-            self._matrices[bank] = torch.from_numpy(arrays["B"]).to(self.device or "cpu")
-        return self._matrices[bank]
+            self._matrices[key] = torch.from_numpy(arrays["B"]).to(self.device or "cpu")
+        return self._matrices[key]
 
     def _collapse(self, bank: Bank) -> Tensor:
         matrix = torch.zeros(bank.n_rows, bank.sketch.dim)
@@ -173,20 +177,23 @@ class Source(Attributor):
         return operators[::-1]
 
     def _fit_segments(self, bank: Bank) -> tuple[Segment, ...]:
-        if bank not in self._segments:
+        key = bank.fingerprint
+        if key not in self._segments:
             segments = []
             for index, (stage, groups) in enumerate(zip(bank.stages, self._groups_of(bank), strict=True)):
                 times = segment_times(stage.spec, groups)
                 decay = float(stage.spec["optimizer"]["weight_decay"])
                 for group, time in zip(groups, times, strict=True):
                     found = self._spectrum(bank, index, group)
-                    damping = damping_value(self.damping, found.trace, bank.sketch.dim, noise_free=bank.sketch.noise_free)
+                    damping = damping_value(
+                        self.damping, found.trace, bank.sketch.dim, noise_free=bank.sketch.noise_free
+                    )
                     name = f"{stage.name}: steps {', '.join(str(stage.spec['steps'][c]) for c in group)}"
                     segments.append(
                         Segment(index, name, tuple(group), time, decay, stage.n, found.trace, damping)
                     )  # fmt: skip
-            self._segments[bank] = tuple(segments)
-        return self._segments[bank]
+            self._segments[key] = tuple(segments)
+        return self._segments[key]
 
     def _spectrum(self, bank: Bank, stage: int, checkpoints: Sequence[int]) -> Spectrum:
         return cached_spectrum(bank, stage, checkpoints, self.curvature, device=self.device, cache=self.cache)
@@ -255,7 +262,7 @@ class Source(Attributor):
         return total.numpy()
 
     def predict_removal(self, queries: Queries, subset: Any, *, renormalize: bool = False) -> PredictedChange:
-        """Predict how each query's measurement changes when a subset is left out: see :meth:`Scores.predict_removal`."""
+        """Predict how queries' measurements change when a subset is left out: see :meth:`Scores.predict_removal`."""
         scores: Scores = self.score(queries)
         return scores.predict_removal(subset, renormalize=renormalize)
 
@@ -274,8 +281,6 @@ def _stage_groups(bank: Bank, segments: Segments | None) -> list[list[list[int]]
     else:
         raise ValueError(f"give segments a stage, as a mapping from the names {names}, not one list for all")
     return [
-        [list(group) for group in stage.spec["segments"]]
-        if one is None
-        else split_segments(stage.n_checkpoints, one)
+        [list(group) for group in stage.spec["segments"]] if one is None else split_segments(stage.n_checkpoints, one)
         for stage, one in zip(bank.stages, chosen, strict=True)
     ]

@@ -77,7 +77,7 @@ def test_similarities_are_not_summed():
     cosine = example(additive=False, unit="cosine")
     assert "similarity (cosine)" in repr(cosine)
     for verb in (cosine.group, cosine.predict_removal):
-        with pytest.raises(ValueError, match="no meaningful|are a similarity"):
+        with pytest.raises(ValueError, match="are a similarity"):
             verb(["z0"])
 
 

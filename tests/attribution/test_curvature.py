@@ -46,7 +46,11 @@ class FakeStage:
         if curvature == "sampled_fisher":
             a = self.sampled.flatten(0, 1)
         else:
-            weights = {"empirical_fisher": self.d1, "gauss_newton": self.d2.sqrt(), "features": torch.ones_like(self.d1)}
+            weights = {
+                "empirical_fisher": self.d1,
+                "gauss_newton": self.d2.sqrt(),
+                "features": torch.ones_like(self.d1),
+            }
             a = (self.rows * weights[curvature][..., None]).flatten(0, 1)
         return (a.double().T @ a.double()) / len(a)
 
@@ -86,7 +90,7 @@ def test_dual_equals_primal(curvature):
 def test_auto_takes_the_smaller_matrix():
     stage = FakeStage(3, 40)
     assert spectrum(stage, [0], 40).values.numel() <= 3
-    assert spectrum(stage, [0, 1], 5).values.numel() == 5
+    assert spectrum(FakeStage(30, 5), [0, 1], 5).values.numel() == 5
 
 
 def test_functions_of_no_factors_are_those_of_zero():
@@ -147,5 +151,5 @@ def test_curvatures_that_the_bank_lacks_are_refused():
         spectrum(FakeStage(4, 3, d2=False), [0], 3, "gauss_newton")
     concave = FakeStage(4, 3)
     concave.d2[0, 0] = -1.0
-    with pytest.raises(ValueError, match=">= 0, got -1.0"):
+    with pytest.raises(ValueError, match=r">= 0, got -1\.0"):
         spectrum(concave, [0], 3, "gauss_newton")
