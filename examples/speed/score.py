@@ -1,0 +1,149 @@
+"""How fast are fit, score and top_k, against the matrix products that they cannot do without?
+
+    python examples/speed/score.py                     # 1,000 queries x 100,000 rows, k = 4,096; about 6 GB, minutes
+    python examples/speed/score.py --rows 20000 --queries 200
+
+The bank is a real one, of a linear model on generated features. Each timing is the median of interleaved
+repetitions in this one process, and stands beside the bare float32 product of the same shape on the same machine.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import source_proj as sp
+
+
+class Generated(Dataset):
+    """Rows of normal features with decaying scales, each a function of its index."""
+
+    def __init__(self, count: int, dim: int, first: int = 0) -> None:
+        self.count, self.first = count, first
+        self.scale = torch.arange(1, dim + 1) ** -0.5
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.first + index)
+        x = torch.randn(len(self.scale), generator=generator) * self.scale
+        return x, x[:1] + torch.randn(1, generator=generator)
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def interleaved(repetitions: int, *functions: Callable[[], object]) -> list[float]:
+    """Median seconds of each function, called in turn."""
+    for function in functions:
+        function()
+    times = [[seconds(function) for function in functions] for _ in range(repetitions)]
+    return [median(column) for column in zip(*times, strict=True)]
+
+
+def peak_bytes(function: Callable[[], object]) -> int | None:
+    """Memory that a call takes beyond what was resident before it; None where the system does not tell."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        reset.write_text("5")  # the high-water mark starts anew
+    except OSError:
+        return None
+
+    def field(name: str) -> int:
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(name))
+
+    before = field("VmRSS")
+    function()
+    return field("VmHWM") - before
+
+
+def report(name: str, ours: float, bound: float, what: str) -> None:
+    print(f"{name:32s} {ours * 1e3:10.1f} ms   {what}: {bound * 1e3:10.1f} ms   ratio {ours / bound:5.2f}", flush=True)
+
+
+def time_fit(bank: sp.Bank) -> None:
+    """Fit against one read of the bank, the products of Ĥ and B, and the eigendecomposition."""
+    fitted = sp.Source(bank, cache=False, progress=False)
+    ours = seconds(lambda: fitted.fit())
+    stage, k = bank.stages[0], bank.sketch.dim
+
+    def unavoidable() -> None:
+        hessian = torch.zeros(k, k)
+        blocks = []
+        for block in stage.iter_rows(0):
+            blocks.append((block.start, block.stop, block.rows))
+            hessian += block.rows.T @ block.rows
+        torch.linalg.eigh(hessian.double())
+        b = torch.empty(bank.n_rows, k)
+        for start, stop, rows in blocks:
+            torch.mm(rows, hessian, out=b[start:stop])
+
+    bound = seconds(unavoidable)
+    report("fit (one checkpoint)", ours, bound, "one read + products + eigh")
+
+
+def time_queries(bank: sp.Bank, model: nn.Module, count: int, repetitions: int) -> None:
+    source = sp.Source(bank, model=model, progress=False)
+    matrix = source._matrix(bank)  # B, so that the bare product has the very same operands
+    n, k = matrix.shape
+    features = source.sketch(Generated(count, k, first=10**9))[0]
+    checkpoint = bank.final_checkpoint()
+    rows = features.at(checkpoint)
+
+    ours, bare = interleaved(repetitions, lambda: source.score(features), lambda: rows @ matrix.T)
+    report(f"score, {count} queries", ours, bare, "bare float32 product")
+    print(f"{'':32s} {2 * n * k * count / bare / 1e9:10.1f} GFLOP/s in the bare product")
+
+    for few in (1, 8, 64, count):
+        part = sp.QueryFeatures({checkpoint.hash(): rows[:few].clone()}, features.ids[:few], features.sketch)
+        total = matrix.view(-1)
+        # The bound of a query is one pass over B: reading it once, as a sum does.
+        ours, read, bare = interleaved(
+            repetitions,
+            lambda part=part: source.top_k(part, 10),
+            total.sum,
+            lambda part=part: part.at(checkpoint) @ matrix.T,
+        )
+        memory = peak_bytes(lambda part=part: source.top_k(part, 10))
+        shown = "?" if memory is None else f"{memory / 2**20:.0f} MiB"
+        report(f"top_k(10), {few} queries", ours, max(read, bare if few > 8 else read), "one read of B / product")
+        full = f"{few * n * 4 / 2**20:.0f} MiB"
+        print(f"{'':32s} {matrix.nbytes / ours / 1e9:10.1f} GB/s of B; peak memory {shown} (Q x N would be {full})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--queries", type=int, default=1_000)
+    parser.add_argument("--dim", type=int, default=4096)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--bank", type=Path, help="keep the bank here, and use it if it is there")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    model = nn.Linear(args.dim, 1, bias=False)
+    print(f"{torch.get_num_threads()} threads, {args.rows} rows, k = {args.dim}, torch {torch.__version__}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.bank or Path(folder) / "bank"
+        trajectory = sp.Trajectory([sp.Checkpoint(model.state_dict(), 1000, lr=0.01)])
+        train = Generated(args.rows, args.dim)
+        spent = time.perf_counter()
+        bank = sp.build(
+            model, sp.Regression(), trajectory, train, path, sketch=sp.Sketch(args.dim), batch_size=500
+        )  # fmt: skip
+        print(f"bank built in {time.perf_counter() - spent:.1f} s; bytes: {bank.nbytes()}")
+        time_fit(bank)
+        time_queries(bank, model, args.queries, args.repetitions)
+
+
+if __name__ == "__main__":
+    main()
