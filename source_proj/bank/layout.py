@@ -1,8 +1,9 @@
 """The arrays of a bank: shapes, types, chunks, codecs. Made from it when written, held to it when read."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,10 @@ class ArraySpec:
         array[self.span(shard)] = values
         content: bytes = files.pop(f"twin/{self.key(shard)}").to_bytes()
         return content
+
+    def is_spelled(self, document: Mapping[str, Any]) -> bool:
+        """Whether a metadata document is, but for attributes, the very one that this zarr writes for these."""
+        return _without_attributes(document) == _document(self)
 
     def difference(self, array: zarr.Array[Any]) -> str | None:
         """Say how an array's metadata differ from these, if they do."""
@@ -189,6 +194,17 @@ def part_arrays(settings: Settings, part: PartSpec) -> tuple[ArraySpec, ArraySpe
 def weights_array(count: int) -> ArraySpec:
     """The bytes of a safetensors file."""
     return ArraySpec((count,), "uint8", min(count, _WEIGHTS_BYTES))
+
+
+@lru_cache(maxsize=256)
+def _document(spec: ArraySpec) -> dict[str, Any]:
+    files: dict[str, Any] = {}
+    spec.create(zarr.create_group(MemoryStore(files)), "twin")
+    return _without_attributes(json.loads(files["twin/zarr.json"].to_bytes()))
+
+
+def _without_attributes(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in document.items() if key != "attributes"}
 
 
 def _rows(settings: Settings, n: int, height: int) -> ArraySpec:

@@ -45,13 +45,14 @@ class Part:
         except BankError as error:
             raise BankError(f"{bank / self.name} is no part of a bank: {error}") from error
         ids, seal, self.data, marks = part_arrays(settings, self.spec)
-        self._arrays: dict[str, tuple[ArraySpec, zarr.Array[Any]]] = {}
-        self._open("ids", ids)
-        self._open("seal", seal)
+        self._specs = {"ids": ids, "seal": seal}
         for checkpoint in range(len(self.steps)):
             for name, spec in {**self.data, "committed": marks}.items():
-                self._open(f"checkpoint_{checkpoint}/{name}", spec)
-        self.ids: list[Any] = read_array(self._arrays["ids"][1], slice(None), self.path / "ids").tolist()
+                self._specs[f"checkpoint_{checkpoint}/{name}"] = spec
+        self._opened: dict[str, zarr.Array[Any]] = {}
+        for name in self._specs:
+            self._check(name)
+        self.ids: list[Any] = read_array(self._array("ids"), slice(None), self.path / "ids").tolist()
 
     @property
     def path(self) -> Path:
@@ -65,12 +66,12 @@ class Part:
 
     def arrays(self) -> Mapping[str, ArraySpec]:
         """All arrays of the part by their names in it."""
-        return {name: spec for name, (spec, _) in self._arrays.items()}
+        return self._specs
 
     def file(self, checkpoint: int, name: str, shard: int) -> Path:
         """The file of a shard of an array."""
         relative = f"checkpoint_{checkpoint}/{name}"
-        return self.path / relative / self._arrays[relative][0].key(shard)
+        return self.path / relative / self._specs[relative].key(shard)
 
     def place(self, checkpoint: int, shard: int) -> str:
         """Say in words where a shard belongs."""
@@ -87,15 +88,23 @@ class Part:
             BankError: its file is missing, truncated or altered; names the file and the rows.
         """
         file = self.file(checkpoint, name, shard)
-        if not file.is_file():  # zarr would read the fill value
-            raise BankError(f"{file} is missing: {self.place(checkpoint, shard)}")
-        spec, array = self._arrays[f"checkpoint_{checkpoint}/{name}"]
-        return read_array(array, spec.span(shard), file, lambda: self.place(checkpoint, shard))
+        if not file.is_file() or not file.stat().st_size:  # zarr would read the fill value from either
+            state = "truncated to nothing" if file.is_file() else "missing"
+            raise BankError(f"{file} is {state}: {self.place(checkpoint, shard)}")
+        span = self.data[name].span(shard)
+        array = self._array(f"checkpoint_{checkpoint}/{name}")
+        return read_array(array, span, file, lambda: self.place(checkpoint, shard))
 
     def marks(self, checkpoint: int) -> np.ndarray:
         """Read the commit marks ``(shards, arrays, 32)`` uint8, as they are on disk now."""
         name = f"checkpoint_{checkpoint}/committed"
-        return read_array(self._arrays[name][1], slice(None), self.path / name)
+        return read_array(self._array(name), slice(None), self.path / name)
+
+    def mark(self, checkpoint: int, shard: int) -> np.ndarray:
+        """Read one commit mark ``(arrays, 32)`` uint8."""
+        array = self._array(f"checkpoint_{checkpoint}/committed")
+        mark: np.ndarray = read_array(array, slice(shard, shard + 1), self.file(checkpoint, "committed", shard))[0]
+        return mark
 
     def done(self, checkpoint: int) -> np.ndarray:
         """Which shards of a checkpoint are committed, ``(shards,)`` bool."""
@@ -118,7 +127,7 @@ class Part:
             BankError: they cannot be written; nothing that was committed is harmed.
         """
         mark = np.stack([content_digest(content[name]) for name in self.data])[None]
-        spec = self._arrays[f"checkpoint_{checkpoint}/committed"][0]
+        spec = self._specs[f"checkpoint_{checkpoint}/committed"]
         try:
             write_files(
                 {self.file(checkpoint, name, shard): self.data[name].encode(shard, content[name]) for name in self.data}
@@ -185,16 +194,15 @@ class Part:
             hashes = self.read(0, "batch_hashes", shard)
             for checkpoint in range(1, self.n_checkpoints):
                 self._compare_hashes(0, shard, hashes, checkpoint)
-        spec = self._arrays["seal"][0]
+        spec = self._specs["seal"]
         values = np.frombuffer(self.content_hash() + self.metadata_hash(), np.uint8).reshape(2, 32)
         write_files({self.path / "seal" / spec.key(0): spec.encode(0, values)})
 
     def sealed(self) -> tuple[bytes, bytes] | None:
         """Return the seal, content hash and metadata hash, as it is on disk now; None before the part is sealed."""
-        spec, array = self._arrays["seal"]
-        if not (self.path / "seal" / spec.key(0)).is_file():
+        if not (self.path / "seal" / self._specs["seal"].key(0)).is_file():
             return None
-        values = read_array(array, slice(None), self.path / "seal")
+        values = read_array(self._array("seal"), slice(None), self.path / "seal")
         return (values[0].tobytes(), values[1].tobytes()) if values.any() else None
 
     def content_hash(self) -> bytes:
@@ -204,25 +212,43 @@ class Part:
         return sha256(canonical(description), *marks)
 
     def metadata_hash(self) -> bytes:
-        """Hash the metadata of the root, the weights, the stage and the part."""
+        """Hash the metadata of the root, the weights, the stage and the part.
+
+        Raises:
+            BankError: some cannot be read.
+        """
         weights = self.bank / "weights"
         files = [self.bank / "zarr.json", self.path.parent / "zarr.json"]
         files += sorted(weights.rglob("zarr.json")) + sorted(self.path.rglob("zarr.json"))
         found = []
         for file in files:
-            document = json.loads(file.read_bytes())
+            try:
+                document = dict(json.loads(file.read_bytes()))
+            except (OSError, TypeError, ValueError) as error:
+                raise BankError(f"the metadata {file} cannot be read: {error}") from error
             document.pop("consolidated_metadata", None)  # a copy that users may add to the root
             found.append([file.relative_to(self.bank).as_posix(), document])
         return sha256(canonical(found))
 
-    def _open(self, name: str, spec: ArraySpec) -> None:
-        array = open_node(self.bank, f"{self.name}/{name}")
-        if not isinstance(array, zarr.Array):
-            raise BankError(f"{self.path / name} is a zarr group and must be an array")
-        difference = spec.difference(array)
+    def _check(self, name: str) -> None:
+        """Hold an array's metadata to the layout."""
+        file, spec = self.path / name / "zarr.json", self._specs[name]
+        try:
+            if spec.is_spelled(json.loads(file.read_bytes())):
+                return  # and save zarr the parsing
+        except (OSError, AttributeError, ValueError):
+            pass  # zarr says what is wrong
+        difference = spec.difference(self._array(name))
         if difference:
             raise BankError(f"the array {self.path / name} is not as the bank's settings want it: its {difference}")
-        self._arrays[name] = spec, array
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        if name not in self._opened:
+            array = open_node(self.bank, f"{self.name}/{name}")
+            if not isinstance(array, zarr.Array):
+                raise BankError(f"{self.path / name} is a zarr group and must be an array")
+            self._opened[name] = array
+        return self._opened[name]
 
 
 def create_part(folder: Path, settings: Settings, stage: int, spec: PartSpec, ids: np.ndarray) -> None:

@@ -82,6 +82,9 @@ def find_parts(path: Path, settings: Settings, stage: int) -> list[Part]:
     Raises:
         BankError: there is none, or one is not as it must be.
     """
+    group, name = open_node(path, f"stage_{stage}"), settings.trajectory["stages"][stage]["name"]
+    if group.attrs.get("name") != name:
+        raise BankError(f"{path / f'stage_{stage}'} is of stage {group.attrs.get('name')!r}, and must be of {name!r}")
     parts: list[Part] = []
     while not parts or (path / f"stage_{stage}" / f"part_{len(parts)}").is_dir():
         part = Part(path, stage, len(parts), settings)

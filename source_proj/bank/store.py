@@ -142,9 +142,11 @@ class Bank:
             return
         missing = self.missing()
         if missing:
+            appended = [part.path for part in self.parts if part.spec.start and part.sealed() is None]
+            verb = f"append again (or remove {appended[0]} to give it up)" if appended else "build again"
             raise BankError(
-                f"the bank {self.path} is unfinished: it lacks {listed(missing)}. Call build again with the same "
-                "arguments to go on with it"
+                f"the bank {self.path} is unfinished: it lacks {listed(missing)}. Call {verb} with the same arguments "
+                "to go on with it"
             )
         raise BankError(f"all shards of the bank {self.path} are there, but it is not finalized: call its finalize()")
 
@@ -223,23 +225,25 @@ class Bank:
             GradientError: a gradient is not finite; names the ids.
         """
         self.reload()
-        part = append_rows(
-            self.path,
-            self.settings,
-            model,
-            task,
-            train_set,
-            stage=range(len(self.stages))[stage],
-            parts=self.stages[stage].parts,
-            checkpoint=self.checkpoint,
-            ids=ids,
-            batch_size=batch_size,
-            device=device,
-            shard=shard,
-            shard_rows=shard_rows,
-            progress=progress,
-        )
-        self.reload()
+        try:
+            part = append_rows(
+                self.path,
+                self.settings,
+                model,
+                task,
+                train_set,
+                stage=range(len(self.stages))[stage],
+                parts=self.stages[stage].parts,
+                checkpoint=self.checkpoint,
+                ids=ids,
+                batch_size=batch_size,
+                device=device,
+                shard=shard,
+                shard_rows=shard_rows,
+                progress=progress,
+            )
+        finally:
+            self.reload()
         if shard is None:
             self.seal([part])
 

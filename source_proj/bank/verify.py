@@ -69,18 +69,12 @@ def verify(path: str | Path) -> VerifyReport:
 
 
 def _part_problems(part: Part) -> Iterator[str]:
-    unreadable = False
     for checkpoint in range(part.n_checkpoints):
-        try:
-            marks = part.marks(checkpoint)
-        except BankError as error:
-            unreadable = True
-            yield str(error)
-            continue
-        for shard, mark in enumerate(marks):
-            yield from _shard_problems(part, checkpoint, shard, mark)
-    if unreadable:
-        return
+        for shard in range(part.spec.n_shards):
+            try:
+                yield from _shard_problems(part, checkpoint, shard)
+            except BankError as error:
+                yield str(error)
     try:
         if part.sealed() is None:
             yield f"{part.path} is not sealed: finish the build, then finalize"
@@ -89,7 +83,8 @@ def _part_problems(part: Part) -> Iterator[str]:
         yield str(error)
 
 
-def _shard_problems(part: Part, checkpoint: int, shard: int, mark: np.ndarray) -> Iterator[str]:
+def _shard_problems(part: Part, checkpoint: int, shard: int) -> Iterator[str]:
+    mark = part.mark(checkpoint, shard)
     if not mark.any():
         yield f"not done: {part.place(checkpoint, shard)}"
         return
@@ -104,11 +99,6 @@ def _shard_problems(part: Part, checkpoint: int, shard: int, mark: np.ndarray) -
                 f"{part.file(checkpoint, name, shard)} is whole, but not what was committed as "
                 f"{part.place(checkpoint, shard)}: it belongs elsewhere, or was altered"
             )
-        elif name == "batch_hashes" and checkpoint and part.done(0)[shard]:
-            try:
-                part.check_hashes(checkpoint, shard, values)
-            except (BankError, ValueError) as error:
-                yield str(error)
 
 
 def _weights_problems(path: Path, settings: Settings) -> Iterator[str]:
