@@ -177,7 +177,7 @@ def peak_bytes(name: str, way: str, size: int, threads: int) -> int:
         "--peak",
         way,
     ]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 class Passes:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from source_proj.errors import GradientError
 from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
-from source_proj.gradients.general import Autocast, Function, GeneralPath, per_example_gradients
+from source_proj.gradients.general import Autocast, Function, GeneralPath, gradients_of_one
 from source_proj.gradients.hooks import HookPath, Unsuited, uncovered
+from source_proj.gradients.pieces import Pieces, PiecesByParameter
 from source_proj.gradients.space import ParameterSpace
 from source_proj.sketch import Sketch
 
@@ -24,6 +25,7 @@ _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # The proof is about structure, not rounding: a layer that is missed or mixed up is off by its whole size. The floor is
 # for gradients that are zero but for rounding, such as those of key biases in attention.
 _RELATIVE, _FLOOR = 1e-2, 1e-4
+_PROOF = Sketch(dim=1024)
 
 
 def gradient_engine(
@@ -72,10 +74,10 @@ def gradient_engine(
 class GradientEngine:
     """Sketched per-example gradients of functions of (model, batch); made by `gradient_engine`.
 
-    The hook path is proven before it is used: on the first two examples, its unsketched gradients must equal those of
-    one plain backward pass per example, parameter by parameter. So parameters that are used outside of their module's
-    forward, layers that see the examples in another order, and whatever else a rule cannot know lead to the general
-    path (`"auto"`) or to an error (`"hooks"`), never to wrong rows.
+    The hook path is proven before it is used: on the first two examples, its gradients must equal those of one plain
+    backward pass per example, parameter by parameter. So parameters that are used outside of their module's forward,
+    layers that see the examples in another order, and whatever else a rule cannot know lead to the general path
+    (`"auto"`) or to an error (`"hooks"`), never to wrong rows.
 
     Attributes:
         method: the path in use, `"hooks"` or `"general"`; `"auto"` may still change from the first to the second in the
@@ -129,15 +131,16 @@ class GradientEngine:
         size = batch_size(batch)
         with torch.inference_mode(False), torch.enable_grad(), _evaluating(self._model):
             if self._hooks is not None and self._proven_for < min(2, size):
-                self._prove(function, batch)
-            rows = torch.zeros(size, self._sketch.dim, device=_device(self._model, self._space))
+                self._prove(self._hooks, function, batch)
+            rows = torch.zeros(size, self._sketch.dim, device=self._device())
             if self._hooks is not None:
                 try:
-                    return self._hooks.add_(rows, self._sketch, function, batch, self._autocast(rows.device)), rows
+                    pieces = Pieces(rows, self._sketch, self._space)
+                    return self._hooks.add_to(pieces, function, batch, self._autocast()), rows
                 except Unsuited as problem:
                     self._give_up_hooks(str(problem))
                     rows.zero_()
-            return self._general.add_(rows, self._sketch, function, batch, self._autocast(rows.device)), rows
+            return self._general.add_(rows, self._sketch, function, batch, self._autocast()), rows
 
     def _try_hooks(self) -> None:
         missing = uncovered(self._model, self._space)
@@ -153,22 +156,26 @@ class GradientEngine:
         self._hooks = None
         self._reason = why
 
-    def _prove(self, function: Function, batch: Batch) -> None:
+    def _prove(self, hooks: HookPath, function: Function, batch: Batch) -> None:
         """Compare the hook path with plain autograd on two examples (the only one twice, if need be)."""
-        assert self._hooks is not None
         size = batch_size(batch)
+        one, other = take(batch, [0]), take(batch, [min(1, size - 1)])
         two = take(batch, [0, min(1, size - 1)])
-        dense = Sketch(dim=self._space.size, kind="identity")
-        values, expected = per_example_gradients(self._model, self._space, function, two, nullcontext)
+        got, expected = (PiecesByParameter(2, _PROOF, self._space, self._device()) for _ in range(2))
+        values = []
+        for b, example in enumerate((one, other)):
+            value, gradients = gradients_of_one(self._model, self._space, function, example, nullcontext)
+            values.append(value)
+            for name, gradient in gradients.items():
+                expected.add(name, gradient.unsqueeze(0), b)
         try:
-            self._hooks.find_shared(function, take(batch, [0]), two)
-            rows = torch.zeros(2, self._space.size, device=_device(self._model, self._space))
-            got = self._hooks.add_(rows, dense, function, two, nullcontext)
-        except (Unsuited, RuntimeError) as problem:
+            hooks.find_shared(function, one, two)
+            together = hooks.add_to(got, function, two, nullcontext)
+        except RuntimeError as problem:
             self._give_up_hooks(str(problem).splitlines()[0])
             return
-        wrong = _differing(self._space, rows, expected)
-        if not torch.allclose(got, values, rtol=_RELATIVE, atol=_FLOOR, equal_nan=True):
+        wrong = got.differing(expected, _RELATIVE, _FLOOR)
+        if not torch.allclose(together, torch.cat(values), rtol=_RELATIVE, atol=_FLOOR, equal_nan=True):
             wrong = ["(the values themselves: an example's value depends on the other examples of its batch)"]
         if wrong:
             self._give_up_hooks(
@@ -177,10 +184,11 @@ class GradientEngine:
         else:
             self._proven_for = size
 
-    def _autocast(self, device: torch.device) -> Autocast:
-        if self._dtype is None:
-            return nullcontext
-        return partial(torch.autocast, device.type, self._dtype)
+    def _autocast(self) -> Autocast:
+        return nullcontext if self._dtype is None else partial(torch.autocast, self._device().type, self._dtype)
+
+    def _device(self) -> torch.device:
+        return self._model.get_parameter(self._space.names[0]).device
 
 
 def nonfinite_examples(rows: Tensor) -> list[int]:
@@ -191,23 +199,6 @@ def nonfinite_examples(rows: Tensor) -> list[int]:
         [1]
     """
     return [int(i) for i in torch.isfinite(rows).all(dim=1).logical_not().nonzero()[:, 0]]
-
-
-def _differing(space: ParameterSpace, rows: Tensor, expected: dict[str, Tensor]) -> list[str]:
-    """Names of the parameters whose gradients are not those expected, NaN and infinity aside."""
-    parts = {name: gradient.reshape(len(gradient), -1).float() for name, gradient in expected.items()}
-    total = torch.stack([part.norm(dim=1) for part in parts.values()]).norm(dim=0)  # (2,)
-    wrong = []
-    for name, part in parts.items():
-        start = space.offsets[name]
-        error = (rows[:, start : start + part.shape[1]] - part).norm(dim=1)
-        if bool((error > _RELATIVE * part.norm(dim=1) + _FLOOR * total).any()):
-            wrong.append(name)
-    return wrong
-
-
-def _device(model: nn.Module, space: ParameterSpace) -> torch.device:
-    return model.get_parameter(space.names[0]).device
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TypeAlias
 
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from source_proj.gradients.batches import Batch, batch_size, per_example_tensors, take
+from source_proj.gradients.pieces import Pieces
 from source_proj.gradients.space import ParameterSpace
 from source_proj.sketch import Sketch
 
-__all__ = ["Autocast", "Function", "GeneralPath", "checked_values", "per_example_gradients"]
+__all__ = ["Autocast", "Function", "GeneralPath", "checked_values", "gradients_of_one"]
 
 Function: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 Autocast: TypeAlias = Callable[[], AbstractContextManager[object]]
+_Some: TypeAlias = tuple[int, Tensor, dict[str, Tensor]]  # first example, values (n,), gradients {name: (n, *shape)}
 
 # A chunk's gradients are examples × d floats; above this they are spread over several chunks.
 _CHUNK_BYTES = 256 * 2**20
@@ -57,27 +59,31 @@ class GeneralPath:
     def add_(self, out: Tensor, sketch: Sketch, function: Function, batch: Batch, autocast: Autocast) -> Tensor:
         """Add R ∇function to out (B, dim); returns the values (B,)."""
         size = batch_size(batch)
-        values = []
+        pieces = Pieces(out, sketch, self._space)
+        values: list[Tensor] = []
         for start in range(0, size, self._chunk):
-            stop = min(size, start + self._chunk)
-            value, gradients = self._gradients(function, take(batch, list(range(start, stop))), autocast)
-            values.append(value)
-            for name, rows in gradients.items():
-                shape = tuple(rows.shape[1:])
-                sketch.add_(out[start:stop], rows.reshape(stop - start, -1), self._space.offsets[name], shape)
+            examples = list(range(start, min(size, start + self._chunk)))
+            for first, value, gradients in self._gradients(function, batch, examples, autocast):
+                values.append(value)
+                for name, rows in gradients.items():
+                    pieces.add(name, rows, first)
         return torch.cat(values)
 
-    def _gradients(self, function: Function, batch: Batch, autocast: Autocast) -> tuple[Tensor, dict[str, Tensor]]:
+    def _gradients(self, function: Function, batch: Batch, examples: list[int], autocast: Autocast) -> Iterator[_Some]:
         if not self._loops:
             try:
-                return self._by_vmap(function, batch, autocast)
+                result = self._by_vmap(function, take(batch, examples), autocast)
             except (RuntimeError, NotImplementedError, ValueError) as problem:
                 # The loop is the same mathematics, and it raises again what is wrong with the model itself.
-                self.note = f"one backward pass per example, since vmap failed: {str(problem).splitlines()[0]}"
-                result = per_example_gradients(self._model, self._space, function, batch, autocast)
-                self._loops = True
-                return result
-        return per_example_gradients(self._model, self._space, function, batch, autocast)
+                note = f"one backward pass per example, since vmap failed: {str(problem).splitlines()[0]}"
+            else:
+                yield examples[0], *result
+                return
+        for b in examples:
+            value, gradients = gradients_of_one(self._model, self._space, function, take(batch, [b]), autocast)
+            yield b, value, {name: gradient.unsqueeze(0) for name, gradient in gradients.items()}
+        if not self._loops:
+            self._loops, self.note = True, note
 
     def _by_vmap(self, function: Function, batch: Batch, autocast: Autocast) -> tuple[Tensor, dict[str, Tensor]]:
         tensors, rebuild = per_example_tensors(batch)
@@ -94,43 +100,30 @@ class GeneralPath:
         with warnings.catch_warnings():
             # An operator without a batching rule is looped over inside vmap: slow, right, and nothing to act upon.
             warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
-            gradients, values = vmap(grad(scalar, has_aux=True), in_dims=(None,) + (0,) * len(tensors))(
-                parameters, *tensors
-            )
+            in_dims = (None, *(0 for _ in tensors))
+            gradients, values = vmap(grad(scalar, has_aux=True), in_dims=in_dims)(parameters, *tensors)
         return values.detach(), {name.removeprefix("model."): rows for name, rows in gradients.items()}
 
 
-def per_example_gradients(
-    model: nn.Module,
-    space: ParameterSpace,
-    function: Function,
-    batch: Batch,
-    autocast: Autocast,
+def gradients_of_one(
+    model: nn.Module, space: ParameterSpace, function: Function, example: Batch, autocast: Autocast
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One plain backward pass per example: values (B,), gradients {name: (B, *shape)}; zero for what is not reached."""
+    """A plain backward pass of a batch of one: its value (1,), and the gradients of the parameters that it reaches."""
     parameters = space.parameters(model)
     wanted = {name: p.requires_grad for name, p in parameters.items()}
-    size = batch_size(batch)
-    rows = {name: p.new_zeros((size, *p.shape), requires_grad=False) for name, p in parameters.items()}
-    values = []
     try:
         for p in parameters.values():
             p.requires_grad_(True)
-        for example in range(size):
-            with torch.enable_grad(), autocast():
-                value = checked_values(function(model, take(batch, [example])), 1)[0].float()
-            values.append(value.detach())
-            if not value.requires_grad:  # reaches no parameter
-                continue
-            for name, gradient in zip(
-                parameters, torch.autograd.grad(value, list(parameters.values()), allow_unused=True), strict=True
-            ):
-                if gradient is not None:
-                    rows[name][example] = gradient.to_dense() if gradient.is_sparse else gradient
+        with torch.enable_grad(), autocast():
+            value = checked_values(function(model, example), 1).float()
+        if not value.requires_grad:
+            return value, {}
+        found = torch.autograd.grad(value.sum(), list(parameters.values()), allow_unused=True)
     finally:
         for name, p in parameters.items():
             p.requires_grad_(wanted[name])
-    return torch.stack(values), rows
+    gradients = {name: gradient for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
+    return value.detach(), {name: g.to_dense() if g.is_sparse else g for name, g in gradients.items()}
 
 
 def checked_values(values: Tensor, size: int) -> Tensor:

@@ -29,7 +29,6 @@ from source_proj.gradients.general import Autocast, Function, checked_values
 from source_proj.gradients.pieces import Pieces
 from source_proj.gradients.rules import Rule, rule_for
 from source_proj.gradients.space import ParameterSpace
-from source_proj.sketch import Sketch
 
 __all__ = ["HookPath", "Unsuited", "uncovered"]
 
@@ -107,28 +106,19 @@ class HookPath:
 
     def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
         self._model = model
-        self._space = space
         self._covered, _ = _owners(model, space)
         self._names = {module: name for name, module in model.named_modules() if module in self._covered}
         self._shared: set[nn.Module] = set()
 
-    def add_(
-        self,
-        out: Tensor,
-        sketch: Sketch,
-        function: Function,
-        batch: Batch,
-        autocast: Autocast,
-    ) -> Tensor:
-        """Add R ∇function to out (B, dim); returns the values (B,).
+    def add_to(self, pieces: Pieces, function: Function, batch: Batch, autocast: Autocast) -> Tensor:
+        """Hand every layer's piece of ∇function to `pieces`; returns the values (B,).
 
         Raises:
             Unsuited: a layer's output does not have the examples in front.
             GradientError: a layer's input was modified in place after the layer had seen it.
         """
         size = batch_size(batch)
-        pieces = Pieces(out, sketch, self._space)
-        anchor = torch.zeros((), requires_grad=True, device=out.device)
+        anchor = torch.zeros((), requires_grad=True)
         seen = partial(self._on_output, size=size, anchor=anchor, pieces=pieces)
         with _frozen(self._model), self._hooked(seen), torch.enable_grad():
             with autocast():

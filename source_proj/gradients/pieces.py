@@ -9,7 +9,7 @@ from torch import Tensor
 from source_proj.gradients.space import ParameterSpace
 from source_proj.sketch import Sketch
 
-__all__ = ["Pieces"]
+__all__ = ["Pieces", "PiecesByParameter"]
 
 _TILE_BYTES = 24 * 2**20  # of a dense piece of an embedding's gradient
 
@@ -33,15 +33,18 @@ class Pieces:
         self._offsets = space.offsets
         self._shapes = dict(zip(space.names, space.shapes, strict=True))
 
+    def _rows(self, _name: str, start: int, count: int) -> Tensor:
+        """Where the named parameter's piece for some examples is added to."""
+        return self._out[start : start + count]
+
     def add(self, name: str, rows: Tensor, start: int = 0) -> None:
         """The gradients (n, …) of the whole parameter for the examples start … start + n."""
-        out = self._out[start : start + rows.shape[0]]
-        self._sketch.add_(out, rows.flatten(1), self._offsets[name], self._shapes[name])
+        flat = rows.reshape(len(rows), -1)
+        self._sketch.add_(self._rows(name, start, len(rows)), flat, self._offsets[name], self._shapes[name])
 
     def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0) -> None:
         """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i)."""
-        out = self._out[start : start + left.shape[0]]
-        self._sketch.add_outer_(out, left, right, self._offsets[name])
+        self._sketch.add_outer_(self._rows(name, start, len(left)), left, right, self._offsets[name])
 
     def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
         """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""
@@ -60,7 +63,7 @@ class Pieces:
             sums = values.new_zeros(len(touched), width).index_add_(0, inverse.flatten(), values.flatten(0, 1))
             for n, place in enumerate(touched.tolist()):
                 b, row = divmod(place, rows)
-                self._sketch.add_(self._out[b : b + 1], sums[n : n + 1], self._offsets[name] + row * width)
+                self._sketch.add_(self._rows(name, b, 1), sums[n : n + 1], self._offsets[name] + row * width)
             return
         example = torch.arange(size, device=index.device).unsqueeze(1).expand_as(index)
         for tile in tiles.tolist():
@@ -68,4 +71,34 @@ class Pieces:
             here = (index >= first) & (index < last)
             dense = values.new_zeros((size, last - first, width))
             dense.index_put_((example[here], index[here] - first), values[here], accumulate=True)
-            self._sketch.add_(self._out, dense.flatten(1), self._offsets[name] + first * width)
+            self._sketch.add_(self._rows(name, 0, size), dense.flatten(1), self._offsets[name] + first * width)
+
+
+class PiecesByParameter(Pieces):
+    """Keeps the sketches of the parameters apart, to tell which of them differ.
+
+    Args:
+        size: number of examples.
+        sketch: the projection R.
+        space: where each parameter lies.
+        device: of the rows.
+    """
+
+    def __init__(self, size: int, sketch: Sketch, space: ParameterSpace, device: torch.device) -> None:
+        super().__init__(torch.zeros(len(space.names), size, sketch.dim, device=device), sketch, space)
+        self._at = {name: n for n, name in enumerate(space.names)}
+
+    def _rows(self, name: str, start: int, count: int) -> Tensor:
+        return self._out[self._at[name], start : start + count]
+
+    def differing(self, other: PiecesByParameter, relative: float, floor: float) -> list[str]:
+        """Names of the parameters whose pieces differ by more than rounding can; NaN and infinities aside.
+
+        Args:
+            other: the expected pieces.
+            relative: to the norm of the parameter's expected piece.
+            floor: to the norm of the expected rows, all parameters together.
+        """
+        error, norms = (self._out - other._out).norm(dim=2), other._out.norm(dim=2)  # (parameters, examples)
+        wrong = (error > relative * norms + floor * norms.norm(dim=0)).any(dim=1)
+        return [name for name, n in self._at.items() if wrong[n]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from source_proj.errors import GradientError
 from source_proj.gradients import GradientEngine, ParameterSpace, gradient_engine, nonfinite_examples, pieces
 from source_proj.gradients import convolution as convolution_rule
 from source_proj.gradients import general as general_path
+from source_proj.gradients.hooks import HookPath
 from source_proj.sketch import Sketch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -83,10 +85,11 @@ def test_an_input_modified_after_the_layer_saw_it_is_an_error() -> None:
             x += 1.0
             return self.c(x + y)
 
+    model = Spoiled()
+    space = ParameterSpace.from_model(model)
+    target = pieces.Pieces(torch.zeros(2, 16), Sketch(dim=16), space)
     with pytest.raises(GradientError, match="input of 'b' was modified in place"):
-        dense_engine(Spoiled())._hooks.add_(  # type: ignore[union-attr]
-            torch.zeros(2, 119), Sketch(kind="identity", dim=119), margin, images(2, side=2), torch.enable_grad
-        )
+        HookPath(model, space).add_to(target, margin, images(2, side=2), nullcontext)
     with pytest.raises((GradientError, RuntimeError), match="modified by an inplace operation"):
         dense_rows(Spoiled(), images(2, side=2))  # plain autograd cannot differentiate it either
 
