@@ -73,8 +73,8 @@ def evaluate_methods(
     for candidate in tqdm(candidates, "score", unit="setting"):
         found = [np.asarray(candidate.attributor([bank]).score(queries))[:, columns] for bank in candidate.banks]
         scores.setdefault(candidate.method, {})[candidate.setting] = found
-        singles = [lds(one, masks, outcomes, bootstrap=0).per_query for one in found]
-        quality.setdefault(candidate.method, {})[candidate.setting] = np.mean(singles, axis=0)
+        by_bank = [lds(one, masks, outcomes, bootstrap=0).per_query for one in found]
+        quality.setdefault(candidate.method, {})[candidate.setting] = np.mean(by_bank, axis=0)
     rows: list[Row] = []
     for method, by_setting in scores.items():
         chosen = _choose(quality[method])

@@ -102,4 +102,4 @@ def cached_array(folder: Path, settings: Mapping[str, Any], compute: Callable[[]
         np.save(buffer, compute())
         write_whole(path.with_suffix(".json"), json.dumps(settings, indent=1, sort_keys=True).encode())
         write_whole(path, buffer.getvalue())
-    return np.load(path)
+    return np.asarray(np.load(path))

@@ -23,11 +23,12 @@ def record_training(
     """Train with shuffled batches that follow from the seed; a killed run goes on from its last checkpoint."""
     inputs, targets = data.tensors
     generator = torch.Generator().manual_seed(seed)
-    batches = [b for _ in range(epochs) for b in torch.randperm(len(data), generator=generator).split(batch_size)]
+    orders = [torch.randperm(len(data), generator=generator) for _ in range(epochs)]
+    batches = [batch for order in orders for batch in torch.split(order, batch_size)]
     model.train()
     for batch in tqdm(batches[recorder.restore() :], "train", unit="step", delay=2):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(inputs[batch]), targets[batch]).backward()
+        torch.autograd.backward(nn.functional.cross_entropy(model(inputs[batch]), targets[batch]))
         optimizer.step()
         recorder.step()
     model.eval()

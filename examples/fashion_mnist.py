@@ -28,12 +28,23 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 import source_proj as sp
+from source_proj.curvature import Damping
 from source_proj.evaluate import calibration, half_subsets, retrain, stacked_outputs
 
 BATCH, LR, MOMENTUM, DECAY, CHECKPOINTS = 64, 0.03, 0.9, 1e-3, 6
 CHUNK = 48  # retrained models a cache file
 RIDGES = [0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0]  # for TRAK, added to the eigenvalues of ΦᵀΦ/N
-DAMPINGS = [None, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]  # for influence functions, beside the formula
+DAMPINGS: list[Damping] = [
+    None,
+    1e-4,
+    3e-4,
+    1e-3,
+    3e-3,
+    1e-2,
+    3e-2,
+    1e-1,
+    3e-1,
+]  # for influence functions, beside the formula
 
 
 def make_model() -> nn.Module:
@@ -142,7 +153,7 @@ def ground_truth(
     pieces = []
     for start in tqdm(range(0, len(subsets), CHUNK), f"retrain {CHUNK} at a time"):
         known = {**setting, "subsets": options.subsets, "retrainings": options.retrainings, "start": start}
-        pieces.append(cached_array(folder, known, lambda start=start: piece(start)))
+        pieces.append(cached_array(folder, known, partial(piece, start)))
     margins = margin(torch.from_numpy(np.concatenate(pieces)), queries.tensors[1])
     return margins.reshape(options.subsets, options.retrainings, -1).numpy()
 
@@ -185,7 +196,7 @@ def candidates(banks: dict[int, list[sp.Bank]], dim: int) -> list[Candidate]:
     def source(segments: int) -> Callable[[list[sp.Bank]], sp.Source]:
         return lambda chosen: sp.Source(chosen, model=model, segments=segments)
 
-    def influence(average: bool, damping: str | float | None) -> Callable[[list[sp.Bank]], sp.InfluenceFunction]:
+    def influence(average: bool, damping: Damping) -> Callable[[list[sp.Bank]], sp.InfluenceFunction]:
         return lambda chosen: sp.InfluenceFunction(chosen, model=model, average=average, damping=damping)
 
     def trak(ridge: float) -> Callable[[list[sp.Bank]], sp.Trak]:
@@ -201,9 +212,8 @@ def candidates(banks: dict[int, list[sp.Bank]], dim: int) -> list[Candidate]:
         found += [Candidate(method, f"damping {d}", influence(average, d), main) for d in DAMPINGS]
     for k, own in banks.items():
         found += [Candidate("TRAK", f"k={k}, ridge {ridge:g}", trak(ridge), own) for ridge in RIDGES]
-    for method in (sp.TracIn, sp.GradDot, sp.GradCos):
-        found.append(Candidate(method.__name__, "no choice", partial(method, model=model), main))
-    return found
+    plain = [("TracIn", sp.TracIn), ("GradDot", sp.GradDot), ("GradCos", sp.GradCos)]
+    return found + [Candidate(name, "no choice", partial(make, model=model), main) for name, make in plain]
 
 
 if __name__ == "__main__":

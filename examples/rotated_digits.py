@@ -125,7 +125,7 @@ def load_problem(options: argparse.Namespace, setting: Setting) -> Problem:
         images, labels = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
     sizes = (setting.upright, setting.rotated, setting.queries)
-    upright, rotated, queries = order[: sum(sizes)].split(sizes)
+    upright, rotated, queries = torch.split(order[: sum(sizes)], list(sizes))
     turn = partial(rotate, side=setting.side, degrees=setting.degrees)
     return Problem(
         TensorDataset(images[upright], labels[upright]),
@@ -166,14 +166,16 @@ def ground_truth(
     everything = np.arange(setting.rotated)
 
     def together(mask: np.ndarray, seeds: list[int]) -> np.ndarray:
-        common = {"batch_size": setting.batch, "momentum": MOMENTUM, "weight_decay": DECAY}
-        state = train_stacked(
-            make, *problem.upright.tensors, [np.flatnonzero(mask)] * len(seeds), seeds,
-            epochs=setting.epochs[0], lr=setting.rates[0], **common,
+        descend = partial(train_stacked, make, batch_size=setting.batch, momentum=MOMENTUM, weight_decay=DECAY)
+        inputs, targets = problem.upright.tensors
+        state = descend(
+            inputs, targets, [np.flatnonzero(mask)] * len(seeds), seeds,
+            epochs=setting.epochs[0], lr=setting.rates[0],
         )  # fmt: skip
-        state = train_stacked(
-            make, *problem.rotated.tensors, [everything] * len(seeds), [10**6 + seed for seed in seeds],
-            epochs=setting.epochs[1], lr=setting.rates[1], initial=state, **common,
+        inputs, targets = problem.rotated.tensors
+        state = descend(
+            inputs, targets, [everything] * len(seeds), [10**6 + seed for seed in seeds],
+            epochs=setting.epochs[1], lr=setting.rates[1], initial=state,
         )  # fmt: skip
         return margin(outputs(state), problem.queries.tensors[1]).numpy()
 
@@ -212,7 +214,7 @@ def build_banks(home: Path, options: argparse.Namespace, setting: Setting, probl
     first, end = stages[0], stages[1].checkpoints[-1]
     # A stage may name other final weights than its own last: so stage one alone can be asked about the final network,
     # which is the two-stage attribution with S replaced by the identity.
-    without_s = dataclasses.replace(first, final=sp.Checkpoint(end.path, step=first.checkpoints[-1].step))
+    without_s = dataclasses.replace(first, final=sp.Checkpoint(end.load(), step=first.checkpoints[-1].step))
 
     def build(kind: str, trajectory: sp.Trajectory, train_set: object) -> sp.Bank:
         path = home / f"bank-{run}-{kind}-{options.dim}"
