@@ -26,8 +26,8 @@ METHODS = {
     **{name: ["score", "top_k"] for name in ("TracIn", "Trak", "InfluenceFunction", "GradDot", "GradCos")},
 }
 
-# From below to above: a room may use what stands before it, never what stands after it. Rooms on one line are on one
-# level and don't use each other; a name ending in a star is a private helper's place in the order.
+# From below to above: a room may use what stands before it, never what stands after it. Rooms on one line don't use
+# each other.
 LEVELS = [
     ["kernels", "errors", "scores"],
     ["trajectory"],
