@@ -211,7 +211,7 @@ def _write_csv(scores: Scores, out: Path) -> None:
         lines = csv.writer(file)
         lines.writerow(["query", *(_word(one) for one in scores.train_ids)])
         for query, values in zip(scores.query_ids, scores.values, strict=True):
-            lines.writerow([_word(query), *(repr(float(value)) for value in values)])
+            lines.writerow([_word(query), *map(str, values)])
 
 
 def _entry(query: Any, found: list[tuple[Any, float]]) -> dict[str, Any]:

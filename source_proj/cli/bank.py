@@ -69,6 +69,11 @@ def build(
         list[str] | None, typer.Option(metavar="GLOB", help="Parameters to attribute through; !GLOB leaves out.")
     ] = None,
     sampled_fisher: Annotated[int, typer.Option(min=0, help="Draws of labels for the sampled Fisher.")] = 0,
+    autocast: Annotated[str | None, typer.Option(help="bfloat16 or float16 for the forward pass.")] = None,
+    gradients: Annotated[str, typer.Option(help="auto, hooks or general.")] = "auto",
+    shard_rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows in a shard, a multiple of the batch size.")
+    ] = None,
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Do only part I of N (from 0); then run finalize once.")
     ] = None,
@@ -101,6 +106,9 @@ def build(
         progress=progress,
         parameters=parameters,
         sampled_fisher=sampled_fisher,
+        autocast=autocast,
+        gradients=gradients,
+        shard_rows=shard_rows,
     )
     _report(made, json)
 

@@ -91,7 +91,7 @@ def home(tmp_path_factory):
 
 
 ARGUMENTS = ["--model", "mine:model", "--data", "mine:train_set", "--recorder", "run", "--batch-size", "8"]
-ARGUMENTS += ["--sketch-dim", "64", "--segments", "2", "--no-progress"]
+ARGUMENTS += ["--sketch-dim", "64", "--segments", "2", "--shard-rows", "16", "--no-progress"]
 BUILD = ["build", "bank", *ARGUMENTS]
 ASK = ["--model", "mine:model", "--queries", "mine:queries", "--no-progress"]
 
@@ -157,11 +157,15 @@ def test_a_bank_built_in_parts_equals_one_built_at_a_stretch(call, tmp_path, hom
     bank = tmp_path / "bank"
     first = call("build", bank, *ARGUMENTS, "--shard", "0/2", "--json")
     assert first["finalized"] is False
-    if call("inspect", bank, "--json")["missing"]:
-        assert "unfinished" in call("inspect", bank)
-        assert "missing: " in call("inspect", bank)
-        assert "unfinished" in call("top-k", bank, *ASK, code=1)
-        assert "lacks" in call("finalize", bank, code=1)
+    facts = call("inspect", bank, "--json")
+    assert facts["finalized"] is False
+    assert facts["fingerprint"] is None
+    shards = facts["stages"][0]["checkpoints"]
+    assert sum(one["shards"] - one["shards_done"] for one in shards) == len(facts["missing"]) > 0
+    assert "unfinished" in call("inspect", bank)
+    assert "missing: " in call("inspect", bank)
+    assert "unfinished" in call("top-k", bank, *ASK, code=1)
+    assert "lacks" in call("finalize", bank, code=1)
     call("build", bank, *ARGUMENTS, "--shard", "1/2")
     assert call("finalize", bank, "--json")["finalized"] is True
     assert sp.open(bank).fingerprint == sp.open(home / "bank").fingerprint
