@@ -15,6 +15,9 @@ from source_proj.gradients.pieces import Pieces
 
 __all__ = ["Rule", "rule_for"]
 
+# Of a normalised input at a time: more would come as untouched pages, which cost more than the arithmetic.
+_NORMALISED_BYTES = 8 * 2**20
+
 Names = Mapping[str, str]  # attributed local parameter name ("weight") → full name ("blocks.0.mlp.weight")
 Apply = Callable[[Any, Names, Tensor, Tensor, Pieces], None]
 
@@ -78,37 +81,44 @@ def _embedding(module: nn.Embedding, names: Names, x: Tensor, g: Tensor, pieces:
         pieces.scatter(names["weight"], index, g)
 
 
-def _affine(names: Names, normalised: Tensor, g: Tensor, pieces: Pieces, keep: int, channel: bool) -> None:
-    """Where y = weight · x̂ + bias, where the parameters span the last `keep` dims, or dim 1 when `channel`."""
-    dims = [d for d in range(1, g.dim()) if (d != 1 if channel else d < g.dim() - keep)]
+def _affine(
+    names: Names, normalise: Callable[[Tensor], Tensor], x: Tensor, g: Tensor, pieces: Pieces, keep: int
+) -> None:
+    """Where y = weight · x̂ + bias: ∂/∂weight = Σ g x̂, ∂/∂bias = Σ g, over all but the parameters' own dims.
+
+    These are the last `keep` dims, or the channels, dim 1, for keep = 0.
+    """
+    dims = [d for d in range(1, g.dim()) if (d < g.dim() - keep if keep else d != 1)]
 
     def summed(tensor: Tensor) -> Tensor:
         return tensor.sum(dims) if dims else tensor
 
     if "weight" in names:
-        pieces.add(names["weight"], summed(g.float() * normalised.float()))
+        step = max(1, _NORMALISED_BYTES // (4 * g[0].numel()))
+        parts = (slice(start, start + step) for start in range(0, len(g), step))
+        pieces.add(names["weight"], torch.cat([summed(normalise(x[part]).mul_(g[part])) for part in parts]))
     if "bias" in names:
-        pieces.add(names["bias"], summed(g.float()))
+        pieces.add(names["bias"], summed(g))
 
 
 def _layer_norm(module: nn.LayerNorm, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
     shape = list(module.normalized_shape)
-    _affine(names, F.layer_norm(x, shape, eps=module.eps), g, pieces, len(shape), channel=False)
+    _affine(names, lambda x: F.layer_norm(x, shape, eps=module.eps), x, g, pieces, len(shape))
 
 
 def _rms_norm(module: nn.RMSNorm, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
     shape = list(module.normalized_shape)
-    _affine(names, F.rms_norm(x, shape, eps=module.eps), g, pieces, len(shape), channel=False)
+    _affine(names, lambda x: F.rms_norm(x, shape, eps=module.eps), x, g, pieces, len(shape))
 
 
 def _group_norm(module: nn.GroupNorm, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
-    _affine(names, F.group_norm(x, module.num_groups, eps=module.eps), g, pieces, 0, channel=True)
+    _affine(names, lambda x: F.group_norm(x, module.num_groups, eps=module.eps), x, g, pieces, 0)
 
 
 def _batch_norm(module: nn.modules.batchnorm._BatchNorm, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
     """In evaluation mode x̂ = (x − running mean)/√(running variance + ε): no example sees another."""
-    normalised = F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
-    _affine(names, normalised, g, pieces, 0, channel=True)
+    mean, variance = module.running_mean, module.running_var
+    _affine(names, lambda x: F.batch_norm(x, mean, variance, eps=module.eps), x, g, pieces, 0)
 
 
 _WEIGHT_BIAS = frozenset({"weight", "bias"})
