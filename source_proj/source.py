@@ -104,6 +104,25 @@ class Source(Attributor):
     Raises:
         MismatchError, BankError, ValueError: see :class:`~source_proj.attributor.Attributor`; ValueError for segments
             that are no ordered partition of a stage's checkpoints, or curvature that the bank does not offer.
+
+    Example:
+        Least squares with one weight, at 0 after 10 steps of 0.1: H = 5, s = 1, g = (-2, 0), and ∇m = -2 for the first
+        example's own squared error, so that its score is -(1/2)(-2)(-2) (1 - exp(-5)) / 5.
+
+        >>> import tempfile
+        >>> import source_proj as sp
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> train = torch.utils.data.TensorDataset(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [0.0]]))
+        >>> run = sp.Trajectory([sp.Checkpoint(model.state_dict(), step=10, lr=0.1)])
+        >>> exact = {"sketch": sp.Sketch(1, "identity"), "storage": "float32"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     bank = sp.build(model, sp.Regression("squared"), run, train, f"{folder}/bank", **exact)
+        ...     scores = sp.Source(bank, model=model, curvature="gauss_newton").score(train)
+        >>> abs(scores[0, 0] - -2 * (1 - np.exp(-5)) / 5) < 1e-6
+        np.True_
+        >>> scores
+        Scores(2 queries x 2 training examples; +: including the example raised the squared error)
     """
 
     def __init__(
