@@ -23,7 +23,7 @@ from source_proj.demo.digits import (
     make_optimizer,
     train,
 )
-from source_proj.demo.show import Answer, answer_text, check_text, make_page
+from source_proj.demo.show import Answer, answer_text, check_text, demo_page
 from source_proj.report import write_report
 from source_proj.scores import Scores
 from source_proj.sketch import Sketch
@@ -123,7 +123,7 @@ class _Run:
             removals = self.check(scores, answers[0], pairs, remove)
         self.say("\n" + check_text(answers[0], removals, scores.unit))
         written = write_report(
-            make_page(answers, scores, parts, removals, self.digits, accuracy=accuracy, bank_bytes=size), target
+            demo_page(answers, scores, parts, removals, self.digits, accuracy=accuracy, bank_bytes=size), target
         )
         self.say(f"\npage: {written}")
         return Demo(scores, parts, answers, removals, accuracy, written, self.seconds)

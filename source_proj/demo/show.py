@@ -1,7 +1,7 @@
 """What the demo shows: lines for a terminal, and the page."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,11 +11,11 @@ from torch.utils.data import Subset
 
 from source_proj.demo.check import Removal, verdict
 from source_proj.demo.digits import BATCH_SIZE, EPOCHS, LR, MOMENTUM, WEIGHT_DECAY, Digits, checkpoint_steps
-from source_proj.report import Check, Page, collect
+from source_proj.report import Check, Page, make_page
 from source_proj.scores import Scores
 from source_proj.source import Segment, SegmentScores
 
-__all__ = ["Answer", "answer_text", "check_text", "make_page", "rendering"]
+__all__ = ["Answer", "answer_text", "check_text", "demo_page", "rendering"]
 
 _SHADES = np.array(list(" .:-=+*#%@"))
 _GAP = "   "
@@ -92,7 +92,7 @@ def check_text(answer: Answer, removals: Sequence[Removal], unit: str) -> str:
     return "\n".join(lines)
 
 
-def make_page(
+def demo_page(
     answers: Sequence[Answer],
     scores: Scores,
     parts: SegmentScores,
@@ -104,21 +104,21 @@ def make_page(
 ) -> Page:
     """Put everything on one page."""
     examples = len(digits.train_set)
-    return Page(
-        title="Which training digits made these answers?",
-        unit=scores.unit,
-        sections=collect(
-            scores,
-            digits.train_set,
-            Subset(digits.test_set, [answer.query for answer in answers]),
-            parts=parts.values,
-            predictions=[answer.prediction for answer in answers],
-            measurements=[answer.margin for answer in answers],
-            notes=[answer.note for answer in answers],
-            picture=_enlarged,
-        ),
-        summary=f"A small network learned {examples:,} handwritten digits. For four test digits, these are "
-        "the training digits that pushed its answer up or down the most, found by SOURCE in a bank of randomly "
+    page = make_page(
+        "Which training digits made these answers?",
+        scores,
+        digits.train_set,
+        Subset(digits.test_set, [answer.query for answer in answers]),
+        parts=parts,
+        predictions=[answer.prediction for answer in answers],
+        measurements=[answer.margin for answer in answers],
+        notes=[answer.note for answer in answers],
+        picture=_enlarged,
+    )
+    return replace(
+        page,
+        summary=f"A small network learned {examples:,} handwritten digits. For four test digits, these are the "
+        "training digits that pushed its answer up or down the most, found by SOURCE in a bank of randomly "
         "projected gradients.",
         segments=_segment_words(parts.segments),
         facts=(
@@ -136,7 +136,6 @@ def make_page(
             Check(one.name, one.predicted, one.actual, one.error, len(one.changes), verdict(one)) for one in removals
         ),
         check_title=f"Query {answers[0].query}, trained again",
-        higher_is_better=scores.higher_is_better,
     )
 
 

@@ -2,7 +2,7 @@
 
 from source_proj.report.content import Attribution, Check, Example, Page, QuerySection
 from source_proj.report.images import image_uri
-from source_proj.report.page import collect, render, write_report
+from source_proj.report.page import make_page, render, write_report
 
 __all__ = [
     "Attribution",
@@ -10,8 +10,8 @@ __all__ = [
     "Example",
     "Page",
     "QuerySection",
-    "collect",
     "image_uri",
+    "make_page",
     "render",
     "write_report",
 ]

@@ -1,6 +1,7 @@
 """Lay out a :class:`Page` as one HTML file that needs nothing beside it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,32 +10,37 @@ import numpy as np
 from source_proj.report.content import Attribution, Check, Example, Page, QuerySection, signed
 from source_proj.report.images import image_uri
 from source_proj.scores import Scores
+from source_proj.source import SegmentScores
 
-__all__ = ["collect", "render", "write_report"]
+__all__ = ["make_page", "render", "write_report"]
 
 ClassNames = Sequence[str] | Mapping[Any, str]
 
 
-def collect(
+def make_page(
+    title: str,
     scores: Scores,
     train_set: Any,
     queries: Any,
     *,
-    parts: np.ndarray | None = None,
+    parts: SegmentScores | None = None,
     predictions: Sequence[Any] | None = None,
     measurements: Sequence[float] | None = None,
     notes: Sequence[str] | None = None,
     class_names: ClassNames | None = None,
     picture: Callable[[Any], Any] | None = None,
     top: int = 5,
-) -> tuple[QuerySection, ...]:
-    """Gather each query's most helpful and most harmful training examples with their pictures and labels.
+) -> Page:
+    """Set each query beside its most helpful and most harmful training examples, with pictures, labels and scores.
+
+    What the page says besides (summary, facts, checks) is added with :func:`dataclasses.replace`.
 
     Args:
+        title: heading of the page.
         scores: scores of the queries; rows and columns in the order of the two data sets.
         train_set: map-style data set of ``(input, label)`` that the scores' columns stand for.
         queries: map-style data set of ``(input, label)`` that the scores' rows stand for.
-        parts: the scores by segment, ``(L, Q, N)``, or None.
+        parts: the scores by segment of training, as ``Source.by_segment`` gives them.
         predictions: what the model says of each query, as class numbers or words.
         measurements: each query's measurement.
         notes: a sentence on each query.
@@ -43,48 +49,67 @@ def collect(
         top: examples in each list; fewer where fewer have the list's sign.
 
     Raises:
-        ValueError: if the data sets are not as long as the scores say.
+        ValueError: if the data sets are not as long as the scores say, or the parts belong to other scores.
+        ImportError: without Pillow (extra ``demo``).
+
+    Example:
+        >>> scores = Scores(np.array([[0.5, -0.25]]), ["q"], ["a", "b"], unit="logit margin")
+        >>> page = make_page("Why?", scores, [("good film", 1), ("bad film", 0)], [("fine film", 1)])
+        >>> [hit.example.text for hit in page.sections[0].harmful]
+        ['bad film']
     """
     if (len(queries), len(train_set)) != scores.shape:
         raise ValueError(
             f"scores of shape {scores.shape} need as many queries and training examples, "
             f"got {len(queries)} and {len(train_set)}"
         )
-    helpful, harmful = scores.helpful(min(top, len(train_set))), scores.harmful(min(top, len(train_set)))
-    direction = 1.0 if scores.higher_is_better else -1.0
+    if parts is not None and parts.values.shape[1:] != scores.shape:
+        raise ValueError(f"parts of shape {parts.values.shape} do not go with scores of shape {scores.shape}")
+    show = _Showing(class_names, picture)
+    hits = {kind: getattr(scores, kind)(min(top, len(train_set))) for kind in ("helpful", "harmful")}
+    raises = {"helpful": scores.higher_is_better, "harmful": not scores.higher_is_better}
 
-    def show(data: Any, index: int, id: Any, prediction: Any = None) -> Example:
-        item = data[index]
-        shown = picture(item[0]) if picture is not None else item[0]
-        return Example(
-            id=id,
-            label=_name(item[1], class_names),
-            image=image_uri(shown),
-            text=shown if isinstance(shown, str) else None,
-            prediction=None if prediction is None else _name(prediction, class_names),
-        )
-
-    def attributions(query: int, indices: np.ndarray, sign: float) -> tuple[Attribution, ...]:
+    def strongest(kind: str, query: int) -> tuple[Attribution, ...]:
         return tuple(
             Attribution(
-                show(train_set, int(one), scores.train_ids[one]),
-                float(scores.values[query, one]),
-                () if parts is None else tuple(float(part) for part in parts[:, query, one]),
+                show(train_set[int(one)], scores.train_ids[one]),
+                float(value),
+                () if parts is None else tuple(float(part) for part in parts.values[:, query, one]),
             )
-            for one in indices
-            if scores.values[query, one] * sign > 0
+            for one, value in zip(hits[kind].indices[query], hits[kind].scores[query], strict=True)
+            if (value > 0 if raises[kind] else value < 0)
         )
 
-    return tuple(
+    sections = tuple(
         QuerySection(
-            example=show(queries, query, id, None if predictions is None else predictions[query]),
-            helpful=attributions(query, helpful.indices[query], direction),
-            harmful=attributions(query, harmful.indices[query], -direction),
+            example=show(queries[query], id, None if predictions is None else predictions[query]),
+            helpful=strongest("helpful", query),
+            harmful=strongest("harmful", query),
             measurement=None if measurements is None else float(measurements[query]),
             note="" if notes is None else notes[query],
         )
         for query, id in enumerate(scores.query_ids)
     )
+    names = () if parts is None else tuple(segment.name for segment in parts.segments)
+    return Page(title, scores.unit, sections, segments=names, higher_is_better=scores.higher_is_better)
+
+
+@dataclass(frozen=True)
+class _Showing:
+    """How an example of a data set is shown."""
+
+    class_names: ClassNames | None
+    picture: Callable[[Any], Any] | None
+
+    def __call__(self, item: Any, id: Any, prediction: Any = None) -> Example:
+        shown = self.picture(item[0]) if self.picture is not None else item[0]
+        return Example(
+            id=id,
+            label=_name(item[1], self.class_names),
+            image=image_uri(shown),
+            text=shown if isinstance(shown, str) else None,
+            prediction=None if prediction is None else _name(prediction, self.class_names),
+        )
 
 
 def render(page: Page) -> str:

@@ -8,8 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from source_proj.report import Attribution, Check, Example, Page, QuerySection, collect, image_uri, render, write_report
+from source_proj.report import (
+    Attribution,
+    Check,
+    Example,
+    Page,
+    QuerySection,
+    image_uri,
+    make_page,
+    render,
+    write_report,
+)
 from source_proj.scores import Scores
+from source_proj.source import Segment, SegmentScores
 
 pytest.importorskip("jinja2")
 Image = pytest.importorskip("PIL.Image")
@@ -49,13 +60,17 @@ def small_data(n):
 
 
 def small_page(**options):
-    scores = options.pop("scores", small_scores())
-    sections = collect(scores, small_data(4), small_data(2), **options)
-    return Page("A title", scores.unit, sections, higher_is_better=scores.higher_is_better)
+    return make_page("A title", options.pop("scores", small_scores()), small_data(4), small_data(2), **options)
+
+
+def small_parts(scores, *factors):
+    segments = [Segment(0, f"segment {i}", (i,), 1.0, 0.0, 4, 1.0, 0.0) for i in range(len(factors))]
+    values = np.stack([scores.values * factor for factor in factors])
+    return SegmentScores(values, tuple(segments), scores.query_ids, scores.train_ids, scores.unit)
 
 
 def test_lists_hold_the_strongest_examples_of_their_own_sign():
-    first, second = collect(small_scores(), small_data(4), small_data(2), top=3)
+    first, second = small_page(top=3).sections
     assert [(hit.example.id, hit.score) for hit in first.helpful] == [("a", 0.5), ("c", 0.125)]
     assert [(hit.example.id, hit.score) for hit in first.harmful] == [("b", -0.25)]
     assert [hit.example.id for hit in second.helpful] == ["d", "b"]
@@ -63,7 +78,7 @@ def test_lists_hold_the_strongest_examples_of_their_own_sign():
 
 
 def test_helpful_follows_the_direction_of_the_measurement():
-    (first, _) = collect(small_scores(higher_is_better=False), small_data(4), small_data(2))
+    first, _ = small_page(scores=small_scores(higher_is_better=False)).sections
     assert [hit.example.id for hit in first.helpful] == ["b"]
     assert [hit.example.id for hit in first.harmful] == ["a", "c"]
     html = render(small_page(scores=small_scores(higher_is_better=False)))
@@ -72,15 +87,18 @@ def test_helpful_follows_the_direction_of_the_measurement():
 
 
 def test_parts_become_shares_that_sum_to_one():
-    scores = small_scores()
-    parts = np.stack([scores.values * 1.5, scores.values * -0.5])
-    section = collect(scores, small_data(4), small_data(2), parts=parts)[0]
-    assert section.helpful[0].parts == (0.75, -0.25)
-    assert section.helpful[0].shares == (0.75, 0.25)
-    page = Page("t", "u", (section,), segments=("first half", "second half"))
+    page = small_page(parts=small_parts(small_scores(), 1.5, -0.5))
+    hit = page.sections[0].helpful[0]
+    assert hit.parts == (0.75, -0.25)
+    assert hit.shares == (0.75, 0.25)
     html = render(page)
-    assert html.count('class="shares"') == 3  # three non-zero scores
-    assert "first half" in html
+    assert html.count('class="shares"') == 3 + 4  # one for every score that is not zero
+    assert "<strong>1</strong>: segment 0; <strong>2</strong>: segment 1." in html
+
+
+def test_parts_of_other_scores_are_refused():
+    with pytest.raises(ValueError, match=r"parts of shape \(1, 1, 1\)"):
+        small_page(parts=small_parts(Scores(np.ones((1, 1)), [0], [0], unit="u"), 1.0))
 
 
 def test_all_zero_parts_have_no_share():
@@ -89,7 +107,7 @@ def test_all_zero_parts_have_no_share():
 
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="got 2 and 3"):
-        collect(small_scores(), small_data(3), small_data(2))
+        make_page("t", small_scores(), small_data(3), small_data(2))
 
 
 def test_page_needs_nothing_beside_it():
@@ -130,11 +148,9 @@ def test_every_text_is_escaped():
 
 
 def test_text_inputs_are_shown_as_text():
-    section = collect(
-        Scores(np.array([[1.0]]), [0], [0], unit="u"), [("a training sentence", 1)], [("a query sentence", 0)],
-        predictions=[1], class_names={0: "bad", 1: "good"},
-    )[0]  # fmt: skip
-    html = render(Page("t", "u", (section,)))
+    scores = Scores(np.array([[1.0]]), [0], [0], unit="u")
+    data = [("a training sentence", 1)], [("a query sentence", 0)]
+    html = render(make_page("t", scores, *data, predictions=[1], class_names={0: "bad", 1: "good"}))
     assert "a training sentence" in html
     assert "a query sentence" in html
     assert 'class="wrong"' in html  # predicted good, labelled bad
