@@ -72,6 +72,15 @@ class Spectrum:
         matrix.diagonal().add_(rest)
         return matrix
 
+    def multiply(self, rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return ``rows @ f(Ĥ)``, ``(n, k)`` float64, without forming f(Ĥ): the cheaper way for n < k rows."""
+        rows = rows.to(self.vectors)
+        inside = rows @ self.vectors
+        if self.values.numel() == self.dim:
+            return (inside * function(self.values)) @ self.vectors.T
+        rest = function(self.values.new_zeros(1))
+        return rest * rows + (inside * (function(self.values) - rest)) @ self.vectors.T
+
 
 def response(time: float, decay: float, damping: float) -> Callable[[Tensor], Tensor]:
     """c(σ) = (1 - exp(-s x)) / x with x = σ + λ + ρ, and its limit s at x = 0 (eq. 20 and 21 of arXiv 2405.12186).

@@ -243,17 +243,16 @@ class Source(Attributor):
                     f"the runs of this ensemble have {len(segments)} and {len(own)} segments; pass segments= to make "
                     "them comparable"
                 )
-            query = one.at(bank.final_checkpoint()).double()
+            query = one.at(bank.final_checkpoint())
             for index in reversed(range(len(own))):
                 segment = own[index]
                 found = self._spectrum(bank, segment.stage, segment.checkpoints)
-                operator = found.apply(response(segment.time, segment.decay, segment.damping)).cpu()
-                carried = (query @ operator).float().to(self.device or "cpu")
+                carried = found.multiply(query, response(segment.time, segment.decay, segment.damping)).float()
                 for operand in mean_gradients(bank, segment.stage, segment.checkpoints, self.device):
                     part = (carried @ operand.rows.T).cpu()
                     values[index, :, operand.start : operand.stop].add_(part, alpha=-1 / (segment.n * len(self.banks)))
                 if index:
-                    query = query @ found.apply(forgetting(segment.time, segment.decay)).cpu()
+                    query = found.multiply(query, forgetting(segment.time, segment.decay))
         return SegmentScores(values.numpy(), segments, features[0].ids, self.banks[0].ids, self.unit)
 
     def self_influence(self) -> np.ndarray:

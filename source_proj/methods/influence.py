@@ -66,5 +66,5 @@ class InfluenceFunction(Attributor):
         found = cached_spectrum(bank, last, checkpoints, self.curvature, device=self.device, cache=self.cache)
         ridge = damping_value(self.damping, found.trace, bank.sketch.dim, noise_free=bank.sketch.noise_free)
         ridge += float(stage.spec["optimizer"]["weight_decay"])
-        query = features.at(bank.final_checkpoint()).to(found.vectors) @ found.apply(ridge_inverse(ridge, found))
+        query = found.multiply(features.at(bank.final_checkpoint()), ridge_inverse(ridge, found))
         return [Term(query.float() * (-1 / stage.n), mean_gradients(bank, last, checkpoints, self.device))]

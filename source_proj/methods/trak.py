@@ -59,7 +59,7 @@ class Trak(Attributor):
         found = cached_spectrum(
             bank, last, [stage.n_checkpoints - 1], "features", device=self.device, cache=self.cache
         )  # fmt: skip
-        query = features.at(bank.final_checkpoint()).to(found.vectors) @ found.apply(ridge_inverse(self.ridge, found))
+        query = found.multiply(features.at(bank.final_checkpoint()), ridge_inverse(self.ridge, found))
         return [Term(query.float() / stage.n, self._rows(bank, last))]
 
     def _rows(self, bank: Bank, stage: int) -> Iterator[Operand]:

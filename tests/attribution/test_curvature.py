@@ -74,6 +74,9 @@ def test_matrix_functions_equal_dense_ones(curvature, route, n):
         rtol=1e-5,
         atol=1e-6,
     )
+    rows = torch.randn(3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    function = response(2.0, 0.1, 0.3)
+    torch.testing.assert_close(found.multiply(rows, function), rows @ found.apply(function))
     assert found.trace == pytest.approx(float(hessian.trace()), rel=1e-5)
 
 
