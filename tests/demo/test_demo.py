@@ -139,7 +139,7 @@ def test_a_failed_claim_is_called_so(predicted, changes, control, holds):
     assert removal.holds is holds
     text = check_text(Answer(3, 1, 1, 0.5, "n"), [removal], "logit margin")
     assert ("FAIL" in text) is not holds
-    assert ("the scores held" in text) is holds
+    assert ("all held, in sign" in text) is holds
     assert verdict(removal).startswith("Holds:" if holds else "FAILS:")
 
 
