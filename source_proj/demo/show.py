@@ -88,7 +88,8 @@ def check_text(answer: Answer, removals: Sequence[Removal], unit: str) -> str:
         lines.append(f"  {one.name:<32}{one.predicted:>+10.2f}{one.actual:>+10.2f}  {one.error:.2f}")
         lines.append(f"    {verdict(one)}")
     failed = sum(not one.holds for one in removals)
-    lines.append("  all held, in sign; sizes are first-order." if not failed else f"  {failed} of {len(removals)} predictions FAILED.")
+    held = "all held, in sign; sizes are first-order."
+    lines.append(f"  {failed} of {len(removals)} predictions FAILED." if failed else f"  {held}")
     return "\n".join(lines)
 
 
