@@ -11,12 +11,6 @@ from source_proj.sketch import Sketch
 
 __all__ = ["Pieces", "PiecesByParameter"]
 
-_TILE_BYTES = 24 * 2**20  # of a dense piece of an embedding's gradient
-
-# Measured: one call of the sketch for a short row, and one coordinate of a dense tile (cleared, then sketched).
-_CALL_NANOSECONDS = 12_000
-_COORDINATE_NANOSECONDS = 0.4
-
 
 class Pieces:
     """Adds per-example gradients of named parameters to the sketched rows.
@@ -49,29 +43,15 @@ class Pieces:
     def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
         """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""
         rows, width = self._shapes[name]
-        size = index.shape[0]
-        if self._sketch.kind == "kronecker":  # wants the parameter whole
+        size, length = index.shape
+        if self._sketch.kind == "kronecker":  # its two sides want the matrix whole
             for b in range(size):
                 one_hot = F.one_hot(index[b : b + 1], rows).to(values.dtype)
                 self.outer(name, one_hot, values[b : b + 1], b)
             return
-        places = torch.arange(size, device=index.device).unsqueeze(1) * rows + index
-        touched, inverse = torch.unique(places, return_inverse=True)  # (B, T) → which (example, row)
-        height = max(1, min(rows, _TILE_BYTES // (4 * width * size)))
-        tiles = (touched % rows // height).unique()
-        if len(touched) * _CALL_NANOSECONDS < len(tiles) * height * width * size * _COORDINATE_NANOSECONDS:
-            sums = values.new_zeros(len(touched), width).index_add_(0, inverse.flatten(), values.flatten(0, 1))
-            for n, place in enumerate(touched.tolist()):
-                b, row = divmod(place, rows)
-                self._sketch.add_(self._rows(name, b, 1), sums[n : n + 1], self._offsets[name] + row * width)
-            return
-        example = torch.arange(size, device=index.device).unsqueeze(1).expand_as(index)
-        for tile in tiles.tolist():
-            first, last = tile * height, min(rows, (tile + 1) * height)
-            here = (index >= first) & (index < last)
-            dense = values.new_zeros((size, last - first, width))
-            dense.index_put_((example[here], index[here] - first), values[here], accumulate=True)
-            self._sketch.add_(self._rows(name, 0, size), dense.flatten(1), self._offsets[name] + first * width)
+        examples = torch.arange(size, device=index.device).repeat_interleave(length)
+        offsets = self._offsets[name] + width * index.flatten().long()
+        self._sketch.add_at_(self._rows(name, 0, size), values.flatten(0, 1), examples, offsets)
 
 
 class PiecesByParameter(Pieces):

@@ -179,14 +179,9 @@ def test_every_way_of_a_convolution_gives_the_same_gradient(data: st.DataObject)
         assert ((got - expected).norm(dim=1) <= 1e-5 * expected.norm(dim=1)).all()
 
 
-@pytest.mark.parametrize("call", [0, 10**12], ids=["rows", "tiles"])
-@pytest.mark.parametrize("kind", ["identity", "sparse", "kronecker"])
-def test_both_ways_of_an_embedding_give_the_same_gradient(
-    kind: str, call: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("kind", ["identity", "sparse", "rademacher", "kronecker"])
+def test_an_embedding_adds_up_repeated_tokens_and_leaves_padding_out(kind: str) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(pieces, "_CALL_NANOSECONDS", call)
-    monkeypatch.setattr(pieces, "_TILE_BYTES", 4 * 5 * 3 * 7)  # tiles of seven rows
     model = nn.Embedding(40, 5, padding_idx=3)
     space = ParameterSpace.from_model(model)
     sketch = Sketch(kind=kind, dim=200, seed=1)
