@@ -83,6 +83,18 @@ def build(
             not fit a checkpoint.
         GradientError: a gradient is not finite (names stage, checkpoint and ids), or cannot be computed.
         TypeError, ValueError: the data set is iterable, empty or shuffled, or an argument is out of range.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from source_proj.task import Classification
+        >>> from source_proj.trajectory import Checkpoint
+        >>> model = nn.Linear(2, 3)
+        >>> run = Trajectory([Checkpoint(model.state_dict(), step=10, lr=0.1)])
+        >>> data = torch.utils.data.TensorDataset(torch.randn(5, 2), torch.tensor([0, 1, 2, 0, 1]))
+        >>> with TemporaryDirectory() as folder:
+        ...     bank = build(model, Classification(), run, data, f"{folder}/bank", sketch=Sketch(dim=16))
+        ...     [(block.start, block.stop, block.rows.shape) for block in bank.stages[0].iter_rows(0)]
+        [(0, 5, torch.Size([5, 16]))]
     """
     path = Path(path)
     checked_shard(shard)

@@ -4,27 +4,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from source_proj.bank.data import Batch, BatchSource, batch_hash, to_device
+from source_proj.bank.data import BatchSource, batch_hash
 from source_proj.bank.format import Settings
 from source_proj.bank.part import Part
-from source_proj.bank.quantize import encode
-from source_proj.bank.uniform import Uniforms
-from source_proj.errors import GradientError, MismatchError
-from source_proj.gradients import GradientEngine, ParameterSpace, gradient_engine, nonfinite_examples
-from source_proj.sketch import Sketch
+from source_proj.bank.rowmaker import Place, RowMaker
+from source_proj.errors import MismatchError
+from source_proj.gradients import ParameterSpace
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint
 
 __all__ = ["Work", "checked_shard", "fill"]
-
-Encoded = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ def fill(
         total += sum(_rows(work.part, shards) for work, shards in checks)
         with tqdm(total=total, unit="rows", delay=2, disable=not progress, desc="bank") as bar:
             _check_committed(checks, bar)
-            rows = _RowMaker(model, task, space, settings, where)
+            rows = RowMaker(model, task, space, settings, where)
             with _Committer() as committer:
                 for one in passes:
                     if one.todo:
@@ -146,7 +142,7 @@ def _check_committed(checks: Sequence[tuple[Work, list[int]]], bar: "tqdm[NoRetu
             work.part.check_data(shard, _as_array(hashes))
 
 
-def _run(one: _Pass, rows: "_RowMaker", committer: "_Committer", bar: "tqdm[NoReturn]") -> None:
+def _run(one: _Pass, rows: RowMaker, committer: "_Committer", bar: "tqdm[NoReturn]") -> None:
     part, checkpoint = one.work.part, one.work.checkpoints[one.checkpoint]
     expected = part.hashes[one.checkpoint]
     if checkpoint.hash() != expected:
@@ -161,103 +157,14 @@ def _run(one: _Pass, rows: "_RowMaker", committer: "_Committer", bar: "tqdm[NoRe
         for start, stop, batch in loaded:
             shard = start // part.spec.shard_rows
             first, last = part.spec.span(shard)
-            buffer.put(start - first, rows(one, start, stop, batch), batch_hash(batch))
+            buffer.put(
+                start - first, rows(Place(part, one.work.stage, one.checkpoint, start, stop), batch), batch_hash(batch)
+            )
             bar.update(stop - start)
             if stop == last:
                 committer.commit(part, one.checkpoint, shard, buffer)
                 buffer = committer.buffer(part)
         committer.wait()
-
-
-class _RowMaker:
-    """Turns a batch into what the bank stores of it."""
-
-    def __init__(
-        self, model: nn.Module, task: Task, space: ParameterSpace, settings: Settings, device: torch.device
-    ) -> None:
-        self.model = model
-        self._task = task
-        self._settings = settings
-        self._device = device
-        self._seed: int = settings.sketch["seed"]
-        self._engine: GradientEngine = gradient_engine(
-            model, space, Sketch.from_spec(settings.sketch), method=settings.gradients, autocast=settings.autocast
-        )
-
-    def __call__(self, one: _Pass, start: int, stop: int, batch: Batch) -> Encoded:
-        batch = to_device(batch, self._device)
-        place = _Place(one, start, stop)
-        values, rows = self._engine.sketch(self._task.output, batch)
-        if len(rows) != stop - start:
-            raise ValueError(
-                f"the batch of ids {place.ids[0]!r} to {place.ids[-1]!r} has {len(rows)} examples, and {stop - start} "
-                "were asked for: collate_fn must neither drop nor add examples"
-            )
-        place.require_finite(rows, "the gradient of the output")
-        with torch.no_grad():
-            d1, d2 = self._task.loss_derivatives(values, batch)
-        found = {"rows": rows, "d1": d1}
-        if (d2 is not None) != self._settings.second_derivative:
-            raise MismatchError(
-                f"the task gives {'a' if d2 is not None else 'no'} second derivative for ids {place.ids[:3]}, and the "
-                "opposite for the first batch; it must be the same for all"
-            )
-        if d2 is not None:
-            found["d2"] = d2
-        for name, symbol in (("d1", "ℓ'"), ("d2", "ℓ''")):
-            if name in found:
-                found[name] = found[name].detach().float()
-                place.require_finite(found[name][:, None], symbol)
-        encoded = self._encoded("", found)
-        if self._settings.sampled_fisher:
-            encoded |= self._encoded("fisher_", {"rows": self._sampled(place, batch)})
-        return encoded
-
-    def _sampled(self, place: "_Place", batch: Batch) -> Tensor:
-        """Rows ``(B·D, k)`` of sampled labels, draw j of example b at b·D + j."""
-        one = place.one
-        first = one.work.part.spec.start
-        positions = torch.arange(first + place.start, first + place.stop, device=self._device)
-        draws = []
-        for draw in range(self._settings.sampled_fisher):
-            # Positions travel with the batch: the general path calls the function for one example at a time.
-            def sampled(model: nn.Module, both: tuple[Batch, Tensor], draw: int = draw) -> Tensor:
-                uniform = Uniforms(
-                    both[1], seed=self._seed, stage=one.work.stage, checkpoint=one.checkpoint, draw=draw
-                )  # fmt: skip
-                return self._task.sampled_output(model, both[0], uniform)
-
-            draws.append(self._engine.sketch(sampled, (batch, positions))[1])
-            place.require_finite(draws[-1], "the gradient of a sampled label's likelihood")
-        return torch.stack(draws, dim=1).flatten(0, 1)
-
-    def _encoded(self, prefix: str, found: Encoded) -> Encoded:
-        rows, scale = encode(found["rows"], self._settings.storage)
-        encoded = {**found, "rows": rows} if scale is None else {**found, "rows": rows, "scale": scale}
-        return {f"{prefix}{name}": values for name, values in encoded.items()}
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Which examples a batch holds, for errors."""
-
-    one: _Pass
-    start: int
-    stop: int
-
-    @property
-    def ids(self) -> list[Any]:
-        return self.one.work.part.ids[self.start : self.stop]
-
-    def require_finite(self, values: Tensor, what: str) -> None:
-        bad = nonfinite_examples(values)
-        if bad:
-            part = self.one.work.part
-            raise GradientError(
-                f"{what} is not finite for ids {[self.ids[i] for i in bad]} of stage {part.stage_name!r} at the "
-                f"checkpoint of step {part.steps[self.one.checkpoint]}: look at these examples and at the weights, or "
-                "switch autocast off"
-            )
 
 
 @dataclass
@@ -269,7 +176,7 @@ class _Buffer:
     filled: int = 0
     hashes: list[bytes] = field(default_factory=list)
 
-    def put(self, start: int, encoded: Encoded, digest: bytes) -> None:
+    def put(self, start: int, encoded: dict[str, Tensor], digest: bytes) -> None:
         for name, values in encoded.items():
             # Sampled-Fisher arrays have several entries a row.
             factor = self.part.data[name].height // self.part.spec.shard_rows

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from source_proj.bank.append import append_rows
-from source_proj.bank.files import leftovers, walk
+from source_proj.bank.files import beside_part, leftovers, remove_unpublished, walk
 from source_proj.bank.format import Settings
 from source_proj.bank.part import Part, listed
 from source_proj.bank.root import check_seal, find_parts, kind_of, read_root
@@ -181,8 +181,10 @@ class Bank:
         for part in parts:
             if part.sealed() is None:
                 part.seal()
-                for file in leftovers(part.path):
-                    file.unlink(missing_ok=True)
+            for file in leftovers(part.path):
+                file.unlink(missing_ok=True)
+            remove_unpublished(beside_part(self.path, part.path))
+        remove_unpublished(self.path)
         self.reload()
 
     def append(
