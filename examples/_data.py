@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -81,12 +80,12 @@ def _check(content: bytes, name: str, file: str, origin: str) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that nobody ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "wb") as file:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    Path(temporary).replace(path)
+    temporary.replace(path)
 
 
 def digest(settings: Mapping[str, Any]) -> str:

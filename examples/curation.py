@@ -7,7 +7,11 @@ A known share of the labels is flipped. A network is trained on what results, it
 training images are ranked by self-influence (how much each lowered its own loss), beside two rankings that need no
 attribution: the loss at the end of training, and its mean over the checkpoints. The most suspicious images are left
 out (their list is written to --results), and networks trained with and without them are compared on clean test images,
-next to two references: as many images left out at random, and exactly the flipped ones.
+next to references: as many images left out by mean loss or at random, and exactly the flipped ones.
+
+Expect no miracle from attribution here: against labels flipped at random the mean loss over training ranks as well or
+better (AUC .986 against .942 on Fashion-MNIST), at no cost. Self-influence has a meaning beyond the ranking: by how
+much an image's own loss fell because the image was there.
 """
 
 import argparse
@@ -49,10 +53,12 @@ def main() -> None:
     write_whole(path, json.dumps(listing).encode())
     print(f"\nwrote the cleaned index list ({len(kept):,} of {len(given):,} images) to {path}")
 
+    by_loss = np.sort(found["loss, mean over checkpoints"].order[count:])
     random = np.random.default_rng(1).permutation(len(given))[count:]
     subsets = {
         "before: all images": np.arange(len(given)),
-        "after: the most suspicious left out": kept,
+        "after: highest self-influence left out": kept,
+        "reference: highest mean loss left out": by_loss,
         "reference: as many left out at random": random,
         "reference: exactly the flipped left out": np.flatnonzero(~is_noisy),
     }

@@ -1,7 +1,7 @@
 r"""How well do attribution scores predict retraining? SOURCE and its rivals on Fashion-MNIST.
 
-    python examples/fashion_mnist.py              # about ten minutes of retraining, then scoring; all of it resumable
-    python examples/fashion_mnist.py --quick      # a two-minute miniature
+    python examples/fashion_mnist.py              # two cores: ten minutes of retraining, then about twenty of fits
+    python examples/fashion_mnist.py --quick      # a miniature, a minute or two
 
 An MLP (784-256-128-10) is trained on 6,000 images. The linear datamodeling score (LDS) asks, for 200 test images: if
 the network is retrained on random halves of the images, do the attribution scores, summed over each half, rank the
