@@ -1,5 +1,7 @@
 """The arrays of a bank: shapes, types, chunks, codecs. Made from it when written, held to it when read."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -117,7 +119,7 @@ class PartSpec:
     id_type: str
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> "PartSpec":
+    def from_json(cls, found: Mapping[str, Any]) -> PartSpec:
         """Read the attributes back.
 
         Raises:

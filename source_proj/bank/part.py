@@ -1,5 +1,7 @@
 """One part of a stage's rows on disk: what is committed, how shards are read and committed, its seal."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -134,6 +136,8 @@ class Part:
             )
             write_files({self.file(checkpoint, "committed", shard): spec.encode(shard, mark)})
         except OSError as error:
+            if self._is_done(checkpoint, shard):
+                return  # by another process, which finished the part and removed what it took for a leftover
             raise BankError(
                 f"cannot write {self.place(checkpoint, shard)} to {self.bank}: {error}. What was committed is whole: "
                 "make room (or lift the limit) and call build again to go on from there"
@@ -196,7 +200,11 @@ class Part:
                 self._compare_hashes(0, shard, hashes, checkpoint)
         spec = self._specs["seal"]
         values = np.frombuffer(self.content_hash() + self.metadata_hash(), np.uint8).reshape(2, 32)
-        write_files({self.path / "seal" / spec.key(0): spec.encode(0, values)})
+        try:
+            write_files({self.path / "seal" / spec.key(0): spec.encode(0, values)})
+        except OSError as error:
+            if self.sealed() is None:  # else another process did it, and removed what it took for a leftover
+                raise BankError(f"cannot finalize the bank {self.bank}: {error}; make room, then try again") from error
 
     def sealed(self) -> tuple[bytes, bytes] | None:
         """Return the seal, content hash and metadata hash, as it is on disk now; None before the part is sealed."""

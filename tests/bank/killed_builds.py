@@ -109,17 +109,17 @@ def refusal(path: Path) -> str:
 
 
 def racing(run: Run, folder: Path) -> dict[str, object]:
-    """Workers that all begin at one moment."""
+    """Workers that all begin at one moment, two with their shares and two that each want to do it all."""
     finished(forked(lambda: run.build(folder / "whole")))
     for attempt in range(3):
         path = folder / f"racing_{attempt}"
         moment = time.time() + 0.05
 
-        def work(index: int, path: Path = path, moment: float = moment) -> None:
+        def work(shard: tuple[int, int] | None, path: Path = path, moment: float = moment) -> None:
             time.sleep(max(0.0, moment - time.time()))
-            run.build(path, shard=(index, 5))
+            run.build(path, shard=shard)
 
-        for child in [forked(lambda index=index: work(index)) for index in range(5)]:
+        for child in [forked(lambda shard=shard: work(shard)) for shard in ((0, 2), (1, 2), None, None)]:
             finished(child)
         banks.open(path).finalize()
     return {"banks": 3}
