@@ -4,7 +4,8 @@ from .backends import KINDS, available_backends, choose_backend
 from .kronecker import kronecker_add_, kronecker_add_outer_, kronecker_split
 from .philox import philox4x32
 from .rademacher import rademacher_add_, rademacher_add_outer_, sign_tile
-from .sparse import sparse_add_, sparse_add_at_, sparse_add_outer_, sparse_map
+from .sparse import sparse_add_, sparse_add_at_, sparse_add_outer_, sparse_add_windows_, sparse_map
+from .tiles import window_columns
 
 __all__ = [
     "KINDS",
@@ -20,5 +21,7 @@ __all__ = [
     "sparse_add_",
     "sparse_add_at_",
     "sparse_add_outer_",
+    "sparse_add_windows_",
     "sparse_map",
+    "window_columns",
 ]

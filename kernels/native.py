@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["aligned_scratch", "native_library", "run_jobs", "share_rows"]
 
-_VERSION = 2
+_VERSION = 3
 _ALIGNMENT = 64  # bytes, as the widest vectors want it
 _WORTH_THREADS = 100_000  # nanoseconds of work below which waking another thread costs more than it saves
 
@@ -31,6 +31,10 @@ _SIGNATURES = {
     ],
     "sp_add_lanes": [_pointer, _pointer, _i64, _int, _i64, _u64, _u64, _u32, _u32],
     "sp_gather_lanes": [_pointer, _i64, _pointer, _i64, _int, _i64, _float],
+    "sp_windows_lanes": [
+        *(_pointer, _pointer, _i64, _i64, _pointer, _i64, _i64, _pointer, _i64, _i64, _pointer, _pointer),
+        *(_int, _i64, _i64, _i64, _i64, _u64, _u64, _u32, _u32),
+    ],
     "sp_outer_lanes": [
         *(_pointer, _pointer, _pointer, _i64, _i64, _pointer, _i64, _i64),
         *(_int, _i64, _i64, _i64, _u64, _u64, _u32, _u32),

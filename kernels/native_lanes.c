@@ -324,6 +324,8 @@ static void VARIANT(sp_gather_lanes)(float *out, int64_t out_stride, const void 
   }
 }
 
+#include "native_windows.c"
+
 #undef floats
 #undef words
 #undef floats_u

@@ -21,10 +21,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .philox import philox4x32, sign_bits
-from .sparse_native import add_at_native_, add_native_, add_outer_native_
-from .tiles import outer_tiles
+from .sparse_native import add_at_native_, add_native_, add_outer_native_, add_windows_native_
+from .tiles import outer_tiles, window_columns
 
-__all__ = ["TAG_PERM", "TAG_SIGN", "sparse_add_", "sparse_add_at_", "sparse_add_outer_", "sparse_map"]
+__all__ = [
+    "TAG_PERM",
+    "TAG_SIGN",
+    "sparse_add_",
+    "sparse_add_at_",
+    "sparse_add_outer_",
+    "sparse_add_windows_",
+    "sparse_map",
+]
 
 TAG_SIGN = 0x5349474E
 TAG_PERM = 0x5045524D
@@ -115,6 +123,29 @@ def sparse_add_outer_(
         return
     for some, start, tile in outer_tiles(left, right, _OUTER_TILE):
         _add_torch_(out[some], tile, offset + start, seed, nnz)
+
+
+def sparse_add_windows_(
+    out: Tensor,
+    left: Tensor,
+    right: Tensor,
+    taps: Tensor,
+    windows: Tensor,
+    offset: int,
+    *,
+    seed: int,
+    nnz: int = 1,
+    backend: str = "torch",
+) -> None:
+    """Add R vec(G), G[b, o, c, j] = sum_l left[b, o, l] right[b, c, taps[j] + windows[l]], to out (B, k), in place.
+
+    For left (B, o, L) and right (B, c, plane), all float32, and integer taps (J,) and windows (L,).
+    """
+    if backend == "native":
+        add_windows_native_(out, left, right, taps, windows, offset, seed, nnz)
+        return
+    for some, columns in window_columns(right, taps, windows):
+        sparse_add_outer_(out[some], left[some].transpose(1, 2), columns, offset, seed=seed, nnz=nnz, backend=backend)
 
 
 def _add_torch_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["outer_tiles"]
+__all__ = ["outer_tiles", "window_columns"]
+
+_COLUMNS = 6 << 20  # numbers of the columns of a convolution that are held at once
 
 _local = threading.local()
 
@@ -32,6 +34,20 @@ def outer_tiles(left: Tensor, right: Tensor, elements: int) -> Iterator[tuple[sl
             tile = _buffer(count * piece.shape[1] * i, left).view(count, piece.shape[1], i)
             torch.bmm(piece, right[some], out=tile)
             yield some, row * i, tile.flatten(1)
+
+
+def window_columns(right: Tensor, taps: Tensor, windows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The columns (b, L, C J) of a convolution, right[b, c, taps[j] + windows[l]], for right (B, C, plane).
+
+    Yields (examples, their columns), as many examples as stay in a cache and in memory that is used again.
+    """
+    index = (taps.long().unsqueeze(1) + windows.long()).flatten()  # (J L)
+    batch, channels, _ = right.shape
+    step = max(1, _COLUMNS // max(1, channels * len(index)))
+    for b in range(0, batch, step):
+        some = slice(b, min(b + step, batch))
+        columns = right[some].index_select(2, index).view(-1, channels * len(taps), len(windows))
+        yield some, columns.transpose(1, 2)
 
 
 def _buffer(count: int, like: Tensor) -> Tensor:

@@ -219,6 +219,41 @@ class Sketch:
             kernels.sparse_add_outer_(out, left, right, offset, seed=self.seed, nnz=self.nnz, backend=backend)
 
     @_plain
+    def add_windows_(
+        self, out: Tensor, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, offset: int
+    ) -> None:
+        """Add R vec(G), G[o, c, j] = sum_l left[o, l] right[c, taps[j] + windows[l]], to out, in place.
+
+        This is the gradient of a convolution's weight (o, c, J), in C order, when left holds output gradients and right
+        the padded input, both with their spatial dimensions flattened: window l and tap j are offsets into a channel.
+
+        Args:
+            out: (B, dim) float32, where to add; its last axis contiguous.
+            left: (B, o, L) of any floating point type.
+            right: (B, c, plane).
+            taps: (J,) integers, the offset of each position of the kernel.
+            windows: (L,) integers, the offset of each output position.
+            offset: absolute coordinate of the weight's first entry.
+
+        Raises:
+            ValueError: shapes, devices or coordinates do not fit, or a window reaches out of its channel.
+            TypeError: left or right is not floating point, out is not float32, or taps or windows are no integers.
+        """
+        self._check(out, left, 3, "left (B, o, L)")
+        self._check(out, right, 3, "right (B, c, plane)")
+        _check_windows(left, right, taps, windows)
+        _check_range(offset, left.shape[1] * right.shape[1] * len(taps))
+        if 0 in (*left.shape, *right.shape, len(taps)):
+            return
+        left, right = left.float(), right.float()
+        if self.kind == "sparse":
+            options: dict[str, Any] = {"seed": self.seed, "nnz": self.nnz, "backend": self._serving(out)}
+            kernels.sparse_add_windows_(out, left, right, taps, windows, offset, **options)
+            return
+        for some, columns in kernels.window_columns(right, taps, windows):
+            self.add_outer_(out[some], left[some].transpose(1, 2), columns, offset)
+
+    @_plain
     def add_at_(self, out: Tensor, rows: Tensor, examples: Tensor, offsets: Tensor) -> None:
         """Add R[:, offsets[r] : offsets[r] + n] rows[r] to out[examples[r]] for every row r, in place.
 
@@ -312,6 +347,18 @@ def _check_types(out: Tensor, rows: Tensor, axes: int, name: str) -> None:
         raise ValueError(f"{name} is {tuple(rows.shape)}; give {axes} axes")
     if out.device != rows.device:
         raise ValueError(f"out is on {out.device} and {name} is on {rows.device}; move them to one device")
+
+
+def _check_windows(left: Tensor, right: Tensor, taps: Tensor, windows: Tensor) -> None:
+    for name, index in (("taps", taps), ("windows", windows)):
+        if index.is_floating_point() or index.ndim != 1:
+            raise TypeError(f"{name} is {tuple(index.shape)} of {index.dtype}; give a vector of integers")
+    if len(windows) != left.shape[2]:
+        raise ValueError(f"left {tuple(left.shape)} has {left.shape[2]} windows, but {len(windows)} offsets were given")
+    if len(taps) and len(windows):
+        first, last = int(taps.min() + windows.min()), int(taps.max() + windows.max())
+        if first < 0 or last >= right.shape[2]:
+            raise ValueError(f"windows reach from {first} to {last}; a channel of right has {right.shape[2]} entries")
 
 
 def _check_range(offset: int, count: int) -> None:

@@ -1,20 +1,22 @@
 """Per-example weight gradients of convolutions, by the cheaper of two ways.
 
-* columns: im2col of some examples, handed to the sketch as an outer product over the L output positions. With the
-  sketch's native kernel no gradient is ever written to memory: measured (one Zen 5 core) 0.08 + 0.011 L ns per
-  coordinate, plus 1.3 to 4.5 ns for each number of the columns, which are L/O times as many as the coordinates.
+* windows: the padded input and the output's gradient go to the sketch as they are. Its native kernel sums over the
+  windows in registers and writes neither columns nor gradients to memory; measured (one Zen 5 core, sixteen examples at
+  a time) 0.08 + 0.01 L ns per coordinate and example for L output positions. Elsewhere the sketch makes im2col columns:
+  1.3 to 4.5 ns for each of their numbers, L/O for each coordinate.
 * groups: torch's own weight gradient (oneDNN's on a CPU) of one grouped convolution, in which each example is a group
   of its own: 0.65 + 0.01 L ns per coordinate for computing, writing, reordering and reading it back.
 
-So the columns win for few positions, and where they are no more than a transposed input; both rise alike with L, and
-for many positions the columns themselves decide. Measured for a ResNet-9, 32 examples, ms by columns and by groups: 512
-to 512 channels on 4×4 positions 21, 49; 256 to 512 on 8×8 38, 60; 128 to 256 on 16×16 80, 29; 64 to 128 on 32×32 107,
-25.
+Measured for the layers of a ResNet-9, 32 examples, in ms by windows, columns and groups: 512 to 512 channels on 4×4
+positions 17, 21, 49; 256 to 512 on 8×8 22, 38, 60; 128 to 256 on 16×16 23, 80, 29; 64 to 128 on 32×32 24, 107, 25.
+So the windows win wherever the native kernel serves; columns only for few positions, or for kernels of one position,
+whose columns are the input. Grouped convolutions go by groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from math import prod
 
 import torch
@@ -26,12 +28,10 @@ from source_proj.gradients.pieces import Pieces
 
 __all__ = ["apply"]
 
-_FEW_POSITIONS = 64
-_COLUMNS_BYTES = 24 * 2**20  # larger allocations come as untouched pages, which cost more than filling them
+_FEW_POSITIONS = 64  # up to here columns cost less than groups
 _GROUPS_BYTES = (
     12 * 2**20
-)  # input, output and weight gradients of one grouped convolution; beyond, they leave the caches
-_LANES = 16  # examples that the sketch's native kernel takes at once
+)  # input, output and weight gradients of one grouped convolution: beyond, they leave the caches
 
 
 def apply(module: _ConvNd, names: Mapping[str, str], x: Tensor, g: Tensor, pieces: Pieces) -> None:
@@ -40,25 +40,32 @@ def apply(module: _ConvNd, names: Mapping[str, str], x: Tensor, g: Tensor, piece
         pieces.add(names["bias"], g.flatten(2).sum(2))
     if "weight" not in names:
         return
-    if _columns_are_cheaper(module, g):
-        _by_columns(module, names["weight"], x, g, pieces)
+    if _windows_are_cheaper(module, g, pieces):
+        _by_windows(module, names["weight"], x, g, pieces)
     else:
         _by_groups(module, names["weight"], x, g, pieces)
 
 
-def _columns_are_cheaper(module: _ConvNd, g: Tensor) -> bool:
+def _windows_are_cheaper(module: _ConvNd, g: Tensor, pieces: Pieces) -> bool:
     if module.groups > 1:
         return False
-    return g.device.type != "cpu" or prod(module.kernel_size) == 1 or prod(g.shape[2:]) <= _FEW_POSITIONS
+    few = prod(module.kernel_size) == 1 or prod(g.shape[2:]) <= _FEW_POSITIONS
+    return pieces.fuses_windows or few or g.device.type != "cpu"  # elsewhere grouped convolutions are slow
 
 
-def _by_columns(module: _ConvNd, name: str, x: Tensor, g: Tensor, pieces: Pieces) -> None:
-    left = g.flatten(2).transpose(1, 2)  # (B, L, O)
-    numbers = left.shape[1] * x.shape[1] * prod(module.kernel_size)
-    step = max(1, _COLUMNS_BYTES // (4 * numbers * _LANES)) * _LANES
-    for start in range(0, len(x), step):
-        some = slice(start, start + step)
-        pieces.outer(name, left[some], _columns(module, _padded(module, x[some]), g), start)
+def _by_windows(module: _ConvNd, name: str, x: Tensor, g: Tensor, pieces: Pieces) -> None:
+    x = _padded(module, x)
+    sizes = x.shape[2:]
+    taps = _offsets(module.kernel_size, module.dilation, sizes, x.device)
+    windows = _offsets(g.shape[2:], module.stride, sizes, x.device)
+    pieces.windows(name, g.flatten(2), x.flatten(2), taps, windows)
+
+
+def _offsets(counts: Sequence[int], steps: Sequence[int], sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Offsets into a flattened grid of these sizes: counts[d] positions, steps[d] apart, along each dimension d."""
+    offset = torch.zeros(1, dtype=torch.int32, device=device)
+    along = [torch.arange(n, dtype=torch.int32, device=device) * step for n, step in zip(counts, steps, strict=True)]
+    return reduce(lambda sofar, d: (sofar.unsqueeze(1) * sizes[d] + along[d]).flatten(), range(len(sizes)), offset)
 
 
 def _by_groups(module: _ConvNd, name: str, x: Tensor, g: Tensor, pieces: Pieces) -> None:
@@ -103,18 +110,3 @@ def _padding(module: _ConvNd) -> list[int]:
             before = after = int(module.padding[dim])
         amounts += [before, after]
     return amounts
-
-
-def _columns(module: _ConvNd, x: Tensor, g: Tensor) -> Tensor:
-    """im2col of a padded x: (B, C, …) → (B, L, C · kernel positions), the layout of a flattened weight row."""
-    x = x.contiguous()
-    batch, channels, *strides = x.stride()
-    windows = x.as_strided(
-        (*x.shape[:2], *module.kernel_size, *g.shape[2:]),
-        (
-            *(batch, channels),
-            *(stride * d for stride, d in zip(strides, module.dilation, strict=True)),
-            *(stride * s for stride, s in zip(strides, module.stride, strict=True)),
-        ),
-    )  # (B, C, kernel…, output…)
-    return windows.reshape(len(x), x.shape[1] * prod(module.kernel_size), -1).transpose(1, 2)

@@ -31,6 +31,11 @@ class Pieces:
         """Where the named parameter's piece for some examples is added to."""
         return self._out[start : start + count]
 
+    @property
+    def fuses_windows(self) -> bool:
+        """Whether `windows` costs no more than the arithmetic, however many windows there are."""
+        return self._sketch.kind == "sparse" and self._sketch.chosen_backend == "native" and self._out.is_cpu
+
     def add(self, name: str, rows: Tensor, start: int = 0) -> None:
         """The gradients (n, …) of the whole parameter for the examples start … start + n."""
         flat = rows.reshape(len(rows), -1)
@@ -39,6 +44,10 @@ class Pieces:
     def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0) -> None:
         """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i)."""
         self._sketch.add_outer_(self._rows(name, start, len(left)), left, right, self._offsets[name])
+
+    def windows(self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor) -> None:
+        """The gradient of a convolution's weight (o, c, J); arguments as in `Sketch.add_windows_`."""
+        self._sketch.add_windows_(self._rows(name, 0, len(left)), left, right, taps, windows, self._offsets[name])
 
     def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
         """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""

@@ -156,6 +156,10 @@ def test_autocast_errs_no_more_than_autocast_of_plain_autograd(method: str, name
     assert 0 < error <= 1.5 * reference
 
 
+def assert_close(got: Tensor, expected: Tensor) -> None:
+    assert ((got - expected).norm(dim=1) <= 1e-5 * expected.norm(dim=1)).all()
+
+
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_every_way_of_a_convolution_gives_the_same_gradient(data: st.DataObject) -> None:
@@ -169,14 +173,18 @@ def test_every_way_of_a_convolution_gives_the_same_gradient(data: st.DataObject)
     module = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dims - 1](
         2 * groups, 3 * groups, each(1, 3), stride=each(1, 2), padding=each(0, 2), dilation=each(1, 2), groups=groups
     )
-    x = torch.randn(3, 2 * groups, *each(5, 7))
+    x = torch.randn(data.draw(st.sampled_from([3, 17])), 2 * groups, *each(5, 7))
     g_function = lambda model, x: (model(x).flatten(1) ** 2).sum(1)  # noqa: E731
     expected = dense_rows(module, x, g_function, method="general")
-    for few in (0, 10**9):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(convolution_rule, "_FEW_POSITIONS", few)
-            got = dense_rows(module, x, g_function)
-        assert ((got - expected).norm(dim=1) <= 1e-5 * expected.norm(dim=1)).all()
+    assert_close(dense_rows(module, x, g_function), expected)  # by columns or, when grouped, by groups
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution_rule, "_windows_are_cheaper", lambda *_: False)
+        patch.setattr(convolution_rule, "_GROUPS_BYTES", 1000)
+        assert_close(dense_rows(module, x, g_function), expected)
+    space, sketch = ParameterSpace.from_model(module), Sketch(dim=64, seed=5)
+    rows = gradient_engine(module, space, sketch, "hooks").sketch(g_function, x)[1]
+    scale = expected.norm(dim=1, keepdim=True)
+    assert_close(rows / scale, sketch(expected / scale))
 
 
 @pytest.mark.parametrize("kind", ["identity", "sparse", "rademacher", "kronecker"])
