@@ -214,7 +214,7 @@ def build_banks(home: Path, options: argparse.Namespace, setting: Setting, probl
     first, end = stages[0], stages[1].checkpoints[-1]
     # A stage may name other final weights than its own last: so stage one alone can be asked about the final network,
     # which is the two-stage attribution with S replaced by the identity.
-    without_s = dataclasses.replace(first, final=sp.Checkpoint(end.load(), step=first.checkpoints[-1].step))
+    without_s = dataclasses.replace(first, final=sp.Checkpoint(end.path or end.load(), step=first.checkpoints[-1].step))
 
     def build(kind: str, trajectory: sp.Trajectory, train_set: object) -> sp.Bank:
         path = home / f"bank-{run}-{kind}-{options.dim}"
