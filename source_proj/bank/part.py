@@ -216,8 +216,9 @@ class Part:
     def content_hash(self) -> bytes:
         """Hash all that the part's rows are: settings, attributes, ids, marks."""
         marks = [self.marks(checkpoint).tobytes() for checkpoint in range(self.n_checkpoints)]
-        description = [self._settings.identity(), self.name, self.spec.to_json(), self.ids]
-        return sha256(canonical(description), *marks)
+        numbers = self.spec.id_type == "int64"
+        ids = np.array(self.ids, dtype="<i8").tobytes() if numbers else canonical(self.ids)
+        return sha256(canonical([self._settings.identity(), self.name, self.spec.to_json()]), ids, *marks)
 
     def metadata_hash(self) -> bytes:
         """Hash the metadata of the root, the weights, the stage and the part.
