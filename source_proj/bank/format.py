@@ -59,9 +59,9 @@ MUST, MUST NOT and MAY are those of RFC 2119.
 **Seals**
 
 15. A part without mark of zeros is complete, and gets its seal: 32 bytes of SHA-256 over settings (paths aside), the
-    part's name and attributes, ids and marks, and 32 bytes over the canonical JSON of the metadata of root, weights, stage and
-    part. All zeros: not sealed. A bank is finalized when every part is sealed; a reader MUST NOT take rows from any
-    other bank.
+    part's name and attributes, ids and marks, and 32 bytes over the canonical JSON of the metadata of root, weights,
+    stage and part. All zeros: not sealed. A bank is finalized when every part is sealed; a reader MUST NOT take rows
+    from any other bank.
 16. A reader MUST refuse a sealed part of which either hash does not match.
 17. The bank's fingerprint is the SHA-256, in hex, of the parts' content seals in order.
 """
