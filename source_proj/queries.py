@@ -102,11 +102,12 @@ def sketch_queries(
     if len(query_ids) != count:
         raise MismatchError(f"got {len(query_ids)} query ids for {count} queries; give one id a query")
     features = {}
+    where = device if device is not None else next(model.parameters()).device
     for point in points:
         with point.applied_to(model):
             engine = gradient_engine(model, space, bank.sketch, method=bank.gradients, autocast=bank.autocast)
             rows = []
-            for start, batch in batches(queries, batch_size, device=device, progress=progress):
+            for start, batch in batches(queries, batch_size, device=where, progress=progress):
                 _, row = engine.sketch(task.measurement, batch)
                 bad = nonfinite_examples(row)
                 if bad:

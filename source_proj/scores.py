@@ -1,5 +1,7 @@
 """What attribution returns: scores with their ids, sign and unit, and the strongest examples of each query."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +153,7 @@ class Scores:
         """Return the k examples that worsen each query's measurement most, following ``higher_is_better``."""
         return self._strongest(k, highest=not self.higher_is_better)
 
-    def group(self, subset: Subset | Mapping[Any, Subset]) -> "np.ndarray | Scores":
+    def group(self, subset: Subset | Mapping[Any, Subset]) -> np.ndarray | Scores:
         """Sum the scores over groups of training examples.
 
         Args:
@@ -204,7 +206,7 @@ class Scores:
         """Return the values, ``(Q, N)`` float32."""
         return self.values
 
-    def to_pandas(self) -> "pd.DataFrame":
+    def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with queries as rows and training examples as columns (needs the ``pandas`` extra)."""
         try:
             import pandas as pd

@@ -111,13 +111,19 @@ def _rms_norm(module: nn.RMSNorm, names: Names, x: Tensor, g: Tensor, pieces: Pi
     _affine(names, lambda x: F.rms_norm(x, shape, eps=module.eps), x, g, pieces, len(shape))
 
 
+def _named_rms_norm(module: nn.Module, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
+    """Those of transformers; where y = (1 + weight) · x̂ the gradient is the same."""
+    shape, eps = list(cast(Tensor, module.weight).shape), _epsilon(module)
+    _affine(names, lambda x: F.rms_norm(x, shape, eps=eps), x, g, pieces, 1)
+
+
 def _group_norm(module: nn.GroupNorm, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
     _affine(names, lambda x: F.group_norm(x, module.num_groups, eps=module.eps), x, g, pieces, 0)
 
 
 def _batch_norm(module: nn.modules.batchnorm._BatchNorm, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
     """In evaluation mode x̂ = (x − running mean)/√(running variance + ε): no example sees another."""
-    mean, variance = module.running_mean, module.running_var
+    mean, variance = (cast(Tensor, statistic).float() for statistic in (module.running_mean, module.running_var))
     _affine(names, lambda x: F.batch_norm(x, mean, variance, eps=module.eps), x, g, pieces, 0)
 
 
@@ -148,6 +154,8 @@ def rule_for(module: nn.Module) -> Rule | str:
             return _obstacle(module) or Rule(_WEIGHT_BIAS, apply, positional=base in _POSITIONAL)
     if _is_transposed_linear(module):
         return Rule(_WEIGHT_BIAS, _transposed_linear, positional=True)
+    if _is_named_rms_norm(module):
+        return Rule(frozenset({"weight"}), _named_rms_norm, positional=True)
     return f"no rule covers {kind.__name__}"
 
 
@@ -159,13 +167,27 @@ def _obstacle(module: nn.Module) -> str | None:
     return None
 
 
+# transformers is no dependency of ours, so its layers are known by name and shape. What a name promises is proven on
+# two examples before any rule is trusted.
+
+
 def _is_transposed_linear(module: nn.Module) -> bool:
-    """Known by its name and shape: transformers is no dependency of ours."""
     weight = getattr(module, "weight", None)
     width = getattr(module, "nf", None)
     return (
         type(module).__name__ == "Conv1D"
-        and isinstance(weight, torch.Tensor)
+        and isinstance(weight, Tensor)
         and weight.dim() == 2
         and weight.shape[1] == cast(int, width)
     )
+
+
+def _is_named_rms_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    named = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
+    return named and isinstance(weight, Tensor) and weight.dim() == 1 and _epsilon(module) is not None
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    value = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return value if isinstance(value, float) else None

@@ -93,6 +93,50 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.size()[:-1], self.nf)
 
 
+class LlamaRMSNorm(nn.Module):
+    """The layer of this name in transformers."""
+
+    def __init__(self, width: int, eps: float = 1e-2) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1 + 0.2 * torch.randn(width))
+        self.variance_epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+class GemmaRMSNorm(nn.Module):
+    """Likewise: the weight is what is added to one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.2 * torch.randn(width))
+        self.eps = 1e-2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 + self.weight) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+class CentredRMSNorm(LlamaRMSNorm):
+    """Its name promises what it does not keep."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(-1, keepdim=True))
+
+
+class NormalisedTokens(nn.Module):
+    """Embedding, a normalisation, a tied head."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.tokens, self.norm = nn.Embedding(11, 6), norm
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.tokens(ids)))
+
+
 class Decoder(nn.Module):
     """A tiny GPT: tied embedding and head, positions of arange(T), causal attention, padding masked by the labels."""
 
@@ -341,6 +385,9 @@ CASES = [
     _image_case("encoder-covered", Encoder, side=2, patterns=("embed.*", "*.linear1.*", "*.norm2.*", "block.*")),
     _image_case("encoder-one-layer", Encoder, side=2, patterns=("*.linear1.*",)),
     _image_case("frozen-and-unused", Frozen, side=2),
+    _token_case("llama-norm", lambda: NormalisedTokens(LlamaRMSNorm(6))),
+    _token_case("gemma-norm", lambda: NormalisedTokens(GemmaRMSNorm(6))),
+    _token_case("not-that-norm", lambda: NormalisedTokens(CentredRMSNorm(6)), method="general"),
     _token_case("functional-head", FunctionalHead, method="general"),
     _image_case("time-first", TimeFirst, side=2, method="general"),
     _image_case("data-dependent", DataDependent, side=2, method="general"),

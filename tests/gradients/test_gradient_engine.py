@@ -17,6 +17,7 @@ from source_proj.errors import GradientError
 from source_proj.gradients import GradientEngine, ParameterSpace, gradient_engine, nonfinite_examples, pieces
 from source_proj.gradients import convolution as convolution_rule
 from source_proj.gradients import general as general_path
+from source_proj.gradients.batches import map_tensors
 from source_proj.gradients.hooks import HookPath
 from source_proj.sketch import Sketch
 
@@ -138,6 +139,20 @@ def test_chunks_of_the_general_path_do_not_matter(monkeypatch: pytest.MonkeyPatc
     whole = dense_rows(model, batch, method="general")
     monkeypatch.setattr(general_path, "_CHUNK_BYTES", 2 * 4 * whole.shape[1])
     torch.testing.assert_close(dense_rows(model, batch, method="general"), whole)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn-zeros", "residual", "decoder"])
+def test_a_bfloat16_model_errs_no_more_than_plain_autograd(name: str) -> None:
+    torch.manual_seed(0)
+    case = next(case for case in CASES if case.name == name)
+    model, batch = case.model().eval().bfloat16(), case.batch(4)
+    batch = map_tensors(batch, lambda t: t.bfloat16() if t.is_floating_point() else t)
+    hooks = dense_rows(model, batch, case.function)
+    plain = dense_rows(model, batch, case.function, method="general")
+    exact = dense_rows(
+        model.float(), map_tensors(batch, lambda t: t.float() if t.is_floating_point() else t), case.function
+    )
+    assert 0 < (hooks - exact).norm() <= 1.5 * (plain - exact).norm()
 
 
 @pytest.mark.parametrize("method", ["hooks", "general"])
