@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _data import add_data_option, load_images, write_whole
-from _training import record_training
+from _training import few_threads, record_training
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -62,7 +62,8 @@ def main() -> None:
         "reference: as many left out at random": random,
         "reference: exactly the flipped left out": np.flatnonzero(~is_noisy),
     }
-    print_accuracies(retrained_accuracies(options, subsets, noisy_set, test_set))
+    with few_threads(inputs.shape[1]):
+        print_accuracies(retrained_accuracies(options, subsets, noisy_set, test_set))
 
 
 def parse() -> argparse.Namespace:

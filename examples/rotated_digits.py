@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from _comparison import Candidate, evaluate_methods, write_results
 from _data import add_data_option, cached_array, digest, load_images
-from _training import margin, record_training
+from _training import few_threads, margin, record_training
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
@@ -76,7 +76,8 @@ def main() -> None:
     started = time.perf_counter()
 
     masks = half_subsets(setting.upright, options.subsets, seed=0)
-    outcomes = ground_truth(options, setting, known, home / "retrainings", problem, masks)
+    with few_threads(setting.side**2):
+        outcomes = ground_truth(options, setting, known, home / "retrainings", problem, masks)
     print(f"{options.subsets} half-subsets x {options.retrainings} retrainings: {time.perf_counter() - started:.0f} s")
 
     banks = [build_banks(home, options, setting, problem, run) for run in range(options.runs)]
