@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from source_proj.bank import Bank, batches, dataset_size
+from source_proj.bank import Bank, batches, dataset_size, placed
 from source_proj.errors import GradientError, MismatchError
 from source_proj.gradients import ParameterSpace, gradient_engine, nonfinite_examples
 from source_proj.task import Task
@@ -102,9 +102,8 @@ def sketch_queries(
     if len(query_ids) != count:
         raise MismatchError(f"got {len(query_ids)} query ids for {count} queries; give one id a query")
     features = {}
-    where = device if device is not None else next(model.parameters()).device
     for point in points:
-        with point.applied_to(model):
+        with placed(model, device) as where, point.applied_to(model):
             engine = gradient_engine(model, space, bank.sketch, method=bank.gradients, autocast=bank.autocast)
             rows = []
             for start, batch in batches(queries, batch_size, device=where, progress=progress):

@@ -11,7 +11,8 @@ whole sum collapses into one matrix: score(q, ·) = -τ(q, ·) = B q̂ with
     B = -Σ_l (1/N) Ḡ_l c_l(Ĥ_l) S_{l+1} ··· S_L        (N x k).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +148,7 @@ class Source(Attributor):
         self._groups = [_stage_groups(one, segments) for one in self.banks]
         self._matrices: dict[str, Tensor] = {}
         self._segments: dict[str, tuple[Segment, ...]] = {}
+        self._spectra: dict[tuple[str, int, tuple[int, ...]], Spectrum] = {}
 
     # Fit -------------------------------------------------------------------------------------------------------
 
@@ -159,13 +161,15 @@ class Source(Attributor):
     @property
     def segments(self) -> tuple[Segment, ...]:
         """The fitted segments of the (first) bank, in order of training."""
-        return self._fit_segments(self.banks[0])
+        with self._spectra_in_memory():
+            return self._fit_segments(self.banks[0])
 
     def _matrix(self, bank: Bank) -> Tensor:
         """B, ``(N, k)`` float32."""
 
         def compute() -> dict[str, np.ndarray]:
-            return {"B": self._collapse(bank).cpu().numpy()}
+            with self._spectra_in_memory():
+                return {"B": self._collapse(bank).cpu().numpy()}
 
         key = bank.fingerprint  # rows may have been appended since
         if key not in self._matrices:
@@ -215,7 +219,20 @@ class Source(Attributor):
         return self._segments[key]
 
     def _spectrum(self, bank: Bank, stage: int, checkpoints: Sequence[int]) -> Spectrum:
-        return cached_spectrum(bank, stage, checkpoints, self.curvature, device=self.device, cache=self.cache)
+        key = (bank.fingerprint, stage, tuple(checkpoints))
+        if key not in self._spectra:
+            self._spectra[key] = cached_spectrum(
+                bank, stage, checkpoints, self.curvature, device=self.device, cache=self.cache
+            )
+        return self._spectra[key]
+
+    @contextmanager
+    def _spectra_in_memory(self) -> Iterator[None]:
+        """Let spectra be used twice, then let them go: k x k numbers for each segment."""
+        try:
+            yield
+        finally:
+            self._spectra.clear()
 
     def _groups_of(self, bank: Bank) -> list[list[list[int]]]:
         return self._groups[self.banks.index(bank)]
@@ -234,26 +251,31 @@ class Source(Attributor):
         ``-(1/N) (c_l S_{l+1} ··· S_L q̂) · ḡ_l(z)``.
         """
         features = self.sketch(queries)
-        segments = self.segments
-        values = torch.zeros(len(segments), len(features[0]), self.n_rows)
-        for bank, one in zip(self.banks, features, strict=True):
-            own = self._fit_segments(bank)
-            if len(own) != len(segments):
-                raise ValueError(
-                    f"the runs of this ensemble have {len(segments)} and {len(own)} segments; pass segments= to make "
-                    "them comparable"
-                )
-            query = one.at(bank.final_checkpoint())
-            for index in reversed(range(len(own))):
-                segment = own[index]
-                found = self._spectrum(bank, segment.stage, segment.checkpoints)
-                carried = found.multiply(query, response(segment.time, segment.decay, segment.damping)).float()
-                for operand in mean_gradients(bank, segment.stage, segment.checkpoints, self.device):
-                    part = (carried @ operand.rows.T).cpu()
-                    values[index, :, operand.start : operand.stop].add_(part, alpha=-1 / (segment.n * len(self.banks)))
-                if index:
-                    query = found.multiply(query, forgetting(segment.time, segment.decay))
+        with self._spectra_in_memory():
+            segments = self._fit_segments(self.banks[0])
+            values = torch.zeros(len(segments), len(features[0]), self.n_rows)
+            for bank, one in zip(self.banks, features, strict=True):
+                self._add_parts(values, bank, one)
         return SegmentScores(values.numpy(), segments, features[0].ids, self.banks[0].ids, self.unit)
+
+    def _add_parts(self, values: Tensor, bank: Bank, features: QueryFeatures) -> None:
+        """Add a bank's part of each segment to values ``(L, Q, N)``."""
+        own = self._fit_segments(bank)
+        if len(own) != len(values):
+            raise ValueError(
+                f"the runs of this ensemble have {len(values)} and {len(own)} segments; pass segments= to make "
+                "them comparable"
+            )
+        query = features.at(bank.final_checkpoint())
+        for index in reversed(range(len(own))):
+            segment = own[index]
+            found = self._spectrum(bank, segment.stage, segment.checkpoints)
+            carried = found.multiply(query, response(segment.time, segment.decay, segment.damping)).float()
+            for operand in mean_gradients(bank, segment.stage, segment.checkpoints, self.device):
+                part = (carried @ operand.rows.T).cpu()
+                values[index, :, operand.start : operand.stop].add_(part, alpha=-1 / (segment.n * len(self.banks)))
+            if index:
+                query = found.multiply(query, forgetting(segment.time, segment.decay))
 
     def self_influence(self) -> np.ndarray:
         """Return how much each training example lowered its own training loss, ``(N,)`` float32.
@@ -264,20 +286,25 @@ class Source(Attributor):
         """
         total = torch.zeros(self.n_rows)
         for bank in self.banks:
-            segments = self._fit_segments(bank)
-            for index, stage in enumerate(bank.stages):
-                own = [segment for segment in segments if segment.stage == index]
-                last = stage.n_checkpoints - 1
-                for segment, operator in zip(own, self._operators(bank, own), strict=True):
-                    blocks = zip(
-                        mean_gradients(bank, segment.stage, segment.checkpoints, self.device),
-                        loss_gradients(bank, index, last, self.device),
-                        strict=True,
-                    )
-                    for mean, end in blocks:
-                        part = ((mean.rows @ operator) * end.rows).sum(1).cpu()
-                        total[mean.start : mean.stop].add_(part, alpha=1 / (segment.n * len(self.banks)))
+            with self._spectra_in_memory():
+                self._add_self_influence(total, bank)
         return total.numpy()
+
+    def _add_self_influence(self, total: Tensor, bank: Bank) -> None:
+        """Add a bank's self-influence to total ``(N,)``."""
+        segments = self._fit_segments(bank)
+        for index, stage in enumerate(bank.stages):
+            own = [segment for segment in segments if segment.stage == index]
+            last = stage.n_checkpoints - 1
+            for segment, operator in zip(own, self._operators(bank, own), strict=True):
+                blocks = zip(
+                    mean_gradients(bank, segment.stage, segment.checkpoints, self.device),
+                    loss_gradients(bank, index, last, self.device),
+                    strict=True,
+                )
+                for mean, end in blocks:
+                    part = ((mean.rows @ operator) * end.rows).sum(1).cpu()
+                    total[mean.start : mean.stop].add_(part, alpha=1 / (segment.n * len(self.banks)))
 
     def predict_removal(self, queries: Queries, subset: Any, *, renormalize: bool = False) -> PredictedChange:
         """Predict how queries' measurements change when a subset is left out: see :meth:`Scores.predict_removal`."""

@@ -1,10 +1,21 @@
 """The bank: a zarr v3 store of sketched training gradients, and its resumable build."""
 
 from source_proj.bank.build import build
-from source_proj.bank.data import batches, dataset_size
+from source_proj.bank.data import batches, dataset_size, placed
 from source_proj.bank.rows import RowBlock, StageBank
 from source_proj.bank.store import Bank
 from source_proj.bank.store import open_bank as open
 from source_proj.bank.verify import VerifyReport, verify
 
-__all__ = ["Bank", "RowBlock", "StageBank", "VerifyReport", "batches", "build", "dataset_size", "open", "verify"]
+__all__ = [
+    "Bank",
+    "RowBlock",
+    "StageBank",
+    "VerifyReport",
+    "batches",
+    "build",
+    "dataset_size",
+    "open",
+    "placed",
+    "verify",
+]

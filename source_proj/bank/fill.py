@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from source_proj.bank.data import BatchSource, batch_hash
+from source_proj.bank.data import BatchSource, batch_hash, placed
 from source_proj.bank.format import Settings
 from source_proj.bank.part import Part
 from source_proj.bank.rowmaker import Place, RowMaker
@@ -91,7 +90,7 @@ def fill(
     passes = list(_passes(works, *checked_shard(shard)))
     space = ParameterSpace.from_spec(settings.parameters)
     space.parameters(model)  # refuses another model
-    with _placed(model, device) as where:
+    with placed(model, device) as where:
         checks = _checks(passes)
         total = sum(_rows(one.work.part, one.todo) for one in passes)
         total += sum(_rows(work.part, shards) for work, shards in checks)
@@ -244,18 +243,3 @@ def _allocated(part: Part) -> dict[str, np.ndarray]:
 
 def _as_array(hashes: Sequence[bytes]) -> np.ndarray:
     return np.frombuffer(b"".join(hashes), np.uint8).reshape(len(hashes), 32)
-
-
-@contextmanager
-def _placed(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
-    """Have the model on a device, and put it back afterwards."""
-    before = next(iter(model.parameters())).device
-    wanted = before if device is None else torch.device(device)
-    if wanted == before:
-        yield before
-        return
-    model.to(wanted)
-    try:
-        yield wanted
-    finally:
-        model.to(before)
