@@ -47,7 +47,7 @@ def compare(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dim", type=int, default=4096)
+    parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     images, labels = load_digits(return_X_y=True)
