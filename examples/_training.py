@@ -1,6 +1,6 @@
 """What the examples share: a plain training loop that records itself, and the margin of logits."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -36,6 +36,7 @@ def record_training(
     epochs: int,
     batch_size: int,
     seed: int,
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
 ) -> None:
     """Train with shuffled batches that follow from the seed; a killed run goes on from its last checkpoint."""
     inputs, targets = data.tensors
@@ -45,7 +46,7 @@ def record_training(
     model.train()
     for batch in tqdm(batches[recorder.restore() :], "train", unit="step", delay=2):
         optimizer.zero_grad()
-        torch.autograd.backward(nn.functional.cross_entropy(model(inputs[batch]), targets[batch]))
+        torch.autograd.backward(loss(model(inputs[batch]), targets[batch]))
         optimizer.step()
         recorder.step()
     model.eval()

@@ -34,6 +34,20 @@ def test_quickstart(tmp_path):
 
 
 @pytest.mark.slow
+def test_evaluate_your_model(tmp_path):
+    for extra in ("sklearn", "joblib", "matplotlib"):
+        pytest.importorskip(extra)
+    script = EXAMPLES / "evaluate_your_model.py"
+    first, slope, figure = run("-W", "error", script, "--folder", "kept", cwd=tmp_path).stdout.splitlines()
+    assert first.startswith("LDS 0.")
+    assert "noise ceiling" in first
+    assert slope.startswith("slope of actual on predicted")
+    assert figure.endswith("evaluation.png")
+    assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "kept" / "truth").is_dir()
+
+
+@pytest.mark.slow
 def test_notebook_runs_from_top_to_bottom(tmp_path):
     if importlib.util.find_spec("nbclient") is None:
         pytest.skip('needs the notebook extra: pip install "source-proj[notebook]"')

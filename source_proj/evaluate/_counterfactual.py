@@ -1,5 +1,6 @@
 """What every comparison of scores with retrainings shares: checked inputs, subset predictions, resampling."""
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,8 +8,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from source_proj.errors import MismatchError
 from source_proj.evaluate._ranks import Floats
+from source_proj.evaluate.ground_truth import GroundTruth
 
-__all__ = ["Retrainings", "bootstrap_weights", "percentile_interval", "subset_predictions"]
+__all__ = [
+    "Retrainings",
+    "bootstrap_weights",
+    "checked_scores",
+    "percentile_interval",
+    "refuse_constant",
+    "subset_predictions",
+]
 
 _QUERY_BLOCK = 64  # rows of scores held in float64 at a time
 
@@ -24,6 +33,24 @@ class Retrainings:
 
     masks: NDArray[np.bool_]
     measured: Floats
+
+    @classmethod
+    def of(cls, truth: GroundTruth | ArrayLike, outcomes: ArrayLike | None) -> "Retrainings":
+        """Take a store of retrainings, or masks and outcomes.
+
+        Raises:
+            TypeError: for masks without outcomes, outcomes beside a store, or masks that are not boolean.
+            ValueError: see :meth:`check`.
+            MismatchError: see :meth:`check`.
+            SourceProjError: if retrainings of the store are missing or damaged.
+        """
+        if isinstance(truth, GroundTruth):
+            if outcomes is not None:
+                raise TypeError("a GroundTruth holds its own outcomes; leave the argument outcomes out")
+            return cls.check(truth.masks, truth.outcomes)
+        if outcomes is None:
+            raise TypeError("masks need the outcomes of their retrainings: give both, or one GroundTruth")
+        return cls.check(truth, outcomes)
 
     @classmethod
     def check(cls, masks: ArrayLike, outcomes: ArrayLike) -> "Retrainings":
@@ -60,9 +87,16 @@ class Retrainings:
         """Measurement of each query on each subset, averaged over retrainings: ``(Q, M)``."""
         return np.ascontiguousarray(self.measured.mean(axis=1).T)
 
+    def fingerprint(self, kind: str, bootstrap: int, seed: int) -> str:
+        """Digest of all that bootstrap replicates of a statistic are drawn from: equal ones are paired."""
+        digest = hashlib.sha256(f"{kind} {self.measured.shape} {bootstrap} {seed}".encode())
+        digest.update(np.packbits(self.masks).tobytes())
+        digest.update(np.ascontiguousarray(self.measured).tobytes())
+        return digest.hexdigest()
 
-def subset_predictions(scores: ArrayLike, retrainings: Retrainings) -> Floats:
-    """Sum each query's scores over the kept examples of every subset: ``(Q, M)`` in float64.
+
+def checked_scores(scores: ArrayLike, retrainings: Retrainings) -> NDArray[np.generic]:
+    """Scores as a finite matrix ``(Q, N)`` that fits the retrainings.
 
     Raises:
         ValueError: if scores are not a finite matrix.
@@ -77,6 +111,18 @@ def subset_predictions(scores: ArrayLike, retrainings: Retrainings) -> Floats:
     if matrix.shape[0] != q:
         raise MismatchError(f"scores have {matrix.shape[0]} queries but outcomes {q}; use the same queries in both")
     _refuse_nonfinite(matrix, "scores", "(query, example)")
+    return matrix
+
+
+def subset_predictions(scores: ArrayLike, retrainings: Retrainings) -> Floats:
+    """Sum each query's scores over the kept examples of every subset: ``(Q, M)`` in float64.
+
+    Raises:
+        ValueError: if scores are not a finite matrix, or predictions or outcomes are constant over the subsets.
+        MismatchError: if scores, masks and outcomes disagree on N or Q.
+    """
+    matrix = checked_scores(scores, retrainings)
+    q = len(matrix)
     kept = retrainings.masks.T.astype(np.float64)
     predicted = np.empty((q, kept.shape[1]))
     for start in range(0, q, _QUERY_BLOCK):
@@ -85,9 +131,9 @@ def subset_predictions(scores: ArrayLike, retrainings: Retrainings) -> Floats:
         np.matmul(rows, kept, out=predicted[block])
         # Summation order alone moves a sum by ~1e-16 of the absolute mass: below that it says nothing.
         flat = np.ptp(predicted[block], axis=1) <= 1e-12 * np.abs(rows).sum(axis=1)
-        _refuse_constant(flat, start, "the scores predict the same value for every subset")
+        refuse_constant(flat, start, "the scores predict the same value for every subset")
     flat = np.ptp(retrainings.mean, axis=1) == 0
-    _refuse_constant(flat, 0, "the outcomes are the same on every subset")
+    refuse_constant(flat, 0, "the outcomes are the same on every subset")
     return predicted
 
 
@@ -118,7 +164,8 @@ def _refuse_nonfinite(values: NDArray[np.generic], name: str, axes: str) -> None
         raise ValueError(f"{name} hold {len(bad)} values that are not finite, the first at {axes} = {where}")
 
 
-def _refuse_constant(flat: NDArray[np.bool_], offset: int, what: str) -> None:
+def refuse_constant(flat: NDArray[np.bool_], offset: int, what: str) -> None:
+    """Raise ValueError if any query is flat; ``offset`` is the position of the first one."""
     queries = (np.flatnonzero(flat) + offset).tolist()
     if queries:
         raise ValueError(f"{what} for queries {queries[:10]}, so no correlation exists; leave these queries out")

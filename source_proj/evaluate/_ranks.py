@@ -1,11 +1,21 @@
-"""Ranks and rank correlations, vectorised over leading axes and over bootstrap weights."""
+"""Ranks, rank correlations and Pearson's beside them, vectorised over leading axes and over bootstrap weights."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Floats", "RankedSeries", "midranks", "spearman", "weighted_spearman"]
+__all__ = [
+    "Floats",
+    "RankedSeries",
+    "mean_over_queries",
+    "midranks",
+    "pearson",
+    "spearman",
+    "weighted_pearson",
+    "weighted_spearman",
+]
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -91,6 +101,43 @@ def weighted_spearman(left: RankedSeries, right: RankedSeries, weights: Floats) 
     a, b = left.weighted(weights) - centre, right.weighted(weights) - centre
     wa = weights * a
     return _ratio((wa * b).sum(1), (wa * a).sum(1), (weights * b * b).sum(1))
+
+
+def pearson(left: Floats, right: Floats) -> Floats:
+    """Pearson's correlation along the last axis, leading axes broadcast; NaN where a series is constant.
+
+    Example:
+        >>> pearson(np.array([1.0, 2.0, 3.0]), np.array([-1.0, -2.0, -3.0]))
+        array(-1.)
+    """
+    a, b = (x - x.mean(-1, keepdims=True) for x in (left, right))
+    return _ratio((a * b).sum(-1), (a * a).sum(-1), (b * b).sum(-1))
+
+
+def weighted_pearson(left: Floats, right: Floats, weights: Floats) -> Floats:
+    """Pearson's correlation of two series of M values under B resamplings: shape ``(B,)``.
+
+    Args:
+        left: one series of M values.
+        right: the other.
+        weights: how often each of the M pairs was drawn, shape ``(B, M)``; every row sums to M.
+    """
+    a, b = (x - weights @ x[:, None] / weights.shape[1] for x in (left, right))  # (B, M), centred in each resampling
+    wa = weights * a
+    return _ratio((wa * b).sum(1), (wa * a).sum(1), (weights * b * b).sum(1))
+
+
+def mean_over_queries(replicates: Iterable[Floats], count: int) -> Floats:
+    """Mean of the queries' ``count`` bootstrap replicates; a replicate leaves out queries whose value is undefined.
+
+    A resampling of few subsets can hold one value only.
+    """
+    total, defined = np.zeros(count), np.zeros(count)
+    for one in replicates:
+        known = ~np.isnan(one)
+        total += np.where(known, one, 0.0)
+        defined += known
+    return np.asarray(np.divide(total, defined, out=np.full(count, np.nan), where=defined > 0))
 
 
 def _ratio(cross: Floats, left: Floats, right: Floats) -> Floats:

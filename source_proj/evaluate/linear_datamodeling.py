@@ -1,10 +1,8 @@
 """The linear datamodeling score: do attributed scores rank what retraining really does?"""
 
-import hashlib
-import itertools
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -16,11 +14,12 @@ from source_proj.evaluate._counterfactual import (
     percentile_interval,
     subset_predictions,
 )
-from source_proj.evaluate._ranks import Floats, RankedSeries, spearman, weighted_spearman
+from source_proj.evaluate._ranks import Floats, RankedSeries, mean_over_queries, spearman, weighted_spearman
+from source_proj.evaluate.calibration import Calibration, calibrate
+from source_proj.evaluate.ground_truth import GroundTruth
+from source_proj.evaluate.noise import noise_ceiling
 
-__all__ = ["LDS", "Difference", "compare", "lds", "mean_lds", "noise_ceiling"]
-
-_MAX_SPLITS = 50
+__all__ = ["LDS", "Difference", "Paired", "compare", "lds", "mean_lds", "rank_replicates"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,8 @@ class LDS:
         per_query: rank correlation of each query, shape ``(Q,)``.
         ceiling: what a perfect predictor would reach, the retrainings being noisy; None for one retraining.
         reliability: share of the outcomes' variance that is not retraining noise; None for one retraining.
+        calibration: slope of the outcomes on the predictions, see :func:`calibration`; a rank correlation says
+            nothing of the scores' unit.
         replicates: bootstrap replicates of the value, shape ``(B,)``; two results over the same subsets,
             seed and B are paired, which :func:`compare` and :func:`mean_lds` use.
         draws: fingerprint of what the replicates were drawn from.
@@ -43,18 +44,36 @@ class LDS:
     per_query: Floats = field(repr=False)
     ceiling: float | None
     reliability: float | None
+    calibration: Calibration
     replicates: Floats = field(repr=False)
     draws: str = field(repr=False)
 
     def __str__(self) -> str:
-        """Render value, interval and ceiling in one line."""
+        """Render value, interval, slope and ceiling in one line."""
         text = f"LDS {self.value:.3f} [{self.interval[0]:.3f}, {self.interval[1]:.3f}]"
+        text += f", slope {self.calibration.slope:.3g}"
         return text if self.ceiling is None else f"{text}, noise ceiling {self.ceiling:.3f}"
+
+
+class Paired(Protocol):
+    """A result whose bootstrap replicates can be paired with another's: :class:`LDS`, :class:`LeaveOneOut`."""
+
+    @property
+    def value(self) -> float:
+        """The result."""
+
+    @property
+    def replicates(self) -> Floats:
+        """Its bootstrap replicates ``(B,)``."""
+
+    @property
+    def draws(self) -> str:
+        """Fingerprint of what the replicates were drawn from."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """LDS of one method minus that of another, on the same subsets.
+    """Value of one method minus that of another, on the same retrainings.
 
     Attributes:
         value: the difference.
@@ -70,7 +89,14 @@ class Difference:
         return not self.interval[0] <= 0 <= self.interval[1]
 
 
-def lds(scores: ArrayLike, masks: ArrayLike, outcomes: ArrayLike, *, bootstrap: int = 1000, seed: int = 0) -> LDS:
+def lds(
+    scores: ArrayLike,
+    truth: GroundTruth | ArrayLike,
+    outcomes: ArrayLike | None = None,
+    *,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> LDS:
     """Linear datamodeling score: rank correlation of predicted and measured outcomes over retrained subsets.
 
     For every query, ``Σ_{z in subset} score(q, z)`` is correlated (Spearman) over the M subsets with the
@@ -79,19 +105,20 @@ def lds(scores: ArrayLike, masks: ArrayLike, outcomes: ArrayLike, *, bootstrap: 
 
     Args:
         scores: ``(Q, N)``; positive means that including the example raises the query's measurement.
-        masks: ``(M, N)`` bool; True marks an example the subset keeps.
-        outcomes: measurements ``(M, R, Q)``, or ``(M, Q)`` for one retraining a subset.
+        truth: a :class:`GroundTruth`; or masks ``(M, N)`` bool, where True marks an example the subset keeps.
+        outcomes: with masks: measurements ``(M, R, Q)``, or ``(M, Q)`` for one retraining a subset.
         bootstrap: number of resamplings; 0 for none (a point estimate, e.g. in a grid search).
         seed: seed of the resampling.
 
     Returns:
-        The score with its interval, per-query values and noise ceiling.
+        The score with its interval, per-query values, noise ceiling and calibration.
 
     Raises:
-        TypeError: if masks are not boolean.
+        TypeError: if masks are not boolean, or come without outcomes.
         ValueError: for wrong dimensions, non-finite values, fewer than three subsets, or a query whose
             predictions or outcomes are constant.
         MismatchError: if the three disagree on subsets, examples or queries.
+        SourceProjError: if retrainings of the store are missing or damaged.
 
     Example:
         >>> from source_proj.evaluate import half_subsets
@@ -100,11 +127,11 @@ def lds(scores: ArrayLike, masks: ArrayLike, outcomes: ArrayLike, *, bootstrap: 
         >>> lds(effect, masks, masks @ effect.T, bootstrap=0).value
         1.0
     """
-    retrainings = Retrainings.check(masks, outcomes)
+    retrainings = Retrainings.of(truth, outcomes)
     predicted, measured = subset_predictions(scores, retrainings), retrainings.mean
     per_query = spearman(predicted, measured)
     weights = bootstrap_weights(len(retrainings.masks), bootstrap, seed)
-    replicates = _replicates(predicted, measured, weights)
+    replicates = rank_replicates(predicted, measured, weights)
     reliability = ceiling = None
     if retrainings.measured.shape[1] > 1:
         reliability, ceiling = noise_ceiling(retrainings.measured)
@@ -114,13 +141,14 @@ def lds(scores: ArrayLike, masks: ArrayLike, outcomes: ArrayLike, *, bootstrap: 
         per_query=per_query,
         ceiling=ceiling,
         reliability=reliability,
+        calibration=calibrate(predicted, measured, weights),
         replicates=replicates,
-        draws=_fingerprint(retrainings, bootstrap, seed),
+        draws=retrainings.fingerprint("lds", bootstrap, seed),
     )
 
 
-def compare(first: LDS, second: LDS) -> Difference:
-    """Difference ``first − second`` with its paired bootstrap interval.
+def compare(first: Paired, second: Paired) -> Difference:
+    """Difference ``first − second`` of two LDS or two leave-one-out results, with its paired bootstrap interval.
 
     Raises:
         MismatchError: if the two were not computed on the same retrainings with the same bootstrap and seed.
@@ -138,7 +166,7 @@ def compare(first: LDS, second: LDS) -> Difference:
 
 
 def mean_lds(results: Sequence[LDS]) -> LDS:
-    """Mean LDS of one method over training runs or sketch seeds, with a paired bootstrap interval.
+    """Mean LDS (and calibration) of one method over training runs or sketch seeds, with a paired bootstrap interval.
 
     The interval covers the choice of subsets, not the choice of runs.
 
@@ -150,93 +178,39 @@ def mean_lds(results: Sequence[LDS]) -> LDS:
         raise ValueError("mean_lds needs at least one result, got none")
     _require_paired(results)
     replicates = np.mean([result.replicates for result in results], axis=0)
+    slopes = [result.calibration for result in results]
+    slope_replicates = np.mean([one.replicates for one in slopes], axis=0)
     return LDS(
         value=float(np.mean([result.value for result in results])),
         interval=percentile_interval(replicates),
         per_query=np.mean([result.per_query for result in results], axis=0),
         ceiling=results[0].ceiling,
         reliability=results[0].reliability,
+        calibration=Calibration(
+            slope=float(np.mean([one.slope for one in slopes])),
+            interval=percentile_interval(slope_replicates),
+            per_query=np.mean([one.per_query for one in slopes], axis=0),
+            correlation=float(np.mean([one.correlation for one in slopes])),
+            replicates=slope_replicates,
+        ),
         replicates=replicates,
         draws=results[0].draws,
     )
 
 
-def noise_ceiling(outcomes: ArrayLike, *, seed: int = 0) -> tuple[float, float]:
-    """Reliability of measurements averaged over R retrainings, and the LDS a perfect predictor would get.
-
-    Retrainings are split in halves in every way (or 50 random ways, when there are more); the halves' means
-    correlate (Spearman, mean over queries and splits) by r. Spearman-Brown carries r from the h retrainings
-    of a half to all R: ``reliability = κr / (1 + (κ−1)r)``, κ = R/h. A predictor that knows the noise-free
-    outcome correlates with the noisy mean by ``ceiling = √reliability``.
-
-    Args:
-        outcomes: measurements ``(M, R, Q)``, R ≥ 2.
-        seed: seed of the choice of splits, when not all are used.
-
-    Returns:
-        ``(reliability, ceiling)``; both 0 when the halves do not correlate positively.
-
-    Raises:
-        ValueError: for other shapes, R = 1, fewer than three subsets or non-finite values.
-    """
-    measured = np.asarray(outcomes, dtype=np.float64)
-    if measured.ndim != 3 or measured.shape[1] < 2 or measured.shape[0] < 3:
-        raise ValueError(
-            "a noise ceiling needs outcomes of shape (subsets ≥ 3, retrainings ≥ 2, queries), "
-            f"got shape {measured.shape}"
-        )
-    if not np.isfinite(measured).all():
-        raise ValueError("outcomes hold values that are not finite; drop the diverged retrainings")
-    count = measured.shape[1]
-    half = count // 2
-    by_query = np.ascontiguousarray(measured.transpose(1, 2, 0))  # (R, Q, M)
-    correlations = []
-    for left, right in _half_splits(count, seed):
-        correlation = spearman(by_query[left].mean(0), by_query[right].mean(0))
-        # A half whose mean is constant over subsets agrees with nothing: count it as no correlation.
-        correlations.append(np.nan_to_num(correlation, nan=0.0).mean())
-    r = max(float(np.mean(correlations)), 0.0)
-    factor = count / half
-    reliability = factor * r / (1 + (factor - 1) * r)
-    return reliability, reliability**0.5
-
-
-def _half_splits(count: int, seed: int) -> Iterable[tuple[list[int], list[int]]]:
-    """Pairs of disjoint halves of ``range(count)``; of an odd count each pair leaves one element out."""
-    half = count // 2
-    if math.comb(count, half) * math.comb(count - half, half) // 2 > _MAX_SPLITS:
-        rng = np.random.default_rng(seed)
-        orders = (rng.permutation(count).tolist() for _ in range(_MAX_SPLITS))
-        return [(order[:half], order[half : 2 * half]) for order in orders]
-    pairs = itertools.product(itertools.combinations(range(count), half), repeat=2)
-    return [(list(a), list(b)) for a, b in pairs if a < b and not set(a) & set(b)]
-
-
-def _replicates(predicted: Floats, measured: Floats, weights: Floats) -> Floats:
+def rank_replicates(predicted: Floats, measured: Floats, weights: Floats) -> Floats:
+    """Rank correlation, mean over queries, of ``(Q, M)`` with ``(Q, M)`` in every resampling: ``(B,)``."""
     if len(weights) == 0:
         return np.empty(0)
     left, right = RankedSeries.of(predicted), RankedSeries.of(measured)
-    total, defined = np.zeros(len(weights)), np.zeros(len(weights))
-    for query in range(len(predicted)):
-        correlation = weighted_spearman(left[query], right[query], weights)
-        # A resampling of few subsets can hold one value only; such a query is left out of that replicate.
-        known = ~np.isnan(correlation)
-        total += np.where(known, correlation, 0.0)
-        defined += known
-    return np.asarray(np.divide(total, defined, out=np.full(len(weights), np.nan), where=defined > 0))
+    by_query = (weighted_spearman(left[query], right[query], weights) for query in range(len(predicted)))
+    return mean_over_queries(by_query, len(weights))
 
 
-def _fingerprint(retrainings: Retrainings, bootstrap: int, seed: int) -> str:
-    digest = hashlib.sha256(f"{retrainings.measured.shape} {bootstrap} {seed}".encode())
-    digest.update(np.packbits(retrainings.masks).tobytes())
-    digest.update(np.ascontiguousarray(retrainings.measured).tobytes())
-    return digest.hexdigest()
-
-
-def _require_paired(results: Sequence[LDS]) -> None:
+def _require_paired(results: Sequence[Paired]) -> None:
     if len({result.draws for result in results}) > 1:
         raise MismatchError(
-            "these LDS results are not paired (draws "
+            "these results are not paired (draws "
             + ", ".join(result.draws[:8] for result in results)
             + "); compute them on the same masks and outcomes, with the same bootstrap and seed"
         )

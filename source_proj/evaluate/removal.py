@@ -1,18 +1,21 @@
 """Subset removal: does removing the examples credited for a prediction overturn it?"""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from source_proj.errors import MismatchError
+from source_proj.evaluate._counterfactual import bootstrap_weights
+from source_proj.evaluate._ranks import Floats
+from source_proj.evaluate.ground_truth import GroundTruth, TrainMany, TrainOne
 
-__all__ = ["SubsetRemoval", "subset_removal"]
-
-TrainFunction = Callable[[list[NDArray[np.int64]], NDArray[np.int64]], ArrayLike]
-"""``train(kept, queries)``: for each i, train on the examples ``kept[i]`` and predict query ``queries[i]``;
-returns predictions ``(len(kept),)`` or, for R retrainings each, ``(len(kept), R)``."""
+__all__ = ["RemovalDifference", "SubsetRemoval", "compare_removal", "random_same_class", "subset_removal"]
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,26 @@ class SubsetRemoval:
 
     Attributes:
         sizes: how many examples were to be removed at each step, ``(S,)``.
-        removed: how many were (a query may have fewer helpful ones), ``(Q, S)``.
-        flipped: share of retrainings whose prediction differs from the baseline's, ``(Q, S)``.
+        queries: positions of the queries that were asked about, ``(K,)``: all, or the correctly predicted ones.
+        removed: how many were removed (a query may have fewer helpful ones), ``(K, S)``.
+        flipped: share of retrainings whose prediction differs from the baseline's, ``(K, S)``.
+        interval: 95 % bootstrap interval over queries of :attr:`fraction`, ``(S, 2)``; NaNs when ``bootstrap=0``.
+        replicates: bootstrap replicates of the fraction, ``(B, S)``; :func:`compare_removal` pairs them.
+        draws: fingerprint of what the replicates were drawn from.
     """
 
     sizes: NDArray[np.int64]
-    removed: NDArray[np.int64]
-    flipped: NDArray[np.float64]
+    queries: NDArray[np.int64]
+    removed: NDArray[np.int64] = field(repr=False)
+    flipped: Floats = field(repr=False)
+    interval: Floats
+    replicates: Floats = field(repr=False)
+    draws: str = field(repr=False)
+
+    @property
+    def fraction(self) -> Floats:
+        """Fraction of the queries' retrained predictions that are flipped at each size, ``(S,)``."""
+        return np.asarray(self.flipped.mean(axis=0))
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -36,68 +52,201 @@ class SubsetRemoval:
 
     @property
     def smallest(self) -> NDArray[np.int64]:
-        """Smallest size at which each query's prediction flips, ``(Q,)``; −1 where none does."""
+        """Smallest size at which each query's prediction flips, ``(K,)``; −1 where none does."""
         flips = self.flipped > 0.5
         return np.where(flips.any(axis=1), self.sizes[flips.argmax(axis=1)], -1)
+
+    def __str__(self) -> str:
+        """Render the fractions with their intervals in one line."""
+        steps = zip(self.sizes, self.fraction, self.interval, strict=True)
+        text = ", ".join(f"{value:.2f} [{low:.2f}, {high:.2f}] at {size}" for size, value, (low, high) in steps)
+        return f"fraction of {len(self.queries)} queries flipped: {text}"
+
+
+@dataclass(frozen=True)
+class RemovalDifference:
+    """Fraction flipped by one method's removals minus that of another's, at each size.
+
+    Attributes:
+        sizes: ``(S,)``.
+        value: the differences, ``(S,)``.
+        interval: their 95 % paired bootstrap intervals over queries, ``(S, 2)``.
+    """
+
+    sizes: NDArray[np.int64]
+    value: Floats
+    interval: Floats
+
+    @property
+    def significant(self) -> NDArray[np.bool_]:
+        """Whether each interval excludes zero, ``(S,)``."""
+        return np.asarray((self.interval[:, 0] > 0) | (self.interval[:, 1] < 0))
 
 
 def subset_removal(
     scores: ArrayLike,
     baseline: ArrayLike,
-    train: TrainFunction,
+    train: TrainOne | TrainMany,
     sizes: Sequence[int],
     *,
+    correct: ArrayLike | None = None,
     higher_is_better: bool | None = None,
+    path: str | Path | None = None,
+    retrainings: int = 1,
+    group: int | None = None,
+    workers: int = 1,
+    settings: Mapping[str, Any] | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
 ) -> SubsetRemoval:
-    """Remove each query's most helpful examples in growing numbers, retrain, and count flipped predictions.
+    """Remove each query's most helpful examples in growing numbers, retrain, and see whose prediction flips.
 
-    Only examples that help are removed: a query with fewer of them than a size asks for loses those it has.
-    The better the attribution, the fewer removals flip a prediction (Bae et al. 2024,
-    https://arxiv.org/abs/2405.12186, section 5.2).
+    Only examples that help are removed: a query with fewer of them than a size asks for loses those it has. The better
+    the attribution, the fewer removals flip a prediction (Bae et al. 2024, https://arxiv.org/abs/2405.12186,
+    section 5.2). Some predictions flip because models of other seeds differ: see :func:`random_same_class` for a
+    baseline. Removals that coincide (of two queries, or of a query at two sizes) are retrained once.
 
     Args:
         scores: ``(Q, N)``; positive means that including the example raises the query's measurement.
-        baseline: prediction of each query by the model trained on everything, ``(Q,)``.
-        train: the retraining function, called once with all (size, query) pairs so that it can batch them;
-            ``train(kept, queries)`` gets index arrays of kept examples and the query each is for, and returns
-            predictions ``(len(kept),)``, or ``(len(kept), R)`` for R retrainings of each.
+        baseline: prediction of each query by the model trained on everything: numbers of classes, ``(Q,)``.
+        train: the function that :meth:`GroundTruth.fill` takes, here one that returns predicted classes: without
+            ``group`` ``train(kept, seed)`` trains on the examples ``kept`` and predicts all queries ``(Q,)``; with it,
+            ``train(kept, seeds)`` trains a model for each pair and predicts ``(len(kept), Q)``.
         sizes: numbers of examples to remove, increasing.
+        correct: ``(Q,)`` bool: queries to ask about, as a rule those predicted correctly, ``baseline == labels``;
+            None for all.
         higher_is_better: whether a higher measurement is better; default: the scores' own attribute, else True.
+        path: folder that keeps the predictions (a :class:`GroundTruth`): a killed run goes on from there. One folder
+            serves one method and one list of sizes. None for a temporary one.
+        retrainings: models trained for each removal, R.
+        group: how many models one call of ``train`` trains; None for one by one.
+        workers: processes of this machine that call ``train`` (more than one needs the ``parallel`` extra).
+        settings: whatever else decides the predictions, JSON-able, kept in ``path``; other ones are refused.
+        bootstrap: number of resamplings of the queries; 0 for none.
+        seed: where the retrainings' seeds start, and seed of the resampling.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: for wrong dimensions, non-finite scores, or sizes that are not increasing or leave nothing.
-        MismatchError: if baseline or what train returns do not match the queries.
+        TypeError: if baseline holds no numbers, or correct is not boolean.
+        ValueError: for wrong dimensions, non-finite scores, no query to ask about, or sizes that are not increasing or
+            leave nothing.
+        MismatchError: if baseline, correct or what train returns do not match the queries, or path holds another
+            method's removals.
+        SourceProjError: if path holds something else, or is damaged.
 
     Example:
-        >>> def train(kept, queries):  # a query is predicted right while examples 0 and 1 are both there
-        ...     return [int({0, 1} <= set(k.tolist())) for k in kept]
+        >>> def train(kept, seed):  # both queries are predicted right while examples 0 and 1 are both there
+        ...     return [int({0, 1} <= set(kept.tolist()))] * 2
         >>> scores = np.array([[0.9, 0.8, 0.1, -0.5], [0.1, 0.2, 0.3, 0.4]])
-        >>> subset_removal(scores, [1, 1], train, sizes=[1, 3]).counts
-        array([1, 2])
+        >>> subset_removal(scores, [1, 1], train, sizes=[1, 3]).fraction
+        array([0.5, 1. ])
     """
-    helpful = np.asarray(scores, dtype=np.float64)
+    helpful, base, steps = np.asarray(scores, dtype=np.float64), np.asarray(baseline), np.asarray(sizes)
+    _check(helpful, base, steps)
+    queries = _asked(correct, len(base))
     if higher_is_better is None:
         higher_is_better = bool(getattr(scores, "higher_is_better", True))
-    base, steps = np.asarray(baseline), np.asarray(sizes)
-    _check(helpful, base, steps)
-    if not higher_is_better:
-        helpful = -helpful
-    count, n = helpful.shape
-    order = np.argsort(-helpful, axis=1, kind="stable")
-    removed = np.minimum(steps[None, :], (helpful > 0).sum(axis=1, keepdims=True))  # (Q, S)
-    queries = np.repeat(np.arange(count), len(steps))
-    kept = [np.setdiff1d(np.arange(n), order[q, :k]) for q, k in zip(queries, removed.ravel(), strict=True)]
-    predictions = np.asarray(train(kept, queries))
-    if predictions.ndim not in (1, 2) or len(predictions) != len(kept):
+    removed, masks, row = _removals(helpful if higher_is_better else -helpful, queries, steps)
+    weights = bootstrap_weights(len(queries), bootstrap, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder) / "removal" if path is None else path
+        truth = GroundTruth.of_masks(where, masks, len(base), retrainings=retrainings, seed=seed, settings=settings)
+        predicted = truth.fill(train, group=group, workers=workers, progress=progress).outcomes  # (masks, R, Q)
+    own = predicted[row, :, queries[:, None]]  # (K, S, R): of each removal, its own query's prediction
+    flipped = np.asarray((own != base[queries, None, None]).mean(axis=2))
+    replicates = weights @ flipped / len(queries)
+    return SubsetRemoval(
+        sizes=steps,
+        queries=queries,
+        removed=removed,
+        flipped=flipped,
+        interval=_intervals(replicates),
+        replicates=replicates,
+        draws=hashlib.sha256(f"{queries.tolist()} {steps.tolist()} {bootstrap} {seed}".encode()).hexdigest(),
+    )
+
+
+def compare_removal(first: SubsetRemoval, second: SubsetRemoval) -> RemovalDifference:
+    """Difference ``first − second`` of the fractions flipped, with paired bootstrap intervals over queries.
+
+    Raises:
+        MismatchError: if the two were not computed on the same queries and sizes with the same bootstrap and seed.
+    """
+    if first.draws != second.draws:
         raise MismatchError(
-            f"train must return predictions of shape ({len(kept)},) or ({len(kept)}, retrainings), "
-            f"got {predictions.shape}"
+            f"these removals are not paired: {len(first.queries)} queries and sizes {first.sizes.tolist()} against "
+            f"{len(second.queries)} and {second.sizes.tolist()}; use the same ones, and the same bootstrap and seed"
         )
-    flipped = predictions.reshape(len(kept), -1) != base[queries, None]
-    return SubsetRemoval(steps, removed, flipped.mean(axis=1).reshape(count, len(steps)))
+    return RemovalDifference(
+        first.sizes, first.fraction - second.fraction, _intervals(first.replicates - second.replicates)
+    )
 
 
-def _check(scores: NDArray[np.float64], baseline: NDArray[np.generic], sizes: NDArray[np.int64]) -> None:
+def random_same_class(train_labels: ArrayLike, query_labels: ArrayLike, *, seed: int = 0) -> Floats:
+    """Scores ``(Q, N)`` that a method must beat: a random order of the examples of each query's own class.
+
+    Positive for examples of the class, each query with an order of its own; 0 for all others.
+
+    Raises:
+        ValueError: if labels are not vectors, or a query's class has no training example.
+
+    Example:
+        >>> (random_same_class([0, 1, 1, 0], [1, 0]) > 0).astype(int)
+        array([[0, 1, 1, 0],
+               [1, 0, 0, 1]])
+    """
+    known, asked = np.asarray(train_labels), np.asarray(query_labels)
+    if known.ndim != 1 or asked.ndim != 1:
+        raise ValueError(f"labels must be vectors, got shapes {known.shape} and {asked.shape}")
+    same = asked[:, None] == known[None, :]  # (Q, N)
+    alone = np.flatnonzero(~same.any(axis=1))
+    if len(alone):
+        raise ValueError(f"query {alone[0]} is of class {asked[alone[0]]}, of which there is no training example")
+    order = np.random.default_rng(seed).permuted(np.tile(np.arange(1, len(known) + 1), (len(asked), 1)), axis=1)
+    return np.where(same, order / len(known), 0.0)
+
+
+def _removals(
+    helpful: Floats, queries: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
+    """How many are removed ``(K, S)``, the different masks ``(M, N)``, and which of them is whose ``(K, S)``."""
+    own = helpful[queries]
+    order = np.argsort(-own, axis=1, kind="stable")
+    removed = np.minimum(sizes[None, :], (own > 0).sum(axis=1, keepdims=True))
+    row = np.empty(removed.shape, dtype=np.int64)
+    masks: list[NDArray[np.bool_]] = []
+    known: dict[bytes, int] = {}
+    for place, count in np.ndenumerate(removed):
+        kept = np.ones(own.shape[1], dtype=bool)
+        kept[order[place[0], :count]] = False
+        row[place] = known.setdefault(np.packbits(kept).tobytes(), len(masks))
+        if row[place] == len(masks):
+            masks.append(kept)
+    return removed, np.stack(masks), row
+
+
+def _intervals(replicates: Floats) -> Floats:
+    """95 % percentile intervals of replicates ``(B, S)``: ``(S, 2)``."""
+    if len(replicates) == 0:
+        return np.full((replicates.shape[1], 2), np.nan)
+    return np.asarray(np.quantile(replicates, [0.025, 0.975], axis=0).T)
+
+
+def _asked(correct: ArrayLike | None, count: int) -> NDArray[np.int64]:
+    if correct is None:
+        return np.arange(count)
+    mask = np.asarray(correct)
+    if mask.dtype != np.bool_:
+        raise TypeError(f"correct must be boolean, such as baseline == labels; got dtype {mask.dtype}")
+    if mask.shape != (count,):
+        raise MismatchError(f"correct must mark each query, shape ({count},), got {mask.shape}")
+    if not mask.any():
+        raise ValueError("correct marks no query: the model predicts none of them correctly")
+    return np.flatnonzero(mask)
+
+
+def _check(scores: Floats, baseline: NDArray[np.generic], sizes: NDArray[np.int64]) -> None:
     if scores.ndim != 2 or scores.size == 0:
         raise ValueError(f"scores must have shape (queries, examples), got shape {scores.shape}")
     bad = np.argwhere(~np.isfinite(scores))
@@ -105,6 +254,8 @@ def _check(scores: NDArray[np.float64], baseline: NDArray[np.generic], sizes: ND
         raise ValueError(f"scores hold {len(bad)} values that are not finite, the first at {tuple(bad[0].tolist())}")
     if baseline.shape != (len(scores),):
         raise MismatchError(f"baseline must hold one prediction a query, shape ({len(scores)},), got {baseline.shape}")
+    if not (np.issubdtype(baseline.dtype, np.number) or baseline.dtype == np.bool_):
+        raise TypeError(f"baseline must hold numbers of classes, got dtype {baseline.dtype}")
     whole = sizes.ndim == 1 and sizes.size > 0 and np.issubdtype(sizes.dtype, np.integer)
     if not whole or sizes[0] < 1 or (np.diff(sizes) <= 0).any() or sizes[-1] >= scores.shape[1]:
         raise ValueError(

@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 
 from source_proj.errors import MismatchError
-from source_proj.evaluate import compare, half_subsets, lds, mean_lds, noise_ceiling
+from source_proj.evaluate import GroundTruth, calibration, compare, half_subsets, lds, mean_lds, noise_ceiling
 
 
 def problem(m=20, r=4, q=3, n=30, noise=1.0, seed=0):
@@ -121,6 +121,46 @@ def test_mean_over_runs():
     )
 
 
+def test_calibration_comes_along():
+    effect, masks, outcomes = problem()
+    result = lds(effect / 3, masks, outcomes, seed=2)
+    alone = calibration(effect / 3, masks, outcomes, seed=2)
+    assert (result.calibration.slope, result.calibration.interval) == (alone.slope, alone.interval)
+    assert f"slope {alone.slope:.3g}" in str(result)
+    without = lds(effect / 3, masks, outcomes, bootstrap=0).calibration
+    assert without.slope == alone.slope
+    assert np.isnan(without.interval).all()
+
+
+def test_mean_over_runs_has_the_mean_slope():
+    effect, masks, outcomes = problem()
+    runs = [lds(scale * effect, masks, outcomes) for scale in (0.5, 2.0)]
+    mean = mean_lds(runs).calibration
+    slopes = [run.calibration for run in runs]
+    assert mean.slope == pytest.approx((slopes[0].slope + slopes[1].slope) / 2)
+    np.testing.assert_allclose(mean.per_query, (slopes[0].per_query + slopes[1].per_query) / 2)
+    # One run's slope is four times the other's in every resampling, so the mean's interval is theirs, scaled.
+    np.testing.assert_allclose(mean.interval, np.array(slopes[1].interval) * 2.5)
+
+
+def test_a_ground_truth_stands_for_its_masks_and_outcomes(tmp_path):
+    effect, masks, outcomes = problem()
+    truth = GroundTruth.of_masks(tmp_path / "truth", masks, 3, retrainings=4)
+    cells = {tuple(np.flatnonzero(mask)): row for mask, row in zip(masks, outcomes, strict=True)}
+    truth.fill(lambda kept, seed: cells[tuple(kept)][seed // 1_000_003], progress=False)
+    one, other = lds(effect, truth), lds(effect, masks, outcomes)
+    assert (one.value, one.interval, one.ceiling, one.draws) == (
+        other.value,
+        other.interval,
+        other.ceiling,
+        other.draws,
+    )
+    assert calibration(effect, truth).slope == other.calibration.slope
+    assert noise_ceiling(truth) == noise_ceiling(outcomes)
+    with pytest.raises(TypeError, match="its own outcomes"):
+        lds(effect, truth, outcomes)
+
+
 def test_unpaired_results_are_refused():
     effect, masks, outcomes = problem()
     other = problem(seed=4)
@@ -178,7 +218,7 @@ def test_pure_noise_has_a_low_ceiling_and_never_a_complex_one():
 
 def bad(**changes):
     effect, masks, outcomes = problem()
-    return {"scores": effect, "masks": masks, "outcomes": outcomes, **changes}
+    return {"scores": effect, "truth": masks, "outcomes": outcomes, **changes}
 
 
 def with_nan(values):
@@ -193,11 +233,11 @@ EFFECT, MASKS, OUTCOMES = problem()
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"masks": MASKS.astype(int)}, TypeError, "boolean"),
-        ({"masks": MASKS[0]}, ValueError, r"shape \(subsets, examples\)"),
-        ({"masks": MASKS[:0], "outcomes": OUTCOMES[:0]}, ValueError, "shape"),
-        ({"masks": MASKS[:2], "outcomes": OUTCOMES[:2]}, ValueError, "at least 3"),
-        ({"masks": MASKS[:-1]}, MismatchError, "19 subsets but outcomes 20"),
+        ({"truth": MASKS.astype(int)}, TypeError, "boolean"),
+        ({"truth": MASKS[0]}, ValueError, r"shape \(subsets, examples\)"),
+        ({"truth": MASKS[:0], "outcomes": OUTCOMES[:0]}, ValueError, "shape"),
+        ({"truth": MASKS[:2], "outcomes": OUTCOMES[:2]}, ValueError, "at least 3"),
+        ({"truth": MASKS[:-1]}, MismatchError, "19 subsets but outcomes 20"),
         ({"outcomes": OUTCOMES[:, :, :, None]}, ValueError, "outcomes must have shape"),
         ({"outcomes": with_nan(OUTCOMES)}, ValueError, r"\(0, 2, 1\)"),
         ({"outcomes": np.ones_like(OUTCOMES)}, ValueError, "same on every subset"),
@@ -208,6 +248,7 @@ EFFECT, MASKS, OUTCOMES = problem()
         ({"scores": np.zeros_like(EFFECT)}, ValueError, r"queries \[0, 1, 2\]"),
         ({"scores": np.full_like(EFFECT, 0.1)}, ValueError, "same value for every subset"),
         ({"bootstrap": -1}, ValueError, "-1"),
+        ({"outcomes": None}, TypeError, "give both, or one GroundTruth"),
     ],
 )
 def test_degenerate_input_is_refused(changes, error, message):

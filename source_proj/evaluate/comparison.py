@@ -1,0 +1,211 @@
+"""Compare attribution methods on the same retrainings, each at its best setting, chosen on other queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from tqdm import tqdm
+
+from source_proj.evaluate.calibration import Calibration, calibration
+from source_proj.evaluate.linear_datamodeling import LDS, Difference, compare, lds, mean_lds
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Candidate", "Comparison", "Contestant", "compare_methods"]
+
+Matrix = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method at one setting.
+
+    Attributes:
+        method: its name; candidates of one name compete for the best setting.
+        setting: its setting, for the table.
+        scores: computes the scores ``(Q, N)`` of each training run, in order.
+        ensemble: computes the scores of all runs together, where that is not their mean (TRAK).
+        calibrated: whether the scores claim to be changes of the measurement.
+    """
+
+    method: str
+    setting: str
+    scores: Callable[[], Sequence[ArrayLike]]
+    ensemble: Callable[[], ArrayLike] | None = None
+    calibrated: bool = True
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """What came out for one method.
+
+    Attributes:
+        method: name.
+        setting: what was chosen; two settings where the halves of the queries chose differently.
+        single: LDS of one run's scores, mean over the runs.
+        spread: standard deviation of the LDS over the runs.
+        multiple: LDS of all runs' scores together; None for one run.
+        slope: calibration of the scores of all runs; None for similarities.
+        single_behind: LDS of the first method minus this one's, single runs.
+        multiple_behind: the same for all runs together.
+        scores: the scores of all runs together, ``(Q, N)``.
+    """
+
+    method: str
+    setting: str
+    single: LDS
+    spread: float
+    multiple: LDS | None
+    slope: Calibration | None
+    single_behind: Difference
+    multiple_behind: Difference | None
+    scores: Matrix = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcome, in the order in which the methods were given; differences are to the first."""
+
+    contestants: tuple[Contestant, ...]
+
+    def __getitem__(self, method: str) -> Contestant:
+        """Return the contestant of a name."""
+        for one in self.contestants:
+            if one.method == method:
+                return one
+        raise KeyError(f"no method {method!r}; there are {[one.method for one in self.contestants]}")
+
+    def table(self) -> pd.DataFrame:
+        """One row for each method and number of runs (needs the ``pandas`` extra).
+
+        Columns: method, runs ("single" or "multiple"), setting, lds, low, high (95 % bootstrap over subsets), spread
+        (over runs), ceiling, slope, slope_low, slope_high, and diff, diff_low, diff_high (the first method's LDS minus
+        this one's, paired).
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError('table needs pandas: pip install "source-proj[pandas]"') from error
+        rows = []
+        for one in self.contestants:
+            rows.append(_row(one, "single", one.single, one.single_behind))
+            if one.multiple is not None and one.multiple_behind is not None:
+                rows.append(_row(one, "multiple", one.multiple, one.multiple_behind))
+        return pd.DataFrame(rows)
+
+
+def compare_methods(
+    candidates: Sequence[Candidate], masks: ArrayLike, outcomes: ArrayLike, *, progress: bool = True
+) -> Comparison:
+    """LDS of every method, single and over several runs, with paired intervals.
+
+    The queries fall into two halves; the scores of each half come from the setting that was best on the other one (by
+    the mean LDS of single runs), so that no query has a say in the setting it is judged by, and every method is seen
+    at its best.
+
+    Args:
+        candidates: methods and settings; the first one's method is what the others are compared with.
+        masks: ``(M, N)`` bool; True marks an example that a subset keeps.
+        outcomes: measurements ``(M, R, Q)``.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError, MismatchError: see :func:`lds`; ValueError also for no candidates, or two of one name and setting.
+
+    Example:
+        >>> from source_proj.evaluate import half_subsets
+        >>> masks, rng = half_subsets(40, 25), np.random.default_rng(0)
+        >>> effect, noise = rng.normal(size=(2, 6, 40))
+        >>> right = Candidate("right", "", lambda: [effect, effect])
+        >>> wrong = Candidate("wrong", "", lambda: [noise, noise])
+        >>> found = compare_methods([right, wrong], masks, (masks @ effect.T)[:, None], progress=False)
+        >>> round(found["right"].single.value, 6), found["wrong"].single_behind.significant
+        (1.0, True)
+    """
+    names = [(one.method, one.setting) for one in candidates]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"candidates need different pairs of method and setting, at least one; got {names}")
+    by_method: dict[str, list[Candidate]] = {}
+    for one in candidates:
+        by_method.setdefault(one.method, []).append(one)
+    found: list[Contestant] = []
+    with tqdm(total=len(candidates), desc="score", unit="setting", delay=2, disable=not progress) as bar:
+        for own in by_method.values():
+            found.append(_judge(own, np.asarray(masks), np.asarray(outcomes), found[0] if found else None, bar))
+    return Comparison(tuple(found))
+
+
+def _judge(
+    own: Sequence[Candidate], masks: Matrix, outcomes: Matrix, first: Contestant | None, bar: tqdm[Any]
+) -> Contestant:
+    runs: dict[str, list[Matrix]] = {}
+    quality: dict[str, Matrix] = {}
+    for candidate in own:
+        bar.set_postfix_str(f"{candidate.method}, {candidate.setting}"[:50])
+        runs[candidate.setting] = [np.asarray(one, dtype=np.float32) for one in candidate.scores()]
+        per_run = [lds(one, masks, outcomes, bootstrap=0).per_query for one in runs[candidate.setting]]
+        quality[candidate.setting] = np.mean(per_run, axis=0)
+        bar.update()
+    chosen = _choose(quality)
+    even, odd = (runs[setting] for setting in chosen)
+    singles = [lds(_mix(a, b), masks, outcomes) for a, b in zip(even, odd, strict=True)]
+    single = mean_lds(singles)
+    combined = {setting: _together(own, setting, runs[setting]) for setting in dict.fromkeys(chosen)}
+    scores = _mix(*(combined[setting] for setting in chosen))
+    multiple = lds(scores, masks, outcomes) if len(singles) > 1 else None
+    together_first = first.multiple if first is not None else multiple
+    return Contestant(
+        method=own[0].method,
+        setting=" / ".join(dict.fromkeys(chosen)),
+        single=single,
+        spread=float(np.std([one.value for one in singles])),
+        multiple=multiple,
+        slope=calibration(scores, masks, outcomes) if own[0].calibrated else None,
+        single_behind=compare(first.single if first is not None else single, single),
+        multiple_behind=compare(together_first, multiple) if together_first and multiple else None,
+        scores=scores,
+    )
+
+
+def _choose(quality: Mapping[str, Matrix]) -> tuple[str, str]:
+    """For even and for odd queries: the setting that is best on the others."""
+    even, odd = (max(quality, key=lambda s: float(quality[s][other::2].mean())) for other in (1, 0))
+    return even, odd
+
+
+def _mix(even: Matrix, odd: Matrix) -> Matrix:
+    mixed = even.copy()
+    mixed[1::2] = odd[1::2]
+    return mixed
+
+
+def _together(own: Sequence[Candidate], setting: str, runs: Sequence[Matrix]) -> Matrix:
+    (candidate,) = (one for one in own if one.setting == setting)
+    if candidate.ensemble is None or len(runs) == 1:
+        return np.asarray(np.mean(runs, axis=0))
+    return np.asarray(candidate.ensemble(), dtype=np.float32)
+
+
+def _row(one: Contestant, runs: str, result: LDS, behind: Difference) -> dict[str, Any]:
+    nothing = (float("nan"), float("nan"))
+    return {
+        "method": one.method,
+        "runs": runs,
+        "setting": one.setting,
+        "lds": result.value,
+        "low": result.interval[0],
+        "high": result.interval[1],
+        "spread": one.spread,
+        "ceiling": float("nan") if result.ceiling is None else result.ceiling,
+        "slope": float("nan") if one.slope is None else one.slope.slope,
+        "slope_low": (one.slope.interval if one.slope else nothing)[0],
+        "slope_high": (one.slope.interval if one.slope else nothing)[1],
+        "diff": behind.value,
+        "diff_low": behind.interval[0],
+        "diff_high": behind.interval[1],
+    }

@@ -1,0 +1,340 @@
+"""Retraining, the judge of all attribution: paid once, kept in a zarr store, resumable and sharable."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import zarr
+from numpy.typing import ArrayLike, NDArray
+from tqdm import tqdm
+
+from source_proj.bank.files import publish
+from source_proj.errors import MismatchError, SourceProjError
+from source_proj.evaluate._truth_files import (
+    FORMAT,
+    VERSION,
+    array_of,
+    contrast,
+    create,
+    digest,
+    opened,
+    plain,
+    read,
+    undone,
+)
+from source_proj.evaluate.retrain import half_subsets
+
+__all__ = ["GroundTruth", "TrainMany", "TrainOne"]
+
+TrainOne = Callable[[NDArray[np.int64], int], ArrayLike]
+"""``train(kept, seed)``: train on the examples ``kept``, measure the queries ``(Q,)``."""
+
+TrainMany = Callable[[list[NDArray[np.int64]], list[int]], ArrayLike]
+"""``train(kept, seeds)``: train one model for each pair, measure the queries with each ``(len(kept), Q)``."""
+
+Cells = list[tuple[int, int]]  # (subset, retraining)
+
+_STRIDE = 1_000_003  # seeds of subset j: seed + j, then again _STRIDE further for every retraining of it
+
+
+class GroundTruth:
+    """What models retrained on subsets of the training set measured of the queries.
+
+    A folder in zarr v3: ``masks`` ``(M, N)`` and ``outcomes`` ``(M, R, Q)``, one chunk a retraining, NaN where it is
+    still to be done. Whatever a killed process had finished stays; any number of processes may fill one store.
+    Make one with :meth:`subsets`, :meth:`leave_one_out` or :meth:`of_masks`, each of which opens the store again where
+    it is there already, and refuses one that was made for something else.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> truth = GroundTruth.subsets(f"{folder}/truth", 10, 2, count=4, retrainings=3)
+        >>> truth
+        GroundTruth(4 subsets of 10 examples x 3 retrainings x 2 queries, 0 of 12 retrainings done)
+        >>> def train(kept, seed):  # a user's own function: train on these, return each query's measurement
+        ...     return [kept.sum(), len(kept)]
+        >>> truth.fill(train, progress=False).complete
+        True
+        >>> truth.outcomes[0, :, 1]
+        array([5., 5., 5.])
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._group, attributes = opened(self.path)
+        self.seed = int(cast(int, attributes["seed"]))
+        self.settings: dict[str, Any] = cast(dict[str, Any], attributes["settings"])
+        self.masks: NDArray[np.bool_] = np.asarray(read(self._array("masks"), self.path), dtype=np.bool_)
+        if digest(self.masks) != attributes["subsets"]:
+            raise SourceProjError(f"{self.path}: masks are not those that the store was made for: remove it")
+
+    def __repr__(self) -> str:
+        m, r, q = self.shape
+        done = m * r - len(self.missing())
+        return (
+            f"GroundTruth({m} subsets of {self.masks.shape[1]} examples x {r} retrainings x {q} queries, "
+            f"{done} of {m * r} retrainings done)"
+        )
+
+    # Making one --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def of_masks(
+        cls,
+        path: str | Path,
+        masks: ArrayLike,
+        n_queries: int,
+        *,
+        retrainings: int = 1,
+        seed: int = 0,
+        settings: Mapping[str, Any] | None = None,
+    ) -> "GroundTruth":
+        """Make a store for any subsets, or open the one that is there.
+
+        Args:
+            path: the store's folder.
+            masks: ``(M, N)`` bool; True marks an example that is kept.
+            n_queries: Q.
+            retrainings: models trained on each subset, R; a store that has fewer grows, one that has more keeps them.
+            seed: where the retrainings' seeds start.
+            settings: whatever else decides the outcomes (model, epochs, …), JSON-able: a store made under other
+                settings is refused.
+
+        Raises:
+            TypeError: if masks are not boolean, or settings not JSON-able.
+            ValueError: for wrong shapes or numbers, or an empty subset.
+            MismatchError: if there is a store of other subsets, queries, seed or settings.
+            SourceProjError: if there is something else, or a damaged store.
+        """
+        kept = np.asarray(masks)
+        if kept.dtype != np.bool_:
+            raise TypeError(f"masks must be boolean, True for a kept example; got dtype {kept.dtype}")
+        if kept.ndim != 2 or kept.size == 0:
+            raise ValueError(f"masks must have shape (subsets, examples), got {kept.shape}")
+        if not kept.any(axis=1).all():
+            empty = np.flatnonzero(~kept.any(axis=1)).tolist()
+            raise ValueError(f"subsets {empty[:10]} keep no example; there is nothing to train on")
+        if n_queries < 1 or retrainings < 1:
+            raise ValueError(f"n_queries and retrainings must be at least 1, got {n_queries} and {retrainings}")
+        description = {
+            "format": FORMAT,
+            "version": VERSION,
+            "seed": seed,
+            "settings": plain(settings or {}),
+            "subsets": digest(kept),
+            "queries": n_queries,
+        }
+        where = Path(path)
+        if not where.exists():
+            publish(where, lambda folder: create(folder, description, kept, retrainings), where)
+        truth = cls(where)
+        truth._require(description)
+        truth._grow(retrainings)
+        return truth
+
+    @classmethod
+    def subsets(
+        cls,
+        path: str | Path,
+        n: int,
+        n_queries: int,
+        *,
+        count: int = 100,
+        fraction: float = 0.5,
+        retrainings: int = 1,
+        seed: int = 0,
+        settings: Mapping[str, Any] | None = None,
+    ) -> "GroundTruth":
+        """Random subsets that hold a ``fraction`` of the n examples: what :func:`lds` needs.
+
+        Args:
+            path: the store's folder.
+            n: number of training examples, N.
+            n_queries: Q.
+            count: number of subsets, M.
+            fraction: the sampling ratio α, in (0, 1).
+            retrainings: models trained on each subset, R.
+            seed: seed of the subsets, and where the retrainings' seeds start.
+            settings: see :meth:`of_masks`.
+        """
+        masks = half_subsets(n, count, fraction=fraction, seed=seed)
+        return cls.of_masks(path, masks, n_queries, retrainings=retrainings, seed=seed, settings=settings)
+
+    @classmethod
+    def leave_one_out(
+        cls,
+        path: str | Path,
+        n: int,
+        n_queries: int,
+        examples: ArrayLike,
+        *,
+        retrainings: int = 1,
+        seed: int = 0,
+        settings: Mapping[str, Any] | None = None,
+    ) -> "GroundTruth":
+        """All n examples, then all but one of ``examples`` at a time: what :func:`leave_one_out` needs.
+
+        Raises:
+            ValueError: see :meth:`of_masks`; also for positions outside [0, n) or named twice.
+        """
+        left_out = np.asarray(examples)
+        whole = left_out.ndim == 1 and left_out.size > 0 and np.issubdtype(left_out.dtype, np.integer)
+        if not whole or left_out.min() < 0 or left_out.max() >= n or len(np.unique(left_out)) != len(left_out):
+            raise ValueError(f"examples must be different positions from 0 to {n - 1}, got {left_out.tolist()}")
+        masks = np.ones((len(left_out) + 1, n), dtype=bool)
+        masks[np.arange(len(left_out)) + 1, left_out] = False
+        return cls.of_masks(path, masks, n_queries, retrainings=retrainings, seed=seed, settings=settings)
+
+    # Filling it --------------------------------------------------------------------------------------------------
+
+    def fill(
+        self,
+        train: TrainOne | TrainMany,
+        *,
+        group: int | None = None,
+        workers: int = 1,
+        shard: tuple[int, int] = (0, 1),
+        progress: bool = True,
+    ) -> "GroundTruth":
+        """Retrain what is still missing; every outcome is on the disk as soon as it is known.
+
+        Args:
+            train: without ``group``, ``train(kept, seed)``: trains on the examples at positions ``kept`` and returns
+                each query's measurement ``(Q,)``. With it, ``train(kept, seeds)`` gets lists of up to that many, and
+                returns ``(len(kept), Q)``: for many small models in one tensor program (:func:`retrain`).
+            group: how many models one call trains; None for one by one.
+            workers: processes of this machine that call ``train`` (more than one needs the ``parallel`` extra).
+            shard: ``(i, n)``: do the i-th of n shares only, for processes started by hand or by a launcher.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: for numbers out of range, or measurements that are not finite; names subset and seed.
+            MismatchError: if ``train`` returns another shape.
+        """
+        index, shards = shard
+        if not 0 <= index < shards:
+            raise ValueError(f"shard must be (i, n) with 0 <= i < n, got {shard}")
+        if workers < 1 or (group is not None and group < 1):
+            raise ValueError(f"workers and group must be at least 1, got {workers} and {group}")
+        todo = [cell for cell in self.missing() if (cell[0] + cell[1] * len(self.masks)) % shards == index]
+        calls = [todo[start : start + (group or 1)] for start in range(0, len(todo), group or 1)]
+        with tqdm(total=len(todo), desc="retrain", unit="model", delay=2, disable=not progress) as bar:
+            for done in self._retrain(train, calls, group is not None, workers):
+                bar.update(done)
+        return self
+
+    def missing(self) -> list[tuple[int, int]]:
+        """(subset, retraining) pairs still to be done: every subset's first retraining first, then the second ones.
+
+        Raises:
+            SourceProjError: if an outcome on the disk is damaged.
+        """
+        return undone(read(self._array("outcomes"), self.path))
+
+    def seeds(self, subset: int) -> list[int]:
+        """Seeds of a subset's retrainings: other ones for every subset, the same however many there are."""
+        return [self._seed(subset, r) for r in range(self.shape[1])]
+
+    # Reading it --------------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Subsets M, retrainings R, queries Q."""
+        m, r, q = self._array("outcomes").shape
+        return m, r, q
+
+    @property
+    def complete(self) -> bool:
+        """Whether every retraining is done."""
+        return not self.missing()
+
+    @property
+    def outcomes(self) -> NDArray[np.float64]:
+        """Measurements ``(M, R, Q)``.
+
+        Raises:
+            SourceProjError: if retrainings are missing, or damaged on the disk.
+        """
+        found = np.asarray(read(self._array("outcomes"), self.path), dtype=np.float64)
+        missing = undone(found)
+        if missing:
+            raise SourceProjError(
+                f"{self.path}: {len(missing)} of {found.shape[0] * found.shape[1]} retrainings are missing, the first "
+                f"of them subset {missing[0][0]}, retraining {missing[0][1]}: call fill(train)"
+            )
+        return found
+
+    # Inside ------------------------------------------------------------------------------------------------------
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        return array_of(self._group, name, self.path)
+
+    def _require(self, description: Mapping[str, Any]) -> None:
+        for key, wanted in description.items():
+            found = self._group.attrs.get(key)
+            if found != wanted:
+                raise MismatchError(
+                    f"the ground truth in {self.path} was made with {contrast(key, found, wanted)}: "
+                    "give another path, or remove it"
+                )
+
+    def _seed(self, subset: int, retraining: int) -> int:
+        return self.seed + subset + _STRIDE * retraining
+
+    def _grow(self, retrainings: int) -> None:
+        m, r, q = self.shape
+        if retrainings > r:
+            self._array("outcomes").resize((m, retrainings, q))
+
+    def _retrain(
+        self, train: Callable[..., ArrayLike], calls: Sequence[Cells], grouped: bool, workers: int
+    ) -> Iterable[int]:
+        outcomes = self.path.resolve() / "outcomes"
+        jobs = (
+            (cells, [np.flatnonzero(self.masks[j]) for j, _ in cells], [self._seed(j, r) for j, r in cells])
+            for cells in calls
+        )
+        if workers == 1:
+            return (_retrain(train, grouped, outcomes, *job) for job in jobs)
+        try:
+            from joblib import Parallel, delayed
+        except ImportError as error:
+            raise ImportError('several workers need joblib: pip install "source-proj[parallel]"') from error
+        parallel = Parallel(n_jobs=workers, return_as="generator", batch_size=1)
+        numbers: Iterable[int] = parallel(delayed(_retrain)(train, grouped, outcomes, *job) for job in jobs)
+        return numbers
+
+
+def _retrain(
+    train: Callable[..., ArrayLike],
+    grouped: bool,
+    outcomes: Path,
+    cells: Cells,
+    kept: list[NDArray[np.int64]],
+    seeds: list[int],
+) -> int:
+    """Train, check and write; return the number of retrainings.
+
+    Where there are several workers this runs in their processes: what one has measured is on the disk, whatever happens
+    to the others or to the process that started them.
+    """
+    measured = np.asarray(train(kept, seeds) if grouped else [train(kept[0], seeds[0])], dtype=np.float64)
+    array = zarr.open_array(outcomes, mode="r+")
+    queries = array.shape[2]
+    if measured.shape != (len(cells), queries):
+        raise MismatchError(
+            f"train returned measurements of shape {measured.shape if grouped else measured.shape[1:]} for "
+            f"{len(cells)} model(s) and {queries} queries; it must measure every query"
+        )
+    finite = np.isfinite(measured)
+    for cell, row in zip(cells, measured, strict=True):
+        if np.isfinite(row).all():
+            array[cell] = row
+    if not finite.all():
+        model, query = np.argwhere(~finite)[0]
+        raise ValueError(
+            f"training on subset {cells[model][0]} with seed {seeds[model]} measured {measured[model, query]} for "
+            f"query {query} ({(~finite).sum()} such in this call); did it diverge?"
+        )
+    return len(cells)
