@@ -5,7 +5,16 @@ from importlib.metadata import version
 from source_proj import evaluate
 from source_proj.bank import Bank, StageBank, build, open
 from source_proj.errors import BankError, GradientError, MismatchError, SourceProjError
-from source_proj.methods import GradCos, GradDot, InfluenceFunction, TracIn, Trak
+from source_proj.methods import (
+    GradCos,
+    GradDot,
+    Hydra,
+    InfluenceFunction,
+    RepSim,
+    TracIn,
+    Trak,
+    empirical_influence,
+)
 from source_proj.queries import QueryFeatures
 from source_proj.scores import Hits, PredictedChange, Scores
 from source_proj.sketch import Sketch
@@ -26,12 +35,14 @@ __all__ = [
     "GradDot",
     "GradientError",
     "Hits",
+    "Hydra",
     "InfluenceFunction",
     "MismatchError",
     "PredictedChange",
     "QueryFeatures",
     "Recorder",
     "Regression",
+    "RepSim",
     "Scores",
     "Segment",
     "SegmentScores",
@@ -45,6 +56,7 @@ __all__ = [
     "Trajectory",
     "Trak",
     "build",
+    "empirical_influence",
     "evaluate",
     "open",
 ]

@@ -14,16 +14,20 @@ import source_proj as sp
 
 ROOT = Path(sp.__file__).parent
 PUBLIC = [
-    "CausalLM", "Checkpoint", "Classification", "GradCos", "GradDot", "InfluenceFunction", "Recorder", "Regression",
-    "Scores", "SGD", "Sketch", "Source", "Stage", "Task", "TracIn", "Trajectory", "Trak", "build", "evaluate", "open",
+    "CausalLM", "Checkpoint", "Classification", "GradCos", "GradDot", "Hydra", "InfluenceFunction", "Recorder",
+    "Regression", "RepSim", "Scores", "SGD", "Sketch", "Source", "Stage", "Task", "TracIn", "Trajectory", "Trak",
+    "build", "empirical_influence", "evaluate", "open",
 ]  # fmt: skip
 METHODS = {
     "Trajectory": ["from_stages", "from_recorder", "average_parameters"],
     "Recorder": ["step", "trajectory", "restore"],
     "Source": ["score", "top_k", "bottom_k", "self_influence", "by_segment", "fit"],
     "Scores": ["top_k", "bottom_k", "group", "predict_removal", "to_numpy", "to_zarr", "to_pandas"],
-    "evaluate": ["lds", "subset_removal", "mislabel"],
-    **{name: ["score", "top_k"] for name in ("TracIn", "Trak", "InfluenceFunction", "GradDot", "GradCos")},
+    "evaluate": ["lds", "subset_removal", "mislabel", "leave_one_out", "GroundTruth", "compare_methods"],
+    **{
+        name: ["score", "top_k"]
+        for name in ("TracIn", "Trak", "InfluenceFunction", "GradDot", "GradCos", "Hydra", "RepSim")
+    },
 }
 
 # From below to above: a room may use what stands before it, never what stands after it. Rooms on one line don't use

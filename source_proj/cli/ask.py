@@ -15,7 +15,7 @@ from source_proj.bank import open as open_bank
 from source_proj.cli.names import load_model, load_object, make_task, parse_damping, parse_segments
 from source_proj.cli.options import BankPaths, BatchSize, Device, Json, Model, Progress
 from source_proj.cli.output import emit, reports_errors, say, table
-from source_proj.methods import GradCos, GradDot, InfluenceFunction, TracIn, Trak
+from source_proj.methods import GradCos, GradDot, Hydra, InfluenceFunction, TracIn, Trak
 from source_proj.scores import Hits, Scores
 from source_proj.source import Source
 
@@ -27,6 +27,7 @@ class Method(StrEnum):
 
     source = "source"
     tracin = "tracin"
+    hydra = "hydra"
     trak = "trak"
     influence = "influence"
     grad_dot = "grad-dot"
@@ -44,6 +45,7 @@ class Curvature(StrEnum):
 _METHODS: dict[Method, Callable[..., Attributor]] = {
     Method.source: Source,
     Method.tracin: TracIn,
+    Method.hydra: Hydra,
     Method.trak: Trak,
     Method.influence: InfluenceFunction,
     Method.grad_dot: GradDot,

@@ -1,9 +1,12 @@
 """Other attribution methods on the same bank, one a file, with the same verbs as Source."""
 
+from source_proj.methods.empirical_influence import empirical_influence
 from source_proj.methods.grad_cos import GradCos
 from source_proj.methods.grad_dot import GradDot
+from source_proj.methods.hydra import Hydra
 from source_proj.methods.influence import InfluenceFunction
+from source_proj.methods.rep_sim import RepSim
 from source_proj.methods.tracin import TracIn
 from source_proj.methods.trak import Trak
 
-__all__ = ["GradCos", "GradDot", "InfluenceFunction", "TracIn", "Trak"]
+__all__ = ["GradCos", "GradDot", "Hydra", "InfluenceFunction", "RepSim", "TracIn", "Trak", "empirical_influence"]

@@ -37,6 +37,12 @@ def tracin(d: Dense) -> Tensor:
     return -sum(20 * 0.05 / 0.5 * q @ g.T for q, g in zip(d.q, d.g, strict=True)) / d.n
 
 
+def hydra(d: Dense) -> Tensor:
+    time, lam = 20 * 0.05 / 0.5, 1e-2
+    weights = [np.exp(-lam * time * (3 - c)) * (1 - np.exp(-lam * time)) / lam for c in range(4)]
+    return -sum(w * d.q[3] @ g.T for w, g in zip(weights, d.g, strict=True)) / d.n
+
+
 def influence(d: Dense, *, average: bool, damping: float | None) -> Tensor:
     checkpoints = [0, 1, 2, 3] if average else [3]
     h = d.hessian(checkpoints)
@@ -56,6 +62,7 @@ def cosine(d: Dense) -> Tensor:
 
 TABLE = {
     "tracin": (sp.TracIn, {}, tracin),
+    "hydra": (sp.Hydra, {}, hydra),
     "graddot": (sp.GradDot, {}, lambda d: -d.q[3] @ d.g[3].T / d.n),
     "gradcos": (sp.GradCos, {}, cosine),
     "influence": (sp.InfluenceFunction, {}, lambda d: influence(d, average=False, damping=None)),
