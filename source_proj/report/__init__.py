@@ -1,6 +1,6 @@
 """Report: attribution as one self-contained HTML page (needs the ``demo`` extra: jinja2 and Pillow)."""
 
-from source_proj.report.content import Attribution, Check, Example, Page, QuerySection
+from source_proj.report.content import Attribution, Check, Example, MethodLists, Page, QuerySection
 from source_proj.report.images import image_uri
 from source_proj.report.page import make_page, render, write_report
 
@@ -8,6 +8,7 @@ __all__ = [
     "Attribution",
     "Check",
     "Example",
+    "MethodLists",
     "Page",
     "QuerySection",
     "image_uri",

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Attribution", "Check", "Example", "Page", "QuerySection", "signed"]
+__all__ = ["Attribution", "Check", "Example", "MethodLists", "Page", "QuerySection", "signed"]
 
 
 def signed(value: float) -> str:
@@ -72,6 +72,23 @@ class Attribution:
 
 
 @dataclass(frozen=True)
+class MethodLists:
+    """What one method says of a query.
+
+    Attributes:
+        method: its name.
+        helpful: the most helpful training examples, strongest first.
+        harmful: the most harmful ones, strongest first.
+        unit: unit of this method's scores.
+    """
+
+    method: str
+    helpful: tuple[Attribution, ...]
+    harmful: tuple[Attribution, ...]
+    unit: str
+
+
+@dataclass(frozen=True)
 class QuerySection:
     """A query with the training examples that helped and harmed it most.
 
@@ -81,6 +98,8 @@ class QuerySection:
         harmful: the most harmful ones, strongest first.
         measurement: the query's measurement, or None.
         note: a sentence on why this query is shown.
+        method: name of the method whose lists these are; shown where it is not empty.
+        others: what other methods say of the same query.
     """
 
     example: Example
@@ -88,6 +107,8 @@ class QuerySection:
     harmful: tuple[Attribution, ...]
     measurement: float | None = None
     note: str = ""
+    method: str = ""
+    others: tuple[MethodLists, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from source_proj.report.content import Attribution, Check, Example, Page, QuerySection, signed
+from source_proj.report.content import Attribution, Check, Example, MethodLists, Page, QuerySection, signed
 from source_proj.report.images import image_uri
-from source_proj.scores import Scores
+from source_proj.scores import Hits, Scores
 from source_proj.source import SegmentScores
 
 __all__ = ["make_page", "render", "write_report"]
@@ -30,6 +30,8 @@ def make_page(
     class_names: ClassNames | None = None,
     picture: Callable[[Any], Any] | None = None,
     top: int = 5,
+    method: str = "",
+    others: Mapping[str, Scores] | None = None,
 ) -> Page:
     """Set each query beside its most helpful and most harmful training examples, with pictures, labels and scores.
 
@@ -47,9 +49,11 @@ def make_page(
         class_names: names of the classes; labels are shown as they are without it.
         picture: turns an input into a picture that :func:`image_uri` takes; default: the input itself.
         top: examples in each list; fewer where fewer have the list's sign.
+        method: name of the method that gave the scores, where others stand beside it.
+        others: scores of the same queries and training examples by other methods, under their names.
 
     Raises:
-        ValueError: if the data sets are not as long as the scores say, or the parts belong to other scores.
+        ValueError: if the data sets are not as long as the scores say, or parts or others belong to other scores.
         ImportError: without Pillow (extra ``demo``).
 
     Example:
@@ -65,33 +69,48 @@ def make_page(
         )
     if parts is not None and parts.values.shape[1:] != scores.shape:
         raise ValueError(f"parts of shape {parts.values.shape} do not go with scores of shape {scores.shape}")
+    others = others or {}
+    for name, other in others.items():
+        if other.shape != scores.shape:
+            raise ValueError(f"scores {name!r} of shape {other.shape} do not go with scores of shape {scores.shape}")
     show = _Showing(class_names, picture)
-    hits = {kind: getattr(scores, kind)(min(top, len(train_set))) for kind in ("helpful", "harmful")}
-    raises = {"helpful": scores.higher_is_better, "harmful": not scores.higher_is_better}
+    lists = _strongest(scores, train_set, show, top, parts)
+    beside = {name: _strongest(other, train_set, show, top) for name, other in others.items()}
+    sections = tuple(
+        QuerySection(
+            example=show(queries[query], id, None if predictions is None else predictions[query]),
+            helpful=lists[query][0],
+            harmful=lists[query][1],
+            measurement=None if measurements is None else float(measurements[query]),
+            note="" if notes is None else notes[query],
+            method=method,
+            others=tuple(MethodLists(name, *found[query], others[name].unit) for name, found in beside.items()),
+        )
+        for query, id in enumerate(scores.query_ids)
+    )
+    names = () if parts is None else tuple(segment.name for segment in parts.segments)
+    return Page(title, scores.unit, sections, segments=names, higher_is_better=scores.higher_is_better)
 
-    def strongest(kind: str, query: int) -> tuple[Attribution, ...]:
+
+def _strongest(
+    scores: Scores, train_set: Any, show: "_Showing", top: int, parts: SegmentScores | None = None
+) -> list[tuple[tuple[Attribution, ...], tuple[Attribution, ...]]]:
+    """For each query, its most helpful and its most harmful examples; only those whose score has the list's sign."""
+    k = min(top, len(train_set))
+
+    def listed(query: int, hits: Hits, raises: bool) -> tuple[Attribution, ...]:
         return tuple(
             Attribution(
                 show(train_set[int(one)], scores.train_ids[one]),
                 float(value),
                 () if parts is None else tuple(float(part) for part in parts.values[:, query, one]),
             )
-            for one, value in zip(hits[kind].indices[query], hits[kind].scores[query], strict=True)
-            if (value > 0 if raises[kind] else value < 0)
+            for one, value in zip(hits.indices[query], hits.scores[query], strict=True)
+            if (value > 0 if raises else value < 0)
         )
 
-    sections = tuple(
-        QuerySection(
-            example=show(queries[query], id, None if predictions is None else predictions[query]),
-            helpful=strongest("helpful", query),
-            harmful=strongest("harmful", query),
-            measurement=None if measurements is None else float(measurements[query]),
-            note="" if notes is None else notes[query],
-        )
-        for query, id in enumerate(scores.query_ids)
-    )
-    names = () if parts is None else tuple(segment.name for segment in parts.segments)
-    return Page(title, scores.unit, sections, segments=names, higher_is_better=scores.higher_is_better)
+    helpful, harmful, up = scores.helpful(k), scores.harmful(k), scores.higher_is_better
+    return [(listed(query, helpful, up), listed(query, harmful, not up)) for query in range(len(scores))]
 
 
 @dataclass(frozen=True)

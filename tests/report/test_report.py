@@ -12,6 +12,7 @@ from source_proj.report import (
     Attribution,
     Check,
     Example,
+    MethodLists,
     Page,
     QuerySection,
     image_uri,
@@ -105,6 +106,29 @@ def test_all_zero_parts_have_no_share():
     assert Attribution(Example("a", "b"), 0.0, (0.0, 0.0)).shares == (0.0, 0.0)
 
 
+def test_other_methods_stand_below_with_their_own_unit():
+    other = Scores(-small_scores().values, ["q0", "q1"], ["a", "b", "c", "d"], unit="cosine")
+    page = small_page(method="SOURCE", others={"RepSim": other}, top=1)
+    first, _ = page.sections
+    assert first.method == "SOURCE"
+    assert [one.method for one in first.others] == ["RepSim"]
+    assert [(hit.example.id, hit.score) for hit in first.others[0].helpful] == [("b", 0.25)]
+    assert [(hit.example.id, hit.score) for hit in first.others[0].harmful] == [("a", -0.5)]
+    html = render(page)
+    assert html.count('<span class="unit"> logit margin') == html.count('<span class="unit"> cosine') == 4
+    assert re.findall(r'class="method">(\w+)<', html) == ["SOURCE", "RepSim"] * 2
+    assert Reader(html).open == []
+
+
+def test_one_method_goes_unnamed():
+    assert 'class="method"' not in render(small_page())
+
+
+def test_other_scores_must_be_of_the_same_examples():
+    with pytest.raises(ValueError, match=r"scores 'TRAK' of shape \(1, 1\)"):
+        small_page(others={"TRAK": Scores(np.ones((1, 1)), [0], [0], unit="u")})
+
+
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="got 2 and 3"):
         make_page("t", small_scores(), small_data(3), small_data(2))
@@ -138,13 +162,15 @@ EVIL = '<script>alert("x")</script>'
 def test_every_text_is_escaped():
     example = Example(EVIL, EVIL, text=EVIL, prediction=EVIL)
     hit = Attribution(example, 0.5, (0.25, 0.25))
+    other = MethodLists(EVIL, (hit,), (hit,), EVIL)
+    section = QuerySection(example, (hit,), (hit,), 1.0, EVIL, EVIL, (other,))
     page = Page(
-        EVIL, EVIL, (QuerySection(example, (hit,), (hit,), 1.0, EVIL),), EVIL, (EVIL, EVIL), ((EVIL, EVIL),),
+        EVIL, EVIL, (section,), EVIL, (EVIL, EVIL), ((EVIL, EVIL),),
         (Check(EVIL, 1.0, 1.0, 0.1, 3, EVIL),), EVIL,
     )  # fmt: skip
     html = render(page)
     assert "<script" not in html
-    assert Reader(html).text.count(EVIL) >= 15
+    assert Reader(html).text.count(EVIL) >= 24
 
 
 def test_text_inputs_are_shown_as_text():
