@@ -1,4 +1,4 @@
-"""What the examples share: image data sets in idx files, and a small cache for expensive arrays.
+"""What the examples share: image data sets in idx files.
 
 Images are read from ``<folder>/fashion_mnist/*.gz`` and ``<folder>/mnist/*.gz``, where folder is given by ``--data`` or
 the environment variable ``SOURCE_PROJ_DATA``. Files that are not there are downloaded from the data sets' public
@@ -8,20 +8,16 @@ sources into that folder (default: the user's cache folder) and checked against 
 import argparse
 import gzip
 import hashlib
-import io
-import json
 import os
 import urllib.request
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import platformdirs
 import torch
 from torch import Tensor
 
-__all__ = ["add_data_option", "cached_array", "digest", "load_images", "write_whole"]
+__all__ = ["add_data_option", "load_images", "write_whole"]
 
 SOURCES = {  # https://github.com/zalandoresearch/fashion-mnist#get-the-data; the MNIST mirror is torchvision's
     "fashion_mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
@@ -86,19 +82,3 @@ def write_whole(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def digest(settings: Mapping[str, Any]) -> str:
-    """Short name of some settings: other settings, other name."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def cached_array(folder: Path, settings: Mapping[str, Any], compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """Load the array computed earlier under exactly these settings, or compute and keep it."""
-    path = folder / f"{digest(settings)}.npy"
-    if not path.exists():
-        buffer = io.BytesIO()
-        np.save(buffer, compute())
-        write_whole(path.with_suffix(".json"), json.dumps(settings, indent=1, sort_keys=True).encode())
-        write_whole(path, buffer.getvalue())
-    return np.asarray(np.load(path))

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from source_proj.evaluate import half_subsets, lds
 from source_proj.task import Classification
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -46,56 +45,9 @@ def test_idx_files_are_read_and_foreign_ones_refused(tmp_path, monkeypatch):
     np.testing.assert_array_equal(y.numpy(), labels)
 
 
-def test_arrays_are_computed_once_a_setting(tmp_path):
-    from _data import cached_array
-
-    calls = []
-
-    def compute():
-        calls.append(1)
-        return np.arange(3) * len(calls)
-
-    first = cached_array(tmp_path, {"lr": 0.1}, compute)
-    np.testing.assert_array_equal(cached_array(tmp_path, {"lr": 0.1}, compute), first)
-    assert len(calls) == 1
-    assert not np.array_equal(cached_array(tmp_path, {"lr": 0.2}, compute), first)
-
-
 def test_margin_is_the_tasks_own():
     from _training import margin
 
     logits, labels = torch.randn(3, 7, 10), torch.randint(10, (7,))
     expected = [Classification().measurement(lambda _, one=one: one, (torch.zeros(7, 1), labels)) for one in logits]
     torch.testing.assert_close(margin(logits, labels), torch.stack(expected).double(), rtol=1e-5, atol=1e-5)
-
-
-class Fixed:
-    """Scores that are known beforehand, one array for each bank."""
-
-    def __init__(self, banks, table):
-        self.found = np.mean([table[bank] for bank in banks], axis=0)
-
-    def score(self, queries):
-        return self.found
-
-
-def test_no_query_has_a_say_in_its_own_setting():
-    """One setting is right for even queries, the other for odd ones: each half must get the other half's pick."""
-    from _comparison import Candidate, evaluate_methods
-
-    rng = np.random.default_rng(0)
-    truth, noise = rng.normal(size=(2, 6, 40))
-    masks = half_subsets(32, 30)
-    outcomes = (masks @ truth[:, :32].T)[:, None, :] + 0.1 * rng.normal(size=(30, 2, 6))
-    even = np.arange(6)[:, None] % 2 == 0
-    tables = {"even": [np.where(even, truth, noise)] * 2, "odd": [np.where(even, noise, truth)] * 2}
-    found = [
-        Candidate("best", "no choice", lambda banks: Fixed(banks, [truth, truth]), [0, 1]),
-        *[Candidate("rival", s, lambda banks, t=t: Fixed(banks, t), [0, 1]) for s, t in tables.items()],
-    ]
-    best, rival = evaluate_methods(found, None, masks, outcomes, columns=slice(0, 32))
-    assert best.single.value > 0.9
-    assert rival.setting == "odd / even"  # for even queries, then for odd ones
-    assert rival.single.value == lds(noise[:, :32], masks, outcomes, bootstrap=0).value
-    assert rival.ensemble.value == rival.single.value
-    assert rival.behind.value == best.single.value - rival.single.value

@@ -1,0 +1,171 @@
+"""Every method of the comparison, with the settings it may choose from."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from _problem import Problem
+
+import source_proj as sp
+from source_proj.evaluate import Candidate, GroundTruth
+
+__all__ = ["DEFAULT", "Run", "candidates"]
+
+DEFAULT = "SOURCE"
+RIDGES = [0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0]  # for TRAK, added to the eigenvalues of ΦᵀΦ/N
+DAMPINGS: list[Any] = ["noise", 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]  # for influence functions
+
+
+class Run(NamedTuple):
+    """One training run with one sketch seed.
+
+    Attributes:
+        trajectory: as recorded.
+        bank: of all stages.
+        first: of the first stage alone, queried at the end of that stage; the same as ``bank`` for one stage.
+        carried: of the first stage alone, queried at the final weights: the later stages are ignored.
+        averaged: built at parameters averaged within segments (the paper's Fast-Source).
+        smaller: like ``first``, with smaller sketches.
+    """
+
+    trajectory: sp.Trajectory
+    bank: sp.Bank
+    first: sp.Bank
+    carried: sp.Bank
+    averaged: sp.Bank
+    smaller: tuple[sp.Bank, ...]
+
+
+def candidates(problem: Problem, runs: Sequence[Run], extra_truth: GroundTruth | None) -> list[Candidate]:
+    """All methods; the first is SOURCE with its defaults."""
+    found = [*_source(problem, runs), *_influence(problem, runs), *_trak(problem, runs), *_plain(problem, runs)]
+    if extra_truth is not None:
+        masks, outcomes, unit = extra_truth.masks, extra_truth.outcomes, problem.task.unit
+        count = outcomes.shape[0] * outcomes.shape[1]
+        influence = [np.asarray(sp.empirical_influence(masks, outcomes, unit=unit))] * len(runs)
+        found.append(Candidate("Empirical influence", f"{count} retrainings of its own", lambda: influence))
+    if problem.kronecker:
+        found += _kronecker(problem, runs)
+    return found
+
+
+def _made(
+    problem: Problem, method: str, setting: str, banks: Sequence[sp.Bank], attributor: Callable[..., Any], *,
+    ensemble: bool = False, calibrated: bool = True, **choices: Any,
+) -> Candidate:  # fmt: skip
+    model, columns = problem.make_model(), slice(0, problem.n)
+
+    def score(*chosen: sp.Bank) -> np.ndarray:
+        built = attributor(list(chosen), model=model, progress=False, **choices)
+        return np.asarray(built.score(problem.queries))[:, columns]
+
+    together = partial(score, *banks) if ensemble else None
+    return Candidate(method, setting, lambda: [score(bank) for bank in banks], together, calibrated)
+
+
+def _source(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
+    whole = [run.bank for run in runs]
+    found = [_made(problem, DEFAULT, "defaults", whole, sp.Source)]
+    shortest = min(len(stage.checkpoints) for stage in runs[0].trajectory.stages)
+    more = min(3 if len(problem.train_sets) == 1 else 2, shortest)
+    if more > 1 and problem.sizes.sketches == 1:  # a decomposition for every segment: not for each of several sketches
+        found.append(_made(problem, "SOURCE, more segments", f"{more} a stage", whole, sp.Source, segments=more))
+    averaged = [run.averaged for run in runs]
+    return [*found, _made(problem, "SOURCE, averaged parameters", "defaults", averaged, sp.Source)]
+
+
+def _influence(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
+    found = []
+    for place, banks in _places(problem, runs):
+        for average, method in [(True, "Influence functions, averaged"), (False, "Influence functions")]:
+            for damping in DAMPINGS:
+                setting = f"damping {'tr(H)/k' if damping == 'noise' else damping}{place}"
+                choices = {"average": average, "damping": damping}
+                found.append(_made(problem, method, setting, banks, sp.InfluenceFunction, **choices))
+    return found
+
+
+def _trak(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
+    by_place = _places(problem, runs)
+    by_place += [("", [run.smaller[i] for run in runs]) for i in range(len(runs[0].smaller))]
+    return [
+        _made(
+            problem, "TRAK", f"k={banks[0].sketch.dim}, ridge {ridge:g}{place}", banks, sp.Trak,
+            ensemble=True, ridge=ridge,
+        )
+        for place, banks in by_place
+        for ridge in RIDGES
+    ]  # fmt: skip
+
+
+def _plain(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
+    """Methods without a Hessian."""
+    whole = [run.bank for run in runs]
+    found = [
+        _made(problem, "TracIn", "all checkpoints", whole, sp.TracIn),
+        _made(problem, "Hydra (fast)", "all checkpoints", whole, sp.Hydra),
+    ]
+    for place, banks in _places(problem, runs):
+        setting = f"final checkpoint{place}"
+        found.append(_made(problem, "GradDot", setting, banks, sp.GradDot))
+        found.append(_made(problem, "GradCos", setting, banks, sp.GradCos, calibrated=False))
+    sets: Any = problem.train_sets if len(problem.train_sets) > 1 else next(iter(problem.train_sets.values()))
+    similarity = partial(sp.RepSim, train_set=sets, layer=problem.layer)
+    return [*found, _made(problem, "RepSim", "last hidden layer", whole, similarity, calibrated=False)]
+
+
+def _places(problem: Problem, runs: Sequence[Run]) -> list[tuple[str, list[sp.Bank]]]:
+    """Banks that methods of one optimum may use: after several stages, two readings compete."""
+    if len(problem.train_sets) == 1:
+        return [("", [run.bank for run in runs])]
+    return [
+        (", queries at the end", [run.carried for run in runs]),
+        (", queries after stage one", [run.first for run in runs]),
+    ]
+
+
+def _kronecker(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
+    """EK-FAC references: influence functions at the end, and SOURCE as the paper instantiates it."""
+    import _kronecker as reference
+
+    distinct = list({id(run.trajectory): run for run in runs}.values())
+    model = problem.make_model()
+
+    def influence(damping: float | None) -> list[np.ndarray]:
+        data, stage = next(iter(problem.train_sets.values())), distinct[0].trajectory.stages[0]
+        return [
+            reference.ekfac_influence(
+                model, problem.task, run.trajectory.final.load(), data, problem.queries,
+                weight_decay=stage.optimizer.weight_decay, damping=damping,
+            )
+            for run in distinct
+        ]  # fmt: skip
+
+    def source(segments: int) -> list[np.ndarray]:
+        return [
+            reference.ekfac_source(
+                model, problem.task, _cut(run.trajectory, segments), dict(problem.train_sets), problem.queries
+            )
+            for run in distinct
+        ]
+
+    several = len(problem.train_sets) > 1
+    lengths = [1] if several else [1, min(3, len(runs[0].trajectory.stages[0].checkpoints))]
+    settings = [None, 1e-3, 1e-2, 1e-1]
+    return [
+        *[
+            Candidate("EK-FAC influence functions", f"damping {damping or '0.1 mean eigenvalue'}",
+                      partial(influence, damping))
+            for damping in settings
+        ],
+        *[
+            Candidate("EK-FAC SOURCE", f"{n} segment{'s' if n > 1 else ''} a stage", partial(source, n))
+            for n in dict.fromkeys(lengths)
+        ],
+    ]  # fmt: skip
+
+
+def _cut(trajectory: sp.Trajectory, segments: int) -> sp.Trajectory:
+    return sp.Trajectory.from_stages([dataclasses.replace(stage, segments=segments) for stage in trajectory.stages])

@@ -1,0 +1,163 @@
+"""From a task to its table: retrain, record, build banks, score by every method, compare, draw."""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _methods import DEFAULT, Run, candidates
+from _problem import Problem
+
+import source_proj as sp
+from source_proj.evaluate import Comparison, GroundTruth, compare_methods
+from source_proj.trajectory import Stage
+
+__all__ = ["banks", "ground_truth", "home", "run"]
+
+RUN_SEED = 10**8  # far from the seeds of retrainings
+
+
+def run(make_problem: Callable[[argparse.Namespace], Problem], parser: argparse.ArgumentParser) -> Comparison:
+    """Do one task with the options of the command line."""
+    options = parser.parse_args()
+    return compare(make_problem(options), options)
+
+
+def compare(problem: Problem, options: argparse.Namespace) -> Comparison:
+    """Do one task: everything that a killed process had finished is found in the cache."""
+    started = time.perf_counter()
+    truth = ground_truth(problem, options)
+    lap = _report(started, f"{problem.title}: {truth.shape[0]} subsets x {truth.shape[1]} retrainings")
+    extra = ground_truth(problem, options, of_its_own=True) if problem.kronecker else None
+    runs = banks(problem, options)
+    lap = _report(lap, f"{len(runs)} runs and their banks")
+    found = compare_methods(candidates(problem, runs, extra), truth.masks, truth.outcomes)
+    _report(lap, "fits and scores")
+    print("\n" + found.table().round(3).to_string(columns=["method", "runs", "setting", "lds", "low", "high", "slope"]))
+    if not options.quick:
+        write(problem, options, found, truth, runs, time.perf_counter() - started)
+    return found
+
+
+def home(problem: Problem, options: argparse.Namespace) -> Path:
+    """Folder of a task's runs, banks and retrainings: other settings, other folder."""
+    digest = hashlib.sha256(json.dumps(dict(problem.settings), sort_keys=True).encode()).hexdigest()[:12]
+    return Path(options.cache) / f"{problem.name}-{digest}"
+
+
+def ground_truth(problem: Problem, options: argparse.Namespace, *, of_its_own: bool = False) -> GroundTruth:
+    """Retrain on random halves; ``of_its_own`` gives other halves, once each, for empirical influence."""
+    sizes = problem.sizes
+    seed, retrainings, name = (10**7, 1, "own-retrainings") if of_its_own else (0, sizes.retrainings, "retrainings")
+    count = max(40, sizes.subsets) if of_its_own else sizes.subsets  # of few, one may hold all or none of an example
+    truth = GroundTruth.subsets(
+        home(problem, options) / name, problem.n, len(problem.queries), count=count,
+        retrainings=retrainings, seed=seed, settings=problem.settings,
+    )  # fmt: skip
+    workers = int(problem.extra.get("workers", 1))
+    return truth.fill(problem.retrain, group=problem.group, workers=workers)
+
+
+def banks(problem: Problem, options: argparse.Namespace) -> list[Run]:
+    """Record the runs that are attributed, and sketch their gradients."""
+    folder, sizes = home(problem, options), problem.sizes
+    model = problem.make_model()
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    runs = []
+    for index in range(sizes.runs):
+        trajectory = problem.record(RUN_SEED + index, folder / f"run-{index}")
+        if not index and "accuracy" in problem.extra:
+            print(f"run 0: {problem.extra['accuracy'](RUN_SEED, folder / 'run-0')}")
+        for own in range(sizes.sketches):
+            # Members of an ensemble get sketches of their own, so that their noise averages out.
+            seed = index * sizes.sketches + own
+            runs.append(_build(problem, options, trajectory, folder / f"banks-{index}-{own}", seed, size))
+    return runs
+
+
+def _build(
+    problem: Problem, options: argparse.Namespace, trajectory: sp.Trajectory, folder: Path, seed: int, size: int
+) -> Run:
+    def build(name: str, course: sp.Trajectory, dim: int, only_first: bool = False) -> sp.Bank:
+        # A sketch no smaller than the model would add noise and save nothing.
+        sketch = sp.Sketch(dim, seed=seed) if dim < size else sp.Sketch(size, "identity")
+        sets = dict(list(problem.train_sets.items())[: 1 if only_first else None])
+        names = [stage.name for stage in course.stages]
+        data: Any = next(iter(sets.values())) if len(names) == 1 and names[0] not in sets else sets
+        return sp.build(
+            problem.make_model(), problem.task, course, data, folder / f"{name}-{dim}", sketch=sketch,
+            device=options.device,
+        )  # fmt: skip
+
+    dim = problem.sizes.dim
+    whole = build("bank", trajectory, dim)
+    first = carried = whole
+    alone = trajectory
+    if len(trajectory.stages) > 1:
+        stage = trajectory.stages[0]
+        alone = sp.Trajectory.from_stages([stage])
+        first = build("first", alone, dim, only_first=True)
+        carried = build("carried", sp.Trajectory.from_stages([_ending_at(stage, trajectory)]), dim, only_first=True)
+    averaged = build("averaged", trajectory.average_parameters(), dim)
+    smaller = tuple(build("first", alone, k, only_first=True) for k in problem.sizes.smaller if k < min(dim, size))
+    return Run(trajectory, whole, first, carried, averaged, smaller)
+
+
+def _ending_at(stage: Stage, trajectory: sp.Trajectory) -> Stage:
+    """A stage whose queries are asked of the final network: later stages are ignored, S being the identity."""
+    end = trajectory.final
+    return dataclasses.replace(stage, final=sp.Checkpoint(end.path or end.load(), step=stage.checkpoints[-1].step))
+
+
+def write(
+    problem: Problem,
+    options: argparse.Namespace,
+    found: Comparison,
+    truth: GroundTruth,
+    runs: list[Run],
+    seconds: float,
+) -> None:
+    """Write table, facts, figure and panels into the results folder."""
+    from _panels import write_panels
+
+    from source_proj.evaluate import plot_lds
+
+    folder = Path(options.results)
+    folder.mkdir(parents=True, exist_ok=True)
+    table = found.table()
+    table.insert(0, "title", problem.title)
+    table.insert(0, "task", problem.name)
+    table.to_csv(folder / f"{problem.name}.csv", index=False, float_format="%.4f")
+    facts = {
+        "title": problem.title,
+        "notes": [*problem.notes, *([problem.scalar_metric] if problem.scalar_metric else [])],
+        "n": problem.n,
+        "queries": len(problem.queries),  # type: ignore[arg-type]
+        "unit": problem.task.unit,
+        "subsets": truth.shape[0],
+        "retrainings": truth.shape[1],
+        "runs": problem.sizes.runs,
+        "sketches": problem.sizes.sketches,
+        "dim": runs[0].bank.sketch.dim,
+        "sketch": runs[0].bank.sketch.kind,
+        "seconds": round(seconds),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+    }
+    (folder / f"{problem.name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    figure = plot_lds({one.method: one.single for one in found.contestants})
+    figure.savefig(folder / f"{problem.name}.png", dpi=120)
+    if problem.show is not None:
+        named = [DEFAULT, "TRAK", "TracIn", "Influence functions", "RepSim"]
+        write_panels(problem, {name: found[name].scores for name in named}, folder)
+
+
+def _report(since: float, what: str) -> float:
+    now = time.perf_counter()
+    print(f"{what}: {now - since:.0f} s", flush=True)
+    return now

@@ -1,0 +1,171 @@
+"""SOURCE taken apart: its scores for any function of the Hessian, any averaging, any part of the training run.
+
+The library's ``Source`` holds what proved best; the laboratory needs the alternatives too. Everything here works on the
+banks that the pipeline built, by the recursion of the library's own ``by_segment``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import source_proj as sp
+from source_proj.cache import cached_spectrum
+from source_proj.curvature import Curvature, Spectrum, forgetting, noise_floor, response
+from source_proj.operands import loss_gradients, mean_gradients
+from source_proj.queries import QueryFeatures
+from source_proj.trajectory import segment_times, split_segments
+
+__all__ = ["Recipe", "Response", "cross_scores", "features_of", "fit_scores", "floor_of", "plain"]
+
+Response = Callable[[float, float, float], Callable[[Tensor], Tensor]]
+"""Function of (time s, decay λ, noise floor ρ) to the function of eigenvalues that takes c's place."""
+
+
+def plain(multiple: float = 1.0) -> Response:
+    """The library's c, with ``multiple`` times the noise floor added to the eigenvalues."""
+    return lambda time, decay, floor: response(time, decay, multiple * floor)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to compute scores; the defaults are the library's.
+
+    Attributes:
+        curvature: which Hessian.
+        segments: number of segments a stage.
+        checkpoints: which checkpoints of each stage are used (negative numbers count from the end); None: all.
+        respond: c of a segment.
+        keep: multiple of the noise floor added to the eigenvalues in S.
+        time: factor on all time scales; infinity makes c an inverse.
+        decay: factor on the weight decay.
+        query: how many last checkpoints of the last stage the query's gradient is averaged over.
+    """
+
+    curvature: Curvature = "empirical_fisher"
+    segments: int = 1
+    checkpoints: tuple[int, ...] | None = None
+    respond: Response = field(default_factory=plain)
+    keep: float = 0.0
+    time: float = 1.0
+    decay: float = 1.0
+    query: int = 1
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment of a stage, with its spectrum."""
+
+    stage: int
+    checkpoints: tuple[int, ...]
+    time: float
+    decay: float
+    spectrum: Spectrum
+    floor: float
+
+
+def features_of(bank: sp.Bank, problem: Any, last: int) -> QueryFeatures:
+    """Sketched query gradients at the last few checkpoints of the last stage, and at the final weights."""
+    from source_proj.queries import sketch_queries
+
+    stage = len(bank.stages) - 1
+    count = bank.stages[stage].n_checkpoints
+    points = [bank.checkpoint(stage, c) for c in range(max(0, count - last), count)]
+    if bank.final_checkpoint().hash() not in {point.hash() for point in points}:
+        points.append(bank.final_checkpoint())
+    return sketch_queries(bank, problem.make_model(), problem.task, problem.queries, checkpoints=points, progress=False)
+
+
+def floor_of(bank: sp.Bank, spectrum: Spectrum) -> float:
+    """The noise floor ρ = tr(Ĥ)/k."""
+    return noise_floor(spectrum.trace, bank.sketch.dim, noise_free=bank.sketch.noise_free)
+
+
+def fit_scores(bank: sp.Bank, features: QueryFeatures, recipe: Recipe, rows: int) -> np.ndarray:
+    """Scores ``(Q, rows)`` of the first rows, those of the first stage."""
+    segments = _segments(bank, recipe)
+    query = _query(bank, features, recipe.query)
+    values = torch.zeros(len(query), rows)
+    for segment in reversed(segments):
+        own = recipe.respond(recipe.time * segment.time, recipe.decay * segment.decay, segment.floor)
+        if segment.stage == 0:
+            carried = segment.spectrum.multiply(query, own).float()
+            for operand in mean_gradients(bank, 0, segment.checkpoints, None):
+                part = carried @ operand.rows.T
+                values[:, operand.start : operand.stop].add_(part, alpha=-1 / bank.stages[0].n)
+        kept = forgetting(recipe.time * segment.time, recipe.decay * segment.decay)
+        extra = recipe.keep * segment.floor
+        query = segment.spectrum.multiply(query, lambda x, kept=kept, extra=extra: kept(x + extra))
+    return values.numpy()
+
+
+def _query(bank: sp.Bank, features: QueryFeatures, last: int) -> Tensor:
+    if last == 1:
+        return features.at(bank.final_checkpoint())
+    stage = len(bank.stages) - 1
+    count = bank.stages[stage].n_checkpoints
+    return torch.stack([features.at(bank.checkpoint(stage, c)) for c in range(max(0, count - last), count)]).mean(0)
+
+
+def _segments(bank: sp.Bank, recipe: Recipe) -> list[Segment]:
+    found = []
+    for index, stage in enumerate(bank.stages):
+        count = stage.n_checkpoints
+        used = sorted({c % count for c in recipe.checkpoints or range(count) if -count <= c < count})
+        groups = split_segments(len(used), min(recipe.segments, len(used)))
+        # Time goes by between checkpoints that are left out, too: it falls to the segment that ends next.
+        integrals = [0.0, *stage.spec["lr_integrals"]]
+        factor = segment_times(stage.spec, [list(range(count))])[0] / integrals[-1]
+        begin = 0.0
+        for number, group in enumerate(groups):
+            last = number == len(groups) - 1
+            end = integrals[-1] if last else integrals[used[group[-1]] + 1]
+            own = tuple(used[c] for c in group)
+            spectrum = _spectrum(bank, index, own, recipe.curvature)
+            decay = float(stage.spec["optimizer"]["weight_decay"])
+            found.append(Segment(index, own, factor * (end - begin), decay, spectrum, floor_of(bank, spectrum)))
+            begin = end
+    return found
+
+
+@lru_cache(maxsize=6)
+def _spectrum(bank: sp.Bank, stage: int, checkpoints: tuple[int, ...], curvature: Curvature) -> Spectrum:
+    return cached_spectrum(bank, stage, checkpoints, curvature)
+
+
+def cross_scores(first: sp.Bank, second: sp.Bank, features: Sequence[QueryFeatures], multiple: float) -> np.ndarray:
+    """Scores of one segment from two sketches of one run, neither of whose noise meets itself.
+
+    f(H) q = f(0) q + (1/N) Σ_i a_i (a_iᵀ h(H) q) with h(σ) = (f(σ) - f(0))/σ: the coefficients come from one sketch,
+    the inner products of a_i and q with g(z) from the other, and both orders are averaged.
+    """
+    both = [_crossed(a, b, fa, fb, multiple) for a, b, fa, fb in
+            [(first, second, features[0], features[1]), (second, first, features[1], features[0])]]  # fmt: skip
+    return np.asarray(np.mean(both, axis=0))
+
+
+def _crossed(a: sp.Bank, b: sp.Bank, fa: QueryFeatures, fb: QueryFeatures, multiple: float) -> np.ndarray:
+    stage, (segment,) = a.stages[0], _segments(a, Recipe())
+    function = plain(multiple)(segment.time, segment.decay, segment.floor)
+    zero = function(torch.zeros(1, dtype=torch.float64))
+
+    def slope(sigma: Tensor) -> Tensor:
+        safe = sigma.clamp(min=1e-12 * float(sigma.max()))
+        return (function(safe) - zero) / safe
+
+    count = stage.n * stage.n_checkpoints
+    inner = segment.spectrum.multiply(fa.at(a.final_checkpoint()), slope).float()
+    carried = float(zero) * fb.at(b.final_checkpoint())
+    for checkpoint in range(stage.n_checkpoints):
+        for own, other in zip(
+            loss_gradients(a, 0, checkpoint, None), loss_gradients(b, 0, checkpoint, None), strict=True
+        ):
+            carried += (inner @ own.rows.T) @ other.rows / count
+    values = torch.zeros(len(carried), stage.n)
+    for operand in mean_gradients(b, 0, range(stage.n_checkpoints), None):
+        values[:, operand.start : operand.stop] = -(carried @ operand.rows.T) / stage.n
+    return values.numpy()

