@@ -7,7 +7,7 @@ Each method's scores are a sum of terms, each the product of a query operand ``(
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from source_proj.scores import Hits, Scores, make_hits
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint
 
-__all__ = ["Attributor", "Term"]
+__all__ = ["Attributor", "QueryGradient", "Term", "check_query_gradient", "query_points"]
 
 _BLOCK_SCORES = 8 << 20
 """Scores held at once while streaming (32 MiB of float32)."""
@@ -29,6 +29,7 @@ _BLOCK_SCORES = 8 << 20
 _MIN_ROWS = 256
 _FEW = 32
 
+QueryGradient = Literal["mean", "final"]
 Queries = Any
 """A map-style dataset, a DataLoader, or what ``sketch(queries)`` returned."""
 
@@ -155,6 +156,17 @@ class Attributor(ABC):
         """Return the checkpoints at which queries are differentiated."""
         return [bank.final_checkpoint()]
 
+    def _query(self, bank: Bank, features: QueryFeatures) -> Tensor:
+        """Return the sketched query gradients ``(Q, k)``, the mean over the checkpoints where they are taken."""
+        points = self._query_points(bank)
+        total = features.at(points[0])
+        if len(points) == 1:
+            return total
+        total = total.clone()
+        for point in points[1:]:
+            total += features.at(point)
+        return total.div_(len(points))
+
     def _combine(self, products: list[Tensor], operands: list[Operand]) -> Tensor:  # noqa: ARG002
         """Combine all terms' products ``(Q, n)`` of a block: the sum, averaged over the banks."""
         total = products[0]
@@ -221,6 +233,24 @@ class Attributor(ABC):
             best, order = torch.topk(values, min(k, values.shape[1]), dim=1, largest=highest)
             where = torch.gather(positions, 1, order)
         return make_hits(where.numpy(), best.numpy(), self.banks[0].ids, features[0].ids, self.unit)
+
+
+def query_points(bank: Bank, query_gradient: QueryGradient | None) -> list[Checkpoint]:
+    """Return where a query is differentiated: by default at all checkpoints of the last stage, unless R is exact."""
+    if (query_gradient or ("final" if bank.sketch.noise_free else "mean")) == "final":
+        return [bank.final_checkpoint()]
+    stage = len(bank.stages) - 1
+    return [bank.checkpoint(stage, c) for c in range(bank.stages[stage].n_checkpoints)]
+
+
+def check_query_gradient(query_gradient: QueryGradient | None) -> None:
+    """Refuse what is no way to take a query's gradient.
+
+    Raises:
+        ValueError: unless it is ``"mean"``, ``"final"`` or None.
+    """
+    if query_gradient not in (None, *get_args(QueryGradient)):
+        raise ValueError(f"query_gradient must be 'mean', 'final' or None, got {query_gradient!r}")
 
 
 def _product(query: Tensor, rows: Tensor) -> Tensor:

@@ -20,7 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from source_proj.attributor import Attributor, Queries, Term
+from source_proj.attributor import (
+    Attributor,
+    Queries,
+    QueryGradient,
+    Term,
+    check_query_gradient,
+    query_points,
+)
 from source_proj.bank import Bank
 from source_proj.cache import FitCache, cached_spectrum
 from source_proj.curvature import Curvature, Damping, Spectrum, check_damping, damping_value, forgetting, response
@@ -28,7 +35,7 @@ from source_proj.operands import Operand, loss_gradients, mean_gradients
 from source_proj.queries import QueryFeatures
 from source_proj.scores import PredictedChange, Scores
 from source_proj.task import Task
-from source_proj.trajectory import segment_times, split_segments
+from source_proj.trajectory import Checkpoint, segment_times, split_segments
 
 __all__ = ["Segment", "SegmentScores", "Source"]
 
@@ -97,6 +104,11 @@ class Source(Attributor):
         curvature: ``"empirical_fisher"``, ``"gauss_newton"`` or ``"sampled_fisher"``.
         damping: added to the eigenvalues inside c: ``"noise"`` takes ρ = tr(Ĥ)/k, the sketch's own noise (0 for an
             exact sketch); a number is used as it is; None switches damping off.
+        query_gradient: where ∇m(q) is taken. ``"final"``: at the final weights, as the formula has it, one backward
+            pass a query. ``"mean"``: the mean over the checkpoints of the last stage, a backward pass at each. What a
+            single run's final weights say of a query is noisy; the mean is nearer to what retraining does on average,
+            and predicts it far better (README, "Measured"). Default: ``"mean"``, but ``"final"`` for an exact sketch,
+            whose scores are the formula's to the letter.
         batch_size: queries a backward pass.
         device: where products are computed and queries run.
         cache: keep spectra and B beside the bank (or in the user's cache folder where that is read-only).
@@ -135,6 +147,7 @@ class Source(Attributor):
         segments: Segments | None = None,
         curvature: Curvature = "empirical_fisher",
         damping: Damping = "noise",
+        query_gradient: QueryGradient | None = None,
         batch_size: int = 64,
         device: torch.device | str | None = None,
         cache: bool = True,
@@ -142,6 +155,8 @@ class Source(Attributor):
     ) -> None:
         super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
         check_damping(damping)
+        check_query_gradient(query_gradient)
+        self.query_gradient: QueryGradient | None = query_gradient
         self.curvature: Curvature = curvature
         self.damping: Damping = damping
         self.cache = cache
@@ -241,8 +256,11 @@ class Source(Attributor):
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
         matrix = self._matrix(bank)
-        query = features.at(bank.final_checkpoint()).to(matrix.device)
+        query = self._query(bank, features).to(matrix.device)
         return [Term(query, iter([Operand(0, len(matrix), matrix)]))]
+
+    def _query_points(self, bank: Bank) -> list[Checkpoint]:
+        return query_points(bank, self.query_gradient)
 
     def by_segment(self, queries: Queries) -> SegmentScores:
         """Split each score into the parts of the segments, by the recursion itself instead of B.
@@ -266,7 +284,7 @@ class Source(Attributor):
                 f"the runs of this ensemble have {len(values)} and {len(own)} segments; pass segments= to make "
                 "them comparable"
             )
-        query = features.at(bank.final_checkpoint())
+        query = self._query(bank, features)
         for index in reversed(range(len(own))):
             segment = own[index]
             found = self._spectrum(bank, segment.stage, segment.checkpoints)

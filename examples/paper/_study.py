@@ -22,13 +22,13 @@ from source_proj.trajectory import segment_times, split_segments
 
 __all__ = ["Recipe", "Response", "cross_scores", "features_of", "fit_scores", "floor_of", "plain"]
 
-Response = Callable[[float, float, float], Callable[[Tensor], Tensor]]
-"""Function of (time s, decay λ, noise floor ρ) to the function of eigenvalues that takes c's place."""
+Response = Callable[[float, float, float, Tensor], Callable[[Tensor], Tensor]]
+"""Function of (time s, decay λ, noise floor tr(Ĥ)/k, Ĥ's eigenvalues) to the function that takes c's place."""
 
 
 def plain(multiple: float = 1.0) -> Response:
     """The library's c, with ``multiple`` times the noise floor added to the eigenvalues."""
-    return lambda time, decay, floor: response(time, decay, multiple * floor)
+    return lambda time, decay, floor, _values: response(time, decay, multiple * floor)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ def fit_scores(bank: sp.Bank, features: QueryFeatures, recipe: Recipe, rows: int
     query = _query(bank, features, recipe.query)
     values = torch.zeros(len(query), rows)
     for segment in reversed(segments):
-        own = recipe.respond(recipe.time * segment.time, recipe.decay * segment.decay, segment.floor)
+        own = recipe.respond(
+            recipe.time * segment.time, recipe.decay * segment.decay, segment.floor, segment.spectrum.values
+        )
         if segment.stage == 0:
             carried = segment.spectrum.multiply(query, own).float()
             for operand in mean_gradients(bank, 0, segment.checkpoints, None):
@@ -150,7 +152,7 @@ def cross_scores(first: sp.Bank, second: sp.Bank, features: Sequence[QueryFeatur
 
 def _crossed(a: sp.Bank, b: sp.Bank, fa: QueryFeatures, fb: QueryFeatures, multiple: float) -> np.ndarray:
     stage, (segment,) = a.stages[0], _segments(a, Recipe())
-    function = plain(multiple)(segment.time, segment.decay, segment.floor)
+    function = plain(multiple)(segment.time, segment.decay, segment.floor, segment.spectrum.values)
     zero = function(torch.zeros(1, dtype=torch.float64))
 
     def slope(sigma: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ from _study import Recipe, Response, cross_scores, features_of, fit_scores, plai
 from torch import Tensor
 
 import source_proj as sp
+from source_proj.cache import cached_spectrum
+from source_proj.curvature import response
 from source_proj.evaluate import LDS, GroundTruth, compare, lds, mean_lds
 
 TASKS = ["fashion_mnist", "fashion_mnist_noise", "rotated_mnist", "concrete"]
@@ -106,16 +108,12 @@ def sketch_dimension(bench: Bench) -> Iterator[Variant]:
 
 
 def _given_floor(bench: Bench, multiple: float) -> Response:
-    from source_proj.cache import cached_spectrum
-
     bank = bench.bank(0)
     floors = [
         cached_spectrum(bank, i, list(range(stage.n_checkpoints)), "empirical_fisher").trace / bench.dim
         for i, stage in enumerate(bank.stages)
     ]
-    from source_proj.curvature import response
-
-    return lambda time, decay, _floor: response(time, decay, multiple * floors[0])
+    return lambda time, decay, _floor, _values: response(time, decay, multiple * floors[0])
 
 
 def hessian(bench: Bench) -> Iterator[Variant]:
@@ -133,6 +131,8 @@ def damping(bench: Bench) -> Iterator[Variant]:
     """(c) How much damping, of which shape, and where?"""
     for multiple in [0.0, 0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 10.0, 30.0]:
         yield f"{multiple:g} tr(H)/k in c", bench.scores(Recipe(respond=plain(multiple)))
+    for share in [0.05, 0.1, 0.15, 0.2, 0.3, 0.5]:
+        yield f"{share:g} k degrees of freedom", bench.scores(Recipe(respond=_degrees(share)))
     for multiple in [0.3, 1.0, 3.0]:
         yield f"Wiener shrinkage, {multiple:g} tr(H)/k", bench.scores(Recipe(respond=_wiener(multiple)))
     for multiple in [0.3, 1.0]:
@@ -147,7 +147,7 @@ def damping(bench: Bench) -> Iterator[Variant]:
 def _wiener(multiple: float) -> Response:
     """σ/(σ² + ρ²), the Wiener filter of an eigenvalue known up to ρ, in place of 1/σ."""
 
-    def respond(time: float, decay: float, floor: float) -> Callable[[Tensor], Tensor]:
+    def respond(time: float, decay: float, floor: float, _values: Tensor) -> Callable[[Tensor], Tensor]:
         rho = multiple * floor
 
         def function(sigma: Tensor) -> Tensor:
@@ -160,8 +160,24 @@ def _wiener(multiple: float) -> Response:
     return respond
 
 
+def _degrees(share: float) -> Response:
+    """Damping ρ at which Σ σ/(σ+ρ) is a share of k: the sketch's own noise is that of so many directions."""
+
+    def respond(time: float, decay: float, _floor: float, values: Tensor) -> Callable[[Tensor], Tensor]:
+        low, high = 0.0, 1e3 * float(values.max())
+        for _ in range(100):
+            middle = (low + high) / 2 if low else high / 1e3
+            if float((values / (values + middle)).sum()) > share * len(values):
+                low = middle
+            else:
+                high = middle
+        return response(time, decay, high)
+
+    return respond
+
+
 def _at_least(multiple: float) -> Response:
-    def respond(time: float, decay: float, floor: float) -> Callable[[Tensor], Tensor]:
+    def respond(time: float, decay: float, floor: float, _values: Tensor) -> Callable[[Tensor], Tensor]:
         def function(sigma: Tensor) -> Tensor:
             x = sigma.clamp(min=multiple * floor) + decay
             return -torch.expm1(-time * x) / x
@@ -171,7 +187,7 @@ def _at_least(multiple: float) -> Response:
     return respond
 
 
-def _subtracted(time: float, decay: float, floor: float) -> Callable[[Tensor], Tensor]:
+def _subtracted(time: float, decay: float, floor: float, _values: Tensor) -> Callable[[Tensor], Tensor]:
     def function(sigma: Tensor) -> Tensor:
         x = (sigma - floor).clamp(min=0) + decay + floor
         return -torch.expm1(-time * x) / x

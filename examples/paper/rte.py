@@ -4,6 +4,10 @@ The upper part of a pretrained MiniLM (6 layers, 384 wide) is fine-tuned with Ad
 development split are asked for their margin. The lower layers are frozen: their outputs are computed once and are the
 inputs of what is trained. ``--full`` trains everything.
 
+So few pairs teach little: trained on 400, the model is right about 86 % of them and 58 % of 450 others, which is what
+the pretrained cosine alone reaches, where guessing the commoner label would give 51 %. What it learned of each pair is
+there to be attributed all the same: the choice of the subset, not the order of batches, decides most of its margins.
+
 Needs ``pip install source-proj[paper-text]``.
 """
 

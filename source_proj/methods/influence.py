@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from source_proj.attributor import Attributor, Term
+from source_proj.attributor import Attributor, QueryGradient, Term, check_query_gradient, query_points
 from source_proj.bank import Bank
 from source_proj.cache import cached_spectrum
 from source_proj.curvature import Curvature, Damping, check_damping, damping_value, ridge_inverse
 from source_proj.operands import mean_gradients
 from source_proj.queries import QueryFeatures
 from source_proj.task import Task
+from source_proj.trajectory import Checkpoint
 
 __all__ = ["InfluenceFunction"]
 
@@ -33,6 +34,7 @@ class InfluenceFunction(Attributor):
         curvature: ``"empirical_fisher"``, ``"gauss_newton"`` or ``"sampled_fisher"``.
         damping: ``"noise"`` (ρ = tr(Ĥ)/k), a number, or None. Without damping and weight decay, the inverse is taken on
             the range of Ĥ.
+        query_gradient: as for :class:`~source_proj.Source`; without ``average`` the default is ``"final"``.
         batch_size: queries a backward pass.
         device: where products are computed and queries run.
         cache: keep spectra beside the bank.
@@ -48,6 +50,7 @@ class InfluenceFunction(Attributor):
         average: bool = False,
         curvature: Curvature = "empirical_fisher",
         damping: Damping = "noise",
+        query_gradient: QueryGradient | None = None,
         batch_size: int = 64,
         device: torch.device | str | None = None,
         cache: bool = True,
@@ -55,10 +58,15 @@ class InfluenceFunction(Attributor):
     ) -> None:
         super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
         check_damping(damping)
+        check_query_gradient(query_gradient)
+        self.query_gradient: QueryGradient | None = query_gradient if average else query_gradient or "final"
         self.average = average
         self.curvature: Curvature = curvature
         self.damping: Damping = damping
         self.cache = cache
+
+    def _query_points(self, bank: Bank) -> list[Checkpoint]:
+        return query_points(bank, self.query_gradient)
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
         last, stage = len(bank.stages) - 1, bank.stages[-1]
@@ -66,5 +74,5 @@ class InfluenceFunction(Attributor):
         found = cached_spectrum(bank, last, checkpoints, self.curvature, device=self.device, cache=self.cache)
         ridge = damping_value(self.damping, found.trace, bank.sketch.dim, noise_free=bank.sketch.noise_free)
         ridge += float(stage.spec["optimizer"]["weight_decay"])
-        query = found.multiply(features.at(bank.final_checkpoint()), ridge_inverse(ridge, found))
+        query = found.multiply(self._query(bank, features), ridge_inverse(ridge, found))
         return [Term(query.float() * (-1 / stage.n), mean_gradients(bank, last, checkpoints, self.device))]

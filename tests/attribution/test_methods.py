@@ -73,7 +73,7 @@ TABLE = {
     ),
     "influence, averaged": (
         sp.InfluenceFunction,
-        {"average": True},
+        {"average": True, "query_gradient": "final"},
         lambda d: influence(d, average=True, damping=None),
     ),
     "trak, ridge": (sp.Trak, {"ridge": 0.1}, lambda d: trak(d, 0.1)),
@@ -142,7 +142,7 @@ def test_tracin_sums_over_stages(tmp_path):
 
 def test_features_of_one_method_are_refused_by_another_that_needs_more(setup):
     problem, bank = setup
-    final_only = sp.Source(bank, model=problem.model, progress=False).sketch(problem.queries)
+    final_only = sp.GradDot(bank, model=problem.model, progress=False).sketch(problem.queries)
     with pytest.raises(sp.MismatchError, match="step 20"):
         sp.TracIn(bank, model=problem.model, progress=False).score(final_only)
 

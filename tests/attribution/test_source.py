@@ -1,5 +1,7 @@
 """Law 3 of the design: SOURCE against its naive twin and its special cases, all with exact sketches."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -43,11 +45,50 @@ def test_scores_equal_the_papers_recursion(blobs, segments, damping):
 def test_noise_damping_is_the_trace_over_k(tmp_path, seed):
     problem = classification(n=60)
     bank = problem.build(tmp_path / "bank", sp.Sketch(dim=20, seed=seed))
-    method = source(problem, bank)
+    method = source(problem, bank, query_gradient="final")
     features = method.sketch(problem.queries)
     expected = naive_source(bank, features[0].at(bank.final_checkpoint()), [[[0, 1], [2, 3]]], None)
     np.testing.assert_allclose(method.score(features), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
     assert all(segment.damping == pytest.approx(segment.trace / 20) for segment in method.segments)
+
+
+def test_query_gradients_are_means_over_the_last_stages_checkpoints(staged):
+    problem, bank = staged
+    last = [bank.checkpoint(1, c) for c in range(bank.stages[1].n_checkpoints)]
+    method = source(problem, bank, query_gradient="mean")
+    features = method.sketch(problem.queries)
+    assert set(features[0].rows) == {point.hash() for point in last}
+    mean = torch.stack([features[0].at(point) for point in last]).mean(0)
+    expected = naive_source(bank, mean, [[[0, 1]], [[0, 1], [2]]], 0.0)
+    scores = method.score(features)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(method.by_segment(features).total(), scores, rtol=1e-4, atol=1e-5 * np.abs(scores).max())
+    final = source(problem, bank, query_gradient="final").score(problem.queries)
+    assert not np.allclose(final, scores, rtol=0.01, atol=0)
+    # Features of the final weights alone do not do for the mean.
+    with pytest.raises(sp.MismatchError, match="compute them with the method's own"):
+        method.score(source(problem, bank, query_gradient="final").sketch(problem.queries))
+
+
+@pytest.mark.parametrize("method", [sp.Source, partial(sp.InfluenceFunction, average=True)])
+@pytest.mark.parametrize(("sketch", "default"), [(sp.Sketch(dim=20), "mean"), (None, "final")])
+def test_query_gradients_are_means_by_default_unless_the_sketch_is_exact(tmp_path, sketch, default, method):
+    problem = classification(n=60)
+    bank = problem.build(tmp_path / "bank", sketch) if sketch is not None else problem.build(tmp_path / "bank")
+    assert bank.sketch.noise_free == (default == "final")
+    options = {"model": problem.model, "progress": False}
+    scores = {
+        kind: np.asarray(method(bank, query_gradient=kind, **options).score(problem.queries))
+        for kind in (None, "mean", "final")
+    }
+    np.testing.assert_array_equal(scores[None], scores[default])
+    assert not np.allclose(scores["mean"], scores["final"], rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("method", [sp.Source, sp.InfluenceFunction])
+def test_an_unknown_query_gradient_is_refused(blobs, method):
+    with pytest.raises(ValueError, match="query_gradient must be 'mean', 'final' or None, got 'last'"):
+        method(blobs[1], query_gradient="last")
 
 
 def test_stages_equal_the_papers_recursion(staged):
