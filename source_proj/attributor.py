@@ -21,7 +21,7 @@ from source_proj.scores import Hits, Scores, make_hits
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint
 
-__all__ = ["Attributor", "QueryGradient", "Term", "check_query_gradient", "query_points"]
+__all__ = ["Attributor", "QueryGradient", "Term", "check_query_gradient", "query_points", "takes_mean"]
 
 _BLOCK_SCORES = 8 << 20
 """Scores held at once while streaming (32 MiB of float32)."""
@@ -235,9 +235,14 @@ class Attributor(ABC):
         return make_hits(where.numpy(), best.numpy(), self.banks[0].ids, features[0].ids, self.unit)
 
 
+def takes_mean(bank: Bank, query_gradient: QueryGradient | None) -> bool:
+    """Return whether a query's gradient is a mean over checkpoints."""
+    return not bank.sketch.noise_free if query_gradient is None else query_gradient == "mean"
+
+
 def query_points(bank: Bank, query_gradient: QueryGradient | None) -> list[Checkpoint]:
     """Return where a query is differentiated: by default at all checkpoints of the last stage, unless R is exact."""
-    if (query_gradient or ("final" if bank.sketch.noise_free else "mean")) == "final":
+    if not takes_mean(bank, query_gradient):
         return [bank.final_checkpoint()]
     stage = len(bank.stages) - 1
     return [bank.checkpoint(stage, c) for c in range(bank.stages[stage].n_checkpoints)]

@@ -27,11 +27,12 @@ from source_proj.attributor import (
     Term,
     check_query_gradient,
     query_points,
+    takes_mean,
 )
 from source_proj.bank import Bank
 from source_proj.cache import FitCache, cached_spectrum
 from source_proj.curvature import Curvature, Damping, Spectrum, check_damping, damping_value, forgetting, response
-from source_proj.operands import Operand, loss_gradients, mean_gradients
+from source_proj.operands import Operand, mean_gradients
 from source_proj.queries import QueryFeatures
 from source_proj.scores import PredictedChange, Scores
 from source_proj.task import Task
@@ -298,9 +299,10 @@ class Source(Attributor):
     def self_influence(self) -> np.ndarray:
         """Return how much each training example lowered its own training loss, ``(N,)`` float32.
 
-        It is the score of the measurement m = -(own training loss), taken at the end of the example's own stage (for
-        one stage: at the last banked checkpoint); in the loss's own unit. Large values mark examples that the model
-        would not fit without having seen them, mislabelled ones among them. Needs neither model nor data.
+        It is the score of the measurement m = -(own training loss) of the example's own stage, in the loss's own unit;
+        ∇m is taken as ``query_gradient`` says, the final weights being the stage's last checkpoint. Large values mark
+        examples that the model would not fit without having seen them, mislabelled ones among them. Needs neither model
+        nor data.
         """
         total = torch.zeros(self.n_rows)
         for bank in self.banks:
@@ -313,16 +315,17 @@ class Source(Attributor):
         segments = self._fit_segments(bank)
         for index, stage in enumerate(bank.stages):
             own = [segment for segment in segments if segment.stage == index]
-            last = stage.n_checkpoints - 1
+            count = stage.n_checkpoints
+            asked = range(count) if takes_mean(bank, self.query_gradient) else [count - 1]
             for segment, operator in zip(own, self._operators(bank, own), strict=True):
                 blocks = zip(
                     mean_gradients(bank, segment.stage, segment.checkpoints, self.device),
-                    loss_gradients(bank, index, last, self.device),
+                    mean_gradients(bank, index, asked, self.device),
                     strict=True,
                 )
-                for mean, end in blocks:
-                    part = ((mean.rows @ operator) * end.rows).sum(1).cpu()
-                    total[mean.start : mean.stop].add_(part, alpha=1 / (segment.n * len(self.banks)))
+                for own_mean, query in blocks:
+                    part = ((own_mean.rows @ operator) * query.rows).sum(1).cpu()
+                    total[own_mean.start : own_mean.stop].add_(part, alpha=1 / (segment.n * len(self.banks)))
 
     def predict_removal(self, queries: Queries, subset: Any, *, renormalize: bool = False) -> PredictedChange:
         """Predict how queries' measurements change when a subset is left out: see :meth:`Scores.predict_removal`."""

@@ -88,5 +88,5 @@ def image_problem(
         panel="image",
         show=shower({**sets, "queries": queries}, NAMES[dataset]),
         kronecker=True,
-        extra={"accuracy": run.accuracy, "workers": 2},
+        extra={"accuracy": run.accuracy, "record_more": run.record_more, "workers": 2},
     )

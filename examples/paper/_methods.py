@@ -67,13 +67,20 @@ def _made(
 
 def _source(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
     whole = [run.bank for run in runs]
-    found = [_made(problem, DEFAULT, "defaults", whole, sp.Source)]
+    # An exact sketch's default is the formula to the letter; it is asked for what others have by default.
+    mean = {"query_gradient": "mean"}
+    found = [
+        _made(problem, DEFAULT, "defaults", whole, sp.Source, **mean),
+        _made(problem, "SOURCE, query at the end", "defaults but that", whole, sp.Source, query_gradient="final"),
+    ]
     shortest = min(len(stage.checkpoints) for stage in runs[0].trajectory.stages)
     more = min(3 if len(problem.train_sets) == 1 else 2, shortest)
     if more > 1 and problem.sizes.sketches == 1:  # a decomposition for every segment: not for each of several sketches
-        found.append(_made(problem, "SOURCE, more segments", f"{more} a stage", whole, sp.Source, segments=more))
+        found.append(
+            _made(problem, "SOURCE, more segments", f"{more} a stage", whole, sp.Source, segments=more, **mean)
+        )
     averaged = [run.averaged for run in runs]
-    return [*found, _made(problem, "SOURCE, averaged parameters", "defaults", averaged, sp.Source)]
+    return [*found, _made(problem, "SOURCE, averaged parameters", "defaults", averaged, sp.Source, **mean)]
 
 
 def _influence(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
@@ -82,7 +89,7 @@ def _influence(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
         for average, method in [(True, "Influence functions, averaged"), (False, "Influence functions")]:
             for damping in DAMPINGS:
                 setting = f"damping {'tr(H)/k' if damping == 'noise' else damping}{place}"
-                choices = {"average": average, "damping": damping}
+                choices = {"average": average, "damping": damping, "query_gradient": "mean" if average else "final"}
                 found.append(_made(problem, method, setting, banks, sp.InfluenceFunction, **choices))
     return found
 

@@ -1,7 +1,7 @@
 """Small models trained with SGD, many at once: MLPs on tables and images, in one stage or two."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -134,6 +134,11 @@ class StackedRun:
             )  # fmt: skip
             stages.append(recorder.stage())
         return sp.Trajectory.from_stages(stages)
+
+    def record_more(self, seed: int, folder: Path, checkpoints: int) -> sp.Trajectory:
+        """Record the same run with another number of checkpoints a stage."""
+        stages = {name: replace(stage, checkpoints=checkpoints) for name, stage in self.stages.items()}
+        return replace(self, stages=stages).record(seed, folder)
 
     def accuracy(self, seed: int, folder: Path) -> str:
         """How well the recorded run does, for the notes."""

@@ -17,10 +17,10 @@ import source_proj as sp
 from source_proj.cache import cached_spectrum
 from source_proj.curvature import Curvature, Spectrum, forgetting, noise_floor, response
 from source_proj.operands import loss_gradients, mean_gradients
-from source_proj.queries import QueryFeatures
+from source_proj.queries import QueryFeatures, sketch_queries
 from source_proj.trajectory import segment_times, split_segments
 
-__all__ = ["Recipe", "Response", "cross_scores", "features_of", "fit_scores", "floor_of", "plain"]
+__all__ = ["Recipe", "Response", "cross_scores", "drift", "features_of", "fit_scores", "floor_of", "plain"]
 
 Response = Callable[[float, float, float, Tensor], Callable[[Tensor], Tensor]]
 """Function of (time s, decay λ, noise floor tr(Ĥ)/k, Ĥ's eigenvalues) to the function that takes c's place."""
@@ -43,7 +43,8 @@ class Recipe:
         keep: multiple of the noise floor added to the eigenvalues in S.
         time: factor on all time scales; infinity makes c an inverse.
         decay: factor on the weight decay.
-        query: how many last checkpoints of the last stage the query's gradient is averaged over.
+        query: how many of the last stage's used checkpoints, from the last, the query's gradient is averaged over; None
+            for all, 0 for the final weights alone.
     """
 
     curvature: Curvature = "empirical_fisher"
@@ -53,7 +54,7 @@ class Recipe:
     keep: float = 0.0
     time: float = 1.0
     decay: float = 1.0
-    query: int = 1
+    query: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,10 @@ class Segment:
     floor: float
 
 
-def features_of(bank: sp.Bank, problem: Any, last: int) -> QueryFeatures:
-    """Sketched query gradients at the last few checkpoints of the last stage, and at the final weights."""
-    from source_proj.queries import sketch_queries
-
+def features_of(bank: sp.Bank, problem: Any) -> QueryFeatures:
+    """Sketched query gradients at the checkpoints of the last stage, and at the final weights."""
     stage = len(bank.stages) - 1
-    count = bank.stages[stage].n_checkpoints
-    points = [bank.checkpoint(stage, c) for c in range(max(0, count - last), count)]
+    points = [bank.checkpoint(stage, c) for c in range(bank.stages[stage].n_checkpoints)]
     if bank.final_checkpoint().hash() not in {point.hash() for point in points}:
         points.append(bank.final_checkpoint())
     return sketch_queries(bank, problem.make_model(), problem.task, problem.queries, checkpoints=points, progress=False)
@@ -88,7 +86,7 @@ def floor_of(bank: sp.Bank, spectrum: Spectrum) -> float:
 def fit_scores(bank: sp.Bank, features: QueryFeatures, recipe: Recipe, rows: int) -> np.ndarray:
     """Scores ``(Q, rows)`` of the first rows, those of the first stage."""
     segments = _segments(bank, recipe)
-    query = _query(bank, features, recipe.query)
+    query = _query(bank, features, recipe)
     values = torch.zeros(len(query), rows)
     for segment in reversed(segments):
         own = recipe.respond(
@@ -105,19 +103,49 @@ def fit_scores(bank: sp.Bank, features: QueryFeatures, recipe: Recipe, rows: int
     return values.numpy()
 
 
-def _query(bank: sp.Bank, features: QueryFeatures, last: int) -> Tensor:
-    if last == 1:
+def drift(bank: sp.Bank) -> list[dict[str, float]]:
+    """How far the run moves between the first and the second half of each stage's checkpoints.
+
+    Returns a row a stage: "gradients", one minus the cosine of an example's two mean gradients, mean over the examples;
+    "Hessians", one minus the cosine of the two matrices; "traces", the log-ratio of their traces.
+    """
+    rows = []
+    for index, stage in enumerate(bank.stages):
+        half = stage.n_checkpoints // 2
+        halves = [tuple(range(half)), tuple(range(half, stage.n_checkpoints))]
+        cosines = [
+            torch.nn.functional.cosine_similarity(first.rows, second.rows, dim=1)
+            for first, second in zip(*(mean_gradients(bank, index, one, None) for one in halves), strict=True)
+        ]
+        first, second = (cached_spectrum(bank, index, one, "empirical_fisher") for one in halves)
+        h_first, h_second = (one.apply(lambda x: x) for one in (first, second))
+        cosine = float((h_first * h_second).sum() / (h_first.norm() * h_second.norm()))
+        rows.append(
+            {"stage": stage.name, "gradients": 1 - float(torch.cat(cosines).mean()), "Hessians": 1 - cosine,
+             "traces": float(np.log(second.trace / first.trace))}
+        )  # fmt: skip
+    return rows
+
+
+def _query(bank: sp.Bank, features: QueryFeatures, recipe: Recipe) -> Tensor:
+    if recipe.query == 0:
         return features.at(bank.final_checkpoint())
     stage = len(bank.stages) - 1
+    used = _used(bank, stage, recipe)
+    taken = used if recipe.query is None else used[-recipe.query :]
+    return torch.stack([features.at(bank.checkpoint(stage, c)) for c in taken]).mean(0)
+
+
+def _used(bank: sp.Bank, stage: int, recipe: Recipe) -> list[int]:
     count = bank.stages[stage].n_checkpoints
-    return torch.stack([features.at(bank.checkpoint(stage, c)) for c in range(max(0, count - last), count)]).mean(0)
+    return sorted({c % count for c in recipe.checkpoints or range(count) if -count <= c < count})
 
 
 def _segments(bank: sp.Bank, recipe: Recipe) -> list[Segment]:
     found = []
     for index, stage in enumerate(bank.stages):
         count = stage.n_checkpoints
-        used = sorted({c % count for c in recipe.checkpoints or range(count) if -count <= c < count})
+        used = _used(bank, index, recipe)
         groups = split_segments(len(used), min(recipe.segments, len(used)))
         # Time goes by between checkpoints that are left out, too: it falls to the segment that ends next.
         integrals = [0.0, *stage.spec["lr_integrals"]]
@@ -160,8 +188,8 @@ def _crossed(a: sp.Bank, b: sp.Bank, fa: QueryFeatures, fb: QueryFeatures, multi
         return (function(safe) - zero) / safe
 
     count = stage.n * stage.n_checkpoints
-    inner = segment.spectrum.multiply(fa.at(a.final_checkpoint()), slope).float()
-    carried = float(zero) * fb.at(b.final_checkpoint())
+    inner = segment.spectrum.multiply(_query(a, fa, Recipe()), slope).float()
+    carried = float(zero) * _query(b, fb, Recipe())
     for checkpoint in range(stage.n_checkpoints):
         for own, other in zip(
             loss_gradients(a, 0, checkpoint, None), loss_gradients(b, 0, checkpoint, None), strict=True

@@ -63,7 +63,7 @@ def concrete_problem(
         settings={"task": name, **run.settings()},
         sizes=sizes,
         kronecker=True,
-        extra={"accuracy": run.accuracy, "workers": 2},
+        extra={"accuracy": run.accuracy, "record_more": run.record_more, "workers": 2},
         **rest,
     )
 

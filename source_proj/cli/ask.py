@@ -42,6 +42,13 @@ class Curvature(StrEnum):
     sampled_fisher = "sampled-fisher"
 
 
+class QueryGradient(StrEnum):
+    """Where a query's gradient is taken."""
+
+    mean = "mean"
+    final = "final"
+
+
 _METHODS: dict[Method, Callable[..., Attributor]] = {
     Method.source: Source,
     Method.tracin: TracIn,
@@ -56,6 +63,7 @@ _OPTIONS = {
     "--curvature": {Method.source, Method.influence},
     "--damping": {Method.source, Method.influence, Method.trak},
     "--average": {Method.influence},
+    "--query-gradient": {Method.source, Method.influence},
 }
 
 Queries = Annotated[
@@ -75,6 +83,10 @@ DampingOption = Annotated[str | None, typer.Option("--damping", help="noise (def
 AverageOption = Annotated[
     bool, typer.Option("--average", help="Influence functions with gradients averaged over the checkpoints.")
 ]
+QueryGradientOption = Annotated[
+    QueryGradient | None,
+    typer.Option("--query-gradient", help="At the final weights, or the mean over checkpoints (source's default)."),
+]
 
 
 @reports_errors
@@ -90,6 +102,7 @@ def score(
     curvature: CurvatureOption = None,
     damping: DampingOption = None,
     average: AverageOption = False,
+    query_gradient: QueryGradientOption = None,
     task: TaskName = None,
     batch_size: BatchSize = 64,
     device: Device = None,
@@ -98,7 +111,9 @@ def score(
 ) -> None:
     """Write the scores of all training examples for all queries."""
     write = _writer(out)
-    asked = _attributor(bank, model, method, segments, curvature, damping, average, task, batch_size, device, progress)
+    asked = _attributor(
+        bank, model, method, segments, curvature, damping, average, query_gradient, task, batch_size, device, progress
+    )
     scores = asked.score(load_object(queries, "--queries"))
     write(scores, out)
     count, rows = scores.shape
@@ -120,6 +135,7 @@ def top_k(
     curvature: CurvatureOption = None,
     damping: DampingOption = None,
     average: AverageOption = False,
+    query_gradient: QueryGradientOption = None,
     task: TaskName = None,
     batch_size: BatchSize = 64,
     device: Device = None,
@@ -127,7 +143,9 @@ def top_k(
     json: Json = False,
 ) -> None:
     """Print the training examples with the highest (or lowest) scores of each query."""
-    asked = _attributor(bank, model, method, segments, curvature, damping, average, task, batch_size, device, progress)
+    asked = _attributor(
+        bank, model, method, segments, curvature, damping, average, query_gradient, task, batch_size, device, progress
+    )
     data = load_object(queries, "--queries")
     hits: Hits = asked.bottom_k(data, k) if lowest else asked.top_k(data, k)
     if json:
@@ -152,6 +170,7 @@ def _attributor(
     curvature: Curvature | None,
     damping: str | None,
     average: bool,
+    query_gradient: QueryGradient | None,
     task: str | None,
     batch_size: int,
     device: str | None,
@@ -162,8 +181,15 @@ def _attributor(
         "--curvature": ("curvature", None if curvature is None else curvature.value.replace("-", "_")),
         "--damping": ("damping", None if damping is None else parse_damping(damping)),
         "--average": ("average", average),
+        "--query-gradient": ("query_gradient", None if query_gradient is None else query_gradient.value),
     }
-    asked = {"--segments": segments, "--curvature": curvature, "--damping": damping, "--average": average or None}
+    asked = {
+        "--segments": segments,
+        "--curvature": curvature,
+        "--damping": damping,
+        "--average": average or None,
+        "--query-gradient": query_gradient,
+    }
     options: dict[str, Any] = {}
     for flag, (name, value) in given.items():
         if asked[flag] is None:

@@ -312,6 +312,17 @@ def test_self_influence_is_the_score_of_the_own_loss(blobs):
     assert (influence > 0).mean() > 0.9
 
 
+def test_self_influence_asks_with_mean_gradients_where_queries_do(blobs):
+    """By the naive twin: the query is each example, its gradient minus the mean loss gradient."""
+    problem, bank = blobs
+    stage = bank.stages[0]
+    rows = torch.stack([torch.cat([b.rows * b.d1[:, None] for b in stage.iter_rows(c)]) for c in range(4)])
+    expected = np.diag(naive_source(bank, -rows.mean(0), [[[0, 1, 2, 3]]], 0.0))
+    found = source(problem, bank, segments=1, query_gradient="mean").self_influence()
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+    assert not np.allclose(found, source(problem, bank, segments=1).self_influence(), rtol=0.01, atol=0)
+
+
 def test_self_influence_of_an_early_stage_ends_with_it(staged, tmp_path):
     problem, bank = staged
     early = Problem(

@@ -215,12 +215,16 @@ def test_top_k_prints_the_strongest(call, scores):
     ("options", "expected"),
     [
         (["--method", "tracin"], lambda bank, model: sp.TracIn(bank, model=model)),
+        (["--method", "hydra"], lambda bank, model: sp.Hydra(bank, model=model)),
+        (["--query-gradient", "mean"], lambda bank, model: sp.Source(bank, model=model, query_gradient="mean")),
         (["--method", "trak"], lambda bank, model: sp.Trak(bank, model=model)),
         (["--method", "grad-dot"], lambda bank, model: sp.GradDot(bank, model=model)),
         (["--method", "grad-cos"], lambda bank, model: sp.GradCos(bank, model=model)),
         (
-            ["--method", "influence", "--average", "--damping", "0.01"],
-            lambda bank, model: sp.InfluenceFunction(bank, model=model, average=True, damping=0.01),
+            ["--method", "influence", "--average", "--damping", "0.01", "--query-gradient", "final"],
+            lambda bank, model: sp.InfluenceFunction(
+                bank, model=model, average=True, damping=0.01, query_gradient="final"
+            ),
         ),
         (
             ["--segments", "[[0, 1], [2]]", "--curvature", "gauss-newton", "--damping", "off"],
