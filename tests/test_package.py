@@ -4,6 +4,7 @@ import ast
 import importlib
 import pkgutil
 import re
+import textwrap
 import types
 from importlib.resources import files
 from pathlib import Path
@@ -151,6 +152,15 @@ def test_readme_shows_the_quickstart_as_it_runs():
     (shown,) = re.findall(r"<!-- quickstart -->\n```python\n(.*?)```", readme, re.DOTALL)
     assert shown.count("\n") == 10
     assert shown in (checkout / "examples" / "quickstart.py").read_text(encoding="utf-8")
+
+
+def test_readme_shows_the_evaluation_as_it_runs():
+    checkout = Path(__file__).parent.parent
+    readme = (checkout / "README.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"<!-- evaluate -->\n```python\n(.*?)```", readme, re.DOTALL)
+    example = (checkout / "examples" / "evaluate_your_model.py").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"# ten lines\n(.*?) *# end", example, re.DOTALL)
+    assert shown == textwrap.dedent(lines)
 
 
 def test_evaluate_is_a_module():

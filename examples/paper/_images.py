@@ -65,7 +65,7 @@ def image_problem(
     sizes: Sizes,
     notes: tuple[str, ...] = (),
     noisy: np.ndarray | None = None,
-    extra: Mapping[str, Any] | None = None,
+    kronecker: bool = False,
 ) -> Problem:
     """Assemble a problem from its stages."""
     run = StackedRun(mlp(784, *widths, 10), stages, queries, margin, momentum=0.9, decay=1e-3)
@@ -81,12 +81,12 @@ def image_problem(
         retrain=run.retrain,
         predict=run.predict,
         group=24,
-        settings={"task": name, **run.settings(), **(extra or {})},
+        settings={"task": name, **run.settings()},
         sizes=sizes,
         notes=notes,
         noisy=noisy,
         panel="image",
         show=shower({**sets, "queries": queries}, NAMES[dataset]),
-        kronecker=True,
+        kronecker=kronecker,
         extra={"accuracy": run.accuracy, "record_more": run.record_more, "workers": 2},
     )

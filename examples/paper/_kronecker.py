@@ -86,12 +86,12 @@ def ekfac_influence(
     queries: Any,
     *,
     weight_decay: float = 0.0,
-    damping: float | None = None,
+    dampings: Sequence[float | None] = (None,),
     fisher: Fisher = "sampled",
     batch_size: int = _BATCH,
     seed: int = 0,
     progress: bool = False,
-) -> np.ndarray:
+) -> list[np.ndarray]:
     """EK-FAC influence functions (Grosse et al., https://arxiv.org/abs/2308.03296) at one checkpoint, by kronfluence.
 
         score(q, z) = -(1/N) ∇m(q)ᵀ (H + λ + ρ)⁻¹ g(z)
@@ -103,16 +103,18 @@ def ekfac_influence(
         train_set: map-style data set, N examples.
         queries: map-style data set, Q examples.
         weight_decay: λ; used with a number as damping.
-        damping: ρ; None for the library's own choice, a tenth of the mean of each layer's Λ in place of λ + ρ.
+        dampings: values of ρ; None for the library's own choice, a tenth of the mean of each layer's Λ in place of
+            λ + ρ. The factors are the same for all.
         fisher: where labels come from.
         batch_size: examples a pass.
         seed: of the sampled labels.
         progress: show the library's progress bars.
 
     Returns:
-        Scores ``(Q, N)`` float32, in the measurement's unit.
+        For each damping the scores ``(Q, N)`` float32, in the measurement's unit.
     """
-    _check(model, fisher, damping)
+    for damping in dampings:
+        _check(model, fisher, damping)
     try:
         from kronfluence.analyzer import Analyzer, prepare_model
         from kronfluence.arguments import FactorArguments, ScoreArguments
@@ -137,18 +139,21 @@ def ekfac_influence(
     own = prepare_model(nn.Sequential(own) if isinstance(own, nn.Linear) else own, adapter)
     on_cpu = next(own.parameters()).device.type == "cpu"
     factors = FactorArguments(strategy="ekfac", use_empirical_fisher=fisher == "empirical")
-    scores = ScoreArguments(damping_factor=None if damping is None else damping + weight_decay)
+    found = []
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         # What a newer torch calls deprecated in the library; nothing to act upon here.
         warnings.filterwarnings("ignore", message=r".*torch\.cuda\.amp", category=FutureWarning)
         analyzer = Analyzer("ekfac", own, adapter, cpu=on_cpu, disable_tqdm=not progress, output_dir=folder)
         analyzer.fit_all_factors("factors", train_set, per_device_batch_size=batch_size, factor_args=factors)
-        analyzer.compute_pairwise_scores(
-            "scores", "factors", queries, train_set, per_device_query_batch_size=min(len(queries), batch_size),
-            per_device_train_batch_size=batch_size, score_args=scores,
-        )  # fmt: skip
-        found = analyzer.load_pairwise_scores("scores")["all_modules"]  # (Q, N) ∇mᵀ (H + …)⁻¹ g
-    return -found.float().cpu().numpy() / np.float32(len(train_set))
+        for number, damping in enumerate(dampings):
+            scores = ScoreArguments(damping_factor=None if damping is None else damping + weight_decay)
+            analyzer.compute_pairwise_scores(
+                f"scores-{number}", "factors", queries, train_set, score_args=scores,
+                per_device_query_batch_size=min(len(queries), batch_size), per_device_train_batch_size=batch_size,
+            )  # fmt: skip
+            own_scores = analyzer.load_pairwise_scores(f"scores-{number}")["all_modules"]  # (Q, N) ∇mᵀ (H + …)⁻¹ g
+            found.append(-own_scores.float().cpu().numpy() / np.float32(len(train_set)))
+    return found
 
 
 # SOURCE, in the eigenbases -------------------------------------------------------------------------------------------
@@ -162,6 +167,7 @@ def ekfac_source(
     queries: Any,
     *,
     damping: float | None = None,
+    mean_query: bool = False,
     fisher: Fisher = "sampled",
     batch_size: int = _BATCH,
     seed: int = 0,
@@ -181,6 +187,8 @@ def ekfac_source(
         train_sets: {stage name: data set}, or the data set of the only stage; the first stage's N are attributed to.
         queries: map-style data set or DataLoader, Q examples.
         damping: ρ, added to the eigenvalues inside c; None for none, as in the paper.
+        mean_query: take ∇m(q) as the mean over the last stage's checkpoints, as source-proj does by default, and not at
+            the final weights, as the paper does.
         fisher: where labels come from.
         batch_size: examples a pass.
         seed: of the sampled labels.
@@ -194,9 +202,10 @@ def ekfac_source(
     data = dict(train_sets) if isinstance(train_sets, Mapping) else {names[0]: train_sets}
     if set(data) != set(names):
         raise ValueError(f"the trajectory has the stages {names}: give train_sets as {{stage name: data set}}")
-    asked = rows_of(model, task, [trajectory.final], queries, batch_size=batch_size)
+    points = list(trajectory.stages[-1].checkpoints) if mean_query else [trajectory.final]
+    asked = rows_of(model, task, points, queries, batch_size=batch_size)
     # Gradients of the measurement by each layer's parameters, (Q, o, i); carried back from segment to segment.
-    carried = {name: torch.einsum("qo,qi->qoi", one.loss[0], one.inputs[0]) for name, one in asked.items()}
+    carried = {name: torch.einsum("cqo,cqi->qoi", one.loss, one.inputs) / len(points) for name, one in asked.items()}
     n = dataset_size(data[names[0]])
     scores = torch.zeros(len(next(iter(carried.values()))), n)
     segments = [

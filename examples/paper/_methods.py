@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,38 +140,45 @@ def _kronecker(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
     distinct = list({id(run.trajectory): run for run in runs}.values())
     model = problem.make_model()
 
-    def influence(damping: float | None) -> list[np.ndarray]:
+    settings: list[float | None] = [None, 1e-2, 1e-1]
+
+    @cache
+    def influences() -> list[list[np.ndarray]]:
+        """By run, then by damping: the factors are the same for all."""
         data, stage = next(iter(problem.train_sets.values())), distinct[0].trajectory.stages[0]
         return [
             reference.ekfac_influence(
                 model, problem.task, run.trajectory.final.load(), data, problem.queries,
-                weight_decay=stage.optimizer.weight_decay, damping=damping,
+                weight_decay=stage.optimizer.weight_decay, dampings=settings,
             )
             for run in distinct
         ]  # fmt: skip
 
-    def source(segments: int) -> list[np.ndarray]:
+    def influence(number: int) -> list[np.ndarray]:
+        return [by_damping[number] for by_damping in influences()]
+
+    def source(segments: int, mean_query: bool) -> list[np.ndarray]:
         return [
             reference.ekfac_source(
-                model, problem.task, _cut(run.trajectory, segments), dict(problem.train_sets), problem.queries
+                model, problem.task, _cut(run.trajectory, segments), dict(problem.train_sets), problem.queries,
+                mean_query=mean_query,
             )
             for run in distinct
-        ]
+        ]  # fmt: skip
 
     several = len(problem.train_sets) > 1
     lengths = [1] if several else [1, min(3, len(runs[0].trajectory.stages[0].checkpoints))]
-    settings = [None, 1e-3, 1e-2, 1e-1]
-    return [
-        *[
-            Candidate("EK-FAC influence functions", f"damping {damping or '0.1 mean eigenvalue'}",
-                      partial(influence, damping))
-            for damping in settings
-        ],
-        *[
-            Candidate("EK-FAC SOURCE", f"{n} segment{'s' if n > 1 else ''} a stage", partial(source, n))
-            for n in dict.fromkeys(lengths)
-        ],
-    ]  # fmt: skip
+    found = []
+    if not several:  # an influence function sees one optimum
+        found += [
+            Candidate("EK-FAC influence functions", f"damping {one or '0.1 mean eigenvalue'}", partial(influence, i))
+            for i, one in enumerate(settings)
+        ]
+    return found + [
+        Candidate(name, f"{n} segment{'s' if n > 1 else ''} a stage", partial(source, n, mean_query))
+        for name, mean_query in [("EK-FAC SOURCE", False), ("EK-FAC SOURCE, mean query gradient", True)]
+        for n in dict.fromkeys(lengths)
+    ]
 
 
 def _cut(trajectory: sp.Trajectory, segments: int) -> sp.Trajectory:

@@ -34,7 +34,7 @@ def compare(problem: Problem, options: argparse.Namespace) -> Comparison:
     started = time.perf_counter()
     truth = ground_truth(problem, options)
     lap = _report(started, f"{problem.title}: {truth.shape[0]} subsets x {truth.shape[1]} retrainings")
-    extra = ground_truth(problem, options, of_its_own=True) if problem.kronecker else None
+    extra = ground_truth(problem, options, of_its_own=True) if problem.cheap else None
     runs = banks(problem, options)
     lap = _report(lap, f"{len(runs)} runs and their banks")
     found = compare_methods(candidates(problem, runs, extra), truth.masks, truth.outcomes)

@@ -67,7 +67,8 @@ class Problem:
         noisy: which training examples had their label flipped or replaced, bool ``(N,)``; None where none had.
         panel: how to show an example: ``"image"``, ``"text"``, or None.
         show: ``show(stage_or_"queries", index)`` gives an image ``(H, W[, 3])`` or a string, and its label's name.
-        kronecker: whether the model is small enough for the EK-FAC references.
+        kronecker: whether to compute the EK-FAC references, for small models of linear layers.
+        cheap: whether retraining is so cheap that empirical influence gets retrainings of its own.
         scalar_metric: for runs of Adam that are treated as SGD: a sentence on how; None for SGD.
         extra: further facts, by name: "workers", processes that retrain; "accuracy", ``accuracy(seed, folder)`` says
             how good a recorded run is.
@@ -91,6 +92,7 @@ class Problem:
     panel: str | None = None
     show: Callable[[str, int], tuple[Any, str]] | None = None
     kronecker: bool = False
+    cheap: bool = True
     scalar_metric: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 

@@ -257,13 +257,14 @@ def problem(options: argparse.Namespace) -> Problem:
         },
         sizes=sized(
             options,
-            Sizes(100, 5, 5, 8192, (2048,)), Sizes(100, 2, 3, 2048, (512,)), Sizes(6, 2, 2, 128, (64,)),
+            Sizes(100, 5, 5, 8192, (2048,)), Sizes(100, 1, 3, 2048, (512,)), Sizes(6, 2, 2, 128, (64,)),
         ),
         notes=(
             f"{n:,} training images and {n_queries} others as queries; {width} with group instead of batch "
             f"normalisation, SGD with a learning rate that falls in a line, {epochs} epochs, no augmentation.",
         ),
-        panel="image", show=show, extra={"accuracy": training.accuracy, "workers": 1 if options.full else 2},
+        cheap=False, panel="image", show=show,
+        extra={"accuracy": training.accuracy, "workers": 1 if options.full else 2},
     )  # fmt: skip
 
 

@@ -28,7 +28,14 @@ def problem(options: argparse.Namespace, small: bool = False) -> Problem:
         Sizes(12, 2, 2, 256, (128,)),
     )
     return image_problem(
-        "fashion_mnist", "Fashion-MNIST", "fashion_mnist", {"train": stage}, queries, widths=(256, 128), sizes=sizes
+        "fashion_mnist",
+        "Fashion-MNIST",
+        "fashion_mnist",
+        {"train": stage},
+        queries,
+        widths=(256, 128),
+        sizes=sizes,
+        kronecker=True,
     )
 
 

@@ -34,7 +34,15 @@ def problem(options: argparse.Namespace) -> Problem:
     sizes = sized(options, Sizes(100, 6, 5, 16384, (4096,)), Sizes(100, 4, 3, 2048), Sizes(12, 2, 2, 256, (128,)))
     notes = (f"{n_upright:,} upright digits (attributed), then {n_rotated:,} others rotated by 45 degrees",)
     return image_problem(
-        "rotated_mnist", "RotatedMNIST", "mnist", stages, queries, widths=(96, 96), sizes=sizes, notes=notes
+        "rotated_mnist",
+        "RotatedMNIST",
+        "mnist",
+        stages,
+        queries,
+        widths=(96, 96),
+        sizes=sizes,
+        notes=notes,
+        kronecker=True,
     )
 
 

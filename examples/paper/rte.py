@@ -251,7 +251,7 @@ def problem(options: argparse.Namespace) -> Problem:
         settings={"task": "rte", "n": n, "queries": n_queries, "tokens": tokens, "first": first,
                   "start": [COSINE_MEDIAN, COSINE_SLOPE], **asdict(recipe)},
         sizes=sized(options, Sizes(), Sizes(100, 2, 3, 2048), Sizes(4, 2, 2, 64, (32,))),
-        notes=notes, layer="classifier", panel="text", show=show, scalar_metric=METRIC,
+        notes=notes, layer="classifier", cheap=False, panel="text", show=show, scalar_metric=METRIC,
         extra={"workers": 2, "accuracy": training.accuracy},
     )  # fmt: skip
 

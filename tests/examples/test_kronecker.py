@@ -96,10 +96,11 @@ def dense(factors):
     return torch.block_diag(*blocks)
 
 
-def dense_source(model, task, run, train, queries, hessians, damping):
+def dense_source(model, task, run, train, queries, hessians, damping, mean_query=False):
     """Eq. 16 to 23 of arXiv 2405.12186 with the given matrices, one a segment."""
     n = len(train["first"])
-    carried = gradients(model, run.final, task.measurement, queries)
+    points = run.stages[-1].checkpoints if mean_query else [run.final]
+    carried = sum(gradients(model, point, task.measurement, queries) for point in points) / len(points)
     scores = torch.zeros(len(carried), n, dtype=torch.float64)
     segments = [(stage, group) for stage in run.stages for group in stage.segment_indices]
     for (stage, group), hessian in zip(reversed(segments), reversed(hessians), strict=True):
@@ -174,7 +175,8 @@ def test_sampled_labels_follow_the_model_and_the_seed():
 
 @pytest.mark.parametrize("damping", [None, 0.3])
 @pytest.mark.parametrize("fisher", ["empirical", "sampled"])
-def test_ekfac_source_is_the_dense_recursion_on_its_factors(damping, fisher):
+@pytest.mark.parametrize("mean_query", [False, True])
+def test_ekfac_source_is_the_dense_recursion_on_its_factors(damping, fisher, mean_query):
     from _kronecker import Factors, ekfac_source, rows_of
 
     model, run, train, queries = mlp_run()
@@ -187,8 +189,9 @@ def test_ekfac_source_is_the_dense_recursion_on_its_factors(damping, fisher):
             training=True,
         )  # fmt: skip
         hessians.append(dense([Factors.of(one) for one in rows.values()]))
-    expected = dense_source(model, task, run, train, queries, hessians, damping or 0.0)
-    scores = ekfac_source(model, task, run, train, queries, damping=damping, fisher=fisher, seed=7)
+    expected = dense_source(model, task, run, train, queries, hessians, damping or 0.0, mean_query)
+    options = {"damping": damping, "fisher": fisher, "mean_query": mean_query}
+    scores = ekfac_source(model, task, run, train, queries, seed=7, **options)
     assert scores.shape == (5, 11)
     np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
@@ -245,10 +248,11 @@ def test_ekfac_influence_is_the_dense_inverse_on_our_factors(damping, bias):
     ridge = [float(one.values.mean()) / 10 if damping is None else damping + 0.02 for one in factors]
     damped = [Factors(f.outputs, f.inputs, 1 / (f.values + r)) for f, r in zip(factors, ridge, strict=True)]
     expected = dense_influence(model, task, run.final, data, queries, dense(damped))
-    scores = ekfac_influence(
-        model, task, run.final.load(), data, queries, weight_decay=0.02, damping=damping, fisher="empirical",
+    other, scores = ekfac_influence(
+        model, task, run.final.load(), data, queries, weight_decay=0.02, dampings=[0.7, damping], fisher="empirical",
         batch_size=4,
     )  # fmt: skip
+    assert not np.allclose(other, scores, rtol=1e-2, atol=0)
     np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
@@ -263,8 +267,8 @@ def test_ekfac_influence_is_exact_where_the_eigenbasis_is():
     g = loss_gradients(model, task, checkpoint, data)
     inverse = torch.linalg.inv(g.T @ g / len(data) + 0.3 * torch.eye(3))
     expected = dense_influence(model, task, checkpoint, data, queries, inverse)
-    scores = ekfac_influence(
-        model, task, model.state_dict(), data, queries, weight_decay=0.1, damping=0.2, fisher="empirical"
+    (scores,) = ekfac_influence(
+        model, task, model.state_dict(), data, queries, weight_decay=0.1, dampings=[0.2], fisher="empirical"
     )
     np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
 
@@ -275,10 +279,10 @@ def test_ekfac_influence_samples_labels_by_its_seed():
 
     model, run, train, queries = mlp_run()
     given = (model, sp.Classification(), run.final.load(), train["first"], queries)
-    first, again, other = (ekfac_influence(*given, damping=0.1, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (ekfac_influence(*given, dampings=[0.1], seed=seed)[0] for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
-    assert not np.array_equal(first, ekfac_influence(*given, damping=0.1, fisher="empirical"))
+    assert not np.array_equal(first, ekfac_influence(*given, dampings=[0.1], fisher="empirical")[0])
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

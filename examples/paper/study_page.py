@@ -1,0 +1,108 @@
+"""Write the tables of the accuracy laboratory into LABORATORY.md, between its two marks, from results/laboratory.
+
+    python examples/paper/study_page.py            # write them
+    python examples/paper/study_page.py --check    # exit 1 if they are not what the results say
+
+The sentences around the tables are written by hand; the numbers never are.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+__all__ = ["main", "tables"]
+
+HERE = Path(__file__).resolve().parent
+RESULTS, PAGE = HERE / "results" / "laboratory", HERE / "LABORATORY.md"
+BEGIN, END = "<!-- studies -->", "<!-- end -->"
+TITLES = {
+    "a": "Sketch dimension",
+    "b": "Curvature",
+    "c": "Damping",
+    "d": "Segments and checkpoints",
+    "e": "Where the query's gradient is taken",
+    "f": "Time scale and weight decay",
+    "g": "Runs against dimension, at equal bytes",
+    "h": "Two half-sketches against a whole one",
+}
+TASKS = {
+    "fashion_mnist": "Fashion-MNIST",
+    "fashion_mnist_noise": "Fashion-MNIST-N",
+    "rotated_mnist": "RotatedMNIST",
+    "concrete": "Concrete",
+    "concrete_noise": "Concrete-N",
+}
+
+
+def tables(studies: pd.DataFrame, moved: pd.DataFrame | None) -> str:
+    """Markdown: a table for each study, a column for each task, and how far the runs move."""
+    parts = []
+    for letter, title in TITLES.items():
+        own = studies[studies["study"] == letter]
+        if len(own):
+            parts += [f"### ({letter}) {title}", "", _grid(own), ""]
+    if moved is not None:
+        parts += ["### How far the runs move between the halves of a stage", ""]
+        parts += ["| task | stage | gradients | Hessians | log-ratio of traces |", "| --- | --- | --- | --- | --- |"]
+        parts += [
+            f"| {TASKS.get(row.task, row.task)} | {row.stage} | {row.gradients:.2f} | {row.Hessians:.2f} | "
+            f"{_signed(row.traces, 2)} |"
+            for row in moved.itertuples()
+        ]
+    return "\n".join(parts).rstrip()
+
+
+def _grid(own: pd.DataFrame) -> str:
+    tasks = [task for task in TASKS if task in set(own["task"])]
+    lines = ["| variant | " + " | ".join(TASKS[task] for task in tasks) + " |", "| --- |" + " --- |" * len(tasks)]
+    for variant in dict.fromkeys(own["variant"]):
+        cells = []
+        for task in tasks:
+            found = own[(own["variant"] == variant) & (own["task"] == task)]
+            cells.append(_cell(found.iloc[0]) if len(found) else "–")
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: pd.Series) -> str:
+    """LDS, and its difference to the reference with half the width of its interval; bold where it is significant."""
+    if row["diff"] == 0 and row["diff_low"] == 0:
+        return f"{_short(row['lds'])}, the reference"
+    half = (row["diff_high"] - row["diff_low"]) / 2
+    text = f"{_short(row['lds'])} ({_signed(row['diff'], 3)} ± {half:.3f})"
+    return f"**{text}**" if row["diff_low"] > 0 or row["diff_high"] < 0 else text
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}".replace("0.", ".", 1).replace("-", "−")
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
+    options = parser.parse_args(arguments)
+    drift = RESULTS / "drift.csv"
+    found = tables(pd.read_csv(RESULTS / "studies.csv"), pd.read_csv(drift) if drift.exists() else None)
+    text = PAGE.read_text(encoding="utf-8")
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{PAGE} has no lines {BEGIN!r} and {END!r}: put them where the tables belong")
+    page = f"{head}{BEGIN}\n\n{found}\n\n{END}{tail}"
+    if options.check:
+        if page != text:
+            print(f"{PAGE} is not what {RESULTS} says: run python examples/paper/study_page.py", file=sys.stderr)
+        return int(page != text)
+    PAGE.write_text(page, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
