@@ -11,6 +11,7 @@ whole sum collapses into one matrix: score(q, ·) = -τ(q, ·) = B q̂ with
     B = -Σ_l (1/N) Ḡ_l c_l(Ĥ_l) S_{l+1} ··· S_L        (N x k).
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Segment:
         stage: index of its stage.
         name: stage name and checkpoint steps, for people.
         checkpoints: which checkpoints of the stage are averaged.
-        time: time scale s (learning rate integrated over the optimizer's steps, momentum included).
+        time: time scale s (learning rate integrated over the optimizer's steps, momentum and ``time_scale`` included).
         decay: weight decay λ.
         n: number of training examples of its stage.
         trace: tr(Ĥ).
@@ -110,6 +111,9 @@ class Source(Attributor):
             single run's final weights say of a query is noisy; the mean is nearer to what retraining does on average,
             and predicts it far better (README, "Measured"). Default: ``"mean"``, but ``"final"`` for an exact sketch,
             whose scores are the formula's to the letter.
+        time_scale: factor on the time of every segment. 1 predicts what leaving out a few examples does. Retraining on
+            a share of the examples for as many epochs takes that share of the steps: give the share to predict it
+            (measured in examples/paper/LABORATORY.md; it matters where training has not converged).
         batch_size: queries a backward pass.
         device: where products are computed and queries run.
         cache: keep spectra and B beside the bank (or in the user's cache folder where that is read-only).
@@ -149,6 +153,7 @@ class Source(Attributor):
         curvature: Curvature = "empirical_fisher",
         damping: Damping = "noise",
         query_gradient: QueryGradient | None = None,
+        time_scale: float = 1.0,
         batch_size: int = 64,
         device: torch.device | str | None = None,
         cache: bool = True,
@@ -157,6 +162,9 @@ class Source(Attributor):
         super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
         check_damping(damping)
         check_query_gradient(query_gradient)
+        if not 0 < time_scale < math.inf:
+            raise ValueError(f"time_scale must be a number > 0, got {time_scale!r}")
+        self.time_scale = float(time_scale)
         self.query_gradient: QueryGradient | None = query_gradient
         self.curvature: Curvature = curvature
         self.damping: Damping = damping
@@ -189,7 +197,12 @@ class Source(Attributor):
 
         key = bank.fingerprint  # rows may have been appended since
         if key not in self._matrices:
-            settings = {"curvature": self.curvature, "damping": self.damping, "segments": self._groups_of(bank)}
+            settings = {
+                "curvature": self.curvature,
+                "damping": self.damping,
+                "segments": self._groups_of(bank),
+                "time_scale": self.time_scale,
+            }
             arrays = FitCache(bank).get("source", settings, compute) if self.cache else compute()
             self._matrices[key] = torch.from_numpy(arrays["B"]).to(self.device or "cpu")
         return self._matrices[key]
@@ -220,7 +233,7 @@ class Source(Attributor):
         if key not in self._segments:
             segments = []
             for index, (stage, groups) in enumerate(zip(bank.stages, self._groups_of(bank), strict=True)):
-                times = segment_times(stage.spec, groups)
+                times = [self.time_scale * time for time in segment_times(stage.spec, groups)]
                 decay = float(stage.spec["optimizer"]["weight_decay"])
                 for group, time in zip(groups, times, strict=True):
                     found = self._spectrum(bank, index, group)

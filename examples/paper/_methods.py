@@ -71,6 +71,8 @@ def _source(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
     mean = {"query_gradient": "mean"}
     found = [
         _made(problem, DEFAULT, "defaults", whole, sp.Source, **mean),
+        # On half of the examples for as many epochs, a retraining takes half of the steps.
+        _made(problem, "SOURCE, time of the retraining", "time_scale=0.5", whole, sp.Source, time_scale=0.5, **mean),
         _made(problem, "SOURCE, query at the end", "defaults but that", whole, sp.Source, query_gradient="final"),
     ]
     shortest = min(len(stage.checkpoints) for stage in runs[0].trajectory.stages)
@@ -157,17 +159,16 @@ def _kronecker(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
     def influence(number: int) -> list[np.ndarray]:
         return [by_damping[number] for by_damping in influences()]
 
-    def source(segments: int, mean_query: bool) -> list[np.ndarray]:
+    def source(mean_query: bool) -> list[np.ndarray]:
         return [
             reference.ekfac_source(
-                model, problem.task, _cut(run.trajectory, segments), dict(problem.train_sets), problem.queries,
+                model, problem.task, _whole(run.trajectory), dict(problem.train_sets), problem.queries,
                 mean_query=mean_query,
             )
             for run in distinct
         ]  # fmt: skip
 
     several = len(problem.train_sets) > 1
-    lengths = [1] if several else [1, min(3, len(runs[0].trajectory.stages[0].checkpoints))]
     found = []
     if not several:  # an influence function sees one optimum
         found += [
@@ -175,11 +176,11 @@ def _kronecker(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
             for i, one in enumerate(settings)
         ]
     return found + [
-        Candidate(name, f"{n} segment{'s' if n > 1 else ''} a stage", partial(source, n, mean_query))
+        Candidate(name, "a segment a stage", partial(source, mean_query))
         for name, mean_query in [("EK-FAC SOURCE", False), ("EK-FAC SOURCE, mean query gradient", True)]
-        for n in dict.fromkeys(lengths)
     ]
 
 
-def _cut(trajectory: sp.Trajectory, segments: int) -> sp.Trajectory:
-    return sp.Trajectory.from_stages([dataclasses.replace(stage, segments=segments) for stage in trajectory.stages])
+def _whole(trajectory: sp.Trajectory) -> sp.Trajectory:
+    """The same run with one segment a stage."""
+    return sp.Trajectory.from_stages([dataclasses.replace(stage, segments=1) for stage in trajectory.stages])

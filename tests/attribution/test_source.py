@@ -1,5 +1,6 @@
 """Law 3 of the design: SOURCE against its naive twin and its special cases, all with exact sketches."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -83,6 +84,30 @@ def test_query_gradients_are_means_by_default_unless_the_sketch_is_exact(tmp_pat
     }
     np.testing.assert_array_equal(scores[None], scores[default])
     assert not np.allclose(scores["mean"], scores["final"], rtol=0.01, atol=0)
+
+
+def test_time_scale_multiplies_the_learning_rates(blobs, tmp_path):
+    """As if the run had gone at half the rate, and never the fit of another time scale from the cache."""
+    problem, bank = blobs
+    (stage,) = problem.trajectory.stages
+    slow = replace(stage, lr_schedule=[0.5 * rate for rate in rates_of(stage)])
+    halved = Problem(problem.model, problem.task, sp.Trajectory.from_stages([slow]), problem.train, problem.queries)
+    expected = source(halved, halved.build(tmp_path / "bank")).score(problem.queries)
+    found = source(problem, bank, time_scale=0.5).score(problem.queries)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6 * np.abs(np.asarray(expected)).max())
+    assert not np.allclose(found, source(problem, bank).score(problem.queries), rtol=0.01, atol=0)
+    for bad in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="time_scale must be a number > 0"):
+            source(problem, bank, time_scale=bad)
+
+
+def rates_of(stage):
+    """One learning rate for each update."""
+    if stage.lr_schedule is None:
+        return [stage.checkpoints[0].lr] * stage.checkpoints[-1].step
+    if callable(stage.lr_schedule):
+        return [stage.lr_schedule(step) for step in range(stage.checkpoints[-1].step)]
+    return list(stage.lr_schedule)
 
 
 @pytest.mark.parametrize("method", [sp.Source, sp.InfluenceFunction])
