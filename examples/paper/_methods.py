@@ -10,11 +10,13 @@ from _problem import Problem
 
 import source_proj as sp
 from source_proj.evaluate import Candidate, GroundTruth
+from source_proj.queries import sketch_queries
 
-__all__ = ["DEFAULT", "Run", "candidates"]
+__all__ = ["DEFAULT", "Run", "candidates", "features_of"]
 
 DEFAULT = "SOURCE"
 RIDGES = [0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0]  # for TRAK, added to the eigenvalues of ΦᵀΦ/N
+_OWN_FEATURES = (sp.RepSim,)  # asked with the data itself: their features are no sketched gradients
 DAMPINGS: list[Any] = ["noise", 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]  # for influence functions
 
 
@@ -59,10 +61,24 @@ def _made(
 
     def score(*chosen: sp.Bank) -> np.ndarray:
         built = attributor(list(chosen), model=model, progress=False, **choices)
-        return np.asarray(built.score(problem.queries))[:, columns]
+        asked = problem.queries if attributor in _OWN_FEATURES else [features_of(bank, problem) for bank in chosen]
+        return np.asarray(built.score(asked))[:, columns]
 
     together = partial(score, *banks) if ensemble else None
     return Candidate(method, setting, lambda: [score(bank) for bank in banks], together, calibrated)
+
+
+def features_of(bank: sp.Bank, problem: Problem) -> sp.QueryFeatures:
+    """Sketched query gradients at every checkpoint that some method asks for, computed once a bank."""
+    known: dict[str, sp.QueryFeatures] = problem.__dict__.setdefault("_features", {})
+    if str(bank.path) not in known:
+        points = [bank.checkpoint(s, c) for s, stage in enumerate(bank.stages) for c in range(stage.n_checkpoints)]
+        distinct = {point.hash(): point for point in [*points, bank.final_checkpoint()]}
+        known[str(bank.path)] = sketch_queries(
+            bank, problem.make_model(), problem.task, problem.queries, checkpoints=list(distinct.values()),
+            progress=False,
+        )  # fmt: skip
+    return known[str(bank.path)]
 
 
 def _source(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
@@ -121,8 +137,8 @@ def _plain(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
         found.append(_made(problem, "GradDot", setting, banks, sp.GradDot))
         found.append(_made(problem, "GradCos", setting, banks, sp.GradCos, calibrated=False))
     sets: Any = problem.train_sets if len(problem.train_sets) > 1 else next(iter(problem.train_sets.values()))
-    similarity = partial(sp.RepSim, train_set=sets, layer=problem.layer)
-    return [*found, _made(problem, "RepSim", "last hidden layer", whole, similarity, calibrated=False)]
+    choices = {"train_set": sets, "layer": problem.layer}
+    return [*found, _made(problem, "RepSim", "last hidden layer", whole, sp.RepSim, calibrated=False, **choices)]
 
 
 def _places(problem: Problem, runs: Sequence[Run]) -> list[tuple[str, list[sp.Bank]]]:

@@ -7,7 +7,6 @@ banks that the pipeline built, by the recursion of the library's own ``by_segmen
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +16,10 @@ import source_proj as sp
 from source_proj.cache import cached_spectrum
 from source_proj.curvature import Curvature, Spectrum, forgetting, noise_floor, response
 from source_proj.operands import loss_gradients, mean_gradients
-from source_proj.queries import QueryFeatures, sketch_queries
+from source_proj.queries import QueryFeatures
 from source_proj.trajectory import segment_times, split_segments
 
-__all__ = ["Recipe", "Response", "cross_scores", "drift", "features_of", "fit_scores", "floor_of", "plain"]
+__all__ = ["Recipe", "Response", "cross_scores", "drift", "fit_scores", "floor_of", "plain"]
 
 Response = Callable[[float, float, float, Tensor], Callable[[Tensor], Tensor]]
 """Function of (time s, decay λ, noise floor tr(Ĥ)/k, Ĥ's eigenvalues) to the function that takes c's place."""
@@ -67,15 +66,6 @@ class Segment:
     decay: float
     spectrum: Spectrum
     floor: float
-
-
-def features_of(bank: sp.Bank, problem: Any) -> QueryFeatures:
-    """Sketched query gradients at the checkpoints of the last stage, and at the final weights."""
-    stage = len(bank.stages) - 1
-    points = [bank.checkpoint(stage, c) for c in range(bank.stages[stage].n_checkpoints)]
-    if bank.final_checkpoint().hash() not in {point.hash() for point in points}:
-        points.append(bank.final_checkpoint())
-    return sketch_queries(bank, problem.make_model(), problem.task, problem.queries, checkpoints=points, progress=False)
 
 
 def floor_of(bank: sp.Bank, spectrum: Spectrum) -> float:

@@ -11,7 +11,8 @@ training runs.
 
 Studies: (a) sketch dimension, up to no sketch where that fits; (b) which Hessian; (c) damping; (d) segments and
 checkpoints; (e) averaging query gradients over the last checkpoints; (f) time scale and weight decay; (g) runs against
-dimension at equal bytes; (h) two half-sketches against a whole one.
+dimension at equal bytes; (h) two half-sketches against a whole one; (i) the time scale at other sampling ratios (only
+where asked for: it retrains).
 """
 
 import argparse
@@ -27,9 +28,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from _methods import features_of
 from _pipeline import RUN_SEED, ground_truth, home
 from _problem import Problem, parser, sized
-from _study import Recipe, Response, cross_scores, drift, features_of, fit_scores, plain
+from _study import Recipe, Response, cross_scores, drift, fit_scores, plain
 from torch import Tensor
 
 import source_proj as sp
@@ -39,8 +41,8 @@ from source_proj.evaluate import LDS, GroundTruth, compare, lds, mean_lds
 
 TASKS = ["fashion_mnist", "fashion_mnist_noise", "rotated_mnist", "concrete"]
 REFERENCE = Recipe()
-Variant = tuple[str, list[np.ndarray]]
-"""A name, and the scores of each run."""
+Variant = tuple[str, list[np.ndarray]] | tuple[str, list[np.ndarray], GroundTruth]
+"""A name, the scores of each run, and what judges them, if not half-subsets."""
 
 
 @dataclass
@@ -99,11 +101,8 @@ class Bench:
         return fit_scores(bank, self.features(bank), recipe, self.problem.n)
 
     def features(self, bank: sp.Bank) -> sp.QueryFeatures:
-        """Query gradients at the last stage's checkpoints, computed once a bank."""
-        known: dict[str, sp.QueryFeatures] = self.__dict__.setdefault("_features", {})
-        if str(bank.path) not in known:
-            known[str(bank.path)] = features_of(bank, self.problem)
-        return known[str(bank.path)]
+        """Query gradients at all checkpoints, computed once a bank."""
+        return features_of(bank, self.problem)
 
 
 def sketch_dimension(bench: Bench) -> Iterator[Variant]:
@@ -280,6 +279,20 @@ def half_sketches(bench: Bench) -> Iterator[Variant]:
         yield f"two half-sketches crossed, {multiple:g} tr(H)/k", crossed
 
 
+def sampling_ratio(bench: Bench) -> Iterator[Variant]:
+    """(i) Does the time scale that predicts best follow the share of the examples that are kept?"""
+    for share, retrainings in [(0.25, 8), (0.5, 8), (0.9, 40)]:  # removing little changes little beside the noise
+        truth = GroundTruth.subsets(
+            bench.folder / f"retrainings-{share}", bench.problem.n, len(bench.problem.queries), count=100,
+            fraction=share, retrainings=retrainings, seed=5 * 10**6, settings=bench.problem.settings,
+        )  # fmt: skip
+        truth.fill(bench.problem.retrain, group=bench.problem.group, workers=int(bench.problem.extra["workers"]))
+        for curvature in ["empirical_fisher", "gauss_newton"]:
+            for factor in [0.1, 0.25, 0.5, 1.0]:
+                recipe = Recipe(curvature, time=factor)
+                yield f"{share:.0%} kept, {curvature.replace('_', ' ')}, time x {factor:g}", bench.scores(recipe), truth
+
+
 STUDIES = {
     "a": sketch_dimension,
     "b": hessian,
@@ -289,15 +302,19 @@ STUDIES = {
     "f": time_scale,
     "g": equal_bytes,
     "h": half_sketches,
+    "i": sampling_ratio,
 }
 
 
 def study(bench: Bench, letter: str) -> pd.DataFrame:
     """All lines of one study on one task."""
-    reference = _lds(bench, bench.scores(REFERENCE))
+    default = bench.scores(REFERENCE)
+    references: dict[int, LDS] = {}
     rows = []
-    for name, scores in STUDIES[letter](bench):
-        found = _lds(bench, scores)
+    for name, scores, *judge in STUDIES[letter](bench):
+        truth = judge[0] if judge else bench.truth
+        reference = references.setdefault(id(truth), _lds(default, truth))
+        found = _lds(scores, truth)
         difference = compare(found, reference)
         rows.append(
             {"task": bench.problem.name, "study": letter, "variant": name, "lds": found.value, "low": found.interval[0],
@@ -309,8 +326,8 @@ def study(bench: Bench, letter: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _lds(bench: Bench, scores: list[np.ndarray]) -> LDS:
-    return mean_lds([lds(one, bench.truth.masks, bench.truth.outcomes) for one in scores])
+def _lds(scores: list[np.ndarray], truth: GroundTruth) -> LDS:
+    return mean_lds([lds(one, truth) for one in scores])
 
 
 def main() -> None:
@@ -339,7 +356,7 @@ def parse() -> argparse.Namespace:
     """Options."""
     found = parser(__doc__ or "")
     found.add_argument("--tasks", default=",".join(TASKS), help="names of task files, separated by commas")
-    found.add_argument("--studies", default=",".join(STUDIES), help="letters, separated by commas")
+    found.add_argument("--studies", default="a,b,c,d,e,f,g,h", help="letters, separated by commas")
     found.add_argument("--runs", type=int, default=2, help="training runs")
     found.add_argument("--dim", type=int, help="sketch dimension k of the reference (default 2,048)")
     return found.parse_args()

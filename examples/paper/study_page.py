@@ -26,6 +26,7 @@ TITLES = {
     "f": "Time scale and weight decay",
     "g": "Runs against dimension, at equal bytes",
     "h": "Two half-sketches against a whole one",
+    "i": "Time scale at other sampling ratios",
 }
 TASKS = {
     "fashion_mnist": "Fashion-MNIST",
