@@ -68,9 +68,12 @@ def _grid(own: pd.DataFrame) -> str:
 
 
 def _cell(row: pd.Series) -> str:
-    """LDS, and its difference to the reference with half the width of its interval; bold where it is significant."""
+    """LDS, and its difference to the reference with half the width of its interval; bold where it is significant.
+
+    "(=)" marks the reference itself, and what is the same to four digits.
+    """
     if row["diff"] == 0 and row["diff_low"] == 0:
-        return f"{_short(row['lds'])}, the reference"
+        return f"{_short(row['lds'])} (=)"
     half = (row["diff_high"] - row["diff_low"]) / 2
     text = f"{_short(row['lds'])} ({_signed(row['diff'], 3)} ± {half:.3f})"
     return f"**{text}**" if row["diff_low"] > 0 or row["diff_high"] < 0 else text

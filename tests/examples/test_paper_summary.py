@@ -128,9 +128,9 @@ def test_the_readme_gets_its_block_and_keeps_the_rest(tmp_path):
     assert text.startswith(head)
     assert text.endswith(rest)
     block = text[len(head) : -len(rest)].splitlines()
-    assert block[0] == "| task | TRAK | SOURCE | TracIn | several runs: SOURCE | several runs: best other | *ceiling* |"
-    assert block[2] == "| Concrete | **.390** | **.400** | −.020 | **.500** | .450<br><sub>TRAK</sub> | *.900* |"
-    assert block[3] == "| Mnist | **.350** | .300 | – | – | – | *.900* |"
+    assert block[0] == "| task | SOURCE | TRAK | TracIn | several runs: SOURCE | several runs: best other | *ceiling* |"
+    assert block[2] == "| Concrete | **.400** | **.390** | −.020 | **.500** | .450<br><sub>TRAK</sub> | *.900* |"
+    assert block[3] == "| Mnist | .300 | **.350** | – | – | – | *.900* |"
 
 
 def test_variants_and_rare_methods_are_not_in_the_readme(tmp_path):
@@ -151,7 +151,22 @@ def test_the_weakest_of_many_methods_are_not_in_the_readme(tmp_path):
     write_task(tmp_path / "r", "mnist", [row("SOURCE", 0.1, (0, 0, 0)), *rivals])  # SOURCE stays, however weak
     header = readme_block(read_results(tmp_path / "r")[0]).splitlines()[0]
     shown = [cell.strip() for cell in header.split("|")[2:-4]]
-    assert shown == [f"rival {i}" for i in range(MOST)] + ["SOURCE"]
+    assert shown == ["SOURCE"] + [f"rival {i}" for i in range(MOST)]
+
+
+def test_the_steps_to_the_gain_are_shown_where_all_are_there(tmp_path):
+    from summary import STEPS, read_results, results_page
+
+    folder = tmp_path / "r"
+    write_task(folder, "concrete", [row(name, 0.1 * (i + 1), (0, 0, 0)) for i, name in enumerate(STEPS)])
+    write_task(folder, "mnist", [row("SOURCE", 0.4, (0, 0, 0))])
+    lines = results_page(*read_results(folder), folder, "r").splitlines()
+    start = lines.index("## Where the gain comes from")
+    table = [line for line in lines[start : lines.index("## Settings")] if line.startswith("|")]
+    assert table[2:] == ["| Concrete | .100 | .200 | .300 | .400 | .500 |", "| Mnist | – | – | .400 | – | – |"]
+    write_task(tmp_path / "other", "mnist", [row("SOURCE", 0.4, (0, 0, 0))])
+    alone = results_page(*read_results(tmp_path / "other"), tmp_path / "other", "r")
+    assert "Where the gain comes from" not in alone
 
 
 def test_check_tells_whether_anything_is_out_of_date(tmp_path, capsys):
