@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -186,7 +187,9 @@ def _kronecker(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
 
     several = len(problem.train_sets) > 1
     found = []
-    if not several:  # an influence function sees one optimum
+    if find_spec("kronfluence") is None:
+        print('EK-FAC influence functions are left out: they need pip install "source-proj[kronecker]"')
+    elif not several:  # an influence function sees one optimum
         found += [
             Candidate("EK-FAC influence functions", f"damping {one or '0.1 mean eigenvalue'}", partial(influence, i))
             for i, one in enumerate(settings)

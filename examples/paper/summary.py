@@ -226,7 +226,8 @@ def _details(table: pd.DataFrame) -> list[str]:
 def readme_block(table: pd.DataFrame) -> str:
     """The README's table: tasks × methods, LDS of one run; then of several.
 
-    Left out are variants of SOURCE but one, what fewer than half of the tasks have, and the weakest of more than ``MOST``.
+    Left out are variants of SOURCE but one, what fewer than half of the tasks have, and the weakest of more than
+    ``MOST``.
     """
     single, multiple = (table[table["runs"] == kind] for kind in ("single", "multiple"))
     tasks = single.drop_duplicates("task").set_index("task")
