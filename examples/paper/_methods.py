@@ -16,9 +16,23 @@ from source_proj.queries import sketch_queries
 __all__ = ["DEFAULT", "Run", "candidates", "features_of"]
 
 DEFAULT = "SOURCE"
-RIDGES = [0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0]  # for TRAK, added to the eigenvalues of ΦᵀΦ/N
+RIDGES = [0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0]  # for TRAK, added to the eigenvalues of ΦᵀΦ/N
 _OWN_FEATURES = (sp.RepSim,)  # asked with the data itself: their features are no sketched gradients
-DAMPINGS: list[Any] = ["noise", 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]  # for influence functions
+DAMPINGS: list[Any] = [
+    "noise",
+    None,
+    1e-5,
+    1e-4,
+    3e-4,
+    1e-3,
+    3e-3,
+    1e-2,
+    3e-2,
+    1e-1,
+    3e-1,
+    1.0,
+    3.0,
+]  # for influence functions
 
 
 class Run(NamedTuple):
