@@ -160,7 +160,8 @@ def test_readme_shows_the_evaluation_as_it_runs():
     (shown,) = re.findall(r"<!-- evaluate -->\n```python\n(.*?)```", readme, re.DOTALL)
     example = (checkout / "examples" / "evaluate_your_model.py").read_text(encoding="utf-8")
     (lines,) = re.findall(r"# ten lines\n(.*?) *# end", example, re.DOTALL)
-    assert shown == textwrap.dedent(lines)
+    # The formatter puts two blank lines after a function of a module, one after a function within another.
+    assert re.sub("\n\n+", "\n\n", shown) == textwrap.dedent(lines)
 
 
 def test_evaluate_is_a_module():
