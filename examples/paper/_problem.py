@@ -71,7 +71,8 @@ class Problem:
         cheap: whether retraining is so cheap that empirical influence gets retrainings of its own.
         scalar_metric: for runs of Adam that are treated as SGD: a sentence on how; None for SGD.
         extra: further facts, by name: "workers", processes that retrain; "accuracy", ``accuracy(seed, folder)`` says
-            how good a recorded run is.
+            how good a recorded run is; "record_more", ``record_more(seed, folder, checkpoints)`` records the same run
+            with another number of checkpoints a stage, for the laboratory.
     """
 
     name: str

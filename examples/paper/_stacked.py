@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 import source_proj as sp
 from source_proj.evaluate import stacked_outputs, train_stacked
 
-__all__ = ["StackedRun", "StageSetting", "absolute_error", "classes", "margin", "mlp", "mse"]
+__all__ = ["StackedRun", "StageSetting", "absolute_error", "margin", "mlp", "mse"]
 
 Rate = float | Callable[[int], float]
 
@@ -173,8 +173,3 @@ def mse(outputs: Tensor, targets: Tensor) -> Tensor:
 def absolute_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """|o − y|, ``(M, Q)`` of outputs ``(M, Q, 1)`` and targets ``(Q,)``."""
     return (outputs.squeeze(-1).double() - targets.double()).abs()
-
-
-def classes(labels: Tensor) -> int:
-    """Number of classes."""
-    return int(labels.max()) + 1

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from _grid import ABSENT, bold, grid, short
 
 __all__ = ["main", "tables"]
 
@@ -43,28 +44,25 @@ def tables(studies: pd.DataFrame, moved: pd.DataFrame | None) -> str:
     for letter, title in TITLES.items():
         own = studies[studies["study"] == letter]
         if len(own):
-            parts += [f"### ({letter}) {title}", "", _grid(own), ""]
+            parts += [f"### ({letter}) {title}", "", *_table(own), ""]
     if moved is not None:
         parts += ["### How far the runs move between the halves of a stage", ""]
-        parts += ["| task | stage | gradients | Hessians | log-ratio of traces |", "| --- | --- | --- | --- | --- |"]
-        parts += [
-            f"| {TASKS.get(row.task, row.task)} | {row.stage} | {row.gradients:.2f} | {row.Hessians:.2f} | "
-            f"{_signed(row.traces, 2)} |"
+        rows = [
+            [TASKS.get(row.task, row.task), row.stage, f"{row.gradients:.2f}", f"{row.Hessians:.2f}",
+             _signed(row.traces, 2)]
             for row in moved.itertuples()
-        ]
+        ]  # fmt: skip
+        parts += grid(["task", "stage", "gradients", "Hessians", "log-ratio of traces"], rows, left=2)
     return "\n".join(parts).rstrip()
 
 
-def _grid(own: pd.DataFrame) -> str:
+def _table(own: pd.DataFrame) -> list[str]:
     tasks = [task for task in TASKS if task in set(own["task"])]
-    lines = ["| variant | " + " | ".join(TASKS[task] for task in tasks) + " |", "| --- |" + " --- |" * len(tasks)]
+    rows = []
     for variant in dict.fromkeys(own["variant"]):
-        cells = []
-        for task in tasks:
-            found = own[(own["variant"] == variant) & (own["task"] == task)]
-            cells.append(_cell(found.iloc[0]) if len(found) else "–")
-        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        by_task = own[own["variant"] == variant].set_index("task")
+        rows.append([variant, *(_cell(by_task.loc[task]) if task in by_task.index else ABSENT for task in tasks)])
+    return grid(["variant", *(TASKS[task] for task in tasks)], rows)
 
 
 def _cell(row: pd.Series) -> str:
@@ -73,14 +71,10 @@ def _cell(row: pd.Series) -> str:
     "(=)" marks the reference itself, and what is the same to four digits.
     """
     if row["diff"] == 0 and row["diff_low"] == 0:
-        return f"{_short(row['lds'])} (=)"
+        return f"{short(row['lds'])} (=)"
     half = (row["diff_high"] - row["diff_low"]) / 2
-    text = f"{_short(row['lds'])} ({_signed(row['diff'], 3)} ± {half:.3f})"
-    return f"**{text}**" if row["diff_low"] > 0 or row["diff_high"] < 0 else text
-
-
-def _short(value: float) -> str:
-    return f"{value:.3f}".replace("0.", ".", 1).replace("-", "−")
+    text = f"{short(row['lds'])} ({_signed(row['diff'], 3)} ± {half:.3f})"
+    return bold(text, row["diff_low"] > 0 or row["diff_high"] < 0)
 
 
 def _signed(value: float, digits: int) -> str:
