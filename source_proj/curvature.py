@@ -12,9 +12,9 @@ basis U of the range.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     "Spectrum",
     "check_damping",
     "damping_value",
+    "default_curvature",
     "forgetting",
     "noise_floor",
     "response",
@@ -39,6 +40,16 @@ Factors = Literal["empirical_fisher", "sampled_fisher", "gauss_newton", "feature
 """A curvature, or ``features``: a = φ itself, TRAK's kernel."""
 Damping = float | Literal["noise"] | None
 Route = Literal["auto", "primal", "dual"]
+
+
+def default_curvature(task: Mapping[str, Any]) -> Curvature:
+    """The curvature for a bank's task, by its description: Gauss-Newton for regression, else empirical Fisher.
+
+    The squared error's ℓ'' is the same for every example, while the empirical Fisher weighs each by its squared
+    residual, which says nothing of the loss's curvature: on all four regression tasks of examples/paper retraining is
+    predicted better without it. For classification the order is the reverse (examples/paper/LABORATORY.md, study b).
+    """
+    return "gauss_newton" if task["name"] == "regression" and "class" not in task else "empirical_fisher"
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,16 @@ from source_proj.attributor import (
 )
 from source_proj.bank import Bank
 from source_proj.cache import FitCache, cached_spectrum
-from source_proj.curvature import Curvature, Damping, Spectrum, check_damping, damping_value, forgetting, response
+from source_proj.curvature import (
+    Curvature,
+    Damping,
+    Spectrum,
+    check_damping,
+    damping_value,
+    default_curvature,
+    forgetting,
+    response,
+)
 from source_proj.operands import Operand, mean_gradients
 from source_proj.queries import QueryFeatures
 from source_proj.scores import PredictedChange, Scores
@@ -103,7 +112,8 @@ class Source(Attributor):
         task: the task of the bank; needed for custom tasks only.
         segments: how checkpoints fall into segments: a number, explicit lists of checkpoint indices, or a mapping
             from stage names to either; default: as the trajectory had it.
-        curvature: ``"empirical_fisher"``, ``"gauss_newton"`` or ``"sampled_fisher"``.
+        curvature: ``"empirical_fisher"``, ``"gauss_newton"`` or ``"sampled_fisher"``; default: Gauss-Newton for
+            :class:`Regression`, empirical Fisher for every other task.
         damping: added to the eigenvalues inside c: ``"noise"`` takes ρ = tr(Ĥ)/k, the sketch's own noise (0 for an
             exact sketch); a number is used as it is; None switches damping off.
         query_gradient: where ∇m(q) is taken. ``"final"``: at the final weights, as the formula has it, one backward
@@ -150,7 +160,7 @@ class Source(Attributor):
         model: nn.Module | None = None,
         task: Task | None = None,
         segments: Segments | None = None,
-        curvature: Curvature = "empirical_fisher",
+        curvature: Curvature | None = None,
         damping: Damping = "noise",
         query_gradient: QueryGradient | None = None,
         time_scale: float = 1.0,
@@ -166,7 +176,7 @@ class Source(Attributor):
             raise ValueError(f"time_scale must be a number > 0, got {time_scale!r}")
         self.time_scale = float(time_scale)
         self.query_gradient: QueryGradient | None = query_gradient
-        self.curvature: Curvature = curvature
+        self.curvature: Curvature = curvature or default_curvature(self.banks[0].task_spec)
         self.damping: Damping = damping
         self.cache = cache
         self._groups = [_stage_groups(one, segments) for one in self.banks]

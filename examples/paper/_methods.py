@@ -1,6 +1,7 @@
 """Every method of the comparison, with the settings it may choose from."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ import numpy as np
 from _problem import Problem
 
 import source_proj as sp
+from source_proj.curvature import default_curvature
 from source_proj.evaluate import Candidate, GroundTruth
 from source_proj.queries import sketch_queries
 
@@ -106,6 +108,15 @@ def _source(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
         _made(problem, "SOURCE, time of the retraining", "time_scale=0.5", whole, sp.Source, time_scale=0.5, **mean),
         _made(problem, "SOURCE, query at the end", "defaults but that", whole, sp.Source, query_gradient="final"),
     ]
+    if len(_curvatures(problem)) > 1:  # what the defaults were before the laboratory
+        plain = {"curvature": "empirical_fisher"}
+        found += [
+            _made(problem, "SOURCE, empirical Fisher", "defaults but that", whole, sp.Source, **plain, **mean),
+            _made(
+                problem, "SOURCE, empirical Fisher, query at the end", "defaults but those", whole, sp.Source,
+                query_gradient="final", **plain,
+            ),
+        ]  # fmt: skip
     shortest = min(len(stage.checkpoints) for stage in runs[0].trajectory.stages)
     more = min(3 if len(problem.train_sets) == 1 else 2, shortest)
     if more > 1 and problem.sizes.sketches == 1:  # a decomposition for every segment: not for each of several sketches
@@ -120,11 +131,19 @@ def _influence(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
     found = []
     for place, banks in _places(problem, runs):
         for average, method in [(True, "Influence functions, averaged"), (False, "Influence functions")]:
-            for damping in DAMPINGS:
+            for damping, curvature in itertools.product(DAMPINGS, _curvatures(problem)):
                 setting = f"damping {'tr(H)/k' if damping == 'noise' else damping}{place}"
+                setting += ", empirical Fisher" if curvature else ""
                 choices = {"average": average, "damping": damping, "query_gradient": "mean" if average else "final"}
-                found.append(_made(problem, method, setting, banks, sp.InfluenceFunction, **choices))
+                found.append(
+                    _made(problem, method, setting, banks, sp.InfluenceFunction, curvature=curvature, **choices)
+                )
     return found
+
+
+def _curvatures(problem: Problem) -> list[str | None]:
+    """The default, and the empirical Fisher where that is another."""
+    return [None, "empirical_fisher"] if default_curvature(problem.task.spec()) != "empirical_fisher" else [None]
 
 
 def _trak(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:

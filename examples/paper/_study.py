@@ -14,7 +14,7 @@ from torch import Tensor
 
 import source_proj as sp
 from source_proj.cache import cached_spectrum
-from source_proj.curvature import Curvature, Spectrum, forgetting, noise_floor, response
+from source_proj.curvature import Curvature, Spectrum, default_curvature, forgetting, noise_floor, response
 from source_proj.operands import loss_gradients, mean_gradients
 from source_proj.queries import QueryFeatures
 from source_proj.trajectory import segment_times, split_segments
@@ -35,7 +35,7 @@ class Recipe:
     """One way to compute scores; the defaults are the library's.
 
     Attributes:
-        curvature: which Hessian.
+        curvature: which Hessian; None for the task's default.
         segments: number of segments a stage.
         checkpoints: which checkpoints of each stage are used (negative numbers count from the end); None: all.
         respond: c of a segment.
@@ -46,7 +46,7 @@ class Recipe:
             for all, 0 for the final weights alone.
     """
 
-    curvature: Curvature = "empirical_fisher"
+    curvature: Curvature | None = None
     segments: int = 1
     checkpoints: tuple[int, ...] | None = None
     respond: Response = field(default_factory=plain)
@@ -153,8 +153,8 @@ def _segments(bank: sp.Bank, recipe: Recipe) -> list[Segment]:
 
 
 @lru_cache(maxsize=6)
-def _spectrum(bank: sp.Bank, stage: int, checkpoints: tuple[int, ...], curvature: Curvature) -> Spectrum:
-    return cached_spectrum(bank, stage, checkpoints, curvature)
+def _spectrum(bank: sp.Bank, stage: int, checkpoints: tuple[int, ...], curvature: Curvature | None) -> Spectrum:
+    return cached_spectrum(bank, stage, checkpoints, curvature or default_curvature(bank.task_spec))
 
 
 def cross_scores(first: sp.Bank, second: sp.Bank, features: Sequence[QueryFeatures], multiple: float) -> np.ndarray:
@@ -169,7 +169,7 @@ def cross_scores(first: sp.Bank, second: sp.Bank, features: Sequence[QueryFeatur
 
 
 def _crossed(a: sp.Bank, b: sp.Bank, fa: QueryFeatures, fb: QueryFeatures, multiple: float) -> np.ndarray:
-    stage, (segment,) = a.stages[0], _segments(a, Recipe())
+    stage, (segment,) = a.stages[0], _segments(a, Recipe("empirical_fisher"))  # of the a_i below
     function = plain(multiple)(segment.time, segment.decay, segment.floor, segment.spectrum.values)
     zero = function(torch.zeros(1, dtype=torch.float64))
 

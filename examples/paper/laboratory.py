@@ -4,10 +4,10 @@ r"""The accuracy laboratory: every choice inside SOURCE, one at a time, judged b
     python examples/paper/laboratory.py --tasks concrete --studies c,f
 
 One task is converged (Fashion-MNIST), one is not (Fashion-MNIST-N), one has two stages (RotatedMNIST), one is a small
-regression (Concrete). The reference, the library's default, is one segment a stage, empirical Fisher, damping tr(Ĥ)/k
-in c and none in S, the query's gradient averaged over the last stage's checkpoints. A study changes one thing; each
-line says by how much the LDS then differs from the reference's, with the paired 95 % bootstrap interval, mean over
-training runs.
+regression (Concrete). The reference, the library's default, is one segment a stage, empirical Fisher (Gauss-Newton
+for regression, but not in (h)), damping tr(Ĥ)/k in c and none in S, the query's gradient averaged over the last stage's
+checkpoints. A study changes one thing; each line says by how much the LDS then differs from the reference's, with the
+paired 95 % bootstrap interval, mean over training runs.
 
 Studies: (a) sketch dimension, up to no sketch where that fits; (b) which Hessian; (c) damping; (d) segments and
 checkpoints; (e) averaging query gradients over the last checkpoints; (f) time scale and weight decay; (g) runs against
@@ -36,11 +36,12 @@ from torch import Tensor
 
 import source_proj as sp
 from source_proj.cache import cached_spectrum
-from source_proj.curvature import response
+from source_proj.curvature import default_curvature, response
 from source_proj.evaluate import LDS, GroundTruth, compare, lds, mean_lds
 
 TASKS = ["fashion_mnist", "fashion_mnist_noise", "rotated_mnist", "concrete"]
 REFERENCE = Recipe()
+FISHER = Recipe("empirical_fisher")  # what two sketches can be crossed for
 Variant = tuple[str, list[np.ndarray]] | tuple[str, list[np.ndarray], GroundTruth]
 """A name, the scores of each run, and what judges them, if not half-subsets."""
 
@@ -122,7 +123,7 @@ def sketch_dimension(bench: Bench) -> Iterator[Variant]:
 def _given_floor(bench: Bench, multiple: float) -> Response:
     bank = bench.bank(0)
     floors = [
-        cached_spectrum(bank, i, list(range(stage.n_checkpoints)), "empirical_fisher").trace / bench.dim
+        cached_spectrum(bank, i, list(range(stage.n_checkpoints)), default_curvature(bank.task_spec)).trace / bench.dim
         for i, stage in enumerate(bank.stages)
     ]
     return lambda time, decay, _floor, _values: response(time, decay, multiple * floors[0])
@@ -132,7 +133,7 @@ def hessian(bench: Bench) -> Iterator[Variant]:
     """(b) Which curvature?"""
     for multiple in [1.0, 2.0]:
         respond = plain(multiple)
-        yield f"empirical Fisher, {multiple:g} tr(H)/k", bench.scores(Recipe(respond=respond))
+        yield f"empirical Fisher, {multiple:g} tr(H)/k", bench.scores(Recipe("empirical_fisher", respond=respond))
         yield f"Gauss-Newton, {multiple:g} tr(H)/k", bench.scores(Recipe("gauss_newton", respond=respond))
         for draws in [1, 4]:
             recipe = Recipe("sampled_fisher", respond=respond)
@@ -260,15 +261,18 @@ def equal_bytes(bench: Bench) -> Iterator[Variant]:
     )
 
 
-def _mean(bench: Bench, run: int, dim: int, seeds: list[int]) -> np.ndarray:
-    return np.asarray(np.mean([bench.one(bench.bank(run, dim=dim, seed=s), REFERENCE) for s in seeds], axis=0))
+def _mean(bench: Bench, run: int, dim: int, seeds: list[int], recipe: Recipe = REFERENCE) -> np.ndarray:
+    return np.asarray(np.mean([bench.one(bench.bank(run, dim=dim, seed=s), recipe) for s in seeds], axis=0))
 
 
 def half_sketches(bench: Bench) -> Iterator[Variant]:
     """(h) Coefficients from one half-sketch, inner products from the other."""
     half = bench.dim // 2
-    yield f"one sketch, k = {bench.dim:,}", bench.scores(REFERENCE)
-    yield "mean of two half-sketches", [_mean(bench, run, half, [10 + run, 20 + run]) for run in range(bench.runs)]
+    yield f"one sketch, k = {bench.dim:,}", bench.scores(FISHER)
+    yield (
+        "mean of two half-sketches",
+        [_mean(bench, run, half, [10 + run, 20 + run], FISHER) for run in range(bench.runs)],
+    )
     if len(bench.trajectories[0].stages) > 1:
         return
     for multiple in [0.5, 1.0]:
@@ -308,7 +312,7 @@ STUDIES = {
 
 def study(bench: Bench, letter: str) -> pd.DataFrame:
     """All lines of one study on one task."""
-    default = bench.scores(REFERENCE)
+    default = bench.scores(FISHER if letter == "h" else REFERENCE)
     references: dict[int, LDS] = {}
     rows = []
     for name, scores, *judge in STUDIES[letter](bench):

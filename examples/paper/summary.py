@@ -31,6 +31,11 @@ STEPS = {  # method: what it is called among the steps
     "SOURCE, time of the retraining": "+ time of the retraining",
     "Influence functions, averaged": "SOURCE without unrolling",
 }
+CHANGES = {  # method: what its defaults are called among the laboratory's changes; the first that a task has counts
+    "at first": ["SOURCE, empirical Fisher, query at the end", "SOURCE, query at the end"],
+    "+ mean query gradient": ["SOURCE, empirical Fisher", "SOURCE"],
+    "+ Gauss-Newton for regression": ["SOURCE"],
+}
 COLUMNS = [
     "task", "title", "method", "runs", "setting", "lds", "low", "high", "ceiling", "slope", "slope_low", "slope_high",
     "diff", "diff_low", "diff_high",
@@ -151,7 +156,7 @@ def results_page(table: pd.DataFrame, facts: dict[str, dict[str, Any]], folder: 
             "",
             *methods_by_tasks(slopes, lambda row: plain(row.slope) + between(row.slope_low, row.slope_high, plain)),
         ]
-    lines += _gains(single)
+    lines += [*_gains(single), *_changes(single)]
     lines += ["", "## Settings", "", *_settings(table, facts)]
     for task, about in facts.items():
         lines += ["", f"## {about['title']}", "", *(f"* {note}" for note in about.get("notes", ())), ""]
@@ -179,6 +184,20 @@ def _gains(single: pd.DataFrame) -> list[str]:
         "",
         *grid(["task", *STEPS.values()], rows),
     ]
+
+
+def _changes(single: pd.DataFrame) -> list[str]:
+    """A section on what the laboratory's changes of the defaults brought, of the tasks that have all of them."""
+    rows = []
+    for _, own in single.groupby("task", sort=False):
+        known = own.set_index("method")["lds"]
+        found = [next((known[name] for name in names if name in known), None) for names in CHANGES.values()]
+        if None not in found:
+            rows.append([str(own["title"].iloc[0]), *map(short, found)])
+    text = (
+        "LDS of one run with the defaults before and after what the laboratory (LABORATORY.md) changed, in its order."
+    )
+    return ["", "## Before and after", "", text, "", *grid(["task", *CHANGES], rows)] if rows else []
 
 
 def _links(folder: Path, link: str, task: str) -> str:

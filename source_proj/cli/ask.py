@@ -77,7 +77,8 @@ SegmentsOption = Annotated[
     str | None, typer.Option("--segments", help="Number of segments, or JSON such as [[0,1],[2]]; default: the bank's.")
 ]
 CurvatureOption = Annotated[
-    Curvature | None, typer.Option("--curvature", help="Hessian estimate; default: empirical-fisher.")
+    Curvature | None,
+    typer.Option("--curvature", help="Hessian estimate; default: gauss-newton for regression, else empirical-fisher."),
 ]
 DampingOption = Annotated[str | None, typer.Option("--damping", help="noise (default: by formula), off, or a number.")]
 AverageOption = Annotated[

@@ -8,7 +8,7 @@ from torch import nn
 from source_proj.attributor import Attributor, QueryGradient, Term, check_query_gradient, query_points
 from source_proj.bank import Bank
 from source_proj.cache import cached_spectrum
-from source_proj.curvature import Curvature, Damping, check_damping, damping_value, ridge_inverse
+from source_proj.curvature import Curvature, Damping, check_damping, damping_value, default_curvature, ridge_inverse
 from source_proj.operands import mean_gradients
 from source_proj.queries import QueryFeatures
 from source_proj.task import Task
@@ -31,7 +31,7 @@ class InfluenceFunction(Attributor):
         task: likewise.
         average: take gradients and Hessian as means over all checkpoints of the last stage, as one-segment SOURCE
             does, instead of at its last checkpoint.
-        curvature: ``"empirical_fisher"``, ``"gauss_newton"`` or ``"sampled_fisher"``.
+        curvature: as for :class:`~source_proj.Source`.
         damping: ``"noise"`` (ρ = tr(Ĥ)/k), a number, or None. Without damping and weight decay, the inverse is taken on
             the range of Ĥ.
         query_gradient: as for :class:`~source_proj.Source`; without ``average`` the default is ``"final"``.
@@ -48,7 +48,7 @@ class InfluenceFunction(Attributor):
         model: nn.Module | None = None,
         task: Task | None = None,
         average: bool = False,
-        curvature: Curvature = "empirical_fisher",
+        curvature: Curvature | None = None,
         damping: Damping = "noise",
         query_gradient: QueryGradient | None = None,
         batch_size: int = 64,
@@ -61,7 +61,7 @@ class InfluenceFunction(Attributor):
         check_query_gradient(query_gradient)
         self.query_gradient: QueryGradient | None = query_gradient if average else query_gradient or "final"
         self.average = average
-        self.curvature: Curvature = curvature
+        self.curvature: Curvature = curvature or default_curvature(self.banks[0].task_spec)
         self.damping: Damping = damping
         self.cache = cache
 

@@ -146,6 +146,24 @@ def test_an_example_has_part_only_in_its_own_stage(staged):
     assert parts[1, :, 30:].any()
 
 
+@pytest.mark.parametrize("method", [sp.Source, sp.InfluenceFunction])
+@pytest.mark.parametrize(("problem", "named"), [(regression, "gauss_newton"), (classification, "empirical_fisher")])
+def test_the_default_curvature_is_the_tasks(tmp_path, method, problem, named):
+    known = problem()
+    bank = known.build(tmp_path / "bank", sketch=sp.Sketch(dim=16))
+    options = {"model": known.model, "progress": False}
+    default, same, other = (
+        method(bank, **options, **choice).score(known.queries).to_numpy()
+        for choice in (
+            {},
+            {"curvature": named},
+            {"curvature": {"gauss_newton", "empirical_fisher"}.difference({named}).pop()},
+        )
+    )
+    np.testing.assert_array_equal(default, same)
+    assert not np.allclose(default, other, rtol=1e-3)
+
+
 @pytest.mark.parametrize("curvature", ["empirical_fisher", "gauss_newton", "sampled_fisher"])
 def test_dual_route_gives_the_same_scores(blobs, tmp_path, curvature):
     problem, _ = blobs

@@ -221,7 +221,7 @@ def test_ekfac_source_is_source_where_the_eigenbasis_is_exact(tmp_path, measurem
     bank = sp.build(
         model, task, run, data, tmp_path / "bank", sketch=sp.Sketch(3, "identity"), storage="float32", progress=False
     )
-    expected = sp.Source(bank, model=model, damping=0.05, progress=False).score(queries)
+    expected = sp.Source(bank, model=model, curvature="empirical_fisher", damping=0.05, progress=False).score(queries)
     scores = ekfac_source(model, task, run, data, queries, damping=0.05, fisher="empirical")
     np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
 

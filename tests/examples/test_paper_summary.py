@@ -161,12 +161,35 @@ def test_the_steps_to_the_gain_are_shown_where_all_are_there(tmp_path):
     write_task(folder, "concrete", [row(name, 0.1 * (i + 1), (0, 0, 0)) for i, name in enumerate(STEPS)])
     write_task(folder, "mnist", [row("SOURCE", 0.4, (0, 0, 0))])
     lines = results_page(*read_results(folder), folder, "r").splitlines()
-    start = lines.index("## Where the gain comes from")
-    table = [line for line in lines[start : lines.index("## Settings")] if line.startswith("|")]
-    assert table[2:] == ["| Concrete | .100 | .200 | .300 | .400 | .500 |", "| Mnist | – | – | .400 | – | – |"]
+    assert _section(lines, "Where the gain comes from") == [
+        "| Concrete | .100 | .200 | .300 | .400 | .500 |",
+        "| Mnist | – | – | .400 | – | – |",
+    ]
     write_task(tmp_path / "other", "mnist", [row("SOURCE", 0.4, (0, 0, 0))])
     alone = results_page(*read_results(tmp_path / "other"), tmp_path / "other", "r")
     assert "Where the gain comes from" not in alone
+
+
+def test_changed_defaults_are_shown_of_tasks_that_have_them_all(tmp_path):
+    from summary import read_results, results_page
+
+    before = ["SOURCE, empirical Fisher, query at the end", "SOURCE, empirical Fisher"]
+    write_task(tmp_path / "r", "concrete", [row(n, x, (0, 0, 0)) for n, x in zip(["SOURCE", *before], [0.5, 0.1, 0.3])])
+    rows = [row("SOURCE", 0.4, (0, 0, 0)), row("SOURCE, query at the end", 0.2, (0.2, 0.1, 0.3))]
+    write_task(tmp_path / "r", "mnist", rows)  # regression's change is none there
+    write_task(tmp_path / "r", "rte", [row("SOURCE", 0.4, (0, 0, 0))])
+    lines = results_page(*read_results(tmp_path / "r"), tmp_path / "r", "r").splitlines()
+    assert _section(lines, "Before and after") == [
+        "| Concrete | .100 | .300 | .500 |",
+        "| Mnist | .200 | .400 | .400 |",
+    ]
+
+
+def _section(lines, title):
+    """Rows of a section's table."""
+    start = lines.index(f"## {title}")
+    stop = next(i for i, line in enumerate(lines) if i > start and line.startswith("## "))
+    return [line for line in lines[start:stop] if line.startswith("|")][2:]
 
 
 def test_check_tells_whether_anything_is_out_of_date(tmp_path, capsys):
