@@ -174,7 +174,11 @@ def test_changed_defaults_are_shown_of_tasks_that_have_them_all(tmp_path):
     from summary import read_results, results_page
 
     before = ["SOURCE, empirical Fisher, query at the end", "SOURCE, empirical Fisher"]
-    write_task(tmp_path / "r", "concrete", [row(n, x, (0, 0, 0)) for n, x in zip(["SOURCE", *before], [0.5, 0.1, 0.3])])
+    write_task(
+        tmp_path / "r",
+        "concrete",
+        [row(n, x, (0, 0, 0)) for n, x in zip(["SOURCE", *before], [0.5, 0.1, 0.3], strict=True)],
+    )
     rows = [row("SOURCE", 0.4, (0, 0, 0)), row("SOURCE, query at the end", 0.2, (0.2, 0.1, 0.3))]
     write_task(tmp_path / "r", "mnist", rows)  # regression's change is none there
     write_task(tmp_path / "r", "rte", [row("SOURCE", 0.4, (0, 0, 0))])
