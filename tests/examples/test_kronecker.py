@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -206,6 +207,34 @@ def test_ekfac_source_does_not_depend_on_batches(monkeypatch):
     loader = DataLoader(queries, batch_size=2)
     parts = _kronecker.ekfac_source(model, task, run, train, loader, fisher="empirical", batch_size=3)
     np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("dim", [None, 20])
+def test_source_by_gram_matrices_is_source_without_a_sketch(tmp_path, stages, dim):
+    """Inner products of gradients are all that SOURCE needs: against a bank of the gradients themselves."""
+    from _exact import ExactSource
+
+    model, run, train, queries = mlp_run()
+    rates = [0.05] * run.stages[0].checkpoints[1].step
+    course = sp.Trajectory.from_stages(
+        [
+            replace(stage, checkpoints=stage.checkpoints[:2], segments=1, lr_schedule=rates)
+            for stage in run.stages[:stages]
+        ]
+    )
+    data = {stage.name: train[stage.name] for stage in course.stages}
+    size = sum(parameter.numel() for parameter in model.parameters())
+    bank = sp.build(
+        model, sp.Classification(), course, data, tmp_path / "bank", sketch=sp.Sketch(size, "identity"),
+        storage="float32", progress=False,
+    )  # fmt: skip
+    options = {"model": model, "query_gradient": "mean", "progress": False}
+    trace = sp.Source(bank, **options).segments[0].trace
+    damping = 0.0 if dim is None else trace / dim
+    expected = sp.Source(bank, damping=damping, **options).score(queries).to_numpy()[:, : len(data["first"])]
+    scores = ExactSource(model, sp.Classification(), course, data, queries, [0, 1]).scores(dim)
+    np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("measurement", ["squared", "absolute"])

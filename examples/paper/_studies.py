@@ -1,0 +1,309 @@
+"""The laboratory's studies: each yields the variants of one choice inside SOURCE."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _exact import ExactSource
+from _methods import features_of
+from _pipeline import RUN_SEED
+from _problem import Problem
+from _study import Recipe, Response, cross_scores, fit_scores, plain
+from torch import Tensor
+
+import source_proj as sp
+from source_proj.cache import cached_spectrum
+from source_proj.curvature import default_curvature, response
+from source_proj.evaluate import GroundTruth
+
+__all__ = ["FISHER", "REFERENCE", "STUDIES", "Bench"]
+
+REFERENCE = Recipe()
+FISHER = Recipe("empirical_fisher")  # what two sketches can be crossed for
+Variant = tuple[str, list[np.ndarray]] | tuple[str, list[np.ndarray], GroundTruth]
+"""A name, the scores of each run, and what judges them, if not half-subsets."""
+
+
+@dataclass
+class Bench:
+    """A task with its runs, and banks of them made when a study asks for them."""
+
+    problem: Problem
+    truth: GroundTruth
+    folder: Path
+    runs: int
+    dim: int
+
+    @cached_property
+    def trajectories(self) -> list[sp.Trajectory]:
+        """The recorded runs."""
+        return [self.problem.record(RUN_SEED + i, self.folder / f"run-{i}") for i in range(self.runs)]
+
+    @cached_property
+    def size(self) -> int:
+        """Number of parameters d."""
+        return sum(p.numel() for p in self.problem.make_model().parameters())
+
+    def bank(self, run: int, *, dim: int | None = None, seed: int | None = None, fisher: int = 0) -> sp.Bank:
+        """The bank of a run; ``dim=0`` is no sketch at all."""
+        dim = self.dim if dim is None else dim
+        seed = run if seed is None else seed
+        exact = dim == 0 or dim >= self.size
+        sketch = sp.Sketch(self.size, "identity") if exact else sp.Sketch(dim, seed=seed)
+        path = self.folder / "laboratory" / f"{run}-{'exact' if exact else dim}-{seed}-{fisher}"
+        storage = "float32" if exact else "int8"
+        return self._build(run, self.trajectories[run], path, sketch, storage=storage, sampled_fisher=fisher)
+
+    def recorded_often(self) -> list[sp.Bank]:
+        """Banks of the same runs with twelve checkpoints a stage."""
+        record = self.problem.extra["record_more"]
+        found = []
+        for run in range(self.runs):
+            trajectory = record(RUN_SEED + run, self.folder / "laboratory" / f"run-{run}-12", 12)
+            found.append(self._build(run, trajectory, self.folder / "laboratory" / f"{run}-{self.dim}-12"))
+        return found
+
+    def _build(
+        self, run: int, trajectory: sp.Trajectory, path: Path, sketch: sp.Sketch | None = None, **rest: Any
+    ) -> sp.Bank:
+        sets = dict(self.problem.train_sets)
+        data: Any = sets if len(sets) > 1 or "train" not in sets else sets["train"]
+        sketch = sketch or sp.Sketch(self.dim, seed=run)
+        return sp.build(self.problem.make_model(), self.problem.task, trajectory, data, path, sketch=sketch, **rest)
+
+    def scores(self, recipe: Recipe, **choices: Any) -> list[np.ndarray]:
+        """Scores of each run."""
+        return [self.one(self.bank(run, **choices), recipe) for run in range(self.runs)]
+
+    def one(self, bank: sp.Bank, recipe: Recipe) -> np.ndarray:
+        """Scores by one bank."""
+        return fit_scores(bank, self.features(bank), recipe, self.problem.n)
+
+    def features(self, bank: sp.Bank) -> sp.QueryFeatures:
+        """Query gradients at all checkpoints, computed once a bank."""
+        return features_of(bank, self.problem)
+
+
+def sketch_dimension(bench: Bench) -> Iterator[Variant]:
+    """(a) How much does the sketch cost?"""
+    exact_fits = bench.size <= 20_000
+    for damping, respond in [("damping tr(H)/k", plain()), ("no damping", plain(0.0))]:
+        for dim in [512, 1024, 2048, 4096]:
+            if dim < bench.size:
+                yield f"k = {dim:,}, {damping}", bench.scores(Recipe(respond=respond), dim=dim)
+    if exact_fits:
+        for multiple in [0.0, 0.5, 1.0, 2.0]:
+            # The same damping as a sketch of the bench's dimension has, in units of tr(H)/k.
+            floor = _given_floor(bench, multiple)
+            yield f"no sketch, damping {multiple:g} tr(H)/{bench.dim}", bench.scores(Recipe(respond=floor), dim=0)
+    else:
+        yield from _by_gram_matrices(bench)
+
+
+def _by_gram_matrices(bench: Bench) -> Iterator[Variant]:
+    """Against no sketch where the gradients themselves are too large to hold: two checkpoints of each stage."""
+    problem, sets = bench.problem, dict(bench.problem.train_sets)
+    count = min(len(stage.checkpoints) for stage in bench.trajectories[0].stages)
+    used = (count // 2 - 1, count - 1)
+    sets = sets if len(sets) > 1 else {bench.trajectories[0].stages[0].name: next(iter(sets.values()))}
+    exact = [
+        ExactSource(problem.make_model(), problem.task, one, sets, problem.queries, used) for one in bench.trajectories
+    ]
+    for dim in [1024, 2048, 4096]:
+        yield f"k = {dim:,}, damping tr(H)/k, 2 checkpoints", bench.scores(Recipe(checkpoints=used), dim=dim)
+        yield f"no sketch, damping tr(H)/{dim:,}, 2 checkpoints", [one.scores(dim) for one in exact]
+    yield "no sketch, no damping, 2 checkpoints", [one.scores(None) for one in exact]
+
+
+def _given_floor(bench: Bench, multiple: float) -> Response:
+    bank = bench.bank(0)
+    floors = [
+        cached_spectrum(bank, i, list(range(stage.n_checkpoints)), default_curvature(bank.task_spec)).trace / bench.dim
+        for i, stage in enumerate(bank.stages)
+    ]
+    return lambda time, decay, _floor, _values: response(time, decay, multiple * floors[0])
+
+
+def hessian(bench: Bench) -> Iterator[Variant]:
+    """(b) Which curvature?"""
+    for multiple in [1.0, 2.0]:
+        respond = plain(multiple)
+        yield f"empirical Fisher, {multiple:g} tr(H)/k", bench.scores(Recipe("empirical_fisher", respond=respond))
+        yield f"Gauss-Newton, {multiple:g} tr(H)/k", bench.scores(Recipe("gauss_newton", respond=respond))
+        for draws in [1, 4]:
+            recipe = Recipe("sampled_fisher", respond=respond)
+            yield f"sampled Fisher, {draws} a row, {multiple:g} tr(H)/k", bench.scores(recipe, fisher=draws)
+
+
+def damping(bench: Bench) -> Iterator[Variant]:
+    """(c) How much damping, of which shape, and where?"""
+    for multiple in [0.0, 0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 10.0, 30.0]:
+        yield f"{multiple:g} tr(H)/k in c", bench.scores(Recipe(respond=plain(multiple)))
+    for share in [0.05, 0.1, 0.15, 0.2, 0.3, 0.5]:
+        yield f"{share:g} k degrees of freedom", bench.scores(Recipe(respond=_degrees(share)))
+    for multiple in [0.3, 1.0, 3.0]:
+        yield f"Wiener shrinkage, {multiple:g} tr(H)/k", bench.scores(Recipe(respond=_wiener(multiple)))
+    for multiple in [0.3, 1.0]:
+        yield f"floor: max(σ, {multiple:g} tr(H)/k)", bench.scores(Recipe(respond=_at_least(multiple)))
+    yield "noise floor subtracted, then added as damping", bench.scores(Recipe(respond=_subtracted))
+    if len(bench.trajectories[0].stages) > 1:
+        for multiple in [0.3, 1.0]:
+            yield f"{multiple:g} tr(H)/k in S too", bench.scores(Recipe(keep=multiple))
+        yield "S with the noise floor subtracted", bench.scores(Recipe(keep=-1.0))
+
+
+def _wiener(multiple: float) -> Response:
+    """σ/(σ² + ρ²), the Wiener filter of an eigenvalue known up to ρ, in place of 1/σ."""
+
+    def respond(time: float, decay: float, floor: float, _values: Tensor) -> Callable[[Tensor], Tensor]:
+        rho = multiple * floor
+
+        def function(sigma: Tensor) -> Tensor:
+            x = sigma + decay
+            effective = (x**2 + rho**2) / x.clamp(min=1e-12 * (rho + 1e-30))
+            return -torch.expm1(-time * effective) / effective
+
+        return function
+
+    return respond
+
+
+def _degrees(share: float) -> Response:
+    """Damping ρ at which Σ σ/(σ+ρ) is a share of k: the sketch's own noise is that of so many directions."""
+
+    def respond(time: float, decay: float, _floor: float, values: Tensor) -> Callable[[Tensor], Tensor]:
+        low, high = 0.0, 1e3 * float(values.max())
+        for _ in range(100):
+            middle = (low + high) / 2 if low else high / 1e3
+            if float((values / (values + middle)).sum()) > share * len(values):
+                low = middle
+            else:
+                high = middle
+        return response(time, decay, high)
+
+    return respond
+
+
+def _at_least(multiple: float) -> Response:
+    def respond(time: float, decay: float, floor: float, _values: Tensor) -> Callable[[Tensor], Tensor]:
+        def function(sigma: Tensor) -> Tensor:
+            x = sigma.clamp(min=multiple * floor) + decay
+            return -torch.expm1(-time * x) / x
+
+        return function
+
+    return respond
+
+
+def _subtracted(time: float, decay: float, floor: float, _values: Tensor) -> Callable[[Tensor], Tensor]:
+    def function(sigma: Tensor) -> Tensor:
+        x = (sigma - floor).clamp(min=0) + decay + floor
+        return -torch.expm1(-time * x) / x
+
+    return function
+
+
+def segments(bench: Bench) -> Iterator[Variant]:
+    """(d) How many segments, and how many checkpoints?"""
+    count = min(len(stage.checkpoints) for stage in bench.trajectories[0].stages)
+    for number in sorted({1, 2, 3, count}):
+        if number <= count:
+            yield f"{number} segments a stage, {count} checkpoints", bench.scores(Recipe(segments=number))
+    for number in range(1, count):
+        last = tuple(range(-number, 0))
+        yield f"last {number} checkpoints of each stage", bench.scores(Recipe(checkpoints=last))
+    dense = bench.recorded_often()
+    for number in [1, 2, 3, 4, 6, 12]:
+        even = tuple(12 * (i + 1) // number - 1 for i in range(number))
+        yield f"{number} checkpoints a stage, evenly", [bench.one(bank, Recipe(checkpoints=even)) for bank in dense]
+
+
+def query_average(bench: Bench) -> Iterator[Variant]:
+    """(e) Query gradients at the final weights, or averaged over checkpoints."""
+    yield "final weights alone (the default before)", bench.scores(Recipe(query=0))
+    for last in [2, 3, 4]:
+        yield f"mean over the last {last}", bench.scores(Recipe(query=last))
+    yield "mean over all of the last stage", bench.scores(REFERENCE)
+
+
+def time_scale(bench: Bench) -> Iterator[Variant]:
+    """(f) Time scale and weight decay."""
+    for factor in [0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 3.0, 10.0]:
+        yield f"time x {factor:g}", bench.scores(Recipe(time=factor))
+    if len(bench.trajectories[0].stages) == 1:  # a stage that lasts for ever leaves nothing of the one before it
+        yield "infinite time", bench.scores(Recipe(time=1e12))
+    yield "without weight decay", bench.scores(Recipe(decay=0.0))
+    yield "weight decay x 10", bench.scores(Recipe(decay=10.0))
+
+
+def equal_bytes(bench: Bench) -> Iterator[Variant]:
+    """(g) Many runs with small sketches, or few with large ones?"""
+    half, quarter = bench.dim // 2, bench.dim // 4
+    several = replace(bench, runs=4)
+    whole = bench.scores(REFERENCE)
+    yield f"1 run, k = {bench.dim:,}", whole
+    yield (
+        f"1 run, {2} sketches, k = {half:,}",
+        [_mean(bench, run, half, [10 + run, 20 + run]) for run in range(bench.runs)],
+    )
+    yield (
+        f"2 runs, k = {half:,}",
+        [np.mean([several.one(several.bank(r, dim=half), REFERENCE) for r in (0, 1)], axis=0)],
+    )
+    yield (
+        f"4 runs, k = {quarter:,}",
+        [np.mean([several.one(several.bank(r, dim=quarter), REFERENCE) for r in range(4)], axis=0)],
+    )
+
+
+def _mean(bench: Bench, run: int, dim: int, seeds: list[int], recipe: Recipe = REFERENCE) -> np.ndarray:
+    return np.asarray(np.mean([bench.one(bench.bank(run, dim=dim, seed=s), recipe) for s in seeds], axis=0))
+
+
+def half_sketches(bench: Bench) -> Iterator[Variant]:
+    """(h) Coefficients from one half-sketch, inner products from the other."""
+    half = bench.dim // 2
+    yield f"one sketch, k = {bench.dim:,}", bench.scores(FISHER)
+    yield (
+        "mean of two half-sketches",
+        [_mean(bench, run, half, [10 + run, 20 + run], FISHER) for run in range(bench.runs)],
+    )
+    if len(bench.trajectories[0].stages) > 1:
+        return
+    for multiple in [0.5, 1.0]:
+        crossed = []
+        for run in range(bench.runs):
+            pair = [bench.bank(run, dim=half, seed=seed + run) for seed in (10, 20)]
+            crossed.append(cross_scores(pair[0], pair[1], [bench.features(one) for one in pair], multiple))
+        yield f"two half-sketches crossed, {multiple:g} tr(H)/k", crossed
+
+
+def sampling_ratio(bench: Bench) -> Iterator[Variant]:
+    """(i) Does the time scale that predicts best follow the share of the examples that are kept?"""
+    for share, retrainings in [(0.25, 8), (0.5, 8), (0.9, 40)]:  # removing little changes little beside the noise
+        truth = GroundTruth.subsets(
+            bench.folder / f"retrainings-{share}", bench.problem.n, len(bench.problem.queries), count=100,
+            fraction=share, retrainings=retrainings, seed=5 * 10**6, settings=bench.problem.settings,
+        )  # fmt: skip
+        truth.fill(bench.problem.retrain, group=bench.problem.group, workers=int(bench.problem.extra["workers"]))
+        for curvature in ["empirical_fisher", "gauss_newton"]:
+            for factor in [0.1, 0.25, 0.5, 1.0]:
+                recipe = Recipe(curvature, time=factor)
+                yield f"{share:.0%} kept, {curvature.replace('_', ' ')}, time x {factor:g}", bench.scores(recipe), truth
+
+
+STUDIES = {
+    "a": sketch_dimension,
+    "b": hessian,
+    "c": damping,
+    "d": segments,
+    "e": query_average,
+    "f": time_scale,
+    "g": equal_bytes,
+    "h": half_sketches,
+    "i": sampling_ratio,
+}
