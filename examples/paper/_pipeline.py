@@ -124,6 +124,7 @@ def write(
     seconds: float,
 ) -> None:
     """Write table, facts, figure and panels into the results folder."""
+    from _mislabelled import find_mislabelled
     from _panels import write_panels
 
     from source_proj.evaluate import plot_lds
@@ -149,6 +150,8 @@ def write(
         "seconds": round(seconds),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
+    if problem.noisy is not None:
+        facts["mislabelled"] = find_mislabelled(problem, runs, folder)
     (folder / f"{problem.name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     figure = plot_lds({one.method: one.single for one in found.contestants})
     figure.savefig(folder / f"{problem.name}.png", dpi=120)

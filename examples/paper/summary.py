@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 from _grid import ABSENT, between, bold, grid, plain, short, whole
+from _sections import changes, gains, removals, suspicions
 
 __all__ = ["main", "mark_best", "read_results", "readme_block", "results_page"]
 
@@ -24,18 +25,6 @@ RESULTS, README = HERE / "results", HERE.parent.parent / "README.md"
 BEGIN, END = "<!-- summary -->", "<!-- end -->"
 MOST = 8  # methods in the README
 TIMED = "SOURCE, time of the retraining"
-STEPS = {  # method: what it is called among the steps
-    "Influence functions": "influence functions",
-    "SOURCE, query at the end": "+ averages, damping, unrolling",
-    "SOURCE": "+ mean query gradient (SOURCE)",
-    "SOURCE, time of the retraining": "+ time of the retraining",
-    "Influence functions, averaged": "SOURCE without unrolling",
-}
-CHANGES = {  # method: what its defaults are called among the laboratory's changes; the first that a task has counts
-    "at first": ["SOURCE, empirical Fisher, query at the end", "SOURCE, query at the end"],
-    "+ mean query gradient": ["SOURCE, empirical Fisher", "SOURCE"],
-    "+ Gauss-Newton for regression": ["SOURCE"],
-}
 COLUMNS = [
     "task", "title", "method", "runs", "setting", "lds", "low", "high", "ceiling", "slope", "slope_low", "slope_high",
     "diff", "diff_low", "diff_high",
@@ -156,7 +145,12 @@ def results_page(table: pd.DataFrame, facts: dict[str, dict[str, Any]], folder: 
             "",
             *methods_by_tasks(slopes, lambda row: plain(row.slope) + between(row.slope_low, row.slope_high, plain)),
         ]
-    lines += [*_gains(single), *_changes(single)]
+    lines += [
+        *gains(single),
+        *changes(single),
+        *removals(folder / "removal", f"{link}/removal"),
+        *suspicions(facts),
+    ]
     lines += ["", "## Settings", "", *_settings(table, facts)]
     for task, about in facts.items():
         lines += ["", f"## {about['title']}", "", *(f"* {note}" for note in about.get("notes", ())), ""]
@@ -164,45 +158,16 @@ def results_page(table: pd.DataFrame, facts: dict[str, dict[str, Any]], folder: 
     return "\n".join(lines) + "\n"
 
 
-def _gains(single: pd.DataFrame) -> list[str]:
-    """A section that takes SOURCE's lead apart, of the tasks that have all the steps."""
-    wide = single.pivot_table(index="task", columns="method", values="lds", sort=False)
-    if not set(STEPS) <= set(wide.columns):
-        return []
-    titles = single.drop_duplicates("task").set_index("task")["title"]
-    rows = [
-        [titles[task], *map(short, row)] for task, row in zip(wide.index, wide[list(STEPS)].to_numpy(), strict=True)
-    ]
-    return [
-        "",
-        "## Where the gain comes from",
-        "",
-        "From influence functions at the last checkpoint (at their best damping), step by step: training gradients and "
-        "Hessian averaged over the checkpoints, damped by the sketch's own noise and unrolled; then the query's "
-        "gradient averaged too, which is SOURCE with its defaults; then the time that the retraining takes. The last "
-        "column takes unrolling away again: influence functions with all averages, at their best damping.",
-        "",
-        *grid(["task", *STEPS.values()], rows),
-    ]
-
-
-def _changes(single: pd.DataFrame) -> list[str]:
-    """A section on what the laboratory's changes of the defaults brought, of the tasks that have all of them."""
-    rows = []
-    for _, own in single.groupby("task", sort=False):
-        known = own.set_index("method")["lds"]
-        found = [next((known[name] for name in names if name in known), None) for names in CHANGES.values()]
-        if None not in found:
-            rows.append([str(own["title"].iloc[0]), *map(short, found)])
-    text = (
-        "LDS of one run with the defaults before and after what the laboratory (LABORATORY.md) changed, in its order."
-    )
-    return ["", "## Before and after", "", text, "", *grid(["task", *CHANGES], rows)] if rows else []
-
-
 def _links(folder: Path, link: str, task: str) -> str:
     """To the files of a task that are there."""
-    names = {".csv": "table", ".png": "figure", "_panels.png": "panels", "_panels.md": "panels", "_panels.html": "page"}
+    names = {
+        ".csv": "table",
+        ".png": "figure",
+        "_panels.png": "panels",
+        "_panels.md": "panels",
+        "_panels.html": "page",
+        "_mislabelled.png": "changed labels",
+    }
     there = [f"[{name}]({link}/{task}{end})" for end, name in names.items() if (folder / f"{task}{end}").exists()]
     return "Files: " + ", ".join(there) + "."
 

@@ -155,7 +155,8 @@ def test_the_weakest_of_many_methods_are_not_in_the_readme(tmp_path):
 
 
 def test_the_steps_to_the_gain_are_shown_where_all_are_there(tmp_path):
-    from summary import STEPS, read_results, results_page
+    from _sections import STEPS
+    from summary import read_results, results_page
 
     folder = tmp_path / "r"
     write_task(folder, "concrete", [row(name, 0.1 * (i + 1), (0, 0, 0)) for i, name in enumerate(STEPS)])
@@ -187,6 +188,30 @@ def test_changed_defaults_are_shown_of_tasks_that_have_them_all(tmp_path):
         "| Concrete | .100 | .300 | .500 |",
         "| Mnist | .200 | .400 | .400 |",
     ]
+
+
+def test_removals_and_changed_labels_are_shown_where_they_were_tried(tmp_path):
+    from _sections import removals, suspicions
+
+    assert removals(tmp_path / "removal", "r") == []
+    assert suspicions({"mnist": {"title": "MNIST"}}) == []
+    (tmp_path / "removal").mkdir()
+    (tmp_path / "removal" / "mnist.json").write_text('{"title": "MNIST", "n": 2000, "queries": 40, "runs": 3}')
+    (tmp_path / "removal" / "mnist.csv").write_text(
+        "task,method,removed,queries,flipped,low,high,diff,diff_low,diff_high\n"
+        "mnist,SOURCE,10,40,0.5,0.4,0.6,0,0,0\nmnist,SOURCE,20,40,0.6,0.5,0.7,0,0,0\n"
+        "mnist,TRAK,10,40,0.45,0.3,0.6,0.05,-0.1,0.1\nmnist,TRAK,20,40,0.7,0.6,0.8,-0.1,-0.2,-0.05\n"
+    )
+    lines = removals(tmp_path / "removal", "r")
+    assert "### MNIST: 2,000 examples, 40 queries, 3 runs" in lines
+    table = [line for line in lines if line.startswith("|")][2:]
+    level = "**0.45**<br><sub>0.30 to 0.60</sub>"  # its interval against SOURCE, the most, reaches 0
+    assert table == [
+        "| SOURCE | **0.50**<br><sub>0.40 to 0.60</sub> | 0.60<br><sub>0.50 to 0.70</sub> |",
+        f"| TRAK | {level} | **0.70**<br><sub>0.60 to 0.80</sub> |",
+    ]
+    found = suspicions({"a": {"title": "A", "mislabelled": {"SOURCE": 0.9}}, "b": {"title": "B"}})
+    assert [line for line in found if line.startswith("|")][2:] == ["| A | .900 |"]
 
 
 def _section(lines, title):

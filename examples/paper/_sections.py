@@ -1,0 +1,109 @@
+"""Sections of RESULTS.md on what else the tasks say: what helped, removals, changed labels."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from _grid import ABSENT, between, bold, grid, plain, short
+
+__all__ = ["STEPS", "changes", "gains", "removals", "suspicions"]
+
+STEPS = {  # method: what it is called among the steps
+    "Influence functions": "influence functions",
+    "SOURCE, query at the end": "+ averages, damping, unrolling",
+    "SOURCE": "+ mean query gradient (SOURCE)",
+    "SOURCE, time of the retraining": "+ time of the retraining",
+    "Influence functions, averaged": "SOURCE without unrolling",
+}
+CHANGES = {  # method: what its defaults are called among the laboratory's changes; the first that a task has counts
+    "at first": ["SOURCE, empirical Fisher, query at the end", "SOURCE, query at the end"],
+    "+ mean query gradient": ["SOURCE, empirical Fisher", "SOURCE"],
+    "+ Gauss-Newton for regression": ["SOURCE"],
+}
+
+
+def gains(single: pd.DataFrame) -> list[str]:
+    """A section that takes SOURCE's lead apart, of the tasks that have all the steps."""
+    wide = single.pivot_table(index="task", columns="method", values="lds", sort=False)
+    if not set(STEPS) <= set(wide.columns):
+        return []
+    titles = single.drop_duplicates("task").set_index("task")["title"]
+    rows = [
+        [titles[task], *map(short, row)] for task, row in zip(wide.index, wide[list(STEPS)].to_numpy(), strict=True)
+    ]
+    return [
+        "",
+        "## Where the gain comes from",
+        "",
+        "From influence functions at the last checkpoint (at their best damping), step by step: training gradients and "
+        "Hessian averaged over the checkpoints, damped by the sketch's own noise and unrolled; then the query's "
+        "gradient averaged too, which is SOURCE with its defaults; then the time that the retraining takes. The last "
+        "column takes unrolling away again: influence functions with all averages, at their best damping.",
+        "",
+        *grid(["task", *STEPS.values()], rows),
+    ]
+
+
+def changes(single: pd.DataFrame) -> list[str]:
+    """A section on what the laboratory's changes of the defaults brought, of the tasks that have all of them."""
+    rows = []
+    for _, own in single.groupby("task", sort=False):
+        known = own.set_index("method")["lds"]
+        found = [next((known[name] for name in names if name in known), None) for names in CHANGES.values()]
+        if None not in found:
+            rows.append([str(own["title"].iloc[0]), *map(short, found)])
+    text = (
+        "LDS of one run with the defaults before and after what the laboratory (LABORATORY.md) changed, in its order."
+    )
+    return ["", "## Before and after", "", text, "", *grid(["task", *CHANGES], rows)] if rows else []
+
+
+def removals(folder: Path, link: str) -> list[str]:
+    """A section on subset removal, a table for each task that has it."""
+    paths = sorted(folder.glob("*.csv"))
+    if not paths:
+        return []
+    lines = [
+        "",
+        "## Subset removal",
+        "",
+        "Fraction of correctly predicted queries whose prediction flips when a method's most helpful examples are left "
+        "out and the network is trained again; scores are means over the runs. **Bold**: the most at that number, and "
+        "what cannot be told from SOURCE by paired intervals over queries where SOURCE is the most. The baseline "
+        "removes random examples of the query's class, whatever they say: it ends by leaving a class without examples, "
+        "and so does RepSim.",
+    ]
+    for path in paths:
+        table = pd.read_csv(path)
+        about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        sizes = list(dict.fromkeys(table["removed"]))
+        rows = [
+            [str(name), *(_flipped(row, table) for row in own.itertuples())]
+            for name, own in table.groupby("method", sort=False)
+        ]
+        title = f"### {about['title']}: {about['n']:,} examples, {about['queries']} queries, {about['runs']} runs"
+        lines += ["", title, "", *grid(["method", *(f"{size:,} removed" for size in sizes)], rows), ""]
+        lines += [f"Files: [table]({link}/{path.name}), [figure]({link}/{path.stem}.png)."]
+    return lines
+
+
+def _flipped(row: Any, table: pd.DataFrame) -> str:
+    same = table[table["removed"] == row.removed]
+    most, first = same["flipped"].max(), same["flipped"].iloc[0]
+    level = row.flipped == most or (first == most and row.diff_low <= 0)
+    return bold(plain(row.flipped), level) + between(row.low, row.high, plain)
+
+
+def suspicions(facts: dict[str, dict[str, Any]]) -> list[str]:
+    """A section on the tasks whose labels were changed."""
+    found = {about["title"]: about["mislabelled"] for about in facts.values() if "mislabelled" in about}
+    if not found:
+        return []
+    names = list(dict.fromkeys(name for one in found.values() for name in one))
+    rows = [[title, *(short(one[name]) if name in one else ABSENT for name in names)] for title, one in found.items()]
+    text = (
+        "Area under the ROC curve with which self-influence, or the size of the gradient alone, tells examples whose "
+        "label was changed from the others; no retraining is asked."
+    )
+    return ["", "## Changed labels", "", text, "", *grid(["task", *names], rows)]
