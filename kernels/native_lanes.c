@@ -325,6 +325,7 @@ static void VARIANT(sp_gather_lanes)(float *out, int64_t out_stride, const void 
 }
 
 #include "native_windows.c"
+#include "native_scoring.c"
 
 #undef floats
 #undef words
