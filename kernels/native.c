@@ -44,7 +44,8 @@ enum {
   OUTER_COPIES = 64,  /* the largest nnz of an outer product or a convolution */
   SCORE_ROWS = 4,     /* of a register tile of scores */
   SCORE_QUERIES = 4,  /* likewise */
-  SCORE_FEW = 32,     /* queries of sp_best at most */
+  SCORE_COLUMNS = 256, /* of a piece of rows that stays in the first-level cache */
+  SCORE_FEW = 32,     /* queries of sp_score and sp_best at most */
   SCORE_CHUNK = 64,   /* rows whose scores it holds at once */
 };
 enum { FLOAT32, FLOAT16, INT8 }; /* types of stored rows */

@@ -47,61 +47,95 @@ INLINE float VARIANT(fold)(floats sums) {
   return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
 }
 
-/* out[q][r] = queries[q] . rows[r] for a register tile; of its SCORE_ROWS rows the first `high` count. */
-INLINE void VARIANT(score_tile)(float *out, int64_t out_stride, const float *queries, int64_t query_stride,
-                                const char *rows, int64_t row_stride, int64_t high, int64_t dim, const int wide,
-                                const int type) {
-  const int size = type == INT8 ? 1 : type == FLOAT16 ? 2 : 4;
-  const char *row[SCORE_ROWS];
-  floats sums[SCORE_ROWS][SCORE_QUERIES];
-  UNROLL for (int r = 0; r < SCORE_ROWS; r++) {
-    row[r] = rows + smaller(r, high - 1) * row_stride;
-    UNROLL for (int q = 0; q < wide; q++) sums[r][q] = (floats){0};
+/* sums[r][q] += queries[q] . rows[r] over columns [0, count) for a register tile, lane by lane. Meanwhile what lies at
+ * `ahead` is fetched, a line of each row for a line that is read.
+ */
+INLINE void VARIANT(score_tile)(floats sums[SCORE_ROWS][SCORE_QUERIES], const float *queries, int64_t query_stride,
+                                const char *const row[SCORE_ROWS], const char *const ahead[SCORE_ROWS], int64_t count,
+                                const int wide, const int type) {
+  const int size = type == INT8 ? 1 : type == FLOAT16 ? 2 : 4, line = 64 / size;
+  floats own[SCORE_ROWS][SCORE_QUERIES];
+  UNROLL for (int r = 0; r < SCORE_ROWS; r++)
+    UNROLL for (int q = 0; q < wide; q++) own[r][q] = sums[r][q];
+#define STEP(at)                                                                                         \
+  {                                                                                                      \
+    floats x[SCORE_ROWS];                                                                                \
+    UNROLL for (int r = 0; r < SCORE_ROWS; r++) x[r] = VARIANT(widen)(row[r] + (at) * size, type);       \
+    UNROLL for (int q = 0; q < wide; q++) {                                                              \
+      const floats y = *(const floats_u *)(queries + q * query_stride + (at));                           \
+      UNROLL for (int r = 0; r < SCORE_ROWS; r++) own[r][q] += x[r] * y;                                 \
+    }                                                                                                    \
   }
   int64_t c = 0;
-  for (; c + LANES <= dim; c += LANES) {
-    floats x[SCORE_ROWS];
-    UNROLL for (int r = 0; r < SCORE_ROWS; r++) x[r] = VARIANT(widen)(row[r] + c * size, type);
-    UNROLL for (int q = 0; q < wide; q++) {
-      const floats y = *(const floats_u *)(queries + q * query_stride + c);
-      UNROLL for (int r = 0; r < SCORE_ROWS; r++) sums[r][q] += x[r] * y;
-    }
+  for (; c + line <= count; c += line) {
+    UNROLL for (int r = 0; r < SCORE_ROWS; r++) __builtin_prefetch(ahead[r] + c * size);
+    UNROLL for (int v = 0; v < line; v += LANES) STEP(c + v)
   }
-  if (c < dim) { /* the rest, filled up with zeros */
+  for (; c + LANES <= count; c += LANES) STEP(c)
+#undef STEP
+  if (c < count) { /* the rest, filled up with zeros */
     UNROLL for (int q = 0; q < wide; q++) {
       floats y = {0};
-      memcpy(&y, queries + q * query_stride + c, (size_t)(dim - c) * sizeof(float));
+      memcpy(&y, queries + q * query_stride + c, (size_t)(count - c) * sizeof(float));
       UNROLL for (int r = 0; r < SCORE_ROWS; r++) {
         char rest[4 * LANES] = {0};
-        memcpy(rest, row[r] + c * size, (size_t)((dim - c) * size));
-        sums[r][q] += VARIANT(widen)(rest, type) * y;
+        memcpy(rest, row[r] + c * size, (size_t)((count - c) * size));
+        own[r][q] += VARIANT(widen)(rest, type) * y;
       }
     }
   }
-  for (int q = 0; q < wide; q++)
-    for (int r = 0; r < high; r++) out[q * out_stride + r] = VARIANT(fold)(sums[r][q]);
+  UNROLL for (int r = 0; r < SCORE_ROWS; r++)
+    UNROLL for (int q = 0; q < wide; q++) sums[r][q] = own[r][q];
 }
 
+/* Some rows stay in the first-level cache, a piece of columns at a time, until all queries have met them; the next piece
+ * is fetched at the same time, in shares.
+ */
 INLINE void VARIANT(score_rows)(float *out, int64_t out_stride, const float *queries, int64_t query_stride,
                                 int64_t count, const char *rows, int64_t row_stride, const float *scale, int64_t n,
                                 int64_t dim, const int type) {
-  for (int64_t r = 0; r < n; r += SCORE_ROWS) { /* the first queries bring the rows into the cache for the others */
+  const int size = type == INT8 ? 1 : type == FLOAT16 ? 2 : 4;
+  const int64_t tiles = (count + SCORE_QUERIES - 1) / SCORE_QUERIES;
+  for (int64_t r = 0; r < n; r += SCORE_ROWS) {
     const int64_t high = smaller(n - r, SCORE_ROWS);
-    int64_t q = 0;
-#define TILES(wide)                                                                                                   \
-  for (; q + wide <= count; q += wide)                                                                                \
-    VARIANT(score_tile)(out + q * out_stride + r, out_stride, queries + q * query_stride, query_stride,               \
-                        rows + r * row_stride, row_stride, high, dim, wide, type);
-    TILES(SCORE_QUERIES)
-    TILES(2)
-    TILES(1)
-#undef TILES
-    for (q = 0; scale && q < count; q++)
-      for (int64_t i = r; i < r + high; i++) out[q * out_stride + i] *= scale[i];
+    floats sums[SCORE_FEW / SCORE_QUERIES][SCORE_ROWS][SCORE_QUERIES];
+    memset(sums, 0, (size_t)tiles * sizeof *sums);
+    for (int64_t c = 0; c < dim; c += SCORE_COLUMNS) {
+      const int64_t some = smaller(dim - c, SCORE_COLUMNS);
+      for (int64_t t = 0; t < tiles; t++) {
+        const char *row[SCORE_ROWS], *ahead[SCORE_ROWS];
+        for (int i = 0; i < SCORE_ROWS; i++) {
+          row[i] = rows + (r + smaller(i, high - 1)) * row_stride + c * size;
+          ahead[i] = row[i];
+          if (i % tiles != t) continue;
+          if (c + SCORE_COLUMNS < dim)
+            ahead[i] += SCORE_COLUMNS * size;
+          else if (r + SCORE_ROWS + i < n)
+            ahead[i] += SCORE_ROWS * row_stride - c * size;
+        }
+        const float *y = queries + t * SCORE_QUERIES * query_stride + c;
+        const int64_t wide = count - t * SCORE_QUERIES;
+        if (wide >= SCORE_QUERIES)
+          VARIANT(score_tile)(sums[t], y, query_stride, row, ahead, some, SCORE_QUERIES, type);
+        else if (wide == 1)
+          VARIANT(score_tile)(sums[t], y, query_stride, row, ahead, some, 1, type);
+        else if (wide == 2)
+          VARIANT(score_tile)(sums[t], y, query_stride, row, ahead, some, 2, type);
+        else
+          VARIANT(score_tile)(sums[t], y, query_stride, row, ahead, some, 3, type);
+      }
+    }
+    for (int64_t q = 0; q < count; q++)
+      for (int64_t i = 0; i < high; i++) {
+        const float score = VARIANT(fold)(sums[q / SCORE_QUERIES][i][q % SCORE_QUERIES]);
+        out[q * out_stride + r + i] = scale ? score * scale[r + i] : score;
+      }
   }
 }
 
-/* out[q][r] = scale[r] queries[q] . rows[r]; strides of out and queries in numbers, of rows in bytes. */
+/* out[q][r] = scale[r] queries[q] . rows[r]; for at most SCORE_FEW queries; strides of out and
+ * queries in numbers, of rows in bytes.
+ */
 static void VARIANT(sp_score)(float *out, int64_t out_stride, const float *queries, int64_t query_stride,
                               int64_t count, const void *rows, int64_t row_stride, const float *scale, int64_t n,
                               int64_t dim, int type) {

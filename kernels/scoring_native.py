@@ -18,20 +18,21 @@ from .scoring_torch import nan_error
 __all__ = ["StrongestNative", "score_native", "takes_product"]
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
-_FEW = 16  # queries; at most SCORE_FEW of native.c
+_FEW = 32  # queries: SCORE_FEW of native.c
 _NUMBERS = 1 << 21  # of a block of rows in float32: 8 MiB, which stay in the last-level cache
 _BLOCK_SCORES = 1 << 21  # of its product with the queries, likewise
 _HEIGHT = (64, 2048)  # rows of a block, at least and at most
 _JOB_BYTES = 4 << 20  # of rows, the least that is worth a job
 
 
-def takes_product(count: int, dtype: torch.dtype) -> bool:
+def takes_product(count: int) -> bool:
     """Whether so many queries are multiplied by torch's product of blocks, and not by dot products in registers.
 
-    Measured at k = 4,096 on one core of Zen 4, whose product reaches 99 GFLOP/s on large blocks: the dot products run
-    at 67 to 100 GFLOP/s with 16 queries, and torch's product of blocks at 60 with 16, 75 with 32 and 85 with 64.
+    Measured at k = 4,096 on one core of Zen 4, where a large product runs at 99 GFLOP/s: with 32 queries the dot
+    products run at 82 (float32) to 104 (int8), and torch's product of a block at 75 to 80; with 64 queries it reaches
+    85 to 91, and the dot products would read queries from the second-level cache too often.
     """
-    return count > (_FEW if dtype == torch.float32 else 2 * _FEW)
+    return count > _FEW
 
 
 def score_native(queries: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
@@ -40,7 +41,7 @@ def score_native(queries: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
     out = torch.empty(count, n)
     if not out.numel():
         return out
-    if takes_product(count, rows.dtype):
+    if takes_product(count):
         for start, stop, part in _blocks(rows, count):
             torch.mm(queries, part.T, out=out[:, start:stop])
         return out if scale is None else out.mul_(scale)
@@ -78,7 +79,7 @@ class StrongestNative:
 
     def add(self, queries: Tensor, rows: Tensor, scale: Tensor | None, first: int) -> None:
         """Offer rows."""
-        if takes_product(len(queries), rows.dtype):
+        if takes_product(len(queries)):
             for start, stop, part in _blocks(rows, len(queries)):
                 block = aligned_scratch("scores", len(queries) * len(part)).view(len(queries), len(part))
                 torch.mm(queries, part.T, out=block)

@@ -1,5 +1,6 @@
 """Scores and the strongest rows, on every backend, against numpy in float64 and a plain sort."""
 
+import ctypes
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
@@ -109,7 +110,7 @@ def test_the_strongest_are_those_of_the_scores(count, dtype, backend, level, at_
 
 @settings(max_examples=60, deadline=None)
 @given(
-    count=st.integers(0, 40),
+    count=st.integers(0, 36),
     sizes=st.lists(st.integers(0, 90), min_size=1, max_size=4),
     dim=st.integers(1, 40),
     k=st.integers(1, 100),
@@ -270,12 +271,19 @@ def test_threads_change_no_bit(count, dtype, monkeypatch):
 
 
 @native
+def test_few_queries_are_as_many_as_the_compiled_code_takes():
+    assert ctypes.c_int.in_dll(native_library(), "sp_score_few").value == scoring_native._FEW
+    assert not scoring_native.takes_product(scoring_native._FEW)
+    assert scoring_native.takes_product(scoring_native._FEW + 1)
+
+
+@native
 @pytest.mark.parametrize("dtype", TYPES)
 def test_both_routes_of_the_compiled_code_agree(dtype, monkeypatch):
     queries, rows, scale = operands(9, 300, 50, dtype)
     few = scoring_native.StrongestNative(9, 4, True)
     few.add(queries, rows, scale, 0)
-    monkeypatch.setattr(scoring_native, "takes_product", lambda *_: True)
+    monkeypatch.setattr(scoring_native, "takes_product", lambda _: True)
     monkeypatch.setattr(scoring_native, "_HEIGHT", (7, 64))
     many = scoring_native.StrongestNative(9, 4, True)
     many.add(queries, rows, scale, 0)
