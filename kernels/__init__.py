@@ -1,6 +1,7 @@
 """Random projections whose matrices are pure functions of a seed: plain references, fast paths and their launchers."""
 
 from .backends import KINDS, available_backends, choose_backend
+from .fast_jl import fast_jl_add_at_, require_fast_jl
 from .kronecker import kronecker_add_, kronecker_add_outer_, kronecker_split
 from .philox import philox4x32
 from .rademacher import rademacher_add_, rademacher_add_outer_, sign_tile
@@ -11,12 +12,14 @@ __all__ = [
     "KINDS",
     "available_backends",
     "choose_backend",
+    "fast_jl_add_at_",
     "kronecker_add_",
     "kronecker_add_outer_",
     "kronecker_split",
     "philox4x32",
     "rademacher_add_",
     "rademacher_add_outer_",
+    "require_fast_jl",
     "sign_tile",
     "sparse_add_",
     "sparse_add_at_",

@@ -1,5 +1,9 @@
-"""Which implementations of a kind of matrix are present. All of them make the same matrix, bit for bit."""
+"""Which implementations of a kind of matrix are present. All of them make the same matrix, bit for bit.
 
+"fast-jl" makes another one, so it is no member of these lists and serves only where it is asked for by name.
+"""
+
+from . import fast_jl
 from .native import native_library
 
 __all__ = ["KINDS", "available_backends", "choose_backend"]
@@ -31,10 +35,8 @@ def choose_backend(kind: str, backend: str | None, device: str = "cpu") -> str:
         return able[0]
     if backend in able:
         return backend
-    if backend == "fast-jl":
-        raise ValueError(
-            f"backend 'fast-jl' is not supported yet: its matrix differs from that of the other backends; "
-            f"here and now choose one of {able} or None"
-        )
+    if backend == "fast-jl" and kind == "rademacher":
+        fast_jl.find_fast_jl()
+        return backend
     hint = "; it needs the compiled extension, which was not built" if backend == "native" and device == "cpu" else ""
     raise ValueError(f"backend {backend!r} cannot serve kind {kind!r} on {device}{hint}; choose one of {able} or None")

@@ -1,4 +1,5 @@
-/* The fast paths of the sparse and the dense sign matrix for CPUs; the modules sparse.py and rademacher.py define both.
+/* The fast paths of the sparse and the dense sign matrix and of scoring for CPUs; the modules sparse.py, rademacher.py and
+ * scoring.py define them.
  *
  * Nothing here allocates or shares state: threads may call every function at once on different outputs. Loaded with
  * ctypes, which releases the interpreter's lock, so Python's own headers serve the build alone.
@@ -6,6 +7,10 @@
 #include <Python.h>
 #include <stdint.h>
 #include <string.h>
+
+#if defined(__x86_64__) && !defined(__APPLE__)
+#include <immintrin.h>
+#endif
 
 #if !defined(__GNUC__)
 #error "vector extensions of GCC or Clang are needed; without them the torch backend serves"
@@ -37,10 +42,18 @@ enum {
   WINDOW_STEPS = 128, /* windows of a convolution that are summed in registers */
   WINDOW_TABLE = 1024, /* entries of its table; ROWS panels of the steps share the first-level cache with it */
   OUTER_COPIES = 64,  /* the largest nnz of an outer product or a convolution */
+  SCORE_ROWS = 4,     /* of a register tile of scores */
+  SCORE_QUERIES = 4,  /* likewise */
+  SCORE_COLUMNS = 256, /* of a piece of rows that stays in the first-level cache */
+  SCORE_FEW = 32,     /* queries of sp_score and sp_best at most */
+  SCORE_CHUNK = 64,   /* rows whose scores it holds at once */
 };
+enum { FLOAT32, FLOAT16, INT8 }; /* types of stored rows */
+typedef float four __attribute__((vector_size(16)));
 
-EXPORT const int sp_version = 3; /* of the functions' signatures: a library of another version is not used */
+EXPORT const int sp_version = 4; /* of the functions' signatures: a library of another version is not used */
 EXPORT const int sp_outer_copies = OUTER_COPIES;
+EXPORT const int sp_score_few = SCORE_FEW;
 EXPORT int sp_highest_level = 2; /* tests lower it to reach the code for other processors */
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -84,6 +97,8 @@ static void permute(map *m, uint64_t block) {
   m->shift = (uint32_t)((w[2] | (uint64_t)w[3] << 32) % m->k);
   m->block = block;
 }
+
+#include "native_heap.c"
 
 /* The vector code, once for each width of the processor's registers; the fitting one is chosen when it runs. */
 #define JOIN_(a, b) a##b
@@ -179,6 +194,20 @@ DISPATCH(sp_windows_lanes,
 DISPATCH(sp_gather_lanes,
          (float *out, int64_t out_stride, const void *sums, int64_t parts, int lanes, int64_t k, float scale),
          (out, out_stride, sums, parts, lanes, k, scale))
+DISPATCH(sp_score,
+         (float *out, int64_t out_stride, const float *queries, int64_t query_stride, int64_t count, const void *rows,
+          int64_t row_stride, const float *scale, int64_t n, int64_t dim, int type),
+         (out, out_stride, queries, query_stride, count, rows, row_stride, scale, n, dim, type))
+DISPATCH(sp_keep,
+         (float *value, int64_t *row, int64_t *filled, float *threshold, int64_t keep, const float *scores,
+          int64_t stride, const float *scale, int64_t queries, int64_t n, int64_t first, float sign, int64_t *bad),
+         (value, row, filled, threshold, keep, scores, stride, scale, queries, n, first, sign, bad))
+DISPATCH(sp_best,
+         (float *value, int64_t *row, int64_t *filled, float *threshold, int64_t keep, const float *queries,
+          int64_t query_stride, int64_t count, const void *rows, int64_t row_stride, const float *scale, int64_t n,
+          int64_t dim, int type, int64_t first, float sign, int64_t *bad),
+         (value, row, filled, threshold, keep, queries, query_stride, count, rows, row_stride, scale, n, dim, type,
+          first, sign, bad))
 
 EXPORT int64_t sp_outer_work(void) { return (int64_t)(LEFT_WORK + RIGHT_WORK) * sp_lanes(); } /* in numbers */
 

@@ -212,19 +212,52 @@ INLINE void VARIANT(add_vector)(floats *y, const floats *value, uint32_t entry) 
   y[entry & ~NEGATIVE] += (floats)bits;
 }
 
-/* sums[k] = R[:, start : start + count] of up to LANES rows, interleaved. */
+/* Adds LANES coordinates of LANES rows, which begin at from + at[l]: the signs while the rows lie as they were given, one
+ * operation a row, and then the transposition, so that the interleaved numbers never leave the registers. */
+INLINE void VARIANT(add_square)(floats *sums, const float *from, const int64_t at[LANES], const uint32_t *table) {
+  const words negative = *(const words_u *)table & NEGATIVE;
+  floats v[LANES];
+  UNROLL for (int l = 0; l < LANES; l++) v[l] = (floats)(*(const words_u *)(from + at[l]) ^ negative);
+  VARIANT(transpose)(v);
+  UNROLL for (int x = 0; x < LANES; x++) sums[table[x] & ~NEGATIVE] += v[x];
+}
+
+/* Adds whole squares of a piece and returns how many coordinates these are. The piece that follows is asked for on the
+ * way: the memory of many rows that are far apart is not foreseen by the processor. */
+INLINE int64_t VARIANT(add_squares)(floats *sums, const float *from, const int64_t at[LANES], const uint32_t *table,
+                                    int64_t width, int64_t next) {
+  enum { LINE = 16 }; /* numbers that come from memory at once */
+  int64_t p = 0;
+  for (; p + LANES <= width; p += LANES) {
+    if (next && p % LINE == 0)
+      UNROLL for (int l = 0; l < LANES; l++) __builtin_prefetch(from + at[l] + p + next, 0, 2);
+    VARIANT(add_square)(sums, from + p, at, table + p);
+  }
+  return p;
+}
+
+/* sums[k] = R[:, start : start + count] of up to LANES rows, interleaved. Lanes without an example sum what others do. */
 static void VARIANT(sp_add_lanes)(void *out, const float *rows, int64_t row_stride, int lanes, int64_t count,
                                   uint64_t start, uint64_t seed, uint32_t k, uint32_t nnz) {
   floats *sums = out, piece[PIECE];
   uint32_t table[PIECE];
+  int64_t at[LANES];
+  map first = open_map(seed, k, 0);
+  for (int l = 0; l < LANES; l++) at[l] = l < lanes ? l * row_stride : 0;
   memset(sums, 0, (size_t)k * sizeof *sums);
   for (int64_t done = 0; done < count; done += PIECE) {
-    const int64_t width = smaller(count - done, PIECE);
-    VARIANT(interleave)(piece, 1, 1, rows + done, row_stride, lanes, width);
+    const int64_t width = smaller(count - done, PIECE), next = count - done >= 2 * PIECE ? PIECE : 0;
+    int64_t p = 0; /* of the piece, that are added */
+    if (nnz == 1) {
+      VARIANT(fill)(&first, table, start + (uint64_t)done, width);
+      p = VARIANT(add_squares)(sums, rows + done, at, table, width, next);
+    }
+    if (p == width) continue;
+    VARIANT(interleave)(piece, 1, 1, rows + done + p, row_stride, lanes, width - p);
     for (uint32_t copy = 0; copy < nnz; copy++) {
       map m = open_map(seed, k, copy);
-      VARIANT(fill)(&m, table, start + (uint64_t)done, width);
-      for (int64_t p = 0; p < width; p++) VARIANT(add_vector)(sums, &piece[p], table[p]);
+      VARIANT(fill)(&m, table, start + (uint64_t)(done + p), width - p);
+      for (int64_t x = 0; x < width - p; x++) VARIANT(add_vector)(sums, &piece[x], table[x]);
     }
   }
 }
@@ -325,6 +358,7 @@ static void VARIANT(sp_gather_lanes)(float *out, int64_t out_stride, const void 
 }
 
 #include "native_windows.c"
+#include "native_scoring.c"
 
 #undef floats
 #undef words

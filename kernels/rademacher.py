@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .fast_jl import fast_jl_add_, fast_jl_add_outer_
 from .native import native_library, share_rows
 from .philox import philox4x32, sign_bits
 from .tiles import outer_tiles
@@ -47,8 +48,16 @@ def _sign_tile_native(start: int, stop: int, count: int, seed: int, tag: int) ->
     return tile
 
 
-def rademacher_add_(out: Tensor, rows: Tensor, offset: int, *, seed: int, backend: str = "torch") -> None:
-    """Add R[:, offset : offset + n] rows, for rows (B, n), to out (B, k); both float32, in place."""
+def rademacher_add_(
+    out: Tensor, rows: Tensor, offset: int, *, seed: int, backend: str = "torch", multiprocessors: int | None = None
+) -> None:
+    """Add R[:, offset : offset + n] rows, for rows (B, n), to out (B, k); both float32, in place.
+
+    Backend "fast-jl" adds another matrix, which depends on the number of multiprocessors; see `fast_jl.py`.
+    """
+    if backend == "fast-jl":
+        fast_jl_add_(out, rows, offset, seed=seed, multiprocessors=multiprocessors)
+        return
     dim = out.shape[1]
     step = max(_TILE // dim, 1)
     for start in range(0, rows.shape[1], step):
@@ -58,8 +67,18 @@ def rademacher_add_(out: Tensor, rows: Tensor, offset: int, *, seed: int, backen
 
 
 def rademacher_add_outer_(
-    out: Tensor, left: Tensor, right: Tensor, offset: int, *, seed: int, backend: str = "torch"
+    out: Tensor,
+    left: Tensor,
+    right: Tensor,
+    offset: int,
+    *,
+    seed: int,
+    backend: str = "torch",
+    multiprocessors: int | None = None,
 ) -> None:
     """Add R vec(sum_t left_t (x) right_t), left (B, T, o) and right (B, T, i), to out (B, k), in place; all float32."""
+    if backend == "fast-jl":
+        fast_jl_add_outer_(out, left, right, offset, seed=seed, multiprocessors=multiprocessors)
+        return
     for some, start, tile in outer_tiles(left, right, _OUTER_TILE):
         rademacher_add_(out[some], tile, offset + start, seed=seed, backend=backend)

@@ -3,8 +3,9 @@
 Two routes, chosen by shapes and the processor, never by the number of threads, which therefore changes no bit of a sum:
 
 * lanes: a group of examples interleaved (16 with AVX-512, 8 with AVX2, else 4), summed into a buffer of its own that is
-  then added to the output. Measured on Zen 5, per coordinate of a whole group: 2.4 to 3.2 ns for given rows; for outer
-  products of T steps 1.2 + 0.17 T ns (with AVX2 and its 8 lanes, 1.2 + 0.2 T ns), for convolutions 1.2 + 0.15 T ns.
+  then added to the output. Measured on Zen 5, per coordinate of a whole group: for outer products of T steps
+  1.2 + 0.17 T ns (with AVX2 and its 8 lanes, 1.2 + 0.2 T ns), for convolutions 1.2 + 0.15 T ns; on Zen 4: 3.3 ns for
+  given rows out of main memory, 2.7 ns with 8 lanes, either full or not.
 * rows: one example after the other, 0.35 ns per coordinate of each; outer products become tiles before, 0.02 T ns.
 
 Hence the lanes serve groups that are full enough, unless there are too few coordinates to pay for the buffer. Where

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from source_proj.bank import Bank
 from source_proj.errors import MismatchError
+from source_proj.kernels.scoring import Strongest, score
 from source_proj.operands import Operand
 from source_proj.queries import QueryFeatures, resolve_task, sketch_queries
 from source_proj.scores import Hits, Scores, make_hits
@@ -27,7 +28,6 @@ _BLOCK_SCORES = 8 << 20
 """Scores held at once while streaming (32 MiB of float32)."""
 
 _MIN_ROWS = 256
-_FEW = 32
 
 QueryGradient = Literal["mean", "final"]
 Queries = Any
@@ -168,7 +168,11 @@ class Attributor(ABC):
         return total.div_(len(points))
 
     def _combine(self, products: list[Tensor], operands: list[Operand]) -> Tensor:  # noqa: ARG002
-        """Combine all terms' products ``(Q, n)`` of a block: the sum, averaged over the banks."""
+        """Combine all terms' products ``(Q, n)`` of a block: the sum, averaged over the banks.
+
+        Where there is one bank, one term and no weights this must be the product itself: the search for the strongest
+        then takes it without making it.
+        """
         total = products[0]
         for product in products[1:]:
             total += product
@@ -214,25 +218,42 @@ class Attributor(ABC):
 
     def _blocks(self, features: list[QueryFeatures]) -> Iterator[tuple[int, int, Tensor]]:
         """Yield ``(start, stop, scores (Q, stop - start))`` over all rows, in order."""
-        terms = [term for bank, one in zip(self.banks, features, strict=True) for term in self._terms(bank, one)]
-        queries = [term.query for term in terms]
-        height = max(_MIN_ROWS, _BLOCK_SCORES // max(1, len(features[0])))
-        for start, stop, active in _aligned([term.train for term in terms], height):
-            products = [_product(queries[index], operand.rows) for index, operand in active]
-            yield start, stop, self._combine(products, [operand for _, operand in active]).cpu()
+        terms = self._all_terms(features)
+        for start, stop, active in _aligned([term.train for term in terms], _height(features)):
+            yield start, stop, self._block(terms, active).cpu()
+
+    def _all_terms(self, features: list[QueryFeatures]) -> list[Term]:
+        return [term for bank, one in zip(self.banks, features, strict=True) for term in self._terms(bank, one)]
+
+    def _block(self, terms: list[Term], active: list[tuple[int, Operand]]) -> Tensor:
+        """Scores ``(Q, n)`` of the rows that some terms' operands share."""
+        products = [score(terms[index].query, operand.rows, operand.scale) for index, operand in active]
+        return self._combine(products, [operand for _, operand in active])
 
     def _strongest(self, queries: Queries, k: int, *, highest: bool) -> Hits:
         if not 1 <= k <= self.n_rows:
             raise ValueError(f"k must lie in 1..{self.n_rows} (the number of training examples), got {k}")
         features = self.sketch(queries)
-        best = torch.empty(len(features[0]), 0)
-        where = torch.empty(len(features[0]), 0, dtype=torch.int64)
-        for start, _, block in self._blocks(features):
-            values, positions = torch.topk(block, min(k, block.shape[1]), dim=1, largest=highest)
-            values, positions = torch.cat([best, values], 1), torch.cat([where, positions + start], 1)
-            best, order = torch.topk(values, min(k, values.shape[1]), dim=1, largest=highest)
-            where = torch.gather(positions, 1, order)
-        return make_hits(where.numpy(), best.numpy(), self.banks[0].ids, features[0].ids, self.unit)
+        terms, count = self._all_terms(features), len(features[0])
+        device = terms[0].query.device
+        best, done = Strongest(count, k, largest=highest, device=device), 0
+
+        def pass_over(stop: int) -> None:
+            """Rows that no term covers score 0; of equal scores only the first k can be among the strongest."""
+            if stop > done:
+                best.add_scores(torch.zeros(count, min(k, stop - done), device=device), first=done)
+
+        for start, stop, active in _aligned([term.train for term in terms], _height(features)):
+            pass_over(start)
+            index, operand = active[0]
+            if len(self.banks) == len(active) == 1 and operand.weights is None:
+                best.add(terms[index].query, operand.rows, operand.scale, first=start)
+            else:
+                best.add_scores(self._block(terms, active), first=start)
+            done = stop
+        pass_over(self.n_rows)
+        values, where = (one.cpu().numpy() for one in best.result())
+        return make_hits(where, values, self.banks[0].ids, features[0].ids, self.unit)
 
 
 def takes_mean(bank: Bank, query_gradient: QueryGradient | None) -> bool:
@@ -258,9 +279,9 @@ def check_query_gradient(query_gradient: QueryGradient | None) -> None:
         raise ValueError(f"query_gradient must be 'mean', 'final' or None, got {query_gradient!r}")
 
 
-def _product(query: Tensor, rows: Tensor) -> Tensor:
-    """Q rowsᵀ, ``(Q, n)``; few queries are cheaper the other way round (up to 2.6 times, measured on a CPU)."""
-    return query @ rows.T if len(query) > _FEW else (rows @ query.T).T
+def _height(features: list[QueryFeatures]) -> int:
+    """Rows whose scores are held at once."""
+    return max(_MIN_ROWS, _BLOCK_SCORES // max(1, len(features[0])))
 
 
 def _aligned(streams: Sequence[Iterator[Operand]], height: int) -> Iterator[tuple[int, int, list[tuple[int, Operand]]]]:

@@ -8,21 +8,31 @@ from torch import Tensor
 
 from source_proj.bank import Bank
 
-__all__ = ["Operand", "loss_gradients", "mean_gradients", "stage_start"]
+__all__ = ["Operand", "encoded_gradients", "loss_gradients", "mean_gradients", "stage_start"]
 
 
 class Operand(NamedTuple):
-    """Training rows start to stop of a term, ``(stop - start, k)``, and their weights where a method has any."""
+    """Training rows start to stop of a term.
+
+    Attributes:
+        start: first row, counted over the rows of all stages.
+        stop: end of the rows.
+        rows: ``(stop - start, k)`` float32, float16 or int8.
+        scale: what each row is times, ``(stop - start,)`` float32; None for 1.
+        weights: what a method's ``_combine`` wants to know of each row; None for nothing.
+    """
 
     start: int
     stop: int
     rows: Tensor
+    scale: Tensor | None = None
     weights: Tensor | None = None
 
     def cut(self, start: int, stop: int) -> "Operand":
         """Return the part between two absolute rows."""
         part = slice(start - self.start, stop - self.start)
-        return Operand(start, stop, self.rows[part], None if self.weights is None else self.weights[part])
+        scale, weights = (None if one is None else one[part] for one in (self.scale, self.weights))
+        return Operand(start, stop, self.rows[part], scale, weights)
 
 
 def stage_start(bank: Bank, stage: int) -> int:
@@ -36,6 +46,22 @@ def loss_gradients(bank: Bank, stage: int, checkpoint: int, device: torch.device
     for block in bank.stages[stage].iter_rows(checkpoint):
         rows = block.rows.to(device or "cpu").mul_(block.d1.to(device or "cpu")[:, None])
         yield Operand(start + block.start, start + block.stop, rows)
+
+
+def encoded_gradients(
+    bank: Bank, stage: int, checkpoints: Sequence[int], device: torch.device | str | None
+) -> Iterator[Operand]:
+    """ḡ_l as :func:`mean_gradients`; of one checkpoint the banked rows as they are, ℓ' and the scale as one factor.
+
+    What multiplies them once has no use for a float32 copy.
+    """
+    if len(checkpoints) > 1:
+        yield from mean_gradients(bank, stage, checkpoints, device)
+        return
+    start, target = stage_start(bank, stage), device or "cpu"
+    for block in bank.stages[stage].iter_encoded(checkpoints[0]):
+        scale = block.d1 if block.scale is None else block.d1 * block.scale
+        yield Operand(start + block.start, start + block.stop, block.rows.to(target), scale.to(target))
 
 
 def mean_gradients(

@@ -54,7 +54,10 @@ class Sketch:
             dim is then the number of parameters.
         seed: which matrix, in [0, 2^64). One seed for all that is compared; ensemble members take different ones.
         nnz: nonzeros per column of R for the sparse map; more than one serves gradients with few huge entries.
-        backend: ``"native"``, ``"torch"``, or None for the fastest present. No backend changes the matrix.
+        backend: ``"native"``, ``"torch"``, or None for the fastest present, none of which changes the matrix; or, for
+            ``"rademacher"`` on CUDA devices, ``"fast-jl"``, which has a matrix of its own (`kernels/fast_jl.py`).
+        multiprocessors: for ``"fast-jl"``, the device's number of them, on which that matrix depends; by default that
+            of the current CUDA device. No other device may serve the sketch then.
 
     Raises:
         ValueError: an argument is out of range, or the backend is not present; the message lists those that are.
@@ -73,6 +76,7 @@ class Sketch:
     seed: int = 0
     nnz: int = 1
     backend: str | None = None
+    multiprocessors: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("dim", "seed", "nnz"):
@@ -83,9 +87,21 @@ class Sketch:
             raise ValueError(f"seed is {self.seed}; give a number from 0 to 2^64 - 1")
         if not 1 <= self.nnz < 1 << 16:
             raise ValueError(f"nnz is {self.nnz}; give a number of nonzeros from 1 to 65535")
-        kernels.choose_backend(self.kind, self.backend)
+        self._check_backend()
         if self.nnz > 1 and self.kind in ("rademacher", "identity"):
             raise ValueError(f"nnz is {self.nnz}, but kind {self.kind!r} has no choice of nonzeros; leave nnz at 1")
+
+    def _check_backend(self) -> None:
+        if self.backend == "fast-jl" and self.kind == "rademacher":
+            found = kernels.require_fast_jl(self.dim, self.multiprocessors)
+            object.__setattr__(self, "multiprocessors", found.multiprocessors)
+            return
+        kernels.choose_backend(self.kind, self.backend)
+        if self.multiprocessors is not None:
+            raise ValueError(
+                f"multiprocessors is {self.multiprocessors}, but only the matrix of backend 'fast-jl' depends on them; "
+                "leave it out"
+            )
 
     @property
     def chosen_backend(self) -> str:
@@ -100,10 +116,15 @@ class Sketch:
     def spec(self) -> dict[str, Any]:
         """What defines the matrix, JSON-able; ``"portable"`` says that any backend makes it.
 
+        With backend ``"fast-jl"`` that is its name, and one more entry says for how many multiprocessors.
+
         >>> Sketch(dim=8).spec()
         {'kind': 'sparse', 'dim': 8, 'seed': 0, 'nnz': 1, 'backend': 'portable'}
         """
-        return {"kind": self.kind, "dim": self.dim, "seed": self.seed, "nnz": self.nnz, "backend": _PORTABLE}
+        found = {"kind": self.kind, "dim": self.dim, "seed": self.seed, "nnz": self.nnz, "backend": _PORTABLE}
+        if self.multiprocessors is not None:
+            found |= {"backend": self.backend, "multiprocessors": self.multiprocessors}
+        return found
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> "Sketch":
@@ -113,10 +134,13 @@ class Sketch:
             ValueError: an entry is missing or unknown, or names a backend whose matrix cannot be made here.
         """
         wanted = {"kind", "dim", "seed", "nnz", "backend"}
+        if spec.get("backend") == "fast-jl":
+            wanted.add("multiprocessors")
         if set(spec) != wanted:
             raise ValueError(f"sketch spec has entries {sorted(spec)}; expected {sorted(wanted)}")
-        backend = None if spec["backend"] == _PORTABLE else spec["backend"]
-        return cls(dim=spec["dim"], kind=spec["kind"], seed=spec["seed"], nnz=spec["nnz"], backend=backend)
+        if "multiprocessors" in spec:
+            _integer("multiprocessors", spec["multiprocessors"])  # None would mean those of this device
+        return cls(**{**spec, "backend": None if spec["backend"] == _PORTABLE else spec["backend"]})
 
     def __call__(self, x: Tensor | NDArray[Any], offset: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
         """R[:, offset : offset + n] x.
@@ -169,8 +193,8 @@ class Sketch:
         elif self.kind == "kronecker" and shape is not None and len(shape) > 1:
             matrix = (shape[0], count // shape[0])
             kernels.kronecker_add_(out, rows.float(), offset, matrix, seed=self.seed, backend=self._serving(out))
-        elif rows.dtype == torch.float32:
-            self._add_float32(out, rows, offset)
+        elif rows.dtype == torch.float32 or self.backend == "fast-jl":  # whose pieces cost as much as whole blocks
+            self._add_float32(out, rows.float(), offset)
         else:
             for start in range(0, count, _CONVERTED):
                 self._add_float32(out, rows[:, start : start + _CONVERTED].float(), offset + start)
@@ -178,7 +202,9 @@ class Sketch:
     def _add_float32(self, out: Tensor, rows: Tensor, offset: int) -> None:
         backend = self._serving(out)
         if self.kind == "rademacher":
-            kernels.rademacher_add_(out, rows, offset, seed=self.seed, backend=backend)
+            kernels.rademacher_add_(
+                out, rows, offset, seed=self.seed, backend=backend, multiprocessors=self.multiprocessors
+            )
         else:
             kernels.sparse_add_(out, rows, offset, seed=self.seed, nnz=self.nnz, backend=backend)
 
@@ -214,7 +240,9 @@ class Sketch:
         elif self.kind == "kronecker":
             kernels.kronecker_add_outer_(out, left, right, offset, seed=self.seed, backend=backend)
         elif self.kind == "rademacher":
-            kernels.rademacher_add_outer_(out, left, right, offset, seed=self.seed, backend=backend)
+            kernels.rademacher_add_outer_(
+                out, left, right, offset, seed=self.seed, backend=backend, multiprocessors=self.multiprocessors
+            )
         else:
             kernels.sparse_add_outer_(out, left, right, offset, seed=self.seed, nnz=self.nnz, backend=backend)
 
@@ -292,6 +320,11 @@ class Sketch:
             backend = self._serving(out)
             kernels.sparse_add_at_(out, rows.float(), examples, offsets, seed=self.seed, nnz=self.nnz, backend=backend)
             return
+        if self.backend == "fast-jl":
+            kernels.fast_jl_add_at_(
+                out, rows.float(), examples, offsets, seed=self.seed, multiprocessors=self.multiprocessors
+            )
+            return
         for offset in torch.unique(offsets).tolist():
             here = offsets == offset
             out.index_add_(0, examples[here], self(rows[here], offset))
@@ -306,7 +339,10 @@ class Sketch:
         """
         if stop < start:
             raise ValueError(f"stop is {stop}, before start {start}")
-        return self(torch.eye(stop - start), start, shape).T.contiguous()
+        device = None
+        if self.backend == "fast-jl":
+            device = kernels.require_fast_jl(self.dim, self.multiprocessors).device
+        return self(torch.eye(stop - start, device=device), start, shape).T.cpu().contiguous()
 
     def _serving(self, out: Tensor) -> str:
         return kernels.choose_backend(self.kind, self.backend, out.device.type)

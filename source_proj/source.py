@@ -31,6 +31,7 @@ from source_proj.attributor import (
     takes_mean,
 )
 from source_proj.bank import Bank
+from source_proj.bank.quantize import STORAGES, Storage, encode, has_scale
 from source_proj.cache import FitCache, cached_spectrum
 from source_proj.curvature import (
     Curvature,
@@ -124,6 +125,9 @@ class Source(Attributor):
         time_scale: factor on the time of every segment. 1 predicts what leaving out a few examples does. Retraining on
             a share of the examples for as many epochs takes that share of the steps: give the share to predict it
             (measured in examples/paper/LABORATORY.md; it matters where training has not converged).
+        storage: type of B. ``"float32"`` keeps the scores exact to rounding. ``"int8"`` and ``"float16"`` with one
+            float32 scale a row, as banks are stored, take a quarter and half of the memory, and of the time that few
+            queries take; they move scores by far less than another seed of the sketch does.
         batch_size: queries a backward pass.
         device: where products are computed and queries run.
         cache: keep spectra and B beside the bank (or in the user's cache folder where that is read-only).
@@ -164,6 +168,7 @@ class Source(Attributor):
         damping: Damping = "noise",
         query_gradient: QueryGradient | None = None,
         time_scale: float = 1.0,
+        storage: Storage = "float32",
         batch_size: int = 64,
         device: torch.device | str | None = None,
         cache: bool = True,
@@ -174,15 +179,26 @@ class Source(Attributor):
         check_query_gradient(query_gradient)
         if not 0 < time_scale < math.inf:
             raise ValueError(f"time_scale must be a number > 0, got {time_scale!r}")
+        if storage not in STORAGES:
+            raise ValueError(f"storage must be one of {STORAGES}, got {storage!r}")
         self.time_scale = float(time_scale)
+        self.storage: Storage = storage
         self.query_gradient: QueryGradient | None = query_gradient
         self.curvature: Curvature = curvature or default_curvature(self.banks[0].task_spec)
         self.damping: Damping = damping
         self.cache = cache
         self._groups = [_stage_groups(one, segments) for one in self.banks]
-        self._matrices: dict[str, Tensor] = {}
+        self._matrices: dict[str, Operand] = {}
         self._segments: dict[str, tuple[Segment, ...]] = {}
         self._spectra: dict[tuple[str, int, tuple[int, ...]], Spectrum] = {}
+
+    def __repr__(self) -> str:
+        rows, dim = self.n_rows, self.banks[0].sketch.dim
+        scaled = " with a float32 scale a row" if has_scale(self.storage) else ""
+        runs = "" if len(self.banks) == 1 else f"; {len(self.banks)} runs"
+        return (
+            f"Source({rows} training examples{runs}; B: {rows} x {dim} {self.storage}{scaled}, {self.nbytes()} bytes)"
+        )
 
     # Fit -------------------------------------------------------------------------------------------------------
 
@@ -192,18 +208,24 @@ class Source(Attributor):
             self._matrix(bank)
         return self
 
+    def nbytes(self) -> int:
+        """Bytes of B in memory, scales included, of all banks together."""
+        width = getattr(torch, self.storage).itemsize
+        scale = 4 if has_scale(self.storage) else 0
+        return sum(bank.n_rows * (bank.sketch.dim * width + scale) for bank in self.banks)
+
     @property
     def segments(self) -> tuple[Segment, ...]:
         """The fitted segments of the (first) bank, in order of training."""
         with self._spectra_in_memory():
             return self._fit_segments(self.banks[0])
 
-    def _matrix(self, bank: Bank) -> Tensor:
-        """B, ``(N, k)`` float32."""
+    def _matrix(self, bank: Bank) -> Operand:
+        """B, ``(N, k)`` in its storage's type, with its scales."""
 
         def compute() -> dict[str, np.ndarray]:
             with self._spectra_in_memory():
-                return {"B": self._collapse(bank).cpu().numpy()}
+                return {name: values.numpy() for name, values in self._collapse(bank).items()}
 
         key = bank.fingerprint  # rows may have been appended since
         if key not in self._matrices:
@@ -212,18 +234,32 @@ class Source(Attributor):
                 "damping": self.damping,
                 "segments": self._groups_of(bank),
                 "time_scale": self.time_scale,
+                "storage": self.storage,
             }
             arrays = FitCache(bank).get("source", settings, compute) if self.cache else compute()
-            self._matrices[key] = torch.from_numpy(arrays["B"]).to(self.device or "cpu")
+            found = {name: torch.from_numpy(values).to(self.device or "cpu") for name, values in arrays.items()}
+            self._matrices[key] = Operand(0, bank.n_rows, found["B"], found.get("scale"))
         return self._matrices[key]
 
-    def _collapse(self, bank: Bank) -> Tensor:
-        matrix = torch.zeros(bank.n_rows, bank.sketch.dim)
+    def _collapse(self, bank: Bank) -> dict[str, Tensor]:
+        """B and its scales, encoded block by block so that no float32 copy of another storage's B exists."""
+        made = {"B": torch.empty(bank.n_rows, bank.sketch.dim, dtype=getattr(torch, self.storage))}
+        if has_scale(self.storage):
+            made["scale"] = torch.empty(bank.n_rows)
         segments = self._fit_segments(bank)
-        for segment, operator in zip(segments, self._operators(bank, segments), strict=True):
-            for operand in mean_gradients(bank, segment.stage, segment.checkpoints, self.device):
-                matrix[operand.start : operand.stop].add_((operand.rows @ operator).cpu(), alpha=-1 / segment.n)
-        return matrix
+        operators = self._operators(bank, segments)
+        for stage in range(len(bank.stages)):
+            own = [pair for pair in zip(segments, operators, strict=True) if pair[0].stage == stage]
+            streams = [mean_gradients(bank, stage, segment.checkpoints, self.device) for segment, _ in own]
+            for parts in zip(*streams, strict=True):
+                block = torch.zeros_like(parts[0].rows)
+                for part, (segment, operator) in zip(parts, own, strict=True):
+                    block.add_(part.rows @ operator, alpha=-1 / segment.n)
+                values, scale = encode(block, self.storage)
+                made["B"][parts[0].start : parts[0].stop] = values.cpu()
+                if scale is not None:
+                    made["scale"][parts[0].start : parts[0].stop] = scale.cpu()
+        return made
 
     def _operators(self, bank: Bank, segments: Sequence[Segment]) -> list[Tensor]:
         """c_l(Ĥ_l) S_{l+1} ··· S_L for each of the given consecutive segments, ``(k, k)`` float32."""
@@ -280,8 +316,7 @@ class Source(Attributor):
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
         matrix = self._matrix(bank)
-        query = self._query(bank, features).to(matrix.device)
-        return [Term(query, iter([Operand(0, len(matrix), matrix)]))]
+        return [Term(self._query(bank, features).to(matrix.rows.device), iter([matrix]))]
 
     def _query_points(self, bank: Bank) -> list[Checkpoint]:
         return query_points(bank, self.query_gradient)

@@ -361,8 +361,8 @@ def test_spec_goes_around(kind):
 def test_backends_are_honoured_or_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"backend 'cuda' .* choose one of \("):
         Sketch(backend="cuda")
-    with pytest.raises(ValueError, match=r"'fast-jl' is not supported yet.*'torch'"):
-        Sketch(kind="rademacher", backend="fast-jl")
+    with pytest.raises(ValueError, match=r"'fast-jl' cannot serve kind 'sparse'.*'torch'"):
+        Sketch(backend="fast-jl")
     monkeypatch.setattr(kernels.backends, "native_library", lambda: None)
     assert kernels.available_backends("sparse") == ("torch",)
     assert Sketch().chosen_backend == "torch"

@@ -3,8 +3,10 @@
     python examples/speed/score.py                     # 1,000 queries x 100,000 rows, k = 4,096; about 6 GB, minutes
     python examples/speed/score.py --rows 20000 --queries 200
 
-The bank is a real one, of a linear model on generated features. Each timing is the median of interleaved
-repetitions in this one process, and stands beside the bare float32 product of the same shape on the same machine.
+The bank is a real one, of a linear model on generated features. Each timing is the median of interleaved repetitions
+in this one process. For each number of queries and each storage of B, the bound is what the machine cannot beat: one
+read of B's bytes at the speed of a sum, or its multiplications at the speed of a large float32 product, whichever takes
+longer. Both speeds are measured in the same rounds.
 """
 
 import argparse
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import source_proj as sp
+
+STORAGES = ("float32", "float16", "int8")
 
 
 class Generated(Dataset):
@@ -44,9 +48,10 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def interleaved(repetitions: int, *functions: Callable[[], object]) -> list[float]:
-    """Median seconds of each function, called in turn."""
+    """Median seconds of each function, called in turn; one that takes seconds needs no call to warm up."""
     for function in functions:
-        function()
+        if seconds(function) > 1:
+            break
     times = [[seconds(function) for function in functions] for _ in range(repetitions)]
     return [median(column) for column in zip(*times, strict=True)]
 
@@ -93,32 +98,46 @@ def time_fit(bank: sp.Bank) -> None:
 
 
 def time_queries(bank: sp.Bank, model: nn.Module, count: int, repetitions: int) -> None:
-    source = sp.Source(bank, model=model, progress=False)
-    matrix = source._matrix(bank)  # B, so that the bare product has the very same operands
-    n, k = matrix.shape
+    """Score and top_k for each storage of B, against one read of B's bytes and the product in float32."""
+    sources = {kind: sp.Source(bank, model=model, progress=False, storage=kind) for kind in STORAGES}
+    matrices = {kind: source._matrix(bank) for kind, source in sources.items()}
+    b = matrices["float32"].rows  # the bare product has the very same operands
+    (n, k), checkpoint = b.shape, bank.final_checkpoint()
+    square = torch.randn(2048, 2048)
+    source = sources["float32"]
     features = source.sketch(Generated(count, k, first=10**9))[0]
-    checkpoint = bank.final_checkpoint()
-    rows = features.at(checkpoint)
-
-    ours, bare = interleaved(repetitions, lambda: source.score(features), lambda: rows @ matrix.T)
-    report(f"score, {count} queries", ours, bare, "bare float32 product")
-    print(f"{'':32s} {2 * n * k * count / bare / 1e9:10.1f} GFLOP/s in the bare product")
-
-    for few in (1, 8, 64, count):
-        part = sp.QueryFeatures({checkpoint.hash(): rows[:few].clone()}, features.ids[:few], features.sketch)
-        total = matrix.view(-1)
-        # The bound of a query is one pass over B: reading it once, as a sum does.
-        ours, read, bare = interleaved(
-            repetitions,
-            lambda part=part: source.top_k(part, 10),
-            total.sum,
-            lambda part=part: part.at(checkpoint) @ matrix.T,
+    for few in sorted({1, min(8, count), min(64, count), count}):
+        rows = features.at(checkpoint)[:few].clone()
+        part = sp.QueryFeatures({checkpoint.hash(): rows}, features.ids[:few], features.sketch)
+        out = torch.empty(few, n)
+        # A sum of float32 reads memory as fast as torch can; the other storages have as many bytes a second.
+        calls = [
+            b.view(-1).sum,
+            lambda: torch.mm(square, square),
+            lambda rows=rows, out=out: torch.mm(rows, b.T, out=out),
+        ]
+        for one in sources.values():
+            calls += [lambda one=one, part=part: one.score(part), lambda one=one, part=part: one.top_k(part, 10)]
+        read, large, product, *ours = interleaved(repetitions, *calls)
+        flops, speed = 2 * n * k * few, 2 * len(square) ** 3 / large
+        print(
+            f"{few} queries: memory {b.nbytes / read / 1e9:.1f} GB/s, large products {speed / 1e9:.1f} GFLOP/s; "
+            f"the bare float32 product of this shape {product * 1e3:.1f} ms, {flops / product / 1e9:.1f} GFLOP/s"
         )
-        memory = peak_bytes(lambda part=part: source.top_k(part, 10))
-        shown = "?" if memory is None else f"{memory / 2**20:.0f} MiB"
-        report(f"top_k(10), {few} queries", ours, max(read, bare if few > 8 else read), "one read of B / product")
-        full = f"{few * n * 4 / 2**20:.0f} MiB"
-        print(f"{'':32s} {matrix.nbytes / ours / 1e9:10.1f} GB/s of B; peak memory {shown} (Q x N would be {full})")
+        for index, (kind, one) in enumerate(sources.items()):
+            scored, searched = ours[2 * index : 2 * index + 2]
+            reading, multiplying = read * one.nbytes() / b.nbytes, flops / speed
+            bound = max(reading, multiplying)
+            memory = peak_bytes(lambda one=one, part=part: one.top_k(part, 10))
+            shown = "?" if memory is None else f"{memory / 2**20:.0f} MiB"
+            print(
+                f"  {kind:8s} B {one.nbytes() / 2**20:6.0f} MiB   score {scored * 1e3:8.1f} ms   "
+                f"top_k(10) {searched * 1e3:8.1f} ms: {one.nbytes() / searched / 1e9:5.1f} GB/s, "
+                f"{flops / searched / 1e9:5.1f} GFLOP/s   bound ({'memory' if reading > multiplying else 'product'}) "
+                f"{bound * 1e3:8.1f} ms, {bound / searched:4.0%} reached   "
+                f"peak memory {shown} (Q x N: {few * n * 4 / 2**20:.0f} MiB)",
+                flush=True,
+            )
 
 
 def main() -> None:

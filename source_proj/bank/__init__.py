@@ -2,13 +2,14 @@
 
 from source_proj.bank.build import build
 from source_proj.bank.data import batches, dataset_size, placed
-from source_proj.bank.rows import RowBlock, StageBank
+from source_proj.bank.rows import EncodedBlock, RowBlock, StageBank
 from source_proj.bank.store import Bank
 from source_proj.bank.store import open_bank as open
 from source_proj.bank.verify import VerifyReport, verify
 
 __all__ = [
     "Bank",
+    "EncodedBlock",
     "RowBlock",
     "StageBank",
     "VerifyReport",

@@ -27,7 +27,9 @@ MUST, MUST NOT and MAY are those of RFC 2119.
 1. ``format`` MUST be "source-proj bank", ``version`` MUST be 1; a reader MUST refuse anything else, and say what
    it found.
 2. ``settings`` MUST hold exactly: sketch, parameters, task, trajectory, storage ("int8", "float16" or "float32"),
-   sampled_fisher (D, the number of draws), second_derivative, gradients, autocast.
+   sampled_fisher (D, the number of draws), second_derivative, gradients, autocast. The sketch's ``backend`` is
+   "portable", or "fast-jl" with the count ``multiprocessors`` of the device beside it: a reader that cannot make that
+   library's matrix for that count MUST refuse the bank, and say both counts.
 3. ``versions`` says what software made the bank. A reader MUST NOT depend on it, and no fingerprint covers it.
 4. The group appears under its name whole, with all metadata, ids and weights. A writer MUST NOT change those later.
 

@@ -12,7 +12,7 @@ from source_proj.bank.format import Settings
 from source_proj.bank.part import Part
 from source_proj.bank.quantize import decode, has_scale
 
-__all__ = ["RowBlock", "StageBank"]
+__all__ = ["EncodedBlock", "RowBlock", "StageBank"]
 
 What = Literal["output", "sampled_fisher"]
 
@@ -34,6 +34,25 @@ class RowBlock:
     rows: Tensor
     d1: Tensor
     d2: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedBlock:
+    """Output rows of one shard as they are stored; the tensors are the caller's own.
+
+    Attributes:
+        start: first row, counted within the stage.
+        stop: end of the rows.
+        rows: ``(n, k)`` int8, float16 or float32.
+        scale: what they are times to be sketched gradients, ``(n,)`` float32; None for 1.
+        d1: ℓ' of each row, ``(n,)`` float32.
+    """
+
+    start: int
+    stop: int
+    rows: Tensor
+    scale: Tensor | None
+    d1: Tensor
 
 
 class StageBank:
@@ -92,6 +111,27 @@ class StageBank:
         if what == "sampled_fisher" and not self.draws:
             raise ValueError("the bank has no sampled-Fisher rows; build one with sampled_fisher=1")
         return self._blocks(checkpoint % self.n_checkpoints, what)
+
+    def iter_encoded(self, checkpoint: int) -> Iterator[EncodedBlock]:
+        """Yield the output rows at one checkpoint without decoding them, a block per shard, in order of rows.
+
+        Raises:
+            BankError, IndexError: as :meth:`iter_rows`.
+        """
+        self._require_finalized()
+        if not -self.n_checkpoints <= checkpoint < self.n_checkpoints:
+            raise IndexError(f"stage {self.name!r} has {self.n_checkpoints} checkpoints, got index {checkpoint}")
+        scaled, index = has_scale(self._settings.storage), checkpoint % self.n_checkpoints
+        for part in self.parts:
+            for shard in range(part.spec.n_shards):
+                start, stop = (part.spec.start + end for end in part.spec.span(shard))
+                yield EncodedBlock(
+                    start,
+                    stop,
+                    torch.from_numpy(part.read(index, "rows", shard)),
+                    torch.from_numpy(part.read(index, "scale", shard)) if scaled else None,
+                    torch.from_numpy(part.read(index, "d1", shard)),
+                )
 
     def _blocks(self, checkpoint: int, what: What) -> Iterator[RowBlock]:
         prefix, factor = ("", 1) if what == "output" else ("fisher_", self.draws)

@@ -2,7 +2,7 @@
 
 from source_proj.attributor import Attributor, Term
 from source_proj.bank import Bank
-from source_proj.operands import loss_gradients
+from source_proj.operands import encoded_gradients
 from source_proj.queries import QueryFeatures
 
 __all__ = ["GradDot"]
@@ -20,6 +20,6 @@ class GradDot(Attributor):
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
         query = features.at(bank.final_checkpoint()).to(self.device or "cpu")
         return [
-            Term(query * (-1 / stage.n), loss_gradients(bank, index, stage.n_checkpoints - 1, self.device))
+            Term(query * (-1 / stage.n), encoded_gradients(bank, index, [stage.n_checkpoints - 1], self.device))
             for index, stage in enumerate(bank.stages)
         ]

@@ -9,7 +9,7 @@ from source_proj.attributor import Attributor, QueryGradient, Term, check_query_
 from source_proj.bank import Bank
 from source_proj.cache import cached_spectrum
 from source_proj.curvature import Curvature, Damping, check_damping, damping_value, default_curvature, ridge_inverse
-from source_proj.operands import mean_gradients
+from source_proj.operands import encoded_gradients
 from source_proj.queries import QueryFeatures
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint
@@ -75,4 +75,4 @@ class InfluenceFunction(Attributor):
         ridge = damping_value(self.damping, found.trace, bank.sketch.dim, noise_free=bank.sketch.noise_free)
         ridge += float(stage.spec["optimizer"]["weight_decay"])
         query = found.multiply(self._query(bank, features), ridge_inverse(ridge, found))
-        return [Term(query.float() * (-1 / stage.n), mean_gradients(bank, last, checkpoints, self.device))]
+        return [Term(query.float() * (-1 / stage.n), encoded_gradients(bank, last, checkpoints, self.device))]

@@ -1,10 +1,8 @@
 """TracIn: inner products of gradients, summed over checkpoints."""
 
-from collections.abc import Iterator
-
 from source_proj.attributor import Attributor, Term
 from source_proj.bank import Bank
-from source_proj.operands import Operand, loss_gradients
+from source_proj.operands import encoded_gradients
 from source_proj.queries import QueryFeatures
 from source_proj.trajectory import Checkpoint, segment_times
 
@@ -32,8 +30,5 @@ class TracIn(Attributor):
             times = segment_times(stage.spec, [[c] for c in range(stage.n_checkpoints)])
             for checkpoint, time in enumerate(times):
                 query = features.at(bank.checkpoint(index, checkpoint)).to(self.device or "cpu")
-                terms.append(Term(query * (-time / stage.n), self._rows(bank, index, checkpoint)))
+                terms.append(Term(query * (-time / stage.n), encoded_gradients(bank, index, [checkpoint], self.device)))
         return terms
-
-    def _rows(self, bank: Bank, stage: int, checkpoint: int) -> Iterator[Operand]:
-        return loss_gradients(bank, stage, checkpoint, self.device)

@@ -63,13 +63,23 @@ class Trak(Attributor):
         return [Term(query.float() / stage.n, self._rows(bank, last))]
 
     def _rows(self, bank: Bank, stage: int) -> Iterator[Operand]:
-        start = stage_start(bank, stage)
-        for block in bank.stages[stage].iter_rows(bank.stages[stage].n_checkpoints - 1):
-            rows, weights = block.rows.to(self.device or "cpu"), -block.d1.to(self.device or "cpu")
-            yield Operand(start + block.start, start + block.stop, rows, weights)
+        """Rows φ as they are banked. Of one run, the weight and a row's scale are one factor."""
+        start, target = stage_start(bank, stage), self.device or "cpu"
+        for block in bank.stages[stage].iter_encoded(bank.stages[stage].n_checkpoints - 1):
+            scale: Tensor | None = block.scale
+            weights: Tensor | None = -block.d1
+            if len(self.banks) == 1:
+                scale, weights = -block.d1 if scale is None else -block.d1 * scale, None
+            yield Operand(
+                start + block.start,
+                start + block.stop,
+                block.rows.to(target),
+                None if scale is None else scale.to(target),
+                None if weights is None else weights.to(target),
+            )
 
     def _combine(self, products: list[Tensor], operands: list[Operand]) -> Tensor:
         """Average the kernels and the weights over the runs separately, as TRAK's eq. 17 does."""
         kernel = super()._combine(products, operands)
-        weights = torch.stack([operand.weights for operand in operands if operand.weights is not None]).mean(0)
-        return kernel.mul_(weights)
+        weights = [operand.weights for operand in operands if operand.weights is not None]
+        return kernel.mul_(torch.stack(weights).mean(0)) if weights else kernel

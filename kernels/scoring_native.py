@@ -1,0 +1,222 @@
+"""Launches the compiled kernels of scoring: which route, in which thread.
+
+For few queries an inner product is summed by compiled code in an order of its own, whatever the number of threads; for
+many it is torch's matrix product, whose order is that of its library.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .native import aligned_scratch, native_library, run_jobs
+from .scoring_torch import nan_error
+
+__all__ = ["StrongestNative", "score_native", "takes_product"]
+
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
+_FEW = 32  # queries: SCORE_FEW of native.c
+_NUMBERS = 1 << 21  # of a block of rows in float32: 8 MiB, which stay in the last-level cache
+_BLOCK_SCORES = 1 << 21  # of its product with the queries, likewise
+_HEIGHT = (64, 2048)  # rows of a block, at least and at most
+_JOB_BYTES = 4 << 20  # of rows, the least that is worth a job
+
+
+def takes_product(count: int) -> bool:
+    """Whether so many queries are multiplied by torch's product of blocks, and not by dot products in registers.
+
+    Measured at k = 4,096 on one core of Zen 4, where a large product runs at 99 GFLOP/s: with 32 queries the dot
+    products run at 82 (float32) to 104 (int8), and torch's product of a block at 75 to 80; with 64 queries it reaches
+    85 to 91, and the dot products would read queries from the second-level cache too often.
+    """
+    return count > _FEW
+
+
+def score_native(queries: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
+    """scale_r · q·row_r for all queries and rows: ``(Q, n)`` float32."""
+    (count, dim), n = queries.shape, len(rows)
+    out = torch.empty(count, n)
+    if not out.numel():
+        return out
+    if takes_product(count):
+        for start, stop, part in _blocks(rows, count):
+            torch.mm(queries, part.T, out=out[:, start:stop])
+        return out if scale is None else out.mul_(scale)
+    queries, rows, scale = _last_contiguous(queries), _last_contiguous(rows), _contiguous(scale)
+
+    def some(first: int, last: int) -> None:
+        _library().sp_score(
+            out.data_ptr() + 4 * first,
+            n,
+            queries.data_ptr(),
+            queries.stride(0),
+            count,
+            _address(rows, first),
+            rows.stride(0) * rows.element_size(),
+            _address(scale, first),
+            last - first,
+            dim,
+            _TYPES[rows.dtype],
+        )
+
+    bounds = _shares(rows)
+    run_jobs([partial(some, *pair) for pair in pairwise(bounds)], _nanoseconds(count, rows))
+    return out
+
+
+class StrongestNative:
+    """See `Strongest`: a heap for each query, its root the weakest of what is kept.
+
+    The lowest are the highest of the negated scores.
+    """
+
+    def __init__(self, count: int, k: int, largest: bool) -> None:
+        self._k, self._sign = k, 1.0 if largest else -1.0
+        self._heaps = _Heaps(count, k, -torch.inf)
+
+    def add(self, queries: Tensor, rows: Tensor, scale: Tensor | None, first: int) -> None:
+        """Offer rows."""
+        if takes_product(len(queries)):
+            for start, stop, part in _blocks(rows, len(queries)):
+                block = aligned_scratch("scores", len(queries) * len(part)).view(len(queries), len(part))
+                torch.mm(queries, part.T, out=block)
+                self.add_scores(block, None if scale is None else scale[start:stop], first + start)
+            return
+        self._add_few(_last_contiguous(queries), _last_contiguous(rows), _contiguous(scale), first)
+
+    def _add_few(self, queries: Tensor, rows: Tensor, scale: Tensor | None, first: int) -> None:
+        """Each job has heaps of its own, which take no score that the common ones would refuse."""
+        bounds = _shares(rows)
+        pairs = list(pairwise(bounds))
+        own = [self._heaps]
+        if len(pairs) > 1:
+            own = [_Heaps(len(queries), min(self._k, b - a), self._heaps.threshold) for a, b in pairs]
+        bad = (ctypes.c_int64 * len(pairs))()
+
+        def some(job: int) -> None:
+            a, b = pairs[job]
+            _library().sp_best(
+                *own[job].arguments,
+                queries.data_ptr(),
+                queries.stride(0),
+                len(queries),
+                _address(rows, a),
+                rows.stride(0) * rows.element_size(),
+                _address(scale, a),
+                b - a,
+                rows.shape[1],
+                _TYPES[rows.dtype],
+                first + a,
+                self._sign,
+                ctypes.addressof(bad) + 8 * job,
+            )
+
+        run_jobs([partial(some, job) for job in range(len(pairs))], _nanoseconds(len(queries), rows))
+        _refuse(bad)
+        if len(pairs) > 1:
+            for heaps in own:
+                self._heaps.merge(heaps)
+
+    def add_scores(self, scores: Tensor, scale: Tensor | None, first: int) -> None:
+        """Offer given scores, times a scale for each row; the queries are shared among threads."""
+        scores, scale = _last_contiguous(scores), _contiguous(scale)
+        (count, n), threads = scores.shape, torch.get_num_threads()
+        share = -(-count // min(count, threads))
+        starts = range(0, count, share)
+        bad = (ctypes.c_int64 * len(starts))()
+
+        def some(job: int) -> None:
+            query = starts[job]
+            _library().sp_keep(
+                *self._heaps.arguments_from(query),
+                _address(scores, query),
+                scores.stride(0),
+                _address(scale, 0),
+                min(share, count - query),
+                n,
+                first,
+                self._sign,
+                ctypes.addressof(bad) + 8 * job,
+            )
+
+        run_jobs([partial(some, job) for job in range(len(starts))], 0.2 * count * n)
+        _refuse(bad)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Scores and rows, strongest first."""
+        there = int(self._heaps.filled.max()) if len(self._heaps.filled) else 0
+        rows, order = self._heaps.row[:, :there].sort(1)
+        values, by_value = self._heaps.value[:, :there].gather(1, order).sort(dim=1, descending=True, stable=True)
+        return values * self._sign, rows.gather(1, by_value)
+
+
+class _Heaps:
+    """What native_heap.c calls best: values and rows ``(count, k)``, how many are there, and thresholds."""
+
+    def __init__(self, count: int, k: int, threshold: Tensor | float) -> None:
+        self.k = k
+        self.value, self.row = torch.empty(count, k), torch.empty(count, k, dtype=torch.int64)
+        self.filled = torch.zeros(count, dtype=torch.int64)
+        self.threshold = torch.empty(count).copy_(torch.as_tensor(threshold))
+
+    def arguments_from(self, query: int) -> tuple[int | None, ...]:
+        arrays = (self.value, self.row, self.filled, self.threshold)
+        return *(_address(array, query) for array in arrays), self.k
+
+    @property
+    def arguments(self) -> tuple[int | None, ...]:
+        return self.arguments_from(0)
+
+    def merge(self, other: "_Heaps") -> None:
+        _library().sp_merge(*self.arguments, len(self.filled), *other.arguments[:3], other.k)
+
+
+def _blocks(rows: Tensor, count: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Blocks of rows as float32; where they must be converted, all in the same memory."""
+    dim = rows.shape[1]
+    height = min(max(_NUMBERS // max(1, dim), _HEIGHT[0]), max(_BLOCK_SCORES // count, _HEIGHT[0]), _HEIGHT[1])
+    for start in range(0, len(rows), height):
+        part = rows[start : start + height]
+        if rows.dtype != torch.float32:
+            part = aligned_scratch("rows", height * dim)[: part.numel()].view(part.shape).copy_(part)
+        yield start, start + len(part), part
+
+
+def _refuse(bad: "ctypes.Array[ctypes.c_int64]") -> None:
+    found = [row for row in bad if row >= 0]
+    if found:
+        raise nan_error(min(found))
+
+
+def _shares(rows: Tensor) -> list[int]:
+    """Bounds of the rows that jobs take."""
+    n, size = len(rows), rows.shape[1] * rows.element_size()
+    jobs = max(1, min(2 * torch.get_num_threads() if torch.get_num_threads() > 1 else 1, n * size // _JOB_BYTES))
+    step = -(-n // jobs)
+    return [*range(0, n, step), n]
+
+
+def _nanoseconds(count: int, rows: Tensor) -> float:
+    return rows.numel() * max(0.04 * rows.element_size(), 0.025 * count)
+
+
+def _address(x: Tensor | None, first: int) -> int | None:
+    return None if x is None else x.data_ptr() + first * x.stride(0) * x.element_size()
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _library() -> ctypes.CDLL:
+    library = native_library()
+    if library is None:
+        raise RuntimeError("the compiled kernels are not there; use backend 'torch'")
+    return library

@@ -1,0 +1,95 @@
+"""Scores and the strongest rows by plain torch operators: the reference, and the way on devices without kernels."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["StrongestTorch", "check_operands", "nan_error", "score_torch", "strongest_columns"]
+
+_TYPES = (torch.float32, torch.float16, torch.int8)
+_BLOCK = 1 << 22  # scores of a block, and numbers of its rows in float32: 16 MiB each
+
+
+def check_operands(queries: Tensor, rows: Tensor, scale: Tensor | None) -> None:
+    """Refuse what cannot be multiplied.
+
+    Raises:
+        ValueError: for shapes or devices that do not fit.
+        TypeError: for types that are not among those of `score`.
+    """
+    if queries.ndim != 2 or rows.ndim != 2 or queries.shape[1] != rows.shape[1]:
+        raise ValueError(f"queries (Q, k) and rows (n, k) must fit, got {tuple(queries.shape)} and {tuple(rows.shape)}")
+    if scale is not None and scale.shape != rows.shape[:1]:
+        raise ValueError(f"scale must have one entry for each of {len(rows)} rows, got shape {tuple(scale.shape)}")
+    if rows.dtype not in _TYPES:
+        raise TypeError(f"rows must be one of {_TYPES}, got {rows.dtype}")
+    for name, one in (("queries", queries), ("scale", scale)):
+        if one is not None and one.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, got {one.dtype}")
+        if one is not None and one.device != rows.device:
+            raise ValueError(f"{name} are on {one.device} and rows on {rows.device}; move them to one device")
+
+
+def nan_error(row: int) -> ValueError:
+    """The refusal of a score of NaN."""
+    return ValueError(f"a score of row {row} is NaN, which has no place in an order; look for NaN or infinite operands")
+
+
+def score_torch(queries: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
+    """scale_r · q·row_r for all queries and rows: ``(Q, n)`` float32."""
+    scores = queries @ rows.to(torch.float32).T
+    return scores if scale is None else scores.mul_(scale)
+
+
+def strongest_columns(scores: Tensor, k: int) -> Tensor:
+    """Columns of the k largest entries of each row of ``(Q, n)``, in ascending order; of equal entries the first ones.
+
+    torch.topk leaves open which of equal entries it takes, but not their values: the k-th value decides.
+    """
+    if k >= scores.shape[1]:
+        return torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
+    last = torch.topk(scores, k, dim=1).values[:, -1:]  # (Q, 1)
+    above, equal = scores > last, scores == last
+    room = k - above.sum(1, keepdim=True)
+    kept = above | (equal & (equal.cumsum(1) <= room))
+    return kept.nonzero()[:, 1].view(len(scores), k)
+
+
+class StrongestTorch:
+    """See `Strongest`; the lowest are the highest of the negated scores."""
+
+    def __init__(self, count: int, k: int, largest: bool, device: torch.device) -> None:
+        self._k, self._sign = k, 1.0 if largest else -1.0
+        self._values = torch.empty(count, 0, device=device)
+        self._rows = torch.empty(count, 0, dtype=torch.int64, device=device)
+
+    def add(self, queries: Tensor, rows: Tensor, scale: Tensor | None, first: int) -> None:
+        """Offer rows, block by block."""
+        height = max(1, _BLOCK // max(len(queries), rows.shape[1]))
+        for start in range(0, len(rows), height):
+            part = slice(start, start + height)
+            scores = score_torch(queries, rows[part], None if scale is None else scale[part])
+            self.add_scores(scores, None, first + start)
+
+    def add_scores(self, scores: Tensor, scale: Tensor | None, first: int) -> None:
+        """Offer given scores, times a scale for each row."""
+        found = scores.to(self._values.device) * self._sign
+        if scale is not None:
+            found *= scale
+        bad = found.isnan().any(0)
+        if bad.any():
+            raise nan_error(first + int(bad.nonzero()[0]))
+        columns = strongest_columns(found, self._k)
+        self.merge(found.gather(1, columns), columns + first)
+
+    def merge(self, values: Tensor, rows: Tensor) -> None:
+        """Offer candidates ``(Q, m)``, each query with rows of its own, in any order."""
+        values, rows = torch.cat([self._values, values], 1), torch.cat([self._rows, rows], 1)
+        order = rows.argsort(1)
+        values, rows = values.gather(1, order), rows.gather(1, order)
+        columns = strongest_columns(values, self._k)
+        self._values, self._rows = values.gather(1, columns), rows.gather(1, columns)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Scores and rows, strongest first."""
+        values, order = self._values.sort(dim=1, descending=True, stable=True)  # rows are in ascending order
+        return values * self._sign, self._rows.gather(1, order)
