@@ -27,6 +27,7 @@ from .tiles import outer_tiles, window_columns
 __all__ = [
     "TAG_PERM",
     "TAG_SIGN",
+    "permutations",
     "sparse_add_",
     "sparse_add_at_",
     "sparse_add_outer_",
@@ -54,14 +55,14 @@ def sparse_map(
     if stop <= start:
         return np.empty(0, np.int64), np.empty(0, np.bool_)
     first = start // dim
-    multiplier, shift = _permutations(first, (stop - 1) // dim + 1, dim, seed, copy)
+    multiplier, shift = permutations(first, (stop - 1) // dim + 1, dim, seed, copy)
     coordinates = np.arange(start, stop, dtype=np.int64)
     block, position = np.divmod(coordinates, dim)
     columns = (multiplier[block - first] * position + shift[block - first]) % dim
     return columns, _negative(start, stop, seed, copy)
 
 
-def _permutations(first: int, last: int, dim: int, seed: int, copy: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def permutations(first: int, last: int, dim: int, seed: int, copy: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Multiplier and shift of the blocks [first, last): one draw after the other until the multiplier is a unit."""
     blocks = np.arange(first, last, dtype=np.uint64)
     multiplier = np.empty(blocks.size, np.int64)
