@@ -28,7 +28,7 @@ def split_seed(seed: int) -> tuple[int, int]:
 
 def columns_width(dim: int) -> int:
     """The power of two, at least 128, that holds k columns."""
-    return max(128, triton.next_power_of_2(dim))
+    return max(128, 1 << (dim - 1).bit_length())
 
 
 @triton.jit

@@ -5,8 +5,8 @@ makes them with tensor cores into a scratch of its own that never leaves the sec
 block to k sums in registers. Scratch is for as many programs as run at once, and each of them does one task after the
 other; every task's sums are kept apart and added in order, so that the number of programs changes no bit.
 
-Half-precision operands are multiplied as they are, float32 ones as three products of TF32 (``tf32x3``: relative 1e-6, as
-float32), all summed in float32. Convolutions read their windows in place, without making columns.
+Half-precision operands are multiplied as they are, float32 ones as three products of TF32 (``tf32x3``, whose error is
+that of float32), all summed in float32. Convolutions read their windows in place, without making columns.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"

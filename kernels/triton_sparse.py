@@ -36,7 +36,7 @@ _SIGN: tl.constexpr = tl.constexpr(0x5349474E)  # TAG_SIGN of sparse.py
 
 @functools.lru_cache(maxsize=256)
 def block_tables(first: int, last: int, dim: int, seed: int, nnz: int, device: str, inverse: bool) -> Tensor:
-    """Multiplier and shift of the permutations of the blocks [first, last), (2, nnz, blocks) int64; or of their inverses.
+    """Multiplier and shift of the blocks' permutations, or of their inverses: (2, nnz, last - first) int64.
 
     They are drawn on the CPU, where rejection is cheap, and kept: a layer asks for the same ones at every batch.
     """
