@@ -1,4 +1,7 @@
-"""Which implementations of a kind of matrix are present. All of them make the same matrix, bit for bit."""
+"""Which implementations of a kind of matrix are present. All of them make the same matrix, bit for bit.
+
+"fast-jl" makes another one, so it is no member of these lists and serves only where it is asked for by name.
+"""
 
 import functools
 import importlib.util

@@ -63,7 +63,13 @@ def scoring_backend(backend: ScoringBackend | None, device: str) -> ScoringBacke
             return backend
     if backend in able:
         return backend
-    raise ValueError(f"backend {backend!r} cannot score on {device}; choose one of {able} or None")
+    hints = {
+        "triton": "; it needs a CUDA device and the package triton, which torch for CUDA brings along",
+        "native": "; it needs the CPU and the compiled extension",
+    }
+    raise ValueError(
+        f"backend {backend!r} cannot score on {device}{hints.get(backend, '')}; choose one of {able} or None"
+    )
 
 
 def score(

@@ -1,6 +1,5 @@
 """The adapter to fast_jl against a stand-in that follows the library's signature, and the library itself on a GPU."""
 
-import contextlib
 import json
 import types
 
@@ -92,10 +91,10 @@ def test_entries_are_signs_of_each_blocks_own_matrix(there):
         assert torch.equal(project(32)(padded, DIM, seed, SMS) * DIM**-0.5, matrix[:, here].T)
 
 
-@pytest.mark.parametrize("offset", [0, 7, BLOCK - 100, 2**40 + 7])
+@pytest.mark.parametrize("offset", [0, 7, BLOCK - 30, 2**40 + 7])
 def test_is_its_dense_matrix(there, offset):
-    sketch, x = jl(), normal(3, 300)
-    expected = x.double() @ sketch.matrix(offset, offset + 300).T.double()
+    sketch, x = jl(), normal(3, 64)
+    expected = x.double() @ sketch.matrix(offset, offset + 64).T.double()
     assert close(sketch(x, offset), expected, x)
     assert sketch(x, offset).dtype == torch.float32
 
@@ -120,11 +119,11 @@ def test_seeds_and_multiprocessors_give_other_matrices(install):
     found = []
     for seed, multiprocessors in ((0, 132), (1, 132), (0, 108)):
         install(stand_in(), multiprocessors)
-        found.append(jl(seed=seed).matrix(0, 200))
+        found.append(jl(seed=seed).matrix(0, 64))
     for one, other in ((0, 1), (0, 2), (1, 2)):
         agreement = float((found[one] * found[other]).sum() * DIM / found[one].numel())
         assert abs(agreement) <= 5 / found[one].numel() ** 0.5
-    portable = Sketch(DIM, "rademacher").matrix(0, 200)
+    portable = Sketch(DIM, "rademacher").matrix(0, 64)
     assert not torch.equal(found[0], portable)
 
 
@@ -355,13 +354,13 @@ def test_a_bank_is_refused_on_another_device(install, tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 def test_the_library_itself():
-    """Signs only, the same for every split; inner products within five standard deviations."""
-    with contextlib.suppress(ValueError):
-        fast_jl.find_fast_jl()
-        sketch = jl()
-        matrix = sketch.matrix(BLOCK - 20, BLOCK + 20)
-        assert torch.equal(matrix.abs(), torch.full((DIM, 40), DIM**-0.5))
-        x = normal(40, 40).cuda()
-        assert close(sketch(x, BLOCK - 20).cpu(), x.cpu().double() @ matrix.T.double(), x.cpu())
-        return
-    pytest.skip("needs the package fast_jl and a CUDA device")
+    """Signs only, and products with them."""
+    try:
+        found = fast_jl.find_fast_jl()
+    except ValueError as error:
+        pytest.skip(str(error))
+    sketch, x = jl(), normal(40, 40)
+    assert sketch.multiprocessors == found.multiprocessors
+    matrix = sketch.matrix(BLOCK - 20, BLOCK + 20)
+    assert torch.equal(matrix.abs(), torch.full((DIM, 40), DIM**-0.5))
+    assert close(sketch(x.to(found.device), BLOCK - 20).cpu(), x.double() @ matrix.T.double(), x)
