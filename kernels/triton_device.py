@@ -12,7 +12,6 @@ from torch import Tensor
 __all__ = ["add_block", "add_partials_", "columns_width", "interpreted", "negative_words", "product", "split_seed"]
 
 _SIGN: tl.constexpr = tl.constexpr(0x5349474E)  # TAG_SIGN of sparse.py
-_SUMMED = 1024  # columns of a program that adds partial sums
 
 
 def interpreted() -> bool:
@@ -90,21 +89,20 @@ def add_block(
 
 
 @triton.jit
-def _add_partials_kernel(out, partials, out_stride, parts, batch, dim, scale, BLOCK: tl.constexpr):
-    example = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = column < dim
+def _add_partials_kernel(out, partials, out_stride, parts, size, dim, scale, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = place < size
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    place = partials + example.to(tl.int64) * dim + column
     for _ in range(parts):
-        total += tl.load(place, mask=there, other=0.0)
-        place += batch * dim
-    at = out + example.to(tl.int64) * out_stride + column
+        total += tl.load(partials + place, mask=there, other=0.0)
+        partials += size
+    at = out + place // dim * out_stride + place % dim
     tl.store(at, tl.load(at, mask=there, other=0.0) + total * scale, mask=there)
 
 
 def add_partials_(out: Tensor, partials: Tensor, scale: float) -> None:
     """Add scale times the sum over parts of partials (parts, B, k), one after the other, to out (B, k)."""
     parts, batch, dim = partials.shape
-    grid = (batch, triton.cdiv(dim, _SUMMED))
-    _add_partials_kernel[grid](out, partials, out.stride(0), parts, batch, dim, scale, BLOCK=_SUMMED)
+    block = 1 << 16 if interpreted() else 1024  # the interpreter's time goes by programs
+    grid = (triton.cdiv(batch * dim, block),)
+    _add_partials_kernel[grid](out, partials, out.stride(0), parts, batch * dim, dim, scale, BLOCK=block)

@@ -1,4 +1,4 @@
-"""Gradients of layers straight into the sparse map on GPUs (needs triton): products, signs and permutation in one kernel.
+"""Gradients of layers straight into the sparse map on GPUs (needs triton): one kernel multiplies, signs and permutes.
 
 A weight's gradient, sum_t left_t (x) right_t, exists for some rows of the weight of one example at a time: a program
 makes them with tensor cores into a scratch of its own that never leaves the second-level cache, then adds them block by

@@ -22,7 +22,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .triton_device import add_block, add_partials_, columns_width, negative_words, split_seed
+from .triton_device import add_block, add_partials_, columns_width, interpreted, negative_words, split_seed
 
 __all__ = ["MOST_COLUMNS", "add_at_triton_", "add_rows_triton_", "block_tables"]
 
@@ -153,6 +153,8 @@ def add_rows_triton_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int
     blocks, tables = last - first, block_tables(first, last, dim, seed, nnz, str(rows.device), inverse=True)
     wide = dim > MOST_COLUMNS
     examples = 1 if wide or batch == 1 or dim > MOST_COLUMNS // 2 else 2
+    if interpreted() and not wide:
+        examples = 64  # its time goes by programs; no example's sums depend on its companions
     groups = triton.cdiv(batch, examples) * (triton.cdiv(dim, _TILE) if wide else 1)
     per_part = max(_FEWEST_BLOCKS, triton.cdiv(blocks, max(1, _PROGRAMS // groups)))
     parts = triton.cdiv(blocks, per_part)

@@ -55,7 +55,8 @@ class Sketch:
         seed: which matrix, in [0, 2^64). One seed for all that is compared; ensemble members take different ones.
         nnz: nonzeros per column of R for the sparse map; more than one serves gradients with few huge entries.
         backend: ``"native"`` (CPU), ``"triton"`` (GPU), ``"torch"``, or None for the fastest present, none of which
-            changes the matrix; or, for ``"rademacher"`` on CUDA devices, ``"fast-jl"``, which has a matrix of its own (`kernels/fast_jl.py`).
+            changes the matrix; or, for ``"rademacher"`` on CUDA devices, ``"fast-jl"``, which has a matrix of its own
+            (`kernels/fast_jl.py`).
         multiprocessors: for ``"fast-jl"``, the device's number of them, on which that matrix depends; by default that
             of the current CUDA device. No other device may serve the sketch then.
 
