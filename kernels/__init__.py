@@ -1,6 +1,6 @@
 """Random projections whose matrices are pure functions of a seed: plain references, fast paths and their launchers."""
 
-from .backends import KINDS, available_backends, choose_backend
+from .backends import KINDS, available_backends, choose_backend, require_backend
 from .fast_jl import fast_jl_add_at_, require_fast_jl
 from .kronecker import kronecker_add_, kronecker_add_outer_, kronecker_split
 from .philox import philox4x32
@@ -19,6 +19,7 @@ __all__ = [
     "philox4x32",
     "rademacher_add_",
     "rademacher_add_outer_",
+    "require_backend",
     "require_fast_jl",
     "sign_tile",
     "sparse_add_",

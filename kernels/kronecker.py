@@ -33,9 +33,9 @@ def kronecker_split(dim: int) -> tuple[int, int]:
 def _factors(out: Tensor, offset: int, shape: tuple[int, int], seed: int, backend: str) -> tuple[Tensor, Tensor]:
     """Signs of P^T (o, k_o) and Q^T (i, k_i)."""
     k_o, k_i = kronecker_split(out.shape[1])
-    left = sign_tile(offset, offset + shape[0], k_o, seed=seed, tag=TAG_LEFT, backend=backend)
-    right = sign_tile(offset, offset + shape[1], k_i, seed=seed, tag=TAG_RIGHT, backend=backend)
-    return left.to(out.device), right.to(out.device)
+    left = sign_tile(offset, offset + shape[0], k_o, seed=seed, tag=TAG_LEFT, backend=backend, device=out.device)
+    right = sign_tile(offset, offset + shape[1], k_i, seed=seed, tag=TAG_RIGHT, backend=backend, device=out.device)
+    return left, right
 
 
 def kronecker_add_(
@@ -58,6 +58,6 @@ def kronecker_add_outer_(
 ) -> None:
     """Add vec(sum_t (P left_t)(Q right_t)^T) to out (B, k), for left (B, T, o) and right (B, T, i)."""
     signs_left, signs_right = _factors(out, offset, (left.shape[2], right.shape[2]), seed, backend)
-    a = left @ signs_left  # (B, T, k_o)
-    b = right @ signs_right  # (B, T, k_i)
+    a = left.float() @ signs_left  # (B, T, k_o)
+    b = right.float() @ signs_right  # (B, T, k_i)
     out.add_((a.transpose(1, 2) @ b).flatten(1), alpha=out.shape[1] ** -0.5)

@@ -23,15 +23,28 @@ _TILE = 1 << 20  # entries of the matrix that are held at once
 _OUTER_TILE = 1 << 18  # numbers of the gradients of one tile
 
 
-def sign_tile(start: int, stop: int, count: int, *, seed: int, tag: int = TAG_DENSE, backend: str = "torch") -> Tensor:
+def sign_tile(
+    start: int,
+    stop: int,
+    count: int,
+    *,
+    seed: int,
+    tag: int = TAG_DENSE,
+    backend: str = "torch",
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Signs of the coordinates [start, stop) in columns [0, count): (stop - start, count) float32, each 1 or -1."""
+    if backend == "triton":
+        from .triton_rademacher import sign_tile_triton
+
+        return sign_tile_triton(start, stop, count, seed, tag, torch.device(device))
     if backend == "native":
-        return _sign_tile_native(start, stop, count, seed, tag)
+        return _sign_tile_native(start, stop, count, seed, tag).to(device)
     coordinates = np.arange(start, stop, dtype=np.uint64)[:, None]
     words = np.arange(-(-count // 128), dtype=np.uint64)
     random = philox4x32(coordinates & _WORD, coordinates >> np.uint64(32), words, tag, seed=seed)
     bits = sign_bits(random.reshape(stop - start, 4 * words.size))[:, :count]
-    return torch.from_numpy(1 - 2 * bits.astype(np.float32))
+    return torch.from_numpy(1 - 2 * bits.astype(np.float32)).to(device)
 
 
 def _sign_tile_native(start: int, stop: int, count: int, seed: int, tag: int) -> Tensor:
@@ -58,12 +71,19 @@ def rademacher_add_(
     if backend == "fast-jl":
         fast_jl_add_(out, rows, offset, seed=seed, multiprocessors=multiprocessors)
         return
+    if backend == "triton":
+        from .triton_rademacher import add_dense_triton_
+
+        add_dense_triton_(out, rows, offset, seed, TAG_DENSE)
+        return
     dim = out.shape[1]
     step = max(_TILE // dim, 1)
     for start in range(0, rows.shape[1], step):
         piece = rows[:, start : start + step]
-        signs = sign_tile(offset + start, offset + start + piece.shape[1], dim, seed=seed, backend=backend)
-        out.addmm_(piece, signs.to(out.device), alpha=dim**-0.5)
+        signs = sign_tile(
+            offset + start, offset + start + piece.shape[1], dim, seed=seed, backend=backend, device=out.device
+        )
+        out.addmm_(piece, signs, alpha=dim**-0.5)
 
 
 def rademacher_add_outer_(
@@ -80,5 +100,5 @@ def rademacher_add_outer_(
     if backend == "fast-jl":
         fast_jl_add_outer_(out, left, right, offset, seed=seed, multiprocessors=multiprocessors)
         return
-    for some, start, tile in outer_tiles(left, right, _OUTER_TILE):
+    for some, start, tile in outer_tiles(left.float(), right.float(), _OUTER_TILE):
         rademacher_add_(out[some], tile, offset + start, seed=seed, backend=backend)

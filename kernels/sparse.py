@@ -27,6 +27,7 @@ from .tiles import outer_tiles, window_columns
 __all__ = [
     "TAG_PERM",
     "TAG_SIGN",
+    "permutations",
     "sparse_add_",
     "sparse_add_at_",
     "sparse_add_outer_",
@@ -54,14 +55,14 @@ def sparse_map(
     if stop <= start:
         return np.empty(0, np.int64), np.empty(0, np.bool_)
     first = start // dim
-    multiplier, shift = _permutations(first, (stop - 1) // dim + 1, dim, seed, copy)
+    multiplier, shift = permutations(first, (stop - 1) // dim + 1, dim, seed, copy)
     coordinates = np.arange(start, stop, dtype=np.int64)
     block, position = np.divmod(coordinates, dim)
     columns = (multiplier[block - first] * position + shift[block - first]) % dim
     return columns, _negative(start, stop, seed, copy)
 
 
-def _permutations(first: int, last: int, dim: int, seed: int, copy: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def permutations(first: int, last: int, dim: int, seed: int, copy: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Multiplier and shift of the blocks [first, last): one draw after the other until the multiplier is a unit."""
     blocks = np.arange(first, last, dtype=np.uint64)
     multiplier = np.empty(blocks.size, np.int64)
@@ -88,7 +89,15 @@ def _negative(start: int, stop: int, seed: int, copy: int) -> NDArray[np.bool_]:
 
 
 def sparse_add_(out: Tensor, rows: Tensor, offset: int, *, seed: int, nnz: int = 1, backend: str = "torch") -> None:
-    """Add R[:, offset : offset + n] rows, for rows (B, n), to out (B, k); both float32, in place."""
+    """Add R[:, offset : offset + n] rows, for rows (B, n), to out (B, k), in place.
+
+    Both are float32; backend "triton" takes rows of any floating-point type.
+    """
+    if backend == "triton":
+        from .triton_sparse import add_rows_triton_
+
+        add_rows_triton_(out, rows, offset, seed, nnz)
+        return
     add = add_native_ if backend == "native" else _add_torch_
     add(out, rows, offset, seed, nnz)
 
@@ -107,6 +116,11 @@ def sparse_add_at_(
     if backend == "native":
         add_at_native_(out, rows, examples, offsets, seed, nnz)
         return
+    if backend == "triton":
+        from .triton_sparse import add_at_triton_
+
+        add_at_triton_(out, rows, examples, offsets, seed, nnz)
+        return
     for offset in torch.unique(offsets).tolist():
         here = offsets == offset
         sums = torch.zeros(int(here.sum()), out.shape[1], device=out.device)
@@ -117,12 +131,21 @@ def sparse_add_at_(
 def sparse_add_outer_(
     out: Tensor, left: Tensor, right: Tensor, offset: int, *, seed: int, nnz: int = 1, backend: str = "torch"
 ) -> None:
-    """Add R vec(sum_t left_t (x) right_t), left (B, T, o) and right (B, T, i), to out (B, k), in place; all float32."""
+    """Add R vec(sum_t left_t (x) right_t), left (B, T, o) and right (B, T, i), to out (B, k), in place.
+
+    All are float32; backend "triton" also takes left and right in half precision.
+    """
     if backend == "native":
         add_outer_native_(out, left, right, offset, seed, nnz)
         return
-    for some, start, tile in outer_tiles(left, right, _OUTER_TILE):
-        _add_torch_(out[some], tile, offset + start, seed, nnz)
+    if backend == "triton":
+        from .triton_outer import add_outer_triton_, fused_pays
+
+        if fused_pays(out.shape[1], left.shape[2], right.shape[2]):
+            add_outer_triton_(out, left, right, offset, seed, nnz)
+            return
+    for some, start, tile in outer_tiles(left.float(), right.float(), _OUTER_TILE):
+        sparse_add_(out[some], tile, offset + start, seed=seed, nnz=nnz, backend=backend)
 
 
 def sparse_add_windows_(
@@ -139,11 +162,18 @@ def sparse_add_windows_(
 ) -> None:
     """Add R vec(G), G[b, o, c, j] = sum_l left[b, o, l] right[b, c, taps[j] + windows[l]], to out (B, k), in place.
 
-    For left (B, o, L) and right (B, c, plane), all float32, and integer taps (J,) and windows (L,).
+    For left (B, o, L) and right (B, c, plane), float32 (with backend "triton" also in half precision), and integer
+    taps (J,) and windows (L,).
     """
     if backend == "native":
         add_windows_native_(out, left, right, taps, windows, offset, seed, nnz)
         return
+    if backend == "triton":
+        from .triton_outer import add_windows_triton_, fused_pays
+
+        if fused_pays(out.shape[1], left.shape[1], right.shape[1] * len(taps)):
+            add_windows_triton_(out, left, right, taps, windows, offset, seed, nnz)
+            return
     for some, columns in window_columns(right, taps, windows):
         sparse_add_outer_(out[some], left[some].transpose(1, 2), columns, offset, seed=seed, nnz=nnz, backend=backend)
 

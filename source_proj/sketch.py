@@ -54,8 +54,9 @@ class Sketch:
             dim is then the number of parameters.
         seed: which matrix, in [0, 2^64). One seed for all that is compared; ensemble members take different ones.
         nnz: nonzeros per column of R for the sparse map; more than one serves gradients with few huge entries.
-        backend: ``"native"``, ``"torch"``, or None for the fastest present, none of which changes the matrix; or, for
-            ``"rademacher"`` on CUDA devices, ``"fast-jl"``, which has a matrix of its own (`kernels/fast_jl.py`).
+        backend: ``"native"`` (CPU), ``"triton"`` (GPU), ``"torch"``, or None for the fastest present, none of which
+            changes the matrix; or, for ``"rademacher"`` on CUDA devices, ``"fast-jl"``, which has a matrix of its own
+            (`kernels/fast_jl.py`).
         multiprocessors: for ``"fast-jl"``, the device's number of them, on which that matrix depends; by default that
             of the current CUDA device. No other device may serve the sketch then.
 
@@ -96,7 +97,7 @@ class Sketch:
             found = kernels.require_fast_jl(self.dim, self.multiprocessors)
             object.__setattr__(self, "multiprocessors", found.multiprocessors)
             return
-        kernels.choose_backend(self.kind, self.backend)
+        kernels.require_backend(self.kind, self.backend)
         if self.multiprocessors is not None:
             raise ValueError(
                 f"multiprocessors is {self.multiprocessors}, but only the matrix of backend 'fast-jl' depends on them; "
@@ -105,8 +106,16 @@ class Sketch:
 
     @property
     def chosen_backend(self) -> str:
-        """The backend that serves tensors in main memory; tensors elsewhere go through ``"torch"``."""
-        return kernels.choose_backend(self.kind, self.backend)
+        """The backend that serves tensors in main memory, see :meth:`serving` for others."""
+        return self.serving("cpu")
+
+    def serving(self, device: str) -> str:
+        """The backend that serves tensors on this type of device, such as "cuda".
+
+        Raises:
+            ValueError: the backend that was asked for cannot; the message lists those that can.
+        """
+        return kernels.choose_backend(self.kind, self.backend, device)
 
     @property
     def noise_free(self) -> bool:
@@ -193,13 +202,15 @@ class Sketch:
         elif self.kind == "kronecker" and shape is not None and len(shape) > 1:
             matrix = (shape[0], count // shape[0])
             kernels.kronecker_add_(out, rows.float(), offset, matrix, seed=self.seed, backend=self._serving(out))
-        elif rows.dtype == torch.float32 or self.backend == "fast-jl":  # whose pieces cost as much as whole blocks
-            self._add_float32(out, rows.float(), offset)
+        elif rows.dtype == torch.float32 or self._serving(out) == "triton":
+            self._add_rows(out, rows, offset)
+        elif self.backend == "fast-jl":  # whose pieces cost as much as whole blocks
+            self._add_rows(out, rows.float(), offset)
         else:
             for start in range(0, count, _CONVERTED):
-                self._add_float32(out, rows[:, start : start + _CONVERTED].float(), offset + start)
+                self._add_rows(out, rows[:, start : start + _CONVERTED].float(), offset + start)
 
-    def _add_float32(self, out: Tensor, rows: Tensor, offset: int) -> None:
+    def _add_rows(self, out: Tensor, rows: Tensor, offset: int) -> None:
         backend = self._serving(out)
         if self.kind == "rademacher":
             kernels.rademacher_add_(
@@ -233,7 +244,9 @@ class Sketch:
         _check_range(offset, count)
         if 0 in (*left.shape, *right.shape):
             return
-        left, right, backend = left.float(), right.float(), self._serving(out)
+        backend = self._serving(out)
+        if backend != "triton":
+            left, right = left.float(), right.float()
         if self.kind == "identity":
             self._check_identity(offset, count)
             out[:, offset : offset + count] += (left.transpose(1, 2) @ right).flatten(1)
@@ -273,9 +286,11 @@ class Sketch:
         _check_range(offset, left.shape[1] * right.shape[1] * len(taps))
         if 0 in (*left.shape, *right.shape, len(taps)):
             return
-        left, right = left.float(), right.float()
+        backend = self._serving(out)
+        if backend != "triton":
+            left, right = left.float(), right.float()
         if self.kind == "sparse":
-            options: dict[str, Any] = {"seed": self.seed, "nnz": self.nnz, "backend": self._serving(out)}
+            options: dict[str, Any] = {"seed": self.seed, "nnz": self.nnz, "backend": backend}
             kernels.sparse_add_windows_(out, left, right, taps, windows, offset, **options)
             return
         for some, columns in kernels.window_columns(right, taps, windows):
@@ -345,7 +360,7 @@ class Sketch:
         return self(torch.eye(stop - start, device=device), start, shape).T.cpu().contiguous()
 
     def _serving(self, out: Tensor) -> str:
-        return kernels.choose_backend(self.kind, self.backend, out.device.type)
+        return self.serving(out.device.type)
 
     def _check(self, out: Tensor, rows: Tensor, axes: int, name: str) -> None:
         _check_types(out, rows, axes, name)

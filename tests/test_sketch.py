@@ -24,13 +24,18 @@ KINDS = {
     "kronecker, prime": {"dim": 61, "kind": "kronecker"},
     "identity": {"dim": 2000, "kind": "identity"},
 }
+INTERPRETED = ("sparse", "sparse, two nonzeros", "rademacher, ragged")  # Triton's interpreter takes its time
 SKETCHES = [
     pytest.param({**options, "backend": backend}, id=f"{name} on {backend}")
     for name, options in KINDS.items()
     for backend in kernels.available_backends(options.get("kind", "sparse"))
+    if backend != "triton" or name in INTERPRETED
 ]
 over_sketches = pytest.mark.parametrize("options", SKETCHES)
-over_random_sketches = pytest.mark.parametrize("options", [s for s in SKETCHES if "identity" not in s.id])
+# What holds of a matrix in the mean over seeds is told of the one that all backends make, bit for bit.
+over_random_sketches = pytest.mark.parametrize(
+    "options", [s for s in SKETCHES if "identity" not in s.id and "triton" not in s.id]
+)
 
 
 def usable(options, offset):
@@ -238,6 +243,7 @@ def test_unbiased(options):
     assert (np.abs(values.mean(0)) <= 5 * values.std(0) / math.sqrt(len(values)) + 1e-6).all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # triton's interpreter is numpy
 @over_sketches
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nonfinite_numbers_pass_through(options, value):

@@ -34,7 +34,7 @@ class Pieces:
     @property
     def fuses_windows(self) -> bool:
         """Whether `windows` costs no more than the arithmetic, however many windows there are."""
-        return self._sketch.kind == "sparse" and self._sketch.chosen_backend == "native" and self._out.is_cpu
+        return self._sketch.kind == "sparse" and self._sketch.serving(self._out.device.type) in ("native", "triton")
 
     def add(self, name: str, rows: Tensor, start: int = 0) -> None:
         """The gradients (n, …) of the whole parameter for the examples start … start + n."""

@@ -1,0 +1,108 @@
+"""What the sketch's Triton kernels share: signs, one block of the sparse map, and partial sums added in order.
+
+The functions are compiled into the kernels of the modules beside this one. With TRITON_INTERPRET=1 set before triton is
+imported they run on the CPU, for tests.
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["add_block", "add_partials_", "columns_width", "interpreted", "negative_words", "product", "split_seed"]
+
+_SIGN: tl.constexpr = tl.constexpr(0x5349474E)  # TAG_SIGN of sparse.py
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which takes tensors in main memory."""
+    return not isinstance(add_block, triton.JITFunction)
+
+
+def split_seed(seed: int) -> tuple[int, int]:
+    """The two halves of a seed as signed 32-bit numbers, so that a kernel's argument has one type for all seeds."""
+    low, high = seed & 0xFFFFFFFF, seed >> 32
+    return low - (low >> 31 << 32), high - (high >> 31 << 32)
+
+
+def columns_width(dim: int) -> int:
+    """The power of two, at least 128, that holds k columns."""
+    return max(128, 1 << (dim - 1).bit_length())
+
+
+@triton.jit
+def negative_words(low, high, third, fourth, key0, key1):
+    """Philox4x32-10 for tensors of 64-bit counters given as two uint32 halves; four words."""
+    k0 = key0.to(tl.uint32, bitcast=True)
+    k1 = key1.to(tl.uint32, bitcast=True)
+    return tl.philox_impl(low, high, low * 0 + third, low * 0 + fourth, k0, k1)
+
+
+@triton.jit
+def product(a, b, sums, WIDEN: tl.constexpr, PRECISION: tl.constexpr = "ieee"):
+    """Sums plus a @ b; WIDEN is for the interpreter, which takes the bits of bfloat16 operands for integers."""
+    if WIDEN:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def _negative(start, copy, key0, key1, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
+    """1 where the sign of coordinate start + j is negative, else 0: (WIDTH,) uint32.
+
+    Of a start that 128 divides, one call of Philox serves 128 coordinates; else every coordinate has one of its own.
+    """
+    start = tl.cast(start, tl.int64)
+    if ALIGNED:
+        group = start // 128 + tl.arange(0, WIDTH // 128)
+        w0, w1, w2, w3 = negative_words(
+            (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32), copy, _SIGN, key0, key1
+        )
+        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (WIDTH // 32,))  # w0, w1, w2, w3 of each group
+        bits = (words[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1
+        return tl.reshape(bits, (WIDTH,))
+    coordinate = start + tl.arange(0, WIDTH)
+    group = coordinate // 128
+    w0, w1, w2, w3 = negative_words(
+        (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32), copy, _SIGN, key0, key1
+    )
+    bit = (coordinate % 128).to(tl.uint32)
+    word = tl.where(bit < 64, tl.where(bit < 32, w0, w1), tl.where(bit < 96, w2, w3))
+    return (word >> (bit % 32)) & 1
+
+
+@triton.jit
+def add_block(
+    sums, x, start, multiplier, shift, copy, key0, key1, K: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Sums (E, WIDTH) plus a block's inputs x (E, WIDTH) float32 with their signs, at their columns.
+
+    Column j gets coordinate (multiplier j + shift) mod K: the inverse of the block's permutation. Signs are put on in
+    the inputs' order, where Philox is cheap. The gather goes through shared memory; with K a power of two the
+    multiplier is odd, so that neighbouring columns read from different banks.
+    """
+    flip = _negative(start, copy, key0, key1, WIDTH, ALIGNED) << 31
+    signed = (x.to(tl.uint32, bitcast=True) ^ flip[None, :]).to(tl.float32, bitcast=True)
+    column = tl.arange(0, WIDTH).to(tl.uint32)
+    source = ((multiplier.to(tl.uint32) * column + shift.to(tl.uint32)) % K).to(tl.int32)
+    return sums + tl.gather(signed, tl.broadcast_to(source[None, :], signed.shape), 1)
+
+
+@triton.jit
+def _add_partials_kernel(out, partials, out_stride, parts, size, dim, scale, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = place < size
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for _ in range(parts):
+        total += tl.load(partials + place, mask=there, other=0.0)
+        partials += size
+    at = out + place // dim * out_stride + place % dim
+    tl.store(at, tl.load(at, mask=there, other=0.0) + total * scale, mask=there)
+
+
+def add_partials_(out: Tensor, partials: Tensor, scale: float) -> None:
+    """Add scale times the sum over parts of partials (parts, B, k), one after the other, to out (B, k)."""
+    parts, batch, dim = partials.shape
+    block = 1 << 16 if interpreted() else 1024  # the interpreter's time goes by programs
+    grid = (triton.cdiv(batch * dim, block),)
+    _add_partials_kernel[grid](out, partials, out.stride(0), parts, batch * dim, dim, scale, BLOCK=block)

@@ -1,0 +1,187 @@
+"""Gradients of layers straight into the sparse map on GPUs (needs triton): one kernel multiplies, signs and permutes.
+
+A weight's gradient, sum_t left_t (x) right_t, exists for some rows of the weight of one example at a time: a program
+makes them with tensor cores into a scratch of its own that never leaves the second-level cache, then adds them block by
+block to k sums in registers. Scratch is for as many programs as run at once, and each of them does one task after the
+other; every task's sums are kept apart and added in order, so that the number of programs changes no bit.
+
+Half-precision operands are multiplied as they are, float32 ones as three products of TF32 (``tf32x3``, whose error is
+that of float32), all summed in float32. Convolutions read their windows in place, without making columns.
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_device import add_block, add_partials_, columns_width, interpreted, product, split_seed
+from .triton_sparse import MOST_COLUMNS, block_tables
+
+__all__ = ["add_outer_triton_", "add_windows_triton_", "fused_pays"]
+
+_TASK = 16  # blocks of k coordinates whose rows make a task: its k sums are then a sixteenth of the traffic
+_FEWEST_COORDINATES = 4  # blocks, below which a launch costs more than the detour over memory
+_PROGRAMS_PER_PROCESSOR = 2
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def fused_pays(dim: int, rows: int, columns: int) -> bool:
+    """Whether the fused kernel serves a weight of shape (rows, columns).
+
+    Its k sums must fit into registers, and its coordinates be worth its tasks: a task writes and reads k sums once for
+    the coordinates it covers. Otherwise tiles of the gradient go through memory to the kernel for given rows.
+    """
+    return dim <= MOST_COLUMNS and rows * columns >= _FEWEST_COORDINATES * dim
+
+
+@triton.jit
+def _outer_kernel(
+    partials,
+    scratch,
+    left,
+    right,
+    steps,
+    columns,
+    tables,
+    batch,
+    count,
+    n_rows,
+    n_columns,
+    left_batch,
+    left_step,
+    left_row,
+    right_batch,
+    right_step,
+    right_column,
+    task_rows,
+    tasks_per_example,
+    offset,
+    first_block,
+    blocks,
+    key0,
+    key1,
+    WINDOWS: tl.constexpr,
+    NNZ: tl.constexpr,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    program = tl.program_id(0)
+    own = scratch + program.to(tl.int64) * task_rows * n_columns
+    row, column, step = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, STEPS)
+    position = tl.arange(0, WIDTH)
+    for task in range(program, batch * tasks_per_example, tl.num_programs(0)):
+        example = tl.cast(task // tasks_per_example, tl.int64)
+        first_row = (task % tasks_per_example) * task_rows
+        rows_here = min(task_rows, n_rows - first_row)
+        at_left = left + example * left_batch
+        at_right = right + example * right_batch
+        for r in range(0, rows_here, ROWS):
+            for c in range(0, n_columns, COLUMNS):
+                products = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+                row_there, column_there = r + row < rows_here, c + column < n_columns
+                if WINDOWS:
+                    column_place = tl.load(columns + c + column, mask=column_there, other=0)
+                else:
+                    column_place = (c + column) * right_column
+                for t in range(0, count, STEPS):
+                    step_there = t + step < count
+                    if WINDOWS:
+                        step_place = tl.load(steps + t + step, mask=step_there, other=0)
+                    else:
+                        step_place = (t + step) * right_step
+                    a = tl.load(
+                        at_left + (first_row + r + row)[:, None] * left_row + (t + step)[None, :] * left_step,
+                        mask=row_there[:, None] & step_there[None, :],
+                        other=0.0,
+                    )
+                    b = tl.load(
+                        at_right + step_place[:, None] + column_place[None, :],
+                        mask=step_there[:, None] & column_there[None, :],
+                        other=0.0,
+                    )
+                    products = product(a, b, products, WIDEN, PRECISION)
+                tl.store(
+                    own + (r + row)[:, None] * n_columns + (c + column)[None, :],
+                    products,
+                    mask=row_there[:, None] & column_there[None, :],
+                )
+        tl.debug_barrier()  # the gradient is there for all threads
+        begin = tl.cast(offset, tl.int64) + first_row * n_columns
+        end = begin + rows_here * n_columns
+        sums = tl.zeros((1, WIDTH), dtype=tl.float32)
+        for block in range(begin // K, (end - 1) // K + 1):
+            start = block * K
+            place = start - begin + position
+            there = (place >= 0) & (place < end - begin) & (position < K)
+            x = tl.load(own + place[None, :], mask=there[None, :], other=0.0)
+            for copy in tl.static_range(NNZ):
+                multiplier = tl.load(tables + copy * blocks + block - first_block)
+                shift = tl.load(tables + (NNZ + copy) * blocks + block - first_block)
+                sums = add_block(sums, x, start, multiplier, shift, copy, key0, key1, K, WIDTH, ALIGNED)
+        part = task % tasks_per_example
+        tl.store(partials + (part * batch + example) * K + position[None, :], sums, mask=(position < K)[None, :])
+        tl.debug_barrier()  # before the next task overwrites the scratch
+
+
+def add_outer_triton_(out: Tensor, left: Tensor, right: Tensor, offset: int, seed: int, nnz: int) -> None:
+    """Add R vec(sum_t left_t (x) right_t), left (B, T, o) and right (B, T, i) of any strides, to out (B, k) float32."""
+    strides = (left.stride(0), left.stride(1), left.stride(2), right.stride(0), right.stride(1), right.stride(2))
+    shape = (left.shape[1], left.shape[2], right.shape[2])
+    _launch(out, left, right, None, None, shape, strides, offset, seed, nnz)
+
+
+def add_windows_triton_(
+    out: Tensor, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, offset: int, seed: int, nnz: int
+) -> None:
+    """Add R vec(G), G[b, o, c, j] = sum_l left[b, o, l] right[b, c, taps[j] + windows[l]], to out (B, k) float32."""
+    right = right if right.stride(2) == 1 else right.contiguous()
+    channels = torch.arange(right.shape[1], device=right.device)
+    columns = (channels[:, None] * right.stride(1) + taps.to(right.device)[None, :]).flatten()  # (C J)
+    strides = (left.stride(0), left.stride(2), left.stride(1), right.stride(0), 0, 0)
+    shape = (left.shape[2], left.shape[1], len(columns))
+    _launch(out, left, right, windows.to(right.device, torch.int64), columns, shape, strides, offset, seed, nnz)
+
+
+def _launch(
+    out: Tensor, left: Tensor, right: Tensor, steps: Tensor | None, columns: Tensor | None,
+    shape: tuple[int, int, int], strides: tuple[int, ...], offset: int, seed: int, nnz: int,
+) -> None:  # fmt: skip
+    (count, n_rows, n_columns), (batch, dim) = shape, out.shape
+    if left.dtype != right.dtype or left.dtype not in _HALVES:
+        left, right = _float(left), _float(right)
+    tile_rows, tile_columns = (64, 64) if n_rows >= 64 else (16, 128)
+    task_rows = triton.cdiv(max(1, _TASK * dim // n_columns), tile_rows) * tile_rows
+    tasks = triton.cdiv(n_rows, task_rows)
+    first, last = offset // dim, (offset + n_rows * n_columns - 1) // dim + 1
+    tables = block_tables(first, last, dim, seed, nnz, str(out.device), inverse=True)
+    programs = min(batch * tasks, _programs(out.device))
+    scratch = torch.empty(programs, min(task_rows, n_rows) * n_columns, device=out.device)
+    partials = torch.empty(tasks, batch, dim, device=out.device)
+    width = columns_width(dim)
+    _outer_kernel[(programs,)](
+        partials, scratch, left, right, left if steps is None else steps, left if columns is None else columns, tables,
+        batch, count, n_rows, n_columns, *strides, min(task_rows, n_rows), tasks, offset, first, last - first,
+        *split_seed(seed), WINDOWS=steps is not None, NNZ=nnz, K=dim, WIDTH=width, ALIGNED=dim % 128 == 0,
+        ROWS=tile_rows, COLUMNS=tile_columns, STEPS=64 if count >= 64 else 16,
+        PRECISION="ieee" if left.dtype in _HALVES else "tf32x3", WIDEN=interpreted(), num_warps=8,
+    )  # fmt: skip
+    add_partials_(out, partials, nnz**-0.5)
+
+
+def _float(x: Tensor) -> Tensor:
+    """As float32; a copy keeps the order of its strides."""
+    return x if x.dtype == torch.float32 else x.to(torch.float32)
+
+
+def _programs(device: torch.device) -> int:
+    """How many programs run at once."""
+    if interpreted():
+        return 3
+    return _PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
