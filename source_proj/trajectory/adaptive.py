@@ -29,7 +29,7 @@ class ParameterGroup:
         ValueError: a value is out of its range, or no parameter is named.
     """
 
-    parameters: tuple[str, ...]
+    parameters: Sequence[str]
     lr_scale: float = 1.0
     weight_decay: float | None = None
 
@@ -191,7 +191,8 @@ class Adam(_Adaptive):
         own = float(entry.get("step", step))
         if own <= 0:
             raise MismatchError(f"a second moment after {own} steps: the state was taken before the first one")
-        return self._entry(entry, "max_exp_avg_sq" if self.amsgrad else "exp_avg_sq") / (1 - self.betas[1] ** own)
+        correction: float = 1 - self.betas[1] ** own
+        return self._entry(entry, "max_exp_avg_sq" if self.amsgrad else "exp_avg_sq") / correction
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,9 @@ class RMSprop(_Adaptive):
     def second_moment(self, entry: Mapping[str, Any], step: int) -> Tensor:  # noqa: ARG002
         """The mean square, less the square of the mean where it is centered."""
         moment = self._entry(entry, "square_avg")
-        return moment - self._entry(entry, "grad_avg").square() if self.centered else moment
+        if self.centered:
+            moment -= self._entry(entry, "grad_avg").square()
+        return moment
 
 
 def _check(name: str, value: float) -> None:

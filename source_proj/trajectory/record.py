@@ -23,8 +23,9 @@ import torch
 from torch import nn
 
 from source_proj.errors import MismatchError
-from source_proj.trajectory.checkpoint import Checkpoint, hash_file
+from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.optimizer import SGD
+from source_proj.trajectory.state_files import hash_file
 
 __all__ = [
     "Rates",

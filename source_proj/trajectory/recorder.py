@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from source_proj.errors import MismatchError
-from source_proj.trajectory.checkpoint import hash_file, matched_state
+from source_proj.trajectory.checkpoint import matched_state
 from source_proj.trajectory.course import Trajectory
 from source_proj.trajectory.optimizer import SGD
 from source_proj.trajectory.record import (
@@ -27,6 +27,7 @@ from source_proj.trajectory.record import (
 )
 from source_proj.trajectory.segments import Segments
 from source_proj.trajectory.stages import Stage
+from source_proj.trajectory.state_files import hash_file
 
 __all__ = ["Recorder", "Stateful"]
 
