@@ -20,7 +20,7 @@ PUBLIC = [
     "build", "empirical_influence", "evaluate", "open",
 ]  # fmt: skip
 METHODS = {
-    "Trajectory": ["from_stages", "from_recorder", "average_parameters"],
+    "Trajectory": ["from_stages", "from_recorder", "from_hf_trainer", "from_lightning", "average_parameters"],
     "Recorder": ["step", "trajectory", "restore"],
     "Source": ["score", "top_k", "bottom_k", "self_influence", "by_segment", "fit"],
     "Scores": ["top_k", "bottom_k", "group", "predict_removal", "to_numpy", "to_zarr", "to_pandas"],
@@ -48,7 +48,7 @@ LEVELS = [
     ["source", "methods"],
     ["evaluate"],
     ["report"],
-    ["demo"],
+    ["demo", "integrations"],
     ["cli"],
 ]
 RANK = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
