@@ -15,7 +15,7 @@ import source_proj as sp
 
 ROOT = Path(sp.__file__).parent
 PUBLIC = [
-    "CausalLM", "Checkpoint", "Classification", "GradCos", "GradDot", "Hydra", "InfluenceFunction", "Recorder",
+    "CausalLM", "Checkpoint", "Classification", "GradCos", "GradDot", "Hydra", "InfluenceFunction", "Adam", "Recorder",
     "Regression", "RepSim", "Scores", "SGD", "Sketch", "Source", "Stage", "Task", "TracIn", "Trajectory", "Trak",
     "build", "empirical_influence", "evaluate", "open",
 ]  # fmt: skip
@@ -44,7 +44,7 @@ LEVELS = [
     ["operands"],
     ["curvature"],
     ["cache"],
-    ["attributor"],
+    ["attributor", "carried"],
     ["source", "methods"],
     ["evaluate"],
     ["report"],
