@@ -1,5 +1,6 @@
 """Checkpoints that people already have: those of transformers' Trainer, of Lightning, and of PEFT's adapters."""
 
+from source_proj.integrations.callback import RecorderCallback
 from source_proj.integrations.hf_trainer import hf_trainer_stage
 
-__all__ = ["hf_trainer_stage"]
+__all__ = ["RecorderCallback", "hf_trainer_stage"]

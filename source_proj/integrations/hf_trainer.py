@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from source_proj.integrations.callback_log import callback_stage, is_callback_dir
 from source_proj.integrations.optimizers import described_optimizer
 from source_proj.integrations.trainer_folders import TrainerFolder, read_tensors, trainer_folders
 from source_proj.integrations.trainer_groups import NamedState, model_of, optimizer_names
@@ -41,7 +42,8 @@ def hf_trainer_stage(
     Nothing is unpickled but tensors and plain values; ``training_args.bin`` is left alone.
 
     Args:
-        dir: the Trainer's ``output_dir``, with folders ``checkpoint-N``.
+        dir: the Trainer's ``output_dir``, with folders ``checkpoint-N``; or the directory of a
+            :class:`RecorderCallback`, which knows everything.
         segments: number of segments, or lists of checkpoint indices.
         stage: the stage's name.
         model: the model that was trained, its frozen parameters frozen. It says which parameter has which number in
@@ -63,6 +65,9 @@ def hf_trainer_stage(
     Warns:
         UserWarning: if clip factors had to be assumed for steps whose gradient norm was not logged.
     """
+    if is_callback_dir(dir):
+        _refuse_options(dir, optimizer, learning_rate, schedule, warmup_steps, steps)
+        return callback_stage(dir, segments, stage, metric)
     folders, run = trainer_folders(dir, steps)
     last = folders[-1].step
     rates = trainer_rates(run, schedule, learning_rate, warmup_steps)
@@ -96,3 +101,11 @@ def _optimizer(
     names = optimizer_names(state, model or model_of(last.path), source)
     optimizer = given or described_optimizer(state, names, source, decoupled=True)  # the Trainer has AdamW alone
     return optimizer, names if optimizer.preconditioned else None
+
+
+def _refuse_options(dir: str | Path, *given: object) -> None:
+    if any(option is not None for option in given):
+        raise ValueError(
+            f"{str(dir)!r} was recorded by a RecorderCallback, which wrote down optimizer, learning rates and steps: "
+            "leave optimizer=, learning_rate=, schedule=, warmup_steps= and steps= out"
+        )
