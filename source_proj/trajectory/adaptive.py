@@ -239,9 +239,8 @@ class RMSprop(_Adaptive):
     def second_moment(self, entry: Mapping[str, Any], step: int) -> Tensor:  # noqa: ARG002
         """The mean square, less the square of the mean where it is centered."""
         moment = self._entry(entry, "square_avg")
-        if self.centered:
-            moment -= self._entry(entry, "grad_avg").square()
-        return moment
+        mean = self._entry(entry, "grad_avg") if self.centered else torch.zeros_like(moment)
+        return moment - mean.square()
 
 
 def _check(name: str, value: float) -> None:
