@@ -60,7 +60,7 @@ class DenseSegment:
 
 
 def dense_scores(segments: list[DenseSegment], queries: Tensor, rows: int) -> np.ndarray:
-    """Eq. 22 with S = exp(-s (P H + Λ)) and r = (1/N) ∫_0^s exp(-t (P H + Λ)) dt P g, in float64, without any metric."""
+    """Eq. 22 with S = exp(-s (P H + Λ)) and r = (1/N) ∫_0^s exp(-t (P H + Λ)) dt P g, float64, without any metric."""
     scores = torch.zeros(len(queries), rows, dtype=torch.float64)
     carried = queries.double()
     for segment in reversed(segments):

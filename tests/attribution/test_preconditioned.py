@@ -204,7 +204,7 @@ def test_torch_moves_the_weights_as_described():
             p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
             optimizer = make([p])
             for step in range(200):
-                p.grad = torch.full_like(p, perturbation * 1e-6 if step == 100 else 0.0)
+                p.grad = torch.full_like(p, {0: 1.0, 100: perturbation * 1e-6}.get(step, 0.0))
                 entry = optimizer.state[p]
                 if entry:
                     key = "exp_avg_sq" if "exp_avg_sq" in entry else "square_avg"
