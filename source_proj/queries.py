@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from source_proj.bank import Bank, batches, dataset_size, placed
 from source_proj.errors import GradientError, MismatchError
 from source_proj.gradients import ParameterSpace, gradient_engine, nonfinite_examples
-from source_proj.task import Task
+from source_proj.task import Task, TokenQueries
 from source_proj.trajectory import Checkpoint
 
 __all__ = ["QueryFeatures", "point_key", "resolve_task", "sketch_queries"]
@@ -95,7 +95,7 @@ def sketch_queries(
         queries: map-style dataset or DataLoader; its order defines the ids unless ``ids`` are given.
         checkpoints: where to take the gradients: one backward pass over the queries each.
         metrics: which of the bank's metrics to take them in, all from one pass; default: all of them.
-        ids: ids of the queries; default 0, 1, 2, …
+        ids: ids of the queries; default 0, 1, 2, …, or "sequence/position" of :class:`TokenQueries`.
         batch_size: queries a pass; a DataLoader brings its own.
         device: where the model runs; default: where its parameters are.
         progress: show a progress bar after two seconds.
@@ -107,6 +107,8 @@ def sketch_queries(
     space = ParameterSpace.from_spec(bank.space_spec)
     points = list(checkpoints) if checkpoints is not None else [bank.final_checkpoint()]
     count = dataset_size(queries)
+    if ids is None and isinstance(queries, TokenQueries):
+        ids = queries.ids
     query_ids = list(ids) if ids is not None else list(range(count))
     if len(query_ids) != count:
         raise MismatchError(f"got {len(query_ids)} query ids for {count} queries; give one id a query")
