@@ -99,7 +99,7 @@ class Trajectory:
             segments: as in :class:`Stage`.
             stage: the stage's name.
             **options: ``model``, ``optimizer``, ``learning_rate``, ``schedule``, ``warmup_steps``, ``max_grad_norm``,
-                ``steps``; see :func:`source_proj.integrations.hf_trainer_stage`.
+                ``steps``, ``metric``; see :func:`source_proj.integrations.hf_trainer_stage`.
 
         Raises:
             ValueError: something cannot be inferred; the message names the argument to give.
@@ -117,8 +117,8 @@ class Trajectory:
             dir: the directory with the files, or one above it.
             segments: as in :class:`Stage`.
             stage: the stage's name.
-            **options: ``model``, ``optimizer``, ``learning_rate``, ``schedule``, ``prefix``, ``steps``; see
-                :func:`source_proj.integrations.lightning_stage`.
+            **options: ``prefix``, ``optimizer``, ``schedule``, ``clip_factors``, ``metrics``, ``steps``, ``unpickle``,
+                ``metric``; see :func:`source_proj.integrations.lightning_stage`.
 
         Raises:
             ValueError: something cannot be inferred; the message names the argument to give.
