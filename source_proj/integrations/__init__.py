@@ -2,5 +2,6 @@
 
 from source_proj.integrations.callback import RecorderCallback
 from source_proj.integrations.hf_trainer import hf_trainer_stage
+from source_proj.integrations.lightning import lightning_stage
 
-__all__ = ["RecorderCallback", "hf_trainer_stage"]
+__all__ = ["RecorderCallback", "hf_trainer_stage", "lightning_stage"]

@@ -95,7 +95,7 @@ def _decays(groups: Sequence[_Group], names: Sequence[str] | None, source: str) 
     if differing and names is None:
         raise ValueError(
             f"{source}: the parameter groups have learning rates {rates} and weight decays {decays}; the model says "
-            "which parameter is in which group: give model="
+            "which parameter is in which group: give model= or optimizer= with groups="
         )
     numbers = sorted(number for group in groups for number in group["params"])
     return {
