@@ -3,5 +3,14 @@
 from source_proj.integrations.callback import RecorderCallback
 from source_proj.integrations.hf_trainer import hf_trainer_stage
 from source_proj.integrations.lightning import lightning_stage
+from source_proj.integrations.text import TextData, TextSettings, load_pretrained, task_for
 
-__all__ = ["RecorderCallback", "hf_trainer_stage", "lightning_stage"]
+__all__ = [
+    "RecorderCallback",
+    "TextData",
+    "TextSettings",
+    "hf_trainer_stage",
+    "lightning_stage",
+    "load_pretrained",
+    "task_for",
+]

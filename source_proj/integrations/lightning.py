@@ -196,7 +196,7 @@ def _filled(known: Mapping[int, float], last: int) -> list[float]:
         if end > begin + 1 and end in known and known[end] != known[begin]:
             raise ValueError(
                 f"the learning rate was {known[begin]} at update {begin} and {known[end]} at update {end}, and none "
-                "was logged in between (LearningRateMonitor(logging_interval='step') logs every log_every_n_steps): give "
+                "was logged in between (LearningRateMonitor(logging_interval='step') logs all): give "
                 "schedule="
             )
         rates += [known[begin]] * (end - begin)
