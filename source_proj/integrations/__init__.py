@@ -3,6 +3,7 @@
 from source_proj.integrations.callback import RecorderCallback
 from source_proj.integrations.hf_trainer import hf_trainer_stage
 from source_proj.integrations.lightning import lightning_stage
+from source_proj.integrations.peft import trainable_parameters
 from source_proj.integrations.text import TextData, TextSettings, load_pretrained, task_for
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "lightning_stage",
     "load_pretrained",
     "task_for",
+    "trainable_parameters",
 ]
