@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .philox import philox4x32, sign_bits
 from .sparse_native import add_at_native_, add_native_, add_outer_native_, add_windows_native_
-from .tiles import outer_tiles, window_columns
+from .tiles import outer_tiles, scaled, window_columns
 
 __all__ = [
     "TAG_PERM",
@@ -115,14 +115,25 @@ def sparse_add_at_(
 
 
 def sparse_add_outer_(
-    out: Tensor, left: Tensor, right: Tensor, offset: int, *, seed: int, nnz: int = 1, backend: str = "torch"
+    out: Tensor,
+    left: Tensor,
+    right: Tensor,
+    offset: int,
+    *,
+    seed: int,
+    nnz: int = 1,
+    backend: str = "torch",
+    scale: Tensor | None = None,
 ) -> None:
-    """Add R vec(sum_t left_t (x) right_t), left (B, T, o) and right (B, T, i), to out (B, k), in place; all float32."""
+    """Add R vec(sum_t left_t (x) right_t), left (B, T, o) and right (B, T, i), to out (B, k), in place; all float32.
+
+    With scale (o i,), contiguous, each coordinate counts times its entry.
+    """
     if backend == "native":
-        add_outer_native_(out, left, right, offset, seed, nnz)
+        add_outer_native_(out, left, right, offset, seed, nnz, scale)
         return
     for some, start, tile in outer_tiles(left, right, _OUTER_TILE):
-        _add_torch_(out[some], tile, offset + start, seed, nnz)
+        _add_torch_(out[some], scaled(tile, start, scale), offset + start, seed, nnz)
 
 
 def sparse_add_windows_(
@@ -136,16 +147,19 @@ def sparse_add_windows_(
     seed: int,
     nnz: int = 1,
     backend: str = "torch",
+    scale: Tensor | None = None,
 ) -> None:
     """Add R vec(G), G[b, o, c, j] = sum_l left[b, o, l] right[b, c, taps[j] + windows[l]], to out (B, k), in place.
 
-    For left (B, o, L) and right (B, c, plane), all float32, and integer taps (J,) and windows (L,).
+    For left (B, o, L) and right (B, c, plane), all float32, and integer taps (J,) and windows (L,). With scale
+    (o c J,), contiguous, each coordinate counts times its entry.
     """
     if backend == "native":
-        add_windows_native_(out, left, right, taps, windows, offset, seed, nnz)
+        add_windows_native_(out, left, right, taps, windows, offset, seed, nnz, scale)
         return
     for some, columns in window_columns(right, taps, windows):
-        sparse_add_outer_(out[some], left[some].transpose(1, 2), columns, offset, seed=seed, nnz=nnz, backend=backend)
+        turned = left[some].transpose(1, 2)
+        sparse_add_outer_(out[some], turned, columns, offset, seed=seed, nnz=nnz, backend=backend, scale=scale)
 
 
 def _add_torch_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from source_proj.gradients.space import ParameterSpace
-from source_proj.kernels import outer_tiles, window_columns
 from source_proj.sketch import Sketch
 
 __all__ = ["Pieces", "PiecesByParameter", "ScaledPieces"]
-
-_TILE = 1 << 18  # numbers of a tile of gradients: a megabyte, so that it stays in the second-level cache
 
 
 class Pieces:
@@ -46,13 +44,19 @@ class Pieces:
         flat = rows.reshape(len(rows), -1)
         self._sketch.add_(self._rows(name, start, len(rows)), flat, self._offsets[name], self._shapes[name])
 
-    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0) -> None:
-        """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i)."""
-        self._sketch.add_outer_(self._rows(name, start, len(left)), left, right, self._offsets[name])
+    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0, scale: Tensor | None = None) -> None:
+        """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i).
 
-    def windows(self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor) -> None:
+        With a scale (o · i,), each coordinate times its entry.
+        """
+        self._sketch.add_outer_(self._rows(name, start, len(left)), left, right, self._offsets[name], scale)
+
+    def windows(
+        self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, scale: Tensor | None = None
+    ) -> None:
         """The gradient of a convolution's weight (o, c, J); arguments as in `Sketch.add_windows_`."""
-        self._sketch.add_windows_(self._rows(name, 0, len(left)), left, right, taps, windows, self._offsets[name])
+        rows, offset = self._rows(name, 0, len(left)), self._offsets[name]
+        self._sketch.add_windows_(rows, left, right, taps, windows, offset, scale)
 
     def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
         """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""
@@ -71,8 +75,6 @@ class Pieces:
 class ScaledPieces(Pieces):
     """Adds R D g to the sketched rows, for one or several diagonal matrices D: gradients in other metrics.
 
-    A tile of a matrix's gradient is made once, and goes into the sketch after a product with each D's entries there.
-
     Args:
         outs: for each D, (B, dim) float32 rows, added to.
         sketch: the projection R.
@@ -84,58 +86,52 @@ class ScaledPieces(Pieces):
         self, outs: Sequence[Tensor], sketch: Sketch, space: ParameterSpace, scales: Sequence[Tensor | None]
     ) -> None:
         super().__init__(outs[0], sketch, space)
-        self._pairs = list(zip(outs, scales, strict=True))
+        self._each = [Pieces(out, sketch, space) for out in outs]
+        self._scales = list(scales)
 
-    @property
-    def fuses_windows(self) -> bool:
-        """Never: a window's gradient is scaled coordinate by coordinate, so it must be made."""
-        return False
+    def _pairs(self, name: str) -> Iterator[tuple[Pieces, Tensor | None]]:
+        """The pieces in each metric, and the metric's entries of a parameter."""
+        begin = self._offsets[name]
+        end = begin + prod(self._shapes[name])
+        for pieces, scale in zip(self._each, self._scales, strict=True):
+            yield pieces, None if scale is None else scale[begin:end]
 
     def add(self, name: str, rows: Tensor, start: int = 0) -> None:
         """The gradients (n, …) of the whole parameter for the examples start … start + n."""
         flat = rows.reshape(len(rows), -1)
-        self._add(start, self._offsets[name], flat, self._shapes[name])
+        for pieces, scale in self._pairs(name):
+            pieces.add(name, flat if scale is None else flat * scale, start)
 
-    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0) -> None:
+    def outer(
+        self,
+        name: str,
+        left: Tensor,
+        right: Tensor,
+        start: int = 0,
+        scale: Tensor | None = None,  # noqa: ARG002
+    ) -> None:
         """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i)."""
-        left, right = left.float(), right.float()
-        if self._sketch.kind == "kronecker":  # its two sides want the matrix whole
-            step = max(1, _TILE // (left.shape[2] * right.shape[2]))
-            for b in range(0, len(left), step):
-                self.add(name, left[b : b + step].transpose(1, 2) @ right[b : b + step], start + b)
-            return
-        for some, first, tile in outer_tiles(left, right, _TILE):
-            self._add(start + some.start, self._offsets[name] + first, tile)
+        for pieces, own in self._pairs(name):
+            pieces.outer(name, left, right, start, own)
 
-    def windows(self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor) -> None:
+    def windows(
+        self,
+        name: str,
+        left: Tensor,
+        right: Tensor,
+        taps: Tensor,
+        windows: Tensor,
+        scale: Tensor | None = None,  # noqa: ARG002
+    ) -> None:
         """The gradient of a convolution's weight (o, c, J); arguments as in `Sketch.add_windows_`."""
-        for some, columns in window_columns(right.float(), taps, windows):
-            self.outer(name, left[some].transpose(1, 2), columns, some.start)
+        for pieces, own in self._pairs(name):
+            pieces.windows(name, left, right, taps, windows, own)
 
     def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
         """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""
-        table = self._shapes[name]
-        begin = self._offsets[name]
-        for out, scale in self._pairs:
-            scaled = values
-            if scale is not None:
-                scaled = values * scale[begin : begin + table[0] * table[1]].view(table)[index.long()]
-            pieces = _Unscaled(out, self._sketch, self)
-            pieces.scatter(name, index, scaled)
-
-    def _add(self, start: int, offset: int, rows: Tensor, shape: tuple[int, ...] | None = None) -> None:
-        """Add rows (n, m) at coordinates offset … offset + m of the examples start … start + n, in each metric."""
-        for out, scale in self._pairs:
-            scaled = rows if scale is None else rows * scale[offset : offset + rows.shape[1]]
-            self._sketch.add_(out[start : start + len(rows)], scaled, offset, shape)
-
-
-class _Unscaled(Pieces):
-    """The plain pieces of one of the outs."""
-
-    def __init__(self, out: Tensor, sketch: Sketch, like: Pieces) -> None:
-        self._out, self._sketch = out, sketch
-        self._offsets, self._shapes = like._offsets, like._shapes
+        for pieces, scale in self._pairs(name):
+            table = None if scale is None else scale.view(self._shapes[name])
+            pieces.scatter(name, index, values if table is None else values * table[index.long()])
 
 
 class PiecesByParameter(Pieces):
