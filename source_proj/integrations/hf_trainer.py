@@ -13,6 +13,7 @@ from source_proj.integrations.optimizers import described_optimizer
 from source_proj.integrations.trainer_folders import TrainerFolder, read_tensors, trainer_folders
 from source_proj.integrations.trainer_groups import NamedState, model_of, optimizer_names
 from source_proj.integrations.trainer_rates import GivenSchedule, clipping, trainer_rates
+from source_proj.integrations.trainer_weights import trainer_weights
 from source_proj.trajectory import Checkpoint, MetricKind, Optimizer, Segments, Stage
 
 __all__ = ["hf_trainer_stage"]
@@ -76,9 +77,15 @@ def hf_trainer_stage(
         warnings.warn(f"{str(dir)!r}: {clipped.assumed}", UserWarning, stacklevel=3)
     names = None
     if optimizer is None or optimizer.preconditioned:
+        _ = folders[-1].saved_optimizer  # what is missing first
+        model = model or model_of(folders[-1].path)
         optimizer, names = _optimizer(folders[-1], model, optimizer)
     checkpoints = [
-        Checkpoint(f.weights, f.step, optimizer_state=None if names is None else NamedState(f.saved_optimizer, names))
+        Checkpoint(
+            trainer_weights(f, model),
+            f.step,
+            optimizer_state=None if names is None else NamedState(f.saved_optimizer, names),
+        )
         for f in folders
     ]
     return Stage(
@@ -92,13 +99,11 @@ def hf_trainer_stage(
     )
 
 
-def _optimizer(
-    last: TrainerFolder, model: nn.Module | None, given: Optimizer | None
-) -> tuple[Optimizer, list[str] | None]:
+def _optimizer(last: TrainerFolder, model: nn.Module, given: Optimizer | None) -> tuple[Optimizer, list[str] | None]:
     """How gradients became steps; and the names of the parameters in ``optimizer.pt``, where its moments are needed."""
     state = read_tensors(last.saved_optimizer)
     source = f"optimizer.pt of {last.path.name}"
-    names = optimizer_names(state, model or model_of(last.path), source)
+    names = optimizer_names(state, model, source)
     optimizer = given or described_optimizer(state, names, source, decoupled=True)  # the Trainer has AdamW alone
     return optimizer, names if optimizer.preconditioned else None
 

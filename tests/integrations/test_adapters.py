@@ -177,3 +177,16 @@ def test_a_trainers_sharded_checkpoints_are_read(tmp_path):
     assert run.final.path.name == "model.safetensors.index.json"
     with run.final.applied_to(classifier()) as model:
         assert torch.equal(model.classifier.weight, run.final.load()["classifier.weight"])
+
+
+def test_weights_that_are_saved_under_other_names_are_brought_back(tmp_path):
+    """transformers has experts as one parameter in memory, and writes one entry each."""
+    model = make("mixtral")
+    data = [{"input_ids": row, "labels": row} for row in make_batch("mixtral", padded=False)["input_ids"].tolist()]
+    options = {"max_steps": 2, "save_steps": 1, "logging_steps": 1, "report_to": [], "use_cpu": True}
+    arguments = transformers.TrainingArguments(str(tmp_path), disable_tqdm=True, **options)
+    transformers.Trainer(model, arguments, train_dataset=data).train()
+    for given in (None, make("mixtral")):
+        run = sp.Trajectory.from_hf_trainer(tmp_path, model=given, max_grad_norm=0)
+        with run.final.applied_to(make("mixtral")) as found:
+            assert all(torch.equal(found.state_dict()[name], value) for name, value in model.state_dict().items())
