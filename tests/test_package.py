@@ -16,8 +16,8 @@ import source_proj as sp
 ROOT = Path(sp.__file__).parent
 PUBLIC = [
     "CausalLM", "Checkpoint", "Classification", "GradCos", "GradDot", "Hydra", "InfluenceFunction", "Adam", "Recorder",
-    "Regression", "RepSim", "Scores", "SGD", "Sketch", "Source", "Stage", "Task", "TokenQueries", "TracIn", "Trajectory",
-    "Trak", "build", "empirical_influence", "evaluate", "open",
+    "Regression", "RepSim", "Scores", "SGD", "Sketch", "Source", "Stage", "Task", "TokenQueries", "TracIn",
+    "Trajectory", "Trak", "build", "empirical_influence", "evaluate", "open",
 ]  # fmt: skip
 METHODS = {
     "Trajectory": ["from_stages", "from_recorder", "from_hf_trainer", "from_lightning", "average_parameters"],
