@@ -151,7 +151,8 @@ class Stage:
         """Fast-Source's stage: one checkpoint a segment, its parameters the mean over the segment's checkpoints.
 
         Floating-point buffers are averaged too, others taken from the segment's last checkpoint. Times and the final
-        weights stay as they are; a preconditioner is read at the segment's last checkpoint. See :meth:`Trajectory.average_parameters`.
+        weights stay as they are; a preconditioner is read at the segment's last checkpoint. See
+        :meth:`Trajectory.average_parameters`.
         """
         groups = self.segment_indices
         averaged = [_average([self.checkpoints[i] for i in group]) for group in groups]
