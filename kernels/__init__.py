@@ -6,7 +6,7 @@ from .kronecker import kronecker_add_, kronecker_add_outer_, kronecker_split
 from .philox import philox4x32
 from .rademacher import rademacher_add_, rademacher_add_outer_, sign_tile
 from .sparse import sparse_add_, sparse_add_at_, sparse_add_outer_, sparse_add_windows_, sparse_map
-from .tiles import window_columns
+from .tiles import outer_tiles, scaled, window_columns
 
 __all__ = [
     "KINDS",
@@ -16,11 +16,13 @@ __all__ = [
     "kronecker_add_",
     "kronecker_add_outer_",
     "kronecker_split",
+    "outer_tiles",
     "philox4x32",
     "rademacher_add_",
     "rademacher_add_outer_",
     "require_backend",
     "require_fast_jl",
+    "scaled",
     "sign_tile",
     "sparse_add_",
     "sparse_add_at_",

@@ -51,7 +51,7 @@ enum {
 enum { FLOAT32, FLOAT16, INT8 }; /* types of stored rows */
 typedef float four __attribute__((vector_size(16)));
 
-EXPORT const int sp_version = 4; /* of the functions' signatures: a library of another version is not used */
+EXPORT const int sp_version = 5; /* of the functions' signatures: a library of another version is not used */
 EXPORT const int sp_outer_copies = OUTER_COPIES;
 EXPORT const int sp_score_few = SCORE_FEW;
 EXPORT int sp_highest_level = 2; /* tests lower it to reach the code for other processors */
@@ -182,15 +182,15 @@ DISPATCH(sp_add_lanes,
 DISPATCH(sp_outer_lanes,
          (void *sums, void *work, const float *left, int64_t left_b, int64_t left_t, const float *right, int64_t right_b,
           int64_t right_t, int lanes, int64_t steps, int64_t o, int64_t i, uint64_t start, uint64_t seed, uint32_t k,
-          uint32_t nnz),
-         (sums, work, left, left_b, left_t, right, right_b, right_t, lanes, steps, o, i, start, seed, k, nnz))
+          uint32_t nnz, const float *scale),
+         (sums, work, left, left_b, left_t, right, right_b, right_t, lanes, steps, o, i, start, seed, k, nnz, scale))
 DISPATCH(sp_windows_lanes,
          (void *sums, void *work, int64_t left_work, int64_t right_work, const float *left, int64_t left_b,
           int64_t left_o, const float *right, int64_t right_b, int64_t plane, const int32_t *taps,
           const int32_t *windows, int lanes, int64_t o, int64_t l, int64_t c, int64_t j, uint64_t start, uint64_t seed,
-          uint32_t k, uint32_t nnz),
+          uint32_t k, uint32_t nnz, const float *scale),
          (sums, work, left_work, right_work, left, left_b, left_o, right, right_b, plane, taps, windows, lanes, o, l, c,
-          j, start, seed, k, nnz))
+          j, start, seed, k, nnz, scale))
 DISPATCH(sp_gather_lanes,
          (float *out, int64_t out_stride, const void *sums, int64_t parts, int lanes, int64_t k, float scale),
          (out, out_stride, sums, parts, lanes, k, scale))

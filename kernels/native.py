@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["aligned_scratch", "native_library", "run_jobs", "share_rows"]
 
-_VERSION = 4
+_VERSION = 5
 _ALIGNMENT = 64  # bytes, as the widest vectors want it
 _WORTH_THREADS = 100_000  # nanoseconds of work below which waking another thread costs more than it saves
 
@@ -33,7 +33,7 @@ _SIGNATURES = {
     "sp_gather_lanes": [_pointer, _i64, _pointer, _i64, _int, _i64, _float],
     "sp_windows_lanes": [
         *(_pointer, _pointer, _i64, _i64, _pointer, _i64, _i64, _pointer, _i64, _i64, _pointer, _pointer),
-        *(_int, _i64, _i64, _i64, _i64, _u64, _u64, _u32, _u32),
+        *(_int, _i64, _i64, _i64, _i64, _u64, _u64, _u32, _u32, _pointer),
     ],
     "sp_score": [_pointer, _i64, _pointer, _i64, _i64, _pointer, _i64, _pointer, _i64, _i64, _int],
     "sp_keep": [
@@ -47,7 +47,7 @@ _SIGNATURES = {
     "sp_merge": [*(_pointer, _pointer, _pointer, _pointer, _i64, _i64), *(_pointer, _pointer, _pointer, _i64)],
     "sp_outer_lanes": [
         *(_pointer, _pointer, _pointer, _i64, _i64, _pointer, _i64, _i64),
-        *(_int, _i64, _i64, _i64, _u64, _u64, _u32, _u32),
+        *(_int, _i64, _i64, _i64, _u64, _u64, _u32, _u32, _pointer),
     ],
 }
 

@@ -262,10 +262,11 @@ static void VARIANT(sp_add_lanes)(void *out, const float *rows, int64_t row_stri
   }
 }
 
-/* One register tile of sum_t left_t (x) right_t, ROWS x ACROSS coordinates for LANES examples, added to its columns. */
+/* One register tile of sum_t left_t (x) right_t, ROWS x ACROSS coordinates for LANES examples, added to its columns;
+ * scale, if not null, points at the entry of its first coordinate, and rows of it are scale_row apart. */
 INLINE void VARIANT(outer_tile)(floats *sums, const floats *left, const floats *right, int64_t steps,
                                 const uint32_t *table, int64_t row, int64_t copy_stride, uint32_t nnz, int64_t high,
-                                int64_t wide) {
+                                int64_t wide, const float *scale, int64_t scale_row) {
   floats g[ROWS][ACROSS];
   UNROLL for (int m = 0; m < ROWS; m++)
     UNROLL for (int n = 0; n < ACROSS; n++) g[m][n] = left[m] * right[n];
@@ -275,6 +276,9 @@ INLINE void VARIANT(outer_tile)(floats *sums, const floats *left, const floats *
       UNROLL for (int n = 0; n < ACROSS; n++) g[m][n] += left[m] * right[n];
   }
   if (high >= ROWS && wide >= ACROSS) {
+    if (scale)
+      UNROLL for (int m = 0; m < ROWS; m++)
+        UNROLL for (int n = 0; n < ACROSS; n++) g[m][n] *= scale[m * scale_row + n];
     for (uint32_t copy = 0; copy < nnz; copy++, table += copy_stride)
       UNROLL for (int m = 0; m < ROWS; m++)
         UNROLL for (int n = 0; n < ACROSS; n++) VARIANT(add_vector)(sums, &g[m][n], table[m * row + n]);
@@ -283,17 +287,22 @@ INLINE void VARIANT(outer_tile)(floats *sums, const floats *left, const floats *
   floats edge[ROWS][ACROSS]; /* a copy, so that the tile above stays in registers */
   UNROLL for (int m = 0; m < ROWS; m++)
     UNROLL for (int n = 0; n < ACROSS; n++) edge[m][n] = g[m][n];
+  if (scale)
+    for (int m = 0; m < smaller(high, ROWS); m++)
+      for (int n = 0; n < smaller(wide, ACROSS); n++) edge[m][n] *= scale[m * scale_row + n];
   for (uint32_t copy = 0; copy < nnz; copy++, table += copy_stride)
     for (int m = 0; m < smaller(high, ROWS); m++)
       for (int n = 0; n < smaller(wide, ACROSS); n++) VARIANT(add_vector)(sums, &edge[m][n], table[m * row + n]);
 }
 
-/* sums[k] = R vec(sum_t left[b][t] (x) right[b][t]) for up to LANES examples b and o x i coordinates from start on.
+/* sums[k] = R vec(sum_t left[b][t] (x) right[b][t]) for up to LANES examples b and o x i coordinates from start on,
+ * each coordinate times its entry of scale, unless that is null.
  * Strips of left and chunks of right are interleaved into panels, ROWS or ACROSS coordinates by steps; every panel of
  * left meets every panel of right while that stays in the second-level cache. No gradient is written to memory. */
 static void VARIANT(sp_outer_lanes)(void *out, void *work, const float *left, int64_t left_b, int64_t left_t,
                                     const float *right, int64_t right_b, int64_t right_t, int lanes, int64_t steps,
-                                    int64_t o, int64_t i, uint64_t start, uint64_t seed, uint32_t k, uint32_t nnz) {
+                                    int64_t o, int64_t i, uint64_t start, uint64_t seed, uint32_t k, uint32_t nnz,
+                                    const float *scale) {
   uint32_t table[ROWS * TABLE];
   map maps[OUTER_COPIES];
   floats *const sums = out, *const panels = work, *const chunk = panels + LEFT_WORK;
@@ -327,7 +336,8 @@ static void VARIANT(sp_outer_lanes)(void *out, void *work, const float *left, in
           for (int64_t r = 0; r < rows; r += ROWS)
             for (int64_t c = 0; c < width; c += ACROSS)
               VARIANT(outer_tile)(sums, panels + (a + r) * ts, chunk + c * ts, ts, table + r * width + c, width,
-                                  down * across, nnz, rows - r, width - c);
+                                  down * across, nnz, rows - r, width - c,
+                                  scale ? scale + (o0 + a + r) * i + i0 + c : scale, i);
         }
       }
     }

@@ -3,7 +3,8 @@
 /* One register tile, ROWS x ACROSS coordinates of LANES examples, summed over count windows and added to its columns. */
 INLINE void VARIANT(window_tile)(floats *sums, const floats *left, const floats *const right[ACROSS],
                                  const int32_t *windows, int64_t count, const uint32_t *table, int64_t row,
-                                 int64_t copy_stride, uint32_t nnz, int64_t high, int64_t wide) {
+                                 int64_t copy_stride, uint32_t nnz, int64_t high, int64_t wide, const float *scale,
+                                 int64_t scale_row) {
   floats g[ROWS][ACROSS];
   UNROLL for (int m = 0; m < ROWS; m++)
     UNROLL for (int n = 0; n < ACROSS; n++) g[m][n] = (floats){0};
@@ -15,6 +16,9 @@ INLINE void VARIANT(window_tile)(floats *sums, const floats *left, const floats 
     }
   }
   if (high >= ROWS && wide >= ACROSS) {
+    if (scale)
+      UNROLL for (int m = 0; m < ROWS; m++)
+        UNROLL for (int n = 0; n < ACROSS; n++) g[m][n] *= scale[m * scale_row + n];
     for (uint32_t copy = 0; copy < nnz; copy++, table += copy_stride)
       UNROLL for (int m = 0; m < ROWS; m++)
         UNROLL for (int n = 0; n < ACROSS; n++) VARIANT(add_vector)(sums, &g[m][n], table[m * row + n]);
@@ -23,20 +27,23 @@ INLINE void VARIANT(window_tile)(floats *sums, const floats *left, const floats 
   floats edge[ROWS][ACROSS]; /* a copy, so that the tile above stays in registers */
   UNROLL for (int m = 0; m < ROWS; m++)
     UNROLL for (int n = 0; n < ACROSS; n++) edge[m][n] = g[m][n];
+  if (scale)
+    for (int m = 0; m < smaller(high, ROWS); m++)
+      for (int n = 0; n < smaller(wide, ACROSS); n++) edge[m][n] *= scale[m * scale_row + n];
   for (uint32_t copy = 0; copy < nnz; copy++, table += copy_stride)
     for (int m = 0; m < smaller(high, ROWS); m++)
       for (int n = 0; n < smaller(wide, ACROSS); n++) VARIANT(add_vector)(sums, &edge[m][n], table[m * row + n]);
 }
 
 /* sums[k] = R vec(G[b]), G[b][o][c][j] = sum_l left[b][o][l] right[b][c][taps[j] + windows[l]], for up to LANES
- * examples b and the coordinates from start on. Channels of right are interleaved once, strips of left against each lot
+ * examples b and the coordinates from start on, each times its entry of scale, unless that is null. Channels of right are interleaved once, strips of left against each lot
  * of them; no column of the convolution is ever made, as a tap and a window are no more than an offset into a channel.
  * work has room for left_work (at least ROWS l) and right_work (at least plane) vectors. */
 static void VARIANT(sp_windows_lanes)(void *out, void *work, int64_t left_work, int64_t right_work, const float *left,
                                       int64_t left_b, int64_t left_o, const float *right, int64_t right_b,
                                       int64_t plane, const int32_t *taps, const int32_t *windows, int lanes, int64_t o,
                                       int64_t l, int64_t c, int64_t j, uint64_t start, uint64_t seed, uint32_t k,
-                                      uint32_t nnz) {
+                                      uint32_t nnz, const float *scale) {
   uint32_t table[WINDOW_TABLE];
   map maps[OUTER_COPIES];
   floats *const sums = out, *const panels = work, *const planes = panels + left_work;
@@ -68,7 +75,8 @@ static void VARIANT(sp_windows_lanes)(void *out, void *work, int64_t left_work, 
                 from[n] = planes + at / j * plane + taps[at % j];
               }
               VARIANT(window_tile)(sums, panels + r * l + l0 * ROWS, from, windows + l0, smaller(depth, l - l0),
-                                   table + e, across, ROWS * across, nnz, rows, width - e);
+                                   table + e, across, ROWS * across, nnz, rows, width - e,
+                                   scale ? scale + ((o0 + r) * c + c0) * j + e0 + e : scale, c * j);
             }
         }
       }

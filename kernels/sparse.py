@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .philox import philox4x32, sign_bits
 from .sparse_native import add_at_native_, add_native_, add_outer_native_, add_windows_native_
-from .tiles import outer_tiles, window_columns
+from .tiles import outer_tiles, scaled, window_columns
 
 __all__ = [
     "TAG_PERM",
@@ -129,23 +129,32 @@ def sparse_add_at_(
 
 
 def sparse_add_outer_(
-    out: Tensor, left: Tensor, right: Tensor, offset: int, *, seed: int, nnz: int = 1, backend: str = "torch"
+    out: Tensor,
+    left: Tensor,
+    right: Tensor,
+    offset: int,
+    *,
+    seed: int,
+    nnz: int = 1,
+    backend: str = "torch",
+    scale: Tensor | None = None,
 ) -> None:
     """Add R vec(sum_t left_t (x) right_t), left (B, T, o) and right (B, T, i), to out (B, k), in place.
 
-    All are float32; backend "triton" also takes left and right in half precision.
+    All are float32; backend "triton" also takes left and right in half precision. With scale (o i,), contiguous, each
+    coordinate counts times its entry.
     """
     if backend == "native":
-        add_outer_native_(out, left, right, offset, seed, nnz)
+        add_outer_native_(out, left, right, offset, seed, nnz, scale)
         return
     if backend == "triton":
         from .triton_outer import add_outer_triton_, fused_pays
 
         if fused_pays(out.shape[1], left.shape[2], right.shape[2]):
-            add_outer_triton_(out, left, right, offset, seed, nnz)
+            add_outer_triton_(out, left, right, offset, seed, nnz, scale)
             return
     for some, start, tile in outer_tiles(left.float(), right.float(), _OUTER_TILE):
-        sparse_add_(out[some], tile, offset + start, seed=seed, nnz=nnz, backend=backend)
+        sparse_add_(out[some], scaled(tile, start, scale), offset + start, seed=seed, nnz=nnz, backend=backend)
 
 
 def sparse_add_windows_(
@@ -159,23 +168,25 @@ def sparse_add_windows_(
     seed: int,
     nnz: int = 1,
     backend: str = "torch",
+    scale: Tensor | None = None,
 ) -> None:
     """Add R vec(G), G[b, o, c, j] = sum_l left[b, o, l] right[b, c, taps[j] + windows[l]], to out (B, k), in place.
 
     For left (B, o, L) and right (B, c, plane), float32 (with backend "triton" also in half precision), and integer
-    taps (J,) and windows (L,).
+    taps (J,) and windows (L,). With scale (o c J,), contiguous, each coordinate counts times its entry.
     """
     if backend == "native":
-        add_windows_native_(out, left, right, taps, windows, offset, seed, nnz)
+        add_windows_native_(out, left, right, taps, windows, offset, seed, nnz, scale)
         return
     if backend == "triton":
         from .triton_outer import add_windows_triton_, fused_pays
 
         if fused_pays(out.shape[1], left.shape[1], right.shape[1] * len(taps)):
-            add_windows_triton_(out, left, right, taps, windows, offset, seed, nnz)
+            add_windows_triton_(out, left, right, taps, windows, offset, seed, nnz, scale)
             return
     for some, columns in window_columns(right, taps, windows):
-        sparse_add_outer_(out[some], left[some].transpose(1, 2), columns, offset, seed=seed, nnz=nnz, backend=backend)
+        turned = left[some].transpose(1, 2)
+        sparse_add_outer_(out[some], turned, columns, offset, seed=seed, nnz=nnz, backend=backend, scale=scale)
 
 
 def _add_torch_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .native import aligned_scratch, native_library, run_jobs, share_rows
-from .tiles import outer_tiles, window_columns
+from .tiles import outer_tiles, scaled, window_columns
 
 __all__ = ["add_at_native_", "add_native_", "add_outer_native_", "add_windows_native_", "sparse_map_native"]
 
@@ -82,8 +82,10 @@ def add_native_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int) -> 
         _add_rows_(out[laned:], rows[laned:], offset, seed, nnz)
 
 
-def add_outer_native_(out: Tensor, left: Tensor, right: Tensor, offset: int, seed: int, nnz: int) -> None:
-    """Add R vec(sum_t left_t (x) right_t), for left (B, T, o) and right (B, T, i), to out (B, k)."""
+def add_outer_native_(
+    out: Tensor, left: Tensor, right: Tensor, offset: int, seed: int, nnz: int, scale: Tensor | None = None
+) -> None:
+    """Add R vec(sum_t left_t (x) right_t), for left (B, T, o) and right (B, T, i), to out (B, k); see `scaled`."""
     (batch, steps, o), i, dim = left.shape, right.shape[2], out.shape[1]
     left, right = _last_contiguous(left), _last_contiguous(right)
     work = (1 + steps // 8) * o * i
@@ -114,16 +116,25 @@ def add_outer_native_(out: Tensor, left: Tensor, right: Tensor, offset: int, see
                 seed,
                 dim,
                 nnz,
+                _scale_address(scale, row * i),
             )
 
         _sum_lanes_(out[:laned], parts, nnz, (0.07 * nnz + 0.01 * steps) * o * i, add)
     if laned < batch:
         for some, start, tile in outer_tiles(left[laned:], right[laned:], _TILE):
-            _add_rows_(out[laned:][some], tile, offset + start, seed, nnz)
+            _add_rows_(out[laned:][some], scaled(tile, start, scale), offset + start, seed, nnz)
 
 
 def add_windows_native_(
-    out: Tensor, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, offset: int, seed: int, nnz: int
+    out: Tensor,
+    left: Tensor,
+    right: Tensor,
+    taps: Tensor,
+    windows: Tensor,
+    offset: int,
+    seed: int,
+    nnz: int,
+    scale: Tensor | None = None,
 ) -> None:
     """Add R vec(G), G[b, o, c, j] = sum_l left[b, o, l] right[b, c, taps[j] + windows[l]], to out (B, k)."""
     (batch, o, count), (_, c, plane), dim, j = left.shape, right.shape, out.shape[1], len(taps)
@@ -163,11 +174,12 @@ def add_windows_native_(
                 seed,
                 dim,
                 nnz,
+                _scale_address(scale, row * c * j),
             )
 
         _sum_lanes_(out[:laned], parts, nnz, (0.07 * nnz + 0.01 * count) * o * c * j, add)
     for some, columns in window_columns(right[laned:], taps, windows):
-        add_outer_native_(out[laned:][some], left[laned:][some].transpose(1, 2), columns, offset, seed, nnz)
+        add_outer_native_(out[laned:][some], left[laned:][some].transpose(1, 2), columns, offset, seed, nnz, scale)
 
 
 def add_at_native_(out: Tensor, rows: Tensor, examples: Tensor, offsets: Tensor, seed: int, nnz: int) -> None:
@@ -274,6 +286,10 @@ def _last_contiguous(x: Tensor) -> Tensor:
 def _address(x: Tensor, first: int, column: int) -> int:
     """Of element (first, ..., column) of float32 numbers whose last axis is contiguous."""
     return x.data_ptr() + 4 * (first * x.stride(0) + column)
+
+
+def _scale_address(scale: Tensor | None, first: int) -> int | None:
+    return None if scale is None else scale.data_ptr() + 4 * first
 
 
 def _library() -> ctypes.CDLL:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["outer_tiles", "window_columns"]
+__all__ = ["outer_tiles", "scaled", "window_columns"]
 
 _COLUMNS = 6 << 20  # numbers of the columns of a convolution that are held at once
 
@@ -34,6 +34,11 @@ def outer_tiles(left: Tensor, right: Tensor, elements: int) -> Iterator[tuple[sl
             tile = _buffer(count * piece.shape[1] * i, left).view(count, piece.shape[1], i)
             torch.bmm(piece, right[some], out=tile)
             yield some, row * i, tile.flatten(1)
+
+
+def scaled(tile: Tensor, start: int, scale: Tensor | None) -> Tensor:
+    """The tile with each coordinate, the first of them `start`, times its entry of scale, in place; None for ones."""
+    return tile if scale is None else tile.mul_(scale[start : start + tile.shape[1]])
 
 
 def window_columns(right: Tensor, taps: Tensor, windows: Tensor) -> Iterator[tuple[slice, Tensor]]:

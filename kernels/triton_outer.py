@@ -44,6 +44,7 @@ def _outer_kernel(
     steps,
     columns,
     tables,
+    scales,
     batch,
     count,
     n_rows,
@@ -62,6 +63,7 @@ def _outer_kernel(
     key0,
     key1,
     WINDOWS: tl.constexpr,
+    SCALED: tl.constexpr,
     NNZ: tl.constexpr,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -121,6 +123,8 @@ def _outer_kernel(
             place = start - begin + position
             there = (place >= 0) & (place < end - begin) & (position < K)
             x = tl.load(own + place[None, :], mask=there[None, :], other=0.0)
+            if SCALED:
+                x *= tl.load(scales + (begin - offset + place)[None, :], mask=there[None, :], other=0.0)
             for copy in tl.static_range(NNZ):
                 multiplier = tl.load(tables + copy * blocks + block - first_block)
                 shift = tl.load(tables + (NNZ + copy) * blocks + block - first_block)
@@ -130,32 +134,41 @@ def _outer_kernel(
         tl.debug_barrier()  # before the next task overwrites the scratch
 
 
-def add_outer_triton_(out: Tensor, left: Tensor, right: Tensor, offset: int, seed: int, nnz: int) -> None:
-    """Add R vec(sum_t left_t (x) right_t), left (B, T, o) and right (B, T, i) of any strides, to out (B, k) float32."""
+def add_outer_triton_(
+    out: Tensor, left: Tensor, right: Tensor, offset: int, seed: int, nnz: int, scale: Tensor | None = None
+) -> None:
+    """Add R vec(sum_t left_t (x) right_t), left (B, T, o) and right (B, T, i) of any strides, to out (B, k) float32.
+
+    With scale (o i,) float32, contiguous, each coordinate counts times its entry.
+    """
+    left, right = _operands(left, right)
     strides = (left.stride(0), left.stride(1), left.stride(2), right.stride(0), right.stride(1), right.stride(2))
     shape = (left.shape[1], left.shape[2], right.shape[2])
-    _launch(out, left, right, None, None, shape, strides, offset, seed, nnz)
+    _launch(out, left, right, None, None, shape, strides, offset, seed, nnz, scale)
 
 
 def add_windows_triton_(
-    out: Tensor, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, offset: int, seed: int, nnz: int
-) -> None:
-    """Add R vec(G), G[b, o, c, j] = sum_l left[b, o, l] right[b, c, taps[j] + windows[l]], to out (B, k) float32."""
+    out: Tensor, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, offset: int, seed: int, nnz: int,
+    scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Add R vec(G), G[b, o, c, j] = sum_l left[b, o, l] right[b, c, taps[j] + windows[l]], to out (B, k) float32.
+
+    With scale (o c J,) float32, contiguous, each coordinate counts times its entry.
+    """
+    left, right = _operands(left, right)
     right = right if right.stride(2) == 1 else right.contiguous()
     channels = torch.arange(right.shape[1], device=right.device)
     columns = (channels[:, None] * right.stride(1) + taps.to(right.device)[None, :]).flatten()  # (C J)
     strides = (left.stride(0), left.stride(2), left.stride(1), right.stride(0), 0, 0)
     shape = (left.shape[2], left.shape[1], len(columns))
-    _launch(out, left, right, windows.to(right.device, torch.int64), columns, shape, strides, offset, seed, nnz)
+    _launch(out, left, right, windows.to(right.device, torch.int64), columns, shape, strides, offset, seed, nnz, scale)
 
 
 def _launch(
     out: Tensor, left: Tensor, right: Tensor, steps: Tensor | None, columns: Tensor | None,
-    shape: tuple[int, int, int], strides: tuple[int, ...], offset: int, seed: int, nnz: int,
+    shape: tuple[int, int, int], strides: tuple[int, ...], offset: int, seed: int, nnz: int, scale: Tensor | None,
 ) -> None:  # fmt: skip
     (count, n_rows, n_columns), (batch, dim) = shape, out.shape
-    if left.dtype != right.dtype or left.dtype not in _HALVES:
-        left, right = _float(left), _float(right)
     tile_rows, tile_columns = (64, 64) if n_rows >= 64 else (16, 128)
     task_rows = triton.cdiv(max(1, _TASK * dim // n_columns), tile_rows) * tile_rows
     tasks = triton.cdiv(n_rows, task_rows)
@@ -164,20 +177,22 @@ def _launch(
     programs = min(batch * tasks, _programs(out.device))
     scratch = torch.empty(programs, min(task_rows, n_rows) * n_columns, device=out.device)
     partials = torch.empty(tasks, batch, dim, device=out.device)
-    width = columns_width(dim)
     _outer_kernel[(programs,)](
         partials, scratch, left, right, left if steps is None else steps, left if columns is None else columns, tables,
-        batch, count, n_rows, n_columns, *strides, min(task_rows, n_rows), tasks, offset, first, last - first,
-        *split_seed(seed), WINDOWS=steps is not None, NNZ=nnz, K=dim, WIDTH=width, ALIGNED=dim % 128 == 0,
-        ROWS=tile_rows, COLUMNS=tile_columns, STEPS=64 if count >= 64 else 16,
-        PRECISION="ieee" if left.dtype in _HALVES else "tf32x3", WIDEN=interpreted(), num_warps=8,
+        partials if scale is None else scale, batch, count, n_rows, n_columns, *strides, min(task_rows, n_rows), tasks,
+        offset, first, last - first, *split_seed(seed), WINDOWS=steps is not None, SCALED=scale is not None, NNZ=nnz,
+        K=dim, WIDTH=columns_width(dim), ALIGNED=dim % 128 == 0, ROWS=tile_rows, COLUMNS=tile_columns,
+        STEPS=64 if count >= 64 else 16, PRECISION="ieee" if left.dtype in _HALVES else "tf32x3", WIDEN=interpreted(),
+        num_warps=8,
     )  # fmt: skip
     add_partials_(out, partials, nnz**-0.5)
 
 
-def _float(x: Tensor) -> Tensor:
-    """As float32; a copy keeps the order of its strides."""
-    return x if x.dtype == torch.float32 else x.to(torch.float32)
+def _operands(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one half precision, or else in float32."""
+    if left.dtype == right.dtype and left.dtype in _HALVES:
+        return left, right
+    return left.float(), right.float()
 
 
 def _programs(device: torch.device) -> int:

@@ -19,13 +19,14 @@ from source_proj.queries import QueryFeatures
 from source_proj.scores import Hits, PredictedChange, Scores
 from source_proj.sketch import Sketch
 from source_proj.source import Segment, SegmentScores, Source
-from source_proj.task import CausalLM, Classification, Regression, Task
-from source_proj.trajectory import SGD, Checkpoint, Recorder, Stage, Trajectory
+from source_proj.task import CausalLM, Classification, Regression, Task, TokenQueries
+from source_proj.trajectory import SGD, Adam, Checkpoint, ParameterGroup, Recorder, RMSprop, Stage, Trajectory
 
 __version__ = version("source-proj")
 
 __all__ = [
     "SGD",
+    "Adam",
     "Bank",
     "BankError",
     "CausalLM",
@@ -38,8 +39,10 @@ __all__ = [
     "Hydra",
     "InfluenceFunction",
     "MismatchError",
+    "ParameterGroup",
     "PredictedChange",
     "QueryFeatures",
+    "RMSprop",
     "Recorder",
     "Regression",
     "RepSim",
@@ -52,6 +55,7 @@ __all__ = [
     "Stage",
     "StageBank",
     "Task",
+    "TokenQueries",
     "TracIn",
     "Trajectory",
     "Trak",

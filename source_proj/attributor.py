@@ -139,6 +139,7 @@ class Attributor(ABC):
                 self.task,
                 queries,
                 checkpoints=self._query_points(bank),
+                metrics=self._query_metrics(bank),
                 batch_size=self.batch_size,
                 device=self.device,
                 progress=self.progress,
@@ -156,15 +157,19 @@ class Attributor(ABC):
         """Return the checkpoints at which queries are differentiated."""
         return [bank.final_checkpoint()]
 
-    def _query(self, bank: Bank, features: QueryFeatures) -> Tensor:
+    def _query_metrics(self, bank: Bank) -> list[int]:
+        """Return the metrics of the bank that queries are needed in: by default, all of them."""
+        return list(range(len(bank.metrics)))
+
+    def _query(self, bank: Bank, features: QueryFeatures, metric: int = 0) -> Tensor:
         """Return the sketched query gradients ``(Q, k)``, the mean over the checkpoints where they are taken."""
-        points = self._query_points(bank)
-        total = features.at(points[0])
+        points, digest = self._query_points(bank), bank.metrics.hash(metric)
+        total = features.at(points[0], digest)
         if len(points) == 1:
             return total
         total = total.clone()
         for point in points[1:]:
-            total += features.at(point)
+            total += features.at(point, digest)
         return total.div_(len(points))
 
     def _combine(self, products: list[Tensor], operands: list[Operand]) -> Tensor:  # noqa: ARG002

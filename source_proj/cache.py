@@ -20,12 +20,13 @@ import numpy as np
 import platformdirs
 import torch
 import zarr
+from torch import Tensor
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from source_proj.bank import Bank
-from source_proj.curvature import Factors, Spectrum, spectrum
+from source_proj.curvature import Factors, Spectrum, cross_moment, spectrum
 
-__all__ = ["FitCache", "cached_spectrum"]
+__all__ = ["FitCache", "cached_cross_moment", "cached_spectrum"]
 
 _VERSION = 1  # of the entries' meaning: raise it when a formula changes
 _CHUNK_BYTES = 16 << 20
@@ -103,6 +104,27 @@ def cached_spectrum(
     arrays = FitCache(bank).get("spectrum", settings, compute) if cache else compute()
     target = device or "cpu"
     return Spectrum(torch.from_numpy(arrays["values"]).to(target), torch.from_numpy(arrays["vectors"]).to(target))
+
+
+def cached_cross_moment(
+    bank: Bank,
+    stage: int,
+    checkpoints: Sequence[int],
+    metric: int,
+    curvature: Factors,
+    *,
+    device: torch.device | str | None = None,
+    cache: bool = True,
+) -> Tensor:
+    """Return the matrix that leads from some checkpoints' metric to an earlier one, from the bank's cache if there."""
+
+    def compute() -> dict[str, np.ndarray]:
+        found = cross_moment(bank.stages[stage], checkpoints, metric, curvature, device=device or "cpu")
+        return {"matrix": found.cpu().numpy()}
+
+    settings = {"stage": stage, "checkpoints": list(checkpoints), "metric": metric, "curvature": curvature}
+    arrays = FitCache(bank).get("crossing", settings, compute) if cache else compute()
+    return torch.from_numpy(arrays["matrix"]).to(device or "cpu")
 
 
 def _digest(description: Mapping[str, Any]) -> str:

@@ -26,6 +26,8 @@ __all__ = [
     "Damping",
     "Spectrum",
     "check_damping",
+    "cross_moment",
+    "crossing",
     "damping_value",
     "default_curvature",
     "forgetting",
@@ -116,6 +118,16 @@ def forgetting(time: float, decay: float) -> Callable[[Tensor], Tensor]:
     return lambda eigenvalues: torch.exp(-time * (eigenvalues + decay))
 
 
+def crossing(time: float, decay: float) -> Callable[[Tensor], Tensor]:
+    """exp(-s λ) (exp(-s σ) - 1)/σ, and its limit -s exp(-s λ) at σ = 0.
+
+    With P_l^½ H_l P_l^½ = H̃, a segment takes P_m^½ v to
+    exp(-s λ) P_m^½ v + P_m^½ H_l P_l^½ crossing(H̃) P_l^½ v, for any other metric P_m.
+    """
+    inner = response(time, 0.0, 0.0)
+    return lambda eigenvalues: -math.exp(-time * decay) * inner(eigenvalues)
+
+
 def noise_floor(trace: float, dim: int, *, noise_free: bool) -> float:
     """ρ = tr(Ĥ)/k, the size of the sketch's own noise in Ĥ's eigenvalues; 0 where the sketch is exact."""
     return 0.0 if noise_free else trace / dim
@@ -189,6 +201,39 @@ def spectrum(
     return _primal(_factors(stage, checkpoints, curvature, device), count, dim)
 
 
+def cross_moment(
+    stage: StageBank,
+    checkpoints: Sequence[int],
+    metric: int,
+    curvature: Factors = "empirical_fisher",
+    *,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """C = (1/N) Σ_i (R P_m^½ a_i)(R P_l^½ a_i)ᵀ, ``(k, k)`` float64: the mean over some checkpoints in the metric l.
+
+    Args:
+        stage: the stage's rows.
+        checkpoints: which of its checkpoints are averaged.
+        metric: the metric m of earlier checkpoints.
+        curvature: which factors.
+        device: where the products are computed.
+
+    Raises:
+        ValueError: for a curvature or a metric that the bank's rows do not offer.
+    """
+    _check(stage, curvature)
+    total: Tensor | None = None
+    count = 0
+    pairs = (_factors(stage, checkpoints, curvature, device, m) for m in (metric, None))
+    for there, here in zip(*pairs, strict=True):
+        product = (there.T @ here).double()
+        total = product if total is None else total.add_(product)
+        count += len(here)
+    if total is None:
+        raise ValueError("a segment needs at least one checkpoint")
+    return total.div_(count)
+
+
 def _check(stage: StageBank, curvature: Factors) -> None:
     if curvature not in get_args(Factors):
         raise ValueError(f"unknown curvature {curvature!r}; choose one of {', '.join(get_args(Curvature))}")
@@ -200,12 +245,18 @@ def _check(stage: StageBank, curvature: Factors) -> None:
 
 
 def _factors(
-    stage: StageBank, checkpoints: Sequence[int], curvature: Factors, device: torch.device | str
+    stage: StageBank,
+    checkpoints: Sequence[int],
+    curvature: Factors,
+    device: torch.device | str,
+    metric: int | None = None,
 ) -> Iterator[Tensor]:
     """Yield the factors a_i as rows, ``(n, k)`` float32, block by block."""
     what: Literal["output", "sampled_fisher"] = "sampled_fisher" if curvature == "sampled_fisher" else "output"
     for checkpoint in checkpoints:
-        for block in stage.iter_rows(checkpoint, what):
+        # Named only where it is another than the checkpoint's own.
+        other = {} if metric is None else {"metric": metric}
+        for block in stage.iter_rows(checkpoint, what, **other):
             rows = block.rows.to(device)
             yield rows if curvature == "sampled_fisher" else rows.mul_(_weights(block, curvature).to(device)[:, None])
 

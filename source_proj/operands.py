@@ -40,10 +40,15 @@ def stage_start(bank: Bank, stage: int) -> int:
     return sum(one.n for one in bank.stages[:stage])
 
 
-def loss_gradients(bank: Bank, stage: int, checkpoint: int, device: torch.device | str | None) -> Iterator[Operand]:
-    """Loss gradients g = ℓ'φ of a stage's examples at one checkpoint, at their rows among all stages."""
+def loss_gradients(
+    bank: Bank, stage: int, checkpoint: int, device: torch.device | str | None, metric: int | None = None
+) -> Iterator[Operand]:
+    """Loss gradients g = ℓ'φ of a stage's examples at one checkpoint, at their rows among all stages.
+
+    They are in the checkpoint's own metric, unless another one is named.
+    """
     start = stage_start(bank, stage)
-    for block in bank.stages[stage].iter_rows(checkpoint):
+    for block in bank.stages[stage].iter_rows(checkpoint, metric=metric):
         rows = block.rows.to(device or "cpu").mul_(block.d1.to(device or "cpu")[:, None])
         yield Operand(start + block.start, start + block.stop, rows)
 
@@ -65,10 +70,14 @@ def encoded_gradients(
 
 
 def mean_gradients(
-    bank: Bank, stage: int, checkpoints: Sequence[int], device: torch.device | str | None
+    bank: Bank,
+    stage: int,
+    checkpoints: Sequence[int],
+    device: torch.device | str | None,
+    metric: int | None = None,
 ) -> Iterator[Operand]:
-    """ḡ_l: the loss gradients averaged over checkpoints of its stage."""
-    streams = [loss_gradients(bank, stage, checkpoint, device) for checkpoint in checkpoints]
+    """ḡ_l: the loss gradients averaged over checkpoints of its stage; see `loss_gradients` for the metric."""
+    streams = [loss_gradients(bank, stage, checkpoint, device, metric) for checkpoint in checkpoints]
     for blocks in zip(*streams, strict=True):
         mean = blocks[0].rows
         for block in blocks[1:]:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from source_proj.bank import Bank, batches, dataset_size, placed
 from source_proj.errors import GradientError, MismatchError
 from source_proj.gradients import ParameterSpace, gradient_engine, nonfinite_examples
-from source_proj.task import Task
+from source_proj.task import Task, TokenQueries
 from source_proj.trajectory import Checkpoint
 
-__all__ = ["QueryFeatures", "resolve_task", "sketch_queries"]
+__all__ = ["QueryFeatures", "point_key", "resolve_task", "sketch_queries"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class QueryFeatures:
     """Sketched measurement gradients of Q queries: compute them once, ask many methods.
 
     Attributes:
-        rows: by checkpoint hash, R∇m(q) at these weights, each ``(Q, k)`` float32.
+        rows: by :func:`point_key`, R∇m(q) at these weights (R P^½ ∇m(q) in a metric P), each ``(Q, k)`` float32.
         ids: Q query ids.
         sketch: the sketch's description; a bank's must equal it.
     """
@@ -33,19 +33,26 @@ class QueryFeatures:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def at(self, checkpoint: Checkpoint) -> Tensor:
-        """Return the rows ``(Q, k)`` taken at a checkpoint.
+    def at(self, checkpoint: Checkpoint, metric: str | None = None) -> Tensor:
+        """Return the rows ``(Q, k)`` taken at a checkpoint, in the metric of a hash.
 
         Raises:
-            MismatchError: if these features were not computed at that checkpoint.
+            MismatchError: if these features were not computed at that checkpoint, or not in that metric.
         """
-        rows = self.rows.get(checkpoint.hash())
+        rows = self.rows.get(point_key(checkpoint, metric))
         if rows is None:
+            known = [" in metric ".join(part[:12] for part in key.split(":")) for key in self.rows]
+            wanted = " in metric ".join(part[:12] for part in point_key(checkpoint, metric).split(":"))
             raise MismatchError(
-                f"these query features were taken at weights {[key[:12] for key in self.rows]}, and are needed at "
-                f"{checkpoint.hash()[:12]} (step {checkpoint.step}); compute them with the method's own sketch(queries)"
+                f"these query features were taken at weights {known}, and are needed at "
+                f"{wanted} (step {checkpoint.step}); compute them with the method's own sketch(queries)"
             )
         return rows
+
+
+def point_key(checkpoint: Checkpoint, metric: str | None) -> str:
+    """Name of a point where queries are differentiated: the weights' hash, and the metric's where there is one."""
+    return checkpoint.hash() if metric is None else f"{checkpoint.hash()}:{metric}"
 
 
 def resolve_task(bank: Bank, task: Task | None) -> Task:
@@ -71,6 +78,7 @@ def sketch_queries(
     queries: Any,
     *,
     checkpoints: Sequence[Checkpoint] | None = None,
+    metrics: Sequence[int] | None = None,
     ids: Sequence[Any] | None = None,
     batch_size: int = 64,
     device: torch.device | str | None = None,
@@ -86,7 +94,8 @@ def sketch_queries(
         task: gives the measurement.
         queries: map-style dataset or DataLoader; its order defines the ids unless ``ids`` are given.
         checkpoints: where to take the gradients: one backward pass over the queries each.
-        ids: ids of the queries; default 0, 1, 2, …
+        metrics: which of the bank's metrics to take them in, all from one pass; default: all of them.
+        ids: ids of the queries; default 0, 1, 2, …, or "sequence/position" of :class:`TokenQueries`.
         batch_size: queries a pass; a DataLoader brings its own.
         device: where the model runs; default: where its parameters are.
         progress: show a progress bar after two seconds.
@@ -98,22 +107,27 @@ def sketch_queries(
     space = ParameterSpace.from_spec(bank.space_spec)
     points = list(checkpoints) if checkpoints is not None else [bank.final_checkpoint()]
     count = dataset_size(queries)
+    if ids is None and isinstance(queries, TokenQueries):
+        ids = queries.ids
     query_ids = list(ids) if ids is not None else list(range(count))
     if len(query_ids) != count:
         raise MismatchError(f"got {len(query_ids)} query ids for {count} queries; give one id a query")
-    features = {}
+    wanted = list(range(len(bank.metrics))) if metrics is None else list(metrics)
+    features: dict[str, Tensor] = {}
     for point in points:
         with placed(model, device) as where, point.applied_to(model):
             engine = gradient_engine(model, space, bank.sketch, method=bank.gradients, autocast=bank.autocast)
-            rows = []
+            scales = [None if scale is None else scale.to(where) for scale in bank.metrics.scales(wanted)]
+            rows: list[list[Tensor]] = [[] for _ in wanted]
             for start, batch in batches(queries, batch_size, device=where, progress=progress):
-                _, row = engine.sketch(task.measurement, batch)
-                bad = nonfinite_examples(row)
+                _, found = engine.sketch_scaled(task.measurement, batch, scales)
+                bad = sorted({i for row in found for i in nonfinite_examples(row)})
                 if bad:
                     raise GradientError(
                         f"the measurement's gradient is not finite for queries {[query_ids[start + i] for i in bad]} "
                         f"at step {point.step}; look at their inputs, or at the weights of that checkpoint"
                     )
-                rows.append(row.cpu())
-        features[point.hash()] = torch.cat(rows)
+                for kept, row in zip(rows, found, strict=True):
+                    kept.append(row.cpu())
+        features |= {point_key(point, bank.metrics.hash(m)): torch.cat(r) for m, r in zip(wanted, rows, strict=True)}
     return QueryFeatures(features, query_ids, bank.sketch.spec())

@@ -19,6 +19,7 @@ __all__ = ["Sketch"]
 
 _PORTABLE = "portable"  # in a spec: the matrix that every backend makes
 _CONVERTED = 1 << 16  # coordinates that are converted to float32 at once
+_SCALED_TILE = 1 << 18  # numbers of a tile of scaled gradients
 
 
 _Arguments = ParamSpec("_Arguments")
@@ -220,7 +221,7 @@ class Sketch:
             kernels.sparse_add_(out, rows, offset, seed=self.seed, nnz=self.nnz, backend=backend)
 
     @_plain
-    def add_outer_(self, out: Tensor, left: Tensor, right: Tensor, offset: int) -> None:
+    def add_outer_(self, out: Tensor, left: Tensor, right: Tensor, offset: int, scale: Tensor | None = None) -> None:
         """Add R vec(sum_t left_t (x) right_t) to out, in place, without making the B x d matrix.
 
         This is the gradient of a linear layer's weight (o, i), in C order, when left holds output gradients and right
@@ -231,10 +232,11 @@ class Sketch:
             left: (B, T, o) of any floating point type.
             right: (B, T, i).
             offset: absolute coordinate of the weight's first entry.
+            scale: (o i,) float32, what each coordinate counts times, a metric's diagonal; None for ones.
 
         Raises:
             ValueError: shapes, devices or coordinates do not fit.
-            TypeError: left or right is not floating point or out is not float32.
+            TypeError: left or right is not floating point, or out or scale is not float32.
         """
         self._check(out, left, 3, "left (B, T, o)")
         self._check(out, right, 3, "right (B, T, i)")
@@ -242,26 +244,50 @@ class Sketch:
             raise ValueError(f"left {tuple(left.shape)} and right {tuple(right.shape)} differ in their second axis, T")
         count = left.shape[2] * right.shape[2]
         _check_range(offset, count)
+        scale = _checked_scale(scale, count, out)
         if 0 in (*left.shape, *right.shape):
             return
         backend = self._serving(out)
-        if backend != "triton":
+        if backend != "triton" or self.kind != "sparse":
             left, right = left.float(), right.float()
         if self.kind == "identity":
             self._check_identity(offset, count)
-            out[:, offset : offset + count] += (left.transpose(1, 2) @ right).flatten(1)
+            out[:, offset : offset + count] += kernels.scaled((left.transpose(1, 2) @ right).flatten(1), 0, scale)
+        elif self.kind == "sparse":
+            options: dict[str, Any] = {"seed": self.seed, "nnz": self.nnz, "backend": backend}
+            kernels.sparse_add_outer_(out, left, right, offset, scale=scale, **options)
+        elif scale is not None:
+            self._add_scaled_outer(out, left, right, offset, scale)
         elif self.kind == "kronecker":
             kernels.kronecker_add_outer_(out, left, right, offset, seed=self.seed, backend=backend)
-        elif self.kind == "rademacher":
+        else:
             kernels.rademacher_add_outer_(
                 out, left, right, offset, seed=self.seed, backend=backend, multiprocessors=self.multiprocessors
             )
-        else:
-            kernels.sparse_add_outer_(out, left, right, offset, seed=self.seed, nnz=self.nnz, backend=backend)
+
+    def _add_scaled_outer(self, out: Tensor, left: Tensor, right: Tensor, offset: int, scale: Tensor) -> None:
+        """The product tile by tile; whole matrices, of few examples, for the two-sided kind."""
+        shape = (left.shape[2], right.shape[2])
+        if self.kind == "kronecker":
+            step = max(1, _SCALED_TILE // math.prod(shape))
+            for b in range(0, len(left), step):
+                some = slice(b, b + step)
+                whole = (left[some].transpose(1, 2) @ right[some]).flatten(1)
+                self.add_(out[some], kernels.scaled(whole, 0, scale), offset, shape)
+            return
+        for some, start, tile in kernels.outer_tiles(left, right, _SCALED_TILE):
+            self.add_(out[some], kernels.scaled(tile, start, scale), offset + start)
 
     @_plain
     def add_windows_(
-        self, out: Tensor, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, offset: int
+        self,
+        out: Tensor,
+        left: Tensor,
+        right: Tensor,
+        taps: Tensor,
+        windows: Tensor,
+        offset: int,
+        scale: Tensor | None = None,
     ) -> None:
         """Add R vec(G), G[o, c, j] = sum_l left[o, l] right[c, taps[j] + windows[l]], to out, in place.
 
@@ -275,6 +301,7 @@ class Sketch:
             taps: (J,) integers, the offset of each position of the kernel.
             windows: (L,) integers, the offset of each output position.
             offset: absolute coordinate of the weight's first entry.
+            scale: (o c J,) float32, what each coordinate counts times, a metric's diagonal; None for ones.
 
         Raises:
             ValueError: shapes, devices or coordinates do not fit, or a window reaches out of its channel.
@@ -283,18 +310,21 @@ class Sketch:
         self._check(out, left, 3, "left (B, o, L)")
         self._check(out, right, 3, "right (B, c, plane)")
         _check_windows(left, right, taps, windows)
-        _check_range(offset, left.shape[1] * right.shape[1] * len(taps))
+        count = left.shape[1] * right.shape[1] * len(taps)
+        _check_range(offset, count)
+        scale = _checked_scale(scale, count, out)
         if 0 in (*left.shape, *right.shape, len(taps)):
             return
         backend = self._serving(out)
         if backend != "triton":
             left, right = left.float(), right.float()
         if self.kind == "sparse":
-            options: dict[str, Any] = {"seed": self.seed, "nnz": self.nnz, "backend": backend}
-            kernels.sparse_add_windows_(out, left, right, taps, windows, offset, **options)
+            kernels.sparse_add_windows_(
+                out, left, right, taps, windows, offset, seed=self.seed, nnz=self.nnz, backend=backend, scale=scale
+            )
             return
         for some, columns in kernels.window_columns(right, taps, windows):
-            self.add_outer_(out[some], left[some].transpose(1, 2), columns, offset)
+            self.add_outer_(out[some], left[some].transpose(1, 2), columns, offset, scale)
 
     @_plain
     def add_at_(self, out: Tensor, rows: Tensor, examples: Tensor, offsets: Tensor) -> None:
@@ -398,6 +428,16 @@ def _check_types(out: Tensor, rows: Tensor, axes: int, name: str) -> None:
         raise ValueError(f"{name} is {tuple(rows.shape)}; give {axes} axes")
     if out.device != rows.device:
         raise ValueError(f"out is on {out.device} and {name} is on {rows.device}; move them to one device")
+
+
+def _checked_scale(scale: Tensor | None, count: int, out: Tensor) -> Tensor | None:
+    if scale is None:
+        return None
+    if scale.dtype != torch.float32:
+        raise TypeError(f"scale is {scale.dtype}; give torch.float32")
+    if tuple(scale.shape) != (count,) or scale.device != out.device:
+        raise ValueError(f"scale is {tuple(scale.shape)} on {scale.device}; give ({count},) on {out.device}")
+    return scale.contiguous()
 
 
 def _check_windows(left: Tensor, right: Tensor, taps: Tensor, windows: Tensor) -> None:

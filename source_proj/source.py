@@ -9,6 +9,15 @@ Approximate Unrolled Differentiation", https://arxiv.org/abs/2405.12186). Everyt
 whole sum collapses into one matrix: score(q, ·) = -τ(q, ·) = B q̂ with
 
     B = -Σ_l (1/N) Ḡ_l c_l(Ĥ_l) S_{l+1} ··· S_L        (N x k).
+
+Where the optimizer divided its gradients by their size (Adam), all this happens in the metric of its preconditioner:
+g̃ = P_l^½ g for g, H̃_l = P_l^½ H_l P_l^½ for H_l, and a query is sketched in each segment's metric, û^(m) = R P_m^½ ∇m.
+A segment l takes the query's sketch in its own metric to exp(-s (Ĥ_l + λ)) û^(l), and that in an earlier one's to
+
+    exp(-s λ) (û^(m) + C_{l→m} h(Ĥ_l) û^(l)),
+    h(σ) = (exp(-s σ) - 1)/σ,    C_{l→m} = (1/N) Σ_i (R P_m^½ a_i)(R P_l^½ a_i)ᵀ,
+
+so that B has a block of k columns for each metric, and q̂ is [û^(1), û^(2), …].
 """
 
 import math
@@ -32,12 +41,14 @@ from source_proj.attributor import (
 )
 from source_proj.bank import Bank
 from source_proj.bank.quantize import STORAGES, Storage, encode, has_scale
-from source_proj.cache import FitCache, cached_spectrum
+from source_proj.cache import FitCache, cached_cross_moment, cached_spectrum
+from source_proj.carried import CarriedQuery
 from source_proj.curvature import (
     Curvature,
     Damping,
     Spectrum,
     check_damping,
+    crossing,
     damping_value,
     default_curvature,
     forgetting,
@@ -47,7 +58,7 @@ from source_proj.operands import Operand, mean_gradients
 from source_proj.queries import QueryFeatures
 from source_proj.scores import PredictedChange, Scores
 from source_proj.task import Task
-from source_proj.trajectory import Checkpoint, segment_times, split_segments
+from source_proj.trajectory import Checkpoint, segment_decays, segment_times, split_segments
 
 __all__ = ["Segment", "SegmentScores", "Source"]
 
@@ -67,6 +78,7 @@ class Segment:
         n: number of training examples of its stage.
         trace: tr(Ĥ).
         damping: what was added to the eigenvalues inside c.
+        metric: the bank's metric that the segment's rows are in; 0 without a preconditioner.
     """
 
     stage: int
@@ -77,6 +89,7 @@ class Segment:
     n: int
     trace: float
     damping: float
+    metric: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,7 +206,7 @@ class Source(Attributor):
         self._spectra: dict[tuple[str, int, tuple[int, ...]], Spectrum] = {}
 
     def __repr__(self) -> str:
-        rows, dim = self.n_rows, self.banks[0].sketch.dim
+        rows, dim = self.n_rows, self._width(self.banks[0])
         scaled = " with a float32 scale a row" if has_scale(self.storage) else ""
         runs = "" if len(self.banks) == 1 else f"; {len(self.banks)} runs"
         return (
@@ -212,7 +225,12 @@ class Source(Attributor):
         """Bytes of B in memory, scales included, of all banks together."""
         width = getattr(torch, self.storage).itemsize
         scale = 4 if has_scale(self.storage) else 0
-        return sum(bank.n_rows * (bank.sketch.dim * width + scale) for bank in self.banks)
+        return sum(bank.n_rows * (self._width(bank) * width + scale) for bank in self.banks)
+
+    @staticmethod
+    def _width(bank: Bank) -> int:
+        """Columns of B: k for each metric."""
+        return bank.sketch.dim * len(bank.metrics)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -221,7 +239,7 @@ class Source(Attributor):
             return self._fit_segments(self.banks[0])
 
     def _matrix(self, bank: Bank) -> Operand:
-        """B, ``(N, k)`` in its storage's type, with its scales."""
+        """B, ``(N, k)``, ``(N, M·k)`` for M metrics, in its storage's type, with its scales."""
 
         def compute() -> dict[str, np.ndarray]:
             with self._spectra_in_memory():
@@ -243,7 +261,8 @@ class Source(Attributor):
 
     def _collapse(self, bank: Bank) -> dict[str, Tensor]:
         """B and its scales, encoded block by block so that no float32 copy of another storage's B exists."""
-        made = {"B": torch.empty(bank.n_rows, bank.sketch.dim, dtype=getattr(torch, self.storage))}
+        dim, width = bank.sketch.dim, self._width(bank)
+        made = {"B": torch.empty(bank.n_rows, width, dtype=getattr(torch, self.storage))}
         if has_scale(self.storage):
             made["scale"] = torch.empty(bank.n_rows)
         segments = self._fit_segments(bank)
@@ -252,27 +271,52 @@ class Source(Attributor):
             own = [pair for pair in zip(segments, operators, strict=True) if pair[0].stage == stage]
             streams = [mean_gradients(bank, stage, segment.checkpoints, self.device) for segment, _ in own]
             for parts in zip(*streams, strict=True):
-                block = torch.zeros_like(parts[0].rows)
-                for part, (segment, operator) in zip(parts, own, strict=True):
-                    block.add_(part.rows @ operator, alpha=-1 / segment.n)
+                block = parts[0].rows.new_zeros(len(parts[0].rows), width)
+                for part, (segment, by_metric) in zip(parts, own, strict=True):
+                    for metric, operator in by_metric.items():
+                        columns = block[:, metric * dim : (metric + 1) * dim]
+                        columns.add_(part.rows @ operator, alpha=-1 / segment.n)
                 values, scale = encode(block, self.storage)
                 made["B"][parts[0].start : parts[0].stop] = values.cpu()
                 if scale is not None:
                     made["scale"][parts[0].start : parts[0].stop] = scale.cpu()
         return made
 
-    def _operators(self, bank: Bank, segments: Sequence[Segment]) -> list[Tensor]:
-        """c_l(Ĥ_l) S_{l+1} ··· S_L for each of the given consecutive segments, ``(k, k)`` float32."""
-        operators: list[Tensor] = []
-        after: Tensor | None = None  # S_{l+1} ··· S_L
-        for segment in reversed(segments):
+    def _operators(self, bank: Bank, segments: Sequence[Segment]) -> list[dict[int, Tensor]]:
+        """What makes a segment's mean gradients rows of B, for each of the given consecutive segments.
+
+        By metric m, the ``(k, k)`` float32 matrix c_l(Ĥ_l) T_m, where Σ_m T_m û^(m) is the query's sketch in the
+        segment's own metric, after the later segments. With one metric T is S_{l+1} ··· S_L.
+        """
+        operators: list[dict[int, Tensor]] = []
+        after = CarriedQuery({segment.metric for segment in segments})
+        for index in reversed(range(len(segments))):
+            segment = segments[index]
             found = self._spectrum(bank, segment.stage, segment.checkpoints)
             own = found.apply(response(segment.time, segment.decay, segment.damping))
-            operators.append((own if after is None else own @ after).float())
-            if segment is not segments[0]:
-                kept = found.apply(forgetting(segment.time, segment.decay))
-                after = kept if after is None else kept @ after
+            operators.append({m: t.float() for m, t in after.times(own, segment.metric).items()})
+            earlier = {one.metric for one in segments[:index]}
+            if earlier:
+                kept = found.apply(forgetting(segment.time, segment.decay)) if segment.metric in earlier else None
+                crossed = {m: self._crossing(bank, segment, m) for m in sorted(earlier - {segment.metric})}
+                after.step(segment.metric, math.exp(-segment.time * segment.decay), kept, crossed)
         return operators[::-1]
+
+    def _crossing(self, bank: Bank, segment: Segment, metric: int) -> Tensor:
+        """exp(-s λ) C_{l→m} h(Ĥ_l), ``(k, k)`` float64."""
+        found = self._spectrum(bank, segment.stage, segment.checkpoints)
+        return self._cross_moment(bank, segment, metric) @ found.apply(crossing(segment.time, segment.decay))
+
+    def _cross_moment(self, bank: Bank, segment: Segment, metric: int) -> Tensor:
+        return cached_cross_moment(
+            bank,
+            segment.stage,
+            segment.checkpoints,
+            metric,
+            self.curvature,
+            device=self.device,
+            cache=self.cache,
+        )
 
     def _fit_segments(self, bank: Bank) -> tuple[Segment, ...]:
         key = bank.fingerprint
@@ -280,15 +324,16 @@ class Source(Attributor):
             segments = []
             for index, (stage, groups) in enumerate(zip(bank.stages, self._groups_of(bank), strict=True)):
                 times = [self.time_scale * time for time in segment_times(stage.spec, groups)]
-                decay = float(stage.spec["optimizer"]["weight_decay"])
-                for group, time in zip(groups, times, strict=True):
+                decays = segment_decays(stage.spec, groups)
+                for group, time, decay in zip(groups, times, decays, strict=True):
                     found = self._spectrum(bank, index, group)
                     damping = damping_value(
                         self.damping, found.trace, bank.sketch.dim, noise_free=bank.sketch.noise_free
                     )
                     name = f"{stage.name}: steps {', '.join(str(stage.spec['steps'][c]) for c in group)}"
+                    metric = stage.metric(group[0])
                     segments.append(
-                        Segment(index, name, tuple(group), time, decay, stage.n, found.trace, damping)
+                        Segment(index, name, tuple(group), time, decay, stage.n, found.trace, damping, metric)
                     )  # fmt: skip
             self._segments[key] = tuple(segments)
         return self._segments[key]
@@ -316,7 +361,9 @@ class Source(Attributor):
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
         matrix = self._matrix(bank)
-        return [Term(self._query(bank, features).to(matrix.rows.device), iter([matrix]))]
+        each = [self._query(bank, features, metric) for metric in range(len(bank.metrics))]
+        query = each[0] if len(each) == 1 else torch.cat(each, dim=1)
+        return [Term(query.to(matrix.rows.device), iter([matrix]))]
 
     def _query_points(self, bank: Bank) -> list[Checkpoint]:
         return query_points(bank, self.query_gradient)
@@ -343,24 +390,31 @@ class Source(Attributor):
                 f"the runs of this ensemble have {len(values)} and {len(own)} segments; pass segments= to make "
                 "them comparable"
             )
-        query = self._query(bank, features)
+        queries = {m: self._query(bank, features, m) for m in sorted({segment.metric for segment in own})}
         for index in reversed(range(len(own))):
             segment = own[index]
             found = self._spectrum(bank, segment.stage, segment.checkpoints)
+            query = queries[segment.metric]
             carried = found.multiply(query, response(segment.time, segment.decay, segment.damping)).float()
             for operand in mean_gradients(bank, segment.stage, segment.checkpoints, self.device):
                 part = (carried @ operand.rows.T).cpu()
                 values[index, :, operand.start : operand.stop].add_(part, alpha=-1 / (segment.n * len(self.banks)))
-            if index:
-                query = found.multiply(query, forgetting(segment.time, segment.decay))
+            for metric in sorted({one.metric for one in own[:index]}):
+                if metric == segment.metric:
+                    queries[metric] = found.multiply(query, forgetting(segment.time, segment.decay))
+                    continue
+                moved = found.multiply(query, crossing(segment.time, segment.decay))
+                moved = moved @ self._cross_moment(bank, segment, metric).T
+                queries[metric] = moved.add_(queries[metric].to(moved), alpha=math.exp(-segment.time * segment.decay))
 
     def self_influence(self) -> np.ndarray:
         """Return how much each training example lowered its own training loss, ``(N,)`` float32.
 
         It is the score of the measurement m = -(own training loss) of the example's own stage, in the loss's own unit;
-        ∇m is taken as ``query_gradient`` says, the final weights being the stage's last checkpoint. Large values mark
-        examples that the model would not fit without having seen them, mislabelled ones among them. Needs neither model
-        nor data.
+        ∇m is taken as ``query_gradient`` says, the final weights being the stage's last checkpoint; of a stage with a
+        metric for each segment, the last segment's checkpoints alone have rows in all of them, and the mean is theirs.
+        Large values mark examples that the model would not fit without having seen them, mislabelled ones among them.
+        Needs neither model nor data.
         """
         total = torch.zeros(self.n_rows)
         for bank in self.banks:
@@ -373,17 +427,20 @@ class Source(Attributor):
         segments = self._fit_segments(bank)
         for index, stage in enumerate(bank.stages):
             own = [segment for segment in segments if segment.stage == index]
-            count = stage.n_checkpoints
-            asked = range(count) if takes_mean(bank, self.query_gradient) else [count - 1]
-            for segment, operator in zip(own, self._operators(bank, own), strict=True):
-                blocks = zip(
-                    mean_gradients(bank, segment.stage, segment.checkpoints, self.device),
-                    mean_gradients(bank, index, asked, self.device),
-                    strict=True,
-                )
-                for own_mean, query in blocks:
-                    part = ((own_mean.rows @ operator) * query.rows).sum(1).cpu()
-                    total[own_mean.start : own_mean.stop].add_(part, alpha=1 / (segment.n * len(self.banks)))
+            last = stage.n_checkpoints - 1
+            asked = [last]
+            if takes_mean(bank, self.query_gradient):
+                asked = [c for c in range(stage.n_checkpoints) if stage.metric(c) == stage.metric(last)]
+            for segment, operators in zip(own, self._operators(bank, own), strict=True):
+                for metric, operator in operators.items():
+                    blocks = zip(
+                        mean_gradients(bank, segment.stage, segment.checkpoints, self.device),
+                        mean_gradients(bank, index, asked, self.device, metric),
+                        strict=True,
+                    )
+                    for own_mean, query in blocks:
+                        part = ((own_mean.rows @ operator) * query.rows).sum(1).cpu()
+                        total[own_mean.start : own_mean.stop].add_(part, alpha=1 / (segment.n * len(self.banks)))
 
     def predict_removal(self, queries: Queries, subset: Any, *, renormalize: bool = False) -> PredictedChange:
         """Predict how queries' measurements change when a subset is left out: see :meth:`Scores.predict_removal`."""
@@ -404,7 +461,17 @@ def _stage_groups(bank: Bank, segments: Segments | None) -> list[list[list[int]]
         chosen = [segments]
     else:
         raise ValueError(f"give segments a stage, as a mapping from the names {names}, not one list for all")
-    return [
+    groups = [
         [list(group) for group in stage.spec["segments"]] if one is None else split_segments(stage.n_checkpoints, one)
         for stage, one in zip(bank.stages, chosen, strict=True)
     ]
+    for stage, its in zip(bank.stages, groups, strict=True):
+        for group in its:
+            metrics = sorted({stage.metric(checkpoint) for checkpoint in group})
+            if len(metrics) > 1:
+                raise ValueError(
+                    f"the segment {group} of stage {stage.name!r} joins checkpoints whose rows are in different "
+                    f"metrics, {metrics}: keep the bank's segments {stage.spec['segments']} or cut them further, or "
+                    "build with metric='shared'"
+                )
+    return groups

@@ -15,12 +15,12 @@ import source_proj as sp
 
 ROOT = Path(sp.__file__).parent
 PUBLIC = [
-    "CausalLM", "Checkpoint", "Classification", "GradCos", "GradDot", "Hydra", "InfluenceFunction", "Recorder",
-    "Regression", "RepSim", "Scores", "SGD", "Sketch", "Source", "Stage", "Task", "TracIn", "Trajectory", "Trak",
-    "build", "empirical_influence", "evaluate", "open",
+    "CausalLM", "Checkpoint", "Classification", "GradCos", "GradDot", "Hydra", "InfluenceFunction", "Adam", "Recorder",
+    "Regression", "RepSim", "Scores", "SGD", "Sketch", "Source", "Stage", "Task", "TokenQueries", "TracIn",
+    "Trajectory", "Trak", "build", "empirical_influence", "evaluate", "open",
 ]  # fmt: skip
 METHODS = {
-    "Trajectory": ["from_stages", "from_recorder", "average_parameters"],
+    "Trajectory": ["from_stages", "from_recorder", "from_hf_trainer", "from_lightning", "average_parameters"],
     "Recorder": ["step", "trajectory", "restore"],
     "Source": ["score", "top_k", "bottom_k", "self_influence", "by_segment", "fit"],
     "Scores": ["top_k", "bottom_k", "group", "predict_removal", "to_numpy", "to_zarr", "to_pandas"],
@@ -44,11 +44,11 @@ LEVELS = [
     ["operands"],
     ["curvature"],
     ["cache"],
-    ["attributor"],
+    ["attributor", "carried"],
     ["source", "methods"],
     ["evaluate"],
     ["report"],
-    ["demo"],
+    ["demo", "integrations"],
     ["cli"],
 ]
 RANK = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -143,15 +143,18 @@ def test_pieces_sum_to_the_whole(options, offset):
 
 @over_sketches
 @pytest.mark.parametrize(("batch", "steps"), [(1, 5), (3, 1), (16, 1), (19, 40)])
-def test_outer_products_equal_the_gradient(options, batch, steps):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_outer_products_equal_the_gradient(options, batch, steps, scaled):
     sketch = Sketch(**options)
     left, right = normal(batch, steps, SHAPE[0]), normal(batch, steps, SHAPE[1], seed=1)
     gradient = left.transpose(1, 2) @ right
     out = torch.zeros(batch, sketch.dim)
-    sketch.add_outer_(out, left, right, 700)
-    expected = sketch(gradient.flatten(1), 700, SHAPE)
+    scale = 3 * normal(gradient[0].numel(), seed=2).abs() if scaled else None
+    times = 1 if scale is None else scale
+    sketch.add_outer_(out, left, right, 700, scale)
+    expected = sketch(gradient.flatten(1) * times, 700, SHAPE)
     # The gradient itself is rounded, at the size of its terms.
-    size = (left.abs().transpose(1, 2) @ right.abs()).norm()
+    size = ((left.abs().transpose(1, 2) @ right.abs()).flatten(1) * times).norm()
     assert (out - expected).norm() <= 1e-6 * size
 
 
@@ -416,6 +419,7 @@ def test_bad_calls_are_refused():
         "examples run from 0 to 2": lambda: sketch.add_at_(out, one[0], torch.arange(3), torch.arange(3)),
         "give one entry per row": lambda: sketch.add_at_(out, one[0], torch.arange(2), torch.arange(3)),
         "before start": lambda: sketch.matrix(4, 3),
+        r"scale is \(15,\) on cpu; give \(16,\) on cpu": lambda: sketch.add_outer_(out, one, one, 0, torch.ones(15)),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
@@ -425,5 +429,7 @@ def test_bad_calls_are_refused():
         sketch(torch.arange(4))
     with pytest.raises(TypeError, match=r"out is torch.float64"):
         sketch.add_(out.double(), torch.zeros(2, 5))
+    with pytest.raises(TypeError, match=r"scale is torch.float64"):
+        sketch.add_outer_(out, one, one, 0, torch.ones(16).double())
     with pytest.raises(TypeError, match=r"offsets is torch.int32"):
         sketch.add_at_(out, one[0], torch.arange(3), torch.arange(3, dtype=torch.int32))

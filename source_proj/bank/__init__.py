@@ -2,6 +2,7 @@
 
 from source_proj.bank.build import build
 from source_proj.bank.data import batches, dataset_size, placed
+from source_proj.bank.metrics import Metrics
 from source_proj.bank.rows import EncodedBlock, RowBlock, StageBank
 from source_proj.bank.store import Bank
 from source_proj.bank.store import open_bank as open
@@ -10,6 +11,7 @@ from source_proj.bank.verify import VerifyReport, verify
 __all__ = [
     "Bank",
     "EncodedBlock",
+    "Metrics",
     "RowBlock",
     "StageBank",
     "VerifyReport",

@@ -14,6 +14,7 @@ from source_proj.bank.files import beside_part, publish
 from source_proj.bank.fill import Work, checked_shard, fill
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
+from source_proj.bank.metrics import Metrics
 from source_proj.bank.part import Part, create_part, listed
 from source_proj.errors import BankError, MismatchError
 from source_proj.task import Task
@@ -27,6 +28,7 @@ def append_rows(
     settings: Settings,
     model: nn.Module,
     task: Task,
+    metrics: Metrics,
     train_set: Any,
     *,
     stage: int,
@@ -46,6 +48,7 @@ def append_rows(
         settings: its settings.
         model: a module of the bank's architecture.
         task: the bank's task.
+        metrics: its metrics.
         train_set: the new examples.
         stage: index of the stage.
         parts: the stage's parts.
@@ -79,8 +82,15 @@ def append_rows(
         require_same_part(part, _spec(part.spec.start, source, wanted, height), wanted)
     checkpoints = [checkpoint(stage, index) for index in range(part.n_checkpoints)]
     fill(
-        [Work(stage, part, source, checkpoints)], settings, model, task, shard=shard, device=device, progress=progress
-    )  # fmt: skip
+        [Work(stage, part, source, checkpoints)],
+        settings,
+        model,
+        task,
+        metrics,
+        shard=shard,
+        device=device,
+        progress=progress,
+    )
     return part
 
 

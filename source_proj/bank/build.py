@@ -13,6 +13,7 @@ from source_proj.bank.data import BatchSource, checked_ids
 from source_proj.bank.fill import Work, checked_shard, fill
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
+from source_proj.bank.metrics import plan_metrics
 from source_proj.bank.quantize import Storage
 from source_proj.bank.store import Bank
 from source_proj.errors import BankError
@@ -80,7 +81,7 @@ def build(
     Raises:
         BankError: something else is at ``path``, or it cannot be written.
         MismatchError: a bank is there that was begun with other settings or data (names both values); or the model does
-            not fit a checkpoint.
+            not fit a checkpoint; or an optimizer's state is missing or does not fit.
         GradientError: a gradient is not finite (names stage, checkpoint and ids), or cannot be computed.
         TypeError, ValueError: the data set is iterable, empty or shuffled, or an argument is out of range.
 
@@ -102,11 +103,13 @@ def build(
     sources = [BatchSource(data, batch_size) for data in _by_stage(train_set, names, "train_set")]
     given_ids = _by_stage(ids, names, "ids")
     stage_ids = [checked_ids(one, 0, s.n, name) for one, s, name in zip(given_ids, sources, names, strict=True)]
+    space = ParameterSpace.from_model(model, parameters)
+    planned = plan_metrics(trajectory, model, space)
     settings = Settings(
         sketch=sketch.spec(),
-        parameters=ParameterSpace.from_model(model, parameters).spec(),
+        parameters=space.spec(),
         task=task.spec(),
-        trajectory=trajectory.spec(),
+        trajectory=planned.spec,
         storage=storage,
         sampled_fisher=sampled_fisher,
         second_derivative=_has_second_derivative(task, sources[0]),
@@ -116,7 +119,7 @@ def build(
     specs = [_part_spec(source, one, settings, shard_rows) for source, one in zip(sources, stage_ids, strict=True)]
     if not _is_there(path, resume):
         try:
-            create_bank(path, settings, trajectory, list(zip(specs, stage_ids, strict=True)))
+            create_bank(path, settings, trajectory, planned.scales, list(zip(specs, stage_ids, strict=True)))
         except OSError as error:
             raise BankError(f"cannot create the bank {path}: {error}; make room, or give another path") from error
     bank = Bank(path)
@@ -128,7 +131,7 @@ def build(
         Work(index, part, source, stage.checkpoints)
         for index, (part, source, stage) in enumerate(zip(parts, sources, trajectory.stages, strict=True))
     ]
-    fill(works, settings, model, task, shard=shard, device=device, progress=progress)
+    fill(works, settings, model, task, bank.metrics, shard=shard, device=device, progress=progress)
     if shard is None:
         bank.seal(parts)
     return bank

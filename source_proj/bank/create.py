@@ -1,16 +1,18 @@
 """A bank's beginning: made whole under another name, so that it is there or not, whoever is first."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import zarr
+from torch import Tensor
 
 from source_proj.bank.files import publish
 from source_proj.bank.format import FORMAT, VERSION, Settings
 from source_proj.bank.layout import PartSpec
+from source_proj.bank.metrics import write_metrics
 from source_proj.bank.part import Part, create_part
 from source_proj.bank.weights import relative_paths, weights_entries, write_weights
 from source_proj.errors import MismatchError
@@ -20,9 +22,13 @@ __all__ = ["create_bank", "require_same_part", "require_same_settings"]
 
 
 def create_bank(
-    path: Path, settings: Settings, trajectory: Trajectory, parts: Sequence[tuple[PartSpec, np.ndarray]]
+    path: Path,
+    settings: Settings,
+    trajectory: Trajectory,
+    scales: Mapping[str, Tensor],
+    parts: Sequence[tuple[PartSpec, np.ndarray]],
 ) -> None:
-    """Create an empty bank: metadata, ids of each stage's first part, copies of weights given as dicts.
+    """Create an empty bank: metadata, ids of each stage's first part, metrics, copies of weights given as dicts.
 
     Does nothing if another process creates it first.
 
@@ -44,6 +50,8 @@ def create_bank(
             create_part(folder / f"stage_{index}" / "part_0", settings, index, spec, ids)
         if any(entry["path"] is None for entry in weights_entries(settings)):
             write_weights(folder / "weights", trajectory)
+        if scales:
+            write_metrics(folder / "metrics", scales)
 
     publish(path, write, beside=path)
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from source_proj.bank.data import BatchSource, batch_hash, placed
 from source_proj.bank.format import Settings
+from source_proj.bank.metrics import Metrics
 from source_proj.bank.part import Part
 from source_proj.bank.rowmaker import Place, RowMaker
 from source_proj.errors import MismatchError
@@ -71,6 +72,7 @@ def fill(
     settings: Settings,
     model: nn.Module,
     task: Task,
+    metrics: Metrics,
     *,
     shard: tuple[int, int] | None,
     device: torch.device | str | None,
@@ -96,7 +98,7 @@ def fill(
         total += sum(_rows(work.part, shards) for work, shards in checks)
         with tqdm(total=total, unit="rows", delay=2, disable=not progress, desc="bank") as bar:
             _check_committed(checks, bar)
-            rows = RowMaker(model, task, space, settings, where)
+            rows = RowMaker(model, task, space, settings, where, metrics)
             with _Committer() as committer:
                 for one in passes:
                     if one.todo:
@@ -152,7 +154,7 @@ def _run(one: _Pass, rows: RowMaker, committer: "_Committer", bar: "tqdm[NoRetur
     bar.set_postfix_str(f"{part.stage_name}, step {checkpoint.step}", refresh=False)
     with checkpoint.applied_to(rows.model):
         loaded = one.work.source.load([part.spec.span(shard) for shard in one.todo])
-        buffer = committer.buffer(part)
+        buffer = committer.buffer(part, one.checkpoint)
         for start, stop, batch in loaded:
             shard = start // part.spec.shard_rows
             first, last = part.spec.span(shard)
@@ -162,7 +164,7 @@ def _run(one: _Pass, rows: RowMaker, committer: "_Committer", bar: "tqdm[NoRetur
             bar.update(stop - start)
             if stop == last:
                 committer.commit(part, one.checkpoint, shard, buffer)
-                buffer = committer.buffer(part)
+                buffer = committer.buffer(part, one.checkpoint)
         committer.wait()
 
 
@@ -171,6 +173,7 @@ class _Buffer:
     """The arrays of one shard while it is made."""
 
     part: Part
+    checkpoint: int
     arrays: dict[str, np.ndarray]
     filled: int = 0
     hashes: list[bytes] = field(default_factory=list)
@@ -178,7 +181,7 @@ class _Buffer:
     def put(self, start: int, encoded: dict[str, Tensor], digest: bytes) -> None:
         for name, values in encoded.items():
             # Sampled-Fisher arrays have several entries a row.
-            factor = self.part.data[name].height // self.part.spec.shard_rows
+            factor = self.part.data(self.checkpoint)[name].height // self.part.spec.shard_rows
             torch.from_numpy(self.arrays[name])[start * factor : start * factor + len(values)].copy_(values)
         self.filled = start + len(encoded["d1"])
         self.hashes.append(digest)
@@ -186,7 +189,7 @@ class _Buffer:
     def content(self) -> dict[str, np.ndarray]:
         spec = self.part.spec
         found = {
-            name: array[: self.filled * (self.part.data[name].height // spec.shard_rows)]
+            name: array[: self.filled * (self.part.data(self.checkpoint)[name].height // spec.shard_rows)]
             for name, array in self.arrays.items()
         }
         return {**found, "batch_hashes": _as_array(self.hashes)}
@@ -198,7 +201,7 @@ class _Committer:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bank")
         self._pending: Future[None] | None = None
-        self._arrays: dict[int, list[dict[str, np.ndarray]]] = {}
+        self._arrays: dict[tuple[int, tuple[str, ...]], list[dict[str, np.ndarray]]] = {}
 
     def __enter__(self) -> "_Committer":
         return self
@@ -206,14 +209,14 @@ class _Committer:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True)
 
-    def buffer(self, part: Part) -> _Buffer:
+    def buffer(self, part: Part, checkpoint: int) -> _Buffer:
         """An empty buffer: two take turns, because fresh memory is slow to get."""
-        pair = self._arrays.setdefault(id(part), [])
+        pair = self._arrays.setdefault((id(part), tuple(part.data(checkpoint))), [])
         if len(pair) < 2:
-            pair.append(_allocated(part))
+            pair.append(_allocated(part, checkpoint))
         else:
             pair.reverse()
-        return _Buffer(part, pair[-1])
+        return _Buffer(part, checkpoint, pair[-1])
 
     def commit(self, part: Part, checkpoint: int, shard: int, buffer: _Buffer) -> None:
         """Wait for the shard before, then commit this one in the background."""
@@ -233,10 +236,10 @@ def _commit(part: Part, checkpoint: int, shard: int, buffer: _Buffer) -> None:
     part.commit(checkpoint, shard, content)
 
 
-def _allocated(part: Part) -> dict[str, np.ndarray]:
+def _allocated(part: Part, checkpoint: int) -> dict[str, np.ndarray]:
     return {
         name: np.empty((min(spec.height, spec.shape[0]), *spec.shape[1:]), spec.dtype)
-        for name, spec in part.data.items()
+        for name, spec in part.data(checkpoint).items()
         if name != "batch_hashes"
     }
 

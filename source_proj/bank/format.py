@@ -7,6 +7,7 @@ MUST, MUST NOT and MAY are those of RFC 2119.
 
     /                                   attributes: format, version, settings, versions, checkpoint_paths
     /weights/<hash>                     uint8: safetensors file of a checkpoint that was given as a dict
+    /metrics/<hash>                     float32: diagonal of P^½ of a metric; only where optimizers were preconditioned
     /stage_<s>/                         attributes: name
     /stage_<s>/part_<p>/                attributes: start, n, batch_size, shard_rows, id_type
     /stage_<s>/part_<p>/ids             (n,)
@@ -19,6 +20,8 @@ MUST, MUST NOT and MAY are those of RFC 2119.
         batch_hashes   (m, 32) uint8    m = ⌈n / batch_size⌉
         fisher_rows    (n·D, k)         sketched gradients of sampled labels, draw j of row i at i·D + j; only if D > 0
         fisher_scale   (n·D,)  float32  only if D > 0, with storage int8 and float16
+        <name>_metric_<m>               rows, scale, fisher_rows and fisher_scale once more, in each metric m that is
+                                        crossed from here (18)
         committed      (⌈n / shard_rows⌉, A, 32) uint8: the commit marks; A counts the arrays above that are there
     /fits/                              MAY be there: spectra and matrices that were fitted, no part of the bank
 
@@ -49,6 +52,15 @@ MUST, MUST NOT and MAY are those of RFC 2119.
 10. Row z of ``rows`` times its scale is the sketched gradient of the output. int8 MUST lie in [-127, 127]; the fill
     values (-128, and NaN for floating point) MUST NOT occur among rows: they show what was never written.
 11. ``batch_hashes`` holds the SHA-256 of each batch's data, and MUST be the same at all checkpoints.
+
+**Metrics**
+
+18. A preconditioned optimizer's rows are R P^½ ∇o for a diagonal P. Then ``trajectory`` MUST hold ``metrics``, a list
+    of objects, {"kind": "identity"} or {"kind": "diagonal", "hash"}, and each stage MUST hold ``metric_of``, the index
+    of each checkpoint's metric. Otherwise all rows are in the one metric 0, the identity. The hash is the SHA-256, in
+    hex, of the diagonal of P^½ in the order of ``parameters`` (little-endian float32).
+19. A checkpoint crosses the metrics of earlier ones (of its own and earlier stages) that are not its own, and MUST hold
+    its rows in these too.
 
 **Commits**
 
@@ -152,6 +164,21 @@ class Settings:
         """The settings without the paths of checkpoints: their hashes say what they are, wherever they lie."""
         found: dict[str, Any] = _without_paths(asdict(self))
         return found
+
+    def own_metric(self, stage: int, checkpoint: int) -> int:
+        """Index of the metric that a checkpoint's rows are in."""
+        found: int = self._metrics(stage)[checkpoint]
+        return found
+
+    def crossed_metrics(self, stage: int, checkpoint: int) -> list[int]:
+        """Indices of the metrics of earlier checkpoints that are not this one's own: it has rows in them too."""
+        earlier = [one for before in range(stage) for one in self._metrics(before)]
+        earlier += self._metrics(stage)[:checkpoint]
+        return sorted(set(earlier) - {self.own_metric(stage, checkpoint)})
+
+    def _metrics(self, stage: int) -> list[int]:
+        described = self.trajectory["stages"][stage]
+        return list(described.get("metric_of", [0] * len(described["checkpoints"])))
 
     def differences(self, other: "Settings") -> list[str]:
         """Name each entry that differs, with its value in ``self`` and in ``other``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -17,7 +17,15 @@ from source_proj.bank.format import Settings
 from source_proj.bank.quantize import has_scale
 from source_proj.errors import BankError
 
-__all__ = ["ArraySpec", "PartSpec", "default_shard_rows", "part_arrays", "weights_array"]
+__all__ = [
+    "ArraySpec",
+    "PartSpec",
+    "crossing_name",
+    "default_shard_rows",
+    "metric_array",
+    "part_arrays",
+    "weights_array",
+]
 
 _SHARD_BYTES = 16 << 20
 _SHARD_ROWS = 4096
@@ -172,8 +180,24 @@ def default_shard_rows(n: int, batch_size: int, settings: Settings, wanted: int 
     return min(rows, -(-n // batch_size) * batch_size)
 
 
-def part_arrays(settings: Settings, part: PartSpec) -> tuple[ArraySpec, ArraySpec, dict[str, ArraySpec], ArraySpec]:
-    """Return a part's arrays: ids, seal, the data of each checkpoint by name in order of the marks, the marks."""
+def part_arrays(
+    settings: Settings, stage: int, part: PartSpec
+) -> tuple[ArraySpec, ArraySpec, list[dict[str, ArraySpec]], list[ArraySpec]]:
+    """Return a part's arrays: ids, seal, and by checkpoint its data by name in order of the marks, and the marks."""
+    ids = ArraySpec((part.n,), part.id_type, part.n, zstd=True)
+    seal = ArraySpec((2, 32), "uint8", 2)
+    count = len(settings.trajectory["stages"][stage]["checkpoints"])
+    data = [_checkpoint_arrays(settings, part, settings.crossed_metrics(stage, c)) for c in range(count)]
+    marks = [ArraySpec((part.n_shards, len(one), 32), "uint8", 1) for one in data]
+    return ids, seal, data, marks
+
+
+def crossing_name(name: str, metric: int) -> str:
+    """Name of the array that holds in another metric what the array ``name`` holds in the checkpoint's own."""
+    return f"{name}_metric_{metric}"
+
+
+def _checkpoint_arrays(settings: Settings, part: PartSpec, crossed: Sequence[int]) -> dict[str, ArraySpec]:
     n, height, draws = part.n, part.shard_rows, settings.sampled_fisher
     numbers = ArraySpec((n,), "float32", height)
     data = {"rows": _rows(settings, n, height)}
@@ -187,10 +211,13 @@ def part_arrays(settings: Settings, part: PartSpec) -> tuple[ArraySpec, ArraySpe
         data["fisher_rows"] = _rows(settings, n * draws, height * draws)
         if has_scale(settings.storage):
             data["fisher_scale"] = ArraySpec((n * draws,), "float32", height * draws)
-    ids = ArraySpec((n,), part.id_type, n, zstd=True)
-    seal = ArraySpec((2, 32), "uint8", 2)
-    marks = ArraySpec((part.n_shards, len(data), 32), "uint8", 1)
-    return ids, seal, data, marks
+    again = [name for name in ("rows", "scale", "fisher_rows", "fisher_scale") if name in data]
+    return data | {crossing_name(name, metric): data[name] for metric in crossed for name in again}
+
+
+def metric_array(count: int) -> ArraySpec:
+    """The diagonal of a metric."""
+    return ArraySpec((count,), "float32", min(count, _WEIGHTS_BYTES // 4))
 
 
 def weights_array(count: int) -> ArraySpec:

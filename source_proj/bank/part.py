@@ -46,10 +46,10 @@ class Part:
             self.spec = PartSpec.from_json(group.attrs.asdict())
         except BankError as error:
             raise BankError(f"{bank / self.name} is no part of a bank: {error}") from error
-        ids, seal, self.data, marks = part_arrays(settings, self.spec)
+        ids, seal, self._data, marks = part_arrays(settings, stage, self.spec)
         self._specs = {"ids": ids, "seal": seal}
         for checkpoint in range(len(self.steps)):
-            for name, spec in {**self.data, "committed": marks}.items():
+            for name, spec in {**self._data[checkpoint], "committed": marks[checkpoint]}.items():
                 self._specs[f"checkpoint_{checkpoint}/{name}"] = spec
         self._opened: dict[str, zarr.Array[Any]] = {}
         for name in self._specs:
@@ -65,6 +65,10 @@ class Part:
     def n_checkpoints(self) -> int:
         """Number of checkpoints of the stage."""
         return len(self.steps)
+
+    def data(self, checkpoint: int) -> Mapping[str, ArraySpec]:
+        """The arrays of a checkpoint by name, in order of the marks."""
+        return self._data[checkpoint]
 
     def arrays(self) -> Mapping[str, ArraySpec]:
         """All arrays of the part by their names in it."""
@@ -93,7 +97,7 @@ class Part:
         if not file.is_file() or not file.stat().st_size:  # zarr would read the fill value from either
             state = "truncated to nothing" if file.is_file() else "missing"
             raise BankError(f"{file} is {state}: {self.place(checkpoint, shard)}")
-        span = self.data[name].span(shard)
+        span = self._data[checkpoint][name].span(shard)
         array = self._array(f"checkpoint_{checkpoint}/{name}")
         return read_array(array, span, file, lambda: self.place(checkpoint, shard))
 
@@ -128,12 +132,11 @@ class Part:
         Raises:
             BankError: they cannot be written; nothing that was committed is harmed.
         """
-        mark = np.stack([content_digest(content[name]) for name in self.data])[None]
+        data = self._data[checkpoint]
+        mark = np.stack([content_digest(content[name]) for name in data])[None]
         spec = self._specs[f"checkpoint_{checkpoint}/committed"]
         try:
-            write_files(
-                {self.file(checkpoint, name, shard): self.data[name].encode(shard, content[name]) for name in self.data}
-            )
+            write_files({self.file(checkpoint, name, shard): data[name].encode(shard, content[name]) for name in data})
             write_files({self.file(checkpoint, "committed", shard): spec.encode(shard, mark)})
         except OSError as error:
             if self._is_done(checkpoint, shard):
@@ -228,7 +231,8 @@ class Part:
         """
         weights = self.bank / "weights"
         files = [self.bank / "zarr.json", self.path.parent / "zarr.json"]
-        files += sorted(weights.rglob("zarr.json")) + sorted(self.path.rglob("zarr.json"))
+        files += sorted(weights.rglob("zarr.json")) + sorted((self.bank / "metrics").rglob("zarr.json"))
+        files += sorted(self.path.rglob("zarr.json"))
         found = []
         for file in files:
             try:
@@ -263,14 +267,14 @@ class Part:
 def create_part(folder: Path, settings: Settings, stage: int, spec: PartSpec, ids: np.ndarray) -> None:
     """Write an empty part: metadata and ids."""
     stage_spec = settings.trajectory["stages"][stage]
-    ids_spec, seal, data, marks = part_arrays(settings, spec)
+    ids_spec, seal, data, marks = part_arrays(settings, stage, spec)
     group = zarr.create_group(folder, attributes=spec.to_json())
     ids_spec.create(group, "ids")[:] = ids
     seal.create(group, "seal")
     for index, entry in enumerate(stage_spec["checkpoints"]):
         attributes = {"step": entry["step"], "hash": entry["hash"]}
         checkpoint = group.create_group(f"checkpoint_{index}", attributes=attributes)
-        for name, array in {**data, "committed": marks}.items():
+        for name, array in {**data[index], "committed": marks[index]}.items():
             array.create(checkpoint, name)
 
 

@@ -50,15 +50,29 @@ def read_root(path: Path) -> Root:
         names = [(stage["name"], len(stage["checkpoints"]), len(stage["steps"]), stage["final"]) for stage in stages]
         if not names:
             raise BankError("its trajectory has no stage")
+        _check_metrics(settings)
     except BankError as error:
         raise BankError(f"the bank {path} cannot be read: {error}") from error
-    except (KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise BankError(f"the bank {path} cannot be read: its trajectory is malformed ({error!r})") from error
     notes = [attributes.get(name) for name in ("versions", "checkpoint_paths")]
     for note in notes:
         if not isinstance(note, Mapping):
             raise BankError(f"the bank {path} cannot be read: versions or checkpoint_paths is {note!r}, not an object")
     return Root(settings, *(dict(note) for note in notes))  # type: ignore[arg-type]
+
+
+def _check_metrics(settings: Settings) -> None:
+    """Refuse a metric that is not listed, or is none."""
+    entries = settings.trajectory.get("metrics", [{"kind": "identity"}])
+    for entry in entries:
+        if set(entry) != ({"kind", "hash"} if entry["kind"] == "diagonal" else {"kind"}):
+            raise BankError(f"its metric {entry!r} is neither the identity nor a diagonal with its hash")
+    for stage, described in enumerate(settings.trajectory["stages"]):
+        for checkpoint in range(len(described["checkpoints"])):
+            metric = settings.own_metric(stage, checkpoint)
+            if metric not in range(len(entries)):
+                raise BankError(f"stage {described['name']!r} is in metric {metric!r}, and there are {len(entries)}")
 
 
 def _root(path: Path) -> zarr.Group:
@@ -129,8 +143,12 @@ _KINDS = {
 
 def kind_of(file: Path) -> str:
     """What a file of a bank, named relative to it, holds."""
-    if file.parts[0] in ("fits", "weights"):
+    if file.parts[0] in ("fits", "weights", "metrics"):
         return file.parts[0]
     if file.name == "zarr.json":
         return "metadata"
-    return _KINDS.get(file.parent.name, "temporary") if not file.name.endswith(".partial") else "temporary"
+    if file.name.endswith(".partial"):
+        return "temporary"
+    if "_metric_" in file.parent.name:
+        return "crossings"
+    return _KINDS.get(file.parent.name, "temporary")

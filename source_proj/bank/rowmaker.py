@@ -1,5 +1,6 @@
 """From a batch to what the bank stores of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from source_proj.bank.data import Batch, to_device
 from source_proj.bank.format import Settings
+from source_proj.bank.layout import crossing_name
+from source_proj.bank.metrics import Metrics
 from source_proj.bank.part import Part
 from source_proj.bank.quantize import encode, row_sizes
 from source_proj.bank.uniform import Uniforms
@@ -59,15 +62,24 @@ class RowMaker:
         space: the attributed parameters.
         settings: the bank's settings.
         device: where the model is.
+        metrics: the bank's metrics.
     """
 
     def __init__(
-        self, model: nn.Module, task: Task, space: ParameterSpace, settings: Settings, device: torch.device
+        self,
+        model: nn.Module,
+        task: Task,
+        space: ParameterSpace,
+        settings: Settings,
+        device: torch.device,
+        metrics: Metrics,
     ) -> None:
         self.model = model
         self._task = task
         self._settings = settings
         self._device = device
+        self._metrics = metrics
+        self._scales: dict[int, Tensor | None] = {}  # on the device, of one checkpoint's metrics
         self._engine = gradient_engine(
             model, space, Sketch.from_spec(settings.sketch), method=settings.gradients, autocast=settings.autocast
         )
@@ -81,26 +93,42 @@ class RowMaker:
             ValueError: the batch has not as many examples as it must.
         """
         batch = to_device(batch, self._device)
-        values, rows = self._engine.sketch(self._task.output, batch)
+        names = self._metrics_of(place)
+        scales = list(self._scales.values())
+        values, (rows, *others) = self._engine.sketch_scaled(self._task.output, batch, scales)
         if len(rows) != place.stop - place.start:
             raise ValueError(
                 f"the batch of ids {place.ids[0]!r} to {place.ids[-1]!r} has {len(rows)} examples, and "
                 f"{place.stop - place.start} were asked for: collate_fn must neither drop nor add examples"
             )
         encoded = self._encoded("", rows, place, "the gradient of the output")
+        for metric, other in zip(names, others, strict=True):
+            encoded |= self._encoded("", other, place, "the gradient of the output", metric)
         encoded |= self._derivatives(place, values, batch)
         if self._settings.sampled_fisher:
-            sampled = self._sampled(place, batch)
-            encoded |= self._encoded("fisher_", sampled, place, "the gradient of a sampled label's likelihood")
+            for at, sampled in zip([None, *names], self._sampled(place, batch, scales), strict=True):
+                encoded |= self._encoded("fisher_", sampled, place, "the gradient of a sampled label's likelihood", at)
         return encoded
 
-    def _encoded(self, prefix: str, rows: Tensor, place: Place, what: str) -> dict[str, Tensor]:
+    def _metrics_of(self, place: Place) -> list[int]:
+        """The metrics that are crossed from a checkpoint; its own one's scale and theirs are on the device then."""
+        crossed = self._settings.crossed_metrics(place.stage, place.checkpoint)
+        wanted = [self._settings.own_metric(place.stage, place.checkpoint), *crossed]
+        if wanted != list(self._scales):
+            found = self._metrics.scales(wanted)
+            self._scales = {m: None if s is None else s.to(self._device) for m, s in zip(wanted, found, strict=True)}
+        return crossed
+
+    def _encoded(
+        self, prefix: str, rows: Tensor, place: Place, what: str, metric: int | None = None
+    ) -> dict[str, Tensor]:
         """Encode rows ``(B, k)``, or ``(B, D, k)`` with draw j of example b in row b·D + j."""
         flat = rows.flatten(0, -2)
         sizes = row_sizes(flat)
         place.require_finite(sizes.reshape(len(rows), -1).amax(dim=1), what)
         values, scale = encode(flat, self._settings.storage, sizes)
-        return {f"{prefix}rows": values} if scale is None else {f"{prefix}rows": values, f"{prefix}scale": scale}
+        found = {f"{prefix}rows": values} if scale is None else {f"{prefix}rows": values, f"{prefix}scale": scale}
+        return found if metric is None else {crossing_name(name, metric): one for name, one in found.items()}
 
     def _derivatives(self, place: Place, values: Tensor, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -115,8 +143,8 @@ class RowMaker:
             place.require_finite(derivative, symbol)
         return found
 
-    def _sampled(self, place: Place, batch: Batch) -> Tensor:
-        """Gradients ``(B, D, k)`` of the log-likelihoods of D labels drawn for each example."""
+    def _sampled(self, place: Place, batch: Batch, scales: Sequence[Tensor | None]) -> list[Tensor]:
+        """Gradients ``(B, D, k)`` of the log-likelihoods of D labels drawn for each example, in each metric."""
         first = place.part.spec.start
         positions = torch.arange(first + place.start, first + place.stop, device=self._device)
         seed: int = self._settings.sketch["seed"]
@@ -127,6 +155,5 @@ class RowMaker:
             return self._task.sampled_output(model, both[0], uniform)
 
         draws = range(self._settings.sampled_fisher)
-        return torch.stack(
-            [self._engine.sketch(partial(function, draw), (batch, positions))[1] for draw in draws], dim=1
-        )  # fmt: skip
+        found = [self._engine.sketch_scaled(partial(function, draw), (batch, positions), scales)[1] for draw in draws]
+        return [torch.stack(rows, dim=1) for rows in zip(*found, strict=True)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from source_proj.bank.format import Settings
+from source_proj.bank.layout import crossing_name
 from source_proj.bank.part import Part
 from source_proj.bank.quantize import decode, has_scale
 
@@ -67,6 +68,7 @@ class StageBank:
 
     def __init__(self, settings: Settings, index: int, parts: Sequence[Part], require: Callable[[], None]) -> None:
         self._settings = settings
+        self._index = index
         self._require_finalized = require
         self.spec: dict[str, Any] = settings.trajectory["stages"][index]
         self.name: str = self.spec["name"]
@@ -91,17 +93,22 @@ class StageBank:
         """Number of checkpoints."""
         return len(self.spec["checkpoints"])
 
-    def iter_rows(self, checkpoint: int, what: What = "output") -> Iterator[RowBlock]:
+    def metric(self, checkpoint: int) -> int:
+        """Index of the metric that a checkpoint's rows are in; 0 in a bank of plain gradients."""
+        return self._settings.own_metric(self._index, range(self.n_checkpoints)[checkpoint])
+
+    def iter_rows(self, checkpoint: int, what: What = "output", metric: int | None = None) -> Iterator[RowBlock]:
         """Yield the rows at one checkpoint, a block per shard, always in the same order.
 
         Args:
             checkpoint: index of the checkpoint; negative ones count from the last.
             what: "output" for gradients of the task's output, "sampled_fisher" for those of sampled labels.
+            metric: the metric of the rows; default: the checkpoint's own. Those of earlier checkpoints are there too.
 
         Raises:
             BankError: the bank is not finalized, or a shard is missing or damaged; says which.
             IndexError: there is no such checkpoint.
-            ValueError: there are no sampled-Fisher rows.
+            ValueError: there are no sampled-Fisher rows, or none in this metric.
         """
         self._require_finalized()
         if not -self.n_checkpoints <= checkpoint < self.n_checkpoints:
@@ -110,10 +117,17 @@ class StageBank:
             raise ValueError(f"what must be 'output' or 'sampled_fisher', got {what!r}")
         if what == "sampled_fisher" and not self.draws:
             raise ValueError("the bank has no sampled-Fisher rows; build one with sampled_fisher=1")
-        return self._blocks(checkpoint % self.n_checkpoints, what)
+        place = checkpoint % self.n_checkpoints
+        own, crossed = self.metric(place), self._settings.crossed_metrics(self._index, place)
+        if metric is not None and metric not in (own, *crossed):
+            raise ValueError(
+                f"checkpoint {place} of stage {self.name!r} has rows in its own metric {own}, and in those of earlier "
+                f"checkpoints, {crossed}; got {metric}"
+            )
+        return self._blocks(place, what, None if metric == own else metric)
 
     def iter_encoded(self, checkpoint: int) -> Iterator[EncodedBlock]:
-        """Yield the output rows at one checkpoint without decoding them, a block per shard, in order of rows.
+        """Yield the output rows at one checkpoint, in its own metric and not decoded: a block per shard, in order.
 
         Raises:
             BankError, IndexError: as :meth:`iter_rows`.
@@ -133,14 +147,16 @@ class StageBank:
                     torch.from_numpy(part.read(index, "d1", shard)),
                 )
 
-    def _blocks(self, checkpoint: int, what: What) -> Iterator[RowBlock]:
+    def _blocks(self, checkpoint: int, what: What, metric: int | None) -> Iterator[RowBlock]:
         prefix, factor = ("", 1) if what == "output" else ("fisher_", self.draws)
+        names = [f"{prefix}rows", f"{prefix}scale"]
+        rows_name, scale_name = names if metric is None else [crossing_name(name, metric) for name in names]
         for part in self.parts:
             for shard in range(part.spec.n_shards):
                 scale = None
                 if has_scale(self._settings.storage):
-                    scale = part.read(checkpoint, f"{prefix}scale", shard)
-                rows = decode(part.read(checkpoint, f"{prefix}rows", shard), scale)
+                    scale = part.read(checkpoint, scale_name, shard)
+                rows = decode(part.read(checkpoint, rows_name, shard), scale)
                 d1, d2 = torch.full((len(rows),), -1.0), None
                 if what == "output":
                     d1 = torch.from_numpy(part.read(checkpoint, "d1", shard))

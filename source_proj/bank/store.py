@@ -12,6 +12,7 @@ from torch import nn
 from source_proj.bank.append import append_rows
 from source_proj.bank.files import beside_part, leftovers, remove_unpublished, walk
 from source_proj.bank.format import Settings
+from source_proj.bank.metrics import Metrics
 from source_proj.bank.part import Part, listed
 from source_proj.bank.root import check_seal, find_parts, kind_of, read_root
 from source_proj.bank.rows import StageBank
@@ -35,6 +36,7 @@ class Bank:
         path: the bank's folder.
         sketch: the projection that its rows went through.
         settings: everything that the rows depend on besides the data.
+        metrics: the metrics that its rows are in; one, the identity, unless an optimizer was preconditioned.
         versions: what software made the bank, for people.
 
     Raises:
@@ -45,6 +47,7 @@ class Bank:
         self.path = Path(path)
         self.settings, self.versions, moved = read_root(self.path)
         self.sketch = _sketch(self.path, self.settings)
+        self.metrics = Metrics(self.path, self.settings.trajectory)
         self._weights = Weights(self.path, self.settings, moved)
         self.reload()
         for part in self.parts:
@@ -233,6 +236,7 @@ class Bank:
                 self.settings,
                 model,
                 task,
+                self.metrics,
                 train_set,
                 stage=range(len(self.stages))[stage],
                 parts=self.stages[stage].parts,
@@ -256,9 +260,21 @@ class Bank:
     def nbytes(self) -> dict[str, int]:
         """Bytes on disk by kind; "fits" are what was computed from the bank and kept beside it."""
         kinds = dict.fromkeys(
-            ["rows", "scales", "derivatives", "sampled_fisher", "batch_hashes", "marks", "ids", "weights"], 0
+            [
+                "rows",
+                "scales",
+                "derivatives",
+                "sampled_fisher",
+                "batch_hashes",
+                "marks",
+                "ids",
+                "weights",
+                "crossings",
+                "metrics",
+            ],
+            0,
         )
-        kinds |= {"metadata": 0, "fits": 0, "temporary": 0}
+        kinds |= {"crossings": 0, "metrics": 0, "metadata": 0, "fits": 0, "temporary": 0}
         for file in walk(self.path):
             kinds[kind_of(file.relative_to(self.path))] += file.stat().st_size
         return kinds

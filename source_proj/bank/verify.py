@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
 
 from source_proj.bank.files import walk
 from source_proj.bank.format import Settings
+from source_proj.bank.metrics import Metrics
 from source_proj.bank.part import Part, content_digest
 from source_proj.bank.root import check_seal, find_parts, read_root
 from source_proj.bank.weights import Weights, weights_entries
@@ -56,6 +58,7 @@ def verify(path: str | Path) -> VerifyReport:
         return VerifyReport(path, [str(error)], 0, 0)
     problems = [problem for part in parts for problem in _part_problems(part)]
     problems += _weights_problems(path, settings)
+    problems += _metrics_problems(path, settings)
     known, allowed = _files(path, settings, parts)
     foreign, leftovers, read = [], [], []
     for file in walk(path):
@@ -88,7 +91,7 @@ def _shard_problems(part: Part, checkpoint: int, shard: int) -> Iterator[str]:
     if not mark.any():
         yield f"not done: {part.place(checkpoint, shard)}"
         return
-    for name, expected in zip(part.data, mark, strict=True):
+    for name, expected in zip(part.data(checkpoint), mark, strict=True):
         try:
             values = part.read(checkpoint, name, shard)
         except BankError as error:
@@ -112,6 +115,15 @@ def _weights_problems(path: Path, settings: Settings) -> Iterator[str]:
                 yield str(error)
 
 
+def _metrics_problems(path: Path, settings: Settings) -> Iterator[str]:
+    metrics = Metrics(path, settings.trajectory)
+    for metric in range(len(metrics)):
+        try:
+            metrics.scale(metric)
+        except BankError as error:
+            yield str(error)
+
+
 def _files(path: Path, settings: Settings, parts: list[Part]) -> tuple[set[Path], set[Path]]:
     """Files that were read, and files that may be there besides: shards without a mark."""
     known = {path / "zarr.json"} | {part.path.parent / "zarr.json" for part in parts}
@@ -129,15 +141,24 @@ def _files(path: Path, settings: Settings, parts: list[Part]) -> tuple[set[Path]
                     allowed.add(file)
                 else:
                     known.add(file)
+    known |= _array_files(path / "metrics", [entry["hash"] for entry in _diagonals(settings)])
     stored = [entry["hash"] for entry in weights_entries(settings) if entry["path"] is None]
-    if stored:
-        known.add(path / "weights" / "zarr.json")
-    for digest in stored:
-        folder = path / "weights" / digest
-        known.add(folder / "zarr.json")
-        try:
-            array = zarr.open_array(folder, mode="r")
-        except Exception:  # named by _weights_problems
-            continue
-        known |= {folder / f"c.{chunk}" for chunk in range(array.nchunks)}
+    known |= _array_files(path / "weights", stored)
     return known, allowed
+
+
+def _diagonals(settings: Settings) -> list[dict[str, Any]]:
+    return [entry for entry in settings.trajectory.get("metrics", []) if "hash" in entry]
+
+
+def _array_files(group: Path, names: list[str]) -> set[Path]:
+    """The files of a group of arrays."""
+    known = {group / "zarr.json"} if names else set()
+    for name in names:
+        known.add(group / name / "zarr.json")
+        try:
+            array = zarr.open_array(group / name, mode="r")
+        except Exception:  # named by _weights_problems or _metrics_problems
+            continue
+        known |= {group / name / f"c.{chunk}" for chunk in range(array.nchunks)}
+    return known

@@ -9,12 +9,14 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from torch import nn
 
 from source_proj.attributor import Attributor
 from source_proj.bank import open as open_bank
-from source_proj.cli.names import load_model, load_object, make_task, parse_damping, parse_segments
+from source_proj.cli.names import make_task, parse_damping, parse_segments
 from source_proj.cli.options import BankPaths, BatchSize, Device, Json, Model, Progress
 from source_proj.cli.output import emit, reports_errors, say, table
+from source_proj.cli.text import ask_about
 from source_proj.methods import GradCos, GradDot, Hydra, InfluenceFunction, TracIn, Trak
 from source_proj.scores import Hits, Scores
 from source_proj.source import Source
@@ -67,8 +69,14 @@ _OPTIONS = {
 }
 
 Queries = Annotated[
-    str, typer.Option("--queries", metavar="MODULE:FUNCTION", help="Gives the queries: a data set or a DataLoader.")
+    str | None,
+    typer.Option("--queries", metavar="MODULE:FUNCTION", help="Gives the queries: a data set or a DataLoader."),
 ]
+Dataset = Annotated[
+    Path | None,
+    typer.Option("--dataset", metavar="FILE", help="Queries as .jsonl or .csv, to a bank that was built from one."),
+]
+PerToken = Annotated[bool, typer.Option("--per-token", help="One query for each token of the texts in --dataset.")]
 MethodOption = Annotated[Method, typer.Option("--method", help="Attribution method.")]
 TaskName = Annotated[
     str | None, typer.Option("--task", metavar="MODULE:FUNCTION", help="The bank's task, if it is one of your own.")
@@ -93,11 +101,13 @@ QueryGradientOption = Annotated[
 @reports_errors
 def score(
     bank: BankPaths,
-    model: Model,
-    queries: Queries,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Where to write: .npy (ids in a .json beside it), .zarr or .csv.")
     ],
+    model: Model = None,
+    queries: Queries = None,
+    dataset: Dataset = None,
+    per_token: PerToken = False,
     method: MethodOption = Method.source,
     segments: SegmentsOption = None,
     curvature: CurvatureOption = None,
@@ -112,10 +122,11 @@ def score(
 ) -> None:
     """Write the scores of all training examples for all queries."""
     write = _writer(out)
+    network, data = ask_about(bank[0], model, queries, dataset, per_token)
     asked = _attributor(
-        bank, model, method, segments, curvature, damping, average, query_gradient, task, batch_size, device, progress
+        bank, network, method, segments, curvature, damping, average, query_gradient, task, batch_size, device, progress
     )
-    scores = asked.score(load_object(queries, "--queries"))
+    scores = asked.score(data)
     write(scores, out)
     count, rows = scores.shape
     if json:
@@ -127,8 +138,10 @@ def score(
 @reports_errors
 def top_k(
     bank: BankPaths,
-    model: Model,
-    queries: Queries,
+    model: Model = None,
+    queries: Queries = None,
+    dataset: Dataset = None,
+    per_token: PerToken = False,
     k: Annotated[int, typer.Option("-k", min=1, help="Training examples per query.")] = 10,
     lowest: Annotated[bool, typer.Option("--lowest", help="The lowest scores instead of the highest.")] = False,
     method: MethodOption = Method.source,
@@ -144,10 +157,10 @@ def top_k(
     json: Json = False,
 ) -> None:
     """Print the training examples with the highest (or lowest) scores of each query."""
+    network, data = ask_about(bank[0], model, queries, dataset, per_token)
     asked = _attributor(
-        bank, model, method, segments, curvature, damping, average, query_gradient, task, batch_size, device, progress
+        bank, network, method, segments, curvature, damping, average, query_gradient, task, batch_size, device, progress
     )
-    data = load_object(queries, "--queries")
     hits: Hits = asked.bottom_k(data, k) if lowest else asked.top_k(data, k)
     if json:
         emit({"unit": hits.unit, "sign": _SIGN, "method": method.value, "queries": [_entry(*one) for one in hits]})
@@ -165,7 +178,7 @@ _SIGN = "positive: including the example raised the measurement"
 
 def _attributor(
     paths: list[Path],
-    model: str,
+    model: nn.Module,
     method: Method,
     segments: str | None,
     curvature: Curvature | None,
@@ -200,7 +213,7 @@ def _attributor(
         options[name] = value
     return _METHODS[method](
         [open_bank(path) for path in paths],
-        model=load_model(model),
+        model=model,
         task=None if task is None else make_task(task),
         batch_size=batch_size,
         device=device,

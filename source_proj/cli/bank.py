@@ -1,21 +1,20 @@
 """``build`` and ``finalize``: fill a bank."""
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import source_proj.bank as banks
 from source_proj.cli.names import (
-    load_model,
-    load_object,
     make_sketch,
-    make_task,
     make_trajectory,
     parse_shard,
 )
 from source_proj.cli.options import BankPath, BatchSize, Device, Json, Model, Progress
 from source_proj.cli.output import emit, reports_errors, say
+from source_proj.cli.text import TextOptions
 
 __all__ = ["build", "finalize"]
 
@@ -30,18 +29,23 @@ class Storage(StrEnum):
 
 @reports_errors
 def build(
+    context: typer.Context,
     bank: BankPath,
-    model: Model,
+    model: Model = None,
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="MODULE:FUNCTION",
             help="Gives the training set: a data set, a DataLoader, or a dict of them by stage name.",
         ),
-    ],
+    ] = None,
     task: Annotated[
-        str, typer.Option(help="classification, regression, causal-lm, or module:function for a task of your own.")
-    ] = "classification",
+        str | None,
+        typer.Option(
+            help="classification, regression, causal-lm, or module:function for a task of your own; default: by "
+            "--hf-model, or classification."
+        ),
+    ] = None,
     task_option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of the task, such as label_smoothing=0.1.")
     ] = None,
@@ -57,6 +61,31 @@ def build(
     lr: Annotated[float | None, typer.Option(help="Constant learning rate, with --checkpoint.")] = None,
     momentum: Annotated[float, typer.Option(help="Heavy-ball momentum, with --checkpoint.")] = 0.0,
     weight_decay: Annotated[float, typer.Option(help="L2 coefficient of SGD, with --checkpoint.")] = 0.0,
+    hf_run: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A Trainer's output_dir, or that of RecorderCallback.")
+    ] = None,
+    hf_model: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Pretrained model and tokenizer; default: the run's last checkpoint."),
+    ] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Training set as .jsonl or .csv, for --hf-model's tokenizer.")
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column of the text, with --dataset.")] = "text",
+    label_column: Annotated[str, typer.Option(help="Column of the class, with --dataset.")] = "label",
+    prompt_column: Annotated[
+        str | None, typer.Option(help="Column of what stands before the text and is not counted, with --dataset.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of an example, with --dataset.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate, if --hf-run does not tell.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="lr_scheduler_type, if --hf-run does not tell.")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(min=0, help="Warm-up, if --hf-run does not tell.")] = None,
+    max_grad_norm: Annotated[
+        float | None, typer.Option(min=0, help="Of --hf-run; default 1, as the Trainer's.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="shared, per_segment, scalar or none: Adam's metric, with --hf-run.")
+    ] = None,
     segments: Annotated[int | None, typer.Option(min=1, help="Segments of training; score can change it.")] = None,
     sketch_dim: Annotated[int, typer.Option(min=1, help="Numbers kept per example and checkpoint.")] = 4096,
     sketch_kind: Annotated[str, typer.Option(help="sparse, rademacher, kronecker or identity.")] = "sparse",
@@ -83,9 +112,18 @@ def build(
     json: Json = False,
 ) -> None:
     """Sketch the training gradients of every checkpoint into a bank."""
+    text = TextOptions(hf_model, hf_run, dataset, text_column, label_column, prompt_column, max_length)
+    run = {
+        "learning_rate": learning_rate,
+        "schedule": schedule,
+        "warmup_steps": warmup_steps,
+        "max_grad_norm": max_grad_norm,
+        "metric": metric,
+    }
+    network, training_set, chosen = text.build_from(model, data, task, task_option or ())
     made = banks.build(
-        load_model(model),
-        make_task(task, task_option or ()),
+        network,
+        chosen,
         make_trajectory(
             recorder,
             trajectory,
@@ -94,8 +132,11 @@ def build(
             momentum=momentum,
             weight_decay=weight_decay,
             segments=segments,
+            hf_run=hf_run,
+            hf_options={key: value for key, value in run.items() if value is not None},
+            model=network,
         ),
-        load_object(data, "--data"),
+        training_set,
         bank,
         sketch=make_sketch(sketch_dim, sketch_kind, sketch_seed, sketch_nnz, sketch_backend),
         batch_size=batch_size,
@@ -110,6 +151,7 @@ def build(
         gradients=gradients,
         shard_rows=shard_rows,
     )
+    text.write_beside(bank, context.params)
     _report(made, json)
 
 

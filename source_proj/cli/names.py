@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,7 @@ __all__ = [
     "make_sketch",
     "make_task",
     "make_trajectory",
+    "needed",
     "parse_damping",
     "parse_options",
     "parse_segments",
@@ -136,21 +137,30 @@ def make_trajectory(
     momentum: float,
     weight_decay: float,
     segments: int | None,
+    hf_run: str | None = None,
+    hf_options: Mapping[str, Any] | None = None,
+    model: nn.Module | None = None,
 ) -> Trajectory:
-    """Make the trajectory from exactly one of: a Recorder's directory, ``module:function``, ``STEP=PATH`` checkpoints.
+    """Make the trajectory from exactly one source.
+
+    That is a Recorder's directory, a Trainer's (``hf_run``), ``module:function``, or ``STEP=PATH`` checkpoints.
 
     Raises:
         ValueError: if none or several are given, or options are given that would not be used.
     """
     points = list(checkpoints)
-    given = [flag for flag, value in _flags(recorder, trajectory, points) if value]
+    given = [flag for flag, value in _flags(recorder, trajectory, points, hf_run) if value]
     if len(given) != 1:
         raise ValueError(
-            "say where the checkpoints are in one way: --recorder DIR, --checkpoint STEP=PATH (repeated), or "
-            f"--trajectory module:function; got {' and '.join(given) or 'none'}"
+            "say where the checkpoints are in one way: --recorder DIR, --hf-run DIR, --checkpoint STEP=PATH "
+            f"(repeated), or --trajectory module:function; got {' and '.join(given) or 'none'}"
         )
     if not points and (lr is not None or momentum or weight_decay):
         raise ValueError(f"--lr, --momentum and --weight-decay belong to --checkpoint; {given[0]} brings its own")
+    if hf_options and not hf_run:
+        raise ValueError(f"{', '.join(hf_options)} belong to --hf-run; {given[0]} brings its own")
+    if hf_run:
+        return Trajectory.from_hf_trainer(hf_run, segments=segments or 1, model=model, **(hf_options or {}))
     if recorder:
         return Trajectory.from_recorder(recorder, segments=segments or 1)
     if trajectory:
@@ -171,8 +181,21 @@ def make_trajectory(
     )
 
 
-def _flags(recorder: str | None, trajectory: str | None, points: list[str]) -> list[tuple[str, object]]:
-    return [("--recorder", recorder), ("--trajectory", trajectory), ("--checkpoint", points)]
+def needed(value: str | None, flag: str) -> str:
+    """Refuse a missing option.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    if value is None:
+        raise ValueError(f"{flag} is missing: give it, or a text file by --dataset")
+    return value
+
+
+def _flags(
+    recorder: str | None, trajectory: str | None, points: list[str], hf_run: str | None
+) -> list[tuple[str, object]]:
+    return [("--recorder", recorder), ("--hf-run", hf_run), ("--trajectory", trajectory), ("--checkpoint", points)]
 
 
 def _checkpoint(point: str, lr: float) -> Checkpoint:

@@ -22,5 +22,7 @@ BankPaths = Annotated[
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Examples in one forward and backward pass.")]
 Device = Annotated[str | None, typer.Option("--device", help="Where to compute, such as cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
-Model = Annotated[str, typer.Option("--model", metavar="MODULE:FUNCTION", help="Gives the model; its code is used.")]
+Model = Annotated[
+    str | None, typer.Option("--model", metavar="MODULE:FUNCTION", help="Gives the model; its code is used.")
+]
 Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Progress bars on standard error.")]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from source_proj.errors import GradientError
+from source_proj.errors import GradientError, MismatchError
 from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
 from source_proj.gradients.general import Autocast, Function, GeneralPath, gradients_of_one
 from source_proj.gradients.hooks import HookPath, Unsuited, uncovered
-from source_proj.gradients.pieces import Pieces, PiecesByParameter
+from source_proj.gradients.pieces import Pieces, PiecesByParameter, ScaledPieces
 from source_proj.gradients.space import ParameterSpace
 from source_proj.sketch import Sketch
 
@@ -127,20 +127,49 @@ class GradientEngine:
             GradientError: `method="hooks"` and the hook path proves wrong for this model, or a layer's input was
                 modified in place.
         """
+        values, (rows,) = self.sketch_scaled(function, batch, [None])
+        return values, rows
+
+    def sketch_scaled(
+        self, function: Function, batch: Batch, scales: Sequence[Tensor | None]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Values, and sketches of D ∇ function(model, batch) for several diagonal matrices D, from one backward pass.
+
+        Args:
+            function: as for `sketch`.
+            batch: as for `sketch`.
+            scales: each D's diagonal (d,) float32 in the coordinates of the space; None for the identity.
+
+        Returns:
+            values (B,), and for each D rows (B, dim) float32, rows[b] = R D ∇ function(model, batch)[b].
+
+        Raises:
+            MismatchError: a diagonal has another length than the space.
+            TypeError, GradientError: as for `sketch`.
+        """
+        for scale in scales:
+            if scale is not None and tuple(scale.shape) != (self._space.size,):
+                raise MismatchError(f"a scale has shape {tuple(scale.shape)}; the space has {self._space.size}")
         batch = map_tensors(batch, Tensor.detach)
         size = batch_size(batch)
         with torch.inference_mode(False), torch.enable_grad(), _evaluating(self._model):
             if self._hooks is not None and self._proven_for < min(2, size):
                 self._prove(self._hooks, function, batch)
-            rows = torch.zeros(size, self._sketch.dim, device=self._device())
+            outs = [torch.zeros(size, self._sketch.dim, device=self._device()) for _ in scales]
+            pieces = self._pieces(outs, scales)
             if self._hooks is not None:
                 try:
-                    pieces = Pieces(rows, self._sketch, self._space)
-                    return self._hooks.add_to(pieces, function, batch, self._autocast()), rows
+                    return self._hooks.add_to(pieces, function, batch, self._autocast()), outs
                 except Unsuited as problem:
                     self._give_up_hooks(str(problem))
-                    rows.zero_()
-            return self._general.add_(rows, self._sketch, function, batch, self._autocast()), rows
+                    for out in outs:
+                        out.zero_()
+            return self._general.add_to(pieces, function, batch, self._autocast()), outs
+
+    def _pieces(self, outs: list[Tensor], scales: Sequence[Tensor | None]) -> Pieces:
+        if len(outs) == 1 and scales[0] is None:
+            return Pieces(outs[0], self._sketch, self._space)
+        return ScaledPieces(outs, self._sketch, self._space, [None if s is None else s.to(outs[0]) for s in scales])
 
     def _try_hooks(self) -> None:
         missing = uncovered(self._model, self._space)

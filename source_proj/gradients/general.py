@@ -14,7 +14,6 @@ from torch.func import functional_call, grad, vmap
 from source_proj.gradients.batches import Batch, batch_size, per_example_tensors, take
 from source_proj.gradients.pieces import Pieces
 from source_proj.gradients.space import ParameterSpace
-from source_proj.sketch import Sketch
 
 __all__ = ["Autocast", "Function", "GeneralPath", "checked_values", "gradients_of_one"]
 
@@ -56,10 +55,9 @@ class GeneralPath:
         self._chunk = max(1, _CHUNK_BYTES // (4 * space.size))
         self._loops = False
 
-    def add_(self, out: Tensor, sketch: Sketch, function: Function, batch: Batch, autocast: Autocast) -> Tensor:
-        """Add R ∇function to out (B, dim); returns the values (B,)."""
+    def add_to(self, pieces: Pieces, function: Function, batch: Batch, autocast: Autocast) -> Tensor:
+        """Hand every parameter's piece of ∇function to `pieces`; returns the values (B,)."""
         size = batch_size(batch)
-        pieces = Pieces(out, sketch, self._space)
         values: list[Tensor] = []
         for start in range(0, size, self._chunk):
             examples = list(range(start, min(size, start + self._chunk)))

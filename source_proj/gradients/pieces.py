@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +12,7 @@ from torch import Tensor
 from source_proj.gradients.space import ParameterSpace
 from source_proj.sketch import Sketch
 
-__all__ = ["Pieces", "PiecesByParameter"]
+__all__ = ["Pieces", "PiecesByParameter", "ScaledPieces"]
 
 
 class Pieces:
@@ -41,13 +44,19 @@ class Pieces:
         flat = rows.reshape(len(rows), -1)
         self._sketch.add_(self._rows(name, start, len(rows)), flat, self._offsets[name], self._shapes[name])
 
-    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0) -> None:
-        """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i)."""
-        self._sketch.add_outer_(self._rows(name, start, len(left)), left, right, self._offsets[name])
+    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0, scale: Tensor | None = None) -> None:
+        """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i).
 
-    def windows(self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor) -> None:
+        With a scale (o · i,), each coordinate times its entry.
+        """
+        self._sketch.add_outer_(self._rows(name, start, len(left)), left, right, self._offsets[name], scale)
+
+    def windows(
+        self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, scale: Tensor | None = None
+    ) -> None:
         """The gradient of a convolution's weight (o, c, J); arguments as in `Sketch.add_windows_`."""
-        self._sketch.add_windows_(self._rows(name, 0, len(left)), left, right, taps, windows, self._offsets[name])
+        rows, offset = self._rows(name, 0, len(left)), self._offsets[name]
+        self._sketch.add_windows_(rows, left, right, taps, windows, offset, scale)
 
     def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
         """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""
@@ -61,6 +70,68 @@ class Pieces:
         examples = torch.arange(size, device=index.device).repeat_interleave(length)
         offsets = self._offsets[name] + width * index.flatten().long()
         self._sketch.add_at_(self._rows(name, 0, size), values.flatten(0, 1), examples, offsets)
+
+
+class ScaledPieces(Pieces):
+    """Adds R D g to the sketched rows, for one or several diagonal matrices D: gradients in other metrics.
+
+    Args:
+        outs: for each D, (B, dim) float32 rows, added to.
+        sketch: the projection R.
+        space: where each parameter lies.
+        scales: for each D, its diagonal (d,) float32 on the rows' device; None for the identity.
+    """
+
+    def __init__(
+        self, outs: Sequence[Tensor], sketch: Sketch, space: ParameterSpace, scales: Sequence[Tensor | None]
+    ) -> None:
+        super().__init__(outs[0], sketch, space)
+        self._each = [Pieces(out, sketch, space) for out in outs]
+        self._scales = list(scales)
+
+    def _pairs(self, name: str) -> Iterator[tuple[Pieces, Tensor | None]]:
+        """The pieces in each metric, and the metric's entries of a parameter."""
+        begin = self._offsets[name]
+        end = begin + prod(self._shapes[name])
+        for pieces, scale in zip(self._each, self._scales, strict=True):
+            yield pieces, None if scale is None else scale[begin:end]
+
+    def add(self, name: str, rows: Tensor, start: int = 0) -> None:
+        """The gradients (n, …) of the whole parameter for the examples start … start + n."""
+        flat = rows.reshape(len(rows), -1)
+        for pieces, scale in self._pairs(name):
+            pieces.add(name, flat if scale is None else flat * scale, start)
+
+    def outer(
+        self,
+        name: str,
+        left: Tensor,
+        right: Tensor,
+        start: int = 0,
+        scale: Tensor | None = None,  # noqa: ARG002
+    ) -> None:
+        """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i)."""
+        for pieces, own in self._pairs(name):
+            pieces.outer(name, left, right, start, own)
+
+    def windows(
+        self,
+        name: str,
+        left: Tensor,
+        right: Tensor,
+        taps: Tensor,
+        windows: Tensor,
+        scale: Tensor | None = None,  # noqa: ARG002
+    ) -> None:
+        """The gradient of a convolution's weight (o, c, J); arguments as in `Sketch.add_windows_`."""
+        for pieces, own in self._pairs(name):
+            pieces.windows(name, left, right, taps, windows, own)
+
+    def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
+        """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""
+        for pieces, scale in self._pairs(name):
+            table = None if scale is None else scale.view(self._shapes[name])
+            pieces.scatter(name, index, values if table is None else values * table[index.long()])
 
 
 class PiecesByParameter(Pieces):

@@ -17,7 +17,8 @@ class GradCos(Attributor):
 
         score(q, z) = -cos(∇m(q), g(z))
 
-    at the last banked checkpoint of z's stage. A similarity in [-1, 1]: it ranks examples, but is no change of the
+    at the last banked checkpoint of z's stage; in a bank of preconditioned gradients, the cosine in its metric P. A
+    similarity in [-1, 1]: it ranks examples, but is no change of the
     measurement, and so is not summed over subsets.
     """
 
@@ -29,8 +30,12 @@ class GradCos(Attributor):
         return "cosine"
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
-        query = torch.nn.functional.normalize(features.at(bank.final_checkpoint()).to(self.device or "cpu"))
-        return [Term(-query, self._rows(bank, index)) for index in range(len(bank.stages))]
+        terms = []
+        for index, stage in enumerate(bank.stages):
+            metric = bank.metrics.hash(stage.metric(stage.n_checkpoints - 1))
+            query = features.at(bank.final_checkpoint(), metric).to(self.device or "cpu")
+            terms.append(Term(-torch.nn.functional.normalize(query), self._rows(bank, index)))
+        return terms
 
     def _rows(self, bank: Bank, stage: int) -> Iterator[Operand]:
         for operand in loss_gradients(bank, stage, bank.stages[stage].n_checkpoints - 1, self.device):

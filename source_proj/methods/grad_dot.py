@@ -14,12 +14,13 @@ class GradDot(Attributor):
         score(q, z) = -(1/N) ∇m(q)ᵀ g(z)
 
     at the last banked checkpoint of z's stage: the change of the measurement that one full-batch step of unit learning
-    rate makes through z.
+    rate makes through z; ∇mᵀ P g in a bank of preconditioned gradients.
     """
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
-        query = features.at(bank.final_checkpoint()).to(self.device or "cpu")
-        return [
-            Term(query * (-1 / stage.n), encoded_gradients(bank, index, [stage.n_checkpoints - 1], self.device))
-            for index, stage in enumerate(bank.stages)
-        ]
+        terms = []
+        for index, stage in enumerate(bank.stages):
+            last = stage.n_checkpoints - 1
+            query = features.at(bank.final_checkpoint(), bank.metrics.hash(stage.metric(last))).to(self.device or "cpu")
+            terms.append(Term(query * (-1 / stage.n), encoded_gradients(bank, index, [last], self.device)))
+        return terms

@@ -1,6 +1,6 @@
 """Hydra: training gradients along the trajectory against the query's gradient at the end."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -9,7 +9,7 @@ from source_proj.bank import Bank
 from source_proj.curvature import forgetting, response
 from source_proj.operands import Operand, loss_gradients
 from source_proj.queries import QueryFeatures
-from source_proj.trajectory import segment_times
+from source_proj.trajectory import segment_decays, segment_times
 
 __all__ = ["Hydra"]
 
@@ -23,7 +23,8 @@ class Hydra(Attributor):
     included), t_c that from c to the end of training, through all later stages, and λ weight decay. The fast version
     of HyDRA (https://arxiv.org/abs/2102.02515) unrolls the optimizer's steps with the Hessian taken as zero; weight
     decay, which needs no Hessian, stays and shrinks what came before. It is :class:`~source_proj.Source` with Ĥ = 0
-    and a segment for each checkpoint. A query costs one backward pass; TracIn differentiates it at every checkpoint.
+    and a segment for each checkpoint, in its metric where the optimizer was preconditioned.
+    A query costs one backward pass; TracIn differentiates it at every checkpoint.
 
     Example:
         Least squares with one weight, at 0 after 10 steps of 0.1: s = 1, g = (-2, 0), and ∇m = -2 for the first
@@ -43,24 +44,31 @@ class Hydra(Attributor):
     """
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
-        query = features.at(bank.final_checkpoint()).to(self.device or "cpu")
+        final = bank.final_checkpoint()
         flat = torch.zeros(1, dtype=torch.float64)  # the Hessian's eigenvalues
         terms, left = [], 1.0  # left: what weight decay leaves of a change until the end of training
         for index in reversed(range(len(bank.stages))):
             stage = bank.stages[index]
-            decay = float(stage.spec["optimizer"]["weight_decay"])
-            weights = []
-            for time in reversed(segment_times(stage.spec, [[c] for c in range(stage.n_checkpoints)])):
-                weights.append(left * float(response(time, decay, 0.0)(flat)))
+            each = [[c] for c in range(stage.n_checkpoints)]
+            times, decays = segment_times(stage.spec, each), segment_decays(stage.spec, each)
+            weights: dict[int, dict[int, float]] = {}  # by metric, of each checkpoint
+            for checkpoint in reversed(range(stage.n_checkpoints)):
+                time, decay = times[checkpoint], decays[checkpoint]
+                own = weights.setdefault(stage.metric(checkpoint), {})
+                own[checkpoint] = left * float(response(time, decay, 0.0)(flat))
                 left *= float(forgetting(time, decay)(flat))
-            terms.append(Term(query * (-1 / stage.n), self._rows(bank, index, weights[::-1])))
+            for metric, own in weights.items():
+                query = features.at(final, bank.metrics.hash(metric)).to(self.device or "cpu")
+                rows = self._rows(bank, index, dict(sorted(own.items())))
+                terms.append(Term(query * (-1 / stage.n), rows))
         return terms
 
-    def _rows(self, bank: Bank, stage: int, weights: Sequence[float]) -> Iterator[Operand]:
-        """Σ_c w_c g_c: the sum of the stage's checkpoints, so that queries meet one product and not C."""
-        streams = [loss_gradients(bank, stage, checkpoint, self.device) for checkpoint in range(len(weights))]
+    def _rows(self, bank: Bank, stage: int, weights: Mapping[int, float]) -> Iterator[Operand]:
+        """Σ_c w_c g_c over the stage's checkpoints of one metric, so that queries meet one product and not C."""
+        streams = [loss_gradients(bank, stage, checkpoint, self.device) for checkpoint in weights]
+        first, *later = weights.values()
         for blocks in zip(*streams, strict=True):
-            total = blocks[0].rows.mul_(weights[0])
-            for block, weight in zip(blocks[1:], weights[1:], strict=True):
+            total = blocks[0].rows.mul_(first)
+            for block, weight in zip(blocks[1:], later, strict=True):
                 total.add_(block.rows, alpha=weight)
             yield blocks[0]._replace(rows=total)

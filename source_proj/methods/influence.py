@@ -12,7 +12,7 @@ from source_proj.curvature import Curvature, Damping, check_damping, damping_val
 from source_proj.operands import encoded_gradients
 from source_proj.queries import QueryFeatures
 from source_proj.task import Task
-from source_proj.trajectory import Checkpoint
+from source_proj.trajectory import Checkpoint, segment_decays
 
 __all__ = ["InfluenceFunction"]
 
@@ -23,14 +23,15 @@ class InfluenceFunction(Attributor):
         score(q, z) = -(1/N) ∇m(q)ᵀ (Ĥ + λ + ρ)⁻¹ g(z)
 
     with the training run's weight decay λ and damping ρ. Only the last stage is attributed to: an influence function
-    sees one optimum, so examples of earlier stages get 0.
+    sees one optimum, so examples of earlier stages get 0. In a bank of preconditioned gradients, Ĥ, g and ∇m are in the
+    metric P of the last checkpoint, so that what is inverted is H + (λ + ρ) P⁻¹.
 
     Args:
         bank: a finalized bank, or a list of banks (scores are averaged).
         model: see :class:`~source_proj.attributor.Attributor`.
         task: likewise.
         average: take gradients and Hessian as means over all checkpoints of the last stage, as one-segment SOURCE
-            does, instead of at its last checkpoint.
+            does, instead of at its last checkpoint; of those in the last one's metric, where there are several.
         curvature: as for :class:`~source_proj.Source`.
         damping: ``"noise"`` (ρ = tr(Ĥ)/k), a number, or None. Without damping and weight decay, the inverse is taken on
             the range of Ĥ.
@@ -68,11 +69,17 @@ class InfluenceFunction(Attributor):
     def _query_points(self, bank: Bank) -> list[Checkpoint]:
         return query_points(bank, self.query_gradient)
 
+    def _query_metrics(self, bank: Bank) -> list[int]:
+        return [bank.stages[-1].metric(-1)]
+
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
         last, stage = len(bank.stages) - 1, bank.stages[-1]
-        checkpoints = list(range(stage.n_checkpoints)) if self.average else [stage.n_checkpoints - 1]
+        metric = stage.metric(-1)
+        checkpoints = [stage.n_checkpoints - 1]
+        if self.average:
+            checkpoints = [c for c in range(stage.n_checkpoints) if stage.metric(c) == metric]
         found = cached_spectrum(bank, last, checkpoints, self.curvature, device=self.device, cache=self.cache)
         ridge = damping_value(self.damping, found.trace, bank.sketch.dim, noise_free=bank.sketch.noise_free)
-        ridge += float(stage.spec["optimizer"]["weight_decay"])
-        query = found.multiply(self._query(bank, features), ridge_inverse(ridge, found))
+        ridge += segment_decays(stage.spec, stage.n_checkpoints)[-1]
+        query = found.multiply(self._query(bank, features, metric), ridge_inverse(ridge, found))
         return [Term(query.float() * (-1 / stage.n), encoded_gradients(bank, last, checkpoints, self.device))]

@@ -15,7 +15,8 @@ class TracIn(Attributor):
         score(q, z) = -(1/N) Σ_c s_c ∇m_c(q)ᵀ g_c(z)
 
     with s_c the learning rate integrated from the checkpoint before c to c (momentum included), so that a score is a
-    change of the measurement. Queries are differentiated at every checkpoint: C backward passes.
+    change of the measurement. Queries are differentiated at every checkpoint: C backward passes. In a bank of
+    preconditioned gradients each product is ∇mᵀ P_c g, the optimizer's own step, with the metric of the checkpoint.
 
     Example:
         ``sp.TracIn(bank, model=model).score(queries)``
@@ -29,6 +30,7 @@ class TracIn(Attributor):
         for index, stage in enumerate(bank.stages):
             times = segment_times(stage.spec, [[c] for c in range(stage.n_checkpoints)])
             for checkpoint, time in enumerate(times):
-                query = features.at(bank.checkpoint(index, checkpoint)).to(self.device or "cpu")
+                metric = bank.metrics.hash(stage.metric(checkpoint))
+                query = features.at(bank.checkpoint(index, checkpoint), metric).to(self.device or "cpu")
                 terms.append(Term(query * (-time / stage.n), encoded_gradients(bank, index, [checkpoint], self.device)))
         return terms

@@ -24,6 +24,7 @@ class Trak(Attributor):
     with Φ the sketched gradients of the model output at the last checkpoint. Over a list of banks it ensembles as TRAK
     does: the kernel terms and the weights Q are averaged over the runs separately, then multiplied. Each bank should
     have its own sketch seed. Only the last stage is attributed to; examples of earlier stages get 0.
+    In a bank of preconditioned gradients φ = R P^½ ∇o, with P at the last checkpoint.
 
     Args:
         bank: a finalized bank, or a list of banks.
@@ -54,12 +55,16 @@ class Trak(Attributor):
         self.ridge = ridge
         self.cache = cache
 
+    def _query_metrics(self, bank: Bank) -> list[int]:
+        return [bank.stages[-1].metric(-1)]
+
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
         last, stage = len(bank.stages) - 1, bank.stages[-1]
         found = cached_spectrum(
             bank, last, [stage.n_checkpoints - 1], "features", device=self.device, cache=self.cache
         )  # fmt: skip
-        query = found.multiply(features.at(bank.final_checkpoint()), ridge_inverse(self.ridge, found))
+        metric = bank.metrics.hash(stage.metric(-1))
+        query = found.multiply(features.at(bank.final_checkpoint(), metric), ridge_inverse(self.ridge, found))
         return [Term(query.float() / stage.n, self._rows(bank, last))]
 
     def _rows(self, bank: Bank, stage: int) -> Iterator[Operand]:

@@ -12,5 +12,16 @@ from source_proj.task.batch import Batch, Model, Uniform
 from source_proj.task.classification import Classification
 from source_proj.task.language import CausalLM
 from source_proj.task.regression import Regression
+from source_proj.task.tokens import TokenQueries
 
-__all__ = ["Batch", "CausalLM", "Classification", "Derivatives", "Model", "Regression", "Task", "Uniform"]
+__all__ = [
+    "Batch",
+    "CausalLM",
+    "Classification",
+    "Derivatives",
+    "Model",
+    "Regression",
+    "Task",
+    "TokenQueries",
+    "Uniform",
+]

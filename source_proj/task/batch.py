@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Batch", "Model", "Uniform", "checked_weight", "class_indices", "draw", "forward", "split", "weights"]
+__all__ = [
+    "Batch",
+    "Model",
+    "Uniform",
+    "checked_weight",
+    "class_indices",
+    "draw",
+    "forward",
+    "split",
+    "weights",
+    "without_cache",
+]
 
 Model = Callable[..., Any]
 """A module, or anything that is called like one."""
@@ -43,7 +55,7 @@ def split(batch: Batch, sample_weight: str | int | None) -> tuple[Any, Tensor, T
 def forward(model: Model, batch: Batch, sample_weight: str | int | None) -> tuple[Tensor, Tensor]:
     """Run the model; return its logits or predictions, in float32 at least, and the labels."""
     inputs, labels, _ = split(batch, sample_weight)
-    result = model(**inputs) if isinstance(batch, Mapping) else model(inputs)
+    result = model(**without_cache(model, inputs)) if isinstance(batch, Mapping) else model(inputs)
     if isinstance(result, Mapping) and "logits" in result:
         result = result["logits"]
     elif hasattr(result, "logits"):
@@ -57,6 +69,17 @@ def forward(model: Model, batch: Batch, sample_weight: str | int | None) -> tupl
         )
     # Half precision, as autocast leaves it, is too coarse for the loss; torch's own autocast takes losses to float32.
     return (result.float() if result.dtype in (torch.float16, torch.bfloat16) else result), labels
+
+
+def without_cache(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's keyword arguments, with ``use_cache=False`` where it knows that.
+
+    A cache for generation is of no use here, and with one transformers' models do not see where the sequences that are
+    packed into one row begin, which they do see in training.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # within PEFT's wrapper
+    known = signature(base.forward).parameters if isinstance(base, nn.Module) else {}
+    return {**({"use_cache": False} if "use_cache" in known else {}), **inputs}
 
 
 def weights(batch: Batch, sample_weight: str | int | None, like: Tensor) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from source_proj.task.base import Derivatives, Task
-from source_proj.task.batch import Batch, Model, Uniform, class_indices, draw, forward
+from source_proj.task.batch import Batch, Model, Uniform, class_indices, draw, forward, split
+from source_proj.task.head import Head, check_head, hidden_and_head, sum_over_chunks
 
 __all__ = ["CausalLM"]
 
@@ -29,6 +32,9 @@ class CausalLM(Task):
             False where the data set has shifted them already.
         reduction: "mean" or "sum" over a sequence's tokens.
         ignore_index: the label of tokens that do not count (padding, prompts).
+        chunk: make logits for so many tokens at a time, and once more in the backward pass: for large vocabularies, of
+            which (B, T, vocabulary) would not fit. For models of transformers whose logits are the output of their
+            head alone; this is checked.
 
     Example:
         >>> uniform_model = lambda input_ids: torch.zeros(*input_ids.shape, 10)
@@ -41,15 +47,24 @@ class CausalLM(Task):
     name = "causal_lm"
     _builtin = True
 
-    def __init__(self, shift: bool = True, reduction: str = "mean", ignore_index: int = -100) -> None:
+    def __init__(
+        self, shift: bool = True, reduction: str = "mean", ignore_index: int = -100, chunk: int | None = None
+    ) -> None:
+        if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+            raise ValueError(f"chunk counts tokens, from 1 on, got {chunk!r}")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
         super().__init__(unit=f"{'mean token' if reduction == 'mean' else 'sequence'} log-likelihood (nats)")
         self.shift = shift
         self.reduction = reduction
         self.ignore_index = ignore_index
+        self.chunk = chunk
+        self._checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose head was compared
 
     def output(self, model: Model, batch: Batch) -> Tensor:  # noqa: D102
+        if self.chunk is not None:
+            total, counted = self._by_chunks(model, batch, self.chunk, None)
+            return total / self._length(counted)
         logp, labels, counted = self._tokens(model, batch)
         return self._total(logp, labels, counted) / self._length(counted)
 
@@ -62,32 +77,52 @@ class CausalLM(Task):
         Draws at different positions are independent, so that the outer product of the summed gradient is the sum of
         the positions' Fisher matrices in expectation; the loss's Hessian is the mean of them.
         """
+        if self.chunk is not None:
+            total, counted = self._by_chunks(model, batch, self.chunk, uniform)
+            return total / self._length(counted).sqrt()
         logp, _, counted = self._tokens(model, batch)
         drawn = draw(logp, uniform(logp.shape[1]))
         return self._total(logp, drawn, counted) / self._length(counted).sqrt()
 
     def _options(self) -> dict[str, Any]:
-        return {
-            "shift": self.shift,
-            "reduction": self.reduction,
-            "ignore_index": self.ignore_index,
-        }
+        chunked = {} if self.chunk is None else {"chunk": self.chunk}
+        return {"shift": self.shift, "reduction": self.reduction, "ignore_index": self.ignore_index, **chunked}
 
-    def _tokens(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities (B, T, V), labels (B, T) safe to gather with, and whether each counts."""
-        logits, labels = forward(model, batch, None)
-        if logits.ndim != 3 or labels.shape != logits.shape[:2]:
+    def _by_chunks(self, model: Model, batch: Batch, chunk: int, uniform: Uniform | None) -> tuple[Tensor, Tensor]:
+        """Log-likelihood (B,) of the labels, or of tokens drawn with ``uniform``; and whether each counts (B, T)."""
+        inputs, labels, _ = split(batch, None)
+        if not isinstance(inputs, dict):
+            raise TypeError("CausalLM(chunk=...) needs dict batches, whose entries are the model's arguments")
+        if isinstance(model, nn.Module) and model not in self._checked and torch.is_grad_enabled():
+            with suppress(RuntimeError):  # under vmap no value can be looked at; a hook path is proven outside of it
+                check_head(model, inputs)
+                self._checked.add(model)
+        hidden, head = hidden_and_head(model, inputs)
+        labels, counted = self._aligned(labels, hidden)
+        hidden = hidden[:, : labels.shape[1]]
+        numbers = [] if uniform is None else [uniform(labels.shape[1])]
+        return sum_over_chunks(_likelihood, chunk, head, hidden, labels, counted, *numbers), counted
+
+    def _aligned(self, labels: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels (B, T) of positions in order, safe to gather with, and whether each counts."""
+        if values.ndim != 3 or labels.shape != values.shape[:2]:
             raise ValueError(
                 f"CausalLM needs logits (batch, tokens, vocabulary) and labels (batch, tokens), got "
-                f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+                f"{tuple(values.shape)} and {tuple(labels.shape)}"
             )
         labels = class_indices(labels)
         if self.shift:
             if labels.shape[1] < 2:
                 raise ValueError(f"shift=True needs two tokens or more, got labels {tuple(labels.shape)}")
-            logits, labels = logits[:, :-1], labels[:, 1:]
+            labels = labels[:, 1:]
         counted = labels != self.ignore_index
-        return log_softmax(logits, dim=-1), torch.where(counted, labels, 0), counted
+        return torch.where(counted, labels, 0), counted
+
+    def _tokens(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities (B, T, V), labels (B, T) safe to gather with, and whether each counts."""
+        logits, labels = forward(model, batch, None)
+        labels, counted = self._aligned(labels, logits)
+        return log_softmax(logits[:, : labels.shape[1]], dim=-1), labels, counted
 
     def _total(self, logp: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
         picked = logp.gather(2, labels[..., None]).squeeze(2)  # (B, T)
@@ -96,3 +131,10 @@ class CausalLM(Task):
     def _length(self, counted: Tensor) -> Tensor:
         length = counted.sum(-1).clamp(min=1).float()
         return length if self.reduction == "mean" else torch.ones_like(length)
+
+
+def _likelihood(head: Head, hidden: Tensor, labels: Tensor, counted: Tensor, numbers: Tensor | None = None) -> Tensor:
+    """Log-likelihood (B,) of the counted labels of some tokens, or of tokens drawn with numbers (B, T) in [0, 1)."""
+    logp = log_softmax(head(hidden).float(), dim=-1)  # (B, T, vocabulary)
+    labels = labels if numbers is None else draw(logp, numbers)
+    return torch.where(counted, logp.gather(2, labels[..., None]).squeeze(2), 0.0).sum(-1)

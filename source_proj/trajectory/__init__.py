@@ -1,21 +1,32 @@
 """The trajectory of a training run: checkpoints, the optimizer's action, stages and segments."""
 
+from source_proj.trajectory.adaptive import Adam, ParameterGroup, RMSprop
 from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.course import Trajectory
-from source_proj.trajectory.optimizer import SGD
+from source_proj.trajectory.optimizer import SGD, Optimizer, optimizer_from_spec
 from source_proj.trajectory.recorder import Recorder, Stateful
-from source_proj.trajectory.segments import Segments, segment_times, split_segments
-from source_proj.trajectory.stages import Schedule, Stage
+from source_proj.trajectory.second_moments import Moments, moments
+from source_proj.trajectory.segments import Segments, segment_decays, segment_times, split_segments
+from source_proj.trajectory.stages import MetricKind, Schedule, Stage
 
 __all__ = [
     "SGD",
+    "Adam",
     "Checkpoint",
+    "MetricKind",
+    "Moments",
+    "Optimizer",
+    "ParameterGroup",
+    "RMSprop",
     "Recorder",
     "Schedule",
     "Segments",
     "Stage",
     "Stateful",
     "Trajectory",
+    "moments",
+    "optimizer_from_spec",
+    "segment_decays",
     "segment_times",
     "split_segments",
 ]

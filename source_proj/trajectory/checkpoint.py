@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from source_proj.errors import MismatchError
+from source_proj.trajectory.state_files import checked_path, hash_file, read_state, state_files
 
 __all__ = ["Checkpoint"]
 
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_ADAPTER = "adapter_model."  # PEFT's name for a file
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
 _LISTED = 8  # names spelled out in an error before it is cut short
 
@@ -28,13 +27,15 @@ class Checkpoint:
 
     Args:
         state: what ``model.state_dict()`` gave, as a dict, or a file that holds it: ``.safetensors``, or ``.pt``,
-            ``.pth``, ``.bin``, ``.ckpt`` written by :func:`torch.save`. A dict that holds the state under "model",
-            "state_dict" or "model_state_dict" is unwrapped. Tensors of a dict are copied to the CPU, because
-            ``state_dict()`` returns the live weights, which training goes on to overwrite. A file is read when needed.
+            ``.pth``, ``.bin``, ``.ckpt`` written by :func:`torch.save`, or the ``.safetensors.index.json`` of one in
+            several files. One named ``adapter_model`` holds PEFT's adapters alone: the rest is the model's own. A dict
+            that holds the state under "model", "state_dict" or "model_state_dict" is unwrapped. Tensors of a dict are
+            copied to the CPU, because ``state_dict()`` returns the live weights, which training goes on to overwrite.
+            A file is read when needed.
         step: optimizer steps taken so far, ≥ 0.
         lr: learning rate at that time; enough where it is constant (see :class:`Stage` for schedules).
-        optimizer_state: the optimizer's ``state_dict()``, or a file with it, for optimizers whose metric is read from
-            their state. SGD needs none.
+        optimizer_state: the optimizer's ``state_dict()``, or a file with it, for optimizers whose preconditioner is
+            read from their state. SGD needs none. Of a dict, the second moments are copied, the rest is left out.
 
     Raises:
         ValueError: ``step`` or ``lr`` is out of range, the file type is unknown, or the state is ambiguous.
@@ -65,12 +66,14 @@ class Checkpoint:
             raise ValueError(f"lr must be finite and at least 0, got {lr!r}")
         self.step = step
         self.lr = None if lr is None else float(lr)
-        self.optimizer_state = optimizer_state
+        self.optimizer_state: Mapping[str, Any] | str | Path | None = (
+            _second_moments(optimizer_state) if isinstance(optimizer_state, Mapping) else optimizer_state
+        )
         self.path: Path | None = None
         self._state: dict[str, Tensor] | None = None
         self._hash: tuple[object, str] | None = None
         if isinstance(state, str | Path):
-            self.path = _checked_path(Path(state).absolute())
+            self.path = checked_path(Path(state).absolute())
         elif isinstance(state, Mapping):
             self._state = {name: t.detach().to("cpu", copy=True) for name, t in _unwrap(state, "the dict").items()}
         else:
@@ -89,21 +92,24 @@ class Checkpoint:
         """
         if self._state is not None:
             return dict(self._state)
-        path = _checked_path(self.path)  # it may have gone since
-        return _unwrap(_read(path), str(path))
+        path = checked_path(self.path)  # it may have gone since
+        return _unwrap(read_state(path), str(path))
 
     def hash(self) -> str:
         """SHA-256, in hex: of the file's bytes, or of a dict's names, types, shapes and bytes (order does not matter).
 
-        It is cached; a file whose size or time of modification changed is read again.
+        Of a state in several files it is that of their hashes, the index first. It is cached; a file whose size or time
+        of modification changed is read again.
         """
         if self._state is not None:
             self._hash = self._hash or (None, _hash_state(self._state))
             return self._hash[1]
-        path = _checked_path(self.path)
-        key = (path.stat().st_size, path.stat().st_mtime_ns)
+        files = state_files(checked_path(self.path))
+        key = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
         if self._hash is None or self._hash[0] != key:
-            self._hash = (key, hash_file(path))
+            hashes = [hash_file(file) for file in files]
+            joint = hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+            self._hash = (key, joint)
         return self._hash[1]
 
     @contextmanager
@@ -116,7 +122,10 @@ class Checkpoint:
         Raises:
             MismatchError: names or shapes differ from the model's; the message lists them. The model is untouched.
         """
-        state = matched_state(self.load(), model, repr(self))
+        state = self.load()
+        if self.path is not None and self.path.name.startswith(_ADAPTER):
+            state = adapted_state(state, model, repr(self))
+        state = matched_state(state, model, repr(self))
         own_state = {
             name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
             for name, value in model.state_dict().items()
@@ -179,6 +188,38 @@ def matched_state(state: Mapping[str, Tensor], model: nn.Module, source: str) ->
     return full
 
 
+def adapted_state(adapter: Mapping[str, Tensor], model: nn.Module, source: str) -> dict[str, Tensor]:
+    """A model's own state with an adapter's entries in the place of its own.
+
+    PEFT leaves the adapter's name ("default") out of the names that it saves.
+
+    Args:
+        adapter: entries of an adapter file.
+        model: the base model with the adapter's modules in place.
+        source: what an error calls the adapter.
+
+    Raises:
+        MismatchError: the model has no such entry, or several.
+    """
+    own: dict[str, Any] = model.state_dict()
+    full = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+    for name, value in adapter.items():
+        stem, dot, leaf = name.rpartition(".")
+        within = [
+            n
+            for n in own
+            if n.startswith(f"{stem}{dot}") and n.endswith(f".{leaf}") and n.count(".") == name.count(".") + 1
+        ]
+        places = [name] if name in own else within or [n for n in own if n.startswith(f"{name}.")]
+        if len(places) != 1:
+            raise MismatchError(
+                f"{source} has {name}, which the model {type(model).__name__} has as {places}: "
+                "give the base model with this one adapter in place (peft.get_peft_model)"
+            )
+        full[places[0]] = value
+    return full
+
+
 def _listed(label: str, names: list[str]) -> str:
     """Spell out at most ``_LISTED`` names after a label; nothing for no names."""
     if not names:
@@ -193,31 +234,6 @@ def _prefix_hint(state: Mapping[str, Tensor], own: Mapping[str, Any]) -> str:
         if state and all(name.startswith(prefix) for name in state) and not any(n.startswith(prefix) for n in own):
             return f" (all its names begin with {prefix!r}: remove it, or save the unwrapped model)"
     return ""
-
-
-def _checked_path(path: Path | None) -> Path:
-    if path is None or not path.is_file():
-        what = "is a directory" if path is not None and path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"checkpoint file {str(path)!r} {what}: give the file that holds the state_dict")
-    if path.suffix not in (*_TORCH_SUFFIXES, ".safetensors"):
-        known = ", ".join((".safetensors", *_TORCH_SUFFIXES))
-        raise ValueError(f"checkpoint file {str(path)!r} is of an unknown type: its name must end in one of {known}")
-    return path
-
-
-def _read(path: Path) -> object:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{str(path)!r} is no whole safetensors file ({error}): write it anew") from error
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load lets through whatever zip, pickle and its own readers raise
-        raise ValueError(
-            f"{str(path)!r} cannot be read as tensors alone ({type(error).__name__}: {str(error).strip()[:300]}): "
-            "it is corrupt, or holds other objects; save model.state_dict() alone"
-        ) from error
 
 
 def _unwrap(state: object, source: str) -> dict[str, Tensor]:
@@ -237,10 +253,22 @@ def _unwrap(state: object, source: str) -> dict[str, Tensor]:
     raise ValueError(f"{source} must hold a model's state_dict, names to tensors, but has {found}")
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_MOMENTS = ("step", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg")
+
+
+def _second_moments(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy, from an optimizer's live state, what preconditioners are computed from."""
+
+    def kept(entry: Any) -> Any:
+        if not isinstance(entry, Mapping):
+            return entry
+        copies = ((key, entry[key]) for key in _MOMENTS if key in entry)
+        return {key: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else v for key, v in copies}
+
+    if not isinstance(state.get("state"), Mapping):
+        return dict(state)
+    groups = [dict(group) for group in state.get("param_groups", ())]
+    return {"state": {key: kept(entry) for key, entry in state["state"].items()}, "param_groups": groups}
 
 
 def _hash_state(state: Mapping[str, Tensor]) -> str:

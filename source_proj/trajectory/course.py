@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from source_proj.trajectory.checkpoint import Checkpoint
-from source_proj.trajectory.optimizer import SGD
+from source_proj.trajectory.optimizer import SGD, Optimizer
 from source_proj.trajectory.segments import Segments
-from source_proj.trajectory.stages import Schedule, Stage
+from source_proj.trajectory.stages import MetricKind, Schedule, Stage
 
 __all__ = ["Trajectory"]
 
@@ -32,16 +33,28 @@ class Trajectory:
     def __init__(
         self,
         checkpoints: Sequence[Checkpoint],
-        optimizer: SGD = SGD(),  # noqa: B008 (frozen)
+        optimizer: Optimizer = SGD(),  # noqa: B008 (frozen)
         segments: Segments = 1,
         lr_schedule: Schedule | None = None,
         start_step: int = 0,
         loss_reduction: str = "mean",
         batch_size: int | None = None,
         accumulation: int = 1,
+        metric: MetricKind = "shared",
+        clip_factors: Schedule | None = None,
     ) -> None:
         stage = Stage(
-            "train", checkpoints, optimizer, segments, lr_schedule, start_step, loss_reduction, batch_size, accumulation
+            "train",
+            checkpoints,
+            optimizer,
+            segments,
+            lr_schedule,
+            start_step,
+            loss_reduction,
+            batch_size,
+            accumulation,
+            metric=metric,
+            clip_factors=clip_factors,
         )
         self.stages: tuple[Stage, ...] = (stage,)
 
@@ -70,9 +83,48 @@ class Trajectory:
         loss_reduction: str = "mean",
         batch_size: int | None = None,
         accumulation: int = 1,
+        metric: MetricKind = "shared",
     ) -> Trajectory:
         """Read back what a :class:`Recorder` wrote, without the model; see :meth:`Stage.from_recorder`."""
-        return cls.from_stages([Stage.from_recorder(dir, segments, loss_reduction, batch_size, accumulation)])
+        return cls.from_stages([Stage.from_recorder(dir, segments, loss_reduction, batch_size, accumulation, metric)])
+
+    @classmethod
+    def from_hf_trainer(
+        cls, dir: str | Path, segments: Segments = 1, stage: str = "train", **options: Any
+    ) -> Trajectory:
+        """Read the ``output_dir`` of a Trainer of transformers.
+
+        Args:
+            dir: the directory with folders ``checkpoint-N``.
+            segments: as in :class:`Stage`.
+            stage: the stage's name.
+            **options: ``model``, ``optimizer``, ``learning_rate``, ``schedule``, ``warmup_steps``, ``max_grad_norm``,
+                ``steps``, ``metric``; see :func:`source_proj.integrations.hf_trainer_stage`.
+
+        Raises:
+            ValueError: something cannot be inferred; the message names the argument to give.
+            MismatchError: the files, or an argument and the files, contradict each other.
+        """
+        return cls.from_stages([_integration("hf_trainer_stage")(dir, segments, stage, **options)])
+
+    @classmethod
+    def from_lightning(
+        cls, dir: str | Path, segments: Segments = 1, stage: str = "train", **options: Any
+    ) -> Trajectory:
+        """Read the ``.ckpt`` files that Lightning left in a directory.
+
+        Args:
+            dir: the directory with the files, or one above it.
+            segments: as in :class:`Stage`.
+            stage: the stage's name.
+            **options: ``prefix``, ``optimizer``, ``schedule``, ``clip_factors``, ``metrics``, ``steps``, ``unpickle``,
+                ``metric``; see :func:`source_proj.integrations.lightning_stage`.
+
+        Raises:
+            ValueError: something cannot be inferred; the message names the argument to give.
+            MismatchError: the files, or an argument and the files, contradict each other.
+        """
+        return cls.from_stages([_integration("lightning_stage")(dir, segments, stage, **options)])
 
     def __repr__(self) -> str:
         parts = (f"{s.name}: {len(s.checkpoints)} checkpoints, {len(s.segment_indices)} segments" for s in self.stages)
@@ -94,3 +146,8 @@ class Trajectory:
     def spec(self) -> dict[str, Any]:
         """Describe the trajectory in JSON-able terms; equal specs mean equal runs."""
         return {"stages": [stage.spec() for stage in self.stages]}
+
+
+def _integration(name: str) -> Any:
+    """A function of the room of integrations, which stands above this one: loaded by name, when it is called."""
+    return getattr(import_module("source_proj.integrations"), name)

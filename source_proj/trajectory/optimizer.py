@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
-__all__ = ["SGD"]
+from source_proj.trajectory.adaptive import Adam, RMSprop
+
+__all__ = ["SGD", "Optimizer", "optimizer_from_spec"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class SGD:
         10.0
     """
 
+    preconditioned: ClassVar[bool] = False
+
     momentum: float = 0.0
     weight_decay: float = 0.0
     dampening: float = 0.0
@@ -65,6 +69,10 @@ class SGD:
         # Rounded to 15 digits, so that momentum 0.9 gives 10 and not 10.000000000000002.
         return float(f"{(1 - self.dampening) / (1 - self.momentum):.15g}")
 
+    def with_decay_divided(self, scale: float) -> SGD:
+        """The same optimizer with its weight decay divided by a number: that for the mean loss."""
+        return replace(self, weight_decay=self.weight_decay / scale)
+
     def spec(self) -> dict[str, Any]:
         """Describe the optimizer in JSON-able terms; :meth:`from_spec` reads it back."""
         return {"name": "SGD", **asdict(self)}
@@ -79,8 +87,27 @@ class SGD:
         options = dict(spec)
         name = options.pop("name", None)
         if name != "SGD":
-            raise ValueError(f"expected the description of SGD, got that of {name!r}: only SGD is known so far")
+            raise ValueError(f"expected the description of SGD, got that of {name!r}")
         unknown = sorted(set(options) - set(cls.__dataclass_fields__))
         if unknown:
             raise ValueError(f"unknown entries in the description of SGD: {', '.join(unknown)}")
         return cls(**options)
+
+
+Optimizer = SGD | Adam | RMSprop
+"""How gradients became steps."""
+
+_KNOWN: dict[str, type[SGD] | type[Adam] | type[RMSprop]] = {"SGD": SGD, "Adam": Adam, "RMSprop": RMSprop}
+
+
+def optimizer_from_spec(spec: Mapping[str, Any]) -> Optimizer:
+    """Rebuild any optimizer from its ``spec()``.
+
+    Raises:
+        ValueError: it is of no known kind, or has unknown entries.
+    """
+    kind = _KNOWN.get(spec.get("name", ""))
+    if kind is None:
+        raise ValueError(f"the optimizer {spec.get('name')!r} is unknown; known are {', '.join(_KNOWN)}")
+    found: Optimizer = kind.from_spec(spec)
+    return found

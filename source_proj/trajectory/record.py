@@ -4,6 +4,7 @@ A run is one directory::
 
     trajectory.json           which run this is, and every checkpoint that counts
     step_00000042.pt          the model's state_dict after 42 optimizer steps
+    moments_00000042.pt       the second moments, by parameter name, of an optimizer that divides gradients by them
     optimizer_00000042.pt     what goes on from there: optimizer and random states, of the last checkpoint only
 
 A file is written beside its place, flushed to the disk and renamed into it. ``trajectory.json`` comes last and alone
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -23,8 +24,9 @@ import torch
 from torch import nn
 
 from source_proj.errors import MismatchError
-from source_proj.trajectory.checkpoint import Checkpoint, hash_file
-from source_proj.trajectory.optimizer import SGD
+from source_proj.trajectory.checkpoint import Checkpoint
+from source_proj.trajectory.optimizer import Optimizer, optimizer_from_spec
+from source_proj.trajectory.state_files import hash_file
 
 __all__ = [
     "Rates",
@@ -32,6 +34,7 @@ __all__ = [
     "RecordedCheckpoint",
     "check_hash",
     "describe_state",
+    "moments_name",
     "resume_name",
     "weights_name",
     "write_tensors",
@@ -47,12 +50,16 @@ Rates = list[tuple[float, int]]
 
 @dataclass(frozen=True)
 class RecordedCheckpoint:
-    """One checkpoint: where it is, what it hashes to, and the learning rates of the updates that led to it."""
+    """One checkpoint: where it is, what it hashes to, and the learning rates of the updates that led to it.
+
+    ``moments`` is the name and SHA-256 of the file with the optimizer's second moments, where it has any.
+    """
 
     step: int
     file: str
     sha256: str
     lr: Rates
+    moments: tuple[str, str] | None = None
 
     def open(self, directory: Path) -> Checkpoint:
         """Give the checkpoint, its bytes compared with what was recorded.
@@ -61,9 +68,24 @@ class RecordedCheckpoint:
             MismatchError: the file is not the one that was recorded.
             FileNotFoundError: the file has gone.
         """
-        checkpoint = Checkpoint(directory / self.file, self.step, self.lr[-1][0])
+        optimizer_state: Path | None = None
+        if self.moments is not None:
+            optimizer_state = directory / self.moments[0]
+            check_hash(optimizer_state, self.moments[1], hash_file(optimizer_state))
+        checkpoint = Checkpoint(directory / self.file, self.step, self.lr[-1][0], optimizer_state)
         check_hash(directory / self.file, self.sha256, checkpoint.hash())
         return checkpoint
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry in ``trajectory.json``."""
+        return {key: value for key, value in vars(self).items() if key != "moments" or value is not None}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> RecordedCheckpoint:
+        """Read the entry back."""
+        rates = [(rate, count) for rate, count in entry["lr"]]
+        moments = (entry["moments"][0], entry["moments"][1]) if "moments" in entry else None
+        return cls(**{**entry, "lr": rates, "moments": moments})
 
 
 @dataclass
@@ -79,7 +101,7 @@ class Record:
     """
 
     stage: str
-    optimizer: SGD
+    optimizer: Optimizer
     state: dict[str, list[Any]]
     checkpoints: list[RecordedCheckpoint] = field(default_factory=list)
     resume: tuple[str, str] | None = None
@@ -106,7 +128,7 @@ class Record:
             "stage": self.stage,
             "optimizer": self.optimizer.spec(),
             "state": self.state,
-            "checkpoints": [vars(checkpoint) for checkpoint in self.checkpoints],
+            "checkpoints": [checkpoint.to_json() for checkpoint in self.checkpoints],
             "resume": self.resume,
         }
         _flush_directory(directory)  # what is named must be there first
@@ -123,7 +145,7 @@ class Record:
         path = directory / _NAME
         if not path.exists():
             strays = sorted(
-                file.name for kind in ("step", "optimizer") for file in directory.glob(f"{kind}_????????.pt")
+                file.name for kind in ("step", "moments", "optimizer") for file in directory.glob(f"{kind}_????????.pt")
             )
             if strays:
                 raise MismatchError(f"{str(directory)!r} holds {strays[0]} but no {_NAME}: give an empty directory")
@@ -134,12 +156,9 @@ class Record:
                 raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
             return cls(
                 stage=content["stage"],
-                optimizer=SGD.from_spec(content["optimizer"]),
+                optimizer=optimizer_from_spec(content["optimizer"]),
                 state=content["state"],
-                checkpoints=[
-                    RecordedCheckpoint(**{**entry, "lr": [(rate, count) for rate, count in entry["lr"]]})
-                    for entry in content["checkpoints"]
-                ],
+                checkpoints=[RecordedCheckpoint.from_json(entry) for entry in content["checkpoints"]],
                 resume=tuple(content["resume"]) if content["resume"] else None,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -152,6 +171,11 @@ class Record:
 def weights_name(step: int) -> str:
     """Name of the file with the weights after so many steps."""
     return f"step_{step:08d}.pt"
+
+
+def moments_name(step: int) -> str:
+    """Name of the file with the optimizer's second moments after so many steps."""
+    return f"moments_{step:08d}.pt"
 
 
 def resume_name(step: int) -> str:

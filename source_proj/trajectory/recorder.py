@@ -12,26 +12,25 @@ import torch
 from torch import nn
 
 from source_proj.errors import MismatchError
-from source_proj.trajectory.checkpoint import hash_file, matched_state
+from source_proj.trajectory.checkpoint import matched_state
 from source_proj.trajectory.course import Trajectory
-from source_proj.trajectory.optimizer import SGD
 from source_proj.trajectory.record import (
     Rates,
     Record,
     RecordedCheckpoint,
     check_hash,
     describe_state,
+    moments_name,
     resume_name,
     weights_name,
     write_tensors,
 )
 from source_proj.trajectory.segments import Segments
-from source_proj.trajectory.stages import Stage
+from source_proj.trajectory.stages import MetricKind, Stage
+from source_proj.trajectory.state_files import hash_file
+from source_proj.trajectory.torch_optimizers import Options, base_rate, describe_options, moments_of, read_options
 
 __all__ = ["Recorder", "Stateful"]
-
-_OPTIONS = ("lr", "momentum", "weight_decay", "dampening", "nesterov", "maximize")
-_Groups = list[dict[str, float]]
 
 
 class Stateful(Protocol):
@@ -58,7 +57,9 @@ class Recorder:
 
     Args:
         model: the model that is trained; with several processes, record on one of them, the unwrapped model.
-        optimizer: a :class:`torch.optim.SGD`, one set of options for all its parameter groups.
+        optimizer: a :class:`torch.optim.SGD`, one set of options for all its parameter groups; or Adam, AdamW or
+            RMSprop, whose groups may differ in learning rate and weight decay, and whose second moments are kept with
+            each checkpoint.
         dir: directory of this run, made if need be. One stage, one directory.
         every: record after every so many optimizer steps.
         at: record after these numbers of optimizer steps; both may be given. With neither, only
@@ -68,8 +69,8 @@ class Recorder:
 
     Raises:
         TypeError: the state of a thing in ``also`` is not made of tensors and plain values.
-        ValueError: the optimizer is not plain SGD, maximizes, has parameter groups that differ, or trains no parameter
-            of the model; ``every`` or ``at`` is out of range.
+        ValueError: the optimizer is another one, maximizes, has parameter groups that differ in what they must not, or
+            trains no parameter of the model; ``every`` or ``at`` is out of range.
         MismatchError: the directory holds another run.
 
     Example:
@@ -111,8 +112,8 @@ class Recorder:
         self._also = tuple(also)
         _check_restorable(self._also)
         _check_trains(optimizer, model)
-        self._record = self._open(Record(stage, _settings(_groups(optimizer)), describe_state(model)))
-        self._seen: list[_Groups] = []  # the groups at each of the optimizer's steps since the last of ours
+        self._record = self._open(Record(stage, describe_options(self._options()), describe_state(model)))
+        self._seen: list[Options] = []  # the groups at each of the optimizer's steps since the last of ours
         optimizer.register_step_post_hook(self._see)
         self._steps = self._record.last_step
         self._pending: Rates = []  # learning rates since the last checkpoint
@@ -136,15 +137,15 @@ class Recorder:
                 f"{str(self.dir)!r} holds a run of {self._record.last_step} steps: call restore() before training to "
                 "go on with it, or give an empty directory"
             )
-        groups = self._seen[0] if self._seen else _groups(self._optimizer)
-        rate = float(groups[0]["lr"]) if self._seen else 0.0
+        options = self._seen[0] if self._seen else self._options()
+        rate = base_rate(options) if self._seen else 0.0
         if len(self._seen) > 1:
             raise MismatchError(
                 f"the optimizer stepped more than once since the recorder's step {self.steps}: "
                 "call the recorder's step() after each"
             )
         self._seen.clear()
-        settings = _settings(groups)
+        settings = describe_options(options, self._record.optimizer)
         if settings != self._record.optimizer:
             raise MismatchError(
                 f"the optimizer was {self._record.optimizer}, and is {settings} at step {self.steps + 1}: only the "
@@ -197,6 +198,7 @@ class Recorder:
         loss_reduction: str = "mean",
         batch_size: int | None = None,
         accumulation: int = 1,
+        metric: MetricKind = "shared",
     ) -> Stage:
         """Give the recorded stage, the present weights its last checkpoint; arguments as in :class:`Stage`.
 
@@ -205,7 +207,7 @@ class Recorder:
         """
         if self._pending:
             self._write_checkpoint()
-        return Stage.from_recorder(self.dir, segments, loss_reduction, batch_size, accumulation)
+        return Stage.from_recorder(self.dir, segments, loss_reduction, batch_size, accumulation, metric)
 
     def trajectory(
         self,
@@ -213,13 +215,17 @@ class Recorder:
         loss_reduction: str = "mean",
         batch_size: int | None = None,
         accumulation: int = 1,
+        metric: MetricKind = "shared",
     ) -> Trajectory:
         """Give the trajectory of this one stage, see :meth:`stage`."""
-        return Trajectory.from_stages([self.stage(segments, loss_reduction, batch_size, accumulation)])
+        return Trajectory.from_stages([self.stage(segments, loss_reduction, batch_size, accumulation, metric)])
 
-    def _see(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _options(self) -> Options:
+        return read_options(self._optimizer, self._model)
+
+    def _see(self, *_: object) -> None:
         if len(self._seen) < 2:  # of more, only their being too many matters; a recorder may be idle for a whole stage
-            self._seen.append(_groups(optimizer))
+            self._seen.append(self._options())
 
     def _open(self, fresh: Record) -> Record:
         """Go on with the directory's record if it is of this run, or begin one."""
@@ -257,33 +263,17 @@ class Recorder:
         }
         weights_hash = write_tensors(self.dir / weights_name(step), state)
         resume_hash = write_tensors(self.dir / resume_name(step), resume)
-        self._record.checkpoints.append(RecordedCheckpoint(step, weights_name(step), weights_hash, self._pending))
+        moments: tuple[str, str] | None = None
+        if self._record.optimizer.preconditioned:
+            content = moments_of(self._optimizer, self._model)
+            moments = moments_name(step), write_tensors(self.dir / moments_name(step), content)
+        checkpoint = RecordedCheckpoint(step, weights_name(step), weights_hash, self._pending, moments)
+        self._record.checkpoints.append(checkpoint)
         self._record.resume = (resume_name(step), resume_hash)
         self._record.write(self.dir)
         self._pending = []
         for name in self._record.superseded():
             (self.dir / name).unlink(missing_ok=True)
-
-
-def _groups(optimizer: torch.optim.Optimizer) -> _Groups:
-    """Options of the optimizer's parameter groups at this moment."""
-    if type(optimizer) is not torch.optim.SGD:
-        raise ValueError(f"Recorder knows torch.optim.SGD alone, got {type(optimizer).__name__}")
-    return [{key: float(group[key]) for key in _OPTIONS} for group in optimizer.param_groups]
-
-
-def _settings(groups: _Groups) -> SGD:
-    """Describe how an optimizer with these groups acts, whatever its learning rate."""
-    if any(group["maximize"] for group in groups):
-        raise ValueError("the optimizer has maximize=True: minimize the negative of the loss instead")
-    for key in _OPTIONS:
-        found = [group[key] for group in groups]
-        if any(value != found[0] for value in found):
-            raise ValueError(
-                f"the optimizer's parameter groups have different {key}: {found}; one value for all can be recorded"
-            )
-    first = groups[0]
-    return SGD(first["momentum"], first["weight_decay"], first["dampening"], bool(first["nesterov"]))
 
 
 def _check_restorable(things: Sequence[Stateful]) -> None:

@@ -7,19 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from source_proj.trajectory.checkpoint import Checkpoint
-from source_proj.trajectory.optimizer import SGD
+from source_proj.trajectory.optimizer import SGD, Optimizer
 from source_proj.trajectory.record import Record
 from source_proj.trajectory.segments import Segments, split_segments
 
-__all__ = ["Schedule", "Stage"]
+__all__ = ["MetricKind", "Schedule", "Stage"]
 
 Schedule = Callable[[int], float] | Sequence[float]
 """Learning rate of an update: a function of its number (0 for the first), or one value per update."""
+
+MetricKind = Literal["shared", "per_segment", "scalar", "none"]
+"""What becomes of a preconditioner; see :class:`Stage`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +53,13 @@ class Stage:
         batch_size: examples in a micro-batch; needed for "sum".
         accumulation: micro-batches whose gradients were summed, undivided, before a step.
         final: the weights at the end, if other than the last checkpoint's (as for averaged parameters).
+        metric: what becomes of the preconditioner P of :class:`Adam` or :class:`RMSprop`, a mean over checkpoints.
+            ``"shared"``: one for the stage. ``"per_segment"``: one for each segment, and the bank holds rows for going
+            from one to the other. ``"scalar"``: a number in place of P, which scales the time and keeps what P does to
+            the trace of the Hessian, Σ P v̂ / Σ v̂. ``"none"``: P is ignored, and no optimizer state is read; the time
+            scale is then of unknown size. SGD has none in any case.
+        clip_factors: what gradient clipping multiplied each update's gradient by, in [0, 1]; given like
+            ``lr_schedule``. Weight decay is not clipped.
 
     Raises:
         ValueError: anything that does not add up; the message names the value.
@@ -57,7 +67,7 @@ class Stage:
 
     name: str
     checkpoints: Sequence[Checkpoint]
-    optimizer: SGD = SGD()  # noqa: RUF009 (frozen)
+    optimizer: Optimizer = SGD()  # noqa: RUF009 (frozen)
     segments: Segments = 1
     lr_schedule: Schedule | None = None
     start_step: int = 0
@@ -65,11 +75,15 @@ class Stage:
     batch_size: int | None = None
     accumulation: int = 1
     final: Checkpoint | None = None
+    metric: MetricKind = "shared"
+    clip_factors: Schedule | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
         self._check_loss()
         self._check_steps()
+        if self.metric not in get_args(MetricKind):
+            raise ValueError(f"metric must be one of {', '.join(get_args(MetricKind))}, got {self.metric!r}")
         # Cut and integrated once, here, so that a mistake shows where it was made.
         object.__setattr__(self, "_groups", split_segments(len(self.checkpoints), self.segments))
         object.__setattr__(self, "_integrals", self._integrate())
@@ -95,7 +109,7 @@ class Stage:
 
     @property
     def lr_integrals(self) -> list[float]:
-        """Σ lr · loss_scale over the steps from the stage's start to each checkpoint (no momentum factor)."""
+        """Σ lr · loss_scale · clip over the steps from the stage's start to each checkpoint (no momentum factor)."""
         return list(self.__dict__["_integrals"])
 
     @classmethod
@@ -106,6 +120,7 @@ class Stage:
         loss_reduction: str = "mean",
         batch_size: int | None = None,
         accumulation: int = 1,
+        metric: MetricKind = "shared",
     ) -> Stage:
         """Read back what a :class:`Recorder` wrote, without the model.
 
@@ -129,13 +144,15 @@ class Stage:
             loss_reduction=loss_reduction,
             batch_size=batch_size,
             accumulation=accumulation,
+            metric=metric,
         )
 
     def average_parameters(self) -> Stage:
         """Fast-Source's stage: one checkpoint a segment, its parameters the mean over the segment's checkpoints.
 
         Floating-point buffers are averaged too, others taken from the segment's last checkpoint. Times and the final
-        weights stay as they are. See :meth:`Trajectory.average_parameters`.
+        weights stay as they are; a preconditioner is read at the segment's last checkpoint. See
+        :meth:`Trajectory.average_parameters`.
         """
         groups = self.segment_indices
         averaged = [_average([self.checkpoints[i] for i in group]) for group in groups]
@@ -146,9 +163,9 @@ class Stage:
 
         The optimizer's weight decay is stated for the mean loss, that is, divided by :attr:`loss_scale`.
         """
-        optimizer = replace(self.optimizer, weight_decay=self.optimizer.weight_decay / self.loss_scale)
+        optimizer = self.optimizer.with_decay_divided(self.loss_scale)
         final = self.final or self.checkpoints[-1]
-        return {
+        described = {
             "name": self.name,
             "optimizer": optimizer.spec(),
             "loss_scale": self.loss_scale,
@@ -159,6 +176,11 @@ class Stage:
             "checkpoints": [{"step": c.step, "path": _path(c), "hash": c.hash()} for c in self.checkpoints],
             "final": {"path": _path(final), "hash": final.hash()},
         }
+        if self.clip_factors is not None:
+            described["lr_sums"] = self._integrate(clipped=False)
+        if self.optimizer.preconditioned:
+            described["metric"] = self.metric
+        return described
 
     def _check_loss(self) -> None:
         if self.loss_reduction not in ("mean", "sum"):
@@ -187,28 +209,34 @@ class Stage:
                 "last segment, so add them to checkpoints"
             )
 
-    def _integrate(self) -> list[float]:
+    def _integrate(self, clipped: bool = True) -> list[float]:
         steps = [c.step for c in self.checkpoints]
         rate = self._rate(steps[-1])
+        factor = None if self.clip_factors is None or not clipped else self._function("clip_factors", steps[-1], 1.0)
         parts = [
-            math.fsum(rate(t) for t in range(begin, end)) for begin, end in pairwise([self.start_step, *steps])
+            math.fsum(rate(t) if factor is None else rate(t) * factor(t) for t in range(begin, end))
+            for begin, end in pairwise([self.start_step, *steps])
         ]  # fsum: correctly rounded, so the same on every platform
         return [self.loss_scale * total for total in accumulate(parts)]
 
     def _rate(self, last_step: int) -> Callable[[int], float]:
         """Return the learning rate as a checked function of the update's number."""
-        schedule = self.lr_schedule
-        if schedule is None:
-            rates = {c.lr for c in self.checkpoints}
-            if len(rates) > 1 or None in rates:
-                given = [c.lr for c in self.checkpoints]
-                raise ValueError(
-                    f"checkpoints of stage {self.name!r} give the learning rates {given}; only a constant one, named "
-                    "at every checkpoint, can be integrated from them. Give lr_schedule: a function of the step, or "
-                    "one value per optimizer step"
-                )
-            (constant,) = rates
-            schedule = [constant] * (last_step - self.start_step)  # type: ignore[list-item]
+        if self.lr_schedule is not None:
+            return self._function("lr_schedule", last_step, math.inf)
+        rates = {c.lr for c in self.checkpoints}
+        if len(rates) > 1 or None in rates:
+            given = [c.lr for c in self.checkpoints]
+            raise ValueError(
+                f"checkpoints of stage {self.name!r} give the learning rates {given}; only a constant one, named "
+                "at every checkpoint, can be integrated from them. Give lr_schedule: a function of the step, or "
+                "one value per optimizer step"
+            )
+        (constant,) = rates
+        return lambda _: constant  # type: ignore[return-value]
+
+    def _function(self, name: str, last_step: int, largest: float) -> Callable[[int], float]:
+        """Return a schedule as a checked function of the update's number."""
+        schedule: Schedule = getattr(self, name)
         function: Callable[[int], float]
         if callable(schedule):
             function = schedule
@@ -216,7 +244,7 @@ class Stage:
             values = list(schedule)
             if len(values) != last_step - self.start_step:
                 raise ValueError(
-                    f"lr_schedule of stage {self.name!r} has {len(values)} entries for the "
+                    f"{name} of stage {self.name!r} has {len(values)} entries for the "
                     f"{last_step - self.start_step} optimizer steps {self.start_step} to {last_step}: give one each"
                 )
             offset = self.start_step
@@ -224,13 +252,14 @@ class Stage:
             def function(step: int) -> float:
                 return values[step - offset]
 
-        def rate(step: int) -> float:
+        def checked(step: int) -> float:
             value = float(function(step))
-            if not 0 <= value < math.inf:
-                raise ValueError(f"lr_schedule gives {value} for update {step}: must be finite and at least 0")
+            if not 0 <= value <= largest or value == math.inf:
+                bound = "" if largest == math.inf else f" and at most {largest:g}"
+                raise ValueError(f"{name} gives {value} for update {step}: must be finite and at least 0{bound}")
             return value
 
-        return rate
+        return checked
 
 
 def _path(checkpoint: Checkpoint) -> str | None:
@@ -252,4 +281,4 @@ def _average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
         name: (total[name] / len(checkpoints)).to(value.dtype) if name in total else value
         for name, value in state.items()
     }
-    return Checkpoint(mean, last.step, last.lr)
+    return Checkpoint(mean, last.step, last.lr, last.optimizer_state)

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 from source_proj import bank as banks
 from source_proj.sketch import Sketch
 from source_proj.task import Classification, Task
-from source_proj.trajectory import Checkpoint, Trajectory
+from source_proj.trajectory import Adam, Checkpoint, Trajectory
 
 N, BATCH, SHARD = 90, 8, 24  # four shards, the last one and its last batch short
 SKETCH = Sketch(dim=32, seed=5)
@@ -57,6 +57,21 @@ def make_run(checkpoints: int = 2, n: int = N) -> Run:
     states = make_states(checkpoints)
     trajectory = Trajectory([Checkpoint(state, 10 * (i + 1), lr=0.1) for i, state in enumerate(states)])
     return Run(make_model(), Classification(), trajectory, make_data(n))
+
+
+def make_adam_run(metric: str = "per_segment", seed: int = 0) -> Run:
+    """Four checkpoints in two segments, with second moments of random size."""
+    checkpoints = []
+    for i, state in enumerate(make_states(4)):
+        generator = torch.Generator().manual_seed(10 * seed + i)
+        entries = {
+            n: {"step": torch.tensor(10.0 * (i + 1)), "exp_avg_sq": torch.rand(p.shape, generator=generator)}
+            for n, p in enumerate(make_model().parameters())
+        }
+        optimizer_state = {"state": entries, "param_groups": [{"params": [0, 1, 2, 3]}]}
+        checkpoints.append(Checkpoint(state, 10 * (i + 1), 0.1, optimizer_state))
+    trajectory = Trajectory(checkpoints, Adam(weight_decay=0.1), segments=2, metric=metric)
+    return Run(make_model(), Classification(), trajectory, make_data())
 
 
 def content(path: Path) -> dict[str, np.ndarray]:

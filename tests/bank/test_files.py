@@ -42,7 +42,7 @@ def test_a_mark_is_written_when_its_shard_is_on_the_disk(tmp_path, events):
     mark = part.file(0, "committed", 0)
     (written,) = (i for i, event in enumerate(events) if event[0] == "rename" and event[2] == mark)
     synced = {event[1] for event in events[:written] if event[0] == "sync"}
-    for name in part.data:
+    for name in part.data(0):
         file = part.file(0, name, 0)
         (renamed,) = (i for i, event in enumerate(events) if event[0] == "rename" and event[2] == file)
         assert events[renamed][1] in {event[1] for event in events[:renamed] if event[0] == "sync"}

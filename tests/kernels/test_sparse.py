@@ -136,14 +136,17 @@ def test_add_is_the_dense_product(batch, count, k, offset, nnz, backend, level, 
         (16, 2, 20, 30, 64, 70),  # more copies than the interleaved kernel takes
     ],
 )
-def test_outer_is_the_sketch_of_the_gradient(batch, steps, o, i, k, nnz, backend):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_outer_is_the_sketch_of_the_gradient(batch, steps, o, i, k, nnz, backend, scaled):
     generator = torch.Generator().manual_seed(o)
     left = torch.randn(batch, steps, o, generator=generator)
     right = torch.randn(batch, steps, i, generator=generator)
     out = torch.ones(batch, k)
-    sparse_add_outer_(out, left, right, 2**31 - 50, seed=2, nnz=nnz, backend=backend)
-    gradient = np.einsum("bto,bti->boi", left.double(), right.double()).reshape(batch, -1)
-    sizes = np.einsum("bto,bti->boi", left.double().abs(), right.double().abs()).reshape(batch, -1)
+    scale = torch.rand(o * i, generator=generator) if scaled else None
+    times = np.ones(1) if scale is None else scale.double().numpy()
+    sparse_add_outer_(out, left, right, 2**31 - 50, seed=2, nnz=nnz, backend=backend, scale=scale)
+    gradient = np.einsum("bto,bti->boi", left.double(), right.double()).reshape(batch, -1) * times
+    sizes = np.einsum("bto,bti->boi", left.double().abs(), right.double().abs()).reshape(batch, -1) * times
     matrix = dense(k, 2**31 - 50, o * i, 2, nnz)
     assert close(out, 1 + gradient @ matrix.T, (1 + sizes @ np.abs(matrix).T).max())
 
@@ -158,13 +161,15 @@ def test_reference_of_devices_without_order_adds_the_same():
 
 @native
 @pytest.mark.parametrize("level", [0, 1, 2])
-def test_outer_on_every_instruction_set(level, at_level):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_outer_on_every_instruction_set(level, at_level, scaled):
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(16, 37, 11, generator=generator), torch.randn(16, 37, 130, generator=generator)
     expected, got = torch.zeros(16, 64), torch.zeros(16, 64)
-    sparse_add_outer_(expected, left, right, 7, seed=2, backend="torch")
+    scale = torch.rand(11 * 130, generator=generator) if scaled else None
+    sparse_add_outer_(expected, left, right, 7, seed=2, backend="torch", scale=scale)
     at_level(level)
-    sparse_add_outer_(got, left, right, 7, seed=2, backend="native")
+    sparse_add_outer_(got, left, right, 7, seed=2, backend="native", scale=scale)
     assert (got - expected).norm() <= 1e-6 * expected.norm()
 
 

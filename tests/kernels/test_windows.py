@@ -43,14 +43,17 @@ def gradient(left, right, taps, windows):
         (8, 2, 3, 5, 1, 12),
     ],
 )
-def test_is_the_sketch_of_the_gradient(batch, o, c, taps, windows, plane, nnz, backend, level, at_level):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_is_the_sketch_of_the_gradient(batch, o, c, taps, windows, plane, nnz, backend, level, at_level, scaled):
     at_level(level)
     arguments = problem(batch, o, c, taps, windows, plane)
-    expected, sketch = gradient(*arguments), Sketch(96, seed=2, nnz=nnz, backend="torch")
+    scale = torch.rand(o * c * taps, generator=torch.Generator().manual_seed(3)) if scaled else None
+    times = 1 if scale is None else scale
+    expected, sketch = gradient(*arguments) * times, Sketch(96, seed=2, nnz=nnz, backend="torch")
     out = torch.ones(batch, 96)
-    sparse_add_windows_(out, *arguments, 2**31 - 50, seed=2, nnz=nnz, backend=backend)
+    sparse_add_windows_(out, *arguments, 2**31 - 50, seed=2, nnz=nnz, backend=backend, scale=scale)
     wanted = 1 + sketch(expected, 2**31 - 50)
-    sizes = gradient(*(x.abs() for x in arguments[:2]), *arguments[2:]).norm(dim=1)
+    sizes = (gradient(*(x.abs() for x in arguments[:2]), *arguments[2:]) * times).norm(dim=1)
     assert ((out - wanted).norm(dim=1) <= 1e-6 * (sizes + 10)).all()
 
 

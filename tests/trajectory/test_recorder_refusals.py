@@ -23,6 +23,12 @@ def of_class(optimizer, **settings):
     return model, optimizer(model.parameters(), lr=0.1, **settings)
 
 
+def adam_groups(first=0.1, **second):
+    model = nn.Linear(2, 1)
+    groups = [{"params": [model.weight], "lr": first}, {"params": [model.bias], **second}]
+    return model, torch.optim.AdamW(groups, lr=0.1)
+
+
 class MySGD(torch.optim.SGD):
     """Might do anything."""
 
@@ -30,9 +36,10 @@ class MySGD(torch.optim.SGD):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (lambda: of_class(torch.optim.Adam), "torch.optim.SGD alone, got Adam"),
-        (lambda: of_class(torch.optim.AdamW), "got AdamW"),
-        (lambda: of_class(torch.optim.RMSprop), "got RMSprop"),
+        (lambda: of_class(torch.optim.NAdam), "torch.optim's SGD, Adam, AdamW, RMSprop, got NAdam"),
+        (lambda: of_class(torch.optim.Adafactor), "got Adafactor, whose factored second moments"),
+        (lambda: adam_groups(betas=(0.9, 0.5)), r"different betas: \[\(0.9, 0.999\), \(0.9, 0.5\)\]"),
+        (lambda: adam_groups(0.0), r"first parameter group has learning rate 0, and others have \[0.0, 0.1\]"),
         (lambda: of_class(MySGD), "got MySGD"),
         (lambda: linear(maximize=True), "maximize=True"),
         (lambda: two_groups(lr=0.2), r"different lr: \[0.1, 0.2\]"),

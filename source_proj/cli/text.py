@@ -1,0 +1,102 @@
+"""Text files in the place of Python: options of a build, and of questions to its bank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from source_proj.bank import open as open_bank
+from source_proj.cli.names import load_model, load_object, make_task, needed
+from source_proj.integrations import TextData, TextSettings, load_pretrained, task_for
+from source_proj.integrations.trainer_folders import trainer_folders
+from source_proj.task import CausalLM, Task, TokenQueries
+
+__all__ = ["TextOptions", "ask_about"]
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What was said of model, run and text file."""
+
+    hf_model: str | None
+    hf_run: str | None
+    dataset: Path | None
+    text_column: str
+    label_column: str
+    prompt_column: str | None
+    max_length: int | None
+
+    @property
+    def given(self) -> bool:
+        """Whether a text file or a pretrained model was named."""
+        return self.dataset is not None or self.hf_model is not None
+
+    @property
+    def settings(self) -> TextSettings:
+        """Settings of the data set; the model is the run's last checkpoint, unless another one is named.
+
+        Raises:
+            ValueError: neither is named.
+        """
+        if self.hf_model is None and self.hf_run is None:
+            raise ValueError("--dataset needs --hf-model (or --hf-run), which has the tokenizer")
+        model = self.hf_model or str(trainer_folders(str(self.hf_run))[0][-1].path)
+        return TextSettings(model, self.text_column, self.label_column, self.prompt_column, self.max_length)
+
+    def build_from(
+        self, model: str | None, data: str | None, task: str | None, task_options: Iterable[str]
+    ) -> tuple[nn.Module, Any, Task]:
+        """The model, its training set and the task, from a text file or from ``module:function``.
+
+        Raises:
+            ValueError: something is missing, said twice, or wrong.
+        """
+        if not self.given:
+            names = needed(model, "--model"), needed(data, "--data")
+            network, made = load_model(names[0]), make_task(task or "classification", task_options)
+            return network, load_object(names[1], "--data"), made
+        if model is not None or data is not None:
+            raise ValueError("--model and --data have no meaning beside --hf-model and --dataset: leave one pair out")
+        if self.dataset is None:
+            raise ValueError("--hf-model needs --dataset FILE, a .jsonl or .csv file")
+        network, tokenizer = load_pretrained(self.settings.model)
+        training_set = TextData(self.dataset, self.settings, network, tokenizer)
+        return network, training_set, task_for(network) if task is None else make_task(task, task_options)
+
+    def write_beside(self, bank: Path, options: Mapping[str, Any]) -> None:
+        """Keep the settings beside the bank, with all options of the build, if it was one from a text file."""
+        if self.given:
+            plain = {
+                key: value if isinstance(value, int | float | list) else str(value) for key, value in options.items()
+            }
+            self.settings.write(bank, {key: value for key, value in plain.items() if options[key] is not None})
+
+
+def ask_about(
+    bank: Path, model: str | None, queries: str | None, dataset: Path | None, per_token: bool
+) -> tuple[nn.Module, Any]:
+    """The model and the queries: from a text file, read as the training set was, or from ``module:function``.
+
+    Raises:
+        ValueError: something is missing or said twice, or single tokens are asked of a classifier.
+    """
+    if dataset is None:
+        if per_token:
+            raise ValueError("--per-token belongs to --dataset; for others use source_proj.TokenQueries")
+        names = needed(model, "--model"), needed(queries, "--queries")
+        return load_model(names[0]), load_object(names[1], "--queries")
+    if model is not None or queries is not None:
+        raise ValueError("--model and --queries have no meaning beside --dataset: leave one or the other out")
+    settings = TextSettings.read(bank)
+    network, tokenizer = load_pretrained(settings.model)
+    data = TextData(dataset, settings, network, tokenizer)
+    if not per_token:
+        return network, data
+    task = Task.from_spec(open_bank(bank).task_spec)
+    if not isinstance(task, CausalLM):
+        raise ValueError(f"--per-token belongs to language models, and the bank's task is {task.name}: leave it out")
+    return network, TokenQueries(data, task)

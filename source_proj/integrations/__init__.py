@@ -1,0 +1,18 @@
+"""Checkpoints that people already have: those of transformers' Trainer, of Lightning, and of PEFT's adapters."""
+
+from source_proj.integrations.callback import RecorderCallback
+from source_proj.integrations.hf_trainer import hf_trainer_stage
+from source_proj.integrations.lightning import lightning_stage
+from source_proj.integrations.peft import trainable_parameters
+from source_proj.integrations.text import TextData, TextSettings, load_pretrained, task_for
+
+__all__ = [
+    "RecorderCallback",
+    "TextData",
+    "TextSettings",
+    "hf_trainer_stage",
+    "lightning_stage",
+    "load_pretrained",
+    "task_for",
+    "trainable_parameters",
+]

@@ -1,0 +1,202 @@
+"""The directory of a :class:`RecorderCallback`: one line for each event, and the checkpoints beside them.
+
+::
+
+    updates.jsonl             {"begin": 0}, {"step": 1, "lr": 0.1}, {"step": 1, "grad_norm": 2.0}, {"checkpoint": 4}
+    step_00000004.pt          the model's state_dict after 4 optimizer steps
+    optimizer_00000004.pt     the optimizer's, with parameter names
+
+A line counts once it is whole, and a checkpoint once its line is there. What comes after the step that a run is resumed
+from no longer counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from source_proj.errors import MismatchError
+from source_proj.integrations.optimizers import described_optimizer
+from source_proj.integrations.trainer_folders import read_tensors
+from source_proj.integrations.trainer_rates import clipping
+from source_proj.trajectory import Checkpoint, MetricKind, Segments, Stage
+from source_proj.trajectory.record import resume_name, weights_name, write_tensors
+
+__all__ = ["CallbackLog", "callback_stage", "is_callback_dir"]
+
+_NAME = "updates.jsonl"
+_FORMAT = "source-proj trainer callback 1"
+
+
+@dataclass
+class CallbackLog:
+    """What was recorded, and the file that it is written to.
+
+    Attributes:
+        dir: the directory.
+        max_grad_norm: what gradients were clipped to; 0 for no clipping.
+        rates: learning rate of the update that led to each step.
+        norms: norm of its gradient before clipping, where it is known.
+        checkpoints: steps of the checkpoints, by step: SHA-256 of the files with weights and optimizer.
+    """
+
+    dir: Path
+    max_grad_norm: float = 0.0
+    rates: dict[int, float] = field(default_factory=dict)
+    norms: dict[int, float] = field(default_factory=dict)
+    checkpoints: dict[int, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, dir: Path, step: int, max_grad_norm: float) -> CallbackLog:
+        """Open a directory for a run that begins, or goes on, at a step.
+
+        Raises:
+            MismatchError: the directory's record does not reach that step.
+        """
+        dir.mkdir(parents=True, exist_ok=True)
+        lines = _lines(dir) if is_callback_dir(dir) else []
+        log = cls.replay(dir, lines)
+        if step > 0 and step not in log.rates:
+            raise MismatchError(
+                f"the run goes on from step {step}, and {str(dir)!r} knows those up to {max(log.rates, default=0)}: "
+                "give the directory that its beginning was recorded in"
+            )
+        lines.append({"begin": step, "max_grad_norm": max_grad_norm, "format": _FORMAT})
+        temporary = dir / f".{_NAME}.tmp"
+        temporary.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, dir / _NAME)
+        return cls.replay(dir, lines)
+
+    @classmethod
+    def replay(cls, dir: Path, lines: list[dict[str, Any]]) -> CallbackLog:
+        """Put the lines of a file together."""
+        log = cls(dir)
+        for line in lines:
+            if "begin" in line:
+                begin = int(line["begin"])
+                log.max_grad_norm = float(line["max_grad_norm"])
+                for known in (log.rates, log.norms, log.checkpoints):
+                    for step in [step for step in known if step > begin]:
+                        del known[step]
+            elif "checkpoint" in line:
+                log.checkpoints[int(line["checkpoint"])] = list(line["sha256"])
+            else:
+                if "lr" in line:
+                    log.rates[int(line["step"])] = float(line["lr"])
+                if line.get("grad_norm") is not None:
+                    log.norms[int(line["step"])] = float(line["grad_norm"])
+        return log
+
+    def add_step(self, step: int, rate: float, norm: float | None) -> None:
+        """Write down an update."""
+        self._append({"step": step, "lr": rate, **({} if norm is None else {"grad_norm": norm})})
+
+    def add_norm(self, step: int, norm: float) -> None:
+        """Write down the norm of an update's gradient."""
+        self._append({"step": step, "grad_norm": norm})
+
+    def add_checkpoint(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Write a checkpoint, unless this step has one."""
+        if step in self.checkpoints or step == 0:
+            return
+        state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+        hashes = [
+            write_tensors(self.dir / weights_name(step), state),
+            write_tensors(self.dir / resume_name(step), _named(optimizer, model)),
+        ]
+        self.checkpoints[step] = hashes
+        self._append({"checkpoint": step, "sha256": hashes})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with (self.dir / _NAME).open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(line)}\n")
+
+
+def is_callback_dir(dir: str | Path) -> bool:
+    """Whether a RecorderCallback wrote to a directory."""
+    return (Path(dir) / _NAME).is_file()
+
+
+def callback_stage(
+    dir: str | Path, segments: Segments = 1, stage: str = "train", metric: MetricKind = "shared"
+) -> Stage:
+    """Read back what a :class:`RecorderCallback` recorded, without the model.
+
+    Args:
+        dir: its directory.
+        segments: as in :class:`Stage`.
+        stage: the stage's name.
+        metric: as in :class:`Stage`.
+
+    Raises:
+        FileNotFoundError: nothing was recorded there, or a file has gone.
+        MismatchError: a file is damaged or was changed.
+        ValueError: no checkpoint was recorded.
+
+    Warns:
+        UserWarning: if clip factors had to be assumed for steps whose gradient norm is not known.
+    """
+    directory = Path(dir).absolute()
+    if not is_callback_dir(directory):
+        raise FileNotFoundError(f"{str(directory)!r} holds no {_NAME}: give the directory of a RecorderCallback")
+    log = CallbackLog.replay(directory, _lines(directory))
+    steps = sorted(log.checkpoints)
+    if not steps:
+        raise ValueError(f"no checkpoint was recorded in {str(directory)!r}: train, with every= or at= within the run")
+    absent = [step for step in range(1, steps[-1] + 1) if step not in log.rates]
+    if absent:
+        raise MismatchError(f"{str(directory / _NAME)!r} lacks the step {absent[0]}: it was damaged")
+    checkpoints = [_opened(directory, step, log.checkpoints[step], log.rates[step]) for step in steps]
+    state = read_tensors(directory / resume_name(steps[-1]))
+    names = [name for group in state["param_groups"] for name in group["param_names"]]
+    history = [{"step": step, "grad_norm": norm} for step, norm in log.norms.items()]
+    clipped = clipping(history, steps[-1], log.max_grad_norm)
+    if clipped.assumed:
+        warnings.warn(f"{str(directory)!r}: {clipped.assumed}", UserWarning, stacklevel=2)
+    return Stage(
+        stage,
+        checkpoints,
+        described_optimizer(state, names, resume_name(steps[-1])),
+        segments,
+        lr_schedule=[log.rates[step] for step in range(1, steps[-1] + 1)],
+        metric=metric,
+        clip_factors=clipped.factors if min(clipped.factors) < 1 else None,
+    )
+
+
+def _opened(directory: Path, step: int, hashes: list[str], rate: float) -> Checkpoint:
+    optimizer = directory / resume_name(step)
+    checkpoint = Checkpoint(directory / weights_name(step), step, rate, optimizer_state=optimizer)
+    if checkpoint.hash() != hashes[0]:
+        raise MismatchError(f"{str(checkpoint.path)!r} was changed since it was recorded: bring the file back")
+    return checkpoint
+
+
+def _lines(dir: Path) -> list[dict[str, Any]]:
+    """The whole lines of the file; a last one that a kill cut short does not count."""
+    *whole, _ = (dir / _NAME).read_text(encoding="utf-8").split("\n")
+    try:
+        lines = [dict(json.loads(line)) for line in whole]
+    except (ValueError, TypeError) as error:
+        raise MismatchError(f"{str(dir / _NAME)!r} is damaged ({type(error).__name__}: {error})") from error
+    if not lines or lines[0].get("format") != _FORMAT:
+        raise MismatchError(f"{str(dir / _NAME)!r} was not written by a RecorderCallback of this version")
+    return lines
+
+
+def _named(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """An optimizer's state with the model's names in it, under torch's own key."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    state = optimizer.state_dict()
+    groups = [
+        {**saved, "param_names": [names.get(id(p), "") for p in live["params"]]}
+        for saved, live in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    return {**state, "param_groups": groups}

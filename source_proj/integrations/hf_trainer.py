@@ -1,0 +1,116 @@
+"""A trajectory from the checkpoints that the Trainer of transformers left."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from source_proj.integrations.callback_log import callback_stage, is_callback_dir
+from source_proj.integrations.optimizers import described_optimizer
+from source_proj.integrations.trainer_folders import TrainerFolder, read_tensors, trainer_folders
+from source_proj.integrations.trainer_groups import NamedState, model_of, optimizer_names
+from source_proj.integrations.trainer_rates import GivenSchedule, clipping, trainer_rates
+from source_proj.integrations.trainer_weights import trainer_weights
+from source_proj.trajectory import Checkpoint, MetricKind, Optimizer, Segments, Stage
+
+__all__ = ["hf_trainer_stage"]
+
+
+def hf_trainer_stage(
+    dir: str | Path,
+    segments: Segments = 1,
+    stage: str = "train",
+    *,
+    model: nn.Module | None = None,
+    optimizer: Optimizer | None = None,
+    learning_rate: float | None = None,
+    schedule: GivenSchedule | None = None,
+    warmup_steps: int | None = None,
+    max_grad_norm: float | None = 1.0,
+    steps: Sequence[int] | None = None,
+    metric: MetricKind = "shared",
+) -> Stage:
+    r"""Read a Trainer's output folder as one stage of training.
+
+    Time runs in optimizer steps (``global_step``); gradients of accumulated micro-batches are averaged by the Trainer,
+    so that nothing more needs saying. The learning rates of steps that were not logged follow from the schedule, which
+    is found by comparing transformers' schedules with all rates that are known. Clipping shortens a step by
+    :math:`c_t = \min(1, \text{max}/‖g_t‖)`, so that the time scale is :math:`\sum_t c_t η_t`.
+
+    Nothing is unpickled but tensors and plain values; ``training_args.bin`` is left alone.
+
+    Args:
+        dir: the Trainer's ``output_dir``, with folders ``checkpoint-N``; or the directory of a
+            :class:`RecorderCallback`, which knows everything.
+        segments: number of segments, or lists of checkpoint indices.
+        stage: the stage's name.
+        model: the model that was trained, its frozen parameters frozen. It says which parameter has which number in
+            ``optimizer.pt``; default: the architecture of ``config.json``.
+        optimizer: how gradients became steps; default: as ``optimizer.pt`` says.
+        learning_rate: peak learning rate; default: as ``scheduler.pt`` says.
+        schedule: transformers' name (``lr_scheduler_type``), a function of the update's number, or one value per
+            update. Default: the one that agrees with the known rates.
+        warmup_steps: steps of warm-up; default: what agrees with the known rates.
+        max_grad_norm: the Trainer's argument, whose default is 1 as well; 0 or None if gradients were not clipped.
+        steps: steps of the checkpoints to use; default: all.
+        metric: as in :class:`Stage`.
+
+    Raises:
+        FileNotFoundError: no Trainer's run, or a file is missing.
+        ValueError: something cannot be inferred; the message names the argument to give.
+        MismatchError: the files, or an argument and the files, contradict each other.
+
+    Warns:
+        UserWarning: if clip factors had to be assumed for steps whose gradient norm was not logged.
+    """
+    if is_callback_dir(dir):
+        _refuse_options(dir, optimizer, learning_rate, schedule, warmup_steps, steps)
+        return callback_stage(dir, segments, stage, metric)
+    folders, run = trainer_folders(dir, steps)
+    last = folders[-1].step
+    rates = trainer_rates(run, schedule, learning_rate, warmup_steps)
+    clipped = clipping(folders[-1].history, last, max_grad_norm)
+    if clipped.assumed:
+        warnings.warn(f"{str(dir)!r}: {clipped.assumed}", UserWarning, stacklevel=3)
+    names = None
+    if optimizer is None or optimizer.preconditioned:
+        _ = folders[-1].saved_optimizer  # what is missing first
+        model = model or model_of(folders[-1].path)
+        optimizer, names = _optimizer(folders[-1], model, optimizer)
+    checkpoints = [
+        Checkpoint(
+            trainer_weights(f, model),
+            f.step,
+            optimizer_state=None if names is None else NamedState(f.saved_optimizer, names),
+        )
+        for f in folders
+    ]
+    return Stage(
+        stage,
+        checkpoints,
+        optimizer,
+        segments,
+        lr_schedule=rates,
+        metric=metric,
+        clip_factors=clipped.factors if min(clipped.factors) < 1 else None,
+    )
+
+
+def _optimizer(last: TrainerFolder, model: nn.Module, given: Optimizer | None) -> tuple[Optimizer, list[str] | None]:
+    """How gradients became steps; and the names of the parameters in ``optimizer.pt``, where its moments are needed."""
+    state = read_tensors(last.saved_optimizer)
+    source = f"optimizer.pt of {last.path.name}"
+    names = optimizer_names(state, model, source)
+    optimizer = given or described_optimizer(state, names, source, decoupled=True)  # the Trainer has AdamW alone
+    return optimizer, names if optimizer.preconditioned else None
+
+
+def _refuse_options(dir: str | Path, *given: object) -> None:
+    if any(option is not None for option in given):
+        raise ValueError(
+            f"{str(dir)!r} was recorded by a RecorderCallback, which wrote down optimizer, learning rates and steps: "
+            "leave optimizer=, learning_rate=, schedule=, warmup_steps= and steps= out"
+        )

@@ -1,0 +1,203 @@
+"""A trajectory from the checkpoints that Lightning left."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from source_proj.errors import MismatchError
+from source_proj.integrations.optimizers import described_optimizer
+from source_proj.trajectory import Checkpoint, MetricKind, Optimizer, Segments, Stage
+
+__all__ = ["lightning_stage"]
+
+_RELATIVE = 1e-6  # a CSVLogger prints float32 numbers where a model logs its rate itself
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """One ``.ckpt`` file, without its weights."""
+
+    path: Path
+    step: int
+    optimizer: Mapping[str, Any]
+    scheduled: bool
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the next update, of the first group."""
+        return float(self.optimizer["param_groups"][0]["lr"])
+
+
+def lightning_stage(
+    dir: str | Path,
+    segments: Segments = 1,
+    stage: str = "train",
+    *,
+    prefix: str = "",
+    optimizer: Optimizer | None = None,
+    schedule: Callable[[int], float] | Sequence[float] | None = None,
+    clip_factors: Sequence[float] | None = None,
+    metrics: str | Path | None = None,
+    steps: Sequence[int] | None = None,
+    unpickle: bool = False,
+    metric: MetricKind = "shared",
+) -> Stage:
+    """Read the ``.ckpt`` files of a Lightning run as one stage of training.
+
+    Time runs in optimizer steps (``global_step``); Lightning averages the gradients of accumulated batches. Learning
+    rates come from ``schedule``, else from the ``metrics.csv`` of a CSVLogger with a LearningRateMonitor, where equal
+    rates before and after steps that were not logged hold in between, else from the optimizer's state, if the rate is
+    constant. Lightning keeps neither gradient norms nor ``gradient_clip_val``: nothing is assumed to be clipped, unless
+    ``clip_factors`` are given.
+
+    Args:
+        dir: directory with the files, in it or below; such as a logger's ``version_0``.
+        segments: number of segments, or lists of checkpoint indices.
+        stage: the stage's name.
+        prefix: what the names of the wanted weights begin with, such as ``"model."``; it is cut off, and weights
+            without it are left out. Default: all, for the LightningModule itself.
+        optimizer: how gradients became steps; default: as the files say.
+        schedule: learning rate of every update, a function of its number or one value each.
+        clip_factors: of every update; see :class:`Stage`.
+        metrics: the ``metrics.csv``; default: the one in ``dir``, below it, or in the directory above.
+        steps: global steps of the checkpoints to use; default: all.
+        unpickle: read files that hold more than tensors and plain values, which runs code that they contain.
+        metric: as in :class:`Stage`.
+
+    Raises:
+        FileNotFoundError: no ``.ckpt`` file, or not the wanted ones.
+        ValueError: something cannot be inferred; the message names the argument to give.
+        MismatchError: a file is none of Lightning's, or the rates contradict each other.
+    """
+    saved = _saved(Path(dir).absolute(), steps, unpickle)
+    last = saved[-1]
+    known = _logged_rates(Path(dir).absolute(), metrics)
+    rates = _rates(saved, known, schedule)
+    if optimizer is None:
+        optimizer = described_optimizer(last.optimizer, None, last.path.name)
+    checkpoints = [
+        Checkpoint(
+            _weights(one.path, prefix, unpickle) if prefix or unpickle else one.path,
+            one.step,
+            optimizer_state=(one.optimizer if unpickle else one.path) if optimizer.preconditioned else None,
+        )
+        for one in saved
+    ]
+    return Stage(stage, checkpoints, optimizer, segments, lr_schedule=rates, metric=metric, clip_factors=clip_factors)
+
+
+def _saved(directory: Path, steps: Sequence[int] | None, unpickle: bool) -> list[_Saved]:
+    files = sorted(directory.rglob("*.ckpt"), key=lambda file: (file.stem.startswith("last"), str(file)))
+    found: dict[int, _Saved] = {}
+    for file in files:
+        one = _read(file, unpickle)
+        found.setdefault(one.step, one)  # last.ckpt is a copy of another one
+    chosen = sorted(found if steps is None else set(steps))
+    if not chosen or not set(chosen) <= set(found):
+        wanted = "" if steps is None else f"steps={list(steps)}: "
+        raise FileNotFoundError(f"{wanted}{str(directory)!r} has .ckpt files of the global steps {sorted(found)}")
+    return [found[step] for step in chosen]
+
+
+def _read(file: Path, unpickle: bool) -> _Saved:
+    content = _load(file, unpickle)
+    states = content.get("optimizer_states")
+    if "global_step" not in content or not isinstance(states, list) or "state_dict" not in content:
+        raise MismatchError(
+            f"{str(file)!r} has the entries {sorted(map(str, content))}, and Lightning's checkpoints have global_step, "
+            "state_dict and optimizer_states (save_weights_only=True leaves those out): give the whole checkpoints"
+        )
+    if len(states) != 1:
+        raise ValueError(
+            f"{str(file)!r} holds the states of {len(states)} optimizers, and a stage has one: make stages"
+        )
+    return _Saved(file, int(content["global_step"]), states[0], bool(content.get("lr_schedulers")))
+
+
+def _load(file: Path, unpickle: bool) -> dict[str, Any]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=not unpickle)
+    except Exception as error:  # torch.load lets through whatever zip, pickle and its own readers raise
+        raise MismatchError(
+            f"{str(file)!r} cannot be read as tensors and plain values alone ({type(error).__name__}: "
+            f"{str(error).strip()[:200]}): if you trust whoever wrote it, unpickle=True reads other objects too"
+        ) from error
+    if not isinstance(content, dict):
+        raise MismatchError(f"{str(file)!r} holds a {type(content).__name__}, and Lightning's checkpoints are dicts")
+    return content
+
+
+def _weights(file: Path, prefix: str, unpickle: bool) -> dict[str, Any]:
+    state = _load(file, unpickle)["state_dict"]
+    found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if not found:
+        raise ValueError(f"no weight in {str(file)!r} begins with prefix={prefix!r}: they are {list(state)[:8]}")
+    return found
+
+
+def _logged_rates(directory: Path, metrics: str | Path | None) -> dict[int, float]:
+    """Update's number → learning rate, as a LearningRateMonitor logged it."""
+    if metrics is not None:
+        files = [Path(metrics)]
+        if not files[0].is_file():
+            raise FileNotFoundError(f"metrics={str(metrics)!r} does not exist")
+    else:
+        files = sorted(directory.rglob("metrics.csv")) or [f for f in [directory.parent / "metrics.csv"] if f.is_file()]
+    if len(files) > 1:
+        raise ValueError(f"{str(directory)!r} holds {len(files)} files metrics.csv: say which by metrics=")
+    rates: dict[int, float] = {}
+    for file in files:
+        with file.open(newline="", encoding="utf-8") as lines:
+            table = csv.DictReader(lines)
+            columns = [name for name in table.fieldnames or () if name == "lr" or name.startswith("lr-")]
+            for row in table:
+                values = [row[name] for name in columns if row[name]]
+                if values and row.get("step"):
+                    rates[int(float(row["step"]))] = float(values[0])
+    return rates
+
+
+def _rates(
+    saved: Sequence[_Saved],
+    logged: Mapping[int, float],
+    schedule: Callable[[int], float] | Sequence[float] | None,
+) -> list[float]:
+    last = saved[-1].step
+    known = {**{one.step: one.rate for one in saved}, **logged}
+    if schedule is not None:
+        rates = [float(schedule(t)) for t in range(last)] if callable(schedule) else [float(rate) for rate in schedule]
+        if len(rates) != last:
+            raise ValueError(f"schedule has {len(rates)} entries for the {last} updates of the run: give one each")
+        for update, rate in logged.items():
+            if update < last and abs(rates[update] - rate) > _RELATIVE * max(rates):
+                raise MismatchError(f"the schedule gives {rates[update]} for update {update}, and {rate} was logged")
+        return rates
+    if not logged and any(one.scheduled for one in saved):
+        raise ValueError(
+            "the run had a learning-rate scheduler, and there is no metrics.csv of a CSVLogger with the rates of a "
+            "LearningRateMonitor: give schedule=, a function of the update's number or one value each, or metrics="
+        )
+    group = saved[0].optimizer["param_groups"][0]
+    known.setdefault(0, float(group.get("initial_lr", group["lr"])))
+    return _filled(known, last)
+
+
+def _filled(known: Mapping[int, float], last: int) -> list[float]:
+    """Rates of updates 0 to last - 1; between known ones they must be equal."""
+    points = sorted(t for t in known if t <= last)
+    rates: list[float] = []
+    for begin, end in zip(points, [*points[1:], last], strict=True):
+        if end > begin + 1 and end in known and known[end] != known[begin]:
+            raise ValueError(
+                f"the learning rate was {known[begin]} at update {begin} and {known[end]} at update {end}, and none "
+                "was logged in between (LearningRateMonitor(logging_interval='step') logs all): give "
+                "schedule="
+            )
+        rates += [known[begin]] * (end - begin)
+    return rates

@@ -1,0 +1,174 @@
+"""What a Trainer of transformers leaves in its output folder: ``checkpoint-N``, one folder for each saved step."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+
+from source_proj.errors import MismatchError
+
+__all__ = ["TrainerFolder", "logged", "read_tensors", "trainer_folders"]
+
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "pytorch_model.bin",
+    "adapter_model.bin",
+)
+
+
+@dataclass(frozen=True)
+class TrainerFolder:
+    """One ``checkpoint-N`` folder.
+
+    Attributes:
+        path: the folder.
+        step: optimizer steps taken until then; with gradient accumulation, several micro-batches each.
+        max_steps: steps that the run was planned for at that time.
+        history: what was logged until then, also before a resume.
+    """
+
+    path: Path
+    step: int
+    max_steps: int
+    history: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path, step: int) -> TrainerFolder:
+        """Read a folder's ``trainer_state.json``.
+
+        Raises:
+            FileNotFoundError: it has none.
+            MismatchError: it is of another step, or no Trainer wrote it.
+        """
+        file = path / "trainer_state.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{str(path)!r} has no trainer_state.json: give a folder that a Trainer wrote")
+        try:
+            state = json.loads(file.read_text(encoding="utf-8"))
+            there = int(state["global_step"])
+            found = cls(path, there, int(state["max_steps"]), list(state["log_history"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise MismatchError(
+                f"{str(file)!r} was not written by a Trainer ({type(error).__name__}: {error})"
+            ) from error
+        if there != step:
+            raise MismatchError(f"{str(file)!r} is of step {there}, and its folder is named after step {step}")
+        return found
+
+    @property
+    def weights(self) -> Path:
+        """The file that holds the weights, or the index of several such files.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        for name in _WEIGHTS:
+            if (self.path / name).is_file():
+                return self.path / name
+        raise FileNotFoundError(f"{str(self.path)!r} holds none of {', '.join(_WEIGHTS)}: it has no weights to read")
+
+    @property
+    def saved_optimizer(self) -> Path:
+        """``optimizer.pt``.
+
+        Raises:
+            ValueError: there is none, as where the Trainer saved the model alone.
+        """
+        file = self.path / "optimizer.pt"
+        if not file.is_file():
+            raise ValueError(
+                f"{str(self.path)!r} has no optimizer.pt (save_only_model=True?), so nothing says how gradients became "
+                "steps: give optimizer=source_proj.SGD(...), which needs none"
+            )
+        return file
+
+    @cached_property
+    def scheduler(self) -> Mapping[str, Any]:
+        """State of the learning-rate scheduler; empty where the Trainer saved the model alone."""
+        file = self.path / "scheduler.pt"
+        return read_tensors(file) if file.is_file() else {}
+
+
+def trainer_folders(
+    dir: str | Path, steps: Sequence[int] | None = None
+) -> tuple[list[TrainerFolder], list[TrainerFolder]]:
+    """Read the ``checkpoint-N`` folders of a run, in order of steps.
+
+    Args:
+        dir: the Trainer's ``output_dir``.
+        steps: the steps to use; default: all.
+
+    Returns:
+        The checkpoints to use; and all of the same run, up to the last of those.
+
+    Raises:
+        FileNotFoundError: no such directory, or no checkpoint in it.
+        MismatchError: two of the checkpoints to use come from different runs.
+    """
+    directory = Path(dir).absolute()
+    found = {
+        int(match[1]): path
+        for path in (directory.iterdir() if directory.is_dir() else ())
+        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    if not found:
+        raise FileNotFoundError(
+            f"{str(directory)!r} holds no folder checkpoint-N: give a Trainer's output_dir (not one of its checkpoints)"
+        )
+    chosen = sorted(found if steps is None else set(steps))
+    if not chosen or not set(chosen) <= set(found):
+        raise FileNotFoundError(f"steps={steps}: {str(directory)!r} has checkpoints of the steps {sorted(found)} alone")
+    folders = [TrainerFolder.read(found[step], step) for step in sorted(found) if step <= chosen[-1]]
+    last = folders[-1]
+    problems = {folder.step: problem for folder in folders if (problem := _foreign(folder, last))}
+    for step in chosen:
+        if step in problems:
+            raise MismatchError(problems[step])
+    return [f for f in folders if f.step in chosen], [f for f in folders if f.step not in problems]
+
+
+def logged(history: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
+    """What was logged under a key, by the step it was logged at; entries without it, as of evaluations, don't count.
+
+    Example:
+        >>> logged([{"step": 2, "loss": 0.5}, {"step": 2, "eval_loss": 0.7}, {"step": 4, "loss": 0.25}], "loss")
+        {2: 0.5, 4: 0.25}
+    """
+    return {int(entry["step"]): float(entry[key]) for entry in history if key in entry and "step" in entry}
+
+
+def read_tensors(file: Path) -> dict[str, Any]:
+    """Read a dict of tensors and plain values; what holds other objects, and could run foreign code, is refused."""
+    try:
+        # Mapped, so that a large optimizer's moments are read when they are used.
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+    except Exception as error:  # torch.load lets through whatever zip, pickle and its own readers raise
+        raise MismatchError(
+            f"{str(file)!r} cannot be read as tensors and plain values alone "
+            f"({type(error).__name__}: {str(error).strip()[:200]})"
+        ) from error
+    if not isinstance(content, dict):
+        raise MismatchError(f"{str(file)!r} holds a {type(content).__name__}, and a dict was expected")
+    return content
+
+
+def _foreign(folder: TrainerFolder, last: TrainerFolder) -> str | None:
+    """A run that is begun anew in the same folder leaves the former one's later checkpoints there."""
+    rates = logged(last.history, "learning_rate")
+    for step, rate in logged(folder.history, "learning_rate").items():
+        if rates.get(step) != rate:
+            return (
+                f"{str(folder.path)!r} logged the learning rate {rate} at step {step}, and {last.path.name!r} has "
+                f"{rates.get(step)} there: they come from different runs; choose one run's checkpoints by steps=[...]"
+            )
+    return None

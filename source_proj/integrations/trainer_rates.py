@@ -1,0 +1,230 @@
+"""The learning rate of every update of a Trainer's run, also of those that were not logged, and the clip factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TypeAlias
+
+import numpy as np
+
+from source_proj.errors import MismatchError
+from source_proj.integrations.schedules import NAMES, Fit, agreeing, learning_rates, same_integral
+from source_proj.integrations.trainer_folders import TrainerFolder, logged
+
+__all__ = ["Clipping", "GivenSchedule", "clipping", "trainer_rates"]
+
+GivenSchedule: TypeAlias = str | Callable[[int], float] | Sequence[float]
+_RELATIVE = 1e-6  # between a logged rate and a given schedule: some callers give float32 numbers
+
+
+def trainer_rates(
+    folders: Sequence[TrainerFolder],
+    schedule: GivenSchedule | None = None,
+    learning_rate: float | None = None,
+    warmup_steps: int | None = None,
+) -> list[float]:
+    """Learning rate of updates 0 to the last checkpoint's step, of the first parameter group.
+
+    Where every update was logged, these are the rates. Else the schedules of transformers are compared with all that
+    is known: logged rates, peak rates and next rates from ``scheduler.pt``. A run that was resumed with another length
+    or peak rate has several pieces, each with a schedule of its own.
+
+    Args:
+        folders: of one run.
+        schedule: transformers' name, or a function of the update's number, or one value per update.
+        learning_rate: peak learning rate, if ``scheduler.pt`` is missing.
+        warmup_steps: length of the warm-up.
+
+    Raises:
+        ValueError: what is known fits no schedule, or several that differ; the message names the argument that helps.
+        MismatchError: an argument contradicts what was logged.
+    """
+    last = folders[-1].step
+    orders = _orders(folders)
+    known = _known(folders, orders[0])
+    if schedule is not None and not isinstance(schedule, str):
+        rates = [float(schedule(t)) for t in range(last)] if callable(schedule) else [float(rate) for rate in schedule]
+        if len(rates) != last:
+            raise ValueError(f"schedule has {len(rates)} entries for the {last} updates of the run: give one each")
+        _check(rates, known)
+        return rates
+    _refuse_skipped(folders)
+    complete = (
+        schedule is None and learning_rate is None and warmup_steps is None and all(t in known for t in range(last))
+    )
+    if complete and len(orders) == 1:
+        return [known[t] for t in range(last)]
+    try:
+        return _fitted(folders, known, schedule, learning_rate, warmup_steps)
+    except ValueError:
+        for order in orders[1:]:
+            with suppress(ValueError):
+                return _fitted(folders, _known(folders, order), schedule, learning_rate, warmup_steps)
+        if complete:
+            return [known[t] for t in range(last)]
+        raise
+
+
+def _fitted(
+    folders: Sequence[TrainerFolder],
+    known: Mapping[int, float],
+    schedule: str | None,
+    learning_rate: float | None,
+    warmup_steps: int | None,
+) -> list[float]:
+    rates: list[float] = []
+    carried: list[float] = []
+    for piece in _pieces(folders, learning_rate):
+        # A run that is resumed takes its first step at the rate that the saved optimizer had, by the former schedule.
+        rates += carried
+        updates = range(len(rates), piece.end)
+        agreed = {t: known[t] for t in updates if t in known}
+        fit = piece.fit({**piece.upcoming, **agreed}, updates, schedule, warmup_steps)
+        at = np.arange(updates.start, updates.stop)
+        rates += learning_rates(fit.name, at, fit.lowest, piece.total, piece.base).tolist()
+        carried = [piece.upcoming[piece.end]] if piece.end in piece.upcoming else []
+    _check(rates, known)
+    return rates
+
+
+def _orders(folders: Sequence[TrainerFolder]) -> list[bool]:
+    """Whether a step's logged rate is that of the update after it (True) or of the one before it: what is possible.
+
+    Trainers of today log the rate of the update that led to the step, those before 2024 that of the next one.
+    """
+    at_steps = logged(folders[-1].history, "learning_rate")
+    differing = any(at_steps[step] != rate for step, rate in _upcoming(folders).items() if step in at_steps)
+    return [False] if differing else [False, True]
+
+
+def _upcoming(folders: Sequence[TrainerFolder]) -> dict[int, float]:
+    return {f.step: float(f.scheduler["_last_lr"][0]) for f in folders if f.scheduler.get("_last_lr")}
+
+
+def _known(folders: Sequence[TrainerFolder], after: bool) -> dict[int, float]:
+    """Update's number → its learning rate, where that was logged."""
+    at_steps = logged(folders[-1].history, "learning_rate")
+    return {step - (not after): rate for step, rate in at_steps.items()}
+
+
+def _refuse_skipped(folders: Sequence[TrainerFolder]) -> None:
+    for folder in folders:
+        taken = folder.scheduler.get("last_epoch", folder.step)
+        if taken != folder.step and "lr_lambdas" in folder.scheduler:
+            raise ValueError(
+                f"the scheduler of {folder.path.name} took {taken} steps of {folder.step}: a GradScaler skipped the "
+                "others, and which ones is not written down. Give schedule=, one learning rate per step, 0 for those"
+            )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Updates up to ``end`` under one schedule, made for ``total`` updates with the peak rate ``base``.
+
+    Its schedulers' next rates are known apart: at its end they are not those of the piece that follows.
+    """
+
+    end: int
+    total: int
+    base: float
+    upcoming: Mapping[int, float]
+
+    def fit(self, known: Mapping[int, float], updates: range, schedule: str | None, warmup_steps: int | None) -> Fit:
+        """The one schedule that agrees, or one of several with the same integral."""
+        names = NAMES if schedule is None else (schedule,)
+        fits = agreeing(known, self.total, self.base, names, warmup_steps)
+        where = f"updates {updates.start} to {updates.stop - 1}, peak {self.base}, planned for {self.total} updates"
+        if not fits:
+            tried = " ".join(names) if warmup_steps is None else f"{' '.join(names)} with {warmup_steps} warm-up steps"
+            raise ValueError(
+                f"the learning rates that are known ({_shown(known)}; {where}) fit none of the schedules tried "
+                f"({tried}): give schedule=, a function of the update's number or one value per update"
+            )
+        if not same_integral(fits, updates, self.total, self.base):
+            raise ValueError(
+                f"the learning rates that are known ({_shown(known)}; {where}) fit {'; '.join(map(str, fits))}: say "
+                "which by schedule= and warmup_steps="
+            )
+        return fits[0]
+
+
+def _pieces(folders: Sequence[TrainerFolder], learning_rate: float | None) -> Iterator[_Piece]:
+    def settings(folder: TrainerFolder) -> tuple[int, float]:
+        bases = folder.scheduler.get("base_lrs")
+        if not bases and learning_rate is None:
+            raise ValueError(
+                f"{folder.path.name} has no scheduler.pt with a peak learning rate, and not every step was logged: "
+                "give learning_rate= (and schedule=, warmup_steps= if they are not told by the logged rates)"
+            )
+        base = float(bases[0]) if bases else float(learning_rate or 0.0)
+        if learning_rate is not None and not math.isclose(base, learning_rate, rel_tol=_RELATIVE):
+            raise MismatchError(f"learning_rate={learning_rate}, but {folder.path.name} has {base} in its scheduler.pt")
+        return folder.max_steps, base
+
+    for (total, base), group in groupby(folders, settings):
+        members = list(group)
+        yield _Piece(members[-1].step, total, base, _upcoming(members))
+
+
+def _check(rates: Sequence[float], known: Mapping[int, float]) -> None:
+    peak = max(rates, default=0.0)
+    for update, rate in known.items():
+        if update < len(rates) and abs(rates[update] - rate) > _RELATIVE * peak:
+            raise MismatchError(
+                f"the schedule gives {rates[update]} for update {update}, and the run logged {rate}: give the schedule "
+                "that it was trained with"
+            )
+
+
+def _shown(known: Mapping[int, float]) -> str:
+    some = [f"{rate:.6g} at update {update}" for update, rate in sorted(known.items())[:3]]
+    return ", ".join(some) + (f" and {len(known) - 3} more" if len(known) > 3 else "") if some else "none"
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """By how much gradients were shortened.
+
+    Attributes:
+        factors: of every update, 1 where nothing was clipped.
+        assumed: what could not be read and was assumed; None where every step's norm was logged.
+    """
+
+    factors: list[float]
+    assumed: str | None
+
+
+def clipping(history: Sequence[Mapping[str, object]], last: int, max_grad_norm: float | None) -> Clipping:
+    """Clip factors min(1, max/(norm + 1e-6)) as of :func:`torch.nn.utils.clip_grad_norm_`, from the logged norms.
+
+    A step between two logged ones is given the factor of the next logged one.
+
+    Args:
+        history: the Trainer's log; "grad_norm" is the norm before clipping.
+        last: number of updates.
+        max_grad_norm: the Trainer's argument; None or 0: nothing was clipped.
+
+    Example:
+        >>> clipping([{"step": 1, "grad_norm": 0.5}, {"step": 2, "grad_norm": 4.0 - 1e-6}], 2, 1.0).factors
+        [1.0, 0.25]
+    """
+    if not max_grad_norm:
+        return Clipping([1.0] * last, None)
+    norms = {step: norm for step, norm in logged(history, "grad_norm").items() if math.isfinite(norm)}
+    at = {step - 1: min(1.0, max_grad_norm / (norm + 1e-6)) for step, norm in norms.items()}
+    factors, following = [1.0] * last, 1.0
+    for update in reversed(range(last)):
+        following = factors[update] = at.get(update, following)
+    if all(update in at for update in range(last)):
+        return Clipping(factors, None)
+    if not at:
+        why = "no gradient norm was logged, so that no gradient is assumed to have been clipped"
+    elif min(at.values()) == 1.0:
+        why = None  # what was looked at was never clipped
+    else:
+        why = "gradient norms were logged at some steps only: the steps before each are assumed to be clipped like it"
+    return Clipping(factors, why and f"max_grad_norm={max_grad_norm}: {why}. Give max_grad_norm=0 if none was")

@@ -1,0 +1,46 @@
+"""Weights of a Trainer's checkpoint, under the names that the model has in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from source_proj.integrations.trainer_folders import TrainerFolder
+
+__all__ = ["trainer_weights"]
+
+
+def trainer_weights(folder: TrainerFolder, model: nn.Module | None) -> Path | Mapping[str, Tensor]:
+    """The file with a checkpoint's weights; or the weights themselves, where the file has other names for them.
+
+    For some models, such as mixtures of experts, transformers writes one file entry for each expert and has them as one
+    parameter in memory. Such checkpoints are read by transformers itself, and are kept in memory, then in the bank.
+
+    Args:
+        folder: the checkpoint.
+        model: the model that was trained; None if it is not known, which leaves the file as it is.
+    """
+    file = folder.weights
+    if model is None or file.name.startswith("adapter_model.") or not hasattr(type(model), "from_pretrained"):
+        return file
+    own = model.state_dict()
+    if set(_names(file)) <= set(own):
+        return file
+    loaded: Any = type(model).from_pretrained(folder.path, local_files_only=True)  # type: ignore[attr-defined]
+    state: Mapping[str, Tensor] = loaded.state_dict()
+    return state
+
+
+def _names(file: Path) -> list[str]:
+    """Names of the entries, without reading them; of a pickled file none."""
+    if file.name.endswith(".index.json"):
+        return list(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
+    if file.suffix != ".safetensors":
+        return []
+    with safe_open(file, framework="pt") as entries:
+        return list(entries.keys())

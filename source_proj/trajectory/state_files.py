@@ -1,0 +1,108 @@
+"""Files that hold a model's state: which they are, how they are read, what they hash to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+__all__ = ["checked_path", "hash_file", "read_state", "state_files"]
+
+_INDEX = ".safetensors.index.json"  # transformers' name for the list of a state's files
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_LISTED = 8  # names spelled out in an error before it is cut short
+
+
+def checked_path(path: Path | None) -> Path:
+    """Refuse a path where no file is, or one of a type that is not known.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: its name says nothing about what it holds.
+    """
+    if path is None or not path.is_file():
+        what = "is a directory" if path is not None and path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"checkpoint file {str(path)!r} {what}: give the file that holds the state_dict")
+    if path.suffix not in (*_TORCH_SUFFIXES, ".safetensors") and not path.name.endswith(_INDEX):
+        known = ", ".join((".safetensors", _INDEX, *_TORCH_SUFFIXES))
+        raise ValueError(f"checkpoint file {str(path)!r} is of an unknown type: its name must end in one of {known}")
+    return path
+
+
+def state_files(path: Path) -> list[Path]:
+    """The file itself, and, if it is an index, those that it names."""
+    return [path, *(path.parent / name for name in sorted(set(_weight_map(path).values())))]
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Entry of the state → the file that an index has it in; nothing for any other file.
+
+    Raises:
+        ValueError: the index is none, or names a file outside of its own directory.
+        FileNotFoundError: a file that it names is missing.
+    """
+    if not path.name.endswith(_INDEX):
+        return {}
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} is no index of weights ({type(error).__name__}: {error})") from error
+    for name in sorted(set(found.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{str(path)!r} names {name!r}, which is no .safetensors file beside it")
+        checked_path(path.parent / name)
+    return found
+
+
+def _read_parts(path: Path) -> dict[str, Tensor]:
+    places = _weight_map(path)
+    state: dict[str, Tensor] = {}
+    for file in state_files(path)[1:]:
+        state |= _load_part(file)
+    absent = [name for name in places if name not in state]
+    if absent or len(state) > len(places):
+        others = absent or [name for name in state if name not in places]
+        raise ValueError(f"{str(path)!r} and its files do not hold the same entries: {', '.join(others[:_LISTED])}")
+    return state
+
+
+def _load_part(path: Path) -> dict[str, Tensor]:
+    """Read one safetensors file.
+
+    Raises:
+        ValueError: it is corrupt.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is no whole safetensors file ({error}): write it anew") from error
+
+
+def read_state(path: Path) -> object:
+    """Read what a file, or those of an index, hold: tensors alone, without running foreign code.
+
+    Raises:
+        ValueError: a file is corrupt, or holds other objects.
+    """
+    if path.name.endswith(_INDEX):
+        return _read_parts(path)
+    if path.suffix == ".safetensors":
+        return _load_part(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load lets through whatever zip, pickle and its own readers raise
+        raise ValueError(
+            f"{str(path)!r} cannot be read as tensors alone ({type(error).__name__}: {str(error).strip()[:300]}): "
+            "it is corrupt, or holds other objects; save model.state_dict() alone"
+        ) from error
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,192 @@
+"""Checkpoints of adapters alone, over a base model's own weights; and states in several files."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_transformers_gradients import assert_equal, make, make_batch, plain_rows, rows
+from torch import nn
+from torch.utils.data import TensorDataset
+from trainer_runs import EXAMPLES, classifier, train, transformers
+
+import source_proj as sp
+from source_proj.integrations import trainable_parameters
+
+PEFT_LAGS = "ignore:.*is deprecated and will be removed:FutureWarning"  # behind names of transformers
+
+
+class LoRALinear(nn.Module):
+    """y = W x + B A x, W frozen."""
+
+    def __init__(self, base, rank=2):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.lora_B(self.lora_A(x))
+
+
+def lora_model():
+    torch.manual_seed(0)
+    return nn.Sequential(LoRALinear(nn.Linear(5, 6)), nn.Tanh(), LoRALinear(nn.Linear(6, 3)))
+
+
+def adapter_file(model, directory):
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {name: value.clone() for name, value in model.state_dict().items() if "lora" in name}
+    save_file(state, directory / "adapter_model.safetensors")
+    return directory / "adapter_model.safetensors"
+
+
+def test_an_adapter_lies_over_the_models_own_weights(tmp_path):
+    model, trained = lora_model(), lora_model()
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    checkpoint = sp.Checkpoint(adapter_file(trained, tmp_path), step=1)
+    before, x = model.state_dict(), torch.randn(4, 5)
+    with checkpoint.applied_to(model), torch.no_grad():
+        torch.testing.assert_close(model(x), trained(x), rtol=0, atol=0)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(sp.MismatchError, match=r"has 0.lora_A.weight, which the model Linear has as \[\]"):
+        checkpoint.applied_to(nn.Linear(5, 3)).__enter__()
+
+
+def test_only_the_adapter_is_attributed_and_its_bank_equals_that_of_whole_checkpoints(tmp_path):
+    model, data = lora_model(), TensorDataset(torch.randn(8, 5), torch.arange(8) % 3)
+    names = trainable_parameters(model)
+    assert names == ["0.lora_A.weight", "0.lora_B.weight", "2.lora_A.weight", "2.lora_B.weight"]
+    scores = []
+    for state in (adapter_file(model, tmp_path), model.state_dict()):
+        run = sp.Trajectory([sp.Checkpoint(state, step=10, lr=0.1)])
+        path = tmp_path / f"bank_{len(scores)}"
+        bank = sp.build(model, sp.Classification(), run, data, path, sketch=sp.Sketch(dim=32), parameters=names)
+        assert bank.space_spec["names"] == names
+        reopened = sp.open(path)
+        scores.append(sp.Source(reopened, model=lora_model()).score(data).to_numpy())
+    assert (scores[0] == scores[1]).all()
+
+
+def test_frozen_models_have_nothing_to_attribute():
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        trainable_parameters(nn.Linear(2, 2).requires_grad_(False))
+
+
+def with_peft(model, targets):
+    peft = pytest.importorskip("peft", reason="needs peft: install source-proj[peft]", exc_type=ImportError)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # PEFT's own B is zero, which hides A
+            parameter.data.normal_(std=0.3, generator=generator)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False", PEFT_LAGS)
+@pytest.mark.parametrize(("name", "targets"), [("gpt2", ["c_attn"]), ("llama", ["q_proj", "v_proj", "down_proj"])])
+def test_hooks_see_through_peft(name, targets):
+    model = with_peft(make(name, "sdpa"), targets).eval()
+    batch, names = make_batch(name, padded=True), trainable_parameters(model)
+    assert all("lora" in one for one in names)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    for task in (sp.CausalLM(), sp.CausalLM(chunk=2)):
+        got, engine = rows(model, task, batch)
+        assert engine.method == "hooks", engine.reason
+        assert_equal(got, plain_rows(model, sp.CausalLM(), batch))
+
+
+@pytest.mark.filterwarnings(PEFT_LAGS)
+def test_a_trainers_run_over_peft(tmp_path):
+    model = with_peft(classifier(), ["query", "value"])
+    trainer = train(tmp_path / "run", model=model, weight_decay=0.1)
+    assert not (tmp_path / "run/checkpoint-4/model.safetensors").exists()
+    fresh = with_peft(classifier(), ["query", "value"])
+    run = sp.Trajectory.from_hf_trainer(tmp_path / "run", model=fresh, max_grad_norm=0)
+    with run.final.applied_to(fresh):
+        state = fresh.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in trainer.model.state_dict().items())
+    assert {n for g in run.stages[0].checkpoints[0].optimizer_state["param_groups"] for n in g["param_names"]} == set(
+        trainable_parameters(fresh)
+    )
+    data = [{k: torch.as_tensor(v) for k, v in one.items()} for one in trainer.train_dataset]
+    bank = sp.build(
+        fresh,
+        sp.Classification(),
+        run,
+        data,
+        tmp_path / "bank",
+        sketch=sp.Sketch(dim=64),
+        parameters=trainable_parameters(fresh),
+        progress=False,
+    )
+    assert sp.Source(bank, model=fresh, progress=False).score(data[:3]).shape == (3, EXAMPLES)
+
+
+def sharded(directory):
+    model = classifier()
+    model.save_pretrained(directory, max_shard_size="2KB")
+    assert len(list(directory.glob("*.safetensors"))) > 1
+    return model, directory / "model.safetensors.index.json"
+
+
+def test_a_state_in_several_files_is_one_state(tmp_path):
+    model, index = sharded(tmp_path)
+    checkpoint = sp.Checkpoint(index, step=1)
+    state = checkpoint.load()
+    assert set(state) == set(model.state_dict())
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    before, part = checkpoint.hash(), sorted(tmp_path.glob("*.safetensors"))[0]
+    content = part.read_bytes()
+    part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert sp.Checkpoint(index, step=1).hash() != before
+    part.unlink()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        sp.Checkpoint(index, step=1).load()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: {"weights": {}}, "is no index of weights"),
+        (lambda content: {"weight_map": {**content["weight_map"], "more": "../other.safetensors"}}, "names '../other"),
+        (
+            lambda content: {"weight_map": {**content["weight_map"], "more": min(content["weight_map"].values())}},
+            "do not hold the same entries: more",
+        ),
+    ],
+)
+def test_a_wrong_index_is_refused(tmp_path, change, message):
+    _, index = sharded(tmp_path)
+    index.write_text(json.dumps(change(json.loads(index.read_text()))))
+    with pytest.raises(ValueError, match=message):
+        sp.Checkpoint(index, step=1).load()
+
+
+def test_a_trainers_sharded_checkpoints_are_read(tmp_path):
+    train(tmp_path / "run")
+    for step in range(4, 21, 4):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        model = transformers.BertForSequenceClassification.from_pretrained(folder)
+        (folder / "model.safetensors").unlink()
+        model.save_pretrained(folder, max_shard_size="2KB")
+    run = sp.Trajectory.from_hf_trainer(tmp_path / "run", max_grad_norm=0)
+    assert run.final.path.name == "model.safetensors.index.json"
+    with run.final.applied_to(classifier()) as model:
+        assert torch.equal(model.classifier.weight, run.final.load()["classifier.weight"])
+
+
+def test_weights_that_are_saved_under_other_names_are_brought_back(tmp_path):
+    """transformers has experts as one parameter in memory, and writes one entry each."""
+    model = make("mixtral")
+    data = [{"input_ids": row, "labels": row} for row in make_batch("mixtral", padded=False)["input_ids"].tolist()]
+    options = {"max_steps": 2, "save_steps": 1, "logging_steps": 1, "report_to": [], "use_cpu": True}
+    arguments = transformers.TrainingArguments(str(tmp_path), disable_tqdm=True, **options)
+    transformers.Trainer(model, arguments, train_dataset=data).train()
+    for given in (None, make("mixtral")):
+        run = sp.Trajectory.from_hf_trainer(tmp_path, model=given, max_grad_norm=0)
+        with run.final.applied_to(make("mixtral")) as found:
+            assert all(torch.equal(found.state_dict()[name], value) for name, value in model.state_dict().items())

@@ -1,0 +1,199 @@
+"""From a Trainer's run and a text file to scores, by the command line alone."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from trainer_runs import transformers
+from typer.testing import CliRunner
+
+import source_proj as sp
+from source_proj.cli import app
+from source_proj.integrations import TextData, TextSettings, load_pretrained, task_for
+
+WORDS = ["good", "bad", "film", "book", "was", "the", "a", "not", "very", "plain"]
+TEXTS = [" ".join(WORDS[(3 * i + j * (1 + i % 3)) % 10] for j in range(2 + i % 5)) for i in range(24)]
+LABELS = [i % 2 for i in range(24)]
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: place for place, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
+    )
+
+
+def network(kind):
+    torch.manual_seed(0)
+    if kind == "classification":
+        config = transformers.BertConfig(
+            vocab_size=12,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=8,
+            max_position_embeddings=16,
+            label2id={"bad": 0, "good": 1},
+            id2label={0: "bad", 1: "good"},
+        )
+        return transformers.BertForSequenceClassification(config)
+    config = transformers.GPT2Config(
+        vocab_size=12, n_embd=8, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+@pytest.fixture(scope="module", params=["classification", "language"])
+def run(request, tmp_path_factory):
+    """A directory with text files and what the Trainer left of a model trained on them."""
+    directory = tmp_path_factory.mktemp(request.param)
+    for name, rows in (("train", range(20)), ("queries", range(20, 24))):
+        lines = [{"text": TEXTS[i], "label": "good" if LABELS[i] else "bad"} for i in rows]
+        (directory / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+        with (directory / f"{name}.csv").open("w", newline="") as file:
+            table = csv.DictWriter(file, ["text", "label"])
+            table.writeheader()
+            table.writerows(lines)
+    model, words = network(request.param), tokenizer()
+    model.save_pretrained(directory / "model")
+    words.save_pretrained(directory / "model")
+    data = TextData(directory / "train.jsonl", TextSettings("model"), model, words)
+    arguments = transformers.TrainingArguments(
+        str(directory / "run"),
+        num_train_epochs=2,
+        per_device_train_batch_size=5,
+        save_steps=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    transformers.Trainer(model, arguments, train_dataset=data, processing_class=words).train()
+    return request.param, directory
+
+
+def call(*words, code=0):
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.stderr if code else result.stdout
+
+
+def build(directory, bank, *words, file="train.jsonl", code=0):
+    options = ("--hf-run", directory / "run", "--dataset", directory / file, "--sketch-dim", 64, "--batch-size", 8)
+    return call("build", bank, *options, "--no-progress", *words, code=code)
+
+
+def test_build_and_score_without_python_equal_those_with_it(run, tmp_path):
+    kind, directory = run
+    build(directory, tmp_path / "bank", "--hf-model", directory / "model", "--segments", 2)
+    queries = ("--dataset", directory / "queries.jsonl")
+    call("score", tmp_path / "bank", *queries, "--out", tmp_path / "scores.npy", "--no-progress")
+    model, words = load_pretrained(str(directory / "model"))
+    settings, task = TextSettings(str(directory / "model")), task_for(model)
+    data = TextData(directory / "train.jsonl", settings, model, words)
+    trajectory = sp.Trajectory.from_hf_trainer(directory / "run", segments=2, model=model)
+    bank = sp.build(
+        model, task, trajectory, data, tmp_path / "b", sketch=sp.Sketch(dim=64), batch_size=8, progress=False
+    )
+    asked = TextData(directory / "queries.jsonl", settings, model, words)
+    expected = sp.Source(bank, model=model, progress=False).score(asked).to_numpy()
+    assert np.array_equal(np.load(tmp_path / "scores.npy"), expected)
+    assert isinstance(task, sp.Classification if kind == "classification" else sp.CausalLM)
+
+
+def test_the_model_is_the_runs_last_checkpoint_unless_it_is_named(run, tmp_path):
+    _, directory = run
+    build(directory, tmp_path / "bank", file="train.csv")
+    beside = json.loads((tmp_path / "bank.text.json").read_text())
+    assert beside["text"]["model"] == str(directory / "run" / "checkpoint-8")
+    assert (beside["build"]["sketch_dim"], beside["build"]["hf_run"]) == (64, str(directory / "run"))
+    hits = call("top-k", tmp_path / "bank", "--dataset", directory / "queries.csv", "-k", 2, "--json", "--no-progress")
+    assert [len(query["train"]) for query in json.loads(hits)["queries"]] == [2, 2, 2, 2]
+
+
+def test_single_tokens_are_asked_about(run, tmp_path):
+    kind, directory = run
+    build(directory, tmp_path / "bank")
+    words = (
+        "top-k",
+        tmp_path / "bank",
+        "--dataset",
+        directory / "queries.jsonl",
+        "--per-token",
+        "--json",
+        "--no-progress",
+    )
+    if kind == "classification":
+        assert "belongs to language models" in call(*words, code=2)
+        return
+    ids = [query["query"] for query in json.loads(call(*words))["queries"]]
+    counts = [len(text.split()) - 1 for text in TEXTS[20:]]
+    assert ids == [f"{i}/{t + 1}" for i, count in enumerate(counts) for t in range(count)]
+
+
+def test_padding_prompts_and_labels(run, tmp_path):
+    kind, directory = run
+    model, words = load_pretrained(str(directory / "model"))
+    file = tmp_path / "data.jsonl"
+    rows = [{"text": "good film", "ask": "the very", "label": 1}, {"text": "bad", "ask": "a", "label": "0"}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    if kind == "classification":
+        data = TextData(file, TextSettings("model"), model, words)
+        assert [int(data[i]["labels"]) for i in range(2)] == [1, 0]
+        assert data[1]["attention_mask"].tolist() == [1, 0]
+        return
+    data = TextData(file, TextSettings("model", prompt="ask", max_length=3), model, words)
+    ids = {word: place + 2 for place, word in enumerate(WORDS)}
+    assert data[0]["input_ids"].tolist() == [ids["the"], ids["very"], ids["good"]]
+    assert data[0]["labels"].tolist() == [-100, -100, ids["good"]]
+    assert data[1]["input_ids"].tolist() == [ids["a"], ids["bad"], 0]
+    assert data[1]["labels"].tolist() == [-100, ids["bad"], -100]
+
+
+def test_files_that_are_wrong_are_named_by_their_example(run, tmp_path):
+    kind, directory = run
+    model, words = load_pretrained(str(directory / "model"))
+
+    def read(text, name="data.jsonl", **columns):
+        (tmp_path / name).write_text(text)
+        return TextData(tmp_path / name, TextSettings("model", **columns), model, words)
+
+    good = '{"text": "good", "label": 1}\n'
+    with pytest.raises(ValueError, match=r"example 2 of .* has no 'text', only"):
+        read(good + '{"words": "bad", "label": 1}')
+    with pytest.raises(ValueError, match=r"line 2 of .* is no JSON object"):
+        read(good + "nonsense")
+    with pytest.raises(ValueError, match=r"must be a .jsonl or .csv file"):
+        read(good, "data.txt")
+    with pytest.raises(ValueError, match="holds no example"):
+        read("")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        TextData(tmp_path / "none.csv", TextSettings("model"), model, words)
+    with pytest.raises(ValueError, match=r"example 1 of .* has no token"):
+        read('{"text": "", "label": 1}')
+    if kind == "classification":
+        with pytest.raises(ValueError, match="has the class 'superb'; the model knows 0 to 1"):
+            read('{"text": "good", "label": "superb"}')
+
+
+def test_options_that_contradict_each_other(run, tmp_path):
+    _, directory = run
+    bank = tmp_path / "bank"
+    assert "leave one pair out" in build(directory, bank, "--model", "m:f", code=2)
+    assert "needs --dataset FILE" in call("build", bank, "--hf-model", directory / "model", code=2)
+    assert "belong to --hf-run" in call(
+        "build", bank, "--hf-model", directory / "model", "--dataset", directory / "train.csv", "--lr", 1,
+        "--checkpoint", f"4={directory / 'run/checkpoint-4/model.safetensors'}", "--warmup-steps", 3, code=2,
+    )  # fmt: skip
+    assert "--data is missing: give it, or a text file" in call("build", bank, "--model", "os:getpid", code=2)
+    assert "is missing" in call("score", bank, "--out", tmp_path / "s.npy", code=2)
+    assert "bank.text.json" in call(
+        "score", bank, "--dataset", directory / "queries.csv", "--out", tmp_path / "s.npy", code=2
+    )
