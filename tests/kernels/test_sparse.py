@@ -12,6 +12,8 @@ from source_proj.kernels import available_backends, philox4x32, sparse, sparse_a
 from source_proj.kernels.native import native_library
 from source_proj.kernels.sparse import sparse_add_at_, sparse_add_outer_
 
+BACKENDS = [name for name in available_backends("sparse") if name != "triton"]  # smaller cases: test_triton.py
+
 native = pytest.mark.skipif(native_library() is None, reason="the compiled kernels were not built")
 
 ROUTES = (
@@ -118,7 +120,7 @@ def test_add_is_the_dense_product(batch, count, k, offset, nnz, backend, level, 
     assert close(out, expected, scale)
 
 
-@pytest.mark.parametrize("backend", available_backends("sparse"))
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("batch", "steps", "o", "i", "k", "nnz"),
     [
@@ -173,7 +175,7 @@ def test_outer_on_every_instruction_set(level, at_level, scaled):
     assert (got - expected).norm() <= 1e-6 * expected.norm()
 
 
-@pytest.mark.parametrize("backend", available_backends("sparse"))
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("nnz", [1, 2])
 def test_rows_at_their_own_offsets(backend, nnz):
     generator = torch.Generator().manual_seed(0)
