@@ -1,15 +1,33 @@
 """What the sketch's Triton kernels share: signs, one block of the sparse map, and partial sums added in order.
 
 The functions are compiled into the kernels of the modules beside this one. With TRITON_INTERPRET=1 set before triton is
-imported they run on the CPU, for tests.
+imported they run on the CPU, for tests. Launches say that products and sums may be fused, since the default changes
+between versions of triton, and with it the last bits.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Concatenate, ParamSpec
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["add_block", "add_partials_", "columns_width", "interpreted", "negative_words", "product", "split_seed"]
+__all__ = [
+    "add_block",
+    "add_partials_",
+    "columns_width",
+    "interpreted",
+    "negative_words",
+    "on_device",
+    "product",
+    "split_seed",
+]
+
+_Others = ParamSpec("_Others")
 
 _SIGN: tl.constexpr = tl.constexpr(0x5349474E)  # TAG_SIGN of sparse.py
 
@@ -17,6 +35,17 @@ _SIGN: tl.constexpr = tl.constexpr(0x5349474E)  # TAG_SIGN of sparse.py
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, which takes tensors in main memory."""
     return not isinstance(add_block, triton.JITFunction)
+
+
+def on_device(function: Callable[Concatenate[Tensor, _Others], None]) -> Callable[Concatenate[Tensor, _Others], None]:
+    """With the device of the first argument as the current one: that is where triton launches."""
+
+    @functools.wraps(function)
+    def wrapped(out: Tensor, /, *others: _Others.args, **options: _Others.kwargs) -> None:
+        with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+            function(out, *others, **options)
+
+    return wrapped
 
 
 def split_seed(seed: int) -> tuple[int, int]:
@@ -33,8 +62,9 @@ def columns_width(dim: int) -> int:
 @triton.jit
 def negative_words(low, high, third, fourth, key0, key1):
     """Philox4x32-10 for tensors of 64-bit counters given as two uint32 halves; four words."""
-    k0 = key0.to(tl.uint32, bitcast=True)
-    k1 = key1.to(tl.uint32, bitcast=True)
+    # A key that happens to be 1 arrives as a constant of the compiler, which has no bits to cast before it is a tensor.
+    k0 = tl.cast(key0, tl.int32).to(tl.uint32, bitcast=True)
+    k1 = tl.cast(key1, tl.int32).to(tl.uint32, bitcast=True)
     return tl.philox_impl(low, high, low * 0 + third, low * 0 + fourth, k0, k1)
 
 
@@ -79,13 +109,18 @@ def add_block(
 
     Column j gets coordinate (multiplier j + shift) mod K: the inverse of the block's permutation. Signs are put on in
     the inputs' order, where Philox is cheap. The gather goes through shared memory; with K a power of two the
-    multiplier is odd, so that neighbouring columns read from different banks.
+    multiplier is odd, so that neighbouring columns read from different banks. This takes a gather in a tensor of
+    one axis: with two, triton 3.9 made ten thousands of shuffles and spills of it, as `examples/speed/compiled.py`
+    shows.
     """
     flip = _negative(start, copy, key0, key1, WIDTH, ALIGNED) << 31
     signed = (x.to(tl.uint32, bitcast=True) ^ flip[None, :]).to(tl.float32, bitcast=True)
     column = tl.arange(0, WIDTH).to(tl.uint32)
     source = ((multiplier.to(tl.uint32) * column + shift.to(tl.uint32)) % K).to(tl.int32)
-    return sums + tl.gather(signed, tl.broadcast_to(source[None, :], signed.shape), 1)
+    flat = tl.reshape(signed, (signed.shape[0] * WIDTH,))
+    example = tl.arange(0, signed.shape[0])[:, None] * WIDTH
+    source = tl.reshape(example + source[None, :], (signed.shape[0] * WIDTH,))
+    return sums + tl.reshape(tl.gather(flat, source, 0), signed.shape)
 
 
 @triton.jit
@@ -105,4 +140,6 @@ def add_partials_(out: Tensor, partials: Tensor, scale: float) -> None:
     parts, batch, dim = partials.shape
     block = 1 << 16 if interpreted() else 1024  # the interpreter's time goes by programs
     grid = (triton.cdiv(batch * dim, block),)
-    _add_partials_kernel[grid](out, partials, out.stride(0), parts, batch * dim, dim, scale, BLOCK=block)
+    _add_partials_kernel[grid](
+        out, partials, out.stride(0), parts, batch * dim, dim, scale, BLOCK=block, enable_fp_fusion=True
+    )

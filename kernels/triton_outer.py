@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_device import add_block, add_partials_, columns_width, interpreted, product, split_seed
+from .triton_device import add_block, add_partials_, columns_width, interpreted, on_device, product, split_seed
 from .triton_sparse import MOST_COLUMNS, block_tables
 
 __all__ = ["add_outer_triton_", "add_windows_triton_", "fused_pays"]
@@ -23,7 +23,10 @@ __all__ = ["add_outer_triton_", "add_windows_triton_", "fused_pays"]
 _TASK = 16  # blocks of k coordinates whose rows make a task: its k sums are then a sixteenth of the traffic
 _FEWEST_COORDINATES = 4  # blocks, below which a launch costs more than the detour over memory
 _PROGRAMS_PER_PROCESSOR = 2
+_STEPS = {True: 64, False: 32}  # at once, by whether operands are of half precision; more of float32 spill registers
 _HALVES = (torch.float16, torch.bfloat16)
+_LARGE = 128  # rows and columns of a large tile
+_FILL = 128  # tasks, about as many as a large GPU has processors
 
 
 def fused_pays(dim: int, rows: int, columns: int) -> bool:
@@ -164,12 +167,14 @@ def add_windows_triton_(
     _launch(out, left, right, windows.to(right.device, torch.int64), columns, shape, strides, offset, seed, nnz, scale)
 
 
+@on_device
 def _launch(
     out: Tensor, left: Tensor, right: Tensor, steps: Tensor | None, columns: Tensor | None,
     shape: tuple[int, int, int], strides: tuple[int, ...], offset: int, seed: int, nnz: int, scale: Tensor | None,
 ) -> None:  # fmt: skip
     (count, n_rows, n_columns), (batch, dim) = shape, out.shape
-    tile_rows, tile_columns = (64, 64) if n_rows >= 64 else (16, 128)
+    half = left.dtype in _HALVES
+    tile_rows, tile_columns, warps = _tile(half, steps is not None, batch, n_rows, n_columns)
     task_rows = triton.cdiv(max(1, _TASK * dim // n_columns), tile_rows) * tile_rows
     tasks = triton.cdiv(n_rows, task_rows)
     first, last = offset // dim, (offset + n_rows * n_columns - 1) // dim + 1
@@ -182,8 +187,8 @@ def _launch(
         partials if scale is None else scale, batch, count, n_rows, n_columns, *strides, min(task_rows, n_rows), tasks,
         offset, first, last - first, *split_seed(seed), WINDOWS=steps is not None, SCALED=scale is not None, NNZ=nnz,
         K=dim, WIDTH=columns_width(dim), ALIGNED=dim % 128 == 0, ROWS=tile_rows, COLUMNS=tile_columns,
-        STEPS=64 if count >= 64 else 16, PRECISION="ieee" if left.dtype in _HALVES else "tf32x3", WIDEN=interpreted(),
-        num_warps=8,
+        STEPS=min(_STEPS[half], 64 if count >= 64 else 16), PRECISION="ieee" if half else "tf32x3",
+        WIDEN=interpreted(), num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
     add_partials_(out, partials, nnz**-0.5)
 
@@ -193,6 +198,19 @@ def _operands(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     if left.dtype == right.dtype and left.dtype in _HALVES:
         return left, right
     return left.float(), right.float()
+
+
+def _tile(half: bool, windows: bool, batch: int, n_rows: int, n_columns: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile of the gradient, and warps, from shapes alone.
+
+    A tile of 64 x 64 does 32 operations for each byte of half precision that comes from the second-level cache, which
+    on an H100 (some 5 TB/s) holds tensor cores to a fifth of their peak; one of 128 x 128 does 64. It takes a whole
+    processor's registers, so there must be a task for each processor. Of float32 operands it would spill them, and
+    windows, read number by number, would gain little.
+    """
+    if half and not windows and min(n_rows, n_columns) >= _LARGE and batch * triton.cdiv(n_rows, _LARGE) >= _FILL:
+        return _LARGE, _LARGE, 16
+    return (64, 64, 8) if n_rows >= 64 else (16, 128, 8)
 
 
 def _programs(device: torch.device) -> int:

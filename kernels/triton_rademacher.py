@@ -12,23 +12,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_device import add_partials_, interpreted, negative_words, product, split_seed
+from .triton_device import add_partials_, interpreted, negative_words, on_device, product, split_seed
 
 __all__ = ["add_dense_triton_", "sign_tile_triton"]
 
 _COLUMNS = 128  # of a tile: those of one call of Philox
-_COORDINATES = 64
-_FEWEST = 16  # tiles of coordinates in a range
+_COORDINATES = 32  # with 64, or 128 examples of float32, registers spill on compute capability 8.0
+_FEWEST = 32  # tiles of coordinates in a range
 _PROGRAMS = 512
 
 
 @triton.jit
-def _signs(coordinate, columns, tag, key0, key1, COORDINATES: tl.constexpr):
-    """Signs of coordinates in the 128 columns of one group, (COORDINATES, 128) float32, 1 or -1."""
+def _signs(coordinate, columns, tag, key0, key1, COORDINATES: tl.constexpr, DTYPE: tl.constexpr):
+    """Signs of coordinates in the 128 columns of one group, (COORDINATES, 128), 1 or -1 of a floating-point type.
+
+    A bit of the random word becomes the sign bit of the number 1: two operations, none of which converts a number.
+    """
     w0, w1, w2, w3 = _words(coordinate, columns, tag, key0, key1)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (COORDINATES, 4))
-    bits = (words[:, :, None] >> tl.arange(0, 32).to(tl.uint32)[None, None, :]) & 1
-    return 1.0 - 2.0 * tl.reshape(bits, (COORDINATES, 128)).to(tl.float32)
+    bits = words[:, :, None] >> tl.arange(0, 32).to(tl.uint32)[None, None, :]
+    if tl.float32 == DTYPE:
+        one: tl.constexpr = 0x3F800000
+        patterns = tl.reshape(bits << 31, (COORDINATES, 128)) | one
+    else:
+        short: tl.constexpr = 0x3C00 if tl.float16 == DTYPE else 0x3F80
+        patterns = tl.reshape(bits << 15, (COORDINATES, 128)).to(tl.uint16) | short
+    return patterns.to(DTYPE, bitcast=True)
 
 
 @triton.jit
@@ -69,23 +78,25 @@ def _dense_kernel(
             mask=(example < batch)[:, None] & (place < count)[None, :],
             other=0.0,
         )
-        signs = _signs(tl.cast(offset, tl.int64) + place, group, tag, key0, key1, COORDINATES)
+        at_place = tl.cast(offset, tl.int64) + place
         if SPLIT:
+            signs = _signs(at_place, group, tag, key0, key1, COORDINATES, tl.bfloat16)
             high = x.to(tl.bfloat16)
             rest = x - high.to(tl.float32)
             middle = rest.to(tl.bfloat16)
             low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-            narrow = signs.to(tl.bfloat16)
-            sums = product(low, narrow, sums, WIDEN)
-            sums = product(middle, narrow, sums, WIDEN)
-            sums = product(high, narrow, sums, WIDEN)
+            sums = product(low, signs, sums, WIDEN)
+            sums = product(middle, signs, sums, WIDEN)
+            sums = product(high, signs, sums, WIDEN)
         else:
-            sums = product(x, signs.to(x.dtype), sums, WIDEN)
+            signs = _signs(at_place, group, tag, key0, key1, COORDINATES, x.dtype)
+            sums = product(x, signs, sums, WIDEN)
     column = group * 128 + tl.arange(0, 128)
     at = partials + (part.to(tl.int64) * batch + example.to(tl.int64))[:, None] * dim + column[None, :]
     tl.store(at, sums, mask=(example < batch)[:, None] & (column < dim)[None, :])
 
 
+@on_device
 def add_dense_triton_(out: Tensor, rows: Tensor, offset: int, seed: int, tag: int) -> None:
     """Add R[:, offset : offset + n] rows, rows (B, n) float32, bfloat16 or float16 of any strides, to out (B, k)."""
     (batch, count), dim = rows.shape, out.shape[1]
@@ -93,7 +104,8 @@ def add_dense_triton_(out: Tensor, rows: Tensor, offset: int, seed: int, tag: in
         return
     if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         rows = rows.float()
-    examples = 16 if batch <= 16 else 64 if batch <= 64 else 128
+    split = rows.dtype == torch.float32
+    examples = 16 if batch <= 16 else 64 if batch <= 64 or split else 128
     groups = (triton.cdiv(batch, examples), triton.cdiv(dim, _COLUMNS))
     tiles = triton.cdiv(count, _COORDINATES)
     per_part = max(_FEWEST, triton.cdiv(tiles, max(1, _PROGRAMS // (groups[0] * groups[1]))))
@@ -101,9 +113,8 @@ def add_dense_triton_(out: Tensor, rows: Tensor, offset: int, seed: int, tag: in
     partials = torch.empty(parts, batch, dim, device=out.device)
     _dense_kernel[(*groups, parts)](
         partials, rows, batch, count, dim, rows.stride(0), rows.stride(1), offset, per_part * _COORDINATES, tag,
-        *split_seed(seed), EXAMPLES=examples, COORDINATES=_COORDINATES, SPLIT=rows.dtype == torch.float32,
-        WIDEN=interpreted(),
-        num_warps=8 if examples == 128 else 4,
+        *split_seed(seed), EXAMPLES=examples, COORDINATES=_COORDINATES, SPLIT=split,
+        WIDEN=interpreted(), num_warps=8 if split and examples == 64 else 4, enable_fp_fusion=True,
     )  # fmt: skip
     add_partials_(out, partials, dim**-0.5)
 
@@ -113,7 +124,7 @@ def _tile_kernel(tile, start, count, columns, tag, key0, key1, COORDINATES: tl.c
     place = tl.program_id(0).to(tl.int64) * COORDINATES + tl.arange(0, COORDINATES)
     group = tl.program_id(1)
     column = group * 128 + tl.arange(0, 128)
-    signs = _signs(tl.cast(start, tl.int64) + place, group, tag, key0, key1, COORDINATES)
+    signs = _signs(tl.cast(start, tl.int64) + place, group, tag, key0, key1, COORDINATES, tl.float32)
     there = (place < count)[:, None] & (column < columns)[None, :]
     tl.store(tile + place[:, None] * columns + column[None, :], signs, mask=there)
 
@@ -121,7 +132,15 @@ def _tile_kernel(tile, start, count, columns, tag, key0, key1, COORDINATES: tl.c
 def sign_tile_triton(start: int, stop: int, count: int, seed: int, tag: int, device: torch.device) -> Tensor:
     """Signs of the coordinates [start, stop) in columns [0, count): (stop - start, count) float32, each 1 or -1."""
     tile = torch.empty(stop - start, count, device=device)
-    grid = (triton.cdiv(stop - start, _COORDINATES), triton.cdiv(count, _COLUMNS))
-    if tile.numel():
-        _tile_kernel[grid](tile, start, stop - start, count, tag, *split_seed(seed), COORDINATES=_COORDINATES)
+    _fill(tile, start, seed, tag)
     return tile
+
+
+@on_device
+def _fill(tile: Tensor, start: int, seed: int, tag: int) -> None:
+    rows, columns = tile.shape
+    grid = (triton.cdiv(rows, _COORDINATES), triton.cdiv(columns, _COLUMNS))
+    if tile.numel():
+        _tile_kernel[grid](
+            tile, start, rows, columns, tag, *split_seed(seed), COORDINATES=_COORDINATES, enable_fp_fusion=True
+        )

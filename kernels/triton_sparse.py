@@ -22,7 +22,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .triton_device import add_block, add_partials_, columns_width, interpreted, negative_words, split_seed
+from .triton_device import add_block, add_partials_, columns_width, interpreted, negative_words, on_device, split_seed
 
 __all__ = ["MOST_COLUMNS", "add_at_triton_", "add_rows_triton_", "block_tables"]
 
@@ -144,6 +144,7 @@ def _wide_kernel(
     tl.store(partials + (part.to(tl.int64) * batch + example) * dim + column, sums, mask=column < dim)
 
 
+@on_device
 def add_rows_triton_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int) -> None:
     """Add R[:, offset : offset + n] rows, rows (B, n) of any floating-point type and strides, to out (B, k) float32."""
     (batch, count), dim = rows.shape, out.shape[1]
@@ -162,12 +163,12 @@ def add_rows_triton_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int
     given = (partials, rows, tables, batch, count, rows.stride(0), rows.stride(1), offset, first, blocks, per_part)
     if wide:
         grid = (batch, triton.cdiv(dim, _TILE), parts)
-        _wide_kernel[grid](*given, dim, *split_seed(seed), nnz, BLOCK=_TILE)
+        _wide_kernel[grid](*given, dim, *split_seed(seed), nnz, BLOCK=_TILE, enable_fp_fusion=True)
     else:
         width = columns_width(dim)
         _rows_kernel[(triton.cdiv(batch, examples), parts)](
             *given, *split_seed(seed), NNZ=nnz, K=dim, WIDTH=width, EXAMPLES=examples, ALIGNED=dim % 128 == 0,
-            num_warps=max(4, min(16, width * examples // 512)),
+            num_warps=max(4, min(16, width * examples // 512)), enable_fp_fusion=True,
         )  # fmt: skip
     add_partials_(out, partials, nnz**-0.5)
 
@@ -225,6 +226,7 @@ def _at_kernel(
                     tl.debug_barrier()
 
 
+@on_device
 def add_at_triton_(out: Tensor, rows: Tensor, examples: Tensor, offsets: Tensor, seed: int, nnz: int) -> None:
     """Add R[:, offsets[r] : offsets[r] + n] rows[r] to out[examples[r]] for every row r of rows (M, n)."""
     (number, count), (batch, dim) = rows.shape, out.shape
@@ -240,5 +242,6 @@ def add_at_triton_(out: Tensor, rows: Tensor, examples: Tensor, offsets: Tensor,
     _at_kernel[(batch, parts)](
         partials, rows, order, starts, offsets.contiguous(), tables, batch, count, rows.stride(0), rows.stride(1),
         first, last - first, dim, parts, *split_seed(seed), nnz, BLOCK=min(1024, triton.next_power_of_2(count)),
+        enable_fp_fusion=True,
     )  # fmt: skip
     add_partials_(out, partials, nnz**-0.5)

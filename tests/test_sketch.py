@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -373,9 +374,12 @@ def test_backends_are_honoured_or_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"'fast-jl' cannot serve kind 'sparse'.*'torch'"):
         Sketch(backend="fast-jl")
     monkeypatch.setattr(kernels.backends, "native_library", lambda: None)
-    assert kernels.available_backends("sparse") == ("torch",)
+    left = kernels.available_backends("sparse")
+    assert left in (("torch",), ("torch", "triton"))  # the latter where Triton's interpreter is on
     assert Sketch().chosen_backend == "torch"
-    with pytest.raises(ValueError, match=r"compiled extension, which was not built; choose one of \('torch',\)"):
+    with pytest.raises(
+        ValueError, match=rf"compiled extension, which was not built; choose one of {re.escape(str(left))}"
+    ):
         Sketch(backend="native")
 
 

@@ -1,0 +1,48 @@
+"""The Triton kernels compiled without a device: they fit into registers, read wide, and use tensor cores."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "speed" / "compiled.py"
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def run(*arguments, **environment):
+    """The script in a process of its own, where Triton's interpreter is off: it is on or off for a whole process."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "error", SCRIPT, *arguments]
+    return subprocess.run(command, env=kept | environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_shapes_that_matter_compile_well(capability, tmp_path):
+    done = run("--capability", capability, "--only", "bfloat16", TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for line in done.stdout.splitlines()[2:]:
+        launch, _, kernel, _, spills, _, resident, wide, tensor, *_ = line.split()
+        found[launch, kernel] = int(spills), int(resident), int(wide.split("/")[0]), int(tensor)
+    assert set(found) == {
+        ("rows", "rows_kernel"),
+        ("linear", "outer_kernel"),
+        ("convolution", "outer_kernel"),
+        ("embedding", "at_kernel"),
+        ("dense", "dense_kernel"),
+    }
+    for (launch, _), (spills, resident, wide, tensor) in found.items():
+        assert spills == 0
+        assert resident > 0
+        assert wide > 0
+        assert (tensor > 0) == (launch in ("linear", "convolution", "dense"))
+
+
+def test_the_interpreter_is_refused():
+    done = run(TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET is 1" in done.stderr
