@@ -57,7 +57,7 @@ def scoring_backend(backend: ScoringBackend | None, device: str) -> ScoringBacke
     if backend is None:
         return able[0]
     if backend == "triton" and importlib.util.find_spec("triton") is not None:
-        from .triton_scoring import interpreted
+        from .triton_device import interpreted
 
         if interpreted() or "triton" in able:
             return backend

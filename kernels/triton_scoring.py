@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .scoring_torch import StrongestTorch, nan_error
+from .triton_device import on_device
 
-__all__ = ["StrongestTriton", "interpreted", "score_triton"]
+__all__ = ["StrongestTriton", "score_triton"]
 
 _NONE = 2**31 - 1  # stands for no row: the weakest of equal scores
 _KEEP = 64  # most rows that are kept in registers; beyond it torch searches blocks of scores
@@ -143,20 +144,24 @@ def _best_kernel(  # type: ignore[no-untyped-def]
     tl.store(rows_out + out, where, mask=mask)
 
 
-def interpreted() -> bool:
-    """Whether the kernels run in triton's interpreter, which takes tensors of the CPU."""
-    return not isinstance(_score_kernel, triton.runtime.JITFunction)
-
-
 def score_triton(queries: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
     """scale_r · q·row_r for all queries and rows: ``(Q, n)`` float32."""
     out = torch.empty(len(queries), len(rows), device=rows.device)
     if out.numel():
-        arguments, blocks = _operands(queries, rows, scale)
-        _score_kernel[(triton.cdiv(len(queries), blocks["BQ"]), triton.cdiv(len(rows), _ROWS))](
-            out, *arguments, **blocks
-        )
+        _score_into(out, queries, rows, scale)
     return out
+
+
+@on_device
+def _score_into(out: Tensor, queries: Tensor, rows: Tensor, scale: Tensor | None) -> None:
+    arguments, blocks = _operands(queries, rows, scale)
+    grid = (triton.cdiv(len(queries), blocks["BQ"]), triton.cdiv(len(rows), _ROWS))
+    _score_kernel[grid](out, *arguments, **blocks, enable_fp_fusion=True)
+
+
+@on_device
+def _best_into(values: Tensor, grid: tuple[int, int], *arguments: Any, **blocks: Any) -> None:
+    _best_kernel[grid](values, *arguments, **blocks, enable_fp_fusion=True)
 
 
 class StrongestTriton(StrongestTorch):
@@ -183,9 +188,10 @@ class StrongestTriton(StrongestTorch):
         found = torch.empty(values.shape, dtype=torch.int32, device=rows.device)
         bad = torch.full((1,), _NONE, dtype=torch.int32, device=rows.device)
         keep = triton.next_power_of_2(self._k)
-        _best_kernel[(groups, programs)](
-            values, found, bad, *arguments, step, self._k, self._sign, NONE=_NONE, KEEP=keep, **blocks
-        )
+        _best_into(
+            values, (groups, programs), found, bad, *arguments, step, self._k, self._sign, NONE=_NONE, KEEP=keep,
+            **blocks,
+        )  # fmt: skip
         if int(bad) < _NONE:
             raise nan_error(first + int(bad))
         self._seen += len(rows)
