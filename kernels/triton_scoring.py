@@ -2,7 +2,8 @@
 
 A program of the search goes through a range of rows, with some queries' best of that range in its registers; what the
 programs found is merged by torch. As a rule no score of a tile is among the best, and the tile is forgotten at the cost
-of one comparison. Products are those of float32 ("ieee"), never of TF32, as everywhere in this package.
+of one comparison. That serves up to sixteen queries; for more, torch multiplies blocks converted to float32 and searches
+their scores. Products are those of float32 ("ieee"), never of TF32, as everywhere in this package.
 
 With TRITON_INTERPRET=1 set before this module is imported the kernels run on the CPU, for tests.
 """
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .scoring_torch import StrongestTorch, nan_error
+from .scoring_torch import StrongestTorch, nan_error, score_torch
 from .triton_device import on_device
 
 __all__ = ["StrongestTriton", "score_triton"]
@@ -24,6 +25,8 @@ _KEEP = 64  # most rows that are kept in registers; beyond it torch searches blo
 _ROWS, _COLUMNS = 64, 64  # of a tile
 _PROGRAMS = 1024  # about as many as fill a large GPU several times
 _BLOCK = 1 << 24  # scores of a block: 64 MiB
+_FUSED = 16  # most queries of these kernels: tiles for more of them spill, and the vendor's product is faster
+_CONVERTED = 1 << 14  # rows that are converted to float32 at once for that product
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -147,7 +150,11 @@ def _best_kernel(  # type: ignore[no-untyped-def]
 def score_triton(queries: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
     """scale_r · q·row_r for all queries and rows: ``(Q, n)`` float32."""
     out = torch.empty(len(queries), len(rows), device=rows.device)
-    if out.numel():
+    if len(queries) > _FUSED:
+        for start in range(0, len(rows), _CONVERTED):
+            part = slice(start, start + _CONVERTED)
+            out[:, part] = score_torch(queries, rows[part], None if scale is None else scale[part])
+    elif out.numel():
         _score_into(out, queries, rows, scale)
     return out
 
@@ -173,7 +180,7 @@ class StrongestTriton(StrongestTorch):
 
     def add(self, queries: Tensor, rows: Tensor, scale: Tensor | None, first: int) -> None:
         """Offer rows."""
-        if self._k > _KEEP:
+        if self._k > _KEEP or len(queries) > _FUSED:
             height = max(_ROWS, _BLOCK // len(queries))
             for start in range(0, len(rows), height):
                 part = slice(start, start + height)
@@ -220,9 +227,9 @@ def _operands(queries: Tensor, rows: Tensor, scale: Tensor | None) -> tuple[tupl
     few = triton.next_power_of_2(len(queries))
     blocks = {
         "SCALED": scale is not None,
-        "BQ": few if few <= 4 else min(max(few, 16), 64),
+        "BQ": few if few <= 4 else 16,
         "BN": _ROWS,
-        "BK": _COLUMNS,
+        "BK": _COLUMNS if few <= 4 or rows.dtype == torch.float32 else _COLUMNS // 2,
     }
     sizes = (len(queries), len(rows), rows.shape[1])
     given = queries if scale is None else scale  # a pointer that is not read
