@@ -2,8 +2,8 @@
 
 A program of the search goes through a range of rows, with some queries' best of that range in its registers; what the
 programs found is merged by torch. As a rule no score of a tile is among the best, and the tile is forgotten at the cost
-of one comparison. That serves up to sixteen queries; for more, torch multiplies blocks converted to float32 and searches
-their scores. Products are those of float32 ("ieee"), never of TF32, as everywhere in this package.
+of one comparison. That serves up to sixteen queries; for more, torch multiplies blocks converted to float32, and
+searches their scores. Products are those of float32 ("ieee"), never of TF32, as everywhere in this package.
 
 With TRITON_INTERPRET=1 set before this module is imported the kernels run on the CPU, for tests.
 """
