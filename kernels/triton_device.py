@@ -24,6 +24,7 @@ __all__ = [
     "negative_words",
     "on_device",
     "product",
+    "signed_each",
     "split_seed",
 ]
 
@@ -77,6 +78,25 @@ def product(a, b, sums, WIDEN: tl.constexpr, PRECISION: tl.constexpr = "ieee"):
 
 
 @triton.jit
+def _negative_each(coordinate, copy, key0, key1):
+    """1 where the sign of a coordinate (int64) is negative, else 0, with a call of Philox for each of them: uint32."""
+    group = coordinate // 128
+    w0, w1, w2, w3 = negative_words(
+        (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32), copy, _SIGN, key0, key1
+    )
+    bit = (coordinate % 128).to(tl.uint32)
+    word = tl.where(bit < 64, tl.where(bit < 32, w0, w1), tl.where(bit < 96, w2, w3))
+    return (word >> (bit % 32)) & 1
+
+
+@triton.jit
+def signed_each(x, coordinate, copy, key0, key1):
+    """Numbers x float32 with the signs of their coordinates, int64 and in any order."""
+    flip = _negative_each(coordinate, copy, key0, key1) << 31
+    return (x.to(tl.uint32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _negative(start, copy, key0, key1, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
     """1 where the sign of coordinate start + j is negative, else 0: (WIDTH,) uint32.
 
@@ -91,14 +111,7 @@ def _negative(start, copy, key0, key1, WIDTH: tl.constexpr, ALIGNED: tl.constexp
         words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (WIDTH // 32,))  # w0, w1, w2, w3 of each group
         bits = (words[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1
         return tl.reshape(bits, (WIDTH,))
-    coordinate = start + tl.arange(0, WIDTH)
-    group = coordinate // 128
-    w0, w1, w2, w3 = negative_words(
-        (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32), copy, _SIGN, key0, key1
-    )
-    bit = (coordinate % 128).to(tl.uint32)
-    word = tl.where(bit < 64, tl.where(bit < 32, w0, w1), tl.where(bit < 96, w2, w3))
-    return (word >> (bit % 32)) & 1
+    return _negative_each(start + tl.arange(0, WIDTH), copy, key0, key1)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .triton_device import add_block, add_partials_, columns_width, interpreted, negative_words, on_device, split_seed
+from .triton_device import add_block, add_partials_, columns_width, interpreted, on_device, signed_each, split_seed
 
 __all__ = ["MOST_COLUMNS", "add_at_triton_", "add_rows_triton_", "block_tables"]
 
@@ -31,7 +31,6 @@ _TILE = 1024
 _PROGRAMS = 1024  # about as many as fill a large GPU several times
 _FEWEST_BLOCKS = 8  # of a range: its sums are written and read once more
 _ROWS_AT_ONCE = 64  # rows of one example that a program of the scattered kernel adds, at least
-_SIGN: tl.constexpr = tl.constexpr(0x5349474E)  # TAG_SIGN of sparse.py
 
 
 @functools.lru_cache(maxsize=256)
@@ -134,13 +133,7 @@ def _wide_kernel(
             place = coordinate - offset
             there = (place >= 0) & (place < count) & (column < dim)
             x = tl.load(rows + example * row_stride + place * column_stride, mask=there, other=0.0).to(tl.float32)
-            group, bit = coordinate // 128, (coordinate % 128).to(tl.uint32)
-            w0, w1, w2, w3 = negative_words(
-                (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32), copy, _SIGN, key0, key1
-            )
-            word = tl.where(bit < 64, tl.where(bit < 32, w0, w1), tl.where(bit < 96, w2, w3))
-            flip = ((word >> (bit % 32)) & 1) << 31
-            sums += (x.to(tl.uint32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
+            sums += signed_each(x, coordinate, copy, key0, key1)
     tl.store(partials + (part.to(tl.int64) * batch + example) * dim + column, sums, mask=column < dim)
 
 
@@ -209,13 +202,7 @@ def _at_kernel(
             block = coordinate // dim
             x = tl.load(rows + row * row_stride + place.to(tl.int64) * column_stride, mask=place < count, other=0.0)
             for copy in range(nnz):
-                group, bit = coordinate // 128, (coordinate % 128).to(tl.uint32)
-                w0, w1, w2, w3 = negative_words(
-                    (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32), copy, _SIGN, key0, key1
-                )
-                word = tl.where(bit < 64, tl.where(bit < 32, w0, w1), tl.where(bit < 96, w2, w3))
-                flip = ((word >> (bit % 32)) & 1) << 31
-                signed = (x.to(tl.float32).to(tl.uint32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
+                signed = signed_each(x.to(tl.float32), coordinate, copy, key0, key1)
                 # Coordinates of one block never meet; those of the next one wait until these are written.
                 for current in range((offset + piece) // dim, (offset + min(piece + BLOCK, count) - 1) // dim + 1):
                     multiplier = tl.load(tables + copy * blocks + current - first_block)
