@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -13,7 +13,23 @@ from torch import Tensor
 
 from source_proj.errors import MismatchError
 
-__all__ = ["Adam", "ParameterGroup", "RMSprop"]
+__all__ = ["Adam", "ParameterGroup", "RMSprop", "checked_options"]
+
+
+def checked_options(spec: Mapping[str, Any], expected: str, known: Collection[str]) -> dict[str, Any]:
+    """Return the entries of an optimizer's description, less its name.
+
+    Raises:
+        ValueError: the description is of another optimizer than expected, or has entries that are not known.
+    """
+    options = dict(spec)
+    name = options.pop("name", None)
+    if name != expected:
+        raise ValueError(f"expected the description of {expected}, got that of {name!r}")
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"unknown entries in the description of {expected}: {', '.join(unknown)}")
+    return options
 
 
 @dataclass(frozen=True)
@@ -122,13 +138,7 @@ class _Adaptive:
         Raises:
             ValueError: the description is of another optimizer, or has unknown entries.
         """
-        options = dict(spec)
-        name = options.pop("name", None)
-        if name != cls.__name__:
-            raise ValueError(f"expected the description of {cls.__name__}, got that of {name!r}")
-        unknown = sorted(set(options) - set(cls.__dataclass_fields__))
-        if unknown:
-            raise ValueError(f"unknown entries in the description of {cls.__name__}: {', '.join(unknown)}")
+        options = checked_options(spec, cls.__name__, cls.__dataclass_fields__)
         groups = tuple(ParameterGroup(**{**one, "parameters": tuple(one["parameters"])}) for one in options["groups"])
         betas = {"betas": tuple(options["betas"])} if "betas" in options else {}
         return cls(**{**options, **betas, "groups": groups})

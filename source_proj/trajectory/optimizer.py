@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
-from source_proj.trajectory.adaptive import Adam, RMSprop
+from source_proj.trajectory.adaptive import Adam, RMSprop, checked_options
 
 __all__ = ["SGD", "Optimizer", "optimizer_from_spec"]
 
@@ -84,14 +84,7 @@ class SGD:
         Raises:
             ValueError: the description is of another optimizer, or has unknown entries.
         """
-        options = dict(spec)
-        name = options.pop("name", None)
-        if name != "SGD":
-            raise ValueError(f"expected the description of SGD, got that of {name!r}")
-        unknown = sorted(set(options) - set(cls.__dataclass_fields__))
-        if unknown:
-            raise ValueError(f"unknown entries in the description of SGD: {', '.join(unknown)}")
-        return cls(**options)
+        return cls(**checked_options(spec, "SGD", cls.__dataclass_fields__))
 
 
 Optimizer = SGD | Adam | RMSprop
