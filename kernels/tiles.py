@@ -46,7 +46,7 @@ def window_columns(right: Tensor, taps: Tensor, windows: Tensor) -> Iterator[tup
 
     Yields (examples, their columns), as many examples as stay in a cache and in memory that is used again.
     """
-    index = (taps.long().unsqueeze(1) + windows.long()).flatten()  # (J L)
+    index = (taps.long().unsqueeze(1) + windows.long()).flatten().to(right.device)  # (J L)
     batch, channels, _ = right.shape
     step = max(1, _COLUMNS // max(1, channels * len(index)))
     for b in range(0, batch, step):

@@ -10,6 +10,9 @@ that of float32), all summed in float32. Convolutions read their windows in plac
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
+import functools
+
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -160,11 +163,22 @@ def add_windows_triton_(
     """
     left, right = _operands(left, right)
     right = right if right.stride(2) == 1 else right.contiguous()
-    channels = torch.arange(right.shape[1], device=right.device)
-    columns = (channels[:, None] * right.stride(1) + taps.to(right.device)[None, :]).flatten()  # (C J)
+    where = _places(_bytes(taps), _bytes(windows), right.shape[1], right.stride(1), str(right.device))
     strides = (left.stride(0), left.stride(2), left.stride(1), right.stride(0), 0, 0)
-    shape = (left.shape[2], left.shape[1], len(columns))
-    _launch(out, left, right, windows.to(right.device, torch.int64), columns, shape, strides, offset, seed, nnz, scale)
+    shape = (left.shape[2], left.shape[1], right.shape[1] * len(taps))
+    _launch(out, left, right, *where, shape, strides, offset, seed, nnz, scale)
+
+
+def _bytes(index: Tensor) -> bytes:
+    return index.to("cpu", torch.int64).numpy().tobytes()
+
+
+@functools.lru_cache(maxsize=256)
+def _places(taps: bytes, windows: bytes, channels: int, stride: int, device: str) -> tuple[Tensor, Tensor]:
+    """Where steps (L,) and columns (C J) begin in an example's input: kept, as a layer asks for them at every batch."""
+    tap, step = (np.frombuffer(index, np.int64) for index in (taps, windows))
+    columns = np.add.outer(stride * np.arange(channels), tap).ravel()
+    return torch.tensor(step, device=device), torch.tensor(columns, device=device)
 
 
 @on_device

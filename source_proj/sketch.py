@@ -298,8 +298,8 @@ class Sketch:
             out: (B, dim) float32, where to add; its last axis contiguous.
             left: (B, o, L) of any floating point type.
             right: (B, c, plane).
-            taps: (J,) integers, the offset of each position of the kernel.
-            windows: (L,) integers, the offset of each output position.
+            taps: (J,) integers, the offset of each position of the kernel, best in main memory.
+            windows: (L,) integers, the offset of each output position, where the taps are.
             offset: absolute coordinate of the weight's first entry.
             scale: (o c J,) float32, what each coordinate counts times, a metric's diagonal; None for ones.
 
@@ -355,12 +355,12 @@ class Sketch:
                 )
         if rows.numel() == 0:
             return
-        if int(examples.min()) < 0 or int(examples.max()) >= out.shape[0]:
-            raise ValueError(
-                f"examples run from {int(examples.min())} to {int(examples.max())}; out has {out.shape[0]}"
-            )
-        _check_range(int(offsets.min()), 0)
-        _check_range(int(offsets.max()), rows.shape[1])
+        ends = torch.stack([*examples.aminmax(), *offsets.aminmax()])
+        first, last, lowest, highest = ends.tolist()  # waits for a GPU once
+        if first < 0 or last >= out.shape[0]:
+            raise ValueError(f"examples run from {first} to {last}; out has {out.shape[0]}")
+        _check_range(lowest, 0)
+        _check_range(highest, rows.shape[1])
         if self.kind in ("sparse", "kronecker"):
             backend = self._serving(out)
             kernels.sparse_add_at_(out, rows.float(), examples, offsets, seed=self.seed, nnz=self.nnz, backend=backend)

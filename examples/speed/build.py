@@ -1,7 +1,8 @@
 """What does a build cost? One checkpoint's sketching pass against plain training's forward + backward.
 
-    python examples/speed/build.py                             # three models, minutes
+    python examples/speed/build.py                             # three models on the CPU, minutes
     python examples/speed/build.py --models resnet9 --batch 32 --repetitions 9
+    python examples/speed/build.py --device cuda --autocast bfloat16 --models resnet9 gpt2
 
 Three ways through the same batch, in one process, each timed in turn, medians over the repetitions:
 
@@ -13,7 +14,8 @@ Three ways through the same batch, in one process, each timed in turn, medians o
 
 Beside the times stands the physical bound: the floating point operations of plain training over the best rate that a
 matrix product or a convolution reaches in this process, plus one read of the per-example gradients at the bandwidth of
-a copy. Peak memory is that of three passes in a process of its own, less what the imports take.
+a copy. Peak memory is that of three passes: on a CPU in a process of its own, less what the imports take; on a GPU what
+torch allocated, the model and the batch included. With ``--autocast`` both passes, and the best rate, are in that type.
 """
 
 import argparse
@@ -21,7 +23,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -31,9 +35,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import source_proj as sp
+from source_proj.bank.data import to_device
 from source_proj.gradients import ParameterSpace, gradient_engine
 
 DIM = 4096
+CPU = torch.device("cpu")
 VMAP_EXAMPLES = 2
 PROJECTED = 1 << 17  # coordinates on which the dense projection is timed
 
@@ -83,7 +89,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """GPT-shaped: 4 layers of width 256 with 8 heads, 4,096 tokens, embedding and head tied; 4.2 million parameters."""
+    """GPT-shaped, embedding and head tied; by default 4 layers of width 256, 4,096 tokens, 4.2 million parameters."""
 
     def __init__(self, vocab: int = 4096, width: int = 256, layers: int = 4, heads: int = 8, length: int = 128) -> None:
         super().__init__()
@@ -96,6 +102,11 @@ class Decoder(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:  # noqa: D102
         x = self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device))
         return self.head(self.norm(self.blocks(x)))
+
+
+def gpt2() -> nn.Module:
+    """Of the shape of the smallest GPT-2, over 512 tokens: 12 layers of width 768, 50,257 tokens, 124 million."""
+    return Decoder(50257, 768, 12, 12, 512)
 
 
 @dataclass(frozen=True)
@@ -113,9 +124,12 @@ def classified(*shape: int) -> Callable[[int], object]:
     return lambda size: (torch.randn(size, *shape), torch.randint(0, 10, (size,)))
 
 
-def sentences(size: int) -> object:
-    ids = torch.randint(0, 4096, (size, 128))
-    return {"input_ids": ids, "labels": ids}
+def sentences(vocab: int, length: int) -> Callable[[int], object]:
+    def make(size: int) -> object:
+        ids = torch.randint(0, vocab, (size, length))
+        return {"input_ids": ids, "labels": ids}
+
+    return make
 
 
 def class_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -130,21 +144,26 @@ def token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 SUBJECTS = {
     "mlp": Subject(mlp, classified(784), 64, sp.Classification(), class_loss),
     "resnet9": Subject(ResNet9, classified(3, 32, 32), 64, sp.Classification(), class_loss),
-    "decoder": Subject(Decoder, sentences, 32, sp.CausalLM(), token_loss),
+    "decoder": Subject(Decoder, sentences(4096, 128), 32, sp.CausalLM(), token_loss),
+    "gpt2": Subject(gpt2, sentences(50257, 512), 16, sp.CausalLM(), token_loss),
 }
 
 
-def seconds(function: Callable[[], object]) -> float:
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
-def interleaved(repetitions: int, *functions: Callable[[], object]) -> list[float]:
+def interleaved(repetitions: int, device: torch.device, *functions: Callable[[], object]) -> list[float]:
     """Median seconds of each function, called in turn after one call to warm up."""
     for function in functions:
         function()
-    times = [[seconds(function) for function in functions] for _ in range(repetitions)]
+    times = [[seconds(function, device) for function in functions] for _ in range(repetitions)]
     return [median(column) for column in zip(*times, strict=True)]
 
 
@@ -154,16 +173,16 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def print_peak(name: str, way: str, size: int) -> None:
+def print_peak(name: str, way: str, size: int, autocast: str | None) -> None:
     """In a process of its own: the largest memory during three passes, less what the imports take."""
     before = resident("VmRSS")
-    passes = dict(zip(("plain", "sketch"), Passes(SUBJECTS[name], size).both(), strict=True))
+    passes = dict(zip(("plain", "sketch"), Passes(SUBJECTS[name], size, CPU, autocast).both(), strict=True))
     for _ in range(3):
         passes[way]()
     print(resident("VmHWM") - before)
 
 
-def peak_bytes(name: str, way: str, size: int, threads: int) -> int:
+def peak_bytes(name: str, way: str, size: int, threads: int, autocast: str | None) -> int:
     """What `print_peak` prints."""
     command = [
         sys.executable,
@@ -176,24 +195,37 @@ def peak_bytes(name: str, way: str, size: int, threads: int) -> int:
         name,
         "--peak",
         way,
+        *(["--autocast", autocast] if autocast else []),
     ]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def peak_on_gpu(function: Callable[[], None], device: torch.device) -> int:
+    """Most that torch had allocated during three passes."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(3):
+        function()
+    return torch.cuda.max_memory_allocated(device)
 
 
 class Passes:
     """A model, one batch and an engine, made the same way every time."""
 
-    def __init__(self, subject: Subject, size: int) -> None:
+    def __init__(self, subject: Subject, size: int, device: torch.device, autocast: str | None) -> None:
         torch.manual_seed(0)
-        self.subject = subject
-        self.model = subject.model().eval()
+        self.subject, self.device = subject, device
+        self.model = subject.model().eval().to(device)
         self.space = ParameterSpace.from_model(self.model)
-        self.engine = gradient_engine(self.model, self.space, sp.Sketch(DIM))
-        self.batch = subject.batch(size)
+        self.engine = gradient_engine(self.model, self.space, sp.Sketch(DIM), autocast=autocast)
+        self.batch = to_device(subject.batch(size), device)
+        self.autocast = partial(torch.autocast, device.type, getattr(torch, autocast)) if autocast else nullcontext
 
     def plain(self) -> None:  # noqa: D102
         self.model.zero_grad(set_to_none=True)
-        self.subject.loss(self.model, self.batch).backward()
+        with self.autocast():
+            loss = self.subject.loss(self.model, self.batch)
+        loss.backward()
 
     def sketch(self) -> None:  # noqa: D102
         self.model.zero_grad(set_to_none=True)
@@ -204,20 +236,22 @@ class Passes:
         return self.plain, self.sketch
 
 
-def machine() -> tuple[float, float]:
+def machine(device: torch.device, autocast: str | None) -> tuple[float, float]:
     """Best floating point rate of a product and a convolution (operations/s), and bandwidth of a copy (bytes/s)."""
-    a, out = torch.randn(2048, 2048), torch.empty(2048, 2048)
-    x, w = torch.randn(16, 256, 16, 16), torch.randn(256, 256, 3, 3)
-    source, target = torch.randn(1 << 25), torch.empty(1 << 25)
+    n, images = (8192, 512) if device.type == "cuda" else (2048, 16)
+    dtype = getattr(torch, autocast or "float32")
+    a, out = torch.randn(n, n, device=device, dtype=dtype), torch.empty(n, n, device=device, dtype=dtype)
+    x, w = (torch.randn(*s, device=device, dtype=dtype) for s in ((images, 256, 16, 16), (256, 256, 3, 3)))
+    source, target = torch.randn(1 << 25, device=device), torch.empty(1 << 25, device=device)
 
     def fastest(function: Callable[[], object]) -> float:
-        return min(seconds(function) for _ in range(20))
+        return min(seconds(function, device) for _ in range(20))
 
     with torch.no_grad():
         product = fastest(lambda: torch.mm(a, a, out=out))
         convolution = fastest(lambda: F.conv2d(x, w, padding=1))
         copy = fastest(lambda: target.copy_(source))
-    rate = max(2 * 2048**3 / product, 2 * 16 * 256 * 256 * 9 * 256 / convolution)
+    rate = max(2 * n**3 / product, 2 * images * 256 * 256 * 9 * 256 / convolution)
     return rate, 2 * source.nbytes / copy
 
 
@@ -225,24 +259,28 @@ def vmap_seconds(passes: Passes, size: int) -> float:
     """`vmap(grad)` and a dense projection of a batch, scaled up from a few examples and a slice of coordinates."""
     space = passes.space
     dense = gradient_engine(passes.model, space, sp.Sketch(space.size, "identity"), method="general")
-    batch = passes.subject.batch(VMAP_EXAMPLES)
-    (gradients,) = interleaved(3, lambda: dense.sketch(passes.subject.task.output, batch))
-    rademacher, rows = sp.Sketch(DIM, "rademacher"), torch.randn(size, min(PROJECTED, space.size))
-    out = torch.zeros(size, DIM)
-    (projection,) = interleaved(3, lambda: rademacher.add_(out, rows))
+    device = passes.device
+    batch = to_device(passes.subject.batch(VMAP_EXAMPLES), device)
+    (gradients,) = interleaved(3, device, lambda: dense.sketch(passes.subject.task.output, batch))
+    rademacher, rows = sp.Sketch(DIM, "rademacher"), torch.randn(size, min(PROJECTED, space.size), device=device)
+    out = torch.zeros(size, DIM, device=device)
+    (projection,) = interleaved(3, device, lambda: rademacher.add_(out, rows))
     return gradients * size / VMAP_EXAMPLES + projection * space.size / rows.shape[1]
 
 
-def measure(name: str, size: int, repetitions: int, threads: int, rate: float, bandwidth: float) -> None:
+def measure(name: str, size: int, a: argparse.Namespace, rate: float, bandwidth: float) -> None:
     """Print one model's ratios."""
-    passes = Passes(SUBJECTS[name], size)
+    passes = Passes(SUBJECTS[name], size, a.device, a.autocast)
     engine, d = passes.engine, passes.space.size
     with FlopCounterMode(display=False) as counter:
         passes.plain()
-    plain, sketch = interleaved(repetitions, *passes.both())
+    plain, sketch = interleaved(a.repetitions, a.device, *passes.both())
     slow = vmap_seconds(passes, size)
     bound = counter.get_total_flops() / rate + 4 * size * d / bandwidth
-    memory = [peak_bytes(name, way, size, threads) for way in ("plain", "sketch")]
+    if a.device.type == "cuda":
+        memory = [peak_on_gpu(way, a.device) for way in passes.both()]
+    else:
+        memory = [peak_bytes(name, way, size, a.threads, a.autocast) for way in ("plain", "sketch")]
     print(f"{name}: d = {d:,}, batch {size}, k = {DIM:,}, path {engine.method!r} ({engine.reason})")
     print(
         f"  plain forward + backward      {plain * 1e3:9.1f} ms  {counter.get_total_flops() / plain / 1e9:.0f} GFLOP/s"
@@ -261,8 +299,10 @@ def measure(name: str, size: int, repetitions: int, threads: int, rate: float, b
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--batch", type=int, help="examples per batch; default: 64, for the decoder 32")
+    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=["mlp", "resnet9", "decoder"])
+    parser.add_argument("--batch", type=int, help="examples per batch; default: 64, for the decoder 32, for gpt2 16")
+    parser.add_argument("--device", type=torch.device, default=CPU)
+    parser.add_argument("--autocast", choices=("bfloat16", "float16"))
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peak", choices=("plain", "sketch"), help=argparse.SUPPRESS)
@@ -270,13 +310,15 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     sizes = {name: arguments.batch or SUBJECTS[name].size for name in arguments.models}
     if arguments.peak:
-        print_peak(arguments.models[0], arguments.peak, sizes[arguments.models[0]])
+        print_peak(arguments.models[0], arguments.peak, sizes[arguments.models[0]], arguments.autocast)
         return
-    rate, bandwidth = machine()
-    print(f"{arguments.threads} threads: {rate / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.0f} GB/s, ", end="")
-    print(f"sparse sketch by the {sp.Sketch(DIM).chosen_backend!r} backend\n")
+    rate, bandwidth = machine(arguments.device, arguments.autocast)
+    on_gpu = arguments.device.type == "cuda"
+    where = torch.cuda.get_device_name(arguments.device) if on_gpu else f"{arguments.threads} threads"
+    print(f"{where}: {rate / 1e9:.0f} GFLOP/s in {arguments.autocast or 'float32'}, copy {bandwidth / 1e9:.0f} GB/s, ")
+    print(f"sparse sketch by the {sp.Sketch(DIM).serving(arguments.device.type)!r} backend\n")
     for name, size in sizes.items():
-        measure(name, size, arguments.repetitions, arguments.threads, rate, bandwidth)
+        measure(name, size, arguments, rate, bandwidth)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from source_proj.gradients.pieces import Pieces
 
-__all__ = ["apply"]
+__all__ = ["apply", "as_multiplied"]
 
 _FEW_POSITIONS = 64  # up to here columns cost less than groups
 _GROUPS_BYTES = (
@@ -37,13 +37,18 @@ _GROUPS_BYTES = (
 def apply(module: _ConvNd, names: Mapping[str, str], x: Tensor, g: Tensor, pieces: Pieces) -> None:
     """∂/∂W[o, c, k] = Σ_l g[o, l] x[c, l·stride + k·dilation] and ∂/∂b[o] = Σ_l g[o, l]; x (B, C, …), g (B, O, …)."""
     if "bias" in names:
-        pieces.add(names["bias"], g.flatten(2).sum(2))
+        pieces.add(names["bias"], g.flatten(2).sum(2, dtype=torch.float32))
     if "weight" not in names:
         return
     if _windows_are_cheaper(module, g, pieces):
-        _by_windows(module, names["weight"], x, g, pieces)
+        _by_windows(module, names["weight"], as_multiplied(x, g), g, pieces)
     else:
-        _by_groups(module, names["weight"], x, g, pieces)
+        _by_groups(module, names["weight"], x.float(), g.float(), pieces)
+
+
+def as_multiplied(x: Tensor, g: Tensor) -> Tensor:
+    """A layer's input in its output's half precision, as autocast rounded it within the layer; else as it is."""
+    return x.to(g.dtype) if g.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _windows_are_cheaper(module: _ConvNd, g: Tensor, pieces: Pieces) -> bool:
@@ -56,15 +61,18 @@ def _windows_are_cheaper(module: _ConvNd, g: Tensor, pieces: Pieces) -> bool:
 def _by_windows(module: _ConvNd, name: str, x: Tensor, g: Tensor, pieces: Pieces) -> None:
     x = _padded(module, x)
     sizes = x.shape[2:]
-    taps = _offsets(module.kernel_size, module.dilation, sizes, x.device)
-    windows = _offsets(g.shape[2:], module.stride, sizes, x.device)
+    taps = _offsets(module.kernel_size, module.dilation, sizes)
+    windows = _offsets(g.shape[2:], module.stride, sizes)
     pieces.windows(name, g.flatten(2), x.flatten(2), taps, windows)
 
 
-def _offsets(counts: Sequence[int], steps: Sequence[int], sizes: Sequence[int], device: torch.device) -> Tensor:
-    """Offsets into a flattened grid of these sizes: counts[d] positions, steps[d] apart, along each dimension d."""
-    offset = torch.zeros(1, dtype=torch.int32, device=device)
-    along = [torch.arange(n, dtype=torch.int32, device=device) * step for n, step in zip(counts, steps, strict=True)]
+def _offsets(counts: Sequence[int], steps: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """Offsets into a flattened grid of these sizes: counts[d] positions, steps[d] apart, along each dimension d.
+
+    In main memory whatever the device: there they are checked without waiting for a GPU.
+    """
+    offset = torch.zeros(1, dtype=torch.int32)
+    along = [torch.arange(n, dtype=torch.int32) * step for n, step in zip(counts, steps, strict=True)]
     return reduce(lambda sofar, d: (sofar.unsqueeze(1) * sizes[d] + along[d]).flatten(), range(len(sizes)), offset)
 
 

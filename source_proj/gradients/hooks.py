@@ -202,8 +202,9 @@ class HookPath:
 
     def _on_gradient(self, module: nn.Module, size: int, pieces: Pieces, x: Tensor, g: Tensor) -> None:
         rule, names = self._covered[module]
-        x = x.float() if x.is_floating_point() else x
-        rule.add(module, names, x, g.float(), pieces, size)
+        if not pieces.takes_halves:
+            x, g = (x.float() if x.is_floating_point() else x), g.float()
+        rule.add(module, names, x, g, pieces, size)
 
 
 def _expanded(tensor: Tensor, size: int, unsqueeze: bool | None = None) -> Tensor:

@@ -39,6 +39,11 @@ class Pieces:
         """Whether `windows` costs no more than the arithmetic, however many windows there are."""
         return self._sketch.kind == "sparse" and self._sketch.serving(self._out.device.type) in ("native", "triton")
 
+    @property
+    def takes_halves(self) -> bool:
+        """Whether factors of half precision are best left as they are: tensor cores sum their products in float32."""
+        return self._sketch.kind == "sparse" and self._sketch.serving(self._out.device.type) == "triton"
+
     def add(self, name: str, rows: Tensor, start: int = 0) -> None:
         """The gradients (n, …) of the whole parameter for the examples start … start + n."""
         flat = rows.reshape(len(rows), -1)

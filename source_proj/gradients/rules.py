@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from source_proj.gradients import convolution
+from source_proj.gradients.convolution import as_multiplied
 from source_proj.gradients.pieces import Pieces
 
 __all__ = ["Rule", "rule_for"]
@@ -27,7 +28,8 @@ class Rule:
     """One kind of layer: the local names of parameters that it knows, and how it makes their gradients.
 
     `apply(module, names, x, g, pieces)` takes the layer's input x and the gradient g of its output, both with the
-    examples first, and hands every attributed parameter's per-example gradient to `pieces`. `positional` layers act on
+    examples first and of any floating-point types, and hands every attributed parameter's per-example gradient to
+    `pieces`: products of halves as they are, all else in float32. `positional` layers act on
     the last dimension alone, so that all dimensions between it and the examples are alike.
     """
 
@@ -57,18 +59,18 @@ def _linear(_module: nn.Linear, names: Names, x: Tensor, g: Tensor, pieces: Piec
     """∂/∂W = Σ_t g_t ⊗ x_t, ∂/∂b = Σ_t g_t."""
     g = _positions(g)
     if "weight" in names:
-        pieces.outer(names["weight"], g, _positions(x))
+        pieces.outer(names["weight"], g, as_multiplied(_positions(x), g))
     if "bias" in names:
-        pieces.add(names["bias"], g.sum(1))
+        pieces.add(names["bias"], g.sum(1, dtype=torch.float32))
 
 
 def _transposed_linear(_module: nn.Module, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
     """The `Conv1D` of transformers: y = x W + b with W (in, out), so ∂/∂W = Σ_t x_t ⊗ g_t."""
     g = _positions(g)
     if "weight" in names:
-        pieces.outer(names["weight"], _positions(x), g)
+        pieces.outer(names["weight"], as_multiplied(_positions(x), g), g)
     if "bias" in names:
-        pieces.add(names["bias"], g.sum(1))
+        pieces.add(names["bias"], g.sum(1, dtype=torch.float32))
 
 
 def _embedding(module: nn.Embedding, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
@@ -91,12 +93,12 @@ def _affine(
     dims = [d for d in range(1, g.dim()) if (d < g.dim() - keep if keep else d != 1)]
 
     def summed(tensor: Tensor) -> Tensor:
-        return tensor.sum(dims) if dims else tensor
+        return tensor.sum(dims, dtype=torch.float32) if dims else tensor
 
     if "weight" in names:
         step = max(1, _NORMALISED_BYTES // (4 * g[0].numel()))
         parts = (slice(start, start + step) for start in range(0, len(g), step))
-        pieces.add(names["weight"], torch.cat([summed(normalise(x[part]).mul_(g[part])) for part in parts]))
+        pieces.add(names["weight"], torch.cat([summed(normalise(x[part].float()).mul_(g[part])) for part in parts]))
     if "bias" in names:
         pieces.add(names["bias"], summed(g))
 
