@@ -7,6 +7,8 @@ __all__ = ["StrongestTorch", "check_operands", "nan_error", "score_torch", "stro
 
 _TYPES = (torch.float32, torch.float16, torch.int8)
 _BLOCK = 1 << 22  # scores of a block, and numbers of its rows in float32: 16 MiB each
+_CHUNK = 128  # scores whose maximum stands for them
+_LONG = 4  # times k chunks make a row long
 
 
 def check_operands(queries: Tensor, rows: Tensor, scale: Tensor | None) -> None:
@@ -43,10 +45,20 @@ def score_torch(queries: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
 def strongest_columns(scores: Tensor, k: int) -> Tensor:
     """Columns of the k largest entries of each row of ``(Q, n)``, in ascending order; of equal entries the first ones.
 
-    torch.topk leaves open which of equal entries it takes, but not their values: the k-th value decides.
+    torch.topk leaves open which of equal entries it takes, but not their values: the k-th value decides. Of long rows
+    only the k chunks with the largest maxima are looked at, and the rest behind the last whole chunk: what another
+    chunk holds is not above those maxima, and comes after them where it is equal.
     """
-    if k >= scores.shape[1]:
-        return torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
+    (count, n), device = scores.shape, scores.device
+    if k >= n:
+        return torch.arange(n, device=device).expand(count, -1)
+    chunks = n // _CHUNK
+    if chunks > _LONG * k:
+        whole = chunks * _CHUNK
+        chosen = strongest_columns(scores[:, :whole].reshape(count, chunks, _CHUNK).amax(2), k)  # (Q, k)
+        inside = (chosen[:, :, None] * _CHUNK + torch.arange(_CHUNK, device=device)).flatten(1)
+        columns = torch.cat([inside, torch.arange(whole, n, device=device).expand(count, -1)], 1)
+        return columns.gather(1, strongest_columns(scores.gather(1, columns), k))
     last = torch.topk(scores, k, dim=1).values[:, -1:]  # (Q, 1)
     above, equal = scores > last, scores == last
     room = k - above.sum(1, keepdim=True)
@@ -72,12 +84,11 @@ class StrongestTorch:
 
     def add_scores(self, scores: Tensor, scale: Tensor | None, first: int) -> None:
         """Offer given scores, times a scale for each row."""
-        found = scores.to(self._values.device) * self._sign
-        if scale is not None:
-            found *= scale
-        bad = found.isnan().any(0)
-        if bad.any():
-            raise nan_error(first + int(bad.nonzero()[0]))
+        found = scores.to(self._values.device)
+        found = -found if self._sign < 0 else found
+        found = found if scale is None else found * scale
+        if found.amax().isnan():  # which passes NaN on
+            raise nan_error(first + int(found.isnan().any(0).nonzero()[0]))
         columns = strongest_columns(found, self._k)
         self.merge(found.gather(1, columns), columns + first)
 

@@ -148,12 +148,11 @@ def sparse_add_outer_(
         add_outer_native_(out, left, right, offset, seed, nnz, scale)
         return
     if backend == "triton":
-        from .triton_outer import add_outer_triton_, fused_pays
+        from .triton_outer import add_outer_triton_
 
-        if fused_pays(out.shape[1], left.shape[2], right.shape[2]):
-            add_outer_triton_(out, left, right, offset, seed, nnz, scale)
-            return
-    for some, start, tile in outer_tiles(left.float(), right.float(), _OUTER_TILE):
+        add_outer_triton_(out, left, right, offset, seed, nnz, scale)
+        return
+    for some, start, tile in outer_tiles(left, right, _OUTER_TILE):
         sparse_add_(out[some], scaled(tile, start, scale), offset + start, seed=seed, nnz=nnz, backend=backend)
 
 
@@ -179,11 +178,10 @@ def sparse_add_windows_(
         add_windows_native_(out, left, right, taps, windows, offset, seed, nnz, scale)
         return
     if backend == "triton":
-        from .triton_outer import add_windows_triton_, fused_pays
+        from .triton_outer import add_windows_triton_
 
-        if fused_pays(out.shape[1], left.shape[1], right.shape[1] * len(taps)):
-            add_windows_triton_(out, left, right, taps, windows, offset, seed, nnz, scale)
-            return
+        add_windows_triton_(out, left, right, taps, windows, offset, seed, nnz, scale)
+        return
     for some, columns in window_columns(right, taps, windows):
         turned = left[some].transpose(1, 2)
         sparse_add_outer_(out[some], turned, columns, offset, seed=seed, nnz=nnz, backend=backend, scale=scale)

@@ -70,11 +70,11 @@ def negative_words(low, high, third, fourth, key0, key1):
 
 
 @triton.jit
-def product(a, b, sums, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+def product(a, b, sums, WIDEN: tl.constexpr):
     """Sums plus a @ b; WIDEN is for the interpreter, which takes the bits of bfloat16 operands for integers."""
     if WIDEN:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
-    return tl.dot(a, b, sums, input_precision=PRECISION)
+    return tl.dot(a, b, sums, input_precision="ieee")
 
 
 @triton.jit

@@ -85,12 +85,12 @@ def _dense_kernel(
             rest = x - high.to(tl.float32)
             middle = rest.to(tl.bfloat16)
             low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-            sums = product(low, signs, sums, WIDEN, "ieee")
-            sums = product(middle, signs, sums, WIDEN, "ieee")
-            sums = product(high, signs, sums, WIDEN, "ieee")
+            sums = product(low, signs, sums, WIDEN)
+            sums = product(middle, signs, sums, WIDEN)
+            sums = product(high, signs, sums, WIDEN)
         else:
             signs = _signs(at_place, group, tag, key0, key1, COORDINATES, x.dtype)
-            sums = product(x, signs, sums, WIDEN, "ieee")
+            sums = product(x, signs, sums, WIDEN)
     column = group * 128 + tl.arange(0, 128)
     at = partials + (part.to(tl.int64) * batch + example.to(tl.int64))[:, None] * dim + column[None, :]
     tl.store(at, sums, mask=(example < batch)[:, None] & (column < dim)[None, :])

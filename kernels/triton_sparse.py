@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .triton_device import add_block, add_partials_, columns_width, interpreted, on_device, signed_each, split_seed
 
-__all__ = ["MOST_COLUMNS", "add_at_triton_", "add_rows_triton_", "block_tables"]
+__all__ = ["MOST_COLUMNS", "add_at_triton_", "add_rank_one_triton_", "add_rows_triton_", "block_tables"]
 
 MOST_COLUMNS = 8192  # whose sums stay in a program's registers
 _TILE = 1024
@@ -33,7 +33,7 @@ _FEWEST_BLOCKS = 8  # of a range: its sums are written and read once more
 _ROWS_AT_ONCE = 64  # rows of one example that a program of the scattered kernel adds, at least
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1 << 14)  # a range for each tile of a model: few bytes each, and worse than none if short
 def block_tables(first: int, last: int, dim: int, seed: int, nnz: int, device: str, inverse: bool) -> Tensor:
     """Multiplier and shift of the blocks' permutations, or of their inverses: (2, nnz, last - first) int64.
 
@@ -66,17 +66,24 @@ def _inverses(units: NDArray[np.int64], dim: int) -> NDArray[np.int64]:
 def _rows_kernel(
     partials,
     rows,
+    left,
+    scales,
     tables,
     batch,
     count,
+    columns,
     row_stride,
     column_stride,
+    left_batch,
+    left_row,
     offset,
     first_block,
     blocks,
     per_part,
     key0,
     key1,
+    RANK_ONE: tl.constexpr,
+    SCALED: tl.constexpr,
     NNZ: tl.constexpr,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -92,11 +99,21 @@ def _rows_kernel(
         start = (first_block + block).to(tl.int64) * K
         place = start - offset + column
         there = (place >= 0) & (place < count) & (column < K)
-        x = tl.load(base + place[None, :] * column_stride, mask=there[None, :] & (example < batch)[:, None], other=0.0)
+        both = there[None, :] & (example < batch)[:, None]
+        if RANK_ONE:
+            at = tl.where(there, place, 0).to(tl.int32)
+            row = at // columns
+            x = tl.load(base + (at - row * columns)[None, :] * column_stride, mask=both, other=0.0).to(tl.float32)
+            other = left + example.to(tl.int64)[:, None] * left_batch + row[None, :] * left_row
+            x *= tl.load(other, mask=both, other=0.0).to(tl.float32)
+        else:
+            x = tl.load(base + place[None, :] * column_stride, mask=both, other=0.0).to(tl.float32)
+        if SCALED:
+            x *= tl.load(scales + place, mask=there, other=0.0)[None, :]
         for copy in tl.static_range(NNZ):
             multiplier = tl.load(tables + copy * blocks + block)
             shift = tl.load(tables + (NNZ + copy) * blocks + block)
-            sums = add_block(sums, x.to(tl.float32), start, multiplier, shift, copy, key0, key1, K, WIDTH, ALIGNED)
+            sums = add_block(sums, x, start, multiplier, shift, copy, key0, key1, K, WIDTH, ALIGNED)
     at = partials + (part.to(tl.int64) * batch + example.to(tl.int64))[:, None] * K + column[None, :]
     tl.store(at, sums, mask=(example < batch)[:, None] & (column < K)[None, :])
 
@@ -105,6 +122,7 @@ def _rows_kernel(
 def _wide_kernel(
     partials,
     rows,
+    scales,
     tables,
     batch,
     count,
@@ -118,6 +136,7 @@ def _wide_kernel(
     key0,
     key1,
     nnz,
+    SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     example = tl.program_id(0).to(tl.int64)
@@ -133,37 +152,80 @@ def _wide_kernel(
             place = coordinate - offset
             there = (place >= 0) & (place < count) & (column < dim)
             x = tl.load(rows + example * row_stride + place * column_stride, mask=there, other=0.0).to(tl.float32)
+            if SCALED:
+                x *= tl.load(scales + place, mask=there, other=0.0)
             sums += signed_each(x, coordinate, copy, key0, key1)
     tl.store(partials + (part.to(tl.int64) * batch + example) * dim + column, sums, mask=column < dim)
 
 
 @on_device
-def add_rows_triton_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int) -> None:
-    """Add R[:, offset : offset + n] rows, rows (B, n) of any floating-point type and strides, to out (B, k) float32."""
+def add_rows_triton_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int, scale: Tensor | None = None) -> None:
+    """Add R[:, offset : offset + n] rows, rows (B, n) of any floating-point type and strides, to out (B, k) float32.
+
+    With scale (n,) float32, contiguous, each coordinate counts times its entry.
+    """
     (batch, count), dim = rows.shape, out.shape[1]
     if not batch or not count:
         return
-    first, last = offset // dim, (offset + count - 1) // dim + 1
-    blocks, tables = last - first, block_tables(first, last, dim, seed, nnz, str(rows.device), inverse=True)
-    wide = dim > MOST_COLUMNS
-    examples = 1 if wide or batch == 1 or dim > MOST_COLUMNS // 2 else 2
-    if interpreted() and not wide:
-        examples = 64  # its time goes by programs; no example's sums depend on its companions
-    groups = triton.cdiv(batch, examples) * (triton.cdiv(dim, _TILE) if wide else 1)
-    per_part = max(_FEWEST_BLOCKS, triton.cdiv(blocks, max(1, _PROGRAMS // groups)))
-    parts = triton.cdiv(blocks, per_part)
+    if dim <= MOST_COLUMNS:
+        _add_narrow_(out, rows, None, count, 1, offset, seed, nnz, scale)
+        return
+    first, blocks, tables = _blocks(offset, count, dim, seed, nnz, out)
+    per_part, parts = _parts(blocks, batch * triton.cdiv(dim, _TILE))
     partials = torch.empty(parts, batch, dim, device=out.device)
-    given = (partials, rows, tables, batch, count, rows.stride(0), rows.stride(1), offset, first, blocks, per_part)
-    if wide:
-        grid = (batch, triton.cdiv(dim, _TILE), parts)
-        _wide_kernel[grid](*given, dim, *split_seed(seed), nnz, BLOCK=_TILE, enable_fp_fusion=True)
-    else:
-        width = columns_width(dim)
-        _rows_kernel[(triton.cdiv(batch, examples), parts)](
-            *given, *split_seed(seed), NNZ=nnz, K=dim, WIDTH=width, EXAMPLES=examples, ALIGNED=dim % 128 == 0,
-            num_warps=max(4, min(16, width * examples // 512)), enable_fp_fusion=True,
-        )  # fmt: skip
+    _wide_kernel[(batch, triton.cdiv(dim, _TILE), parts)](
+        partials, rows, partials if scale is None else scale, tables, batch, count, *rows.stride(), offset, first,
+        blocks, per_part, dim, *split_seed(seed), nnz, SCALED=scale is not None, BLOCK=_TILE, enable_fp_fusion=True,
+    )  # fmt: skip
     add_partials_(out, partials, nnz**-0.5)
+
+
+@on_device
+def add_rank_one_triton_(
+    out: Tensor, left: Tensor, right: Tensor, offset: int, seed: int, nnz: int, scale: Tensor | None = None
+) -> None:
+    """Add R vec(left (x) right), left (B, o) and right (B, i) of any types and strides, to out (B, k) float32.
+
+    For k of at most `MOST_COLUMNS` and less than 2^31 coordinates. With scale (o i,) float32, contiguous, each
+    coordinate counts times its entry.
+    """
+    count = left.shape[1] * right.shape[1]
+    if len(left) and count:
+        _add_narrow_(out, right, left, count, right.shape[1], offset, seed, nnz, scale)
+
+
+def _add_narrow_(
+    out: Tensor, rows: Tensor, left: Tensor | None, count: int, columns: int, offset: int, seed: int, nnz: int,
+    scale: Tensor | None,
+) -> None:  # fmt: skip
+    batch, dim = out.shape
+    first, blocks, tables = _blocks(offset, count, dim, seed, nnz, out)
+    examples = 1 if batch == 1 or dim > MOST_COLUMNS // 2 else 2
+    if interpreted():
+        examples = 64  # its time goes by programs; no example's sums depend on its companions
+    width, groups = columns_width(dim), triton.cdiv(batch, examples)
+    per_part, parts = _parts(blocks, groups)
+    partials = torch.empty(parts, batch, dim, device=out.device)
+    _rows_kernel[(groups, parts)](
+        partials, rows, rows if left is None else left, partials if scale is None else scale, tables, batch, count,
+        columns, *rows.stride(), *(rows if left is None else left).stride(), offset, first, blocks, per_part,
+        *split_seed(seed), RANK_ONE=left is not None, SCALED=scale is not None, NNZ=nnz, K=dim, WIDTH=width,
+        EXAMPLES=examples, ALIGNED=dim % 128 == 0, num_warps=max(4, min(16, width * examples // 512)),
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    add_partials_(out, partials, nnz**-0.5)
+
+
+def _blocks(offset: int, count: int, dim: int, seed: int, nnz: int, out: Tensor) -> tuple[int, int, Tensor]:
+    """The first block that coordinates touch, how many they touch, and the tables of these."""
+    first, last = offset // dim, (offset + count - 1) // dim + 1
+    return first, last - first, block_tables(first, last, dim, seed, nnz, str(out.device), inverse=True)
+
+
+def _parts(blocks: int, groups: int) -> tuple[int, int]:
+    """How many blocks make a range, and how many ranges there are, by shapes alone."""
+    per_part = max(_FEWEST_BLOCKS, triton.cdiv(blocks, max(1, _PROGRAMS // groups)))
+    return per_part, triton.cdiv(blocks, per_part)
 
 
 @triton.jit

@@ -128,7 +128,10 @@ def _compiling(capability: int) -> Iterator[dict[str, Any]]:
 
 
 def launches(dim: int) -> dict[str, Callable[[], None]]:
-    """The shapes that matter, of float32 and bfloat16: given rows, layers of GPT-2 and ResNet, dense signs."""
+    """The shapes that matter, of float32 and bfloat16: given rows, layers of GPT-2 and ResNet, dense signs.
+
+    Products of layers with several steps are the vendor's.
+    """
     found: dict[str, Callable[[], None]] = {}
     sparse: dict[str, Any] = {"seed": 1, "backend": "triton"}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
@@ -136,11 +139,11 @@ def launches(dim: int) -> dict[str, Callable[[], None]]:
         def rows(dtype: torch.dtype = dtype) -> None:
             kernels.sparse_add_(torch.zeros(32, dim), torch.zeros(32, 64 * dim, dtype=dtype), 0, **sparse)
 
-        def linear(dtype: torch.dtype = dtype) -> None:
-            left, right = torch.zeros(32, 256, 768, dtype=dtype), torch.zeros(32, 256, 768, dtype=dtype)
+        def step(dtype: torch.dtype = dtype) -> None:
+            left, right = torch.zeros(32, 1, 768, dtype=dtype), torch.zeros(32, 1, 768, dtype=dtype)
             kernels.sparse_add_outer_(torch.zeros(32, dim), left, right, 768, **sparse)
 
-        def convolution(dtype: torch.dtype = dtype) -> None:
+        def columns(dtype: torch.dtype = dtype) -> None:
             left, right = torch.zeros(8, 128, 256, dtype=dtype), torch.zeros(8, 128, 18 * 18, dtype=dtype)
             taps = (18 * torch.arange(3)[:, None] + torch.arange(3)).flatten()
             windows = (18 * torch.arange(16)[:, None] + torch.arange(16)).flatten()
@@ -154,7 +157,7 @@ def launches(dim: int) -> dict[str, Callable[[], None]]:
         def dense(dtype: torch.dtype = dtype) -> None:
             kernels.rademacher_add_(torch.zeros(128, dim), torch.zeros(128, 16 * dim, dtype=dtype), 0, **sparse)
 
-        for launch in (rows, linear, convolution, embedding, dense):
+        for launch in (rows, step, columns, embedding, dense):
             found[f"{launch.__name__} {name}"] = launch
     return found
 

@@ -1,15 +1,17 @@
-"""How fast is each kernel of the sketch on each backend that is here, beside what the machine cannot beat?
+"""How fast is each kernel of the sketch and of the search on each backend that is here, beside the machine's limits?
 
     python examples/speed/kernels.py                        # CPU, or the GPU if there is one; within two minutes
     python examples/speed/kernels.py --device cpu --threads 1 --kernels sparse --json sparse.json
     python examples/speed/kernels.py --build-fast-jl        # on a GPU with nvcc: also fast-jl, built for this device
+    python examples/speed/kernels.py --dtype bfloat16 --batch 512  # on a GPU: operands of half precision
 
 Times are medians of interleaved repetitions in this one process. Bytes are those of the gradients' factors, counted
 once; operations are multiplications and additions of the gradients and of their projection, without signs and columns.
 The bound is the longer of two times: those bytes at the bandwidth of a large copy (bytes read and written), and those
-operations at the rate of a large float32 matrix product. Both are medians of the same rounds, and "reached" is the
-bound over the time: other work on the machine disturbs it, and may lift it above 100 %. Where a backend is too slow
-for the whole, a slice is timed and scaled up, and the table says so.
+operations at the rate of a large matrix product of the operands' type. Both are medians of the same rounds, and
+"reached" is the bound over the time: other work on the machine disturbs it, and may lift it above 100 %; so may
+products of halves that sum to float32, which searches on GPUs use. Where a backend is too slow for the whole, a slice
+is timed and scaled up, and the table says so.
 
 Beside this library's backends stand a product with a matrix that is kept ("matmul"), TRAK's BasicProjector where the
 package traker is there ("trak"), and fast-jl on CUDA devices.
@@ -30,12 +32,15 @@ from torch import Tensor
 
 import source_proj as sp
 from source_proj import kernels
+from source_proj.kernels import scoring
 
 from _bounds import Machine, Way, interleaved  # isort: skip
 from _fast_jl_build import build_fast_jl  # isort: skip
 
-KERNELS = ("sparse", "linear", "linear-tokens", "convolution", "dense", "kronecker")
+KERNELS = ("sparse", "linear", "linear-tokens", "convolution", "dense", "kronecker", "search")
 BACKENDS = ("native", "triton", "torch", "fast-jl")
+STORAGES = (torch.float32, torch.float16, torch.int8)
+FOUND = 10  # rows that a search keeps
 SLICED = 16  # the part of dense signs made by a CPU for a GPU that is timed
 
 
@@ -48,6 +53,7 @@ class Case:
     bytes: int
     operations: int
     ways: list[Way]
+    product: str | None = None  # the rate that bounds the operations; None: that of the operands' type
 
 
 @dataclass(frozen=True)
@@ -66,12 +72,12 @@ class Row:
     scaled: int
 
 
-def sketches(kind: str, dim: int, device: torch.device, missing: dict[str, str]) -> Iterator[sp.Sketch]:
+def sketches(kind: str, a: argparse.Namespace, missing: dict[str, str]) -> Iterator[sp.Sketch]:
     """A sketch for each backend that can serve the kind on the device; for the others, why not goes into missing."""
-    for backend in BACKENDS:
+    for backend in a.backends:
         try:
-            kernels.choose_backend(kind, backend, device.type)
-            yield sp.Sketch(dim, kind, backend=backend)
+            kernels.choose_backend(kind, backend, a.device.type)
+            yield sp.Sketch(a.dim, kind, backend=backend)
         except ValueError as error:
             if backend != "fast-jl" or kind == "rademacher":
                 missing[f"{backend} ({kind})"] = str(error)
@@ -79,9 +85,10 @@ def sketches(kind: str, dim: int, device: torch.device, missing: dict[str, str])
 
 def given_rows(kernel: str, kind: str, d: int, a: argparse.Namespace, missing: dict[str, str]) -> Case:
     """Gradients that are there as rows (B, d)."""
-    rows, out = torch.randn(a.batch, d, device=a.device), torch.zeros(a.batch, a.dim, device=a.device)
+    rows = torch.randn(a.batch, d, device=a.device).to(a.dtype)
+    out = torch.zeros(a.batch, a.dim, device=a.device)
     ways = []
-    for sketch in sketches(kind, a.dim, a.device, missing):
+    for sketch in sketches(kind, a, missing):
         scale = SLICED if kind == "rademacher" and sketch.backend == "torch" and a.device.type == "cuda" else 1
         ways.append(Way(sketch.backend, lambda s=sketch, x=rows[:, : d // scale]: s.add_(out, x), scale))
     operations = a.batch * d
@@ -94,8 +101,10 @@ def given_rows(kernel: str, kind: str, d: int, a: argparse.Namespace, missing: d
 def dense_rivals(rows: Tensor, out: Tensor, missing: dict[str, str]) -> list[Way]:
     """What projects rows by a dense matrix elsewhere."""
     (_, d), k = rows.shape, out.shape[1]
-    signs = torch.randint(0, 2, (d, k), device=rows.device, dtype=torch.int8).float().mul_(2).sub_(1)
-    ways = [Way("matmul", lambda: torch.addmm(out, rows, signs))]
+    signs = torch.randint(0, 2, (d, k), device=rows.device, dtype=torch.int8).to(rows.dtype).mul_(2).sub_(1)
+    ways = [Way("matmul", lambda: torch.addmm(out.to(rows), rows, signs))]
+    if rows.dtype != torch.float32:
+        return ways
     try:
         from trak.projectors import BasicProjector, ProjectionType
     except ImportError as error:
@@ -108,11 +117,9 @@ def dense_rivals(rows: Tensor, out: Tensor, missing: dict[str, str]) -> list[Way
 def linear(kernel: str, kind: str, steps: int, a: argparse.Namespace, missing: dict[str, str]) -> Case:
     """The gradient of a linear layer's weight (o, i), from output gradients and inputs of T steps."""
     o = i = a.features
-    left, right = (torch.randn(a.batch, steps, n, device=a.device) for n in (o, i))
+    left, right = (torch.randn(a.batch, steps, n, device=a.device).to(a.dtype) for n in (o, i))
     out = torch.zeros(a.batch, a.dim, device=a.device)
-    ways = [
-        Way(s.backend, lambda s=s: s.add_outer_(out, left, right, 0)) for s in sketches(kind, a.dim, a.device, missing)
-    ]
+    ways = [Way(s.backend, lambda s=s: s.add_outer_(out, left, right, 0)) for s in sketches(kind, a, missing)]
     operations = a.batch * o * i * (2 * steps + 1)
     if kind == "kronecker":
         k_o, k_i = kernels.kronecker_split(a.dim)
@@ -125,19 +132,36 @@ def convolution(kernel: str, a: argparse.Namespace, missing: dict[str, str]) -> 
     """The gradient of a 3x3 convolution's weight, stride one, padded by one."""
     c, side = a.channels, a.side
     plane = (side + 2) ** 2
-    left = torch.randn(a.batch, c, side * side, device=a.device)
-    right = torch.randn(a.batch, c, plane, device=a.device)
+    left = torch.randn(a.batch, c, side * side, device=a.device).to(a.dtype)
+    right = torch.randn(a.batch, c, plane, device=a.device).to(a.dtype)
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    windows = (row * (side + 2) + column).flatten().to(a.device)
-    taps = (torch.arange(3)[:, None] * (side + 2) + torch.arange(3)).flatten().to(a.device)
+    windows = (row * (side + 2) + column).flatten()
+    taps = (torch.arange(3)[:, None] * (side + 2) + torch.arange(3)).flatten()
     out = torch.zeros(a.batch, a.dim, device=a.device)
     ways = [
         Way(s.backend, lambda s=s: s.add_windows_(out, left, right, taps, windows, 0))
-        for s in sketches("sparse", a.dim, a.device, missing)
+        for s in sketches("sparse", a, missing)
     ]
     operations = a.batch * c * c * 9 * (2 * side * side + 1)
     shapes = f"B={a.batch} {c}x{c}x3x3 on {side}x{side} k={a.dim:,}"
     return Case(kernel, shapes, left.nbytes + right.nbytes, operations, ways)
+
+
+def searches(kernel: str, a: argparse.Namespace) -> Iterator[Case]:
+    """The strongest rows of a matrix B, for few and many queries and each storage of B."""
+    scale = torch.rand(a.rows, device=a.device)
+    for storage in STORAGES:
+        rows = torch.randint(-127, 128, (a.rows, a.dim), device=a.device, dtype=torch.int8).to(storage)
+        for count in a.queries:
+            queries = torch.randn(count, a.dim, device=a.device)
+            ways = [
+                Way(backend, lambda b=backend, q=queries, r=rows: scoring.top_k(q, r, FOUND, scale, backend=b))
+                for backend in scoring.scoring_backends(a.device.type)
+                if backend in a.backends
+            ]
+            name = str(storage).removeprefix("torch.")
+            shapes = f"Q={count:,} N={a.rows:,} {name} k={a.dim:,}"
+            yield Case(kernel, shapes, rows.nbytes, 2 * count * rows.numel(), ways, "float32 product")
 
 
 def cases(a: argparse.Namespace, missing: dict[str, str]) -> Iterator[Case]:
@@ -151,14 +175,14 @@ def cases(a: argparse.Namespace, missing: dict[str, str]) -> Iterator[Case]:
         "kronecker": lambda name: linear(name, "kronecker", a.steps, a, missing),
     }
     for name in a.kernels:
-        yield make[name](name)
+        yield from searches(name, a) if name == "search" else [make[name](name)]
 
 
-def measure(case: Case, machine: Machine, repetitions: int, device: torch.device) -> tuple[list[Row], dict[str, float]]:
+def measure(case: Case, machine: Machine, a: argparse.Namespace) -> tuple[list[Row], dict[str, float]]:
     """The lines of one kernel, and the machine's rates in the same rounds."""
-    times = interleaved([*machine.ways, *case.ways], repetitions, device)
-    rates = machine.rates(times)
-    bounds = {"copy": case.bytes / rates["copy"], "float32 product": case.operations / rates["float32 product"]}
+    times = interleaved([*machine.ways, *case.ways], a.repetitions, a.device)
+    rates, product = machine.rates(times), case.product or f"{str(a.dtype).removeprefix('torch.')} product"
+    bounds = {"copy": case.bytes / rates["copy"], product: case.operations / rates[product]}
     bound = max(bounds, key=lambda name: bounds[name])
     rows = []
     for way in case.ways:
@@ -187,7 +211,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line; of two defaults the first is for CPUs, the second for GPUs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, help="default: cuda if it is there")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="the second: on a GPU")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--batch", type=int, default=64, help="examples, B")
@@ -198,6 +224,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=128, help="T of linear-tokens and kronecker")
     parser.add_argument("--channels", type=int, default=128, help="of the convolution")
     parser.add_argument("--side", type=int, default=16, help="of its images")
+    parser.add_argument("--rows", type=int, help="of the search, N; default: 30,000, or 400,000")
+    parser.add_argument("--queries", nargs="+", type=int, default=[1, 8, 64, 1000], help="of the search, Q")
     parser.add_argument("--copied", type=int, default=1 << 25, help="numbers of the copy that gives the bandwidth")
     parser.add_argument("--product", type=int, help="rows of the product that gives the rate; default: 1,024, or 8,192")
     parser.add_argument("--build-fast-jl", action="store_true", help="download fast-jl's source and build it here")
@@ -205,8 +233,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     a = parser.parse_args(arguments)
     a.device = a.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = a.device.type == "cuda"
+    if a.dtype != "float32" and not on_gpu:
+        parser.error(f"--dtype {a.dtype} needs a CUDA device: on a CPU every kernel works in float32")
+    a.dtype = getattr(torch, a.dtype)
     sizes = {"coordinates": (10**6, 1 << 24), "dense_coordinates": (1 << 13, 1 << 20)}
-    sizes |= {"features": (512, 4096), "product": (1024, 8192)}
+    sizes |= {"features": (512, 4096), "product": (1024, 8192), "rows": (30_000, 400_000)}
     for name, defaults in sizes.items():
         setattr(a, name, getattr(a, name) or defaults[on_gpu])
     return a
@@ -225,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
             build_fast_jl(Path(folder))
         machine = Machine(a.device, a.copied, a.product)
         for case in cases(a, missing):
-            found, rates = measure(case, machine, a.repetitions, a.device)
+            found, rates = measure(case, machine, a)
             rows += found
             every.append(rates)
     rates = {key: median(one[key] for one in every) for key in every[0]}

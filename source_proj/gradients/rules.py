@@ -16,7 +16,7 @@ from source_proj.gradients.pieces import Pieces
 
 __all__ = ["Rule", "rule_for"]
 
-# Of a normalised input at a time: more would come as untouched pages, which cost more than the arithmetic.
+# Of a normalised input at a time on a CPU: more would come as untouched pages, which cost more than the arithmetic.
 _NORMALISED_BYTES = 8 * 2**20
 
 Names = Mapping[str, str]  # attributed local parameter name ("weight") → full name ("blocks.0.mlp.weight")
@@ -96,7 +96,7 @@ def _affine(
         return tensor.sum(dims, dtype=torch.float32) if dims else tensor
 
     if "weight" in names:
-        step = max(1, _NORMALISED_BYTES // (4 * g[0].numel()))
+        step = max(1, _NORMALISED_BYTES // (4 * g[0].numel())) if g.device.type == "cpu" else len(g)
         parts = (slice(start, start + step) for start in range(0, len(g), step))
         pieces.add(names["weight"], torch.cat([summed(normalise(x[part].float()).mul_(g[part])) for part in parts]))
     if "bias" in names:

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from source_proj.kernels import available_backends
+from source_proj.kernels.scoring import scoring_backends
 
 SPEED = Path(__file__).parents[2] / "examples" / "speed"
 SIZES = {
     "batch": 17, "dim": 64, "coordinates": 300, "dense-coordinates": 40, "features": 6, "steps": 3, "channels": 4,
-    "side": 4, "copied": 1000, "product": 8, "repetitions": 2, "threads": 1,
+    "side": 4, "rows": 50, "queries": 2, "copied": 1000, "product": 8, "repetitions": 2, "threads": 1,
 }  # fmt: skip
 TINY = ["--device", "cpu", *(part for name, value in SIZES.items() for part in (f"--{name}", str(value)))]
-ALL = ["sparse", "linear", "linear-tokens", "convolution", "dense", "kronecker"]
+ALL = ["sparse", "linear", "linear-tokens", "convolution", "dense", "kronecker"]  # and "search"
 
 
 @pytest.fixture
@@ -44,6 +45,7 @@ def test_every_kernel_on_every_backend(script, tmp_path, capsys, monkeypatch):
     pairs = {(row["kernel"], row["backend"]) for row in found["rows"]}
     kinds = {"dense": "rademacher", "kronecker": "kronecker"}
     expected = {(kernel, name) for kernel in ALL for name in available_backends(kinds.get(kernel, "sparse"))}
+    expected |= {("search", name) for name in scoring_backends("cpu")}
     assert pairs >= expected | {("dense", "matmul")}
     text = capsys.readouterr().out
     for kernel, backend in pairs:

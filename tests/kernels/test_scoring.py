@@ -1,10 +1,7 @@
 """Scores and the strongest rows, on every backend, against numpy in float64 and a plain sort."""
 
 import ctypes
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
-
+import functools
 import importlib.util
 
 import numpy as np
@@ -13,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from source_proj.kernels import scoring_native, scoring_torch
+from source_proj.kernels import scoring, scoring_native, scoring_torch
 from source_proj.kernels.native import native_library
-from source_proj.kernels.scoring import Strongest, bottom_k, score, scoring_backend, scoring_backends, top_k
+from source_proj.kernels.scoring import scoring_backend, scoring_backends
 
 TYPES = (torch.float32, torch.float16, torch.int8)
 EPS = torch.finfo(torch.float32).eps
@@ -27,6 +24,42 @@ BACKENDS = [
     *(pytest.param("native", level, id=f"native-{level}", marks=native) for level in (0, 1, 2)),
     pytest.param("triton", None, id="triton", marks=interpreted),
 ]
+
+
+def place(backend):
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def moved(values, device):
+    return [one.to(device) if isinstance(one, torch.Tensor) else one for one in values]
+
+
+def at_its_place(function):
+    """The function for tensors in main memory, wherever the backend works."""
+
+    @functools.wraps(function)
+    def wrapped(*given_, backend=None):
+        found = function(*moved(given_, place(backend)), backend=backend)
+        return found.cpu() if isinstance(found, torch.Tensor) else tuple(moved(found, "cpu"))
+
+    return wrapped
+
+
+score, top_k, bottom_k = (at_its_place(f) for f in (scoring.score, scoring.top_k, scoring.bottom_k))
+
+
+class Strongest(scoring.Strongest):
+    """For tensors in main memory, wherever the backend works."""
+
+    def __init__(self, count, k, *, largest=True, backend=None):
+        super().__init__(count, k, largest=largest, device=place(backend), backend=backend)
+        self._place = place(backend)
+
+    def add(self, *given_, first=0):
+        super().add(*moved(given_, self._place), first=first)
+
+    def result(self):
+        return moved(super().result(), "cpu")
 
 
 def operands(count, n, dim, dtype, *, scaled=True, seed=0):
