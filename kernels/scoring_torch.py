@@ -45,9 +45,8 @@ def score_torch(queries: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
 def strongest_columns(scores: Tensor, k: int) -> Tensor:
     """Columns of the k largest entries of each row of ``(Q, n)``, in ascending order; of equal entries the first ones.
 
-    torch.topk leaves open which of equal entries it takes, but not their values: the k-th value decides. Of long rows
-    only the k chunks with the largest maxima are looked at, and the rest behind the last whole chunk: what another
-    chunk holds is not above those maxima, and comes after them where it is equal.
+    Of long rows only the k chunks with the largest maxima are looked at, and the rest behind the last whole chunk: what
+    another chunk holds is not above those maxima, and comes after them where it is equal. Nothing here waits for a GPU.
     """
     (count, n), device = scores.shape, scores.device
     if k >= n:
@@ -59,11 +58,14 @@ def strongest_columns(scores: Tensor, k: int) -> Tensor:
         inside = (chosen[:, :, None] * _CHUNK + torch.arange(_CHUNK, device=device)).flatten(1)
         columns = torch.cat([inside, torch.arange(whole, n, device=device).expand(count, -1)], 1)
         return columns.gather(1, strongest_columns(scores.gather(1, columns), k))
+    if device.type != "cpu":
+        return scores.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+    # torch.topk leaves open which of equal entries it takes, but not their values: the k-th value decides.
     last = torch.topk(scores, k, dim=1).values[:, -1:]  # (Q, 1)
     above, equal = scores > last, scores == last
     room = k - above.sum(1, keepdim=True)
     kept = above | (equal & (equal.cumsum(1) <= room))
-    return kept.nonzero()[:, 1].view(len(scores), k)
+    return kept.nonzero()[:, 1].view(count, k)
 
 
 class StrongestTorch:
@@ -76,21 +78,44 @@ class StrongestTorch:
 
     def add(self, queries: Tensor, rows: Tensor, scale: Tensor | None, first: int) -> None:
         """Offer rows, block by block."""
-        height = max(1, _BLOCK // max(len(queries), rows.shape[1]))
+        height, largest = self._height(queries, rows.shape[1]), []
         for start in range(0, len(rows), height):
-            part = slice(start, start + height)
-            scores = score_torch(queries, rows[part], None if scale is None else scale[part])
-            self.add_scores(scores, None, first + start)
+            scores = self._scores(queries, rows, scale, start, height)
+            if scores.device.type == "cpu":
+                self.add_scores(scores, None, first + start)
+            else:
+                largest.append(self._offer(scores, first + start))
+        # A GPU is waited for once, and a block with NaN scored again to tell where.
+        for index in torch.stack(largest).isnan().nonzero().flatten().tolist() if largest else ():
+            start = index * height
+            self.add_scores(self._scores(queries, rows, scale, start, height), None, first + start)
 
     def add_scores(self, scores: Tensor, scale: Tensor | None, first: int) -> None:
         """Offer given scores, times a scale for each row."""
         found = scores.to(self._values.device)
-        found = -found if self._sign < 0 else found
         found = found if scale is None else found * scale
-        if found.amax().isnan():  # which passes NaN on
+        if found.amax().isnan():
             raise nan_error(first + int(found.isnan().any(0).nonzero()[0]))
+        self._offer(found, first)
+
+    def _height(self, queries: Tensor, dim: int) -> int:
+        """How many rows are scored at once."""
+        return max(1, _BLOCK // max(len(queries), dim))
+
+    def _scores(self, queries: Tensor, rows: Tensor, scale: Tensor | None, start: int, height: int) -> Tensor:
+        """Scores of the rows start to start + height."""
+        part = slice(start, start + height)
+        return self._score(queries, rows[part], None if scale is None else scale[part])
+
+    def _score(self, queries: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
+        return score_torch(queries, rows, scale)
+
+    def _offer(self, scores: Tensor, first: int) -> Tensor:
+        """Keep the best of scores; returns their largest number, or NaN where one is NaN."""
+        found = scores if self._sign > 0 else -scores
         columns = strongest_columns(found, self._k)
         self.merge(found.gather(1, columns), columns + first)
+        return found.amax()
 
     def merge(self, values: Tensor, rows: Tensor) -> None:
         """Offer candidates ``(Q, m)``, each query with rows of its own, in any order."""

@@ -17,20 +17,20 @@ _WIDENS = hasattr(torch.ops.aten.bmm, "dtype_out")
 _local = threading.local()
 
 
-def outer_tiles(left: Tensor, right: Tensor, elements: int) -> Iterator[tuple[slice, int, Tensor]]:
+def outer_tiles(left: Tensor, right: Tensor, elements: int, least_rows: int = 1) -> Iterator[tuple[slice, int, Tensor]]:
     """Tiles of G_b = sum_t left_t (x) right_t for left (B, T, o) and right (B, T, i), each flattened in C order.
 
     Tiles are float32; on CUDA devices the operands may be halves, whose products are summed in float32.
 
     Yields (examples, first coordinate, tile (examples, coordinates)). A tile is a view of one buffer of about the given
-    number of elements (more only where a single row of G is longer), which the next tile overwrites: new memory is
-    costly, as the kernel must clear each page of it. On other devices each tile is memory of its own.
+    number of elements (more only where a single row of G is longer) and of at least so many rows of G, which the next
+    tile overwrites: new memory is costly, as the kernel must clear each page of it. On a GPU each has its own memory.
     """
     batch, _, o = left.shape
     i = right.shape[2]
     if 0 in (batch, o, i):
         return
-    examples = min(batch, max(1, elements // i))
+    examples = min(batch, max(1, elements // (i * min(o, least_rows))))
     height = min(o, max(1, elements // (examples * i)))
     if height > _ALIGNMENT:
         height -= height % _ALIGNMENT

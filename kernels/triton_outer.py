@@ -23,12 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .tiles import outer_tiles
-from .triton_device import interpreted, on_device
+from .triton_device import ceil_div, interpreted, on_device
 from .triton_sparse import MOST_COLUMNS, add_rank_one_triton_, add_rows_triton_
 
 __all__ = ["add_outer_triton_", "add_windows_triton_"]
 
-_TILE = 1 << 26  # numbers of a tile of gradients: 256 MiB
+_FEWEST, _MOST = 1 << 24, 1 << 27  # numbers of a tile of gradients, 64 to 512 MiB: below, launches take the time
+_LEAST_ROWS = 256  # of a weight in a tile: products of fewer are slow
 _COLUMNS = 1 << 26  # numbers of the columns of a convolution that are held at once
 _HALVES = (torch.float16, torch.bfloat16)
 _MOST_ONCE = 1 << 31  # coordinates that 32 bits can count
@@ -44,7 +45,9 @@ def add_outer_triton_(
     if left.shape[1] == 1 and left.shape[2] * right.shape[2] < _MOST_ONCE and out.shape[1] <= MOST_COLUMNS:
         add_rank_one_triton_(out, left[:, 0], right[:, 0], offset, seed, nnz, scale)
         return
-    for some, start, tile in outer_tiles(*_operands(left, right), _TILE):
+    # A tile is as large as the factors, so that memory stays of their order.
+    elements = min(max(left.numel() + right.numel(), _FEWEST), _MOST)
+    for some, start, tile in outer_tiles(*_operands(left, right), elements, _LEAST_ROWS):
         own = None if scale is None else scale[start : start + tile.shape[1]]
         add_rows_triton_(out[some], tile, offset + start, seed, nnz, own)
 
@@ -110,7 +113,7 @@ def _fill_columns(made: Tensor, right: Tensor, taps: Tensor, windows: Tensor) ->
     (batch, channels, _), numbers = right.shape, len(taps) * len(windows)
     block = 1 << 16 if interpreted() else 1024  # the interpreter's time goes by programs
     block = min(block, triton.next_power_of_2(numbers))
-    _columns_kernel[(batch * channels, triton.cdiv(numbers, block))](
+    _columns_kernel[(batch * channels, ceil_div(numbers, block))](
         made, right, taps, windows, channels, len(taps), len(windows), *right.stride(), BLOCK=block,
         enable_fp_fusion=True,
     )  # fmt: skip

@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_device import add_partials_, interpreted, negative_words, on_device, product, split_seed
+from .triton_device import add_partials_, ceil_div, interpreted, negative_words, on_device, product, split_seed
 
 __all__ = ["add_dense_triton_", "sign_tile_triton"]
 
 _COLUMNS = 128  # of a tile: those of one call of Philox
 _COORDINATES = 32  # with 64, or 128 examples of float32, registers spill on compute capability 8.0
+_HOPPER = (9, 0)  # has shared memory for 64, and more examples of halves share signs then
 _FEWEST = 32  # tiles of coordinates in a range
 _PROGRAMS = 512
 
@@ -106,15 +107,20 @@ def add_dense_triton_(out: Tensor, rows: Tensor, offset: int, seed: int, tag: in
         rows = rows.float()
     split = rows.dtype == torch.float32
     examples = 16 if batch <= 16 else 64 if batch <= 64 or split else 128
-    groups = (triton.cdiv(batch, examples), triton.cdiv(dim, _COLUMNS))
-    tiles = triton.cdiv(count, _COORDINATES)
-    per_part = max(_FEWEST, triton.cdiv(tiles, max(1, _PROGRAMS // (groups[0] * groups[1]))))
-    parts = triton.cdiv(tiles, per_part)
+    coordinates, warps, stages = _COORDINATES, 8 if split and examples == 64 else 4, 3
+    if examples == 128 and rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= _HOPPER:
+        coordinates = 2 * _COORDINATES
+        if batch >= 256:
+            examples, warps, stages = 256, 8, 4
+    groups = (ceil_div(batch, examples), ceil_div(dim, _COLUMNS))
+    tiles = ceil_div(count, coordinates)
+    per_part = max(_FEWEST, ceil_div(tiles, max(1, _PROGRAMS // (groups[0] * groups[1]))))
+    parts = ceil_div(tiles, per_part)
     partials = torch.empty(parts, batch, dim, device=out.device)
     _dense_kernel[(*groups, parts)](
-        partials, rows, batch, count, dim, rows.stride(0), rows.stride(1), offset, per_part * _COORDINATES, tag,
-        *split_seed(seed), EXAMPLES=examples, COORDINATES=_COORDINATES, SPLIT=split,
-        WIDEN=interpreted(), num_warps=8 if split and examples == 64 else 4, enable_fp_fusion=True,
+        partials, rows, batch, count, dim, rows.stride(0), rows.stride(1), offset, per_part * coordinates, tag,
+        *split_seed(seed), EXAMPLES=examples, COORDINATES=coordinates, SPLIT=split, WIDEN=interpreted(),
+        num_warps=warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
     add_partials_(out, partials, dim**-0.5)
 
@@ -139,7 +145,7 @@ def sign_tile_triton(start: int, stop: int, count: int, seed: int, tag: int, dev
 @on_device
 def _fill(tile: Tensor, start: int, seed: int, tag: int) -> None:
     rows, columns = tile.shape
-    grid = (triton.cdiv(rows, _COORDINATES), triton.cdiv(columns, _COLUMNS))
+    grid = (ceil_div(rows, _COORDINATES), ceil_div(columns, _COLUMNS))
     if tile.numel():
         _tile_kernel[grid](
             tile, start, rows, columns, tag, *split_seed(seed), COORDINATES=_COORDINATES, enable_fp_fusion=True

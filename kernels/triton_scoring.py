@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .scoring_torch import StrongestTorch, score_torch
 from .tiles import product_of_halves
-from .triton_device import interpreted, on_device
+from .triton_device import ceil_div, interpreted, on_device
 
 __all__ = ["StrongestTriton", "score_triton"]
 
@@ -42,13 +42,14 @@ def _score_kernel(  # type: ignore[no-untyped-def]
     BQ: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Sums are kept for each column of a tile, and added up at the end: within the loop threads do not meet."""
     q, r, c = tl.arange(0, BQ), tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
     at_queries = queries + q[:, None, None].to(tl.int64) * query_stride
     at_rows = rows + r[None, :, None].to(tl.int64) * row_stride
     sums = tl.zeros((BQ, BN, BK), dtype=tl.float32)
-    for start in range(0, dim, BK):
+    for start in tl.range(0, dim, BK, num_stages=STAGES):
         column = (start + c)[None, None, :]
         x = tl.load(at_queries + column, mask=(q < count)[:, None, None] & (column < dim), other=0.0)
         y = tl.load(at_rows + column, mask=(r < n)[None, :, None] & (column < dim), other=0).to(tl.float32)
@@ -114,20 +115,18 @@ def _score_into(out: Tensor, queries: Tensor, rows: Tensor, scale: Tensor | None
     bq = triton.next_power_of_2(len(queries))
     bk = min(_COLUMNS[bq], max(16, triton.next_power_of_2(rows.shape[1])))
     bn = 1024 if interpreted() else _SUMS[bq] // (bq * bk)  # the interpreter's time goes by programs
-    _score_kernel[(triton.cdiv(len(rows), bn),)](
+    _score_kernel[(ceil_div(len(rows), bn),)](
         out, queries, queries.stride(0), rows, rows.stride(0), given, *out.shape, rows.shape[1],
-        SCALED=scale is not None, BQ=bq, BN=bn, BK=bk, num_warps=4 if bq < 8 else 8, enable_fp_fusion=True,
+        SCALED=scale is not None, BQ=bq, BN=bn, BK=bk, STAGES=1, num_warps=4 if bq < 8 else 8, enable_fp_fusion=True,
     )  # fmt: skip
 
 
 class StrongestTriton(StrongestTorch):
     """See `Strongest`: the kernels' scores, searched by torch in blocks."""
 
-    def add(self, queries: Tensor, rows: Tensor, scale: Tensor | None, first: int) -> None:
-        """Offer rows."""
+    def _height(self, queries: Tensor, dim: int) -> int:  # noqa: ARG002
         height = max(1, _BLOCK // len(queries))
-        height -= height % _CONVERTED if height > _CONVERTED else 0
-        for start in range(0, len(rows), height):
-            part = slice(start, start + height)
-            scores = score_triton(queries, rows[part], None if scale is None else scale[part])
-            self.add_scores(scores, None, first + start)
+        return height - (height % _CONVERTED if height > _CONVERTED else 0)
+
+    def _score(self, queries: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
+        return score_triton(queries, rows, scale)

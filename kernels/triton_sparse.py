@@ -22,7 +22,16 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .triton_device import add_block, add_partials_, columns_width, interpreted, on_device, signed_each, split_seed
+from .triton_device import (
+    add_block,
+    add_partials_,
+    ceil_div,
+    columns_width,
+    interpreted,
+    on_device,
+    signed_each,
+    split_seed,
+)
 
 __all__ = ["MOST_COLUMNS", "add_at_triton_", "add_rank_one_triton_", "add_rows_triton_", "block_tables"]
 
@@ -171,9 +180,9 @@ def add_rows_triton_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int
         _add_narrow_(out, rows, None, count, 1, offset, seed, nnz, scale)
         return
     first, blocks, tables = _blocks(offset, count, dim, seed, nnz, out)
-    per_part, parts = _parts(blocks, batch * triton.cdiv(dim, _TILE))
+    per_part, parts = _parts(blocks, batch * ceil_div(dim, _TILE))
     partials = torch.empty(parts, batch, dim, device=out.device)
-    _wide_kernel[(batch, triton.cdiv(dim, _TILE), parts)](
+    _wide_kernel[(batch, ceil_div(dim, _TILE), parts)](
         partials, rows, partials if scale is None else scale, tables, batch, count, *rows.stride(), offset, first,
         blocks, per_part, dim, *split_seed(seed), nnz, SCALED=scale is not None, BLOCK=_TILE, enable_fp_fusion=True,
     )  # fmt: skip
@@ -203,7 +212,7 @@ def _add_narrow_(
     examples = 1 if batch == 1 or dim > MOST_COLUMNS // 2 else 2
     if interpreted():
         examples = 64  # its time goes by programs; no example's sums depend on its companions
-    width, groups = columns_width(dim), triton.cdiv(batch, examples)
+    width, groups = columns_width(dim), ceil_div(batch, examples)
     per_part, parts = _parts(blocks, groups)
     partials = torch.empty(parts, batch, dim, device=out.device)
     _rows_kernel[(groups, parts)](
@@ -224,8 +233,8 @@ def _blocks(offset: int, count: int, dim: int, seed: int, nnz: int, out: Tensor)
 
 def _parts(blocks: int, groups: int) -> tuple[int, int]:
     """How many blocks make a range, and how many ranges there are, by shapes alone."""
-    per_part = max(_FEWEST_BLOCKS, triton.cdiv(blocks, max(1, _PROGRAMS // groups)))
-    return per_part, triton.cdiv(blocks, per_part)
+    per_part = max(_FEWEST_BLOCKS, ceil_div(blocks, max(1, _PROGRAMS // groups)))
+    return per_part, ceil_div(blocks, per_part)
 
 
 @triton.jit
@@ -286,7 +295,7 @@ def add_at_triton_(out: Tensor, rows: Tensor, examples: Tensor, offsets: Tensor,
     order = torch.sort(examples, stable=True).indices
     starts = torch.zeros(batch + 1, dtype=torch.int64, device=out.device)
     starts[1:] = torch.bincount(examples, minlength=batch).cumsum(0)
-    parts = max(1, min(_PROGRAMS // batch, triton.cdiv(number, batch * _ROWS_AT_ONCE)))
+    parts = max(1, min(_PROGRAMS // batch, ceil_div(number, batch * _ROWS_AT_ONCE)))
     partials = torch.zeros(parts, batch, dim, device=out.device)
     _at_kernel[(batch, parts)](
         partials, rows, order, starts, offsets.contiguous(), tables, batch, count, rows.stride(0), rows.stride(1),

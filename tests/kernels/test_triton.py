@@ -95,9 +95,11 @@ def test_rows_at_their_own_offsets(dtype, nnz, monkeypatch):
         (2, 4, 3, 4, 4096),  # less than a block
     ],
 )
-@pytest.mark.parametrize("tile", [50, 1 << 26])  # less than a row of some of these
-def test_layers(batch, steps, o, i, dim, tile, dtype, monkeypatch):
-    monkeypatch.setattr(triton_outer, "_TILE", tile)
+@pytest.mark.parametrize(("tile", "rows"), [(50, 1), (500, 256), (1 << 26, 256)])  # 50: less than a row of some
+def test_layers(batch, steps, o, i, dim, tile, rows, dtype, monkeypatch):
+    monkeypatch.setattr(triton_outer, "_FEWEST", tile)
+    monkeypatch.setattr(triton_outer, "_MOST", tile)
+    monkeypatch.setattr(triton_outer, "_LEAST_ROWS", rows)
     left, right = whole(batch, steps, o, dtype=dtype), whole(batch, steps, i, dtype=dtype, seed=1)
     assert same(kernels.sparse_add_outer_, left, right, dim=dim, batch=batch, offset=2**31 - 9, seed=1)
     turned = left.transpose(1, 2).contiguous().transpose(1, 2)
@@ -116,7 +118,7 @@ def test_convolutions(dtype, columns, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("batch", [1, 17, 65])  # tiles of 16 and 64 examples, and of 128 in half precision
+@pytest.mark.parametrize("batch", [1, 17, 65, 257])  # tiles of 16 and 64 examples; in half precision 128, 256
 def test_dense_signs(batch, dtype, monkeypatch):
     """With k a power of four the factor 1/sqrt(k) is exact."""
     monkeypatch.setattr(triton_rademacher, "_FEWEST", 1)  # several ranges of coordinates
