@@ -198,7 +198,8 @@ class HookPath:
                 "examples must come first"
             )
         listener = partial(self._on_gradient, module, size, pieces)
-        return cast(Tensor, _Tap.apply(output, anchor, x.detach(), listener, name))  # type: ignore[no-untyped-call]
+        apply = cast(Callable[..., Tensor], _Tap.apply)  # some versions of torch leave it untyped
+        return apply(output, anchor, x.detach(), listener, name)
 
     def _on_gradient(self, module: nn.Module, size: int, pieces: Pieces, x: Tensor, g: Tensor) -> None:
         rule, names = self._covered[module]
