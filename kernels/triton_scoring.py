@@ -121,7 +121,8 @@ def _score_into(out: Tensor, queries: Tensor, rows: Tensor, scale: Tensor | None
     bn = 1024 if interpreted() else _SUMS[bq] // (bq * bk)  # the interpreter's time goes by programs
     _score_kernel[(ceil_div(len(rows), bn),)](
         out, queries, queries.stride(0), rows, rows.stride(0), given, *out.shape, rows.shape[1],
-        SCALED=scale is not None, BQ=bq, BN=bn, BK=bk, STAGES=3 if bq < 4 else 1, num_warps=4 if bq < 8 else 8, enable_fp_fusion=True,
+        SCALED=scale is not None, BQ=bq, BN=bn, BK=bk, STAGES=3 if bq < 4 else 1, num_warps=4 if bq < 8 else 8,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
