@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,9 +30,9 @@ from source_proj.trajectory.optimizer import Optimizer, optimizer_from_spec
 from source_proj.trajectory.state_files import hash_file
 
 __all__ = [
-    "Rates",
     "Record",
     "RecordedCheckpoint",
+    "Update",
     "check_hash",
     "describe_state",
     "moments_name",
@@ -42,15 +43,15 @@ __all__ = [
 
 _NAME = "trajectory.json"
 _FORMAT = "source-proj recorded run"
-_VERSION = 1
+_VERSION = 2
 
-Rates = list[tuple[float, int]]
-"""Learning rates of consecutive updates, run-length encoded: (rate, number of updates)."""
+Update = tuple[float, float]
+"""An update's learning rate, and what gradient clipping multiplied its gradient by."""
 
 
 @dataclass(frozen=True)
 class RecordedCheckpoint:
-    """One checkpoint: where it is, what it hashes to, and the learning rates of the updates that led to it.
+    """One checkpoint: where it is, what it hashes to, and the updates that led to it.
 
     ``moments`` is the name and SHA-256 of the file with the optimizer's second moments, where it has any.
     """
@@ -58,7 +59,7 @@ class RecordedCheckpoint:
     step: int
     file: str
     sha256: str
-    lr: Rates
+    updates: list[Update]
     moments: tuple[str, str] | None = None
 
     def open(self, directory: Path) -> Checkpoint:
@@ -72,20 +73,23 @@ class RecordedCheckpoint:
         if self.moments is not None:
             optimizer_state = directory / self.moments[0]
             check_hash(optimizer_state, self.moments[1], hash_file(optimizer_state))
-        checkpoint = Checkpoint(directory / self.file, self.step, self.lr[-1][0], optimizer_state)
+        checkpoint = Checkpoint(directory / self.file, self.step, self.updates[-1][0], optimizer_state)
         check_hash(directory / self.file, self.sha256, checkpoint.hash())
         return checkpoint
 
     def to_json(self) -> dict[str, Any]:
-        """The entry in ``trajectory.json``."""
-        return {key: value for key, value in vars(self).items() if key != "moments" or value is not None}
+        """The entry in ``trajectory.json``, equal updates in a row as (rate, clip factor, how many)."""
+        runs = [(*update, len(list(run))) for update, run in groupby(self.updates)]
+        return {key: value for key, value in vars(self).items() if key != "moments" or value is not None} | {
+            "updates": runs
+        }
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> RecordedCheckpoint:
         """Read the entry back."""
-        rates = [(rate, count) for rate, count in entry["lr"]]
+        updates = [(rate, clip) for rate, clip, count in entry["updates"] for _ in range(count)]
         moments = (entry["moments"][0], entry["moments"][1]) if "moments" in entry else None
-        return cls(**{**entry, "lr": rates, "moments": moments})
+        return cls(**{**entry, "updates": updates, "moments": moments})
 
 
 @dataclass
@@ -113,7 +117,12 @@ class Record:
 
     def rates(self) -> list[float]:
         """Learning rate of every update up to the last checkpoint."""
-        return [rate for c in self.checkpoints for rate, count in c.lr for _ in range(count)]
+        return [rate for c in self.checkpoints for rate, _ in c.updates]
+
+    def clip_factors(self) -> list[float] | None:
+        """What clipping multiplied every update's gradient by; None where nothing was clipped."""
+        factors = [clip for c in self.checkpoints for _, clip in c.updates]
+        return factors if any(factor < 1 for factor in factors) else None
 
     def superseded(self) -> list[str]:
         """Names of the files that were needed to go on from checkpoints before the last."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -9,15 +10,15 @@ from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from source_proj.errors import MismatchError
 from source_proj.trajectory.checkpoint import matched_state
 from source_proj.trajectory.course import Trajectory
 from source_proj.trajectory.record import (
-    Rates,
     Record,
     RecordedCheckpoint,
+    Update,
     check_hash,
     describe_state,
     moments_name,
@@ -66,6 +67,8 @@ class Recorder:
             :meth:`trajectory` records.
         stage: the stage's name.
         also: what else has a ``state_dict()`` and must go on, such as a learning-rate scheduler.
+        max_grad_norm: what gradients are clipped to by :func:`torch.nn.utils.clip_grad_norm_`, whose result
+            :meth:`step` then wants: a clipped update goes less far, and counts as less time.
 
     Raises:
         TypeError: the state of a thing in ``also`` is not made of tensors and plain values.
@@ -100,6 +103,7 @@ class Recorder:
         at: Iterable[int] | None = None,
         stage: str = "train",
         also: Sequence[Stateful] = (),
+        max_grad_norm: float | None = None,
     ) -> None:
         self.dir = Path(dir).absolute()
         self._model = model
@@ -109,6 +113,9 @@ class Recorder:
         for value in ([] if every is None else [every]) + sorted(self._at):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"every and at count optimizer steps, from 1 on, got {value!r}")
+        if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
+            raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm!r}; leave it out without clipping")
+        self._max_norm = max_grad_norm
         self._also = tuple(also)
         _check_restorable(self._also)
         _check_trains(optimizer, model)
@@ -116,7 +123,7 @@ class Recorder:
         self._seen: list[Options] = []  # the groups at each of the optimizer's steps since the last of ours
         optimizer.register_step_post_hook(self._see)
         self._steps = self._record.last_step
-        self._pending: Rates = []  # learning rates since the last checkpoint
+        self._pending: list[tuple[float, float | Tensor | None]] = []  # rates and norms since the last checkpoint
         self._goes_on = not self._record.checkpoints  # False until restore() where there is something to restore
 
     @property
@@ -124,14 +131,25 @@ class Recorder:
         """Optimizer steps taken so far, recorded or not."""
         return self._steps
 
-    def step(self) -> None:
+    def step(self, grad_norm: float | Tensor | None = None) -> None:
         """Count one optimizer step, and record a checkpoint if one is due.
 
+        Args:
+            grad_norm: norm of the gradient before it was clipped, as ``clip_grad_norm_`` returns it; wanted with
+                ``max_grad_norm`` alone.
+
         Raises:
+            TypeError: there is a norm and no ``max_grad_norm``, or the other way round.
             MismatchError: the optimizer's options changed, it stepped more than once since the last call, or the
                 directory holds checkpoints and :meth:`restore` was not called.
-            ValueError: the parameter groups have become different.
+            ValueError: the parameter groups have become different; or, with a checkpoint, a norm is NaN.
         """
+        if (grad_norm is None) != (self._max_norm is None):
+            given, missing = ("max_grad_norm=", "grad_norm=") if grad_norm is None else ("grad_norm=", "max_grad_norm=")
+            raise TypeError(
+                f"{given} was given without {missing}: clipping is recorded by Recorder(max_grad_norm=c) and "
+                "step(grad_norm=clip_grad_norm_(parameters, c))"
+            )
         if not self._goes_on:
             raise MismatchError(
                 f"{str(self.dir)!r} holds a run of {self._record.last_step} steps: call restore() before training to "
@@ -152,10 +170,7 @@ class Recorder:
                 "learning rate may change during a stage; record another stage from here"
             )
         self._steps += 1
-        if self._pending and self._pending[-1][0] == rate:
-            self._pending[-1] = (rate, self._pending[-1][1] + 1)
-        else:
-            self._pending.append((rate, 1))
+        self._pending.append((rate, grad_norm.detach() if isinstance(grad_norm, Tensor) else grad_norm))
         if self.steps in self._at or (self._every is not None and self.steps % self._every == 0):
             self._write_checkpoint()
 
@@ -252,8 +267,22 @@ class Recorder:
                 )
         return found
 
+    def _updates(self) -> list[Update]:
+        """What is pending, norms turned into the factors by which clip_grad_norm_ multiplies; waits for a GPU."""
+        if self._max_norm is None:
+            return [(rate, 1.0) for rate, _ in self._pending]
+        norms = [float(norm or 0.0) for _, norm in self._pending]
+        for index, norm in enumerate(norms):
+            if math.isnan(norm) and self._pending[index][0]:
+                step = self.steps - len(norms) + index + 1
+                raise ValueError(f"the gradient's norm at step {step} is NaN, and so is every weight after that step")
+        return [
+            (rate, min(1.0, self._max_norm / (norm + 1e-6)) if rate else 1.0)
+            for (rate, _), norm in zip(self._pending, norms, strict=True)
+        ]
+
     def _write_checkpoint(self) -> None:
-        step = self.steps
+        step, updates = self.steps, self._updates()
         state = {name: value.detach().cpu() for name, value in self._model.state_dict().items()}
         resume = {
             "optimizer": self._optimizer.state_dict(),
@@ -267,7 +296,7 @@ class Recorder:
         if self._record.optimizer.preconditioned:
             content = moments_of(self._optimizer, self._model)
             moments = moments_name(step), write_tensors(self.dir / moments_name(step), content)
-        checkpoint = RecordedCheckpoint(step, weights_name(step), weights_hash, self._pending, moments)
+        checkpoint = RecordedCheckpoint(step, weights_name(step), weights_hash, updates, moments)
         self._record.checkpoints.append(checkpoint)
         self._record.resume = (resume_name(step), resume_hash)
         self._record.write(self.dir)

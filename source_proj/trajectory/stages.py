@@ -141,6 +141,7 @@ class Stage:
             record.optimizer,
             segments,
             lr_schedule=record.rates(),
+            clip_factors=record.clip_factors(),
             loss_reduction=loss_reduction,
             batch_size=batch_size,
             accumulation=accumulation,

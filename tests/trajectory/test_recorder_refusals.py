@@ -115,7 +115,7 @@ def test_the_directory_of_another_run_is_refused(tmp_path, made, stage, message)
         ("trajectory.json", b"\xff\xfe", "not written by a Recorder"),
         ("trajectory.json", b"[1, 2]", "not written by a Recorder"),
         ("trajectory.json", b"{}", "KeyError: 'format'"),
-        ("trajectory.json", b'{"format": "source-proj recorded run", "version": 2}', "version 2"),
+        ("trajectory.json", b'{"format": "source-proj recorded run", "version": 3}', "version 3"),
         ("step_00000005.pt", b"mine", "holds step_00000005.pt but no trajectory.json"),
         ("optimizer_00000005.pt", b"mine", "holds optimizer_00000005.pt but no trajectory.json"),
     ],
