@@ -2,6 +2,7 @@
 
     python examples/speed/build.py                             # three models on the CPU, minutes
     python examples/speed/build.py --models resnet9 --batch 32 --repetitions 9
+    python examples/speed/build.py --models minilm decoder-hf  # models of transformers: the extra hf
     python examples/speed/build.py --device cuda --autocast bfloat16 --models resnet9 gpt2
 
 Three ways through the same batch, in one process, each timed in turn, medians over the repetitions:
@@ -104,6 +105,21 @@ class Decoder(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
+def minilm() -> nn.Module:
+    """MiniLM's shape, a BERT of 6 layers of width 384 with a classifier, from transformers (the extra hf)."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    return BertForSequenceClassification(BertConfig(**shape, num_labels=2))
+
+
+def gpt2_of_transformers() -> nn.Module:
+    """The decoder above as transformers has it, its layers `Conv1D`: 4 of width 256, 4,096 tokens (the extra hf)."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(4096, 128, n_embd=256, n_layer=4, n_head=8, bos_token_id=0, eos_token_id=0))
+
+
 def gpt2() -> nn.Module:
     """Of the shape of the smallest GPT-2, over 512 tokens: 12 layers of width 768, 50,257 tokens, 124 million."""
     return Decoder(50257, 768, 12, 12, 512)
@@ -132,6 +148,22 @@ def sentences(vocab: int, length: int) -> Callable[[int], object]:
     return make
 
 
+def padded(size: int) -> object:
+    """Sentences of 8 to 64 words, padded."""
+    ids, length = torch.randint(1000, 30522, (size, 64)), torch.randint(8, 65, (size, 1))
+    there = torch.arange(64) < length
+    return {"input_ids": ids * there, "attention_mask": there.long(), "labels": torch.randint(0, 2, (size,))}
+
+
+def hf_class_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"])
+
+
+def hf_token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(batch["input_ids"], use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
 def class_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
@@ -145,6 +177,8 @@ SUBJECTS = {
     "mlp": Subject(mlp, classified(784), 64, sp.Classification(), class_loss),
     "resnet9": Subject(ResNet9, classified(3, 32, 32), 64, sp.Classification(), class_loss),
     "decoder": Subject(Decoder, sentences(4096, 128), 32, sp.CausalLM(), token_loss),
+    "minilm": Subject(minilm, padded, 32, sp.Classification(), hf_class_loss),
+    "decoder-hf": Subject(gpt2_of_transformers, sentences(4096, 128), 32, sp.CausalLM(), hf_token_loss),
     "gpt2": Subject(gpt2, sentences(50257, 512), 16, sp.CausalLM(), token_loss),
 }
 
