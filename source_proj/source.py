@@ -21,8 +21,8 @@ so that B has a block of k columns for each metric, and q̂ is [û^(1), û^(2), 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,56 +40,24 @@ from source_proj.attributor import (
     takes_mean,
 )
 from source_proj.bank import Bank
-from source_proj.bank.quantize import STORAGES, Storage, encode, has_scale
-from source_proj.cache import FitCache, cached_cross_moment, cached_spectrum
-from source_proj.carried import CarriedQuery
+from source_proj.bank.quantize import STORAGES, Storage, has_scale
 from source_proj.curvature import (
     Curvature,
     Damping,
-    Spectrum,
     check_damping,
     crossing,
-    damping_value,
     default_curvature,
     forgetting,
     response,
 )
-from source_proj.operands import Operand, mean_gradients
+from source_proj.operands import mean_gradients
 from source_proj.queries import QueryFeatures
 from source_proj.scores import PredictedChange, Scores
 from source_proj.task import Task
-from source_proj.trajectory import Checkpoint, segment_decays, segment_times, split_segments
+from source_proj.trajectory import Checkpoint
+from source_proj.unrolled import Segment, Segments, Unrolled, stage_groups
 
 __all__ = ["Segment", "SegmentScores", "Source"]
-
-Segments = int | Sequence[Sequence[int]] | Mapping[str, "int | Sequence[Sequence[int]]"]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One segment of training, as fitted.
-
-    Attributes:
-        stage: index of its stage.
-        name: stage name and checkpoint steps, for people.
-        checkpoints: which checkpoints of the stage are averaged.
-        time: time scale s (learning rate integrated over the optimizer's steps, momentum and ``time_scale`` included).
-        decay: weight decay λ.
-        n: number of training examples of its stage.
-        trace: tr(Ĥ).
-        damping: what was added to the eigenvalues inside c.
-        metric: the bank's metric that the segment's rows are in; 0 without a preconditioner.
-    """
-
-    stage: int
-    name: str
-    checkpoints: tuple[int, ...]
-    time: float
-    decay: float
-    n: int
-    trace: float
-    damping: float
-    metric: int = 0
 
 
 @dataclass(frozen=True)
@@ -200,13 +168,11 @@ class Source(Attributor):
         self.curvature: Curvature = curvature or default_curvature(self.banks[0].task_spec)
         self.damping: Damping = damping
         self.cache = cache
-        self._groups = [_stage_groups(one, segments) for one in self.banks]
-        self._matrices: dict[str, Operand] = {}
-        self._segments: dict[str, tuple[Segment, ...]] = {}
-        self._spectra: dict[tuple[str, int, tuple[int, ...]], Spectrum] = {}
+        self._groups = [stage_groups(one, segments) for one in self.banks]
+        self._unrolled: dict[str, Unrolled] = {}
 
     def __repr__(self) -> str:
-        rows, dim = self.n_rows, self._width(self.banks[0])
+        rows, dim = self.n_rows, self._of(self.banks[0]).width
         scaled = " with a float32 scale a row" if has_scale(self.storage) else ""
         runs = "" if len(self.banks) == 1 else f"; {len(self.banks)} runs"
         return (
@@ -218,149 +184,41 @@ class Source(Attributor):
     def fit(self) -> "Source":
         """Compute what scoring needs, or find it in the cache; scoring does so by itself on first use."""
         for bank in self.banks:
-            self._matrix(bank)
+            self._of(bank).matrix(self.storage)
         return self
 
     def nbytes(self) -> int:
         """Bytes of B in memory, scales included, of all banks together."""
         width = getattr(torch, self.storage).itemsize
         scale = 4 if has_scale(self.storage) else 0
-        return sum(bank.n_rows * (self._width(bank) * width + scale) for bank in self.banks)
-
-    @staticmethod
-    def _width(bank: Bank) -> int:
-        """Columns of B: k for each metric."""
-        return bank.sketch.dim * len(bank.metrics)
+        return sum(bank.n_rows * (self._of(bank).width * width + scale) for bank in self.banks)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
         """The fitted segments of the (first) bank, in order of training."""
-        with self._spectra_in_memory():
-            return self._fit_segments(self.banks[0])
+        unrolled = self._of(self.banks[0])
+        with unrolled.spectra_in_memory():
+            return unrolled.segments
 
-    def _matrix(self, bank: Bank) -> Operand:
-        """B, ``(N, k)``, ``(N, M·k)`` for M metrics, in its storage's type, with its scales."""
-
-        def compute() -> dict[str, np.ndarray]:
-            with self._spectra_in_memory():
-                return {name: values.numpy() for name, values in self._collapse(bank).items()}
-
-        key = bank.fingerprint  # rows may have been appended since
-        if key not in self._matrices:
-            settings = {
-                "curvature": self.curvature,
-                "damping": self.damping,
-                "segments": self._groups_of(bank),
-                "time_scale": self.time_scale,
-                "storage": self.storage,
-            }
-            arrays = FitCache(bank).get("source", settings, compute) if self.cache else compute()
-            found = {name: torch.from_numpy(values).to(self.device or "cpu") for name, values in arrays.items()}
-            self._matrices[key] = Operand(0, bank.n_rows, found["B"], found.get("scale"))
-        return self._matrices[key]
-
-    def _collapse(self, bank: Bank) -> dict[str, Tensor]:
-        """B and its scales, encoded block by block so that no float32 copy of another storage's B exists."""
-        dim, width = bank.sketch.dim, self._width(bank)
-        made = {"B": torch.empty(bank.n_rows, width, dtype=getattr(torch, self.storage))}
-        if has_scale(self.storage):
-            made["scale"] = torch.empty(bank.n_rows)
-        segments = self._fit_segments(bank)
-        operators = self._operators(bank, segments)
-        for stage in range(len(bank.stages)):
-            own = [pair for pair in zip(segments, operators, strict=True) if pair[0].stage == stage]
-            streams = [mean_gradients(bank, stage, segment.checkpoints, self.device) for segment, _ in own]
-            for parts in zip(*streams, strict=True):
-                block = parts[0].rows.new_zeros(len(parts[0].rows), width)
-                for part, (segment, by_metric) in zip(parts, own, strict=True):
-                    for metric, operator in by_metric.items():
-                        columns = block[:, metric * dim : (metric + 1) * dim]
-                        columns.add_(part.rows @ operator, alpha=-1 / segment.n)
-                values, scale = encode(block, self.storage)
-                made["B"][parts[0].start : parts[0].stop] = values.cpu()
-                if scale is not None:
-                    made["scale"][parts[0].start : parts[0].stop] = scale.cpu()
-        return made
-
-    def _operators(self, bank: Bank, segments: Sequence[Segment]) -> list[dict[int, Tensor]]:
-        """What makes a segment's mean gradients rows of B, for each of the given consecutive segments.
-
-        By metric m, the ``(k, k)`` float32 matrix c_l(Ĥ_l) T_m, where Σ_m T_m û^(m) is the query's sketch in the
-        segment's own metric, after the later segments. With one metric T is S_{l+1} ··· S_L.
-        """
-        operators: list[dict[int, Tensor]] = []
-        after = CarriedQuery({segment.metric for segment in segments})
-        for index in reversed(range(len(segments))):
-            segment = segments[index]
-            found = self._spectrum(bank, segment.stage, segment.checkpoints)
-            own = found.apply(response(segment.time, segment.decay, segment.damping))
-            operators.append({m: t.float() for m, t in after.times(own, segment.metric).items()})
-            earlier = {one.metric for one in segments[:index]}
-            if earlier:
-                kept = found.apply(forgetting(segment.time, segment.decay)) if segment.metric in earlier else None
-                crossed = {m: self._crossing(bank, segment, m) for m in sorted(earlier - {segment.metric})}
-                after.step(segment.metric, math.exp(-segment.time * segment.decay), kept, crossed)
-        return operators[::-1]
-
-    def _crossing(self, bank: Bank, segment: Segment, metric: int) -> Tensor:
-        """exp(-s λ) C_{l→m} h(Ĥ_l), ``(k, k)`` float64."""
-        found = self._spectrum(bank, segment.stage, segment.checkpoints)
-        return self._cross_moment(bank, segment, metric) @ found.apply(crossing(segment.time, segment.decay))
-
-    def _cross_moment(self, bank: Bank, segment: Segment, metric: int) -> Tensor:
-        return cached_cross_moment(
-            bank,
-            segment.stage,
-            segment.checkpoints,
-            metric,
-            self.curvature,
-            device=self.device,
-            cache=self.cache,
-        )
-
-    def _fit_segments(self, bank: Bank) -> tuple[Segment, ...]:
+    def _of(self, bank: Bank) -> Unrolled:
+        """The bank's fitted segments; anew where rows were appended to it."""
         key = bank.fingerprint
-        if key not in self._segments:
-            segments = []
-            for index, (stage, groups) in enumerate(zip(bank.stages, self._groups_of(bank), strict=True)):
-                times = [self.time_scale * time for time in segment_times(stage.spec, groups)]
-                decays = segment_decays(stage.spec, groups)
-                for group, time, decay in zip(groups, times, decays, strict=True):
-                    found = self._spectrum(bank, index, group)
-                    damping = damping_value(
-                        self.damping, found.trace, bank.sketch.dim, noise_free=bank.sketch.noise_free
-                    )
-                    name = f"{stage.name}: steps {', '.join(str(stage.spec['steps'][c]) for c in group)}"
-                    metric = stage.metric(group[0])
-                    segments.append(
-                        Segment(index, name, tuple(group), time, decay, stage.n, found.trace, damping, metric)
-                    )  # fmt: skip
-            self._segments[key] = tuple(segments)
-        return self._segments[key]
-
-    def _spectrum(self, bank: Bank, stage: int, checkpoints: Sequence[int]) -> Spectrum:
-        key = (bank.fingerprint, stage, tuple(checkpoints))
-        if key not in self._spectra:
-            self._spectra[key] = cached_spectrum(
-                bank, stage, checkpoints, self.curvature, device=self.device, cache=self.cache
+        if key not in self._unrolled:
+            self._unrolled[key] = Unrolled(
+                bank,
+                self._groups[self.banks.index(bank)],
+                curvature=self.curvature,
+                damping=self.damping,
+                time_scale=self.time_scale,
+                device=self.device,
+                cache=self.cache,
             )
-        return self._spectra[key]
-
-    @contextmanager
-    def _spectra_in_memory(self) -> Iterator[None]:
-        """Let spectra be used twice, then let them go: k x k numbers for each segment."""
-        try:
-            yield
-        finally:
-            self._spectra.clear()
-
-    def _groups_of(self, bank: Bank) -> list[list[list[int]]]:
-        return self._groups[self.banks.index(bank)]
+        return self._unrolled[key]
 
     # Verbs beside score, top_k and bottom_k ----------------------------------------------------------------------
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
-        matrix = self._matrix(bank)
+        matrix = self._of(bank).matrix(self.storage)
         each = [self._query(bank, features, metric) for metric in range(len(bank.metrics))]
         query = each[0] if len(each) == 1 else torch.cat(each, dim=1)
         return [Term(query.to(matrix.rows.device), iter([matrix]))]
@@ -375,28 +233,31 @@ class Source(Attributor):
         ``-(1/N) (c_l S_{l+1} ··· S_L q̂) · ḡ_l(z)``.
         """
         features = self.sketch(queries)
-        with self._spectra_in_memory():
-            segments = self._fit_segments(self.banks[0])
+        with ExitStack() as stack:
+            unrolled = [self._of(bank) for bank in self.banks]
+            for one in unrolled:
+                stack.enter_context(one.spectra_in_memory())
+            segments = unrolled[0].segments
             values = torch.zeros(len(segments), len(features[0]), self.n_rows)
-            for bank, one in zip(self.banks, features, strict=True):
-                self._add_parts(values, bank, one)
+            for one, its in zip(unrolled, features, strict=True):
+                self._add_parts(values, one, its)
         return SegmentScores(values.numpy(), segments, features[0].ids, self.banks[0].ids, self.unit)
 
-    def _add_parts(self, values: Tensor, bank: Bank, features: QueryFeatures) -> None:
+    def _add_parts(self, values: Tensor, unrolled: Unrolled, features: QueryFeatures) -> None:
         """Add a bank's part of each segment to values ``(L, Q, N)``."""
-        own = self._fit_segments(bank)
+        own = unrolled.segments
         if len(own) != len(values):
             raise ValueError(
                 f"the runs of this ensemble have {len(values)} and {len(own)} segments; pass segments= to make "
                 "them comparable"
             )
-        queries = {m: self._query(bank, features, m) for m in sorted({segment.metric for segment in own})}
+        queries = {m: self._query(unrolled.bank, features, m) for m in sorted({segment.metric for segment in own})}
         for index in reversed(range(len(own))):
             segment = own[index]
-            found = self._spectrum(bank, segment.stage, segment.checkpoints)
+            found = unrolled.spectrum(segment)
             query = queries[segment.metric]
             carried = found.multiply(query, response(segment.time, segment.decay, segment.damping)).float()
-            for operand in mean_gradients(bank, segment.stage, segment.checkpoints, self.device):
+            for operand in unrolled.mean_gradients(segment):
                 part = (carried @ operand.rows.T).cpu()
                 values[index, :, operand.start : operand.stop].add_(part, alpha=-1 / (segment.n * len(self.banks)))
             for metric in sorted({one.metric for one in own[:index]}):
@@ -404,7 +265,7 @@ class Source(Attributor):
                     queries[metric] = found.multiply(query, forgetting(segment.time, segment.decay))
                     continue
                 moved = found.multiply(query, crossing(segment.time, segment.decay))
-                moved = moved @ self._cross_moment(bank, segment, metric).T
+                moved = moved @ unrolled.cross_moment(segment, metric).T
                 queries[metric] = moved.add_(queries[metric].to(moved), alpha=math.exp(-segment.time * segment.decay))
 
     def self_influence(self) -> np.ndarray:
@@ -417,24 +278,24 @@ class Source(Attributor):
         Needs neither model nor data.
         """
         total = torch.zeros(self.n_rows)
-        for bank in self.banks:
-            with self._spectra_in_memory():
-                self._add_self_influence(total, bank)
+        for unrolled in [self._of(bank) for bank in self.banks]:
+            with unrolled.spectra_in_memory():
+                self._add_self_influence(total, unrolled)
         return total.numpy()
 
-    def _add_self_influence(self, total: Tensor, bank: Bank) -> None:
+    def _add_self_influence(self, total: Tensor, unrolled: Unrolled) -> None:
         """Add a bank's self-influence to total ``(N,)``."""
-        segments = self._fit_segments(bank)
+        bank = unrolled.bank
         for index, stage in enumerate(bank.stages):
-            own = [segment for segment in segments if segment.stage == index]
+            own = [segment for segment in unrolled.segments if segment.stage == index]
             last = stage.n_checkpoints - 1
             asked = [last]
             if takes_mean(bank, self.query_gradient):
                 asked = [c for c in range(stage.n_checkpoints) if stage.metric(c) == stage.metric(last)]
-            for segment, operators in zip(own, self._operators(bank, own), strict=True):
+            for segment, operators in zip(own, unrolled.operators(own), strict=True):
                 for metric, operator in operators.items():
                     blocks = zip(
-                        mean_gradients(bank, segment.stage, segment.checkpoints, self.device),
+                        unrolled.mean_gradients(segment),
                         mean_gradients(bank, index, asked, self.device, metric),
                         strict=True,
                     )
@@ -446,32 +307,3 @@ class Source(Attributor):
         """Predict how queries' measurements change when a subset is left out: see :meth:`Scores.predict_removal`."""
         scores: Scores = self.score(queries)
         return scores.predict_removal(subset, renormalize=renormalize)
-
-
-def _stage_groups(bank: Bank, segments: Segments | None) -> list[list[list[int]]]:
-    names = [stage.name for stage in bank.stages]
-    if isinstance(segments, Mapping):
-        unknown = [name for name in segments if name not in names]
-        if unknown:
-            raise ValueError(f"segments name unknown stages {unknown}; the bank's stages are {names}")
-        chosen = [segments.get(name) for name in names]
-    elif segments is None or isinstance(segments, int):
-        chosen = [segments] * len(names)
-    elif len(names) == 1:
-        chosen = [segments]
-    else:
-        raise ValueError(f"give segments a stage, as a mapping from the names {names}, not one list for all")
-    groups = [
-        [list(group) for group in stage.spec["segments"]] if one is None else split_segments(stage.n_checkpoints, one)
-        for stage, one in zip(bank.stages, chosen, strict=True)
-    ]
-    for stage, its in zip(bank.stages, groups, strict=True):
-        for group in its:
-            metrics = sorted({stage.metric(checkpoint) for checkpoint in group})
-            if len(metrics) > 1:
-                raise ValueError(
-                    f"the segment {group} of stage {stage.name!r} joins checkpoints whose rows are in different "
-                    f"metrics, {metrics}: keep the bank's segments {stage.spec['segments']} or cut them further, or "
-                    "build with metric='shared'"
-                )
-    return groups

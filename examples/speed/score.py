@@ -100,7 +100,7 @@ def time_fit(bank: sp.Bank) -> None:
 def time_queries(bank: sp.Bank, model: nn.Module, count: int, repetitions: int) -> None:
     """Score and top_k for each storage of B, against one read of B's bytes and the product in float32."""
     sources = {kind: sp.Source(bank, model=model, progress=False, storage=kind) for kind in STORAGES}
-    matrices = {kind: source._matrix(bank) for kind, source in sources.items()}
+    matrices = {kind: source._of(bank).matrix(kind) for kind, source in sources.items()}
     b = matrices["float32"].rows  # the bare product has the very same operands
     (n, k), checkpoint = b.shape, bank.final_checkpoint()
     square = torch.randn(2048, 2048)

@@ -172,7 +172,7 @@ def test_dual_route_gives_the_same_scores(blobs, tmp_path, curvature):
     )  # fmt: skip
     bank = small.build(tmp_path / "bank", sampled_fisher=1)
     few = source(small, bank, curvature=curvature, segments=2, damping=0.01)
-    assert all(few._spectrum(bank, s.stage, s.checkpoints).values.numel() < bank.sketch.dim for s in few.segments)
+    assert all(few._of(bank).spectrum(s).values.numel() < bank.sketch.dim for s in few.segments)
     scores = few.score(problem.queries)
     dense = np.zeros(scores.shape)
     rows = [torch.cat([b.rows for b in bank.stages[0].iter_rows(c)]).double() for c in range(4)]
@@ -232,13 +232,13 @@ def test_the_null_space_part_is_the_plain_gradient(tmp_path):
     problem = regression()
     bank = problem.build(tmp_path / "bank")
     method = source(problem, bank, segments=1, curvature="gauss_newton", damping=None)
-    spectrum = method._spectrum(bank, 0, method.segments[0].checkpoints)
+    spectrum = method._of(bank).spectrum(method.segments[0])
     spectrum.values.zero_()  # as if the loss were flat
     s = method.segments[0].time
-    operator = method._operators(bank, method.segments)
-    fresh = source(problem, bank, segments=1, curvature="gauss_newton", damping=None, cache=False)
-    fresh._spectrum = lambda *_: spectrum
-    torch.testing.assert_close(fresh._operators(bank, fresh.segments)[0][0], s * torch.eye(4))
+    fresh = source(problem, bank, segments=1, curvature="gauss_newton", damping=None, cache=False)._of(bank)
+    operator = fresh.operators(fresh.segments)
+    fresh.spectrum = lambda _: spectrum
+    torch.testing.assert_close(fresh.operators(fresh.segments)[0][0], s * torch.eye(4))
     assert not torch.allclose(operator[0][0], s * torch.eye(4))
 
 

@@ -120,7 +120,7 @@ def test_the_storage_of_b_is_stated_counted_and_bounded_in_error(banks, storage)
     exact = sp.Source(bank, model=problem.model, progress=False)
     features = exact.sketch(problem.queries)
     stored = sp.Source(bank, model=problem.model, progress=False, storage=storage)
-    matrix, b = stored._matrix(bank), exact._matrix(bank).rows
+    matrix, b = stored._of(bank).matrix(stored.storage), exact._of(bank).matrix("float32").rows
     assert matrix.rows.dtype == getattr(torch, storage)
     in_memory = matrix.rows.nbytes + (0 if matrix.scale is None else matrix.scale.nbytes)
     assert stored.nbytes() == in_memory
