@@ -2,18 +2,17 @@
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ParamSpec
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from . import kernels
+from .sketch_checks import check_range, check_types, check_windows, checked_scale, floating_tensor, integer
 
 __all__ = ["Sketch"]
 
@@ -82,7 +81,7 @@ class Sketch:
 
     def __post_init__(self) -> None:
         for name in ("dim", "seed", "nnz"):
-            object.__setattr__(self, name, _integer(name, getattr(self, name)))
+            object.__setattr__(self, name, integer(name, getattr(self, name)))
         if not 1 <= self.dim < 1 << 31:
             raise ValueError(f"dim is {self.dim}; give a number of columns from 1 to 2^31 - 1")
         if not 0 <= self.seed < 1 << 64:
@@ -149,7 +148,7 @@ class Sketch:
         if set(spec) != wanted:
             raise ValueError(f"sketch spec has entries {sorted(spec)}; expected {sorted(wanted)}")
         if "multiprocessors" in spec:
-            _integer("multiprocessors", spec["multiprocessors"])  # None would mean those of this device
+            integer("multiprocessors", spec["multiprocessors"])  # None would mean those of this device
         return cls(**{**spec, "backend": None if spec["backend"] == _PORTABLE else spec["backend"]})
 
     def __call__(self, x: Tensor | NDArray[Any], offset: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -167,7 +166,7 @@ class Sketch:
             ValueError: x has no axis, or the coordinates or the shape do not fit.
             TypeError: x is not floating point.
         """
-        rows = _tensor(x)
+        rows = floating_tensor(x)
         if rows.ndim == 0:
             raise ValueError("x is a single number; give vectors (..., n)")
         flat = rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
@@ -192,7 +191,7 @@ class Sketch:
         """
         self._check(out, rows, 2, "rows (B, n)")
         batch, count = rows.shape
-        _check_range(offset, count)
+        check_range(offset, count)
         if shape is not None and math.prod(shape) != count:
             raise ValueError(f"shape {tuple(shape)} has {math.prod(shape)} coordinates, but rows have {count}")
         if batch == 0 or count == 0:
@@ -243,8 +242,8 @@ class Sketch:
         if left.shape[1] != right.shape[1]:
             raise ValueError(f"left {tuple(left.shape)} and right {tuple(right.shape)} differ in their second axis, T")
         count = left.shape[2] * right.shape[2]
-        _check_range(offset, count)
-        scale = _checked_scale(scale, count, out)
+        check_range(offset, count)
+        scale = checked_scale(scale, count, out)
         if 0 in (*left.shape, *right.shape):
             return
         backend = self._serving(out)
@@ -309,10 +308,10 @@ class Sketch:
         """
         self._check(out, left, 3, "left (B, o, L)")
         self._check(out, right, 3, "right (B, c, plane)")
-        _check_windows(left, right, taps, windows)
+        check_windows(left, right, taps, windows)
         count = left.shape[1] * right.shape[1] * len(taps)
-        _check_range(offset, count)
-        scale = _checked_scale(scale, count, out)
+        check_range(offset, count)
+        scale = checked_scale(scale, count, out)
         if 0 in (*left.shape, *right.shape, len(taps)):
             return
         backend = self._serving(out)
@@ -343,7 +342,7 @@ class Sketch:
             ValueError: shapes, devices, examples or coordinates do not fit.
             TypeError: rows are not floating point, out is not float32, or an index is not int64.
         """
-        _check_types(out, rows, 2, "rows (M, n)")
+        check_types(out, rows, 2, "rows (M, n)")
         self._check_out(out)
         for name, index in (("examples", examples), ("offsets", offsets)):
             if index.dtype != torch.int64:
@@ -359,8 +358,8 @@ class Sketch:
         first, last, lowest, highest = ends.tolist()  # waits for a GPU once
         if first < 0 or last >= out.shape[0]:
             raise ValueError(f"examples run from {first} to {last}; out has {out.shape[0]}")
-        _check_range(lowest, 0)
-        _check_range(highest, rows.shape[1])
+        check_range(lowest, 0)
+        check_range(highest, rows.shape[1])
         if self.kind in ("sparse", "kronecker"):
             backend = self._serving(out)
             kernels.sparse_add_at_(out, rows.float(), examples, offsets, seed=self.seed, nnz=self.nnz, backend=backend)
@@ -393,7 +392,7 @@ class Sketch:
         return self.serving(out.device.type)
 
     def _check(self, out: Tensor, rows: Tensor, axes: int, name: str) -> None:
-        _check_types(out, rows, axes, name)
+        check_types(out, rows, axes, name)
         self._check_out(out)
         if out.shape[0] != rows.shape[0]:
             raise ValueError(f"out has {out.shape[0]} examples, but {name} is {tuple(rows.shape)}")
@@ -410,57 +409,3 @@ class Sketch:
                 f"coordinates {offset} to {offset + count} do not fit identity of dim {self.dim}; "
                 "set dim to the number of attributed parameters"
             )
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}; give an integer") from None
-
-
-def _check_types(out: Tensor, rows: Tensor, axes: int, name: str) -> None:
-    if out.dtype != torch.float32:
-        raise TypeError(f"out is {out.dtype}; sums are kept in torch.float32")
-    if not rows.is_floating_point():
-        raise TypeError(f"{name} is {rows.dtype}; give floating point numbers")
-    if rows.ndim != axes:
-        raise ValueError(f"{name} is {tuple(rows.shape)}; give {axes} axes")
-    if out.device != rows.device:
-        raise ValueError(f"out is on {out.device} and {name} is on {rows.device}; move them to one device")
-
-
-def _checked_scale(scale: Tensor | None, count: int, out: Tensor) -> Tensor | None:
-    if scale is None:
-        return None
-    if scale.dtype != torch.float32:
-        raise TypeError(f"scale is {scale.dtype}; give torch.float32")
-    if tuple(scale.shape) != (count,) or scale.device != out.device:
-        raise ValueError(f"scale is {tuple(scale.shape)} on {scale.device}; give ({count},) on {out.device}")
-    return scale.contiguous()
-
-
-def _check_windows(left: Tensor, right: Tensor, taps: Tensor, windows: Tensor) -> None:
-    for name, index in (("taps", taps), ("windows", windows)):
-        if index.is_floating_point() or index.ndim != 1:
-            raise TypeError(f"{name} is {tuple(index.shape)} of {index.dtype}; give a vector of integers")
-    if len(windows) != left.shape[2]:
-        raise ValueError(f"left {tuple(left.shape)} has {left.shape[2]} windows, but {len(windows)} offsets were given")
-    if len(taps) and len(windows):
-        first, last = int(taps.min() + windows.min()), int(taps.max() + windows.max())
-        if first < 0 or last >= right.shape[2]:
-            raise ValueError(f"windows reach from {first} to {last}; a channel of right has {right.shape[2]} entries")
-
-
-def _check_range(offset: int, count: int) -> None:
-    if offset < 0 or offset + count >= 1 << 63:
-        raise ValueError(f"coordinates {offset} to {offset + count} are outside of 0 to 2^63 - 1")
-
-
-def _tensor(x: Tensor | NDArray[Any]) -> Tensor:
-    if isinstance(x, Tensor):
-        return x.detach()
-    array = np.asarray(x)
-    if array.dtype.kind != "f":
-        raise TypeError(f"x is an array of {array.dtype}; give floating point numbers")
-    return torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
