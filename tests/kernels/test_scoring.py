@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import importlib
 import importlib.util
 
 import numpy as np
@@ -363,3 +364,27 @@ def test_the_torch_reference_streams_blocks(block, monkeypatch):
     expected, where = naive_strongest(exact_and_bound(queries, rows, scale)[0], 8, largest=True)
     np.testing.assert_array_equal(found, where)
     np.testing.assert_array_equal(values, expected)
+
+
+@interpreted
+def test_three_halves_are_a_query():
+    halves = importlib.import_module("source_proj.kernels.triton_scoring")._three_halves
+    queries = (
+        torch.randn(6, 500, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-12, 12, 4)[:, None]
+    )
+    queries[0, :3], queries[1, 0], queries[2] = torch.tensor([0.0, 1e-30, -1.0]), 3e20, 0.0
+    parts, unit = halves(queries, torch.int8)
+    assert unit is None
+    assert parts.dtype == torch.bfloat16
+    assert torch.equal(parts.double().view(3, 6, 500).sum(0), queries.double())
+    parts, unit = halves(queries, torch.float16)
+    assert parts.dtype == torch.float16
+    assert parts.isfinite().all()
+    error = (parts.double().view(3, 6, 500).sum(0) * unit - queries.double()).abs()
+    assert (error <= 2.0**-38 * queries.abs().amax(1, keepdim=True)).all()
+    for stored in (torch.int8, torch.float16):  # what is not finite stays so, and the rest of its query finite
+        parts, _ = halves(torch.tensor([[1.0, torch.inf, torch.nan]]), stored)
+        total = parts.float().view(3, 1, 3).sum(0)[0]
+        assert total[0] == 1.0
+        assert total[1] == torch.inf
+        assert total[2].isnan()
