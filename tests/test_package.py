@@ -34,7 +34,7 @@ METHODS = {
 # From below to above: a room may use what stands before it, never what stands after it. Rooms on one line don't use
 # each other.
 LEVELS = [
-    ["kernels", "errors", "scores"],
+    ["kernels", "errors", "scores", "sketch_checks"],
     ["trajectory"],
     ["task"],
     ["sketch"],
@@ -45,6 +45,7 @@ LEVELS = [
     ["curvature"],
     ["cache"],
     ["attributor", "carried"],
+    ["unrolled"],
     ["source", "methods"],
     ["evaluate"],
     ["report"],
