@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from source_proj.report.content import signed
+
 __all__ = ["Coloured", "Passage", "draw", "write_page"]
 
 UP, DOWN = (11, 110, 102), (190, 70, 15)  # red, green, blue; those of the library's report
@@ -28,8 +30,9 @@ class Coloured:
 
     @property
     def pairs(self) -> list[tuple[str, float | None]]:
-        """Tokens beside their numbers."""
-        return list(zip(self.words, self.values, strict=True))
+        """Tokens beside their numbers; the ends of lines are shown, as they are tokens too."""
+        shown = (word.replace("\n", "↵\n") for word in self.words)
+        return list(zip(shown, self.values, strict=True))
 
     @property
     def scale(self) -> float:
@@ -69,7 +72,7 @@ def write_page(path: Path, title: str, summary: str, reading: str, passages: Seq
         autoescape=True, undefined=StrictUndefined, loader=FileSystemLoader(Path(__file__).parent)
     )
     page = environment.get_template("_token_page.html").render(
-        title=title, summary=summary, reading=reading, passages=passages, signed=_signed, colour=_colour
+        title=title, summary=summary, reading=reading, passages=passages, signed=signed, colour=_colour
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -80,8 +83,8 @@ def draw(path: Path, passage: Passage) -> None:
     from matplotlib import cm, colors, figure, patches
 
     texts = (passage.query, passage.document)
-    lines = max("".join(text.words).count("\n") for text in texts) + 2
-    sheet = figure.Figure(figsize=(13, 1.6 + 0.27 * lines), layout="constrained")
+    lines = max("".join(text.words).count("\n") for text in texts) + 1
+    sheet = figure.Figure(figsize=(13, 1.3 + 0.27 * lines), layout="constrained")
     for axes, text in zip(sheet.subplots(1, 2), texts, strict=True):
         ends = [np.array([*part, 255 * alpha]) / 255 for part, alpha in ((DOWN, STRONGEST), (UP, 0), (UP, STRONGEST))]
         ends[1][:3] = 1
@@ -95,7 +98,7 @@ def draw(path: Path, passage: Passage) -> None:
                 box = patches.Rectangle((column, row - 0.45), len(letters), 0.9, facecolor=shade, linewidth=0)
                 axes.add_patch(box)
                 axes.text(
-                    column, row, letters, family="monospace", fontsize=9.5, va="center", parse_math=False,
+                    column, row, letters, family="monospace", fontsize=11, va="center", parse_math=False,
                     color="0.5" if value is None else "black",
                 )  # fmt: skip
                 column += len(letters)
@@ -111,10 +114,6 @@ def draw(path: Path, passage: Passage) -> None:
         bar.ax.tick_params(labelsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.savefig(path, dpi=130)
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
 
 
 def _colour(value: float, scale: float) -> str:

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import source_proj as sp
+from source_proj.report.content import signed
 
 TASK = sp.CausalLM(reduction="sum")  # a stretch's score is then the sum of its tokens' scores
 UNCOUNTED = -100
@@ -248,7 +249,7 @@ def describe(
 
     return Passage(
         title=f"Lines {passage.line} and following",
-        note=f"Including the training stretch changed the passage's log-likelihood by {scores[top[0]]:+.2f} nats.",
+        note=f"Including the training stretch changed the passage's log-likelihood by {signed(scores[top[0]])} nats.",
         query=Coloured(f"Passage, line {passage.line}: what was asked", words(passage), [None, *map(float, asked)]),
         document=Coloured(
             f"Training stretch, line {best.line}: what taught it", words(best), [None, *map(float, taught)]
@@ -261,7 +262,7 @@ def print_passage(passage: Passage) -> None:
     print(f"\n{passage.title}. {passage.note}")
     for text in (passage.query, passage.document):
         strongest = sorted((pair for pair in text.pairs if pair[1] is not None), key=lambda pair: -pair[1])[:5]
-        print(f"  {text.title}; most of all " + ", ".join(f"{word!r} {value:+.3f}" for word, value in strongest))
+        print(f"  {text.title}; most of all " + ", ".join(f"{word!r} {signed(value)}" for word, value in strongest))
 
 
 if __name__ == "__main__":

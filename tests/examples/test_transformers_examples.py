@@ -128,7 +128,7 @@ def test_tokens_are_attributed_both_ways(tmp_path, monkeypatch, capsys):
     assert "token scores sum to their passage's score" in said
     content = page.read_text()
     assert content.count('class="tokens"') == 4
-    assert content.count("nats\">") > 40
+    assert content.count('nats">') > 40
     assert "<i>" not in content
     assert "&lt;i&gt;" in content
     assert picture.read_bytes().startswith(b"\x89PNG")
