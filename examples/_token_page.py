@@ -111,6 +111,7 @@ def draw(path: Path, passage: Passage) -> None:
             cm.ScalarMappable(norm, ramp), ax=axes, orientation="horizontal", shrink=0.5, aspect=35, pad=0.02
         )
         bar.set_label("change of log-likelihood that it made (nats)", fontsize=8)
+        bar.ax.locator_params(nbins=5)
         bar.ax.tick_params(labelsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.savefig(path, dpi=130)

@@ -11,7 +11,11 @@ made. An HTML page shows each passage with its tokens coloured by the stretch th
 and that stretch with its tokens coloured by how much each of them taught; a picture shows the first passage.
 
 The command fails if the scores of a passage's tokens do not sum to the passage's own score, or if stretches from a
-passage's surroundings, the same scene as a rule, do not rank above the rest.
+passage's surroundings, often the same scene, do not rank above the rest.
+
+Expect words, not themes: the top stretch shares rare tokens or turns with the passage ("Against the …, whose …"), and
+is from anywhere. A stretch near the passage outranks another in 56 % of cases, where chance gives 50 %. By default all
+takes a minute and a half of one core.
 """
 
 import argparse
