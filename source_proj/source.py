@@ -24,7 +24,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -51,9 +51,9 @@ from source_proj.curvature import (
     response,
 )
 from source_proj.operands import mean_gradients
-from source_proj.queries import QueryFeatures
+from source_proj.queries import QueryFeatures, sketch_queries
 from source_proj.scores import PredictedChange, Scores
-from source_proj.task import Task
+from source_proj.task import CausalLM, Task, TokenQueries
 from source_proj.trajectory import Checkpoint
 from source_proj.unrolled import Segment, Segments, Unrolled, stage_groups
 
@@ -267,6 +267,64 @@ class Source(Attributor):
                 moved = found.multiply(query, crossing(segment.time, segment.decay))
                 moved = moved @ unrolled.cross_moment(segment, metric).T
                 queries[metric] = moved.add_(queries[metric].to(moved), alpha=math.exp(-segment.time * segment.decay))
+
+    def by_token(self, queries: Queries, documents: Any, *, stage: int = 0) -> Scores:
+        """Split the scores of some training sequences over their tokens: which words of a document mattered.
+
+        The loss of a sequence under :class:`CausalLM` is a sum (or mean) over its tokens, and scores are linear in its
+        gradient: a token's part is the change that this token's own term of the loss made, and the parts of a sequence
+        sum to its score, but for the rounding of banked rows. As the bank holds whole sequences, this takes a backward
+        pass for every token of the documents at each checkpoint; it is meant for the few that matter.
+
+        Args:
+            queries: as for :meth:`score`.
+            documents: map-style data set of some of the training sequences.
+            stage: index of the stage that they were trained on in.
+
+        Returns:
+            Scores ``(Q, T)`` of the documents' counted tokens, with the ids of :class:`TokenQueries`.
+
+        Raises:
+            TypeError: the task is no language modelling.
+            ValueError: no model was given.
+        """
+        tokens = TokenQueries(documents, cast(CausalLM, self.task))  # which refuses every other task
+        if self.model is None:
+            raise ValueError("tokens are differentiated anew, with the model's code: pass model= when constructing")
+        features = self.sketch(queries)
+        total = torch.zeros(len(features[0]), len(tokens))
+        for unrolled, one in zip([self._of(bank) for bank in self.banks], features, strict=True):
+            with unrolled.spectra_in_memory():
+                bank, segments = unrolled.bank, unrolled.segments
+                operators = unrolled.operators(segments)
+            for segment, by_metric in zip(segments, operators, strict=True):
+                if segment.stage == stage:
+                    carried = torch.stack([self._query(bank, one, m) @ t.T.cpu() for m, t in by_metric.items()]).sum(0)
+                    rows = self._token_rows(bank, segment, tokens)
+                    total.add_(carried @ rows.T, alpha=1 / (segment.n * len(self.banks)))  # as ℓ' is -1
+        if cast(CausalLM, self.task).reduction == "mean":
+            counts = [len(tokens.of(i)) for i, _ in tokens.positions]
+            total /= torch.tensor(counts)
+        return Scores(
+            total.numpy(), features[0].ids, tokens.ids, unit=self.unit, higher_is_better=self.task.higher_is_better
+        )
+
+    def _token_rows(self, bank: Bank, segment: Segment, tokens: TokenQueries) -> Tensor:
+        """Sketched gradients of the tokens' log-likelihoods, the mean over a segment's checkpoints ``(T, k)``."""
+        points = [bank.checkpoint(segment.stage, c) for c in segment.checkpoints]
+        found = sketch_queries(
+            bank,
+            cast(nn.Module, self.model),
+            self.task,
+            tokens,
+            checkpoints=points,
+            metrics=[segment.metric],
+            batch_size=self.batch_size,
+            device=self.device,
+            progress=self.progress,
+        )
+        digest = bank.metrics.hash(segment.metric)
+        return torch.stack([found.at(point, digest) for point in points]).mean(0)
 
     def self_influence(self) -> np.ndarray:
         """Return how much each training example lowered its own training loss, ``(N,)`` float32.

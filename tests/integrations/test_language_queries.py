@@ -81,6 +81,29 @@ def test_scores_of_tokens_add_up_to_those_of_their_sequence(tmp_path, reduction)
         torch.testing.assert_close(total, by_sequence[i], rtol=0, atol=1e-5 * float(scale))
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("metric", ["shared", "per_segment"])
+def test_parts_of_a_training_sequence_by_token_add_up_to_its_score(tmp_path, reduction, metric):
+    model, task, data = make("gpt2", "sdpa"), sp.CausalLM(reduction=reduction), sequences(size=6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    recorder = sp.Recorder(model, optimizer, tmp_path / "run", every=1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (-task.output(model, make_batch("gpt2", True, 6)).mean()).backward()
+        optimizer.step()
+        recorder.step()
+    run = recorder.trajectory(segments=[[0], [1, 2]], metric=metric)
+    bank = sp.build(model, task, run, data, tmp_path / "bank", sketch=sp.Sketch(dim=256), storage="float32")
+    source = sp.Source(bank, model=model, task=task)
+    parts = source.by_token(data[:3], [data[4], data[1]])
+    whole = torch.as_tensor(source.score(data[:3]).to_numpy())
+    assert parts.train_ids == sp.TokenQueries([data[4], data[1]], task).ids
+    by_token = torch.as_tensor(parts.to_numpy())
+    for place, index in ((slice(0, 5), 4), (slice(5, 8), 1)):
+        scale = float(by_token.abs().max()) * by_token.shape[1]
+        torch.testing.assert_close(by_token[:, place].sum(1), whole[:, index], rtol=0, atol=1e-5 * scale)
+
+
 def test_a_tokens_measurement_is_its_log_likelihood():
     model, batch = make("llama", "sdpa"), make_batch("llama", padded=False)
     task = sp.CausalLM()
@@ -91,6 +114,14 @@ def test_a_tokens_measurement_is_its_log_likelihood():
         logp = model(input_ids=take(batch, [2])["input_ids"]).logits.log_softmax(-1)
         expected = logp[0, 3, batch["input_ids"][2, 4]]
         torch.testing.assert_close(task.measurement(model, query)[0], expected)
+
+
+def test_parts_by_token_need_a_model_and_a_language(tmp_path):
+    model, task, data = make("gpt2", "sdpa"), sp.CausalLM(), sequences(size=3)
+    run = sp.Trajectory([sp.Checkpoint(model.state_dict(), step=10, lr=0.1)])
+    bank = sp.build(model, task, run, data, tmp_path / "bank", sketch=sp.Sketch(dim=64))
+    with pytest.raises(ValueError, match="pass model= when constructing"):
+        sp.Source(bank).by_token(data, data)
 
 
 def test_refuses_what_has_no_tokens():
