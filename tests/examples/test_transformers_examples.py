@@ -60,10 +60,10 @@ def test_sentences_are_attributed_and_the_claim_is_checked(small_bert, tmp_path,
     sst2_trainer.main()
     said = capsys.readouterr().out
     assert said.count("fine-tuning again") == 1
-    assert said.count("its margin should change by") == 4
+    assert said.count("its margin was predicted to change by") == 4
     assert "holds:" in said
     content = page.read_text()
-    assert content.count("Trained without its 24 most") == 4
+    assert content.count("Without its 24 most") == 4
     assert "&lt;b&gt;" in content
     assert "<b>" not in content.replace("<b>Positive: helpful.</b>", "")
 
