@@ -16,7 +16,7 @@ from _problem import Problem
 
 import source_proj as sp
 from source_proj.evaluate import Comparison, GroundTruth, compare_methods
-from source_proj.trajectory import Stage
+from source_proj.trajectory import MetricKind, Stage
 
 __all__ = ["banks", "ground_truth", "home", "run"]
 
@@ -97,16 +97,23 @@ def _build(
 
     dim = problem.sizes.dim
     whole = build("bank", trajectory, dim)
-    first = carried = whole
-    alone = trajectory
+    plain, scalar, alone = whole, None, trajectory
+    if any(stage.optimizer.preconditioned for stage in trajectory.stages):
+        alone = _in_metric(trajectory, "none")
+        plain, scalar = build("plain", alone, dim), build("scalar", _in_metric(trajectory, "scalar"), dim)
+    first = carried = plain
     if len(trajectory.stages) > 1:
-        stage = trajectory.stages[0]
+        stage = alone.stages[0]
         alone = sp.Trajectory.from_stages([stage])
         first = build("first", alone, dim, only_first=True)
         carried = build("carried", sp.Trajectory.from_stages([_ending_at(stage, trajectory)]), dim, only_first=True)
     averaged = build("averaged", trajectory.average_parameters(), dim)
     smaller = tuple(build("first", alone, k, only_first=True) for k in problem.sizes.smaller if k < min(dim, size))
-    return Run(trajectory, whole, first, carried, averaged, smaller)
+    return Run(trajectory, whole, plain, scalar, first, carried, averaged, smaller)
+
+
+def _in_metric(trajectory: sp.Trajectory, metric: MetricKind) -> sp.Trajectory:
+    return sp.Trajectory.from_stages([dataclasses.replace(stage, metric=metric) for stage in trajectory.stages])
 
 
 def _ending_at(stage: Stage, trajectory: sp.Trajectory) -> Stage:
@@ -137,7 +144,7 @@ def write(
     table.to_csv(folder / f"{problem.name}.csv", index=False, float_format="%.4f")
     facts = {
         "title": problem.title,
-        "notes": [*problem.notes, *([problem.scalar_metric] if problem.scalar_metric else [])],
+        "notes": list(problem.notes),
         "n": problem.n,
         "queries": len(problem.queries),  # type: ignore[arg-type]
         "unit": problem.task.unit,
