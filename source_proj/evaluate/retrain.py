@@ -198,7 +198,7 @@ def train_stacked(
                 total = losses(parameters, buffers, inputs[batch], targets[batch]).sum()
                 gradients = torch.autograd.grad(total, list(parameters.values()))
                 for value, gradient in zip(parameters.values(), gradients, strict=True):
-                    value.grad = gradient
+                    value.grad = gradient.contiguous()  # fused optimizers go wrong, silently, where strides differ
                 for one in descent.param_groups:
                     one["lr"] = rate(count)
                 descent.step()

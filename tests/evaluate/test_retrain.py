@@ -66,7 +66,7 @@ def test_equals_plain_sgd(make_model, lr, dtype, tolerance):
     close(got, torch.stack(expected), tolerance)
 
 
-@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.RMSprop])
+@pytest.mark.parametrize("make", [torch.optim.AdamW, partial(torch.optim.AdamW, fused=True), torch.optim.RMSprop])
 def test_equals_another_optimizer(make):
     setting = {"epochs": 3, "batch_size": 8, "lr": lambda step: 0.02 / (1 + step)}
     double = lambda: tanh_net().double()  # noqa: E731
