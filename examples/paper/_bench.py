@@ -65,15 +65,18 @@ class Bench:
         sketch = sketch or sp.Sketch(self.dim, seed=run)
         return sp.build(self.problem.make_model(), self.problem.task, trajectory, data, path, sketch=sketch, **rest)
 
-    def in_metric(self, metric: MetricKind, segments: int, time: float) -> list[np.ndarray]:
+    def in_metric(
+        self, metric: MetricKind, segments: int, time: float = 1.0, *, dim: int | None = None
+    ) -> list[np.ndarray]:
         """Scores of each run by the library itself, with another metric of Adam."""
+        dim = dim or self.dim
         found = []
         for run, trajectory in enumerate(self.trajectories):
             # Only a metric a segment depends on how a stage is cut.
             cut = segments if metric == "per_segment" else 1
             stages = [replace(stage, metric=metric, segments=cut) for stage in trajectory.stages]
-            path = self.folder / "laboratory" / f"{run}-{self.dim}-{metric}-{cut}"
-            bank = self._build(run, sp.Trajectory.from_stages(stages), path)
+            path = self.folder / "laboratory" / f"{run}-{dim}-{metric}-{cut}"
+            bank = self._build(run, sp.Trajectory.from_stages(stages), path, sp.Sketch(dim, seed=run))
             source = sp.Source(bank, segments=segments, query_gradient="mean", time_scale=time, progress=False)
             found.append(np.asarray(source.score(self.features(bank)))[:, : self.problem.n])
         return found

@@ -68,6 +68,7 @@ def image_problem(
     notes: tuple[str, ...] = (),
     noisy: np.ndarray | None = None,
     kronecker: bool = False,
+    cheap: bool = True,
 ) -> Problem:
     """Assemble a problem from its stages."""
     run = StackedRun(mlp(784, *widths, 10), stages, queries, margin, optimizer)
@@ -90,5 +91,6 @@ def image_problem(
         panel="image",
         show=shower({**sets, "queries": queries}, NAMES[dataset]),
         kronecker=kronecker,
+        cheap=cheap,
         extra={"accuracy": run.accuracy, "record_more": run.record_more, "workers": 2},
     )

@@ -234,10 +234,15 @@ def sampling_ratio(bench: Bench) -> Iterator[Variant]:
 
 
 def adam_metric(bench: Bench) -> Iterator[Variant]:
-    """(j) What becomes of Adam's preconditioner, by segments and time."""
+    """(j) What becomes of Adam's preconditioner, by segments and time; and of a sketch four times as large."""
     for metric, number, factor in product(get_args(MetricKind), [1, 3], [1.0, 0.5]):
         if number > 1 or metric != "per_segment":
             yield f"{metric}, {number} segments, time x {factor:g}", bench.in_metric(metric, number, factor)
+    larger, rows = 4 * bench.dim, bench.problem.n * len(bench.trajectories[0].stages[0].checkpoints)
+    if rows < larger:  # the rows' own Gram matrix is decomposed then: a matrix of the sketch's size would take too long
+        for metric in get_args(MetricKind):
+            if metric != "per_segment":
+                yield f"{metric}, 1 segments, k = {larger:,}", bench.in_metric(metric, 1, dim=larger)
 
 
 STUDIES = {

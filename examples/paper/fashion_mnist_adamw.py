@@ -25,7 +25,7 @@ def problem(options: argparse.Namespace) -> Problem:
     sizes = sized(options, Sizes(100, 6, 5, 16384, (4096,)), Sizes(100, 3, 3, 2048), Sizes(12, 2, 2, 256, (128,)))
     return image_problem(
         "fashion_mnist_adamw", "Fashion-MNIST, AdamW", "fashion_mnist", {"train": stage}, queries, widths=(256, 128),
-        optimizer=ADAMW, sizes=sizes, notes=("Trained with AdamW; the paper has SGD here.",),
+        optimizer=ADAMW, sizes=sizes, notes=("Trained with AdamW; the paper has SGD here.",), cheap=False,
     )  # fmt: skip
 
 
