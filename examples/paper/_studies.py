@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
-from typing import get_args
 
 import numpy as np
 import torch
@@ -235,14 +234,13 @@ def sampling_ratio(bench: Bench) -> Iterator[Variant]:
 
 def adam_metric(bench: Bench) -> Iterator[Variant]:
     """(j) What becomes of Adam's preconditioner, by segments and time; and of a sketch four times as large."""
-    for metric, number, factor in product(get_args(MetricKind), [1, 3], [1.0, 0.5]):
-        if number > 1 or metric != "per_segment":
-            yield f"{metric}, {number} segments, time x {factor:g}", bench.in_metric(metric, number, factor)
+    cuts: list[tuple[MetricKind, int]] = [("shared", 1), ("scalar", 1), ("none", 1), ("shared", 3), ("per_segment", 3)]
+    for (metric, number), factor in product(cuts, [1.0, 0.5]):
+        yield f"{metric}, {number} segments, time x {factor:g}", bench.in_metric(metric, number, factor)
     larger, rows = 4 * bench.dim, bench.problem.n * len(bench.trajectories[0].stages[0].checkpoints)
     if rows < larger:  # the rows' own Gram matrix is decomposed then: a matrix of the sketch's size would take too long
-        for metric in get_args(MetricKind):
-            if metric != "per_segment":
-                yield f"{metric}, 1 segments, k = {larger:,}", bench.in_metric(metric, 1, dim=larger)
+        for metric, number in cuts[:3]:
+            yield f"{metric}, 1 segments, k = {larger:,}", bench.in_metric(metric, number, dim=larger)
 
 
 STUDIES = {
