@@ -44,7 +44,7 @@ class Run(NamedTuple):
     Attributes:
         trajectory: as recorded.
         bank: of all stages.
-        plain: the same without the optimizer's preconditioner, as the rivals have it; ``bank`` itself for SGD.
+        plain: the same, told as a run of SGD, as the rivals have it; ``bank`` itself for SGD.
         scalar: the same with a number in place of the preconditioner; None for SGD.
         first: of the first stage alone, queried at the end of that stage; the same as ``plain`` for one stage.
         carried: of the first stage alone, queried at the final weights: the later stages are ignored.
@@ -116,7 +116,7 @@ def _source(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
     if runs[0].scalar is not None:  # trained with Adam
         ignored, numbers = [run.plain for run in runs], [run.scalar for run in runs if run.scalar]
         found += [
-            _made(problem, "SOURCE, ignoring Adam", 'metric="none"', ignored, sp.Source, **mean),
+            _made(problem, "SOURCE, ignoring Adam", "as if by SGD", ignored, sp.Source, **mean),
             _made(problem, "SOURCE, Adam as a number", 'metric="scalar"', numbers, sp.Source, **mean),
         ]
     if len(_curvatures(problem)) > 1:  # what the defaults were before the laboratory

@@ -16,7 +16,7 @@ from _problem import Problem
 
 import source_proj as sp
 from source_proj.evaluate import Comparison, GroundTruth, compare_methods
-from source_proj.trajectory import MetricKind, Stage
+from source_proj.trajectory import Stage
 
 __all__ = ["banks", "ground_truth", "home", "run"]
 
@@ -99,8 +99,9 @@ def _build(
     whole = build("bank", trajectory, dim)
     plain, scalar, alone = whole, None, trajectory
     if any(stage.optimizer.preconditioned for stage in trajectory.stages):
-        alone = _in_metric(trajectory, "none")
-        plain, scalar = build("plain", alone, dim), build("scalar", _in_metric(trajectory, "scalar"), dim)
+        # Decoupled weight decay is no part of the loss: as SGD's λ it would put a floor under the rivals' damping.
+        alone = _altered(trajectory, optimizer=sp.SGD())
+        plain, scalar = build("plain", alone, dim), build("scalar", _altered(trajectory, metric="scalar"), dim)
     first = carried = plain
     if len(trajectory.stages) > 1:
         stage = alone.stages[0]
@@ -112,8 +113,8 @@ def _build(
     return Run(trajectory, whole, plain, scalar, first, carried, averaged, smaller)
 
 
-def _in_metric(trajectory: sp.Trajectory, metric: MetricKind) -> sp.Trajectory:
-    return sp.Trajectory.from_stages([dataclasses.replace(stage, metric=metric) for stage in trajectory.stages])
+def _altered(trajectory: sp.Trajectory, **changes: Any) -> sp.Trajectory:
+    return sp.Trajectory.from_stages([dataclasses.replace(stage, **changes) for stage in trajectory.stages])
 
 
 def _ending_at(stage: Stage, trajectory: sp.Trajectory) -> Stage:
