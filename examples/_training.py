@@ -29,7 +29,7 @@ def few_threads(n_inputs: int) -> Iterator[None]:
 
 def record_training(
     model: nn.Module,
-    optimizer: torch.optim.SGD,
+    optimizer: torch.optim.Optimizer,
     data: TensorDataset,
     recorder: sp.Recorder,
     *,

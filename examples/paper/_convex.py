@@ -6,6 +6,7 @@ for the Hessian that they take: the difference is what training that has not con
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,8 @@ def convex_problem(
     train_set, queries = data
     # An odd number: the absolute error's gradient is ±x here, and over six checkpoints its mean can be exactly zero.
     stage = StageSetting(train_set, epochs=20, batch=32, lr=0.03, checkpoints=5)
-    run = StackedRun(
-        make_model, {"train": stage}, queries, measure, momentum=0.0, decay=DECAY, loss=loss, group=50
-    )  # fmt: skip
+    descent = partial(torch.optim.SGD, weight_decay=DECAY)
+    run = StackedRun(make_model, {"train": stage}, queries, measure, optimizer=descent, loss=loss, group=50)
     sizes = sized(options, Sizes(100, 20, 5), Sizes(100, 8, 3), Sizes(12, 2, 2))
     common: dict[str, Any] = {
         "task": task, "make_model": make_model, "train_sets": {"train": train_set}, "queries": queries, "sizes": sizes,

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import _above  # noqa: F401
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from _data import load_images
 from _problem import Problem, Sizes
-from _stacked import StackedRun, StageSetting, margin, mlp
+from _stacked import HEAVY_BALL, StackedRun, StageSetting, margin, mlp
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -62,13 +63,15 @@ def image_problem(
     queries: TensorDataset,
     *,
     widths: tuple[int, ...],
+    optimizer: partial[torch.optim.Optimizer] = HEAVY_BALL,
     sizes: Sizes,
     notes: tuple[str, ...] = (),
     noisy: np.ndarray | None = None,
     kronecker: bool = False,
+    cheap: bool = True,
 ) -> Problem:
     """Assemble a problem from its stages."""
-    run = StackedRun(mlp(784, *widths, 10), stages, queries, margin, momentum=0.9, decay=1e-3)
+    run = StackedRun(mlp(784, *widths, 10), stages, queries, margin, optimizer)
     sets = {stage: setting.data for stage, setting in stages.items()}
     return Problem(
         name=name,
@@ -88,5 +91,6 @@ def image_problem(
         panel="image",
         show=shower({**sets, "queries": queries}, NAMES[dataset]),
         kronecker=kronecker,
+        cheap=cheap,
         extra={"accuracy": run.accuracy, "record_more": run.record_more, "workers": 2},
     )

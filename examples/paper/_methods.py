@@ -35,6 +35,7 @@ DAMPINGS: list[Any] = [
     1.0,
     3.0,
 ]  # for influence functions
+LARGE = [10.0, 30.0, 100.0, 300.0, 1000.0]  # in Adam's metric, where the Hessian is larger
 
 
 class Run(NamedTuple):
@@ -43,7 +44,9 @@ class Run(NamedTuple):
     Attributes:
         trajectory: as recorded.
         bank: of all stages.
-        first: of the first stage alone, queried at the end of that stage; the same as ``bank`` for one stage.
+        plain: the same, told as a run of SGD, as the rivals have it; ``bank`` itself for SGD.
+        scalar: the same with a number in place of the preconditioner; None for SGD.
+        first: of the first stage alone, queried at the end of that stage; the same as ``plain`` for one stage.
         carried: of the first stage alone, queried at the final weights: the later stages are ignored.
         averaged: built at parameters averaged within segments (the paper's Fast-Source).
         smaller: like ``first``, with smaller sketches.
@@ -51,6 +54,8 @@ class Run(NamedTuple):
 
     trajectory: sp.Trajectory
     bank: sp.Bank
+    plain: sp.Bank
+    scalar: sp.Bank | None
     first: sp.Bank
     carried: sp.Bank
     averaged: sp.Bank
@@ -108,6 +113,12 @@ def _source(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
         _made(problem, "SOURCE, time of the retraining", "time_scale=0.5", whole, sp.Source, time_scale=0.5, **mean),
         _made(problem, "SOURCE, query at the end", "defaults but that", whole, sp.Source, query_gradient="final"),
     ]
+    if runs[0].scalar is not None:  # trained with Adam
+        ignored, numbers = [run.plain for run in runs], [run.scalar for run in runs if run.scalar]
+        found += [
+            _made(problem, "SOURCE, ignoring Adam", "as if by SGD", ignored, sp.Source, **mean),
+            _made(problem, "SOURCE, Adam as a number", 'metric="scalar"', numbers, sp.Source, **mean),
+        ]
     if len(_curvatures(problem)) > 1:  # what the defaults were before the laboratory
         plain = {"curvature": "empirical_fisher"}
         found += [
@@ -128,16 +139,23 @@ def _source(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
 
 
 def _influence(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
+    averaged, final = "Influence functions, averaged", "Influence functions"
+    contests = [
+        (method, banks, place, DAMPINGS)
+        for place, banks in _places(problem, runs)
+        for method in (averaged, final)
+    ]  # fmt: skip
+    if runs[0].scalar is not None:  # trained with Adam
+        contests.append((f"{averaged}, Adam's metric", [run.bank for run in runs], "", [*DAMPINGS, *LARGE]))
     found = []
-    for place, banks in _places(problem, runs):
-        for average, method in [(True, "Influence functions, averaged"), (False, "Influence functions")]:
-            for damping, curvature in itertools.product(DAMPINGS, _curvatures(problem)):
-                setting = f"damping {'tr(H)/k' if damping == 'noise' else damping}{place}"
-                setting += ", empirical Fisher" if curvature else ""
-                choices = {"average": average, "damping": damping, "query_gradient": "mean" if average else "final"}
-                found.append(
-                    _made(problem, method, setting, banks, sp.InfluenceFunction, curvature=curvature, **choices)
-                )
+    for method, banks, place, dampings in contests:
+        average = method != final
+        choices: dict[str, Any] = {"average": average, "query_gradient": "mean" if average else "final"}
+        for damping, curvature in itertools.product(dampings, _curvatures(problem)):
+            setting = f"damping {'tr(H)/k' if damping == 'noise' else damping}{place}"
+            setting += ", empirical Fisher" if curvature else ""
+            choices |= {"damping": damping, "curvature": curvature}
+            found.append(_made(problem, method, setting, banks, sp.InfluenceFunction, **choices))
     return found
 
 
@@ -161,7 +179,7 @@ def _trak(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
 
 def _plain(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
     """Methods without a Hessian."""
-    whole = [run.bank for run in runs]
+    whole = [run.plain for run in runs]
     found = [
         _made(problem, "TracIn", "all checkpoints", whole, sp.TracIn),
         _made(problem, "Hydra (fast)", "all checkpoints", whole, sp.Hydra),
@@ -178,7 +196,7 @@ def _plain(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
 def _places(problem: Problem, runs: Sequence[Run]) -> list[tuple[str, list[sp.Bank]]]:
     """Banks that methods of one optimum may use: after several stages, two readings compete."""
     if len(problem.train_sets) == 1:
-        return [("", [run.bank for run in runs])]
+        return [("", [run.plain for run in runs])]
     return [
         (", queries at the end", [run.carried for run in runs]),
         (", queries after stage one", [run.first for run in runs]),

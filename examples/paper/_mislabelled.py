@@ -22,7 +22,7 @@ def find_mislabelled(problem: Problem, runs: Sequence[Run], folder: Path) -> dic
     suspicions = {
         "SOURCE": sp.Source(banks, query_gradient="mean", progress=False).self_influence(),
         "SOURCE, query at the end": sp.Source(banks, query_gradient="final", progress=False).self_influence(),
-        "squared gradient norm": np.mean([_squared_norms(bank) for bank in banks], axis=0),
+        "squared gradient norm": np.mean([_squared_norms(run.plain) for run in runs], axis=0),
     }
     found: dict[str, Mislabel] = {name: mislabel(one[: problem.n], problem.noisy) for name, one in suspicions.items()}
     figure = plot_inspection(found)

@@ -97,16 +97,24 @@ def _build(
 
     dim = problem.sizes.dim
     whole = build("bank", trajectory, dim)
-    first = carried = whole
-    alone = trajectory
+    plain, scalar, alone = whole, None, trajectory
+    if any(stage.optimizer.preconditioned for stage in trajectory.stages):
+        # Decoupled weight decay is no part of the loss: as SGD's λ it would put a floor under the rivals' damping.
+        alone = _altered(trajectory, optimizer=sp.SGD())
+        plain, scalar = build("plain", alone, dim), build("scalar", _altered(trajectory, metric="scalar"), dim)
+    first = carried = plain
     if len(trajectory.stages) > 1:
-        stage = trajectory.stages[0]
+        stage = alone.stages[0]
         alone = sp.Trajectory.from_stages([stage])
         first = build("first", alone, dim, only_first=True)
         carried = build("carried", sp.Trajectory.from_stages([_ending_at(stage, trajectory)]), dim, only_first=True)
     averaged = build("averaged", trajectory.average_parameters(), dim)
     smaller = tuple(build("first", alone, k, only_first=True) for k in problem.sizes.smaller if k < min(dim, size))
-    return Run(trajectory, whole, first, carried, averaged, smaller)
+    return Run(trajectory, whole, plain, scalar, first, carried, averaged, smaller)
+
+
+def _altered(trajectory: sp.Trajectory, **changes: Any) -> sp.Trajectory:
+    return sp.Trajectory.from_stages([dataclasses.replace(stage, **changes) for stage in trajectory.stages])
 
 
 def _ending_at(stage: Stage, trajectory: sp.Trajectory) -> Stage:
@@ -137,7 +145,7 @@ def write(
     table.to_csv(folder / f"{problem.name}.csv", index=False, float_format="%.4f")
     facts = {
         "title": problem.title,
-        "notes": [*problem.notes, *([problem.scalar_metric] if problem.scalar_metric else [])],
+        "notes": list(problem.notes),
         "n": problem.n,
         "queries": len(problem.queries),  # type: ignore[arg-type]
         "unit": problem.task.unit,

@@ -69,7 +69,6 @@ class Problem:
         show: ``show(stage_or_"queries", index)`` gives an image ``(H, W[, 3])`` or a string, and its label's name.
         kronecker: whether to compute the EK-FAC references, for small models of linear layers.
         cheap: whether retraining is so cheap that empirical influence gets retrainings of its own.
-        scalar_metric: for runs of Adam that are treated as SGD: a sentence on how; None for SGD.
         extra: further facts, by name: "workers", processes that retrain; "accuracy", ``accuracy(seed, folder)`` says
             how good a recorded run is; "record_more", ``record_more(seed, folder, checkpoints)`` records the same run
             with another number of checkpoints a stage, for the laboratory.
@@ -94,7 +93,6 @@ class Problem:
     show: Callable[[str, int], tuple[Any, str]] | None = None
     kronecker: bool = False
     cheap: bool = True
-    scalar_metric: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -1,4 +1,4 @@
-"""Small models trained with SGD, many at once: MLPs on tables and images, in one stage or two."""
+"""Small models trained many at once: MLPs on tables and images, in one stage or two."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +17,9 @@ from torch.utils.data import TensorDataset
 import source_proj as sp
 from source_proj.evaluate import stacked_outputs, train_stacked
 
-__all__ = ["StackedRun", "StageSetting", "absolute_error", "margin", "mlp", "mse"]
+__all__ = ["HEAVY_BALL", "StackedRun", "StageSetting", "absolute_error", "margin", "mlp", "mse"]
 
-Rate = float | Callable[[int], float]
+HEAVY_BALL = partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-3)
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class StackedRun:
         stages: settings by name, in order.
         queries: inputs and targets.
         measure: measurement ``(M, Q)`` of outputs ``(M, Q, ...)`` and targets ``(Q, ...)``.
-        momentum: of SGD.
-        decay: weight decay.
+        optimizer: makes torch's optimizer, but for the learning rate: of recorded runs and of retrainings alike.
         loss: mean loss of a batch.
         group: models in lock-step; their weights should fit the processor's cache.
     """
@@ -64,8 +63,7 @@ class StackedRun:
     stages: Mapping[str, StageSetting]
     queries: TensorDataset
     measure: Callable[[Tensor, Tensor], Tensor]
-    momentum: float = 0.9
-    decay: float = 1e-3
+    optimizer: partial[torch.optim.Optimizer] = HEAVY_BALL
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
     group: int = 8
 
@@ -77,8 +75,7 @@ class StackedRun:
                 for name, s in self.stages.items()
             },
             "queries": len(self.queries),
-            "momentum": self.momentum,
-            "decay": self.decay,
+            "optimizer": {"name": self.optimizer.func.__name__, **self.optimizer.keywords},
             "model": repr(self.make_model()),
         }
 
@@ -112,7 +109,7 @@ class StackedRun:
             state = train_stacked(
                 self.make_model, inputs, targets, kept if index == 0 else [everything] * len(seeds),
                 [seed + index * 10**9 for seed in seeds], epochs=stage.epochs, batch_size=stage.batch, lr=stage.lr,
-                momentum=self.momentum, weight_decay=self.decay, loss=self.loss, initial=state,
+                optimizer=self.optimizer, loss=self.loss, initial=state,
             )  # fmt: skip
         assert state is not None
         return state
@@ -123,9 +120,7 @@ class StackedRun:
         model = self.make_model()
         stages = []
         for index, (name, stage) in enumerate(self.stages.items()):
-            optimizer = torch.optim.SGD(
-                model.parameters(), lr=stage.lr, momentum=self.momentum, weight_decay=self.decay
-            )
+            optimizer = self.optimizer(model.parameters(), lr=stage.lr)
             at = [round(stage.steps() * (i + 1) / stage.checkpoints) for i in range(stage.checkpoints)]
             recorder = sp.Recorder(model, optimizer, folder / name, at=at, stage=name)
             record_training(

@@ -1,91 +1,27 @@
 """The laboratory's studies: each yields the variants of one choice inside SOURCE."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import torch
+from _bench import Bench
 from _exact import ExactSource
-from _methods import features_of
-from _pipeline import RUN_SEED
-from _problem import Problem
-from _study import Recipe, Response, cross_scores, fit_scores, plain
+from _study import Recipe, Response, cross_scores, plain
 from torch import Tensor
 
-import source_proj as sp
 from source_proj.cache import cached_spectrum
 from source_proj.curvature import default_curvature, response
 from source_proj.evaluate import GroundTruth
+from source_proj.trajectory import MetricKind
 
-__all__ = ["FISHER", "REFERENCE", "STUDIES", "Bench"]
+__all__ = ["FISHER", "REFERENCE", "STUDIES"]
 
 REFERENCE = Recipe()
 FISHER = Recipe("empirical_fisher")  # what two sketches can be crossed for
 Variant = tuple[str, list[np.ndarray]] | tuple[str, list[np.ndarray], GroundTruth]
 """A name, the scores of each run, and what judges them, if not half-subsets."""
-
-
-@dataclass
-class Bench:
-    """A task with its runs, and banks of them made when a study asks for them."""
-
-    problem: Problem
-    truth: GroundTruth
-    folder: Path
-    runs: int
-    dim: int
-
-    @cached_property
-    def trajectories(self) -> list[sp.Trajectory]:
-        """The recorded runs."""
-        return [self.problem.record(RUN_SEED + i, self.folder / f"run-{i}") for i in range(self.runs)]
-
-    @cached_property
-    def size(self) -> int:
-        """Number of parameters d."""
-        return sum(p.numel() for p in self.problem.make_model().parameters())
-
-    def bank(self, run: int, *, dim: int | None = None, seed: int | None = None, fisher: int = 0) -> sp.Bank:
-        """The bank of a run; ``dim=0`` is no sketch at all."""
-        dim = self.dim if dim is None else dim
-        seed = run if seed is None else seed
-        exact = dim == 0 or dim >= self.size
-        sketch = sp.Sketch(self.size, "identity") if exact else sp.Sketch(dim, seed=seed)
-        path = self.folder / "laboratory" / f"{run}-{'exact' if exact else dim}-{seed}-{fisher}"
-        storage = "float32" if exact else "int8"
-        return self._build(run, self.trajectories[run], path, sketch, storage=storage, sampled_fisher=fisher)
-
-    def recorded_often(self) -> list[sp.Bank]:
-        """Banks of the same runs with twelve checkpoints a stage."""
-        record = self.problem.extra["record_more"]
-        found = []
-        for run in range(self.runs):
-            trajectory = record(RUN_SEED + run, self.folder / "laboratory" / f"run-{run}-12", 12)
-            found.append(self._build(run, trajectory, self.folder / "laboratory" / f"{run}-{self.dim}-12"))
-        return found
-
-    def _build(
-        self, run: int, trajectory: sp.Trajectory, path: Path, sketch: sp.Sketch | None = None, **rest: Any
-    ) -> sp.Bank:
-        sets = dict(self.problem.train_sets)
-        data: Any = sets if len(sets) > 1 or "train" not in sets else sets["train"]
-        sketch = sketch or sp.Sketch(self.dim, seed=run)
-        return sp.build(self.problem.make_model(), self.problem.task, trajectory, data, path, sketch=sketch, **rest)
-
-    def scores(self, recipe: Recipe, **choices: Any) -> list[np.ndarray]:
-        """Scores of each run."""
-        return [self.one(self.bank(run, **choices), recipe) for run in range(self.runs)]
-
-    def one(self, bank: sp.Bank, recipe: Recipe) -> np.ndarray:
-        """Scores by one bank."""
-        return fit_scores(bank, self.features(bank), recipe, self.problem.n)
-
-    def features(self, bank: sp.Bank) -> sp.QueryFeatures:
-        """Query gradients at all checkpoints, computed once a bank."""
-        return features_of(bank, self.problem)
 
 
 def sketch_dimension(bench: Bench) -> Iterator[Variant]:
@@ -296,6 +232,17 @@ def sampling_ratio(bench: Bench) -> Iterator[Variant]:
                 yield f"{share:.0%} kept, {curvature.replace('_', ' ')}, time x {factor:g}", bench.scores(recipe), truth
 
 
+def adam_metric(bench: Bench) -> Iterator[Variant]:
+    """(j) What becomes of Adam's preconditioner, by segments and time; and of a sketch four times as large."""
+    cuts: list[tuple[MetricKind, int]] = [("shared", 1), ("scalar", 1), ("none", 1), ("shared", 3), ("per_segment", 3)]
+    for (metric, number), factor in product(cuts, [1.0, 0.5]):
+        yield f"{metric}, {number} segments, time x {factor:g}", bench.in_metric(metric, number, factor)
+    larger, rows = 4 * bench.dim, bench.problem.n * len(bench.trajectories[0].stages[0].checkpoints)
+    if rows < larger:  # the rows' own Gram matrix is decomposed then: a matrix of the sketch's size would take too long
+        for metric, number in cuts[:3]:
+            yield f"{metric}, 1 segments, k = {larger:,}", bench.in_metric(metric, number, dim=larger)
+
+
 STUDIES = {
     "a": sketch_dimension,
     "b": hessian,
@@ -306,4 +253,5 @@ STUDIES = {
     "g": equal_bytes,
     "h": half_sketches,
     "i": sampling_ratio,
+    "j": adam_metric,
 }

@@ -17,7 +17,7 @@ from source_proj.cache import cached_spectrum
 from source_proj.curvature import Curvature, Spectrum, default_curvature, forgetting, noise_floor, response
 from source_proj.operands import loss_gradients, mean_gradients
 from source_proj.queries import QueryFeatures
-from source_proj.trajectory import segment_times, split_segments
+from source_proj.trajectory import segment_decays, segment_times, split_segments
 
 __all__ = ["Recipe", "Response", "cross_scores", "drift", "fit_scores", "floor_of", "plain"]
 
@@ -119,11 +119,12 @@ def drift(bank: sp.Bank) -> list[dict[str, float]]:
 
 def _query(bank: sp.Bank, features: QueryFeatures, recipe: Recipe) -> Tensor:
     if recipe.query == 0:
-        return features.at(bank.final_checkpoint())
+        return features.at(bank.final_checkpoint(), bank.metrics.hash(bank.stages[-1].metric(-1)))
     stage = len(bank.stages) - 1
     used = _used(bank, stage, recipe)
     taken = used if recipe.query is None else used[-recipe.query :]
-    return torch.stack([features.at(bank.checkpoint(stage, c)) for c in taken]).mean(0)
+    metric = bank.metrics.hash(bank.stages[stage].metric(-1))
+    return torch.stack([features.at(bank.checkpoint(stage, c), metric) for c in taken]).mean(0)
 
 
 def _used(bank: sp.Bank, stage: int, recipe: Recipe) -> list[int]:
@@ -139,6 +140,7 @@ def _segments(bank: sp.Bank, recipe: Recipe) -> list[Segment]:
         groups = split_segments(len(used), min(recipe.segments, len(used)))
         # Time goes by between checkpoints that are left out, too: it falls to the segment that ends next.
         integrals = [0.0, *stage.spec["lr_integrals"]]
+        (decay,) = segment_decays(stage.spec, 1)
         factor = segment_times(stage.spec, [list(range(count))])[0] / integrals[-1]
         begin = 0.0
         for number, group in enumerate(groups):
@@ -146,7 +148,6 @@ def _segments(bank: sp.Bank, recipe: Recipe) -> list[Segment]:
             end = integrals[-1] if last else integrals[used[group[-1]] + 1]
             own = tuple(used[c] for c in group)
             spectrum = _spectrum(bank, index, own, recipe.curvature)
-            decay = float(stage.spec["optimizer"]["weight_decay"])
             found.append(Segment(index, own, factor * (end - begin), decay, spectrum, floor_of(bank, spectrum)))
             begin = end
     return found

@@ -1,39 +1,21 @@
-"""What the two text tasks share: rows of tensors, a loop of AdamW, and its runs told as runs of SGD.
+"""What the two text tasks share: rows of tensors, and a loop of AdamW that records itself."""
 
-The library knows how SGD acted. AdamW moves along gradients that are divided, entry by entry, by the root of their
-second moments v̂. A run of it is told here as SGD with a scalar in place of that diagonal: update t has the learning
-rate ηₜ pₜ, where p is the Rayleigh quotient of AdamW's metric 1/(√v̂ + ε) under gradients of second moments v̂,
-
-    p = Σᵢ v̂ᵢ/(√v̂ᵢ + ε) / Σᵢ v̂ᵢ ≈ Σᵢ √v̂ᵢ / Σᵢ v̂ᵢ,
-
-the mean of the metric's entries, each weighed by how much gradient it sees. It is read from the optimizer's state at
-every checkpoint and holds for the updates that led to it. The decoupled weight decay λ, which acts by ηₜ λ an update,
-is a coupled one of λ Σηₜ / Σηₜpₜ.
-"""
-
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import _above  # noqa: F401
 import numpy as np
 import torch
-from _data import write_whole
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import source_proj as sp
 
-__all__ = ["METRIC", "Recipe", "Rows", "Training", "chosen_device", "metric_mean"]
-
-METRIC = (
-    "AdamW is treated as SGD in a scalar metric: every learning rate is multiplied by Σ√v̂/Σv̂, the mean of AdamW's "
-    "diagonal metric weighed by squared gradients, read at each checkpoint; decoupled weight decay is divided by it."
-)
+__all__ = ["Recipe", "Rows", "Training", "chosen_device"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Mean loss of ``(logits, labels)``."""
@@ -90,18 +72,6 @@ class Recipe:
         return [self.lr * min((t + 1) / warm, (total - t) / max(1, total - warm)) for t in range(total)]
 
 
-def metric_mean(optimizer: torch.optim.AdamW) -> float:
-    """Rayleigh quotient p of AdamW's metric under its own second moments, bias-corrected; see the module's text."""
-    moved = square = 0.0
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            v = state["exp_avg_sq"].double() / (1 - group["betas"][1] ** float(state["step"]))
-            moved += float((v / (v.sqrt() + group["eps"])).sum())
-            square += float(v.sum())
-    return moved / square
-
-
 @dataclass(frozen=True)
 class Training:
     """A model, its data and its recipe: trains once and records, or many times on subsets.
@@ -135,21 +105,15 @@ class Training:
         return self._after_each(kept, seeds, _classes)
 
     def record(self, seed: int, folder: Path) -> sp.Trajectory:
-        """Train on everything and keep checkpoints; a finished run is read back, a killed one begins again.
-
-        Raises:
-            ValueError: the folder holds a run of other settings.
-        """
-        settings = {"seed": seed, "rows": len(self.rows), "checkpoints": self.checkpoints, **asdict(self.recipe)}
-        notes = folder / "run.json"  # written last, so its presence says that the run is whole
-        if not notes.exists():
-            write_whole(
-                notes, json.dumps({"settings": settings, "metric": self._train_and_save(seed, folder)}).encode()
-            )
-        found = json.loads(notes.read_text())
-        if found["settings"] != settings:
-            raise ValueError(f"{folder} holds a run of settings {found['settings']}, not {settings}: delete it")
-        return self._trajectory(folder, found["metric"])
+        """Train on everything, recording checkpoints and second moments; a killed run goes on where it was."""
+        model, optimizer = self._start(seed)
+        recorder = sp.Recorder(model, optimizer, folder, at=self._checkpoint_steps())
+        done = recorder.restore()
+        updates = self._updates(model, optimizer, self.rows.to(self.device), torch.arange(len(self.rows)), seed, done)
+        total = self.recipe.steps(len(self.rows)) - done
+        for _ in tqdm(updates, "train", total, unit="step", delay=2):
+            recorder.step()
+        return recorder.trajectory()
 
     def accuracy(self, seed: int, folder: Path) -> str:
         """Say how often a recorded run's final model is right about training set and queries."""
@@ -174,65 +138,46 @@ class Training:
         rows, queries = self.rows.to(self.device), self.queries.to(self.device)
         answers = []
         for subset, seed in zip(kept, seeds, strict=True):
-            *_, (model, _) = self._updates(rows, torch.as_tensor(subset).long(), seed)
+            model, optimizer = self._start(seed)
+            for _ in self._updates(model, optimizer, rows, torch.as_tensor(subset).long(), seed):
+                pass
             answers.append(_answers(model, queries, ask))
         return np.stack(answers)
 
-    def _updates(self, rows: Rows, subset: Tensor, seed: int) -> Iterator[tuple[nn.Module, torch.optim.AdamW]]:
-        """Train; yields the model and its optimizer after every update."""
+    def _start(self, seed: int) -> tuple[nn.Module, torch.optim.AdamW]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self.make_model().to(self.device).train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        recipe = self.recipe
+        return model, torch.optim.AdamW(
+            trained, lr=recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
+        )
+
+    def _updates(
+        self, model: nn.Module, optimizer: torch.optim.AdamW, rows: Rows, subset: Tensor, seed: int, done: int = 0
+    ) -> Iterator[None]:
+        """Train, but for the updates that are done already; yields after every update."""
         recipe, generator = self.recipe, torch.Generator().manual_seed(seed)
-        optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad],
-            betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay, fused=True,
-        )  # fmt: skip
         orders = [torch.randperm(len(subset), generator=generator) for _ in range(recipe.epochs)]
         batches = [subset[batch] for order in orders for batch in torch.split(order, recipe.batch_size)]
-        for rate, batch in zip(recipe.rates(len(subset)), batches, strict=True):
+        for rate, batch in islice(zip(recipe.rates(len(subset)), batches, strict=True), done, None):
             optimizer.param_groups[0]["lr"] = rate
             optimizer.zero_grad()
             inputs = rows[batch.to(self.device)]
             labels = inputs.pop("labels")
             torch.autograd.backward(self.loss(model(**inputs), labels))
             optimizer.step()
-            yield model, optimizer
+            yield
 
     def _checkpoint_steps(self) -> list[int]:
         total = self.recipe.steps(len(self.rows))
         return sorted({max(1, round(total * (i + 1) / self.checkpoints)) for i in range(self.checkpoints)})
 
-    def _train_and_save(self, seed: int, folder: Path) -> list[float]:
-        """Train on everything; p of every checkpoint."""
-        folder.mkdir(parents=True, exist_ok=True)
-        metric, due = [], self._checkpoint_steps()
-        updates = self._updates(self.rows.to(self.device), torch.arange(len(self.rows)), seed)
-        for step, (model, optimizer) in enumerate(tqdm(updates, "train", due[-1], unit="step", delay=2), 1):
-            if step in due:
-                torch.save(model.state_dict(), folder / _file(step))
-                metric.append(metric_mean(optimizer))
-        return metric
-
-    def _trajectory(self, folder: Path, metric: Sequence[float]) -> sp.Trajectory:
-        due, rates = self._checkpoint_steps(), self.recipe.rates(len(self.rows))
-        scaled = [
-            rate * p
-            for p, (begin, end) in zip(metric, pairwise([0, *due]), strict=True)
-            for rate in rates[begin:end]
-        ]  # fmt: skip
-        decay = self.recipe.weight_decay * sum(rates) / sum(scaled)
-        checkpoints = [sp.Checkpoint(folder / _file(step), step) for step in due]
-        return sp.Trajectory(checkpoints, optimizer=sp.SGD(weight_decay=decay), lr_schedule=scaled)
-
 
 def chosen_device(name: str | None) -> torch.device:
     """The named device, or a GPU where there is one."""
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _file(step: int) -> str:
-    return f"step-{step:06d}.pt"
 
 
 def _answers(model: nn.Module, rows: Rows, ask: Ask) -> np.ndarray:

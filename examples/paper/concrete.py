@@ -4,6 +4,7 @@ python examples/paper/concrete.py
 """
 
 import argparse
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,9 @@ def concrete_problem(
 ) -> Problem:  # fmt: skip
     """What Concrete and Concrete-N share."""
     stage = StageSetting(train_set, epochs=epochs, batch=32, lr=0.03, checkpoints=6)
+    descent = partial(torch.optim.SGD, weight_decay=1e-5)
     run = StackedRun(
-        mlp(8, 128, 128, 1), {"train": stage}, queries, absolute_error, momentum=0.0, decay=1e-5, loss=mse, group=50
+        mlp(8, 128, 128, 1), {"train": stage}, queries, absolute_error, optimizer=descent, loss=mse, group=50
     )
     sizes = sized(options, Sizes(100, 20, 5, 4096), Sizes(100, 8, 3, 2048), Sizes(12, 2, 2, 256, (128,)))
     return Problem(

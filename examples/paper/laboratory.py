@@ -12,7 +12,9 @@ paired 95 % bootstrap interval, mean over training runs.
 Studies: (a) sketch dimension, up to no sketch where that fits; (b) which Hessian; (c) damping; (d) segments and
 checkpoints; (e) averaging query gradients over the last checkpoints; (f) time scale and weight decay; (g) runs against
 dimension at equal bytes; (h) two half-sketches against a whole one; (i) the time scale at other sampling ratios (only
-where asked for: it retrains).
+where asked for: it retrains); (j) what becomes of Adam's metric, on tasks that AdamW trained (where asked for):
+
+    python examples/paper/laboratory.py --tasks fashion_mnist_adamw,rte,wikitext2 --studies f,j
 """
 
 import argparse
@@ -24,9 +26,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from _bench import Bench
 from _pipeline import ground_truth, home
 from _problem import parser, sized
-from _studies import FISHER, REFERENCE, STUDIES, Bench
+from _studies import FISHER, REFERENCE, STUDIES
 from _study import drift
 
 from source_proj.evaluate import LDS, GroundTruth, compare, lds, mean_lds

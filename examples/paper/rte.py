@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from _data import pretrained_folder, write_whole
 from _problem import Problem, Sizes, parser, sized
-from _text import METRIC, Recipe, Rows, Training, chosen_device
+from _text import Recipe, Rows, Training, chosen_device
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, normalize, scaled_dot_product_attention
@@ -238,7 +238,7 @@ def problem(options: argparse.Namespace) -> Problem:
         settings={"task": "rte", "n": n, "queries": n_queries, "tokens": tokens, "first": first,
                   "start": [COSINE_MEDIAN, COSINE_SLOPE], **asdict(recipe)},
         sizes=sized(options, Sizes(), Sizes(100, 2, 3, 2048), Sizes(4, 2, 2, 64, (32,))),
-        notes=notes, layer="classifier", cheap=False, panel="text", show=show, scalar_metric=METRIC,
+        notes=notes, layer="classifier", cheap=False, panel="text", show=show,
         extra={"workers": 2, "accuracy": training.accuracy},
     )  # fmt: skip
 

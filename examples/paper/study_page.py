@@ -28,6 +28,7 @@ TITLES = {
     "g": "Runs against dimension, at equal bytes",
     "h": "Two half-sketches against a whole one",
     "i": "Time scale at other sampling ratios",
+    "j": "Adam's metric, segments and time",
 }
 TASKS = {
     "fashion_mnist": "Fashion-MNIST",
@@ -35,6 +36,10 @@ TASKS = {
     "rotated_mnist": "RotatedMNIST",
     "concrete": "Concrete",
     "concrete_noise": "Concrete-N",
+    "fashion_mnist_adamw": "Fashion-MNIST, AdamW",
+    "fashion_mnist_adamw_noise": "Fashion-MNIST-N, AdamW",
+    "rte": "RTE",
+    "wikitext2": "WikiText-2",
 }
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from _data import write_whole
 from _problem import Problem, Sizes, parser, sized
-from _text import METRIC, Recipe, Rows, Training, chosen_device
+from _text import Recipe, Rows, Training, chosen_device
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
@@ -147,7 +147,7 @@ def problem(options: argparse.Namespace) -> Problem:
             f"Words beyond the {len(numbers)} most frequent are <unk>. The paper fine-tunes GPT-2; this decoder of "
             f"{layers} layers, {width} wide, is trained from scratch.",
         ),
-        layer="head", cheap=False, panel="text", show=show, scalar_metric=METRIC,
+        layer="head", cheap=False, panel="text", show=show,
         extra={"workers": 2, "accuracy": training.perplexity},
     )  # fmt: skip
 

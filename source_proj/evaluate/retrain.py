@@ -9,6 +9,7 @@ takes as ``initial``.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ LearningRate = float | Callable[[int], float]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Mean loss of ``(outputs, targets)``."""
+
+MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+"""Makes the optimizer of some parameters."""
 
 
 def half_subsets(n: int, count: int, *, fraction: float = 0.5, seed: int = 0) -> np.ndarray:
@@ -68,13 +72,14 @@ def retrain(
     lr: LearningRate,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
+    optimizer: MakeOptimizer | None = None,
     loss: Loss = nn.functional.cross_entropy,
     initial: StackedState | None = None,
     group: int = 8,
     evaluate: Callable[[StackedState], Tensor],
     progress: bool = True,
 ) -> Tensor:
-    """Train one model per (subset, seed) pair with SGD and evaluate each.
+    """Train one model per (subset, seed) pair and evaluate each.
 
     Models advance in groups of ``group``; subsets of different lengths go to different groups. Apart from
     ``evaluate``, ``group`` and ``progress`` the arguments are those of :func:`train_stacked`.
@@ -90,6 +95,7 @@ def retrain(
         lr: learning rate, constant or by optimizer step.
         momentum: heavy-ball momentum, as in :class:`torch.optim.SGD`.
         weight_decay: coupled L2 coefficient, as in :class:`torch.optim.SGD`.
+        optimizer: another one than SGD; see :func:`train_stacked`.
         loss: mean loss of ``(outputs, targets)``.
         initial: weights to start from: one state dict for all, or the stacked states of all M models.
         group: models trained at once; a group's weights should fit the processor's cache.
@@ -112,8 +118,8 @@ def retrain(
         own = initial if initial is None or shared else {name: value[positions] for name, value in initial.items()}
         state = train_stacked(
             make_model, inputs, targets, [subsets[i] for i in positions], [seeds[i] for i in positions],
-            epochs=epochs, batch_size=batch_size, lr=lr, momentum=momentum, weight_decay=weight_decay, loss=loss,
-            initial=own,
+            epochs=epochs, batch_size=batch_size, lr=lr, momentum=momentum, weight_decay=weight_decay,
+            optimizer=optimizer, loss=loss, initial=own,
         )  # fmt: skip
         evaluations.update(zip(positions, evaluate(state), strict=True))
     return torch.stack([evaluations[i] for i in range(len(subsets))])
@@ -131,10 +137,11 @@ def train_stacked(
     lr: LearningRate,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
+    optimizer: MakeOptimizer | None = None,
     loss: Loss = nn.functional.cross_entropy,
     initial: StackedState | None = None,
 ) -> StackedState:
-    """Train M models in lock-step with SGD, as M separate :class:`torch.optim.SGD` loops would.
+    """Train M models in lock-step, as M separate loops of :class:`torch.optim.SGD`, or of another optimizer, would.
 
     Every model sees only its own subset, in its own shuffled order (``torch.randperm`` of a generator seeded
     with its seed), from its own initialisation; the loss is the mean over a batch of its subset. The last,
@@ -152,6 +159,8 @@ def train_stacked(
         lr: learning rate, constant or by optimizer step (counted from 0 in this call).
         momentum: heavy-ball momentum, as in :class:`torch.optim.SGD`; its velocity starts at zero.
         weight_decay: coupled L2 coefficient, as in :class:`torch.optim.SGD`.
+        optimizer: makes another optimizer than SGD, such as ``partial(torch.optim.AdamW, weight_decay=0.01)``; it must
+            act on each number alone, as SGD, Adam, AdamW and RMSprop do. Its learning rate is set at every step.
         loss: mean loss of ``(outputs, targets)``.
         initial: weights to start from: one state dict for all, or the stacked states of all M models.
 
@@ -164,6 +173,8 @@ def train_stacked(
     """
     _check_pairs(subsets, seeds)
     _check_setting(len(inputs), len(targets), epochs, batch_size, momentum)
+    if optimizer is not None and (momentum or weight_decay):
+        raise ValueError("momentum and weight_decay are SGD's: give them to the optimizer that is made instead")
     sizes = sorted({len(subset) for subset in subsets})
     if len(sizes) != 1:
         raise ValueError(f"models in lock-step need subsets of one length, got lengths {sizes}; retrain() groups them")
@@ -172,7 +183,8 @@ def train_stacked(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with torch.random.fork_rng():
         skeleton, parameters, buffers = _initialise(make_model, seeds, initial, inputs.device)
-        velocity = {name: torch.zeros_like(value) for name, value in parameters.items()}
+        make = optimizer or partial(torch.optim.SGD, momentum=momentum, weight_decay=weight_decay)
+        descent = make(list(parameters.values()))
 
         def model_loss(one: StackedState, static: StackedState, x: Tensor, y: Tensor) -> Tensor:
             return loss(functional_call(skeleton, {**one, **static}, (x,)), y)
@@ -185,7 +197,11 @@ def train_stacked(
             for batch in torch.split(shuffled, batch_size, dim=1):  # batch: (M, b) indices of examples
                 total = losses(parameters, buffers, inputs[batch], targets[batch]).sum()
                 gradients = torch.autograd.grad(total, list(parameters.values()))
-                _descend(parameters, velocity, gradients, rate(count), momentum, weight_decay)
+                for value, gradient in zip(parameters.values(), gradients, strict=True):
+                    value.grad = gradient.contiguous()  # fused optimizers go wrong, silently, where strides differ
+                for one in descent.param_groups:
+                    one["lr"] = rate(count)
+                descent.step()
                 count += 1
     return {name: value.detach() for name, value in {**parameters, **buffers}.items()}
 
@@ -201,20 +217,6 @@ def stacked_outputs(make_model: Callable[[], nn.Module], inputs: Tensor) -> Call
         return outputs
 
     return evaluate
-
-
-def _descend(
-    parameters: StackedState,
-    velocity: StackedState,
-    gradients: Sequence[Tensor],
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-) -> None:
-    with torch.no_grad():
-        for (name, value), gradient in zip(parameters.items(), gradients, strict=True):
-            velocity[name].mul_(momentum).add_(gradient).add_(value, alpha=weight_decay)
-            value.sub_(velocity[name], alpha=lr)
 
 
 def _initialise(

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -26,14 +28,14 @@ def convolution():
     return nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3))
 
 
-def naive(make_model, subset, seed, *, epochs, batch_size, lr, momentum, weight_decay, dtype, initial=None):
+def naive(make_model, subset, seed, *, epochs, batch_size, lr, dtype, initial=None, optimizer=torch.optim.SGD, **rest):
     """One model, trained as anyone would."""
     torch.manual_seed(seed)
     model = make_model().to(dtype)
     if initial is not None:
         model.load_state_dict(initial)
     rate = lr if callable(lr) else lambda step: lr
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate(0), momentum=momentum, weight_decay=weight_decay)
+    optimizer = optimizer(model.parameters(), lr=rate(0), **rest)
     generator, step = torch.Generator().manual_seed(seed), 0
     for _ in range(epochs):
         order = subset[torch.randperm(len(subset), generator=generator).numpy()]
@@ -62,6 +64,22 @@ def test_equals_plain_sgd(make_model, lr, dtype, tolerance):
     models = [naive(make_model, s, i, **setting, dtype=dtype) for s, i in zip(SUBSETS, SEEDS, strict=True)]
     expected = [model(queries).detach() for model in models]
     close(got, torch.stack(expected), tolerance)
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, partial(torch.optim.AdamW, fused=True), torch.optim.RMSprop])
+def test_equals_another_optimizer(make):
+    setting = {"epochs": 3, "batch_size": 8, "lr": lambda step: 0.02 / (1 + step)}
+    double = lambda: tanh_net().double()  # noqa: E731
+    queries = QUERIES.double()
+    got = retrain(
+        double, X.double(), Y, SUBSETS, SEEDS, **setting, optimizer=partial(make, weight_decay=0.1), group=2,
+        evaluate=stacked_outputs(double, queries),
+    )  # fmt: skip
+    expected = [
+        naive(double, s, i, **setting, dtype=torch.float64, optimizer=make, weight_decay=0.1)(queries).detach()
+        for s, i in zip(SUBSETS, SEEDS, strict=True)
+    ]
+    close(got, torch.stack(expected), 1e-12)
 
 
 def test_batch_norm_statistics_are_each_models_own():
@@ -124,6 +142,7 @@ def test_dropout_differs_between_models_and_the_global_generator_is_left_alone()
         ({"subsets": [np.arange(0)] * 3}, ValueError, "subset 0"),
         ({"targets": Y[:9]}, MismatchError, "50 inputs but 9 targets"),
         ({"epochs": 0}, ValueError, "at least 1"),
+        ({"optimizer": torch.optim.AdamW}, ValueError, "SGD's"),
         ({"momentum": 1.0}, ValueError, r"\[0, 1\)"),
         ({"initial": {"0.weight": torch.zeros(8, 6)}}, MismatchError, "0.bias"),
         (

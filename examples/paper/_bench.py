@@ -1,0 +1,94 @@
+"""The laboratory's bench: a task with its runs, and banks of them made when a study asks for them."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _methods import features_of
+from _pipeline import RUN_SEED
+from _problem import Problem
+from _study import Recipe, fit_scores
+
+import source_proj as sp
+from source_proj.evaluate import GroundTruth
+from source_proj.trajectory import MetricKind
+
+__all__ = ["Bench"]
+
+
+@dataclass
+class Bench:
+    """A task with its runs, and banks of them made when a study asks for them."""
+
+    problem: Problem
+    truth: GroundTruth
+    folder: Path
+    runs: int
+    dim: int
+
+    @cached_property
+    def trajectories(self) -> list[sp.Trajectory]:
+        """The recorded runs."""
+        return [self.problem.record(RUN_SEED + i, self.folder / f"run-{i}") for i in range(self.runs)]
+
+    @cached_property
+    def size(self) -> int:
+        """Number of parameters d."""
+        return sum(p.numel() for p in self.problem.make_model().parameters())
+
+    def bank(self, run: int, *, dim: int | None = None, seed: int | None = None, fisher: int = 0) -> sp.Bank:
+        """The bank of a run; ``dim=0`` is no sketch at all."""
+        dim = self.dim if dim is None else dim
+        seed = run if seed is None else seed
+        exact = dim == 0 or dim >= self.size
+        sketch = sp.Sketch(self.size, "identity") if exact else sp.Sketch(dim, seed=seed)
+        path = self.folder / "laboratory" / f"{run}-{'exact' if exact else dim}-{seed}-{fisher}"
+        storage = "float32" if exact else "int8"
+        return self._build(run, self.trajectories[run], path, sketch, storage=storage, sampled_fisher=fisher)
+
+    def recorded_often(self) -> list[sp.Bank]:
+        """Banks of the same runs with twelve checkpoints a stage."""
+        record = self.problem.extra["record_more"]
+        found = []
+        for run in range(self.runs):
+            trajectory = record(RUN_SEED + run, self.folder / "laboratory" / f"run-{run}-12", 12)
+            found.append(self._build(run, trajectory, self.folder / "laboratory" / f"{run}-{self.dim}-12"))
+        return found
+
+    def _build(
+        self, run: int, trajectory: sp.Trajectory, path: Path, sketch: sp.Sketch | None = None, **rest: Any
+    ) -> sp.Bank:
+        sets = dict(self.problem.train_sets)
+        data: Any = sets if len(sets) > 1 or "train" not in sets else sets["train"]
+        sketch = sketch or sp.Sketch(self.dim, seed=run)
+        return sp.build(self.problem.make_model(), self.problem.task, trajectory, data, path, sketch=sketch, **rest)
+
+    def in_metric(
+        self, metric: MetricKind, segments: int, time: float = 1.0, *, dim: int | None = None
+    ) -> list[np.ndarray]:
+        """Scores of each run by the library itself, with another metric of Adam."""
+        dim = dim or self.dim
+        found = []
+        for run, trajectory in enumerate(self.trajectories):
+            # Only a metric a segment depends on how a stage is cut.
+            cut = segments if metric == "per_segment" else 1
+            stages = [replace(stage, metric=metric, segments=cut) for stage in trajectory.stages]
+            path = self.folder / "laboratory" / f"{run}-{dim}-{metric}-{cut}"
+            bank = self._build(run, sp.Trajectory.from_stages(stages), path, sp.Sketch(dim, seed=run))
+            source = sp.Source(bank, segments=segments, query_gradient="mean", time_scale=time, progress=False)
+            found.append(np.asarray(source.score(self.features(bank)))[:, : self.problem.n])
+        return found
+
+    def scores(self, recipe: Recipe, **choices: Any) -> list[np.ndarray]:
+        """Scores of each run."""
+        return [self.one(self.bank(run, **choices), recipe) for run in range(self.runs)]
+
+    def one(self, bank: sp.Bank, recipe: Recipe) -> np.ndarray:
+        """Scores by one bank."""
+        return fit_scores(bank, self.features(bank), recipe, self.problem.n)
+
+    def features(self, bank: sp.Bank) -> sp.QueryFeatures:
+        """Query gradients at all checkpoints, computed once a bank."""
+        return features_of(bank, self.problem)
