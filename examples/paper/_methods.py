@@ -45,7 +45,7 @@ class Run(NamedTuple):
         trajectory: as recorded.
         bank: of all stages.
         plain: the same, told as a run of SGD, as the rivals have it; ``bank`` itself for SGD.
-        scalar: the same with a number in place of the preconditioner; None for SGD.
+        metric: the same in the metric of the preconditioner; None for SGD.
         first: of the first stage alone, queried at the end of that stage; the same as ``plain`` for one stage.
         carried: of the first stage alone, queried at the final weights: the later stages are ignored.
         averaged: built at parameters averaged within segments (the paper's Fast-Source).
@@ -55,7 +55,7 @@ class Run(NamedTuple):
     trajectory: sp.Trajectory
     bank: sp.Bank
     plain: sp.Bank
-    scalar: sp.Bank | None
+    metric: sp.Bank | None
     first: sp.Bank
     carried: sp.Bank
     averaged: sp.Bank
@@ -113,11 +113,11 @@ def _source(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
         _made(problem, "SOURCE, time of the retraining", "time_scale=0.5", whole, sp.Source, time_scale=0.5, **mean),
         _made(problem, "SOURCE, query at the end", "defaults but that", whole, sp.Source, query_gradient="final"),
     ]
-    if runs[0].scalar is not None:  # trained with Adam
-        ignored, numbers = [run.plain for run in runs], [run.scalar for run in runs if run.scalar]
+    if runs[0].metric is not None:  # trained with Adam
+        ignored, inside = [run.plain for run in runs], [run.metric for run in runs if run.metric]
         found += [
             _made(problem, "SOURCE, ignoring Adam", "as if by SGD", ignored, sp.Source, **mean),
-            _made(problem, "SOURCE, Adam as a number", 'metric="scalar"', numbers, sp.Source, **mean),
+            _made(problem, "SOURCE, Adam's metric", 'metric="shared"', inside, sp.Source, **mean),
         ]
     if len(_curvatures(problem)) > 1:  # what the defaults were before the laboratory
         plain = {"curvature": "empirical_fisher"}
@@ -145,8 +145,9 @@ def _influence(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
         for place, banks in _places(problem, runs)
         for method in (averaged, final)
     ]  # fmt: skip
-    if runs[0].scalar is not None:  # trained with Adam
-        contests.append((f"{averaged}, Adam's metric", [run.bank for run in runs], "", [*DAMPINGS, *LARGE]))
+    inside = [run.metric for run in runs if run.metric]
+    if inside:  # trained with Adam
+        contests.append((f"{averaged}, Adam's metric", inside, "", [*DAMPINGS, *LARGE]))
     found = []
     for method, banks, place, dampings in contests:
         average = method != final

@@ -97,11 +97,11 @@ def _build(
 
     dim = problem.sizes.dim
     whole = build("bank", trajectory, dim)
-    plain, scalar, alone = whole, None, trajectory
+    plain, metric, alone = whole, None, trajectory
     if any(stage.optimizer.preconditioned for stage in trajectory.stages):
         # Decoupled weight decay is no part of the loss: as SGD's λ it would put a floor under the rivals' damping.
         alone = _altered(trajectory, optimizer=sp.SGD())
-        plain, scalar = build("plain", alone, dim), build("scalar", _altered(trajectory, metric="scalar"), dim)
+        plain, metric = build("plain", alone, dim), build("metric", _altered(trajectory, metric="shared"), dim)
     first = carried = plain
     if len(trajectory.stages) > 1:
         stage = alone.stages[0]
@@ -110,7 +110,7 @@ def _build(
         carried = build("carried", sp.Trajectory.from_stages([_ending_at(stage, trajectory)]), dim, only_first=True)
     averaged = build("averaged", trajectory.average_parameters(), dim)
     smaller = tuple(build("first", alone, k, only_first=True) for k in problem.sizes.smaller if k < min(dim, size))
-    return Run(trajectory, whole, plain, scalar, first, carried, averaged, smaller)
+    return Run(trajectory, whole, plain, metric, first, carried, averaged, smaller)
 
 
 def _altered(trajectory: sp.Trajectory, **changes: Any) -> sp.Trajectory:

@@ -40,7 +40,7 @@ def gains(single: pd.DataFrame) -> list[str]:
         "Hessian averaged over the checkpoints, damped by the sketch's own noise and unrolled; then the query's "
         "gradient averaged too, which is SOURCE with its defaults; then the time that the retraining takes. The last "
         "column takes unrolling away again: influence functions with all averages, at their best damping. Where AdamW "
-        "trained, the steps between the first and the last column are in its metric.",
+        "trained, the first and the last column do not know of it.",
         "",
         *grid(["task", *STEPS.values()], rows),
     ]

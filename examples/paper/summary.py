@@ -125,8 +125,9 @@ def results_page(table: pd.DataFrame, facts: dict[str, dict[str, Any]], folder: 
         "those halves really measure? The linear datamodeling score (LDS): rank correlation, mean over the queries; "
         "below it its 95 % interval by bootstrap over the halves. **Bold**: the best of its column, and what cannot be "
         "told from it by paired intervals. Every method with several settings has the best one, chosen on the other "
-        "half of the queries; SOURCE has its defaults. Where AdamW trained, SOURCE works in the metric of its second "
-        "moments, and all other methods have plain gradients unless they say otherwise. Methods are in the order of "
+        "half of the queries; SOURCE has its defaults. Where AdamW trained, these put a number in place of "
+        "Adam's preconditioner; SOURCE in Adam's metric has a line of its own, and rivals are told of SGD unless they "
+        "say otherwise. Methods are in the order of "
         f"their mean distance to the best of each task; {ABSENT} where a method was not run.",
         "",
         "## One training run",

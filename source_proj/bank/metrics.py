@@ -176,6 +176,8 @@ def _scalars(stage: Stage, optimizer: Adam | RMSprop, model: nn.Module, space: P
         p, v, decay = (torch.zeros(space.size, dtype=torch.float64) for _ in range(3))
         for place, one in _moments(checkpoint, optimizer, model, space):
             p[place], v[place], decay[place] = (part.flatten() for part in one)
+        if not p.any():
+            raise MismatchError(f"the optimizer state of {checkpoint} moves none of the attributed parameters")
         numbers[checkpoint.step] = (_mean(p, v), _mean(decay, v))
     first = next(iter(numbers.values()))  # also for the initial weights, if they are a checkpoint
     filled = [numbers.get(checkpoint.step, first) for checkpoint in stage.checkpoints]

@@ -125,7 +125,7 @@ def is_callback_dir(dir: str | Path) -> bool:
 
 
 def callback_stage(
-    dir: str | Path, segments: Segments = 1, stage: str = "train", metric: MetricKind = "shared"
+    dir: str | Path, segments: Segments = 1, stage: str = "train", metric: MetricKind = "scalar"
 ) -> Stage:
     """Read back what a :class:`RecorderCallback` recorded, without the model.
 

@@ -31,7 +31,7 @@ def hf_trainer_stage(
     warmup_steps: int | None = None,
     max_grad_norm: float | None = 1.0,
     steps: Sequence[int] | None = None,
-    metric: MetricKind = "shared",
+    metric: MetricKind = "scalar",
 ) -> Stage:
     r"""Read a Trainer's output folder as one stage of training.
 

@@ -46,7 +46,7 @@ def lightning_stage(
     metrics: str | Path | None = None,
     steps: Sequence[int] | None = None,
     unpickle: bool = False,
-    metric: MetricKind = "shared",
+    metric: MetricKind = "scalar",
 ) -> Stage:
     """Read the ``.ckpt`` files of a Lightning run as one stage of training.
 

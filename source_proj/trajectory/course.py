@@ -40,7 +40,7 @@ class Trajectory:
         loss_reduction: str = "mean",
         batch_size: int | None = None,
         accumulation: int = 1,
-        metric: MetricKind = "shared",
+        metric: MetricKind = "scalar",
         clip_factors: Schedule | None = None,
     ) -> None:
         stage = Stage(
@@ -83,7 +83,7 @@ class Trajectory:
         loss_reduction: str = "mean",
         batch_size: int | None = None,
         accumulation: int = 1,
-        metric: MetricKind = "shared",
+        metric: MetricKind = "scalar",
     ) -> Trajectory:
         """Read back what a :class:`Recorder` wrote, without the model; see :meth:`Stage.from_recorder`."""
         return cls.from_stages([Stage.from_recorder(dir, segments, loss_reduction, batch_size, accumulation, metric)])

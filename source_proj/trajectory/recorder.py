@@ -213,7 +213,7 @@ class Recorder:
         loss_reduction: str = "mean",
         batch_size: int | None = None,
         accumulation: int = 1,
-        metric: MetricKind = "shared",
+        metric: MetricKind = "scalar",
     ) -> Stage:
         """Give the recorded stage, the present weights its last checkpoint; arguments as in :class:`Stage`.
 
@@ -230,7 +230,7 @@ class Recorder:
         loss_reduction: str = "mean",
         batch_size: int | None = None,
         accumulation: int = 1,
-        metric: MetricKind = "shared",
+        metric: MetricKind = "scalar",
     ) -> Trajectory:
         """Give the trajectory of this one stage, see :meth:`stage`."""
         return Trajectory.from_stages([self.stage(segments, loss_reduction, batch_size, accumulation, metric)])

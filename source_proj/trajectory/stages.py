@@ -54,10 +54,13 @@ class Stage:
         accumulation: micro-batches whose gradients were summed, undivided, before a step.
         final: the weights at the end, if other than the last checkpoint's (as for averaged parameters).
         metric: what becomes of the preconditioner P of :class:`Adam` or :class:`RMSprop`, a mean over checkpoints.
-            ``"shared"``: one for the stage. ``"per_segment"``: one for each segment, and the bank holds rows for going
-            from one to the other. ``"scalar"``: a number in place of P, which scales the time and keeps what P does to
-            the trace of the Hessian, Σ P v̂ / Σ v̂. ``"none"``: P is ignored, and no optimizer state is read; the time
-            scale is then of unknown size. SGD has none in any case.
+            ``"scalar"``: a number in place of P, which scales the time and keeps what P does to the trace of the
+            Hessian, Σ P v̂ / Σ v̂. ``"shared"``: one P for the stage. ``"per_segment"``: one for each segment, the
+            formula to the letter, and the bank holds rows for going from one to the other. ``"none"``: P is ignored,
+            and no optimizer state is read; the time scale is then of unknown size. SGD has none in any case. The
+            number is the default: gradients in the metric of P spread over more coordinates and want a larger sketch,
+            and with one of some thousands the number predicts retraining better on most tasks
+            (examples/paper/LABORATORY.md, j).
         clip_factors: what gradient clipping multiplied each update's gradient by, in [0, 1]; given like
             ``lr_schedule``. Weight decay is not clipped.
 
@@ -75,7 +78,7 @@ class Stage:
     batch_size: int | None = None
     accumulation: int = 1
     final: Checkpoint | None = None
-    metric: MetricKind = "shared"
+    metric: MetricKind = "scalar"
     clip_factors: Schedule | None = None
 
     def __post_init__(self) -> None:
@@ -120,7 +123,7 @@ class Stage:
         loss_reduction: str = "mean",
         batch_size: int | None = None,
         accumulation: int = 1,
-        metric: MetricKind = "shared",
+        metric: MetricKind = "scalar",
     ) -> Stage:
         """Read back what a :class:`Recorder` wrote, without the model.
 

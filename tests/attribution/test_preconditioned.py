@@ -81,7 +81,7 @@ def test_stages_of_different_optimizers_are_crossed(tmp_path):
     makers = [lambda: torch.optim.SGD(model.parameters(), lr=LR), lambda: adamw(model), lambda: adamw(model)]
     kinds = [sp.SGD(), sp.Adam(**ADAM), sp.Adam(**ADAM)]
     stages = [
-        sp.Stage(name, train(model, make(), *data, 2), kind)
+        sp.Stage(name, train(model, make(), *data, 2), kind, metric="shared")
         for name, make, data, kind in zip("abc", makers, sets, kinds, strict=True)
     ]
     data = {name: TensorDataset(*one) for name, one in zip("abc", sets, strict=True)}
@@ -270,7 +270,7 @@ def test_groups_with_one_decay_are_exact(tmp_path, metric):
 
 def test_differing_decays_are_replaced_by_their_mean_where_gradients_are(tmp_path):
     """λ̄ = Σ Λ P v̂ / Σ P v̂; it errs less than either decay taken for all."""
-    problem = groups_run(decays=(0.5, 0.0), scale=1.0, segments=1)
+    problem = groups_run(decays=(0.5, 0.0), scale=1.0, segments=1, metric="shared")
     stage = problem.trajectory.stages[0]
     p = torch.stack([1 / (grouped_moments(problem, c).sqrt() + ADAM["eps"]) for c in stage.checkpoints]).mean(0)
     v = torch.stack([grouped_moments(problem, c) for c in stage.checkpoints]).mean(0)
@@ -295,7 +295,7 @@ def test_coupled_decay_is_its_mean_too(tmp_path):
     def make(model):
         return torch.optim.Adam(model.parameters(), lr=LR, weight_decay=0.02, **ADAM)
 
-    problem = run(sp.Adam(**ADAM, weight_decay=0.02, decoupled=False), make, segments=1)
+    problem = run(sp.Adam(**ADAM, weight_decay=0.02, decoupled=False), make, segments=1, metric="shared")
     stage = problem.trajectory.stages[0]
     moments = [second_moments(c, names_of(problem), ADAM["betas"][1]) for c in stage.checkpoints]
     p = torch.stack([1 / (v.sqrt() + ADAM["eps"]) for v in moments]).mean(0)
@@ -344,7 +344,7 @@ def test_no_metric_needs_no_state(tmp_path):
 
 def test_clipping_shortens_the_time_and_not_the_decay(tmp_path):
     factors = [0.5] * (2 * EVERY) + [1.0] * (2 * EVERY)
-    problem = adam_run(clip_factors=factors)
+    problem = adam_run(clip_factors=factors, metric="shared")
     bank = problem.build(tmp_path / "bank")
     clipped = source(problem, bank).segments
     assert [one.time for one in clipped] == pytest.approx([LR * EVERY, LR * 2 * EVERY])
@@ -398,7 +398,7 @@ def test_a_dead_parameter_counts_as_unmoved(tmp_path):
         model[0].weight.register_hook(lambda gradient: gradient * (torch.arange(5) > 0))
         return adamw(model)
 
-    problem = run(sp.Adam(**ADAM), make)
+    problem = run(sp.Adam(**ADAM), make, metric="shared")
     bank = problem.build(tmp_path / "bank")
     scale = bank.metrics.scale(0)[:20].view(4, 5)
     assert (scale[:, 0] == 0).all()
@@ -406,7 +406,8 @@ def test_a_dead_parameter_counts_as_unmoved(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["shape", "count", "kind", "wrapped"])
-def test_states_that_do_not_fit_are_refused(tmp_path, change):
+@pytest.mark.parametrize("metric", ["scalar", "shared"])
+def test_states_that_do_not_fit_are_refused(tmp_path, change, metric):
     problem = adam_run()
     first = problem.trajectory.stages[0].checkpoints[0]
     state = first.optimizer_state
@@ -418,10 +419,11 @@ def test_states_that_do_not_fit_are_refused(tmp_path, change):
         match = r"groups of \[3\] parameters without names; the model has 4"
     elif change == "kind":
         state = {"state": {0: {"square_avg": entries[0]["exp_avg_sq"]}}, "param_groups": groups}
-        match = "move none of the attributed parameters"
+        match = "moves? none of the attributed parameters"
     else:
         state, match = {"weights": {}}, r"must be an optimizer's state_dict\(\), and has \['weights'\]"
-    problem.trajectory = sp.Trajectory([sp.Checkpoint(first.load(), EVERY, LR, state)], sp.Adam(**ADAM))
+    only = [sp.Checkpoint(first.load(), EVERY, LR, state)]
+    problem.trajectory = sp.Trajectory(only, sp.Adam(**ADAM), metric=metric)
     with pytest.raises(sp.MismatchError, match=match):
         problem.build(tmp_path / "bank")
 

@@ -75,7 +75,7 @@ def test_rivals_have_plain_gradients_and_source_adams_metric(tmp_path):
     expected = traced(problem, stage)
     assert np.linalg.norm(scores["TracIn"] - expected) < 0.01 * np.linalg.norm(expected)  # the bank is of int8
     # A number in place of the metric is a longer time, and each of the three has another order of examples.
-    names = ["SOURCE", "SOURCE, ignoring Adam", "SOURCE, Adam as a number"]
+    names = ["SOURCE", "SOURCE, ignoring Adam", "SOURCE, Adam's metric"]
     correlations = np.corrcoef([scores[name].ravel() for name in names])[np.triu_indices(3, 1)]
     assert correlations.max() < 0.9999
     assert "Influence functions, averaged, Adam's metric" in scores
@@ -121,4 +121,4 @@ def test_the_laboratory_agrees_with_the_library(tmp_path):
     bench = Bench(replace(problem, name="bench"), None, tmp_path, runs=1, dim=32)
     found = {name: scores for name, (scores,) in adam_metric(bench)}
     assert len(found) == 13
-    np.testing.assert_allclose(bench.scores(REFERENCE)[0], found["shared, 1 segments, time x 1"], rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(bench.scores(REFERENCE)[0], found["scalar, 1 segments, time x 1"], rtol=1e-4, atol=1e-7)
