@@ -153,8 +153,9 @@ class Adam(_Adaptive):
     .. math:: θ ← θ - η λ θ - η P \hat m, \qquad P = \mathrm{diag}(1/(\sqrt{\hat v} + ε))
 
     (``decoupled=True``: AdamW; else Adam's own L2, λθ added to the gradient and so multiplied by P). The first moment
-    is a mean: a gradient moves the weights by η P in all. SOURCE works in the metric of P, read from the optimizer's
-    state at checkpoints (:class:`Checkpoint`, ``optimizer_state``), and taken as constant over a segment.
+    is a mean: a gradient moves the weights by η P in all. SOURCE has a number for P, or works in its metric
+    (:class:`Stage`, ``metric``); P is read from the optimizer's state at checkpoints (:class:`Checkpoint`,
+    ``optimizer_state``), and taken as constant over a segment.
 
     Weight decay is exact where it is decoupled and the same for all parameters (lr_scale included). Otherwise it is a
     diagonal Λ that no k x k matrix holds; it is replaced by its mean where gradients are,
