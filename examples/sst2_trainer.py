@@ -17,9 +17,9 @@ batches and the same dropout, and differ in nothing else.
 By default it takes about three minutes on two cores (5½ of one). The model is right about 81 % of 200 reviews. Margins
 that were predicted to change by +1.95, +1.48, -2.30 and -3.35 without 75 sentences changed by +3.00, +1.78, -1.94 and
 -3.96; the rank correlations are .62, .70, .49 and .78. That is in the metric of Adam's second moments. With a number in
-its place, the library's default, the sentences chosen matter half as much: +2.12, +1.25, -2.52 and -3.18 were predicted,
-+1.56, +0.53, -1.09 and -2.34 came, ranked alike at .53, .51, .39 and .51 (one retraining each). On the halves of RTE it
-is the other way round (examples/paper/LABORATORY.md, j).
+its place, the library's default, the sentences chosen matter half as much: +2.12, +1.25, -2.52 and -3.18 were
+predicted, +1.56, +0.53, -1.09 and -2.34 came, ranked alike at .53, .51, .39 and .51 (one retraining each). On the
+halves of RTE it is the other way round (examples/paper/LABORATORY.md, j).
 """
 
 import argparse
