@@ -14,6 +14,7 @@ import numpy as np
 from source_proj.errors import MismatchError
 from source_proj.integrations.schedules import NAMES, Fit, agreeing, learning_rates, same_integral
 from source_proj.integrations.trainer_folders import TrainerFolder, logged
+from source_proj.trajectory.record import clip_factor
 
 __all__ = ["Clipping", "GivenSchedule", "clipping", "trainer_rates"]
 
@@ -199,7 +200,7 @@ class Clipping:
 
 
 def clipping(history: Sequence[Mapping[str, object]], last: int, max_grad_norm: float | None) -> Clipping:
-    """Clip factors min(1, max/(norm + 1e-6)) as of :func:`torch.nn.utils.clip_grad_norm_`, from the logged norms.
+    """Clip factors as of :func:`torch.nn.utils.clip_grad_norm_`, from the logged norms.
 
     A step between two logged ones is given the factor of the next logged one.
 
@@ -215,7 +216,7 @@ def clipping(history: Sequence[Mapping[str, object]], last: int, max_grad_norm: 
     if not max_grad_norm:
         return Clipping([1.0] * last, None)
     norms = {step: norm for step, norm in logged(history, "grad_norm").items() if math.isfinite(norm)}
-    at = {step - 1: min(1.0, max_grad_norm / (norm + 1e-6)) for step, norm in norms.items()}
+    at = {step - 1: clip_factor(norm, max_grad_norm) for step, norm in norms.items()}
     factors, following = [1.0] * last, 1.0
     for update in reversed(range(last)):
         following = factors[update] = at.get(update, following)

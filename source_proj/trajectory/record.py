@@ -34,6 +34,7 @@ __all__ = [
     "RecordedCheckpoint",
     "Update",
     "check_hash",
+    "clip_factor",
     "describe_state",
     "moments_name",
     "resume_name",
@@ -175,6 +176,15 @@ class Record:
                 f"{str(path)!r} was not written by a Recorder of this version ({type(error).__name__}: {error}): "
                 "give an empty directory"
             ) from error
+
+
+def clip_factor(norm: float, most: float) -> float:
+    """What :func:`torch.nn.utils.clip_grad_norm_` multiplies a gradient of a norm by, to bring it to the most allowed.
+
+    >>> clip_factor(0.5, 1.0), clip_factor(4.0 - 1e-6, 1.0)
+    (1.0, 0.25)
+    """
+    return min(1.0, most / (norm + 1e-6))
 
 
 def weights_name(step: int) -> str:

@@ -20,6 +20,7 @@ from source_proj.trajectory.record import (
     RecordedCheckpoint,
     Update,
     check_hash,
+    clip_factor,
     describe_state,
     moments_name,
     resume_name,
@@ -277,7 +278,7 @@ class Recorder:
                 step = self.steps - len(norms) + index + 1
                 raise ValueError(f"the gradient's norm at step {step} is NaN, and so is every weight after that step")
         return [
-            (rate, min(1.0, self._max_norm / (norm + 1e-6)) if rate else 1.0)
+            (rate, clip_factor(norm, self._max_norm) if rate else 1.0)
             for (rate, _), norm in zip(self._pending, norms, strict=True)
         ]
 
