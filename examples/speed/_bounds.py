@@ -7,7 +7,7 @@ from statistics import median
 
 import torch
 
-__all__ = ["Machine", "Way", "interleaved"]
+__all__ = ["Machine", "Way", "interleaved", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,20 @@ class Machine:
         return {name: work / times[name] for name, work in self.work.items()}
 
 
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Time of one call, until the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
 def interleaved(ways: list[Way], repetitions: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each way, called in turn after one call that warms up."""
-
-    def seconds(way: Way) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        way.run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) * way.scale
-
     for way in ways:
         way.run()
-    rounds = [[seconds(way) for way in ways] for _ in range(repetitions)]
+    rounds = [[seconds(way.run, device) * way.scale for way in ways] for _ in range(repetitions)]
     return {way.backend: median(times) for way, times in zip(ways, zip(*rounds, strict=True), strict=True)}

@@ -22,13 +22,11 @@ torch allocated, the model and the batch included. With ``--autocast`` both pass
 import argparse
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +36,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import source_proj as sp
 from source_proj.bank.data import to_device
 from source_proj.gradients import ParameterSpace, gradient_engine
+
+from _bounds import Way, interleaved, seconds  # isort: skip
 
 DIM = 4096
 CPU = torch.device("cpu")
@@ -183,22 +183,10 @@ SUBJECTS = {
 }
 
 
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def interleaved(repetitions: int, device: torch.device, *functions: Callable[[], object]) -> list[float]:
+def medians(repetitions: int, device: torch.device, *functions: Callable[[], object]) -> list[float]:
     """Median seconds of each function, called in turn after one call to warm up."""
-    for function in functions:
-        function()
-    times = [[seconds(function, device) for function in functions] for _ in range(repetitions)]
-    return [median(column) for column in zip(*times, strict=True)]
+    ways = [Way(str(index), function) for index, function in enumerate(functions)]
+    return list(interleaved(ways, repetitions, device).values())
 
 
 def resident(field: str) -> int:
@@ -295,10 +283,10 @@ def vmap_seconds(passes: Passes, size: int) -> float:
     dense = gradient_engine(passes.model, space, sp.Sketch(space.size, "identity"), method="general")
     device = passes.device
     batch = to_device(passes.subject.batch(VMAP_EXAMPLES), device)
-    (gradients,) = interleaved(3, device, lambda: dense.sketch(passes.subject.task.output, batch))
+    (gradients,) = medians(3, device, lambda: dense.sketch(passes.subject.task.output, batch))
     rademacher, rows = sp.Sketch(DIM, "rademacher"), torch.randn(size, min(PROJECTED, space.size), device=device)
     out = torch.zeros(size, DIM, device=device)
-    (projection,) = interleaved(3, device, lambda: rademacher.add_(out, rows))
+    (projection,) = medians(3, device, lambda: rademacher.add_(out, rows))
     return gradients * size / VMAP_EXAMPLES + projection * space.size / rows.shape[1]
 
 
@@ -308,7 +296,7 @@ def measure(name: str, size: int, a: argparse.Namespace, rate: float, bandwidth:
     engine, d = passes.engine, passes.space.size
     with FlopCounterMode(display=False) as counter:
         passes.plain()
-    plain, sketch = interleaved(a.repetitions, a.device, *passes.both())
+    plain, sketch = medians(a.repetitions, a.device, *passes.both())
     slow = vmap_seconds(passes, size)
     bound = counter.get_total_flops() / rate + 4 * size * d / bandwidth
     if a.device.type == "cuda":
