@@ -3,9 +3,8 @@
 from importlib.metadata import version
 
 from source_proj import evaluate
-from source_proj.bank import Bank, StageBank, build, open
-from source_proj.errors import BankError, GradientError, MismatchError, SourceProjError
-from source_proj.methods import (
+from source_proj._errors import BankError, GradientError, MismatchError, SourceProjError
+from source_proj.attribution.methods import (
     GradCos,
     GradDot,
     Hydra,
@@ -15,10 +14,11 @@ from source_proj.methods import (
     Trak,
     empirical_influence,
 )
-from source_proj.queries import QueryFeatures
-from source_proj.scores import Hits, PredictedChange, Scores
+from source_proj.attribution.queries import QueryFeatures
+from source_proj.attribution.scores import Hits, PredictedChange, Scores
+from source_proj.attribution.source import Segment, SegmentScores, Source
+from source_proj.bank import Bank, StageBank, build, open
 from source_proj.sketch import Sketch
-from source_proj.source import Segment, SegmentScores, Source
 from source_proj.task import CausalLM, Classification, Regression, Task, TokenQueries
 from source_proj.trajectory import SGD, Adam, Checkpoint, ParameterGroup, Recorder, RMSprop, Stage, Trajectory
 

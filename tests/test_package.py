@@ -34,22 +34,17 @@ METHODS = {
 # From below to above: a room may use what stands before it, never what stands after it. Rooms on one line don't use
 # each other.
 LEVELS = [
-    ["kernels", "errors", "scores", "sketch_checks"],
-    ["trajectory"],
+    ["kernels", "_errors", "_io"],
     ["task"],
+    ["trajectory"],
     ["sketch"],
     ["gradients"],
     ["bank"],
-    ["queries"],
-    ["operands"],
-    ["curvature"],
-    ["cache"],
-    ["attributor", "carried"],
-    ["unrolled"],
-    ["source", "methods"],
+    ["attribution"],
     ["evaluate"],
+    ["integrations"],
     ["report"],
-    ["demo", "integrations"],
+    ["demo"],
     ["cli"],
 ]
 RANK = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import source_proj as sp
+from source_proj.attribution.curvature import forgetting, response
 from source_proj.bank import batches, dataset_size
-from source_proj.curvature import forgetting, response
 from source_proj.gradients.batches import batch_size as size_of
 from source_proj.trajectory import segment_times
 
@@ -178,7 +178,7 @@ def ekfac_source(
         score(q, z) = -Σ_l (1/N) ∇m(q)ᵀ S_L ··· S_{l+1} c_l(H_l) ḡ_l(z)    over the segments l of the first stage
 
     A segment's covariances are averaged over its checkpoints, then decomposed; Λ is averaged over them in the common
-    eigenbasis; and so are gradients. c and S are functions of Λ, see :mod:`source_proj.curvature`.
+    eigenbasis; and so are gradients. c and S are functions of Λ, see :mod:`source_proj.attribution.curvature`.
 
     Args:
         model: the architecture, all of whose parameters are those of linear layers.

@@ -11,9 +11,9 @@ import numpy as np
 from _problem import Problem
 
 import source_proj as sp
-from source_proj.curvature import default_curvature
+from source_proj.attribution.curvature import default_curvature
+from source_proj.attribution.queries import sketch_queries
 from source_proj.evaluate import Candidate, GroundTruth
-from source_proj.queries import sketch_queries
 
 __all__ = ["DEFAULT", "Run", "candidates", "features_of"]
 

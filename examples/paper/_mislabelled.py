@@ -8,8 +8,8 @@ from _methods import Run
 from _problem import Problem
 
 import source_proj as sp
+from source_proj.attribution.operands import loss_gradients
 from source_proj.evaluate import Mislabel, mislabel, plot_inspection
-from source_proj.operands import loss_gradients
 
 __all__ = ["find_mislabelled"]
 

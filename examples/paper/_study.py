@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import source_proj as sp
-from source_proj.cache import cached_spectrum
-from source_proj.curvature import Curvature, Spectrum, default_curvature, forgetting, noise_floor, response
-from source_proj.operands import loss_gradients, mean_gradients
-from source_proj.queries import QueryFeatures
+from source_proj.attribution.curvature import Curvature, Spectrum, default_curvature, forgetting, noise_floor, response
+from source_proj.attribution.fits import cached_spectrum
+from source_proj.attribution.operands import loss_gradients, mean_gradients
+from source_proj.attribution.queries import QueryFeatures
 from source_proj.trajectory import segment_decays, segment_times, split_segments
 
 __all__ = ["Recipe", "Response", "cross_scores", "drift", "fit_scores", "floor_of", "plain"]
@@ -70,7 +70,7 @@ class Segment:
 
 def floor_of(bank: sp.Bank, spectrum: Spectrum) -> float:
     """The noise floor ρ = tr(Ĥ)/k."""
-    return noise_floor(spectrum.trace, bank.sketch.dim, noise_free=bank.sketch.noise_free)
+    return noise_floor(spectrum.trace, bank.sketch.dim, is_exact=bank.sketch.is_exact)
 
 
 def fit_scores(bank: sp.Bank, features: QueryFeatures, recipe: Recipe, rows: int) -> np.ndarray:

@@ -79,7 +79,7 @@ def mark_best(table: pd.DataFrame) -> pd.Series:
     return marks
 
 
-# Pieces of tables ----------------------------------------------------------------------------------------------------
+# Pieces of tables ---------------------------------------------------------------------------------------------
 
 
 def ranking(table: pd.DataFrame) -> list[str]:

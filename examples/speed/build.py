@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import source_proj as sp
-from source_proj.bank.data import to_device
+from source_proj.bank.build.data import to_device
 from source_proj.gradients import ParameterSpace, gradient_engine
 
 from _bounds import Way, interleaved, seconds  # isort: skip

@@ -1,11 +1,11 @@
 """The bank: a zarr v3 store of sketched training gradients, and its resumable build."""
 
-from source_proj.bank.build import build
-from source_proj.bank.data import batches, dataset_size, placed
-from source_proj.bank.metrics import Metrics
-from source_proj.bank.rows import EncodedBlock, RowBlock, StageBank
-from source_proj.bank.store import Bank
-from source_proj.bank.store import open_bank as open
+from source_proj.bank.build.build import build
+from source_proj.bank.build.data import batches, dataset_size, on_device
+from source_proj.bank.read.bank import Bank
+from source_proj.bank.read.bank import open_bank as open
+from source_proj.bank.read.metrics import Metrics
+from source_proj.bank.read.stage_bank import EncodedBlock, RowBlock, StageBank
 from source_proj.bank.verify import VerifyReport, verify
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "batches",
     "build",
     "dataset_size",
+    "on_device",
     "open",
-    "placed",
     "verify",
 ]

@@ -86,8 +86,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from source_proj._errors import BankError
 from source_proj.bank.quantize import STORAGES
-from source_proj.errors import BankError
 
 __all__ = ["FORMAT", "VERSION", "Settings", "canonical", "sha256"]
 

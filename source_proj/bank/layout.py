@@ -13,9 +13,9 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
+from source_proj._errors import BankError
 from source_proj.bank.format import Settings
 from source_proj.bank.quantize import has_scale
-from source_proj.errors import BankError
 
 __all__ = [
     "ArraySpec",

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import zarr
 
-from source_proj.bank.files import walk
+from source_proj._errors import BankError
+from source_proj._io.files import walk
 from source_proj.bank.format import Settings
-from source_proj.bank.metrics import Metrics
-from source_proj.bank.part import Part, content_digest
-from source_proj.bank.root import check_seal, find_parts, read_root
-from source_proj.bank.weights import Weights, weights_entries
-from source_proj.errors import BankError
+from source_proj.bank.read.metrics import Metrics
+from source_proj.bank.read.part import Part, content_digest
+from source_proj.bank.read.root import check_seal, find_parts, read_root
+from source_proj.bank.read.weights import Weights, weights_entries
 
 __all__ = ["VerifyReport", "verify"]
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from source_proj.cli import ask, bank, demonstration, look, output
+from source_proj.cli import bank, demo, inspect, output, score
 
 __all__ = ["app", "main"]
 
@@ -35,13 +35,13 @@ def _root(
     output.debug.set(debug)
 
 
-app.command("demo")(demonstration.demo)
+app.command("demo")(demo.demo)
 app.command("build")(bank.build)
 app.command("finalize")(bank.finalize)
-app.command("score")(ask.score)
-app.command("top-k")(ask.top_k)
-app.command("inspect")(look.inspect)
-app.command("verify")(look.verify)
+app.command("score")(score.score)
+app.command("top-k")(score.top_k)
+app.command("inspect")(inspect.inspect)
+app.command("verify")(inspect.verify)
 
 
 def main() -> None:

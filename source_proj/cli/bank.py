@@ -7,13 +7,13 @@ from typing import Annotated
 import typer
 
 import source_proj.bank as banks
-from source_proj.cli.names import (
+from source_proj.cli.options import BankPath, BatchSize, Device, Json, Model, Progress
+from source_proj.cli.output import emit, reports_errors, say
+from source_proj.cli.parsing import (
     make_sketch,
     make_trajectory,
     parse_shard,
 )
-from source_proj.cli.options import BankPath, BatchSize, Device, Json, Model, Progress
-from source_proj.cli.output import emit, reports_errors, say
 from source_proj.cli.text import TextOptions
 
 __all__ = ["build", "finalize"]

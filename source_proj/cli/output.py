@@ -10,7 +10,7 @@ from typing import Any, ParamSpec
 import numpy as np
 import typer
 
-from source_proj.errors import SourceProjError
+from source_proj._errors import SourceProjError
 
 __all__ = ["debug", "emit", "reports_errors", "say", "table"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from source_proj.bank import open as open_bank
-from source_proj.cli.names import load_model, load_object, make_task, needed
+from source_proj.cli.parsing import load_model, load_object, make_task, needed
 from source_proj.integrations import TextData, TextSettings, load_pretrained, task_for
 from source_proj.integrations.trainer_folders import trainer_folders
 from source_proj.task import CausalLM, Task, TokenQueries

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
+from source_proj.attribution.scores import Scores
+from source_proj.attribution.source import SegmentScores, Source
 from source_proj.bank import build
 from source_proj.demo.check import Removal, retrain_without
 from source_proj.demo.digits import (
@@ -25,9 +27,7 @@ from source_proj.demo.digits import (
 )
 from source_proj.demo.show import Answer, answer_text, check_text, demo_page
 from source_proj.report import write_report
-from source_proj.scores import Scores
 from source_proj.sketch import Sketch
-from source_proj.source import SegmentScores, Source
 from source_proj.task import Classification
 from source_proj.trajectory import Recorder, Trajectory
 

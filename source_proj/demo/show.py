@@ -9,11 +9,11 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Subset
 
+from source_proj.attribution.scores import Scores
+from source_proj.attribution.source import Segment, SegmentScores
 from source_proj.demo.check import Removal, verdict
 from source_proj.demo.digits import BATCH_SIZE, EPOCHS, LR, MOMENTUM, WEIGHT_DECAY, Digits, checkpoint_steps
 from source_proj.report import Check, Page, make_page
-from source_proj.scores import Scores
-from source_proj.source import Segment, SegmentScores
 
 __all__ = ["Answer", "answer_text", "check_text", "demo_page", "rendering"]
 

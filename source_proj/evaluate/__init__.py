@@ -1,7 +1,7 @@
 """Judge attribution scores against retraining: LDS, leave-one-out, calibration, mislabelled examples, removal."""
 
 from source_proj.evaluate.calibration import Calibration, calibration
-from source_proj.evaluate.comparison import Candidate, Comparison, Contestant, compare_methods
+from source_proj.evaluate.comparison import Candidate, Comparison, MethodResult, compare_methods
 from source_proj.evaluate.figures import plot_calibration, plot_inspection, plot_lds, plot_removal
 from source_proj.evaluate.ground_truth import GroundTruth
 from source_proj.evaluate.left_out import LeaveOneOut, leave_one_out
@@ -23,10 +23,10 @@ __all__ = [
     "Calibration",
     "Candidate",
     "Comparison",
-    "Contestant",
     "Difference",
     "GroundTruth",
     "LeaveOneOut",
+    "MethodResult",
     "Mislabel",
     "RemovalDifference",
     "StackedState",

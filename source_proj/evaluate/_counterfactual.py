@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 from source_proj.evaluate._ranks import Floats
 from source_proj.evaluate.ground_truth import GroundTruth
 

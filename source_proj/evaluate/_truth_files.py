@@ -11,7 +11,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
-from source_proj.errors import MismatchError, SourceProjError
+from source_proj._errors import MismatchError, SourceProjError
 
 __all__ = [
     "FORMAT",

@@ -16,7 +16,7 @@ from source_proj.evaluate.linear_datamodeling import LDS, Difference, compare, l
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Candidate", "Comparison", "Contestant", "compare_methods"]
+__all__ = ["Candidate", "Comparison", "MethodResult", "compare_methods"]
 
 Matrix = NDArray[Any]
 
@@ -41,7 +41,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class MethodResult:
     """What came out for one method.
 
     Attributes:
@@ -71,9 +71,9 @@ class Contestant:
 class Comparison:
     """The outcome, in the order in which the methods were given; differences are to the first."""
 
-    contestants: tuple[Contestant, ...]
+    contestants: tuple[MethodResult, ...]
 
-    def __getitem__(self, method: str) -> Contestant:
+    def __getitem__(self, method: str) -> MethodResult:
         """Return the contestant of a name."""
         for one in self.contestants:
             if one.method == method:
@@ -133,7 +133,7 @@ def compare_methods(
     by_method: dict[str, list[Candidate]] = {}
     for one in candidates:
         by_method.setdefault(one.method, []).append(one)
-    found: list[Contestant] = []
+    found: list[MethodResult] = []
     with tqdm(total=len(candidates), desc="score", unit="setting", delay=2, disable=not progress) as bar:
         for own in by_method.values():
             found.append(_judge(own, np.asarray(masks), np.asarray(outcomes), found[0] if found else None, bar))
@@ -141,8 +141,8 @@ def compare_methods(
 
 
 def _judge(
-    own: Sequence[Candidate], masks: Matrix, outcomes: Matrix, first: Contestant | None, bar: tqdm[Any]
-) -> Contestant:
+    own: Sequence[Candidate], masks: Matrix, outcomes: Matrix, first: MethodResult | None, bar: tqdm[Any]
+) -> MethodResult:
     runs: dict[str, list[Matrix]] = {}
     quality: dict[str, Matrix] = {}
     for candidate in own:
@@ -159,7 +159,7 @@ def _judge(
     scores = _mix(*(combined[setting] for setting in chosen))
     multiple = lds(scores, masks, outcomes) if len(singles) > 1 else None
     together_first = first.multiple if first is not None else multiple
-    return Contestant(
+    return MethodResult(
         method=own[0].method,
         setting=" / ".join(dict.fromkeys(chosen)),
         single=single,
@@ -191,7 +191,7 @@ def _together(own: Sequence[Candidate], setting: str, runs: Sequence[Matrix]) ->
     return np.asarray(candidate.ensemble(), dtype=np.float32)
 
 
-def _row(one: Contestant, runs: str, result: LDS, behind: Difference) -> dict[str, Any]:
+def _row(one: MethodResult, runs: str, result: LDS, behind: Difference) -> dict[str, Any]:
     nothing = (float("nan"), float("nan"))
     return {
         "method": one.method,

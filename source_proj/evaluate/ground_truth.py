@@ -9,8 +9,8 @@ import zarr
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
-from source_proj.bank.files import publish
-from source_proj.errors import MismatchError, SourceProjError
+from source_proj._errors import MismatchError, SourceProjError
+from source_proj._io.files import publish
 from source_proj.evaluate._truth_files import (
     FORMAT,
     VERSION,

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 from source_proj.evaluate._counterfactual import (
     Retrainings,
     bootstrap_weights,

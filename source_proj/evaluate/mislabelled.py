@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 from source_proj.evaluate._ranks import Floats, midranks
 
 __all__ = ["Mislabel", "mislabel"]

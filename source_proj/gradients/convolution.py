@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from source_proj.gradients.pieces import Pieces
+from source_proj.gradients.sink import GradientSink
 
 __all__ = ["apply", "as_multiplied"]
 
@@ -34,7 +34,7 @@ _GROUPS_BYTES = (
 )  # input, output and weight gradients of one grouped convolution: beyond, they leave the caches
 
 
-def apply(module: _ConvNd, names: Mapping[str, str], x: Tensor, g: Tensor, pieces: Pieces) -> None:
+def apply(module: _ConvNd, names: Mapping[str, str], x: Tensor, g: Tensor, pieces: GradientSink) -> None:
     """∂/∂W[o, c, k] = Σ_l g[o, l] x[c, l·stride + k·dilation] and ∂/∂b[o] = Σ_l g[o, l]; x (B, C, …), g (B, O, …)."""
     if "bias" in names:
         pieces.add(names["bias"], g.flatten(2).sum(2, dtype=torch.float32))
@@ -51,14 +51,14 @@ def as_multiplied(x: Tensor, g: Tensor) -> Tensor:
     return x.to(g.dtype) if g.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _windows_are_cheaper(module: _ConvNd, g: Tensor, pieces: Pieces) -> bool:
+def _windows_are_cheaper(module: _ConvNd, g: Tensor, pieces: GradientSink) -> bool:
     if module.groups > 1:
         return False
     few = prod(module.kernel_size) == 1 or prod(g.shape[2:]) <= _FEW_POSITIONS
     return pieces.fuses_windows or few or g.device.type != "cpu"  # elsewhere grouped convolutions are slow
 
 
-def _by_windows(module: _ConvNd, name: str, x: Tensor, g: Tensor, pieces: Pieces) -> None:
+def _by_windows(module: _ConvNd, name: str, x: Tensor, g: Tensor, pieces: GradientSink) -> None:
     x = _padded(module, x)
     sizes = x.shape[2:]
     taps = _offsets(module.kernel_size, module.dilation, sizes)
@@ -76,7 +76,7 @@ def _offsets(counts: Sequence[int], steps: Sequence[int], sizes: Sequence[int]) 
     return reduce(lambda sofar, d: (sofar.unsqueeze(1) * sizes[d] + along[d]).flatten(), range(len(sizes)), offset)
 
 
-def _by_groups(module: _ConvNd, name: str, x: Tensor, g: Tensor, pieces: Pieces) -> None:
+def _by_groups(module: _ConvNd, name: str, x: Tensor, g: Tensor, pieces: GradientSink) -> None:
     amounts = _padding(module)
     if module.padding_mode != "zeros" or amounts[::2] != amounts[1::2]:
         x, amounts = _padded(module, x), [0] * len(amounts)

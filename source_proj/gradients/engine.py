@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from source_proj.errors import GradientError, MismatchError
+from source_proj._errors import GradientError, MismatchError
 from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
 from source_proj.gradients.general import Autocast, Function, GeneralPath, gradients_of_one
 from source_proj.gradients.hooks import HookPath, Unsuited, uncovered
-from source_proj.gradients.pieces import Pieces, PiecesByParameter, ScaledPieces
+from source_proj.gradients.sink import GradientSink, ScaledSink, SinkByParameter
 from source_proj.gradients.space import ParameterSpace
 from source_proj.sketch import Sketch
 
@@ -166,10 +166,10 @@ class GradientEngine:
                         out.zero_()
             return self._general.add_to(pieces, function, batch, self._autocast()), outs
 
-    def _pieces(self, outs: list[Tensor], scales: Sequence[Tensor | None]) -> Pieces:
+    def _pieces(self, outs: list[Tensor], scales: Sequence[Tensor | None]) -> GradientSink:
         if len(outs) == 1 and scales[0] is None:
-            return Pieces(outs[0], self._sketch, self._space)
-        return ScaledPieces(outs, self._sketch, self._space, [None if s is None else s.to(outs[0]) for s in scales])
+            return GradientSink(outs[0], self._sketch, self._space)
+        return ScaledSink(outs, self._sketch, self._space, [None if s is None else s.to(outs[0]) for s in scales])
 
     def _try_hooks(self) -> None:
         missing = uncovered(self._model, self._space)
@@ -190,7 +190,7 @@ class GradientEngine:
         size = batch_size(batch)
         one, other = take(batch, [0]), take(batch, [min(1, size - 1)])
         two = take(batch, [0, min(1, size - 1)])
-        got, expected = (PiecesByParameter(2, _PROOF, self._space, self._device()) for _ in range(2))
+        got, expected = (SinkByParameter(2, _PROOF, self._space, self._device()) for _ in range(2))
         values = []
         for b, example in enumerate((one, other)):
             value, gradients = gradients_of_one(self._model, self._space, function, example, nullcontext)

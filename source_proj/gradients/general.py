@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from source_proj.gradients.batches import Batch, batch_size, per_example_tensors, take
-from source_proj.gradients.pieces import Pieces
+from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
 
 __all__ = ["Autocast", "Function", "GeneralPath", "checked_values", "gradients_of_one"]
@@ -55,7 +55,7 @@ class GeneralPath:
         self._chunk = max(1, _CHUNK_BYTES // (4 * space.size))
         self._loops = False
 
-    def add_to(self, pieces: Pieces, function: Function, batch: Batch, autocast: Autocast) -> Tensor:
+    def add_to(self, pieces: GradientSink, function: Function, batch: Batch, autocast: Autocast) -> Tensor:
         """Hand every parameter's piece of ∇function to `pieces`; returns the values (B,)."""
         size = batch_size(batch)
         values: list[Tensor] = []

@@ -23,11 +23,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from source_proj.errors import GradientError
+from source_proj._errors import GradientError
 from source_proj.gradients.batches import Batch, batch_size
 from source_proj.gradients.general import Autocast, Function, checked_values
-from source_proj.gradients.pieces import Pieces
 from source_proj.gradients.rules import Rule, rule_for
+from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
 
 __all__ = ["HookPath", "Unsuited", "uncovered"]
@@ -110,7 +110,7 @@ class HookPath:
         self._names = {module: name for name, module in model.named_modules() if module in self._covered}
         self._shared: set[nn.Module] = set()
 
-    def add_to(self, pieces: Pieces, function: Function, batch: Batch, autocast: Autocast) -> Tensor:
+    def add_to(self, pieces: GradientSink, function: Function, batch: Batch, autocast: Autocast) -> Tensor:
         """Hand every layer's piece of ∇function to `pieces`; returns the values (B,).
 
         Raises:
@@ -182,7 +182,7 @@ class HookPath:
         *,
         size: int,
         anchor: Tensor,
-        pieces: Pieces,
+        pieces: GradientSink,
     ) -> Tensor | None:
         if not torch.is_grad_enabled():  # the model itself wants no gradient here
             return None
@@ -201,9 +201,9 @@ class HookPath:
         apply = cast(Callable[..., Tensor], _Tap.apply)  # some versions of torch leave it untyped
         return apply(output, anchor, x.detach(), listener, name)
 
-    def _on_gradient(self, module: nn.Module, size: int, pieces: Pieces, x: Tensor, g: Tensor) -> None:
+    def _on_gradient(self, module: nn.Module, size: int, pieces: GradientSink, x: Tensor, g: Tensor) -> None:
         rule, names = self._covered[module]
-        if not pieces.takes_halves:
+        if not pieces.accepts_half:
             x, g = (x.float() if x.is_floating_point() else x), g.float()
         rule.add(module, names, x, g, pieces, size)
 

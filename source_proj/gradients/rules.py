@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from source_proj.gradients import convolution
 from source_proj.gradients.convolution import as_multiplied
-from source_proj.gradients.pieces import Pieces
+from source_proj.gradients.sink import GradientSink
 
 __all__ = ["Rule", "rule_for"]
 
@@ -20,7 +20,7 @@ __all__ = ["Rule", "rule_for"]
 _NORMALISED_BYTES = 8 * 2**20
 
 Names = Mapping[str, str]  # attributed local parameter name ("weight") → full name ("blocks.0.mlp.weight")
-Apply = Callable[[Any, Names, Tensor, Tensor, Pieces], None]
+Apply = Callable[[Any, Names, Tensor, Tensor, GradientSink], None]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Rule:
     apply: Apply
     positional: bool
 
-    def add(self, module: nn.Module, names: Names, x: Tensor, g: Tensor, pieces: Pieces, size: int) -> None:
+    def add(self, module: nn.Module, names: Names, x: Tensor, g: Tensor, pieces: GradientSink, size: int) -> None:
         """The layer's pieces for a batch of `size` examples; x and g may hold r rows per example, (size · r, …)."""
         if g.shape[0] == size:
             self.apply(module, names, x, g, pieces)
@@ -55,7 +55,7 @@ def _positions(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
 
 
-def _linear(_module: nn.Linear, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
+def _linear(_module: nn.Linear, names: Names, x: Tensor, g: Tensor, pieces: GradientSink) -> None:
     """∂/∂W = Σ_t g_t ⊗ x_t, ∂/∂b = Σ_t g_t."""
     g = _positions(g)
     if "weight" in names:
@@ -64,7 +64,7 @@ def _linear(_module: nn.Linear, names: Names, x: Tensor, g: Tensor, pieces: Piec
         pieces.add(names["bias"], g.sum(1, dtype=torch.float32))
 
 
-def _transposed_linear(_module: nn.Module, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
+def _transposed_linear(_module: nn.Module, names: Names, x: Tensor, g: Tensor, pieces: GradientSink) -> None:
     """The `Conv1D` of transformers: y = x W + b with W (in, out), so ∂/∂W = Σ_t x_t ⊗ g_t."""
     g = _positions(g)
     if "weight" in names:
@@ -73,7 +73,7 @@ def _transposed_linear(_module: nn.Module, names: Names, x: Tensor, g: Tensor, p
         pieces.add(names["bias"], g.sum(1, dtype=torch.float32))
 
 
-def _embedding(module: nn.Embedding, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
+def _embedding(module: nn.Embedding, names: Names, x: Tensor, g: Tensor, pieces: GradientSink) -> None:
     """Row x_t receives g_t; the padding row receives nothing."""
     if "weight" in names:
         index = x.reshape(x.shape[0], -1)
@@ -84,7 +84,7 @@ def _embedding(module: nn.Embedding, names: Names, x: Tensor, g: Tensor, pieces:
 
 
 def _affine(
-    names: Names, normalise: Callable[[Tensor], Tensor], x: Tensor, g: Tensor, pieces: Pieces, keep: int
+    names: Names, normalise: Callable[[Tensor], Tensor], x: Tensor, g: Tensor, pieces: GradientSink, keep: int
 ) -> None:
     """Where y = weight · x̂ + bias: ∂/∂weight = Σ g x̂, ∂/∂bias = Σ g, over all but the parameters' own dims.
 
@@ -103,27 +103,29 @@ def _affine(
         pieces.add(names["bias"], summed(g))
 
 
-def _layer_norm(module: nn.LayerNorm, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
+def _layer_norm(module: nn.LayerNorm, names: Names, x: Tensor, g: Tensor, pieces: GradientSink) -> None:
     shape = list(module.normalized_shape)
     _affine(names, lambda x: F.layer_norm(x, shape, eps=module.eps), x, g, pieces, len(shape))
 
 
-def _rms_norm(module: nn.RMSNorm, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
+def _rms_norm(module: nn.RMSNorm, names: Names, x: Tensor, g: Tensor, pieces: GradientSink) -> None:
     shape = list(module.normalized_shape)
     _affine(names, lambda x: F.rms_norm(x, shape, eps=module.eps), x, g, pieces, len(shape))
 
 
-def _named_rms_norm(module: nn.Module, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
+def _named_rms_norm(module: nn.Module, names: Names, x: Tensor, g: Tensor, pieces: GradientSink) -> None:
     """Those of transformers; where y = (1 + weight) · x̂ the gradient is the same."""
     shape, eps = list(cast(Tensor, module.weight).shape), _epsilon(module)
     _affine(names, lambda x: F.rms_norm(x, shape, eps=eps), x, g, pieces, 1)
 
 
-def _group_norm(module: nn.GroupNorm, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
+def _group_norm(module: nn.GroupNorm, names: Names, x: Tensor, g: Tensor, pieces: GradientSink) -> None:
     _affine(names, lambda x: F.group_norm(x, module.num_groups, eps=module.eps), x, g, pieces, 0)
 
 
-def _batch_norm(module: nn.modules.batchnorm._BatchNorm, names: Names, x: Tensor, g: Tensor, pieces: Pieces) -> None:
+def _batch_norm(
+    module: nn.modules.batchnorm._BatchNorm, names: Names, x: Tensor, g: Tensor, pieces: GradientSink
+) -> None:
     """In evaluation mode x̂ = (x − running mean)/√(running variance + ε): no example sees another."""
     mean, variance = (cast(Tensor, statistic).float() for statistic in (module.running_mean, module.running_var))
     _affine(names, lambda x: F.batch_norm(x, mean, variance, eps=module.eps), x, g, pieces, 0)

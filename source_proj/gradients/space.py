@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 
 __all__ = ["ParameterSpace"]
 

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 from source_proj.integrations.optimizers import described_optimizer
 from source_proj.integrations.trainer_folders import read_tensors
 from source_proj.integrations.trainer_rates import clipping
 from source_proj.trajectory import Checkpoint, MetricKind, Segments, Stage
-from source_proj.trajectory.record import resume_name, weights_name, write_tensors
+from source_proj.trajectory.recording.run_files import resume_name, weights_name, write_tensors
 
 __all__ = ["CallbackLog", "callback_stage", "is_callback_dir"]
 

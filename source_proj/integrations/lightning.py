@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 from source_proj.integrations.optimizers import described_optimizer
 from source_proj.trajectory import Checkpoint, MetricKind, Optimizer, Segments, Stage
 

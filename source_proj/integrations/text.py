@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 from source_proj.task import CausalLM, Classification, Task
 
 __all__ = ["TextData", "TextSettings", "load_pretrained", "task_for"]

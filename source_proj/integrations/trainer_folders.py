@@ -13,7 +13,7 @@ from zipfile import is_zipfile
 
 import torch
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 
 __all__ = ["TrainerFolder", "logged", "read_tensors", "trainer_folders"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 from source_proj.integrations.trainer_folders import read_tensors
 
 __all__ = ["NamedState", "grouped_names", "model_of", "optimizer_names"]

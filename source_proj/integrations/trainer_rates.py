@@ -11,10 +11,10 @@ from typing import TypeAlias
 
 import numpy as np
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 from source_proj.integrations.schedules import NAMES, Fit, agreeing, learning_rates, same_integral
 from source_proj.integrations.trainer_folders import TrainerFolder, logged
-from source_proj.trajectory.record import clip_factor
+from source_proj.trajectory.recording.run_files import clip_factor
 
 __all__ = ["Clipping", "GivenSchedule", "clipping", "trainer_rates"]
 

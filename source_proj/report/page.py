@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from source_proj.attribution.scores import Hits, Scores
+from source_proj.attribution.source import SegmentScores
 from source_proj.report.content import Attribution, Check, Example, MethodLists, Page, QuerySection, signed
 from source_proj.report.images import image_uri
-from source_proj.scores import Hits, Scores
-from source_proj.source import SegmentScores
 
 __all__ = ["make_page", "render", "write_report"]
 

@@ -2,12 +2,12 @@
 
 from source_proj.trajectory.adaptive import Adam, ParameterGroup, RMSprop
 from source_proj.trajectory.checkpoint import Checkpoint
-from source_proj.trajectory.course import Trajectory
 from source_proj.trajectory.optimizer import SGD, Optimizer, optimizer_from_spec
-from source_proj.trajectory.recorder import Recorder, Stateful
+from source_proj.trajectory.recording.recorder import Recorder, Stateful
 from source_proj.trajectory.second_moments import Moments, moments
 from source_proj.trajectory.segments import Segments, segment_decays, segment_times, split_segments
 from source_proj.trajectory.stages import MetricKind, Schedule, Stage
+from source_proj.trajectory.trajectory import Trajectory
 
 __all__ = [
     "SGD",

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 
 __all__ = ["Adam", "ParameterGroup", "RMSprop", "checked_options"]
 

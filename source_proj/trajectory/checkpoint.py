@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 from source_proj.trajectory.state_files import checked_path, hash_file, read_state, state_files
 
 __all__ = ["Checkpoint"]

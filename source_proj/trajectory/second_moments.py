@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 from source_proj.trajectory.adaptive import Adam, RMSprop, matched_groups
 from source_proj.trajectory.checkpoint import Checkpoint
 

@@ -13,7 +13,7 @@ import torch
 
 from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.optimizer import SGD, Optimizer
-from source_proj.trajectory.record import Record
+from source_proj.trajectory.recording.run_files import Record
 from source_proj.trajectory.segments import Segments, split_segments
 
 __all__ = ["MetricKind", "Schedule", "Stage"]

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from source_proj.curvature import (
+from source_proj.attribution.curvature import (
     Spectrum,
     check_damping,
     damping_value,
-    forgetting,
+    decay_operator,
     noise_floor,
     response,
     ridge_inverse,
@@ -69,7 +69,7 @@ def test_matrix_functions_equal_dense_ones(curvature, route, n):
     hessian = stage.hessian(curvature)
     torch.testing.assert_close(found.apply(lambda x: x), hessian, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
-        found.apply(forgetting(2.0, 0.1)),
+        found.apply(decay_operator(2.0, 0.1)),
         torch.matrix_exp(-2.0 * (hessian + 0.1 * torch.eye(12, dtype=torch.float64))),
         rtol=1e-5,
         atol=1e-6,
@@ -121,11 +121,11 @@ def test_response_at_zero_is_the_time():
 
 
 def test_noise_floor():
-    assert noise_floor(8.0, 4, noise_free=False) == 2.0
-    assert noise_floor(8.0, 4, noise_free=True) == 0.0
-    assert damping_value("noise", 8.0, 4, noise_free=False) == 2.0
-    assert damping_value(None, 8.0, 4, noise_free=False) == 0.0
-    assert damping_value(0.5, 8.0, 4, noise_free=False) == 0.5
+    assert noise_floor(8.0, 4, is_exact=False) == 2.0
+    assert noise_floor(8.0, 4, is_exact=True) == 0.0
+    assert damping_value("noise", 8.0, 4, is_exact=False) == 2.0
+    assert damping_value(None, 8.0, 4, is_exact=False) == 0.0
+    assert damping_value(0.5, 8.0, 4, is_exact=False) == 0.5
 
 
 def test_ridge_inverse_without_ridge_is_the_pseudo_inverse():

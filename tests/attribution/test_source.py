@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 import source_proj as sp
-from source_proj.cache import FitCache
+from source_proj.attribution.fits import FitCache
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_query_gradients_are_means_over_the_last_stages_checkpoints(staged):
 def test_query_gradients_are_means_by_default_unless_the_sketch_is_exact(tmp_path, sketch, default, method):
     problem = classification(n=60)
     bank = problem.build(tmp_path / "bank", sketch) if sketch is not None else problem.build(tmp_path / "bank")
-    assert bank.sketch.noise_free == (default == "final")
+    assert bank.sketch.is_exact == (default == "final")
     options = {"model": problem.model, "progress": False}
     scores = {
         kind: np.asarray(method(bank, query_gradient=kind, **options).score(problem.queries))
@@ -333,8 +333,8 @@ def test_permuting_rows_permutes_scores(blobs, tmp_path):
 @pytest.mark.parametrize("height", [1, 7, 1000])
 def test_streaming_equals_sorting_all(blobs, monkeypatch, verb, height):
     problem, bank = blobs
-    monkeypatch.setattr("source_proj.attributor._MIN_ROWS", height)
-    monkeypatch.setattr("source_proj.attributor._BLOCK_SCORES", 1)
+    monkeypatch.setattr("source_proj.attribution.attributor._MIN_ROWS", height)
+    monkeypatch.setattr("source_proj.attribution.attributor._BLOCK_SCORES", 1)
     method = source(problem, bank)
     features = method.sketch(problem.queries)
     streamed, sorted_ = getattr(method, verb)(features, 5), getattr(method.score(features), verb)(5)

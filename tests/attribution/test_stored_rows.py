@@ -6,8 +6,8 @@ import torch
 from problems import classification, two_stages
 
 import source_proj as sp
+from source_proj.attribution.fits import FitCache
 from source_proj.bank.quantize import decode
-from source_proj.cache import FitCache
 
 STORAGES = ("float32", "float16", "int8")
 DIRECT = {
@@ -78,8 +78,8 @@ def test_stored_rows_score_as_their_float32_copies(banks, name, storage, monkeyp
 def test_the_strongest_are_those_of_all_scores(staged, name, queries, monkeypatch):
     """Examples of a stage that a method does not attribute to score 0, and are found where 0 is among the best."""
     problem, bank = staged
-    monkeypatch.setattr("source_proj.attributor._BLOCK_SCORES", 1)
-    monkeypatch.setattr("source_proj.attributor._MIN_ROWS", 7)
+    monkeypatch.setattr("source_proj.attribution.attributor._BLOCK_SCORES", 1)
+    monkeypatch.setattr("source_proj.attribution.attributor._MIN_ROWS", 7)
     method, options = METHODS[name]
     one = method(bank, model=problem.model, progress=False, **options)
     features = one.sketch(torch.utils.data.Subset(problem.queries, range(queries)))

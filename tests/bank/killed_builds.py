@@ -18,7 +18,7 @@ from bank_runs import Run, make_run
 
 import source_proj.gradients  # noqa: F401 (imported before the fork)
 from source_proj import bank as banks
-from source_proj.errors import BankError
+from source_proj._errors import BankError
 
 LONGEST = 0.7  # of the time of a whole build, before a kill
 

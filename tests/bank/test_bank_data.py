@@ -14,9 +14,9 @@ from torch.utils.data import (
     default_collate,
 )
 
+from source_proj._errors import MismatchError
 from source_proj.bank import batches, dataset_size
-from source_proj.bank.data import BatchSource, batch_hash, checked_ids, to_device
-from source_proj.errors import MismatchError
+from source_proj.bank.build.data import BatchSource, batch_hash, checked_ids, to_device
 
 X, Y = torch.arange(14.0).reshape(7, 2), torch.arange(7)
 

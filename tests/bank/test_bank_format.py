@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from source_proj import bank as banks
-from source_proj.errors import BankError
+from source_proj._errors import BankError
 
 PART = "stage_0/part_0"
 DATA = f"{PART}/checkpoint_1"

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from source_proj import bank as banks
-from source_proj.bank.uniform import Uniforms
-from source_proj.errors import BankError, GradientError, MismatchError
+from source_proj._errors import BankError, GradientError, MismatchError
+from source_proj.bank.build.uniform import Uniforms
 from source_proj.gradients import ParameterSpace, gradient_engine
 from source_proj.sketch import Sketch
 from source_proj.task import Classification, Regression, Task

@@ -13,7 +13,7 @@ import zarr
 from bank_runs import BATCH, N, assert_same, content, make_adam_run, make_data, make_run, rows
 
 from source_proj import bank as banks
-from source_proj.errors import BankError, MismatchError
+from source_proj._errors import BankError, MismatchError
 from source_proj.sketch import Sketch
 
 D = 6 * 10 + 10 + 10 * 3 + 3
@@ -97,7 +97,7 @@ sys.path[:0] = [{here!r}, {root!r}]
 import torch
 torch.set_num_threads(1)
 from bank_runs import make_adam_run
-from source_proj.bank.part import Part
+from source_proj.bank.read.part import Part
 commit, count = Part.commit, []
 def killing(self, *arguments):
     if len(count) == {shards}:

@@ -12,8 +12,8 @@ from bank_runs import BATCH, SHARD, SKETCH, N, assert_same, content, make_data, 
 from torch.utils.data import TensorDataset
 
 from source_proj import bank as banks
-from source_proj.bank.part import Part
-from source_proj.errors import BankError, GradientError, MismatchError
+from source_proj._errors import BankError, GradientError, MismatchError
+from source_proj.bank.read.part import Part
 from source_proj.sketch import Sketch
 from source_proj.task import Classification, Regression
 from source_proj.trajectory import SGD, Checkpoint, Trajectory
@@ -214,7 +214,7 @@ sys.path[:0] = [{here!r}, {root!r}]
 import torch
 torch.set_num_threads(1)
 from bank_runs import make_run
-from source_proj.errors import BankError
+from source_proj._errors import BankError
 from source_proj.sketch import Sketch
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
 try:

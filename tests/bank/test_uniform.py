@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from source_proj.bank.uniform import Uniforms
+from source_proj.bank.build.uniform import Uniforms
 from source_proj.kernels.philox import philox4x32
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 from source_proj.evaluate import Candidate, calibration, compare, compare_methods, half_subsets, lds, mean_lds
 
 

@@ -15,7 +15,7 @@ import zarr
 from retrainings import COUNT, QUERIES, RETRAININGS, N, open_truth, train
 
 import source_proj.evaluate
-from source_proj.errors import MismatchError, SourceProjError
+from source_proj._errors import MismatchError, SourceProjError
 from source_proj.evaluate import GroundTruth, half_subsets
 
 PROGRAM = Path(__file__).with_name("retrainings.py")

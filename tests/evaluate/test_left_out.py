@@ -3,9 +3,9 @@ import pytest
 import scipy.stats
 import torch
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
+from source_proj.attribution.scores import Scores
 from source_proj.evaluate import GroundTruth, calibration, compare, lds, leave_one_out
-from source_proj.scores import Scores
 
 N, LEFT_OUT = 30, np.array([3, 0, 17, 9, 25, 11, 12, 28])
 

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 import torch
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 from source_proj.evaluate import GroundTruth, calibration, compare, half_subsets, lds, mean_lds, noise_ceiling
 
 

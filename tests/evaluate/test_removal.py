@@ -7,7 +7,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from source_proj.errors import MismatchError, SourceProjError
+from source_proj._errors import MismatchError, SourceProjError
 from source_proj.evaluate import compare_removal, random_same_class, subset_removal
 
 rng = np.random.default_rng(0)

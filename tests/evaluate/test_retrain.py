@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 from source_proj.evaluate import half_subsets, retrain, stacked_outputs, train_stacked
 
 torch.manual_seed(0)

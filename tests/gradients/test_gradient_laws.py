@@ -9,7 +9,7 @@ import torch
 from gradient_models import CASES, Case, Decoder, token_likelihood, tokens
 from torch import Tensor, nn
 
-from source_proj.errors import GradientError
+from source_proj._errors import GradientError
 from source_proj.gradients import GradientEngine, ParameterSpace, gradient_engine
 from source_proj.gradients.batches import batch_size, map_tensors, take
 from source_proj.sketch import Sketch

@@ -9,7 +9,7 @@ import torch
 from gradient_models import Decoder, InplaceMlp
 from torch import nn
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 from source_proj.gradients import ParameterSpace
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import source_proj as sp
-from source_proj.errors import GradientError
+from source_proj._errors import GradientError
 from source_proj.gradients import ParameterSpace, gradient_engine
 from source_proj.gradients.batches import map_tensors, take
 from source_proj.sketch import Sketch

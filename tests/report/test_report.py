@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from source_proj.attribution.scores import Scores
+from source_proj.attribution.source import Segment, SegmentScores
 from source_proj.report import (
     Attribution,
     Check,
@@ -20,8 +22,6 @@ from source_proj.report import (
     render,
     write_report,
 )
-from source_proj.scores import Scores
-from source_proj.source import Segment, SegmentScores
 
 pytest.importorskip("jinja2")
 Image = pytest.importorskip("PIL.Image")

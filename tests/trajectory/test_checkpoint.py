@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import nn
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 from source_proj.trajectory import Checkpoint
 
 

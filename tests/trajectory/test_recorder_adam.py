@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 from source_proj.trajectory import Adam, ParameterGroup, Recorder, RMSprop, Trajectory, moments, record
 
 

@@ -7,9 +7,9 @@ import torch
 from recorded_runs import advance, linear, recorded, same, train, two_groups
 from torch import nn
 
-from source_proj.errors import MismatchError
+from source_proj._errors import MismatchError
 from source_proj.trajectory import Recorder, Trajectory, record
-from source_proj.trajectory.record import write_tensors
+from source_proj.trajectory.recording.run_files import write_tensors
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,314 @@
+"""What every attribution method on a bank shares: checks, queries, streamed products, the strongest examples.
+
+Each method's scores are a sum of terms, each the product of a query operand ``(Q, k)`` and a training operand
+``(N, k)``. A method says what its terms are; this base class multiplies them block by block, so that no verb but
+``score`` ever holds Q x N numbers, and averages over an ensemble of banks.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from source_proj._errors import MismatchError
+from source_proj.attribution.operands import Operand
+from source_proj.attribution.queries import QueryFeatures, resolve_task, sketch_queries
+from source_proj.attribution.scores import Hits, Scores, make_hits
+from source_proj.bank import Bank
+from source_proj.kernels.scoring import Strongest, score
+from source_proj.task import Task
+from source_proj.trajectory import Checkpoint
+
+__all__ = ["Attributor", "QueryGradient", "Term", "check_query_gradient", "query_points", "takes_mean"]
+
+_BLOCK_SCORES = 8 << 20
+"""Scores held at once while streaming (32 MiB of float32)."""
+
+_MIN_ROWS = 256
+
+QueryGradient = Literal["mean", "final"]
+Queries = Any
+"""A map-style dataset, a DataLoader, or what ``sketch(queries)`` returned."""
+
+
+class Term(NamedTuple):
+    """One product of the sum: ``query`` ``(Q, k)`` times the training operand, streamed in order of rows."""
+
+    query: Tensor
+    train: Iterator[Operand]
+
+
+class Attributor(ABC):
+    """An attribution method on one bank, or averaged over the banks of several training runs.
+
+    Args:
+        bank: a finalized bank, or a list of banks of runs on the same training set (an ensemble: final scores are
+            averaged over the runs).
+        model: a module of the architecture that was trained; needed for queries given as data. It lends its code:
+            weights come from the bank's checkpoints, and its own come back unchanged.
+        task: the task of the bank; needed for custom tasks only.
+        batch_size: queries a backward pass.
+        device: where products are computed and queries run; default: the CPU, and where the model is.
+        progress: show progress bars for what takes over two seconds.
+
+    Raises:
+        MismatchError: if the banks' training ids differ, or the task is not the banks' own.
+        BankError: if a bank is not finalized.
+    """
+
+    additive = True
+    """Whether scores are changes of the measurement."""
+
+    def __init__(
+        self,
+        bank: Bank | Sequence[Bank],
+        *,
+        model: nn.Module | None = None,
+        task: Task | None = None,
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.banks = tuple(bank) if isinstance(bank, Sequence) else (bank,)
+        if not self.banks:
+            raise ValueError("got an empty list of banks; give at least one")
+        for one in self.banks:
+            one.require_finalized()
+            if one.ids != self.banks[0].ids:
+                raise MismatchError(
+                    f"the banks {self.banks[0].path} and {one.path} hold different training ids; "
+                    "an ensemble averages runs on one training set"
+                )
+            if one.task_spec != self.banks[0].task_spec:
+                raise MismatchError(
+                    f"the banks of an ensemble measure different things: {self.banks[0].task_spec} and {one.task_spec}"
+                )
+        self.model = model
+        if task is not None:
+            resolve_task(self.banks[0], task)
+        self._given_task = task
+        self.batch_size = batch_size
+        self.device = device
+        self.progress = progress
+
+    # The verbs ------------------------------------------------------------------------------------------------
+
+    def score(self, queries: Queries) -> Scores:
+        """Score every training example for every query.
+
+        Args:
+            queries: dataset or DataLoader of queries, or what :meth:`sketch` returned.
+
+        Returns:
+            Scores ``(Q, N)``: the change of the query's measurement that including the example made.
+        """
+        features = self.sketch(queries)
+        values = torch.zeros(len(features[0]), self.n_rows)
+        for start, stop, block in self._blocks(features):
+            values[:, start:stop] = block
+        return self._scores(values.numpy(), features[0].ids)
+
+    def top_k(self, queries: Queries, k: int) -> Hits:
+        """Return the k highest scores of each query, without ever holding Q x N numbers."""
+        return self._strongest(queries, k, highest=True)
+
+    def bottom_k(self, queries: Queries, k: int) -> Hits:
+        """Return the k lowest scores of each query, lowest first, without ever holding Q x N numbers."""
+        return self._strongest(queries, k, highest=False)
+
+    def sketch(self, queries: Queries) -> list[QueryFeatures]:
+        """Compute the queries' features, one entry a bank; every verb takes them in place of the data.
+
+        Raises:
+            ValueError: if data are given but no model was.
+            MismatchError: if given features belong to other banks.
+        """
+        if isinstance(queries, QueryFeatures):
+            queries = [queries]
+        if isinstance(queries, list) and queries and all(isinstance(one, QueryFeatures) for one in queries):
+            return self._checked(queries)
+        if self.model is None:
+            raise ValueError("scoring queries given as data needs the model's code: pass model= when constructing")
+        return [
+            sketch_queries(
+                bank,
+                self.model,
+                self.task,
+                queries,
+                checkpoints=self._query_points(bank),
+                metrics=self._query_metrics(bank),
+                batch_size=self.batch_size,
+                device=self.device,
+                progress=self.progress,
+            )
+            for bank in self.banks
+        ]
+
+    # What a method says ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
+        """Return the terms of a bank's scores."""
+
+    def _query_points(self, bank: Bank) -> list[Checkpoint]:
+        """Return the checkpoints at which queries are differentiated."""
+        return [bank.final_checkpoint()]
+
+    def _query_metrics(self, bank: Bank) -> list[int]:
+        """Return the metrics of the bank that queries are needed in: by default, all of them."""
+        return list(range(len(bank.metrics)))
+
+    def _query(self, bank: Bank, features: QueryFeatures, metric: int = 0) -> Tensor:
+        """Return the sketched query gradients ``(Q, k)``, the mean over the checkpoints where they are taken."""
+        points, digest = self._query_points(bank), bank.metrics.hash(metric)
+        total = features.at(points[0], digest)
+        if len(points) == 1:
+            return total
+        total = total.clone()
+        for point in points[1:]:
+            total += features.at(point, digest)
+        return total.div_(len(points))
+
+    def _combine(self, products: list[Tensor], operands: list[Operand]) -> Tensor:  # noqa: ARG002
+        """Combine all terms' products ``(Q, n)`` of a block: the sum, averaged over the banks.
+
+        Where there is one bank, one term and no weights this must be the product itself: the search for the strongest
+        then takes it without making it.
+        """
+        total = products[0]
+        for product in products[1:]:
+            total += product
+        return total if len(self.banks) == 1 else total.div_(len(self.banks))
+
+    # Facts -----------------------------------------------------------------------------------------------------
+
+    @property
+    def n_rows(self) -> int:
+        """N, the number of training examples of all stages."""
+        return self.banks[0].n_rows
+
+    @property
+    def task(self) -> Task:
+        """The task that was given, or else the bank's own."""
+        return resolve_task(self.banks[0], self._given_task)
+
+    @property
+    def unit(self) -> str:
+        """Unit of the scores: the measurement's own."""
+        return self.task.unit
+
+    # Inside ----------------------------------------------------------------------------------------------------
+
+    def _scores(self, values: np.ndarray, query_ids: Sequence[Any]) -> Scores:
+        return Scores(
+            values,
+            query_ids,
+            self.banks[0].ids,
+            unit=self.unit,
+            higher_is_better=self.task.higher_is_better,
+            stage_sizes=[stage.n for stage in self.banks[0].stages],
+            additive=self.additive,
+        )
+
+    def _checked(self, features: list[QueryFeatures]) -> list[QueryFeatures]:
+        if len(features) != len(self.banks):
+            raise MismatchError(f"got features for {len(features)} banks, and this method averages {len(self.banks)}")
+        for bank, one in zip(self.banks, features, strict=True):
+            if one.sketch != bank.sketch.spec():
+                raise MismatchError(f"features of sketch {one.sketch} do not fit the bank's {bank.sketch.spec()}")
+        return features
+
+    def _blocks(self, features: list[QueryFeatures]) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield ``(start, stop, scores (Q, stop - start))`` over all rows, in order."""
+        terms = self._all_terms(features)
+        for start, stop, active in _aligned([term.train for term in terms], _height(features)):
+            yield start, stop, self._block(terms, active).cpu()
+
+    def _all_terms(self, features: list[QueryFeatures]) -> list[Term]:
+        return [term for bank, one in zip(self.banks, features, strict=True) for term in self._terms(bank, one)]
+
+    def _block(self, terms: list[Term], active: list[tuple[int, Operand]]) -> Tensor:
+        """Scores ``(Q, n)`` of the rows that some terms' operands share."""
+        products = [score(terms[index].query, operand.rows, operand.scale) for index, operand in active]
+        return self._combine(products, [operand for _, operand in active])
+
+    def _strongest(self, queries: Queries, k: int, *, highest: bool) -> Hits:
+        if not 1 <= k <= self.n_rows:
+            raise ValueError(f"k must lie in 1..{self.n_rows} (the number of training examples), got {k}")
+        features = self.sketch(queries)
+        terms, count = self._all_terms(features), len(features[0])
+        device = terms[0].query.device
+        best, done = Strongest(count, k, largest=highest, device=device), 0
+
+        def pass_over(stop: int) -> None:
+            """Rows that no term covers score 0; of equal scores only the first k can be among the strongest."""
+            if stop > done:
+                best.add_scores(torch.zeros(count, min(k, stop - done), device=device), first=done)
+
+        for start, stop, active in _aligned([term.train for term in terms], _height(features)):
+            pass_over(start)
+            index, operand = active[0]
+            if len(self.banks) == len(active) == 1 and operand.weights is None:
+                best.add(terms[index].query, operand.rows, operand.scale, first=start)
+            else:
+                best.add_scores(self._block(terms, active), first=start)
+            done = stop
+        pass_over(self.n_rows)
+        values, where = (one.cpu().numpy() for one in best.result())
+        return make_hits(where, values, self.banks[0].ids, features[0].ids, self.unit)
+
+
+def takes_mean(bank: Bank, query_gradient: QueryGradient | None) -> bool:
+    """Return whether a query's gradient is a mean over checkpoints."""
+    return not bank.sketch.is_exact if query_gradient is None else query_gradient == "mean"
+
+
+def query_points(bank: Bank, query_gradient: QueryGradient | None) -> list[Checkpoint]:
+    """Return where a query is differentiated: by default at all checkpoints of the last stage, unless R is exact."""
+    if not takes_mean(bank, query_gradient):
+        return [bank.final_checkpoint()]
+    stage = len(bank.stages) - 1
+    return [bank.checkpoint(stage, c) for c in range(bank.stages[stage].n_checkpoints)]
+
+
+def check_query_gradient(query_gradient: QueryGradient | None) -> None:
+    """Refuse what is no way to take a query's gradient.
+
+    Raises:
+        ValueError: unless it is ``"mean"``, ``"final"`` or None.
+    """
+    if query_gradient not in (None, *get_args(QueryGradient)):
+        raise ValueError(f"query_gradient must be 'mean', 'final' or None, got {query_gradient!r}")
+
+
+def _height(features: list[QueryFeatures]) -> int:
+    """Rows whose scores are held at once."""
+    return max(_MIN_ROWS, _BLOCK_SCORES // max(1, len(features[0])))
+
+
+def _aligned(streams: Sequence[Iterator[Operand]], height: int) -> Iterator[tuple[int, int, list[tuple[int, Operand]]]]:
+    """Walk several streams of operands together, cut to common rows of at most ``height``.
+
+    Streams may cover different rows (a stage's) and be cut at different places (other shard sizes). Yields
+    ``(start, stop, [(stream, operand cut to these rows), ...])`` with at least one operand.
+    """
+    heads = [next(stream, None) for stream in streams]
+    while any(head is not None for head in heads):
+        start = min(head.start for head in heads if head is not None)
+        stop = start + height
+        for head in heads:
+            if head is not None:
+                stop = min(stop, head.stop if head.start == start else head.start)
+        active = [
+            (index, head.cut(start, stop))
+            for index, head in enumerate(heads)
+            if head is not None and head.start == start
+        ]
+        yield start, stop, active
+        for index, _ in active:
+            head = heads[index]
+            if head is not None:
+                heads[index] = head.cut(stop, head.stop) if stop < head.stop else next(streams[index], None)

@@ -1,0 +1,42 @@
+"""GradCos: cosine of gradients at the final checkpoint."""
+
+from collections.abc import Iterator
+
+import torch
+
+from source_proj.attribution.attributor import Attributor, Term
+from source_proj.attribution.operands import Operand, loss_gradients
+from source_proj.attribution.queries import QueryFeatures
+from source_proj.bank import Bank
+
+__all__ = ["GradCos"]
+
+
+class GradCos(Attributor):
+    """Cosine of gradients (Charpiat et al., "Input Similarity from the Neural Network Perspective", 2019).
+
+        score(q, z) = -cos(∇m(q), g(z))
+
+    at the last banked checkpoint of z's stage; in a bank of preconditioned gradients, the cosine in its metric P. A
+    similarity in [-1, 1]: it ranks examples, but is no change of the
+    measurement, and so is not summed over subsets.
+    """
+
+    additive = False
+
+    @property
+    def unit(self) -> str:
+        """Unit of the scores."""
+        return "cosine"
+
+    def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
+        terms = []
+        for index, stage in enumerate(bank.stages):
+            metric = bank.metrics.hash(stage.metric(stage.n_checkpoints - 1))
+            query = features.at(bank.final_checkpoint(), metric).to(self.device or "cpu")
+            terms.append(Term(-torch.nn.functional.normalize(query), self._rows(bank, index)))
+        return terms
+
+    def _rows(self, bank: Bank, stage: int) -> Iterator[Operand]:
+        for operand in loss_gradients(bank, stage, bank.stages[stage].n_checkpoints - 1, self.device):
+            yield operand._replace(rows=torch.nn.functional.normalize(operand.rows))

@@ -1,0 +1,92 @@
+"""Influence functions in the sketched space."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from source_proj.attribution.attributor import Attributor, QueryGradient, Term, check_query_gradient, query_points
+from source_proj.attribution.curvature import (
+    Curvature,
+    Damping,
+    check_damping,
+    damping_value,
+    default_curvature,
+    ridge_inverse,
+)
+from source_proj.attribution.fits import cached_spectrum
+from source_proj.attribution.operands import encoded_gradients
+from source_proj.attribution.queries import QueryFeatures
+from source_proj.bank import Bank
+from source_proj.task import Task
+from source_proj.trajectory import Checkpoint, segment_decays
+
+__all__ = ["InfluenceFunction"]
+
+
+class InfluenceFunction(Attributor):
+    """Projected influence functions (Koh and Liang, arXiv 1703.04730).
+
+        score(q, z) = -(1/N) ∇m(q)ᵀ (Ĥ + λ + ρ)⁻¹ g(z)
+
+    with the training run's weight decay λ and damping ρ. Only the last stage is attributed to: an influence function
+    sees one optimum, so examples of earlier stages get 0. In a bank of preconditioned gradients, Ĥ, g and ∇m are in the
+    metric P of the last checkpoint, so that what is inverted is H + (λ + ρ) P⁻¹.
+
+    Args:
+        bank: a finalized bank, or a list of banks (scores are averaged).
+        model: see :class:`~source_proj.attribution.attributor.Attributor`.
+        task: likewise.
+        average: take gradients and Hessian as means over all checkpoints of the last stage, as one-segment SOURCE
+            does, instead of at its last checkpoint; of those in the last one's metric, where there are several.
+        curvature: as for :class:`~source_proj.Source`.
+        damping: ``"noise"`` (ρ = tr(Ĥ)/k), a number, or None. Without damping and weight decay, the inverse is taken on
+            the range of Ĥ.
+        query_gradient: as for :class:`~source_proj.Source`; without ``average`` the default is ``"final"``.
+        batch_size: queries a backward pass.
+        device: where products are computed and queries run.
+        cache: keep spectra beside the bank.
+        progress: show progress bars for what takes over two seconds.
+    """
+
+    def __init__(
+        self,
+        bank: Bank | Sequence[Bank],
+        *,
+        model: nn.Module | None = None,
+        task: Task | None = None,
+        average: bool = False,
+        curvature: Curvature | None = None,
+        damping: Damping = "noise",
+        query_gradient: QueryGradient | None = None,
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+        cache: bool = True,
+        progress: bool = True,
+    ) -> None:
+        super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
+        check_damping(damping)
+        check_query_gradient(query_gradient)
+        self.query_gradient: QueryGradient | None = query_gradient if average else query_gradient or "final"
+        self.average = average
+        self.curvature: Curvature = curvature or default_curvature(self.banks[0].task_spec)
+        self.damping: Damping = damping
+        self.cache = cache
+
+    def _query_points(self, bank: Bank) -> list[Checkpoint]:
+        return query_points(bank, self.query_gradient)
+
+    def _query_metrics(self, bank: Bank) -> list[int]:
+        return [bank.stages[-1].metric(-1)]
+
+    def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
+        last, stage = len(bank.stages) - 1, bank.stages[-1]
+        metric = stage.metric(-1)
+        checkpoints = [stage.n_checkpoints - 1]
+        if self.average:
+            checkpoints = [c for c in range(stage.n_checkpoints) if stage.metric(c) == metric]
+        found = cached_spectrum(bank, last, checkpoints, self.curvature, device=self.device, cache=self.cache)
+        ridge = damping_value(self.damping, found.trace, bank.sketch.dim, is_exact=bank.sketch.is_exact)
+        ridge += segment_decays(stage.spec, stage.n_checkpoints)[-1]
+        query = found.multiply(self._query(bank, features, metric), ridge_inverse(ridge, found))
+        return [Term(query.float() * (-1 / stage.n), encoded_gradients(bank, last, checkpoints, self.device))]

@@ -1,0 +1,36 @@
+"""TracIn: inner products of gradients, summed over checkpoints."""
+
+from source_proj.attribution.attributor import Attributor, Term
+from source_proj.attribution.operands import encoded_gradients
+from source_proj.attribution.queries import QueryFeatures
+from source_proj.bank import Bank
+from source_proj.trajectory import Checkpoint, segment_times
+
+__all__ = ["TracIn"]
+
+
+class TracIn(Attributor):
+    """TracInCP (Pruthi et al., "Estimating Training Data Influence by Tracing Gradient Descent", arXiv 2002.08484).
+
+        score(q, z) = -(1/N) Σ_c s_c ∇m_c(q)ᵀ g_c(z)
+
+    with s_c the learning rate integrated from the checkpoint before c to c (momentum included), so that a score is a
+    change of the measurement. Queries are differentiated at every checkpoint: C backward passes. In a bank of
+    preconditioned gradients each product is ∇mᵀ P_c g, the optimizer's own step, with the metric of the checkpoint.
+
+    Example:
+        ``sp.TracIn(bank, model=model).score(queries)``
+    """
+
+    def _query_points(self, bank: Bank) -> list[Checkpoint]:
+        return [bank.checkpoint(s, c) for s, stage in enumerate(bank.stages) for c in range(stage.n_checkpoints)]
+
+    def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
+        terms = []
+        for index, stage in enumerate(bank.stages):
+            times = segment_times(stage.spec, [[c] for c in range(stage.n_checkpoints)])
+            for checkpoint, time in enumerate(times):
+                metric = bank.metrics.hash(stage.metric(checkpoint))
+                query = features.at(bank.checkpoint(index, checkpoint), metric).to(self.device or "cpu")
+                terms.append(Term(query * (-time / stage.n), encoded_gradients(bank, index, [checkpoint], self.device)))
+        return terms

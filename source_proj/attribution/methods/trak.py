@@ -1,0 +1,90 @@
+"""TRAK: a linear model in the sketched tangent features of the final checkpoint."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from source_proj.attribution.attributor import Attributor, Term
+from source_proj.attribution.curvature import ridge_inverse
+from source_proj.attribution.fits import cached_spectrum
+from source_proj.attribution.operands import Operand, stage_start
+from source_proj.attribution.queries import QueryFeatures
+from source_proj.bank import Bank
+from source_proj.task import Task
+
+__all__ = ["Trak"]
+
+
+class Trak(Attributor):
+    """TRAK (Park et al., "TRAK: Attributing Model Behavior at Scale", arXiv 2303.14186, eq. 13 to 17).
+
+        score(q, ·) = φ(q)ᵀ (ΦᵀΦ + rN)⁻¹ Φᵀ · Q,     Q_z = -ℓ'_z  (1 - p of the correct class)
+
+    with Φ the sketched gradients of the model output at the last checkpoint. Over a list of banks it ensembles as TRAK
+    does: the kernel terms and the weights Q are averaged over the runs separately, then multiplied. Each bank should
+    have its own sketch seed. Only the last stage is attributed to; examples of earlier stages get 0.
+    In a bank of preconditioned gradients φ = R P^½ ∇o, with P at the last checkpoint.
+
+    Args:
+        bank: a finalized bank, or a list of banks.
+        model: see :class:`~source_proj.attribution.attributor.Attributor`.
+        task: likewise.
+        ridge: r, added to the eigenvalues of ΦᵀΦ/N.
+        batch_size: queries a backward pass.
+        device: where products are computed and queries run.
+        cache: keep spectra beside the bank.
+        progress: show progress bars for what takes over two seconds.
+    """
+
+    def __init__(
+        self,
+        bank: Bank | Sequence[Bank],
+        *,
+        model: nn.Module | None = None,
+        task: Task | None = None,
+        ridge: float = 0.0,
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+        cache: bool = True,
+        progress: bool = True,
+    ) -> None:
+        super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
+        if not ridge >= 0:
+            raise ValueError(f"ridge must be a number >= 0, got {ridge!r}")
+        self.ridge = ridge
+        self.cache = cache
+
+    def _query_metrics(self, bank: Bank) -> list[int]:
+        return [bank.stages[-1].metric(-1)]
+
+    def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
+        last, stage = len(bank.stages) - 1, bank.stages[-1]
+        found = cached_spectrum(
+            bank, last, [stage.n_checkpoints - 1], "features", device=self.device, cache=self.cache
+        )  # fmt: skip
+        metric = bank.metrics.hash(stage.metric(-1))
+        query = found.multiply(features.at(bank.final_checkpoint(), metric), ridge_inverse(self.ridge, found))
+        return [Term(query.float() / stage.n, self._rows(bank, last))]
+
+    def _rows(self, bank: Bank, stage: int) -> Iterator[Operand]:
+        """Rows φ as they are banked. Of one run, the weight and a row's scale are one factor."""
+        start, target = stage_start(bank, stage), self.device or "cpu"
+        for block in bank.stages[stage].iter_encoded(bank.stages[stage].n_checkpoints - 1):
+            scale: Tensor | None = block.scale
+            weights: Tensor | None = -block.d1
+            if len(self.banks) == 1:
+                scale, weights = -block.d1 if scale is None else -block.d1 * scale, None
+            yield Operand(
+                start + block.start,
+                start + block.stop,
+                block.rows.to(target),
+                None if scale is None else scale.to(target),
+                None if weights is None else weights.to(target),
+            )
+
+    def _combine(self, products: list[Tensor], operands: list[Operand]) -> Tensor:
+        """Average the kernels and the weights over the runs separately, as TRAK's eq. 17 does."""
+        kernel = super()._combine(products, operands)
+        weights = [operand.weights for operand in operands if operand.weights is not None]
+        return kernel.mul_(torch.stack(weights).mean(0)) if weights else kernel

@@ -1,0 +1,133 @@
+"""Queries: the gradients of their measurements, sketched like the bank's rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from source_proj._errors import GradientError, MismatchError
+from source_proj.bank import Bank, batches, dataset_size, on_device
+from source_proj.gradients import ParameterSpace, gradient_engine, nonfinite_examples
+from source_proj.task import Task, TokenQueries
+from source_proj.trajectory import Checkpoint
+
+__all__ = ["QueryFeatures", "point_key", "resolve_task", "sketch_queries"]
+
+
+@dataclass(frozen=True)
+class QueryFeatures:
+    """Sketched measurement gradients of Q queries: compute them once, ask many methods.
+
+    Attributes:
+        rows: by :func:`point_key`, R∇m(q) at these weights (R P^½ ∇m(q) in a metric P), each ``(Q, k)`` float32.
+        ids: Q query ids.
+        sketch: the sketch's description; a bank's must equal it.
+    """
+
+    rows: dict[str, Tensor]
+    ids: list[Any]
+    sketch: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def at(self, checkpoint: Checkpoint, metric: str | None = None) -> Tensor:
+        """Return the rows ``(Q, k)`` taken at a checkpoint, in the metric of a hash.
+
+        Raises:
+            MismatchError: if these features were not computed at that checkpoint, or not in that metric.
+        """
+        rows = self.rows.get(point_key(checkpoint, metric))
+        if rows is None:
+            known = [" in metric ".join(part[:12] for part in key.split(":")) for key in self.rows]
+            wanted = " in metric ".join(part[:12] for part in point_key(checkpoint, metric).split(":"))
+            raise MismatchError(
+                f"these query features were taken at weights {known}, and are needed at "
+                f"{wanted} (step {checkpoint.step}); compute them with the method's own sketch(queries)"
+            )
+        return rows
+
+
+def point_key(checkpoint: Checkpoint, metric: str | None) -> str:
+    """Name of a point where queries are differentiated: the weights' hash, and the metric's where there is one."""
+    return checkpoint.hash() if metric is None else f"{checkpoint.hash()}:{metric}"
+
+
+def resolve_task(bank: Bank, task: Task | None) -> Task:
+    """Return the task given, after comparison with the bank's, or the bank's own if it is a built-in one.
+
+    Raises:
+        MismatchError: if the task given is not the one that the bank was built with.
+    """
+    if task is None:
+        return Task.from_spec(bank.task_spec)
+    if task.spec() != bank.task_spec:
+        raise MismatchError(
+            f"the bank {bank.path} was built with task {bank.task_spec}, got {task.spec()}; "
+            "leave task= out, or build another bank"
+        )
+    return task
+
+
+def sketch_queries(
+    bank: Bank,
+    model: nn.Module,
+    task: Task,
+    queries: Any,
+    *,
+    checkpoints: Sequence[Checkpoint] | None = None,
+    metrics: Sequence[int] | None = None,
+    ids: Sequence[Any] | None = None,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> QueryFeatures:
+    """Sketch the gradient of every query's measurement at checkpoints of the bank (default: the final weights).
+
+    The model lends only its code: its own weights, buffers and mode come back unchanged.
+
+    Args:
+        bank: the bank whose sketch, parameters and checkpoints are used.
+        model: a module of the architecture that the bank was built with.
+        task: gives the measurement.
+        queries: map-style dataset or DataLoader; its order defines the ids unless ``ids`` are given.
+        checkpoints: where to take the gradients: one backward pass over the queries each.
+        metrics: which of the bank's metrics to take them in, all from one pass; default: all of them.
+        ids: ids of the queries; default 0, 1, 2, …, or "sequence/position" of :class:`TokenQueries`.
+        batch_size: queries a pass; a DataLoader brings its own.
+        device: where the model runs; default: where its parameters are.
+        progress: show a progress bar after two seconds.
+
+    Raises:
+        MismatchError: if the model's parameters are not the bank's, or a checkpoint changed since the build.
+        GradientError: if a query's gradient is not finite; names the query ids.
+    """
+    space = ParameterSpace.from_spec(bank.space_spec)
+    points = list(checkpoints) if checkpoints is not None else [bank.final_checkpoint()]
+    count = dataset_size(queries)
+    if ids is None and isinstance(queries, TokenQueries):
+        ids = queries.ids
+    query_ids = list(ids) if ids is not None else list(range(count))
+    if len(query_ids) != count:
+        raise MismatchError(f"got {len(query_ids)} query ids for {count} queries; give one id a query")
+    wanted = list(range(len(bank.metrics))) if metrics is None else list(metrics)
+    features: dict[str, Tensor] = {}
+    for point in points:
+        with on_device(model, device) as where, point.applied_to(model):
+            engine = gradient_engine(model, space, bank.sketch, method=bank.gradients, autocast=bank.autocast)
+            scales = [None if scale is None else scale.to(where) for scale in bank.metrics.scales(wanted)]
+            rows: list[list[Tensor]] = [[] for _ in wanted]
+            for start, batch in batches(queries, batch_size, device=where, progress=progress):
+                _, found = engine.sketch_scaled(task.measurement, batch, scales)
+                bad = sorted({i for row in found for i in nonfinite_examples(row)})
+                if bad:
+                    raise GradientError(
+                        f"the measurement's gradient is not finite for queries {[query_ids[start + i] for i in bad]} "
+                        f"at step {point.step}; look at their inputs, or at the weights of that checkpoint"
+                    )
+                for kept, row in zip(rows, found, strict=True):
+                    kept.append(row.cpu())
+        features |= {point_key(point, bank.metrics.hash(m)): torch.cat(r) for m, r in zip(wanted, rows, strict=True)}
+    return QueryFeatures(features, query_ids, bank.sketch.spec())

@@ -1,0 +1,368 @@
+"""SOURCE in the sketched space: fit once, then a query costs its own backward pass and one matrix product.
+
+For a query q and a training example z of a stage with N examples, with the segments l = 1 … L in order of training,
+
+    τ(q, z) = Σ_l ∇m(q)ᵀ S_L ··· S_{l+1} r_l(z),     r_l(z) = (1/N) c_l(Ĥ_l) ḡ_l(z),
+
+is the change of the measurement m(q) when z is removed (eq. 16 to 23 of Bae et al., "Training Data Attribution via
+Approximate Unrolled Differentiation", https://arxiv.org/abs/2405.12186). Everything is linear in the query, so the
+whole sum collapses into one matrix: score(q, ·) = -τ(q, ·) = B q̂ with
+
+    B = -Σ_l (1/N) Ḡ_l c_l(Ĥ_l) S_{l+1} ··· S_L        (N x k).
+
+Where the optimizer divided its gradients by their size (Adam), all this can happen in the metric of its preconditioner
+(``metric=`` of the trajectory; by default a number stands for P, which makes Adam a kind of SGD):
+g̃ = P_l^½ g for g, H̃_l = P_l^½ H_l P_l^½ for H_l, and a query is sketched in each segment's metric, û^(m) = R P_m^½ ∇m.
+A segment l takes the query's sketch in its own metric to exp(-s (Ĥ_l + λ)) û^(l), and that in an earlier one's to
+
+    exp(-s λ) (û^(m) + C_{l→m} h(Ĥ_l) û^(l)),
+    h(σ) = (exp(-s σ) - 1)/σ,    C_{l→m} = (1/N) Σ_i (R P_m^½ a_i)(R P_l^½ a_i)ᵀ,
+
+so that B has a block of k columns for each metric, and q̂ is [û^(1), û^(2), …].
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from source_proj.attribution.attributor import (
+    Attributor,
+    Queries,
+    QueryGradient,
+    Term,
+    check_query_gradient,
+    query_points,
+    takes_mean,
+)
+from source_proj.attribution.curvature import (
+    Curvature,
+    Damping,
+    check_damping,
+    cross_operator,
+    decay_operator,
+    default_curvature,
+    response,
+)
+from source_proj.attribution.operands import mean_gradients
+from source_proj.attribution.queries import QueryFeatures, sketch_queries
+from source_proj.attribution.scores import PredictedChange, Scores
+from source_proj.attribution.source.fitted_segments import FittedSegments, Segment, Segments, stage_groups
+from source_proj.bank import Bank
+from source_proj.bank.quantize import STORAGES, Storage, has_scale
+from source_proj.task import CausalLM, Task, TokenQueries
+from source_proj.trajectory import Checkpoint
+
+__all__ = ["Segment", "SegmentScores", "Source"]
+
+
+@dataclass(frozen=True)
+class SegmentScores:
+    """The parts of each score by segment of training: who mattered when.
+
+    Attributes:
+        values: ``(L, Q, N)`` float32; their sum over segments is the score. An example has part only in the segments
+            of its own stage; elsewhere its value is 0.
+        segments: what the L segments are.
+        query_ids: Q ids.
+        train_ids: N ids.
+        unit: unit of the measurement.
+    """
+
+    values: np.ndarray
+    segments: tuple[Segment, ...]
+    query_ids: list[Any]
+    train_ids: list[Any]
+    unit: str
+
+    def total(self) -> np.ndarray:
+        """Sum over the segments: the scores ``(Q, N)``."""
+        total: np.ndarray = self.values.sum(axis=0)
+        return total
+
+
+class Source(Attributor):
+    """SOURCE, segmented stationary unrolling (https://arxiv.org/abs/2405.12186), on a bank of sketched gradients.
+
+    Args:
+        bank: a finalized bank, or a list of banks of several runs: final scores are averaged over the runs.
+        model: a module of the architecture that was trained, for queries given as data.
+        task: the task of the bank; needed for custom tasks only.
+        segments: how checkpoints fall into segments: a number, explicit lists of checkpoint indices, or a mapping
+            from stage names to either; default: as the trajectory had it.
+        curvature: ``"empirical_fisher"``, ``"gauss_newton"`` or ``"sampled_fisher"``; default: Gauss-Newton for
+            :class:`Regression`, empirical Fisher for every other task.
+        damping: added to the eigenvalues inside c: ``"noise"`` takes ρ = tr(Ĥ)/k, the sketch's own noise (0 for an
+            exact sketch); a number is used as it is; None switches damping off.
+        query_gradient: where ∇m(q) is taken. ``"final"``: at the final weights, as the formula has it, one backward
+            pass a query. ``"mean"``: the mean over the checkpoints of the last stage, a backward pass at each. What a
+            single run's final weights say of a query is noisy; the mean is nearer to what retraining does on average,
+            and predicts it far better (README, "Measured"). Default: ``"mean"``, but ``"final"`` for an exact sketch,
+            whose scores are the formula's to the letter.
+        time_scale: factor on the time of every segment. 1 predicts what leaving out a few examples does. Retraining on
+            a share of the examples for as many epochs takes that share of the steps: give the share to predict it
+            (measured in examples/paper/LABORATORY.md; it matters where training has not converged).
+        storage: type of B. ``"float32"`` keeps the scores exact to rounding. ``"int8"`` and ``"float16"`` with one
+            float32 scale a row, as banks are stored, take a quarter and half of the memory, and of the time that few
+            queries take; they move scores by far less than another seed of the sketch does.
+        batch_size: queries a backward pass.
+        device: where products are computed and queries run.
+        cache: keep spectra and B beside the bank (or in the user's cache folder where that is read-only).
+        progress: show progress bars for what takes over two seconds.
+
+    Raises:
+        MismatchError, BankError, ValueError: see :class:`Attributor`; ValueError for segments
+            that are no ordered partition of a stage's checkpoints, or curvature that the bank does not offer.
+
+    Example:
+        Least squares with one weight, at 0 after 10 steps of 0.1: H = 5, s = 1, g = (-2, 0), and ∇m = -2 for the first
+        example's own squared error, so that its score is -(1/2)(-2)(-2) (1 - exp(-5)) / 5.
+
+        >>> import tempfile
+        >>> import source_proj as sp
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> train = torch.utils.data.TensorDataset(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [0.0]]))
+        >>> run = sp.Trajectory([sp.Checkpoint(model.state_dict(), step=10, lr=0.1)])
+        >>> exact = {"sketch": sp.Sketch(1, "identity"), "storage": "float32"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     bank = sp.build(model, sp.Regression("squared"), run, train, f"{folder}/bank", **exact)
+        ...     scores = sp.Source(bank, model=model, curvature="gauss_newton").score(train)
+        >>> abs(scores[0, 0] - -2 * (1 - np.exp(-5)) / 5) < 1e-6
+        np.True_
+        >>> scores
+        Scores(2 queries x 2 training examples; +: including the example raised the squared error)
+    """
+
+    def __init__(
+        self,
+        bank: Bank | Sequence[Bank],
+        *,
+        model: nn.Module | None = None,
+        task: Task | None = None,
+        segments: Segments | None = None,
+        curvature: Curvature | None = None,
+        damping: Damping = "noise",
+        query_gradient: QueryGradient | None = None,
+        time_scale: float = 1.0,
+        storage: Storage = "float32",
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+        cache: bool = True,
+        progress: bool = True,
+    ) -> None:
+        super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
+        check_damping(damping)
+        check_query_gradient(query_gradient)
+        if not 0 < time_scale < math.inf:
+            raise ValueError(f"time_scale must be a number > 0, got {time_scale!r}")
+        if storage not in STORAGES:
+            raise ValueError(f"storage must be one of {STORAGES}, got {storage!r}")
+        self.time_scale = float(time_scale)
+        self.storage: Storage = storage
+        self.query_gradient: QueryGradient | None = query_gradient
+        self.curvature: Curvature = curvature or default_curvature(self.banks[0].task_spec)
+        self.damping: Damping = damping
+        self.cache = cache
+        self._groups = [stage_groups(one, segments) for one in self.banks]
+        self._unrolled: dict[str, FittedSegments] = {}
+
+    def __repr__(self) -> str:
+        rows, dim = self.n_rows, self._of(self.banks[0]).width
+        scaled = " with a float32 scale a row" if has_scale(self.storage) else ""
+        runs = "" if len(self.banks) == 1 else f"; {len(self.banks)} runs"
+        return (
+            f"Source({rows} training examples{runs}; B: {rows} x {dim} {self.storage}{scaled}, {self.nbytes()} bytes)"
+        )
+
+    # Fit -------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> "Source":
+        """Compute what scoring needs, or find it in the cache; scoring does so by itself on first use."""
+        for bank in self.banks:
+            self._of(bank).matrix(self.storage)
+        return self
+
+    def nbytes(self) -> int:
+        """Bytes of B in memory, scales included, of all banks together."""
+        width = getattr(torch, self.storage).itemsize
+        scale = 4 if has_scale(self.storage) else 0
+        return sum(bank.n_rows * (self._of(bank).width * width + scale) for bank in self.banks)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The fitted segments of the (first) bank, in order of training."""
+        unrolled = self._of(self.banks[0])
+        with unrolled.spectra_in_memory():
+            return unrolled.segments
+
+    def _of(self, bank: Bank) -> FittedSegments:
+        """The bank's fitted segments; anew where rows were appended to it."""
+        key = bank.fingerprint
+        if key not in self._unrolled:
+            self._unrolled[key] = FittedSegments(
+                bank,
+                self._groups[self.banks.index(bank)],
+                curvature=self.curvature,
+                damping=self.damping,
+                time_scale=self.time_scale,
+                device=self.device,
+                cache=self.cache,
+            )
+        return self._unrolled[key]
+
+    # Verbs beside score, top_k and bottom_k ----------------------------------------------------------------------
+
+    def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
+        matrix = self._of(bank).matrix(self.storage)
+        each = [self._query(bank, features, metric) for metric in range(len(bank.metrics))]
+        query = each[0] if len(each) == 1 else torch.cat(each, dim=1)
+        return [Term(query.to(matrix.rows.device), iter([matrix]))]
+
+    def _query_points(self, bank: Bank) -> list[Checkpoint]:
+        return query_points(bank, self.query_gradient)
+
+    def by_segment(self, queries: Queries) -> SegmentScores:
+        """Split each score into the parts of the segments, by the recursion itself instead of B.
+
+        The query is carried back through the segments: the part of segment l is
+        ``-(1/N) (c_l S_{l+1} ··· S_L q̂) · ḡ_l(z)``.
+        """
+        features = self.sketch(queries)
+        with ExitStack() as stack:
+            unrolled = [self._of(bank) for bank in self.banks]
+            for one in unrolled:
+                stack.enter_context(one.spectra_in_memory())
+            segments = unrolled[0].segments
+            values = torch.zeros(len(segments), len(features[0]), self.n_rows)
+            for one, its in zip(unrolled, features, strict=True):
+                self._add_parts(values, one, its)
+        return SegmentScores(values.numpy(), segments, features[0].ids, self.banks[0].ids, self.unit)
+
+    def _add_parts(self, values: Tensor, unrolled: FittedSegments, features: QueryFeatures) -> None:
+        """Add a bank's part of each segment to values ``(L, Q, N)``."""
+        own = unrolled.segments
+        if len(own) != len(values):
+            raise ValueError(
+                f"the runs of this ensemble have {len(values)} and {len(own)} segments; pass segments= to make "
+                "them comparable"
+            )
+        queries = {m: self._query(unrolled.bank, features, m) for m in sorted({segment.metric for segment in own})}
+        for index in reversed(range(len(own))):
+            segment = own[index]
+            found = unrolled.spectrum(segment)
+            query = queries[segment.metric]
+            carried = found.multiply(query, response(segment.time, segment.decay, segment.damping)).float()
+            for operand in unrolled.mean_gradients(segment):
+                part = (carried @ operand.rows.T).cpu()
+                values[index, :, operand.start : operand.stop].add_(part, alpha=-1 / (segment.n * len(self.banks)))
+            for metric in sorted({one.metric for one in own[:index]}):
+                if metric == segment.metric:
+                    queries[metric] = found.multiply(query, decay_operator(segment.time, segment.decay))
+                    continue
+                moved = found.multiply(query, cross_operator(segment.time, segment.decay))
+                moved = moved @ unrolled.cross_moment(segment, metric).T
+                queries[metric] = moved.add_(queries[metric].to(moved), alpha=math.exp(-segment.time * segment.decay))
+
+    def by_token(self, queries: Queries, documents: Any, *, stage: int = 0) -> Scores:
+        """Split the scores of some training sequences over their tokens: which words of a document mattered.
+
+        The loss of a sequence under :class:`CausalLM` is a sum (or mean) over its tokens, and scores are linear in its
+        gradient: a token's part is the change that this token's own term of the loss made, and the parts of a sequence
+        sum to its score, but for the rounding of banked rows. As the bank holds whole sequences, this takes a backward
+        pass for every token of the documents at each checkpoint; it is meant for the few that matter.
+
+        Args:
+            queries: as for :meth:`score`.
+            documents: map-style data set of some of the training sequences.
+            stage: index of the stage that they were trained on in.
+
+        Returns:
+            Scores ``(Q, T)`` of the documents' counted tokens, with the ids of :class:`TokenQueries`.
+
+        Raises:
+            TypeError: the task is no language modelling.
+            ValueError: no model was given.
+        """
+        tokens = TokenQueries(documents, cast(CausalLM, self.task))  # which refuses every other task
+        if self.model is None:
+            raise ValueError("tokens are differentiated anew, with the model's code: pass model= when constructing")
+        features = self.sketch(queries)
+        total = torch.zeros(len(features[0]), len(tokens))
+        for unrolled, one in zip([self._of(bank) for bank in self.banks], features, strict=True):
+            with unrolled.spectra_in_memory():
+                bank, segments = unrolled.bank, unrolled.segments
+                operators = unrolled.operators(segments)
+            for segment, by_metric in zip(segments, operators, strict=True):
+                if segment.stage == stage:
+                    carried = torch.stack([self._query(bank, one, m) @ t.T.cpu() for m, t in by_metric.items()]).sum(0)
+                    rows = self._token_rows(bank, segment, tokens)
+                    total.add_(carried @ rows.T, alpha=1 / (segment.n * len(self.banks)))  # as ℓ' is -1
+        if cast(CausalLM, self.task).reduction == "mean":
+            counts = [len(tokens.of(i)) for i, _ in tokens.positions]
+            total /= torch.tensor(counts)
+        return Scores(
+            total.numpy(), features[0].ids, tokens.ids, unit=self.unit, higher_is_better=self.task.higher_is_better
+        )
+
+    def _token_rows(self, bank: Bank, segment: Segment, tokens: TokenQueries) -> Tensor:
+        """Sketched gradients of the tokens' log-likelihoods, the mean over a segment's checkpoints ``(T, k)``."""
+        points = [bank.checkpoint(segment.stage, c) for c in segment.checkpoints]
+        found = sketch_queries(
+            bank,
+            cast(nn.Module, self.model),
+            self.task,
+            tokens,
+            checkpoints=points,
+            metrics=[segment.metric],
+            batch_size=self.batch_size,
+            device=self.device,
+            progress=self.progress,
+        )
+        digest = bank.metrics.hash(segment.metric)
+        return torch.stack([found.at(point, digest) for point in points]).mean(0)
+
+    def self_influence(self) -> np.ndarray:
+        """Return how much each training example lowered its own training loss, ``(N,)`` float32.
+
+        It is the score of the measurement m = -(own training loss) of the example's own stage, in the loss's own unit;
+        ∇m is taken as ``query_gradient`` says, the final weights being the stage's last checkpoint; of a stage with a
+        metric for each segment, the last segment's checkpoints alone have rows in all of them, and the mean is theirs.
+        Large values mark examples that the model would not fit without having seen them, mislabelled ones among them.
+        Needs neither model nor data.
+        """
+        total = torch.zeros(self.n_rows)
+        for unrolled in [self._of(bank) for bank in self.banks]:
+            with unrolled.spectra_in_memory():
+                self._add_self_influence(total, unrolled)
+        return total.numpy()
+
+    def _add_self_influence(self, total: Tensor, unrolled: FittedSegments) -> None:
+        """Add a bank's self-influence to total ``(N,)``."""
+        bank = unrolled.bank
+        for index, stage in enumerate(bank.stages):
+            own = [segment for segment in unrolled.segments if segment.stage == index]
+            last = stage.n_checkpoints - 1
+            asked = [last]
+            if takes_mean(bank, self.query_gradient):
+                asked = [c for c in range(stage.n_checkpoints) if stage.metric(c) == stage.metric(last)]
+            for segment, operators in zip(own, unrolled.operators(own), strict=True):
+                for metric, operator in operators.items():
+                    blocks = zip(
+                        unrolled.mean_gradients(segment),
+                        mean_gradients(bank, index, asked, self.device, metric),
+                        strict=True,
+                    )
+                    for own_mean, query in blocks:
+                        part = ((own_mean.rows @ operator) * query.rows).sum(1).cpu()
+                        total[own_mean.start : own_mean.stop].add_(part, alpha=1 / (segment.n * len(self.banks)))
+
+    def predict_removal(self, queries: Queries, subset: Any, *, renormalize: bool = False) -> PredictedChange:
+        """Predict how queries' measurements change when a subset is left out: see :meth:`Scores.predict_removal`."""
+        scores: Scores = self.score(queries)
+        return scores.predict_removal(subset, renormalize=renormalize)

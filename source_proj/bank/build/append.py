@@ -1,0 +1,155 @@
+"""Rows that are added to a finished bank, as a part of their own."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from source_proj.bank.build.create import require_same_part
+from source_proj.bank.build.data import BatchSource, checked_ids
+from source_proj._io.files import beside_part, publish
+from source_proj.bank.build.fill import Work, checked_shard, fill
+from source_proj.bank.format import Settings
+from source_proj.bank.layout import PartSpec, default_shard_rows
+from source_proj.bank.read.metrics import Metrics
+from source_proj.bank.read.part import Part, create_part, listed
+from source_proj._errors import BankError, MismatchError
+from source_proj.task import Task
+from source_proj.trajectory import Checkpoint
+
+__all__ = ["append_rows"]
+
+
+def append_rows(
+    path: Path,
+    settings: Settings,
+    model: nn.Module,
+    task: Task,
+    metrics: Metrics,
+    train_set: Any,
+    *,
+    stage: int,
+    parts: Sequence[Part],
+    checkpoint: Callable[[int, int], Checkpoint],
+    ids: Sequence[Any] | None,
+    batch_size: int,
+    device: torch.device | str | None,
+    shard: tuple[int, int] | None,
+    shard_rows: int | None,
+    progress: bool,
+) -> Part:
+    """Create the next part of a stage, or go on with the last one, and fill it; see ``Bank.append``.
+
+    Args:
+        path: the bank's folder.
+        settings: its settings.
+        model: a module of the bank's architecture.
+        task: the bank's task.
+        metrics: its metrics.
+        train_set: the new examples.
+        stage: index of the stage.
+        parts: the stage's parts.
+        checkpoint: gives a checkpoint of (stage, index).
+        ids: ids of the new examples.
+        batch_size: examples a batch.
+        device: where the model runs.
+        shard: a worker's share.
+        shard_rows: rows a shard.
+        progress: show a progress bar.
+
+    Returns:
+        The part, not sealed.
+    """
+    checked_shard(shard)
+    spec = Settings(**{**settings.to_json(), "task": task.spec()}).task
+    if spec != settings.task:
+        raise MismatchError(
+            f"the bank {path} was built with task {settings.task}, got {spec}; append with its own task"
+        )
+    source = BatchSource(train_set, batch_size)
+    part = _begun(parts, source, ids)
+    if part is None:
+        _require_sealed(path, parts)
+        part = _created(path, settings, stage, parts, source, ids, shard_rows)
+    else:
+        wanted = checked_ids(ids, part.spec.start, source.n, part.stage_name)
+        if ids is None and part.spec.id_type == "int64":
+            wanted = np.array(part.ids)
+        height = default_shard_rows(source.n, source.batch_size, settings, shard_rows)
+        require_same_part(part, _spec(part.spec.start, source, wanted, height), wanted)
+    checkpoints = [checkpoint(stage, index) for index in range(part.n_checkpoints)]
+    fill(
+        [Work(stage, part, source, checkpoints)],
+        settings,
+        model,
+        task,
+        metrics,
+        shard=shard,
+        device=device,
+        progress=progress,
+    )
+    return part
+
+
+def _begun(parts: Sequence[Part], source: BatchSource, ids: Sequence[Any] | None) -> Part | None:
+    """The last part, if it is this append, begun or even complete."""
+    last = parts[-1]
+    if len(parts) == 1:
+        return None
+    if last.sealed() is None:
+        return last
+    if ids is None or len(ids) != last.spec.n:
+        return None
+    return last if checked_ids(ids, 0, source.n, last.stage_name).tolist() == last.ids else None
+
+
+def _require_sealed(path: Path, parts: Sequence[Part]) -> None:
+    missing = [text for part in parts for text in part.missing()]
+    if missing or any(part.sealed() is None for part in parts):
+        lacks = f"it lacks {listed(missing)}" if missing else "it is not finalized"
+        raise BankError(f"the bank {path} is unfinished, {lacks}: finish it before rows are appended")
+
+
+def _created(
+    path: Path,
+    settings: Settings,
+    stage: int,
+    parts: Sequence[Part],
+    source: BatchSource,
+    ids: Sequence[Any] | None,
+    shard_rows: int | None,
+) -> Part:
+    start = sum(part.spec.n for part in parts)
+    known = {one for part in parts for one in part.ids}
+    new = checked_ids(ids, _next_id(parts) if ids is None else start, source.n, parts[0].stage_name)
+    twice = [one for one in new.tolist() if one in known]
+    if twice:
+        raise ValueError(f"the ids {twice[:5]} are in stage {parts[0].stage_name!r} already; give new ones")
+    spec = _spec(start, source, new, default_shard_rows(source.n, source.batch_size, settings, shard_rows))
+    place = path / f"stage_{stage}" / f"part_{len(parts)}"
+
+    def write(folder: Path) -> None:
+        create_part(folder, settings, stage, spec, new)
+
+    try:
+        publish(place, write, beside=beside_part(path, place))
+    except OSError as error:
+        raise BankError(f"cannot append to the bank {path}: {error}; make room, then append again") from error
+    part = Part(path, stage, len(parts), settings)
+    require_same_part(part, spec, new)  # another worker may have made it
+    return part
+
+
+def _spec(start: int, source: BatchSource, ids: np.ndarray, height: int) -> PartSpec:
+    return PartSpec(start, source.n, source.batch_size, height, "string" if ids.dtype == object else "int64")
+
+
+def _next_id(parts: Sequence[Part]) -> int:
+    """The first integer after all ids."""
+    known = [one for part in parts for one in part.ids]
+    if any(isinstance(one, str) for one in known):
+        raise ValueError(f"stage {parts[0].stage_name!r} has ids that are strings; give ids for the new examples too")
+    return int(max(known)) + 1

@@ -1,0 +1,172 @@
+"""`build`: from checkpoints and data to a bank."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
+from source_proj.bank.build.data import BatchSource, checked_ids
+from source_proj.bank.build.fill import Work, checked_shard, fill
+from source_proj.bank.format import Settings
+from source_proj.bank.layout import PartSpec, default_shard_rows
+from source_proj.bank.read.metrics import plan_metrics
+from source_proj.bank.quantize import Storage
+from source_proj.bank.read.bank import Bank
+from source_proj._errors import BankError
+from source_proj.gradients import ParameterSpace
+from source_proj.sketch import Sketch
+from source_proj.task import Task
+from source_proj.trajectory import Trajectory
+
+__all__ = ["build"]
+
+
+def build(
+    model: nn.Module,
+    task: Task,
+    trajectory: Trajectory,
+    train_set: Any,
+    path: str | Path,
+    *,
+    sketch: Sketch = Sketch(),  # noqa: B008 (frozen)
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    storage: Storage = "int8",
+    shard: tuple[int, int] | None = None,
+    resume: bool = True,
+    progress: bool = True,
+    ids: Any = None,
+    parameters: Sequence[str] | None = None,
+    sampled_fisher: int = 0,
+    autocast: str | None = None,
+    gradients: str = "auto",
+    shard_rows: int | None = None,
+) -> Bank:
+    """Sketch the training gradients of every checkpoint into a bank: one forward and backward pass over the data each.
+
+    A build that was stopped at any instant goes on from its last whole shard when it is called again with the same
+    arguments, and ends with the same bits on the same device and number of threads. Data that were sketched before are
+    then read once more and compared with their hashes.
+
+    Several processes may build one bank at once: give each ``shard=(i, n)`` and call ``bank.finalize()`` when all are
+    done. A dead worker's shards are done by calling it again, with the same ``shard`` or with none.
+
+    Args:
+        model: a module of the architecture that was trained; it lends its code, its weights come back unchanged.
+        task: what it was trained on, and what is asked of it.
+        trajectory: the training run. Checkpoints given as dicts are copied into the bank.
+        train_set: map-style data set or DataLoader without shuffling; {stage name: data set} for several stages.
+        path: the bank's folder.
+        sketch: the projection of the gradients.
+        batch_size: examples a batch; a DataLoader brings its own.
+        device: where the model runs; default: where it is.
+        storage: "int8" (one scale a row), "float16" or "float32".
+        shard: (i, n) to do the i-th of n workers' share, counted from 0.
+        resume: go on with a bank that is there; False refuses if there is anything.
+        progress: show a progress bar after two seconds.
+        ids: ids of the examples, integers or strings; {stage name: ids} for several stages. Default: 0, 1, 2, …
+        parameters: globs of the parameters to attribute through, "!glob" to leave out; default: all.
+        sampled_fisher: draws of labels from the model's prediction per example, each one backward pass more.
+        autocast: "bfloat16" or "float16" for the forward pass.
+        gradients: "auto", "hooks" or "general"; see :func:`source_proj.gradients.gradient_engine`.
+        shard_rows: rows a shard, a multiple of the batch size; default: as many as make 16 MiB, 4,096 at most.
+
+    Returns:
+        The bank; finalized, unless ``shard`` was given.
+
+    Raises:
+        BankError: something else is at ``path``, or it cannot be written.
+        MismatchError: a bank is there that was begun with other settings or data (names both values); or the model does
+            not fit a checkpoint; or an optimizer's state is missing or does not fit.
+        GradientError: a gradient is not finite (names stage, checkpoint and ids), or cannot be computed.
+        TypeError, ValueError: the data set is iterable, empty or shuffled, or an argument is out of range.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from source_proj.task import Classification
+        >>> from source_proj.trajectory import Checkpoint
+        >>> model = nn.Linear(2, 3)
+        >>> run = Trajectory([Checkpoint(model.state_dict(), step=10, lr=0.1)])
+        >>> data = torch.utils.data.TensorDataset(torch.randn(5, 2), torch.tensor([0, 1, 2, 0, 1]))
+        >>> with TemporaryDirectory() as folder:
+        ...     bank = build(model, Classification(), run, data, f"{folder}/bank", sketch=Sketch(dim=16))
+        ...     [(block.start, block.stop, block.rows.shape) for block in bank.stages[0].iter_rows(0)]
+        [(0, 5, torch.Size([5, 16]))]
+    """
+    path = Path(path)
+    checked_shard(shard)
+    names = [stage.name for stage in trajectory.stages]
+    sources = [BatchSource(data, batch_size) for data in _by_stage(train_set, names, "train_set")]
+    given_ids = _by_stage(ids, names, "ids")
+    stage_ids = [checked_ids(one, 0, s.n, name) for one, s, name in zip(given_ids, sources, names, strict=True)]
+    space = ParameterSpace.from_model(model, parameters)
+    planned = plan_metrics(trajectory, model, space)
+    settings = Settings(
+        sketch=sketch.spec(),
+        parameters=space.spec(),
+        task=task.spec(),
+        trajectory=planned.spec,
+        storage=storage,
+        sampled_fisher=sampled_fisher,
+        second_derivative=_has_second_derivative(task, sources[0]),
+        gradients=gradients,
+        autocast=autocast,
+    )
+    specs = [_part_spec(source, one, settings, shard_rows) for source, one in zip(sources, stage_ids, strict=True)]
+    if not _is_there(path, resume):
+        try:
+            create_bank(path, settings, trajectory, planned.scales, list(zip(specs, stage_ids, strict=True)))
+        except OSError as error:
+            raise BankError(f"cannot create the bank {path}: {error}; make room, or give another path") from error
+    bank = Bank(path)
+    require_same_settings(path, bank.settings, settings)
+    parts = [stage.parts[0] for stage in bank.stages]
+    for part, spec, one in zip(parts, specs, stage_ids, strict=True):
+        require_same_part(part, spec, one)
+    works = [
+        Work(index, part, source, stage.checkpoints)
+        for index, (part, source, stage) in enumerate(zip(parts, sources, trajectory.stages, strict=True))
+    ]
+    fill(works, settings, model, task, bank.metrics, shard=shard, device=device, progress=progress)
+    if shard is None:
+        bank.seal(parts)
+    return bank
+
+
+def _by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
+    """What belongs to each stage: entries of a mapping, or the one thing for the one stage."""
+    if isinstance(given, Mapping) and (len(names) > 1 or set(given) == set(names)):
+        if set(given) != set(names):
+            raise ValueError(f"{what} has entries {list(given)}, and the stages are {list(names)}; give one each")
+        return [given[name] for name in names]
+    if len(names) > 1 and given is not None:
+        raise TypeError(
+            f"the trajectory has the stages {list(names)}: give {what} as {{stage name: ...}}, "
+            f"got {type(given).__name__}"
+        )
+    return [given] * len(names)
+
+
+def _has_second_derivative(task: Task, source: BatchSource) -> bool:
+    """Whether the task gives ℓ'', asked with the first batch and outputs of zero."""
+    _, stop, batch = next(iter(source.load([(0, min(source.n, source.batch_size))])))
+    return task.loss_derivatives(torch.zeros(stop), batch)[1] is not None
+
+
+def _part_spec(source: BatchSource, ids: np.ndarray, settings: Settings, shard_rows: int | None) -> PartSpec:
+    height = default_shard_rows(source.n, source.batch_size, settings, shard_rows)
+    return PartSpec(0, source.n, source.batch_size, height, "string" if ids.dtype == object else "int64")
+
+
+def _is_there(path: Path, resume: bool) -> bool:
+    """Whether something is at a path already."""
+    there = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if there and not resume:
+        raise BankError(
+            f"{path} exists already, and resume=False begins a new bank: remove it, give another path, or resume=True"
+        )
+    return there

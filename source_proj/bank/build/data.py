@@ -1,0 +1,269 @@
+"""Training sets and queries as batches in a fixed order, so that a row's place says which example it is."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    Sampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
+from tqdm import tqdm
+
+from source_proj._errors import MismatchError
+
+__all__ = ["BatchSource", "batch_hash", "batches", "checked_ids", "dataset_size", "on_device", "to_device"]
+
+Batch = Any
+Span = tuple[int, int]
+
+
+class BatchSource:
+    """A data set that is read in its own order, in batches.
+
+    Args:
+        data: a map-style data set (``__getitem__`` and ``__len__``), or a DataLoader of one, whose ``batch_size``,
+            ``collate_fn`` and workers are then used.
+        batch_size: examples a batch, unless a DataLoader says.
+
+    Raises:
+        TypeError: for an iterable data set, or what is no data set.
+        ValueError: for an empty data set, a shuffling sampler, ``drop_last``, or a loader without batches.
+
+    Example:
+        >>> source = BatchSource(["a", "b", "c"], batch_size=2)
+        >>> list(source.load([(0, 3)]))
+        [(0, 2, ['a', 'b']), (2, 3, ['c'])]
+    """
+
+    def __init__(self, data: Any, batch_size: int = 64) -> None:
+        if isinstance(data, DataLoader):
+            _refuse_reordering(data)
+            self._options = _loader_options(data)
+            data, batch_size = data.dataset, data.batch_size
+        else:
+            self._options = {"collate_fn": default_collate}
+        self._data = _checked_dataset(data)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+        self.batch_size = batch_size
+        self.n: int = len(self._data)
+        if self.n == 0:
+            raise ValueError(f"the data set {_name(self._data)} is empty; give at least one example")
+
+    def load(self, spans: Sequence[Span]) -> Iterator[tuple[int, int, Batch]]:
+        """Yield ``(start, stop, batch)`` for the examples of each span; every span begins a batch of its own."""
+        cuts = _Cuts(spans, self.batch_size)
+        if self._is_plain():
+            # What a loader would do by one indexing a row and one stacking a batch, at once.
+            for start, stop in cuts.spans():
+                yield start, stop, [tensor[start:stop].clone() for tensor in self._data.tensors]
+            return
+        # Its own generator: a DataLoader draws a seed for its workers, and would take it from the global one.
+        loader: DataLoader[Any] = DataLoader(
+            self._data, batch_sampler=cuts, generator=torch.Generator().manual_seed(0), **self._options
+        )
+        for (start, stop), batch in zip(cuts.spans(), loader, strict=True):
+            yield start, stop, batch
+
+    def _is_plain(self) -> bool:
+        plain_collate = self._options["collate_fn"] is default_collate
+        return type(self._data) is TensorDataset and plain_collate and not self._options.get("num_workers")
+
+
+class _Cuts(Sampler[list[int]]):
+    """Spans cut into batches."""
+
+    def __init__(self, spans: Sequence[Span], batch_size: int) -> None:
+        self._spans = list(spans)
+        self._size = batch_size
+
+    def spans(self) -> Iterator[Span]:
+        for start, stop in self._spans:
+            for low in range(start, stop, self._size):
+                yield low, min(stop, low + self._size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start, stop in self.spans():
+            yield list(range(start, stop))
+
+    def __len__(self) -> int:
+        return sum(-(-(stop - start) // self._size) for start, stop in self._spans)
+
+
+def batches(
+    data: Any,
+    batch_size: int = 64,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Iterator[tuple[int, Batch]]:
+    """Yield ``(position of the first example, batch)`` over a data set or DataLoader, in its own order.
+
+    Args:
+        data: see :class:`BatchSource`, which also says what is refused.
+        batch_size: examples a batch; a DataLoader brings its own.
+        start: first example.
+        stop: end of the examples; default: all.
+        device: where the tensors go; default: where they are.
+        progress: show a progress bar after two seconds.
+
+    Example:
+        >>> data = TensorDataset(torch.arange(5))
+        >>> [(first, batch[0].tolist()) for first, batch in batches(data, 2)]
+        [(0, [0, 1]), (2, [2, 3]), (4, [4])]
+    """
+    source = BatchSource(data, batch_size)
+    stop = source.n if stop is None else stop
+    if not 0 <= start <= stop <= source.n:
+        raise ValueError(f"start {start} and stop {stop} do not lie in order within the data set's {source.n} examples")
+    with tqdm(total=stop - start, unit="examples", delay=2, disable=not progress) as bar:
+        for low, high, batch in source.load([(start, stop)]):
+            yield low, batch if device is None else to_device(batch, device)
+            bar.update(high - low)
+
+
+def dataset_size(data: Any) -> int:
+    """Number of examples of a data set or DataLoader that :func:`batches` can read; refuses what that refuses."""
+    return BatchSource(data).n
+
+
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    """The batch with every tensor on a device; what is no tensor stays."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch.to(device) if hasattr(batch, "to") else batch
+
+
+def batch_hash(batch: Batch) -> bytes:
+    """SHA-256 over all of a batch: types, shapes and bytes of its tensors, keys and places of its entries.
+
+    Raises:
+        TypeError: an entry is neither tensor, array, string, number, None, nor a list, tuple or mapping of them.
+    """
+    digest = hashlib.sha256()
+    _update(digest, batch)
+    return digest.digest()
+
+
+def _update(digest: Any, entry: Any) -> None:
+    if isinstance(entry, np.ndarray):
+        entry = torch.from_numpy(np.ascontiguousarray(entry))
+    if isinstance(entry, Tensor):
+        if entry.layout != torch.strided:
+            raise TypeError(f"a batch holds a tensor of layout {entry.layout}; make it dense in collate_fn")
+        values = entry.detach().cpu().contiguous()
+        digest.update(f"tensor {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(entry, Mapping):
+        digest.update(f"mapping {len(entry)}\n".encode())
+        for key, value in entry.items():
+            digest.update(f"key {key!r}\n".encode())
+            _update(digest, value)
+    elif isinstance(entry, tuple | list):
+        digest.update(f"sequence {len(entry)}\n".encode())
+        for value in entry:
+            _update(digest, value)
+    elif entry is None or isinstance(entry, str | bytes | bool | int | float):
+        digest.update(f"{type(entry).__name__} {entry!r}\n".encode())
+    else:
+        raise TypeError(
+            f"a batch holds a {type(entry).__name__}; its content cannot be compared between checkpoints: "
+            "make it a tensor, string or number in collate_fn"
+        )
+
+
+def checked_ids(ids: Sequence[Any] | np.ndarray | None, start: int, n: int, stage: str) -> np.ndarray:
+    """Ids ``(n,)`` of a stage's examples: int64, or an object array of strings; ``start, start + 1, …`` by default.
+
+    Raises:
+        MismatchError: their number is not that of the examples.
+        TypeError: they are not all integers, or not all strings.
+        ValueError: one occurs twice, or does not fit 64 bits.
+    """
+    if ids is None:
+        return np.arange(start, start + n, dtype=np.int64)
+    values = [one.item() if isinstance(one, np.generic | Tensor) else one for one in ids]
+    if len(values) != n:
+        raise MismatchError(f"stage {stage!r} has {n} examples and {len(values)} ids; give each example its id")
+    strings = all(isinstance(one, str) for one in values)
+    if not strings:
+        for one in values:
+            if isinstance(one, bool) or not isinstance(one, int):
+                raise TypeError(f"ids must all be integers or all be strings, got {one!r} in stage {stage!r}")
+            if not -(1 << 63) <= one < 1 << 63:
+                raise ValueError(f"id {one} of stage {stage!r} does not fit 64 bits; make the ids strings")
+    if len(set(values)) != n:
+        seen: set[Any] = set()
+        twice = next(one for one in values if one in seen or seen.add(one))  # type: ignore[func-returns-value]
+        raise ValueError(f"id {twice!r} occurs twice in stage {stage!r}; ids must be unique")
+    return np.array(values, dtype=object if strings else np.int64)
+
+
+def _checked_dataset(data: Any) -> Any:
+    if isinstance(data, IterableDataset):
+        raise TypeError(
+            f"{_name(data)} is an IterableDataset, whose examples have no fixed place; give a map-style data set"
+        )
+    if isinstance(data, tuple) and data and all(isinstance(part, Tensor) for part in data):
+        raise TypeError(f"got a tuple of {len(data)} tensors as a data set; give TensorDataset(*tensors)")
+    if isinstance(data, Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        raise TypeError(f"{_name(data)} is no map-style data set (with __getitem__ and __len__) and no DataLoader")
+    return data
+
+
+def _refuse_reordering(loader: DataLoader[Any]) -> None:
+    if isinstance(loader.dataset, IterableDataset):
+        _checked_dataset(loader.dataset)
+    remedy = "rows would lose their ids; give DataLoader(dataset, batch_size=...) without shuffle, sampler or drop_last"
+    if loader.batch_sampler is None or type(loader.batch_sampler) is not BatchSampler:
+        found = "batch_size=None" if loader.batch_sampler is None else f"a {_name(loader.batch_sampler)}"
+        raise ValueError(f"the DataLoader has {found}: {remedy}")
+    if type(loader.sampler) is not SequentialSampler:
+        raise ValueError(f"the DataLoader has a {_name(loader.sampler)}: {remedy}")
+    if loader.drop_last:
+        raise ValueError(f"the DataLoader has drop_last=True: {remedy}")
+
+
+def _loader_options(loader: DataLoader[Any]) -> dict[str, Any]:
+    names = ("collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "prefetch_factor")
+    return {
+        **{name: getattr(loader, name) for name in names},
+        "multiprocessing_context": loader.multiprocessing_context,
+    }
+
+
+def _name(thing: Any) -> str:
+    return type(thing).__name__
+
+
+@contextmanager
+def on_device(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
+    """Have the model on a device, and put it back afterwards."""
+    before = next(iter(model.parameters())).device
+    wanted = before if device is None else torch.device(device)
+    if wanted == before:
+        yield before
+        return
+    model.to(wanted)
+    try:
+        yield wanted
+    finally:
+        model.to(before)

@@ -1,0 +1,248 @@
+"""The builder's loop: batches to gradients to rows to committed shards."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from source_proj.bank.build.data import BatchSource, batch_hash, on_device
+from source_proj.bank.format import Settings
+from source_proj.bank.read.metrics import Metrics
+from source_proj.bank.read.part import Part
+from source_proj.bank.build.row_encoder import BatchLocation, RowEncoder
+from source_proj._errors import MismatchError
+from source_proj.gradients import ParameterSpace
+from source_proj.task import Task
+from source_proj.trajectory import Checkpoint
+
+__all__ = ["Work", "checked_shard", "fill"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A part to fill.
+
+    Attributes:
+        stage: index of its stage.
+        part: the part.
+        source: its examples.
+        checkpoints: the checkpoints of its stage.
+    """
+
+    stage: int
+    part: Part
+    source: BatchSource
+    checkpoints: Sequence[Checkpoint]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One worker's shards of one part at one checkpoint."""
+
+    work: Work
+    checkpoint: int
+    todo: list[int]
+    done: list[int]
+
+
+def checked_shard(shard: tuple[int, int] | None) -> tuple[int, int]:
+    """Return (i, n) as given, (0, 1) for None.
+
+    Raises:
+        ValueError: it is no (i, n) with 0 ≤ i < n.
+    """
+    if shard is None:
+        return 0, 1
+    try:
+        index, count = (int(one) for one in shard)
+    except (TypeError, ValueError):
+        raise ValueError(f"shard must be (i, n), the i-th of n workers from 0, got {shard!r}") from None
+    if not 0 <= index < count:
+        raise ValueError(f"shard must be (i, n) with 0 <= i < n, got {shard!r}")
+    return index, count
+
+
+def fill(
+    works: Sequence[Work],
+    settings: Settings,
+    model: nn.Module,
+    task: Task,
+    metrics: Metrics,
+    *,
+    shard: tuple[int, int] | None,
+    device: torch.device | str | None,
+    progress: bool,
+) -> None:
+    """Compute and commit all shards of a worker that are not committed yet.
+
+    All shards of all checkpoints are numbered through, and worker i of n takes those with number % n = i. The data of
+    its shards that are committed already are compared with their hashes, each batch once.
+
+    Raises:
+        GradientError: a gradient is not finite; names the stage, the checkpoint and the ids. Nothing of its shard is
+            committed.
+        MismatchError: the data differ from those of another checkpoint, or a checkpoint changed.
+        BankError: a shard cannot be written.
+    """
+    passes = list(_passes(works, *checked_shard(shard)))
+    space = ParameterSpace.from_spec(settings.parameters)
+    space.parameters(model)  # refuses another model
+    with on_device(model, device) as where:
+        checks = _checks(passes)
+        total = sum(_rows(one.work.part, one.todo) for one in passes)
+        total += sum(_rows(work.part, shards) for work, shards in checks)
+        with tqdm(total=total, unit="rows", delay=2, disable=not progress, desc="bank") as bar:
+            _check_committed(checks, bar)
+            rows = RowEncoder(model, task, space, settings, where, metrics)
+            with _Committer() as committer:
+                for one in passes:
+                    if one.todo:
+                        _run(one, rows, committer, bar)
+
+
+def _passes(works: Sequence[Work], index: int, count: int) -> Iterator[_Pass]:
+    number = 0
+    for work in works:
+        for checkpoint in range(work.part.n_checkpoints):
+            shards = range(work.part.spec.n_shards)
+            mine = [shard for shard in shards if (number + shard) % count == index]
+            number += len(shards)
+            committed = work.part.done(checkpoint)
+            todo = [shard for shard in mine if not committed[shard]]
+            yield _Pass(work, checkpoint, todo, [shard for shard in mine if committed[shard]])
+
+
+def _rows(part: Part, shards: Sequence[int]) -> int:
+    return sum(stop - start for start, stop in map(part.spec.span, shards))
+
+
+def _checks(passes: Sequence[_Pass]) -> list[tuple[Work, list[int]]]:
+    """Committed shards whose data no pass to come compares anyway."""
+    found = []
+    for work in {id(one.work): one.work for one in passes}.values():
+        own = [one for one in passes if one.work is work]
+        coming = {shard for one in own for shard in one.todo}
+        found.append((work, sorted({shard for one in own for shard in one.done} - coming)))
+    return found
+
+
+def _check_committed(checks: Sequence[tuple[Work, list[int]]], bar: "tqdm[NoReturn]") -> None:
+    """Compare the data of committed shards with the hashes that were banked."""
+    bar.set_postfix_str("comparing data", refresh=False)
+    for work, shards in checks:
+        for shard in shards:
+            hashes = []
+            for start, stop, batch in work.source.load([work.part.spec.span(shard)]):
+                hashes.append(batch_hash(batch))
+                bar.update(stop - start)
+            work.part.check_data(shard, _as_array(hashes))
+
+
+def _run(one: _Pass, rows: RowEncoder, committer: "_Committer", bar: "tqdm[NoReturn]") -> None:
+    part, checkpoint = one.work.part, one.work.checkpoints[one.checkpoint]
+    expected = part.hashes[one.checkpoint]
+    if checkpoint.hash() != expected:
+        raise MismatchError(
+            f"{checkpoint!r} of stage {part.stage_name!r} changed since the bank was begun: its hash was "
+            f"{expected[:16]}, and is {checkpoint.hash()[:16]}; put the original back"
+        )
+    bar.set_postfix_str(f"{part.stage_name}, step {checkpoint.step}", refresh=False)
+    with checkpoint.applied_to(rows.model):
+        loaded = one.work.source.load([part.spec.span(shard) for shard in one.todo])
+        buffer = committer.buffer(part, one.checkpoint)
+        for start, stop, batch in loaded:
+            shard = start // part.spec.shard_rows
+            first, last = part.spec.span(shard)
+            buffer.put(
+                start - first, rows(BatchLocation(part, one.work.stage, one.checkpoint, start, stop), batch), batch_hash(batch)
+            )
+            bar.update(stop - start)
+            if stop == last:
+                committer.commit(part, one.checkpoint, shard, buffer)
+                buffer = committer.buffer(part, one.checkpoint)
+        committer.wait()
+
+
+@dataclass
+class _Buffer:
+    """The arrays of one shard while it is made."""
+
+    part: Part
+    checkpoint: int
+    arrays: dict[str, np.ndarray]
+    filled: int = 0
+    hashes: list[bytes] = field(default_factory=list)
+
+    def put(self, start: int, encoded: dict[str, Tensor], digest: bytes) -> None:
+        for name, values in encoded.items():
+            # Sampled-Fisher arrays have several entries a row.
+            factor = self.part.data(self.checkpoint)[name].height // self.part.spec.shard_rows
+            torch.from_numpy(self.arrays[name])[start * factor : start * factor + len(values)].copy_(values)
+        self.filled = start + len(encoded["d1"])
+        self.hashes.append(digest)
+
+    def content(self) -> dict[str, np.ndarray]:
+        spec = self.part.spec
+        found = {
+            name: array[: self.filled * (self.part.data(self.checkpoint)[name].height // spec.shard_rows)]
+            for name, array in self.arrays.items()
+        }
+        return {**found, "batch_hashes": _as_array(self.hashes)}
+
+
+class _Committer:
+    """Commits shards in a thread of its own, one after the other, while the next is made: flushing takes long."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bank")
+        self._pending: Future[None] | None = None
+        self._arrays: dict[tuple[int, tuple[str, ...]], list[dict[str, np.ndarray]]] = {}
+
+    def __enter__(self) -> "_Committer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True)
+
+    def buffer(self, part: Part, checkpoint: int) -> _Buffer:
+        """An empty buffer: two take turns, because fresh memory is slow to get."""
+        pair = self._arrays.setdefault((id(part), tuple(part.data(checkpoint))), [])
+        if len(pair) < 2:
+            pair.append(_allocated(part, checkpoint))
+        else:
+            pair.reverse()
+        return _Buffer(part, checkpoint, pair[-1])
+
+    def commit(self, part: Part, checkpoint: int, shard: int, buffer: _Buffer) -> None:
+        """Wait for the shard before, then commit this one in the background."""
+        self.wait()
+        self._pending = self._thread.submit(_commit, part, checkpoint, shard, buffer)
+
+    def wait(self) -> None:
+        """Wait for the last shard, and raise what went wrong with it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def _commit(part: Part, checkpoint: int, shard: int, buffer: _Buffer) -> None:
+    content: Mapping[str, np.ndarray] = buffer.content()
+    part.check_hashes(checkpoint, shard, content["batch_hashes"])
+    part.commit(checkpoint, shard, content)
+
+
+def _allocated(part: Part, checkpoint: int) -> dict[str, np.ndarray]:
+    return {
+        name: np.empty((min(spec.height, spec.shape[0]), *spec.shape[1:]), spec.dtype)
+        for name, spec in part.data(checkpoint).items()
+        if name != "batch_hashes"
+    }
+
+
+def _as_array(hashes: Sequence[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(len(hashes), 32)

@@ -1,0 +1,159 @@
+"""From a batch to what the bank stores of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from source_proj.bank.build.data import Batch, to_device
+from source_proj.bank.format import Settings
+from source_proj.bank.layout import crossing_name
+from source_proj.bank.read.metrics import Metrics
+from source_proj.bank.read.part import Part
+from source_proj.bank.quantize import encode, row_sizes
+from source_proj.bank.build.uniform import Uniforms
+from source_proj._errors import GradientError, MismatchError
+from source_proj.gradients import ParameterSpace, gradient_engine, nonfinite_examples
+from source_proj.sketch import Sketch
+from source_proj.task import Task
+
+__all__ = ["BatchLocation", "RowEncoder"]
+
+
+@dataclass(frozen=True)
+class BatchLocation:
+    """Where a batch belongs: rows start to stop of a part, at one checkpoint of its stage."""
+
+    part: Part
+    stage: int
+    checkpoint: int
+    start: int
+    stop: int
+
+    @property
+    def ids(self) -> list[Any]:
+        """The examples' ids."""
+        return self.part.ids[self.start : self.stop]
+
+    def require_finite(self, values: Tensor, what: str) -> None:
+        """Refuse values ``(B,)`` that are not finite.
+
+        Raises:
+            GradientError: names the ids, the stage and the checkpoint.
+        """
+        bad = nonfinite_examples(values[:, None])
+        if bad:
+            raise GradientError(
+                f"{what} is not finite for ids {[self.ids[i] for i in bad]} of stage {self.part.stage_name!r} at the "
+                f"checkpoint of step {self.part.steps[self.checkpoint]}: look at these examples and at the weights, or "
+                "switch autocast off"
+            )
+
+
+class RowEncoder:
+    """Sketches the gradients of batches and encodes them for the bank.
+
+    Args:
+        model: with the weights of a checkpoint applied by the time of the call.
+        task: says what is differentiated.
+        space: the attributed parameters.
+        settings: the bank's settings.
+        device: where the model is.
+        metrics: the bank's metrics.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        space: ParameterSpace,
+        settings: Settings,
+        device: torch.device,
+        metrics: Metrics,
+    ) -> None:
+        self.model = model
+        self._task = task
+        self._settings = settings
+        self._device = device
+        self._metrics = metrics
+        self._scales: dict[int, Tensor | None] = {}  # on the device, of one checkpoint's metrics
+        self._engine = gradient_engine(
+            model, space, Sketch.from_spec(settings.sketch), method=settings.gradients, autocast=settings.autocast
+        )
+
+    def __call__(self, place: BatchLocation, batch: Batch) -> dict[str, Tensor]:
+        """Return the entries of a batch's arrays, by the arrays' names.
+
+        Raises:
+            GradientError: a gradient or derivative is not finite; names the ids.
+            MismatchError: the task gives ℓ'' for some batches only.
+            ValueError: the batch has not as many examples as it must.
+        """
+        batch = to_device(batch, self._device)
+        names = self._metrics_of(place)
+        scales = list(self._scales.values())
+        values, (rows, *others) = self._engine.sketch_scaled(self._task.output, batch, scales)
+        if len(rows) != place.stop - place.start:
+            raise ValueError(
+                f"the batch of ids {place.ids[0]!r} to {place.ids[-1]!r} has {len(rows)} examples, and "
+                f"{place.stop - place.start} were asked for: collate_fn must neither drop nor add examples"
+            )
+        encoded = self._encoded("", rows, place, "the gradient of the output")
+        for metric, other in zip(names, others, strict=True):
+            encoded |= self._encoded("", other, place, "the gradient of the output", metric)
+        encoded |= self._derivatives(place, values, batch)
+        if self._settings.sampled_fisher:
+            for at, sampled in zip([None, *names], self._sampled(place, batch, scales), strict=True):
+                encoded |= self._encoded("fisher_", sampled, place, "the gradient of a sampled label's likelihood", at)
+        return encoded
+
+    def _metrics_of(self, place: BatchLocation) -> list[int]:
+        """The metrics that are crossed from a checkpoint; its own one's scale and theirs are on the device then."""
+        crossed = self._settings.crossed_metrics(place.stage, place.checkpoint)
+        wanted = [self._settings.own_metric(place.stage, place.checkpoint), *crossed]
+        if wanted != list(self._scales):
+            found = self._metrics.scales(wanted)
+            self._scales = {m: None if s is None else s.to(self._device) for m, s in zip(wanted, found, strict=True)}
+        return crossed
+
+    def _encoded(
+        self, prefix: str, rows: Tensor, place: BatchLocation, what: str, metric: int | None = None
+    ) -> dict[str, Tensor]:
+        """Encode rows ``(B, k)``, or ``(B, D, k)`` with draw j of example b in row b·D + j."""
+        flat = rows.flatten(0, -2)
+        sizes = row_sizes(flat)
+        place.require_finite(sizes.reshape(len(rows), -1).amax(dim=1), what)
+        values, scale = encode(flat, self._settings.storage, sizes)
+        found = {f"{prefix}rows": values} if scale is None else {f"{prefix}rows": values, f"{prefix}scale": scale}
+        return found if metric is None else {crossing_name(name, metric): one for name, one in found.items()}
+
+    def _derivatives(self, place: BatchLocation, values: Tensor, batch: Batch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            d1, d2 = self._task.loss_derivatives(values, batch)
+        if (d2 is not None) != self._settings.second_derivative:
+            raise MismatchError(
+                f"the task gives {'a' if d2 is not None else 'no'} second derivative for ids {place.ids[:3]}, and the "
+                "opposite for the first batch; it must be the same for all"
+            )
+        found = {"d1": d1.float()} if d2 is None else {"d1": d1.float(), "d2": d2.float()}
+        for derivative, symbol in zip(found.values(), ("ℓ'", "ℓ''"), strict=False):
+            place.require_finite(derivative, symbol)
+        return found
+
+    def _sampled(self, place: BatchLocation, batch: Batch, scales: Sequence[Tensor | None]) -> list[Tensor]:
+        """Gradients ``(B, D, k)`` of the log-likelihoods of D labels drawn for each example, in each metric."""
+        first = place.part.spec.start
+        positions = torch.arange(first + place.start, first + place.stop, device=self._device)
+        seed: int = self._settings.sketch["seed"]
+
+        def function(draw: int, model: nn.Module, both: tuple[Batch, Tensor]) -> Tensor:
+            # Positions travel with the batch: the general path calls this for one example at a time.
+            uniform = Uniforms(both[1], seed=seed, stage=place.stage, checkpoint=place.checkpoint, draw=draw)
+            return self._task.sampled_output(model, both[0], uniform)
+
+        draws = range(self._settings.sampled_fisher)
+        found = [self._engine.sketch_scaled(partial(function, draw), (batch, positions), scales)[1] for draw in draws]
+        return [torch.stack(rows, dim=1) for rows in zip(*found, strict=True)]

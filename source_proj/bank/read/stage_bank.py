@@ -1,0 +1,166 @@
+"""The rows of a stage, as everything that reads them sees them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from source_proj.bank.format import Settings
+from source_proj.bank.layout import crossing_name
+from source_proj.bank.quantize import decode, has_scale
+from source_proj.bank.read.part import Part
+
+__all__ = ["EncodedBlock", "RowBlock", "StageBank"]
+
+What = Literal["output", "sampled_fisher"]
+
+
+@dataclass(frozen=True, eq=False)
+class RowBlock:
+    """Rows of one shard, decoded; the tensors are the caller's own.
+
+    Attributes:
+        start: first row, counted within the stage; of sampled-Fisher rows, draw j of row z is row z·draws + j.
+        stop: end of the rows.
+        rows: sketched gradients ``(n, k)`` float32.
+        d1: ℓ' of each row, ``(n,)`` float32; -1 for sampled-Fisher rows.
+        d2: ℓ'' of each row, ``(n,)`` float32; None where the task has none, and for sampled-Fisher rows.
+    """
+
+    start: int
+    stop: int
+    rows: Tensor
+    d1: Tensor
+    d2: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedBlock:
+    """Output rows of one shard as they are stored; the tensors are the caller's own.
+
+    Attributes:
+        start: first row, counted within the stage.
+        stop: end of the rows.
+        rows: ``(n, k)`` int8, float16 or float32.
+        scale: what they are times to be sketched gradients, ``(n,)`` float32; None for 1.
+        d1: ℓ' of each row, ``(n,)`` float32.
+    """
+
+    start: int
+    stop: int
+    rows: Tensor
+    scale: Tensor | None
+    d1: Tensor
+
+
+class StageBank:
+    """The rows of one stage of training.
+
+    Attributes:
+        name: the stage's name.
+        spec: its part of the trajectory's description.
+        draws: draws of sampled labels; 0 if the bank has none.
+        parts: its parts, in order of rows.
+    """
+
+    def __init__(self, settings: Settings, index: int, parts: Sequence[Part], require: Callable[[], None]) -> None:
+        self._settings = settings
+        self._index = index
+        self._require_finalized = require
+        self.spec: dict[str, Any] = settings.trajectory["stages"][index]
+        self.name: str = self.spec["name"]
+        self.draws = settings.sampled_fisher
+        self.parts = tuple(parts)
+
+    def __repr__(self) -> str:
+        return f"StageBank({self.name!r}: {self.n} rows x {self.n_checkpoints} checkpoints)"
+
+    @property
+    def n(self) -> int:
+        """Number of training examples."""
+        return sum(part.spec.n for part in self.parts)
+
+    @cached_property
+    def ids(self) -> list[Any]:
+        """Ids of the training examples."""
+        return [one for part in self.parts for one in part.ids]
+
+    @property
+    def n_checkpoints(self) -> int:
+        """Number of checkpoints."""
+        return len(self.spec["checkpoints"])
+
+    def metric(self, checkpoint: int) -> int:
+        """Index of the metric that a checkpoint's rows are in; 0 in a bank of plain gradients."""
+        return self._settings.own_metric(self._index, range(self.n_checkpoints)[checkpoint])
+
+    def iter_rows(self, checkpoint: int, what: What = "output", metric: int | None = None) -> Iterator[RowBlock]:
+        """Yield the rows at one checkpoint, a block per shard, always in the same order.
+
+        Args:
+            checkpoint: index of the checkpoint; negative ones count from the last.
+            what: "output" for gradients of the task's output, "sampled_fisher" for those of sampled labels.
+            metric: the metric of the rows; default: the checkpoint's own. Those of earlier checkpoints are there too.
+
+        Raises:
+            BankError: the bank is not finalized, or a shard is missing or damaged; says which.
+            IndexError: there is no such checkpoint.
+            ValueError: there are no sampled-Fisher rows, or none in this metric.
+        """
+        self._require_finalized()
+        if not -self.n_checkpoints <= checkpoint < self.n_checkpoints:
+            raise IndexError(f"stage {self.name!r} has {self.n_checkpoints} checkpoints, got index {checkpoint}")
+        if what not in ("output", "sampled_fisher"):
+            raise ValueError(f"what must be 'output' or 'sampled_fisher', got {what!r}")
+        if what == "sampled_fisher" and not self.draws:
+            raise ValueError("the bank has no sampled-Fisher rows; build one with sampled_fisher=1")
+        place = checkpoint % self.n_checkpoints
+        own, crossed = self.metric(place), self._settings.crossed_metrics(self._index, place)
+        if metric is not None and metric not in (own, *crossed):
+            raise ValueError(
+                f"checkpoint {place} of stage {self.name!r} has rows in its own metric {own}, and in those of earlier "
+                f"checkpoints, {crossed}; got {metric}"
+            )
+        return self._blocks(place, what, None if metric == own else metric)
+
+    def iter_encoded(self, checkpoint: int) -> Iterator[EncodedBlock]:
+        """Yield the output rows at one checkpoint, in its own metric and not decoded: a block per shard, in order.
+
+        Raises:
+            BankError, IndexError: as :meth:`iter_rows`.
+        """
+        self._require_finalized()
+        if not -self.n_checkpoints <= checkpoint < self.n_checkpoints:
+            raise IndexError(f"stage {self.name!r} has {self.n_checkpoints} checkpoints, got index {checkpoint}")
+        scaled, index = has_scale(self._settings.storage), checkpoint % self.n_checkpoints
+        for part in self.parts:
+            for shard in range(part.spec.n_shards):
+                start, stop = (part.spec.start + end for end in part.spec.span(shard))
+                yield EncodedBlock(
+                    start,
+                    stop,
+                    torch.from_numpy(part.read(index, "rows", shard)),
+                    torch.from_numpy(part.read(index, "scale", shard)) if scaled else None,
+                    torch.from_numpy(part.read(index, "d1", shard)),
+                )
+
+    def _blocks(self, checkpoint: int, what: What, metric: int | None) -> Iterator[RowBlock]:
+        prefix, factor = ("", 1) if what == "output" else ("fisher_", self.draws)
+        names = [f"{prefix}rows", f"{prefix}scale"]
+        rows_name, scale_name = names if metric is None else [crossing_name(name, metric) for name in names]
+        for part in self.parts:
+            for shard in range(part.spec.n_shards):
+                scale = None
+                if has_scale(self._settings.storage):
+                    scale = part.read(checkpoint, scale_name, shard)
+                rows = decode(part.read(checkpoint, rows_name, shard), scale)
+                d1, d2 = torch.full((len(rows),), -1.0), None
+                if what == "output":
+                    d1 = torch.from_numpy(part.read(checkpoint, "d1", shard))
+                    if self._settings.second_derivative:
+                        d2 = torch.from_numpy(part.read(checkpoint, "d2", shard))
+                start, stop = (factor * (part.spec.start + end) for end in part.spec.span(shard))
+                yield RowBlock(start, stop, rows, d1, d2)

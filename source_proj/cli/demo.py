@@ -1,0 +1,75 @@
+"""``demo``: see it work."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from source_proj.attribution.scores import Hits
+from source_proj.cli.options import Json, Progress
+from source_proj.cli.output import emit, reports_errors, say
+from source_proj.demo import Demo, run, verdict
+
+__all__ = ["demo"]
+
+
+@reports_errors
+def demo(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="Keep run, bank and page here; an interrupted demo goes on. Default: a temporary folder."),
+    ] = None,
+    page: Annotated[Path | None, typer.Option(help="Where to write the HTML page.")] = None,
+    pairs: Annotated[int, typer.Option(min=2, help="Matched pairs of retrainings behind each check.")] = 8,
+    remove: Annotated[int, typer.Option(min=1, max=500, help="Training digits left out in each check.")] = 20,
+    progress: Progress = True,
+    json: Json = False,
+) -> None:
+    """Train on handwritten digits, attribute four answers, check the scores by retraining, write an HTML page."""
+    found = run(folder, page=page, pairs=pairs, remove=remove, say=_silent if json else say, progress=progress)
+    if json:
+        emit(_facts(found))
+
+
+def _silent(text: str) -> None:
+    """Print nothing: standard output is for the JSON."""
+
+
+def _facts(found: Demo) -> dict[str, Any]:
+    helpful, harmful = found.scores.helpful(5), found.scores.harmful(5)
+    return {
+        "accuracy": found.accuracy,
+        "unit": found.scores.unit,
+        "queries": [
+            {
+                "id": answer.query,
+                "label": answer.label,
+                "prediction": answer.prediction,
+                "measurement": answer.margin,
+                "note": answer.note,
+                "helpful": _entries(helpful, row),
+                "harmful": _entries(harmful, row),
+            }
+            for row, answer in enumerate(found.answers)
+        ],
+        "checks": [
+            {
+                "name": one.name,
+                "predicted": one.predicted,
+                "actual": one.actual,
+                "standard_error": one.error,
+                "pairs": len(one.changes),
+                "holds": one.holds,
+                "verdict": verdict(one),
+            }
+            for one in found.removals
+        ],
+        "page": found.page,
+        "seconds": found.seconds,
+    }
+
+
+def _entries(hits: Hits, row: int) -> list[dict[str, Any]]:
+    return [
+        {"id": one, "score": float(score)} for one, score in zip(hits.ids[row], hits.scores[row], strict=True)
+    ]  # fmt: skip

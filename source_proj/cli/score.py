@@ -1,0 +1,270 @@
+"""``score`` and ``top-k``: ask a bank."""
+
+import csv
+import json as json_format
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from torch import nn
+
+from source_proj.attribution.attributor import Attributor
+from source_proj.attribution.methods import GradCos, GradDot, Hydra, InfluenceFunction, TracIn, Trak
+from source_proj.attribution.scores import Hits, Scores
+from source_proj.attribution.source import Source
+from source_proj.bank import open as open_bank
+from source_proj.cli.options import BankPaths, BatchSize, Device, Json, Model, Progress
+from source_proj.cli.output import emit, reports_errors, say, table
+from source_proj.cli.parsing import make_task, parse_damping, parse_segments
+from source_proj.cli.text import ask_about
+
+__all__ = ["score", "top_k"]
+
+
+class Method(StrEnum):
+    """Attribution methods."""
+
+    source = "source"
+    tracin = "tracin"
+    hydra = "hydra"
+    trak = "trak"
+    influence = "influence"
+    grad_dot = "grad-dot"
+    grad_cos = "grad-cos"
+
+
+class Curvature(StrEnum):
+    """How the Hessian is estimated."""
+
+    empirical_fisher = "empirical-fisher"
+    gauss_newton = "gauss-newton"
+    sampled_fisher = "sampled-fisher"
+
+
+class QueryGradient(StrEnum):
+    """Where a query's gradient is taken."""
+
+    mean = "mean"
+    final = "final"
+
+
+_METHODS: dict[Method, Callable[..., Attributor]] = {
+    Method.source: Source,
+    Method.tracin: TracIn,
+    Method.hydra: Hydra,
+    Method.trak: Trak,
+    Method.influence: InfluenceFunction,
+    Method.grad_dot: GradDot,
+    Method.grad_cos: GradCos,
+}
+_OPTIONS = {
+    "--segments": {Method.source},
+    "--curvature": {Method.source, Method.influence},
+    "--damping": {Method.source, Method.influence, Method.trak},
+    "--average": {Method.influence},
+    "--query-gradient": {Method.source, Method.influence},
+}
+
+Queries = Annotated[
+    str | None,
+    typer.Option("--queries", metavar="MODULE:FUNCTION", help="Gives the queries: a data set or a DataLoader."),
+]
+Dataset = Annotated[
+    Path | None,
+    typer.Option("--dataset", metavar="FILE", help="Queries as .jsonl or .csv, to a bank that was built from one."),
+]
+PerToken = Annotated[bool, typer.Option("--per-token", help="One query for each token of the texts in --dataset.")]
+MethodOption = Annotated[Method, typer.Option("--method", help="Attribution method.")]
+TaskName = Annotated[
+    str | None, typer.Option("--task", metavar="MODULE:FUNCTION", help="The bank's task, if it is one of your own.")
+]
+SegmentsOption = Annotated[
+    str | None, typer.Option("--segments", help="Number of segments, or JSON such as [[0,1],[2]]; default: the bank's.")
+]
+CurvatureOption = Annotated[
+    Curvature | None,
+    typer.Option("--curvature", help="Hessian estimate; default: gauss-newton for regression, else empirical-fisher."),
+]
+DampingOption = Annotated[str | None, typer.Option("--damping", help="noise (default: by formula), off, or a number.")]
+AverageOption = Annotated[
+    bool, typer.Option("--average", help="Influence functions with gradients averaged over the checkpoints.")
+]
+QueryGradientOption = Annotated[
+    QueryGradient | None,
+    typer.Option("--query-gradient", help="At the final weights, or the mean over checkpoints (source's default)."),
+]
+
+
+@reports_errors
+def score(
+    bank: BankPaths,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Where to write: .npy (ids in a .json beside it), .zarr or .csv.")
+    ],
+    model: Model = None,
+    queries: Queries = None,
+    dataset: Dataset = None,
+    per_token: PerToken = False,
+    method: MethodOption = Method.source,
+    segments: SegmentsOption = None,
+    curvature: CurvatureOption = None,
+    damping: DampingOption = None,
+    average: AverageOption = False,
+    query_gradient: QueryGradientOption = None,
+    task: TaskName = None,
+    batch_size: BatchSize = 64,
+    device: Device = None,
+    progress: Progress = True,
+    json: Json = False,
+) -> None:
+    """Write the scores of all training examples for all queries."""
+    write = _writer(out)
+    network, data = ask_about(bank[0], model, queries, dataset, per_token)
+    asked = _attributor(
+        bank, network, method, segments, curvature, damping, average, query_gradient, task, batch_size, device, progress
+    )
+    scores = asked.score(data)
+    write(scores, out)
+    count, rows = scores.shape
+    if json:
+        emit({"out": out, "queries": count, "train": rows, "unit": scores.unit, "sign": _SIGN, "method": method.value})
+    else:
+        say(f"{out}: {count} queries x {rows} training examples, in units of the {scores.unit}; {_SIGN}")
+
+
+@reports_errors
+def top_k(
+    bank: BankPaths,
+    model: Model = None,
+    queries: Queries = None,
+    dataset: Dataset = None,
+    per_token: PerToken = False,
+    k: Annotated[int, typer.Option("-k", min=1, help="Training examples per query.")] = 10,
+    lowest: Annotated[bool, typer.Option("--lowest", help="The lowest scores instead of the highest.")] = False,
+    method: MethodOption = Method.source,
+    segments: SegmentsOption = None,
+    curvature: CurvatureOption = None,
+    damping: DampingOption = None,
+    average: AverageOption = False,
+    query_gradient: QueryGradientOption = None,
+    task: TaskName = None,
+    batch_size: BatchSize = 64,
+    device: Device = None,
+    progress: Progress = True,
+    json: Json = False,
+) -> None:
+    """Print the training examples with the highest (or lowest) scores of each query."""
+    network, data = ask_about(bank[0], model, queries, dataset, per_token)
+    asked = _attributor(
+        bank, network, method, segments, curvature, damping, average, query_gradient, task, batch_size, device, progress
+    )
+    hits: Hits = asked.bottom_k(data, k) if lowest else asked.top_k(data, k)
+    if json:
+        emit({"unit": hits.unit, "sign": _SIGN, "method": method.value, "queries": [_entry(*one) for one in hits]})
+        return
+    rows = [
+        [query, rank, _word(one), f"{value:+.4g}"]
+        for query, found in hits
+        for rank, (one, value) in enumerate(found, start=1)
+    ]
+    say(table(["query", "rank", "training id", f"score ({hits.unit})"], rows))
+
+
+_SIGN = "positive: including the example raised the measurement"
+
+
+def _attributor(
+    paths: list[Path],
+    model: nn.Module,
+    method: Method,
+    segments: str | None,
+    curvature: Curvature | None,
+    damping: str | None,
+    average: bool,
+    query_gradient: QueryGradient | None,
+    task: str | None,
+    batch_size: int,
+    device: str | None,
+    progress: bool,
+) -> Attributor:
+    given = {
+        "--segments": ("segments", None if segments is None else parse_segments(segments)),
+        "--curvature": ("curvature", None if curvature is None else curvature.value.replace("-", "_")),
+        "--damping": ("damping", None if damping is None else parse_damping(damping)),
+        "--average": ("average", average),
+        "--query-gradient": ("query_gradient", None if query_gradient is None else query_gradient.value),
+    }
+    asked = {
+        "--segments": segments,
+        "--curvature": curvature,
+        "--damping": damping,
+        "--average": average or None,
+        "--query-gradient": query_gradient,
+    }
+    options: dict[str, Any] = {}
+    for flag, (name, value) in given.items():
+        if asked[flag] is None:
+            continue
+        if method not in _OPTIONS[flag]:
+            raise ValueError(f"{flag} has no meaning for --method {method.value}; leave it out")
+        options[name] = value
+    return _METHODS[method](
+        [open_bank(path) for path in paths],
+        model=model,
+        task=None if task is None else make_task(task),
+        batch_size=batch_size,
+        device=device,
+        progress=progress,
+        **options,
+    )
+
+
+def _writer(out: Path) -> Callable[[Scores, Path], None]:
+    """Choose by the name's ending, before any work is done."""
+    writers = {".npy": _write_npy, ".zarr": _write_zarr, ".csv": _write_csv}
+    if out.suffix not in writers:
+        raise ValueError(f"--out must end in one of {', '.join(writers)}, got {str(out)!r}")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {str(out)!r}: the directory {str(out.parent)!r} does not exist")
+    return writers[out.suffix]
+
+
+def _write_npy(scores: Scores, out: Path) -> None:
+    np.save(out, scores.to_numpy())
+    facts = {
+        "query_ids": [_word(one) for one in scores.query_ids],
+        "train_ids": [_word(one) for one in scores.train_ids],
+        "unit": scores.unit,
+        "sign": _SIGN,
+        "higher_is_better": scores.higher_is_better,
+    }
+    out.with_suffix(".json").write_text(json_format.dumps(facts), encoding="utf-8")
+
+
+def _write_zarr(scores: Scores, out: Path) -> None:
+    scores.to_zarr(out)
+
+
+def _write_csv(scores: Scores, out: Path) -> None:
+    with out.open("w", newline="", encoding="utf-8") as file:
+        lines = csv.writer(file)
+        lines.writerow(["query", *(_word(one) for one in scores.train_ids)])
+        for query, values in zip(scores.query_ids, scores.values, strict=True):
+            lines.writerow([_word(query), *map(str, values)])
+
+
+def _entry(query: Any, found: list[tuple[Any, float]]) -> dict[str, Any]:
+    return {"query": _plain(query), "train": [{"id": _plain(one), "score": value} for one, value in found]}
+
+
+def _plain(one: Any) -> Any:
+    """An id as JSON can hold it."""
+    return one.item() if isinstance(one, np.generic) else list(one) if isinstance(one, tuple) else one
+
+
+def _word(one: Any) -> Any:
+    """An id in one word: (stage, id) becomes stage/id."""
+    return "/".join(map(str, one)) if isinstance(one, tuple) else _plain(one)

@@ -1,0 +1,169 @@
+"""Where the layers' pieces of the gradient go: each one straight into the sketch, none of them kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from source_proj.gradients.space import ParameterSpace
+from source_proj.sketch import Sketch
+
+__all__ = ["GradientSink", "ScaledSink", "SinkByParameter"]
+
+
+class GradientSink:
+    """Adds per-example gradients of named parameters to the sketched rows.
+
+    Args:
+        out: (B, dim) float32 rows, added to.
+        sketch: the projection R.
+        space: where each parameter lies.
+    """
+
+    def __init__(self, out: Tensor, sketch: Sketch, space: ParameterSpace) -> None:
+        self._out = out
+        self._sketch = sketch
+        self._offsets = space.offsets
+        self._shapes = dict(zip(space.names, space.shapes, strict=True))
+
+    def _rows(self, _name: str, start: int, count: int) -> Tensor:
+        """Where the named parameter's piece for some examples is added to."""
+        return self._out[start : start + count]
+
+    @property
+    def fuses_windows(self) -> bool:
+        """Whether `windows` costs no more than the arithmetic, however many windows there are."""
+        return self._sketch.kind == "sparse" and self._sketch.serving(self._out.device.type) in ("native", "triton")
+
+    @property
+    def accepts_half(self) -> bool:
+        """Whether factors of half precision are best left as they are: tensor cores sum their products in float32."""
+        return self._sketch.kind == "sparse" and self._sketch.serving(self._out.device.type) == "triton"
+
+    def add(self, name: str, rows: Tensor, start: int = 0) -> None:
+        """The gradients (n, …) of the whole parameter for the examples start … start + n."""
+        flat = rows.reshape(len(rows), -1)
+        self._sketch.add_(self._rows(name, start, len(rows)), flat, self._offsets[name], self._shapes[name])
+
+    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0, scale: Tensor | None = None) -> None:
+        """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i).
+
+        With a scale (o · i,), each coordinate times its entry.
+        """
+        self._sketch.add_outer_(self._rows(name, start, len(left)), left, right, self._offsets[name], scale)
+
+    def windows(
+        self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, scale: Tensor | None = None
+    ) -> None:
+        """The gradient of a convolution's weight (o, c, J); arguments as in `Sketch.add_windows_`."""
+        rows, offset = self._rows(name, 0, len(left)), self._offsets[name]
+        self._sketch.add_windows_(rows, left, right, taps, windows, offset, scale)
+
+    def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
+        """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""
+        rows, width = self._shapes[name]
+        size, length = index.shape
+        if self._sketch.kind == "kronecker":  # its two sides want the matrix whole
+            for b in range(size):
+                one_hot = F.one_hot(index[b : b + 1], rows).to(values.dtype)
+                self.outer(name, one_hot, values[b : b + 1], b)
+            return
+        examples = torch.arange(size, device=index.device).repeat_interleave(length)
+        offsets = self._offsets[name] + width * index.flatten().long()
+        self._sketch.add_at_(self._rows(name, 0, size), values.flatten(0, 1), examples, offsets)
+
+
+class ScaledSink(GradientSink):
+    """Adds R D g to the sketched rows, for one or several diagonal matrices D: gradients in other metrics.
+
+    Args:
+        outs: for each D, (B, dim) float32 rows, added to.
+        sketch: the projection R.
+        space: where each parameter lies.
+        scales: for each D, its diagonal (d,) float32 on the rows' device; None for the identity.
+    """
+
+    def __init__(
+        self, outs: Sequence[Tensor], sketch: Sketch, space: ParameterSpace, scales: Sequence[Tensor | None]
+    ) -> None:
+        super().__init__(outs[0], sketch, space)
+        self._each = [GradientSink(out, sketch, space) for out in outs]
+        self._scales = list(scales)
+
+    def _pairs(self, name: str) -> Iterator[tuple[GradientSink, Tensor | None]]:
+        """The pieces in each metric, and the metric's entries of a parameter."""
+        begin = self._offsets[name]
+        end = begin + prod(self._shapes[name])
+        for pieces, scale in zip(self._each, self._scales, strict=True):
+            yield pieces, None if scale is None else scale[begin:end]
+
+    def add(self, name: str, rows: Tensor, start: int = 0) -> None:
+        """The gradients (n, …) of the whole parameter for the examples start … start + n."""
+        flat = rows.reshape(len(rows), -1)
+        for pieces, scale in self._pairs(name):
+            pieces.add(name, flat if scale is None else flat * scale, start)
+
+    def outer(
+        self,
+        name: str,
+        left: Tensor,
+        right: Tensor,
+        start: int = 0,
+        scale: Tensor | None = None,  # noqa: ARG002
+    ) -> None:
+        """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i)."""
+        for pieces, own in self._pairs(name):
+            pieces.outer(name, left, right, start, own)
+
+    def windows(
+        self,
+        name: str,
+        left: Tensor,
+        right: Tensor,
+        taps: Tensor,
+        windows: Tensor,
+        scale: Tensor | None = None,  # noqa: ARG002
+    ) -> None:
+        """The gradient of a convolution's weight (o, c, J); arguments as in `Sketch.add_windows_`."""
+        for pieces, own in self._pairs(name):
+            pieces.windows(name, left, right, taps, windows, own)
+
+    def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
+        """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""
+        for pieces, scale in self._pairs(name):
+            table = None if scale is None else scale.view(self._shapes[name])
+            pieces.scatter(name, index, values if table is None else values * table[index.long()])
+
+
+class SinkByParameter(GradientSink):
+    """Keeps the sketches of the parameters apart, to tell which of them differ.
+
+    Args:
+        size: number of examples.
+        sketch: the projection R.
+        space: where each parameter lies.
+        device: of the rows.
+    """
+
+    def __init__(self, size: int, sketch: Sketch, space: ParameterSpace, device: torch.device) -> None:
+        super().__init__(torch.zeros(len(space.names), size, sketch.dim, device=device), sketch, space)
+        self._at = {name: n for n, name in enumerate(space.names)}
+
+    def _rows(self, name: str, start: int, count: int) -> Tensor:
+        return self._out[self._at[name], start : start + count]
+
+    def differing(self, other: SinkByParameter, relative: float, floor: float) -> list[str]:
+        """Names of the parameters whose pieces differ by more than rounding can; NaN and infinities aside.
+
+        Args:
+            other: the expected pieces.
+            relative: to the norm of the parameter's expected piece.
+            floor: to the norm of the expected rows, all parameters together.
+        """
+        error, norms = (self._out - other._out).norm(dim=2), other._out.norm(dim=2)  # (parameters, examples)
+        wrong = (error > relative * norms + floor * norms.norm(dim=0)).any(dim=1)
+        return [name for name, n in self._at.items() if wrong[n]]

@@ -1,0 +1,119 @@
+"""Scores: ids, sums, rankings, predictions, exports."""
+
+import warnings
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from source_proj.attribution.scores import Scores
+
+
+def example(q: int = 3, n: int = 6, seed: int = 0, **options) -> Scores:
+    values = np.random.default_rng(seed).standard_normal((q, n)).astype(np.float32)
+    options = {"unit": "logit margin", **options}
+    return Scores(values, [f"q{i}" for i in range(q)], [f"z{i}" for i in range(n)], **options)
+
+
+@given(n=st.integers(1, 12), k=st.integers(1, 12), seed=st.integers(0, 100))
+def test_top_k_is_a_full_sort(n, k, seed):
+    scores = example(2, n, seed)
+    if k > n:
+        with pytest.raises(ValueError, match=f"1..{n}"):
+            scores.top_k(k)
+        return
+    order = np.argsort(-scores.values, axis=1)
+    np.testing.assert_array_equal(scores.top_k(k).indices, order[:, :k])
+    np.testing.assert_array_equal(scores.bottom_k(k).indices, order[:, ::-1][:, :k])
+    np.testing.assert_array_equal(scores.top_k(k).scores, np.take_along_axis(scores.values, order[:, :k], 1))
+    assert scores.top_k(k).ids[0] == [f"z{i}" for i in order[0, :k]]
+
+
+def test_helpful_follows_higher_is_better():
+    up, down = example(), example(higher_is_better=False)
+    assert up.helpful(2).ids == up.top_k(2).ids == down.harmful(2).ids
+    assert up.harmful(2).ids == up.bottom_k(2).ids == down.helpful(2).ids
+
+
+def test_group_and_predict_removal():
+    scores = example(stage_sizes=[4, 2])
+    v = scores.values.astype(np.float64)
+    np.testing.assert_allclose(scores.group(["z1", "z5"]), v[:, [1, 5]].sum(1))
+    mask = np.array([False, True, False, False, False, True])
+    np.testing.assert_allclose(scores.group(mask), scores.group(["z5", "z1"]))
+    named = scores.group({"a": ["z0"], "b": ["z1", "z2"]})
+    np.testing.assert_allclose(named.values, np.stack([v[:, 0], v[:, 1] + v[:, 2]], 1))
+    assert named.train_ids == ["a", "b"]
+    change = scores.predict_removal(["z1", "z5"])
+    np.testing.assert_allclose(change, -v[:, [1, 5]].sum(1))
+    assert (change.normalization, change.n_removed, change.unit) == ("fixed 1/N", 2, "logit margin")
+    again = scores.predict_removal(["z1", "z5"], renormalize=True)
+    # the weights of the three that stay of four rise by a third of 1/N; of one that stays of two, by all of it
+    np.testing.assert_allclose(again, -v[:, [1, 5]].sum(1) + v[:, [0, 2, 3]].sum(1) / 3 + v[:, 4])
+    assert again.normalization == "renormalized"
+
+
+@pytest.mark.parametrize(
+    ("subset", "message"),
+    [
+        (["nobody"], "unknown training ids"),
+        (["z0", "z0"], "some are repeated"),
+        (np.zeros(4, dtype=bool), r"shape \(6,\)"),
+    ],
+)
+def test_bad_subsets_are_refused(subset, message):
+    with pytest.raises(ValueError, match=message):
+        example().group(subset)
+
+
+def test_a_whole_stage_cannot_be_renormalized_away():
+    with pytest.raises(ValueError, match="nothing is left"):
+        example(stage_sizes=[4, 2]).predict_removal(["z4", "z5"], renormalize=True)
+
+
+def test_similarities_are_not_summed():
+    cosine = example(additive=False, unit="cosine")
+    assert "similarity (cosine)" in repr(cosine)
+    for verb in (cosine.group, cosine.predict_removal):
+        with pytest.raises(ValueError, match="are a similarity"):
+            verb(["z0"])
+
+
+def test_shapes_must_fit():
+    with pytest.raises(ValueError, match=r"\(2, 3\) do not fit 2 query ids and 4"):
+        Scores(np.zeros((2, 3)), [0, 1], [0, 1, 2, 3], unit="loss")
+
+
+def test_array_like():
+    scores = example()
+    assert np.asarray(scores) is not None
+    np.testing.assert_array_equal(np.asarray(scores), scores.values)
+    np.testing.assert_array_equal(scores[1, 2:4], scores.values[1, 2:4])
+    assert len(scores) == 3
+    assert scores.shape == (3, 6)
+    assert scores.to_numpy() is scores.values
+    assert "+: including the example raised the logit margin" in repr(scores)
+
+
+def test_exports(tmp_path):
+    scores = example()
+    frame = scores.to_pandas()
+    assert frame.loc["q1", "z2"] == scores.values[1, 2]
+    scores.to_zarr(tmp_path / "scores.zarr")
+    array = zarr.open_array(tmp_path / "scores.zarr", mode="r")
+    np.testing.assert_array_equal(array[...], scores.values)
+    assert array.attrs["train_ids"] == scores.train_ids
+    with pytest.raises(FileExistsError, match="remove it"):
+        scores.to_zarr(tmp_path / "scores.zarr")
+
+
+def test_tuple_ids_export(tmp_path):
+    ids = [("pretrain", 0), ("finetune", 0)]
+    scores = Scores(np.ones((1, 2)), [0], ids, unit="loss")
+    assert scores.top_k(2).ids[0] == ids
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert scores.to_pandas()[("finetune", 0)].iloc[0] == 1
+    assert scores.to_zarr(tmp_path / "s.zarr").attrs["train_ids"] == [["pretrain", 0], ["finetune", 0]]
