@@ -117,7 +117,9 @@ def gpt2_of_transformers() -> nn.Module:
     """The decoder above as transformers has it, its layers `Conv1D`: 4 of width 256, 4,096 tokens (the extra hf)."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(4096, 128, n_embd=256, n_layer=4, n_head=8, bos_token_id=0, eos_token_id=0))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=4096, n_positions=128, n_embd=256, n_layer=4, n_head=8, bos_token_id=0, eos_token_id=0)
+    )
 
 
 def gpt2() -> nn.Module:

@@ -32,31 +32,31 @@ def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
 
 
 def batch_size(batch: Batch) -> int:
-    """Number of examples: the first dimension of the batch's first tensor.
+    """Number of examples: that of the labels of a dict, else the first dim that most of the batch's tensors share.
 
     Raises:
         ValueError: there is no tensor with a dimension.
     """
-    found: list[int] = []
+    lengths: list[int] = []
 
     def look(tensor: Tensor) -> Tensor:
-        found.extend(tensor.shape[:1])
+        lengths.extend(tensor.shape[:1])
         return tensor
 
-    map_tensors(batch, look)
-    if not found:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    map_tensors(labels if isinstance(labels, Tensor) and labels.dim() else batch, look)
+    if not lengths:
         raise ValueError(
             f"the batch of type {type(batch).__name__} holds no tensor whose first dimension counts examples"
         )
-    return found[0]
+    return max(lengths, key=lengths.count)
 
 
-def per_example_tensors(batch: Batch) -> tuple[list[Tensor], Callable[[list[Tensor]], Batch]]:
+def per_example_tensors(batch: Batch, size: int) -> tuple[list[Tensor], Callable[[list[Tensor]], Batch]]:
     """The tensors whose first dimension counts examples, and how to put such a list back into the tree.
 
     Tensors of another length are one thing shared by all examples and stay in place.
     """
-    size = batch_size(batch)
     tensors: list[Tensor] = []
 
     def collect(tensor: Tensor) -> Tensor:
@@ -72,12 +72,12 @@ def per_example_tensors(batch: Batch) -> tuple[list[Tensor], Callable[[list[Tens
     return tensors, rebuild
 
 
-def take(batch: Batch, examples: list[int]) -> Batch:
-    """The batch of the given examples, in that order.
+def take(batch: Batch, examples: list[int], size: int | None = None) -> Batch:
+    """The batch of the given ones of its `size` examples, in that order.
 
     Example:
         >>> take((torch.arange(4), [torch.eye(4)]), [2])[0]
         tensor([2])
     """
-    tensors, rebuild = per_example_tensors(batch)
+    tensors, rebuild = per_example_tensors(batch, batch_size(batch) if size is None else size)
     return rebuild([tensor[torch.tensor(examples, device=tensor.device)] for tensor in tensors])

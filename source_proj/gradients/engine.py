@@ -1,20 +1,32 @@
-"""The engine: chooses the path of a model's per-example gradients, proves the choice, and sketches batches."""
+"""The engine: chooses the path of a batch's per-example gradients, proves the rows, and sketches them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from source_proj._errors import GradientError, MismatchError
+from source_proj._errors import GradientError, MismatchError, SourceProjError
 from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
-from source_proj.gradients.general import Autocast, Function, GeneralPath, gradients_of_one
-from source_proj.gradients.hooks import HookPath, Unsuited, uncovered
-from source_proj.gradients.sink import GradientSink, ScaledSink, SinkByParameter
+from source_proj.gradients.general import Autocast, Function, GeneralPath, first_line, weighted_gradient
+from source_proj.gradients.hooks import HookPath, Structure, Unsuited, uncovered
+from source_proj.gradients.proof import (
+    Audit,
+    Proof,
+    Refuted,
+    WatchedSink,
+    audited,
+    gradient_sink,
+    law_weights,
+    share_sink,
+)
+from source_proj.gradients.sink import GradientSink, SinkByParameter
 from source_proj.gradients.space import ParameterSpace
+from source_proj.gradients.suited import refuse_unsuited
 from source_proj.sketch import Sketch
 
 __all__ = ["METHODS", "GradientEngine", "gradient_engine", "nonfinite_examples"]
@@ -22,10 +34,7 @@ __all__ = ["METHODS", "GradientEngine", "gradient_engine", "nonfinite_examples"]
 METHODS = ("auto", "hooks", "general")
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# The proof is about structure, not rounding: a layer that is missed or mixed up is off by its whole size. The floor is
-# for gradients that are zero but for rounding, such as those of key biases in attention.
-_RELATIVE, _FLOOR = 1e-2, 1e-4
-_PROOF = Sketch(dim=1024)
+_TF32 = 2.0**-10  # cuDNN's convolutions of float32
 
 
 def gradient_engine(
@@ -74,21 +83,19 @@ def gradient_engine(
 class GradientEngine:
     """Sketched per-example gradients of functions of (model, batch); made by `gradient_engine`.
 
-    The hook path is proven before it is used: on the first two examples, its gradients must equal those of one plain
-    backward pass per example, parameter by parameter. So parameters that are used outside of their module's forward,
-    layers that see the examples in another order, and whatever else a rule cannot know lead to the general path
-    (`"auto"`) or to an error (`"hooks"`), never to wrong rows.
+    Every row is proven, by a law and by structure (`proof.py`, `layout.py`). A batch that the hook path cannot serve,
+    or whose rows it proves to get wrong, goes by the general path (`"auto"`) or is an error (`"hooks"`). Examples that
+    depend on each other are refused on either path.
 
     Attributes:
-        method: the path in use, `"hooks"` or `"general"`; `"auto"` may still change from the first to the second in the
-            first call of `sketch`.
+        method: the path of the last batch, `"hooks"` or `"general"`; before the first, the one that will be tried.
         reason: why.
     """
 
     def __init__(
         self, model: nn.Module, space: ParameterSpace, sketch: Sketch, method: str, autocast: str | None
     ) -> None:
-        _refuse_batch_statistics(model)
+        refuse_unsuited(model)
         self._model = model
         self._space = space
         self._sketch = sketch
@@ -96,42 +103,63 @@ class GradientEngine:
         self._dtype = None if autocast is None else _AUTOCAST[autocast]
         self._general = GeneralPath(model, space)
         self._hooks: HookPath | None = None
-        self._proven_for = 0  # examples that the hook path was compared on
-        self._reason = "asked for"
+        self._shared_known = False
+        self._why_general = "asked for"
         if method != "general":
             self._try_hooks()
-
-    @property
-    def method(self) -> str:
-        """The path in use: `"hooks"` or `"general"`."""
-        return "general" if self._hooks is None else "hooks"
+        self.method = "general" if self._hooks is None else "hooks"
+        self.begin(0)
 
     @property
     def reason(self) -> str:
         """Why this path."""
-        return "; ".join(part for part in (self._reason, self._general.note) if part)
+        if self.method == "hooks":
+            return "a rule covers every attributed parameter's module, and the rows are proven"
+        return "; ".join(part for part in (self._why_general, self._general.note) if part)
 
-    def sketch(self, function: Function, batch: Batch) -> tuple[Tensor, Tensor]:
+    @property
+    def proof(self) -> Proof:
+        """What the rows since `begin` rest on."""
+        return self._proof
+
+    def begin(self, *key: int) -> None:
+        """Begin a scope, with a proof of its own: nothing that was proven before counts.
+
+        Args:
+            key: numbers that name the scope; the law's weights and sample follow from them.
+        """
+        self._proof = Proof(*key)
+        self._general.begin()
+        self._shared_known = False
+
+    def sketch(self, function: Function, batch: Batch, size: int | None = None) -> tuple[Tensor, Tensor]:
         """Values and sketched gradients of function(model, batch), the model in evaluation mode.
 
         Args:
             function: (model, batch) → (B,) floating point numbers, one per example, each a function of its own example
                 alone; it is also called with fewer examples of the batch than were given.
             batch: a tensor, or tuples, lists and mappings of tensors; the first dimension counts examples.
+            size: the number of examples B; default: read off the batch.
 
         Returns:
             values (B,) float32 without graph, and rows (B, dim) float32, rows[b] = R ∇ function(model, batch)[b].
 
         Raises:
             TypeError: the function returns something else than (B,) numbers.
-            GradientError: `method="hooks"` and the hook path proves wrong for this model, or a layer's input was
-                modified in place.
+            GradientError: `method="hooks"` and the hook path proves wrong for this model, or examples depend on each
+                other, or a layer's input was modified in place.
+            Refuted: rows that were given since `begin` rest on a proof that failed now; call for them again.
         """
-        values, (rows,) = self.sketch_scaled(function, batch, [None])
+        values, (rows,) = self.sketch_scaled(function, batch, [None], size=size)
         return values, rows
 
     def sketch_scaled(
-        self, function: Function, batch: Batch, scales: Sequence[Tensor | None]
+        self,
+        function: Function,
+        batch: Batch,
+        scales: Sequence[Tensor | None],
+        name: str = "output",
+        size: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Values, and sketches of D ∇ function(model, batch) for several diagonal matrices D, from one backward pass.
 
@@ -139,6 +167,8 @@ class GradientEngine:
             function: as for `sketch`.
             batch: as for `sketch`.
             scales: each D's diagonal (d,) float32 in the coordinates of the space; None for the identity.
+            name: which function it is; each is proven by itself.
+            size: as for `sketch`.
 
         Returns:
             values (B,), and for each D rows (B, dim) float32, rows[b] = R D ∇ function(model, batch)[b].
@@ -151,73 +181,142 @@ class GradientEngine:
             if scale is not None and tuple(scale.shape) != (self._space.size,):
                 raise MismatchError(f"a scale has shape {tuple(scale.shape)}; the space has {self._space.size}")
         batch = map_tensors(batch, Tensor.detach)
-        size = batch_size(batch)
+        size = batch_size(batch) if size is None else size
+        work = _Work(function, batch, size, list(scales), name, self._proof.next_batch(name))
         with torch.inference_mode(False), torch.enable_grad(), _evaluating(self._model):
-            if self._hooks is not None and self._proven_for < min(2, size):
-                self._prove(self._hooks, function, batch)
-            outs = [torch.zeros(size, self._sketch.dim, device=self._device()) for _ in scales]
-            pieces = self._pieces(outs, scales)
-            if self._hooks is not None:
+            if self._hooks is not None and not self._proof.general:
                 try:
-                    return self._hooks.add_to(pieces, function, batch, self._autocast()), outs
+                    return self._by_hooks(self._hooks, work)
                 except Unsuited as problem:
-                    self._give_up_hooks(str(problem))
-                    for out in outs:
-                        out.zero_()
-            return self._general.add_to(pieces, function, batch, self._autocast()), outs
-
-    def _pieces(self, outs: list[Tensor], scales: Sequence[Tensor | None]) -> GradientSink:
-        if len(outs) == 1 and scales[0] is None:
-            return GradientSink(outs[0], self._sketch, self._space)
-        return ScaledSink(outs, self._sketch, self._space, [None if s is None else s.to(outs[0]) for s in scales])
+                    self._leave_hooks(str(problem))
+                except (SourceProjError, MemoryError, torch.OutOfMemoryError):
+                    raise
+                except Exception as problem:
+                    # The general path raises it again, if the model and not the hooks are to blame.
+                    self._leave_hooks(f"{type(problem).__name__}: {first_line(problem)}", problem)
+            return self._by_general(work)
 
     def _try_hooks(self) -> None:
         missing = uncovered(self._model, self._space)
         if missing:
-            self._give_up_hooks("; ".join(f"{name}: {why}" for name, why in list(missing.items())[:10]))
+            self._leave_hooks("; ".join(f"{name}: {why}" for name, why in list(missing.items())[:10]))
         else:
             self._hooks = HookPath(self._model, self._space)
-            self._reason = "a rule covers every attributed parameter's module"
 
-    def _give_up_hooks(self, why: str) -> None:
+    def _leave_hooks(self, why: str, cause: Exception | None = None) -> None:
         if not self._may_change:
-            raise GradientError(f"the hook path cannot serve this model ({why}); use method 'auto' or 'general'")
-        self._hooks = None
-        self._reason = why
+            if isinstance(cause, TypeError | ValueError):
+                raise cause
+            raise GradientError(
+                f"the hook path cannot serve this model ({why}); use method 'auto' or 'general'"
+            ) from cause
+        self._why_general = why
 
-    def _prove(self, hooks: HookPath, function: Function, batch: Batch) -> None:
-        """Compare the hook path with plain autograd on two examples (the only one twice, if need be)."""
-        size = batch_size(batch)
-        one, other = take(batch, [0]), take(batch, [min(1, size - 1)])
-        two = take(batch, [0, min(1, size - 1)])
-        got, expected = (SinkByParameter(2, _PROOF, self._space, self._device()) for _ in range(2))
-        values = []
-        for b, example in enumerate((one, other)):
-            value, gradients = gradients_of_one(self._model, self._space, function, example, nullcontext)
-            values.append(value)
-            for name, gradient in gradients.items():
-                expected.add(name, gradient.unsqueeze(0), b)
-        try:
-            hooks.find_shared(function, one, two)
-            together = hooks.add_to(got, function, two, nullcontext)
-        except RuntimeError as problem:
-            self._give_up_hooks(str(problem).splitlines()[0])
-            return
-        wrong = got.differing(expected, _RELATIVE, _FLOOR)
-        if not torch.allclose(together, torch.cat(values), rtol=_RELATIVE, atol=_FLOOR, equal_nan=True):
-            wrong = ["(the values themselves: an example's value depends on the other examples of its batch)"]
-        if wrong:
-            self._give_up_hooks(
-                f"rules and plain autograd disagree on {wrong[:10]}: used outside their module's forward?"
-            )
-        else:
-            self._proven_for = size
+    def _by_hooks(self, hooks: HookPath, work: _Work) -> tuple[Tensor, list[Tensor]]:
+        proof, names = self._proof, self._space.names
+        if not self._shared_known:
+            single, double = (take(work.batch, some, work.size) for some in ([0], [0, min(1, work.size - 1)]))
+            hooks.find_shared(work.function, single, double)
+            self._shared_known = True
+        due = proof.is_due(work.name, work.number)
+        watched = set(names) if due else proof.unproven(work.name, names)
+        structures: list[Structure] = []
+        outs, shares, sink = self._sinks(work, watched)
+        values = hooks.add_to(sink, work.function, work.batch, work.size, self._autocast(), structures.append)
+        (structure,) = structures
+        signature = structure.signature if structure.lost is None else None
+        audit = None
+        touched = shares.touched() if shares is not None else set()
+        if due or signature is None or not proof.covers(work.name, signature, touched):
+            if shares is None or watched != set(names):
+                shares = share_sink(work.size, self._space, self._device())
+                hooks.add_to(shares, work.function, work.batch, work.size, self._autocast())
+            audit = self._audit(work, values, outs, shares)
+            if audit is not None and not audit.passed:
+                self._refute(structure, audit)
+            if audit is not None:
+                proof.add(work.name, signature, audit)
+        self.method = "hooks"
+        proof.note(work.size, None, audit)
+        return values, outs
+
+    def _refute(self, structure: Structure, audit: Audit) -> None:
+        where = f"parameters {audit.wrong[:10]}" if audit.wrong else "the rows' weighted sum"
+        after = f", and {structure.lost} loses sight of the examples" if structure.lost else ""
+        why = f"rules and plain autograd disagree on {where} by {audit.error:.1e}{after}"
+        if structure.lost is not None:
+            raise Unsuited(why)  # this batch alone: no other rests on it
+        self._leave_hooks(why)
+        served, self._proof = self._proof.served, self._proof.restarted()
+        if served:
+            raise Refuted(f"{why}; rows of {served} batches before rest on the same proof: make them again")
+        self._proof.next_batch("output")
+        raise Unsuited(why)
+
+    def _by_general(self, work: _Work) -> tuple[Tensor, list[Tensor]]:
+        proof = self._proof
+        due = proof.is_due(work.name, work.number) or not proof.covers(work.name, (work.size > 1,), set())
+        outs, shares, sink = self._sinks(work, set(self._space.names) if due else set())
+        values = self._general.add_to(sink, work.function, work.batch, work.size, self._autocast())
+        audit = None
+        # Labels drawn for one example and for a batch differ now and then, where a draw is within rounding of a step.
+        if due and shares is not None and work.name != "sampled_output":
+            audit = self._audit(work, values, outs, shares)
+            if audit is not None and not audit.passed:
+                raise GradientError(_dependent(work, audit))
+            if audit is not None:
+                proof.add(work.name, (work.size > 1,), audit)
+        self.method = "general"
+        proof.note(work.size, self.reason, audit)
+        return values, outs
+
+    def _sinks(self, work: _Work, watched: set[str]) -> tuple[list[Tensor], SinkByParameter | None, GradientSink]:
+        device = self._device()
+        outs = [torch.zeros(work.size, self._sketch.dim, device=device) for _ in work.scales]
+        sink = gradient_sink(outs, self._sketch, self._space, work.scales)
+        if not watched:
+            return outs, None, sink
+        shares = share_sink(work.size, self._space, device)
+        return outs, shares, WatchedSink(sink, shares, watched)
+
+    def _audit(self, work: _Work, values: Tensor, outs: list[Tensor], shares: SinkByParameter) -> Audit | None:
+        """Assert the law for a batch; None where it says nothing, since something is not finite."""
+        if not bool(torch.isfinite(values).all()) or not all(bool(torch.isfinite(rows).all()) for rows in outs):
+            return None
+        coarsest = self._coarsest()
+        weights = law_weights(self._proof.draw(work.name, work.number), outs[0], evened=coarsest < 1e-4)
+        plain, gradient = weighted_gradient(
+            self._model, self._space, work.function, work.batch, weights, self._autocast()
+        )
+        audit = audited(weights, outs, shares, gradient, self._sketch, self._space, work.scales, coarsest)
+        tolerance = max(1e-2, 8 * coarsest)
+        if not torch.allclose(values, plain.to(values.device), rtol=tolerance, atol=tolerance / 100):
+            return replace(audit, passed=False, values_differ=True)
+        return audit
+
+    def _coarsest(self) -> float:
+        """The relative spacing of the coarsest number format of a pass."""
+        formats = {p.dtype for p in self._space.parameters(self._model).values()}
+        spacing = max(torch.finfo(dtype).eps for dtype in formats | ({self._dtype} if self._dtype else set()))
+        return max(spacing, _TF32 if self._device().type == "cuda" and torch.backends.cudnn.allow_tf32 else 0.0)
 
     def _autocast(self) -> Autocast:
         return nullcontext if self._dtype is None else partial(torch.autocast, self._device().type, self._dtype)
 
     def _device(self) -> torch.device:
         return self._model.get_parameter(self._space.names[0]).device
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One batch of one function."""
+
+    function: Function
+    batch: Batch
+    size: int
+    scales: list[Tensor | None]
+    name: str
+    number: int
 
 
 def nonfinite_examples(rows: Tensor) -> list[int]:
@@ -230,13 +329,23 @@ def nonfinite_examples(rows: Tensor) -> list[int]:
     return [int(i) for i in torch.isfinite(rows).all(dim=1).logical_not().nonzero()[:, 0]]
 
 
-def _refuse_batch_statistics(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            raise GradientError(
-                f"{type(module).__name__} {name!r} keeps no running statistics, so that examples depend on each other "
-                "also in evaluation; set track_running_stats=True or use another normalisation"
-            )
+def _dependent(work: _Work, audit: Audit) -> str:
+    """What to say when rows made one example at a time are not those of the batch."""
+    what = "its value" if audit.values_differ else "its gradient"
+    rows: list[str] = []
+    if isinstance(work.batch, Mapping):
+        rows = [str(k) for k, v in work.batch.items() if isinstance(v, Tensor) and v.shape[:1] == (work.size,)]
+    shared = (
+        f", or one of the entries {rows} is shared by all examples and happens to have {work.size} rows (give"
+        if (len(rows) > 1)
+        else ", or a tensor that is shared by all examples happens to have as many rows (give"
+    )
+    return (
+        f"an example's rows must not depend on the other examples of its batch, and {what} does: {work.name} of "
+        f"{work.size} examples at once and of each alone disagree (error {audit.error:.1e}, parameters "
+        f"{audit.wrong[:10]}). Either the model mixes its examples (statistics over the batch, attention between "
+        f"examples, no_grad for some of them) or draws random numbers{shared} it another shape or batch size)"
+    )
 
 
 @contextmanager

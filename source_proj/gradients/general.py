@@ -11,15 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from source_proj.gradients.batches import Batch, batch_size, per_example_tensors, take
+from source_proj._errors import GradientError, SourceProjError
+from source_proj.gradients.batches import Batch, per_example_tensors, take
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
 
-__all__ = ["Autocast", "Function", "GeneralPath", "checked_values", "gradients_of_one"]
+__all__ = ["REENTRANT", "Autocast", "Function", "GeneralPath", "checked_values", "first_line", "weighted_gradient"]
 
 Function: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 Autocast: TypeAlias = Callable[[], AbstractContextManager[object]]
 _Some: TypeAlias = tuple[int, Tensor, dict[str, Tensor]]  # first example, values (n,), gradients {name: (n, *shape)}
+
+REENTRANT = (
+    "the model checkpoints activations with use_reentrant=True, which hides its layers from autograd; call "
+    "torch.utils.checkpoint with use_reentrant=False, or gradient_checkpointing_disable() on a model of transformers"
+)
 
 # A chunk's gradients are examples × d floats; above this they are spread over several chunks.
 _CHUNK_BYTES = 256 * 2**20
@@ -55,36 +61,48 @@ class GeneralPath:
         self._chunk = max(1, _CHUNK_BYTES // (4 * space.size))
         self._loops = False
 
-    def add_to(self, pieces: GradientSink, function: Function, batch: Batch, autocast: Autocast) -> Tensor:
-        """Hand every parameter's piece of ∇function to `pieces`; returns the values (B,)."""
-        size = batch_size(batch)
+    def begin(self) -> None:
+        """Try `vmap` again: what a batch gets may not depend on the batches before it in another shard."""
+        self._loops, self.note = False, ""
+
+    def add_to(self, sink: GradientSink, function: Function, batch: Batch, size: int, autocast: Autocast) -> Tensor:
+        """Hand every parameter's share of ∇function to `sink`; returns the values (B,)."""
         values: list[Tensor] = []
         for start in range(0, size, self._chunk):
             examples = list(range(start, min(size, start + self._chunk)))
-            for first, value, gradients in self._gradients(function, batch, examples, autocast):
+            for first, value, gradients in self._gradients(function, batch, size, examples, autocast):
                 values.append(value)
                 for name, rows in gradients.items():
-                    pieces.add(name, rows, first)
+                    sink.add(name, rows, first)
         return torch.cat(values)
 
-    def _gradients(self, function: Function, batch: Batch, examples: list[int], autocast: Autocast) -> Iterator[_Some]:
+    def _gradients(
+        self, function: Function, batch: Batch, size: int, examples: list[int], autocast: Autocast
+    ) -> Iterator[_Some]:
         if not self._loops:
             try:
-                result = self._by_vmap(function, take(batch, examples), autocast)
-            except (RuntimeError, NotImplementedError, ValueError) as problem:
+                result = self._by_vmap(function, batch, size, examples, autocast)
+            except (SourceProjError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as problem:
                 # The loop is the same mathematics, and it raises again what is wrong with the model itself.
-                note = f"one backward pass per example, since vmap failed: {str(problem).splitlines()[0]}"
+                note = f"one backward pass per example, since vmap failed: {first_line(problem)}"
             else:
                 yield examples[0], *result
                 return
+        alone = torch.ones(1)
         for b in examples:
-            value, gradients = gradients_of_one(self._model, self._space, function, take(batch, [b]), autocast)
+            example = take(batch, [b], size)
+            value, gradients = weighted_gradient(self._model, self._space, function, example, alone, autocast)
             yield b, value, {name: gradient.unsqueeze(0) for name, gradient in gradients.items()}
         if not self._loops:
             self._loops, self.note = True, note
 
-    def _by_vmap(self, function: Function, batch: Batch, autocast: Autocast) -> tuple[Tensor, dict[str, Tensor]]:
-        tensors, rebuild = per_example_tensors(batch)
+    def _by_vmap(
+        self, function: Function, batch: Batch, size: int, examples: list[int], autocast: Autocast
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        tensors, rebuild = per_example_tensors(batch, size)
+        tensors = [tensor[examples[0] : examples[-1] + 1] for tensor in tensors]
         module = _WithModel(self._model, function)
         parameters = {f"model.{name}": p.detach() for name, p in self._space.parameters(self._model).items()}
 
@@ -103,25 +121,35 @@ class GeneralPath:
         return values.detach(), {name.removeprefix("model."): rows for name, rows in gradients.items()}
 
 
-def gradients_of_one(
-    model: nn.Module, space: ParameterSpace, function: Function, example: Batch, autocast: Autocast
+def weighted_gradient(
+    model: nn.Module, space: ParameterSpace, function: Function, batch: Batch, weights: Tensor, autocast: Autocast
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A plain backward pass of a batch of one: its value (1,), and the gradients of the parameters that it reaches."""
+    """Plain backward pass: the values f (B,), and ∇ Σ_b w_b f_b of the parameters that it reaches.
+
+    Raises:
+        GradientError: a reentrant checkpoint is in the way.
+    """
     parameters = space.parameters(model)
     wanted = {name: p.requires_grad for name, p in parameters.items()}
     try:
         for p in parameters.values():
             p.requires_grad_(True)
         with torch.enable_grad(), autocast():
-            value = checked_values(function(model, example), 1).float()
-        if not value.requires_grad:
-            return value, {}
-        found = torch.autograd.grad(value.sum(), list(parameters.values()), allow_unused=True)
+            values = checked_values(function(model, batch), len(weights)).float()
+        if not values.requires_grad:
+            return values, {}
+        total = (values * weights.to(values.device)).sum()
+        try:
+            gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+        except RuntimeError as problem:
+            if "use_reentrant=True" in str(problem):
+                raise GradientError(REENTRANT) from problem
+            raise
     finally:
         for name, p in parameters.items():
             p.requires_grad_(wanted[name])
-    gradients = {name: gradient for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
-    return value.detach(), {name: g.to_dense() if g.is_sparse else g for name, g in gradients.items()}
+    reached = {name: gradient for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    return values.detach(), {name: g.to_dense() if g.is_sparse else g for name, g in reached.items()}
 
 
 def checked_values(values: Tensor, size: int) -> Tensor:
@@ -132,3 +160,8 @@ def checked_values(values: Tensor, size: int) -> Tensor:
             f"the function of (model, batch) must return one scalar per example, shape ({size},), got {got}"
         )
     return values
+
+
+def first_line(problem: Exception) -> str:
+    """What an error says, cut to its first line."""
+    return str(problem).strip().partition("\n")[0] or type(problem).__name__

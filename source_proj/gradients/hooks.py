@@ -1,22 +1,25 @@
 """The hook path: per-example gradients of a whole batch from one forward and one backward pass.
 
-No parameter requires a gradient during the pass, so torch computes no batch weight gradient. A tap behind each covered
+Torch computes no batch weight gradient during the pass, as only the taps are asked for. A tap behind each covered
 layer keeps the layer's input x; when the gradient g of its output arrives, the layer's rule turns (x, g) into the
 per-example gradient of its parameters, which goes straight into the sketch, and x is let go.
 
-* The tap starts a graph where the layer's output carries none yet, so that nothing before the first attributed layer is
-  differentiated. It is a node of its own rather than a hook on the output: a Linear's output of three dimensions is a
-  view, and an in-place operation on a view throws the view's own node away, hooks included.
+* The tap starts a graph where the layer's output carries none yet. It is a node of its own rather than a hook on the
+  output: a Linear's output of three dimensions is a view, and an in-place operation on a view throws the view's own
+  node away, hooks included.
 * Layers that see no batch (a position embedding of arange(T)) would lose the examples, as autograd sums over a
   broadcast: their output is expanded to the batch first. Which layers these are is found by comparing one example
   with two.
 * Layers that see (B·r, …), examples outermost, are cut back into (B, r, …).
+* The graph of every batch is looked at before the backward pass: a parameter that is used outside of its layer's
+  forward has an edge there, and where the examples lie is followed from layer to layer (`layout.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -24,13 +27,27 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import GradientError
-from source_proj.gradients.batches import Batch, batch_size
-from source_proj.gradients.general import Autocast, Function, checked_values
+from source_proj.gradients.batches import Batch
+from source_proj.gradients.general import REENTRANT, Autocast, Function, checked_values
+from source_proj.gradients.layout import Call, Node, label, walk, where_examples_are_lost
 from source_proj.gradients.rules import Rule, rule_for
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
 
-__all__ = ["HookPath", "Unsuited", "uncovered"]
+__all__ = ["HookPath", "Structure", "Unsuited", "uncovered"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How one batch went through the layers.
+
+    Attributes:
+        signature: equal for batches that call the same layers alike, by the same operations.
+        lost: the first operation behind which no dim is known to hold the examples; None if all are followed.
+    """
+
+    signature: tuple[object, ...]
+    lost: str | None
 
 
 class Unsuited(GradientError):
@@ -106,62 +123,84 @@ class HookPath:
 
     def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
         self._model = model
+        self._parameters = space.parameters(model)
         self._covered, _ = _owners(model, space)
         self._names = {module: name for name, module in model.named_modules() if module in self._covered}
         self._shared: set[nn.Module] = set()
+        self._calls: list[tuple[tuple[object, ...], Call]] | None = None  # None outside of a forward pass
 
-    def add_to(self, pieces: GradientSink, function: Function, batch: Batch, autocast: Autocast) -> Tensor:
-        """Hand every layer's piece of ∇function to `pieces`; returns the values (B,).
+    def add_to(
+        self,
+        sink: GradientSink,
+        function: Function,
+        batch: Batch,
+        size: int,
+        autocast: Autocast,
+        admit: Callable[[Structure], None] = lambda _: None,
+    ) -> Tensor:
+        """Hand every layer's share of ∇function to `sink`; returns the values (B,).
+
+        Args:
+            sink: takes the gradients.
+            function: (model, batch) → (B,).
+            batch: the examples.
+            size: their number B.
+            autocast: context of the forward pass.
+            admit: sees the batch's structure before the backward pass, and may raise.
 
         Raises:
-            Unsuited: a layer's output does not have the examples in front.
-            GradientError: a layer's input was modified in place after the layer had seen it.
+            Unsuited: a layer's output does not have the examples in front, or a parameter is used outside of its layer.
+            GradientError: a layer's input was modified in place after the layer had seen it, or a reentrant checkpoint
+                hides layers.
         """
-        size = batch_size(batch)
         anchor = torch.zeros((), requires_grad=True)
-        seen = partial(self._on_output, size=size, anchor=anchor, pieces=pieces)
-        with _frozen(self._model), self._hooked(seen), torch.enable_grad():
-            with autocast():
-                values = checked_values(function(self._model, batch), size)
-            if values.requires_grad:  # else it reaches no attributed parameter
-                torch.autograd.backward(values.sum())
+        seen = partial(self._on_output, size=size, anchor=anchor, sink=sink)
+        self._calls = []
+        try:
+            with _requiring_only(self._model, self._parameters), self._hooked(seen), torch.enable_grad():
+                with autocast():
+                    values = checked_values(function(self._model, batch), size)
+                calls, self._calls = self._calls, None  # recomputed layers of a checkpoint call the hooks once more
+                admit(self._structure(values, calls, size))
+                if values.requires_grad:  # else it reaches no attributed parameter
+                    torch.autograd.grad(values.sum(), [anchor], allow_unused=True)
+        finally:
+            self._calls = None
         return values.detach().float()
 
-    def find_shared(self, function: Function, one: Batch, two: Batch) -> None:
-        """Learn which layers see no batch: their output has the same length for one example and for two.
+    def find_shared(self, function: Function, single: Batch, double: Batch) -> None:
+        """Learn which layers see no batch: their output is of the same shape for one example and for two.
 
         A layer that only sees what such a layer made need not be treated, so one is added at a time.
 
         Raises:
             Unsuited: some layer's output length does not follow the number of examples.
         """
+        self._shared.clear()
         for _ in range(len(self._covered) + 1):
-            single, double = self._lengths(function, one, 1), self._lengths(function, two, 2)
-            if [module for module, _ in single] != [module for module, _ in double]:
-                raise Unsuited("other layers are called for one example than for two")
-            odd = [(module, n, m) for (module, n), (_, m) in zip(single, double, strict=True) if m != 2 * n]
+            shapes, doubled = self._shapes(function, single, 1), self._shapes(function, double, 2)
+            if [module for module, _ in shapes] != [module for module, _ in doubled]:
+                return  # the layers that are called depend on the values: the law decides
+            odd = [(m, s, d) for (m, s), (_, d) in zip(shapes, doubled, strict=True) if d[:1] != (2 * s[0],)]
             if not odd:
                 return
-            module, n, m = odd[0]
-            if n != m or module in self._shared:
-                raise Unsuited(
-                    f"the output of {self._names[module]!r} has length {n} for one example and {m} for two; "
-                    "examples must come first"
-                )
+            module, shape, shape_of_two = odd[0]
+            if shape != shape_of_two or module in self._shared:
+                return  # refused below if no batch can be cut
             self._shared.add(module)
 
-    def _lengths(self, function: Function, batch: Batch, size: int) -> list[tuple[nn.Module, int]]:
-        lengths: list[tuple[nn.Module, int]] = []
+    def _shapes(self, function: Function, batch: Batch, size: int) -> list[tuple[nn.Module, tuple[int, ...]]]:
+        shapes: list[tuple[nn.Module, tuple[int, ...]]] = []
 
         def seen(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Tensor) -> Tensor:
             if module in self._shared:
                 output = _expanded(output, size)
-            lengths.append((module, output.shape[0]))
+            shapes.append((module, tuple(output.shape) or (1,)))
             return output
 
         with self._hooked(seen), torch.no_grad():
             function(self._model, batch)
-        return lengths
+        return shapes
 
     @contextmanager
     def _hooked(self, seen: Callable[..., Tensor | None]) -> Iterator[None]:
@@ -182,30 +221,79 @@ class HookPath:
         *,
         size: int,
         anchor: Tensor,
-        pieces: GradientSink,
+        sink: GradientSink,
     ) -> Tensor | None:
         if not torch.is_grad_enabled():  # the model itself wants no gradient here
             return None
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        node, inputs = output.grad_fn, x.grad_fn
         if module in self._shared:
             unbatched = output.dim()
             output = _expanded(output, size)
             x = _expanded(x, size, unsqueeze=output.dim() > unbatched)
         name = self._names[module]
-        if output.shape[0] % size:
+        if output.dim() == 0 or output.shape[0] % size:
             raise Unsuited(
                 f"the output of {name!r} has shape {tuple(output.shape)} in a batch of {size} examples; "
                 "examples must come first"
             )
-        listener = partial(self._on_gradient, module, size, pieces)
+        listener = partial(self._on_gradient, module, size, sink)
         apply = cast(Callable[..., Tensor], _Tap.apply)  # some versions of torch leave it untyped
-        return apply(output, anchor, x.detach(), listener, name)
+        tapped = apply(output, anchor, x.detach(), listener, name)
+        if self._calls is not None:
+            rows = output.shape[0] // size
+            kind = "shared" if module in self._shared else "ragged or flat" if rows != 1 else "batch"
+            call = Call(tapped.grad_fn, inputs, _interior(node, output.grad_fn, inputs))
+            self._calls.append(((name, kind, output.dim()), call))
+        return tapped
 
-    def _on_gradient(self, module: nn.Module, size: int, pieces: GradientSink, x: Tensor, g: Tensor) -> None:
+    def _on_gradient(self, module: nn.Module, size: int, sink: GradientSink, x: Tensor, g: Tensor) -> None:
+        if g.numel() == 0:
+            return
         rule, names = self._covered[module]
-        if not pieces.accepts_half:
+        if not sink.accepts_half:
             x, g = (x.float() if x.is_floating_point() else x), g.float()
-        rule.add(module, names, x, g, pieces, size)
+        rule.add(module, names, x, g, sink, size)
+
+    def _structure(self, values: Tensor, calls: list[tuple[tuple[object, ...], Call]], size: int) -> Structure:
+        """What autograd's graph says about a batch."""
+        shapes = tuple(shape for shape, _ in calls)
+        if values.grad_fn is None:
+            return Structure((*shapes, size == 1), None)
+        taps = {call.tap: call for _, call in calls}
+        attributed = {id(p): name for name, p in self._parameters.items()}
+        interior = {node: shape[0] for shape, call in calls for node in call.interior}
+
+        def edges(node: Node) -> Iterator[Node]:
+            if node in taps:
+                inputs = taps[node].inputs
+                if inputs is not None:
+                    yield inputs
+                return
+            for child, _ in node.next_functions:
+                used = interior.get(child) or attributed.get(id(getattr(child, "variable", None)))
+                if used is not None:
+                    raise Unsuited(f"{used!r} is used outside of its module's forward")
+                if child is not None:
+                    yield child
+
+        order = walk([values.grad_fn], edges)
+        labels = tuple(label(node) for node in order)
+        if "CheckpointFunction" in labels:
+            raise GradientError(REENTRANT)
+        lost = None if size == 1 else where_examples_are_lost(order, list(taps.values()), values.grad_fn, size)
+        return Structure((*shapes, size == 1, hash(labels)), lost)
+
+
+def _interior(node: Node, expanded: Node, inputs: Node) -> frozenset[Node]:
+    """The nodes of a layer: between its input and its output, the parameters' own included."""
+    if node is None:
+        return frozenset()
+
+    def edges(node: Node) -> Iterator[Node]:
+        return (child for child, _ in node.next_functions if child is not None and child is not inputs)
+
+    return frozenset(walk([expanded, node], edges))
 
 
 def _expanded(tensor: Tensor, size: int, unsqueeze: bool | None = None) -> Tensor:
@@ -216,13 +304,14 @@ def _expanded(tensor: Tensor, size: int, unsqueeze: bool | None = None) -> Tenso
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient: torch then computes no batch weight gradients."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    for p in wanted:
-        p.requires_grad_(False)
+def _requiring_only(model: nn.Module, attributed: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Only attributed parameters require a gradient, so that the graph shows where they are used."""
+    before = {p: p.requires_grad for p in model.parameters()}
+    wanted = {id(p) for p in attributed.values()}
+    for p in before:
+        p.requires_grad_(id(p) in wanted)
     try:
         yield
     finally:
-        for p in wanted:
-            p.requires_grad_(True)
+        for p, requires_grad in before.items():
+            p.requires_grad_(requires_grad)

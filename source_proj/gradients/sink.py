@@ -156,14 +156,22 @@ class SinkByParameter(GradientSink):
     def _rows(self, name: str, start: int, count: int) -> Tensor:
         return self._out[self._at[name], start : start + count]
 
-    def differing(self, other: SinkByParameter, relative: float, floor: float) -> list[str]:
-        """Names of the parameters whose pieces differ by more than rounding can; NaN and infinities aside.
+    def touched(self) -> set[str]:
+        """Names of the parameters that received anything but zeros."""
+        nonzero = self._out.flatten(1).any(dim=1).tolist()
+        return {name for name, n in self._at.items() if nonzero[n]}
+
+    def differing(self, expected: SinkByParameter, weights: Tensor, relative: float, floor: float) -> list[str]:
+        """Names of the parameters whose weighted sum over examples differs from what is expected.
 
         Args:
-            other: the expected pieces.
-            relative: to the norm of the parameter's expected piece.
-            floor: to the norm of the expected rows, all parameters together.
+            expected: one example's, the gradient of the weighted sum.
+            weights: (B,).
+            relative: to the norm of the parameter's terms.
+            floor: to the norm of all parameters' terms.
         """
-        error, norms = (self._out - other._out).norm(dim=2), other._out.norm(dim=2)  # (parameters, examples)
-        wrong = (error > relative * norms + floor * norms.norm(dim=0)).any(dim=1)
+        terms = weights[None, :, None] * self._out  # (parameters, B, k)
+        error = (terms.sum(1) - expected._out[:, 0]).norm(dim=1)
+        norms = torch.maximum(terms.flatten(1).norm(dim=1), expected._out[:, 0].norm(dim=1))
+        wrong = (error > relative * norms + floor * norms.norm()).tolist()
         return [name for name, n in self._at.items() if wrong[n]]

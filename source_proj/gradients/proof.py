@@ -1,0 +1,279 @@
+"""The law that every row is held to, and what the rows of a bank rest on.
+
+For any weights w, the rows of a batch must satisfy
+
+    Σ_b w_b row_b = R ∇ Σ_b w_b f_b,
+
+whose right side is one plain backward pass through the model as it is. With random weights no mistake can pass but by
+a chance of measure nearly zero: rows that are missed, cut at the wrong places, permuted, or doubled. The weights are
+signs times powers of two, so that the gradients of the two sides are equal to the last bit before they are summed, and
+they even out the lengths of the rows, so that an example with a small gradient counts as much as any.
+
+The law is asserted where a proof has gaps: `Proof` says where.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from source_proj._errors import GradientError
+from source_proj.gradients.sink import GradientSink, ScaledSink, SinkByParameter
+from source_proj.gradients.space import ParameterSpace
+from source_proj.sketch import Sketch
+
+__all__ = ["Audit", "Proof", "Refuted", "WatchedSink", "audited", "gradient_sink", "law_weights", "share_sink"]
+
+# The law is about structure, not rounding: what is missed or mixed up is off by its whole size. Right rows agree to
+# about 1e-6 in float32. The floor is for parameters whose gradient is zero but for rounding, as that of key biases.
+_TOLERANCE, _BY_PARAMETER, _FLOOR = 1e-3, 1e-2, 1e-4
+_ROUNDINGS = 8  # of the coarsest number format that took part
+_SKETCH = Sketch(dim=256)  # of each parameter by itself, so that an error names it
+_EVENED = 2.0**10  # weights even out lengths of rows up to this ratio
+_SAMPLED = 128  # one batch in so many is audited for no other reason
+
+
+class Refuted(GradientError):
+    """The law failed, and rows that were given before rest on the same proof: make them again, all since `begin`.
+
+    The engine has turned to the general path, so that the same calls succeed now.
+    """
+
+
+@dataclass(frozen=True)
+class Audit:
+    """One assertion of the law.
+
+    Attributes:
+        error: relative error of the weighted sum of rows.
+        wrong: parameters whose share is wrong.
+        touched: parameters whose share was not zero.
+        passed: whether the law holds.
+        values_differ: whether the values themselves differ between the two passes.
+    """
+
+    error: float
+    wrong: list[str]
+    touched: set[str]
+    passed: bool
+    values_differ: bool = False
+
+
+@dataclass
+class _Known:
+    """What was proven of one function."""
+
+    signatures: set[tuple[object, ...]] = field(default_factory=set)
+    parameters: set[str] = field(default_factory=set)
+    batches: int = 0
+
+
+class Proof:
+    """What the rows of a scope (one shard at one checkpoint, or one set of queries) rest on.
+
+    A batch is audited if it is the first of its function, if a counter-based draw says so, if its structure was not
+    proven yet or cannot be followed, or if it is the first in which some parameter's gradient is not zero. Nothing is
+    taken over from another scope: what a scope holds, and what is noted of it, is the same in whatever order scopes
+    are made, by whomever.
+
+    Args:
+        key: numbers that name the scope; they decide the weights and the sample.
+
+    Attributes:
+        general: the rest of the scope goes by the general path.
+        served: batches that rest on this proof were given.
+    """
+
+    def __init__(self, *key: int) -> None:
+        self._key = key
+        self._known: dict[str, _Known] = {}
+        self._reasons: Counter[str] = Counter()
+        self._audited = self._examples = self._audited_examples = 0
+        self._worst = 0.0
+        self.general = False
+        self.served = False
+
+    def next_batch(self, name: str) -> int:
+        """The number of this batch among those of a function."""
+        known = self._of(name)
+        known.batches += 1
+        return known.batches - 1
+
+    def is_due(self, name: str, batch: int) -> bool:
+        """Whether this batch is audited whatever it looks like."""
+        return not self._of(name).signatures or self.draw(name, batch) % _SAMPLED == 0
+
+    def draw(self, name: str, batch: int) -> int:
+        """A 63-bit number, a pure function of scope, function and batch."""
+        text = f"{self._key} {name} {batch}".encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+
+    def unproven(self, name: str, names: Sequence[str]) -> set[str]:
+        """Parameters of which no gradient but zero was ever audited."""
+        return set(names) - self._of(name).parameters
+
+    def covers(self, name: str, signature: tuple[object, ...], touched: set[str]) -> bool:
+        """Whether batches of this structure, with gradients of these parameters, were audited."""
+        known = self._of(name)
+        return signature in known.signatures and touched <= known.parameters
+
+    def add(self, name: str, signature: tuple[object, ...] | None, audit: Audit) -> None:
+        """Take an audit that passed into the proof; without a signature it speaks for its own batch alone."""
+        if signature is not None:
+            self._of(name).signatures.add(signature)
+        self._of(name).parameters |= audit.touched
+
+    def note(self, size: int, reason: str | None, audit: Audit | None) -> None:
+        """Note a batch that was given: why it went by the general path (None: by hooks), and its audit."""
+        self._examples += size
+        self.served = True
+        if reason is not None:
+            self._reasons[reason] += size
+        if audit is not None:
+            self._audited += 1
+            self._audited_examples += size
+            self._worst = max(self._worst, audit.error)
+
+    def restarted(self) -> Proof:
+        """The proof of the same scope made again by the general path; why stays noted."""
+        again = Proof(*self._key)
+        again.general = True
+        return again
+
+    def summary(self) -> dict[str, object]:
+        """What was audited, JSON-able: the same for the same scope, whoever made it."""
+        return {
+            "examples": self._examples,
+            "audited_batches": self._audited,
+            "audited_examples": self._audited_examples,
+            "worst_error": float(f"{self._worst:.1e}"),
+            "general": dict(self._reasons),
+        }
+
+    def _of(self, name: str) -> _Known:
+        return self._known.setdefault(name, _Known())
+
+
+class WatchedSink(GradientSink):
+    """Hands everything to a sink, and what belongs to watched parameters to a second one too."""
+
+    def __init__(self, sink: GradientSink, second: SinkByParameter, watched: set[str]) -> None:
+        self._sink, self._second, self._watched = sink, second, watched
+
+    @property
+    def fuses_windows(self) -> bool:
+        """As the sink."""
+        return self._sink.fuses_windows
+
+    @property
+    def accepts_half(self) -> bool:
+        """As the sink."""
+        return self._sink.accepts_half
+
+    def _sinks(self, name: str) -> list[GradientSink]:
+        return [self._sink, self._second] if name in self._watched else [self._sink]
+
+    def add(self, name: str, rows: Tensor, start: int = 0) -> None:
+        """As `GradientSink.add`."""
+        for sink in self._sinks(name):
+            sink.add(name, rows, start)
+
+    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0, scale: Tensor | None = None) -> None:
+        """As `GradientSink.outer`."""
+        for sink in self._sinks(name):
+            sink.outer(name, left, right, start, scale)
+
+    def windows(
+        self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, scale: Tensor | None = None
+    ) -> None:
+        """As `GradientSink.windows`."""
+        for sink in self._sinks(name):
+            sink.windows(name, left, right, taps, windows, scale)
+
+    def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
+        """As `GradientSink.scatter`."""
+        for sink in self._sinks(name):
+            sink.scatter(name, index, values)
+
+
+def gradient_sink(
+    outs: list[Tensor], sketch: Sketch, space: ParameterSpace, scales: Sequence[Tensor | None]
+) -> GradientSink:
+    """A sink for rows R D g, for one or several diagonal matrices D."""
+    if len(outs) == 1 and scales[0] is None:
+        return GradientSink(outs[0], sketch, space)
+    return ScaledSink(outs, sketch, space, [None if s is None else s.to(outs[0]) for s in scales])
+
+
+def share_sink(size: int, space: ParameterSpace, device: torch.device) -> SinkByParameter:
+    """A sink that keeps each parameter's share of the rows apart, in a small sketch of its own."""
+    return SinkByParameter(size, _SKETCH, space, device)
+
+
+def law_weights(draw: int, rows: Tensor, evened: bool) -> Tensor:
+    """Weights (B,) of the law: signs times powers of two.
+
+    Args:
+        draw: the seed.
+        rows: (B, k); the weights divide by their lengths, in powers of two.
+        evened: False where the gradients' number format has no room for that.
+    """
+    generator = torch.Generator().manual_seed(draw)
+    signs = torch.randint(0, 2, (len(rows),), generator=generator) * 2.0 - 1
+    exponents = torch.randint(0, 3, (len(rows),), generator=generator).float()
+    if evened:
+        lengths = rows.norm(dim=1).cpu()
+        largest = float(lengths.max()) if len(lengths) else 0.0
+        if largest > 0 and isfinite(largest):
+            exponents -= lengths.clamp(min=largest / _EVENED).log2().round()
+    return signs * exponents.exp2()
+
+
+def audited(
+    weights: Tensor,
+    rows: Sequence[Tensor],
+    shares: SinkByParameter,
+    gradient: Mapping[str, Tensor],
+    sketch: Sketch,
+    space: ParameterSpace,
+    scales: Sequence[Tensor | None],
+    coarsest: float,
+) -> Audit:
+    """Compare the weighted sums of rows, and of each parameter's share, with the gradient of the weighted sum.
+
+    Args:
+        weights: w (B,).
+        rows: for each metric (B, k).
+        shares: of each parameter, from the same layers.
+        gradient: ∇ Σ_b w_b f_b, of the parameters that it reaches.
+        sketch: the projection R.
+        space: the attributed parameters.
+        scales: the metrics' diagonals.
+        coarsest: the relative spacing of the coarsest number format that took part.
+    """
+    device = rows[0].device
+    weights = weights.to(device)
+    sums = [torch.zeros(1, sketch.dim, device=device) for _ in rows]
+    expected = gradient_sink(sums, sketch, space, scales)
+    expected_shares = share_sink(1, space, device)
+    for name, g in gradient.items():
+        expected.add(name, g.unsqueeze(0))
+        expected_shares.add(name, g.unsqueeze(0))
+    error = max(_relative(weights, r, s[0]) for r, s in zip(rows, sums, strict=True))
+    tolerance = max(_TOLERANCE, _ROUNDINGS * coarsest)
+    wrong = shares.differing(expected_shares, weights, max(_BY_PARAMETER, tolerance), max(_FLOOR, tolerance / 10))
+    touched = shares.touched() | expected_shares.touched()
+    return Audit(error, wrong, touched, passed=error <= tolerance and not wrong)
+
+
+def _relative(weights: Tensor, rows: Tensor, expected: Tensor) -> float:
+    """The error of Σ w_b row_b relative to the terms' root sum of squares, or to the sum if that is larger."""
+    terms = weights[:, None] * rows
+    size = max(float(terms.norm()), float(expected.norm()))
+    return float((terms.sum(0) - expected).norm()) / size if size else 0.0
