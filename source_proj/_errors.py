@@ -1,6 +1,10 @@
 """The errors that source-proj raises on purpose; each message names the value received and the remedy."""
 
-__all__ = ["BankError", "GradientError", "MismatchError", "SourceProjError"]
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["BankError", "ExampleError", "GradientError", "MismatchError", "SourceProjError", "named_examples"]
 
 
 class SourceProjError(Exception):
@@ -17,3 +21,26 @@ class BankError(SourceProjError, RuntimeError):
 
 class GradientError(SourceProjError, RuntimeError):
     """A gradient is not finite, or a module's per-example gradients cannot be computed."""
+
+
+class ExampleError(SourceProjError, ValueError):
+    """Some examples of a batch are not as they must be.
+
+    Args:
+        positions: their places in the batch.
+        what: what is wrong with them, and the remedy; "{examples}" stands for their names.
+    """
+
+    def __init__(self, positions: Sequence[int], what: str) -> None:
+        self.positions, self.what = list(positions), what
+        super().__init__(what.format(examples=f"examples {self.positions[:10]} of the batch"))
+
+
+@contextmanager
+def named_examples(ids: Sequence[Any]) -> Iterator[None]:
+    """Name examples by their ids in what is raised about their places in a batch."""
+    try:
+        yield
+    except ExampleError as error:
+        names = [ids[i] for i in error.positions[:10]]
+        raise MismatchError(error.what.format(examples=f"ids {names}")) from None

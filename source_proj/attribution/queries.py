@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from source_proj._errors import GradientError, MismatchError
-from source_proj.bank import Bank, batches, dataset_size, on_device
-from source_proj.gradients import ParameterSpace, gradient_engine, nonfinite_examples
+from source_proj._errors import GradientError, MismatchError, named_examples
+from source_proj.bank import Bank, dataset_size, on_device
+from source_proj.bank.build.data import BatchSource, to_device
+from source_proj.gradients import GradientEngine, ParameterSpace, Refuted, gradient_engine, nonfinite_examples
 from source_proj.task import Task, TokenQueries
 from source_proj.trajectory import Checkpoint
 
@@ -118,16 +121,48 @@ def sketch_queries(
         with on_device(model, device) as where, point.applied_to(model):
             engine = gradient_engine(model, space, bank.sketch, method=bank.gradients, autocast=bank.autocast)
             scales = [None if scale is None else scale.to(where) for scale in bank.metrics.scales(wanted)]
-            rows: list[list[Tensor]] = [[] for _ in wanted]
-            for start, batch in batches(queries, batch_size, device=where, progress=progress):
-                _, found = engine.sketch_scaled(task.measurement, batch, scales)
-                bad = sorted({i for row in found for i in nonfinite_examples(row)})
-                if bad:
-                    raise GradientError(
-                        f"the measurement's gradient is not finite for queries {[query_ids[start + i] for i in bad]} "
-                        f"at step {point.step}; look at their inputs, or at the weights of that checkpoint"
-                    )
-                for kept, row in zip(rows, found, strict=True):
-                    kept.append(row.cpu())
-        features |= {point_key(point, bank.metrics.hash(m)): torch.cat(r) for m, r in zip(wanted, rows, strict=True)}
+            source = BatchSource(queries, batch_size)
+            sketched = partial(_sketched, engine, task, source, scales, query_ids, point.step, where, progress)
+            engine.begin(bank.sketch.seed, point.step)
+            try:
+                rows = sketched()
+            except Refuted:  # a later batch showed that earlier rows may be wrong: all again, by the general path
+                rows = sketched()
+        features |= {
+            point_key(point, bank.metrics.hash(m)): torch.cat(r)
+            for m, r in zip(wanted, zip(*rows, strict=True), strict=True)
+        }
     return QueryFeatures(features, query_ids, bank.sketch.spec())
+
+
+def _sketched(
+    engine: GradientEngine,
+    task: Task,
+    source: BatchSource,
+    scales: Sequence[Tensor | None],
+    ids: Sequence[Any],
+    step: int,
+    device: torch.device,
+    progress: bool,
+) -> list[list[Tensor]]:
+    """For each batch of queries, the rows ``(B, k)`` of their measurements in each metric.
+
+    Raises:
+        GradientError: a gradient is not finite; names the ids.
+        Refuted: the rows so far are to be made again.
+    """
+    rows: list[list[Tensor]] = []
+    with tqdm(total=source.n, unit="queries", delay=2, disable=not progress) as bar:
+        for start, stop, batch in source.load([(0, source.n)]):
+            with named_examples(ids[start:stop]):
+                placed = to_device(batch, device)
+                _, made = engine.sketch_scaled(task.measurement, placed, scales, "measurement", stop - start)
+            bad = sorted({i for row in made for i in nonfinite_examples(row)})
+            if bad:
+                raise GradientError(
+                    f"the measurement's gradient is not finite for queries {[ids[start + i] for i in bad]} at step "
+                    f"{step}; look at their inputs, or at the weights of that checkpoint"
+                )
+            rows.append([row.cpu() for row in made])
+            bar.update(stop - start)
+    return rows

@@ -18,6 +18,7 @@ MUST, MUST NOT and MAY are those of RFC 2119.
         d1             (n,)    float32  ℓ'(o)
         d2             (n,)    float32  ℓ''(o), only where settings say second_derivative
         batch_hashes   (m, 32) uint8    m = ⌈n / batch_size⌉
+        audit          (⌈n / shard_rows⌉, 1024) uint8: JSON of what was audited of a shard, with spaces behind
         fisher_rows    (n·D, k)         sketched gradients of sampled labels, draw j of row i at i·D + j; only if D > 0
         fisher_scale   (n·D,)  float32  only if D > 0, with storage int8 and float16
         <name>_metric_<m>               rows, scale, fisher_rows and fisher_scale once more, in each metric m that is
@@ -52,6 +53,10 @@ MUST, MUST NOT and MAY are those of RFC 2119.
 10. Row z of ``rows`` times its scale is the sketched gradient of the output. int8 MUST lie in [-127, 127]; the fill
     values (-128, and NaN for floating point) MUST NOT occur among rows: they show what was never written.
 11. ``batch_hashes`` holds the SHA-256 of each batch's data, and MUST be the same at all checkpoints.
+
+20. ``audit`` holds for each shard: examples (batches of every function counted), audited_batches, audited_examples,
+    worst_error (relative, of the law of `source_proj.gradients.proof`), and general: {reason: examples} of those that
+    went by the general path. It MUST be the same whoever makes the shard, and rests on nothing outside of it.
 
 **Metrics**
 

@@ -14,6 +14,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from source_proj._errors import BankError
+from source_proj.bank.audits import AUDIT_BYTES
 from source_proj.bank.format import Settings
 from source_proj.bank.quantize import has_scale
 
@@ -207,6 +208,7 @@ def _checkpoint_arrays(settings: Settings, part: PartSpec, crossed: Sequence[int
     if settings.second_derivative:
         data["d2"] = numbers
     data["batch_hashes"] = ArraySpec((-(-n // part.batch_size), 32), "uint8", height // part.batch_size)
+    data["audit"] = ArraySpec((part.n_shards, AUDIT_BYTES), "uint8", 1)
     if draws:
         data["fisher_rows"] = _rows(settings, n * draws, height * draws)
         if has_scale(settings.storage):

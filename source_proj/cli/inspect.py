@@ -1,6 +1,7 @@
 """``inspect`` and ``verify``: look into a bank."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import typer
 from source_proj.bank import Bank, StageBank
 from source_proj.bank import open as open_bank
 from source_proj.bank import verify as verify_bank
+from source_proj.bank.audits import total
 from source_proj.cli.options import BankPath, Json
 from source_proj.cli.output import emit, reports_errors, say, table
 
@@ -88,9 +90,10 @@ def _stage(stage: StageBank) -> dict[str, Any]:
                 "hash": entry["hash"],
                 "shards": sum(len(one) for one in shards),
                 "shards_done": sum(int(one.sum()) for one in shards),
+                "audit": total(part.audit(index) for part in stage.parts),
             }
-            for step, integral, entry, shards in zip(
-                stage.spec["steps"], stage.spec["lr_integrals"], stage.spec["checkpoints"], done, strict=True
+            for index, (step, integral, entry, shards) in enumerate(
+                zip(stage.spec["steps"], stage.spec["lr_integrals"], stage.spec["checkpoints"], done, strict=True)
             )
         ],
     }
@@ -114,16 +117,31 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
         yield f"stage {stage['name']}: {stage['rows']} rows, {_options(stage['optimizer'])}"
         segment_of = {one: number for number, group in enumerate(stage["segments"], 1) for one in group}
         yield table(
-            ["checkpoint", "segment", "step", "integral of lr", "shards done", "weights"],
+            ["checkpoint", "segment", "step", "integral of lr", "shards done", "audited, worst error", "weights"],
             [
                 [index, segment_of[index], one["step"], f"{one['lr_integral']:.6g}",
-                 f"{one['shards_done']} of {one['shards']}", one["path"] or "in the bank"]
+                 f"{one['shards_done']} of {one['shards']}", _audit(one["audit"]),
+                 one["path"] or "in the bank"]
                 for index, one in enumerate(stage["checkpoints"])
             ],
         )  # fmt: skip
+        yield from _general(stage)
     if facts["missing"]:
         more = len(facts["missing"]) - _LISTED
         yield "\nmissing: " + "; ".join(facts["missing"][:_LISTED]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _audit(audit: dict[str, Any]) -> str:
+    return f"{audit['audited_examples']} of {audit['examples']}, {audit['worst_error']:.0e}"
+
+
+def _general(stage: dict[str, Any]) -> Iterator[str]:
+    """Why gradients went by the slow path, where they did."""
+    reasons: Counter[str] = Counter()
+    for checkpoint in stage["checkpoints"]:
+        reasons.update(checkpoint["audit"]["general"])
+    for reason, count in reasons.most_common():
+        yield f"  {count} gradients by the general path: {reason}"
 
 
 def _options(spec: dict[str, Any]) -> str:

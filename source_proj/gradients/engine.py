@@ -249,8 +249,7 @@ class GradientEngine:
         self._leave_hooks(why)
         served, self._proof = self._proof.served, self._proof.restarted()
         if served:
-            raise Refuted(f"{why}; rows of {served} batches before rest on the same proof: make them again")
-        self._proof.next_batch("output")
+            raise Refuted(f"{why}; rows that were given before rest on the same proof: make them again")
         raise Unsuited(why)
 
     def _by_general(self, work: _Work) -> tuple[Tensor, list[Tensor]]:

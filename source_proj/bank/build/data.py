@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from source_proj._errors import MismatchError
 
-__all__ = ["BatchSource", "batch_hash", "batches", "checked_ids", "dataset_size", "on_device", "to_device"]
+__all__ = ["Batch", "BatchSource", "batch_hash", "batches", "checked_ids", "dataset_size", "on_device", "to_device"]
 
 Batch = Any
 Span = tuple[int, int]

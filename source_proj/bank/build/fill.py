@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from source_proj.bank.build.data import BatchSource, batch_hash, on_device
+from source_proj.bank.build.data import Batch, BatchSource, batch_hash, on_device
 from source_proj.bank.format import Settings
 from source_proj.bank.read.metrics import Metrics
 from source_proj.bank.read.part import Part
 from source_proj.bank.build.row_encoder import BatchLocation, RowEncoder
 from source_proj._errors import MismatchError
-from source_proj.gradients import ParameterSpace
+from source_proj.gradients import ParameterSpace, Refuted
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint
 
@@ -158,14 +158,27 @@ def _run(one: _Pass, rows: RowEncoder, committer: "_Committer", bar: "tqdm[NoRet
         for start, stop, batch in loaded:
             shard = start // part.spec.shard_rows
             first, last = part.spec.span(shard)
-            buffer.put(
-                start - first, rows(BatchLocation(part, one.work.stage, one.checkpoint, start, stop), batch), batch_hash(batch)
-            )
+            if start == first:
+                rows.begin(one.work.stage, one.checkpoint, shard)
+            try:
+                _put(one, rows, buffer, start, stop, batch)
+            except Refuted:  # the rows of this shard, none of which is committed, are made again by the general path
+                buffer.clear()
+                for again, end, earlier in one.work.source.load([(first, stop)]):
+                    _put(one, rows, buffer, again, end, earlier)
             bar.update(stop - start)
             if stop == last:
+                buffer.audit = rows.audit()
                 committer.commit(part, one.checkpoint, shard, buffer)
                 buffer = committer.buffer(part, one.checkpoint)
         committer.wait()
+
+
+def _put(one: _Pass, rows: RowEncoder, buffer: "_Buffer", start: int, stop: int, batch: Batch) -> None:
+    """Make a batch's rows and put them into the buffer of their shard."""
+    part = one.work.part
+    place = BatchLocation(part, one.work.stage, one.checkpoint, start, stop)
+    buffer.put(start % part.spec.shard_rows, rows(place, batch), batch_hash(batch))
 
 
 @dataclass
@@ -177,6 +190,11 @@ class _Buffer:
     arrays: dict[str, np.ndarray]
     filled: int = 0
     hashes: list[bytes] = field(default_factory=list)
+    audit: np.ndarray | None = None
+
+    def clear(self) -> None:
+        """Begin again."""
+        self.filled, self.hashes = 0, []
 
     def put(self, start: int, encoded: dict[str, Tensor], digest: bytes) -> None:
         for name, values in encoded.items():
@@ -192,7 +210,8 @@ class _Buffer:
             name: array[: self.filled * (self.part.data(self.checkpoint)[name].height // spec.shard_rows)]
             for name, array in self.arrays.items()
         }
-        return {**found, "batch_hashes": _as_array(self.hashes)}
+        assert self.audit is not None  # set with the last batch
+        return {**found, "batch_hashes": _as_array(self.hashes), "audit": self.audit}
 
 
 class _Committer:
@@ -240,7 +259,7 @@ def _allocated(part: Part, checkpoint: int) -> dict[str, np.ndarray]:
     return {
         name: np.empty((min(spec.height, spec.shape[0]), *spec.shape[1:]), spec.dtype)
         for name, spec in part.data(checkpoint).items()
-        if name != "batch_hashes"
+        if name not in ("batch_hashes", "audit")
     }
 
 

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from source_proj.bank.audits import encode_audit
 from source_proj.bank.build.data import Batch, to_device
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import crossing_name
@@ -15,8 +17,9 @@ from source_proj.bank.read.metrics import Metrics
 from source_proj.bank.read.part import Part
 from source_proj.bank.quantize import encode, row_sizes
 from source_proj.bank.build.uniform import Uniforms
-from source_proj._errors import GradientError, MismatchError
+from source_proj._errors import GradientError, MismatchError, named_examples
 from source_proj.gradients import ParameterSpace, gradient_engine, nonfinite_examples
+from source_proj.gradients.batches import batch_size, per_example_tensors
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 
@@ -84,23 +87,34 @@ class RowEncoder:
             model, space, Sketch.from_spec(settings.sketch), method=settings.gradients, autocast=settings.autocast
         )
 
+    def begin(self, stage: int, checkpoint: int, shard: int) -> None:
+        """Begin a shard: its rows are proven by its own batches alone, so that none committed rests on another's."""
+        self._engine.begin(self._settings.sketch["seed"], stage, checkpoint, shard)
+
+    def audit(self) -> np.ndarray:
+        """What was audited since `begin`, as the bank keeps it."""
+        return encode_audit(self._engine.proof.summary())
+
     def __call__(self, place: BatchLocation, batch: Batch) -> dict[str, Tensor]:
         """Return the entries of a batch's arrays, by the arrays' names.
 
         Raises:
             GradientError: a gradient or derivative is not finite; names the ids.
+            Refuted: the shard's rows so far rest on a proof that failed; make them again from its start.
             MismatchError: the task gives ℓ'' for some batches only.
             ValueError: the batch has not as many examples as it must.
         """
         batch = to_device(batch, self._device)
         names = self._metrics_of(place)
         scales = list(self._scales.values())
-        values, (rows, *others) = self._engine.sketch_scaled(self._task.output, batch, scales)
-        if len(rows) != place.stop - place.start:
+        size = place.stop - place.start
+        if not per_example_tensors(batch, size)[0]:
             raise ValueError(
-                f"the batch of ids {place.ids[0]!r} to {place.ids[-1]!r} has {len(rows)} examples, and "
-                f"{place.stop - place.start} were asked for: collate_fn must neither drop nor add examples"
+                f"the batch of ids {place.ids[0]!r} to {place.ids[-1]!r} has {batch_size(batch)} examples, and "
+                f"{size} were asked for: collate_fn must neither drop nor add examples"
             )
+        with named_examples(place.ids):
+            values, (rows, *others) = self._engine.sketch_scaled(self._task.output, batch, scales, size=size)
         encoded = self._encoded("", rows, place, "the gradient of the output")
         for metric, other in zip(names, others, strict=True):
             encoded |= self._encoded("", other, place, "the gradient of the output", metric)
@@ -155,5 +169,11 @@ class RowEncoder:
             return self._task.sampled_output(model, both[0], uniform)
 
         draws = range(self._settings.sampled_fisher)
-        found = [self._engine.sketch_scaled(partial(function, draw), (batch, positions), scales)[1] for draw in draws]
+        size = len(positions)
+
+        def rows(draw: int) -> list[Tensor]:
+            chosen = partial(function, draw)
+            return self._engine.sketch_scaled(chosen, (batch, positions), scales, "sampled_output", size)[1]
+
+        found = [rows(draw) for draw in draws]
         return [torch.stack(rows, dim=1) for rows in zip(*found, strict=True)]

@@ -266,6 +266,7 @@ class Bank:
                 "derivatives",
                 "sampled_fisher",
                 "batch_hashes",
+                "audits",
                 "marks",
                 "ids",
                 "weights",

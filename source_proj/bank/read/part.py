@@ -13,6 +13,7 @@ import zarr
 
 from source_proj._errors import BankError, MismatchError
 from source_proj._io.files import write_files
+from source_proj.bank.audits import decode_audit, total
 from source_proj.bank.format import Settings, canonical, sha256
 from source_proj.bank.layout import ArraySpec, PartSpec, part_arrays
 
@@ -123,6 +124,11 @@ class Part:
             for checkpoint in range(self.n_checkpoints)
             for shard in np.flatnonzero(~self.done(checkpoint))
         ]
+
+    def audit(self, checkpoint: int) -> dict[str, Any]:
+        """What was audited of the committed rows of a checkpoint; see clause 20 of the format."""
+        shards = np.flatnonzero(self.done(checkpoint))
+        return total(decode_audit(self.read(checkpoint, "audit", int(shard))) for shard in shards)
 
     # Writing ---------------------------------------------------------------------------------------------------
 

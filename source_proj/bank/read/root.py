@@ -135,6 +135,7 @@ _KINDS = {
     "fisher_rows": "sampled_fisher",
     "fisher_scale": "sampled_fisher",
     "batch_hashes": "batch_hashes",
+    "audit": "audits",
     "committed": "marks",
     "seal": "marks",
     "ids": "ids",
