@@ -257,6 +257,9 @@ class GradientEngine:
         due = proof.is_due(work.name, work.number) or not proof.covers(work.name, (work.size > 1,), set())
         outs, shares, sink = self._sinks(work, set(self._space.names) if due else set())
         values = self._general.add_to(sink, work.function, work.batch, work.size, self._autocast())
+        if not bool(torch.isfinite(values).all()):
+            with torch.no_grad():  # under vmap the function could not say what is wrong
+                work.function(self._model, work.batch)
         audit = None
         # Labels drawn for one example and for a batch differ now and then, where a draw is within rounding of a step.
         if due and shares is not None and work.name != "sampled_output":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from source_proj._errors import GradientError, SourceProjError
+from source_proj._errors import ExampleError, GradientError, SourceProjError
 from source_proj.gradients.batches import Batch, per_example_tensors, take
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
@@ -93,7 +93,10 @@ class GeneralPath:
         alone = torch.ones(1)
         for b in examples:
             example = take(batch, [b], size)
-            value, gradients = weighted_gradient(self._model, self._space, function, example, alone, autocast)
+            try:
+                value, gradients = weighted_gradient(self._model, self._space, function, example, alone, autocast)
+            except ExampleError as problem:
+                raise ExampleError([b], problem.what) from None
             yield b, value, {name: gradient.unsqueeze(0) for name, gradient in gradients.items()}
         if not self._loops:
             self._loops, self.note = True, note

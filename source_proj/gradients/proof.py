@@ -5,9 +5,8 @@ For any weights w, the rows of a batch must satisfy
     Σ_b w_b row_b = R ∇ Σ_b w_b f_b,
 
 whose right side is one plain backward pass through the model as it is. With random weights no mistake can pass but by
-a chance of measure nearly zero: rows that are missed, cut at the wrong places, permuted, or doubled. The weights are
-signs times powers of two, so that the gradients of the two sides are equal to the last bit before they are summed, and
-they even out the lengths of the rows, so that an example with a small gradient counts as much as any.
+a chance of measure nearly zero: rows that are missed, cut at the wrong places, permuted, or doubled. The weights even
+out the lengths of the rows, so that an example with a small gradient counts as much as any.
 
 The law is asserted where a proof has gaps: `Proof` says where.
 """
@@ -35,6 +34,7 @@ __all__ = ["Audit", "Proof", "Refuted", "WatchedSink", "audited", "gradient_sink
 _TOLERANCE, _BY_PARAMETER, _FLOOR = 1e-3, 1e-2, 1e-4
 _ROUNDINGS = 8  # of the coarsest number format that took part
 _SKETCH = Sketch(dim=256)  # of each parameter by itself, so that an error names it
+_OCTAVES = 3  # over which the weights' sizes are spread
 _EVENED = 2.0**10  # weights even out lengths of rows up to this ratio
 _SAMPLED = 128  # one batch in so many is audited for no other reason
 
@@ -217,21 +217,23 @@ def share_sink(size: int, space: ParameterSpace, device: torch.device) -> SinkBy
 
 
 def law_weights(draw: int, rows: Tensor, evened: bool) -> Tensor:
-    """Weights (B,) of the law: signs times powers of two.
+    """Weights (B,) of the law, of random signs and all of different size.
 
     Args:
         draw: the seed.
-        rows: (B, k); the weights divide by their lengths, in powers of two.
+        rows: (B, k); the weights divide by their lengths.
         evened: False where the gradients' number format has no room for that.
     """
-    generator = torch.Generator().manual_seed(draw)
-    signs = torch.randint(0, 2, (len(rows),), generator=generator) * 2.0 - 1
-    exponents = torch.randint(0, 3, (len(rows),), generator=generator).float()
+    generator, size = torch.Generator().manual_seed(draw), len(rows)
+    signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1
+    # Strata: no two examples have nearly the same weight, as rows that change places would not be seen then.
+    strata = torch.randperm(size, generator=generator) + torch.rand(size, generator=generator) / 2
+    exponents = _OCTAVES * strata / max(size, 1)
     if evened:
         lengths = rows.norm(dim=1).cpu()
-        largest = float(lengths.max()) if len(lengths) else 0.0
+        largest = float(lengths.max()) if size else 0.0
         if largest > 0 and isfinite(largest):
-            exponents -= lengths.clamp(min=largest / _EVENED).log2().round()
+            exponents -= lengths.clamp(min=largest / _EVENED).log2()
     return signs * exponents.exp2()
 
 

@@ -55,7 +55,7 @@ def split(batch: Batch, sample_weight: str | int | None) -> tuple[Any, Tensor, T
 def forward(model: Model, batch: Batch, sample_weight: str | int | None) -> tuple[Tensor, Tensor]:
     """Run the model; return its logits or predictions, in float32 at least, and the labels."""
     inputs, labels, _ = split(batch, sample_weight)
-    result = model(**without_cache(model, inputs)) if isinstance(batch, Mapping) else model(inputs)
+    result = _called(model, inputs, isinstance(batch, Mapping))
     if isinstance(result, Mapping) and "logits" in result:
         result = result["logits"]
     elif hasattr(result, "logits"):
@@ -69,6 +69,36 @@ def forward(model: Model, batch: Batch, sample_weight: str | int | None) -> tupl
         )
     # Half precision, as autocast leaves it, is too coarse for the loss; torch's own autocast takes losses to float32.
     return (result.float() if result.dtype in (torch.float16, torch.bfloat16) else result), labels
+
+
+def _called(model: Model, inputs: Any, by_name: bool) -> Any:
+    """Call the model, and say more of inputs that it cannot take."""
+    try:
+        return model(**without_cache(model, inputs)) if by_name else model(inputs)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        slips = _slips(model, inputs if by_name else {"the input": inputs}, by_name)
+        if not slips or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise TypeError(f"{'; '.join(slips)} ({type(model).__name__} says: {error})") from error
+
+
+def _slips(model: Model, inputs: Mapping[str, Any], by_name: bool) -> list[str]:
+    """What is probably wrong with a model's inputs, and what to do."""
+    known = signature(model.forward).parameters if isinstance(model, nn.Module) else {}
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    formats = {p.dtype for p in model.parameters()} if isinstance(model, nn.Module) else set()
+    found = []
+    for name, value in inputs.items():
+        if by_name and known and not open_ended and name not in known:
+            found.append(f"the model takes no argument {name!r}: leave the column {name!r} out of the data set")
+        elif isinstance(value, list | tuple) and value and all(isinstance(entry, Tensor) for entry in value):
+            found.append(
+                f"{name!r} is a list of {len(value)} tensors {tuple(value[0].shape)}, as default_collate makes "
+                "of rows that are Python lists: give rows as tensors, torch.tensor(row)"
+            )
+        elif isinstance(value, Tensor) and value.dtype == torch.float64 and torch.float64 not in formats:
+            found.append(f"{name!r} is float64, and the model is {sorted(map(str, formats))}: give row.float()")
+    return found
 
 
 def without_cache(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:

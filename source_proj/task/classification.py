@@ -11,6 +11,7 @@ from torch.nn.functional import log_softmax
 
 from source_proj.task.base import Derivatives, Task
 from source_proj.task.batch import Batch, Model, Uniform, checked_weight, class_indices, draw, forward, weights
+from source_proj.task.labels import refuse_foreign_labels
 
 __all__ = ["Classification"]
 
@@ -91,4 +92,4 @@ class Classification(Task):
             raise ValueError(
                 f"labels {tuple(labels.shape)} do not go with logits {tuple(logits.shape)}: one an example"
             )
-        return logits, class_indices(labels)
+        return refuse_foreign_labels(logits, class_indices(labels))

@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,11 @@ class Checkpoint:
         lr: float | None = None,
         optimizer_state: Mapping[str, Any] | str | Path | None = None,
     ) -> None:
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        if isinstance(step, bool) or not isinstance(step, Integral) or step < 0:
             raise ValueError(f"step must be an integer of at least 0, got {step!r}")
         if lr is not None and not 0 <= lr < float("inf"):
             raise ValueError(f"lr must be finite and at least 0, got {lr!r}")
-        self.step = step
+        self.step = int(step)
         self.lr = None if lr is None else float(lr)
         self.optimizer_state: Mapping[str, Any] | str | Path | None = (
             _second_moments(optimizer_state) if isinstance(optimizer_state, Mapping) else optimizer_state

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -53,9 +54,9 @@ class BatchSource:
         else:
             self._options = {"collate_fn": default_collate}
         self._data = _checked_dataset(data)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
             raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
-        self.batch_size = batch_size
+        self.batch_size = int(batch_size)
         self.n: int = len(self._data)
         if self.n == 0:
             raise ValueError(f"the data set {_name(self._data)} is empty; give at least one example")
@@ -164,8 +165,10 @@ def batch_hash(batch: Batch) -> bytes:
 
 
 def _update(digest: Any, entry: Any) -> None:
-    if isinstance(entry, np.ndarray):
-        entry = torch.from_numpy(np.ascontiguousarray(entry))
+    if isinstance(entry, np.generic):
+        entry = entry.item()
+    elif isinstance(entry, np.ndarray):
+        entry = entry.tolist() if entry.dtype.kind in "USO" else torch.from_numpy(np.ascontiguousarray(entry))
     if isinstance(entry, Tensor):
         if entry.layout != torch.strided:
             raise TypeError(f"a batch holds a tensor of layout {entry.layout}; make it dense in collate_fn")
