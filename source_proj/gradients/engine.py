@@ -31,6 +31,7 @@ from source_proj.sketch import Sketch
 
 __all__ = ["METHODS", "GradientEngine", "gradient_engine", "nonfinite_examples"]
 
+SAMPLED = "sampled_output"  # the function that draws labels
 METHODS = ("auto", "hooks", "general")
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -221,8 +222,14 @@ class GradientEngine:
         due = proof.is_due(work.name, work.number)
         watched = set(names) if due else proof.unproven(work.name, names)
         structures: list[Structure] = []
+
+        def admit(structure: Structure) -> None:
+            if structure.signature in proof.refused:
+                raise Unsuited(proof.refused[structure.signature])
+            structures.append(structure)
+
         outs, shares, sink = self._sinks(work, watched)
-        values = hooks.add_to(sink, work.function, work.batch, work.size, self._autocast(), structures.append)
+        values = hooks.add_to(sink, work.function, work.batch, work.size, self._autocast(), admit)
         (structure,) = structures
         signature = structure.signature if structure.lost is None else None
         audit = None
@@ -244,8 +251,9 @@ class GradientEngine:
         where = f"parameters {audit.wrong[:10]}" if audit.wrong else "the rows' weighted sum"
         after = f", and {structure.lost} loses sight of the examples" if structure.lost else ""
         why = f"rules and plain autograd disagree on {where} by {audit.error:.1e}{after}"
-        if structure.lost is not None:
-            raise Unsuited(why)  # this batch alone: no other rests on it
+        if structure.lost is not None:  # no other batch rests on this one's proof
+            self._proof.refused[structure.signature] = why
+            raise Unsuited(why)
         self._leave_hooks(why)
         served, self._proof = self._proof.served, self._proof.restarted()
         if served:
@@ -261,8 +269,7 @@ class GradientEngine:
             with torch.no_grad():  # under vmap the function could not say what is wrong
                 work.function(self._model, work.batch)
         audit = None
-        # Labels drawn for one example and for a batch differ now and then, where a draw is within rounding of a step.
-        if due and shares is not None and work.name != "sampled_output":
+        if due and shares is not None and work.name != SAMPLED:  # rows of one example each, and others drawn than here
             audit = self._audit(work, values, outs, shares)
             if audit is not None and not audit.passed:
                 raise GradientError(_dependent(work, audit))
@@ -287,14 +294,32 @@ class GradientEngine:
             return None
         coarsest = self._coarsest()
         weights = law_weights(self._proof.draw(work.name, work.number), outs[0], evened=coarsest < 1e-4)
-        plain, gradient = weighted_gradient(
-            self._model, self._space, work.function, work.batch, weights, self._autocast()
-        )
+        plain, gradient = self._plain(work, weights)
         audit = audited(weights, outs, shares, gradient, self._sketch, self._space, work.scales, coarsest)
         tolerance = max(1e-2, 8 * coarsest)
         if not torch.allclose(values, plain.to(values.device), rtol=tolerance, atol=tolerance / 100):
             return replace(audit, passed=False, values_differ=True)
         return audit
+
+    def _plain(self, work: _Work, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Values and ∇ Σ w f by plain backward passes over two halves, which agree with the whole if examples do.
+
+        Drawn labels are taken whole: halves draw others now and then, where a draw is within rounding of a step.
+        """
+        order = torch.randperm(work.size, generator=torch.Generator().manual_seed(work.number))
+        whole = work.size == 1 or work.name == SAMPLED
+        halves = [torch.arange(work.size)] if whole else [half.sort().values for half in order.chunk(2)]
+        values = torch.zeros(work.size, device=self._device())
+        total: dict[str, Tensor] = {}
+        for half in halves:
+            batch = work.batch if whole else take(work.batch, half.tolist(), work.size)
+            part, gradient = weighted_gradient(
+                self._model, self._space, work.function, batch, weights[half], self._autocast()
+            )
+            values[half.to(values.device)] = part.to(values)
+            for name, g in gradient.items():
+                total[name] = total[name] + g if name in total else g
+        return values, total
 
     def _coarsest(self) -> float:
         """The relative spacing of the coarsest number format of a pass."""

@@ -4,7 +4,8 @@ For any weights w, the rows of a batch must satisfy
 
     Σ_b w_b row_b = R ∇ Σ_b w_b f_b,
 
-whose right side is one plain backward pass through the model as it is. With random weights no mistake can pass but by
+whose right side is a plain backward pass through the model as it is, over one half of the batch and then the other, so
+that examples which depend on each other are seen, too. With random weights no mistake can pass but by
 a chance of measure nearly zero: rows that are missed, cut at the wrong places, permuted, or doubled. The weights even
 out the lengths of the rows, so that an example with a small gradient counts as much as any.
 
@@ -86,6 +87,7 @@ class Proof:
         key: numbers that name the scope; they decide the weights and the sample.
 
     Attributes:
+        refused: structures that cannot be followed, and of which a batch failed; and why.
         general: the rest of the scope goes by the general path.
         served: batches that rest on this proof were given.
     """
@@ -96,6 +98,7 @@ class Proof:
         self._reasons: Counter[str] = Counter()
         self._audited = self._examples = self._audited_examples = 0
         self._worst = 0.0
+        self.refused: dict[tuple[object, ...], str] = {}
         self.general = False
         self.served = False
 

@@ -6,10 +6,10 @@ import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -61,7 +61,7 @@ class Checkpoint:
         lr: float | None = None,
         optimizer_state: Mapping[str, Any] | str | Path | None = None,
     ) -> None:
-        if isinstance(step, bool) or not isinstance(step, Integral) or step < 0:
+        if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
             raise ValueError(f"step must be an integer of at least 0, got {step!r}")
         if lr is not None and not 0 <= lr < float("inf"):
             raise ValueError(f"lr must be finite and at least 0, got {lr!r}")

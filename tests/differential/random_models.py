@@ -434,7 +434,7 @@ def packed(owner: nn.Module) -> Step:
 
 
 class RandomModel(nn.Module):
-    """Steps in a row, behind an embedding and before a head; a shared first layer may be left out of what is graphed."""
+    """Steps in a row, behind an embedding and before a head."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
