@@ -16,7 +16,7 @@ from _kronecker import Rows, rows_of
 from torch import Tensor, nn
 
 import source_proj as sp
-from source_proj.attribution.curvature import forgetting, response
+from source_proj.attribution.curvature import decay_operator, response
 from source_proj.trajectory import segment_times
 
 __all__ = ["ExactSource"]
@@ -81,7 +81,7 @@ class ExactSource:
         inner = self._queries[0]  # of what reaches the first stage's end with its gradients, (Q, C N)
         if len(self._stages) == 2:
             last = self._stages[1]
-            kept = forgetting(last.time, last.decay)
+            kept = decay_operator(last.time, last.decay)
             inner = float(kept(torch.zeros(1))) * inner + _coefficients(self._queries[1], last, kept) @ self._between[0]
         first = self._stages[0]
         ridge = 0.0 if damping is None else float(first.values.sum()) / damping

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import source_proj as sp
-from source_proj.attribution.curvature import forgetting, response
+from source_proj.attribution.curvature import decay_operator, response
 from source_proj.bank import batches, dataset_size
 from source_proj.gradients.batches import batch_size as size_of
 from source_proj.trajectory import segment_times
@@ -229,7 +229,7 @@ def ekfac_source(
                 weighted = inside * response(time, decay, damping or 0.0)(factors.values).to(inside)
                 _add_scores(scores, weighted, one.inputs @ factors.inputs, one.loss @ factors.outputs, -1 / n)
             if index:
-                inside *= forgetting(time, decay)(factors.values).to(inside)
+                inside *= decay_operator(time, decay)(factors.values).to(inside)
                 carried[name] = factors.outputs @ (inside @ factors.inputs.T)
     return scores.numpy()
 

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 import source_proj as sp
-from source_proj.attribution.curvature import Curvature, Spectrum, default_curvature, forgetting, noise_floor, response
+from source_proj.attribution.curvature import (
+    Curvature,
+    Spectrum,
+    decay_operator,
+    default_curvature,
+    noise_floor,
+    response,
+)
 from source_proj.attribution.fits import cached_spectrum
 from source_proj.attribution.operands import loss_gradients, mean_gradients
 from source_proj.attribution.queries import QueryFeatures
@@ -87,7 +94,7 @@ def fit_scores(bank: sp.Bank, features: QueryFeatures, recipe: Recipe, rows: int
             for operand in mean_gradients(bank, 0, segment.checkpoints, None):
                 part = carried @ operand.rows.T
                 values[:, operand.start : operand.stop].add_(part, alpha=-1 / bank.stages[0].n)
-        kept = forgetting(recipe.time * segment.time, recipe.decay * segment.decay)
+        kept = decay_operator(recipe.time * segment.time, recipe.decay * segment.decay)
         extra = recipe.keep * segment.floor
         query = segment.spectrum.multiply(query, lambda x, kept=kept, extra=extra: kept(x + extra))
     return values.numpy()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from source_proj._errors import GradientError
-from source_proj.gradients import GradientEngine, ParameterSpace, gradient_engine, nonfinite_examples, pieces
+from source_proj.gradients import GradientEngine, ParameterSpace, gradient_engine, nonfinite_examples, sink
 from source_proj.gradients import convolution as convolution_rule
 from source_proj.gradients import general as general_path
 from source_proj.gradients.batches import map_tensors
@@ -88,7 +88,7 @@ def test_an_input_modified_after_the_layer_saw_it_is_an_error() -> None:
 
     model = Spoiled()
     space = ParameterSpace.from_model(model)
-    target = pieces.GradientSink(torch.zeros(2, 16), Sketch(dim=16), space)
+    target = sink.GradientSink(torch.zeros(2, 16), Sketch(dim=16), space)
     with pytest.raises(GradientError, match="input of 'b' was modified in place"):
         HookPath(model, space).add_to(target, margin, images(2, side=2), nullcontext)
     with pytest.raises((GradientError, RuntimeError), match="modified by an inplace operation"):

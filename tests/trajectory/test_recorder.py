@@ -6,7 +6,8 @@ from recorded_runs import STEPS, advance, linear, recorded, same, train, two_gro
 from torch import nn
 from torch.optim import lr_scheduler
 
-from source_proj.trajectory import SGD, Recorder, Stage, Trajectory, record, segment_times
+from source_proj.trajectory import SGD, Recorder, Stage, Trajectory, segment_times
+from source_proj.trajectory.recording import run_files as record
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from source_proj._errors import MismatchError
-from source_proj.trajectory import Adam, ParameterGroup, Recorder, RMSprop, Trajectory, moments, record
+from source_proj.trajectory import Adam, ParameterGroup, Recorder, RMSprop, Trajectory, moments
+from source_proj.trajectory.recording import run_files as record
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from recorded_runs import same, train, without_directory
 
-from source_proj.trajectory import record
+from source_proj.trajectory.recording import run_files as record
 
 
 @pytest.fixture(autouse=True)

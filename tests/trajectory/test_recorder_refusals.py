@@ -8,7 +8,8 @@ from recorded_runs import advance, linear, recorded, same, train, two_groups
 from torch import nn
 
 from source_proj._errors import MismatchError
-from source_proj.trajectory import Recorder, Trajectory, record
+from source_proj.trajectory import Recorder, Trajectory
+from source_proj.trajectory.recording import run_files as record
 from source_proj.trajectory.recording.run_files import write_tensors
 
 

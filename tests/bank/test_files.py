@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from bank_runs import make_run
 
-from source_proj.bank import files
+from source_proj._io import files
 
 
 @pytest.fixture
