@@ -95,17 +95,17 @@ class ScaledSink(GradientSink):
         self._scales = list(scales)
 
     def _pairs(self, name: str) -> Iterator[tuple[GradientSink, Tensor | None]]:
-        """The pieces in each metric, and the metric's entries of a parameter."""
+        """The sink of each metric, and the metric's entries of a parameter."""
         begin = self._offsets[name]
         end = begin + prod(self._shapes[name])
-        for pieces, scale in zip(self._each, self._scales, strict=True):
-            yield pieces, None if scale is None else scale[begin:end]
+        for sink, scale in zip(self._each, self._scales, strict=True):
+            yield sink, None if scale is None else scale[begin:end]
 
     def add(self, name: str, rows: Tensor, start: int = 0) -> None:
         """The gradients (n, …) of the whole parameter for the examples start … start + n."""
         flat = rows.reshape(len(rows), -1)
-        for pieces, scale in self._pairs(name):
-            pieces.add(name, flat if scale is None else flat * scale, start)
+        for sink, scale in self._pairs(name):
+            sink.add(name, flat if scale is None else flat * scale, start)
 
     def outer(
         self,
@@ -116,8 +116,8 @@ class ScaledSink(GradientSink):
         scale: Tensor | None = None,  # noqa: ARG002
     ) -> None:
         """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i)."""
-        for pieces, own in self._pairs(name):
-            pieces.outer(name, left, right, start, own)
+        for sink, own in self._pairs(name):
+            sink.outer(name, left, right, start, own)
 
     def windows(
         self,
@@ -129,14 +129,14 @@ class ScaledSink(GradientSink):
         scale: Tensor | None = None,  # noqa: ARG002
     ) -> None:
         """The gradient of a convolution's weight (o, c, J); arguments as in `Sketch.add_windows_`."""
-        for pieces, own in self._pairs(name):
-            pieces.windows(name, left, right, taps, windows, own)
+        for sink, own in self._pairs(name):
+            sink.windows(name, left, right, taps, windows, own)
 
     def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
         """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""
-        for pieces, scale in self._pairs(name):
+        for sink, scale in self._pairs(name):
             table = None if scale is None else scale.view(self._shapes[name])
-            pieces.scatter(name, index, values if table is None else values * table[index.long()])
+            sink.scatter(name, index, values if table is None else values * table[index.long()])
 
 
 class SinkByParameter(GradientSink):
