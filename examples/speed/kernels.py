@@ -76,8 +76,9 @@ def sketches(kind: str, a: argparse.Namespace, missing: dict[str, str]) -> Itera
     """A sketch for each backend that can serve the kind on the device; for the others, why not goes into missing."""
     for backend in a.backends:
         try:
-            kernels.choose_backend(kind, backend, a.device.type)
-            yield sp.Sketch(a.dim, kind, backend=backend)
+            sketch = sp.Sketch(a.dim, kind, backend=backend)
+            sketch.serving(a.device.type)
+            yield sketch
         except ValueError as error:
             if backend != "fast-jl" or kind == "rademacher":
                 missing[f"{backend} ({kind})"] = str(error)

@@ -15,6 +15,7 @@ from source_proj.cli.parsing import (
     parse_shard,
 )
 from source_proj.cli.text import TextOptions
+from source_proj.sketch.projections import kinds
 
 __all__ = ["build", "finalize"]
 
@@ -88,7 +89,7 @@ def build(
     ] = None,
     segments: Annotated[int | None, typer.Option(min=1, help="Segments of training; score can change it.")] = None,
     sketch_dim: Annotated[int, typer.Option(min=1, help="Numbers kept per example and checkpoint.")] = 4096,
-    sketch_kind: Annotated[str, typer.Option(help="sparse, rademacher, kronecker or identity.")] = "sparse",
+    sketch_kind: Annotated[str, typer.Option(help=f"One of {', '.join(kinds())}.")] = "sparse",
     sketch_seed: Annotated[int, typer.Option(help="Seed of the projection.")] = 0,
     sketch_nnz: Annotated[int, typer.Option(help="Non-zeros per coordinate of the sparse projection.")] = 1,
     sketch_backend: Annotated[str | None, typer.Option(help="native or torch; default: the fastest present.")] = None,
