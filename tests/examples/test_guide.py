@@ -58,7 +58,8 @@ def test_architecture_shows_code_that_runs():
 
 
 def test_blocks_keep_their_lines_and_skipped_ones_are_left_out():
-    text = "# Page\n\n```python\na = 1\n```\n\n<!-- no-run: needs a GPU -->\n```python\nb = 2\n```\n```python\nc = a\n```\n"
+    first, skipped, last = (f"```python\n{line}\n```\n" for line in ("a = 1", "b = 2", "c = a"))
+    text = f"# Page\n\n{first}\n<!-- no-run: needs a GPU -->\n{skipped}{last}"
     assert code_of(text).splitlines() == ["", "", "", "a = 1", *[""] * 7, "c = a", ""]
 
 
