@@ -134,6 +134,7 @@ def write(
     """Write table, facts, figure and panels into the results folder."""
     from _mislabelled import find_mislabelled
     from _panels import write_panels
+    from _pictures import save_picture
 
     from source_proj.evaluate import plot_lds
 
@@ -162,8 +163,8 @@ def write(
         facts["mislabelled"] = find_mislabelled(problem, runs, folder)
     (folder / f"{problem.name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     figure = plot_lds({one.method: one.single for one in found.contestants})
-    figure.savefig(folder / f"{problem.name}.png", dpi=120)
-    if problem.show is not None:
+    save_picture(figure, folder / f"{problem.name}.png")
+    if problem.panel is not None:
         named = [DEFAULT, "TRAK", "TracIn", "Influence functions", "RepSim"]
         write_panels(problem, {name: found[name].scores for name in named}, folder)
 

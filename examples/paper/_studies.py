@@ -72,7 +72,7 @@ def hessian(bench: Bench) -> Iterator[Variant]:
         yield f"Gauss-Newton, {multiple:g} tr(H)/k", bench.scores(Recipe("gauss_newton", respond=respond))
         for draws in [1, 4]:
             recipe = Recipe("sampled_fisher", respond=respond)
-            yield f"sampled Fisher, {draws} a row, {multiple:g} tr(H)/k", bench.scores(recipe, fisher=draws)
+            yield f"sampled Fisher, {draws} per row, {multiple:g} tr(H)/k", bench.scores(recipe, fisher=draws)
 
 
 def damping(bench: Bench) -> Iterator[Variant]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from _methods import DEFAULT, candidates
+from _pictures import save_picture
 from _pipeline import banks, ground_truth, home
 from _problem import Problem, parser, sized
 
@@ -88,7 +89,7 @@ def write(problem: Problem, results: dict[str, SubsetRemoval], folder: Path) -> 
     pd.DataFrame(rows).to_csv(folder / f"{problem.name}.csv", index=False, float_format="%.4f")
     figure = plot_removal(results)
     figure.axes[0].set_title(f"{problem.title}, {problem.n:,} examples")
-    figure.savefig(folder / f"{problem.name}.png", dpi=120)
+    save_picture(figure, folder / f"{problem.name}.png")
     facts = {"title": problem.title, "n": problem.n, "queries": rows[0]["queries"], "runs": problem.sizes.runs}
     (folder / f"{problem.name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 

@@ -10,8 +10,8 @@ once; operations are multiplications and additions of the gradients and of their
 The bound is the longer of two times: those bytes at the bandwidth of a large copy (bytes read and written), and those
 operations at the rate of a large matrix product of the operands' type. Both are medians of the same rounds, and
 "reached" is the bound over the time: other work on the machine disturbs it, and may lift it above 100 %; so may
-products of halves that sum to float32, which searches on GPUs use. Where a backend is too slow for the whole, a slice
-is timed and scaled up, and the table says so.
+half-precision products that sum to the float32 one, which searches on GPUs use. Where a backend is too slow for the
+whole, a slice is timed and scaled up, and the table says so.
 
 Beside this library's backends stand a product with a matrix that is kept ("matmul"), TRAK's BasicProjector where the
 package traker is there ("trak"), and fast-jl on CUDA devices.
