@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from source_proj import evaluate
 from source_proj._errors import BankError, GradientError, MismatchError, SourceProjError
+from source_proj.attribution.hits import Hits
 from source_proj.attribution.methods import (
     GradCos,
     GradDot,
@@ -15,7 +16,7 @@ from source_proj.attribution.methods import (
     empirical_influence,
 )
 from source_proj.attribution.queries import QueryFeatures
-from source_proj.attribution.scores import Hits, PredictedChange, Scores
+from source_proj.attribution.scores import PredictedChange, Scores
 from source_proj.attribution.source import Segment, SegmentScores, Source
 from source_proj.bank import Bank, StageBank, build, open
 from source_proj.sketch import Sketch

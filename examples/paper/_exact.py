@@ -16,7 +16,7 @@ from _kronecker import Rows, rows_of
 from torch import Tensor, nn
 
 import source_proj as sp
-from source_proj.attribution.curvature import decay_operator, response
+from source_proj.attribution.spectral import decay_operator, response
 from source_proj.trajectory import segment_times
 
 __all__ = ["ExactSource"]

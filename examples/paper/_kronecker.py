@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import source_proj as sp
-from source_proj.attribution.curvature import decay_operator, response
+from source_proj.attribution.spectral import decay_operator, response
 from source_proj.bank import batches, dataset_size
 from source_proj.gradients.batches import batch_size as size_of
 from source_proj.trajectory import segment_times

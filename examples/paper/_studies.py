@@ -11,8 +11,9 @@ from _exact import ExactSource
 from _study import Recipe, Response, cross_scores, plain
 from torch import Tensor
 
-from source_proj.attribution.curvature import default_curvature, response
+from source_proj.attribution.curvature import default_curvature
 from source_proj.attribution.fits import cached_spectrum
+from source_proj.attribution.spectral import response
 from source_proj.evaluate import GroundTruth
 from source_proj.trajectory import MetricKind
 

@@ -13,17 +13,11 @@ import torch
 from torch import Tensor
 
 import source_proj as sp
-from source_proj.attribution.curvature import (
-    Curvature,
-    Spectrum,
-    decay_operator,
-    default_curvature,
-    noise_floor,
-    response,
-)
+from source_proj.attribution.curvature import Curvature, default_curvature, noise_floor
 from source_proj.attribution.fits import cached_spectrum
 from source_proj.attribution.operands import loss_gradients, mean_gradients
 from source_proj.attribution.queries import QueryFeatures
+from source_proj.attribution.spectral import Spectrum, decay_operator, response
 from source_proj.trajectory import segment_decays, segment_times, split_segments
 
 __all__ = ["Recipe", "Response", "cross_scores", "drift", "fit_scores", "floor_of", "plain"]

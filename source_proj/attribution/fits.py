@@ -23,7 +23,8 @@ import zarr
 from torch import Tensor
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from source_proj.attribution.curvature import Factors, Spectrum, cross_moment, spectrum
+from source_proj.attribution.curvature import Factors, cross_moment, spectrum
+from source_proj.attribution.spectral import Spectrum
 from source_proj.bank import Bank
 
 __all__ = ["FitCache", "cached_cross_moment", "cached_spectrum"]

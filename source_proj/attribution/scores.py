@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,39 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
+from source_proj.attribution.hits import Hits, make_hits
+
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Hits", "PredictedChange", "Scores"]
+__all__ = ["PredictedChange", "Scores"]
 
 Subset = Sequence[Any] | np.ndarray
-
-
-@dataclass(frozen=True)
-class Hits:
-    """The strongest training examples of each query, best first.
-
-    Attributes:
-        ids: ids of the examples, Q lists of k entries.
-        scores: their scores, ``(Q, k)`` float32.
-        indices: their positions in the training set, ``(Q, k)`` int64.
-        query_ids: ids of the queries, Q entries.
-        unit: unit of the scores.
-    """
-
-    ids: list[list[Any]]
-    scores: np.ndarray
-    indices: np.ndarray
-    query_ids: list[Any]
-    unit: str
-
-    def __iter__(self) -> Iterator[tuple[Any, list[tuple[Any, float]]]]:
-        """Yield ``(query id, [(training id, score), ...])`` for each query."""
-        for query_id, ids, scores in zip(self.query_ids, self.ids, self.scores, strict=True):
-            yield query_id, [(one, float(score)) for one, score in zip(ids, scores, strict=True)]
-
-    def __len__(self) -> int:
-        return len(self.query_ids)
 
 
 @dataclass(frozen=True)
@@ -274,14 +249,6 @@ class Scores:
     def _sum(self, indices: np.ndarray) -> np.ndarray:
         total: np.ndarray = self.values[:, indices].sum(axis=1, dtype=np.float64)
         return total
-
-
-def make_hits(
-    indices: np.ndarray, scores: np.ndarray, train_ids: Sequence[Any], query_ids: Sequence[Any], unit: str
-) -> Hits:
-    """Attach ids and unit to the positions ``(Q, k)`` and scores ``(Q, k)`` of the strongest examples."""
-    ids = [[train_ids[i] for i in row] for row in indices]
-    return Hits(ids, scores, indices.astype(np.int64), list(query_ids), unit)
 
 
 def _plain(ids: Iterable[Any]) -> list[Any]:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from source_proj.attribution.scores import Hits
+from source_proj.attribution.hits import Hits
 from source_proj.cli.options import Json, Progress
 from source_proj.cli.output import emit, reports_errors, say
 from source_proj.demo import Demo, run, verdict

@@ -12,8 +12,9 @@ import typer
 from torch import nn
 
 from source_proj.attribution.attributor import Attributor
+from source_proj.attribution.hits import Hits
 from source_proj.attribution.methods import GradCos, GradDot, Hydra, InfluenceFunction, TracIn, Trak
-from source_proj.attribution.scores import Hits, Scores
+from source_proj.attribution.scores import Scores
 from source_proj.attribution.source import Source
 from source_proj.bank import open as open_bank
 from source_proj.cli.options import BankPaths, BatchSize, Device, Json, Model, Progress

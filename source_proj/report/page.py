@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from source_proj.attribution.scores import Hits, Scores
+from source_proj.attribution.hits import Hits
+from source_proj.attribution.scores import Scores
 from source_proj.attribution.source import SegmentScores
 from source_proj.report.content import Attribution, Check, Example, MethodLists, Page, QuerySection, signed
 from source_proj.report.images import image_uri

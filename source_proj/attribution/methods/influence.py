@@ -5,18 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from source_proj.attribution.attributor import Attributor, QueryGradient, Term, check_query_gradient, query_points
-from source_proj.attribution.curvature import (
-    Curvature,
-    Damping,
-    check_damping,
-    damping_value,
-    default_curvature,
-    ridge_inverse,
-)
+from source_proj.attribution.attributor import Attributor, Term
+from source_proj.attribution.curvature import Curvature, Damping, check_damping, damping_value, default_curvature
 from source_proj.attribution.fits import cached_spectrum
 from source_proj.attribution.operands import encoded_gradients
 from source_proj.attribution.queries import QueryFeatures
+from source_proj.attribution.query_points import QueryGradient, check_query_gradient, query_points
+from source_proj.attribution.spectral import ridge_inverse
 from source_proj.bank import Bank
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint, segment_decays

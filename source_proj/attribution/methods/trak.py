@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from source_proj.attribution.attributor import Attributor, Term
-from source_proj.attribution.curvature import ridge_inverse
 from source_proj.attribution.fits import cached_spectrum
 from source_proj.attribution.operands import Operand, stage_start
 from source_proj.attribution.queries import QueryFeatures
+from source_proj.attribution.spectral import ridge_inverse
 from source_proj.bank import Bank
 from source_proj.task import Task
 
