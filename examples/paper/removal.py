@@ -45,7 +45,7 @@ def removal(problem: Problem, options: argparse.Namespace, sizes: list[int], cou
     truth = ground_truth(problem, options)
     wanted = [one for one in candidates(problem, banks(problem, options), None) if one.method in METHODS]
     found = compare_methods(wanted, truth.masks, truth.outcomes)
-    scores = {one.method: one.scores for one in found.contestants}
+    scores = {result.method: result.scores for result in found.results}
     labels = [np.array([int(row[1]) for row in data]) for data in (_first(problem), problem.queries)]
     scores[RANDOM] = random_same_class(*labels)
     base = _majority(problem, problem.predict)

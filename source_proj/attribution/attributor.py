@@ -50,7 +50,7 @@ class Attributor(ABC):
         model: a module of the architecture that was trained; needed for queries given as data. Weights come from the
             bank's checkpoints, and the model itself is left as it is.
         task: the task of the bank; needed for custom tasks only.
-        batch_size: queries a backward pass.
+        batch_size: queries per backward pass.
         device: where products are computed and queries run; default: the CPU, and where the model is.
         progress: show progress bars for what takes over two seconds.
 
@@ -121,7 +121,7 @@ class Attributor(ABC):
         return self._strongest(queries, k, highest=False)
 
     def sketch(self, queries: Queries) -> list[QueryFeatures]:
-        """Compute the queries' features, one entry a bank; every verb takes them in place of the data.
+        """Compute the queries' features, one entry per bank; every verb takes them in place of the data.
 
         Raises:
             ValueError: if data are given but no model was.

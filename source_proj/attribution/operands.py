@@ -31,13 +31,13 @@ class Operand(NamedTuple):
     def cut(self, start: int, stop: int) -> "Operand":
         """Return the part between two absolute rows."""
         part = slice(start - self.start, stop - self.start)
-        scale, weights = (None if one is None else one[part] for one in (self.scale, self.weights))
+        scale, weights = (None if values is None else values[part] for values in (self.scale, self.weights))
         return Operand(start, stop, self.rows[part], scale, weights)
 
 
 def stage_start(bank: Bank, stage: int) -> int:
     """Return the first row of a stage among the rows of all stages."""
-    return sum(one.n for one in bank.stages[:stage])
+    return sum(earlier.n for earlier in bank.stages[:stage])
 
 
 def loss_gradients(

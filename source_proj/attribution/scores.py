@@ -135,14 +135,14 @@ class Scores:
             subset: training ids, or a boolean mask ``(N,)``; or a mapping from group names to such subsets.
 
         Returns:
-            The sums ``(Q,)`` of one subset, or :class:`Scores` with one column a named group.
+            The sums ``(Q,)`` of one subset, or :class:`Scores` with one column per named group.
 
         Raises:
             ValueError: if the scores are no changes of the measurement, and so have no meaningful sum.
         """
         self._require_additive("group")
         if isinstance(subset, Mapping):
-            sums = np.stack([self._sum(self._indices(one)) for one in subset.values()], axis=1)
+            sums = np.stack([self._sum(self._indices(members)) for members in subset.values()], axis=1)
             return Scores(
                 sums, self.query_ids, list(subset), unit=self.unit, higher_is_better=self.higher_is_better
             )  # fmt: skip
@@ -237,14 +237,14 @@ class Scores:
                 raise ValueError(f"a mask must have shape ({len(self.train_ids)},), got {subset.shape}")
             return np.flatnonzero(subset)
         if self._positions is None:
-            self._positions = {one: position for position, one in enumerate(self.train_ids)}
+            self._positions = {train_id: position for position, train_id in enumerate(self.train_ids)}
         chosen = subset.tolist() if isinstance(subset, np.ndarray) else list(subset)
-        unknown = [one for one in chosen if one not in self._positions]
+        unknown = [train_id for train_id in chosen if train_id not in self._positions]
         if unknown:
             raise ValueError(f"unknown training ids {unknown[:5]}; the first known ones are {self.train_ids[:5]}")
         if len(set(chosen)) != len(chosen):
             raise ValueError("a subset must name each training id once; some are repeated")
-        return np.array([self._positions[one] for one in chosen], dtype=np.int64)
+        return np.array([self._positions[train_id] for train_id in chosen], dtype=np.int64)
 
     def _sum(self, indices: np.ndarray) -> np.ndarray:
         total: np.ndarray = self.values[:, indices].sum(axis=1, dtype=np.float64)
@@ -253,4 +253,7 @@ class Scores:
 
 def _plain(ids: Iterable[Any]) -> list[Any]:
     """Ids as JSON can hold them."""
-    return [one.item() if isinstance(one, np.generic) else list(one) if isinstance(one, tuple) else one for one in ids]
+    return [
+        entry.item() if isinstance(entry, np.generic) else list(entry) if isinstance(entry, tuple) else entry
+        for entry in ids
+    ]

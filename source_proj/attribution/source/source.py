@@ -60,7 +60,7 @@ class Source(Attributor):
         damping: added to the eigenvalues inside c: ``"noise"`` takes ρ = tr(Ĥ)/k, the sketch's own noise (0 for an
             exact sketch); a number is used as it is; None switches damping off.
         query_gradient: where ∇m(q) is taken. ``"final"``: at the final weights, as the formula has it, one backward
-            pass a query. ``"mean"``: the mean over the checkpoints of the last stage, a backward pass at each. What a
+            pass per query. ``"mean"``: the mean over the checkpoints of the last stage, a backward pass at each. What a
             single run's final weights say of a query is noisy; the mean is nearer to what retraining does on average,
             and predicts it far better (README, "Measured"). Default: ``"mean"``, but ``"final"`` for an exact sketch,
             whose scores are the formula's to the letter.
@@ -68,9 +68,9 @@ class Source(Attributor):
             a share of the examples for as many epochs takes that share of the steps: give the share to predict it
             (measured in examples/paper/LABORATORY.md; it matters where training has not converged).
         storage: type of B. ``"float32"`` keeps the scores exact to rounding. ``"int8"`` and ``"float16"`` with one
-            float32 scale a row, as banks are stored, take a quarter and half of the memory, and of the time that few
+            float32 scale per row, as banks are stored, take a quarter and half of the memory, and of the time that few
             queries take; they move scores by far less than another seed of the sketch does.
-        batch_size: queries a backward pass.
+        batch_size: queries per backward pass.
         device: where products are computed and queries run.
         cache: keep spectra and B beside the bank (or in the user's cache folder where that is read-only).
         progress: show progress bars for what takes over two seconds.
