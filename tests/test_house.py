@@ -32,4 +32,4 @@ def test_lint_bounds_the_complexity_of_every_function():
 def test_types_are_checked_strictly_everywhere():
     mypy = SETTINGS["tool"]["mypy"]
     assert mypy["strict"]
-    assert set(mypy["files"]) >= {"source_proj", "kernels", "examples"}
+    assert set(mypy["files"]) == {"source_proj", "examples"}  # source_proj/kernels is the kernels folder

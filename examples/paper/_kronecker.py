@@ -123,7 +123,7 @@ def ekfac_influence(
         raise ImportError('ekfac_influence needs kronfluence: pip install "source-proj[kronecker]"') from error
     generator = torch.Generator().manual_seed(seed)
 
-    class Adapter(Task):
+    class Adapter(Task):  # type: ignore[misc]  # kronfluence has no types
         """The task as kronfluence asks for it: summed over a batch."""
 
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:

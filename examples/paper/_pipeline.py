@@ -148,7 +148,7 @@ def write(
         "title": problem.title,
         "notes": list(problem.notes),
         "n": problem.n,
-        "queries": len(problem.queries),  # type: ignore[arg-type]
+        "queries": len(problem.queries),
         "unit": problem.task.unit,
         "subsets": truth.shape[0],
         "retrainings": truth.shape[1],
