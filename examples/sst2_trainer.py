@@ -103,8 +103,8 @@ class Removal:
     @property
     def agreement(self) -> float:
         """Rank correlation of predicted and actual changes over the reviews."""
-        ranks = [values.argsort().argsort() for values in (self.predicted, self.actual)]
-        return float(np.corrcoef(*ranks)[0, 1])
+        predicted, actual = (values.argsort().argsort() for values in (self.predicted, self.actual))
+        return float(np.corrcoef(predicted, actual)[0, 1])
 
     @property
     def holds(self) -> bool:
@@ -177,7 +177,7 @@ def draw(sentences: Sentences, tokenizer: Any, count: int, tokens: tuple[int, in
 def fine_tune(options: argparse.Namespace, train_set: Reviews, record: Path | None = None) -> nn.Module:
     """Train from the pretrained weights by the Trainer, always alike but for the labels that are ignored."""
     set_seed(0)  # the new head is random
-    model = AutoModelForSequenceClassification.from_pretrained(
+    model: Any = AutoModelForSequenceClassification.from_pretrained(
         options.model, num_labels=2, id2label=dict(enumerate(CLASSES))
     )
     if not options.full or options.layers is not None:
@@ -193,11 +193,12 @@ def fine_tune(options: argparse.Namespace, train_set: Reviews, record: Path | No
             warmup_steps=steps // 10, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
-        callbacks = [] if record is None else [RecorderCallback(record, at=at)]
+        callbacks: list[Any] = [] if record is None else [RecorderCallback(record, at=at)]
         trainer = Trainer(model, arguments, train_dataset=train_set, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return model.eval()
+    trained: nn.Module = model.eval()
+    return trained
 
 
 def margins(model: nn.Module, reviews: Reviews) -> np.ndarray:
@@ -270,7 +271,7 @@ def write_page(
         [asked[review] for review in shown],
         class_names=CLASSES,
         predictions=[asked[i][1] if margin[i] > 0 else 1 - asked[i][1] for i in shown],
-        measurements=margin[shown],
+        measurements=margin[shown].tolist(),
         notes=[sentence(removal, options.removed) for removal in removals],
     )
     trained = "all layers" if options.full and options.layers is None else f"the upper {options.layers or 2} layers"

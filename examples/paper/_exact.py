@@ -16,7 +16,7 @@ from _kronecker import Rows, rows_of
 from torch import Tensor, nn
 
 import source_proj as sp
-from source_proj.attribution.curvature import decay_operator, response
+from source_proj.attribution.spectral import decay_operator, response
 from source_proj.trajectory import segment_times
 
 __all__ = ["ExactSource"]
@@ -88,7 +88,8 @@ class ExactSource:
         respond = response(first.time, first.decay, ridge)
         # The Gram matrix of the first stage with itself is V diag(n σ) Vᵀ.
         own = (inner @ first.vectors) * respond(first.values.double()).float() @ first.vectors.T
-        return (-own.unflatten(1, (-1, first.n)).mean(1) / first.n).numpy()
+        scores: np.ndarray = (-own.unflatten(1, (-1, first.n)).mean(1) / first.n).numpy()
+        return scores
 
 
 def _coefficients(inner: Tensor, stage: _Stage, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -115,4 +116,5 @@ def _products(left: Layers, right: Layers) -> Tensor:
 
 def _mean(products: Tensor, count: int) -> Tensor:
     """Mean over the queries' checkpoints, ``(Q, C n)``."""
-    return products.unflatten(0, (-1, count)).mean(0)
+    mean: Tensor = products.unflatten(0, (-1, count)).mean(0)
+    return mean

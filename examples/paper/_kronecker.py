@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import source_proj as sp
-from source_proj.attribution.curvature import decay_operator, response
+from source_proj.attribution.spectral import decay_operator, response
 from source_proj.bank import batches, dataset_size
 from source_proj.gradients.batches import batch_size as size_of
 from source_proj.trajectory import segment_times
@@ -123,7 +123,7 @@ def ekfac_influence(
         raise ImportError('ekfac_influence needs kronfluence: pip install "source-proj[kronecker]"') from error
     generator = torch.Generator().manual_seed(seed)
 
-    class Adapter(Task):
+    class Adapter(Task):  # type: ignore[misc]  # kronfluence has no types
         """The task as kronfluence asks for it: summed over a batch."""
 
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:

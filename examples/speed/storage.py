@@ -11,6 +11,7 @@ import argparse
 import tempfile
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +20,12 @@ from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 import source_proj as sp
+from source_proj.bank.quantize import Storage
 
-STORAGES = ("float32", "float16", "int8")
+STORAGES: tuple[Storage, ...] = ("float32", "float16", "int8")
 
 
-def train(data: TensorDataset, folder: Path) -> tuple[nn.Module, sp.Trajectory]:
+def train(data: Dataset[Any], folder: Path) -> tuple[nn.Module, sp.Trajectory]:
     """Fit a small network for 20 epochs and record it six times."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -70,10 +72,10 @@ def main() -> None:
 def score(
     model: nn.Module,
     trajectory: sp.Trajectory,
-    fit: Dataset,
-    queries: Dataset,
+    fit: Dataset[Any],
+    queries: Dataset[Any],
     folder: Path,
-    storage: str,
+    storage: Storage,
     seed: int,
     dim: int,
 ) -> np.ndarray:

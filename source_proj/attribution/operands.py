@@ -8,7 +8,7 @@ from torch import Tensor
 
 from source_proj.bank import Bank
 
-__all__ = ["Operand", "encoded_gradients", "loss_gradients", "mean_gradients", "stage_start"]
+__all__ = ["Operand", "aligned", "encoded_gradients", "loss_gradients", "mean_gradients", "stage_start"]
 
 
 class Operand(NamedTuple):
@@ -31,13 +31,13 @@ class Operand(NamedTuple):
     def cut(self, start: int, stop: int) -> "Operand":
         """Return the part between two absolute rows."""
         part = slice(start - self.start, stop - self.start)
-        scale, weights = (None if one is None else one[part] for one in (self.scale, self.weights))
+        scale, weights = (None if values is None else values[part] for values in (self.scale, self.weights))
         return Operand(start, stop, self.rows[part], scale, weights)
 
 
 def stage_start(bank: Bank, stage: int) -> int:
     """Return the first row of a stage among the rows of all stages."""
-    return sum(one.n for one in bank.stages[:stage])
+    return sum(earlier.n for earlier in bank.stages[:stage])
 
 
 def loss_gradients(
@@ -83,3 +83,28 @@ def mean_gradients(
         for block in blocks[1:]:
             mean += block.rows
         yield Operand(blocks[0].start, blocks[0].stop, mean.div_(len(blocks)))
+
+
+def aligned(streams: Sequence[Iterator[Operand]], height: int) -> Iterator[tuple[int, int, list[tuple[int, Operand]]]]:
+    """Walk several streams of operands together, cut to common rows of at most ``height``.
+
+    Streams may cover different rows (a stage's) and be cut at different places (other shard sizes). Yields
+    ``(start, stop, [(stream, operand cut to these rows), ...])`` with at least one operand.
+    """
+    heads = [next(stream, None) for stream in streams]
+    while any(head is not None for head in heads):
+        start = min(head.start for head in heads if head is not None)
+        stop = start + height
+        for head in heads:
+            if head is not None:
+                stop = min(stop, head.stop if head.start == start else head.start)
+        active = [
+            (index, head.cut(start, stop))
+            for index, head in enumerate(heads)
+            if head is not None and head.start == start
+        ]
+        yield start, stop, active
+        for index, _ in active:
+            head = heads[index]
+            if head is not None:
+                heads[index] = head.cut(stop, head.stop) if stop < head.stop else next(streams[index], None)

@@ -66,9 +66,7 @@ class RecorderCallback:
         self._removable = [inner.register_step_post_hook(self._see_step)]
         if args.world_size == 1 and args.max_grad_norm:
             self._removable += [
-                p.register_post_accumulate_grad_hook(self._see_gradient)  # type: ignore[no-untyped-call]
-                for p in model.parameters()
-                if p.requires_grad
+                p.register_post_accumulate_grad_hook(self._see_gradient) for p in model.parameters() if p.requires_grad
             ]
 
     def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:

@@ -32,6 +32,10 @@ class Problem:
         return sp.build(self.model, self.task, self.trajectory, self.train, path, sketch=sketch, **options)
 
 
+def source(problem: Problem, bank: sp.Bank, **options) -> sp.Source:
+    return sp.Source(bank, model=problem.model, progress=False, **options)
+
+
 def classification(n: int = 40, *, checkpoints: int = 4, segments: object = 2, seed: int = 0) -> Problem:
     """A two-layer classifier on noisy blobs, SGD with momentum and weight decay."""
     torch.manual_seed(seed)

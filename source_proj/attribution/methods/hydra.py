@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from source_proj.attribution.attributor import Attributor, Term
-from source_proj.attribution.curvature import decay_operator, response
 from source_proj.attribution.operands import Operand, loss_gradients
 from source_proj.attribution.queries import QueryFeatures
+from source_proj.attribution.spectral import decay_operator, response
 from source_proj.bank import Bank
 from source_proj.trajectory import segment_decays, segment_times
 
