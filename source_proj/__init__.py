@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from source_proj import evaluate
+from source_proj import evaluate, integrations
 from source_proj._errors import BankError, GradientError, MismatchError, SourceProjError
 from source_proj.attribution.methods import (
     GradCos,
@@ -62,5 +62,6 @@ __all__ = [
     "build",
     "empirical_influence",
     "evaluate",
+    "integrations",
     "open",
 ]

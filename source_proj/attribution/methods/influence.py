@@ -19,7 +19,7 @@ from source_proj.attribution.operands import encoded_gradients
 from source_proj.attribution.queries import QueryFeatures
 from source_proj.bank import Bank
 from source_proj.task import Task
-from source_proj.trajectory import Checkpoint, segment_decays
+from source_proj.trajectory import Checkpoint
 
 __all__ = ["InfluenceFunction"]
 
@@ -87,6 +87,6 @@ class InfluenceFunction(Attributor):
             checkpoints = [c for c in range(stage.n_checkpoints) if stage.metric(c) == metric]
         found = cached_spectrum(bank, last, checkpoints, self.curvature, device=self.device, cache=self.cache)
         ridge = damping_value(self.damping, found.trace, bank.sketch.dim, is_exact=bank.sketch.is_exact)
-        ridge += segment_decays(stage.spec, stage.n_checkpoints)[-1]
+        ridge += stage.record.cut(stage.n_checkpoints)[-1].decay
         query = found.multiply(self._query(bank, features, metric), ridge_inverse(ridge, found))
         return [Term(query.float() * (-1 / stage.n), encoded_gradients(bank, last, checkpoints, self.device))]

@@ -27,11 +27,9 @@ from source_proj.attribution.operands import Operand, mean_gradients
 from source_proj.attribution.source.query_propagator import QueryPropagator
 from source_proj.bank import Bank
 from source_proj.bank.quantize import Storage, encode, has_scale
-from source_proj.trajectory import segment_decays, segment_times, split_segments
+from source_proj.trajectory import Segments
 
-__all__ = ["FittedSegments", "Groups", "Segment", "Segments", "stage_groups"]
-
-Segments = int | Sequence[Sequence[int]] | Mapping[str, "int | Sequence[Sequence[int]]"]
+__all__ = ["FittedSegments", "Groups", "Segment", "stage_groups"]
 
 Groups = list[list[list[int]]]
 """For each stage, for each segment of it, which checkpoints it averages."""
@@ -207,14 +205,12 @@ class FittedSegments:
     def _fit(self) -> Iterator[Segment]:
         sketch = self.bank.sketch
         for index, (stage, groups) in enumerate(zip(self.bank.stages, self._groups, strict=True)):
-            times = [self._time_scale * time for time in segment_times(stage.spec, groups)]
-            decays = segment_decays(stage.spec, groups)
-            for group, time, decay in zip(groups, times, decays, strict=True):
-                trace = self._spectrum(index, tuple(group)).trace
+            steps = stage.record.steps
+            for cut in stage.record.cut(groups):
+                time, trace = self._time_scale * cut.time, self._spectrum(index, cut.checkpoints).trace
                 damping = damping_value(self._damping, trace, sketch.dim, is_exact=sketch.is_exact)
-                name = f"{stage.name}: steps {', '.join(str(stage.spec['steps'][c]) for c in group)}"
-                metric = stage.metric(group[0])
-                yield Segment(index, name, tuple(group), time, decay, stage.n, trace, damping, metric)
+                name = f"{stage.name}: steps {', '.join(str(steps[c]) for c in cut.checkpoints)}"
+                yield Segment(index, name, cut.checkpoints, time, cut.decay, stage.n, trace, damping, cut.metric)
 
     def _spectrum(self, stage: int, checkpoints: tuple[int, ...]) -> Spectrum:
         key = (stage, checkpoints)
@@ -225,7 +221,7 @@ class FittedSegments:
         return self._spectra[key]
 
 
-def stage_groups(bank: Bank, segments: Segments | None) -> Groups:
+def stage_groups(bank: Bank, segments: Segments | Mapping[str, Segments] | None) -> Groups:
     """Which checkpoints make a segment, by the argument ``segments`` of :class:`Source`.
 
     Raises:
@@ -243,17 +239,7 @@ def stage_groups(bank: Bank, segments: Segments | None) -> Groups:
         chosen = [segments]
     else:
         raise ValueError(f"give segments a stage, as a mapping from the names {names}, not one list for all")
-    groups = [
-        [list(group) for group in stage.spec["segments"]] if one is None else split_segments(stage.n_checkpoints, one)
-        for stage, one in zip(bank.stages, chosen, strict=True)
+    return [
+        [list(cut.checkpoints) for cut in stage.record.cut(segments)]
+        for stage, segments in zip(bank.stages, chosen, strict=True)
     ]
-    for stage, its in zip(bank.stages, groups, strict=True):
-        for group in its:
-            metrics = sorted({stage.metric(checkpoint) for checkpoint in group})
-            if len(metrics) > 1:
-                raise ValueError(
-                    f"the segment {group} of stage {stage.name!r} joins checkpoints whose rows are in different "
-                    f"metrics, {metrics}: keep the bank's segments {stage.spec['segments']} or cut them further, or "
-                    "build with metric='shared'"
-                )
-    return groups

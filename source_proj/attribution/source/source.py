@@ -11,7 +11,7 @@ whole sum collapses into one matrix: score(q, ·) = -τ(q, ·) = B q̂ with
     B = -Σ_l (1/N) Ḡ_l c_l(Ĥ_l) S_{l+1} ··· S_L        (N x k).
 
 Where the optimizer divided its gradients by their size (Adam), all this can happen in the metric of its preconditioner
-(``metric=`` of the trajectory; by default a number stands for P, which makes Adam a kind of SGD):
+(``preconditioner=`` of the trajectory; by default a number stands for P, which makes Adam a kind of SGD):
 g̃ = P_l^½ g for g, H̃_l = P_l^½ H_l P_l^½ for H_l, and a query is sketched in each segment's metric, û^(m) = R P_m^½ ∇m.
 A segment l takes the query's sketch in its own metric to exp(-s (Ĥ_l + λ)) û^(l), and that in an earlier one's to
 
@@ -22,7 +22,7 @@ so that B has a block of k columns for each metric, and q̂ is [û^(1), û^(2), 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
@@ -52,11 +52,11 @@ from source_proj.attribution.curvature import (
 from source_proj.attribution.operands import mean_gradients
 from source_proj.attribution.queries import QueryFeatures, sketch_queries
 from source_proj.attribution.scores import PredictedChange, Scores
-from source_proj.attribution.source.fitted_segments import FittedSegments, Segment, Segments, stage_groups
+from source_proj.attribution.source.fitted_segments import FittedSegments, Segment, stage_groups
 from source_proj.bank import Bank
 from source_proj.bank.quantize import STORAGES, Storage, has_scale
 from source_proj.task import CausalLM, Task, TokenQueries
-from source_proj.trajectory import Checkpoint
+from source_proj.trajectory import Checkpoint, Segments
 
 __all__ = ["Segment", "SegmentScores", "Source"]
 
@@ -145,7 +145,7 @@ class Source(Attributor):
         *,
         model: nn.Module | None = None,
         task: Task | None = None,
-        segments: Segments | None = None,
+        segments: Segments | Mapping[str, Segments] | None = None,
         curvature: Curvature | None = None,
         damping: Damping = "noise",
         query_gradient: QueryGradient | None = None,
