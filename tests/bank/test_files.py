@@ -1,9 +1,10 @@
 """What is on the disk when, as far as this can be seen without pulling the plug."""
 
+import errno
+import threading
 from pathlib import Path
 
 import pytest
-from bank_runs import make_run
 
 from source_proj._io import files
 
@@ -11,57 +12,98 @@ from source_proj._io import files
 @pytest.fixture
 def events(monkeypatch):
     """What is flushed and renamed, in order."""
-    found = []
-    sync_one, replace = files._sync_one, Path.replace
+    log = []
+    sync_path, replace = files._sync_path, Path.replace
 
     def syncing(path):
-        sync_one(path)
-        found.append(("sync", path))
+        sync_path(path)
+        log.append(("sync", path))
 
     def replacing(self, target):
-        found.append(("rename", self, target))
+        log.append(("rename", self, target))
         return replace(self, target)
 
-    monkeypatch.setattr(files, "_sync_one", syncing)
+    monkeypatch.setattr(files, "_sync_path", syncing)
     monkeypatch.setattr(Path, "replace", replacing)
-    return found
+    return log
+
+
+def names(folder):
+    return sorted(entry.name for entry in folder.iterdir())
 
 
 def test_a_file_is_flushed_before_it_gets_its_name_and_its_name_before_the_return(tmp_path, events):
-    files.write_files({tmp_path / "a": b"one", tmp_path / "b": b"two"})
-    assert (tmp_path / "a").read_bytes() == b"one"
+    files.write_files({tmp_path / "a": b"first", tmp_path / "b": lambda file: file.write(b"second")})
+    assert (tmp_path / "a").read_bytes() == b"first"
+    assert (tmp_path / "b").read_bytes() == b"second"
     assert [kind for kind, *_ in events] == ["sync", "sync", "rename", "rename", "sync"]
     assert {event[1] for event in events[:2]} == {event[1] for event in events[2:4]}
     assert events[4] == ("sync", tmp_path)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "b"]
+    assert names(tmp_path) == ["a", "b"]
 
 
-def test_a_mark_is_written_when_its_shard_is_on_the_disk(tmp_path, events):
-    bank = make_run(checkpoints=1, n=10).build(tmp_path / "bank")
-    part = bank.parts[0]
-    mark = part.file(0, "committed", 0)
-    (written,) = (i for i, event in enumerate(events) if event[0] == "rename" and event[2] == mark)
-    synced = {event[1] for event in events[:written] if event[0] == "sync"}
-    for name in part.data(0):
-        file = part.file(0, name, 0)
-        (renamed,) = (i for i, event in enumerate(events) if event[0] == "rename" and event[2] == file)
-        assert events[renamed][1] in {event[1] for event in events[:renamed] if event[0] == "sync"}
-        assert ("sync", file.parent) in events[renamed:written]
-    assert bank.path / "zarr.json" not in synced  # it got there under its temporary name
-    assert any(path.name == "zarr.json" for path in synced)
+def test_a_written_file_replaces_what_was_there(tmp_path):
+    (tmp_path / "a").write_bytes(b"old, and longer")
+    files.write_file(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
 
 
-def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("write", [files.write_files, files.write_new_files])
+@pytest.mark.parametrize("fails", ["_sync", "content"])
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, write, fails):
     (tmp_path / "a").write_bytes(b"old")
 
-    def failing(paths):
-        raise OSError(28, "No space left on device")
+    def failing(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files, "_sync", failing)
+    if fails == "_sync":
+        monkeypatch.setattr(files, "_sync", failing)
+    content = failing if fails == "content" else b"new"
     with pytest.raises(OSError, match="No space"):
-        files.write_files({tmp_path / "a": b"new", tmp_path / "b": b"new"})
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+        write({tmp_path / "a": b"new", tmp_path / "b": content})
+    assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_never_replaces_another(tmp_path, monkeypatch, links):
+    if not links:
+
+        def refusing(source, target):
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(files.os, "link", refusing)
+    (tmp_path / "a").write_bytes(b"first")
+    assert files.write_new_files({tmp_path / "a": b"second", tmp_path / "b": b"second"}) == {tmp_path / "a"}
+    assert (tmp_path / "a").read_bytes() == b"first"
+    assert (tmp_path / "b").read_bytes() == b"second"
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_of_many_writers_of_a_new_file_just_one_is_first(tmp_path):
+    barrier, taken = threading.Barrier(8), {}
+
+    def write(number):
+        barrier.wait()
+        taken[number] = files.write_new_files({tmp_path / "a": str(number).encode()})
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (winner,) = [number for number, paths in taken.items() if not paths]
+    assert (tmp_path / "a").read_bytes() == str(winner).encode()
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "é" * 127])
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path, name):
+    files.write_file(tmp_path / name, b"content")
+    assert files.write_new_files({tmp_path / name: b"other"}) == {tmp_path / name}
+    (tmp_path / name).unlink()
+    assert files.publish(tmp_path / name, lambda folder: (folder / "content").touch())
+    assert names(tmp_path) == [name]
 
 
 def test_a_folder_is_published_whole_by_the_first(tmp_path):
@@ -75,38 +117,36 @@ def test_a_folder_is_published_whole_by_the_first(tmp_path):
 
         return write
 
-    assert files.publish(path, fill("first"), beside=path)
-    assert not files.publish(path, fill("second"), beside=path)
+    assert files.publish(path, fill("first"))
+    assert not files.publish(path, fill("second"))
     assert (path / "content").read_text() == "first"
-    assert [entry.name for entry in path.parent.iterdir()] == ["folder"]
+    assert names(path.parent) == ["folder"]
 
 
 def test_one_who_loses_the_race_halfway_gives_way(tmp_path):
     path = tmp_path / "folder"
 
     def overtaken(folder):
-        assert files.publish(path, lambda other: (other / "content").write_text("winner"), beside=path)
+        assert files.publish(path, lambda other: (other / "content").write_text("winner"))
         (folder / "content").write_text("loser")  # the winner has removed this folder
 
-    assert not files.publish(path, overtaken, beside=path)
+    assert not files.publish(path, overtaken)
     assert (path / "content").read_text() == "winner"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+    assert names(tmp_path) == ["folder"]
 
 
 def test_a_failure_is_no_race(tmp_path):
     def failing(folder):
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        files.publish(tmp_path / "folder", failing, beside=tmp_path / "folder")
-    assert list(tmp_path.iterdir()) == []
+        files.publish(tmp_path / "folder", failing)
+    assert names(tmp_path) == []
 
 
 def test_only_what_is_left_of_the_named_folder_is_removed(tmp_path):
-    names = [f".bank.{'0' * 32}.creating", f".bank.stage_0.part_1.{'0' * 32}.creating", f".bank2.{'0' * 32}.creating"]
-    for name in names:
+    left = [f".folder.{'0' * 32}.creating", f".folder2.{'0' * 32}.creating"]
+    for name in left:
         (tmp_path / name).mkdir()
-    files.remove_unpublished(tmp_path / "bank")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(names[1:])
-    files.remove_unpublished(files.beside_part(tmp_path / "bank", tmp_path / "bank" / "stage_0" / "part_1"))
-    assert [entry.name for entry in tmp_path.iterdir()] == names[2:]
+    assert files.publish(tmp_path / "folder", lambda folder: (folder / "content").touch())
+    assert names(tmp_path) == sorted(["folder", left[1]])

@@ -10,7 +10,7 @@ from torch import nn
 
 from source_proj.bank.build.create import require_same_part
 from source_proj.bank.build.data import BatchSource, checked_ids
-from source_proj._io.files import beside_part, publish
+from source_proj._io.files import publish
 from source_proj.bank.build.fill import Work, checked_shard, fill
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
@@ -135,7 +135,7 @@ def _created(
         create_part(folder, settings, stage, spec, new)
 
     try:
-        publish(place, write, beside=beside_part(path, place))
+        publish(place, write)
     except OSError as error:
         raise BankError(f"cannot append to the bank {path}: {error}; make room, then append again") from error
     part = Part(path, stage, len(parts), settings)

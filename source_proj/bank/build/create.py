@@ -53,7 +53,7 @@ def create_bank(
         if scales:
             write_metrics(folder / "metrics", scales)
 
-    publish(path, write, beside=path)
+    publish(path, write)
 
 
 def require_same_settings(path: Path, there: Settings, here: Settings) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from source_proj._errors import BankError
-from source_proj._io.files import beside_part, leftovers, remove_unpublished, walk
+from source_proj._io.files import PARTIAL, walk
 from source_proj.bank.build.append import append_rows
 from source_proj.bank.format import Settings
 from source_proj.bank.read.metrics import Metrics
@@ -184,10 +184,9 @@ class Bank:
         for part in parts:
             if part.sealed() is None:
                 part.seal()
-            for file in leftovers(part.path):
-                file.unlink(missing_ok=True)
-            remove_unpublished(beside_part(self.path, part.path))
-        remove_unpublished(self.path)
+            for file in walk(part.path):
+                if file.name.endswith(PARTIAL):
+                    file.unlink(missing_ok=True)
         self.reload()
 
     def append(
