@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["PARTIAL", "Content", "publish", "walk", "write_file", "write_files", "write_new_files"]
+__all__ = ["PARTIAL", "Content", "make_folders", "publish", "walk", "write_file", "write_files", "write_new_files"]
 
 PARTIAL = ".partial"
 """Ends the name of every temporary file, as in zarr's own store."""
@@ -51,6 +51,14 @@ def write_new_files(contents: Mapping[Path, Content]) -> set[Path]:
         taken = {path for path in contents if not _give_name(temporary[path], path)}
     _sync({path.parent for path in contents})
     return taken
+
+
+def make_folders(folders: Iterable[Path]) -> None:
+    """Make folders, and those above them, where they are missing; return when their names are on the disk."""
+    missing = {above for folder in folders for above in (folder, *folder.parents) if not above.exists()}
+    for folder in sorted(missing):
+        folder.mkdir(exist_ok=True)
+    _sync({folder.parent for folder in missing})
 
 
 def publish(path: Path, fill: Callable[[Path], object]) -> bool:
