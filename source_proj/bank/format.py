@@ -31,8 +31,8 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
    it found.
 2. ``settings`` MUST hold exactly: sketch, parameters, task, trajectory, storage (the name of a codec of
    `source_proj.bank.codecs`), sampled_fisher (D, the number of draws), second_derivative, gradients, autocast. The
-   sketch's ``backend`` is "portable", or "fast-jl" with the count ``multiprocessors`` of the device beside it: a reader that cannot make that
-   library's matrix for that count MUST refuse the bank, and say both counts.
+   sketch's ``backend`` is "portable", or "fast-jl" with the count ``multiprocessors`` of the device beside it: a reader
+   that cannot make that library's matrix for that count MUST refuse the bank, and say both counts.
 3. ``versions`` says what software made the bank. A reader MUST NOT depend on it, and no fingerprint covers it.
 4. The root's ``zarr.json`` MUST appear last, if it is absent, after all other metadata, ids, weights and metrics; so
    MUST a part's own, after all that lies below it. What is there already MUST be compared, and a writer whose own
@@ -82,10 +82,10 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
 
 **Seals**
 
-15. A part without mark of zeros is complete, and gets its seal, which is written only if it is absent: 32 bytes of
+15. A part without mark of zeros is complete, and gets its seal, which MUST be written only if it is absent: 32 bytes of
     SHA-256 over settings (paths aside), the part's name and attributes, ids and marks, and 32 bytes over the canonical
-    JSON of the metadata of root, weights, metrics, stage and part. All zeros: not sealed. A bank is finalized when every part is sealed; a reader MUST NOT take rows
-    from any other bank.
+    JSON of the metadata of root, weights, metrics, stage and part. All zeros: not sealed. A bank is finalized when
+    every part is sealed; a reader MUST NOT take rows from any other bank.
 16. A reader MUST refuse a sealed part of which either hash does not match.
 17. The bank's fingerprint is the SHA-256, in hex, of the parts' content seals in order.
 """
