@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from click import Choice
 
 import source_proj.bank as banks
 from source_proj.bank.codecs import codec_names
@@ -86,7 +85,7 @@ def build(
     sketch_seed: Annotated[int, typer.Option(help="Seed of the projection.")] = 0,
     sketch_nnz: Annotated[int, typer.Option(help="Non-zeros per coordinate of the sparse projection.")] = 1,
     sketch_backend: Annotated[str | None, typer.Option(help="native or torch; default: the fastest present.")] = None,
-    storage: Annotated[str, typer.Option(click_type=Choice(codec_names()), help="How rows are stored.")] = "int8",
+    storage: Annotated[str, typer.Option(help=f"How rows are stored: {', '.join(codec_names())}.")] = "int8",
     batch_size: BatchSize = 64,
     parameters: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Parameters to attribute through; !GLOB leaves out.")
