@@ -184,8 +184,8 @@ def fine_tune(options: argparse.Namespace, train_set: Reviews, record: Path | No
     )
     if not options.full or options.layers is not None:
         model.requires_grad_(False)
-        trained = model.bert.encoder.layer[-(options.layers or 2) :]
-        for part in (trained, model.bert.pooler, model.classifier):
+        last_layers = model.bert.encoder.layer[-(options.layers or 2) :]
+        for part in (last_layers, model.bert.pooler, model.classifier):
             part.requires_grad_(True)
     steps = options.epochs * -(-len(train_set) // 32)
     at = [round(steps * (i + 1) / CHECKPOINTS) for i in range(CHECKPOINTS)]

@@ -11,33 +11,31 @@ shard and curvature (at k = 4,096, four times as much), and every curvature and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
 import torch
-import zarr
 from torch import Tensor
 
 from source_proj._errors import BankError
 from source_proj._io.hashing import hash_float32
-from source_proj.bank.layout import metric_array
-from source_proj.bank.read.part import open_node, read_array
+from source_proj.bank.layout import flat_objects, group_document, metric_array
+from source_proj.bank.read.objects import read_flat
+from source_proj.bank.store import Store
 from source_proj.trajectory import RunRecord
 
-__all__ = ["Metrics", "write_metrics"]
+__all__ = ["Metrics", "metrics_objects"]
 
 
 class Metrics:
     """The metrics of a bank, read when needed.
 
     Args:
-        bank: the bank's folder.
+        store: where the bank lies.
         run: the bank's record of the run.
     """
 
-    def __init__(self, bank: Path, run: RunRecord) -> None:
-        self._bank = bank
+    def __init__(self, store: Store, run: RunRecord) -> None:
+        self._store = store
         self._hashes = run.metrics
         self._read: dict[int, Tensor] = {}
 
@@ -58,12 +56,9 @@ class Metrics:
         if digest is None:
             return None
         if metric not in self._read:
-            folder = self._bank / "metrics" / digest
-            array = open_node(self._bank, f"metrics/{digest}")
-            if not isinstance(array, zarr.Array):
-                raise BankError(f"{folder} is a zarr group and must be an array")
-            values = read_array(array, slice(None), folder)
-            if values.dtype != np.float32 or hash_float32(torch.from_numpy(values)) != digest:
+            folder = self._store.location(f"metrics/{digest}")
+            values = read_flat(self._store, f"metrics/{digest}", metric_array)
+            if hash_float32(torch.from_numpy(values)) != digest:
                 raise BankError(f"the metric in {folder} was altered: its hash is another; build the bank anew")
             self._read[metric] = torch.from_numpy(values)
         return self._read[metric]
@@ -73,8 +68,9 @@ class Metrics:
         return [self.scale(metric) for metric in metrics]
 
 
-def write_metrics(folder: Path, scales: Mapping[str, Tensor]) -> None:
-    """Write the square roots of the diagonals, by hash."""
-    group = zarr.create_group(folder)
+def metrics_objects(scales: Mapping[str, Tensor]) -> Iterator[dict[str, bytes]]:
+    """The square roots of the diagonals, by hash, as the objects to write."""
     for digest, scale in scales.items():
-        metric_array(len(scale)).create(group, digest)[:] = scale.numpy()
+        yield flat_objects(f"metrics/{digest}", metric_array(len(scale)), scale.numpy())
+    if scales:
+        yield {"metrics/zarr.json": group_document({})}

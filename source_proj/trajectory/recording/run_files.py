@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from source_proj._errors import MismatchError
-from source_proj._io.files import Content, leftovers, write_files
+from source_proj._io.files import PARTIAL, Content, walk, write_files
 from source_proj._io.hashing import hash_file
 from source_proj._io.json_records import read_record, write_record
 from source_proj.trajectory.checkpoint import Checkpoint
@@ -252,7 +252,8 @@ def remove_unnamed(directory: Path, run: RecordedRun) -> None:
     """Remove recorded files that a run does not name: superseded ones, and what interruptions left."""
     names = {name(c.step) for c in run.checkpoints for name in (weights_name, moments_name)}
     names |= {resume_name(run.last_step)}
-    for file in [*_recorded_files(directory), *leftovers(directory)]:
+    partial = (file for file in walk(directory) if file.name.endswith(PARTIAL))
+    for file in [*_recorded_files(directory), *partial]:
         if file.name not in names:
             file.unlink(missing_ok=True)
 
