@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 __all__ = ["beside_part", "leftovers", "publish", "remove_unpublished", "walk", "write_files"]
 
@@ -15,7 +16,11 @@ _PARTIAL = ".partial"  # ends every temporary file's name, as in zarr's own stor
 _CREATING = ".creating"  # ends every temporary folder's name
 
 
-def write_files(contents: Mapping[Path, bytes]) -> None:
+Content = bytes | Callable[[IO[bytes]], object]
+"""A file's bytes, or a function that writes them: for what is too large to hold twice."""
+
+
+def write_files(contents: Mapping[Path, Content]) -> None:
     """Write files, each whole or not at all, and return when they and their names are on the disk.
 
     Raises:
@@ -25,7 +30,10 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
     try:
         for path, content in contents.items():
             with temporary[path].open("xb") as file:
-                file.write(content)
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    content(file)
         _sync(temporary.values())
         for path in contents:
             temporary[path].replace(path)

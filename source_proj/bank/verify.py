@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import zarr
@@ -14,7 +13,7 @@ from source_proj.bank.format import Settings
 from source_proj.bank.read.metrics import Metrics
 from source_proj.bank.read.part import Part, content_digest
 from source_proj.bank.read.root import check_seal, find_parts, read_root
-from source_proj.bank.read.weights import Weights, weights_entries
+from source_proj.bank.read.weights import Weights
 
 __all__ = ["VerifyReport", "verify"]
 
@@ -53,7 +52,7 @@ def verify(path: str | Path) -> VerifyReport:
     path = Path(path)
     try:
         settings = read_root(path).settings
-        parts = [part for s in range(len(settings.trajectory["stages"])) for part in find_parts(path, settings, s)]
+        parts = [part for s in range(len(settings.trajectory.stages)) for part in find_parts(path, settings, s)]
     except BankError as error:
         return VerifyReport(path, [str(error)], 0, 0)
     problems = [problem for part in parts for problem in _part_problems(part)]
@@ -107,10 +106,10 @@ def _shard_problems(part: Part, checkpoint: int, shard: int) -> Iterator[str]:
 def _weights_problems(path: Path, settings: Settings) -> Iterator[str]:
     """Read the copies of weights; files elsewhere are not the bank's."""
     weights = Weights(path, settings, {})
-    for entry in weights_entries(settings):
-        if entry["path"] is None:
+    for checkpoint in settings.trajectory.checkpoints:
+        if checkpoint.path is None:
             try:
-                weights.stored(entry["hash"], step=0)
+                weights.stored(checkpoint.hash, step=0)
             except BankError as error:
                 yield str(error)
 
@@ -141,14 +140,10 @@ def _files(path: Path, settings: Settings, parts: list[Part]) -> tuple[set[Path]
                     allowed.add(file)
                 else:
                     known.add(file)
-    known |= _array_files(path / "metrics", [entry["hash"] for entry in _diagonals(settings)])
-    stored = [entry["hash"] for entry in weights_entries(settings) if entry["path"] is None]
+    known |= _array_files(path / "metrics", settings.trajectory.diagonals)
+    stored = [checkpoint.hash for checkpoint in settings.trajectory.checkpoints if checkpoint.path is None]
     known |= _array_files(path / "weights", stored)
     return known, allowed
-
-
-def _diagonals(settings: Settings) -> list[dict[str, Any]]:
-    return [entry for entry in settings.trajectory.get("metrics", []) if "hash" in entry]
 
 
 def _array_files(group: Path, names: list[str]) -> set[Path]:

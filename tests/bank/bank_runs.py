@@ -70,7 +70,7 @@ def make_adam_run(metric: str = "per_segment", seed: int = 0) -> Run:
         }
         optimizer_state = {"state": entries, "param_groups": [{"params": [0, 1, 2, 3]}]}
         checkpoints.append(Checkpoint(state, 10 * (i + 1), 0.1, optimizer_state))
-    trajectory = Trajectory(checkpoints, Adam(weight_decay=0.1), segments=2, metric=metric)
+    trajectory = Trajectory(checkpoints, Adam(weight_decay=0.1), segments=2, preconditioner=metric)
     return Run(make_model(), Classification(), trajectory, make_data())
 
 

@@ -165,7 +165,7 @@ def test_records_say_how_adamw_acted(make_problem, tmp_path, name):
     training = replace(training, recipe=replace(training.recipe, weight_decay=0.1, beta2=0.99), checkpoints=2)
     stage = training.record(0, tmp_path / "run").stages[0]
     assert stage.optimizer == sp.Adam((0.9, 0.99), weight_decay=0.1)
-    assert stage.metric == "scalar"
+    assert stage.preconditioner == "scalar"
     rates = training.recipe.rates(problem.n)
     assert stage.lr_integrals == pytest.approx([sum(rates[: one.step]) for one in stage.checkpoints], rel=1e-12)
     assert stage.checkpoints[-1].step == len(rates)

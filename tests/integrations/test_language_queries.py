@@ -92,7 +92,7 @@ def test_parts_of_a_training_sequence_by_token_add_up_to_its_score(tmp_path, red
         (-task.output(model, make_batch("gpt2", True, 6)).mean()).backward()
         optimizer.step()
         recorder.step()
-    run = recorder.trajectory(segments=[[0], [1, 2]], metric=metric)
+    run = recorder.trajectory(segments=[[0], [1, 2]], preconditioner=metric)
     bank = sp.build(model, task, run, data, tmp_path / "bank", sketch=sp.Sketch(dim=256), storage="float32")
     source = sp.Source(bank, model=model, task=task)
     parts = source.by_token(data[:3], [data[4], data[1]])

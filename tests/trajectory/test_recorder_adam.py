@@ -55,8 +55,8 @@ def trained(directory, model, optimizer, until=12, seed=0):
 def test_second_moments_are_kept_by_name_at_each_checkpoint(tmp_path, kind, described):
     model, optimizer = grouped(kind)
     recorder, kept = trained(tmp_path, model, optimizer)
-    stage = recorder.trajectory(segments=3, metric="per_segment").stages[0]
-    assert stage.metric == "per_segment"
+    stage = recorder.trajectory(segments=3, preconditioner="per_segment").stages[0]
+    assert stage.preconditioner == "per_segment"
     assert stage.optimizer == type(described)(
         **{**vars(described), "groups": (ParameterGroup(("weight",), 2.0, 0.1),), "weight_decay": 0.0}
     )

@@ -14,7 +14,7 @@ from source_proj.bank.format import FORMAT, VERSION, Settings
 from source_proj.bank.layout import PartSpec
 from source_proj.bank.read.metrics import write_metrics
 from source_proj.bank.read.part import Part, create_part
-from source_proj.bank.read.weights import relative_paths, weights_entries, write_weights
+from source_proj.bank.read.weights import relative_paths, write_weights
 from source_proj._errors import MismatchError
 from source_proj.trajectory import Trajectory
 
@@ -45,10 +45,10 @@ def create_bank(
             "checkpoint_paths": relative_paths(path, settings),
         }
         zarr.create_group(folder, attributes=attributes)
-        for index, (stage, (spec, ids)) in enumerate(zip(settings.trajectory["stages"], parts, strict=True)):
-            zarr.create_group(folder / f"stage_{index}", attributes={"name": stage["name"]})
+        for index, (stage, (spec, ids)) in enumerate(zip(settings.trajectory.stages, parts, strict=True)):
+            zarr.create_group(folder / f"stage_{index}", attributes={"name": stage.name})
             create_part(folder / f"stage_{index}" / "part_0", settings, index, spec, ids)
-        if any(entry["path"] is None for entry in weights_entries(settings)):
+        if any(checkpoint.path is None for checkpoint in settings.trajectory.checkpoints):
             write_weights(folder / "weights", trajectory)
         if scales:
             write_metrics(folder / "metrics", scales)

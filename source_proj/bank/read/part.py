@@ -35,9 +35,9 @@ class Part:
     def __init__(self, bank: Path, stage: int, index: int, settings: Settings) -> None:
         self.bank = bank
         self.name = f"stage_{stage}/part_{index}"
-        self.stage_name: str = settings.trajectory["stages"][stage]["name"]
-        self.steps: list[int] = settings.trajectory["stages"][stage]["steps"]
-        self.hashes: list[str] = [one["hash"] for one in settings.trajectory["stages"][stage]["checkpoints"]]
+        self.stage_name: str = settings.trajectory.stages[stage].name
+        self.steps = list(settings.trajectory.stages[stage].steps)
+        self.hashes = [checkpoint.hash for checkpoint in settings.trajectory.stages[stage].checkpoints]
         self._settings = settings
         group = open_node(bank, self.name)
         if not isinstance(group, zarr.Group):
@@ -266,13 +266,12 @@ class Part:
 
 def create_part(folder: Path, settings: Settings, stage: int, spec: PartSpec, ids: np.ndarray) -> None:
     """Write an empty part: metadata and ids."""
-    stage_spec = settings.trajectory["stages"][stage]
     ids_spec, seal, data, marks = part_arrays(settings, stage, spec)
     group = zarr.create_group(folder, attributes=spec.to_json())
     ids_spec.create(group, "ids")[:] = ids
     seal.create(group, "seal")
-    for index, entry in enumerate(stage_spec["checkpoints"]):
-        attributes = {"step": entry["step"], "hash": entry["hash"]}
+    for index, entry in enumerate(settings.trajectory.stages[stage].checkpoints):
+        attributes = {"step": entry.step, "hash": entry.hash}
         checkpoint = group.create_group(f"checkpoint_{index}", attributes=attributes)
         for name, array in {**data[index], "committed": marks[index]}.items():
             array.create(checkpoint, name)

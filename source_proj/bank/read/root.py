@@ -46,33 +46,13 @@ def read_root(path: Path) -> Root:
         )
     try:
         settings = Settings.from_json(attributes.get("settings"))
-        stages = settings.trajectory["stages"]
-        names = [(stage["name"], len(stage["checkpoints"]), len(stage["steps"]), stage["final"]) for stage in stages]
-        if not names:
-            raise BankError("its trajectory has no stage")
-        _check_metrics(settings)
     except BankError as error:
         raise BankError(f"the bank {path} cannot be read: {error}") from error
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise BankError(f"the bank {path} cannot be read: its trajectory is malformed ({error!r})") from error
     notes = [attributes.get(name) for name in ("versions", "checkpoint_paths")]
     for note in notes:
         if not isinstance(note, Mapping):
             raise BankError(f"the bank {path} cannot be read: versions or checkpoint_paths is {note!r}, not an object")
     return Root(settings, *(dict(note) for note in notes))  # type: ignore[arg-type]
-
-
-def _check_metrics(settings: Settings) -> None:
-    """Refuse a metric that is not listed, or is none."""
-    entries = settings.trajectory.get("metrics", [{"kind": "identity"}])
-    for entry in entries:
-        if set(entry) != ({"kind", "hash"} if entry["kind"] == "diagonal" else {"kind"}):
-            raise BankError(f"its metric {entry!r} is neither the identity nor a diagonal with its hash")
-    for stage, described in enumerate(settings.trajectory["stages"]):
-        for checkpoint in range(len(described["checkpoints"])):
-            metric = settings.own_metric(stage, checkpoint)
-            if metric not in range(len(entries)):
-                raise BankError(f"stage {described['name']!r} is in metric {metric!r}, and there are {len(entries)}")
 
 
 def _root(path: Path) -> zarr.Group:
@@ -96,7 +76,7 @@ def find_parts(path: Path, settings: Settings, stage: int) -> list[Part]:
     Raises:
         BankError: there is none, or one is not as it must be.
     """
-    group, name = open_node(path, f"stage_{stage}"), settings.trajectory["stages"][stage]["name"]
+    group, name = open_node(path, f"stage_{stage}"), settings.trajectory.stages[stage].name
     if group.attrs.get("name") != name:
         raise BankError(f"{path / f'stage_{stage}'} is of stage {group.attrs.get('name')!r}, and must be of {name!r}")
     parts: list[Part] = []
