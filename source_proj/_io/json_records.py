@@ -7,7 +7,7 @@ type that is no record brings functions of its own: ``field(metadata={"write": t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -79,8 +79,8 @@ def _read(hint: Any, content: object, name: str) -> Any:
         if content not in arguments:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, arguments))}, got {_shown(content)}")
         return content
-    if origin is tuple:
-        return _tuple(arguments, content, name)
+    if origin in (tuple, Sequence):
+        return _tuple(arguments if origin is tuple else (*arguments, ...), content, name)
     if origin is dict:
         if not isinstance(content, Mapping):
             raise ValueError(f"{name} must be an object, got {_shown(content)}")

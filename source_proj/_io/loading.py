@@ -75,4 +75,8 @@ def _trouble(path: Path, error: Exception) -> str:
         return "is empty"
     if start == _ZIP and not is_zipfile(path):
         return "was cut short: it begins as a file of torch.save and has no end"
-    return f"cannot be read as tensors and plain values alone ({type(error).__name__}: {str(error).strip()[:300]})"
+    said = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]  # without advice to run foreign code
+    return (
+        "is corrupt, or holds other objects, and cannot be read as tensors and plain values alone "
+        f"({type(error).__name__}: {said[:200]})"
+    )

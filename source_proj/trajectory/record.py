@@ -8,13 +8,13 @@ stage into segments.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from source_proj._io.json_records import read_record, write_record
-from source_proj.trajectory.optimizer import Optimizer, optimizer_from_spec
+from source_proj.trajectory.optimizer import Optimizer
 from source_proj.trajectory.segments import Segments, split_segments
 
 __all__ = ["CheckpointRef", "PreconditionerMode", "RunRecord", "SegmentRecord", "StageRecord", "read_optimizer"]
@@ -25,22 +25,25 @@ PreconditionerMode = Literal["shared", "per_segment", "scalar", "none"]
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
-def read_optimizer(description: Any) -> Optimizer:
-    """An optimizer from the whole of its ``spec()``, as JSON gave it.
+def read_optimizer(description: object) -> Optimizer:
+    """An optimizer from its ``spec()``, as JSON gave it.
 
     Raises:
         ValueError: it is of no known kind, or an entry is missing, unknown or of the wrong type.
     """
-    optimizer = optimizer_from_spec(description)
-    if _as_json(optimizer.spec()) != description:
-        raise ValueError(f"{description!r} is not the whole of {optimizer.spec()!r}")
+    if not isinstance(description, Mapping):
+        raise ValueError(f"must be an object, got {description!r}")
+    kinds = {kind.__name__: kind for kind in get_args(Optimizer)}
+    name, options = description.get("name"), {key: value for key, value in description.items() if key != "name"}
+    if not isinstance(name, str) or name not in kinds:
+        raise ValueError(f"its name is {name!r}, and known optimizers are {', '.join(kinds)}")
+    optimizer: Optimizer = read_record(kinds[name], options, name)
     return optimizer
 
 
 def write_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     """An optimizer's ``spec()``, as JSON gives it back."""
-    written: dict[str, Any] = _as_json(optimizer.spec())
-    return written
+    return {"name": type(optimizer).__name__, **write_record(optimizer)}
 
 
 @dataclass(frozen=True)
@@ -278,12 +281,6 @@ class RunRecord:
             ValueError: an entry is missing, unknown, of the wrong type or out of its range; names it.
         """
         return read_record(cls, content, name)
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _as_json(entry) for key, entry in value.items()}
-    return [_as_json(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _check_hash(name: str, digest: str) -> None:

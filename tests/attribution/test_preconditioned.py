@@ -48,20 +48,20 @@ def assert_equal_scores(found, expected):
     np.testing.assert_allclose(np.asarray(found), expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("metric", ["shared", "per_segment"])
+@pytest.mark.parametrize("mode", ["shared", "per_segment"])
 @pytest.mark.parametrize("segments", [1, 2, 3])
-def test_scores_equal_the_dense_formula(tmp_path, metric, segments):
+def test_scores_equal_the_dense_formula(tmp_path, mode, segments):
     """Law 4: several metrics with R = I equal S = exp(-s (P H + λ)) and its integral in the full space."""
-    problem = adam_run(preconditioner=metric, segments=segments)
+    problem = adam_run(preconditioner=mode, segments=segments)
     stage = problem.trajectory.stages[0]
     shared = preconditioner(problem, stage.checkpoints)
     dense, before = [], 0
     for group in stage.segment_indices:
-        p = shared if metric == "shared" else preconditioner(problem, [stage.checkpoints[c] for c in group])
+        p = shared if mode == "shared" else preconditioner(problem, [stage.checkpoints[c] for c in group])
         dense.append(dense_segment(problem, stage, group, problem.train, 0, p, 0.3, before))
         before = stage.checkpoints[group[-1]].step
     bank = problem.build(tmp_path / "bank")
-    assert len(bank.metrics) == (1 if metric == "shared" else segments)
+    assert len(bank.metrics) == (1 if mode == "shared" else segments)
     method = source(problem, bank)
     expected = dense_scores(dense, query_gradients(problem), len(problem.train))
     assert_equal_scores(method.score(problem.queries), expected)
@@ -81,7 +81,7 @@ def test_stages_of_different_optimizers_are_crossed(tmp_path):
     makers = [lambda: torch.optim.SGD(model.parameters(), lr=LR), lambda: adamw(model), lambda: adamw(model)]
     kinds = [sp.SGD(), sp.Adam(**ADAM), sp.Adam(**ADAM)]
     stages = [
-        sp.Stage(name, train(model, make(), *data, 2), kind, metric="shared")
+        sp.Stage(name, train(model, make(), *data, 2), kind, preconditioner="shared")
         for name, make, data, kind in zip("abc", makers, sets, kinds, strict=True)
     ]
     data = {name: TensorDataset(*one) for name, one in zip("abc", sets, strict=True)}
@@ -251,16 +251,16 @@ def of_groups(problem, weight, bias):
     ).double()
 
 
-@pytest.mark.parametrize("metric", ["shared", "per_segment"])
-def test_groups_with_one_decay_are_exact(tmp_path, metric):
+@pytest.mark.parametrize("mode", ["shared", "per_segment"])
+def test_groups_with_one_decay_are_exact(tmp_path, mode):
     """Learning rates are part of P; a decay whose product with the learning rate is the same everywhere is a number."""
-    problem = groups_run(decays=(0.3, 0.1), preconditioner=metric)
+    problem = groups_run(decays=(0.3, 0.1), preconditioner=mode)
     stage = problem.trajectory.stages[0]
     scale = of_groups(problem, 1.0, 3.0)
     p = [scale / (grouped_moments(problem, c).sqrt() + ADAM["eps"]) for c in stage.checkpoints]
     dense = []
     for group, before in zip([[0, 1], [2, 3]], (0, 2 * EVERY), strict=True):
-        own = group if metric == "per_segment" else [0, 1, 2, 3]
+        own = group if mode == "per_segment" else [0, 1, 2, 3]
         mean = torch.stack([p[c] for c in own]).mean(0)
         dense.append(dense_segment(problem, stage, group, problem.train, 0, mean, 0.3, before))
     bank = problem.build(tmp_path / "bank")
@@ -406,8 +406,8 @@ def test_a_dead_parameter_counts_as_unmoved(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["shape", "count", "kind", "wrapped"])
-@pytest.mark.parametrize("metric", ["scalar", "shared"])
-def test_states_that_do_not_fit_are_refused(tmp_path, change, metric):
+@pytest.mark.parametrize("mode", ["scalar", "shared"])
+def test_states_that_do_not_fit_are_refused(tmp_path, change, mode):
     problem = adam_run()
     first = problem.trajectory.stages[0].checkpoints[0]
     state = first.optimizer_state
@@ -423,7 +423,7 @@ def test_states_that_do_not_fit_are_refused(tmp_path, change, metric):
     else:
         state, match = {"weights": {}}, r"must be an optimizer's state_dict\(\), and has \['weights'\]"
     only = [sp.Checkpoint(first.load(), EVERY, LR, state)]
-    problem.trajectory = sp.Trajectory(only, sp.Adam(**ADAM), preconditioner=metric)
+    problem.trajectory = sp.Trajectory(only, sp.Adam(**ADAM), preconditioner=mode)
     with pytest.raises(sp.MismatchError, match=match):
         problem.build(tmp_path / "bank")
 
