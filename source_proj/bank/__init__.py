@@ -1,7 +1,7 @@
 """The bank: a zarr v3 store of sketched training gradients, and its resumable build."""
 
 from source_proj.bank.build.build import build
-from source_proj.bank.build.data import batches, dataset_size, on_device
+from source_proj.bank.build.data import batches, dataset_size
 from source_proj.bank.read.bank import Bank
 from source_proj.bank.read.bank import open_bank as open
 from source_proj.bank.read.metrics import Metrics
@@ -18,7 +18,6 @@ __all__ = [
     "batches",
     "build",
     "dataset_size",
-    "on_device",
     "open",
     "verify",
 ]

@@ -171,18 +171,16 @@ class Source(Attributor):
 
     def _of(self, bank: Bank) -> FittedSegments:
         """The bank's fitted segments; anew where rows were appended to it."""
-        key = bank.fingerprint
-        if key not in self._fitted:
-            self._fitted[key] = FittedSegments(
-                bank,
-                self._groups[self.banks.index(bank)],
-                curvature=self.curvature,
-                damping=self.damping,
-                time_scale=self.time_scale,
-                device=self.device,
-                cache=self.cache,
-            )
-        return self._fitted[key]
+        fitted = FittedSegments(
+            bank,
+            self._groups[self.banks.index(bank)],
+            curvature=self.curvature,
+            damping=self.damping,
+            time_scale=self.time_scale,
+            device=self.device,
+            cache=self.cache,
+        )
+        return self._fitted.setdefault(bank.fingerprint, fitted)  # of several threads' the first
 
     # Verbs beside score, top_k and bottom_k ----------------------------------------------------------------------
 
