@@ -13,7 +13,6 @@ from source_proj.bank.format import Settings
 from source_proj.bank.layout import crossing_name
 from source_proj.bank.read.metrics import Metrics
 from source_proj.bank.read.part import Part
-from source_proj.bank.quantize import encode, row_sizes
 from source_proj.bank.build.uniform import Uniforms
 from source_proj._errors import GradientError, MismatchError
 from source_proj.gradients import (
@@ -143,9 +142,10 @@ class RowEncoder:
     ) -> dict[str, Tensor]:
         """Encode rows ``(B, k)``, or ``(B, D, k)`` with draw j of example b in row b·D + j."""
         flat = rows.flatten(0, -2)
-        sizes = row_sizes(flat)
+        codec = self._settings.codec
+        sizes = codec.row_sizes(flat)
         place.require_finite(sizes.reshape(len(rows), -1).amax(dim=1), what)
-        values, scale = encode(flat, self._settings.storage, sizes)
+        values, scale = codec.encode(flat, sizes)
         found = {f"{prefix}rows": values} if scale is None else {f"{prefix}rows": values, f"{prefix}scale": scale}
         return found if metric is None else {crossing_name(name, metric): one for name, one in found.items()}
 

@@ -13,21 +13,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import zarr
 from torch import Tensor, nn
 
 from source_proj._errors import BankError, MismatchError
-from source_proj.bank.layout import metric_array
-from source_proj.bank.read.part import open_node, read_array
+from source_proj.bank.layout import flat_objects, group_document, metric_array
+from source_proj.bank.read.objects import read_flat
+from source_proj.bank.store import Store
 from source_proj.gradients import ParameterSpace
 from source_proj.trajectory import Adam, Moments, RMSprop, Stage, Trajectory, moments, optimizer_from_spec
 
-__all__ = ["Metrics", "Planned", "plan_metrics", "write_metrics"]
+__all__ = ["Metrics", "Planned", "metrics_objects", "plan_metrics"]
 
 _DIGITS = 12  # of numbers in the settings: sums may round differently elsewhere, and settings are compared
 
@@ -43,12 +42,12 @@ class Metrics:
     """The metrics of a bank, read when needed.
 
     Args:
-        bank: the bank's folder.
+        store: where the bank lies.
         trajectory: the settings' trajectory.
     """
 
-    def __init__(self, bank: Path, trajectory: Mapping[str, Any]) -> None:
-        self._bank = bank
+    def __init__(self, store: Store, trajectory: Mapping[str, Any]) -> None:
+        self._store = store
         self._entries: Sequence[Mapping[str, Any]] = trajectory.get("metrics", [{"kind": "identity"}])
         self._read: dict[int, Tensor] = {}
 
@@ -70,12 +69,9 @@ class Metrics:
         if digest is None:
             return None
         if metric not in self._read:
-            folder = self._bank / "metrics" / digest
-            array = open_node(self._bank, f"metrics/{digest}")
-            if not isinstance(array, zarr.Array):
-                raise BankError(f"{folder} is a zarr group and must be an array")
-            values = read_array(array, slice(None), folder)
-            if values.dtype != np.float32 or _hash(torch.from_numpy(values)) != digest:
+            folder = self._store.location(f"metrics/{digest}")
+            values = read_flat(self._store, f"metrics/{digest}", metric_array)
+            if _hash(torch.from_numpy(values)) != digest:
                 raise BankError(f"the metric in {folder} was altered: its hash is another; build the bank anew")
             self._read[metric] = torch.from_numpy(values)
         return self._read[metric]
@@ -85,11 +81,12 @@ class Metrics:
         return [self.scale(metric) for metric in metrics]
 
 
-def write_metrics(folder: Path, scales: Mapping[str, Tensor]) -> None:
-    """Write the square roots of the diagonals, by hash."""
-    group = zarr.create_group(folder)
+def metrics_objects(scales: Mapping[str, Tensor]) -> Iterator[dict[str, bytes]]:
+    """The square roots of the diagonals, by hash, as the objects to write."""
     for digest, scale in scales.items():
-        metric_array(len(scale)).create(group, digest)[:] = scale.numpy()
+        yield flat_objects(f"metrics/{digest}", metric_array(len(scale)), scale.numpy())
+    if scales:
+        yield {"metrics/zarr.json": group_document({})}
 
 
 def plan_metrics(trajectory: Trajectory, model: nn.Module, space: ParameterSpace) -> Planned:

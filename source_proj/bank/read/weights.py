@@ -1,35 +1,37 @@
 """Checkpoints as a bank refers to them: files elsewhere, or copies inside of it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from source_proj._errors import BankError, MismatchError
 from source_proj.bank.format import Settings
-from source_proj.bank.layout import weights_array
-from source_proj.bank.read.part import open_node, read_array
+from source_proj.bank.layout import flat_objects, group_document, weights_array
+from source_proj.bank.read.objects import read_flat
+from source_proj.bank.store import Store
 from source_proj.trajectory import Checkpoint, Trajectory
 
-__all__ = ["Weights", "relative_paths", "weights_entries", "write_weights"]
+__all__ = ["Weights", "relative_paths", "weights_entries", "weights_objects"]
 
 
 class Weights:
     """Finds the checkpoints of a bank.
 
     Args:
-        bank: the bank's folder.
+        store: where the bank lies.
+        folder: the bank's folder.
         settings: its settings.
         moved: where checkpoint files lay relative to the bank when it was built, by hash.
     """
 
-    def __init__(self, bank: Path, settings: Settings, moved: Mapping[str, str]) -> None:
-        self._bank = bank
+    def __init__(self, store: Store, folder: Path, settings: Settings, moved: Mapping[str, str]) -> None:
+        self._store = store
+        self._bank = folder
         self._stages = settings.trajectory["stages"]
         self._moved = moved
         self._files: dict[str, Checkpoint] = {}
@@ -84,12 +86,10 @@ class Weights:
         kept = self._copy  # read once: another thread may ask for another checkpoint meanwhile
         if kept is not None and kept[0] == digest and kept[1].step == step:
             return kept[1]
-        folder = self._bank / "weights" / digest
-        array = open_node(self._bank, f"weights/{digest}")
-        if not isinstance(array, zarr.Array):
-            raise BankError(f"{folder} is a zarr group and must be an array")
+        folder = self._store.location(f"weights/{digest}")
+        content = read_flat(self._store, f"weights/{digest}", weights_array)
         try:
-            checkpoint = Checkpoint(load(read_array(array, slice(None), folder).tobytes()), step)
+            checkpoint = Checkpoint(load(content.tobytes()), step)
         except (SafetensorError, ValueError) as error:
             raise BankError(f"the weights in {folder} cannot be read: {error}") from error
         if checkpoint.hash() != digest:
@@ -105,15 +105,18 @@ def weights_entries(settings: Settings) -> list[dict[str, Any]]:
     return list({entry["hash"]: entry for entry in entries}.values())
 
 
-def write_weights(folder: Path, trajectory: Trajectory) -> None:
-    """Write the checkpoints that were given as dicts, each once."""
-    group = zarr.create_group(folder)
+def weights_objects(trajectory: Trajectory) -> Iterator[dict[str, bytes]]:
+    """The checkpoints that were given as dicts, each once, as the objects to write."""
+    given: dict[str, Checkpoint] = {}
     for stage in trajectory.stages:
         for checkpoint in [*stage.checkpoints, *([stage.final] if stage.final is not None else [])]:
-            if checkpoint.path is None and checkpoint.hash() not in group:
-                content = save({name: value.contiguous() for name, value in checkpoint.load().items()})
-                values = np.frombuffer(content, np.uint8)
-                weights_array(len(values)).create(group, checkpoint.hash())[:] = values
+            if checkpoint.path is None:
+                given.setdefault(checkpoint.hash(), checkpoint)
+    for digest, checkpoint in given.items():
+        content = save({name: value.contiguous() for name, value in checkpoint.load().items()})
+        yield flat_objects(f"weights/{digest}", weights_array(len(content)), np.frombuffer(content, np.uint8))
+    if given:
+        yield {"weights/zarr.json": group_document({})}
 
 
 def relative_paths(bank: Path, settings: Settings) -> dict[str, str]:
