@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from source_proj.attribution.curvature import Curvature, Damping, damping_value
-from source_proj.attribution.fits import FitCache, cached_cross_moment, cached_spectrum
+from source_proj.attribution.fits import cached_cross_moment, cached_spectrum
 from source_proj.attribution.operands import Operand, mean_gradients
 from source_proj.attribution.source.query_propagator import QueryPropagator, SpectralOperator
 from source_proj.attribution.source.segments import Groups, Segment
@@ -118,7 +118,7 @@ class FittedSegments:
                     "time_scale": self._time_scale,
                     "storage": codec.name,
                 }
-                arrays = FitCache(self.bank).get("source", settings, compute) if self._cache else compute()
+                arrays = self.bank.fits.get("source", settings, compute) if self._cache else compute()
                 tensors = {name: torch.from_numpy(values).to(self._device or "cpu") for name, values in arrays.items()}
                 self._matrices[codec.name] = Operand(
                     0, self.bank.n_rows, tensors["B"], tensors.get("scale"), codec=codec

@@ -133,9 +133,10 @@ class Source(Attributor):
     def __repr__(self) -> str:
         rows, dim = self.n_rows, self._of(self.banks[0]).width
         scaled = " with a float32 scale a row" if self.codec.has_scale else ""
+        kept = sum(bank.fits.nbytes() for bank in self.banks)
         runs = "" if len(self.banks) == 1 else f"; {len(self.banks)} runs"
         matrix = f"B: {rows} x {dim} {self.codec.name}{scaled}, {self.nbytes()} bytes"
-        return f"Source({rows} training examples{runs}; {matrix})"
+        return f"Source({rows} training examples{runs}; {matrix}; {kept} bytes of fits on disk)"
 
     # Fit -------------------------------------------------------------------------------------------------------
 
