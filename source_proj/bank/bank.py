@@ -21,7 +21,7 @@ from source_proj.bank.store import LocalStore
 from source_proj.bank.verify import VerifyReport, fingerprint_of, verify
 from source_proj.sketch import Sketch
 from source_proj.task import Task
-from source_proj.trajectory import Checkpoint
+from source_proj.trajectory import Checkpoint, RunRecord
 
 __all__ = ["Bank", "open_bank"]
 
@@ -58,7 +58,7 @@ class Bank:
 
     def reload(self) -> None:
         """Look again which parts there are, and which of them are sealed."""
-        found = [find_parts(self.store, self.settings, s) for s in range(len(self.trajectory_spec["stages"]))]
+        found = [find_parts(self.store, self.settings, s) for s in range(len(self.trajectory.stages))]
         self.stages: tuple[StageBank, ...] = tuple(
             StageBank(self.settings, s, parts, self.require_finalized) for s, parts in enumerate(found)
         )
@@ -80,8 +80,8 @@ class Bank:
         return self.settings.task
 
     @property
-    def trajectory_spec(self) -> dict[str, Any]:
-        """``Trajectory.spec()`` of the run."""
+    def trajectory(self) -> RunRecord:
+        """The record of the run."""
         return self.settings.trajectory
 
     @property

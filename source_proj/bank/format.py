@@ -33,6 +33,7 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
    `source_proj.bank.codecs`), sampled_fisher (D, the number of draws), second_derivative, gradients, autocast. The
    sketch's ``backend`` is "portable", or "fast-jl" with the count ``multiprocessors`` of the device beside it: a reader
    that cannot make that library's matrix for that count MUST refuse the bank, and say both counts.
+   ``trajectory`` MUST hold exactly the entries of `source_proj.trajectory.record.RunRecord`, each of its type.
 3. ``versions`` says what software made the bank. A reader MUST NOT depend on it, and no fingerprint covers it.
 4. The root's ``zarr.json`` MUST appear last, if it is absent, after all other metadata, ids, weights and metrics; so
    MUST a part's own, after all that lies below it. What is there already MUST be compared, and a writer whose own
@@ -61,10 +62,9 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
 
 **Metrics**
 
-18. A preconditioned optimizer's rows are R P^½ ∇o for a diagonal P. Then ``trajectory`` MUST hold ``metrics``, a list
-    of objects, {"kind": "identity"} or {"kind": "diagonal", "hash"}, and each stage MUST hold ``metric_of``, the index
-    of each checkpoint's metric. Otherwise all rows are in the one metric 0, the identity. The hash is the SHA-256, in
-    hex, of the diagonal of P^½ in the order of ``parameters`` (little-endian float32).
+18. A preconditioned optimizer's rows are R P^½ ∇o for a diagonal P. ``metrics`` of the ``trajectory`` lists the
+    metrics, null for the identity, else a hash: the SHA-256, in hex, of the diagonal of P^½ in the order of
+    ``parameters`` (little-endian float32). ``metrics`` of each stage holds the index of each checkpoint's metric.
 19. A checkpoint crosses the metrics of earlier ones (of its own and earlier stages) that are not its own, and MUST hold
     its rows in these too.
 
@@ -93,11 +93,12 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from source_proj._errors import BankError
 from source_proj.bank.codecs import Codec, find_codec
+from source_proj.trajectory import RunRecord
 
 __all__ = ["FORMAT", "VERSION", "Settings", "canonical", "sha256"]
 
@@ -115,7 +116,7 @@ class Settings:
         sketch: ``Sketch.spec()``.
         parameters: ``ParameterSpace.spec()``.
         task: ``Task.spec()``.
-        trajectory: ``Trajectory.spec()``.
+        trajectory: the run's record.
         storage: name of the codec of its rows.
         sampled_fisher: draws of sampled labels.
         second_derivative: whether the task gives ℓ''.
@@ -126,7 +127,7 @@ class Settings:
     sketch: dict[str, Any]
     parameters: dict[str, Any]
     task: dict[str, Any]
-    trajectory: dict[str, Any]
+    trajectory: RunRecord
     storage: str
     sampled_fisher: int
     second_derivative: bool
@@ -134,13 +135,15 @@ class Settings:
     autocast: str | None
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # as JSON gives them back: tuples become lists, keys strings
-            value = getattr(self, field.name)
+        for name, value in vars(self).copy().items():
+            if name == "trajectory":
+                continue
+            # as JSON gives them back: tuples become lists, keys strings
             try:
                 plain = json.loads(json.dumps(value, allow_nan=False))
             except (TypeError, ValueError) as error:
-                raise TypeError(f"{field.name} {value!r} cannot be written down as JSON: {error}") from error
-            object.__setattr__(self, field.name, plain)
+                raise TypeError(f"{name} {value!r} cannot be written down as JSON: {error}") from error
+            object.__setattr__(self, name, plain)
         find_codec(self.storage)
         draws = self.sampled_fisher
         if isinstance(draws, bool) or not isinstance(draws, int) or draws < 0:
@@ -157,11 +160,11 @@ class Settings:
         if not isinstance(found, Mapping) or sorted(found) != sorted(names):
             entries = sorted(found) if isinstance(found, Mapping) else found
             raise BankError(f"its settings are {entries!r}, and must be {sorted(names)}")
-        for name in ("sketch", "parameters", "task", "trajectory"):
+        for name in ("sketch", "parameters", "task"):
             if not isinstance(found[name], Mapping):
                 raise BankError(f"its setting {name!r} is {found[name]!r}, and must be an object")
         try:
-            return cls(**found)
+            return cls(**{**found, "trajectory": RunRecord.from_json(found["trajectory"])})
         except (TypeError, ValueError) as error:
             raise BankError(f"its settings are malformed: {error}") from error
 
@@ -172,27 +175,12 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """The ``settings`` attribute."""
-        return asdict(self)
+        return {**vars(self), "trajectory": self.trajectory.to_json()}
 
     def identity(self) -> dict[str, Any]:
         """The settings without the paths of checkpoints: their hashes say what they are, wherever they lie."""
-        found: dict[str, Any] = _without_paths(asdict(self))
-        return found
-
-    def own_metric(self, stage: int, checkpoint: int) -> int:
-        """Index of the metric that a checkpoint's rows are in."""
-        found: int = self._metrics(stage)[checkpoint]
-        return found
-
-    def crossed_metrics(self, stage: int, checkpoint: int) -> list[int]:
-        """Indices of the metrics of earlier checkpoints that are not this one's own: it has rows in them too."""
-        earlier = [one for before in range(stage) for one in self._metrics(before)]
-        earlier += self._metrics(stage)[:checkpoint]
-        return sorted(set(earlier) - {self.own_metric(stage, checkpoint)})
-
-    def _metrics(self, stage: int) -> list[int]:
-        described = self.trajectory["stages"][stage]
-        return list(described.get("metric_of", [0] * len(described["checkpoints"])))
+        identity: dict[str, Any] = _without_paths(self.to_json())
+        return identity
 
     def differences(self, other: "Settings") -> list[str]:
         """Name each entry that differs, with its value in ``self`` and in ``other``."""

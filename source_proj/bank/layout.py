@@ -251,8 +251,9 @@ def part_arrays(
     """Return a part's arrays: ids, seal, and by checkpoint its data by name in order of the marks, and the marks."""
     ids = ArraySpec((part.n,), part.id_type, part.n)
     seal = ArraySpec((2, 32), "uint8", 2)
-    count = len(settings.trajectory["stages"][stage]["checkpoints"])
-    data = [_checkpoint_arrays(settings, part, settings.crossed_metrics(stage, c)) for c in range(count)]
+    run = settings.trajectory
+    count = len(run.stages[stage].checkpoints)
+    data = [_checkpoint_arrays(settings, part, run.crossed_metrics(stage, c)) for c in range(count)]
     marks = [ArraySpec((part.n_shards, len(one), 32), "uint8", 1) for one in data]
     return ids, seal, data, marks
 

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from source_proj._errors import BankError
 from source_proj.bank.fits import FitCache
@@ -13,7 +12,7 @@ from source_proj.bank.format import Settings
 from source_proj.bank.read.metrics import Metrics
 from source_proj.bank.read.part import Part
 from source_proj.bank.read.root import find_parts, read_root
-from source_proj.bank.read.weights import Weights, weights_entries
+from source_proj.bank.read.weights import Weights
 from source_proj.bank.store import LocalStore
 
 __all__ = ["VerifyReport", "fingerprint_of", "verify"]
@@ -56,7 +55,7 @@ def verify(path: str | Path) -> VerifyReport:
     try:
         there = store.list()
         settings = read_root(store).settings
-        parts = [part for s in range(len(settings.trajectory["stages"])) for part in find_parts(store, settings, s)]
+        parts = [part for s in range(len(settings.trajectory.stages)) for part in find_parts(store, settings, s)]
     except (BankError, OSError) as error:
         return VerifyReport(store.root, [str(error)], 0, 0)
     problems = [problem for part in parts for problem in _part_problems(part)]
@@ -118,10 +117,10 @@ def _shard_problems(part: Part, checkpoint: int, shard: int) -> Iterator[str]:
 def _weights_problems(store: LocalStore, settings: Settings) -> Iterator[str]:
     """Read the copies of weights; files elsewhere are not the bank's."""
     weights = Weights(store, store.root, settings, {})
-    for entry in weights_entries(settings):
-        if entry["path"] is None:
+    for checkpoint in settings.trajectory.checkpoints:
+        if checkpoint.path is None:
             try:
-                weights.stored(entry["hash"], step=0)
+                weights.stored(checkpoint.hash, step=0)
             except BankError as error:
                 yield str(error)
 
@@ -148,14 +147,10 @@ def _keys(store: LocalStore, settings: Settings, parts: list[Part]) -> tuple[set
             for shard in range(part.spec.n_shards):
                 of_shard = known if part.is_done(checkpoint, shard) else allowed
                 of_shard |= {part.key(checkpoint, name, shard) for name in (*part.data(checkpoint), "committed")}
-    known |= _array_keys(store, "metrics", [entry["hash"] for entry in _diagonals(settings)])
-    copies = [entry["hash"] for entry in weights_entries(settings) if entry["path"] is None]
+    known |= _array_keys(store, "metrics", list(settings.trajectory.diagonals))
+    copies = [checkpoint.hash for checkpoint in settings.trajectory.checkpoints if checkpoint.path is None]
     known |= _array_keys(store, "weights", copies)
     return known, allowed
-
-
-def _diagonals(settings: Settings) -> list[dict[str, Any]]:
-    return [entry for entry in settings.trajectory.get("metrics", []) if "hash" in entry]
 
 
 def _array_keys(store: LocalStore, group: str, names: list[str]) -> set[str]:

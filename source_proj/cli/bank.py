@@ -76,8 +76,8 @@ def build(
     max_grad_norm: Annotated[
         float | None, typer.Option(min=0, help="Of --hf-run; default 1, as the Trainer's.")
     ] = None,
-    metric: Annotated[
-        str | None, typer.Option(help="shared, per_segment, scalar or none: Adam's metric, with --hf-run.")
+    preconditioner: Annotated[
+        str | None, typer.Option(help="scalar, shared, per_segment or none: Adam's P, with --hf-run.")
     ] = None,
     segments: Annotated[int | None, typer.Option(min=1, help="Segments of training; score can change it.")] = None,
     sketch_dim: Annotated[int, typer.Option(min=1, help="Numbers kept per example and checkpoint.")] = 4096,
@@ -111,7 +111,7 @@ def build(
         "schedule": schedule,
         "warmup_steps": warmup_steps,
         "max_grad_norm": max_grad_norm,
-        "metric": metric,
+        "preconditioner": preconditioner,
     }
     network, training_set, chosen = text.build_from(model, data, task, task_option or ())
     made = banks.build(

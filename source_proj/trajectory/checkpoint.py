@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
-from source_proj.trajectory.state_files import checked_path, hash_file, read_state, state_files
+from source_proj._io.hashing import hash_file
+from source_proj.trajectory.counts import checked_count
+from source_proj.trajectory.state_files import checked_path, read_state, state_files
+from source_proj.trajectory.wrappers import WRAPPER_PREFIXES
 
 __all__ = ["Checkpoint"]
 
@@ -60,11 +63,9 @@ class Checkpoint:
         lr: float | None = None,
         optimizer_state: Mapping[str, Any] | str | Path | None = None,
     ) -> None:
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"step must be an integer of at least 0, got {step!r}")
         if lr is not None and not 0 <= lr < float("inf"):
             raise ValueError(f"lr must be finite and at least 0, got {lr!r}")
-        self.step = step
+        self.step = checked_count("step", step, 0)
         self.lr = None if lr is None else float(lr)
         self.optimizer_state: Mapping[str, Any] | str | Path | None = (
             _second_moments(optimizer_state) if isinstance(optimizer_state, Mapping) else optimizer_state
@@ -246,7 +247,7 @@ def _listed(label: str, names: list[str]) -> str:
 
 def _prefix_hint(state: Mapping[str, Tensor], own: Mapping[str, Any]) -> str:
     """Say which prefix a wrapper (DistributedDataParallel, torch.compile, Lightning) has put before every name."""
-    for prefix in ("module.", "_orig_mod.", "model."):
+    for prefix in WRAPPER_PREFIXES:
         if state and all(name.startswith(prefix) for name in state) and not any(n.startswith(prefix) for n in own):
             return f" (all its names begin with {prefix!r}: remove it, or save the unwrapped model)"
     return ""

@@ -274,7 +274,7 @@ def test_verify_says_what_is_wrong_where(bank, case):
 
 
 def test_verify_names_the_damaged_weights(bank):
-    digest = banks.open(bank).trajectory_spec["stages"][0]["checkpoints"][0]["hash"]
+    digest = banks.open(bank).trajectory.stages[0].checkpoints[0].hash
     flipped(f"weights/{digest}/c.0", 200)(bank)
     assert [digest in problem for problem in banks.verify(bank).problems] == [True]
     with pytest.raises(BankError, match=digest):

@@ -39,7 +39,7 @@ def trajectory():
         nn.functional.cross_entropy(network(data(8)[:][0]), data(8)[:][1]).backward()
         optimizer.step()
         points.append(sp.Checkpoint(network.state_dict(), step, lr=0.01, optimizer_state=optimizer.state_dict()))
-    return sp.Trajectory(points, optimizer=sp.Adam(), segments=2, metric="per_segment")
+    return sp.Trajectory(points, optimizer=sp.Adam(), segments=2, preconditioner="per_segment")
 
 
 @pytest.fixture

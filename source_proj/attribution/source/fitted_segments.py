@@ -21,7 +21,6 @@ from source_proj.attribution.source.segments import Groups, Segment
 from source_proj.attribution.spectral import Spectrum, cross_operator, decay_operator, response
 from source_proj.bank import Bank
 from source_proj.bank.codecs import Codec
-from source_proj.trajectory import segment_decays, segment_times
 
 __all__ = ["FittedSegments"]
 
@@ -208,14 +207,12 @@ class FittedSegments:
     def _fit(self) -> Iterator[Segment]:
         sketch = self.bank.sketch
         for index, (stage, groups) in enumerate(zip(self.bank.stages, self._groups, strict=True)):
-            times = [self._time_scale * time for time in segment_times(stage.spec, groups)]
-            decays = segment_decays(stage.spec, groups)
-            for group, time, decay in zip(groups, times, decays, strict=True):
-                trace = self._spectrum(index, tuple(group)).trace
+            steps = stage.record.steps
+            for cut in stage.record.cut(groups):
+                time, trace = self._time_scale * cut.time, self._spectrum(index, cut.checkpoints).trace
                 damping = damping_value(self._damping, trace, sketch.dim, is_exact=sketch.is_exact)
-                name = f"{stage.name}: steps {', '.join(str(stage.spec['steps'][c]) for c in group)}"
-                metric = stage.metric(group[0])
-                yield Segment(index, name, tuple(group), time, decay, stage.n, trace, damping, metric)
+                name = f"{stage.name}: steps {', '.join(str(steps[c]) for c in cut.checkpoints)}"
+                yield Segment(index, name, cut.checkpoints, time, cut.decay, stage.n, trace, damping, cut.metric)
 
     def _spectrum(self, stage: int, checkpoints: tuple[int, ...]) -> Spectrum:
         key = (stage, checkpoints)

@@ -11,7 +11,7 @@ whole sum collapses into one matrix: score(q, ·) = -τ(q, ·) = B q̂ with
     B = -Σ_l (1/N) Ḡ_l c_l(Ĥ_l) S_{l+1} ··· S_L        (N x k).
 
 Where the optimizer divided its gradients by their size (Adam), all this can happen in the metric of its preconditioner
-(``metric=`` of the trajectory; by default a number stands for P, which makes Adam a kind of SGD):
+(``preconditioner=`` of the trajectory; by default a number stands for P, which makes Adam a kind of SGD):
 g̃ = P_l^½ g for g, H̃_l = P_l^½ H_l P_l^½ for H_l, and a query is sketched in each segment's metric, û^(m) = R P_m^½ ∇m.
 A segment l takes the query's sketch in its own metric to exp(-s (Ĥ_l + λ)) û^(l), and that in an earlier one's to
 

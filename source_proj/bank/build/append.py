@@ -1,6 +1,7 @@
 """Rows that are added to a finished bank, as a part of their own."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def append_rows(
         The part, not sealed.
     """
     checked_shard(shard)
-    spec = Settings(**{**settings.to_json(), "task": task.spec()}).task
+    spec = replace(settings, task=task.spec()).task
     if spec != settings.task:
         raise MismatchError(
             f"the bank {store.location()} was built with task {settings.task}, got {spec}; append with its own task"

@@ -14,7 +14,6 @@ from source_proj.bank.build.data import BatchSource, checked_ids
 from source_proj.bank.build.fill import Work, checked_shard, fill
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
-from source_proj.bank.read.metrics import plan_metrics
 from source_proj.bank.store import LocalStore
 from source_proj._errors import BankError
 from source_proj.gradients import ParameterSpace
@@ -105,12 +104,12 @@ def build(
     given_ids = _by_stage(ids, names, "ids")
     stage_ids = [checked_ids(one, 0, s.n, name) for one, s, name in zip(given_ids, sources, names, strict=True)]
     space = ParameterSpace.from_model(model, parameters)
-    planned = plan_metrics(trajectory, model, space)
+    resolved = trajectory.resolve(model, space)
     settings = Settings(
         sketch=sketch.spec(),
         parameters=space.spec(),
         task=task.spec(),
-        trajectory=planned.spec,
+        trajectory=resolved.record,
         storage=storage,
         sampled_fisher=sampled_fisher,
         second_derivative=_has_second_derivative(task, sources[0]),
@@ -120,7 +119,7 @@ def build(
     specs = [_part_spec(source, one, settings, shard_rows) for source, one in zip(sources, stage_ids, strict=True)]
     if not _is_there(store, resume):
         try:
-            create_bank(store, path, settings, trajectory, planned.scales, list(zip(specs, stage_ids, strict=True)))
+            create_bank(store, path, settings, trajectory, resolved.diagonals, list(zip(specs, stage_ids, strict=True)))
         except OSError as error:
             raise BankError(f"cannot create the bank {path}: {error}; make room, or give another path") from error
     bank = Bank(path)

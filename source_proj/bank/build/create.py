@@ -13,7 +13,7 @@ from source_proj.bank.format import FORMAT, VERSION, Settings
 from source_proj.bank.layout import PartSpec, group_document
 from source_proj.bank.read.metrics import metrics_objects
 from source_proj.bank.read.part import Part, part_objects
-from source_proj.bank.read.weights import relative_paths, weights_entries, weights_objects
+from source_proj.bank.read.weights import relative_paths, weights_objects
 from source_proj.bank.store import Store
 from source_proj.trajectory import Trajectory
 
@@ -45,9 +45,9 @@ def create_bank(
         OSError: it cannot be written; what was, another attempt goes on with.
     """
     objects: dict[str, bytes] = {}
-    for index, (stage, (spec, ids)) in enumerate(zip(settings.trajectory["stages"], parts, strict=True)):
+    for index, (stage, (spec, ids)) in enumerate(zip(settings.trajectory.stages, parts, strict=True)):
         objects |= part_objects(settings, index, 0, spec, ids)
-        objects[f"stage_{index}/zarr.json"] = group_document({"name": stage["name"]})
+        objects[f"stage_{index}/zarr.json"] = group_document({"name": stage.name})
     _require_own(store, objects, settings, scales)
     for batch in (objects, *weights_objects(trajectory), *metrics_objects(scales)):
         if not put_same(store, batch, ""):
@@ -84,8 +84,8 @@ def put_same(store: Store, objects: Mapping[str, bytes], group: str) -> bool:
 
 def _require_own(store: Store, objects: Mapping[str, bytes], settings: Settings, scales: Mapping[str, Tensor]) -> None:
     """Leave a folder of something else alone."""
-    digests = [f"weights/{entry['hash']}" for entry in weights_entries(settings) if entry["path"] is None]
-    nodes = [*digests, *(f"metrics/{digest}" for digest in scales), "weights", "metrics"]
+    copies = [checkpoint.hash for checkpoint in settings.trajectory.checkpoints if checkpoint.path is None]
+    nodes = [*(f"weights/{digest}" for digest in copies), *(f"metrics/{digest}" for digest in scales), "weights", "metrics"]
     foreign = [key for key in store.list() if key not in objects and key.rpartition("/")[0] not in nodes]
     if foreign and not store.exists("zarr.json"):
         names = sorted({key.split("/")[0] for key in foreign})[:5]

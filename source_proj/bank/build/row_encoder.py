@@ -130,8 +130,9 @@ class RowEncoder:
 
     def _metrics_of(self, place: BatchLocation) -> list[int]:
         """The metrics that are crossed from a checkpoint; its own one's scale and theirs are on the device then."""
-        crossed = self._settings.crossed_metrics(place.stage, place.checkpoint)
-        wanted = [self._settings.own_metric(place.stage, place.checkpoint), *crossed]
+        run = self._settings.trajectory
+        crossed = run.crossed_metrics(place.stage, place.checkpoint)
+        wanted = [run.stages[place.stage].metrics[place.checkpoint], *crossed]
         if wanted != list(self._scales):
             found = self._metrics.scales(wanted)
             self._scales = {m: None if s is None else s.to(self._device) for m, s in zip(wanted, found, strict=True)}

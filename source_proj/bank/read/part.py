@@ -34,9 +34,9 @@ class Part:
     def __init__(self, store: Store, stage: int, index: int, settings: Settings) -> None:
         self.store = store
         self.name = part_name(stage, index)
-        self.stage_name: str = settings.trajectory["stages"][stage]["name"]
-        self.steps: list[int] = settings.trajectory["stages"][stage]["steps"]
-        self.hashes: list[str] = [one["hash"] for one in settings.trajectory["stages"][stage]["checkpoints"]]
+        self.stage_name: str = settings.trajectory.stages[stage].name
+        self.steps = list(settings.trajectory.stages[stage].steps)
+        self.hashes = [checkpoint.hash for checkpoint in settings.trajectory.stages[stage].checkpoints]
         self._settings = settings
         attributes = read_group(store, self.name)
         try:
@@ -330,7 +330,6 @@ def part_name(stage: int, index: int) -> str:
 
 def part_objects(settings: Settings, stage: int, index: int, spec: PartSpec, ids: np.ndarray) -> dict[str, bytes]:
     """An empty part, metadata and ids, as the objects to write: the last one, its group, makes it a part."""
-    entries = settings.trajectory["stages"][stage]["checkpoints"]
     ids_spec, seal, data, marks = part_arrays(settings, stage, spec)
     name = part_name(stage, index)
     objects = {
@@ -338,9 +337,9 @@ def part_objects(settings: Settings, stage: int, index: int, spec: PartSpec, ids
         f"{name}/ids/{ids_spec.key(0)}": ids_spec.encode(0, ids),
         f"{name}/seal/zarr.json": seal.document,
     }
-    for checkpoint, entry in enumerate(entries):
+    for checkpoint, reference in enumerate(settings.trajectory.stages[stage].checkpoints):
         node = f"{name}/checkpoint_{checkpoint}"
-        objects[f"{node}/zarr.json"] = group_document({"step": entry["step"], "hash": entry["hash"]})
+        objects[f"{node}/zarr.json"] = group_document({"step": reference.step, "hash": reference.hash})
         for array, array_spec in {**data[checkpoint], "committed": marks[checkpoint]}.items():
             objects[f"{node}/{array}/zarr.json"] = array_spec.document
     return {**objects, f"{name}/zarr.json": group_document(spec.to_json())}

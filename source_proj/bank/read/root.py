@@ -44,33 +44,13 @@ def read_root(store: Store) -> Root:
         )
     try:
         settings = Settings.from_json(attributes.get("settings"))
-        stages = settings.trajectory["stages"]
-        names = [(stage["name"], len(stage["checkpoints"]), len(stage["steps"]), stage["final"]) for stage in stages]
-        if not names:
-            raise BankError("its trajectory has no stage")
-        _check_metrics(settings)
     except BankError as error:
         raise BankError(f"the bank {path} cannot be read: {error}") from error
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise BankError(f"the bank {path} cannot be read: its trajectory is malformed ({error!r})") from error
     notes = [attributes.get(name) for name in ("versions", "checkpoint_paths")]
     for note in notes:
         if not isinstance(note, Mapping):
             raise BankError(f"the bank {path} cannot be read: versions or checkpoint_paths is {note!r}, not an object")
     return Root(settings, *(dict(note) for note in notes))  # type: ignore[arg-type]
-
-
-def _check_metrics(settings: Settings) -> None:
-    """Refuse a metric that is not listed, or is none."""
-    entries = settings.trajectory.get("metrics", [{"kind": "identity"}])
-    for entry in entries:
-        if set(entry) != ({"kind", "hash"} if entry["kind"] == "diagonal" else {"kind"}):
-            raise BankError(f"its metric {entry!r} is neither the identity nor a diagonal with its hash")
-    for stage, described in enumerate(settings.trajectory["stages"]):
-        for checkpoint in range(len(described["checkpoints"])):
-            metric = settings.own_metric(stage, checkpoint)
-            if metric not in range(len(entries)):
-                raise BankError(f"stage {described['name']!r} is in metric {metric!r}, and there are {len(entries)}")
 
 
 def _root(store: Store) -> dict[str, Any]:
@@ -91,7 +71,7 @@ def find_parts(store: Store, settings: Settings, stage: int) -> list[Part]:
     Raises:
         BankError: there is none, or one is not as it must be.
     """
-    name, there = settings.trajectory["stages"][stage]["name"], read_group(store, f"stage_{stage}").get("name")
+    name, there = settings.trajectory.stages[stage].name, read_group(store, f"stage_{stage}").get("name")
     where = store.location(f"stage_{stage}")
     if there != name:
         raise BankError(f"{where} is of stage {there!r}, and must be of {name!r}")

@@ -63,7 +63,7 @@ class StageBank:
 
     Attributes:
         name: the stage's name.
-        spec: its part of the trajectory's description.
+        record: the stage's record.
         draws: draws of sampled labels; 0 if the bank has none.
         parts: its parts, in order of rows.
     """
@@ -72,8 +72,8 @@ class StageBank:
         self._settings = settings
         self._index = index
         self._require_finalized = require
-        self.spec: dict[str, Any] = settings.trajectory["stages"][index]
-        self.name: str = self.spec["name"]
+        self.record = settings.trajectory.stages[index]
+        self.name = self.record.name
         self.draws = settings.sampled_fisher
         self.parts = tuple(parts)
 
@@ -93,11 +93,11 @@ class StageBank:
     @property
     def n_checkpoints(self) -> int:
         """Number of checkpoints."""
-        return len(self.spec["checkpoints"])
+        return len(self.record.checkpoints)
 
     def metric(self, checkpoint: int) -> int:
         """Index of the metric that a checkpoint's rows are in; 0 in a bank of plain gradients."""
-        return self._settings.own_metric(self._index, range(self.n_checkpoints)[checkpoint])
+        return self.record.metrics[checkpoint]
 
     def iter_rows(self, checkpoint: int, what: What = "output", metric: int | None = None) -> Iterator[RowBlock]:
         """Yield the rows at one checkpoint, a block per shard, always in the same order.
@@ -120,7 +120,7 @@ class StageBank:
         if what == "sampled_fisher" and not self.draws:
             raise ValueError("the bank has no sampled-Fisher rows; build one with sampled_fisher=1")
         place = checkpoint % self.n_checkpoints
-        own, crossed = self.metric(place), self._settings.crossed_metrics(self._index, place)
+        own, crossed = self.metric(place), self._settings.trajectory.crossed_metrics(self._index, place)
         if metric is not None and metric not in (own, *crossed):
             raise ValueError(
                 f"checkpoint {place} of stage {self.name!r} has rows in its own metric {own}, and in those of earlier "
