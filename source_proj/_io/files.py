@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 __all__ = [
+    "CREATING",
     "PARTIAL",
     "Content",
     "copy_files",
@@ -30,7 +31,9 @@ PARTIAL = ".partial"
 Content = bytes | Callable[[BinaryIO], object]
 """The bytes of a file, or what writes them into an open one."""
 
-_CREATING = ".creating"  # ends every temporary folder's name
+CREATING = ".creating"
+"""Ends the name of every temporary folder."""
+
 _LONGEST = 128  # bytes of a name that are kept in a temporary one; file systems allow 255
 
 
@@ -105,7 +108,7 @@ def publish(path: Path, fill: Callable[[Path], object]) -> bool:
         OSError: it cannot be written; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{_short(path.name)}.{uuid.uuid4().hex}{_CREATING}")
+    temporary = path.with_name(f".{_short(path.name)}.{uuid.uuid4().hex}{CREATING}")
     try:
         temporary.mkdir()
         fill(temporary)
@@ -187,7 +190,7 @@ def _aside(path: Path) -> Path:
 
 def _remove_unpublished(path: Path) -> None:
     """Remove what killed or slower processes left of a folder that another one has published meanwhile."""
-    for old in path.parent.glob(f".{glob.escape(_short(path.name))}.{'?' * len(uuid.uuid4().hex)}{_CREATING}"):
+    for old in path.parent.glob(f".{glob.escape(_short(path.name))}.{'?' * len(uuid.uuid4().hex)}{CREATING}"):
         shutil.rmtree(old, ignore_errors=True)
 
 

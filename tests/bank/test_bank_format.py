@@ -125,7 +125,10 @@ REFUSED = {
     "a sketch in words": (attribute("", "settings", "sketch", to="sparse"), "'sketch' is 'sparse'"),
     "an unknown sketch": (attribute("", "settings", "sketch", "kind", to="magic"), "magic"),
     "a trajectory without stages": (attribute("", "settings", "trajectory", to={}), "trajectory lacks 'stages'"),
-    "a trajectory of no stages": (attribute("", "settings", "trajectory", "stages", to=[]), "stages must be at least one"),
+    "a trajectory of no stages": (
+        attribute("", "settings", "trajectory", "stages", to=[]),
+        "stages must be at least one",
+    ),
     "notes in words": (attribute("", "versions", to="new"), "versions or checkpoint_paths is 'new'"),
     # 4: whole metadata
     "root metadata cut short": (truncated("zarr.json", 40), "metadata of .* cannot be read"),
