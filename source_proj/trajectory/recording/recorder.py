@@ -147,7 +147,7 @@ class Recorder:
     def step(self, grad_norm: float | Tensor | None = None) -> None:
         """Count one optimizer step, and record a checkpoint if one is due.
 
-        Where this was interrupted or raised an OSError, the step counts, and either call it again or go on training.
+        Where this was interrupted or raised an OSError, the step counts: call it again, or just go on training.
 
         Args:
             grad_norm: norm of the gradient before it was clipped, as ``clip_grad_norm_`` returns it; wanted with
@@ -175,12 +175,8 @@ class Recorder:
         norm = grad_norm.detach() if isinstance(grad_norm, Tensor) else grad_norm
         interrupted, self._call = self._call, (norm,)
         self._hold()
-        progress = self._settled()
-        seen = [step for step in self._seen if step.number > progress.last_seen]
-        if seen or interrupted is None:  # else it is called again, for what it could not end
-            norms = [*(interrupted or ()), norm]
-            progress.pending.extend(updates_of_call(progress, seen, norms, self._max_norm))  # at one stroke
-        self._seen = []
+        # Nothing new since an interrupted call: this one is its repetition, for what that could not end.
+        progress = self._counted([*(interrupted or ()), norm], skipped=interrupted is None)
         self._watch.require_in_time(progress.steps)
         due = progress.steps in self._at or (self._every is not None and progress.steps % self._every == 0)
         if due and progress.pending:
@@ -219,9 +215,12 @@ class Recorder:
         Raises:
             ValueError: no step was taken yet.
         """
-        if self._settled().pending:
+        if self._settled().pending or self._call is not None:
             self._hold()
-            self._write_checkpoint()
+            self._counted(list(self._call or ()), skipped=False)
+            self._call = None
+            if self._progress.pending:
+                self._write_checkpoint()
         self._lock.release()
         return Stage.from_recorder(self.dir, **options)
 
@@ -292,6 +291,15 @@ class Recorder:
                 progress = Progress(run, progress.pending[done:], progress.pending[done - 1].seen)
                 self._progress = progress
             self._unsure = False
+        return progress
+
+    def _counted(self, norms: Sequence[float | Tensor | None], skipped: bool) -> Progress:
+        """Count the optimizer's steps since the last call; where there is none, one that was skipped, if it was."""
+        progress = self._settled()
+        seen = [step for step in self._seen if step.number > progress.last_seen]
+        if seen or skipped:
+            progress.pending.extend(updates_of_call(progress, seen, norms, self._max_norm))  # at one stroke
+        self._seen = []
         return progress
 
     def _write_checkpoint(self) -> None:
