@@ -88,9 +88,7 @@ def build(
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate, if --hf-run does not tell.")] = None,
     schedule: Annotated[str | None, typer.Option(help="lr_scheduler_type, if --hf-run does not tell.")] = None,
     schedule_options: Annotated[
-        str | None,
-        str | None,
-        typer.Option(metavar="JSON", help='lr_scheduler_kwargs of --schedule: {"min_lr": 1e-6}.'),
+        str | None, typer.Option(metavar="JSON", help='lr_scheduler_kwargs of --schedule: {"min_lr": 1e-6}.')
     ] = None,
     warmup_steps: Annotated[int | None, typer.Option(min=0, help="Warm-up, if --hf-run does not tell.")] = None,
     max_grad_norm: Annotated[

@@ -56,7 +56,8 @@ def task_for(model: nn.Module) -> Task:
     Raises:
         ValueError: it is of another kind.
     """
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    bare = model if unwrap is None else unwrap()
     name = type(bare).__name__
     if name.endswith("ForSequenceClassification"):
         return Classification()

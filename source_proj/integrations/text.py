@@ -106,7 +106,7 @@ class TextData:
         self._columns = _padded([tokens for tokens, _ in encoded], tokenizer)
         if classifies:
             numbers = label_numbers(settings.model, model) if settings.labels is None else settings.labels
-            classes = int(getattr(model.config, "num_labels", len(numbers)))  # type: ignore[arg-type]
+            classes = int(getattr(model.config, "num_labels", len(numbers)))
             self._columns["labels"] = torch.tensor(
                 [_class(row[settings.label], numbers, classes, n, path) for n, row in enumerate(rows, start=1)]
             )

@@ -55,13 +55,13 @@ def check_training_set(dir: str | Path, n: int, name: str = "the training set") 
     last = counts[-1]
     raise MismatchError(
         f"{name} has {n:,} examples, and the run's own numbers rule that out: {last.updates:,} updates were "
-        f"{last.epochs:.6g} epochs, at batches of {last.batch} examples; {_fitting(counts)}. Give the data that the Trainer was "
-        "given: after filters and splits, packed or cut into blocks if they were (packing=True, group_texts)"
+        f"{last.epochs:.6g} epochs, at batches of {last.batch} examples; {_fitting(counts)}. Give the data that the "
+        "Trainer was given: after filters and splits, and packed or cut into blocks if they were (packing, group_texts)"
     )
 
 
 def _counts(directory: Path) -> list[_Counts]:
-    """Counts of the checkpoints that had the last one's batch size; none where they don't say how much data there was."""
+    """Counts of the checkpoints that had the last one's batch size; none where they say nothing of the data's size."""
     _, run = trainer_folders(directory)
     counts = []
     for folder in run:

@@ -67,9 +67,8 @@ class TrainerFolder:
         """
         file = weights_file(self.path)
         if file is None:
-            raise FileNotFoundError(
-                f"{str(self.path)!r} holds none of {', '.join(WEIGHTS)}: {sharded_state(self.path) or 'it has no weights'}"
-            )
+            why = sharded_state(self.path) or "it has no weights to read"
+            raise FileNotFoundError(f"{str(self.path)!r} holds none of {', '.join(WEIGHTS)}: {why}")
         return file
 
     @property

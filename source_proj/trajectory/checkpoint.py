@@ -27,17 +27,18 @@ class Checkpoint:
 
     Args:
         state: what ``model.state_dict()`` gave, as a dict, or a file that holds it: ``.safetensors``, or ``.pt``,
-            ``.pth``, ``.pth.tar``, ``.bin``, ``.ckpt`` written by :func:`torch.save`, or the ``.safetensors.index.json``
-            of one in several files; or a folder of transformers or accelerate with such a file. One named
-            ``adapter_model`` holds PEFT's adapters alone: the rest is the model's own. A dict that holds the state under
-            "model", "state_dict", "net" and the like is unwrapped. Tensors of a dict are copied to the CPU, because
-            ``state_dict()`` returns the live weights, which training goes on to overwrite. A file is read when needed.
+            ``.pth``, ``.pth.tar``, ``.bin``, ``.ckpt`` written by :func:`torch.save`, or the
+            ``.safetensors.index.json`` of one in several files; or a folder of transformers or accelerate with such a
+            file. One named ``adapter_model`` holds PEFT's adapters alone: the rest is the model's own. A dict that
+            holds the state under "model", "state_dict", "net" and the like is unwrapped. Tensors of a dict are copied
+            to the CPU, because ``state_dict()`` returns the live weights, which training goes on to overwrite. A file
+            is read when needed.
         step: optimizer steps taken so far, ≥ 0.
         lr: learning rate at that time; enough where it is constant (see :class:`Stage` for schedules).
         optimizer_state: the optimizer's ``state_dict()``, or a file with it, for optimizers whose preconditioner is
             read from their state. SGD needs none. Of a dict, the second moments are copied, the rest is left out.
-        key: the entry that holds the state, such as "state_dict_ema"; default: that of the trained weights. The state is
-            then read at once, and is a dict's from there on.
+        key: the entry that holds the state, such as "state_dict_ema"; default: that of the trained weights. The state
+            is then read at once, and is a dict's from there on.
 
     Warns:
         UserWarning: if a file also holds averaged weights, when it is read.

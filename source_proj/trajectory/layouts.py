@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ WEIGHTS = (
 )
 """Files that a folder of transformers, PEFT or accelerate keeps its weights in."""
 
+_Value = TypeVar("_Value")
 _STATES = (
     "model", "state_dict", "model_state_dict", "net", "module", "params", "network", "model_state", "net_state_dict",
     "weights",
@@ -27,6 +28,7 @@ _STATES = (
 _AVERAGED = ("ema", "swa", "averag")  # in the name of an entry: weights that are means over training
 _WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _COUNT = "n_averaged"  # of torch's AveragedModel: bookkeeping beside the weights
+_TRAINED = "current_model_state"  # of Lightning's WeightAveraging, which puts the averages in the state's place
 _LISTED = 8  # names spelled out in an error before it is cut short
 
 
@@ -83,19 +85,21 @@ def averaged_keys(content: object) -> list[str]:
     """Entries with averaged weights that stand beside those that :func:`model_state` takes."""
     if not isinstance(content, Mapping):
         return []
+    if _TRAINED in content:
+        return ["state_dict"]
     states = [name for name in content if _is_state(content[name])]
     averaged = [name for name in states if _is_averaged(name)]
     return averaged if len(averaged) < len(states) else []
 
 
-def unwrapped_names(state: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+def unwrapped_names(state: Mapping[str, _Value], own: Iterable[str]) -> dict[str, _Value]:
     """The entries of a state under the names that a model has, whichever of the two was wrapped.
 
     DistributedDataParallel, torch.compile, FSDP and AveragedModel put parts into every name; a module that holds the
     model puts its attribute before them. Names that fit are left alone, and so is what fits no name.
 
     Args:
-        state: names to tensors.
+        state: names to tensors, or to anything else.
         own: the model's names.
 
     Example:
@@ -109,7 +113,7 @@ def unwrapped_names(state: Mapping[str, Tensor], own: Iterable[str]) -> dict[str
     places: dict[str, list[str]] = {}
     for name in names:
         places.setdefault(_bare(name), []).append(name)
-    fitted: dict[str, Tensor] = {}
+    fitted: dict[str, _Value] = {}
     for name, value in state.items():
         candidates = [place for place in places.get(_bare(name), ()) if place not in state]
         fitted[candidates[0] if name not in names and len(candidates) == 1 else name] = value
@@ -123,7 +127,7 @@ def _bare(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
-def _common_prefix(state: Mapping[str, Tensor], names: list[str]) -> str:
+def _common_prefix(state: Mapping[str, object], names: list[str]) -> str:
     """What stands before every name of a state, where the rest are all names of the model."""
     if not state or not names or any(name in names for name in state):
         return ""
@@ -135,6 +139,8 @@ def _common_prefix(state: Mapping[str, Tensor], names: list[str]) -> str:
 
 def _entry(content: Mapping[Any, Any], source: str) -> str | None:
     """The entry that holds the state; None where the content is one itself."""
+    if _TRAINED in content:
+        return _TRAINED
     usual = [name for name in _STATES if isinstance(content.get(name), Mapping)]
     if len(usual) > 1:
         raise ValueError(f"{source} holds several states ({', '.join(usual)}): give the one that is meant by key=")

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 from pathlib import Path, PosixPath, PurePosixPath
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +19,7 @@ __all__ = ["checked_path", "hash_file", "read_state", "state_files"]
 
 _INDEX = ".safetensors.index.json"  # transformers' name for the list of a state's files
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pt.tar", ".pth.tar")
-_PLAIN = [argparse.Namespace, PosixPath, PurePosixPath]  # what scripts keep beside a state: values, no code
+_PLAIN: list[Any] = [argparse.Namespace, PosixPath, PurePosixPath]  # what scripts keep beside a state: values, no code
 _LISTED = 8  # names spelled out in an error before it is cut short
 
 
