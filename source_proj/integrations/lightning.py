@@ -157,20 +157,13 @@ def _load(file: Path, unpickle: bool) -> dict[str, Any]:
 
 def _averaged(content: Mapping[str, Any], file: Path, unpickle: bool) -> Mapping[str, Any] | None:
     """Averages of the weights over training: in an entry of the file, of a callback in it, or in a file beside it."""
-    inside = averaged_keys(content)
-    if inside:
-        state: Mapping[str, Any] = content[inside[0]]
-        return state
     callbacks = content.get("callbacks")
-    for kept in callbacks.values() if isinstance(callbacks, Mapping) else ():
-        if isinstance(kept, Mapping) and isinstance(kept.get("average_model_state"), Mapping):
-            state = kept["average_model_state"]
-            return state
+    kept = [entry for entry in callbacks.values() if isinstance(entry, Mapping)] if callbacks else []
     twin = file.with_name(f"{file.stem}{_TWIN}{file.suffix}")
-    if twin.is_file():
-        state = _load(twin, unpickle)["state_dict"]
-        return state
-    return None
+    states: list[Mapping[str, Any] | None] = [content[key] for key in averaged_keys(content)]
+    states += [entry.get("average_model_state") for entry in kept]
+    states += [_load(twin, unpickle)["state_dict"]] if twin.is_file() else []
+    return next((state for state in states if state), None)
 
 
 def _weights(saved: _Saved, prefix: str, unpickle: bool, which: str) -> dict[str, Any]:

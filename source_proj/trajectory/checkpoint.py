@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
-from source_proj.trajectory.layouts import averaged_keys, listed, model_state, unwrapped_names
+from source_proj.trajectory.layouts import averaged_keys, is_count, listed, model_state, unwrapped_names
 from source_proj.trajectory.state_files import checked_path, hash_file, read_state, state_files
 
 __all__ = ["Checkpoint"]
@@ -212,7 +212,7 @@ def matched_state(state: Mapping[str, Tensor], model: nn.Module, source: str) ->
 
 def _bookkeeping(own: Mapping[str, Any]) -> dict[str, Tensor]:
     """What a wrapper of torch counts for itself, which a checkpoint of the bare model has not."""
-    return {"n_averaged": own["n_averaged"].detach()} if "n_averaged" in own else {}
+    return {name: value.detach() for name, value in own.items() if is_count(name)}
 
 
 def adapted_state(adapter: Mapping[str, Tensor], model: nn.Module, source: str) -> dict[str, Tensor]:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-__all__ = ["WEIGHTS", "averaged_keys", "listed", "model_state", "sharded_state", "unwrapped_names", "weights_file"]
+__all__ = [
+    "WEIGHTS",
+    "averaged_keys",
+    "is_count",
+    "listed",
+    "model_state",
+    "sharded_state",
+    "unwrapped_names",
+    "weights_file",
+]
 
 WEIGHTS = (
     "model.safetensors",
@@ -113,14 +123,23 @@ def unwrapped_names(state: Mapping[str, _Value], own: Iterable[str]) -> dict[str
     places: dict[str, list[str]] = {}
     for name in names:
         places.setdefault(_bare(name), []).append(name)
+    strangers = Counter(_bare(name) for name in state if name not in names)
     fitted: dict[str, _Value] = {}
     for name, value in state.items():
-        candidates = [place for place in places.get(_bare(name), ()) if place not in state]
-        fitted[candidates[0] if name not in names and len(candidates) == 1 else name] = value
-    if _COUNT not in names and set(fitted) - set(names) == {_COUNT}:
-        del fitted[_COUNT]
+        bare = _bare(name)
+        candidates = [place for place in places.get(bare, ()) if place not in state]
+        is_clear = name not in names and len(candidates) == 1 == strangers[bare]
+        fitted[candidates[0] if is_clear else name] = value
+    counts = [name for name in fitted if name not in names and is_count(name)]
+    if len(counts) == len(set(fitted) - set(names)):
+        fitted = {name: value for name, value in fitted.items() if name not in counts}
     prefix = _common_prefix(fitted, names)
     return {name.removeprefix(prefix): value for name, value in fitted.items()}
+
+
+def is_count(name: str) -> bool:
+    """Whether an entry is what AveragedModel counts, and no weight."""
+    return _bare(name) == _COUNT
 
 
 def _bare(name: str) -> str:
