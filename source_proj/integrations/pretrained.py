@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj.task import CausalLM, Classification, Task
@@ -98,16 +98,35 @@ def _adapted_model(transformers: Any, name: str, base: str, adapter: Mapping[str
     except ImportError as error:
         raise ImportError(f"{name!r} holds an adapter, which needs peft: pip install 'source-proj[peft]'") from error
     if adapter.get("task_type") == "SEQ_CLS":
-        weights = peft.load_peft_weights(name, device="cpu")
-        heads = [value.shape[0] for key, value in weights.items() if _is_head(key)]
-        classes = {"num_labels": int(heads[0])} if heads else {}
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(base, **classes)
+        model = _classifier(transformers, base, peft.load_peft_weights(name, device="cpu"))
     elif adapter.get("task_type") == "CAUSAL_LM":
         model = transformers.AutoModelForCausalLM.from_pretrained(base)
     else:
         model = _whole_model(transformers, base)
     adapted: nn.Module = peft.PeftModel.from_pretrained(model, name, is_trainable=True)
     return adapted
+
+
+def _classifier(transformers: Any, base: str, adapter: Mapping[str, Tensor]) -> nn.Module:
+    """The base model as a classifier of as many classes as the adapter's head has.
+
+    Raises:
+        MismatchError: weights are in neither of the two, so that they would be random.
+    """
+    heads = [value.shape[0] for key, value in adapter.items() if _is_head(key)]
+    classes = {"num_labels": int(heads[0]), "ignore_mismatched_sizes": True} if heads else {}
+    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        base, output_loading_info=True, **classes
+    )
+    absent = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
+    random = sorted(name for name in absent if not any(key.endswith(name) for key in adapter))
+    if random:
+        raise MismatchError(
+            f"{base!r} lacks {', '.join(random[:8])}, and the adapter over it does too: save the base model that it "
+            "was trained on, or name them in modules_to_save"
+        )
+    classifier: nn.Module = model
+    return classifier
 
 
 def _is_head(key: str) -> bool:
