@@ -63,7 +63,7 @@ def image_problem(
     queries: TensorDataset,
     *,
     widths: tuple[int, ...],
-    optimizer: partial[torch.optim.Optimizer] = HEAVY_BALL,
+    optimizer: partial[Any] = HEAVY_BALL,
     sizes: Sizes,
     notes: tuple[str, ...] = (),
     noisy: np.ndarray | None = None,

@@ -59,7 +59,7 @@ def make_panels(problem: Problem, scores: Mapping[str, Any], queries: Sequence[i
         raise ValueError(f"{problem.name} has panel={problem.panel!r}: panels need 'image' or 'text', and show")
     if not scores:
         raise ValueError("there is nothing to show: got no scores")
-    total = len(problem.queries)  # type: ignore[arg-type]
+    total = len(problem.queries)
     if not queries or not all(0 <= query < total for query in queries):
         raise ValueError(f"queries must be positions from 0 to {total - 1}, got {list(queries)}")
     chosen = {name: _of_queries(problem, name, values, list(queries), total) for name, values in scores.items()}

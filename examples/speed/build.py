@@ -27,6 +27,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,8 @@ class ResNet9(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         x = self.first(x)
         x = self.second(self.residual_1(x) + x)
-        return self.head(self.residual_2(x) + x)
+        logits: Tensor = self.head(self.residual_2(x) + x)
+        return logits
 
 
 class Block(nn.Module):
@@ -86,7 +88,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+        y: Tensor = x + self.down(F.gelu(self.up(self.norm_2(x))))
+        return y
 
 
 class Decoder(nn.Module):
@@ -102,7 +105,8 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:  # noqa: D102
         x = self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device))
-        return self.head(self.norm(self.blocks(x)))
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits
 
 
 def minilm() -> nn.Module:
@@ -110,14 +114,15 @@ def minilm() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-    return BertForSequenceClassification(BertConfig(**shape, num_labels=2))
+    return BertForSequenceClassification(BertConfig.from_dict({**shape, "num_labels": 2}))
 
 
 def gpt2_of_transformers() -> nn.Module:
     """The decoder above as transformers has it, its layers `Conv1D`: 4 of width 256, 4,096 tokens (the extra hf)."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(4096, 128, n_embd=256, n_layer=4, n_head=8, bos_token_id=0, eos_token_id=0))
+    shape = {"vocab_size": 4096, "n_positions": 128, "n_embd": 256, "n_layer": 4, "n_head": 8}
+    return GPT2LMHeadModel(GPT2Config.from_dict({**shape, "bos_token_id": 0, "eos_token_id": 0}))
 
 
 def gpt2() -> nn.Module:
@@ -133,7 +138,7 @@ class Subject:
     batch: Callable[[int], object]
     size: int
     task: sp.Task
-    loss: Callable[[nn.Module, object], Tensor]
+    loss: Callable[[nn.Module, Any], Tensor]
 
 
 def classified(*shape: int) -> Callable[[int], object]:

@@ -209,7 +209,8 @@ def _counts(assembly: str) -> tuple[Counter[str], Counter[str]]:
 def _tool(option: str, file: Path) -> str:
     """Output of cuobjdump."""
     command = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump", option, file]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output: str = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
+    return output
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -23,7 +23,8 @@ import zarr
 from torch import Tensor
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from source_proj.attribution.curvature import Factors, Spectrum, cross_moment, spectrum
+from source_proj.attribution.curvature import Factors, cross_moment, spectrum
+from source_proj.attribution.spectral import Spectrum
 from source_proj.bank import Bank
 
 __all__ = ["FitCache", "cached_cross_moment", "cached_spectrum"]
@@ -63,9 +64,9 @@ class FitCache:
         description = {"kind": kind, "version": _VERSION, "bank": self._fingerprint, **settings}
         name = f"{kind}-{_digest(description)}"
         for folder in (self._beside, self._user):
-            found = _read(folder / name, description)
-            if found is not None:
-                return found
+            kept = _read(folder / name, description)
+            if kept is not None:
+                return kept
         arrays = compute()
         try:
             _write(self.folder, name, description, arrays)
@@ -97,8 +98,8 @@ def cached_spectrum(
     """Return the spectrum of some checkpoints' mean Hessian, from the bank's cache if it is there."""
 
     def compute() -> dict[str, np.ndarray]:
-        found = spectrum(bank.stages[stage], checkpoints, bank.sketch.dim, curvature, device=device or "cpu")
-        return {"values": found.values.cpu().numpy(), "vectors": found.vectors.cpu().numpy()}
+        fitted = spectrum(bank.stages[stage], checkpoints, bank.sketch.dim, curvature, device=device or "cpu")
+        return {"values": fitted.values.cpu().numpy(), "vectors": fitted.vectors.cpu().numpy()}
 
     settings = {"stage": stage, "checkpoints": list(checkpoints), "curvature": curvature}
     arrays = FitCache(bank).get("spectrum", settings, compute) if cache else compute()
@@ -119,8 +120,8 @@ def cached_cross_moment(
     """Return the matrix that leads from some checkpoints' metric to an earlier one, from the bank's cache if there."""
 
     def compute() -> dict[str, np.ndarray]:
-        found = cross_moment(bank.stages[stage], checkpoints, metric, curvature, device=device or "cpu")
-        return {"matrix": found.cpu().numpy()}
+        moment = cross_moment(bank.stages[stage], checkpoints, metric, curvature, device=device or "cpu")
+        return {"matrix": moment.cpu().numpy()}
 
     settings = {"stage": stage, "checkpoints": list(checkpoints), "metric": metric, "curvature": curvature}
     arrays = FitCache(bank).get("crossing", settings, compute) if cache else compute()

@@ -86,7 +86,7 @@ def sketch_queries(
 ) -> QueryFeatures:
     """Sketch the gradient of every query's measurement at checkpoints of the bank (default: the final weights).
 
-    The model lends only its code: its own weights, buffers and mode come back unchanged.
+    The model supplies the architecture: its own weights, buffers and mode are left as they are.
 
     Args:
         bank: the bank whose sketch, parameters and checkpoints are used.
@@ -96,7 +96,7 @@ def sketch_queries(
         checkpoints: where to take the gradients: one backward pass over the queries each.
         metrics: which of the bank's metrics to take them in, all from one pass; default: all of them.
         ids: ids of the queries; default 0, 1, 2, …, or "sequence/position" of :class:`TokenQueries`.
-        batch_size: queries a pass; a DataLoader brings its own.
+        batch_size: queries per pass; a DataLoader brings its own.
         device: where the model runs; default: where its parameters are.
         progress: show a progress bar after two seconds.
 
@@ -111,7 +111,7 @@ def sketch_queries(
         ids = queries.ids
     query_ids = list(ids) if ids is not None else list(range(count))
     if len(query_ids) != count:
-        raise MismatchError(f"got {len(query_ids)} query ids for {count} queries; give one id a query")
+        raise MismatchError(f"got {len(query_ids)} query ids for {count} queries; give one id per query")
     wanted = list(range(len(bank.metrics))) if metrics is None else list(metrics)
     features: dict[str, Tensor] = {}
     for point in points:
@@ -120,14 +120,14 @@ def sketch_queries(
             scales = [None if scale is None else scale.to(where) for scale in bank.metrics.scales(wanted)]
             rows: list[list[Tensor]] = [[] for _ in wanted]
             for start, batch in batches(queries, batch_size, device=where, progress=progress):
-                _, found = engine.sketch_scaled(task.measurement, batch, scales)
-                bad = sorted({i for row in found for i in nonfinite_examples(row)})
+                _, sketched = engine.sketch_scaled(task.measurement, batch, scales)
+                bad = sorted({i for row in sketched for i in nonfinite_examples(row)})
                 if bad:
                     raise GradientError(
                         f"the measurement's gradient is not finite for queries {[query_ids[start + i] for i in bad]} "
                         f"at step {point.step}; look at their inputs, or at the weights of that checkpoint"
                     )
-                for kept, row in zip(rows, found, strict=True):
+                for kept, row in zip(rows, sketched, strict=True):
                     kept.append(row.cpu())
         features |= {point_key(point, bank.metrics.hash(m)): torch.cat(r) for m, r in zip(wanted, rows, strict=True)}
     return QueryFeatures(features, query_ids, bank.sketch.spec())

@@ -46,8 +46,8 @@ def verify(bank: BankPath, json: Json = False) -> None:
         for problem in report.problems:
             say(problem)
         count = len(report.problems)
-        found = "whole" if report.ok else f"{count} problem{'' if count == 1 else 's'}"
-        say(f"{bank}: {found}; {report.files} files, {report.bytes_read / 1e6:.1f} MB read")
+        verdict = "whole" if report.ok else f"{count} problem{'' if count == 1 else 's'}"
+        say(f"{bank}: {verdict}; {report.files} files, {report.bytes_read / 1e6:.1f} MB read")
     if not report.ok:
         raise typer.Exit(1)
 
@@ -72,25 +72,25 @@ def _facts(bank: Bank) -> dict[str, Any]:
 
 
 def _stage(stage: StageBank) -> dict[str, Any]:
-    done = [[part.done(index) for part in stage.parts] for index in range(stage.n_checkpoints)]
+    committed = [[part.done(index) for part in stage.parts] for index in range(stage.n_checkpoints)]
     return {
         "name": stage.name,
         "rows": stage.n,
         "first_ids": stage.ids[:5],
-        "optimizer": stage.spec["optimizer"],
-        "segments": stage.spec["segments"],
+        "optimizer": stage.record.optimizer.spec(),
+        "segments": [list(group) for group in stage.record.segments],
         "sampled_fisher_draws": stage.draws,
         "checkpoints": [
             {
-                "step": step,
+                "step": checkpoint.step,
                 "lr_integral": integral,
-                "path": entry["path"],
-                "hash": entry["hash"],
-                "shards": sum(len(one) for one in shards),
-                "shards_done": sum(int(one.sum()) for one in shards),
+                "path": checkpoint.path,
+                "hash": checkpoint.hash,
+                "shards": sum(len(done) for done in shards),
+                "shards_done": sum(int(done.sum()) for done in shards),
             }
-            for step, integral, entry, shards in zip(
-                stage.spec["steps"], stage.spec["lr_integrals"], stage.spec["checkpoints"], done, strict=True
+            for checkpoint, integral, shards in zip(
+                stage.record.checkpoints, stage.record.lr_integrals, committed, strict=True
             )
         ],
     }
@@ -112,13 +112,13 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     for stage in facts["stages"]:
         yield ""
         yield f"stage {stage['name']}: {stage['rows']} rows, {_options(stage['optimizer'])}"
-        segment_of = {one: number for number, group in enumerate(stage["segments"], 1) for one in group}
+        segment_of = {checkpoint: number for number, group in enumerate(stage["segments"], 1) for checkpoint in group}
         yield table(
             ["checkpoint", "segment", "step", "integral of lr", "shards done", "weights"],
             [
-                [index, segment_of[index], one["step"], f"{one['lr_integral']:.6g}",
-                 f"{one['shards_done']} of {one['shards']}", one["path"] or "in the bank"]
-                for index, one in enumerate(stage["checkpoints"])
+                [index, segment_of[index], checkpoint["step"], f"{checkpoint['lr_integral']:.6g}",
+                 f"{checkpoint['shards_done']} of {checkpoint['shards']}", checkpoint["path"] or "in the bank"]
+                for index, checkpoint in enumerate(stage["checkpoints"])
             ],
         )  # fmt: skip
     if facts["missing"]:

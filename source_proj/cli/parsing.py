@@ -56,14 +56,14 @@ def load_object(name: str, what: str) -> Any:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise  # the module is there, but something that it imports is not
         raise ValueError(f"{what} {name!r}: no module {error.name!r} here or among the installed packages") from error
-    found: Any = module
+    value: Any = module
     for part in attribute.split("."):
-        if not hasattr(found, part):
+        if not hasattr(value, part):
             raise ValueError(f"{what} {name!r}: {module_name} has no {attribute!r}")
-        found = getattr(found, part)
-    if inspect.isroutine(found) or inspect.isclass(found) or isinstance(found, functools.partial):
-        return found()
-    return found
+        value = getattr(value, part)
+    if inspect.isroutine(value) or inspect.isclass(value) or isinstance(value, functools.partial):
+        return value()
+    return value
 
 
 def load_model(name: str) -> nn.Module:
@@ -177,7 +177,7 @@ def make_trajectory(
     if lr is None:
         raise ValueError("--checkpoint needs --lr, the constant learning rate; for a schedule use --trajectory")
     return Trajectory(
-        sorted((_checkpoint(point, lr) for point in points), key=lambda one: one.step),
+        sorted((_checkpoint(point, lr) for point in points), key=lambda checkpoint: checkpoint.step),
         optimizer=SGD(momentum=momentum, weight_decay=weight_decay),
         segments=segments or 1,
     )

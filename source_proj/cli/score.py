@@ -12,8 +12,9 @@ import typer
 from torch import nn
 
 from source_proj.attribution.attributor import Attributor
+from source_proj.attribution.hits import Hits
 from source_proj.attribution.methods import GradCos, GradDot, Hydra, InfluenceFunction, TracIn, Trak
-from source_proj.attribution.scores import Hits, Scores
+from source_proj.attribution.scores import Scores
 from source_proj.attribution.source import Source
 from source_proj.bank import open as open_bank
 from source_proj.cli.options import BankPaths, BatchSize, Device, Json, Model, Progress
@@ -163,12 +164,12 @@ def top_k(
     )
     hits: Hits = asked.bottom_k(data, k) if lowest else asked.top_k(data, k)
     if json:
-        emit({"unit": hits.unit, "sign": _SIGN, "method": method.value, "queries": [_entry(*one) for one in hits]})
+        emit({"unit": hits.unit, "sign": _SIGN, "method": method.value, "queries": [_entry(*hit) for hit in hits]})
         return
     rows = [
-        [query, rank, _word(one), f"{value:+.4g}"]
-        for query, found in hits
-        for rank, (one, value) in enumerate(found, start=1)
+        [query, rank, _word(train_id), f"{value:+.4g}"]
+        for query, entries in hits
+        for rank, (train_id, value) in enumerate(entries, start=1)
     ]
     say(table(["query", "rank", "training id", f"score ({hits.unit})"], rows))
 
@@ -235,8 +236,8 @@ def _writer(out: Path) -> Callable[[Scores, Path], None]:
 def _write_npy(scores: Scores, out: Path) -> None:
     np.save(out, scores.to_numpy())
     facts = {
-        "query_ids": [_word(one) for one in scores.query_ids],
-        "train_ids": [_word(one) for one in scores.train_ids],
+        "query_ids": [_word(query_id) for query_id in scores.query_ids],
+        "train_ids": [_word(train_id) for train_id in scores.train_ids],
         "unit": scores.unit,
         "sign": _SIGN,
         "higher_is_better": scores.higher_is_better,
@@ -251,20 +252,20 @@ def _write_zarr(scores: Scores, out: Path) -> None:
 def _write_csv(scores: Scores, out: Path) -> None:
     with out.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file)
-        lines.writerow(["query", *(_word(one) for one in scores.train_ids)])
+        lines.writerow(["query", *(_word(train_id) for train_id in scores.train_ids)])
         for query, values in zip(scores.query_ids, scores.values, strict=True):
             lines.writerow([_word(query), *map(str, values)])
 
 
-def _entry(query: Any, found: list[tuple[Any, float]]) -> dict[str, Any]:
-    return {"query": _plain(query), "train": [{"id": _plain(one), "score": value} for one, value in found]}
+def _entry(query: Any, hits: list[tuple[Any, float]]) -> dict[str, Any]:
+    return {"query": _plain(query), "train": [{"id": _plain(train_id), "score": value} for train_id, value in hits]}
 
 
-def _plain(one: Any) -> Any:
+def _plain(given: Any) -> Any:
     """An id as JSON can hold it."""
-    return one.item() if isinstance(one, np.generic) else list(one) if isinstance(one, tuple) else one
+    return given.item() if isinstance(given, np.generic) else list(given) if isinstance(given, tuple) else given
 
 
-def _word(one: Any) -> Any:
+def _word(given: Any) -> Any:
     """An id in one word: (stage, id) becomes stage/id."""
-    return "/".join(map(str, one)) if isinstance(one, tuple) else _plain(one)
+    return "/".join(map(str, given)) if isinstance(given, tuple) else _plain(given)

@@ -157,7 +157,7 @@ class _Run:
     def score(self, source: Source, answers: tuple[Answer, ...]) -> tuple[Scores, SegmentScores]:
         queries = [answer.query for answer in answers]
         features = source.sketch(Subset(self.digits.test_set, queries))
-        features = [replace(one, ids=queries) for one in features]
+        features = [replace(queried, ids=queries) for queried in features]
         return source.score(features), source.by_segment(features)
 
     def check(self, scores: Scores, answer: Answer, pairs: int, remove: int) -> tuple[Removal, ...]:
@@ -199,9 +199,9 @@ def choose(model: nn.Module, digits: Digits) -> tuple[Answer, ...]:
     guesses = predictions(model, digits).numpy()
     wrong = guesses != labels.numpy()
     by_certainty = np.argsort(np.abs(margins), kind="stable")
-    notes = {int(one): "the least certain mistake" for one in by_certainty[wrong[by_certainty]][:1]}
-    notes |= {int(one): "the least certain right answer" for one in by_certainty[~wrong[by_certainty]][:1]}
-    others = [int(one) for one in np.random.default_rng(0).permutation(len(margins)) if int(one) not in notes]
+    notes = {int(row): "the least certain mistake" for row in by_certainty[wrong[by_certainty]][:1]}
+    notes |= {int(row): "the least certain right answer" for row in by_certainty[~wrong[by_certainty]][:1]}
+    others = [int(row) for row in np.random.default_rng(0).permutation(len(margins)) if int(row) not in notes]
     notes |= dict.fromkeys(others[: 4 - len(notes)], "drawn at random")
     return tuple(
         Answer(query, int(labels[query]), int(guesses[query]), float(margins[query]), note)

@@ -87,14 +87,14 @@ def read(array: zarr.Array[Any], path: Path) -> NDArray[Any]:
 
 
 def _damaged(outcomes: zarr.Array[Any]) -> str:
-    """Names of the files, one a retraining, that cannot be read."""
-    found = []
+    """Names of the files, one per retraining, that cannot be read."""
+    damaged = []
     for j, r in np.ndindex(*outcomes.shape[:2]):
         try:
             outcomes[j, r]
         except Exception:
-            found.append(f"outcomes/c/{j}/{r}/0")
-    return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+            damaged.append(f"outcomes/c/{j}/{r}/0")
+    return ", ".join(damaged[:5]) + (f" and {len(damaged) - 5} more" if len(damaged) > 5 else "")
 
 
 def digest(masks: NDArray[np.bool_]) -> str:
@@ -110,20 +110,20 @@ def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise TypeError(f"settings must be numbers, strings, and lists or dicts of them: {error}") from error
 
 
-def contrast(key: str, found: Any, wanted: Any) -> str:
+def contrast(key: str, stored: Any, wanted: Any) -> str:
     """What differs, by name."""
     if key == "subsets":
         return "other subsets (masks)"
-    if key == "settings" and isinstance(found, dict):
+    if key == "settings" and isinstance(stored, dict):
         nothing = object()
-        names = [name for name in {**found, **wanted} if found.get(name, nothing) != wanted.get(name, nothing)]
-        before, now = ({name: one[name] for name in names if name in one} for one in (found, wanted))
+        names = [name for name in {**stored, **wanted} if stored.get(name, nothing) != wanted.get(name, nothing)]
+        before, now = ({name: side[name] for name in names if name in side} for side in (stored, wanted))
         return f"settings {before}, now wanted are {now}"
-    return f"{key} {found!r}, now wanted is {wanted!r}"
+    return f"{key} {stored!r}, now wanted is {wanted!r}"
 
 
 def create(folder: Path, description: Mapping[str, Any], masks: NDArray[np.bool_], retrainings: int) -> None:
-    """Write an empty store: masks ``(M, N)``, and outcomes ``(M, R, Q)``, all NaN, in one chunk a retraining."""
+    """Write an empty store: masks ``(M, N)``, and outcomes ``(M, R, Q)``, all NaN, in one chunk per retraining."""
     group = zarr.open_group(folder, mode="w", attributes=dict(description))
     kept = group.create_array(
         "masks", shape=masks.shape, chunks=masks.shape, dtype="bool", serializer=BytesCodec(),

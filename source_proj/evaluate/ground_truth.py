@@ -41,7 +41,7 @@ _STRIDE = 1_000_003  # seeds of subset j: seed + j, then again _STRIDE further f
 class GroundTruth:
     """What models retrained on subsets of the training set measured of the queries.
 
-    A folder in zarr v3: ``masks`` ``(M, N)`` and ``outcomes`` ``(M, R, Q)``, one chunk a retraining, NaN where it is
+    A folder in zarr v3: ``masks`` ``(M, N)`` and ``outcomes`` ``(M, R, Q)``, one chunk per retraining, NaN where it is
     still to be done. Whatever a killed process had finished stays; any number of processes may fill one store.
     Make one with :meth:`subsets`, :meth:`leave_one_out` or :meth:`of_masks`, each of which opens the store again where
     it is there already, and refuses one that was made for something else.
@@ -127,7 +127,7 @@ class GroundTruth:
         }
         where = Path(path)
         if not where.exists():
-            publish(where, lambda folder: create(folder, description, kept, retrainings), where)
+            publish(where, lambda folder: create(folder, description, kept, retrainings))
         truth = cls(where)
         truth._require(description)
         truth._grow(retrainings)
@@ -256,14 +256,14 @@ class GroundTruth:
         Raises:
             SourceProjError: if retrainings are missing, or damaged on the disk.
         """
-        found = np.asarray(read(self._array("outcomes"), self.path), dtype=np.float64)
-        missing = undone(found)
+        outcomes = np.asarray(read(self._array("outcomes"), self.path), dtype=np.float64)
+        missing = undone(outcomes)
         if missing:
             raise SourceProjError(
-                f"{self.path}: {len(missing)} of {found.shape[0] * found.shape[1]} retrainings are missing, the first "
-                f"of them subset {missing[0][0]}, retraining {missing[0][1]}: call fill(train)"
+                f"{self.path}: {len(missing)} of {outcomes.shape[0] * outcomes.shape[1]} retrainings are missing, the "
+                f"first of them subset {missing[0][0]}, retraining {missing[0][1]}: call fill(train)"
             )
-        return found
+        return outcomes
 
     # Inside ------------------------------------------------------------------------------------------------------
 
@@ -272,10 +272,10 @@ class GroundTruth:
 
     def _require(self, description: Mapping[str, Any]) -> None:
         for key, wanted in description.items():
-            found = self._group.attrs.get(key)
-            if found != wanted:
+            stored = self._group.attrs.get(key)
+            if stored != wanted:
                 raise MismatchError(
-                    f"the ground truth in {self.path} was made with {contrast(key, found, wanted)}: "
+                    f"the ground truth in {self.path} was made with {contrast(key, stored, wanted)}: "
                     "give another path, or remove it"
                 )
 

@@ -34,16 +34,16 @@ _GROUPS_BYTES = (
 )  # input, output and weight gradients of one grouped convolution: beyond, they leave the caches
 
 
-def apply(module: _ConvNd, names: Mapping[str, str], x: Tensor, g: Tensor, pieces: GradientSink) -> None:
+def apply(module: _ConvNd, names: Mapping[str, str], x: Tensor, g: Tensor, sink: GradientSink) -> None:
     """∂/∂W[o, c, k] = Σ_l g[o, l] x[c, l·stride + k·dilation] and ∂/∂b[o] = Σ_l g[o, l]; x (B, C, …), g (B, O, …)."""
     if "bias" in names:
-        pieces.add(names["bias"], g.flatten(2).sum(2, dtype=torch.float32))
+        sink.add(names["bias"], g.flatten(2).sum(2, dtype=torch.float32))
     if "weight" not in names:
         return
-    if _windows_are_cheaper(module, g, pieces):
-        _by_windows(module, names["weight"], as_multiplied(x, g), g, pieces)
+    if _windows_are_cheaper(module, g, sink):
+        _by_windows(module, names["weight"], as_multiplied(x, g), g, sink)
     else:
-        _by_groups(module, names["weight"], x.float(), g.float(), pieces)
+        _by_groups(module, names["weight"], x.float(), g.float(), sink)
 
 
 def as_multiplied(x: Tensor, g: Tensor) -> Tensor:
@@ -51,19 +51,19 @@ def as_multiplied(x: Tensor, g: Tensor) -> Tensor:
     return x.to(g.dtype) if g.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _windows_are_cheaper(module: _ConvNd, g: Tensor, pieces: GradientSink) -> bool:
+def _windows_are_cheaper(module: _ConvNd, g: Tensor, sink: GradientSink) -> bool:
     if module.groups > 1:
         return False
     few = prod(module.kernel_size) == 1 or prod(g.shape[2:]) <= _FEW_POSITIONS
-    return pieces.fuses_windows or few or g.device.type != "cpu"  # elsewhere grouped convolutions are slow
+    return sink.fuses_windows or few or g.device.type != "cpu"  # elsewhere grouped convolutions are slow
 
 
-def _by_windows(module: _ConvNd, name: str, x: Tensor, g: Tensor, pieces: GradientSink) -> None:
+def _by_windows(module: _ConvNd, name: str, x: Tensor, g: Tensor, sink: GradientSink) -> None:
     x = _padded(module, x)
     sizes = x.shape[2:]
     taps = _offsets(module.kernel_size, module.dilation, sizes)
     windows = _offsets(g.shape[2:], module.stride, sizes)
-    pieces.windows(name, g.flatten(2), x.flatten(2), taps, windows)
+    sink.windows(name, g.flatten(2), x.flatten(2), taps, windows)
 
 
 def _offsets(counts: Sequence[int], steps: Sequence[int], sizes: Sequence[int]) -> Tensor:
@@ -76,7 +76,7 @@ def _offsets(counts: Sequence[int], steps: Sequence[int], sizes: Sequence[int]) 
     return reduce(lambda sofar, d: (sofar.unsqueeze(1) * sizes[d] + along[d]).flatten(), range(len(sizes)), offset)
 
 
-def _by_groups(module: _ConvNd, name: str, x: Tensor, g: Tensor, pieces: GradientSink) -> None:
+def _by_groups(module: _ConvNd, name: str, x: Tensor, g: Tensor, sink: GradientSink) -> None:
     amounts = _padding(module)
     if module.padding_mode != "zeros" or amounts[::2] != amounts[1::2]:
         x, amounts = _padded(module, x), [0] * len(amounts)
@@ -94,7 +94,7 @@ def _by_groups(module: _ConvNd, name: str, x: Tensor, g: Tensor, pieces: Gradien
             *(list(module.stride), sides, list(module.dilation), False, nothing, count * module.groups),
             [False, True, False],
         )
-        pieces.add(name, gradient.view(count, *shape), start)
+        sink.add(name, gradient.view(count, *shape), start)
 
 
 def _padded(module: _ConvNd, x: Tensor) -> Tensor:

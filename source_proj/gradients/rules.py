@@ -27,9 +27,9 @@ Apply = Callable[[Any, Names, Tensor, Tensor, GradientSink], None]
 class Rule:
     """One kind of layer: the local names of parameters that it knows, and how it makes their gradients.
 
-    `apply(module, names, x, g, pieces)` takes the layer's input x and the gradient g of its output, both with the
+    `apply(module, names, x, g, sink)` takes the layer's input x and the gradient g of its output, both with the
     examples first and of any floating-point types, and hands every attributed parameter's per-example gradient to
-    `pieces`: products of halves as they are, all else in float32. `positional` layers act on
+    `sink`: products of halves as they are, all else in float32. `positional` layers act on
     the last dimension alone, so that all dimensions between it and the examples are alike.
     """
 
@@ -37,17 +37,17 @@ class Rule:
     apply: Apply
     positional: bool
 
-    def add(self, module: nn.Module, names: Names, x: Tensor, g: Tensor, pieces: GradientSink, size: int) -> None:
+    def add(self, module: nn.Module, names: Names, x: Tensor, g: Tensor, sink: GradientSink, size: int) -> None:
         """The layer's pieces for a batch of `size` examples; x and g may hold r rows per example, (size · r, …)."""
         if g.shape[0] == size:
-            self.apply(module, names, x, g, pieces)
+            self.apply(module, names, x, g, sink)
             return
         x, g = x.reshape(size, -1, *x.shape[1:]), g.reshape(size, -1, *g.shape[1:])
         if self.positional:
-            self.apply(module, names, x, g, pieces)
+            self.apply(module, names, x, g, sink)
             return
         for r in range(g.shape[1]):
-            self.apply(module, names, x[:, r], g[:, r], pieces)
+            self.apply(module, names, x[:, r], g[:, r], sink)
 
 
 def _positions(tensor: Tensor) -> Tensor:
@@ -55,36 +55,36 @@ def _positions(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
 
 
-def _linear(_module: nn.Linear, names: Names, x: Tensor, g: Tensor, pieces: GradientSink) -> None:
+def _linear(_module: nn.Linear, names: Names, x: Tensor, g: Tensor, sink: GradientSink) -> None:
     """∂/∂W = Σ_t g_t ⊗ x_t, ∂/∂b = Σ_t g_t."""
     g = _positions(g)
     if "weight" in names:
-        pieces.outer(names["weight"], g, as_multiplied(_positions(x), g))
+        sink.outer(names["weight"], g, as_multiplied(_positions(x), g))
     if "bias" in names:
-        pieces.add(names["bias"], g.sum(1, dtype=torch.float32))
+        sink.add(names["bias"], g.sum(1, dtype=torch.float32))
 
 
-def _transposed_linear(_module: nn.Module, names: Names, x: Tensor, g: Tensor, pieces: GradientSink) -> None:
+def _transposed_linear(_module: nn.Module, names: Names, x: Tensor, g: Tensor, sink: GradientSink) -> None:
     """The `Conv1D` of transformers: y = x W + b with W (in, out), so ∂/∂W = Σ_t x_t ⊗ g_t."""
     g = _positions(g)
     if "weight" in names:
-        pieces.outer(names["weight"], as_multiplied(_positions(x), g), g)
+        sink.outer(names["weight"], as_multiplied(_positions(x), g), g)
     if "bias" in names:
-        pieces.add(names["bias"], g.sum(1, dtype=torch.float32))
+        sink.add(names["bias"], g.sum(1, dtype=torch.float32))
 
 
-def _embedding(module: nn.Embedding, names: Names, x: Tensor, g: Tensor, pieces: GradientSink) -> None:
+def _embedding(module: nn.Embedding, names: Names, x: Tensor, g: Tensor, sink: GradientSink) -> None:
     """Row x_t receives g_t; the padding row receives nothing."""
     if "weight" in names:
         index = x.reshape(x.shape[0], -1)
         g = g.reshape(*index.shape, -1)
         if module.padding_idx is not None:
             g = g.masked_fill((index == module.padding_idx).unsqueeze(-1), 0.0)
-        pieces.scatter(names["weight"], index, g)
+        sink.scatter(names["weight"], index, g)
 
 
 def _affine(
-    names: Names, normalise: Callable[[Tensor], Tensor], x: Tensor, g: Tensor, pieces: GradientSink, keep: int
+    names: Names, normalise: Callable[[Tensor], Tensor], x: Tensor, g: Tensor, sink: GradientSink, keep: int
 ) -> None:
     """Where y = weight · x̂ + bias: ∂/∂weight = Σ g x̂, ∂/∂bias = Σ g, over all but the parameters' own dims.
 
@@ -98,37 +98,37 @@ def _affine(
     if "weight" in names:
         step = max(1, _NORMALISED_BYTES // (4 * g[0].numel())) if g.device.type == "cpu" else len(g)
         parts = (slice(start, start + step) for start in range(0, len(g), step))
-        pieces.add(names["weight"], torch.cat([summed(normalise(x[part].float()).mul_(g[part])) for part in parts]))
+        sink.add(names["weight"], torch.cat([summed(normalise(x[part].float()).mul_(g[part])) for part in parts]))
     if "bias" in names:
-        pieces.add(names["bias"], summed(g))
+        sink.add(names["bias"], summed(g))
 
 
-def _layer_norm(module: nn.LayerNorm, names: Names, x: Tensor, g: Tensor, pieces: GradientSink) -> None:
+def _layer_norm(module: nn.LayerNorm, names: Names, x: Tensor, g: Tensor, sink: GradientSink) -> None:
     shape = list(module.normalized_shape)
-    _affine(names, lambda x: F.layer_norm(x, shape, eps=module.eps), x, g, pieces, len(shape))
+    _affine(names, lambda x: F.layer_norm(x, shape, eps=module.eps), x, g, sink, len(shape))
 
 
-def _rms_norm(module: nn.RMSNorm, names: Names, x: Tensor, g: Tensor, pieces: GradientSink) -> None:
+def _rms_norm(module: nn.RMSNorm, names: Names, x: Tensor, g: Tensor, sink: GradientSink) -> None:
     shape = list(module.normalized_shape)
-    _affine(names, lambda x: F.rms_norm(x, shape, eps=module.eps), x, g, pieces, len(shape))
+    _affine(names, lambda x: F.rms_norm(x, shape, eps=module.eps), x, g, sink, len(shape))
 
 
-def _named_rms_norm(module: nn.Module, names: Names, x: Tensor, g: Tensor, pieces: GradientSink) -> None:
+def _named_rms_norm(module: nn.Module, names: Names, x: Tensor, g: Tensor, sink: GradientSink) -> None:
     """Those of transformers; where y = (1 + weight) · x̂ the gradient is the same."""
     shape, eps = list(cast(Tensor, module.weight).shape), _epsilon(module)
-    _affine(names, lambda x: F.rms_norm(x, shape, eps=eps), x, g, pieces, 1)
+    _affine(names, lambda x: F.rms_norm(x, shape, eps=eps), x, g, sink, 1)
 
 
-def _group_norm(module: nn.GroupNorm, names: Names, x: Tensor, g: Tensor, pieces: GradientSink) -> None:
-    _affine(names, lambda x: F.group_norm(x, module.num_groups, eps=module.eps), x, g, pieces, 0)
+def _group_norm(module: nn.GroupNorm, names: Names, x: Tensor, g: Tensor, sink: GradientSink) -> None:
+    _affine(names, lambda x: F.group_norm(x, module.num_groups, eps=module.eps), x, g, sink, 0)
 
 
 def _batch_norm(
-    module: nn.modules.batchnorm._BatchNorm, names: Names, x: Tensor, g: Tensor, pieces: GradientSink
+    module: nn.modules.batchnorm._BatchNorm, names: Names, x: Tensor, g: Tensor, sink: GradientSink
 ) -> None:
     """In evaluation mode x̂ = (x − running mean)/√(running variance + ε): no example sees another."""
     mean, variance = (cast(Tensor, statistic).float() for statistic in (module.running_mean, module.running_var))
-    _affine(names, lambda x: F.batch_norm(x, mean, variance, eps=module.eps), x, g, pieces, 0)
+    _affine(names, lambda x: F.batch_norm(x, mean, variance, eps=module.eps), x, g, sink, 0)
 
 
 _WEIGHT_BIAS = frozenset({"weight", "bias"})

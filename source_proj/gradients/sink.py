@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from source_proj.gradients.space import ParameterSpace
@@ -37,12 +36,12 @@ class GradientSink:
     @property
     def fuses_windows(self) -> bool:
         """Whether `windows` costs no more than the arithmetic, however many windows there are."""
-        return self._sketch.kind == "sparse" and self._sketch.serving(self._out.device.type) in ("native", "triton")
+        return self._sketch.fuses_windows(self._out.device.type)
 
     @property
     def accepts_half(self) -> bool:
         """Whether factors of half precision are best left as they are: tensor cores sum their products in float32."""
-        return self._sketch.kind == "sparse" and self._sketch.serving(self._out.device.type) == "triton"
+        return self._sketch.accepts_half(self._out.device.type)
 
     def add(self, name: str, rows: Tensor, start: int = 0) -> None:
         """The gradients (n, …) of the whole parameter for the examples start … start + n."""
@@ -67,14 +66,9 @@ class GradientSink:
         """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""
         rows, width = self._shapes[name]
         size, length = index.shape
-        if self._sketch.kind == "kronecker":  # its two sides want the matrix whole
-            for b in range(size):
-                one_hot = F.one_hot(index[b : b + 1], rows).to(values.dtype)
-                self.outer(name, one_hot, values[b : b + 1], b)
-            return
         examples = torch.arange(size, device=index.device).repeat_interleave(length)
-        offsets = self._offsets[name] + width * index.flatten().long()
-        self._sketch.add_at_(self._rows(name, 0, size), values.flatten(0, 1), examples, offsets)
+        out, offset = self._rows(name, 0, size), self._offsets[name]
+        self._sketch.add_at_(out, values.flatten(0, 1), examples, index.flatten().long(), offset, (rows, width))
 
 
 class ScaledSink(GradientSink):
@@ -95,17 +89,17 @@ class ScaledSink(GradientSink):
         self._scales = list(scales)
 
     def _pairs(self, name: str) -> Iterator[tuple[GradientSink, Tensor | None]]:
-        """The pieces in each metric, and the metric's entries of a parameter."""
+        """The sink of each metric, and the metric's entries of a parameter."""
         begin = self._offsets[name]
         end = begin + prod(self._shapes[name])
-        for pieces, scale in zip(self._each, self._scales, strict=True):
-            yield pieces, None if scale is None else scale[begin:end]
+        for sink, scale in zip(self._each, self._scales, strict=True):
+            yield sink, None if scale is None else scale[begin:end]
 
     def add(self, name: str, rows: Tensor, start: int = 0) -> None:
         """The gradients (n, …) of the whole parameter for the examples start … start + n."""
         flat = rows.reshape(len(rows), -1)
-        for pieces, scale in self._pairs(name):
-            pieces.add(name, flat if scale is None else flat * scale, start)
+        for sink, scale in self._pairs(name):
+            sink.add(name, flat if scale is None else flat * scale, start)
 
     def outer(
         self,
@@ -116,8 +110,8 @@ class ScaledSink(GradientSink):
         scale: Tensor | None = None,  # noqa: ARG002
     ) -> None:
         """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i)."""
-        for pieces, own in self._pairs(name):
-            pieces.outer(name, left, right, start, own)
+        for sink, own in self._pairs(name):
+            sink.outer(name, left, right, start, own)
 
     def windows(
         self,
@@ -129,14 +123,14 @@ class ScaledSink(GradientSink):
         scale: Tensor | None = None,  # noqa: ARG002
     ) -> None:
         """The gradient of a convolution's weight (o, c, J); arguments as in `Sketch.add_windows_`."""
-        for pieces, own in self._pairs(name):
-            pieces.windows(name, left, right, taps, windows, own)
+        for sink, own in self._pairs(name):
+            sink.windows(name, left, right, taps, windows, own)
 
     def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
         """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""
-        for pieces, scale in self._pairs(name):
+        for sink, scale in self._pairs(name):
             table = None if scale is None else scale.view(self._shapes[name])
-            pieces.scatter(name, index, values if table is None else values * table[index.long()])
+            sink.scatter(name, index, values if table is None else values * table[index.long()])
 
 
 class SinkByParameter(GradientSink):

@@ -16,11 +16,12 @@ from source_proj.integrations.trainer_folders import TrainerFolder, read_tensors
 from source_proj.integrations.trainer_groups import NamedState, model_of, optimizer_names
 from source_proj.integrations.trainer_rates import GivenSchedule, clipping, trainer_rates
 from source_proj.integrations.trainer_weights import trainer_weights
-from source_proj.trajectory import Checkpoint, MetricKind, Optimizer, Segments, Stage
+from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage, register_reader
 
 __all__ = ["hf_trainer_stage"]
 
 
+@register_reader("hf_trainer")
 def hf_trainer_stage(
     dir: str | Path,
     segments: Segments = 1,
@@ -34,7 +35,7 @@ def hf_trainer_stage(
     schedule_options: Mapping[str, Any] | None = None,
     max_grad_norm: float | None = 1.0,
     steps: Sequence[int] | None = None,
-    metric: MetricKind = "scalar",
+    preconditioner: PreconditionerMode = "scalar",
 ) -> Stage:
     r"""Read a Trainer's output folder as one stage of training.
 
@@ -62,7 +63,7 @@ def hf_trainer_stage(
         max_grad_norm: the Trainer's argument, whose default is 1 as well; 0 or None if gradients were not clipped.
         steps: steps of the checkpoints to use; default: all until the final model. That is the checkpoint whose weights
             the model in ``dir`` (or the one given) has, such as the best one (``load_best_model_at_end``).
-        metric: as in :class:`Stage`.
+        preconditioner: as in :class:`Stage`.
 
     Raises:
         FileNotFoundError: no Trainer's run, or a file is missing.
@@ -75,7 +76,7 @@ def hf_trainer_stage(
     """
     if is_callback_dir(dir):
         _refuse_options(dir, optimizer, learning_rate, schedule, warmup_steps, schedule_options, steps)
-        return callback_stage(dir, segments, stage, metric)
+        return callback_stage(dir, segments, stage, preconditioner)
     folders, run = trainer_folders(dir, steps)
     if steps is None:
         end, remark = step_of_final_model(Path(dir).absolute(), folders, model)
@@ -106,7 +107,7 @@ def hf_trainer_stage(
         optimizer,
         segments,
         lr_schedule=rates,
-        metric=metric,
+        preconditioner=preconditioner,
         clip_factors=clipped.factors if min(clipped.factors) < 1 else None,
     )
 

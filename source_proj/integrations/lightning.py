@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from source_proj._errors import MismatchError
+from source_proj._io.loading import load_tensors
 from source_proj.integrations.optimizers import described_optimizer
-from source_proj.trajectory import Checkpoint, MetricKind, Optimizer, Segments, Stage
+from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage, register_reader
 from source_proj.trajectory.layouts import averaged_keys, model_state
 
 __all__ = ["lightning_stage"]
@@ -38,6 +37,7 @@ class _Saved:
         return float(self.optimizer["param_groups"][0]["lr"])
 
 
+@register_reader("lightning")
 def lightning_stage(
     dir: str | Path,
     segments: Segments = 1,
@@ -51,7 +51,7 @@ def lightning_stage(
     steps: Sequence[int] | None = None,
     unpickle: bool = False,
     weights: Literal["trained", "averaged"] = "trained",
-    metric: MetricKind = "scalar",
+    preconditioner: PreconditionerMode = "scalar",
 ) -> Stage:
     """Read the ``.ckpt`` files of a Lightning run as one stage of training.
 
@@ -75,7 +75,7 @@ def lightning_stage(
         weights: which to take where the files also hold averages over training (EMA, SWA): the trained ones, whose
             gradients made the steps, or the averaged ones.
         unpickle: read files that hold more than tensors and plain values, which runs code that they contain.
-        metric: as in :class:`Stage`.
+        preconditioner: as in :class:`Stage`.
 
     Raises:
         FileNotFoundError: no ``.ckpt`` file, or not the wanted ones.
@@ -109,7 +109,15 @@ def lightning_stage(
         )
         for file in saved
     ]
-    return Stage(stage, checkpoints, optimizer, segments, lr_schedule=rates, metric=metric, clip_factors=clip_factors)
+    return Stage(
+        stage,
+        checkpoints,
+        optimizer,
+        segments,
+        lr_schedule=rates,
+        preconditioner=preconditioner,
+        clip_factors=clip_factors,
+    )
 
 
 def _saved(directory: Path, steps: Sequence[int] | None, unpickle: bool) -> list[_Saved]:
@@ -143,13 +151,8 @@ def _read(file: Path, unpickle: bool) -> _Saved:
 
 
 def _load(file: Path, unpickle: bool) -> dict[str, Any]:
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=not unpickle)
-    except Exception as error:  # torch.load lets through whatever zip, pickle and its own readers raise
-        raise MismatchError(
-            f"{str(file)!r} cannot be read as tensors and plain values alone ({type(error).__name__}: "
-            f"{str(error).strip()[:200]}): if you trust whoever wrote it, unpickle=True reads other objects too"
-        ) from error
+    remedy = "if you trust whoever wrote it, unpickle=True reads other objects too"
+    content = load_tensors(file, remedy, unpickle=unpickle)
     if not isinstance(content, dict):
         raise MismatchError(f"{str(file)!r} holds a {type(content).__name__}, and Lightning's checkpoints are dicts")
     return content

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from source_proj.attribution.scores import Hits, Scores
+from source_proj.attribution.hits import Hits
+from source_proj.attribution.scores import Scores
 from source_proj.attribution.source import SegmentScores
 from source_proj.report.content import Attribution, Check, Example, MethodLists, Page, QuerySection, signed
 from source_proj.report.images import image_uri
@@ -84,7 +85,7 @@ def make_page(
             measurement=None if measurements is None else float(measurements[query]),
             note="" if notes is None else notes[query],
             method=method,
-            others=tuple(MethodLists(name, *found[query], others[name].unit) for name, found in beside.items()),
+            others=tuple(MethodLists(name, *lists[query], others[name].unit) for name, lists in beside.items()),
         )
         for query, id in enumerate(scores.query_ids)
     )
@@ -101,11 +102,11 @@ def _strongest(
     def listed(query: int, hits: Hits, raises: bool) -> tuple[Attribution, ...]:
         return tuple(
             Attribution(
-                show(train_set[int(one)], scores.train_ids[one]),
+                show(train_set[int(row)], scores.train_ids[row]),
                 float(value),
-                () if parts is None else tuple(float(part) for part in parts.values[:, query, one]),
+                () if parts is None else tuple(float(part) for part in parts.values[:, query, row]),
             )
-            for one, value in zip(hits.indices[query], hits.scores[query], strict=True)
+            for row, value in zip(hits.indices[query], hits.scores[query], strict=True)
             if (value > 0 if raises else value < 0)
         )
 

@@ -7,16 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from source_proj.attribution.curvature import (
-    Spectrum,
-    check_damping,
-    damping_value,
-    decay_operator,
-    noise_floor,
-    response,
-    ridge_inverse,
-    spectrum,
-)
+from source_proj.attribution.curvature import check_damping, damping_value, noise_floor, spectrum
+from source_proj.attribution.spectral import Spectrum, decay_operator, response, ridge_inverse
 
 
 class FakeStage:

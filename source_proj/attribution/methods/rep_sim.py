@@ -44,7 +44,7 @@ class RepSim(Attributor):
             is, so that a head that reads one position decides which. (batch, tokens, features) is averaged over tokens:
             those that the batch's ``attention_mask`` marks, if it has one, else all.
         task: needed for custom tasks only; says how the model is called.
-        batch_size: queries a forward pass.
+        batch_size: queries per forward pass.
         device: where the model runs and products are computed.
         progress: show progress bars for what takes over two seconds.
 
@@ -104,18 +104,18 @@ class RepSim(Attributor):
             return _last_input(self._module, self._candidates, self.task.output, to_device(batch, where))[0]
 
     def sketch(self, queries: Queries) -> list[QueryFeatures]:
-        """Compute the queries' representations, one entry a bank; every verb takes them in place of the data."""
+        """Compute the queries' representations, one entry per bank; every verb takes them in place of the data."""
         given = queries if isinstance(queries, list) else [queries]
-        if given and all(isinstance(one, QueryFeatures) for one in given):
+        if given and all(isinstance(entry, QueryFeatures) for entry in given):
             return self._checked(given)
-        found = []
+        features = []
         for bank in self.banks:
             final = bank.final_checkpoint()
             with on_device(self._module, self.device) as where, final.applied_to(self._module):
                 loaded = batches(queries, self.batch_size, device=where, progress=self.progress)
                 rows = torch.cat([self._represent(self.task.measurement, batch, "queries", i) for i, batch in loaded])
-            found.append(QueryFeatures({final.hash(): rows}, list(range(len(rows))), self._description))
-        return found
+            features.append(QueryFeatures({final.hash(): rows}, list(range(len(rows))), self._description))
+        return features
 
     @property
     def _description(self) -> dict[str, Any]:
@@ -124,11 +124,11 @@ class RepSim(Attributor):
     def _checked(self, features: list[QueryFeatures]) -> list[QueryFeatures]:
         if len(features) != len(self.banks):
             raise MismatchError(f"got features for {len(features)} banks, and this method averages {len(self.banks)}")
-        for one in features:
-            if one.sketch != self._description:
+        for queried in features:
+            if queried.sketch != self._description:
                 raise MismatchError(
-                    f"got features {one.sketch}, and this method compares {self._description}; compute them with its "
-                    "own sketch(queries)"
+                    f"got features {queried.sketch}, and this method compares {self._description}; compute them "
+                    "with its own sketch(queries)"
                 )
         return features
 

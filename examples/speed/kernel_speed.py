@@ -1,9 +1,9 @@
 """How fast is each kernel of the sketch and of the search on each backend that is here, beside the machine's limits?
 
-    python examples/speed/kernels.py                        # CPU, or the GPU if there is one; within two minutes
-    python examples/speed/kernels.py --device cpu --threads 1 --kernels sparse --json sparse.json
-    python examples/speed/kernels.py --build-fast-jl        # on a GPU with nvcc: also fast-jl, built for this device
-    python examples/speed/kernels.py --dtype bfloat16 --batch 512  # on a GPU: operands of half precision
+    python examples/speed/kernel_speed.py                        # CPU, or the GPU if there is one; within two minutes
+    python examples/speed/kernel_speed.py --device cpu --threads 1 --kernels sparse --json sparse.json
+    python examples/speed/kernel_speed.py --build-fast-jl        # on a GPU with nvcc: also fast-jl
+    python examples/speed/kernel_speed.py --dtype bfloat16 --batch 512  # on a GPU
 
 Times are medians of interleaved repetitions in this one process. Bytes are those of the gradients' factors, counted
 once; operations are multiplications and additions of the gradients and of their projection, without signs and columns.
@@ -22,6 +22,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -76,8 +77,9 @@ def sketches(kind: str, a: argparse.Namespace, missing: dict[str, str]) -> Itera
     """A sketch for each backend that can serve the kind on the device; for the others, why not goes into missing."""
     for backend in a.backends:
         try:
-            kernels.choose_backend(kind, backend, a.device.type)
-            yield sp.Sketch(a.dim, kind, backend=backend)
+            sketch = sp.Sketch(a.dim, kind, backend=backend)
+            sketch.serving(a.device.type)
+            yield sketch
         except ValueError as error:
             if backend != "fast-jl" or kind == "rademacher":
                 missing[f"{backend} ({kind})"] = str(error)
@@ -90,7 +92,7 @@ def given_rows(kernel: str, kind: str, d: int, a: argparse.Namespace, missing: d
     ways = []
     for sketch in sketches(kind, a, missing):
         scale = SLICED if kind == "rademacher" and sketch.backend == "torch" and a.device.type == "cuda" else 1
-        ways.append(Way(sketch.backend, lambda s=sketch, x=rows[:, : d // scale]: s.add_(out, x), scale))
+        ways.append(Way(str(sketch.backend), partial(sketch.add_, out, rows[:, : d // scale]), scale))
     operations = a.batch * d
     if kind == "rademacher":
         operations *= 2 * a.dim
@@ -119,7 +121,7 @@ def linear(kernel: str, kind: str, steps: int, a: argparse.Namespace, missing: d
     o = i = a.features
     left, right = (torch.randn(a.batch, steps, n, device=a.device).to(a.dtype) for n in (o, i))
     out = torch.zeros(a.batch, a.dim, device=a.device)
-    ways = [Way(s.backend, lambda s=s: s.add_outer_(out, left, right, 0)) for s in sketches(kind, a, missing)]
+    ways = [Way(str(s.backend), partial(s.add_outer_, out, left, right, 0)) for s in sketches(kind, a, missing)]
     operations = a.batch * o * i * (2 * steps + 1)
     if kind == "kronecker":
         k_o, k_i = kernels.kronecker_split(a.dim)
@@ -139,7 +141,7 @@ def convolution(kernel: str, a: argparse.Namespace, missing: dict[str, str]) -> 
     taps = (torch.arange(3)[:, None] * (side + 2) + torch.arange(3)).flatten()
     out = torch.zeros(a.batch, a.dim, device=a.device)
     ways = [
-        Way(s.backend, lambda s=s: s.add_windows_(out, left, right, taps, windows, 0))
+        Way(str(s.backend), partial(s.add_windows_, out, left, right, taps, windows, 0))
         for s in sketches("sparse", a, missing)
     ]
     operations = a.batch * c * c * 9 * (2 * side * side + 1)
@@ -155,7 +157,7 @@ def searches(kernel: str, a: argparse.Namespace) -> Iterator[Case]:
         for count in a.queries:
             queries = torch.randn(count, a.dim, device=a.device)
             ways = [
-                Way(backend, lambda b=backend, q=queries, r=rows: scoring.top_k(q, r, FOUND, scale, backend=b))
+                Way(backend, partial(scoring.top_k, queries, rows, FOUND, scale, backend=backend))
                 for backend in scoring.scoring_backends(a.device.type)
                 if backend in a.backends
             ]
@@ -247,7 +249,8 @@ def main(arguments: list[str] | None = None) -> None:
     a = parse(arguments)
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
-    console, missing = Console(width=None if Console().is_terminal else 140), {}
+    console = Console(width=None if Console().is_terminal else 140)
+    missing: dict[str, str] = {}
     name = torch.cuda.get_device_name(a.device) if a.device.type == "cuda" else f"CPU, {a.threads} threads"
     rows: list[Row] = []
     every: list[dict[str, float]] = []
