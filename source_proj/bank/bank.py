@@ -1,6 +1,5 @@
 """The bank as its readers see it."""
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import nn
 
 from source_proj._errors import BankError
 from source_proj.bank.build.append import append_rows
+from source_proj.bank.fits import FitCache
 from source_proj.bank.format import Settings
 from source_proj.bank.read.metrics import Metrics
 from source_proj.bank.read.part import Part, listed
@@ -18,7 +18,7 @@ from source_proj.bank.read.root import find_parts, kind_of, read_root
 from source_proj.bank.read.stage_bank import StageBank
 from source_proj.bank.read.weights import Weights
 from source_proj.bank.store import LocalStore
-from source_proj.bank.verify import VerifyReport, verify
+from source_proj.bank.verify import VerifyReport, fingerprint_of, verify
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint, RunRecord
@@ -134,7 +134,7 @@ class Bank:
             BankError: the bank is not finalized.
         """
         self.require_finalized()
-        return hashlib.sha256(b"".join(seal[0] for seal in self._seals if seal is not None)).hexdigest()
+        return fingerprint_of([seal for seal in self._seals if seal is not None])
 
     def missing(self) -> list[str]:
         """Say in words which shards are not committed yet, as it is on disk now."""
@@ -191,6 +191,7 @@ class Bank:
             for key in self.store.leftovers(part.name):
                 self.store.delete(key)
         self.reload()
+        self.fits.remove_stale()
 
     def append(
         self,
@@ -254,6 +255,15 @@ class Bank:
             self.reload()
         if shard is None:
             self.seal([part])
+
+    @property
+    def fits(self) -> FitCache:
+        """What was computed from the bank and is kept in it: spectra, and the matrices that queries are scored by."""
+        return FitCache(self.path, self.fingerprint if self.finalized else None)
+
+    def clear_fits(self) -> int:
+        """Delete all fits, and return the bytes that they took; they are computed again when they are needed."""
+        return self.fits.clear()
 
     def verify(self) -> VerifyReport:
         """Read every byte of the bank and say what is wrong where; see :func:`verify`."""

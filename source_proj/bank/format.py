@@ -73,11 +73,12 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
 12. A commit mark is, for one checkpoint and shard, the SHA-256 of each array's decoded bytes of that shard
     (little-endian, C order, rows that exist only), the arrays in the order listed above. All zeros: not done.
 13. A mark MUST be written after the shard's data are on the disk, and only if it is absent. What is marked MUST NOT be
-    written again, by whomever and with whatever bits: a writer that finds a mark MUST keep what is there. So it MUST
-    hold the store's lock of ``committed/zarr.json`` from where it sees no mark to where it has written its own. In a
-    store without locks it MUST write data only if absent, and MUST NOT mark them unless all are its own.
-14. Objects MUST appear whole under their names. Files that end in ".partial" are what a killed process left; a reader
-    MUST ignore them.
+    written with other bits, by whomever: so a writer MUST put its data under names of its own first, and then the
+    object ``committed/c.i.0.0.choice.partial``, 32 bytes that these names share and the mark, only if it is absent. If
+    there is no mark now, it MUST put the data of the choice that is there where they belong, and then the choice's
+    mark. The choice MUST NOT be removed before there is a mark. A writer that finds a mark MUST keep what is there.
+14. Objects MUST appear whole under their names. Those that end in ".partial" are writers' own, or left by killed ones;
+    a reader MUST ignore them.
 22. A reader MUST compare a shard's data with their mark before it takes rows from them, for every version of an object.
 
 **Seals**

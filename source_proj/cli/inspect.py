@@ -1,4 +1,4 @@
-"""``inspect`` and ``verify``: look into a bank."""
+"""``inspect``, ``verify`` and ``clean``: look into a bank, and tidy it up."""
 
 import math
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from source_proj.bank import verify as verify_bank
 from source_proj.cli.options import BankPath, Json
 from source_proj.cli.output import emit, reports_errors, say, table
 
-__all__ = ["inspect", "verify"]
+__all__ = ["clean", "inspect", "verify"]
 
 _LISTED = 8  # missing shards spelled out for people
 
@@ -48,8 +48,20 @@ def verify(bank: BankPath, json: Json = False) -> None:
         count = len(report.problems)
         verdict = "whole" if report.ok else f"{count} problem{'' if count == 1 else 's'}"
         say(f"{bank}: {verdict}; {report.files} files, {report.bytes_read / 1e6:.1f} MB read")
+        if report.leftovers:
+            say(f"{len(report.leftovers)} leftovers, such as {report.leftovers[0]}: source-proj clean removes them")
     if not report.ok:
         raise typer.Exit(1)
+
+
+@reports_errors
+def clean(bank: BankPath, json: Json = False) -> None:
+    """Delete what was fitted from a bank and kept in it; scoring computes it again when it is needed."""
+    freed = open_bank(bank).clear_fits()
+    if json:
+        emit({"bank": bank, "bytes_freed": freed})
+    else:
+        say(f"{bank}: {freed / 1e6:.1f} MB of fits removed")
 
 
 def _facts(bank: Bank) -> dict[str, Any]:
@@ -66,7 +78,7 @@ def _facts(bank: Bank) -> dict[str, Any]:
         "parameters": dict(zip(bank.space_spec["names"], shapes, strict=True)),
         "stages": [_stage(stage) for stage in bank.stages],
         "missing": bank.missing(),
-        "bytes": bank.nbytes(),
+        "bytes": {**bank.nbytes(), "fits": bank.fits.nbytes()},
         "versions": bank.versions,
     }
 

@@ -133,6 +133,21 @@ class Checkpoint:
             self._hash = (key, joint)
         return self._hash[1]
 
+    def load_into(self, model: nn.Module) -> None:
+        """Put these weights into a model and the model into evaluation mode, to stay.
+
+        Raises:
+            MismatchError: as for :meth:`applied_to`.
+        """
+        _load(model, self._state_of(model))
+
+    def _state_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """These weights under the names that a model has."""
+        state = self.load()
+        if self.path is not None and self.path.name.startswith(_ADAPTER):
+            state = adapted_state(state, model, repr(self))
+        return matched_state(state, model, repr(self))
+
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
         """Put these weights into a model and the model into evaluation mode, for the length of a ``with`` block.
@@ -143,10 +158,7 @@ class Checkpoint:
         Raises:
             MismatchError: names or shapes differ from the model's; the message lists them. The model is untouched.
         """
-        state = self.load()
-        if self.path is not None and self.path.name.startswith(_ADAPTER):
-            state = adapted_state(state, model, repr(self))
-        state = matched_state(state, model, repr(self))
+        state = self._state_of(model)
         own_state = {
             name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
             for name, value in model.state_dict().items()
@@ -154,9 +166,7 @@ class Checkpoint:
         own_buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]  # also those of no state_dict
         own_flags = [(module, module.training) for module in model.modules()]
         try:
-            model.load_state_dict(state)
-            for module, _ in own_flags:
-                module.training = False  # not eval(): an overridden train() may do more than set the flag
+            _load(model, state)
             yield model
         finally:
             model.load_state_dict(own_state)
@@ -165,6 +175,12 @@ class Checkpoint:
                     buffer.copy_(value)
             for module, flag in own_flags:
                 module.training = flag
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    model.load_state_dict(state)
+    for module in model.modules():
+        module.training = False  # not eval(): an overridden train() may do more than set the flag
 
 
 def matched_state(state: Mapping[str, Tensor], model: nn.Module, source: str) -> dict[str, Tensor]:

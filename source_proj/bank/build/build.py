@@ -55,7 +55,7 @@ def build(
     done. A dead worker's shards are done by calling it again, with the same ``shard`` or with none.
 
     Args:
-        model: a module of the architecture that was trained; it lends its code, its weights come back unchanged.
+        model: a module of the architecture that was trained. What runs is a copy; the model itself is left as it is.
         task: what it was trained on, and what is asked of it.
         trajectory: the training run. Checkpoints given as dicts are copied into the bank.
         train_set: map-style data set or DataLoader without shuffling; {stage name: data set} for several stages.

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from source_proj._errors import MismatchError
 
-__all__ = ["BatchSource", "batch_hash", "batches", "checked_ids", "dataset_size", "on_device", "to_device"]
+__all__ = ["BatchSource", "batch_hash", "batches", "checked_ids", "dataset_size", "to_device"]
 
 Batch = Any
 Span = tuple[int, int]
@@ -252,18 +251,3 @@ def _loader_options(loader: DataLoader[Any]) -> dict[str, Any]:
 
 def _name(thing: Any) -> str:
     return type(thing).__name__
-
-
-@contextmanager
-def on_device(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
-    """Have the model on a device, and put it back afterwards."""
-    before = next(iter(model.parameters())).device
-    wanted = before if device is None else torch.device(device)
-    if wanted == before:
-        yield before
-        return
-    model.to(wanted)
-    try:
-        yield wanted
-    finally:
-        model.to(before)

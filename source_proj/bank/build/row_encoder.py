@@ -15,9 +15,16 @@ from source_proj.bank.read.metrics import Metrics
 from source_proj.bank.read.part import Part
 from source_proj.bank.build.uniform import Uniforms
 from source_proj._errors import GradientError, MismatchError
-from source_proj.gradients import ParameterSpace, gradient_engine, nonfinite_examples
+from source_proj.gradients import (
+    ParameterSpace,
+    gradient_engine,
+    nonfinite_examples,
+    private_copy,
+    require_own_weights,
+)
 from source_proj.sketch import Sketch
 from source_proj.task import Task
+from source_proj.trajectory import Checkpoint
 
 __all__ = ["BatchLocation", "RowEncoder"]
 
@@ -56,11 +63,11 @@ class RowEncoder:
     """Sketches the gradients of batches and encodes them for the bank.
 
     Args:
-        model: with the weights of a checkpoint applied by the time of the call.
+        model: of the trained architecture; what runs is a copy, with a checkpoint's weights by the time of the call.
         task: says what is differentiated.
         space: the attributed parameters.
         settings: the bank's settings.
-        device: where the model is.
+        device: where the copy runs; default: where the model is.
         metrics: the bank's metrics.
     """
 
@@ -70,18 +77,27 @@ class RowEncoder:
         task: Task,
         space: ParameterSpace,
         settings: Settings,
-        device: torch.device,
+        device: torch.device | str | None,
         metrics: Metrics,
     ) -> None:
-        self.model = model
+        self._model = private_copy(model, device)
+        self._original: nn.Module | None = model  # until the first batch has shown that the copy alone is used
         self._task = task
         self._settings = settings
-        self._device = device
+        self._device = next(self._model.parameters()).device
         self._metrics = metrics
         self._scales: dict[int, Tensor | None] = {}  # on the device, of one checkpoint's metrics
         self._engine = gradient_engine(
-            model, space, Sketch.from_spec(settings.sketch), method=settings.gradients, autocast=settings.autocast
+            self._model, space, Sketch.from_spec(settings.sketch), method=settings.gradients, autocast=settings.autocast
         )
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take the weights of a checkpoint.
+
+        Raises:
+            MismatchError: they do not fit the model.
+        """
+        checkpoint.load_into(self._model)
 
     def __call__(self, place: BatchLocation, batch: Batch) -> dict[str, Tensor]:
         """Return the entries of a batch's arrays, by the arrays' names.
@@ -92,6 +108,9 @@ class RowEncoder:
             ValueError: the batch has not as many examples as it must.
         """
         batch = to_device(batch, self._device)
+        if self._original is not None:
+            require_own_weights(self._task.output, self._model, self._original, batch)
+            self._original = None
         names = self._metrics_of(place)
         scales = list(self._scales.values())
         values, (rows, *others) = self._engine.sketch_scaled(self._task.output, batch, scales)

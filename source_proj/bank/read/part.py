@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from source_proj._errors import BankError, MismatchError
+from source_proj._io.files import PARTIAL
 from source_proj.bank.format import Settings, canonical, sha256
 from source_proj.bank.layout import ArraySpec, PartSpec, group_document, part_arrays
 from source_proj.bank.read.objects import read_document, read_group, read_shard, require_array
@@ -151,39 +154,48 @@ class Part:
     def commit(self, checkpoint: int, shard: int, content: Mapping[str, np.ndarray]) -> None:
         """Put a shard's arrays into the store, and then its mark; the first who does it stays.
 
+        However many writers do so, with whatever bits, and whenever they are stopped or killed: their arrays lie under
+        names of their own until one of the writers is chosen, and then all of them put the chosen one's where they
+        belong. Once there is a mark, nobody puts anything there.
+
         Raises:
             BankError: they cannot be written; nothing that was committed is harmed.
             MismatchError: another process committed the shard of other data.
         """
         try:
-            # One writer of a checkpoint at a time, as arrays of two must not meet under one mark.
-            with self.store.exclusive(f"{self.name}/checkpoint_{checkpoint}/committed/zarr.json") as alone:
-                if not self.is_done(checkpoint, shard):
-                    self._put(checkpoint, shard, content, alone=alone)
+            if not self.is_done(checkpoint, shard):
+                self._commit(checkpoint, shard, content)
         except OSError as error:
-            raise BankError(
-                f"cannot write {self.place(checkpoint, shard)} to {self.store.location()}: {error}. What was committed "
-                "is whole: make room (or lift the limit) and call build again to go on from there"
-            ) from error
+            if not self.is_done(checkpoint, shard):  # else another one has, and removed what it took for leftovers
+                raise BankError(
+                    f"cannot write {self.place(checkpoint, shard)} to {self.store.location()}: {error}. What was "
+                    "committed is whole: make room (or lift the limit) and call build again to go on from there"
+                ) from error
         self.compare_hashes(checkpoint, shard, content["batch_hashes"], checkpoint)
 
-    def _put(self, checkpoint: int, shard: int, content: Mapping[str, np.ndarray], *, alone: bool) -> None:
-        data = self._data[checkpoint]
-        objects = {self.key(checkpoint, name, shard): data[name].encode(shard, content[name]) for name in data}
-        if alone:
-            self.store.put(objects)  # in place of what killed builders left
-        else:
-            for key, value in objects.items():
-                if self.store.put_if_absent({key: value}) and self.store.get(key) != value:
-                    if self.is_done(checkpoint, shard):
-                        return
-                    raise BankError(
-                        f"{self.store.location(key)} holds other bits than were computed here, and no mark says that "
-                        "they count. Another builder is at it: wait for it; or it was killed: remove the object"
-                    )
-        mark = np.stack([content_digest(content[name]) for name in data])[None]
-        spec = self._specs[f"checkpoint_{checkpoint}/committed"]
-        self.store.put_if_absent({self.key(checkpoint, "committed", shard): spec.encode(shard, mark)})
+    def _commit(self, checkpoint: int, shard: int, content: Mapping[str, np.ndarray]) -> None:
+        data, mine = self._data[checkpoint], uuid.uuid4().hex.encode()
+        mark_key, spec = self.key(checkpoint, "committed", shard), self._specs[f"checkpoint_{checkpoint}/committed"]
+        mark = spec.encode(shard, np.stack([content_digest(content[name]) for name in data])[None])
+        choice = f"{mark_key}.choice{PARTIAL}"
+        keys = [self.key(checkpoint, name, shard) for name in data]
+        try:
+            encoded = [data[name].encode(shard, content[name]) for name in data]
+            self.store.put({_staged(key, mine): value for key, value in zip(keys, encoded, strict=True)})
+            chosen = mine + mark
+            if self.store.put_if_absent({choice: chosen}):
+                chosen = self.store.get(choice)
+            if self.is_done(checkpoint, shard):  # looked for after the choice was read: it was the only one, then
+                return
+            self.store.copy({key: _staged(key, chosen[: len(mine)]) for key in keys})
+            self.store.put_if_absent({mark_key: chosen[len(mine) :]})
+            for key in [*(_staged(key, chosen[: len(mine)]) for key in keys), choice]:
+                self.store.delete(key)
+        finally:
+            with contextlib.suppress(OSError):
+                for key in keys:
+                    if not self.store.exists(choice) or self.store.get(choice)[: len(mine)] != mine:
+                        self.store.delete(_staged(key, mine))
 
     def check_hashes(self, checkpoint: int, shard: int, hashes: np.ndarray) -> None:
         """Compare the hashes ``(m, 32)`` of a shard's batches with those of another checkpoint that is committed.
@@ -321,6 +333,11 @@ class Part:
             document.pop("consolidated_metadata", None)  # a copy that users may add to the root
             entries.append([node, document])
         return sha256(canonical(entries))
+
+
+def _staged(key: str, writer: bytes) -> str:
+    """Where a writer's object lies until it is chosen."""
+    return f"{key}.{writer.decode()}{PARTIAL}"
 
 
 def part_name(stage: int, index: int) -> str:
