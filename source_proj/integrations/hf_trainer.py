@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from source_proj.integrations.callback_log import callback_stage, is_callback_dir
 from source_proj.integrations.optimizers import described_optimizer
+from source_proj.integrations.trainer_end import step_of_final_model
 from source_proj.integrations.trainer_folders import TrainerFolder, read_tensors, trainer_folders
 from source_proj.integrations.trainer_groups import NamedState, model_of, optimizer_names
 from source_proj.integrations.trainer_rates import GivenSchedule, clipping, trainer_rates
@@ -30,6 +32,7 @@ def hf_trainer_stage(
     learning_rate: float | None = None,
     schedule: GivenSchedule | None = None,
     warmup_steps: int | None = None,
+    schedule_options: Mapping[str, Any] | None = None,
     max_grad_norm: float | None = 1.0,
     steps: Sequence[int] | None = None,
     preconditioner: PreconditionerMode = "scalar",
@@ -55,8 +58,11 @@ def hf_trainer_stage(
         schedule: transformers' name (``lr_scheduler_type``), a function of the update's number, or one value per
             update. Default: the one that agrees with the known rates.
         warmup_steps: steps of warm-up; default: what agrees with the known rates.
+        schedule_options: settings of a schedule that is given by name (``lr_scheduler_kwargs``), such as
+            ``{"min_lr": 1e-6}`` of "cosine_with_min_lr".
         max_grad_norm: the Trainer's argument, whose default is 1 as well; 0 or None if gradients were not clipped.
-        steps: steps of the checkpoints to use; default: all.
+        steps: steps of the checkpoints to use; default: all until the final model. That is the checkpoint whose weights
+            the model in ``dir`` (or the one given) has, such as the best one (``load_best_model_at_end``).
         preconditioner: as in :class:`Stage`.
 
     Raises:
@@ -65,14 +71,20 @@ def hf_trainer_stage(
         MismatchError: the files, or an argument and the files, contradict each other.
 
     Warns:
-        UserWarning: if clip factors had to be assumed for steps whose gradient norm was not logged.
+        UserWarning: if the final model is not the last checkpoint; or if clip factors had to be assumed for steps whose
+            gradient norm was not logged.
     """
     if is_callback_dir(dir):
-        _refuse_options(dir, optimizer, learning_rate, schedule, warmup_steps, steps)
+        _refuse_options(dir, optimizer, learning_rate, schedule, warmup_steps, schedule_options, steps)
         return callback_stage(dir, segments, stage, preconditioner)
     folders, run = trainer_folders(dir, steps)
+    if steps is None:
+        end, remark = step_of_final_model(Path(dir).absolute(), folders, model)
+        folders, run = ([folder for folder in some if folder.step <= end] for some in (folders, run))
+        if remark:
+            warnings.warn(remark, UserWarning, stacklevel=3)
     last = folders[-1].step
-    rates = trainer_rates(run, schedule, learning_rate, warmup_steps)
+    rates = trainer_rates(run, schedule, learning_rate, warmup_steps, schedule_options)
     clipped = clipping(folders[-1].history, last, max_grad_norm)
     if clipped.assumed:
         warnings.warn(f"{str(dir)!r}: {clipped.assumed}", UserWarning, stacklevel=3)
@@ -113,5 +125,5 @@ def _refuse_options(dir: str | Path, *given: object) -> None:
     if any(option is not None for option in given):
         raise ValueError(
             f"{str(dir)!r} was recorded by a RecorderCallback, which wrote down optimizer, learning rates and steps: "
-            "leave optimizer=, learning_rate=, schedule=, warmup_steps= and steps= out"
+            "leave optimizer=, learning_rate=, schedule=, warmup_steps=, schedule_options= and steps= out"
         )
