@@ -85,7 +85,7 @@ def hf_trainer_stage(
         Checkpoint(
             trainer_weights(f, model),
             f.step,
-            optimizer_state=None if names is None else NamedState(f.saved_optimizer, names),
+            optimizer_state=NamedState(f.saved_optimizer, names) if names and optimizer.preconditioned else None,
         )
         for f in folders
     ]
@@ -97,16 +97,17 @@ def hf_trainer_stage(
         lr_schedule=rates,
         preconditioner=preconditioner,
         clip_factors=clipped.factors if min(clipped.factors) < 1 else None,
+        trained=names,
     )
 
 
-def _optimizer(last: TrainerFolder, model: nn.Module, given: Optimizer | None) -> tuple[Optimizer, list[str] | None]:
-    """How gradients became steps; and the names of the parameters in ``optimizer.pt``, where its moments are needed."""
+def _optimizer(last: TrainerFolder, model: nn.Module, given: Optimizer | None) -> tuple[Optimizer, list[str]]:
+    """How gradients became steps; and the names of the parameters in ``optimizer.pt``."""
     state = read_tensors(last.saved_optimizer)
     source = f"optimizer.pt of {last.path.name}"
     names = optimizer_names(state, model, source)
     optimizer = given or described_optimizer(state, names, source, decoupled=True)  # the Trainer has AdamW alone
-    return optimizer, names if optimizer.preconditioned else None
+    return optimizer, names
 
 
 def _refuse_options(dir: str | Path, *given: object) -> None:

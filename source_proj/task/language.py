@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from source_proj.task.base import Derivatives, Task
+from source_proj.task.base import Derivatives, Task, checked_normalizer
 from source_proj.task.batch import Batch, Model, Uniform, class_indices, draw, forward, split
 from source_proj.task.head import Head, check_head, hidden_and_head, sum_over_chunks
 
@@ -20,17 +22,32 @@ __all__ = ["CausalLM"]
 class CausalLM(Task):
     r"""Language modelling, one token after another.
 
-    The output and the measurement are the log-likelihood of a sequence's labels, :math:`o = \sum_t \log p(y_t)` or
-    its mean over the counted tokens, and the loss is :math:`ℓ = -o`, hence :math:`ℓ' = -1`; Gauss-Newton is refused,
-    as the loss is no function of one scalar of the network. "mean" weighs sequences equally; a trainer that averages
-    over all tokens of a batch weighs long ones more (equal lengths make no difference).
+    The output and the measurement are the log-likelihood of a sequence's labels, :math:`o = \sum_t \log p(y_t)` for
+    "sum", else its mean over the n counted tokens. Gauss-Newton is refused, as the loss is no function of one scalar of
+    the network. The loss of a batch of B sequences says which reduction a run was trained with:
+
+    ============= ========================================================= ================
+    reduction     loss of a batch                                           :math:`ℓ'(o)`
+    ============= ========================================================= ================
+    ``"mean"``    mean over sequences of the mean over their tokens         -1
+    ``"sum"``     mean over sequences of the sum over their tokens          -1
+    ``"token"``   mean over all tokens of the batch, accumulated or not, as :math:`-n/\bar n`
+                  transformers' Trainer has it
+    ============= ========================================================= ================
+
+    With "token" a sequence weighs by its length: a batch has :math:`B \bar n` tokens in expectation, where
+    :math:`\bar n` is the mean over the training set. With equal lengths it is "mean". Loss and learning rates are then
+    those of the run: nothing else is scaled.
 
     Logits are (B, T, vocabulary), labels (B, T). A sequence without a counted token gives 0.
 
     Args:
         shift: the labels are aligned with the inputs, as transformers has it: position t predicts label t + 1.
             False where the data set has shifted them already.
-        reduction: "mean" or "sum" over a sequence's tokens.
+        reduction: "mean", "sum" or "token".
+        normalizer: for "token", :math:`\bar n`, one number or one a stage; default: :func:`source_proj.build` counts
+            the training set's tokens. Trainers that divide by another count want it here (that of transformers before 5
+            counted the first label of a sequence, which nothing predicts).
         ignore_index: the label of tokens that do not count (padding, prompts).
         chunk: make logits for so many tokens at a time, and once more in the backward pass: for large vocabularies, of
             which (B, T, vocabulary) would not fit. For models of transformers whose logits are the output of their
@@ -48,17 +65,25 @@ class CausalLM(Task):
     _builtin = True
 
     def __init__(
-        self, shift: bool = True, reduction: str = "mean", ignore_index: int = -100, chunk: int | None = None
+        self,
+        shift: bool = True,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        chunk: int | None = None,
+        normalizer: float | Sequence[float] | None = None,
     ) -> None:
         if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
             raise ValueError(f"chunk counts tokens, from 1 on, got {chunk!r}")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-        super().__init__(unit=f"{'mean token' if reduction == 'mean' else 'sequence'} log-likelihood (nats)")
+        if reduction not in ("mean", "sum", "token"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'token', got {reduction!r}")
+        if normalizer is not None and reduction != "token":
+            raise ValueError(f"normalizer={normalizer!r} belongs to reduction='token', got reduction={reduction!r}")
+        super().__init__(unit=f"{'sequence' if reduction == 'sum' else 'mean token'} log-likelihood (nats)")
         self.shift = shift
         self.reduction = reduction
         self.ignore_index = ignore_index
         self.chunk = chunk
+        self.normalizer = checked_normalizer(normalizer)
         self._checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose head was compared
 
     def output(self, model: Model, batch: Batch) -> Tensor:  # noqa: D102
@@ -68,25 +93,52 @@ class CausalLM(Task):
         logp, labels, counted = self._tokens(model, batch)
         return self._total(logp, labels, counted) / self._length(counted)
 
-    def loss_derivatives(self, output: Tensor, batch: Batch) -> Derivatives:  # noqa: ARG002, D102
-        return -torch.ones_like(output.detach()), None
+    def loss_derivatives(self, output: Tensor, batch: Batch) -> Derivatives:  # noqa: D102
+        ones = torch.ones_like(output.detach())
+        return (-self.share(batch).to(ones) / self._mean_tokens() if self.reduction == "token" else -ones), None
+
+    def fisher_weight(self, batch: Batch) -> Tensor | None:  # noqa: D102
+        if self.reduction == "sum":
+            return None
+        tokens = self.share(batch)
+        if self.reduction == "token":
+            return torch.full_like(tokens, math.sqrt(self._mean_tokens()))
+        return tokens.clamp(min=1).sqrt()
+
+    @property
+    def needs_normalizer(self) -> bool:  # noqa: D102
+        return self.reduction == "token" and self.normalizer is None
+
+    def share(self, batch: Batch) -> Tensor:
+        """Number of counted tokens, (B,)."""
+        labels = split(batch, None)[1]
+        return (labels[:, 1 if self.shift else 0 :] != self.ignore_index).sum(-1).float()
 
     def sampled_output(self, model: Model, batch: Batch, uniform: Uniform) -> Tensor:
-        """Log-likelihood of drawn tokens, divided by √(counted tokens) for "mean".
+        """Log-likelihood of drawn tokens, times the root of what each token's counts for in the loss.
 
         Draws at different positions are independent, so that the outer product of the summed gradient is the sum of
-        the positions' Fisher matrices in expectation; the loss's Hessian is the mean of them.
+        the positions' Fisher matrices in expectation; the loss's Hessian is their mean, or another multiple of it.
         """
         if self.chunk is not None:
             total, counted = self._by_chunks(model, batch, self.chunk, uniform)
-            return total / self._length(counted).sqrt()
-        logp, _, counted = self._tokens(model, batch)
-        drawn = draw(logp, uniform(logp.shape[1]))
-        return self._total(logp, drawn, counted) / self._length(counted).sqrt()
+        else:
+            logp, _, counted = self._tokens(model, batch)
+            total = self._total(logp, draw(logp, uniform(logp.shape[1])), counted)
+        return total / (math.sqrt(self._mean_tokens()) if self.reduction == "token" else self._length(counted).sqrt())
 
     def _options(self) -> dict[str, Any]:
         chunked = {} if self.chunk is None else {"chunk": self.chunk}
-        return {"shift": self.shift, "reduction": self.reduction, "ignore_index": self.ignore_index, **chunked}
+        told = {} if self.normalizer is None else {"normalizer": list(self.normalizer)}
+        return {"shift": self.shift, "reduction": self.reduction, "ignore_index": self.ignore_index, **chunked, **told}
+
+    def _mean_tokens(self) -> float:
+        if self.normalizer is None:
+            raise ValueError(
+                "CausalLM(reduction='token') divides by the mean number of tokens of a training sequence, which "
+                "source_proj.build counts: give it as normalizer= elsewhere"
+            )
+        return self.normalizer[0]
 
     def _by_chunks(self, model: Model, batch: Batch, chunk: int, uniform: Uniform | None) -> tuple[Tensor, Tensor]:
         """Log-likelihood (B,) of the labels, or of tokens drawn with ``uniform``; and whether each counts (B, T)."""
@@ -130,7 +182,7 @@ class CausalLM(Task):
 
     def _length(self, counted: Tensor) -> Tensor:
         length = counted.sum(-1).clamp(min=1).float()
-        return length if self.reduction == "mean" else torch.ones_like(length)
+        return torch.ones_like(length) if self.reduction == "sum" else length
 
 
 def _likelihood(head: Head, hidden: Tensor, labels: Tensor, counted: Tensor, numbers: Tensor | None = None) -> Tensor:
