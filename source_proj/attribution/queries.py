@@ -131,6 +131,8 @@ def sketch_queries(
         scales = [None if scale is None else scale.to(where) for scale in bank.metrics.scales(wanted)]
         rows: list[list[Tensor]] = [[] for _ in wanted]
         for start, batch in batches(queries, batch_size, device=where, progress=progress):
+            if start == 0 and point is points[-1]:
+                task.examine(own, batch)
             if not features and not start:
                 require_own_weights(task.measurement, own, model, batch)
             _, sketched = engine.sketch_scaled(task.measurement, batch, scales)

@@ -65,7 +65,7 @@ class TextOptions:
             raise ValueError("--hf-model needs --dataset FILE, a .jsonl or .csv file")
         network, tokenizer = load_pretrained(self.settings.model)
         training_set = TextData(self.dataset, self.settings, network, tokenizer)
-        return network, training_set, task_for(network) if task is None else make_task(task, task_options)
+        return network, training_set, task_for(network, self.hf_run) if task is None else make_task(task, task_options)
 
     def write_beside(self, bank: Path, options: Mapping[str, Any]) -> None:
         """Keep the settings beside the bank, with all options of the build, if it was one from a text file."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj._io.files import write_file
-from source_proj.task import CausalLM, Classification, Task
+from source_proj.integrations.trainer_arguments import trainer_arguments
+from source_proj.integrations.trainer_folders import trainer_folders
+from source_proj.task import CausalLM, Classification, Regression, Task
 
 __all__ = ["TextData", "TextSettings", "load_pretrained", "task_for"]
 
@@ -96,18 +99,60 @@ def load_pretrained(name: str) -> tuple[nn.Module, Any]:
     return model.eval(), tokenizer
 
 
-def task_for(model: nn.Module) -> Task:
-    """Classification or language modelling, by the name of the model's class.
+def task_for(model: nn.Module, run: str | Path | None = None) -> Task:
+    """The loss that transformers' Trainer trains a model with, by the model's class and configuration.
+
+    Sequence classifiers: cross-entropy, or the squared error where there is one output. Causal language models: the
+    mean over all tokens of a batch.
+
+    Args:
+        model: the model.
+        run: the Trainer's ``output_dir``, which says whether labels were smoothed.
 
     Raises:
-        ValueError: it is of another kind.
+        ValueError: it is of another kind, or was trained with a loss that no built-in task has.
     """
-    name = type(model).__name__
+    unwrapped: Any = model
+    name = type(unwrapped.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    smoothing = 0.0
+    if run is not None:
+        last = trainer_folders(run)[0][-1]
+        smoothing = trainer_arguments(last.path).get("label_smoothing_factor", 0.0)
     if name.endswith("ForSequenceClassification"):
-        return Classification()
+        return _classifier_task(model, smoothing)
     if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return CausalLM()
+        if smoothing:
+            raise ValueError(f"the run smoothed its labels by {smoothing}, which CausalLM does not know: write a Task")
+        return CausalLM(reduction="token", normalizer=None if _skips_first_label(model) else "labels")
     raise ValueError(f"{name} is no sequence classifier and no causal language model: give --task, --model and --data")
+
+
+def _skips_first_label(model: nn.Module) -> bool:
+    """Whether the Trainer's count of a batch's labels leaves out each sequence's first, which nothing predicts.
+
+    It does from transformers 5.10 on (the run's own, as its configuration says), for models whose class says that their
+    loss shifts labels: ``LlamaForCausalLM``, not ``GPT2LMHeadModel``.
+    """
+    import transformers
+
+    version = str(getattr(model.config, "transformers_version", None) or transformers.__version__)
+    numbers = [int(number) for number in re.findall(r"\d+", version)[:2]]
+    return numbers >= [5, 10] and getattr(model, "loss_type", None) == "ForCausalLM"
+
+
+def _classifier_task(model: nn.Module, smoothing: float) -> Task:
+    """By ``problem_type`` and ``num_labels``, as transformers chooses the loss of a sequence classifier."""
+    kind, outputs = getattr(model.config, "problem_type", None), int(model.config.num_labels)  # type: ignore[union-attr,arg-type]
+    if kind == "multi_label_classification" or (kind == "regression" and outputs > 1):
+        raise ValueError(
+            f"{type(model).__name__} has problem_type={kind!r} with {outputs} outputs, which no built-in task has: "
+            "write a Task"
+        )
+    if kind == "regression" or outputs == 1:
+        if smoothing:
+            raise ValueError(f"the run smoothed its labels by {smoothing}, and the model has one output: write a Task")
+        return Regression()
+    return Classification(label_smoothing=smoothing)
 
 
 class TextData:
@@ -129,7 +174,8 @@ class TextData:
         rows = list(_rows(path))
         if not rows:
             raise ValueError(f"{str(path)!r} holds no example")
-        classifies = isinstance(task_for(model), Classification)
+        task = task_for(model)
+        classifies = not isinstance(task, CausalLM)
         needed = [settings.text, *([settings.label] if classifies else [settings.prompt] if settings.prompt else [])]
         for number, row in enumerate(rows, start=1):
             missing = [name for name in needed if row.get(name) is None]
@@ -145,7 +191,9 @@ class TextData:
         pad = int(tokenizer.pad_token_id)
         self._tokens = torch.tensor([one + [pad] * (length - len(one)) for one in tokens])
         self._mask = torch.tensor([[1] * len(one) + [0] * (length - len(one)) for one in tokens])
-        if classifies:
+        if isinstance(task, Regression):
+            self._labels = torch.tensor([_number(row[settings.label], n, path) for n, row in enumerate(rows, 1)])
+        elif classifies:
             self._labels = torch.tensor([_class(row[settings.label], model, n, path) for n, row in enumerate(rows, 1)])
         else:
             self._labels = self._tokens.masked_fill(self._mask == 0, _UNCOUNTED)
@@ -184,6 +232,13 @@ def _limit(model: nn.Module, tokenizer: Any) -> int:
     """Longest sequence that the model takes; tokenizers without a limit say so by an absurd number."""
     positions = getattr(model.config, "max_position_embeddings", None)
     return min(int(positions or 512), int(tokenizer.model_max_length))
+
+
+def _number(value: Any, number: int, path: Path) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"example {number} of {str(path)!r} has the label {value!r}, and a number is needed") from None
 
 
 def _class(value: Any, model: nn.Module, number: int, path: Path) -> int:

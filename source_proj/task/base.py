@@ -99,6 +99,9 @@ class Task:
         """
         return None
 
+    def examine(self, model: Model, batch: Batch) -> None:
+        """Warn if a batch contradicts the task; the model has the final weights. Most tasks have nothing to compare."""
+
     @property
     def needs_normalizer(self) -> bool:
         """Whether a batch's loss is divided by a sum over its examples that is not told yet; see :meth:`share`."""

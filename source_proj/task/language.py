@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from source_proj.task.base import Derivatives, Task, checked_normalizer
-from source_proj.task.batch import Batch, Model, Uniform, class_indices, draw, forward, split
+from source_proj.task.batch import Batch, Model, Uniform, class_indices, draw, first_examples, forward, split
 from source_proj.task.head import Head, check_head, hidden_and_head, sum_over_chunks
 
 __all__ = ["CausalLM"]
+
+_FAR = 1.0  # nats a token
+_EXAMINED = 4  # sequences
 
 
 class CausalLM(Task):
@@ -45,9 +49,10 @@ class CausalLM(Task):
         shift: the labels are aligned with the inputs, as transformers has it: position t predicts label t + 1.
             False where the data set has shifted them already.
         reduction: "mean", "sum" or "token".
-        normalizer: for "token", :math:`\bar n`, one number or one a stage; default: :func:`source_proj.build` counts
-            the training set's tokens. Trainers that divide by another count want it here (that of transformers before 5
-            counted the first label of a sequence, which nothing predicts).
+        normalizer: for "token", what divides a batch's loss for each of its sequences on average, one number or one a
+            stage. Default: :math:`\bar n`, which :func:`source_proj.build` counts in the training set. ``"labels"``
+            has it count the first label of a sequence too, which nothing predicts: so did the Trainer before
+            transformers 5.10, and so it does to this day for GPT-2; all gradients are then that much smaller.
         ignore_index: the label of tokens that do not count (padding, prompts).
         chunk: make logits for so many tokens at a time, and once more in the backward pass: for large vocabularies, of
             which (B, T, vocabulary) would not fit. For models of transformers whose logits are the output of their
@@ -70,7 +75,7 @@ class CausalLM(Task):
         reduction: str = "mean",
         ignore_index: int = -100,
         chunk: int | None = None,
-        normalizer: float | Sequence[float] | None = None,
+        normalizer: float | Sequence[float] | Literal["labels"] | None = None,
     ) -> None:
         if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
             raise ValueError(f"chunk counts tokens, from 1 on, got {chunk!r}")
@@ -83,7 +88,8 @@ class CausalLM(Task):
         self.reduction = reduction
         self.ignore_index = ignore_index
         self.chunk = chunk
-        self.normalizer = checked_normalizer(normalizer)
+        self._counts_all = normalizer == "labels"
+        self.normalizer = None if self._counts_all else checked_normalizer(normalizer)  # type: ignore[arg-type]
         self._checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose head was compared
 
     def output(self, model: Model, batch: Batch) -> Tensor:  # noqa: D102
@@ -95,21 +101,53 @@ class CausalLM(Task):
 
     def loss_derivatives(self, output: Tensor, batch: Batch) -> Derivatives:  # noqa: D102
         ones = torch.ones_like(output.detach())
-        return (-self.share(batch).to(ones) / self._mean_tokens() if self.reduction == "token" else -ones), None
+        return (-self._count(batch).to(ones) / self._mean_tokens() if self.reduction == "token" else -ones), None
 
     def fisher_weight(self, batch: Batch) -> Tensor | None:  # noqa: D102
         if self.reduction == "sum":
             return None
-        tokens = self.share(batch)
+        tokens = self._count(batch)
         if self.reduction == "token":
             return torch.full_like(tokens, math.sqrt(self._mean_tokens()))
         return tokens.clamp(min=1).sqrt()
+
+    def examine(self, model: Model, batch: Batch) -> None:
+        """Compare the likelihood of a batch's labels with that under the other value of ``shift``.
+
+        Warns:
+            UserWarning: it is worse by more than a nat a token, so that ``shift`` does not fit the labels.
+        """
+        with torch.no_grad():
+            logits, labels = forward(model, first_examples(batch, _EXAMINED), None)
+            if logits.ndim != 3 or labels.shape != logits.shape[:2] or labels.shape[1] < 2:
+                return  # `output` says what is wrong
+            logp = log_softmax(logits, dim=-1)
+            aligned, shifted = self._mean_likelihood(logp[:, :-1], labels[:, 1:]), self._mean_likelihood(logp, labels)
+        here, other = (aligned, shifted) if self.shift else (shifted, aligned)
+        if other - here > _FAR:
+            state = "shifted already" if self.shift else "not shifted"
+            warnings.warn(
+                f"the labels seem to be {state}: their log-likelihood is {here:.3g} nats a token with "
+                f"CausalLM(shift={self.shift}), and {other:.3g} with shift={not self.shift}",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def _mean_likelihood(self, logp: Tensor, labels: Tensor) -> float:
+        """Log-likelihood of the counted labels (B, T) under logp (B, T, V), a token; NaN if none counts."""
+        counted = labels != self.ignore_index
+        picked = logp.gather(2, torch.where(counted, class_indices(labels), 0)[..., None]).squeeze(2)
+        return float(picked[counted].mean()) if counted.any() else math.nan
 
     @property
     def needs_normalizer(self) -> bool:  # noqa: D102
         return self.reduction == "token" and self.normalizer is None
 
     def share(self, batch: Batch) -> Tensor:
+        """Number of labels that divide the batch's loss, (B,)."""
+        return (split(batch, None)[1] != self.ignore_index).sum(-1) if self._counts_all else self._count(batch)
+
+    def _count(self, batch: Batch) -> Tensor:
         """Number of counted tokens, (B,)."""
         labels = split(batch, None)[1]
         return (labels[:, 1 if self.shift else 0 :] != self.ignore_index).sum(-1).float()
@@ -129,7 +167,8 @@ class CausalLM(Task):
 
     def _options(self) -> dict[str, Any]:
         chunked = {} if self.chunk is None else {"chunk": self.chunk}
-        told = {} if self.normalizer is None else {"normalizer": list(self.normalizer)}
+        given = list(self.normalizer) if self.normalizer else "labels" if self._counts_all else None
+        told = {} if given is None else {"normalizer": given}
         return {"shift": self.shift, "reduction": self.reduction, "ignore_index": self.ignore_index, **chunked, **told}
 
     def _mean_tokens(self) -> float:
