@@ -39,6 +39,7 @@ class Bank:
         settings: everything that the rows depend on besides the data.
         metrics: the metrics that its rows are in; one, the identity, unless an optimizer was preconditioned.
         versions: what software made the bank, for people.
+        parameter_choice: which parameters are attributed, and how many were left out, for people.
 
     Raises:
         BankError: there is no bank, or one of another version, or one whose metadata are damaged; says what was found.
@@ -50,7 +51,7 @@ class Bank:
         if self.path.exists() and not self.path.is_dir():
             raise BankError(f"{self.path} is a file, and a bank is a folder; give the folder")
         self.store.list()  # refuses links
-        self.settings, self.versions, moved = read_root(self.store)
+        self.settings, self.versions, moved, self.parameter_choice = read_root(self.store)
         self.sketch = _sketch(self.path, self.settings)
         self.metrics = Metrics(self.store, self.settings.trajectory)
         self._weights = Weights(self.store, self.path, self.settings, moved)

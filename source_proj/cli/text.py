@@ -88,7 +88,7 @@ class TextOptions:
         training_set = TextData(self.dataset, settings, network, tokenizer)
         if self.hf_run is not None:
             check_training_set(self.hf_run, len(training_set), str(self.dataset))
-        return network, training_set, task_for(network) if task is None else make_task(task, task_options)
+        return network, training_set, task_for(network, self.hf_run) if task is None else make_task(task, task_options)
 
     def parameters_of(self, network: nn.Module, given: Sequence[str] | None) -> Sequence[str] | None:
         """The parameters to attribute through: those given, else an adapter's, if the run trained one."""

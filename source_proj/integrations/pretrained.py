@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
-from source_proj.task import CausalLM, Classification, Task
 
-__all__ = ["is_adapter", "label_numbers", "load_pretrained", "task_for"]
+__all__ = ["is_adapter", "label_numbers", "load_pretrained"]
 
 _ADAPTER = "adapter_config.json"
 _HEADS = ("classifier", "score", "classification_head")  # what PEFT saves beside an adapter, by transformers' names
@@ -48,22 +47,6 @@ def load_pretrained(name: str) -> tuple[nn.Module, Any]:
 def is_adapter(name: str) -> bool:
     """Whether a folder holds an adapter of PEFT, and not a whole model."""
     return (Path(name) / _ADAPTER).is_file()
-
-
-def task_for(model: nn.Module) -> Task:
-    """Classification or language modelling, by the name of the model's class.
-
-    Raises:
-        ValueError: it is of another kind.
-    """
-    unwrap: Any = getattr(model, "get_base_model", None)
-    bare = model if unwrap is None else unwrap()
-    name = type(bare).__name__
-    if name.endswith("ForSequenceClassification"):
-        return Classification()
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return CausalLM()
-    raise ValueError(f"{name} is no sequence classifier and no causal language model: give --task, --model and --data")
 
 
 def label_numbers(name: str, model: nn.Module | None = None) -> dict[str, int]:

@@ -19,11 +19,13 @@ class Root(NamedTuple):
         settings: what its rows depend on.
         versions: what software made it.
         checkpoint_paths: where checkpoint files lay relative to it, by hash.
+        parameter_choice: in words, which parameters are attributed.
     """
 
     settings: Settings
     versions: dict[str, str]
     checkpoint_paths: dict[str, str]
+    parameter_choice: str
 
 
 def read_root(store: Store) -> Root:
@@ -46,11 +48,13 @@ def read_root(store: Store) -> Root:
         settings = Settings.from_json(attributes.get("settings"))
     except BankError as error:
         raise BankError(f"the bank {path} cannot be read: {error}") from error
-    notes = [attributes.get(name) for name in ("versions", "checkpoint_paths")]
-    for note in notes:
+    versions, paths, choice = (attributes.get(name) for name in ("versions", "checkpoint_paths", "parameter_choice"))
+    for note in (versions, paths):
         if not isinstance(note, Mapping):
             raise BankError(f"the bank {path} cannot be read: versions or checkpoint_paths is {note!r}, not an object")
-    return Root(settings, *(dict(note) for note in notes))  # type: ignore[arg-type]
+    if not isinstance(choice, str):
+        raise BankError(f"the bank {path} cannot be read: parameter_choice is {choice!r}, not a text")
+    return Root(settings, dict(versions), dict(paths), choice)  # type: ignore[arg-type]  # for people: types unchecked
 
 
 def _root(store: Store) -> dict[str, Any]:
@@ -93,6 +97,7 @@ _KINDS = {
     "scale": "scales",
     "d1": "derivatives",
     "d2": "derivatives",
+    "fisher_weight": "derivatives",
     "fisher_rows": "sampled_fisher",
     "fisher_scale": "sampled_fisher",
     "batch_hashes": "batch_hashes",

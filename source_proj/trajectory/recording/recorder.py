@@ -35,7 +35,7 @@ from source_proj.trajectory.recording.run_files import (
 )
 from source_proj.trajectory.recording.schedule_watch import ScheduleWatch
 from source_proj.trajectory.stages import Stage
-from source_proj.trajectory.torch_optimizers import Options, describe_options, moments_of, read_options
+from source_proj.trajectory.torch_optimizers import Options, describe_options, held_names, moments_of, read_options
 from source_proj.trajectory.trajectory import Trajectory
 
 __all__ = ["Recorder", "Stateful"]
@@ -128,7 +128,8 @@ class Recorder:
         for thing in self._also:
             require_loadable(thing.state_dict(), f"the state of {type(thing).__name__} (in also=)")
         _check_trains(optimizer, model)
-        fresh = RecordedRun(stage, describe_options(self._options()), describe_state(model))
+        held = tuple(held_names(optimizer, model))
+        fresh = RecordedRun(stage, describe_options(self._options()), describe_state(model), held)
         self._lock = FolderLock(self.dir, "recorder.lock")
         self._progress = Progress(self._open(fresh), [], 0)
         self._goes_on = not self._progress.run.checkpoints  # False until restore() where there is something to restore
@@ -319,7 +320,9 @@ class Recorder:
         self._unsure = True
         weights, resume, *moments = write_tensors({self.dir / name: content for name, content in contents.items()})
         checkpoint = RecordedCheckpoint(step, weights, moments[0] if moments else None, updates)
-        run = replace(progress.run, checkpoints=(*progress.run.checkpoints, checkpoint), resume=resume)
+        trained = dict.fromkeys([*progress.run.trained, *held_names(self._optimizer, self._model)])
+        checkpoints = (*progress.run.checkpoints, checkpoint)
+        run = replace(progress.run, trained=tuple(trained), checkpoints=checkpoints, resume=resume)
         run.write(self.dir)
         self._progress = Progress(run, [], progress.last_seen)
         self._unsure = False
