@@ -35,9 +35,10 @@ __all__ = [
 _FEWEST, _MOST = 3, 16  # powers of two between which k has a transform here
 _JOBS = 8  # that a large sum is split into, at least
 _PART_STEPS = 16  # of a part at least: each transforms back once
-# Nanoseconds for a group of lanes: a step of a transform for each k log2 k, and for each entry of the factors; a
-# coordinate of an outer product, and each of its steps; the latter two for an example on its own (`sparse_native.py`).
-_TRANSFORM, _ENTRY = 0.45, 1.0
+# Nanoseconds for a group of lanes: a step of a transform for each k log2 k, for each entry of the factors, and to begin;
+# a coordinate of an outer product, and each of its steps; the latter two for an example on its own (`sparse_native.py`).
+# The first three were measured beside the others, on a busy machine, which slowed both alike.
+_TRANSFORM, _ENTRY, _BEGIN = 0.6, 2.0, 1500.0
 _COORDINATE, _STEP = 1.2, 0.17
 _COORDINATE_ALONE, _STEP_ALONE = 0.35, 0.02
 
@@ -47,7 +48,7 @@ def spectral_is_cheaper(batch: int, steps: int, o: int, i: int, dim: int) -> boo
     if not has_transform(dim):
         return False
     groups, rest = divmod(batch, _width())
-    group = (steps + 1) * _TRANSFORM * dim * log2(dim) + steps * _ENTRY * (o + i)
+    group = (steps + 1) * _TRANSFORM * dim * log2(dim) + steps * (_BEGIN + _ENTRY * (o + i))
     laned = (_COORDINATE + _STEP * steps) * o * i
     alone = rest * (_COORDINATE_ALONE + _STEP_ALONE * steps) * o * i
     return (groups + bool(rest)) * group < groups * laned + min(laned, alone)
