@@ -76,15 +76,15 @@ def add_tensor_outer_native_(
     if not spectral:
         add_outer_native_(out, left, right, matrix.offset, _native(matrix), scale)
         return
-    (steps, o), i, dim, width = left.shape[1:], right.shape[2], matrix.dim, _width()
+    (steps, o), i, dim = left.shape[1:], right.shape[2], matrix.dim
     left, right, native = last_contiguous(left), last_contiguous(right), _native(matrix)
-    step = -(-steps // _parts(len(left), steps))
+    step, work = -(-steps // _parts(len(left), steps)), _work(o, i, dim)
 
     def add(sums: Tensor, first: int, lanes: int, part: int) -> None:
         begin = min(steps, part * step)
         loaded_library().sp_spectral_lanes(
             sums.data_ptr(),
-            aligned_scratch("spectral", (4 * dim + o + i) * width).data_ptr(),
+            aligned_scratch("spectral", work).data_ptr(),
             address(left, first, 0) + 4 * begin * left.stride(1),
             left.stride(0),
             left.stride(1),
@@ -117,17 +117,17 @@ def add_tensor_windows_native_(
     if not spectral:
         add_windows_native_(out, left, right, taps, windows, matrix.offset, _native(matrix), scale)
         return
-    (batch, o, count), (_, c, plane), dim, j, width = left.shape, right.shape, matrix.dim, len(taps), _width()
+    (batch, o, count), (_, c, plane), dim, j = left.shape, right.shape, matrix.dim, len(taps)
     left, right, native = left.contiguous(), right.contiguous(), _native(matrix)
     taps, windows = taps.int().contiguous(), windows.int().contiguous()
     step = -(-count // _parts(batch, count))
-    work = 4 * dim + o * step + c * (plane + j)
+    work = _work(o, c * j, dim) + (o * step + c * plane) * _width()
 
     def add(sums: Tensor, first: int, lanes: int, part: int) -> None:
         begin = min(count, part * step)
         loaded_library().sp_spectral_windows_lanes(
             sums.data_ptr(),
-            aligned_scratch("spectral", work * width).data_ptr(),
+            aligned_scratch("spectral", work).data_ptr(),
             address(left, first, 0),
             left.stride(0),
             count,
@@ -153,6 +153,11 @@ def _parts(batch: int, steps: int) -> int:
     """How many parts the steps are split into, by shapes alone."""
     groups = -(-batch // _width())
     return max(1, min(-(-_JOBS // groups), steps // _PART_STEPS))
+
+
+def _work(o: int, i: int, dim: int) -> int:
+    """Numbers of work space that the transforms of factors (o,) and (i,) take."""
+    return (4 * dim + o + i + 3) * _width() + (-(-o // dim) - (-i // dim)) * dim
 
 
 def _nanoseconds(steps: int, dim: int) -> float:
