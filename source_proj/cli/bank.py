@@ -7,7 +7,7 @@ import typer
 
 import source_proj.bank as banks
 from source_proj.bank.codecs import codec_names
-from source_proj.cli.options import BankPath, BatchSize, Device, Json, Model, Progress
+from source_proj.cli.options import BankPath, BatchSize, Device, Json, Model, Progress, TrustRemoteCode
 from source_proj.cli.output import emit, reports_errors, say
 from source_proj.cli.parsing import (
     make_sketch,
@@ -100,12 +100,15 @@ def build(
         str | None, typer.Option(metavar="I/N", help="Do only part I of N (from 0); then run finalize once.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a bank that was begun.")] = True,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
     progress: Progress = True,
     json: Json = False,
 ) -> None:
     """Sketch the training gradients of every checkpoint into a bank."""
-    text = TextOptions(hf_model, hf_run, dataset, text_column, label_column, prompt_column, max_length)
+    text = TextOptions(
+        hf_model, hf_run, dataset, text_column, label_column, prompt_column, max_length, trust_remote_code
+    )
     run = {
         "learning_rate": learning_rate,
         "schedule": schedule,

@@ -29,6 +29,7 @@ class TextOptions:
     label_column: str
     prompt_column: str | None
     max_length: int | None
+    trust_remote_code: bool = False
 
     @property
     def given(self) -> bool:
@@ -63,7 +64,7 @@ class TextOptions:
             raise ValueError("--model and --data have no meaning beside --hf-model and --dataset: leave one pair out")
         if self.dataset is None:
             raise ValueError("--hf-model needs --dataset FILE, a .jsonl or .csv file")
-        network, tokenizer = load_pretrained(self.settings.model)
+        network, tokenizer = load_pretrained(self.settings.model, trust_remote_code=self.trust_remote_code)
         training_set = TextData(self.dataset, self.settings, network, tokenizer)
         return network, training_set, task_for(network) if task is None else make_task(task, task_options)
 
@@ -77,7 +78,12 @@ class TextOptions:
 
 
 def ask_about(
-    bank: Path, model: str | None, queries: str | None, dataset: Path | None, per_token: bool
+    bank: Path,
+    model: str | None,
+    queries: str | None,
+    dataset: Path | None,
+    per_token: bool,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any]:
     """The model and the queries: from a text file, read as the training set was, or from ``module:function``.
 
@@ -92,7 +98,7 @@ def ask_about(
     if model is not None or queries is not None:
         raise ValueError("--model and --queries have no meaning beside --dataset: leave one or the other out")
     settings = TextSettings.read(bank)
-    network, tokenizer = load_pretrained(settings.model)
+    network, tokenizer = load_pretrained(settings.model, trust_remote_code=trust_remote_code)
     data = TextData(dataset, settings, network, tokenizer)
     if not per_token:
         return network, data

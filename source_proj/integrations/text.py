@@ -69,8 +69,13 @@ def _beside(bank: Path) -> Path:
     return bank.with_name(f"{bank.name}.text.json")
 
 
-def load_pretrained(name: str) -> tuple[nn.Module, Any]:
+def load_pretrained(name: str, *, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
     """Load a model of the class that its ``config.json`` names, in evaluation mode, and its tokenizer.
+
+    Args:
+        name: directory (or hub name) of the model.
+        trust_remote_code: let transformers run Python code that lies in the directory. Otherwise it is refused, and
+            nobody is asked on the terminal.
 
     Raises:
         ImportError: transformers is not installed.
@@ -80,13 +85,14 @@ def load_pretrained(name: str) -> tuple[nn.Module, Any]:
         import transformers
     except ImportError as error:
         raise ImportError("models by name need transformers: pip install 'source-proj[hf]'") from error
-    config = transformers.AutoConfig.from_pretrained(name)
-    kind = next((getattr(transformers, one) for one in config.architectures or () if hasattr(transformers, one)), None)
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    kinds = [getattr(transformers, str(architecture), None) for architecture in config.architectures or ()]
+    kind: Any = next((k for k in kinds if isinstance(k, type) and issubclass(k, transformers.PreTrainedModel)), None)
     if kind is None:
         raise ValueError(f"{name!r} is a {config.architectures}, which transformers does not have: give --model")
-    model: nn.Module = kind.from_pretrained(name)
+    model: nn.Module = kind.from_pretrained(name, trust_remote_code=trust_remote_code)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name!r} has no tokenizer: save it there with tokenizer.save_pretrained") from error
     if tokenizer.pad_token is None:

@@ -31,7 +31,7 @@ def trainer_weights(folder: TrainerFolder, model: nn.Module | None) -> Path | Ma
     own = model.state_dict()
     if set(_names(file)) <= set(own):
         return file
-    loaded: Any = type(model).from_pretrained(folder.path, local_files_only=True)  # type: ignore[attr-defined]
+    loaded: Any = type(model).from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)  # type: ignore[attr-defined]
     state: Mapping[str, Tensor] = loaded.state_dict()
     return state
 
