@@ -1,5 +1,6 @@
 """`build`: from checkpoints and data to a bank."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -126,11 +127,12 @@ def build(
         autocast=autocast,
     )
     specs = [_part_spec(source, one, settings, shard_rows) for source, one in zip(sources, stage_ids, strict=True)]
-    if not _is_there(store, resume):
-        try:
+    try:
+        if not _is_there(store, resume):
             first_parts = list(zip(specs, stage_ids, strict=True))
             create_bank(store, path, settings, trajectory, resolved.diagonals, first_parts, choice)
-        except OSError as error:
+    except OSError as error:
+        if not os.path.exists(path / "zarr.json"):  # else another process has, and removed what it took for leftovers
             raise BankError(f"cannot create the bank {path}: {error}; make room, or give another path") from error
     bank = Bank(path)
     require_same_settings(path, bank.settings, settings)
@@ -225,7 +227,7 @@ def _part_spec(source: BatchSource, ids: np.ndarray, settings: Settings, shard_r
 
 def _is_there(store: LocalStore, resume: bool) -> bool:
     """Whether a bank is there already."""
-    if store.root.exists() and not store.root.is_dir():
+    if os.path.isfile(store.root):
         raise BankError(f"{store.root} is a file, and a bank is a folder; give another path")
     if not resume and store.list():
         raise BankError(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from source_proj._errors import BankError
 from source_proj.bank.format import FORMAT, VERSION, Settings
-from source_proj.bank.read.objects import read_group
+from source_proj.bank.read.objects import list_objects, object_info, read_group
 from source_proj.bank.read.part import Part, part_name
 from source_proj.bank.store import Store
 
@@ -60,8 +60,8 @@ def read_root(store: Store) -> Root:
 def _root(store: Store) -> dict[str, Any]:
     """The root's attributes."""
     where = store.location()
-    if not store.exists("zarr.json"):
-        names = sorted({key.split("/")[0] for key in store.list()})[:5]
+    if object_info(store, "zarr.json") is None:
+        names = sorted({key.split("/")[0] for key in list_objects(store)})[:5]
         if not names:
             raise BankError(f"there is no bank at {where}: nothing is there; build one with source_proj.build")
         older = " (a zarr v2 node: banks are zarr v3)" if {".zgroup", ".zarray"} & set(names) else ""
@@ -80,7 +80,7 @@ def find_parts(store: Store, settings: Settings, stage: int) -> list[Part]:
     if there != name:
         raise BankError(f"{where} is of stage {there!r}, and must be of {name!r}")
     parts: list[Part] = []
-    while not parts or store.exists(f"{part_name(stage, len(parts))}/zarr.json"):
+    while not parts or object_info(store, f"{part_name(stage, len(parts))}/zarr.json") is not None:
         part = Part(store, stage, len(parts), settings)
         before = sum(other.spec.n for other in parts)
         if part.spec.start != before:
