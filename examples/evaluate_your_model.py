@@ -14,12 +14,13 @@ import argparse
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import source_proj as sp
 
@@ -30,7 +31,7 @@ train_set, queries = Subset(digits, range(1000)), Subset(digits, range(1000, 105
 task = sp.Classification()
 
 
-def train(examples: Dataset, seed: int, record: Path | None = None) -> tuple[nn.Module, sp.Trajectory | None]:
+def train(examples: Dataset[Any], seed: int, record: Path | None = None) -> nn.Module:
     """Your own training loop; here it also records itself, when asked to."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
@@ -43,7 +44,7 @@ def train(examples: Dataset, seed: int, record: Path | None = None) -> tuple[nn.
         optimizer.step()
         if recorder is not None:
             recorder.step()
-    return model.eval(), recorder.trajectory() if recorder is not None else None
+    return model.eval()
 
 
 def main() -> None:
@@ -53,15 +54,16 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder if options.folder is not None else Path(temporary)
-        model, trajectory = train(train_set, seed=0, record=Path(temporary) / "run")
+        model = train(train_set, seed=0, record=Path(temporary) / "run")
+        trajectory = sp.Trajectory.from_recorder(Path(temporary) / "run")
         bank = sp.build(model, task, trajectory, train_set, Path(temporary) / "bank", sketch=sp.Sketch(1024))
         source = sp.Source(bank, model=model)
 
         # ten lines
         def retrain(kept: np.ndarray, seed: int) -> np.ndarray:
-            model, _ = train(Subset(train_set, kept), seed)
+            model = train(Subset(train_set, kept.tolist()), seed)
             with torch.no_grad():
-                return task.measurement(model, default_collate(list(queries))).numpy()
+                return task.measurement(model, next(iter(DataLoader(queries, len(queries))))).numpy()
 
         truth = sp.evaluate.GroundTruth.subsets(
             folder / "truth", len(train_set), len(queries), count=50, retrainings=2, settings={"epochs": 10}

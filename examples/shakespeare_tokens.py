@@ -95,7 +95,7 @@ def main() -> None:
         check_sums(queries, by_token, scores[: len(shown)])
         check_surroundings(scores.to_numpy(), held_out, kept)
         found = []
-        for i, passage in enumerate(shown):
+        for i, passage in enumerate(shown[j] for j in range(len(shown))):
             top = scores.helpful(4).indices[i]
             best = Stretches([train_set.stretches[top[0]]], options.tokens)
             taught = source.by_token([passage], best).to_numpy()[0]
@@ -166,7 +166,8 @@ def train(options: argparse.Namespace, train_set: Stretches, folder: Path) -> tu
         vocab_size=options.vocabulary, n_positions=options.tokens, n_embd=width, n_layer=layers, n_head=width // 32,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, use_cache=False,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = GPT2LMHeadModel(config)
+    nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     batches = [batch for _ in range(options.epochs) for batch in DataLoader(train_set, 32, shuffle=True)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     warm_up_and_decay = partial(_rate, total=len(batches))
@@ -265,7 +266,8 @@ def describe(
 def print_passage(passage: Passage) -> None:
     print(f"\n{passage.title}. {passage.note}")
     for text in (passage.query, passage.document):
-        strongest = sorted((pair for pair in text.pairs if pair[1] is not None), key=lambda pair: -pair[1])[:5]
+        scored = [(word, value) for word, value in text.pairs if value is not None]
+        strongest = sorted(scored, key=lambda pair: -pair[1])[:5]
         print(f"  {text.title}; most of all " + ", ".join(f"{word!r} {signed(value)}" for word, value in strongest))
 
 

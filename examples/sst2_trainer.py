@@ -103,8 +103,8 @@ class Removal:
     @property
     def agreement(self) -> float:
         """Rank correlation of predicted and actual changes over the reviews."""
-        ranks = [values.argsort().argsort() for values in (self.predicted, self.actual)]
-        return float(np.corrcoef(*ranks)[0, 1])
+        predicted, actual = (values.argsort().argsort() for values in (self.predicted, self.actual))
+        return float(np.corrcoef(predicted, actual)[0, 1])
 
     @property
     def holds(self) -> bool:
@@ -125,7 +125,7 @@ def main() -> None:
         model = fine_tune(options, train_set, Path(folder) / "run")
         before = margins(model, queries)
         print(f"it is right about {np.mean(before > 0):.1%} of {len(asked)} other reviews")
-        trajectory = sp.Trajectory.from_hf_trainer(Path(folder) / "run", metric=options.metric)
+        trajectory = sp.Trajectory.from_hf_trainer(Path(folder) / "run", preconditioner=options.preconditioner)
         bank = sp.build(
             model, sp.Classification(), trajectory, train_set, Path(folder) / "bank", sketch=sp.Sketch(dim=options.dim)
         )
@@ -157,7 +157,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
     parser.add_argument("--removed", type=int, help="sentences left out for the check (default: 5 %% of them)")
-    parser.add_argument("--metric", choices=("scalar", "shared"), default="shared", help="for Adam's preconditioner")
+    parser.add_argument(
+        "--preconditioner", choices=("scalar", "shared"), default="shared", help="what becomes of Adam's"
+    )
     parser.add_argument("--dim", type=int, default=2048, help="sketch dimension k")
     parser.add_argument("--page", type=Path, default=Path("sst2.html"), help="where the page goes")
     options = parser.parse_args()
@@ -177,13 +179,13 @@ def draw(sentences: Sentences, tokenizer: Any, count: int, tokens: tuple[int, in
 def fine_tune(options: argparse.Namespace, train_set: Reviews, record: Path | None = None) -> nn.Module:
     """Train from the pretrained weights by the Trainer, always alike but for the labels that are ignored."""
     set_seed(0)  # the new head is random
-    model = AutoModelForSequenceClassification.from_pretrained(
+    model: Any = AutoModelForSequenceClassification.from_pretrained(
         options.model, num_labels=2, id2label=dict(enumerate(CLASSES))
     )
     if not options.full or options.layers is not None:
         model.requires_grad_(False)
-        trained = model.bert.encoder.layer[-(options.layers or 2) :]
-        for part in (trained, model.bert.pooler, model.classifier):
+        last_layers = model.bert.encoder.layer[-(options.layers or 2) :]
+        for part in (last_layers, model.bert.pooler, model.classifier):
             part.requires_grad_(True)
     steps = options.epochs * -(-len(train_set) // 32)
     at = [round(steps * (i + 1) / CHECKPOINTS) for i in range(CHECKPOINTS)]
@@ -193,11 +195,12 @@ def fine_tune(options: argparse.Namespace, train_set: Reviews, record: Path | No
             warmup_steps=steps // 10, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
-        callbacks = [] if record is None else [RecorderCallback(record, at=at)]
+        callbacks: list[Any] = [] if record is None else [RecorderCallback(record, at=at)]
         trainer = Trainer(model, arguments, train_dataset=train_set, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return model.eval()
+    tuned: nn.Module = model.eval()
+    return tuned
 
 
 def margins(model: nn.Module, reviews: Reviews) -> np.ndarray:
@@ -270,7 +273,7 @@ def write_page(
         [asked[review] for review in shown],
         class_names=CLASSES,
         predictions=[asked[i][1] if margin[i] > 0 else 1 - asked[i][1] for i in shown],
-        measurements=margin[shown],
+        measurements=margin[shown].tolist(),
         notes=[sentence(removal, options.removed) for removal in removals],
     )
     trained = "all layers" if options.full and options.layers is None else f"the upper {options.layers or 2} layers"

@@ -1,33 +1,42 @@
 """Random projections whose matrices are pure functions of a seed: plain references, fast paths and their launchers."""
 
-from .backends import KINDS, available_backends, choose_backend, require_backend
-from .fast_jl import fast_jl_add_at_, require_fast_jl
+from .backends import BACKENDS, available_backends, choose_backend
+from .fast_jl import fast_jl_add_, fast_jl_add_at_, fast_jl_add_outer_, require_fast_jl
 from .kronecker import kronecker_add_, kronecker_add_outer_, kronecker_split
 from .philox import philox4x32
-from .rademacher import rademacher_add_, rademacher_add_outer_, sign_tile
-from .sparse import sparse_add_, sparse_add_at_, sparse_add_outer_, sparse_add_windows_, sparse_map
+from .rademacher import rademacher_add_, sign_tile
+from .sparse import sparse_add_, sparse_add_at_, sparse_add_outer_, sparse_add_windows_
+from .sparse_map import signs_negative, sparse_map
+from .tensor import tensor_add_, tensor_add_at_, tensor_add_outer_, tensor_add_windows_
+from .tensor_map import TensorMap
 from .tiles import outer_tiles, scaled, window_columns
 
 __all__ = [
-    "KINDS",
+    "BACKENDS",
+    "TensorMap",
     "available_backends",
     "choose_backend",
+    "fast_jl_add_",
     "fast_jl_add_at_",
+    "fast_jl_add_outer_",
     "kronecker_add_",
     "kronecker_add_outer_",
     "kronecker_split",
     "outer_tiles",
     "philox4x32",
     "rademacher_add_",
-    "rademacher_add_outer_",
-    "require_backend",
     "require_fast_jl",
     "scaled",
     "sign_tile",
+    "signs_negative",
     "sparse_add_",
     "sparse_add_at_",
     "sparse_add_outer_",
     "sparse_add_windows_",
     "sparse_map",
+    "tensor_add_",
+    "tensor_add_at_",
+    "tensor_add_outer_",
+    "tensor_add_windows_",
     "window_columns",
 ]

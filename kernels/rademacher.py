@@ -9,18 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .fast_jl import fast_jl_add_, fast_jl_add_outer_
 from .native import native_library, share_rows
 from .philox import philox4x32, sign_bits
-from .tiles import outer_tiles
 
-__all__ = ["TAG_DENSE", "rademacher_add_", "rademacher_add_outer_", "sign_tile"]
+__all__ = ["TAG_DENSE", "rademacher_add_", "sign_tile"]
 
 TAG_DENSE = 0x44454E53
 
 _WORD = np.uint64(0xFFFFFFFF)
 _TILE = 1 << 20  # entries of the matrix that are held at once
-_OUTER_TILE = 1 << 18  # numbers of the gradients of one tile
 
 
 def sign_tile(
@@ -61,16 +58,11 @@ def _sign_tile_native(start: int, stop: int, count: int, seed: int, tag: int) ->
     return tile
 
 
-def rademacher_add_(
-    out: Tensor, rows: Tensor, offset: int, *, seed: int, backend: str = "torch", multiprocessors: int | None = None
-) -> None:
+def rademacher_add_(out: Tensor, rows: Tensor, offset: int, *, seed: int, backend: str = "torch") -> None:
     """Add R[:, offset : offset + n] rows, for rows (B, n), to out (B, k); both float32, in place.
 
-    Backend "fast-jl" adds another matrix, which depends on the number of multiprocessors; see `fast_jl.py`.
+    Backend "triton" takes rows of any floating-point type.
     """
-    if backend == "fast-jl":
-        fast_jl_add_(out, rows, offset, seed=seed, multiprocessors=multiprocessors)
-        return
     if backend == "triton":
         from .triton_rademacher import add_dense_triton_
 
@@ -84,21 +76,3 @@ def rademacher_add_(
             offset + start, offset + start + piece.shape[1], dim, seed=seed, backend=backend, device=out.device
         )
         out.addmm_(piece, signs, alpha=dim**-0.5)
-
-
-def rademacher_add_outer_(
-    out: Tensor,
-    left: Tensor,
-    right: Tensor,
-    offset: int,
-    *,
-    seed: int,
-    backend: str = "torch",
-    multiprocessors: int | None = None,
-) -> None:
-    """Add R vec(sum_t left_t (x) right_t), left (B, T, o) and right (B, T, i), to out (B, k), in place; all float32."""
-    if backend == "fast-jl":
-        fast_jl_add_outer_(out, left, right, offset, seed=seed, multiprocessors=multiprocessors)
-        return
-    for some, start, tile in outer_tiles(left.float(), right.float(), _OUTER_TILE):
-        rademacher_add_(out[some], tile, offset + start, seed=seed, backend=backend)

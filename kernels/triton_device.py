@@ -31,7 +31,7 @@ __all__ = [
 
 _Others = ParamSpec("_Others")
 
-_SIGN: tl.constexpr = tl.constexpr(0x5349474E)  # TAG_SIGN of sparse.py
+_SIGN: tl.constexpr = tl.constexpr(0x5349474E)  # TAG_SIGN of sparse_map.py
 
 
 def interpreted() -> bool:

@@ -22,6 +22,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .sparse_map import permutations
 from .triton_device import (
     add_block,
     add_partials_,
@@ -48,8 +49,6 @@ def block_tables(first: int, last: int, dim: int, seed: int, nnz: int, device: s
 
     They are drawn on the CPU, where rejection is cheap, and kept: a layer asks for the same ones at every batch.
     """
-    from .sparse import permutations
-
     found = np.empty((2, nnz, last - first), np.int64)
     for copy in range(nnz):
         multiplier, shift = permutations(first, last, dim, seed, copy)

@@ -1,9 +1,10 @@
 """Which training examples made a model behave as it does: SOURCE in a random-projection feature bank."""
 
-from importlib.metadata import version
+from importlib.metadata import version as _version
 
-from source_proj import evaluate
+from source_proj import evaluate, integrations, report
 from source_proj._errors import BankError, GradientError, MismatchError, SourceProjError
+from source_proj.attribution.hits import Hits
 from source_proj.attribution.methods import (
     GradCos,
     GradDot,
@@ -15,14 +16,14 @@ from source_proj.attribution.methods import (
     empirical_influence,
 )
 from source_proj.attribution.queries import QueryFeatures
-from source_proj.attribution.scores import Hits, PredictedChange, Scores
+from source_proj.attribution.scores import PredictedChange, Scores
 from source_proj.attribution.source import Segment, SegmentScores, Source
 from source_proj.bank import Bank, StageBank, build, open
 from source_proj.sketch import Sketch
 from source_proj.task import CausalLM, Classification, Regression, Task, TokenQueries
 from source_proj.trajectory import SGD, Adam, Checkpoint, ParameterGroup, Recorder, RMSprop, Stage, Trajectory
 
-__version__ = version("source-proj")
+__version__ = _version("source-proj")
 
 __all__ = [
     "SGD",
@@ -62,5 +63,11 @@ __all__ = [
     "build",
     "empirical_influence",
     "evaluate",
+    "integrations",
     "open",
+    "report",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -16,8 +16,7 @@ from _kronecker import Rows, rows_of
 from torch import Tensor, nn
 
 import source_proj as sp
-from source_proj.attribution.curvature import forgetting, response
-from source_proj.trajectory import segment_times
+from source_proj.attribution.spectral import decay_operator, response
 
 __all__ = ["ExactSource"]
 
@@ -62,10 +61,8 @@ class ExactSource:
             gram = _products(layers, layers).div_(first.shape[0] * first.shape[1])
             # Eigenvalues are right to float32 rounding of the largest one, which damping and finite time hide.
             values, vectors = torch.linalg.eigh(gram)
-            spec = stage.spec()
-            (time,) = segment_times(spec, [list(range(len(stage.checkpoints)))])
-            decay = float(spec["optimizer"]["weight_decay"])
-            self._stages.append(_Stage(layers, first.shape[1], time, decay, values.clamp_(min=0), vectors))
+            (whole,) = stage.describe().cut(1)
+            self._stages.append(_Stage(layers, first.shape[1], whole.time, whole.decay, values.clamp_(min=0), vectors))
         asked = rows_of(model, task, [trajectory.stages[-1].checkpoints[c] for c in checkpoints], queries)
         self._count = next(iter(asked.values())).inputs.shape[1]  # Q
         self._queries = [_mean(_products(asked, stage.layers), self._count) for stage in self._stages]  # ∇m·a
@@ -81,14 +78,15 @@ class ExactSource:
         inner = self._queries[0]  # of what reaches the first stage's end with its gradients, (Q, C N)
         if len(self._stages) == 2:
             last = self._stages[1]
-            kept = forgetting(last.time, last.decay)
+            kept = decay_operator(last.time, last.decay)
             inner = float(kept(torch.zeros(1))) * inner + _coefficients(self._queries[1], last, kept) @ self._between[0]
         first = self._stages[0]
         ridge = 0.0 if damping is None else float(first.values.sum()) / damping
         respond = response(first.time, first.decay, ridge)
         # The Gram matrix of the first stage with itself is V diag(n σ) Vᵀ.
         own = (inner @ first.vectors) * respond(first.values.double()).float() @ first.vectors.T
-        return (-own.unflatten(1, (-1, first.n)).mean(1) / first.n).numpy()
+        scores: np.ndarray = (-own.unflatten(1, (-1, first.n)).mean(1) / first.n).numpy()
+        return scores
 
 
 def _coefficients(inner: Tensor, stage: _Stage, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -115,4 +113,5 @@ def _products(left: Layers, right: Layers) -> Tensor:
 
 def _mean(products: Tensor, count: int) -> Tensor:
     """Mean over the queries' checkpoints, ``(Q, C n)``."""
-    return products.unflatten(0, (-1, count)).mean(0)
+    mean: Tensor = products.unflatten(0, (-1, count)).mean(0)
+    return mean

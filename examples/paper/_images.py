@@ -63,14 +63,15 @@ def image_problem(
     queries: TensorDataset,
     *,
     widths: tuple[int, ...],
-    optimizer: partial[torch.optim.Optimizer] = HEAVY_BALL,
+    optimizer: partial[Any] = HEAVY_BALL,
     sizes: Sizes,
     notes: tuple[str, ...] = (),
     noisy: np.ndarray | None = None,
     kronecker: bool = False,
     cheap: bool = True,
+    panel: str | None = "image",
 ) -> Problem:
-    """Assemble a problem from its stages."""
+    """Assemble a problem from its stages; ``panel=None`` where another task has panels of the same images."""
     run = StackedRun(mlp(784, *widths, 10), stages, queries, margin, optimizer)
     sets = {stage: setting.data for stage, setting in stages.items()}
     return Problem(
@@ -88,7 +89,7 @@ def image_problem(
         sizes=sizes,
         notes=notes,
         noisy=noisy,
-        panel="image",
+        panel=panel,
         show=shower({**sets, "queries": queries}, NAMES[dataset]),
         kronecker=kronecker,
         cheap=cheap,

@@ -106,7 +106,7 @@ def features_of(bank: sp.Bank, problem: Problem) -> sp.QueryFeatures:
 def _source(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
     whole = [run.bank for run in runs]
     # An exact sketch's default is the formula to the letter; it is asked for what others have by default.
-    mean = {"query_gradient": "mean"}
+    mean: dict[str, Any] = {"query_gradient": "mean"}
     found = [
         _made(problem, DEFAULT, "defaults", whole, sp.Source, **mean),
         # On half of the examples for as many epochs, a retraining takes half of the steps.
@@ -117,10 +117,10 @@ def _source(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
         ignored, inside = [run.plain for run in runs], [run.metric for run in runs if run.metric]
         found += [
             _made(problem, "SOURCE, ignoring Adam", "as if by SGD", ignored, sp.Source, **mean),
-            _made(problem, "SOURCE, Adam's metric", 'metric="shared"', inside, sp.Source, **mean),
+            _made(problem, "SOURCE, Adam's metric", 'preconditioner="shared"', inside, sp.Source, **mean),
         ]
     if len(_curvatures(problem)) > 1:  # what the defaults were before the laboratory
-        plain = {"curvature": "empirical_fisher"}
+        plain: dict[str, Any] = {"curvature": "empirical_fisher"}
         found += [
             _made(problem, "SOURCE, empirical Fisher", "defaults but that", whole, sp.Source, **plain, **mean),
             _made(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from _methods import Run
+from _pictures import save_picture
 from _problem import Problem
 
 import source_proj as sp
@@ -24,11 +25,13 @@ def find_mislabelled(problem: Problem, runs: Sequence[Run], folder: Path) -> dic
         "SOURCE, query at the end": sp.Source(banks, query_gradient="final", progress=False).self_influence(),
         "squared gradient norm": np.mean([_squared_norms(run.plain) for run in runs], axis=0),
     }
-    found: dict[str, Mislabel] = {name: mislabel(one[: problem.n], problem.noisy) for name, one in suspicions.items()}
-    figure = plot_inspection(found)
+    curves: dict[str, Mislabel] = {
+        name: mislabel(suspicion[: problem.n], problem.noisy) for name, suspicion in suspicions.items()
+    }
+    figure = plot_inspection(curves)
     figure.axes[0].set_title(f"{problem.title}: {problem.noisy.sum():,} of {problem.n:,} labels changed")
-    figure.savefig(folder / f"{problem.name}_mislabelled.png", dpi=120)
-    return {name: round(one.auc, 4) for name, one in found.items()}
+    save_picture(figure, folder / f"{problem.name}_mislabelled.png")
+    return {name: round(curve.auc, 4) for name, curve in curves.items()}
 
 
 def _squared_norms(bank: sp.Bank) -> np.ndarray:

@@ -1,10 +1,9 @@
 """Panels: a query beside the training examples that helped and harmed it most, method by method.
 
-As in the SOURCE paper's figures 12 to 15: pictures as one PNG, sentences as tables in markdown, and either as one
-self-contained HTML page.
+As in the SOURCE paper's figures 12 to 15: pictures as one PNG, sentences as tables in markdown. One query by default:
+what is committed stays small.
 """
 
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from typing import Any
 
 import _above  # noqa: F401
 import numpy as np
+from _pictures import save_picture
 from _problem import Problem
 
 import source_proj as sp
-from source_proj.report import Attribution, Example, Page, QuerySection, make_page, write_report
+from source_proj.report import Attribution, Example, Page, QuerySection, make_page
 
 from _data import write_whole  # isort: skip  # (its folder is put on the path by _problem)
 
@@ -27,10 +27,8 @@ HELPFUL, HARMFUL, INK, SOFT = "#0b6e66", "#a83c0c", "#1d2327", "#5b656d"
 LONGEST = 200  # letters of a text in a table
 
 
-def write_panels(
-    problem: Problem, scores: Mapping[str, Any], folder: Path, queries: Sequence[int] = (0, 1, 2, 3)
-) -> list[Path]:
-    """Write ``<name>_panels.png`` (pictures) or ``.md`` (texts), and ``<name>_panels.html``.
+def write_panels(problem: Problem, scores: Mapping[str, Any], folder: Path, queries: Sequence[int] = (0,)) -> Path:
+    """Write ``<name>_panels.png`` (pictures) or ``.md`` (texts).
 
     Args:
         problem: the task; its ``show`` makes the pictures or texts.
@@ -40,19 +38,19 @@ def write_panels(
         queries: positions of the queries to show.
 
     Returns:
-        The files.
+        The file.
 
     Raises:
         ValueError: if the problem shows nothing, there are no scores, or scores or queries do not fit it.
     """
     page = make_panels(problem, scores, queries)
     if problem.panel == "image":
-        first = folder / f"{problem.name}_panels.png"
-        _draw(problem, page, first)
+        path = folder / f"{problem.name}_panels.png"
+        _draw(problem, page, path)
     else:
-        first = folder / f"{problem.name}_panels.md"
-        write_whole(first, _markdown(page).encode())
-    return [first, write_report(page, folder / f"{problem.name}_panels.html")]
+        path = folder / f"{problem.name}_panels.md"
+        write_whole(path, _markdown(page).encode())
+    return path
 
 
 def make_panels(problem: Problem, scores: Mapping[str, Any], queries: Sequence[int]) -> Page:
@@ -61,11 +59,11 @@ def make_panels(problem: Problem, scores: Mapping[str, Any], queries: Sequence[i
         raise ValueError(f"{problem.name} has panel={problem.panel!r}: panels need 'image' or 'text', and show")
     if not scores:
         raise ValueError("there is nothing to show: got no scores")
-    total = len(problem.queries)  # type: ignore[arg-type]
+    total = len(problem.queries)
     if not queries or not all(0 <= query < total for query in queries):
         raise ValueError(f"queries must be positions from 0 to {total - 1}, got {list(queries)}")
-    found = {name: _of_queries(problem, name, one, list(queries), total) for name, one in scores.items()}
-    (method, first), *others = found.items()
+    chosen = {name: _of_queries(problem, name, values, list(queries), total) for name, values in scores.items()}
+    (method, first), *others = chosen.items()
     return make_page(
         f"{problem.title}: the examples behind the answers",
         first,
@@ -168,7 +166,6 @@ def _number(score: float) -> str:
 
 def _draw(problem: Problem, page: Page, path: Path) -> None:
     """One picture of all queries; all tiles on one axes, whose unit is a tile's side."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     left, gap, step = 3.3, 0.35, 1.42  # where tiles begin, what parts the two fives, height of a row
@@ -176,7 +173,6 @@ def _draw(problem: Problem, page: Page, path: Path) -> None:
     height = rows * step + 0.5 * len(page.sections) + 0.6
     width = left + 2 * TOP * 1.08 + gap
     figure = Figure(figsize=(0.72 * width, 0.72 * height))
-    FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
@@ -209,9 +205,7 @@ def _draw(problem: Problem, page: Page, path: Path) -> None:
             top += step
         top += 0.5
     axes.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130, format="png", facecolor="white")
-    write_whole(path, buffer.getvalue())
+    save_picture(figure, path, dpi=130)
 
 
 def _folded(method: str) -> str:

@@ -101,7 +101,7 @@ def _build(
     if any(stage.optimizer.preconditioned for stage in trajectory.stages):
         # Decoupled weight decay is no part of the loss: as SGD's λ it would put a floor under the rivals' damping.
         alone = _altered(trajectory, optimizer=sp.SGD())
-        plain, metric = build("plain", alone, dim), build("metric", _altered(trajectory, metric="shared"), dim)
+        plain, metric = build("plain", alone, dim), build("metric", _altered(trajectory, preconditioner="shared"), dim)
     first = carried = plain
     if len(trajectory.stages) > 1:
         stage = alone.stages[0]
@@ -134,6 +134,7 @@ def write(
     """Write table, facts, figure and panels into the results folder."""
     from _mislabelled import find_mislabelled
     from _panels import write_panels
+    from _pictures import save_picture
 
     from source_proj.evaluate import plot_lds
 
@@ -147,7 +148,7 @@ def write(
         "title": problem.title,
         "notes": list(problem.notes),
         "n": problem.n,
-        "queries": len(problem.queries),  # type: ignore[arg-type]
+        "queries": len(problem.queries),
         "unit": problem.task.unit,
         "subsets": truth.shape[0],
         "retrainings": truth.shape[1],
@@ -161,9 +162,9 @@ def write(
     if problem.noisy is not None:
         facts["mislabelled"] = find_mislabelled(problem, runs, folder)
     (folder / f"{problem.name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    figure = plot_lds({one.method: one.single for one in found.contestants})
-    figure.savefig(folder / f"{problem.name}.png", dpi=120)
-    if problem.show is not None:
+    figure = plot_lds({result.method: result.single for result in found.results})
+    save_picture(figure, folder / f"{problem.name}.png")
+    if problem.panel is not None:
         named = [DEFAULT, "TRAK", "TracIn", "Influence functions", "RepSim"]
         write_panels(problem, {name: found[name].scores for name in named}, folder)
 

@@ -10,16 +10,23 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import _above  # noqa: F401
 import numpy as np
 from torch import nn
-from torch.utils.data import Dataset
 
 import source_proj as sp
 
-__all__ = ["Problem", "Sizes", "parser", "sized"]
+__all__ = ["Examples", "Problem", "Sizes", "parser", "sized"]
+
+
+class Examples(Protocol):
+    """A map-style data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -78,8 +85,8 @@ class Problem:
     title: str
     task: sp.Task
     make_model: Callable[[], nn.Module]
-    train_sets: Mapping[str, Dataset]
-    queries: Dataset
+    train_sets: Mapping[str, Examples]
+    queries: Examples
     record: Callable[[int, Path], sp.Trajectory]
     retrain: Callable[[list[np.ndarray], list[int]], np.ndarray]
     group: int
@@ -98,7 +105,7 @@ class Problem:
     @property
     def n(self) -> int:
         """Number of training examples that are attributed: those of the first stage."""
-        return len(next(iter(self.train_sets.values())))  # type: ignore[arg-type]
+        return len(next(iter(self.train_sets.values())))
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -63,7 +63,7 @@ class StackedRun:
     stages: Mapping[str, StageSetting]
     queries: TensorDataset
     measure: Callable[[Tensor, Tensor], Tensor]
-    optimizer: partial[torch.optim.Optimizer] = HEAVY_BALL
+    optimizer: partial[Any] = HEAVY_BALL
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
     group: int = 8
 

@@ -11,12 +11,15 @@ from _exact import ExactSource
 from _study import Recipe, Response, cross_scores, plain
 from torch import Tensor
 
-from source_proj.attribution.curvature import default_curvature, response
+from source_proj.attribution.curvature import Curvature, default_curvature
 from source_proj.attribution.fits import cached_spectrum
+from source_proj.attribution.spectral import response
 from source_proj.evaluate import GroundTruth
-from source_proj.trajectory import MetricKind
+from source_proj.trajectory import PreconditionerMode
 
 __all__ = ["FISHER", "REFERENCE", "STUDIES"]
+
+CURVATURES: tuple[Curvature, ...] = ("empirical_fisher", "gauss_newton")
 
 REFERENCE = Recipe()
 FISHER = Recipe("empirical_fisher")  # what two sketches can be crossed for
@@ -72,7 +75,7 @@ def hessian(bench: Bench) -> Iterator[Variant]:
         yield f"Gauss-Newton, {multiple:g} tr(H)/k", bench.scores(Recipe("gauss_newton", respond=respond))
         for draws in [1, 4]:
             recipe = Recipe("sampled_fisher", respond=respond)
-            yield f"sampled Fisher, {draws} a row, {multiple:g} tr(H)/k", bench.scores(recipe, fisher=draws)
+            yield f"sampled Fisher, {draws} per row, {multiple:g} tr(H)/k", bench.scores(recipe, fisher=draws)
 
 
 def damping(bench: Bench) -> Iterator[Variant]:
@@ -226,7 +229,7 @@ def sampling_ratio(bench: Bench) -> Iterator[Variant]:
             fraction=share, retrainings=retrainings, seed=5 * 10**6, settings=bench.problem.settings,
         )  # fmt: skip
         truth.fill(bench.problem.retrain, group=bench.problem.group, workers=int(bench.problem.extra["workers"]))
-        for curvature in ["empirical_fisher", "gauss_newton"]:
+        for curvature in CURVATURES:
             for factor in [0.1, 0.25, 0.5, 1.0]:
                 recipe = Recipe(curvature, time=factor)
                 yield f"{share:.0%} kept, {curvature.replace('_', ' ')}, time x {factor:g}", bench.scores(recipe), truth
@@ -234,7 +237,13 @@ def sampling_ratio(bench: Bench) -> Iterator[Variant]:
 
 def adam_metric(bench: Bench) -> Iterator[Variant]:
     """(j) What becomes of Adam's preconditioner, by segments and time; and of a sketch four times as large."""
-    cuts: list[tuple[MetricKind, int]] = [("shared", 1), ("scalar", 1), ("none", 1), ("shared", 3), ("per_segment", 3)]
+    cuts: list[tuple[PreconditionerMode, int]] = [
+        ("shared", 1),
+        ("scalar", 1),
+        ("none", 1),
+        ("shared", 3),
+        ("per_segment", 3),
+    ]
     for (metric, number), factor in product(cuts, [1.0, 0.5]):
         yield f"{metric}, {number} segments, time x {factor:g}", bench.in_metric(metric, number, factor)
     larger, rows = 4 * bench.dim, bench.problem.n * len(bench.trajectories[0].stages[0].checkpoints)

@@ -6,18 +6,19 @@ banks that the pipeline built, by the recursion of the library's own ``by_segmen
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import source_proj as sp
-from source_proj.attribution.curvature import Curvature, Spectrum, default_curvature, forgetting, noise_floor, response
+from source_proj.attribution.curvature import Curvature, default_curvature, noise_floor
 from source_proj.attribution.fits import cached_spectrum
 from source_proj.attribution.operands import loss_gradients, mean_gradients
 from source_proj.attribution.queries import QueryFeatures
-from source_proj.trajectory import segment_decays, segment_times, split_segments
+from source_proj.attribution.spectral import Spectrum, decay_operator, response
+from source_proj.trajectory import split_segments
 
 __all__ = ["Recipe", "Response", "cross_scores", "drift", "fit_scores", "floor_of", "plain"]
 
@@ -87,19 +88,23 @@ def fit_scores(bank: sp.Bank, features: QueryFeatures, recipe: Recipe, rows: int
             for operand in mean_gradients(bank, 0, segment.checkpoints, None):
                 part = carried @ operand.rows.T
                 values[:, operand.start : operand.stop].add_(part, alpha=-1 / bank.stages[0].n)
-        kept = forgetting(recipe.time * segment.time, recipe.decay * segment.decay)
+        kept = decay_operator(recipe.time * segment.time, recipe.decay * segment.decay)
         extra = recipe.keep * segment.floor
-        query = segment.spectrum.multiply(query, lambda x, kept=kept, extra=extra: kept(x + extra))
+        query = segment.spectrum.multiply(query, partial(_shifted, kept, extra))
     return values.numpy()
 
 
-def drift(bank: sp.Bank) -> list[dict[str, float]]:
+def _shifted(function: Callable[[Tensor], Tensor], by: float, eigenvalues: Tensor) -> Tensor:
+    return function(eigenvalues + by)
+
+
+def drift(bank: sp.Bank) -> list[dict[str, object]]:
     """How far the run moves between the first and the second half of each stage's checkpoints.
 
     Returns a row a stage: "gradients", one minus the cosine of an example's two mean gradients, mean over the examples;
     "Hessians", one minus the cosine of the two matrices; "traces", the log-ratio of their traces.
     """
-    rows = []
+    rows: list[dict[str, object]] = []
     for index, stage in enumerate(bank.stages):
         half = stage.n_checkpoints // 2
         halves = [tuple(range(half)), tuple(range(half, stage.n_checkpoints))]
@@ -135,20 +140,19 @@ def _used(bank: sp.Bank, stage: int, recipe: Recipe) -> list[int]:
 def _segments(bank: sp.Bank, recipe: Recipe) -> list[Segment]:
     found = []
     for index, stage in enumerate(bank.stages):
-        count = stage.n_checkpoints
         used = _used(bank, index, recipe)
         groups = split_segments(len(used), min(recipe.segments, len(used)))
         # Time goes by between checkpoints that are left out, too: it falls to the segment that ends next.
-        integrals = [0.0, *stage.spec["lr_integrals"]]
-        (decay,) = segment_decays(stage.spec, 1)
-        factor = segment_times(stage.spec, [list(range(count))])[0] / integrals[-1]
+        integrals = [0.0, *stage.record.lr_integrals]
+        (whole,) = stage.record.cut(1)
+        factor = whole.time / integrals[-1]
         begin = 0.0
         for number, group in enumerate(groups):
             last = number == len(groups) - 1
             end = integrals[-1] if last else integrals[used[group[-1]] + 1]
             own = tuple(used[c] for c in group)
             spectrum = _spectrum(bank, index, own, recipe.curvature)
-            found.append(Segment(index, own, factor * (end - begin), decay, spectrum, floor_of(bank, spectrum)))
+            found.append(Segment(index, own, factor * (end - begin), whole.decay, spectrum, floor_of(bank, spectrum)))
             begin = end
     return found
 

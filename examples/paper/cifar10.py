@@ -121,7 +121,8 @@ class Residual(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv2d(inner, outer, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.shortcut(x) + self.body(x)
+        y: Tensor = self.shortcut(x) + self.body(x)
+        return y
 
 
 def _activated(channels: int) -> tuple[nn.Module, nn.Module]:
@@ -270,7 +271,8 @@ def problem(options: argparse.Namespace) -> Problem:
 
 def _tensors(pixels: np.ndarray, labels: np.ndarray) -> TensorDataset:
     """Normalised images ``(n, 3, 32, 32)`` and labels."""
-    scaled = (pixels.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(DEVIATION)
+    mean, deviation = np.array(MEAN, np.float32), np.array(DEVIATION, np.float32)
+    scaled = (pixels.astype(np.float32) / 255 - mean) / deviation
     return TensorDataset(torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))), torch.from_numpy(labels))
 
 

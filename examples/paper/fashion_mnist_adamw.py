@@ -26,6 +26,7 @@ def problem(options: argparse.Namespace) -> Problem:
     return image_problem(
         "fashion_mnist_adamw", "Fashion-MNIST, AdamW", "fashion_mnist", {"train": stage}, queries, widths=(256, 128),
         optimizer=ADAMW, sizes=sizes, notes=("Trained with AdamW; the paper has SGD here.",), cheap=False,
+        panel=None,
     )  # fmt: skip
 
 

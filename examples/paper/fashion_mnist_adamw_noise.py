@@ -22,6 +22,7 @@ def problem(options: argparse.Namespace) -> Problem:
     return image_problem(
         "fashion_mnist_adamw_noise", "Fashion-MNIST-N, AdamW", "fashion_mnist", {"train": stage}, queries,
         widths=(256, 128), optimizer=ADAMW, sizes=sizes, noisy=noisy, notes=notes, cheap=False,
+        panel=None,
     )  # fmt: skip
 
 

@@ -13,13 +13,15 @@ import argparse
 import dataclasses
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from _methods import DEFAULT, candidates
+from _pictures import save_picture
 from _pipeline import banks, ground_truth, home
-from _problem import Problem, parser, sized
+from _problem import Examples, Problem, parser, sized
 
 from source_proj.evaluate import (
     SubsetRemoval,
@@ -44,8 +46,8 @@ def removal(problem: Problem, options: argparse.Namespace, sizes: list[int], cou
     truth = ground_truth(problem, options)
     wanted = [one for one in candidates(problem, banks(problem, options), None) if one.method in METHODS]
     found = compare_methods(wanted, truth.masks, truth.outcomes)
-    scores = {one.method: one.scores for one in found.contestants}
-    labels = [np.array([int(row[1]) for row in data]) for data in (_first(problem), problem.queries)]
+    scores = {result.method: result.scores for result in found.results}
+    labels = [np.array([int(data[i][1]) for i in range(len(data))]) for data in (_first(problem), problem.queries)]
     scores[RANDOM] = random_same_class(*labels)
     base = _majority(problem, problem.predict)
     correct = base == labels[1]
@@ -62,11 +64,11 @@ def removal(problem: Problem, options: argparse.Namespace, sizes: list[int], cou
     return results
 
 
-def _first(problem: Problem):
+def _first(problem: Problem) -> Examples:
     return next(iter(problem.train_sets.values()))
 
 
-def _majority(problem: Problem, predict) -> np.ndarray:
+def _majority(problem: Problem, predict: Callable[[list[np.ndarray], list[int]], np.ndarray]) -> np.ndarray:
     """Prediction of most of nine networks trained on everything."""
     seeds = [BASE_SEED + i for i in range(9)]
     predicted = predict([np.arange(problem.n)] * len(seeds), seeds).astype(np.int64)  # (9, Q)
@@ -88,7 +90,7 @@ def write(problem: Problem, results: dict[str, SubsetRemoval], folder: Path) -> 
     pd.DataFrame(rows).to_csv(folder / f"{problem.name}.csv", index=False, float_format="%.4f")
     figure = plot_removal(results)
     figure.axes[0].set_title(f"{problem.title}, {problem.n:,} examples")
-    figure.savefig(folder / f"{problem.name}.png", dpi=120)
+    save_picture(figure, folder / f"{problem.name}.png")
     facts = {"title": problem.title, "n": problem.n, "queries": rows[0]["queries"], "runs": problem.sizes.runs}
     (folder / f"{problem.name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 

@@ -61,7 +61,8 @@ class Layer(nn.Module):
         q, k, v = (part(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (self.query, self.key, self.value))
         y = scaled_dot_product_attention(q, k, v, attn_mask=together[:, None])  # (B, heads, T, width / heads)
         x = self.after_attention(x + self.joined(y.transpose(1, 2).flatten(2)))
-        return self.after_perceptron(x + self.contract(gelu(self.expand(x))))
+        states: Tensor = self.after_perceptron(x + self.contract(gelu(self.expand(x))))
+        return states
 
 
 class Embeddings(nn.Module):
@@ -77,7 +78,8 @@ class Embeddings(nn.Module):
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Token ids and their places in their sentence ``(B, T)`` to hidden states ``(B, T, width)``."""
         segments = self.token_type_embeddings(torch.zeros_like(ids))
-        return self.LayerNorm(self.word_embeddings(ids) + self.position_embeddings(positions) + segments)
+        states: Tensor = self.LayerNorm(self.word_embeddings(ids) + self.position_embeddings(positions) + segments)
+        return states
 
 
 class Encoder(nn.Module):
@@ -116,7 +118,8 @@ class Encoder(nn.Module):
         x = self.hidden(inputs, sentence, positions)
         counted = (sentence[:, None] == torch.tensor([[1], [2]], device=x.device)).to(x)  # (B, 2, T)
         u, v = normalize(counted @ x / counted.sum(-1, keepdim=True), dim=-1).unbind(1)
-        return self.classifier(torch.cat([(u - v).abs(), u * v], -1))
+        logits: Tensor = self.classifier(torch.cat([(u - v).abs(), u * v], -1))
+        return logits
 
     def hidden(self, inputs: Tensor, sentence: Tensor, positions: Tensor | None, count: int = LAYERS) -> Tensor:
         """Hidden states after the first ``count`` layers that it has."""
@@ -199,8 +202,8 @@ def encode(pairs: list[Pair], tokens: int, first: int) -> Rows:
     if first:
         whole = Encoder(0)
         with torch.no_grad():
-            batches = zip(*(tensor.split(64) for tensor in rows.values()), strict=True)
-            states = torch.cat([whole.hidden(*batch, count=first) for batch in batches])
+            batches = zip(*(tensor.split(64) for tensor in (ids, sentence, positions)), strict=True)
+            states = torch.cat([whole.hidden(i, s, p, count=first) for i, s, p in batches])
         rows = {"inputs": states, "sentence": sentence}
     return Rows({**rows, "labels": torch.tensor([pair.label for pair in pairs])})
 
@@ -222,7 +225,7 @@ def problem(options: argparse.Namespace) -> Problem:
         pair = (asked if stage == "queries" else pairs)[index]
         return f"{pair.first}\n{pair.second}", LABELS[pair.label]
 
-    notes = (
+    notes: tuple[str, ...] = (
         f"{len(train)} training pairs, {len(queries)} queries, {tokens} tokens. The paper fine-tunes BERT on 2,490 "
         "pairs; this is MiniLM, of 6 layers, 384 wide, which encodes the sentences apart. Its classifier starts as "
         "their cosine, and runs differ in the order of batches alone.",

@@ -167,7 +167,6 @@ def _links(folder: Path, link: str, task: str) -> str:
         ".png": "figure",
         "_panels.png": "panels",
         "_panels.md": "panels",
-        "_panels.html": "page",
         "_mislabelled.png": "changed labels",
     }
     there = [f"[{name}]({link}/{task}{end})" for end, name in names.items() if (folder / f"{task}{end}").exists()]

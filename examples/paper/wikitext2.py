@@ -66,7 +66,8 @@ class Decoder(nn.Module):
         x = self.words(input_ids) + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device))
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
 
 class Block(nn.Module):
@@ -88,7 +89,8 @@ class Block(nn.Module):
         )
         y = scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, width / heads)
         x = x + self.joined(y.transpose(1, 2).flatten(2))
-        return x + self.contract(gelu(self.expand(self.before_perceptron(x))))
+        mixed: Tensor = x + self.contract(gelu(self.expand(self.before_perceptron(x))))
+        return mixed
 
 
 def load_words(folder: Path, split: str) -> tuple[list[str], list[str]]:

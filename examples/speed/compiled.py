@@ -130,7 +130,7 @@ def _compiling(capability: int) -> Iterator[dict[str, Any]]:
 def launches(dim: int) -> dict[str, Callable[[], None]]:
     """The shapes that matter, of float32 and bfloat16: given rows, layers of GPT-2 and ResNet, dense signs.
 
-    Products of layers with several steps are the vendor's.
+    Layers with several steps multiply by cuBLAS.
     """
     found: dict[str, Callable[[], None]] = {}
     sparse: dict[str, Any] = {"seed": 1, "backend": "triton"}
@@ -209,7 +209,8 @@ def _counts(assembly: str) -> tuple[Counter[str], Counter[str]]:
 def _tool(option: str, file: Path) -> str:
     """Output of cuobjdump."""
     command = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump", option, file]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output: str = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
+    return output
 
 
 def main(arguments: list[str] | None = None) -> None:

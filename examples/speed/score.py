@@ -13,19 +13,22 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import source_proj as sp
+from source_proj.bank.codecs import codec_names
 
-STORAGES = ("float32", "float16", "int8")
+STORAGES = codec_names()
 
 
-class Generated(Dataset):
+class Generated(Dataset[Any]):
     """Rows of normal features with decaying scales, each a function of its index."""
 
     def __init__(self, count: int, dim: int, first: int = 0) -> None:
@@ -100,7 +103,7 @@ def time_fit(bank: sp.Bank) -> None:
 def time_queries(bank: sp.Bank, model: nn.Module, count: int, repetitions: int) -> None:
     """Score and top_k for each storage of B, against one read of B's bytes and the product in float32."""
     sources = {kind: sp.Source(bank, model=model, progress=False, storage=kind) for kind in STORAGES}
-    matrices = {kind: source._of(bank).matrix(kind) for kind, source in sources.items()}
+    matrices = {kind: source._of(bank).matrix(source.codec) for kind, source in sources.items()}
     b = matrices["float32"].rows  # the bare product has the very same operands
     (n, k), checkpoint = b.shape, bank.final_checkpoint()
     square = torch.randn(2048, 2048)
@@ -111,28 +114,28 @@ def time_queries(bank: sp.Bank, model: nn.Module, count: int, repetitions: int) 
         part = sp.QueryFeatures({checkpoint.hash(): rows}, features.ids[:few], features.sketch)
         out = torch.empty(few, n)
         # A sum of float32 reads memory as fast as torch can; the other storages have as many bytes a second.
-        calls = [
+        calls: list[Callable[[], object]] = [
             b.view(-1).sum,
             lambda: torch.mm(square, square),
-            lambda rows=rows, out=out: torch.mm(rows, b.T, out=out),
+            partial(torch.mm, rows, b.T, out=out),
         ]
-        for one in sources.values():
-            calls += [lambda one=one, part=part: one.score(part), lambda one=one, part=part: one.top_k(part, 10)]
+        for stored in sources.values():
+            calls += [partial(stored.score, part), partial(stored.top_k, part, 10)]
         read, large, product, *ours = interleaved(repetitions, *calls)
         flops, speed = 2 * n * k * few, 2 * len(square) ** 3 / large
         print(
             f"{few} queries: memory {b.nbytes / read / 1e9:.1f} GB/s, large products {speed / 1e9:.1f} GFLOP/s; "
             f"the bare float32 product of this shape {product * 1e3:.1f} ms, {flops / product / 1e9:.1f} GFLOP/s"
         )
-        for index, (kind, one) in enumerate(sources.items()):
+        for index, (kind, stored) in enumerate(sources.items()):
             scored, searched = ours[2 * index : 2 * index + 2]
-            reading, multiplying = read * one.nbytes() / b.nbytes, flops / speed
+            reading, multiplying = read * stored.nbytes() / b.nbytes, flops / speed
             bound = max(reading, multiplying)
-            memory = peak_bytes(lambda one=one, part=part: one.top_k(part, 10))
+            memory = peak_bytes(partial(stored.top_k, part, 10))
             shown = "?" if memory is None else f"{memory / 2**20:.0f} MiB"
             print(
-                f"  {kind:8s} B {one.nbytes() / 2**20:6.0f} MiB   score {scored * 1e3:8.1f} ms   "
-                f"top_k(10) {searched * 1e3:8.1f} ms: {one.nbytes() / searched / 1e9:5.1f} GB/s, "
+                f"  {kind:8s} B {stored.nbytes() / 2**20:6.0f} MiB   score {scored * 1e3:8.1f} ms   "
+                f"top_k(10) {searched * 1e3:8.1f} ms: {stored.nbytes() / searched / 1e9:5.1f} GB/s, "
                 f"{flops / searched / 1e9:5.1f} GFLOP/s   bound ({'memory' if reading > multiplying else 'product'}) "
                 f"{bound * 1e3:8.1f} ms, {bound / searched:4.0%} reached   "
                 f"peak memory {shown} (Q x N: {few * n * 4 / 2**20:.0f} MiB)",

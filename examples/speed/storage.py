@@ -11,6 +11,7 @@ import argparse
 import tempfile
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +20,12 @@ from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 import source_proj as sp
+from source_proj.bank.codecs import codec_names
 
-STORAGES = ("float32", "float16", "int8")
+STORAGES = codec_names()
 
 
-def train(data: TensorDataset, folder: Path) -> tuple[nn.Module, sp.Trajectory]:
+def train(data: Dataset[Any], folder: Path) -> tuple[nn.Module, sp.Trajectory]:
     """Fit a small network for 20 epochs and record it six times."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -62,7 +64,7 @@ def main() -> None:
     exact = [scores["float32", seed] for seed in range(args.seeds)]
     noise = np.mean([compare(a, b) for a, b in combinations(exact, 2)], axis=0)
     print(f"seed to seed: difference {noise[0]:.4f}, correlation {noise[1]:.4f}")
-    for storage in STORAGES[1:]:
+    for storage in [name for name in STORAGES if name != "float32"]:
         change = np.mean([compare(exact[seed], scores[storage, seed]) for seed in range(args.seeds)], axis=0)
         print(f"{storage:>12}: difference {change[0]:.4f}, correlation {change[1]:.6f}")
 
@@ -70,8 +72,8 @@ def main() -> None:
 def score(
     model: nn.Module,
     trajectory: sp.Trajectory,
-    fit: Dataset,
-    queries: Dataset,
+    fit: Dataset[Any],
+    queries: Dataset[Any],
     folder: Path,
     storage: str,
     seed: int,

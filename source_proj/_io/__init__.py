@@ -1,3 +1,3 @@
 """Files that are whole or not there, hashes, and safe loading."""
 
-__all__: list[str] = []
+__all__ = []

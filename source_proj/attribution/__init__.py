@@ -1,3 +1,3 @@
 """From a bank to scores: queries, curvature, SOURCE and the other methods."""
 
-__all__: list[str] = []
+__all__ = []

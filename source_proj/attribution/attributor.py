@@ -7,29 +7,29 @@ Each method's scores are a sum of terms, each the product of a query operand ``(
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
-from source_proj.attribution.operands import Operand
+from source_proj.attribution.hits import Hits, checked_count, make_hits
+from source_proj.attribution.operands import Operand, aligned
 from source_proj.attribution.queries import QueryFeatures, resolve_task, sketch_queries
-from source_proj.attribution.scores import Hits, Scores, make_hits
+from source_proj.attribution.scores import Scores
 from source_proj.bank import Bank
-from source_proj.kernels.scoring import Strongest, score
+from source_proj.kernels.scoring import Strongest
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint
 
-__all__ = ["Attributor", "QueryGradient", "Term", "check_query_gradient", "query_points", "takes_mean"]
+__all__ = ["Attributor", "Queries", "Term"]
 
 _BLOCK_SCORES = 8 << 20
 """Scores held at once while streaming (32 MiB of float32)."""
 
 _MIN_ROWS = 256
 
-QueryGradient = Literal["mean", "final"]
 Queries = Any
 """A map-style dataset, a DataLoader, or what ``sketch(queries)`` returned."""
 
@@ -47,10 +47,10 @@ class Attributor(ABC):
     Args:
         bank: a finalized bank, or a list of banks of runs on the same training set (an ensemble: final scores are
             averaged over the runs).
-        model: a module of the architecture that was trained; needed for queries given as data. It lends its code:
-            weights come from the bank's checkpoints, and its own come back unchanged.
+        model: a module of the architecture that was trained; needed for queries given as data. Weights come from the
+            bank's checkpoints, and the model itself is left as it is.
         task: the task of the bank; needed for custom tasks only.
-        batch_size: queries a backward pass.
+        batch_size: queries per backward pass.
         device: where products are computed and queries run; default: the CPU, and where the model is.
         progress: show progress bars for what takes over two seconds.
 
@@ -75,16 +75,17 @@ class Attributor(ABC):
         self.banks = tuple(bank) if isinstance(bank, Sequence) else (bank,)
         if not self.banks:
             raise ValueError("got an empty list of banks; give at least one")
-        for one in self.banks:
-            one.require_finalized()
-            if one.ids != self.banks[0].ids:
+        for member in self.banks:
+            member.require_finalized()
+            if member.ids != self.banks[0].ids:
                 raise MismatchError(
-                    f"the banks {self.banks[0].path} and {one.path} hold different training ids; "
+                    f"the banks {self.banks[0].path} and {member.path} hold different training ids; "
                     "an ensemble averages runs on one training set"
                 )
-            if one.task_spec != self.banks[0].task_spec:
+            if member.task_spec != self.banks[0].task_spec:
                 raise MismatchError(
-                    f"the banks of an ensemble measure different things: {self.banks[0].task_spec} and {one.task_spec}"
+                    "the banks of an ensemble measure different things: "
+                    f"{self.banks[0].task_spec} and {member.task_spec}"
                 )
         self.model = model
         if task is not None:
@@ -120,7 +121,7 @@ class Attributor(ABC):
         return self._strongest(queries, k, highest=False)
 
     def sketch(self, queries: Queries) -> list[QueryFeatures]:
-        """Compute the queries' features, one entry a bank; every verb takes them in place of the data.
+        """Compute the queries' features, one entry per bank; every verb takes them in place of the data.
 
         Raises:
             ValueError: if data are given but no model was.
@@ -128,24 +129,9 @@ class Attributor(ABC):
         """
         if isinstance(queries, QueryFeatures):
             queries = [queries]
-        if isinstance(queries, list) and queries and all(isinstance(one, QueryFeatures) for one in queries):
+        if isinstance(queries, list) and queries and all(isinstance(given, QueryFeatures) for given in queries):
             return self._checked(queries)
-        if self.model is None:
-            raise ValueError("scoring queries given as data needs the model's code: pass model= when constructing")
-        return [
-            sketch_queries(
-                bank,
-                self.model,
-                self.task,
-                queries,
-                checkpoints=self._query_points(bank),
-                metrics=self._query_metrics(bank),
-                batch_size=self.batch_size,
-                device=self.device,
-                progress=self.progress,
-            )
-            for bank in self.banks
-        ]
+        return [self._sketch(bank, queries, self._query_points(bank), self._query_metrics(bank)) for bank in self.banks]
 
     # What a method says ----------------------------------------------------------------------------------------
 
@@ -216,28 +202,45 @@ class Attributor(ABC):
     def _checked(self, features: list[QueryFeatures]) -> list[QueryFeatures]:
         if len(features) != len(self.banks):
             raise MismatchError(f"got features for {len(features)} banks, and this method averages {len(self.banks)}")
-        for bank, one in zip(self.banks, features, strict=True):
-            if one.sketch != bank.sketch.spec():
-                raise MismatchError(f"features of sketch {one.sketch} do not fit the bank's {bank.sketch.spec()}")
+        for bank, queried in zip(self.banks, features, strict=True):
+            if queried.sketch != bank.sketch.spec():
+                raise MismatchError(f"features of sketch {queried.sketch} do not fit the bank's {bank.sketch.spec()}")
         return features
+
+    def _sketch(
+        self, bank: Bank, queries: Any, checkpoints: Sequence[Checkpoint], metrics: Sequence[int]
+    ) -> QueryFeatures:
+        """Differentiate queries given as data, by the model that was given."""
+        if self.model is None:
+            raise ValueError("scoring queries given as data needs the model: pass model= when constructing")
+        return sketch_queries(
+            bank,
+            self.model,
+            self.task,
+            queries,
+            checkpoints=checkpoints,
+            metrics=metrics,
+            batch_size=self.batch_size,
+            device=self.device,
+            progress=self.progress,
+        )
 
     def _blocks(self, features: list[QueryFeatures]) -> Iterator[tuple[int, int, Tensor]]:
         """Yield ``(start, stop, scores (Q, stop - start))`` over all rows, in order."""
         terms = self._all_terms(features)
-        for start, stop, active in _aligned([term.train for term in terms], _height(features)):
+        for start, stop, active in aligned([term.train for term in terms], _height(features)):
             yield start, stop, self._block(terms, active).cpu()
 
     def _all_terms(self, features: list[QueryFeatures]) -> list[Term]:
-        return [term for bank, one in zip(self.banks, features, strict=True) for term in self._terms(bank, one)]
+        return [term for bank, queried in zip(self.banks, features, strict=True) for term in self._terms(bank, queried)]
 
     def _block(self, terms: list[Term], active: list[tuple[int, Operand]]) -> Tensor:
         """Scores ``(Q, n)`` of the rows that some terms' operands share."""
-        products = [score(terms[index].query, operand.rows, operand.scale) for index, operand in active]
+        products = [its.codec.multiply(terms[index].query, its.rows, its.scale) for index, its in active]
         return self._combine(products, [operand for _, operand in active])
 
     def _strongest(self, queries: Queries, k: int, *, highest: bool) -> Hits:
-        if not 1 <= k <= self.n_rows:
-            raise ValueError(f"k must lie in 1..{self.n_rows} (the number of training examples), got {k}")
+        k = checked_count(k, self.n_rows)
         features = self.sketch(queries)
         terms, count = self._all_terms(features), len(features[0])
         device = terms[0].query.device
@@ -248,67 +251,19 @@ class Attributor(ABC):
             if stop > done:
                 best.add_scores(torch.zeros(count, min(k, stop - done), device=device), first=done)
 
-        for start, stop, active in _aligned([term.train for term in terms], _height(features)):
+        for start, stop, active in aligned([term.train for term in terms], _height(features)):
             pass_over(start)
             index, operand = active[0]
             if len(self.banks) == len(active) == 1 and operand.weights is None:
-                best.add(terms[index].query, operand.rows, operand.scale, first=start)
+                operand.codec.search(best, terms[index].query, operand.rows, operand.scale, first=start)
             else:
                 best.add_scores(self._block(terms, active), first=start)
             done = stop
         pass_over(self.n_rows)
-        values, where = (one.cpu().numpy() for one in best.result())
+        values, where = (result.cpu().numpy() for result in best.result())
         return make_hits(where, values, self.banks[0].ids, features[0].ids, self.unit)
-
-
-def takes_mean(bank: Bank, query_gradient: QueryGradient | None) -> bool:
-    """Return whether a query's gradient is a mean over checkpoints."""
-    return not bank.sketch.is_exact if query_gradient is None else query_gradient == "mean"
-
-
-def query_points(bank: Bank, query_gradient: QueryGradient | None) -> list[Checkpoint]:
-    """Return where a query is differentiated: by default at all checkpoints of the last stage, unless R is exact."""
-    if not takes_mean(bank, query_gradient):
-        return [bank.final_checkpoint()]
-    stage = len(bank.stages) - 1
-    return [bank.checkpoint(stage, c) for c in range(bank.stages[stage].n_checkpoints)]
-
-
-def check_query_gradient(query_gradient: QueryGradient | None) -> None:
-    """Refuse what is no way to take a query's gradient.
-
-    Raises:
-        ValueError: unless it is ``"mean"``, ``"final"`` or None.
-    """
-    if query_gradient not in (None, *get_args(QueryGradient)):
-        raise ValueError(f"query_gradient must be 'mean', 'final' or None, got {query_gradient!r}")
 
 
 def _height(features: list[QueryFeatures]) -> int:
     """Rows whose scores are held at once."""
     return max(_MIN_ROWS, _BLOCK_SCORES // max(1, len(features[0])))
-
-
-def _aligned(streams: Sequence[Iterator[Operand]], height: int) -> Iterator[tuple[int, int, list[tuple[int, Operand]]]]:
-    """Walk several streams of operands together, cut to common rows of at most ``height``.
-
-    Streams may cover different rows (a stage's) and be cut at different places (other shard sizes). Yields
-    ``(start, stop, [(stream, operand cut to these rows), ...])`` with at least one operand.
-    """
-    heads = [next(stream, None) for stream in streams]
-    while any(head is not None for head in heads):
-        start = min(head.start for head in heads if head is not None)
-        stop = start + height
-        for head in heads:
-            if head is not None:
-                stop = min(stop, head.stop if head.start == start else head.start)
-        active = [
-            (index, head.cut(start, stop))
-            for index, head in enumerate(heads)
-            if head is not None and head.start == start
-        ]
-        yield start, stop, active
-        for index, _ in active:
-            head = heads[index]
-            if head is not None:
-                heads[index] = head.cut(stop, head.stop) if stop < head.stop else next(streams[index], None)

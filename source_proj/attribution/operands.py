@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from source_proj.bank import Bank
+from source_proj.bank.codecs import Codec, find_codec
 
-__all__ = ["Operand", "encoded_gradients", "loss_gradients", "mean_gradients", "stage_start"]
+__all__ = ["Operand", "aligned", "encoded_gradients", "loss_gradients", "mean_gradients", "stage_start"]
+
+_PLAIN = find_codec("float32")
 
 
 class Operand(NamedTuple):
@@ -17,9 +20,10 @@ class Operand(NamedTuple):
     Attributes:
         start: first row, counted over the rows of all stages.
         stop: end of the rows.
-        rows: ``(stop - start, k)`` float32, float16 or int8.
+        rows: ``(stop - start, k)`` float32, or the codes of a codec.
         scale: what each row is times, ``(stop - start,)`` float32; None for 1.
         weights: what a method's ``_combine`` wants to know of each row; None for nothing.
+        codec: how the rows are encoded.
     """
 
     start: int
@@ -27,17 +31,18 @@ class Operand(NamedTuple):
     rows: Tensor
     scale: Tensor | None = None
     weights: Tensor | None = None
+    codec: Codec = _PLAIN
 
     def cut(self, start: int, stop: int) -> "Operand":
         """Return the part between two absolute rows."""
         part = slice(start - self.start, stop - self.start)
-        scale, weights = (None if one is None else one[part] for one in (self.scale, self.weights))
-        return Operand(start, stop, self.rows[part], scale, weights)
+        scale, weights = (None if values is None else values[part] for values in (self.scale, self.weights))
+        return Operand(start, stop, self.rows[part], scale, weights, self.codec)
 
 
 def stage_start(bank: Bank, stage: int) -> int:
     """Return the first row of a stage among the rows of all stages."""
-    return sum(one.n for one in bank.stages[:stage])
+    return sum(earlier.n for earlier in bank.stages[:stage])
 
 
 def loss_gradients(
@@ -66,7 +71,8 @@ def encoded_gradients(
     start, target = stage_start(bank, stage), device or "cpu"
     for block in bank.stages[stage].iter_encoded(checkpoints[0]):
         scale = block.d1 if block.scale is None else block.d1 * block.scale
-        yield Operand(start + block.start, start + block.stop, block.rows.to(target), scale.to(target))
+        rows = block.rows.to(target)
+        yield Operand(start + block.start, start + block.stop, rows, scale.to(target), codec=block.codec)
 
 
 def mean_gradients(
@@ -83,3 +89,28 @@ def mean_gradients(
         for block in blocks[1:]:
             mean += block.rows
         yield Operand(blocks[0].start, blocks[0].stop, mean.div_(len(blocks)))
+
+
+def aligned(streams: Sequence[Iterator[Operand]], height: int) -> Iterator[tuple[int, int, list[tuple[int, Operand]]]]:
+    """Walk several streams of operands together, cut to common rows of at most ``height``.
+
+    Streams may cover different rows (a stage's) and be cut at different places (other shard sizes). Yields
+    ``(start, stop, [(stream, operand cut to these rows), ...])`` with at least one operand.
+    """
+    heads = [next(stream, None) for stream in streams]
+    while any(head is not None for head in heads):
+        start = min(head.start for head in heads if head is not None)
+        stop = start + height
+        for head in heads:
+            if head is not None:
+                stop = min(stop, head.stop if head.start == start else head.start)
+        active = [
+            (index, head.cut(start, stop))
+            for index, head in enumerate(heads)
+            if head is not None and head.start == start
+        ]
+        yield start, stop, active
+        for index, _ in active:
+            head = heads[index]
+            if head is not None:
+                heads[index] = head.cut(stop, head.stop) if stop < head.stop else next(streams[index], None)

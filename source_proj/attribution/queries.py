@@ -10,9 +10,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from source_proj._errors import GradientError, MismatchError, named_examples
-from source_proj.bank import Bank, dataset_size, on_device
+from source_proj.bank import Bank, dataset_size
 from source_proj.bank.build.data import BatchSource, to_device
-from source_proj.gradients import GradientEngine, ParameterSpace, Refuted, gradient_engine, nonfinite_examples
+from source_proj.gradients import (
+    GradientEngine,
+    ParameterSpace,
+    Refuted,
+    gradient_engine,
+    nonfinite_examples,
+    private_copy,
+    require_own_weights,
+)
 from source_proj.task import Task, TokenQueries
 from source_proj.trajectory import Checkpoint
 
@@ -66,6 +74,7 @@ def resolve_task(bank: Bank, task: Task | None) -> Task:
     """
     if task is None:
         return Task.from_spec(bank.task_spec)
+    task = task.told_by(bank.task_spec)
     if task.spec() != bank.task_spec:
         raise MismatchError(
             f"the bank {bank.path} was built with task {bank.task_spec}, got {task.spec()}; "
@@ -89,7 +98,8 @@ def sketch_queries(
 ) -> QueryFeatures:
     """Sketch the gradient of every query's measurement at checkpoints of the bank (default: the final weights).
 
-    The model lends only its code: its own weights, buffers and mode come back unchanged.
+    The model supplies the architecture: what runs is a copy of it, so that any number of threads may ask at once while
+    the model itself is in use.
 
     Args:
         bank: the bank whose sketch, parameters and checkpoints are used.
@@ -99,7 +109,7 @@ def sketch_queries(
         checkpoints: where to take the gradients: one backward pass over the queries each.
         metrics: which of the bank's metrics to take them in, all from one pass; default: all of them.
         ids: ids of the queries; default 0, 1, 2, …, or "sequence/position" of :class:`TokenQueries`.
-        batch_size: queries a pass; a DataLoader brings its own.
+        batch_size: queries per pass; a DataLoader brings its own.
         device: where the model runs; default: where its parameters are.
         progress: show a progress bar after two seconds.
 
@@ -114,24 +124,32 @@ def sketch_queries(
         ids = queries.ids
     query_ids = list(ids) if ids is not None else list(range(count))
     if len(query_ids) != count:
-        raise MismatchError(f"got {len(query_ids)} query ids for {count} queries; give one id a query")
+        raise MismatchError(f"got {len(query_ids)} query ids for {count} queries; give one id per query")
     wanted = list(range(len(bank.metrics))) if metrics is None else list(metrics)
     features: dict[str, Tensor] = {}
+    space.parameters(model)  # refuses another model
+    own = private_copy(model, device)
+    where = next(own.parameters()).device
+    source = BatchSource(queries, batch_size)
     for point in points:
-        with on_device(model, device) as where, point.applied_to(model):
-            engine = gradient_engine(model, space, bank.sketch, method=bank.gradients, autocast=bank.autocast)
-            scales = [None if scale is None else scale.to(where) for scale in bank.metrics.scales(wanted)]
-            source = BatchSource(queries, batch_size)
-            sketched = partial(_sketched, engine, task, source, scales, query_ids, point.step, where, progress)
-            engine.begin(bank.sketch.seed, point.step)
-            try:
-                rows = sketched()
-            except Refuted:  # a later batch showed that earlier rows may be wrong: all again, by the general path
-                rows = sketched()
-        features |= {
-            point_key(point, bank.metrics.hash(m)): torch.cat(r)
-            for m, r in zip(wanted, zip(*rows, strict=True), strict=True)
-        }
+        point.load_into(own)
+        engine = gradient_engine(own, space, bank.sketch, method=bank.gradients, autocast=bank.autocast)
+        if point is points[0] or point is points[-1]:
+            _, _, batch = next(source.load([(0, min(count, source.batch_size))]))
+            batch = to_device(batch, where)
+            if point is points[-1]:
+                task.examine(own, batch)
+            if point is points[0]:
+                require_own_weights(task.measurement, own, model, batch)
+        scales = [None if scale is None else scale.to(where) for scale in bank.metrics.scales(wanted)]
+        sketched = partial(_sketched, engine, task, source, scales, query_ids, point.step, where, progress)
+        engine.begin(bank.sketch.seed, point.step)
+        try:
+            rows = sketched()
+        except Refuted:  # a later batch showed that earlier rows may be wrong: all again, by the general path
+            rows = sketched()
+        by_metric = zip(wanted, zip(*rows, strict=True), strict=True)
+        features |= {point_key(point, bank.metrics.hash(m)): torch.cat(r) for m, r in by_metric}
     return QueryFeatures(features, query_ids, bank.sketch.spec())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,39 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
+from source_proj._io.outputs import write_output_folder
+from source_proj.attribution.hits import Hits, checked_count, make_hits
+
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Hits", "PredictedChange", "Scores"]
+__all__ = ["PredictedChange", "Scores"]
 
 Subset = Sequence[Any] | np.ndarray
-
-
-@dataclass(frozen=True)
-class Hits:
-    """The strongest training examples of each query, best first.
-
-    Attributes:
-        ids: ids of the examples, Q lists of k entries.
-        scores: their scores, ``(Q, k)`` float32.
-        indices: their positions in the training set, ``(Q, k)`` int64.
-        query_ids: ids of the queries, Q entries.
-        unit: unit of the scores.
-    """
-
-    ids: list[list[Any]]
-    scores: np.ndarray
-    indices: np.ndarray
-    query_ids: list[Any]
-    unit: str
-
-    def __iter__(self) -> Iterator[tuple[Any, list[tuple[Any, float]]]]:
-        """Yield ``(query id, [(training id, score), ...])`` for each query."""
-        for query_id, ids, scores in zip(self.query_ids, self.ids, self.scores, strict=True):
-            yield query_id, [(one, float(score)) for one, score in zip(ids, scores, strict=True)]
-
-    def __len__(self) -> int:
-        return len(self.query_ids)
 
 
 @dataclass(frozen=True)
@@ -160,14 +136,14 @@ class Scores:
             subset: training ids, or a boolean mask ``(N,)``; or a mapping from group names to such subsets.
 
         Returns:
-            The sums ``(Q,)`` of one subset, or :class:`Scores` with one column a named group.
+            The sums ``(Q,)`` of one subset, or :class:`Scores` with one column per named group.
 
         Raises:
             ValueError: if the scores are no changes of the measurement, and so have no meaningful sum.
         """
         self._require_additive("group")
         if isinstance(subset, Mapping):
-            sums = np.stack([self._sum(self._indices(one)) for one in subset.values()], axis=1)
+            sums = np.stack([self._sum(self._indices(members)) for members in subset.values()], axis=1)
             return Scores(
                 sums, self.query_ids, list(subset), unit=self.unit, higher_is_better=self.higher_is_better
             )  # fmt: skip
@@ -218,26 +194,32 @@ class Scores:
             columns=pd.Index(self.train_ids, name="train", tupleize_cols=False),
         )
 
-    def to_zarr(self, path: str | Path) -> zarr.Array[Any]:
-        """Write the values to a new zarr v3 array with ids, sign and unit in its attributes.
+    def to_zarr(self, path: str | Path, *, overwrite: bool = False) -> zarr.Array[Any]:
+        """Write the values to a zarr v3 array with ids, sign and unit in its attributes.
+
+        The array appears at its path when it is whole.
+
+        Args:
+            path: the array's folder.
+            overwrite: replace what is there.
 
         Raises:
-            FileExistsError: if something is there already.
+            FileExistsError: something is there already, and may not be overwritten.
         """
-        path = Path(path)
-        if path.exists():
-            raise FileExistsError(f"{path} exists; remove it or give another path")
-        return zarr.create_array(
-            store=str(path),
-            data=np.ascontiguousarray(self.values),
-            attributes={
-                "query_ids": _plain(self.query_ids),
-                "train_ids": _plain(self.train_ids),
-                "unit": self.unit,
-                "sign": "positive: including the example raised the measurement",
-                "higher_is_better": self.higher_is_better,
-            },
-        )
+        attributes: dict[str, Any] = {
+            "query_ids": _plain(self.query_ids),
+            "train_ids": _plain(self.train_ids),
+            "unit": self.unit,
+            "sign": "positive: including the example raised the measurement",
+            "higher_is_better": self.higher_is_better,
+        }
+        values = np.ascontiguousarray(self.values)
+
+        def fill(folder: Path) -> None:
+            zarr.create_array(store=str(folder), data=values, attributes=attributes)
+
+        write_output_folder(Path(path), fill, overwrite=overwrite)
+        return zarr.open_array(path, mode="r")
 
     def _require_additive(self, verb: str) -> None:
         if not self.additive:
@@ -246,8 +228,7 @@ class Scores:
             )
 
     def _strongest(self, k: int, *, highest: bool) -> Hits:
-        if not 1 <= k <= len(self.train_ids):
-            raise ValueError(f"k must lie in 1..{len(self.train_ids)} (the number of training examples), got {k}")
+        k = checked_count(k, len(self.train_ids))
         keys = -self.values if highest else self.values
         indices = np.argpartition(keys, k - 1, axis=1)[:, :k]
         indices.sort(axis=1)  # ties are broken by position
@@ -262,28 +243,23 @@ class Scores:
                 raise ValueError(f"a mask must have shape ({len(self.train_ids)},), got {subset.shape}")
             return np.flatnonzero(subset)
         if self._positions is None:
-            self._positions = {one: position for position, one in enumerate(self.train_ids)}
+            self._positions = {train_id: position for position, train_id in enumerate(self.train_ids)}
         chosen = subset.tolist() if isinstance(subset, np.ndarray) else list(subset)
-        unknown = [one for one in chosen if one not in self._positions]
+        unknown = [train_id for train_id in chosen if train_id not in self._positions]
         if unknown:
             raise ValueError(f"unknown training ids {unknown[:5]}; the first known ones are {self.train_ids[:5]}")
         if len(set(chosen)) != len(chosen):
             raise ValueError("a subset must name each training id once; some are repeated")
-        return np.array([self._positions[one] for one in chosen], dtype=np.int64)
+        return np.array([self._positions[train_id] for train_id in chosen], dtype=np.int64)
 
     def _sum(self, indices: np.ndarray) -> np.ndarray:
         total: np.ndarray = self.values[:, indices].sum(axis=1, dtype=np.float64)
         return total
 
 
-def make_hits(
-    indices: np.ndarray, scores: np.ndarray, train_ids: Sequence[Any], query_ids: Sequence[Any], unit: str
-) -> Hits:
-    """Attach ids and unit to the positions ``(Q, k)`` and scores ``(Q, k)`` of the strongest examples."""
-    ids = [[train_ids[i] for i in row] for row in indices]
-    return Hits(ids, scores, indices.astype(np.int64), list(query_ids), unit)
-
-
 def _plain(ids: Iterable[Any]) -> list[Any]:
     """Ids as JSON can hold them."""
-    return [one.item() if isinstance(one, np.generic) else list(one) if isinstance(one, tuple) else one for one in ids]
+    return [
+        entry.item() if isinstance(entry, np.generic) else list(entry) if isinstance(entry, tuple) else entry
+        for entry in ids
+    ]

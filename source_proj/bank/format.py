@@ -1,11 +1,12 @@
-"""The bank's format, version 1.
+"""The bank's format, version 2.
 
-A bank is a folder that holds one zarr v3 group, readable with plain zarr (``zarr.open_group(path)``). The key words
-MUST, MUST NOT and MAY are those of RFC 2119.
+A bank is a folder, or what else a store (`source_proj.bank.store`) makes of a place, that holds one zarr v3 group,
+readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST NOT and MAY are those of RFC 2119.
 
 **Tree**::
 
-    /                                   attributes: format, version, settings, versions, checkpoint_paths
+    /                                   attributes: format, version, settings, versions, checkpoint_paths,
+                                        parameter_choice
     /weights/<hash>                     uint8: safetensors file of a checkpoint that was given as a dict
     /metrics/<hash>                     float32: diagonal of P^½ of a metric; only where optimizers were preconditioned
     /stage_<s>/                         attributes: name
@@ -14,13 +15,14 @@ MUST, MUST NOT and MAY are those of RFC 2119.
     /stage_<s>/part_<p>/seal            (2, 32) uint8
     /stage_<s>/part_<p>/checkpoint_<c>/ attributes: step, hash
         rows           (n, k)           sketched gradients R∇o of the outputs, encoded
-        scale          (n,)    float32  only with storage int8 and float16
+        scale          (n,)    float32  only if the codec has scales (int8, float16)
         d1             (n,)    float32  ℓ'(o)
         d2             (n,)    float32  ℓ''(o), only where settings say second_derivative
+        fisher_weight  (n,)    float32  what ℓ'(o) is times in the empirical Fisher, only where settings say so
         batch_hashes   (m, 32) uint8    m = ⌈n / batch_size⌉
         audit          (⌈n / shard_rows⌉, 1024) uint8: JSON of what was audited of a shard, with spaces behind
         fisher_rows    (n·D, k)         sketched gradients of sampled labels, draw j of row i at i·D + j; only if D > 0
-        fisher_scale   (n·D,)  float32  only if D > 0, with storage int8 and float16
+        fisher_scale   (n·D,)  float32  only if D > 0 and the codec has scales
         <name>_metric_<m>               rows, scale, fisher_rows and fisher_scale once more, in each metric m that is
                                         crossed from here (18)
         committed      (⌈n / shard_rows⌉, A, 32) uint8: the commit marks; A counts the arrays above that are there
@@ -28,14 +30,22 @@ MUST, MUST NOT and MAY are those of RFC 2119.
 
 **Root**
 
-1. ``format`` MUST be "source-proj bank", ``version`` MUST be 1; a reader MUST refuse anything else, and say what
+1. ``format`` MUST be "source-proj bank", ``version`` MUST be 2; a reader MUST refuse anything else, and say what
    it found.
-2. ``settings`` MUST hold exactly: sketch, parameters, task, trajectory, storage ("int8", "float16" or "float32"),
-   sampled_fisher (D, the number of draws), second_derivative, gradients, autocast. The sketch's ``backend`` is
-   "portable", or "fast-jl" with the count ``multiprocessors`` of the device beside it: a reader that cannot make that
-   library's matrix for that count MUST refuse the bank, and say both counts.
-3. ``versions`` says what software made the bank. A reader MUST NOT depend on it, and no fingerprint covers it.
-4. The group appears under its name whole, with all metadata, ids and weights. A writer MUST NOT change those later.
+2. ``settings`` MUST hold exactly: sketch, parameters, task, trajectory, storage (the name of a codec of
+   `source_proj.bank.codecs`), sampled_fisher (D, the number of draws), second_derivative, fisher_weight, gradients,
+   autocast. The sketch's ``backend`` is "portable", or "fast-jl" with the count ``multiprocessors`` of the device
+   beside it: a reader that cannot make that library's matrix for that count MUST refuse the bank, and say both counts.
+   ``trajectory`` MUST hold exactly the entries of `source_proj.trajectory.record.RunRecord`, each of its type.
+3. ``versions`` says what software made the bank, ``parameter_choice`` in words which parameters are attributed. A
+   reader MUST NOT depend on them, and no fingerprint covers them.
+4. The root's ``zarr.json`` MUST appear last, if it is absent, after all other metadata, ids, weights and metrics; so
+   MUST a part's own, after all that lies below it. What is there already MUST be compared, and a writer whose own
+   differs MUST NOT go on. A writer MUST NOT change any of it later. Where the root, or a part's group, is absent, a
+   reader MUST take the bank, or the part, for absent.
+20. Links MUST NOT be in a bank; a reader MUST refuse it, and a writer MUST NOT write through one.
+21. Sizes of objects follow from the metadata, exactly or within bounds (`ArraySpec.size_range`); a reader MUST compare
+    them before it allocates what metadata claim.
 
 **Stages and parts**
 
@@ -45,7 +55,7 @@ MUST, MUST NOT and MAY are those of RFC 2119.
 6. ``shard_rows`` MUST be a multiple of ``batch_size``: rows of a shard depend on no other shard.
 7. ``id_type`` MUST be "int64" or "string", and ids MUST be unique within a stage.
 8. Shapes, types, chunks, shards and codecs MUST be those of `source_proj.bank.layout`. Shard i of each array holds
-   everything of the part's rows [i·shard_rows, (i+1)·shard_rows), in the one file ``c.i`` (``c.i.0``, ``c.i.0.0``).
+   everything of the part's rows [i·shard_rows, (i+1)·shard_rows), in the one object ``c.i`` (``c.i.0``, ``c.i.0.0``).
 9. Every chunk MUST carry a CRC-32C, and every shard index too.
 
 **Rows**
@@ -60,10 +70,9 @@ MUST, MUST NOT and MAY are those of RFC 2119.
 
 **Metrics**
 
-18. A preconditioned optimizer's rows are R P^½ ∇o for a diagonal P. Then ``trajectory`` MUST hold ``metrics``, a list
-    of objects, {"kind": "identity"} or {"kind": "diagonal", "hash"}, and each stage MUST hold ``metric_of``, the index
-    of each checkpoint's metric. Otherwise all rows are in the one metric 0, the identity. The hash is the SHA-256, in
-    hex, of the diagonal of P^½ in the order of ``parameters`` (little-endian float32).
+18. A preconditioned optimizer's rows are R P^½ ∇o for a diagonal P. ``metrics`` of the ``trajectory`` lists the
+    metrics, null for the identity, else a hash: the SHA-256, in hex, of the diagonal of P^½ in the order of
+    ``parameters`` (little-endian float32). ``metrics`` of each stage holds the index of each checkpoint's metric.
 19. A checkpoint crosses the metrics of earlier ones (of its own and earlier stages) that are not its own, and MUST hold
     its rows in these too.
 
@@ -71,16 +80,21 @@ MUST, MUST NOT and MAY are those of RFC 2119.
 
 12. A commit mark is, for one checkpoint and shard, the SHA-256 of each array's decoded bytes of that shard
     (little-endian, C order, rows that exist only), the arrays in the order listed above. All zeros: not done.
-13. A mark MUST be written after the shard's data are on the disk, and what is marked MUST NOT change.
-14. Files MUST appear whole under their names. Files that end in ".partial" are what a killed process left; a reader
-    MUST ignore them.
+13. A mark MUST be written after the shard's data are on the disk, and only if it is absent. What is marked MUST NOT be
+    written with other bits, by whomever: so a writer MUST put its data under names of its own first, and then the
+    object ``committed/c.i.0.0.choice.partial``, 32 bytes that these names share and the mark, only if it is absent. If
+    there is no mark now, it MUST put the data of the choice that is there where they belong, and then the choice's
+    mark. The choice MUST NOT be removed before there is a mark. A writer that finds a mark MUST keep what is there.
+14. Objects MUST appear whole under their names. Those that end in ".partial" are writers' own, or left by killed ones;
+    a reader MUST ignore them.
+22. A reader MUST compare a shard's data with their mark before it takes rows from them, for every version of an object.
 
 **Seals**
 
-15. A part without mark of zeros is complete, and gets its seal: 32 bytes of SHA-256 over settings (paths aside), the
-    part's name and attributes, ids and marks, and 32 bytes over the canonical JSON of the metadata of root, weights,
-    stage and part. All zeros: not sealed. A bank is finalized when every part is sealed; a reader MUST NOT take rows
-    from any other bank.
+15. A part without mark of zeros is complete, and gets its seal, which MUST be written only if it is absent: 32 bytes of
+    SHA-256 over settings (paths aside), the part's name and attributes, ids and marks, and 32 bytes over the canonical
+    JSON of the metadata of root, weights, metrics, stage and part. All zeros: not sealed. A bank is finalized when
+    every part is sealed; a reader MUST NOT take rows from any other bank.
 16. A reader MUST refuse a sealed part of which either hash does not match.
 17. The bank's fingerprint is the SHA-256, in hex, of the parts' content seals in order.
 """
@@ -88,16 +102,17 @@ MUST, MUST NOT and MAY are those of RFC 2119.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from source_proj._errors import BankError
-from source_proj.bank.quantize import STORAGES
+from source_proj.bank.codecs import Codec, find_codec
+from source_proj.trajectory import RunRecord
 
 __all__ = ["FORMAT", "VERSION", "Settings", "canonical", "sha256"]
 
 FORMAT = "source-proj bank"
-VERSION = 1
+VERSION = 2
 
 _LISTED = 5
 
@@ -110,10 +125,11 @@ class Settings:
         sketch: ``Sketch.spec()``.
         parameters: ``ParameterSpace.spec()``.
         task: ``Task.spec()``.
-        trajectory: ``Trajectory.spec()``.
-        storage: "int8", "float16" or "float32".
+        trajectory: the run's record.
+        storage: name of the codec of its rows.
         sampled_fisher: draws of sampled labels.
         second_derivative: whether the task gives ℓ''.
+        fisher_weight: whether the task gives a factor of ℓ' for the empirical Fisher.
         gradients: "auto", "hooks" or "general".
         autocast: None, "bfloat16" or "float16".
     """
@@ -121,23 +137,25 @@ class Settings:
     sketch: dict[str, Any]
     parameters: dict[str, Any]
     task: dict[str, Any]
-    trajectory: dict[str, Any]
+    trajectory: RunRecord
     storage: str
     sampled_fisher: int
     second_derivative: bool
+    fisher_weight: bool
     gradients: str
     autocast: str | None
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # as JSON gives them back: tuples become lists, keys strings
-            value = getattr(self, field.name)
+        for name, value in vars(self).copy().items():
+            if name == "trajectory":
+                continue
+            # as JSON gives them back: tuples become lists, keys strings
             try:
                 plain = json.loads(json.dumps(value, allow_nan=False))
             except (TypeError, ValueError) as error:
-                raise TypeError(f"{field.name} {value!r} cannot be written down as JSON: {error}") from error
-            object.__setattr__(self, field.name, plain)
-        if self.storage not in STORAGES:
-            raise ValueError(f"storage must be one of {', '.join(STORAGES)}, got {self.storage!r}")
+                raise TypeError(f"{name} {value!r} cannot be written down as JSON: {error}") from error
+            object.__setattr__(self, name, plain)
+        find_codec(self.storage)
         draws = self.sampled_fisher
         if isinstance(draws, bool) or not isinstance(draws, int) or draws < 0:
             raise ValueError(f"sampled_fisher must be a number of draws, 0 or more, got {draws!r}")
@@ -153,37 +171,27 @@ class Settings:
         if not isinstance(found, Mapping) or sorted(found) != sorted(names):
             entries = sorted(found) if isinstance(found, Mapping) else found
             raise BankError(f"its settings are {entries!r}, and must be {sorted(names)}")
-        for name in ("sketch", "parameters", "task", "trajectory"):
+        for name in ("sketch", "parameters", "task"):
             if not isinstance(found[name], Mapping):
                 raise BankError(f"its setting {name!r} is {found[name]!r}, and must be an object")
         try:
-            return cls(**found)
+            return cls(**{**found, "trajectory": RunRecord.from_json(found["trajectory"])})
         except (TypeError, ValueError) as error:
             raise BankError(f"its settings are malformed: {error}") from error
 
+    @property
+    def codec(self) -> Codec:
+        """How rows are stored."""
+        return find_codec(self.storage)
+
     def to_json(self) -> dict[str, Any]:
         """The ``settings`` attribute."""
-        return asdict(self)
+        return {**vars(self), "trajectory": self.trajectory.to_json()}
 
     def identity(self) -> dict[str, Any]:
         """The settings without the paths of checkpoints: their hashes say what they are, wherever they lie."""
-        found: dict[str, Any] = _without_paths(asdict(self))
-        return found
-
-    def own_metric(self, stage: int, checkpoint: int) -> int:
-        """Index of the metric that a checkpoint's rows are in."""
-        found: int = self._metrics(stage)[checkpoint]
-        return found
-
-    def crossed_metrics(self, stage: int, checkpoint: int) -> list[int]:
-        """Indices of the metrics of earlier checkpoints that are not this one's own: it has rows in them too."""
-        earlier = [one for before in range(stage) for one in self._metrics(before)]
-        earlier += self._metrics(stage)[:checkpoint]
-        return sorted(set(earlier) - {self.own_metric(stage, checkpoint)})
-
-    def _metrics(self, stage: int) -> list[int]:
-        described = self.trajectory["stages"][stage]
-        return list(described.get("metric_of", [0] * len(described["checkpoints"])))
+        identity: dict[str, Any] = _without_paths(self.to_json())
+        return identity
 
     def differences(self, other: "Settings") -> list[str]:
         """Name each entry that differs, with its value in ``self`` and in ``other``."""

@@ -1,30 +1,25 @@
 """``build`` and ``finalize``: fill a bank."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import source_proj.bank as banks
-from source_proj.cli.options import BankPath, BatchSize, Device, Json, Model, Progress
+from source_proj.bank.codecs import codec_names
+from source_proj.cli.options import BankPath, BatchSize, Device, Json, Model, Progress, TrustRemoteCode
 from source_proj.cli.output import emit, reports_errors, say
 from source_proj.cli.parsing import (
     make_sketch,
     make_trajectory,
+    parse_json,
     parse_shard,
+    parse_steps,
 )
 from source_proj.cli.text import TextOptions
+from source_proj.sketch.projections import kinds
 
 __all__ = ["build", "finalize"]
-
-
-class Storage(StrEnum):
-    """How rows are stored."""
-
-    int8 = "int8"
-    float16 = "float16"
-    float32 = "float32"
 
 
 @reports_errors
@@ -77,22 +72,31 @@ def build(
         str | None, typer.Option(help="Column of what stands before the text and is not counted, with --dataset.")
     ] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of an example, with --dataset.")] = None,
+    text_pair_column: Annotated[
+        str | None, typer.Option(help="Column of the second text of a pair, with --dataset.")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Steps of the checkpoints of --hf-run to use; default: all.")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate, if --hf-run does not tell.")] = None,
     schedule: Annotated[str | None, typer.Option(help="lr_scheduler_type, if --hf-run does not tell.")] = None,
+    schedule_options: Annotated[
+        str | None, typer.Option(metavar="JSON", help='lr_scheduler_kwargs of --schedule: {"min_lr": 1e-6}.')
+    ] = None,
     warmup_steps: Annotated[int | None, typer.Option(min=0, help="Warm-up, if --hf-run does not tell.")] = None,
     max_grad_norm: Annotated[
         float | None, typer.Option(min=0, help="Of --hf-run; default 1, as the Trainer's.")
     ] = None,
-    metric: Annotated[
-        str | None, typer.Option(help="shared, per_segment, scalar or none: Adam's metric, with --hf-run.")
+    preconditioner: Annotated[
+        str | None, typer.Option(help="scalar, shared, per_segment or none: Adam's P, with --hf-run.")
     ] = None,
     segments: Annotated[int | None, typer.Option(min=1, help="Segments of training; score can change it.")] = None,
     sketch_dim: Annotated[int, typer.Option(min=1, help="Numbers kept per example and checkpoint.")] = 4096,
-    sketch_kind: Annotated[str, typer.Option(help="sparse, rademacher, kronecker or identity.")] = "sparse",
+    sketch_kind: Annotated[str, typer.Option(help=f"One of {', '.join(kinds())}.")] = "sparse",
     sketch_seed: Annotated[int, typer.Option(help="Seed of the projection.")] = 0,
     sketch_nnz: Annotated[int, typer.Option(help="Non-zeros per coordinate of the sparse projection.")] = 1,
     sketch_backend: Annotated[str | None, typer.Option(help="native or torch; default: the fastest present.")] = None,
-    storage: Annotated[Storage, typer.Option(help="Type of the stored rows.")] = Storage.int8,
+    storage: Annotated[str, typer.Option(help=f"How rows are stored: {', '.join(codec_names())}.")] = "int8",
     batch_size: BatchSize = 64,
     parameters: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Parameters to attribute through; !GLOB leaves out.")
@@ -107,18 +111,33 @@ def build(
         str | None, typer.Option(metavar="I/N", help="Do only part I of N (from 0); then run finalize once.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a bank that was begun.")] = True,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
     progress: Progress = True,
     json: Json = False,
 ) -> None:
     """Sketch the training gradients of every checkpoint into a bank."""
-    text = TextOptions(hf_model, hf_run, dataset, text_column, label_column, prompt_column, max_length)
+    chosen_steps = parse_steps(steps)
+    text = TextOptions(
+        hf_model,
+        hf_run,
+        dataset,
+        text_column,
+        label_column,
+        prompt_column,
+        max_length,
+        text_pair_column,
+        chosen_steps,
+        trust_remote_code,
+    )
     run = {
         "learning_rate": learning_rate,
         "schedule": schedule,
+        "schedule_options": parse_json(schedule_options, "--schedule-options"),
+        "steps": chosen_steps,
         "warmup_steps": warmup_steps,
         "max_grad_norm": max_grad_norm,
-        "metric": metric,
+        "preconditioner": preconditioner,
     }
     network, training_set, chosen = text.build_from(model, data, task, task_option or ())
     made = banks.build(
@@ -141,11 +160,11 @@ def build(
         sketch=make_sketch(sketch_dim, sketch_kind, sketch_seed, sketch_nnz, sketch_backend),
         batch_size=batch_size,
         device=device,
-        storage=storage.value,
+        storage=storage,
         shard=parse_shard(shard),
         resume=resume,
         progress=progress,
-        parameters=parameters,
+        parameters=text.parameters_of(network, parameters),
         sampled_fisher=sampled_fisher,
         autocast=autocast,
         gradients=gradients,

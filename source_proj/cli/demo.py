@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from source_proj.attribution.scores import Hits
-from source_proj.cli.options import Json, Progress
+from source_proj.attribution.hits import Hits
+from source_proj.cli.options import Json, Overwrite, Progress
 from source_proj.cli.output import emit, reports_errors, say
 from source_proj.demo import Demo, run, verdict
 
@@ -22,24 +22,26 @@ def demo(
     page: Annotated[Path | None, typer.Option(help="Where to write the HTML page.")] = None,
     pairs: Annotated[int, typer.Option(min=2, help="Matched pairs of retrainings behind each check.")] = 8,
     remove: Annotated[int, typer.Option(min=1, max=500, help="Training digits left out in each check.")] = 20,
+    overwrite: Overwrite = False,
     progress: Progress = True,
     json: Json = False,
 ) -> None:
     """Train on handwritten digits, attribute four answers, check the scores by retraining, write an HTML page."""
-    found = run(folder, page=page, pairs=pairs, remove=remove, say=_silent if json else say, progress=progress)
+    shown = _silent if json else say
+    result = run(folder, page=page, pairs=pairs, remove=remove, overwrite=overwrite, say=shown, progress=progress)
     if json:
-        emit(_facts(found))
+        emit(_facts(result))
 
 
 def _silent(text: str) -> None:
     """Print nothing: standard output is for the JSON."""
 
 
-def _facts(found: Demo) -> dict[str, Any]:
-    helpful, harmful = found.scores.helpful(5), found.scores.harmful(5)
+def _facts(result: Demo) -> dict[str, Any]:
+    helpful, harmful = result.scores.helpful(5), result.scores.harmful(5)
     return {
-        "accuracy": found.accuracy,
-        "unit": found.scores.unit,
+        "accuracy": result.accuracy,
+        "unit": result.scores.unit,
         "queries": [
             {
                 "id": answer.query,
@@ -50,26 +52,26 @@ def _facts(found: Demo) -> dict[str, Any]:
                 "helpful": _entries(helpful, row),
                 "harmful": _entries(harmful, row),
             }
-            for row, answer in enumerate(found.answers)
+            for row, answer in enumerate(result.answers)
         ],
         "checks": [
             {
-                "name": one.name,
-                "predicted": one.predicted,
-                "actual": one.actual,
-                "standard_error": one.error,
-                "pairs": len(one.changes),
-                "holds": one.holds,
-                "verdict": verdict(one),
+                "name": removal.name,
+                "predicted": removal.predicted,
+                "actual": removal.actual,
+                "standard_error": removal.error,
+                "pairs": len(removal.changes),
+                "holds": removal.holds,
+                "verdict": verdict(removal),
             }
-            for one in found.removals
+            for removal in result.removals
         ],
-        "page": found.page,
-        "seconds": found.seconds,
+        "page": result.page,
+        "seconds": result.seconds,
     }
 
 
 def _entries(hits: Hits, row: int) -> list[dict[str, Any]]:
     return [
-        {"id": one, "score": float(score)} for one, score in zip(hits.ids[row], hits.scores[row], strict=True)
+        {"id": train_id, "score": float(score)} for train_id, score in zip(hits.ids[row], hits.scores[row], strict=True)
     ]  # fmt: skip

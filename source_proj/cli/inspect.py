@@ -1,6 +1,5 @@
-"""``inspect`` and ``verify``: look into a bank."""
+"""``inspect``, ``verify`` and ``clean``: look into a bank, and tidy it up."""
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +13,7 @@ from source_proj.bank.audits import total
 from source_proj.cli.options import BankPath, Json
 from source_proj.cli.output import emit, reports_errors, say, table
 
-__all__ = ["inspect", "verify"]
+__all__ = ["clean", "inspect", "verify"]
 
 _LISTED = 8  # missing shards spelled out for people
 
@@ -48,10 +47,22 @@ def verify(bank: BankPath, json: Json = False) -> None:
         for problem in report.problems:
             say(problem)
         count = len(report.problems)
-        found = "whole" if report.ok else f"{count} problem{'' if count == 1 else 's'}"
-        say(f"{bank}: {found}; {report.files} files, {report.bytes_read / 1e6:.1f} MB read")
+        verdict = "whole" if report.ok else f"{count} problem{'' if count == 1 else 's'}"
+        say(f"{bank}: {verdict}; {report.files} files, {report.bytes_read / 1e6:.1f} MB read")
+        if report.leftovers:
+            say(f"{len(report.leftovers)} leftovers, such as {report.leftovers[0]}: source-proj clean removes them")
     if not report.ok:
         raise typer.Exit(1)
+
+
+@reports_errors
+def clean(bank: BankPath, json: Json = False) -> None:
+    """Delete what was fitted from a bank and kept in it; scoring computes it again when it is needed."""
+    freed = open_bank(bank).clear_fits()
+    if json:
+        emit({"bank": bank, "bytes_freed": freed})
+    else:
+        say(f"{bank}: {freed / 1e6:.1f} MB of fits removed")
 
 
 def _facts(bank: Bank) -> dict[str, Any]:
@@ -66,34 +77,35 @@ def _facts(bank: Bank) -> dict[str, Any]:
         "sketch": bank.sketch.spec(),
         "task": bank.task_spec,
         "parameters": dict(zip(bank.space_spec["names"], shapes, strict=True)),
+        "parameter_choice": bank.parameter_choice,
         "stages": [_stage(stage) for stage in bank.stages],
         "missing": bank.missing(),
-        "bytes": bank.nbytes(),
+        "bytes": {**bank.nbytes(), "fits": bank.fits.nbytes()},
         "versions": bank.versions,
     }
 
 
 def _stage(stage: StageBank) -> dict[str, Any]:
-    done = [[part.done(index) for part in stage.parts] for index in range(stage.n_checkpoints)]
+    committed = [[part.done(index) for part in stage.parts] for index in range(stage.n_checkpoints)]
     return {
         "name": stage.name,
         "rows": stage.n,
         "first_ids": stage.ids[:5],
-        "optimizer": stage.spec["optimizer"],
-        "segments": stage.spec["segments"],
+        "optimizer": stage.record.optimizer.spec(),
+        "segments": [list(group) for group in stage.record.segments],
         "sampled_fisher_draws": stage.draws,
         "checkpoints": [
             {
-                "step": step,
+                "step": checkpoint.step,
                 "lr_integral": integral,
-                "path": entry["path"],
-                "hash": entry["hash"],
-                "shards": sum(len(one) for one in shards),
-                "shards_done": sum(int(one.sum()) for one in shards),
+                "path": checkpoint.path,
+                "hash": checkpoint.hash,
+                "shards": sum(len(done) for done in shards),
+                "shards_done": sum(int(done.sum()) for done in shards),
                 "audit": total(part.audit(index) for part in stage.parts),
             }
-            for index, (step, integral, entry, shards) in enumerate(
-                zip(stage.spec["steps"], stage.spec["lr_integrals"], stage.spec["checkpoints"], done, strict=True)
+            for index, (checkpoint, integral, shards) in enumerate(
+                zip(stage.record.checkpoints, stage.record.lr_integrals, committed, strict=True)
             )
         ],
     }
@@ -104,25 +116,24 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     state = f"complete, fingerprint {facts['fingerprint'][:16]}" if facts["finalized"] else "unfinished"
     size = sum(facts["bytes"].values())
     sizes = ", ".join(f"{name} {count / 1e6:.1f}" for name, count in facts["bytes"].items() if count >= 50_000)
-    count = sum(math.prod(shape) for shape in facts["parameters"].values())
     yield f"{facts['bank']}: {state}"
     yield f"  rows        {facts['rows']} training examples, {facts['storage']}"
     yield f"  sketch      {_options(facts['sketch'])}"
     yield f"  task        {_options(facts['task'])}"
-    yield f"  parameters  {count} in {len(facts['parameters'])} tensors"
+    yield f"  parameters  {facts['parameter_choice']}"
     yield f"  size        {size / 1e6:.1f} MB{f' ({sizes})' if sizes else ''}"
     yield f"  made by     {_options(facts['versions'])}"
     for stage in facts["stages"]:
         yield ""
         yield f"stage {stage['name']}: {stage['rows']} rows, {_options(stage['optimizer'])}"
-        segment_of = {one: number for number, group in enumerate(stage["segments"], 1) for one in group}
+        segment_of = {checkpoint: number for number, group in enumerate(stage["segments"], 1) for checkpoint in group}
         yield table(
             ["checkpoint", "segment", "step", "integral of lr", "shards done", "audited, worst error", "weights"],
             [
-                [index, segment_of[index], one["step"], f"{one['lr_integral']:.6g}",
-                 f"{one['shards_done']} of {one['shards']}", _audit(one["audit"]),
-                 one["path"] or "in the bank"]
-                for index, one in enumerate(stage["checkpoints"])
+                [index, segment_of[index], checkpoint["step"], f"{checkpoint['lr_integral']:.6g}",
+                 f"{checkpoint['shards_done']} of {checkpoint['shards']}", _audit(checkpoint["audit"]),
+                 checkpoint["path"] or "in the bank"]
+                for index, checkpoint in enumerate(stage["checkpoints"])
             ],
         )  # fmt: skip
         yield from _general(stage)

@@ -23,9 +23,11 @@ __all__ = [
     "make_trajectory",
     "needed",
     "parse_damping",
+    "parse_json",
     "parse_options",
     "parse_segments",
     "parse_shard",
+    "parse_steps",
 ]
 
 _TASKS = {"classification": Classification, "regression": Regression, "causal-lm": CausalLM}
@@ -54,14 +56,14 @@ def load_object(name: str, what: str) -> Any:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise  # the module is there, but something that it imports is not
         raise ValueError(f"{what} {name!r}: no module {error.name!r} here or among the installed packages") from error
-    found: Any = module
+    value: Any = module
     for part in attribute.split("."):
-        if not hasattr(found, part):
+        if not hasattr(value, part):
             raise ValueError(f"{what} {name!r}: {module_name} has no {attribute!r}")
-        found = getattr(found, part)
-    if inspect.isroutine(found) or inspect.isclass(found) or isinstance(found, functools.partial):
-        return found()
-    return found
+        value = getattr(value, part)
+    if inspect.isroutine(value) or inspect.isclass(value) or isinstance(value, functools.partial):
+        return value()
+    return value
 
 
 def load_model(name: str) -> nn.Module:
@@ -175,7 +177,7 @@ def make_trajectory(
     if lr is None:
         raise ValueError("--checkpoint needs --lr, the constant learning rate; for a schedule use --trajectory")
     return Trajectory(
-        sorted((_checkpoint(point, lr) for point in points), key=lambda one: one.step),
+        sorted((_checkpoint(point, lr) for point in points), key=lambda checkpoint: checkpoint.step),
         optimizer=SGD(momentum=momentum, weight_decay=weight_decay),
         segments=segments or 1,
     )
@@ -218,6 +220,39 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
     if not slash or not index.isdecimal() or not count.isdecimal() or not int(index) < int(count):
         raise ValueError(f"--shard must be given as i/n with i from 0 to n-1, such as 0/4, got {text!r}")
     return int(index), int(count)
+
+
+def parse_steps(text: str | None) -> tuple[int, ...] | None:
+    """Read numbers of steps, separated by commas.
+
+    Example:
+        >>> parse_steps("15,30,45")
+        (15, 30, 45)
+    """
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise ValueError(f"--steps must be numbers of steps separated by commas, such as 15,30,45, got {text!r}")
+    return tuple(map(int, words))
+
+
+def parse_json(text: str | None, flag: str) -> dict[str, Any] | None:
+    """Read a JSON object.
+
+    Example:
+        >>> parse_json('{"min_lr": 1e-6}', "--schedule-options")
+        {'min_lr': 1e-06}
+    """
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{flag} must be a JSON object, such as '{{\"min_lr\": 1e-6}}', got {text!r}")
+    return value
 
 
 def parse_damping(text: str) -> float | str | None:

@@ -101,7 +101,7 @@ def train(
         for batch in _batches(len(data), seed)[start:]:
             optimizer.zero_grad()
             losses = nn.functional.cross_entropy(model(inputs[batch]), targets[batch], reduction="none")
-            ((losses * weights[batch]).sum() / len(batch)).backward()  # type: ignore[no-untyped-call]
+            ((losses * weights[batch]).sum() / len(batch)).backward()
             optimizer.step()
             if recorder is not None:
                 recorder.step()

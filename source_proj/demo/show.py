@@ -69,11 +69,11 @@ def answer_text(answer: Answer, scores: Scores, row: int, digits: Digits, top: i
     lines += ["  " + _GAP.join(f"{title:<16}" for title in titles).rstrip()]
     lines += ["  " + _GAP.join(parts).rstrip() for parts in zip(*drawn, strict=True)]
     for name, hits in (("most helpful", helpful), ("most harmful", harmful)):
-        found = (
-            f"{one} (a {int(digits.train_set[int(index)][1])}) {score:+.3f}"
-            for one, index, score in zip(hits.ids[row], hits.indices[row], hits.scores[row], strict=True)
+        entries = (
+            f"{train_id} (a {int(digits.train_set[int(index)][1])}) {score:+.3f}"
+            for train_id, index, score in zip(hits.ids[row], hits.indices[row], hits.scores[row], strict=True)
         )
-        lines.append(f"  {name}, by training id: " + ", ".join(found))
+        lines.append(f"  {name}, by training id: " + ", ".join(entries))
     return "\n".join(lines)
 
 
@@ -84,10 +84,10 @@ def check_text(answer: Answer, removals: Sequence[Removal], unit: str) -> str:
         "each with the same initial weights and batch order",
         f"  {'':<32}{'predicted':>10}{'actual':>10}  standard error",
     ]
-    for one in removals:
-        lines.append(f"  {one.name:<32}{one.predicted:>+10.2f}{one.actual:>+10.2f}  {one.error:.2f}")
-        lines.append(f"    {verdict(one)}")
-    failed = sum(not one.holds for one in removals)
+    for removal in removals:
+        lines.append(f"  {removal.name:<32}{removal.predicted:>+10.2f}{removal.actual:>+10.2f}  {removal.error:.2f}")
+        lines.append(f"    {verdict(removal)}")
+    failed = sum(not removal.holds for removal in removals)
     held = "all held, in sign; sizes are first-order."
     lines.append(f"  {failed} of {len(removals)} predictions FAILED." if failed else f"  {held}")
     return "\n".join(lines)
@@ -131,10 +131,11 @@ def demo_page(
                 f"weight decay {WEIGHT_DECAY}",
             ),
             ("bank", f"{bank_bytes / 1e6:.0f} MB"),
-            ("segments", "; ".join(_segment_fact(one) for one in parts.segments)),
+            ("segments", "; ".join(_segment_fact(segment) for segment in parts.segments)),
         ),
         checks=tuple(
-            Check(one.name, one.predicted, one.actual, one.error, len(one.changes), verdict(one)) for one in removals
+            Check(each.name, each.predicted, each.actual, each.error, len(each.changes), verdict(each))
+            for each in removals
         ),
         check_title=f"Query {answers[0].query}, trained again",
     )
@@ -142,7 +143,7 @@ def demo_page(
 
 def _segment_words(segments: Sequence[Segment]) -> tuple[str, ...]:
     """Name segments by the steps that they cover."""
-    ends = [0, *(checkpoint_steps(one.n)[one.checkpoints[-1]] for one in segments)]
+    ends = [0, *(checkpoint_steps(segment.n)[segment.checkpoints[-1]] for segment in segments)]
     return tuple(f"steps {start + 1} to {stop}" for start, stop in pairwise(ends))
 
 

@@ -75,7 +75,7 @@ class Retrainings:
             )
         if len(kept) != len(measured):
             raise MismatchError(
-                f"masks describe {len(kept)} subsets but outcomes {len(measured)}; give one row of outcomes a subset"
+                f"masks describe {len(kept)} subsets but outcomes {len(measured)}; give one row of outcomes per subset"
             )
         if len(kept) < 3:
             raise ValueError(f"a correlation over subsets needs at least 3 of them, got {len(kept)}")

@@ -133,9 +133,9 @@ def mean_over_queries(replicates: Iterable[Floats], count: int) -> Floats:
     A resampling of few subsets can hold one value only.
     """
     total, defined = np.zeros(count), np.zeros(count)
-    for one in replicates:
-        known = ~np.isnan(one)
-        total += np.where(known, one, 0.0)
+    for values in replicates:
+        known = ~np.isnan(values)
+        total += np.where(known, values, 0.0)
         defined += known
     return np.asarray(np.divide(total, defined, out=np.full(count, np.nan), where=defined > 0))
 

@@ -55,7 +55,7 @@ def calibration(
     Args:
         scores: ``(Q, N)``; positive means that including the example raises the query's measurement.
         truth: a :class:`GroundTruth`; or masks ``(M, N)`` bool, where True marks an example the subset keeps.
-        outcomes: with masks: measurements ``(M, R, Q)``, or ``(M, Q)`` for one retraining a subset.
+        outcomes: with masks: measurements ``(M, R, Q)``, or ``(M, Q)`` for one retraining per subset.
         bootstrap: number of resamplings of subsets; 0 for none.
         seed: seed of the resampling.
 

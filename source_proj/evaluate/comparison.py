@@ -71,14 +71,14 @@ class MethodResult:
 class Comparison:
     """The outcome, in the order in which the methods were given; differences are to the first."""
 
-    contestants: tuple[MethodResult, ...]
+    results: tuple[MethodResult, ...]
 
     def __getitem__(self, method: str) -> MethodResult:
-        """Return the contestant of a name."""
-        for one in self.contestants:
-            if one.method == method:
-                return one
-        raise KeyError(f"no method {method!r}; there are {[one.method for one in self.contestants]}")
+        """Return the result of a method."""
+        for result in self.results:
+            if result.method == method:
+                return result
+        raise KeyError(f"no method {method!r}; there are {[result.method for result in self.results]}")
 
     def table(self) -> pd.DataFrame:
         """One row for each method and number of runs (needs the ``pandas`` extra).
@@ -92,10 +92,10 @@ class Comparison:
         except ImportError as error:
             raise ImportError('table needs pandas: pip install "source-proj[pandas]"') from error
         rows = []
-        for one in self.contestants:
-            rows.append(_row(one, "single", one.single, one.single_behind))
-            if one.multiple is not None and one.multiple_behind is not None:
-                rows.append(_row(one, "multiple", one.multiple, one.multiple_behind))
+        for result in self.results:
+            rows.append(_row(result, "single", result.single, result.single_behind))
+            if result.multiple is not None and result.multiple_behind is not None:
+                rows.append(_row(result, "multiple", result.multiple, result.multiple_behind))
         return pd.DataFrame(rows)
 
 
@@ -123,21 +123,21 @@ def compare_methods(
         >>> effect, noise = rng.normal(size=(2, 6, 40))
         >>> right = Candidate("right", "", lambda: [effect, effect])
         >>> wrong = Candidate("wrong", "", lambda: [noise, noise])
-        >>> found = compare_methods([right, wrong], masks, (masks @ effect.T)[:, None], progress=False)
-        >>> round(found["right"].single.value, 6), found["wrong"].single_behind.significant
+        >>> comparison = compare_methods([right, wrong], masks, (masks @ effect.T)[:, None], progress=False)
+        >>> round(comparison["right"].single.value, 6), comparison["wrong"].single_behind.significant
         (1.0, True)
     """
-    names = [(one.method, one.setting) for one in candidates]
+    names = [(candidate.method, candidate.setting) for candidate in candidates]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"candidates need different pairs of method and setting, at least one; got {names}")
     by_method: dict[str, list[Candidate]] = {}
-    for one in candidates:
-        by_method.setdefault(one.method, []).append(one)
-    found: list[MethodResult] = []
+    for candidate in candidates:
+        by_method.setdefault(candidate.method, []).append(candidate)
+    results: list[MethodResult] = []
     with tqdm(total=len(candidates), desc="score", unit="setting", delay=2, disable=not progress) as bar:
         for own in by_method.values():
-            found.append(_judge(own, np.asarray(masks), np.asarray(outcomes), found[0] if found else None, bar))
-    return Comparison(tuple(found))
+            results.append(_judge(own, np.asarray(masks), np.asarray(outcomes), results[0] if results else None, bar))
+    return Comparison(tuple(results))
 
 
 def _judge(
@@ -147,8 +147,8 @@ def _judge(
     quality: dict[str, Matrix] = {}
     for candidate in own:
         bar.set_postfix_str(f"{candidate.method}, {candidate.setting}"[:50])
-        runs[candidate.setting] = [np.asarray(one, dtype=np.float32) for one in candidate.scores()]
-        per_run = [lds(one, masks, outcomes, bootstrap=0).per_query for one in runs[candidate.setting]]
+        runs[candidate.setting] = [np.asarray(run, dtype=np.float32) for run in candidate.scores()]
+        per_run = [lds(run, masks, outcomes, bootstrap=0).per_query for run in runs[candidate.setting]]
         quality[candidate.setting] = np.mean(per_run, axis=0)
         bar.update()
     chosen = _choose(quality)
@@ -163,7 +163,7 @@ def _judge(
         method=own[0].method,
         setting=" / ".join(dict.fromkeys(chosen)),
         single=single,
-        spread=float(np.std([one.value for one in singles])),
+        spread=float(np.std([run.value for run in singles])),
         multiple=multiple,
         slope=calibration(scores, masks, outcomes) if own[0].calibrated else None,
         single_behind=compare(first.single if first is not None else single, single),
@@ -185,26 +185,26 @@ def _mix(even: Matrix, odd: Matrix) -> Matrix:
 
 
 def _together(own: Sequence[Candidate], setting: str, runs: Sequence[Matrix]) -> Matrix:
-    (candidate,) = (one for one in own if one.setting == setting)
+    (candidate,) = (candidate for candidate in own if candidate.setting == setting)
     if candidate.ensemble is None or len(runs) == 1:
         return np.asarray(np.mean(runs, axis=0))
     return np.asarray(candidate.ensemble(), dtype=np.float32)
 
 
-def _row(one: MethodResult, runs: str, result: LDS, behind: Difference) -> dict[str, Any]:
+def _row(judged: MethodResult, runs: str, result: LDS, behind: Difference) -> dict[str, Any]:
     nothing = (float("nan"), float("nan"))
     return {
-        "method": one.method,
+        "method": judged.method,
         "runs": runs,
-        "setting": one.setting,
+        "setting": judged.setting,
         "lds": result.value,
         "low": result.interval[0],
         "high": result.interval[1],
-        "spread": one.spread,
+        "spread": judged.spread,
         "ceiling": float("nan") if result.ceiling is None else result.ceiling,
-        "slope": float("nan") if one.slope is None else one.slope.slope,
-        "slope_low": (one.slope.interval if one.slope else nothing)[0],
-        "slope_high": (one.slope.interval if one.slope else nothing)[1],
+        "slope": float("nan") if judged.slope is None else judged.slope.slope,
+        "slope_low": (judged.slope.interval if judged.slope else nothing)[0],
+        "slope_high": (judged.slope.interval if judged.slope else nothing)[1],
         "diff": behind.value,
         "diff_low": behind.interval[0],
         "diff_high": behind.interval[1],

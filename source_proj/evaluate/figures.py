@@ -35,11 +35,13 @@ def plot_lds(results: Mapping[str, LDS], *, axes: Axes | None = None) -> Figure:
     """
     ax = _axes(axes, results, height=1.2 + 0.4 * len(results))
     places = np.arange(len(results))[::-1]
-    ax.barh(places, [one.value for one in results.values()], height=0.65, color=_colours(len(results)))
-    low, high = np.array([one.interval for one in results.values()]).T
+    ax.barh(places, [result.value for result in results.values()], height=0.65, color=_colours(len(results)))
+    low, high = np.array([result.interval for result in results.values()]).T
     ax.hlines(places, low, high, color="black", label="95 % interval")
     known = [
-        (place, one.ceiling) for place, one in zip(places, results.values(), strict=True) if one.ceiling is not None
+        (place, result.ceiling)
+        for place, result in zip(places, results.values(), strict=True)
+        if result.ceiling is not None
     ]
     if known:
         at, ceilings = (np.array(column) for column in zip(*known, strict=True))
@@ -59,9 +61,9 @@ def plot_removal(results: Mapping[str, SubsetRemoval], *, axes: Axes | None = No
         ValueError: for no results.
     """
     ax = _axes(axes, results)
-    for name, one in results.items():
-        (line,) = ax.plot(one.sizes, one.fraction, marker="o", label=name)
-        ax.fill_between(one.sizes, *one.interval.T, color=line.get_color(), alpha=0.15, linewidth=0)
+    for name, result in results.items():
+        (line,) = ax.plot(result.sizes, result.fraction, marker="o", label=name)
+        ax.fill_between(result.sizes, *result.interval.T, color=line.get_color(), alpha=0.15, linewidth=0)
     ax.set_ylim(bottom=0)
     ax.set_xlabel("helpful training examples removed")
     ax.set_ylabel("fraction of predictions flipped")
@@ -98,14 +100,14 @@ def plot_calibration(
     """
     retrainings = Retrainings.of(truth, outcomes)
     predicted, actual = subset_predictions(scores, retrainings), retrainings.mean  # (Q, M)
-    found = calibrate(predicted, actual, bootstrap_weights(predicted.shape[1], 1000, 0))
+    line = calibrate(predicted, actual, bootstrap_weights(predicted.shape[1], 1000, 0))
     x, y = (values - values.mean(axis=1, keepdims=True) for values in (predicted, actual))
     ax = _axes(axes, {"": scores})
     ax.scatter(x.ravel(), y.ravel(), s=4, alpha=min(1.0, 2000 / x.size), linewidth=0, color="C0", rasterized=True)
     ends = np.array([x.min(), x.max()])
     ax.plot(ends, ends, color="gray", linestyle="--", label="slope 1")
-    low, high = found.interval
-    ax.plot(ends, found.slope * ends, color="C3", label=f"slope {found.slope:.2f} [{low:.2f}, {high:.2f}]")
+    low, high = line.interval
+    ax.plot(ends, line.slope * ends, color="C3", label=f"slope {line.slope:.2f} [{low:.2f}, {high:.2f}]")
     ax.set_xlabel("predicted change")
     ax.set_ylabel("actual change")
     ax.legend(fontsize="small", loc="upper left")
@@ -128,8 +130,8 @@ def _figure(axes: Axes) -> Figure:
     figure: Any = axes.figure
     while figure.figure is not figure:  # axes of a subfigure
         figure = figure.figure
-    found: Figure = figure
-    return found
+    made: Figure = figure
+    return made
 
 
 def _colours(count: int) -> list[str]:

@@ -114,7 +114,7 @@ def leave_one_out(
     weights = bootstrap_weights(len(left_out), bootstrap, seed)
     ranked, linear = spearman(predicted, actual), pearson(predicted, actual)
     rank_draws = rank_replicates(predicted, actual, weights)
-    pairs = (weighted_pearson(one, other, weights) for one, other in zip(predicted, actual, strict=True))
+    pairs = (weighted_pearson(series, other, weights) for series, other in zip(predicted, actual, strict=True))
     linear_draws = mean_over_queries(pairs, len(weights))
     noisy = retrainings.measured.shape[1] > 1
     return LeaveOneOut(

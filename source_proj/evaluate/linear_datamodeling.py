@@ -106,7 +106,7 @@ def lds(
     Args:
         scores: ``(Q, N)``; positive means that including the example raises the query's measurement.
         truth: a :class:`GroundTruth`; or masks ``(M, N)`` bool, where True marks an example the subset keeps.
-        outcomes: with masks: measurements ``(M, R, Q)``, or ``(M, Q)`` for one retraining a subset.
+        outcomes: with masks: measurements ``(M, R, Q)``, or ``(M, Q)`` for one retraining per subset.
         bootstrap: number of resamplings; 0 for none (a point estimate, e.g. in a grid search).
         seed: seed of the resampling.
 
@@ -179,7 +179,7 @@ def mean_lds(results: Sequence[LDS]) -> LDS:
     _require_paired(results)
     replicates = np.mean([result.replicates for result in results], axis=0)
     slopes = [result.calibration for result in results]
-    slope_replicates = np.mean([one.replicates for one in slopes], axis=0)
+    slope_replicates = np.mean([slope.replicates for slope in slopes], axis=0)
     return LDS(
         value=float(np.mean([result.value for result in results])),
         interval=percentile_interval(replicates),
@@ -187,10 +187,10 @@ def mean_lds(results: Sequence[LDS]) -> LDS:
         ceiling=results[0].ceiling,
         reliability=results[0].reliability,
         calibration=Calibration(
-            slope=float(np.mean([one.slope for one in slopes])),
+            slope=float(np.mean([slope.slope for slope in slopes])),
             interval=percentile_interval(slope_replicates),
-            per_query=np.mean([one.per_query for one in slopes], axis=0),
-            correlation=float(np.mean([one.correlation for one in slopes])),
+            per_query=np.mean([slope.per_query for slope in slopes], axis=0),
+            correlation=float(np.mean([slope.correlation for slope in slopes])),
             replicates=slope_replicates,
         ),
         replicates=replicates,

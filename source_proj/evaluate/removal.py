@@ -253,7 +253,9 @@ def _check(scores: Floats, baseline: NDArray[np.generic], sizes: NDArray[np.int6
     if len(bad):
         raise ValueError(f"scores hold {len(bad)} values that are not finite, the first at {tuple(bad[0].tolist())}")
     if baseline.shape != (len(scores),):
-        raise MismatchError(f"baseline must hold one prediction a query, shape ({len(scores)},), got {baseline.shape}")
+        raise MismatchError(
+            f"baseline must hold one prediction per query, shape ({len(scores)},), got {baseline.shape}"
+        )
     if not (np.issubdtype(baseline.dtype, np.number) or baseline.dtype == np.bool_):
         raise TypeError(f"baseline must hold numbers of classes, got dtype {baseline.dtype}")
     whole = sizes.ndim == 1 and sizes.size > 0 and np.issubdtype(sizes.dtype, np.integer)

@@ -89,7 +89,7 @@ def retrain(
         inputs: training inputs, shape ``(N, ...)``.
         targets: training targets, shape ``(N, ...)``.
         subsets: M index arrays, the examples each model is trained on.
-        seeds: M seeds, one a model, for initialisation and batch order.
+        seeds: M seeds, one per model, for initialisation and batch order.
         epochs: passes over the subset.
         batch_size: examples in a batch.
         lr: learning rate, constant or by optimizer step.
@@ -153,7 +153,7 @@ def train_stacked(
         inputs: training inputs, shape ``(N, ...)``.
         targets: training targets, shape ``(N, ...)``.
         subsets: M index arrays of one length, the examples each model is trained on.
-        seeds: M seeds, one a model, for initialisation and batch order.
+        seeds: M seeds, one per model, for initialisation and batch order.
         epochs: passes over the subset.
         batch_size: examples in a batch.
         lr: learning rate, constant or by optimizer step (counted from 0 in this call).
@@ -186,8 +186,8 @@ def train_stacked(
         make = optimizer or partial(torch.optim.SGD, momentum=momentum, weight_decay=weight_decay)
         descent = make(list(parameters.values()))
 
-        def model_loss(one: StackedState, static: StackedState, x: Tensor, y: Tensor) -> Tensor:
-            return loss(functional_call(skeleton, {**one, **static}, (x,)), y)
+        def model_loss(state: StackedState, static: StackedState, x: Tensor, y: Tensor) -> Tensor:
+            return loss(functional_call(skeleton, {**state, **static}, (x,)), y)
 
         losses = vmap(model_loss, randomness="different")
         count = 0
@@ -199,8 +199,8 @@ def train_stacked(
                 gradients = torch.autograd.grad(total, list(parameters.values()))
                 for value, gradient in zip(parameters.values(), gradients, strict=True):
                     value.grad = gradient.contiguous()  # fused optimizers go wrong, silently, where strides differ
-                for one in descent.param_groups:
-                    one["lr"] = rate(count)
+                for group in descent.param_groups:
+                    group["lr"] = rate(count)
                 descent.step()
                 count += 1
     return {name: value.detach() for name, value in {**parameters, **buffers}.items()}
@@ -213,7 +213,7 @@ def stacked_outputs(make_model: Callable[[], nn.Module], inputs: Tensor) -> Call
 
     def evaluate(state: StackedState) -> Tensor:
         with torch.no_grad():
-            outputs: Tensor = vmap(lambda one: functional_call(skeleton, one, (inputs,)))(state)
+            outputs: Tensor = vmap(lambda parameters: functional_call(skeleton, parameters, (inputs,)))(state)
         return outputs
 
     return evaluate

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from source_proj.gradients.space import ParameterSpace
@@ -37,12 +36,12 @@ class GradientSink:
     @property
     def fuses_windows(self) -> bool:
         """Whether `windows` costs no more than the arithmetic, however many windows there are."""
-        return self._sketch.kind == "sparse" and self._sketch.serving(self._out.device.type) in ("native", "triton")
+        return self._sketch.fuses_windows(self._out.device.type)
 
     @property
     def accepts_half(self) -> bool:
         """Whether factors of half precision are best left as they are: tensor cores sum their products in float32."""
-        return self._sketch.kind == "sparse" and self._sketch.serving(self._out.device.type) == "triton"
+        return self._sketch.accepts_half(self._out.device.type)
 
     def add(self, name: str, rows: Tensor, start: int = 0) -> None:
         """The gradients (n, …) of the whole parameter for the examples start … start + n."""
@@ -67,14 +66,9 @@ class GradientSink:
         """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""
         rows, width = self._shapes[name]
         size, length = index.shape
-        if self._sketch.kind == "kronecker":  # its two sides want the matrix whole
-            for b in range(size):
-                one_hot = F.one_hot(index[b : b + 1], rows).to(values.dtype)
-                self.outer(name, one_hot, values[b : b + 1], b)
-            return
         examples = torch.arange(size, device=index.device).repeat_interleave(length)
-        offsets = self._offsets[name] + width * index.flatten().long()
-        self._sketch.add_at_(self._rows(name, 0, size), values.flatten(0, 1), examples, offsets)
+        out, offset = self._rows(name, 0, size), self._offsets[name]
+        self._sketch.add_at_(out, values.flatten(0, 1), examples, index.flatten().long(), offset, (rows, width))
 
 
 class ScaledSink(GradientSink):

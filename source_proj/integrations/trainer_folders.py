@@ -9,21 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
-
-import torch
 
 from source_proj._errors import MismatchError
+from source_proj._io.loading import load_tensors
+from source_proj.trajectory.layouts import WEIGHTS, sharded_state, weights_file
 
 __all__ = ["TrainerFolder", "logged", "read_tensors", "trainer_folders"]
-
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.safetensors",
-    "pytorch_model.bin",
-    "adapter_model.bin",
-)
 
 
 @dataclass(frozen=True)
@@ -72,10 +63,11 @@ class TrainerFolder:
         Raises:
             FileNotFoundError: there is none.
         """
-        for name in _WEIGHTS:
-            if (self.path / name).is_file():
-                return self.path / name
-        raise FileNotFoundError(f"{str(self.path)!r} holds none of {', '.join(_WEIGHTS)}: it has no weights to read")
+        file = weights_file(self.path)
+        if file is None:
+            why = sharded_state(self.path) or "it has no weights to read"
+            raise FileNotFoundError(f"{str(self.path)!r} holds none of {', '.join(WEIGHTS)}: {why}")
+        return file
 
     @property
     def saved_optimizer(self) -> Path:
@@ -87,8 +79,8 @@ class TrainerFolder:
         file = self.path / "optimizer.pt"
         if not file.is_file():
             raise ValueError(
-                f"{str(self.path)!r} has no optimizer.pt (save_only_model=True?), so nothing says how gradients became "
-                "steps: give optimizer=source_proj.SGD(...), which needs none"
+                f"{str(self.path)!r} has no optimizer.pt ({sharded_state(self.path) or 'save_only_model=True?'}), so "
+                "nothing says how gradients became steps: give optimizer=source_proj.SGD(...), which needs none"
             )
         return file
 
@@ -149,14 +141,7 @@ def logged(history: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
 
 def read_tensors(file: Path) -> dict[str, Any]:
     """Read a dict of tensors and plain values; what holds other objects, and could run foreign code, is refused."""
-    try:
-        # Mapped, so that a large optimizer's moments are read when they are used.
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-    except Exception as error:  # torch.load lets through whatever zip, pickle and its own readers raise
-        raise MismatchError(
-            f"{str(file)!r} cannot be read as tensors and plain values alone "
-            f"({type(error).__name__}: {str(error).strip()[:200]})"
-        ) from error
+    content = load_tensors(file, "give the folder as the Trainer wrote it", mapped=True)  # a large optimizer's moments
     if not isinstance(content, dict):
         raise MismatchError(f"{str(file)!r} holds a {type(content).__name__}, and a dict was expected")
     return content

@@ -57,7 +57,7 @@ class Attribution:
     Attributes:
         example: the training example.
         score: change of the query's measurement that including the example made.
-        parts: the score's parts, one a segment of training, in order; they sum to the score.
+        parts: the score's parts, one per segment of training, in order; they sum to the score.
     """
 
     example: Example

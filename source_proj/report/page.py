@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from source_proj.attribution.scores import Hits, Scores
+from source_proj._io.outputs import write_output
+from source_proj.attribution.hits import Hits
+from source_proj.attribution.scores import Scores
 from source_proj.attribution.source import SegmentScores
 from source_proj.report.content import Attribution, Check, Example, MethodLists, Page, QuerySection, signed
 from source_proj.report.images import image_uri
@@ -84,7 +86,7 @@ def make_page(
             measurement=None if measurements is None else float(measurements[query]),
             note="" if notes is None else notes[query],
             method=method,
-            others=tuple(MethodLists(name, *found[query], others[name].unit) for name, found in beside.items()),
+            others=tuple(MethodLists(name, *lists[query], others[name].unit) for name, lists in beside.items()),
         )
         for query, id in enumerate(scores.query_ids)
     )
@@ -101,11 +103,11 @@ def _strongest(
     def listed(query: int, hits: Hits, raises: bool) -> tuple[Attribution, ...]:
         return tuple(
             Attribution(
-                show(train_set[int(one)], scores.train_ids[one]),
+                show(train_set[int(row)], scores.train_ids[row]),
                 float(value),
-                () if parts is None else tuple(float(part) for part in parts.values[:, query, one]),
+                () if parts is None else tuple(float(part) for part in parts.values[:, query, row]),
             )
-            for one, value in zip(hits.indices[query], hits.scores[query], strict=True)
+            for row, value in zip(hits.indices[query], hits.scores[query], strict=True)
             if (value > 0 if raises else value < 0)
         )
 
@@ -152,11 +154,21 @@ def render(page: Page) -> str:
     return environment.get_template("page.html").render(page=page, scale=_scale(page.checks))
 
 
-def write_report(page: Page, path: str | Path) -> Path:
-    """Render the page to a file and return its path."""
+def write_report(page: Page, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Render the page to a file, which appears when it is whole, and return its path.
+
+    Args:
+        page: what to show.
+        path: where; folders above it are made.
+        overwrite: replace what is there.
+
+    Raises:
+        FileExistsError: something is there already, and may not be overwritten.
+    """
     path = Path(path)
+    content = render(page).encode("utf-8", errors="backslashreplace")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(page), encoding="utf-8")
+    write_output(path, content, overwrite=overwrite)
     return path
 
 

@@ -1,6 +1,7 @@
 """What the sketch asks of its operands, and what it says where they do not fit."""
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["check_range", "check_types", "check_windows", "checked_scale", "floating_tensor", "integer"]
+__all__ = [
+    "check_index",
+    "check_out",
+    "check_range",
+    "check_types",
+    "check_windows",
+    "checked_scale",
+    "floating_tensor",
+    "integer",
+]
 
 
 def integer(name: str, value: Any) -> int:
@@ -29,6 +39,31 @@ def check_types(out: Tensor, rows: Tensor, axes: int, name: str) -> None:
         raise ValueError(f"{name} is {tuple(rows.shape)}; give {axes} axes")
     if out.device != rows.device:
         raise ValueError(f"out is on {out.device} and {name} is on {rows.device}; move them to one device")
+
+
+def check_out(out: Tensor, dim: int) -> None:
+    """Refuse a place to add to that is not (B, dim), or whose rows are not contiguous or overlap."""
+    if out.ndim != 2 or out.shape[1] != dim:
+        raise ValueError(f"out is {tuple(out.shape)}; give (B, {dim})")
+    if out.numel() and ((out.stride(1) != 1 and dim > 1) or (out.stride(0) < dim and out.shape[0] > 1)):
+        raise ValueError(f"out has strides {out.stride()}; give rows that are contiguous and do not overlap")
+
+
+def check_index(values: Tensor, indices: Mapping[str, tuple[Tensor, int]]) -> None:
+    """Refuse an index (M,) into so many rows that is not int64, has not an entry per value (M, n), or is outside."""
+    for name, (index, _) in indices.items():
+        if index.dtype != torch.int64:
+            raise TypeError(f"{name} is {index.dtype}; give torch.int64")
+        if index.shape != values.shape[:1] or index.device != values.device:
+            raise ValueError(
+                f"{name} is {tuple(index.shape)} on {index.device} for values {tuple(values.shape)} on "
+                f"{values.device}; give one entry per row"
+            )
+    ends = torch.stack([end for index, _ in indices.values() for end in index.aminmax()]).tolist()  # waits once
+    for number, (name, (_, count)) in enumerate(indices.items()):
+        first, last = ends[2 * number : 2 * number + 2]
+        if first < 0 or last >= count:
+            raise ValueError(f"{name} runs from {first} to {last}; there are {count} rows")
 
 
 def checked_scale(scale: Tensor | None, count: int, out: Tensor) -> Tensor | None:

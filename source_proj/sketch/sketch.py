@@ -11,16 +11,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from source_proj import kernels
-from source_proj.sketch.checks import check_range, check_types, check_windows, checked_scale, floating_tensor, integer
+from source_proj.sketch.checks import (
+    check_index,
+    check_out,
+    check_range,
+    check_types,
+    check_windows,
+    checked_scale,
+    floating_tensor,
+    integer,
+)
+from source_proj.sketch.projections import Projection, projection_class
 
 __all__ = ["Sketch"]
 
 _PORTABLE = "portable"  # in a spec: the matrix that every backend makes
-_CONVERTED = 1 << 16  # coordinates that are converted to float32 at once
-_SCALED_TILE = 1 << 18  # numbers of a tile of scaled gradients
-
-
 _Arguments = ParamSpec("_Arguments")
 
 
@@ -51,7 +56,7 @@ class Sketch:
         kind: ``"sparse"``: block-permutation CountSketch (`source_proj.kernels.sparse`), O(d) per gradient;
             ``"rademacher"``: dense signs, O(d k); ``"kronecker"``: two-sided per matrix parameter, cheapest for huge
             linear layers and less faithful (its vectors go through the sparse map); ``"identity"``: no projection,
-            dim is then the number of parameters.
+            dim is then the number of parameters, or more, which leaves columns of zeros.
         seed: which matrix, in [0, 2^64). One seed for all that is compared; ensemble members take different ones.
         nnz: nonzeros per column of R for the sparse map; more than one serves gradients with few huge entries.
         backend: ``"native"`` (CPU), ``"triton"`` (GPU), ``"torch"``, or None for the fastest present, none of which
@@ -88,21 +93,12 @@ class Sketch:
             raise ValueError(f"seed is {self.seed}; give a number from 0 to 2^64 - 1")
         if not 1 <= self.nnz < 1 << 16:
             raise ValueError(f"nnz is {self.nnz}; give a number of nonzeros from 1 to 65535")
-        self._check_backend()
-        if self.nnz > 1 and self.kind in ("rademacher", "identity"):
-            raise ValueError(f"nnz is {self.nnz}, but kind {self.kind!r} has no choice of nonzeros; leave nnz at 1")
+        object.__setattr__(self, "multiprocessors", self._projection.multiprocessors)
 
-    def _check_backend(self) -> None:
-        if self.backend == "fast-jl" and self.kind == "rademacher":
-            found = kernels.require_fast_jl(self.dim, self.multiprocessors)
-            object.__setattr__(self, "multiprocessors", found.multiprocessors)
-            return
-        kernels.require_backend(self.kind, self.backend)
-        if self.multiprocessors is not None:
-            raise ValueError(
-                f"multiprocessors is {self.multiprocessors}, but only the matrix of backend 'fast-jl' depends on them; "
-                "leave it out"
-            )
+    @functools.cached_property
+    def _projection(self) -> Projection:
+        chosen = projection_class(self.kind, self.backend)
+        return chosen(self.dim, self.seed, self.nnz, self.backend, self.multiprocessors)
 
     @property
     def chosen_backend(self) -> str:
@@ -115,12 +111,20 @@ class Sketch:
         Raises:
             ValueError: the backend that was asked for cannot; the message lists those that can.
         """
-        return kernels.choose_backend(self.kind, self.backend, device)
+        return self._projection.serving(device)
 
     @property
     def is_exact(self) -> bool:
         """Whether inner products are kept exactly: true of the identity alone."""
-        return self.kind == "identity"
+        return self._projection.is_exact
+
+    def fuses_windows(self, device: str) -> bool:
+        """Whether `add_windows_` costs no more than the arithmetic there, however many windows there are."""
+        return self.serving(device) in self._projection.fusing_backends
+
+    def accepts_half(self, device: str) -> bool:
+        """Whether factors of half precision are best left as they are: tensor cores sum their products in float32."""
+        return self.serving(device) in self._projection.half_backends
 
     def spec(self) -> dict[str, Any]:
         """What defines the matrix, JSON-able; ``"portable"`` says that any backend makes it.
@@ -130,10 +134,10 @@ class Sketch:
         >>> Sketch(dim=8).spec()
         {'kind': 'sparse', 'dim': 8, 'seed': 0, 'nnz': 1, 'backend': 'portable'}
         """
-        found = {"kind": self.kind, "dim": self.dim, "seed": self.seed, "nnz": self.nnz, "backend": _PORTABLE}
-        if self.multiprocessors is not None:
-            found |= {"backend": self.backend, "multiprocessors": self.multiprocessors}
-        return found
+        spec = {"kind": self.kind, "dim": self.dim, "seed": self.seed, "nnz": self.nnz, "backend": _PORTABLE}
+        if not self._projection.is_portable:
+            spec |= {"backend": self.backend, "multiprocessors": self.multiprocessors}
+        return spec
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> "Sketch":
@@ -142,11 +146,11 @@ class Sketch:
         Raises:
             ValueError: an entry is missing or unknown, or names a backend whose matrix cannot be made here.
         """
-        wanted = {"kind", "dim", "seed", "nnz", "backend"}
-        if spec.get("backend") == "fast-jl":
-            wanted.add("multiprocessors")
-        if set(spec) != wanted:
-            raise ValueError(f"sketch spec has entries {sorted(spec)}; expected {sorted(wanted)}")
+        expected = {"kind", "dim", "seed", "nnz", "backend"}
+        if spec.get("backend", _PORTABLE) != _PORTABLE:
+            expected.add("multiprocessors")
+        if set(spec) != expected:
+            raise ValueError(f"sketch spec has entries {sorted(spec)}; expected {sorted(expected)}")
         if "multiprocessors" in spec:
             integer("multiprocessors", spec["multiprocessors"])  # None would mean those of this device
         return cls(**{**spec, "backend": None if spec["backend"] == _PORTABLE else spec["backend"]})
@@ -194,30 +198,8 @@ class Sketch:
         check_range(offset, count)
         if shape is not None and math.prod(shape) != count:
             raise ValueError(f"shape {tuple(shape)} has {math.prod(shape)} coordinates, but rows have {count}")
-        if batch == 0 or count == 0:
-            return
-        if self.kind == "identity":
-            self._check_identity(offset, count)
-            out[:, offset : offset + count] += rows
-        elif self.kind == "kronecker" and shape is not None and len(shape) > 1:
-            matrix = (shape[0], count // shape[0])
-            kernels.kronecker_add_(out, rows.float(), offset, matrix, seed=self.seed, backend=self._serving(out))
-        elif rows.dtype == torch.float32 or self._serving(out) == "triton":
-            self._add_rows(out, rows, offset)
-        elif self.backend == "fast-jl":  # whose pieces cost as much as whole blocks
-            self._add_rows(out, rows.float(), offset)
-        else:
-            for start in range(0, count, _CONVERTED):
-                self._add_rows(out, rows[:, start : start + _CONVERTED].float(), offset + start)
-
-    def _add_rows(self, out: Tensor, rows: Tensor, offset: int) -> None:
-        backend = self._serving(out)
-        if self.kind == "rademacher":
-            kernels.rademacher_add_(
-                out, rows, offset, seed=self.seed, backend=backend, multiprocessors=self.multiprocessors
-            )
-        else:
-            kernels.sparse_add_(out, rows, offset, seed=self.seed, nnz=self.nnz, backend=backend)
+        if batch and count:
+            self._projection.add_(out, rows, offset, shape)
 
     @_plain
     def add_outer_(self, out: Tensor, left: Tensor, right: Tensor, offset: int, scale: Tensor | None = None) -> None:
@@ -244,38 +226,8 @@ class Sketch:
         count = left.shape[2] * right.shape[2]
         check_range(offset, count)
         scale = checked_scale(scale, count, out)
-        if 0 in (*left.shape, *right.shape):
-            return
-        backend = self._serving(out)
-        if backend != "triton" or self.kind != "sparse":
-            left, right = left.float(), right.float()
-        if self.kind == "identity":
-            self._check_identity(offset, count)
-            out[:, offset : offset + count] += kernels.scaled((left.transpose(1, 2) @ right).flatten(1), 0, scale)
-        elif self.kind == "sparse":
-            options: dict[str, Any] = {"seed": self.seed, "nnz": self.nnz, "backend": backend}
-            kernels.sparse_add_outer_(out, left, right, offset, scale=scale, **options)
-        elif scale is not None:
-            self._add_scaled_outer(out, left, right, offset, scale)
-        elif self.kind == "kronecker":
-            kernels.kronecker_add_outer_(out, left, right, offset, seed=self.seed, backend=backend)
-        else:
-            kernels.rademacher_add_outer_(
-                out, left, right, offset, seed=self.seed, backend=backend, multiprocessors=self.multiprocessors
-            )
-
-    def _add_scaled_outer(self, out: Tensor, left: Tensor, right: Tensor, offset: int, scale: Tensor) -> None:
-        """The product tile by tile; whole matrices, of few examples, for the two-sided kind."""
-        shape = (left.shape[2], right.shape[2])
-        if self.kind == "kronecker":
-            step = max(1, _SCALED_TILE // math.prod(shape))
-            for b in range(0, len(left), step):
-                some = slice(b, b + step)
-                whole = (left[some].transpose(1, 2) @ right[some]).flatten(1)
-                self.add_(out[some], kernels.scaled(whole, 0, scale), offset, shape)
-            return
-        for some, start, tile in kernels.outer_tiles(left, right, _SCALED_TILE):
-            self.add_(out[some], kernels.scaled(tile, start, scale), offset + start)
+        if 0 not in (*left.shape, *right.shape):
+            self._projection.add_outer_(out, left, right, offset, scale)
 
     @_plain
     def add_windows_(
@@ -312,66 +264,39 @@ class Sketch:
         count = left.shape[1] * right.shape[1] * len(taps)
         check_range(offset, count)
         scale = checked_scale(scale, count, out)
-        if 0 in (*left.shape, *right.shape, len(taps)):
-            return
-        backend = self._serving(out)
-        if backend != "triton":
-            left, right = left.float(), right.float()
-        if self.kind == "sparse":
-            kernels.sparse_add_windows_(
-                out, left, right, taps, windows, offset, seed=self.seed, nnz=self.nnz, backend=backend, scale=scale
-            )
-            return
-        for some, columns in kernels.window_columns(right, taps, windows):
-            self.add_outer_(out[some], left[some].transpose(1, 2), columns, offset, scale)
+        if 0 not in (*left.shape, *right.shape, len(taps)):
+            self._projection.add_windows_(out, left, right, taps, windows, offset, scale)
 
     @_plain
-    def add_at_(self, out: Tensor, rows: Tensor, examples: Tensor, offsets: Tensor) -> None:
-        """Add R[:, offsets[r] : offsets[r] + n] rows[r] to out[examples[r]] for every row r, in place.
+    def add_at_(
+        self, out: Tensor, values: Tensor, examples: Tensor, index: Tensor, offset: int, shape: tuple[int, int]
+    ) -> None:
+        """Add the sketch of a table whose row index[r] holds values[r] to out[examples[r]] for every r, in place.
 
-        For gradients that touch few of many coordinates, such as an embedding's: one row per token, at the offset of
-        that token's vector. A pair of example and offset may occur again; ``"kronecker"`` uses its sparse map here.
+        For gradients that touch few rows of many, such as an embedding's: one row per token. A pair of example and
+        index may occur again.
 
         Args:
             out: (B, dim) float32, where to add; its last axis contiguous.
-            rows: (M, n) of any floating point type.
+            values: (M, n) of any floating point type.
             examples: (M,) int64, from 0 to B - 1.
-            offsets: (M,) int64, absolute coordinate of each row's first entry.
+            index: (M,) int64, which row of the table each value belongs to.
+            offset: absolute coordinate of the table's first entry.
+            shape: (rows, n), of the table, the one parameter that this is the gradient of.
 
         Raises:
-            ValueError: shapes, devices, examples or coordinates do not fit.
-            TypeError: rows are not floating point, out is not float32, or an index is not int64.
+            ValueError: shapes, devices, examples, index or coordinates do not fit.
+            TypeError: values are not floating point, out is not float32, or an index is not int64.
         """
-        check_types(out, rows, 2, "rows (M, n)")
-        self._check_out(out)
-        for name, index in (("examples", examples), ("offsets", offsets)):
-            if index.dtype != torch.int64:
-                raise TypeError(f"{name} is {index.dtype}; give torch.int64")
-            if index.shape != rows.shape[:1] or index.device != rows.device:
-                raise ValueError(
-                    f"{name} is {tuple(index.shape)} on {index.device} for rows {tuple(rows.shape)} on {rows.device}; "
-                    "give one entry per row"
-                )
-        if rows.numel() == 0:
+        check_types(out, values, 2, "values (M, n)")
+        check_out(out, self.dim)
+        if len(shape) != 2 or shape[1] != values.shape[1]:
+            raise ValueError(f"shape is {tuple(shape)} for values {tuple(values.shape)}; give (rows, n) of the table")
+        check_range(offset, shape[0] * shape[1])
+        if values.numel() == 0:
             return
-        ends = torch.stack([*examples.aminmax(), *offsets.aminmax()])
-        first, last, lowest, highest = ends.tolist()  # waits for a GPU once
-        if first < 0 or last >= out.shape[0]:
-            raise ValueError(f"examples run from {first} to {last}; out has {out.shape[0]}")
-        check_range(lowest, 0)
-        check_range(highest, rows.shape[1])
-        if self.kind in ("sparse", "kronecker"):
-            backend = self._serving(out)
-            kernels.sparse_add_at_(out, rows.float(), examples, offsets, seed=self.seed, nnz=self.nnz, backend=backend)
-            return
-        if self.backend == "fast-jl":
-            kernels.fast_jl_add_at_(
-                out, rows.float(), examples, offsets, seed=self.seed, multiprocessors=self.multiprocessors
-            )
-            return
-        for offset in torch.unique(offsets).tolist():
-            here = offsets == offset
-            out.index_add_(0, examples[here], self(rows[here], offset))
+        check_index(values, {"examples": (examples, out.shape[0]), "index": (index, shape[0])})
+        self._projection.add_at_(out, values, examples, index, offset, (shape[0], shape[1]))
 
     def matrix(self, start: int, stop: int, shape: tuple[int, ...] | None = None) -> Tensor:
         """R[:, start : stop] as a dense (dim, stop - start) tensor, for tests and small models.
@@ -383,29 +308,11 @@ class Sketch:
         """
         if stop < start:
             raise ValueError(f"stop is {stop}, before start {start}")
-        device = None
-        if self.backend == "fast-jl":
-            device = kernels.require_fast_jl(self.dim, self.multiprocessors).device
-        return self(torch.eye(stop - start, device=device), start, shape).T.cpu().contiguous()
-
-    def _serving(self, out: Tensor) -> str:
-        return self.serving(out.device.type)
+        identity = torch.eye(stop - start, device=self._projection.device())
+        return self(identity, start, shape).T.cpu().contiguous()
 
     def _check(self, out: Tensor, rows: Tensor, axes: int, name: str) -> None:
         check_types(out, rows, axes, name)
-        self._check_out(out)
+        check_out(out, self.dim)
         if out.shape[0] != rows.shape[0]:
             raise ValueError(f"out has {out.shape[0]} examples, but {name} is {tuple(rows.shape)}")
-
-    def _check_out(self, out: Tensor) -> None:
-        if out.ndim != 2 or out.shape[1] != self.dim:
-            raise ValueError(f"out is {tuple(out.shape)}; give (B, {self.dim})")
-        if out.numel() and ((out.stride(1) != 1 and self.dim > 1) or (out.stride(0) < self.dim and out.shape[0] > 1)):
-            raise ValueError(f"out has strides {out.stride()}; give rows that are contiguous and do not overlap")
-
-    def _check_identity(self, offset: int, count: int) -> None:
-        if offset + count > self.dim:
-            raise ValueError(
-                f"coordinates {offset} to {offset + count} do not fit identity of dim {self.dim}; "
-                "set dim to the number of attributed parameters"
-            )

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
+from source_proj._io.loading import load_tensors
 from source_proj.trajectory.adaptive import Adam, RMSprop, matched_groups
 from source_proj.trajectory.checkpoint import Checkpoint
+from source_proj.trajectory.wrappers import unwrapped_name
 
 __all__ = ["Moments", "moments"]
 
@@ -65,12 +67,13 @@ def moments(checkpoint: Checkpoint, optimizer: Adam | RMSprop, model: nn.Module)
 def _by_name(checkpoint: Checkpoint, optimizer: Adam | RMSprop, model: nn.Module) -> dict[str, _Entry]:
     state = _unwrap(_load(checkpoint), repr(checkpoint))
     entries: Mapping[Any, _Entry] = state["state"]
+    own = dict(model.named_parameters())
     if entries and all(isinstance(key, str) for key in entries):
-        return {_plain(key, model): entry for key, entry in entries.items()}
+        return {unwrapped_name(key, own): entry for key, entry in entries.items()}
     groups: Sequence[Mapping[str, Any]] = state["param_groups"]
     numbers = [list(group["params"]) for group in groups]
     if all("param_names" in group for group in groups):
-        names = [[_plain(name, model) for name in group["param_names"]] for group in groups]
+        names = [[unwrapped_name(name, own) for name in group["param_names"]] for group in groups]
     else:
         names = _in_order([len(group) for group in numbers], optimizer, model, repr(checkpoint))
     pairs = ((n, name) for ns, its in zip(numbers, names, strict=True) for n, name in zip(ns, its, strict=True))
@@ -94,36 +97,18 @@ def _in_order(counts: list[int], optimizer: Adam | RMSprop, model: nn.Module, so
     )
 
 
-def _plain(name: str, model: nn.Module) -> str:
-    """A name without what wrappers put before it."""
-    own = dict(model.named_parameters())
-    for prefix in ("module.", "_orig_mod.", "model."):
-        if name not in own and name.removeprefix(prefix) in own:
-            return name.removeprefix(prefix)
-    return name
-
-
 def _load(checkpoint: Checkpoint) -> Any:
     state = checkpoint.optimizer_state
     if state is None:
         raise MismatchError(
             f"{checkpoint!r} has no optimizer_state, and the preconditioner of its optimizer is read from there. Give "
             "Checkpoint(..., optimizer_state=optimizer.state_dict()) or a file with it; or record the run with "
-            "Recorder, which keeps it; or, without any state, take plain gradients with metric='none' (their time "
-            "scale is then unknown: choose Source(time_scale=...))"
+            "Recorder, which keeps it; or, without any state, take plain gradients with preconditioner='none' (their "
+            "time scale is then unknown: choose Source(time_scale=...))"
         )
     if not isinstance(state, str | Path):
         return state
-    path = Path(state)
-    if not path.is_file():
-        raise FileNotFoundError(f"optimizer state {str(path)!r} of {checkpoint!r} does not exist")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load lets through whatever zip, pickle and its own readers raise
-        raise MismatchError(
-            f"optimizer state {str(path)!r} cannot be read as tensors alone ({type(error).__name__}: "
-            f"{str(error).strip()[:300]}): save optimizer.state_dict() alone"
-        ) from error
+    return load_tensors(Path(state), f"{checkpoint!r} needs its optimizer's state_dict() there, saved alone")
 
 
 def _unwrap(state: Any, source: str) -> Mapping[str, Any]:

@@ -1,34 +1,40 @@
-"""Files that hold a model's state: which they are, how they are read, what they hash to."""
+"""Files that hold a model's state: which they are, and how they are read."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["checked_path", "hash_file", "read_state", "state_files"]
+from source_proj._io.loading import load_safetensors, load_tensors
+from source_proj.trajectory.layouts import WEIGHTS, sharded_state, weights_file
+
+__all__ = ["checked_path", "read_state", "state_files"]
 
 _INDEX = ".safetensors.index.json"  # transformers' name for the list of a state's files
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pt.tar", ".pth.tar")
 _LISTED = 8  # names spelled out in an error before it is cut short
 
 
 def checked_path(path: Path | None) -> Path:
-    """Refuse a path where no file is, or one of a type that is not known.
+    """The file of a path, or of the folder that it leads to.
 
     Raises:
-        FileNotFoundError: there is no file.
+        FileNotFoundError: there is no file, or a folder holds no weights, or pieces of them.
         ValueError: its name says nothing about what it holds.
     """
+    if path is not None and path.is_dir():
+        file = weights_file(path)
+        if file is None:
+            raise FileNotFoundError(
+                f"checkpoint {str(path)!r} is a directory that holds none of {', '.join(WEIGHTS)}: "
+                f"{sharded_state(path) or 'give the file that holds the state_dict'}"
+            )
+        path = file
     if path is None or not path.is_file():
-        what = "is a directory" if path is not None and path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"checkpoint file {str(path)!r} {what}: give the file that holds the state_dict")
-    if path.suffix not in (*_TORCH_SUFFIXES, ".safetensors") and not path.name.endswith(_INDEX):
+        raise FileNotFoundError(f"checkpoint file {str(path)!r} does not exist: give the one that holds the state_dict")
+    if not path.name.endswith((*_TORCH_SUFFIXES, ".safetensors", _INDEX)):
         known = ", ".join((".safetensors", _INDEX, *_TORCH_SUFFIXES))
         raise ValueError(f"checkpoint file {str(path)!r} is of an unknown type: its name must end in one of {known}")
     return path
@@ -63,24 +69,12 @@ def _read_parts(path: Path) -> dict[str, Tensor]:
     places = _weight_map(path)
     state: dict[str, Tensor] = {}
     for file in state_files(path)[1:]:
-        state |= _load_part(file)
+        state |= load_safetensors(file)
     absent = [name for name in places if name not in state]
     if absent or len(state) > len(places):
         others = absent or [name for name in state if name not in places]
         raise ValueError(f"{str(path)!r} and its files do not hold the same entries: {', '.join(others[:_LISTED])}")
     return state
-
-
-def _load_part(path: Path) -> dict[str, Tensor]:
-    """Read one safetensors file.
-
-    Raises:
-        ValueError: it is corrupt.
-    """
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} is no whole safetensors file ({error}): write it anew") from error
 
 
 def read_state(path: Path) -> object:
@@ -92,17 +86,5 @@ def read_state(path: Path) -> object:
     if path.name.endswith(_INDEX):
         return _read_parts(path)
     if path.suffix == ".safetensors":
-        return _load_part(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load lets through whatever zip, pickle and its own readers raise
-        raise ValueError(
-            f"{str(path)!r} cannot be read as tensors alone ({type(error).__name__}: {str(error).strip()[:300]}): "
-            "it is corrupt, or holds other objects; save model.state_dict() alone"
-        ) from error
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return load_safetensors(path)
+    return load_tensors(path, "save model.state_dict() alone")

@@ -113,7 +113,7 @@ REFUSED = {
     # 1: name and version
     "another format": (attribute("", "format", to="other"), r"'other', not 'source-proj bank'"),
     "no format": (without("", "format"), r"None, not 'source-proj bank'"),
-    "a later version": (attribute("", "version", to=2), "format version 2, and this package reads 1"),
+    "a later version": (attribute("", "version", to=3), "format version 3, and this package reads 2"),
     "a version in words": (attribute("", "version", to="1"), "format version '1'"),
     "a version that is true": (attribute("", "version", to=True), "format version True"),
     # 2: settings
@@ -124,8 +124,11 @@ REFUSED = {
     "negative draws": (attribute("", "settings", "sampled_fisher", to=-1), "sampled_fisher must be"),
     "a sketch in words": (attribute("", "settings", "sketch", to="sparse"), "'sketch' is 'sparse'"),
     "an unknown sketch": (attribute("", "settings", "sketch", "kind", to="magic"), "magic"),
-    "a trajectory without stages": (attribute("", "settings", "trajectory", to={}), "trajectory is malformed"),
-    "a trajectory of no stages": (attribute("", "settings", "trajectory", "stages", to=[]), "no stage"),
+    "a trajectory without stages": (attribute("", "settings", "trajectory", to={}), "trajectory lacks 'stages'"),
+    "a trajectory of no stages": (
+        attribute("", "settings", "trajectory", "stages", to=[]),
+        "stages must be at least one",
+    ),
     "notes in words": (attribute("", "versions", to="new"), "versions or checkpoint_paths is 'new'"),
     # 4: whole metadata
     "root metadata cut short": (truncated("zarr.json", 40), "metadata of .* cannot be read"),
@@ -274,7 +277,7 @@ def test_verify_says_what_is_wrong_where(bank, case):
 
 
 def test_verify_names_the_damaged_weights(bank):
-    digest = banks.open(bank).trajectory_spec["stages"][0]["checkpoints"][0]["hash"]
+    digest = banks.open(bank).trajectory.stages[0].checkpoints[0].hash
     flipped(f"weights/{digest}/c.0", 200)(bank)
     assert [digest in problem for problem in banks.verify(bank).problems] == [True]
     with pytest.raises(BankError, match=digest):

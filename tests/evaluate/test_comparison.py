@@ -27,7 +27,7 @@ def test_no_query_has_a_say_in_its_own_setting(truth):
         [fixed("best", "only", effect), fixed("rival", "even", first), fixed("rival", "odd", second)],
         masks, outcomes, progress=False,
     )  # fmt: skip
-    best, rival = found.contestants
+    best, rival = found.results
     assert best.single.value > 0.9
     assert rival.setting == "odd / even"  # for even queries, then for odd ones
     assert rival.single.value == pytest.approx(lds(noise, masks, outcomes, bootstrap=0).value)
@@ -37,22 +37,22 @@ def test_no_query_has_a_say_in_its_own_setting(truth):
 def test_single_is_the_mean_over_runs_and_multiple_the_lds_of_the_mean(truth):
     effect, noise, masks, outcomes = truth
     runs = [(effect + noise).astype(np.float32), (effect - 0.5 * noise).astype(np.float32)]
-    contestant = compare_methods([fixed("both", "", *runs)], masks, outcomes, progress=False)["both"]
+    result = compare_methods([fixed("both", "", *runs)], masks, outcomes, progress=False)["both"]
     own = [lds(one, masks, outcomes) for one in runs]
-    assert contestant.single.value == pytest.approx(mean_lds(own).value)
-    assert contestant.spread == pytest.approx(np.std([one.value for one in own]))
+    assert result.single.value == pytest.approx(mean_lds(own).value)
+    assert result.spread == pytest.approx(np.std([one.value for one in own]))
     together = np.mean(runs, axis=0)
-    assert contestant.multiple.value == pytest.approx(lds(together, masks, outcomes).value)
-    assert contestant.slope.slope == pytest.approx(calibration(together, masks, outcomes).slope)
-    np.testing.assert_allclose(contestant.scores, together)
+    assert result.multiple.value == pytest.approx(lds(together, masks, outcomes).value)
+    assert result.slope.slope == pytest.approx(calibration(together, masks, outcomes).slope)
+    np.testing.assert_allclose(result.scores, together)
 
 
 def test_a_methods_own_ensembling_is_used(truth):
     effect, noise, masks, outcomes = truth
     rival = fixed("rival", "", noise, noise, ensemble=lambda: effect, calibrated=False)
-    contestant = compare_methods([rival], masks, outcomes, progress=False)["rival"]
-    assert contestant.multiple.value == pytest.approx(lds(effect, masks, outcomes).value, abs=1e-3)
-    assert contestant.slope is None
+    result = compare_methods([rival], masks, outcomes, progress=False)["rival"]
+    assert result.multiple.value == pytest.approx(lds(effect, masks, outcomes).value, abs=1e-3)
+    assert result.slope is None
 
 
 def test_differences_are_paired_and_to_the_first(truth):

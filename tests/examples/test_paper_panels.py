@@ -50,9 +50,9 @@ def test_lists_are_sorted_and_of_the_first_stage():
     for section, query in zip(page.sections, [2, 0], strict=True):
         for method, lists in [("SOURCE", section), ("TRAK", section.others[0])]:
             row = np.asarray(scores[method])[query, :8]
-            expected = sorted((one for one in range(8) if row[one] > 0), key=lambda one: -row[one])[:5]
+            expected = sorted((column for column in range(8) if row[column] > 0), key=lambda column: -row[column])[:5]
             assert [hit.example.id for hit in lists.helpful] == expected
-            expected = sorted((one for one in range(8) if row[one] < 0), key=lambda one: row[one])[:5]
+            expected = sorted((column for column in range(8) if row[column] < 0), key=lambda column: row[column])[:5]
             assert [hit.example.id for hit in lists.harmful] == expected
             assert all(hit.score == pytest.approx(row[hit.example.id]) for hit in lists.helpful + lists.harmful)
             assert all(hit.example.label == f"class {hit.example.id % 2}" for hit in lists.helpful)
@@ -68,28 +68,27 @@ def test_helpful_follows_the_task():
     assert page.unit == task.unit
 
 
-def test_pictures_become_one_png_and_one_page(tmp_path):
+def test_pictures_become_one_png(tmp_path):
     from _panels import write_panels
 
-    png, html = write_panels(small_problem("image", show_image), small_scores(), tmp_path, [1, 2])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny_panels.html", "tiny_panels.png"]
-    pixels = np.asarray(Image.open(png).convert("RGB"))
+    png = write_panels(small_problem("image", show_image), small_scores(), tmp_path, [1, 2])
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny_panels.png"]
+    picture = Image.open(png)
+    assert picture.mode == "P"  # a palette: it is small enough to be committed
+    pixels = np.asarray(picture.convert("RGB"))
     flat = {tuple(colour) for colour in np.unique(pixels.reshape(-1, 3), axis=0).tolist()}
     for query in (1, 2):  # the query's own shade, and those of its examples, are in the picture
         assert (10 * query + 5,) * 3 in flat
         for values in small_scores().values():
             best = int(np.asarray(values)[query].argmax())
             assert (10 * best,) * 3 in flat
-    text = html.read_text(encoding="utf-8")
-    assert text.count('class="method"') == 2 * 2
-    assert "<script" not in text
 
 
-def test_texts_become_tables_and_one_page(tmp_path):
+def test_texts_become_tables(tmp_path):
     from _panels import write_panels
 
     scores = small_scores()
-    markdown, html = write_panels(small_problem("text", show_text), scores, tmp_path, [0])
+    markdown = write_panels(small_problem("text", show_text), scores, tmp_path, [0])
     text = markdown.read_text(encoding="utf-8")
     best = int(np.asarray(scores["TRAK"])[0].argmax())
     assert f"| first \\| of first {best}<br>second &lt;of&gt; it | {'same' if best % 2 else 'other'} | +" in text
@@ -98,7 +97,6 @@ def test_texts_become_tables_and_one_page(tmp_path):
     for table in text.split("\n\n"):  # every row has as many cells as its header
         rows = [row.replace("\\|", "") for row in table.splitlines() if row.startswith("|")]
         assert len({row.count("|") for row in rows}) <= 1
-    assert "second &lt;of&gt; it" in html.read_text(encoding="utf-8")
 
 
 def test_long_texts_are_cut_in_tables_only(tmp_path):
@@ -107,7 +105,7 @@ def test_long_texts_are_cut_in_tables_only(tmp_path):
     def show(which, index):
         return "word " * 100, "label"
 
-    markdown, _ = write_panels(small_problem("text", show), {"TRAK": small_scores()["TRAK"]}, tmp_path, [0])
+    markdown = write_panels(small_problem("text", show), {"TRAK": small_scores()["TRAK"]}, tmp_path, [0])
     query, *rows = [line for line in markdown.read_text(encoding="utf-8").splitlines() if "word" in line]
     assert "…" not in query
     assert rows

@@ -264,3 +264,10 @@ def test_faults_are_named(tmp_path, capsys, fault):
     }  # fmt: skip
     assert message[fault] in capsys.readouterr().err
     assert not (tmp_path / "RESULTS.md").exists()
+
+
+def test_what_is_committed_of_the_results_stays_small():
+    folder = EXAMPLES / "paper" / "results"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert not [path.name for path in files if path.suffix == ".html"]
+    assert sum(path.stat().st_size for path in files) < 1_000_000

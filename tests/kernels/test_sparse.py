@@ -12,7 +12,7 @@ from source_proj.kernels import available_backends, philox4x32, sparse, sparse_a
 from source_proj.kernels.native import native_library
 from source_proj.kernels.sparse import sparse_add_at_, sparse_add_outer_
 
-BACKENDS = [name for name in available_backends("sparse") if name != "triton"]  # smaller cases: test_triton.py
+BACKENDS = [name for name in available_backends() if name != "triton"]  # smaller cases: test_triton.py
 
 native = pytest.mark.skipif(native_library() is None, reason="the compiled kernels were not built")
 

@@ -38,9 +38,9 @@ SEEDS = [0, 1, 2**32, 2**32 + 1, 2**31, 2**64 - 1]
 
 @pytest.mark.skipif(GPU, reason="on a GPU it is the default")
 def test_is_there_where_the_interpreter_is_on():
-    assert "triton" in available_backends("sparse")
-    assert kernels.choose_backend("sparse", "triton") == "triton"
-    assert kernels.choose_backend("sparse", None) != "triton"
+    assert "triton" in available_backends()
+    assert kernels.choose_backend("triton") == "triton"
+    assert kernels.choose_backend(None) != "triton"
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -1,4 +1,4 @@
-"""Other attribution methods on the same bank, one a file, with the same verbs as Source."""
+"""Other attribution methods on the same bank, one per file, with the same verbs as Source."""
 
 from source_proj.attribution.methods.empirical_influence import empirical_influence
 from source_proj.attribution.methods.grad_cos import GradCos

@@ -31,7 +31,7 @@ def empirical_influence(
 
     Args:
         masks: ``(M, N)`` bool; True marks an example that the subset holds.
-        outcomes: measurements ``(M, R, Q)``, averaged over R retrainings a subset, or ``(M, Q)``.
+        outcomes: measurements ``(M, R, Q)``, averaged over R retrainings per subset, or ``(M, Q)``.
         unit: unit of the measurement, such as "logit margin".
         higher_is_better: whether a rise of the measurement is an improvement.
         train_ids: N ids; default 0, 1, 2, …
@@ -87,7 +87,7 @@ def _checked(masks: ArrayLike, outcomes: ArrayLike) -> tuple[NDArray[np.float64]
         )
     if len(kept) != len(measured):
         raise MismatchError(
-            f"masks describe {len(kept)} subsets but outcomes {len(measured)}; give one row of outcomes a subset"
+            f"masks describe {len(kept)} subsets but outcomes {len(measured)}; give one row of outcomes per subset"
         )
     bad = np.argwhere(~np.isfinite(measured))
     if len(bad):

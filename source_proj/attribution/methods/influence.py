@@ -5,21 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from source_proj.attribution.attributor import Attributor, QueryGradient, Term, check_query_gradient, query_points
-from source_proj.attribution.curvature import (
-    Curvature,
-    Damping,
-    check_damping,
-    damping_value,
-    default_curvature,
-    ridge_inverse,
-)
+from source_proj.attribution.attributor import Attributor, Term
+from source_proj.attribution.curvature import Curvature, Damping, check_damping, damping_value, default_curvature
 from source_proj.attribution.fits import cached_spectrum
 from source_proj.attribution.operands import encoded_gradients
 from source_proj.attribution.queries import QueryFeatures
+from source_proj.attribution.query_points import QueryGradient, check_query_gradient, query_points
+from source_proj.attribution.spectral import ridge_inverse
 from source_proj.bank import Bank
 from source_proj.task import Task
-from source_proj.trajectory import Checkpoint, segment_decays
+from source_proj.trajectory import Checkpoint
 
 __all__ = ["InfluenceFunction"]
 
@@ -43,7 +38,7 @@ class InfluenceFunction(Attributor):
         damping: ``"noise"`` (ρ = tr(Ĥ)/k), a number, or None. Without damping and weight decay, the inverse is taken on
             the range of Ĥ.
         query_gradient: as for :class:`~source_proj.Source`; without ``average`` the default is ``"final"``.
-        batch_size: queries a backward pass.
+        batch_size: queries per backward pass.
         device: where products are computed and queries run.
         cache: keep spectra beside the bank.
         progress: show progress bars for what takes over two seconds.
@@ -85,8 +80,8 @@ class InfluenceFunction(Attributor):
         checkpoints = [stage.n_checkpoints - 1]
         if self.average:
             checkpoints = [c for c in range(stage.n_checkpoints) if stage.metric(c) == metric]
-        found = cached_spectrum(bank, last, checkpoints, self.curvature, device=self.device, cache=self.cache)
-        ridge = damping_value(self.damping, found.trace, bank.sketch.dim, is_exact=bank.sketch.is_exact)
-        ridge += segment_decays(stage.spec, stage.n_checkpoints)[-1]
-        query = found.multiply(self._query(bank, features, metric), ridge_inverse(ridge, found))
+        spectrum = cached_spectrum(bank, last, checkpoints, self.curvature, device=self.device, cache=self.cache)
+        ridge = damping_value(self.damping, spectrum.trace, bank.sketch.dim, is_exact=bank.sketch.is_exact)
+        ridge += stage.record.cut(stage.n_checkpoints)[-1].decay
+        query = spectrum.multiply(self._query(bank, features, metric), ridge_inverse(ridge, spectrum))
         return [Term(query.float() * (-1 / stage.n), encoded_gradients(bank, last, checkpoints, self.device))]

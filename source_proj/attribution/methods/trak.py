@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from source_proj.attribution.attributor import Attributor, Term
-from source_proj.attribution.curvature import ridge_inverse
 from source_proj.attribution.fits import cached_spectrum
 from source_proj.attribution.operands import Operand, stage_start
 from source_proj.attribution.queries import QueryFeatures
+from source_proj.attribution.spectral import ridge_inverse
 from source_proj.bank import Bank
 from source_proj.task import Task
 
@@ -31,7 +31,7 @@ class Trak(Attributor):
         model: see :class:`~source_proj.attribution.attributor.Attributor`.
         task: likewise.
         ridge: r, added to the eigenvalues of ΦᵀΦ/N.
-        batch_size: queries a backward pass.
+        batch_size: queries per backward pass.
         device: where products are computed and queries run.
         cache: keep spectra beside the bank.
         progress: show progress bars for what takes over two seconds.
@@ -60,11 +60,11 @@ class Trak(Attributor):
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
         last, stage = len(bank.stages) - 1, bank.stages[-1]
-        found = cached_spectrum(
+        spectrum = cached_spectrum(
             bank, last, [stage.n_checkpoints - 1], "features", device=self.device, cache=self.cache
         )  # fmt: skip
         metric = bank.metrics.hash(stage.metric(-1))
-        query = found.multiply(features.at(bank.final_checkpoint(), metric), ridge_inverse(self.ridge, found))
+        query = spectrum.multiply(features.at(bank.final_checkpoint(), metric), ridge_inverse(self.ridge, spectrum))
         return [Term(query.float() / stage.n, self._rows(bank, last))]
 
     def _rows(self, bank: Bank, stage: int) -> Iterator[Operand]:
@@ -81,6 +81,7 @@ class Trak(Attributor):
                 block.rows.to(target),
                 None if scale is None else scale.to(target),
                 None if weights is None else weights.to(target),
+                block.codec,
             )
 
     def _combine(self, products: list[Tensor], operands: list[Operand]) -> Tensor:

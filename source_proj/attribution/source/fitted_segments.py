@@ -5,63 +5,24 @@ queries.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from source_proj.attribution.curvature import (
-    Curvature,
-    Damping,
-    Spectrum,
-    cross_operator,
-    damping_value,
-    decay_operator,
-    response,
-)
-from source_proj.attribution.fits import FitCache, cached_cross_moment, cached_spectrum
+from source_proj.attribution.curvature import Curvature, Damping, damping_value
+from source_proj.attribution.fits import cached_cross_moment, cached_spectrum
 from source_proj.attribution.operands import Operand, mean_gradients
-from source_proj.attribution.source.query_propagator import QueryPropagator
+from source_proj.attribution.source.query_propagator import QueryPropagator, SpectralOperator
+from source_proj.attribution.source.segments import Groups, Segment
+from source_proj.attribution.spectral import Spectrum, cross_operator, decay_operator, response
 from source_proj.bank import Bank
-from source_proj.bank.quantize import Storage, encode, has_scale
-from source_proj.trajectory import segment_decays, segment_times, split_segments
+from source_proj.bank.codecs import Codec
 
-__all__ = ["FittedSegments", "Groups", "Segment", "Segments", "stage_groups"]
-
-Segments = int | Sequence[Sequence[int]] | Mapping[str, "int | Sequence[Sequence[int]]"]
-
-Groups = list[list[list[int]]]
-"""For each stage, for each segment of it, which checkpoints it averages."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One segment of training, as fitted.
-
-    Attributes:
-        stage: index of its stage.
-        name: stage name and checkpoint steps, for people.
-        checkpoints: which checkpoints of the stage are averaged.
-        time: time scale s (learning rate integrated over the optimizer's steps, momentum and ``time_scale`` included).
-        decay: weight decay λ.
-        n: number of training examples of its stage.
-        trace: tr(Ĥ).
-        damping: what was added to the eigenvalues inside c.
-        metric: the bank's metric that the segment's rows are in; 0 without a preconditioner.
-    """
-
-    stage: int
-    name: str
-    checkpoints: tuple[int, ...]
-    time: float
-    decay: float
-    n: int
-    trace: float
-    damping: float
-    metric: int = 0
+__all__ = ["FittedSegments"]
 
 
 class FittedSegments:
@@ -94,7 +55,8 @@ class FittedSegments:
         self._damping: Damping = damping
         self._time_scale = time_scale
         self._device, self._cache = device, cache
-        self._matrices: dict[Storage, Operand] = {}
+        self._fitting = threading.RLock()  # a fit is made once, however many threads ask
+        self._matrices: dict[str, Operand] = {}
         self._segments: tuple[Segment, ...] | None = None
         self._spectra: dict[tuple[int, tuple[int, ...]], Spectrum] = {}
 
@@ -106,13 +68,14 @@ class FittedSegments:
     @property
     def segments(self) -> tuple[Segment, ...]:
         """All segments, in order of training."""
-        if self._segments is None:
-            self._segments = tuple(self._fit())
-        return self._segments
+        with self._fitting:
+            if self._segments is None:
+                self._segments = tuple(self._fit())
+            return self._segments
 
     @contextmanager
     def spectra_in_memory(self) -> Iterator[None]:
-        """Let spectra be used twice, then let them go: k x k numbers for each segment."""
+        """Let spectra be used twice, then free them: k x k numbers for each segment."""
         try:
             yield
         finally:
@@ -138,25 +101,28 @@ class FittedSegments:
         """ḡ_l of the examples of a segment's stage, block by block."""
         return mean_gradients(self.bank, segment.stage, segment.checkpoints, self._device)
 
-    def matrix(self, storage: Storage) -> Operand:
-        """B, ``(N, k)``, ``(N, M·k)`` for M metrics, in its storage's type, with its scales; kept."""
+    def matrix(self, codec: Codec) -> Operand:
+        """B, ``(N, k)``, ``(N, M·k)`` for M metrics, encoded; kept."""
 
         def compute() -> dict[str, np.ndarray]:
             with self.spectra_in_memory():
-                return {name: values.numpy() for name, values in self._collapse(storage).items()}
+                return {name: values.numpy() for name, values in self._collapse(codec).items()}
 
-        if storage not in self._matrices:
-            settings = {
-                "curvature": self._curvature,
-                "damping": self._damping,
-                "segments": self._groups,
-                "time_scale": self._time_scale,
-                "storage": storage,
-            }
-            arrays = FitCache(self.bank).get("source", settings, compute) if self._cache else compute()
-            found = {name: torch.from_numpy(values).to(self._device or "cpu") for name, values in arrays.items()}
-            self._matrices[storage] = Operand(0, self.bank.n_rows, found["B"], found.get("scale"))
-        return self._matrices[storage]
+        with self._fitting:
+            if codec.name not in self._matrices:
+                settings = {
+                    "curvature": self._curvature,
+                    "damping": self._damping,
+                    "segments": self._groups,
+                    "time_scale": self._time_scale,
+                    "storage": codec.name,
+                }
+                arrays = self.bank.fits.get("source", settings, compute) if self._cache else compute()
+                tensors = {name: torch.from_numpy(values).to(self._device or "cpu") for name, values in arrays.items()}
+                self._matrices[codec.name] = Operand(
+                    0, self.bank.n_rows, tensors["B"], tensors.get("scale"), codec=codec
+                )
+            return self._matrices[codec.name]
 
     def operators(self, segments: Sequence[Segment]) -> list[dict[int, Tensor]]:
         """What makes a segment's mean gradients rows of B, for each of the given consecutive segments.
@@ -164,31 +130,65 @@ class FittedSegments:
         By metric m, the ``(k, k)`` float32 matrix c_l(Ĥ_l) T_m, where Σ_m T_m û^(m) is the query's sketch in the
         segment's own metric, after the later segments. With one metric T is S_{l+1} ··· S_L.
         """
-        operators: list[dict[int, Tensor]] = []
-        after = QueryPropagator({segment.metric for segment in segments})
+        identity = QueryPropagator.identity({segment.metric for segment in segments})
+        by_metric = [matrices for _, matrices in self.walk_back(segments, identity)]
+        return [{m: matrix.float() for m, matrix in matrices.items()} for matrices in reversed(by_metric)]
+
+    def walk_back(self, segments: Sequence[Segment], query: QueryPropagator) -> Iterator[tuple[int, dict[int, Tensor]]]:
+        """Carry a query back through consecutive segments, the last one first.
+
+        Yields:
+            Position of a segment, and c_l(Ĥ_l) of what :class:`QueryPropagator` carries in the segment's metric, as its
+            ``through`` returns it.
+        """
         for index in reversed(range(len(segments))):
             segment = segments[index]
-            found = self.spectrum(segment)
-            own = found.apply(response(segment.time, segment.decay, segment.damping))
-            operators.append({m: t.float() for m, t in after.times(own, segment.metric).items()})
-            earlier = {one.metric for one in segments[:index]}
+            spectrum = self.spectrum(segment)
+            yield (
+                index,
+                query.through(
+                    SpectralOperator(spectrum, response(segment.time, segment.decay, segment.damping)), segment.metric
+                ),
+            )
+            earlier = {before.metric for before in segments[:index]}
             if earlier:
-                kept = found.apply(decay_operator(segment.time, segment.decay)) if segment.metric in earlier else None
-                crossed = {m: self._cross_operator(segment, m) for m in sorted(earlier - {segment.metric})}
-                after.step(segment.metric, math.exp(-segment.time * segment.decay), kept, crossed)
-        return operators[::-1]
+                kept = SpectralOperator(spectrum, decay_operator(segment.time, segment.decay))
+                cross = cross_operator(segment.time, segment.decay)
+                crossed = {
+                    metric: SpectralOperator(spectrum, cross, self.cross_moment(segment, metric))
+                    for metric in sorted(earlier - {segment.metric})
+                }
+                query.step(
+                    segment.metric,
+                    math.exp(-segment.time * segment.decay),
+                    kept if segment.metric in earlier else None,
+                    crossed,
+                )
 
-    def _cross_operator(self, segment: Segment, metric: int) -> Tensor:
-        """exp(-s λ) C_{l→m} h(Ĥ_l), ``(k, k)`` float64."""
-        found = self.spectrum(segment)
-        return self.cross_moment(segment, metric) @ found.apply(cross_operator(segment.time, segment.decay))
+    def add_self_influence(self, total: Tensor, *, mean: bool, runs: int) -> None:
+        """Add what each example did to its own loss to total ``(N,)``.
 
-    def _collapse(self, storage: Storage) -> dict[str, Tensor]:
-        """B and its scales, encoded block by block so that no float32 copy of another storage's B exists."""
+        Args:
+            total: where the sum over several runs is gathered.
+            mean: take an example's gradient as the mean over its stage's checkpoints, else at the last.
+            runs: the number of runs that scores are averaged over.
+        """
+        for index, stage in enumerate(self.bank.stages):
+            own = [segment for segment in self.segments if segment.stage == index]
+            queried = [stage.n_checkpoints - 1]
+            if mean:
+                queried = [c for c in range(stage.n_checkpoints) if stage.metric(c) == stage.metric(queried[0])]
+            for segment, operators in zip(own, self.operators(own), strict=True):
+                for metric, operator in operators.items():
+                    queries = mean_gradients(self.bank, index, queried, self._device, metric)
+                    for gradient, query in zip(self.mean_gradients(segment), queries, strict=True):
+                        part = ((gradient.rows @ operator) * query.rows).sum(1).cpu()
+                        total[gradient.start : gradient.stop].add_(part, alpha=1 / (segment.n * runs))
+
+    def _collapse(self, codec: Codec) -> dict[str, Tensor]:
+        """B and its scales, encoded block by block so that no float32 copy of another codec's B exists."""
         bank, dim = self.bank, self.bank.sketch.dim
-        made = {"B": torch.empty(bank.n_rows, self.width, dtype=getattr(torch, storage))}
-        if has_scale(storage):
-            made["scale"] = torch.empty(bank.n_rows)
+        matrix = codec.empty(bank.n_rows, self.width)
         operators = self.operators(self.segments)
         for stage in range(len(bank.stages)):
             own = [pair for pair in zip(self.segments, operators, strict=True) if pair[0].stage == stage]
@@ -198,62 +198,28 @@ class FittedSegments:
                     for metric, operator in by_metric.items():
                         columns = block[:, metric * dim : (metric + 1) * dim]
                         columns.add_(part.rows @ operator, alpha=-1 / segment.n)
-                values, scale = encode(block, storage)
-                made["B"][parts[0].start : parts[0].stop] = values.cpu()
-                if scale is not None:
-                    made["scale"][parts[0].start : parts[0].stop] = scale.cpu()
-        return made
+                encoded = codec.encode(block)
+                matrix.codes[parts[0].start : parts[0].stop] = encoded.codes.cpu()
+                if matrix.scale is not None and encoded.scale is not None:
+                    matrix.scale[parts[0].start : parts[0].stop] = encoded.scale.cpu()
+        return {"B": matrix.codes} if matrix.scale is None else {"B": matrix.codes, "scale": matrix.scale}
 
     def _fit(self) -> Iterator[Segment]:
         sketch = self.bank.sketch
         for index, (stage, groups) in enumerate(zip(self.bank.stages, self._groups, strict=True)):
-            times = [self._time_scale * time for time in segment_times(stage.spec, groups)]
-            decays = segment_decays(stage.spec, groups)
-            for group, time, decay in zip(groups, times, decays, strict=True):
-                trace = self._spectrum(index, tuple(group)).trace
+            steps = stage.record.steps
+            for cut in stage.record.cut(groups):
+                time, trace = self._time_scale * cut.time, self._spectrum(index, cut.checkpoints).trace
                 damping = damping_value(self._damping, trace, sketch.dim, is_exact=sketch.is_exact)
-                name = f"{stage.name}: steps {', '.join(str(stage.spec['steps'][c]) for c in group)}"
-                metric = stage.metric(group[0])
-                yield Segment(index, name, tuple(group), time, decay, stage.n, trace, damping, metric)
+                name = f"{stage.name}: steps {', '.join(str(steps[c]) for c in cut.checkpoints)}"
+                yield Segment(index, name, cut.checkpoints, time, cut.decay, stage.n, trace, damping, cut.metric)
 
     def _spectrum(self, stage: int, checkpoints: tuple[int, ...]) -> Spectrum:
         key = (stage, checkpoints)
-        if key not in self._spectra:
-            self._spectra[key] = cached_spectrum(
+        spectrum = self._spectra.get(key)  # another thread may free them at any time
+        if spectrum is None:
+            spectrum = cached_spectrum(
                 self.bank, stage, checkpoints, self._curvature, device=self._device, cache=self._cache
             )
-        return self._spectra[key]
-
-
-def stage_groups(bank: Bank, segments: Segments | None) -> Groups:
-    """Which checkpoints make a segment, by the argument ``segments`` of :class:`Source`.
-
-    Raises:
-        ValueError: they are no ordered partition of a stage's checkpoints, name unknown stages, or join metrics.
-    """
-    names = [stage.name for stage in bank.stages]
-    if isinstance(segments, Mapping):
-        unknown = [name for name in segments if name not in names]
-        if unknown:
-            raise ValueError(f"segments name unknown stages {unknown}; the bank's stages are {names}")
-        chosen = [segments.get(name) for name in names]
-    elif segments is None or isinstance(segments, int):
-        chosen = [segments] * len(names)
-    elif len(names) == 1:
-        chosen = [segments]
-    else:
-        raise ValueError(f"give segments a stage, as a mapping from the names {names}, not one list for all")
-    groups = [
-        [list(group) for group in stage.spec["segments"]] if one is None else split_segments(stage.n_checkpoints, one)
-        for stage, one in zip(bank.stages, chosen, strict=True)
-    ]
-    for stage, its in zip(bank.stages, groups, strict=True):
-        for group in its:
-            metrics = sorted({stage.metric(checkpoint) for checkpoint in group})
-            if len(metrics) > 1:
-                raise ValueError(
-                    f"the segment {group} of stage {stage.name!r} joins checkpoints whose rows are in different "
-                    f"metrics, {metrics}: keep the bank's segments {stage.spec['segments']} or cut them further, or "
-                    "build with metric='shared'"
-                )
-    return groups
+            self._spectra[key] = spectrum
+        return spectrum

@@ -1,63 +1,110 @@
-"""A query's sketches on their way back through training, from one segment's metric into another's."""
+"""A query's sketches on their way back through training, from one segment's metric into another's.
 
-from collections.abc import Collection, Mapping
+The recursion of SOURCE stands here once. What is carried are either queries, as rows ``(Q, k)``, or the linear map that
+any query would go through, as ``(k, k)`` matrices: the first costs less for few queries, the second makes B.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["QueryPropagator"]
+from source_proj.attribution.spectral import Spectrum
+
+__all__ = ["QueryPropagator", "SpectralOperator"]
+
+
+@dataclass(frozen=True)
+class SpectralOperator:
+    """The operator C f(Ĥ), or f(Ĥ) alone, on sketches.
+
+    Attributes:
+        spectrum: of Ĥ.
+        function: f, elementwise on eigenvalues.
+        moment: C ``(k, k)`` float64, which leads into another metric; None for the identity.
+    """
+
+    spectrum: Spectrum
+    function: Callable[[Tensor], Tensor]
+    moment: Tensor | None = None
+
+    def matrix(self) -> Tensor:
+        """The operator itself, ``(k, k)`` float64."""
+        own = self.spectrum.apply(self.function)
+        return own if self.moment is None else self.moment @ own
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """The operator applied to each of the rows ``(n, k)``, without forming f(Ĥ)."""
+        own = self.spectrum.multiply(rows, self.function)
+        return own if self.moment is None else own @ self.moment.T
 
 
 class QueryPropagator:
-    """The linear map from a query's sketches at the end of training to its sketches before the segments passed so far.
+    """Sketches at the end of training, carried back to before the segments passed so far.
 
-    There is one sketch a metric, û^(m) = R P_m^½ v, and the map is a ``(k, k)`` float64 matrix for each metric before
-    and each metric at the end. It begins as the identity. With one metric it is the product S_{l+1} ··· S_L.
-
-    Args:
-        metrics: the metrics of all segments.
+    There is one sketch per metric, û^(m) = R P_m^½ v. Made by :meth:`identity` or :meth:`of`.
 
     Example:
-        >>> query = QueryPropagator([0])
-        >>> query.step(0, 1.0, torch.eye(2) / 2, {})
-        >>> query.times(torch.eye(2), 0)
-        {0: tensor([[0.5000, 0.0000],
-                [0.0000, 0.5000]])}
+        >>> halved = SpectralOperator(Spectrum(torch.ones(2), torch.eye(2)), lambda eigenvalues: eigenvalues / 2)
+        >>> query = QueryPropagator.of({0: torch.ones(1, 2)})
+        >>> query.step(0, 1.0, halved, {})
+        >>> query.through(halved, 0)
+        {0: tensor([[0.2500, 0.2500]])}
     """
 
-    def __init__(self, metrics: Collection[int]) -> None:
-        # None is the identity, which costs no product; an absent entry is 0.
-        self._maps: dict[tuple[int, int], Tensor | None] = {(m, m): None for m in sorted(metrics)}
+    def __init__(self, carried: Mapping[tuple[int, int], Tensor | None]) -> None:
+        # By metric here and metric at the end. None is the identity, which costs no product; an absent entry is 0.
+        self._carried = dict(carried)
+        self._rows = all(carried is not None for carried in self._carried.values())
 
-    def times(self, left: Tensor, metric: int) -> dict[int, Tensor]:
-        """Return ``left`` times the maps into a metric, by the metric at the end."""
-        return {
-            origin: left if carried is None else left @ carried
-            for (at, origin), carried in self._maps.items()
-            if at == metric
-        }
+    @classmethod
+    def identity(cls, metrics: Collection[int]) -> "QueryPropagator":
+        """The map itself: ``(k, k)`` float64 from each metric at the end; with one metric it is S_{l+1} ··· S_L."""
+        return cls({(metric, metric): None for metric in sorted(metrics)})
 
-    def step(self, own: int, decay: float, kept: Tensor | None, crossed: Mapping[int, Tensor]) -> None:
+    @classmethod
+    def of(cls, queries: Mapping[int, Tensor]) -> "QueryPropagator":
+        """Queries by metric, each ``(Q, k)``."""
+        return cls({(metric, 0): rows for metric, rows in queries.items()})
+
+    def through(self, operator: SpectralOperator, metric: int) -> dict[int, Tensor]:
+        """What an operator makes of the sketches in its metric, by the metric at the end (0 for queries)."""
+        at_metric = {origin: carried for (at, origin), carried in self._carried.items() if at == metric}
+        if self._rows:
+            return {origin: operator.of_rows(rows) for origin, rows in at_metric.items() if rows is not None}
+        matrix = operator.matrix()
+        return {origin: matrix if carried is None else matrix @ carried for origin, carried in at_metric.items()}
+
+    def step(
+        self, own: int, decay: float, kept: SpectralOperator | None, crossed: Mapping[int, SpectralOperator]
+    ) -> None:
         """Go back through a segment; only the metrics named stay.
 
         Args:
             own: the segment's metric.
             decay: exp(-s λ).
-            kept: exp(-s (Ĥ + λ)), if the segment's metric is an earlier one's too.
+            kept: exp(-s (Ĥ + λ)), if the segment's metric is also that of an earlier one.
             crossed: exp(-s λ) C h(Ĥ) for every other metric of earlier segments.
         """
-        maps: dict[tuple[int, int], Tensor | None] = {}
+        before: dict[tuple[int, int], Tensor | None] = {}
         if kept is not None:
-            maps |= {(own, origin): found for origin, found in self.times(kept, own).items()}
-        for metric, cross in crossed.items():
-            into = {origin: found.clone() for origin, found in self.times(cross, own).items()}
-            for (at, origin), carried in self._maps.items():
-                if at != metric:
-                    continue
-                into.setdefault(origin, torch.zeros_like(cross))
-                if carried is None:
-                    into[origin].diagonal().add_(decay)
-                else:
-                    into[origin].add_(carried, alpha=decay)
-            maps |= {(metric, origin): found for origin, found in into.items()}
-        self._maps = maps
+            before |= {(own, origin): carried for origin, carried in self.through(kept, own).items()}
+        for metric, operator in crossed.items():
+            into = self.through(operator, own)
+            for (at, origin), carried in self._carried.items():
+                if at == metric:
+                    into[origin] = _plus(into.get(origin), carried, decay, operator.spectrum)
+            before |= {(metric, origin): carried for origin, carried in into.items()}
+        self._carried = before
+
+
+def _plus(moved: Tensor | None, carried: Tensor | None, decay: float, spectrum: Spectrum) -> Tensor:
+    """Moved + decay · carried, where no moved is 0 and no carried is the identity."""
+    if moved is None:
+        dim = spectrum.dim
+        moved = spectrum.vectors.new_zeros(dim, dim) if carried is None else torch.zeros_like(carried)
+    if carried is None:
+        moved.diagonal().add_(decay)
+        return moved
+    return moved.add_(carried.to(moved), alpha=decay)

@@ -11,7 +11,7 @@ whole sum collapses into one matrix: score(q, ·) = -τ(q, ·) = B q̂ with
     B = -Σ_l (1/N) Ḡ_l c_l(Ĥ_l) S_{l+1} ··· S_L        (N x k).
 
 Where the optimizer divided its gradients by their size (Adam), all this can happen in the metric of its preconditioner
-(``metric=`` of the trajectory; by default a number stands for P, which makes Adam a kind of SGD):
+(``preconditioner=`` of the trajectory; by default a number stands for P, which makes Adam a kind of SGD):
 g̃ = P_l^½ g for g, H̃_l = P_l^½ H_l P_l^½ for H_l, and a query is sketched in each segment's metric, û^(m) = R P_m^½ ∇m.
 A segment l takes the query's sketch in its own metric to exp(-s (Ĥ_l + λ)) û^(l), and that in an earlier one's to
 
@@ -22,68 +22,28 @@ so that B has a block of k columns for each metric, and q̂ is [û^(1), û^(2), 
 """
 
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from source_proj.attribution.attributor import (
-    Attributor,
-    Queries,
-    QueryGradient,
-    Term,
-    check_query_gradient,
-    query_points,
-    takes_mean,
-)
-from source_proj.attribution.curvature import (
-    Curvature,
-    Damping,
-    check_damping,
-    cross_operator,
-    decay_operator,
-    default_curvature,
-    response,
-)
-from source_proj.attribution.operands import mean_gradients
-from source_proj.attribution.queries import QueryFeatures, sketch_queries
+from source_proj.attribution.attributor import Attributor, Queries, Term
+from source_proj.attribution.curvature import Curvature, Damping, check_damping, default_curvature
+from source_proj.attribution.queries import QueryFeatures
+from source_proj.attribution.query_points import QueryGradient, check_query_gradient, query_points, takes_mean
 from source_proj.attribution.scores import PredictedChange, Scores
-from source_proj.attribution.source.fitted_segments import FittedSegments, Segment, Segments, stage_groups
+from source_proj.attribution.source.by_segment import SegmentScores, add_segment_parts
+from source_proj.attribution.source.fitted_segments import FittedSegments
+from source_proj.attribution.source.segments import Segment, StageSegments, stage_groups
 from source_proj.bank import Bank
-from source_proj.bank.quantize import STORAGES, Storage, has_scale
+from source_proj.bank.codecs import Codec, find_codec
 from source_proj.task import CausalLM, Task, TokenQueries
 from source_proj.trajectory import Checkpoint
 
-__all__ = ["Segment", "SegmentScores", "Source"]
-
-
-@dataclass(frozen=True)
-class SegmentScores:
-    """The parts of each score by segment of training: who mattered when.
-
-    Attributes:
-        values: ``(L, Q, N)`` float32; their sum over segments is the score. An example has part only in the segments
-            of its own stage; elsewhere its value is 0.
-        segments: what the L segments are.
-        query_ids: Q ids.
-        train_ids: N ids.
-        unit: unit of the measurement.
-    """
-
-    values: np.ndarray
-    segments: tuple[Segment, ...]
-    query_ids: list[Any]
-    train_ids: list[Any]
-    unit: str
-
-    def total(self) -> np.ndarray:
-        """Sum over the segments: the scores ``(Q, N)``."""
-        total: np.ndarray = self.values.sum(axis=0)
-        return total
+__all__ = ["Source"]
 
 
 class Source(Attributor):
@@ -100,7 +60,7 @@ class Source(Attributor):
         damping: added to the eigenvalues inside c: ``"noise"`` takes ρ = tr(Ĥ)/k, the sketch's own noise (0 for an
             exact sketch); a number is used as it is; None switches damping off.
         query_gradient: where ∇m(q) is taken. ``"final"``: at the final weights, as the formula has it, one backward
-            pass a query. ``"mean"``: the mean over the checkpoints of the last stage, a backward pass at each. What a
+            pass per query. ``"mean"``: the mean over the checkpoints of the last stage, a backward pass at each. What a
             single run's final weights say of a query is noisy; the mean is nearer to what retraining does on average,
             and predicts it far better (README, "Measured"). Default: ``"mean"``, but ``"final"`` for an exact sketch,
             whose scores are the formula's to the letter.
@@ -108,9 +68,9 @@ class Source(Attributor):
             a share of the examples for as many epochs takes that share of the steps: give the share to predict it
             (measured in examples/paper/LABORATORY.md; it matters where training has not converged).
         storage: type of B. ``"float32"`` keeps the scores exact to rounding. ``"int8"`` and ``"float16"`` with one
-            float32 scale a row, as banks are stored, take a quarter and half of the memory, and of the time that few
+            float32 scale per row, as banks are stored, take a quarter and half of the memory, and of the time that few
             queries take; they move scores by far less than another seed of the sketch does.
-        batch_size: queries a backward pass.
+        batch_size: queries per backward pass.
         device: where products are computed and queries run.
         cache: keep spectra and B beside the bank (or in the user's cache folder where that is read-only).
         progress: show progress bars for what takes over two seconds.
@@ -145,12 +105,12 @@ class Source(Attributor):
         *,
         model: nn.Module | None = None,
         task: Task | None = None,
-        segments: Segments | None = None,
+        segments: StageSegments | None = None,
         curvature: Curvature | None = None,
         damping: Damping = "noise",
         query_gradient: QueryGradient | None = None,
         time_scale: float = 1.0,
-        storage: Storage = "float32",
+        storage: str = "float32",
         batch_size: int = 64,
         device: torch.device | str | None = None,
         cache: bool = True,
@@ -161,65 +121,67 @@ class Source(Attributor):
         check_query_gradient(query_gradient)
         if not 0 < time_scale < math.inf:
             raise ValueError(f"time_scale must be a number > 0, got {time_scale!r}")
-        if storage not in STORAGES:
-            raise ValueError(f"storage must be one of {STORAGES}, got {storage!r}")
         self.time_scale = float(time_scale)
-        self.storage: Storage = storage
+        self.codec: Codec = find_codec(storage)
         self.query_gradient: QueryGradient | None = query_gradient
         self.curvature: Curvature = curvature or default_curvature(self.banks[0].task_spec)
         self.damping: Damping = damping
         self.cache = cache
-        self._groups = [stage_groups(one, segments) for one in self.banks]
-        self._unrolled: dict[str, FittedSegments] = {}
+        self._groups = [stage_groups(own, segments) for own in self.banks]
+        self._fitted: dict[str, FittedSegments] = {}
 
     def __repr__(self) -> str:
         rows, dim = self.n_rows, self._of(self.banks[0]).width
-        scaled = " with a float32 scale a row" if has_scale(self.storage) else ""
+        scaled = " with a float32 scale a row" if self.codec.has_scale else ""
+        kept = sum(bank.fits.nbytes() for bank in self.banks)
         runs = "" if len(self.banks) == 1 else f"; {len(self.banks)} runs"
-        return (
-            f"Source({rows} training examples{runs}; B: {rows} x {dim} {self.storage}{scaled}, {self.nbytes()} bytes)"
-        )
+        matrix = f"B: {rows} x {dim} {self.codec.name}{scaled}, {self.nbytes()} bytes"
+        return f"Source({rows} training examples{runs}; {matrix}; {kept} bytes of fits on disk)"
 
     # Fit -------------------------------------------------------------------------------------------------------
 
     def fit(self) -> "Source":
         """Compute what scoring needs, or find it in the cache; scoring does so by itself on first use."""
         for bank in self.banks:
-            self._of(bank).matrix(self.storage)
+            self._of(bank).matrix(self.codec)
         return self
 
     def nbytes(self) -> int:
         """Bytes of B in memory, scales included, of all banks together."""
-        width = getattr(torch, self.storage).itemsize
-        scale = 4 if has_scale(self.storage) else 0
-        return sum(bank.n_rows * (self._of(bank).width * width + scale) for bank in self.banks)
+        return sum(self.codec.nbytes(bank.n_rows, self._of(bank).width) for bank in self.banks)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
         """The fitted segments of the (first) bank, in order of training."""
-        unrolled = self._of(self.banks[0])
-        with unrolled.spectra_in_memory():
-            return unrolled.segments
+        with self._spectra_in_memory() as fitted:
+            return fitted[0].segments
+
+    @contextmanager
+    def _spectra_in_memory(self) -> Iterator[list[FittedSegments]]:
+        """The banks' fitted segments; a spectrum that is used twice within the block is read once."""
+        with ExitStack() as stack:
+            fitted = [self._of(bank) for bank in self.banks]
+            for run in fitted:
+                stack.enter_context(run.spectra_in_memory())
+            yield fitted
 
     def _of(self, bank: Bank) -> FittedSegments:
         """The bank's fitted segments; anew where rows were appended to it."""
-        key = bank.fingerprint
-        if key not in self._unrolled:
-            self._unrolled[key] = FittedSegments(
-                bank,
-                self._groups[self.banks.index(bank)],
-                curvature=self.curvature,
-                damping=self.damping,
-                time_scale=self.time_scale,
-                device=self.device,
-                cache=self.cache,
-            )
-        return self._unrolled[key]
+        fitted = FittedSegments(
+            bank,
+            self._groups[self.banks.index(bank)],
+            curvature=self.curvature,
+            damping=self.damping,
+            time_scale=self.time_scale,
+            device=self.device,
+            cache=self.cache,
+        )
+        return self._fitted.setdefault(bank.fingerprint, fitted)  # of several threads' the first
 
     # Verbs beside score, top_k and bottom_k ----------------------------------------------------------------------
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
-        matrix = self._of(bank).matrix(self.storage)
+        matrix = self._of(bank).matrix(self.codec)
         each = [self._query(bank, features, metric) for metric in range(len(bank.metrics))]
         query = each[0] if len(each) == 1 else torch.cat(each, dim=1)
         return [Term(query.to(matrix.rows.device), iter([matrix]))]
@@ -232,42 +194,18 @@ class Source(Attributor):
 
         The query is carried back through the segments: the part of segment l is
         ``-(1/N) (c_l S_{l+1} ··· S_L q̂) · ḡ_l(z)``.
+
+        Raises:
+            ValueError: the runs of an ensemble have different numbers of segments.
         """
         features = self.sketch(queries)
-        with ExitStack() as stack:
-            unrolled = [self._of(bank) for bank in self.banks]
-            for one in unrolled:
-                stack.enter_context(one.spectra_in_memory())
-            segments = unrolled[0].segments
+        with self._spectra_in_memory() as fitted:
+            segments = fitted[0].segments
             values = torch.zeros(len(segments), len(features[0]), self.n_rows)
-            for one, its in zip(unrolled, features, strict=True):
-                self._add_parts(values, one, its)
+            for run, queried in zip(fitted, features, strict=True):
+                metrics = sorted({segment.metric for segment in run.segments})
+                add_segment_parts(values, run, {m: self._query(run.bank, queried, m) for m in metrics}, len(fitted))
         return SegmentScores(values.numpy(), segments, features[0].ids, self.banks[0].ids, self.unit)
-
-    def _add_parts(self, values: Tensor, unrolled: FittedSegments, features: QueryFeatures) -> None:
-        """Add a bank's part of each segment to values ``(L, Q, N)``."""
-        own = unrolled.segments
-        if len(own) != len(values):
-            raise ValueError(
-                f"the runs of this ensemble have {len(values)} and {len(own)} segments; pass segments= to make "
-                "them comparable"
-            )
-        queries = {m: self._query(unrolled.bank, features, m) for m in sorted({segment.metric for segment in own})}
-        for index in reversed(range(len(own))):
-            segment = own[index]
-            found = unrolled.spectrum(segment)
-            query = queries[segment.metric]
-            carried = found.multiply(query, response(segment.time, segment.decay, segment.damping)).float()
-            for operand in unrolled.mean_gradients(segment):
-                part = (carried @ operand.rows.T).cpu()
-                values[index, :, operand.start : operand.stop].add_(part, alpha=-1 / (segment.n * len(self.banks)))
-            for metric in sorted({one.metric for one in own[:index]}):
-                if metric == segment.metric:
-                    queries[metric] = found.multiply(query, decay_operator(segment.time, segment.decay))
-                    continue
-                moved = found.multiply(query, cross_operator(segment.time, segment.decay))
-                moved = moved @ unrolled.cross_moment(segment, metric).T
-                queries[metric] = moved.add_(queries[metric].to(moved), alpha=math.exp(-segment.time * segment.decay))
 
     def by_token(self, queries: Queries, documents: Any, *, stage: int = 0) -> Scores:
         """Split the scores of some training sequences over their tokens: which words of a document mattered.
@@ -287,22 +225,23 @@ class Source(Attributor):
 
         Raises:
             TypeError: the task is no language modelling.
-            ValueError: no model was given.
+            ValueError: no model was given, or there is no such stage.
         """
         tokens = TokenQueries(documents, cast(CausalLM, self.task))  # which refuses every other task
+        names = [each.name for each in self.banks[0].stages]
+        if stage not in range(len(names)):
+            raise ValueError(f"stage must be an index into the bank's stages {names}, got {stage!r}")
         if self.model is None:
-            raise ValueError("tokens are differentiated anew, with the model's code: pass model= when constructing")
+            raise ValueError("tokens are differentiated anew, by the model itself: pass model= when constructing")
         features = self.sketch(queries)
         total = torch.zeros(len(features[0]), len(tokens))
-        for unrolled, one in zip([self._of(bank) for bank in self.banks], features, strict=True):
-            with unrolled.spectra_in_memory():
-                bank, segments = unrolled.bank, unrolled.segments
-                operators = unrolled.operators(segments)
-            for segment, by_metric in zip(segments, operators, strict=True):
-                if segment.stage == stage:
-                    carried = torch.stack([self._query(bank, one, m) @ t.T.cpu() for m, t in by_metric.items()]).sum(0)
-                    rows = self._token_rows(bank, segment, tokens)
-                    total.add_(carried @ rows.T, alpha=1 / (segment.n * len(self.banks)))  # as ℓ' is -1
+        with self._spectra_in_memory() as fitted:
+            for run, queried in zip(fitted, features, strict=True):
+                for segment, operators in zip(run.segments, run.operators(run.segments), strict=True):
+                    if segment.stage == stage:
+                        moved = [self._query(run.bank, queried, m) @ t.T.cpu() for m, t in operators.items()]
+                        rows = self._token_rows(run.bank, segment, tokens)
+                        total.add_(torch.stack(moved).sum(0) @ rows.T, alpha=1 / (segment.n * len(fitted)))  # ℓ' is -1
         if cast(CausalLM, self.task).reduction == "mean":
             counts = [len(tokens.of(i)) for i, _ in tokens.positions]
             total /= torch.tensor(counts)
@@ -313,19 +252,9 @@ class Source(Attributor):
     def _token_rows(self, bank: Bank, segment: Segment, tokens: TokenQueries) -> Tensor:
         """Sketched gradients of the tokens' log-likelihoods, the mean over a segment's checkpoints ``(T, k)``."""
         points = [bank.checkpoint(segment.stage, c) for c in segment.checkpoints]
-        found = sketch_queries(
-            bank,
-            cast(nn.Module, self.model),
-            self.task,
-            tokens,
-            checkpoints=points,
-            metrics=[segment.metric],
-            batch_size=self.batch_size,
-            device=self.device,
-            progress=self.progress,
-        )
+        features = self._sketch(bank, tokens, points, [segment.metric])
         digest = bank.metrics.hash(segment.metric)
-        return torch.stack([found.at(point, digest) for point in points]).mean(0)
+        return torch.stack([features.at(point, digest) for point in points]).mean(0)
 
     def self_influence(self) -> np.ndarray:
         """Return how much each training example lowered its own training loss, ``(N,)`` float32.
@@ -337,30 +266,10 @@ class Source(Attributor):
         Needs neither model nor data.
         """
         total = torch.zeros(self.n_rows)
-        for unrolled in [self._of(bank) for bank in self.banks]:
-            with unrolled.spectra_in_memory():
-                self._add_self_influence(total, unrolled)
+        with self._spectra_in_memory() as fitted:
+            for run in fitted:
+                run.add_self_influence(total, mean=takes_mean(run.bank, self.query_gradient), runs=len(fitted))
         return total.numpy()
-
-    def _add_self_influence(self, total: Tensor, unrolled: FittedSegments) -> None:
-        """Add a bank's self-influence to total ``(N,)``."""
-        bank = unrolled.bank
-        for index, stage in enumerate(bank.stages):
-            own = [segment for segment in unrolled.segments if segment.stage == index]
-            last = stage.n_checkpoints - 1
-            asked = [last]
-            if takes_mean(bank, self.query_gradient):
-                asked = [c for c in range(stage.n_checkpoints) if stage.metric(c) == stage.metric(last)]
-            for segment, operators in zip(own, unrolled.operators(own), strict=True):
-                for metric, operator in operators.items():
-                    blocks = zip(
-                        unrolled.mean_gradients(segment),
-                        mean_gradients(bank, index, asked, self.device, metric),
-                        strict=True,
-                    )
-                    for own_mean, query in blocks:
-                        part = ((own_mean.rows @ operator) * query.rows).sum(1).cpu()
-                        total[own_mean.start : own_mean.stop].add_(part, alpha=1 / (segment.n * len(self.banks)))
 
     def predict_removal(self, queries: Queries, subset: Any, *, renormalize: bool = False) -> PredictedChange:
         """Predict how queries' measurements change when a subset is left out: see :meth:`Scores.predict_removal`."""

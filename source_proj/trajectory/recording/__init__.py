@@ -1,3 +1,3 @@
 """Recording a run while it trains: the recorder, and the files that it writes."""
 
-__all__: list[str] = []
+__all__ = []

@@ -1,0 +1,316 @@
+"""The bank as its readers see it."""
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from source_proj._errors import BankError
+from source_proj.bank.build.append import append_rows
+from source_proj.bank.fits import FitCache
+from source_proj.bank.format import Settings
+from source_proj.bank.read.metrics import Metrics
+from source_proj.bank.read.objects import list_objects
+from source_proj.bank.read.part import Part, listed
+from source_proj.bank.read.root import find_parts, kind_of, read_root
+from source_proj.bank.read.stage_bank import StageBank
+from source_proj.bank.read.weights import Weights
+from source_proj.bank.store import LocalStore
+from source_proj.bank.verify import VerifyReport, fingerprint_of, verify
+from source_proj.sketch import Sketch
+from source_proj.task import Task
+from source_proj.trajectory import Checkpoint, RunRecord
+
+__all__ = ["Bank", "open_bank"]
+
+
+class Bank:
+    """A store of sketched training gradients; made by :func:`source_proj.build`, opened by :func:`source_proj.open`.
+
+    Args:
+        path: the bank's folder.
+
+    Attributes:
+        path: the bank's folder.
+        store: what its objects are read from and written to.
+        sketch: the projection that its rows went through.
+        settings: everything that the rows depend on besides the data.
+        metrics: the metrics that its rows are in; one, the identity, unless an optimizer was preconditioned.
+        versions: what software made the bank, for people.
+        parameter_choice: which parameters are attributed, and how many were left out, for people.
+
+    Raises:
+        BankError: there is no bank, or one of another version, or one whose metadata are damaged; says what was found.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.store = LocalStore(path)
+        self.path = self.store.root
+        if os.path.isfile(self.path):
+            raise BankError(f"{self.path} is a file, and a bank is a folder; give the folder")
+        list_objects(self.store)  # refuses links
+        self.settings, self.versions, moved, self.parameter_choice = read_root(self.store)
+        self.sketch = _sketch(self.path, self.settings)
+        self.metrics = Metrics(self.store, self.settings.trajectory)
+        self._weights = Weights(self.store, self.path, self.settings, moved)
+        self.reload()
+
+    def reload(self) -> None:
+        """Look again which parts there are, and which of them are sealed."""
+        found = [find_parts(self.store, self.settings, s) for s in range(len(self.trajectory.stages))]
+        self.stages: tuple[StageBank, ...] = tuple(
+            StageBank(self.settings, s, parts, self.require_finalized) for s, parts in enumerate(found)
+        )
+        for part in self.parts:
+            part.check_seal()
+        self._seals = [part.sealed() for part in self.parts]
+        self.__dict__.pop("ids", None)
+
+    def __repr__(self) -> str:
+        rows = " + ".join(f"{stage.n} {stage.name!r} rows x {stage.n_checkpoints} checkpoints" for stage in self.stages)
+        state = "" if self.finalized else ", unfinished"
+        return f"Bank({str(self.path)!r}: {rows}, k={self.sketch.dim}, {self.storage}{state})"
+
+    # What it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def task_spec(self) -> dict[str, Any]:
+        """``Task.spec()`` of the task that it was built with."""
+        return self.settings.task
+
+    @property
+    def trajectory(self) -> RunRecord:
+        """The record of the run."""
+        return self.settings.trajectory
+
+    @property
+    def space_spec(self) -> dict[str, Any]:
+        """``ParameterSpace.spec()`` of the attributed parameters."""
+        return self.settings.parameters
+
+    @property
+    def storage(self) -> str:
+        """How rows are stored: "int8", "float16" or "float32"."""
+        return self.settings.storage
+
+    @property
+    def gradients(self) -> str:
+        """The gradient method that was asked for."""
+        return self.settings.gradients
+
+    @property
+    def autocast(self) -> str | None:
+        """The autocast type of the forward passes."""
+        return self.settings.autocast
+
+    @property
+    def parts(self) -> list[Part]:
+        """The parts of all stages, in order."""
+        return [part for stage in self.stages for part in stage.parts]
+
+    @property
+    def n_rows(self) -> int:
+        """Number of training examples of all stages."""
+        return sum(stage.n for stage in self.stages)
+
+    @cached_property
+    def ids(self) -> list[Any]:
+        """Ids of all training examples; pairs (stage name, id) where there are several stages."""
+        if len(self.stages) == 1:
+            return self.stages[0].ids
+        return [(stage.name, one) for stage in self.stages for one in stage.ids]
+
+    @property
+    def finalized(self) -> bool:
+        """Whether every part is complete and sealed."""
+        return all(seal is not None for seal in self._seals)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of all that the bank holds but paths, software versions and weights' copies.
+
+        Raises:
+            BankError: the bank is not finalized.
+        """
+        self.require_finalized()
+        return fingerprint_of([seal for seal in self._seals if seal is not None])
+
+    def missing(self) -> list[str]:
+        """Say in words which shards are not committed yet, as it is on disk now."""
+        return [text for part in self.parts for text in part.missing()]
+
+    def require_finalized(self) -> None:
+        """Refuse to go on with an unfinished bank.
+
+        Raises:
+            BankError: it is not finalized; lists the missing shards.
+        """
+        if self.finalized:
+            return
+        missing = self.missing()
+        if missing:
+            appended = [part.location for part in self.parts if part.spec.start and part.sealed() is None]
+            verb = f"append again (or remove {appended[0]} to give it up)" if appended else "build again"
+            raise BankError(
+                f"the bank {self.path} is unfinished: it lacks {listed(missing)}. Call {verb} with the same arguments "
+                "to go on with it"
+            )
+        raise BankError(f"all shards of the bank {self.path} are there, but it is not finalized: call its finalize()")
+
+    # Checkpoints -----------------------------------------------------------------------------------------------
+
+    def checkpoint(self, stage: int = -1, index: int = -1) -> Checkpoint:
+        """A checkpoint of a stage, from its file or from the copy inside the bank.
+
+        Raises:
+            IndexError: there is no such stage or checkpoint.
+            MismatchError: its file is missing, or changed since the bank was begun.
+        """
+        return self._weights.checkpoint(stage, index)
+
+    def final_checkpoint(self) -> Checkpoint:
+        """The weights at the end of training, which queries are asked of; raises as :meth:`checkpoint`."""
+        return self._weights.final()
+
+    # Verbs -----------------------------------------------------------------------------------------------------
+
+    def finalize(self) -> None:
+        """Declare the bank complete, after all workers are done; does nothing to a finalized one.
+
+        Raises:
+            BankError: shards are missing; lists them.
+            MismatchError: the data differed between checkpoints.
+        """
+        self.seal(self.parts)
+
+    def seal(self, parts: Sequence[Part]) -> None:
+        """Declare some parts complete; see :meth:`finalize`."""
+        for part in parts:
+            part.seal()
+        self.reload()
+        done = [""] if self.finalized else [f"{part.name}/" for part in parts]
+        for key in self.store.leftovers():
+            if key.startswith(tuple(done)) and not key.startswith("fits/"):  # others may be at work on those
+                self.store.delete(key)
+        self.fits.remove_stale()
+
+    def append(
+        self,
+        model: nn.Module,
+        task: Task,
+        train_set: Any,
+        *,
+        stage: int = -1,
+        ids: Sequence[Any] | None = None,
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+        shard: tuple[int, int] | None = None,
+        shard_rows: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Add examples to a stage's training set, at the end of its rows; changes the fingerprint.
+
+        The new rows are a part of their own; nothing that is there is rewritten. A killed append is resumed by calling
+        it again with the same arguments, and the bank cannot be scored until it is complete. Once it is, a call with
+        ids that are just those of the last part only compares the data.
+
+        Args:
+            model: a module of the architecture that the bank was built with.
+            task: the bank's task.
+            train_set: the new examples: map-style data set or DataLoader.
+            stage: index of the stage.
+            ids: their ids, none of them in the stage yet; default: goes on counting.
+            batch_size: examples a batch; a DataLoader brings its own.
+            device: where the model runs; default: where it is.
+            shard: (i, n) to do the i-th of n workers' share; then call :meth:`finalize` once all are done.
+            shard_rows: rows a shard.
+            progress: show a progress bar after two seconds.
+
+        Raises:
+            BankError: the bank is unfinished, or cannot be written.
+            MismatchError: the task, the model or the checkpoints are not the bank's, or an unfinished append was of
+                other data.
+            ValueError: an id is there already.
+            GradientError: a gradient is not finite; names the ids.
+        """
+        self.reload()
+        try:
+            part = append_rows(
+                self.store,
+                self.settings,
+                model,
+                task,
+                self.metrics,
+                train_set,
+                stage=range(len(self.stages))[stage],
+                parts=self.stages[stage].parts,
+                checkpoint=self.checkpoint,
+                ids=ids,
+                batch_size=batch_size,
+                device=device,
+                shard=shard,
+                shard_rows=shard_rows,
+                progress=progress,
+            )
+        finally:
+            self.reload()
+        if shard is None:
+            self.seal([part])
+
+    @property
+    def fits(self) -> FitCache:
+        """What was computed from the bank and is kept in it: spectra, and the matrices that queries are scored by."""
+        return FitCache(self.path, self.fingerprint if self.finalized else None)
+
+    def clear_fits(self) -> int:
+        """Delete all fits, and return the bytes that they took; they are computed again when they are needed."""
+        return self.fits.clear()
+
+    def verify(self) -> VerifyReport:
+        """Read every byte of the bank and say what is wrong where; see :func:`verify`."""
+        return verify(self.path)
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes on disk by kind; "fits" are what was computed from the bank and kept beside it."""
+        kinds = dict.fromkeys(
+            [
+                "rows",
+                "scales",
+                "derivatives",
+                "sampled_fisher",
+                "batch_hashes",
+                "audits",
+                "marks",
+                "ids",
+                "weights",
+                "crossings",
+                "metrics",
+            ],
+            0,
+        )
+        kinds |= {"crossings": 0, "metrics": 0, "metadata": 0, "fits": 0, "temporary": 0}
+        kind = {key: kind_of(key) for key in self.store.list()} | dict.fromkeys(self.store.leftovers(), "temporary")
+        for key, name in kind.items():
+            info = self.store.stat(key)
+            kinds[name] += 0 if info is None else info.size
+        return kinds
+
+
+def open_bank(path: str | Path) -> Bank:
+    """Open a bank for reading; it may lie on a read-only disk.
+
+    Raises:
+        BankError: there is no bank, or one of another version, or one whose metadata are damaged; says what was found.
+    """
+    return Bank(path)
+
+
+def _sketch(path: Path, settings: Settings) -> Sketch:
+    try:
+        return Sketch.from_spec(settings.sketch)
+    except (ValueError, TypeError, KeyError) as error:
+        raise BankError(f"the sketch of the bank {path} cannot be made here: {error}") from error

@@ -1,0 +1,111 @@
+"""A folder of the file system as a store."""
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from source_proj._errors import BankError
+from source_proj._io.files import copy_files, make_folders, write_files, write_new_files
+from source_proj.bank.store.base import ObjectInfo, Store
+
+__all__ = ["LocalStore"]
+
+_T = TypeVar("_T")
+
+
+class LocalStore(Store):
+    """A folder; an object is a file in it.
+
+    Args:
+        root: the folder, made when something is written; found again from any working directory.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).absolute()
+
+    def __repr__(self) -> str:
+        return f"LocalStore({str(self.root)!r})"
+
+    def get(self, key: str) -> bytes:  # noqa: D102
+        return self._path(key).read_bytes()
+
+    def put(self, contents: Mapping[str, bytes]) -> None:  # noqa: D102
+        write_files(self._with_folders(contents))
+
+    def put_if_absent(self, contents: Mapping[str, bytes]) -> set[str]:  # noqa: D102
+        there = {key for key in contents if os.path.lexists(self._path(key))}  # saves the writing
+        paths = self._with_folders({key: content for key, content in contents.items() if key not in there})
+        return there | {self._key(path) for path in write_new_files(paths)}
+
+    def copy(self, sources: Mapping[str, str]) -> None:  # noqa: D102
+        targets = self._with_folders(sources)
+        copy_files({target: self._path(source) for target, source in targets.items()})
+
+    def keys(self, prefix: str = "") -> Iterable[str]:  # noqa: D102
+        return self._walk(self._path(prefix) if prefix else self.root)
+
+    def delete(self, key: str) -> None:  # noqa: D102
+        path = self._path(key)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
+        for folder in path.parents[: len(key.split("/")) - 1]:
+            try:
+                folder.rmdir()
+            except OSError:  # it holds something
+                return
+
+    def stat(self, key: str) -> ObjectInfo | None:  # noqa: D102
+        try:
+            status = os.stat(self._path(key))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        return ObjectInfo(status.st_size, f"{status.st_ino}-{status.st_mtime_ns}-{status.st_ctime_ns}-{status.st_size}")
+
+    def location(self, key: str = "") -> str:  # noqa: D102
+        return str(self.root / key)
+
+    def _path(self, key: str) -> Path:
+        """The file of a key.
+
+        Raises:
+            BankError: the way there leads over a link.
+        """
+        parts = key.split("/")
+        if any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts):
+            raise ValueError(f"{key!r} is no key: it must be names joined by '/'")
+        path = self.root
+        for part in parts:
+            path = path / part
+            if path.is_symlink():
+                raise _link(path)
+        return path
+
+    def _key(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+    def _with_folders(self, contents: Mapping[str, _T]) -> dict[Path, _T]:
+        paths = {self._path(key): content for key, content in contents.items()}
+        make_folders({path.parent for path in paths})
+        return paths
+
+    def _walk(self, folder: Path) -> Iterator[str]:
+        try:
+            entries = list(os.scandir(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for entry in entries:
+            if entry.is_symlink():
+                raise _link(Path(entry.path))
+            if entry.is_dir():
+                yield from self._walk(Path(entry.path))
+            else:
+                yield self._key(Path(entry.path))
+
+
+def _link(path: Path) -> BankError:
+    return BankError(f"{path} is a link, and a bank must not hold any: put there what it leads to, or remove it")
