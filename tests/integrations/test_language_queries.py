@@ -122,6 +122,9 @@ def test_parts_by_token_need_a_model_and_a_language(tmp_path):
     bank = sp.build(model, task, run, data, tmp_path / "bank", sketch=sp.Sketch(dim=64))
     with pytest.raises(ValueError, match="pass model= when constructing"):
         sp.Source(bank).by_token(data, data)
+    for stage in (1, 7, -1, "pretrain"):
+        with pytest.raises(ValueError, match=r"stage must be an index into the bank's stages \['train'\], got"):
+            sp.Source(bank, model=model).by_token(data, data, stage=stage)
 
 
 def test_refuses_what_has_no_tokens():
