@@ -209,5 +209,5 @@ def test_queries_of_another_width_are_refused_by_name(blobs):
     problem, bank = blobs
     narrow = TensorDataset(torch.randn(3, 4), torch.zeros(3, dtype=torch.long))
     for method in (source(problem, bank), sp.RepSim(bank, model=problem.model, train_set=problem.train)):
-        with pytest.raises(sp.MismatchError, match="Sequential cannot take the first example .*as in training"):
+        with pytest.raises(sp.MismatchError, match=r"Sequential cannot take the first example .*as in training"):
             method.score(narrow)

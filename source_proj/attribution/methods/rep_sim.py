@@ -122,7 +122,7 @@ class RepSim(Attributor):
         for bank in self.banks:
             model = self._at_the_end(bank)
             measure = self.task.measurement
-            parts = []
+            parts: list[Tensor] = []
             for start, batch in batches(queries, self.batch_size, device=_device(model), progress=self.progress):
                 if not parts:
                     require_own_weights(measure, model, self._module, batch)
