@@ -180,3 +180,34 @@ def test_fast_source_averages_parameters(tmp_path):
     scores = np.asarray(source(averaged, bank).score(problem.queries))
     full = np.asarray(source(problem, problem.build(tmp_path / "full")).score(problem.queries))
     assert np.corrcoef(scores.ravel(), full.ravel())[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("k", [3.0, "3", None, [3]])
+def test_a_number_of_examples_that_is_none_is_refused(blobs, k):
+    problem, bank = blobs
+    method = source(problem, bank)
+    for ask in (lambda: method.top_k(problem.queries, k), lambda: method.score(problem.queries).top_k(k)):
+        with pytest.raises(TypeError, match="k must be an integer, the number of training examples wanted, got"):
+            ask()
+
+
+@pytest.mark.parametrize("k", [np.int64(3), np.uint8(3), torch.tensor(3)])
+def test_integers_of_numpy_and_torch_are_numbers(blobs, k):
+    problem, bank = blobs
+    method = source(problem, bank)
+    assert method.top_k(problem.queries, k).ids == method.score(problem.queries).top_k(3).ids
+
+
+@pytest.mark.parametrize("k", [0, -1, 41, True])
+def test_a_number_out_of_range_is_refused(blobs, k):
+    problem, bank = blobs
+    with pytest.raises(ValueError, match=r"k must lie in 1\.\.40"):
+        source(problem, bank).top_k(problem.queries, k)
+
+
+def test_queries_of_another_width_are_refused_by_name(blobs):
+    problem, bank = blobs
+    narrow = TensorDataset(torch.randn(3, 4), torch.zeros(3, dtype=torch.long))
+    for method in (source(problem, bank), sp.RepSim(bank, model=problem.model, train_set=problem.train)):
+        with pytest.raises(sp.MismatchError, match=r"Sequential cannot take the first example .*as in training"):
+            method.score(narrow)

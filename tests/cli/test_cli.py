@@ -10,114 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import zarr
-from torch import nn
+from command_line import ARGUMENTS, ASK, BUILD
 from typer.testing import CliRunner
 
 import source_proj as sp
 from source_proj.cli import app
-
-MODULE = """
-import torch
-from torch import nn
-from torch.utils.data import TensorDataset
-
-import source_proj as sp
-
-generator = torch.Generator().manual_seed(0)
-inputs = torch.randn(48, 5, generator=generator)
-labels = (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0).long()
-ready = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
-
-def model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
-
-def other_model():
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-
-def train_set():
-    return TensorDataset(inputs[:40], labels[:40])
-
-def by_stage():
-    return {"train": train_set()}
-
-def queries():
-    return TensorDataset(inputs[40:43], labels[40:43])
-
-def broken():
-    values = inputs[:40].clone()
-    values[7] = float("nan")
-    return TensorDataset(values, labels[:40])
-
-def trajectory():
-    return sp.Trajectory.from_recorder("run", segments=[[0], [1, 2]])
-
-def margin():
-    built_in = sp.Classification()
-    return sp.Task(
-        output=built_in.output, loss_derivatives=built_in.loss_derivatives, unit="margin", higher_is_better=True,
-        name="margin",
-    )
-"""
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A directory with a module, a recorded run, and a bank built by the command line."""
-    path = tmp_path_factory.mktemp("home")
-    (path / "mine.py").write_text(MODULE)
-    before = Path.cwd(), list(sys.path)
-    os.chdir(path)
-    sys.path.insert(0, str(path))
-    import mine
-
-    model = mine.model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
-    recorder = sp.Recorder(model, optimizer, path / "run", every=10)
-    inputs, labels = mine.train_set().tensors
-    for _ in range(30):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(inputs), labels).backward()
-        optimizer.step()
-        recorder.step()
-    done = CliRunner().invoke(app, BUILD)
-    assert done.exit_code == 0, done.output
-    yield path
-    os.chdir(before[0])
-    sys.path[:] = before[1]
-    sys.modules.pop("mine")
-
-
-ARGUMENTS = ["--model", "mine:model", "--data", "mine:train_set", "--recorder", "run", "--batch-size", "8"]
-ARGUMENTS += ["--sketch-dim", "64", "--segments", "2", "--shard-rows", "16", "--no-progress"]
-BUILD = ["build", "bank", *ARGUMENTS]
-ASK = ["--model", "mine:model", "--queries", "mine:queries", "--no-progress"]
-
-
-@pytest.fixture
-def call(home, monkeypatch):
-    """Run a command in that directory; JSON output is parsed, and the exit code is checked."""
-    monkeypatch.chdir(home)
-
-    def run(*arguments, code=0):
-        result = CliRunner().invoke(app, [str(one) for one in arguments])
-        if result.exit_code != code:
-            raise AssertionError(f"exit code {result.exit_code}: {result.output}") from result.exception
-        if code:
-            return result.stderr if code == 2 else result.stdout + result.stderr
-        return json.loads(result.stdout) if "--json" in arguments else result.stdout
-
-    return run
-
-
-@pytest.fixture
-def scores(home, monkeypatch):
-    monkeypatch.chdir(home)
-    import mine
-
-    return sp.Source(sp.open("bank"), model=mine.model(), progress=False).score(mine.queries())
 
 
 @pytest.mark.parametrize("extra", [[], ["--task", "mine:margin"], ["--sampled-fisher", "1"], ["--parameters", "0.*"]])
@@ -297,6 +195,7 @@ def test_verify_tells_whole_from_damaged(call, tmp_path, home):
         (["top-k", "bank", *ASK, "--method", "tracin", "--segments", "2"], 2, "--segments has no meaning for --method"),
         (["top-k", "bank", *ASK, "--method", "grad-dot", "--average"], 2, "--average has no meaning"),
         (["top-k", "bank", *ASK, "--curvature", "sampled-fisher"], None, "sampled"),
+        (["top-k", "bank", "--model", "mine:model", "--queries", "mine:narrow"], 1, "cannot take the first example"),
         (["score", "bank", *ASK, "-o", "scores.txt"], 2, r"\.npy, \.zarr, \.csv"),
         (["score", "bank", *ASK, "-o", "absent/scores.npy"], 2, "does not exist"),
         ([*BUILD, "--sketch-seed", "5"], 1, "seed"),
@@ -328,7 +227,7 @@ def test_debug_shows_the_traceback(home, monkeypatch):
 
 def test_help_names_every_command():
     result = CliRunner().invoke(app, ["--help"])
-    for name in ("build", "finalize", "score", "top-k", "inspect", "verify", "demo"):
+    for name in ("build", "finalize", "score", "top-k", "inspect", "verify", "clean", "demo"):
         assert name in result.stdout
         assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
 

@@ -35,7 +35,7 @@ def naive(seeds=RETRAININGS):
 
 
 def chunks(folder):
-    return sorted(folder.glob("outcomes/c/*/*/0"))
+    return sorted(folder.glob("proofs/c/*/*/0"))
 
 
 def test_equals_a_naive_loop(tmp_path):
@@ -197,9 +197,9 @@ def test_foreign_folders_are_refused(tmp_path):
     zarr.create_group(tmp_path / "other", attributes={"format": "something else", "version": 1})
     shutil.copytree(open_truth(tmp_path / "newer").path, tmp_path / "older")
     metadata = json.loads((tmp_path / "newer" / "zarr.json").read_text())
-    metadata["attributes"]["version"] = 2
+    metadata["attributes"]["version"] = 3
     (tmp_path / "newer" / "zarr.json").write_text(json.dumps(metadata))
-    for name, message in [("notes", "no ground truth"), ("other", "something else"), ("newer", "version 2")]:
+    for name, message in [("notes", "no ground truth"), ("other", "something else"), ("newer", "version 3")]:
         for how in (GroundTruth, open_truth):
             with pytest.raises(SourceProjError, match=message) as caught:
                 how(tmp_path / name)

@@ -81,10 +81,11 @@ def test_scores_of_tokens_add_up_to_those_of_their_sequence(tmp_path, reduction)
         torch.testing.assert_close(total, by_sequence[i], rtol=0, atol=1e-5 * float(scale))
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "token"])
 @pytest.mark.parametrize("mode", ["shared", "per_segment"])
 def test_parts_of_a_training_sequence_by_token_add_up_to_its_score(tmp_path, reduction, mode):
-    model, task, data = make("gpt2", "sdpa"), sp.CausalLM(reduction=reduction), sequences(size=6)
+    options = {"normalizer": 4.5} if reduction == "token" else {}
+    model, task, data = make("gpt2", "sdpa"), sp.CausalLM(reduction=reduction, **options), sequences(size=6)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     recorder = sp.Recorder(model, optimizer, tmp_path / "run", every=1)
     for _ in range(3):
@@ -122,6 +123,9 @@ def test_parts_by_token_need_a_model_and_a_language(tmp_path):
     bank = sp.build(model, task, run, data, tmp_path / "bank", sketch=sp.Sketch(dim=64))
     with pytest.raises(ValueError, match="pass model= when constructing"):
         sp.Source(bank).by_token(data, data)
+    for stage in (1, 7, -1, "pretrain"):
+        with pytest.raises(ValueError, match=r"stage must be an index into the bank's stages \['train'\], got"):
+            sp.Source(bank, model=model).by_token(data, data, stage=stage)
 
 
 def test_refuses_what_has_no_tokens():

@@ -1,6 +1,7 @@
 """From a Trainer's run and a text file to scores, by the command line alone."""
 
 import csv
+import io
 import json
 
 import numpy as np
@@ -197,3 +198,38 @@ def test_options_that_contradict_each_other(run, tmp_path):
     assert "bank.text.json" in call(
         "score", bank, "--dataset", directory / "queries.csv", "--out", tmp_path / "s.npy", code=2
     )
+
+
+CODE_OF_A_STRANGER = """
+from pathlib import Path
+from transformers import PretrainedConfig
+
+Path(__file__).with_name("ran").touch()
+Path({marker!r}).touch()
+
+class E(PretrainedConfig):
+    model_type = "strange"
+"""
+
+
+@pytest.mark.parametrize("answer", ["y\n", "n\n", ""])
+def test_code_in_a_models_directory_is_not_run_and_nobody_is_asked(tmp_path, monkeypatch, answer):
+    marker = tmp_path / "ran"
+    config = {"model_type": "strange", "auto_map": {"AutoConfig": "strange.E"}, "architectures": ["E"]}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "strange.py").write_text(CODE_OF_A_STRANGER.format(marker=str(marker)))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_pretrained(str(tmp_path / "model"))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["AutoModel", "pipeline", "__name__", "absent"])
+def test_only_a_model_of_transformers_is_loaded(tmp_path, name):
+    network("classification").config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
+    with pytest.raises(ValueError, match="which transformers does not have"):
+        load_pretrained(str(tmp_path))

@@ -121,9 +121,13 @@ class RepSim(Attributor):
         features = []
         for bank in self.banks:
             model = self._at_the_end(bank)
-            loaded = batches(queries, self.batch_size, device=_device(model), progress=self.progress)
             measure = self.task.measurement
-            rows = torch.cat([self._represent(model, measure, batch, "queries", i) for i, batch in loaded])
+            parts: list[Tensor] = []
+            for start, batch in batches(queries, self.batch_size, device=_device(model), progress=self.progress):
+                if not parts:
+                    require_own_weights(measure, model, self._module, batch)
+                parts.append(self._represent(model, measure, batch, "queries", start))
+            rows = torch.cat(parts)
             features.append(
                 QueryFeatures({bank.final_checkpoint().hash(): rows}, list(range(len(rows))), self._description)
             )

@@ -29,6 +29,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from source_proj.attribution.attributor import Attributor, Queries, Term
 from source_proj.attribution.curvature import Curvature, Damping, check_damping, default_curvature
@@ -227,7 +228,8 @@ class Source(Attributor):
             TypeError: the task is no language modelling.
             ValueError: no model was given, or there is no such stage.
         """
-        tokens = TokenQueries(documents, cast(CausalLM, self.task))  # which refuses every other task
+        task = cast(CausalLM, self.task)
+        tokens = TokenQueries(documents, task)  # which refuses every other task
         names = [each.name for each in self.banks[0].stages]
         if stage not in range(len(names)):
             raise ValueError(f"stage must be an index into the bank's stages {names}, got {stage!r}")
@@ -241,10 +243,9 @@ class Source(Attributor):
                     if segment.stage == stage:
                         moved = [self._query(run.bank, queried, m) @ t.T.cpu() for m, t in operators.items()]
                         rows = self._token_rows(run.bank, segment, tokens)
-                        total.add_(torch.stack(moved).sum(0) @ rows.T, alpha=1 / (segment.n * len(fitted)))  # ℓ' is -1
-        if cast(CausalLM, self.task).reduction == "mean":
-            counts = [len(tokens.of(i)) for i, _ in tokens.positions]
-            total /= torch.tensor(counts)
+                        total.add_(torch.stack(moved).sum(0) @ rows.T, alpha=1 / (segment.n * len(fitted)))
+        of_stage = task.of_stage(stage)
+        total *= torch.tensor([_token_weight(of_stage, documents[i], len(tokens.of(i))) for i, _ in tokens.positions])
         return Scores(
             total.numpy(), features[0].ids, tokens.ids, unit=self.unit, higher_is_better=self.task.higher_is_better
         )
@@ -275,3 +276,9 @@ class Source(Attributor):
         """Predict how queries' measurements change when a subset is left out: see :meth:`Scores.predict_removal`."""
         scores: Scores = self.score(queries)
         return scores.predict_removal(subset, renormalize=renormalize)
+
+
+def _token_weight(task: CausalLM, document: Any, count: int) -> float:
+    """What a token's log-likelihood is times in minus the loss of its document, which has ``count`` of them."""
+    derivative, _ = task.loss_derivatives(torch.zeros(1), default_collate([document]))
+    return -float(derivative) / (1 if task.reduction == "sum" else count)

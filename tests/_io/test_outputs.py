@@ -1,0 +1,127 @@
+"""Outputs are whole or as they were, whatever happens, and one rule holds for what is there already."""
+
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+import zarr
+
+import source_proj as sp
+from source_proj._io.outputs import write_output_folder, write_outputs
+from source_proj.report import Page, write_report
+
+OLD, NEW = np.full((3, 5), 1, np.float32), np.full((3, 5), 2, np.float32)
+
+
+def scores(values):
+    return sp.Scores(values, [0, 1, 2], list("abcde"), unit="logit margin")
+
+
+def as_zarr(path, values, **options):
+    scores(values).to_zarr(path, **options)
+
+
+def as_page(path, values, **options):
+    write_report(Page(title=str(values[0, 0]), summary="", sections=(), unit="nats"), path, **options)
+
+
+def as_two_files(path, values, overwrite=False):
+    write_outputs({path: values.tobytes(), path.with_suffix(".json"): b"{}"}, overwrite=overwrite)
+
+
+def content(path):
+    if path.is_dir():
+        return zarr.open_array(path, mode="r")[...].tobytes()
+    return path.read_bytes()
+
+
+EVENTS = {"open", "os.rename", "os.mkdir", "os.link", "os.remove", "os.rmdir", "shutil.rmtree"}
+WRITERS = [as_zarr, as_page, as_two_files]
+
+
+@pytest.fixture(params=WRITERS, ids=lambda writer: writer.__name__)
+def write(request):
+    return request.param
+
+
+def test_nothing_is_overwritten_unless_it_is_said(tmp_path, write):
+    path = tmp_path / "output"
+    write(path, OLD)
+    before = content(path)
+    with pytest.raises(FileExistsError, match=r"output.* exists: remove it, give another path, or say overwrite=True"):
+        write(path, NEW)
+    assert content(path) == before
+    write(path, NEW, overwrite=True)
+    assert content(path) != before
+    assert {entry.name for entry in tmp_path.iterdir()} <= {"output", "output.json"}
+
+
+@pytest.mark.parametrize("there", ["file", "folder", "link", "dangling link"])
+def test_whatever_is_there_counts(tmp_path, write, there):
+    path, elsewhere = tmp_path / "output", tmp_path / "elsewhere"
+    elsewhere.write_text("mine")
+    if there == "file":
+        path.write_text("mine")
+    elif there == "folder":
+        (path / "inner").mkdir(parents=True)
+    else:
+        path.symlink_to(elsewhere if there == "link" else tmp_path / "nowhere")
+    with pytest.raises(FileExistsError):
+        write(path, NEW)
+    assert elsewhere.read_text() == "mine"
+
+
+def killed_at(event_number, write, path, **options):
+    """Run a writer in a child that is killed at its n-th file event below the folder; whether it was."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def hook(event, arguments):
+            nonlocal count
+            if event in EVENTS and str(path.parent) in str(arguments[0]):
+                count += 1
+                if count > event_number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        write(path, NEW, **options)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("begun", ["afresh", "over an old one"])
+def test_a_kill_leaves_the_old_the_new_or_nothing(tmp_path, write, begun):
+    write(tmp_path / "old", OLD)
+    write(tmp_path / "new", NEW)
+    whole = {content(tmp_path / "old"), content(tmp_path / "new")}
+    number = 0
+    while True:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path = folder / "output"
+        if begun == "over an old one":
+            write(path, OLD)
+        killed = killed_at(number, write, path, overwrite=begun == "over an old one")
+        assert not path.exists() or content(path) in whole
+        if not killed:
+            assert content(path) == content(tmp_path / "new")
+            break
+        number += 1
+    assert number > 3
+
+
+def test_a_folder_that_cannot_be_filled_leaves_the_old_one(tmp_path):
+    as_zarr(tmp_path / "output", OLD)
+
+    def failing(folder):
+        (folder / "half").write_text("")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_output_folder(tmp_path / "output", failing, overwrite=True)
+    assert content(tmp_path / "output") == OLD.tobytes()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["output"]

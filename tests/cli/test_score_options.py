@@ -1,0 +1,93 @@
+"""Every option of every method works or is refused by name, as the methods' own signatures say; outputs are safe."""
+
+import csv
+import inspect
+
+import numpy as np
+import pytest
+import zarr
+from command_line import ASK
+from typer.testing import CliRunner
+
+import source_proj as sp
+from source_proj.cli import app
+from source_proj.cli.score import _METHODS
+
+OPTIONS = {
+    "segments": ["1"],
+    "curvature": ["empirical-fisher", "gauss-newton"],
+    "damping": ["1", "noise", "off"],
+    "average": [None],
+    "query_gradient": ["mean", "final"],
+    "ridge": ["0.5"],
+}
+MATRIX = [(method, name, value) for method in _METHODS for name, values in OPTIONS.items() for value in values]
+
+
+def test_the_matrix_has_every_option_of_every_method():
+    """Arguments that the command line offers for all methods, or for none."""
+    common = {"bank", "model", "task", "batch_size", "device", "progress"}
+    in_python_alone = {"cache", "time_scale", "storage"}
+    for made in _METHODS.values():
+        assert set(inspect.signature(made).parameters) - common - in_python_alone <= set(OPTIONS)
+
+
+@pytest.mark.parametrize(("method", "name", "value"), MATRIX)
+def test_an_option_works_where_the_method_has_it_and_is_refused_elsewhere(call, method, name, value):
+    flag = f"--{name.replace('_', '-')}"
+    given = [flag] if value is None else [flag, value]
+    has = name in inspect.signature(_METHODS[method]).parameters
+    said = call("top-k", "bank", *ASK, "--method", method.value, "-k", "1", *given, code=0 if has else 2)
+    if not has:
+        assert f"{flag} has no meaning for --method {method.value}" in said
+
+
+@pytest.mark.parametrize("ending", ["npy", "zarr", "csv"])
+def test_a_file_is_replaced_only_when_it_is_said(call, tmp_path, ending):
+    out = tmp_path / f"scores.{ending}"
+    call("score", "bank", *ASK, "-o", out)
+    first = np.asarray(content(out))
+    assert "exists" in call("score", "bank", *ASK, "--method", "tracin", "-o", out, code=2)
+    assert np.array_equal(content(out), first)
+    call("score", "bank", *ASK, "--method", "tracin", "-o", out, "--overwrite")
+    assert not np.array_equal(content(out), first)
+
+
+def test_a_file_of_ids_beside_is_not_replaced_either(call, tmp_path):
+    (tmp_path / "scores.json").write_text("mine")
+    assert "scores.json exists" in call("score", "bank", *ASK, "-o", tmp_path / "scores.npy", code=2)
+    assert not (tmp_path / "scores.npy").exists()
+
+
+def content(path):
+    if path.suffix == ".npy":
+        return np.load(path)
+    if path.suffix == ".zarr":
+        return zarr.open_array(path, mode="r")[...]
+    with path.open(newline="") as file:
+        return [list(map(float, row[1:])) for row in list(csv.reader(file))[1:]]
+
+
+def test_clean_frees_the_fits_and_nothing_else(call):
+    call("top-k", "bank", *ASK, "-k", "1")
+    before = call("inspect", "bank", "--json")["bytes"]
+    assert before["fits"] > 0
+    assert call("clean", "bank", "--json")["bytes_freed"] == before["fits"]
+    assert call("inspect", "bank", "--json")["bytes"] == {**before, "fits": 0}
+    assert "whole" in call("verify", "bank")
+
+
+def test_ids_of_strangers_reach_terminal_and_sheet_as_text(home, monkeypatch, tmp_path):
+    monkeypatch.chdir(home)
+    import mine
+
+    ids = [f"\x1b[2J{i}" if i % 2 else f"=cmd|{i}" for i in range(40)]
+    run = sp.Trajectory.from_recorder("run")
+    sp.build(mine.model(), sp.Classification(), run, mine.train_set(), tmp_path / "bank", ids=ids, progress=False)
+    shown = CliRunner().invoke(app, ["top-k", str(tmp_path / "bank"), *ASK, "-k", "40"]).stdout
+    assert "\x1b" not in shown
+    assert "\\x1b[2J1" in shown
+    CliRunner().invoke(app, ["score", str(tmp_path / "bank"), *ASK, "-o", str(tmp_path / "s.csv")])
+    with (tmp_path / "s.csv").open(newline="") as file:
+        header = next(csv.reader(file))
+    assert header[1:3] == ["'=cmd|0", "'\\x1b[2J1"]

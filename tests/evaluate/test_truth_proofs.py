@@ -1,0 +1,100 @@
+"""Outcomes are where they were measured: swapped, foreign or unproven files are named, and a full disk too."""
+
+import errno
+import itertools
+import shutil
+
+import numpy as np
+import pytest
+import zarr
+from retrainings import COUNT, RETRAININGS, open_truth, train
+
+from source_proj._errors import SourceProjError
+
+CELLS = [(0, 0), (0, 3), (4, 2), (COUNT - 1, RETRAININGS - 1)]
+SWAPPED = {"outcomes": ["outcomes"], "outcomes and proofs": ["outcomes", "proofs"], "proofs": ["proofs"]}
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    return open_truth(tmp_path_factory.mktemp("truths") / "truth").fill(train, progress=False)
+
+
+@pytest.fixture
+def truth(filled, tmp_path):
+    shutil.copytree(filled.path, tmp_path / "truth")
+    return open_truth(tmp_path / "truth")
+
+
+def chunk(truth, array, cell):
+    return truth.path / array / "c" / str(cell[0]) / str(cell[1]) / "0"
+
+
+def swap(first, second):
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(CELLS, 2)))
+@pytest.mark.parametrize("what", SWAPPED)
+def test_swapped_cells_are_named(truth, first, second, what):
+    assert truth.verify() == []
+    for array in SWAPPED[what]:
+        swap(chunk(truth, array, first), chunk(truth, array, second))
+    problems = truth.verify()
+    assert len(problems) == 2
+    for cell in (first, second):
+        assert any(f"subset {cell[0]}, retraining {cell[1]} is not what was measured" in line for line in problems)
+    with pytest.raises(SourceProjError, match=r"belongs elsewhere.*remove outcomes/c/"):
+        _ = truth.outcomes
+    for cell in (first, second):
+        chunk(truth, "outcomes", cell).unlink()
+    assert sorted(truth.missing()) == sorted([first, second])
+    np.testing.assert_array_equal(truth.fill(train, progress=False).outcomes, open_truth(truth.path).outcomes)
+    assert truth.verify() == []
+
+
+@pytest.mark.parametrize("other", [{"seed": 7}, {"settings": {"epochs": 3}}])
+def test_outcomes_of_another_store_are_named(truth, tmp_path, other):
+    foreign = open_truth(tmp_path / "foreign", **other).fill(train, progress=False)
+    for array in ("outcomes", "proofs"):
+        shutil.copy(chunk(foreign, array, (1, 1)), chunk(truth, array, (1, 1)))
+    assert len(truth.verify()) == 1
+    with pytest.raises(SourceProjError, match="subset 1, retraining 1 is not what was measured"):
+        truth.missing()
+
+
+def test_an_outcome_without_its_proof_is_done_again(truth):
+    """A process was killed between the two."""
+    chunk(truth, "proofs", (2, 1)).unlink()
+    assert truth.missing() == [(2, 1)]
+    assert truth.verify() == []
+
+
+def test_a_full_disk_is_named_and_costs_only_what_was_not_written(tmp_path, monkeypatch):
+    truth = open_truth(tmp_path / "truth")
+    room = itertools.count()
+    write = zarr.Array.__setitem__
+
+    def full(array, selection, value):
+        if next(room) >= 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(array, selection, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr.Array, "__setitem__", full)
+        with pytest.raises(SourceProjError, match=r"retraining 0 cannot be written .*No space left.*make room"):
+            truth.fill(train, progress=False)
+    assert truth.verify() == []
+    assert len(truth.missing()) == COUNT * RETRAININGS - 3  # two writes each
+    assert truth.fill(train, progress=False).complete
+
+
+def test_no_room_for_the_store_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("source_proj.evaluate.ground_truth.publish", full)
+    with pytest.raises(SourceProjError, match=r"truth cannot be made .*No space left"):
+        open_truth(tmp_path / "truth")
