@@ -35,9 +35,11 @@ __all__ = [
 _FEWEST, _MOST = 3, 16  # powers of two between which k has a transform here
 _JOBS = 8  # that a large sum is split into, at least
 _PART_STEPS = 16  # of a part at least: each transforms back once
-# Nanoseconds for a group of lanes: a step of a transform for each k log2 k, and for each entry of the factors; a
-# coordinate of an outer product, and each of its steps; the latter two for an example on its own (`sparse_native.py`).
-_TRANSFORM, _ENTRY = 0.45, 1.0
+# Nanoseconds for a group of lanes: a step of a transform for each k log2 k, for each entry of the factors, and to
+# begin; a coordinate of an outer product, and each of its steps; the latter two for an example on its own
+# (`sparse_native.py`).
+# The first three were measured beside the others, on a busy machine, which slowed both alike.
+_TRANSFORM, _ENTRY, _BEGIN = 0.6, 2.0, 1500.0
 _COORDINATE, _STEP = 1.2, 0.17
 _COORDINATE_ALONE, _STEP_ALONE = 0.35, 0.02
 
@@ -47,7 +49,7 @@ def spectral_is_cheaper(batch: int, steps: int, o: int, i: int, dim: int) -> boo
     if not has_transform(dim):
         return False
     groups, rest = divmod(batch, _width())
-    group = (steps + 1) * _TRANSFORM * dim * log2(dim) + steps * _ENTRY * (o + i)
+    group = (steps + 1) * _TRANSFORM * dim * log2(dim) + steps * (_BEGIN + _ENTRY * (o + i))
     laned = (_COORDINATE + _STEP * steps) * o * i
     alone = rest * (_COORDINATE_ALONE + _STEP_ALONE * steps) * o * i
     return (groups + bool(rest)) * group < groups * laned + min(laned, alone)
@@ -75,15 +77,15 @@ def add_tensor_outer_native_(
     if not spectral:
         add_outer_native_(out, left, right, matrix.offset, _native(matrix), scale)
         return
-    (steps, o), i, dim, width = left.shape[1:], right.shape[2], matrix.dim, _width()
+    (steps, o), i, dim = left.shape[1:], right.shape[2], matrix.dim
     left, right, native = last_contiguous(left), last_contiguous(right), _native(matrix)
-    step = -(-steps // _parts(len(left), steps))
+    step, work = -(-steps // _parts(len(left), steps)), _work(o, i, dim)
 
     def add(sums: Tensor, first: int, lanes: int, part: int) -> None:
         begin = min(steps, part * step)
         loaded_library().sp_spectral_lanes(
             sums.data_ptr(),
-            aligned_scratch("spectral", (4 * dim + o + i) * width).data_ptr(),
+            aligned_scratch("spectral", work).data_ptr(),
             address(left, first, 0) + 4 * begin * left.stride(1),
             left.stride(0),
             left.stride(1),
@@ -116,17 +118,17 @@ def add_tensor_windows_native_(
     if not spectral:
         add_windows_native_(out, left, right, taps, windows, matrix.offset, _native(matrix), scale)
         return
-    (batch, o, count), (_, c, plane), dim, j, width = left.shape, right.shape, matrix.dim, len(taps), _width()
+    (batch, o, count), (_, c, plane), dim, j = left.shape, right.shape, matrix.dim, len(taps)
     left, right, native = left.contiguous(), right.contiguous(), _native(matrix)
     taps, windows = taps.int().contiguous(), windows.int().contiguous()
     step = -(-count // _parts(batch, count))
-    work = 4 * dim + o * step + c * (plane + j)
+    work = _work(o, c * j, dim) + (o * step + c * plane) * _width()
 
     def add(sums: Tensor, first: int, lanes: int, part: int) -> None:
         begin = min(count, part * step)
         loaded_library().sp_spectral_windows_lanes(
             sums.data_ptr(),
-            aligned_scratch("spectral", work * width).data_ptr(),
+            aligned_scratch("spectral", work).data_ptr(),
             address(left, first, 0),
             left.stride(0),
             count,
@@ -152,6 +154,11 @@ def _parts(batch: int, steps: int) -> int:
     """How many parts the steps are split into, by shapes alone."""
     groups = -(-batch // _width())
     return max(1, min(-(-_JOBS // groups), steps // _PART_STEPS))
+
+
+def _work(o: int, i: int, dim: int) -> int:
+    """Numbers of work space that the transforms of factors (o,) and (i,) take."""
+    return (4 * dim + o + i + 3) * _width() + (-(-o // dim) - (-i // dim)) * dim
 
 
 def _nanoseconds(steps: int, dim: int) -> float:

@@ -69,6 +69,7 @@ def resolve_task(bank: Bank, task: Task | None) -> Task:
     """
     if task is None:
         return Task.from_spec(bank.task_spec)
+    task = task.told_by(bank.task_spec)
     if task.spec() != bank.task_spec:
         raise MismatchError(
             f"the bank {bank.path} was built with task {bank.task_spec}, got {task.spec()}; "
@@ -130,6 +131,8 @@ def sketch_queries(
         scales = [None if scale is None else scale.to(where) for scale in bank.metrics.scales(wanted)]
         rows: list[list[Tensor]] = [[] for _ in wanted]
         for start, batch in batches(queries, batch_size, device=where, progress=progress):
+            if start == 0 and point is points[-1]:
+                task.examine(own, batch)
             if not features and not start:
                 require_own_weights(task.measurement, own, model, batch)
             _, sketched = engine.sketch_scaled(task.measurement, batch, scales)

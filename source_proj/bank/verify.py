@@ -10,6 +10,7 @@ from source_proj._errors import BankError
 from source_proj.bank.fits import FitCache
 from source_proj.bank.format import Settings
 from source_proj.bank.read.metrics import Metrics
+from source_proj.bank.read.objects import list_objects, object_info
 from source_proj.bank.read.part import Part
 from source_proj.bank.read.root import find_parts, read_root
 from source_proj.bank.read.weights import Weights
@@ -53,10 +54,10 @@ def verify(path: str | Path) -> VerifyReport:
     """
     store = LocalStore(path)
     try:
-        there = store.list()
+        there = list_objects(store)
         settings = read_root(store).settings
         parts = [part for s in range(len(settings.trajectory.stages)) for part in find_parts(store, settings, s)]
-    except (BankError, OSError) as error:
+    except BankError as error:
         return VerifyReport(store.root, [str(error)], 0, 0)
     problems = [problem for part in parts for problem in _part_problems(part)]
     problems += _weights_problems(store, settings)
@@ -70,8 +71,9 @@ def verify(path: str | Path) -> VerifyReport:
     left = [key for key in there if key.startswith(begun)]
     foreign = [key for key in there if key not in known | allowed | beside and key not in left]
     problems += [f"{store.location(key)} does not belong to the bank: move it elsewhere" for key in foreign]
-    sizes = [info.size for key in there if key in known and (info := store.stat(key)) is not None]
-    leftovers = [*(Path(store.location(key)) for key in [*store.leftovers(), *left]), *fits.leftovers()]
+    sizes = [info.size for key in there if key in known and (info := object_info(store, key)) is not None]
+    left += [key for key in store.leftovers() if not key.startswith("fits/")]
+    leftovers = [*(Path(store.location(key)) for key in sorted(left)), *fits.leftovers()]
     return VerifyReport(store.root, problems, sum(sizes), len(sizes), leftovers)
 
 
@@ -158,6 +160,6 @@ def _array_keys(store: LocalStore, group: str, names: list[str]) -> set[str]:
     known = {f"{group}/zarr.json"} if names else set()
     for name in names:
         known.add(f"{group}/{name}/zarr.json")
-        shards = [key for key in store.list(f"{group}/{name}") if key.rpartition("/")[2].startswith("c.")]
+        shards = [key for key in list_objects(store, f"{group}/{name}") if key.rpartition("/")[2].startswith("c.")]
         known |= {f"{group}/{name}/c.{shard}" for shard in range(len(shards))}  # fewer or other ones were named above
     return known

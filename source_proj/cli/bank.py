@@ -7,7 +7,7 @@ import typer
 
 import source_proj.bank as banks
 from source_proj.bank.codecs import codec_names
-from source_proj.cli.options import BankPath, BatchSize, Device, Json, Model, Progress
+from source_proj.cli.options import BankPath, BatchSize, Device, Json, Model, Progress, TrustRemoteCode
 from source_proj.cli.output import emit, reports_errors, say
 from source_proj.cli.parsing import (
     make_sketch,
@@ -111,6 +111,7 @@ def build(
         str | None, typer.Option(metavar="I/N", help="Do only part I of N (from 0); then run finalize once.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a bank that was begun.")] = True,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
     progress: Progress = True,
     json: Json = False,
@@ -127,6 +128,7 @@ def build(
         max_length,
         text_pair_column,
         chosen_steps,
+        trust_remote_code,
     )
     run = {
         "learning_rate": learning_rate,

@@ -1,6 +1,5 @@
 """``inspect``, ``verify`` and ``clean``: look into a bank, and tidy it up."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,6 +75,7 @@ def _facts(bank: Bank) -> dict[str, Any]:
         "sketch": bank.sketch.spec(),
         "task": bank.task_spec,
         "parameters": dict(zip(bank.space_spec["names"], shapes, strict=True)),
+        "parameter_choice": bank.parameter_choice,
         "stages": [_stage(stage) for stage in bank.stages],
         "missing": bank.missing(),
         "bytes": {**bank.nbytes(), "fits": bank.fits.nbytes()},
@@ -113,12 +113,11 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     state = f"complete, fingerprint {facts['fingerprint'][:16]}" if facts["finalized"] else "unfinished"
     size = sum(facts["bytes"].values())
     sizes = ", ".join(f"{name} {count / 1e6:.1f}" for name, count in facts["bytes"].items() if count >= 50_000)
-    count = sum(math.prod(shape) for shape in facts["parameters"].values())
     yield f"{facts['bank']}: {state}"
     yield f"  rows        {facts['rows']} training examples, {facts['storage']}"
     yield f"  sketch      {_options(facts['sketch'])}"
     yield f"  task        {_options(facts['task'])}"
-    yield f"  parameters  {count} in {len(facts['parameters'])} tensors"
+    yield f"  parameters  {facts['parameter_choice']}"
     yield f"  size        {size / 1e6:.1f} MB{f' ({sizes})' if sizes else ''}"
     yield f"  made by     {_options(facts['versions'])}"
     for stage in facts["stages"]:

@@ -34,6 +34,7 @@ class TextOptions:
     max_length: int | None
     text_pair_column: str | None
     steps: tuple[int, ...] | None
+    trust_remote_code: bool = False
 
     @property
     def given(self) -> bool:
@@ -84,11 +85,11 @@ class TextOptions:
         if self.dataset is None:
             raise ValueError("--hf-model needs --dataset FILE, a .jsonl or .csv file")
         settings = self.settings
-        network, tokenizer = load_pretrained(settings.model)
+        network, tokenizer = load_pretrained(settings.model, trust_remote_code=self.trust_remote_code)
         training_set = TextData(self.dataset, settings, network, tokenizer)
         if self.hf_run is not None:
             check_training_set(self.hf_run, len(training_set), str(self.dataset))
-        return network, training_set, task_for(network) if task is None else make_task(task, task_options)
+        return network, training_set, task_for(network, self.hf_run) if task is None else make_task(task, task_options)
 
     def parameters_of(self, network: nn.Module, given: Sequence[str] | None) -> Sequence[str] | None:
         """The parameters to attribute through: those given, else an adapter's, if the run trained one."""
@@ -106,7 +107,12 @@ class TextOptions:
 
 
 def ask_about(
-    bank: Path, model: str | None, queries: str | None, dataset: Path | None, per_token: bool
+    bank: Path,
+    model: str | None,
+    queries: str | None,
+    dataset: Path | None,
+    per_token: bool,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any]:
     """The model and the queries: from a text file, read as the training set was, or from ``module:function``.
 
@@ -121,7 +127,7 @@ def ask_about(
     if model is not None or queries is not None:
         raise ValueError("--model and --queries have no meaning beside --dataset: leave one or the other out")
     settings = TextSettings.read(bank)
-    network, tokenizer = load_pretrained(settings.model)
+    network, tokenizer = load_pretrained(settings.model, trust_remote_code=trust_remote_code)
     data = TextData(dataset, settings, network, tokenizer)
     if not per_token:
         return network, data

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from source_proj._errors import GradientError
+from source_proj._errors import GradientError, MismatchError, SourceProjError
 from source_proj.gradients.batches import Batch, take
 from source_proj.gradients.general import Function
 
@@ -99,9 +99,20 @@ def require_own_weights(function: Function, own: nn.Module, original: nn.Module,
 
     Raises:
         GradientError: it does; names them.
+        MismatchError: the model cannot take the batch at all.
     """
     with torch.no_grad(), _Watch(original) as watch:
-        function(own, take(batch, [0]))
+        try:
+            function(own, take(batch, [0]))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            if isinstance(error, SourceProjError):
+                raise
+            raise MismatchError(
+                f"the model {type(own).__name__} cannot take the first example ({str(error).splitlines()[0]}): its "
+                "input must be as in training, of the same shape and type"
+            ) from error
     if watch.seen:
         raise GradientError(
             f"the model's weights {sorted(watch.seen)[:5]} were used otherwise than through the model that the task "

@@ -11,6 +11,7 @@ from torch import nn
 
 from source_proj.integrations.callback_log import callback_stage, is_callback_dir
 from source_proj.integrations.optimizers import described_optimizer
+from source_proj.integrations.trainer_arguments import accumulated_undivided, trainer_arguments
 from source_proj.integrations.trainer_end import step_of_final_model
 from source_proj.integrations.trainer_folders import TrainerFolder, read_tensors, trainer_folders
 from source_proj.integrations.trainer_groups import NamedState, model_of, optimizer_names
@@ -39,12 +40,14 @@ def hf_trainer_stage(
 ) -> Stage:
     r"""Read a Trainer's output folder as one stage of training.
 
-    Time runs in optimizer steps (``global_step``); gradients of accumulated micro-batches are averaged by the Trainer,
-    so that nothing more needs saying. The learning rates of steps that were not logged follow from the schedule, which
-    is found by comparing transformers' schedules with all rates that are known. Clipping shortens a step by
+    Time runs in optimizer steps (``global_step``). Gradients of accumulated micro-batches are averaged by the Trainer,
+    but for models that take further arguments for their loss and do not use them, such as BERT's sequence classifier:
+    it leaves the division to these, and their gradients are summed; see :func:`accumulated_undivided`. The learning
+    rates of steps that were not logged follow from the schedule, which is found by comparing transformers' schedules
+    with all rates that are known. Clipping shortens a step by
     :math:`c_t = \min(1, \text{max}/‖g_t‖)`, so that the time scale is :math:`\sum_t c_t η_t`.
 
-    Nothing is unpickled but tensors and plain values; ``training_args.bin`` is left alone.
+    Nothing is unpickled but tensors and plain values; of ``training_args.bin`` only numbers are looked up, in its text.
 
     Args:
         dir: the Trainer's ``output_dir``, with folders ``checkpoint-N``; or the directory of a
@@ -67,7 +70,8 @@ def hf_trainer_stage(
 
     Raises:
         FileNotFoundError: no Trainer's run, or a file is missing.
-        ValueError: something cannot be inferred; the message names the argument to give.
+        ValueError: something cannot be inferred; the message names the argument to give. Or the run learnt from
+            preferences.
         MismatchError: the files, or an argument and the files, contradict each other.
 
     Warns:
@@ -83,6 +87,7 @@ def hf_trainer_stage(
         folders, run = ([folder for folder in some if folder.step <= end] for some in (folders, run))
         if remark:
             warnings.warn(remark, UserWarning, stacklevel=3)
+    _refuse_preferences(folders[-1])
     last = folders[-1].step
     rates = trainer_rates(run, schedule, learning_rate, warmup_steps, schedule_options)
     clipped = clipping(folders[-1].history, last, max_grad_norm)
@@ -93,11 +98,12 @@ def hf_trainer_stage(
         _ = folders[-1].saved_optimizer  # what is missing first
         model = model or model_of(folders[-1].path)
         optimizer, names = _optimizer(folders[-1], model, optimizer)
+    arguments = trainer_arguments(folders[-1].path)
     checkpoints = [
         Checkpoint(
             trainer_weights(f, model),
             f.step,
-            optimizer_state=None if names is None else NamedState(f.saved_optimizer, names),
+            optimizer_state=NamedState(f.saved_optimizer, names) if names and optimizer.preconditioned else None,
         )
         for f in folders
     ]
@@ -109,16 +115,33 @@ def hf_trainer_stage(
         lr_schedule=rates,
         preconditioner=preconditioner,
         clip_factors=clipped.factors if min(clipped.factors) < 1 else None,
+        trained=names,
+        accumulation=accumulated_undivided(arguments, model),
+        label_smoothing=arguments.get("label_smoothing_factor"),
     )
 
 
-def _optimizer(last: TrainerFolder, model: nn.Module, given: Optimizer | None) -> tuple[Optimizer, list[str] | None]:
-    """How gradients became steps; and the names of the parameters in ``optimizer.pt``, where its moments are needed."""
+def _optimizer(last: TrainerFolder, model: nn.Module, given: Optimizer | None) -> tuple[Optimizer, list[str]]:
+    """How gradients became steps; and the names of the parameters in ``optimizer.pt``."""
     state = read_tensors(last.saved_optimizer)
     source = f"optimizer.pt of {last.path.name}"
     names = optimizer_names(state, model, source)
     optimizer = given or described_optimizer(state, names, source, decoupled=True)  # the Trainer has AdamW alone
-    return optimizer, names if optimizer.preconditioned else None
+    return optimizer, names
+
+
+_PREFERENCES = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")  # as TRL logs them
+
+
+def _refuse_preferences(last: TrainerFolder) -> None:
+    """Refuse runs whose loss compares two answers: it is no sum over training sequences of one task here."""
+    logged_keys = {key.removeprefix("eval_") for entry in last.history for key in entry}
+    for key in _PREFERENCES:
+        if key in logged_keys:
+            raise ValueError(
+                f"{str(last.path)!r} logged {key!r}: the run learnt from preferences (DPO or the like), and its loss "
+                "is none of a language model's. Write a Task for it, and give source_proj.Trajectory the checkpoints"
+            )
 
 
 def _refuse_options(dir: str | Path, *given: object) -> None:

@@ -10,19 +10,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
-from source_proj.task import CausalLM, Classification, Task
 
-__all__ = ["is_adapter", "label_numbers", "load_pretrained", "task_for"]
+__all__ = ["is_adapter", "label_numbers", "load_pretrained"]
 
 _ADAPTER = "adapter_config.json"
 _HEADS = ("classifier", "score", "classification_head")  # what PEFT saves beside an adapter, by transformers' names
 
 
-def load_pretrained(name: str) -> tuple[nn.Module, Any]:
+def load_pretrained(name: str, *, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
     """Load a model of the class that its ``config.json`` names, in evaluation mode, and its tokenizer.
 
     A folder with an adapter of PEFT gives the base model that its ``adapter_config.json`` names, the adapter in place
     and alone trainable.
+
+    Args:
+        name: directory (or hub name) of the model.
+        trust_remote_code: let transformers run Python code that lies in the directory. Otherwise it is refused, and
+            nobody is asked on the terminal.
 
     Raises:
         ImportError: transformers, or peft for an adapter, is not installed.
@@ -35,11 +39,11 @@ def load_pretrained(name: str) -> tuple[nn.Module, Any]:
         raise ImportError("models by name need transformers: pip install 'source-proj[hf]'") from error
     adapter = _adapter_settings(name)
     if adapter is None:
-        base, model = name, _whole_model(transformers, name)
+        base, model = name, _whole_model(transformers, name, trust_remote_code)
     else:
         base = str(adapter["base_model_name_or_path"])
-        model = _adapted_model(transformers, name, base, adapter)
-    tokenizer = _tokenizer(transformers, name, base)
+        model = _adapted_model(transformers, name, base, adapter, trust_remote_code)
+    tokenizer = _tokenizer(transformers, name, base, trust_remote_code)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
     return model.eval(), tokenizer
@@ -48,22 +52,6 @@ def load_pretrained(name: str) -> tuple[nn.Module, Any]:
 def is_adapter(name: str) -> bool:
     """Whether a folder holds an adapter of PEFT, and not a whole model."""
     return (Path(name) / _ADAPTER).is_file()
-
-
-def task_for(model: nn.Module) -> Task:
-    """Classification or language modelling, by the name of the model's class.
-
-    Raises:
-        ValueError: it is of another kind.
-    """
-    unwrap: Any = getattr(model, "get_base_model", None)
-    bare = model if unwrap is None else unwrap()
-    name = type(bare).__name__
-    if name.endswith("ForSequenceClassification"):
-        return Classification()
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return CausalLM()
-    raise ValueError(f"{name} is no sequence classifier and no causal language model: give --task, --model and --data")
 
 
 def label_numbers(name: str, model: nn.Module | None = None) -> dict[str, int]:
@@ -81,33 +69,33 @@ def label_numbers(name: str, model: nn.Module | None = None) -> dict[str, int]:
     return {str(label): int(number) for label, number in (numbers or {}).items()}
 
 
-def _whole_model(transformers: Any, name: str, config: Any = None) -> nn.Module:
-    config = config or transformers.AutoConfig.from_pretrained(name)
-    known = (getattr(transformers, kind) for kind in config.architectures or () if hasattr(transformers, kind))
-    kind = next(known, None)
+def _whole_model(transformers: Any, name: str, trusted: bool) -> nn.Module:
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trusted)
+    kinds = [getattr(transformers, str(architecture), None) for architecture in config.architectures or ()]
+    kind: Any = next((k for k in kinds if isinstance(k, type) and issubclass(k, transformers.PreTrainedModel)), None)
     if kind is None:
         raise ValueError(f"{name!r} is a {config.architectures}, which transformers does not have: give --model")
-    model: nn.Module = kind.from_pretrained(name)
+    model: nn.Module = kind.from_pretrained(name, trust_remote_code=trusted)
     return model
 
 
-def _adapted_model(transformers: Any, name: str, base: str, adapter: Mapping[str, Any]) -> nn.Module:
+def _adapted_model(transformers: Any, name: str, base: str, adapter: Mapping[str, Any], trusted: bool) -> nn.Module:
     """The base model with its adapter; a classifier's head, which the base model may lack, is the adapter's."""
     try:
         import peft
     except ImportError as error:
         raise ImportError(f"{name!r} holds an adapter, which needs peft: pip install 'source-proj[peft]'") from error
     if adapter.get("task_type") == "SEQ_CLS":
-        model = _classifier(transformers, base, peft.load_peft_weights(name, device="cpu"))
+        model = _classifier(transformers, base, peft.load_peft_weights(name, device="cpu"), trusted)
     elif adapter.get("task_type") == "CAUSAL_LM":
-        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, trust_remote_code=trusted)
     else:
-        model = _whole_model(transformers, base)
+        model = _whole_model(transformers, base, trusted)
     adapted: nn.Module = peft.PeftModel.from_pretrained(model, name, is_trainable=True)
     return adapted
 
 
-def _classifier(transformers: Any, base: str, adapter: Mapping[str, Tensor]) -> nn.Module:
+def _classifier(transformers: Any, base: str, adapter: Mapping[str, Tensor], trusted: bool) -> nn.Module:
     """The base model as a classifier of as many classes as the adapter's head has.
 
     Raises:
@@ -116,7 +104,7 @@ def _classifier(transformers: Any, base: str, adapter: Mapping[str, Tensor]) -> 
     heads = [value.shape[0] for key, value in adapter.items() if _is_head(key)]
     classes = {"num_labels": int(heads[0]), "ignore_mismatched_sizes": True} if heads else {}
     model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-        base, output_loading_info=True, **classes
+        base, output_loading_info=True, trust_remote_code=trusted, **classes
     )
     absent = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
     random = sorted(name for name in absent if not any(key.endswith(name) for key in adapter))
@@ -146,12 +134,12 @@ def _adapter_settings(name: str) -> dict[str, Any] | None:
     return settings
 
 
-def _tokenizer(transformers: Any, name: str, base: str) -> Any:
+def _tokenizer(transformers: Any, name: str, base: str, trusted: bool) -> Any:
     """The tokenizer that was saved with a model, else its base model's."""
     tokenizer = None
     for place in dict.fromkeys((name, base)):
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=trusted)
             break
         except (OSError, ValueError) as error:
             failure = error

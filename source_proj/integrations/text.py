@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj._io.files import write_file
-from source_proj.integrations.pretrained import label_numbers, task_for
-from source_proj.task import Classification
+from source_proj.integrations.model_task import task_for
+from source_proj.integrations.pretrained import label_numbers
+from source_proj.task import CausalLM, Regression
 
 __all__ = ["TextData", "TextSettings"]
 
@@ -94,7 +95,8 @@ class TextData:
         rows = list(_rows(path))
         if not rows:
             raise ValueError(f"{str(path)!r} holds no example")
-        classifies = isinstance(task_for(model), Classification)
+        task = task_for(model)
+        classifies = not isinstance(task, CausalLM)
         for number, row in enumerate(rows, start=1):
             missing = [name for name in _needed(settings, classifies) if row.get(name) is None]
             if missing:
@@ -105,7 +107,11 @@ class TextData:
             number = next(n for n, (tokens, _) in enumerate(encoded, start=1) if not tokens)
             raise ValueError(f"example {number} of {str(path)!r} has no token")
         self._columns = _padded([tokens for tokens, _ in encoded], tokenizer)
-        if classifies:
+        if isinstance(task, Regression):
+            self._columns["labels"] = torch.tensor(
+                [_number(row[settings.label], n, path) for n, row in enumerate(rows, 1)]
+            )
+        elif classifies:
             numbers = label_numbers(settings.model, model) if settings.labels is None else settings.labels
             classes = int(getattr(model.config, "num_labels", len(numbers)))
             self._columns["labels"] = torch.tensor(
@@ -219,3 +225,12 @@ def _class(value: Any, numbers: Mapping[str, int], classes: int, example: int, p
         f"example {example} of {str(path)!r} has the class {value!r}; the model knows 0 to {classes - 1} and "
         f"{list(numbers)[:20]}"
     )
+
+
+def _number(value: Any, example: int, path: Path) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"example {example} of {str(path)!r} has the label {value!r}, and a number is needed"
+        ) from None

@@ -128,7 +128,7 @@ def model_of(folder: Path) -> nn.Module:
         raise ValueError(
             f"the order of parameters in optimizer.pt follows from the model: {remedy}, or install source-proj[hf]"
         ) from error
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     for name in config.architectures or ():
         kind = getattr(transformers, name, None)
         if kind is not None:

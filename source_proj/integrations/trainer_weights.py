@@ -33,7 +33,7 @@ def trainer_weights(folder: TrainerFolder, model: nn.Module | None) -> Path | Ma
     if set(unwrapped_names(dict.fromkeys(_names(file)), own)) <= set(own):
         return file
     loaded, report = type(model).from_pretrained(  # type: ignore[attr-defined]
-        folder.path, local_files_only=True, output_loading_info=True
+        folder.path, local_files_only=True, output_loading_info=True, trust_remote_code=False
     )
     if report["missing_keys"]:
         missing = listed("it lacks", sorted(report["missing_keys"]))

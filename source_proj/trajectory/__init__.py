@@ -11,6 +11,7 @@ from source_proj.trajectory.recording.recorder import Recorder, Stateful
 from source_proj.trajectory.second_moments import Moments, moments
 from source_proj.trajectory.segments import Segments, split_segments
 from source_proj.trajectory.stages import Stage
+from source_proj.trajectory.trained import trained_parameters
 from source_proj.trajectory.trajectory import Trajectory
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "optimizer_from_spec",
     "register_reader",
     "split_segments",
+    "trained_parameters",
 ]

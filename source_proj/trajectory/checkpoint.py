@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -141,10 +141,28 @@ class Checkpoint:
         """
         _load(model, self._state_of(model))
 
+    def parameters_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's parameters that the state has, by name; of an adapter's file its own ones alone.
+
+        Raises:
+            MismatchError: the state does not fit the model.
+        """
+        if self._is_adapter:
+            adapter = self.load()
+            places = _places(adapter, model, repr(self))
+            state = {places[name]: value for name, value in adapter.items()}
+        else:
+            state = self._state_of(model)
+        return {name: state[name] for name, _ in model.named_parameters() if name in state}
+
+    @property
+    def _is_adapter(self) -> bool:
+        return self.path is not None and self.path.name.startswith(_ADAPTER)
+
     def _state_of(self, model: nn.Module) -> dict[str, Tensor]:
         """These weights under the names that a model has."""
         state = self.load()
-        if self.path is not None and self.path.name.startswith(_ADAPTER):
+        if self._is_adapter:
             state = adapted_state(state, model, repr(self))
         return matched_state(state, model, repr(self))
 
@@ -234,8 +252,6 @@ def _bookkeeping(own: Mapping[str, Any]) -> dict[str, Tensor]:
 def adapted_state(adapter: Mapping[str, Tensor], model: nn.Module, source: str) -> dict[str, Tensor]:
     """A model's own state with an adapter's entries in the place of its own.
 
-    PEFT leaves the adapter's name ("default") out of the names that it saves.
-
     Args:
         adapter: entries of an adapter file.
         model: the base model with the adapter's modules in place.
@@ -244,9 +260,16 @@ def adapted_state(adapter: Mapping[str, Tensor], model: nn.Module, source: str) 
     Raises:
         MismatchError: the model has no such entry, or several.
     """
+    places = _places(adapter, model, source)
+    full = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return full | {places[name]: value for name, value in adapter.items()}
+
+
+def _places(adapter: Iterable[str], model: nn.Module, source: str) -> dict[str, str]:
+    """The model's name for each entry of an adapter: PEFT leaves the adapter's own ("default") out when it saves."""
     own: dict[str, Any] = model.state_dict()
-    full = {name: value for name, value in own.items() if isinstance(value, Tensor)}
-    for name, value in adapter.items():
+    names = {}
+    for name in adapter:
         stem, dot, leaf = name.rpartition(".")
         within = [
             n
@@ -259,8 +282,8 @@ def adapted_state(adapter: Mapping[str, Tensor], model: nn.Module, source: str) 
                 f"{source} has {name}, which the model {type(model).__name__} has as {places}: "
                 "give the base model with this one adapter in place (peft.get_peft_model)"
             )
-        full[places[0]] = value
-    return full
+        names[name] = places[0]
+    return names
 
 
 _MOMENTS = ("step", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg")

@@ -62,6 +62,9 @@ class Stage:
             ``lr_schedule``. Weight decay is not clipped.
         time_factors: the optimizer's ``time_factor`` at each update, where it changed on the way (a momentum that goes
             in cycles); given like ``lr_schedule``. Default: the optimizer's one.
+        trained: names of the parameters that the optimizer held; None where that is not known. See
+            :func:`trained_parameters`.
+        label_smoothing: of the loss that was trained with; None where that is not known.
 
     Raises:
         ValueError: anything that does not add up; the message names the value.
@@ -80,6 +83,8 @@ class Stage:
     preconditioner: PreconditionerMode = "scalar"
     clip_factors: Schedule | None = None
     time_factors: Schedule | None = None
+    trained: Sequence[str] | None = None
+    label_smoothing: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "checkpoints", self._checked_points())
@@ -145,6 +150,7 @@ class Stage:
             lr_schedule=run.rates(),
             clip_factors=run.clip_factors(),
             time_factors=run.time_factors(),
+            trained=run.trained,
             **options,
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from source_proj.trajectory.adaptive import Adam, ParameterGroup, RMSprop
 from source_proj.trajectory.optimizer import SGD, Optimizer
 
-__all__ = ["Options", "base_rate", "describe_options", "moments_of", "read_options"]
+__all__ = ["Options", "base_rate", "describe_options", "held_names", "moments_of", "read_options"]
 
 Options = list[dict[str, Any]]
 """Options of each parameter group, without its parameters but with their names."""
@@ -80,6 +80,12 @@ def describe_options(options: Options, known: Optimizer | None = None) -> Optimi
         return RMSprop(first["alpha"], momentum=first["momentum"], centered=bool(first["centered"]), **common)
     decoupled, amsgrad = bool(first["decoupled_weight_decay"]), bool(first["amsgrad"])
     return Adam(first["betas"], decoupled=decoupled, amsgrad=amsgrad, **common)
+
+
+def held_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """Names of the parameters that an optimizer holds and that require a gradient, in the model's order."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [name for name, p in model.named_parameters() if id(p) in held and p.requires_grad]
 
 
 def moments_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:

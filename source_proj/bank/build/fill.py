@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from source_proj._errors import MismatchError
 from source_proj.bank.build.data import BatchSource, batch_hash
+from source_proj.bank.build.row_encoder import BatchLocation, RowEncoder
 from source_proj.bank.format import Settings
 from source_proj.bank.read.metrics import Metrics
 from source_proj.bank.read.part import Part
-from source_proj.bank.build.row_encoder import BatchLocation, RowEncoder
-from source_proj._errors import MismatchError
 from source_proj.gradients import ParameterSpace
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint
@@ -160,7 +160,9 @@ def _run(one: _Pass, rows: RowEncoder, committer: "_Committer", bar: "tqdm[NoRet
         shard = start // part.spec.shard_rows
         first, last = part.spec.span(shard)
         buffer.put(
-            start - first, rows(BatchLocation(part, one.work.stage, one.checkpoint, start, stop), batch), batch_hash(batch)
+            start - first,
+            rows(BatchLocation(part, one.work.stage, one.checkpoint, start, stop), batch),
+            batch_hash(batch),
         )
         bar.update(stop - start)
         if stop == last:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from source_proj._errors import GradientError, MismatchError
 from source_proj.bank.build.data import Batch, to_device
+from source_proj.bank.build.uniform import Uniforms
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import crossing_name
 from source_proj.bank.read.metrics import Metrics
 from source_proj.bank.read.part import Part
-from source_proj.bank.build.uniform import Uniforms
-from source_proj._errors import GradientError, MismatchError
 from source_proj.gradients import (
     ParameterSpace,
     gradient_engine,
@@ -151,16 +151,19 @@ class RowEncoder:
         return found if metric is None else {crossing_name(name, metric): one for name, one in found.items()}
 
     def _derivatives(self, place: BatchLocation, values: Tensor, batch: Batch) -> dict[str, Tensor]:
+        task = self._task.of_stage(place.stage)
         with torch.no_grad():
-            d1, d2 = self._task.loss_derivatives(values, batch)
+            d1, d2 = task.loss_derivatives(values, batch)
+            fisher_weight = task.fisher_weight(batch)
         if (d2 is not None) != self._settings.second_derivative:
             raise MismatchError(
                 f"the task gives {'a' if d2 is not None else 'no'} second derivative for ids {place.ids[:3]}, and the "
                 "opposite for the first batch; it must be the same for all"
             )
-        found = {"d1": d1.float()} if d2 is None else {"d1": d1.float(), "d2": d2.float()}
-        for derivative, symbol in zip(found.values(), ("ℓ'", "ℓ''"), strict=False):
-            place.require_finite(derivative, symbol)
+        derivatives = {"d1": d1, "d2": d2, "fisher_weight": fisher_weight}
+        found = {name: numbers.float() for name, numbers in derivatives.items() if numbers is not None}
+        for name, numbers in found.items():
+            place.require_finite(numbers, {"d1": "ℓ'", "d2": "ℓ''"}.get(name, "the empirical Fisher's weight"))
         return found
 
     def _sampled(self, place: BatchLocation, batch: Batch, scales: Sequence[Tensor | None]) -> list[Tensor]:
@@ -168,11 +171,12 @@ class RowEncoder:
         first = place.part.spec.start
         positions = torch.arange(first + place.start, first + place.stop, device=self._device)
         seed: int = self._settings.sketch["seed"]
+        task = self._task.of_stage(place.stage)
 
         def function(draw: int, model: nn.Module, both: tuple[Batch, Tensor]) -> Tensor:
             # Positions travel with the batch: the general path calls this for one example at a time.
             uniform = Uniforms(both[1], seed=seed, stage=place.stage, checkpoint=place.checkpoint, draw=draw)
-            return self._task.sampled_output(model, both[0], uniform)
+            return task.sampled_output(model, both[0], uniform)
 
         draws = range(self._settings.sampled_fisher)
         found = [self._engine.sketch_scaled(partial(function, draw), (batch, positions), scales)[1] for draw in draws]

@@ -15,7 +15,14 @@ from source_proj._errors import BankError, MismatchError
 from source_proj._io.files import PARTIAL
 from source_proj.bank.format import Settings, canonical, sha256
 from source_proj.bank.layout import ArraySpec, PartSpec, group_document, part_arrays
-from source_proj.bank.read.objects import read_document, read_group, read_shard, require_array
+from source_proj.bank.read.objects import (
+    list_objects,
+    object_info,
+    read_document,
+    read_group,
+    read_shard,
+    require_array,
+)
 from source_proj.bank.store import Store
 
 __all__ = ["Part", "listed", "part_objects"]
@@ -97,7 +104,7 @@ class Part:
             BankError: it is missing, truncated, altered, or another one than was committed; names it and the rows.
         """
         key, spec = self.key(checkpoint, name, shard), self._data[checkpoint][name]
-        info = self.store.stat(key)  # before it is read: what is exchanged meanwhile is compared next time
+        info = object_info(self.store, key)  # before it is read: what is exchanged meanwhile is compared next time
         node = f"{self.name}/checkpoint_{checkpoint}/{name}"
         values = read_shard(self.store, node, spec, shard, lambda: self.place(checkpoint, shard))
         if info is None or self._compared.get(key) != info.version:
@@ -116,7 +123,7 @@ class Part:
         if self._sealed_marks is not None:
             return self._sealed_marks[checkpoint]
         spec = self._specs[f"checkpoint_{checkpoint}/committed"]
-        there = set(self.store.list(f"{self.name}/checkpoint_{checkpoint}/committed"))
+        there = set(list_objects(self.store, f"{self.name}/checkpoint_{checkpoint}/committed"))
         marks = np.zeros(spec.shape, np.uint8)
         for shard in range(self.spec.n_shards):
             if self.key(checkpoint, "committed", shard) in there:
@@ -135,7 +142,7 @@ class Part:
 
     def is_done(self, checkpoint: int, shard: int) -> bool:
         """Whether a shard is committed, as it is in the store now."""
-        return self.store.exists(self.key(checkpoint, "committed", shard))
+        return object_info(self.store, self.key(checkpoint, "committed", shard)) is not None
 
     def done(self, checkpoint: int) -> np.ndarray:
         """Which shards of a checkpoint are committed, ``(shards,)`` bool."""
@@ -270,7 +277,7 @@ class Part:
 
     def _require_objects(self) -> None:
         """Refuse to seal what has gone since it was committed."""
-        there = set(self.store.list(self.name))
+        there = set(list_objects(self.store, self.name))
         for checkpoint in range(self.n_checkpoints):
             for name in self._data[checkpoint]:
                 for shard in range(self.spec.n_shards):
@@ -284,7 +291,7 @@ class Part:
         Raises:
             BankError: the seal is damaged.
         """
-        if not self.store.exists(f"{self.name}/seal/{self._specs['seal'].key(0)}"):
+        if object_info(self.store, f"{self.name}/seal/{self._specs['seal'].key(0)}") is None:
             return None
         values = read_shard(self.store, f"{self.name}/seal", self._specs["seal"], 0)
         return (values[0].tobytes(), values[1].tobytes()) if values.any() else None
@@ -322,7 +329,7 @@ class Part:
         """
         nodes = ["", self.name.split("/")[0]]
         for folder in ("weights", "metrics", self.name):
-            documents = [key for key in self.store.list(folder) if key.endswith("/zarr.json")]
+            documents = [key for key in list_objects(self.store, folder) if key.endswith("/zarr.json")]
             nodes += [key.removesuffix("/zarr.json") for key in documents]
         entries = []
         for node in nodes:
