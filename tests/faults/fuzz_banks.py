@@ -33,6 +33,7 @@ import source_proj as sp
 from source_proj import bank as banks
 
 SECONDS, BYTES = 30, 1 << 30
+RESIDENT = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of this process before it forks
 VALUES = [
     None, True, -1, 0, 1, 2**31, 10**8, 10**10, 2**63, 10**400, 0.5, -1e308, float("nan"), float("inf"), "", "x", "1",
     "../..", "\ud800", "\x1b[2J", "a" * 100_000, [], [0], [[]], {}, {"": None}, [None] * 1000,
@@ -209,16 +210,21 @@ def judged(path: Path, right: list[list[float]], *, cache: bool) -> dict[str, st
     """Open, verify and score a mutant, bounded in time and memory."""
     signal.alarm(SECONDS)
     before = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (before + BYTES, before + BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (before + 4 * BYTES,) * 2)  # threads take address space, not memory
     report = banks.verify(path)
     try:
         found = scores(path, cache=cache)
+        message = ""
     except sp.SourceProjError as error:
-        if str(path) not in str(error):
-            return {"wrong": f"names no file: {error}"[:2000]}
+        message = str(error)
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > RESIDENT + BYTES:
+        return {"wrong": "took over a gibibyte"}
+    if message:
+        if str(path) not in message:
+            return {"wrong": f"names no file: {message}"[:2000]}
         if report.ok:
-            return {"wrong": f"verify finds nothing, but: {error}"[:2000]}
-        return {"refused": str(error)[:200]}
+            return {"wrong": f"verify finds nothing, but: {message}"[:2000]}
+        return {"refused": message[:200]}
     return {"right": ""} if found == right else {"wrong": "other scores, without a word"}
 
 
