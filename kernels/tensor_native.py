@@ -37,8 +37,7 @@ _JOBS = 8  # that a large sum is split into, at least
 _PART_STEPS = 16  # of a part at least: each transforms back once
 # Nanoseconds for a group of lanes: a step of a transform for each k log2 k, for each entry of the factors, and to
 # begin; a coordinate of an outer product, and each of its steps; the latter two for an example on its own
-# (`sparse_native.py`).
-# The first three were measured beside the others, on a busy machine, which slowed both alike.
+# (`sparse_native.py`). The first three were measured beside the others, on a busy machine, which slowed both alike.
 _TRANSFORM, _ENTRY, _BEGIN = 0.6, 2.0, 1500.0
 _COORDINATE, _STEP = 1.2, 0.17
 _COORDINATE_ALONE, _STEP_ALONE = 0.35, 0.02

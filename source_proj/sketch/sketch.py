@@ -55,8 +55,10 @@ class Sketch:
         dim: numbers per sketch, k; inner products err by about sqrt(1/k) of the norms.
         kind: ``"sparse"``: block-permutation CountSketch (`source_proj.kernels.sparse`), O(d) per gradient;
             ``"rademacher"``: dense signs, O(d k); ``"kronecker"``: two-sided per matrix parameter, cheapest for huge
-            linear layers and less faithful (its vectors go through the sparse map); ``"identity"``: no projection,
-            dim is then the number of parameters, or more, which leaves columns of zeros.
+            linear layers and less faithful; ``"tensor"``: TensorSketch per matrix parameter, as faithful as the sparse
+            map, and of large layers without their weight gradients, fastest where dim is a power of two (vectors of
+            these two go through the sparse map); ``"identity"``: no projection, dim is then the number of parameters,
+            or more, which leaves columns of zeros.
         seed: which matrix, in [0, 2^64). One seed for all that is compared; ensemble members take different ones.
         nnz: nonzeros per column of R for the sparse map; more than one serves gradients with few huge entries.
         backend: ``"native"`` (CPU), ``"triton"`` (GPU), ``"torch"``, or None for the fastest present, none of which
@@ -161,7 +163,7 @@ class Sketch:
         Args:
             x: (..., n) floating point numbers, the coordinates [offset, offset + n) of any number of vectors.
             offset: absolute coordinate of the first of them.
-            shape: for ``"kronecker"``, the shape of the one parameter whose flattened gradients these are.
+            shape: for ``"kronecker"`` and ``"tensor"``, that of the one parameter whose flattened gradients these are.
 
         Returns:
             (..., dim) float32 on x's device, without a graph.
@@ -186,8 +188,8 @@ class Sketch:
             out: (B, dim) float32, where to add; its last axis contiguous.
             rows: (B, n), gradients of any floating point type, one example a row, of any strides.
             offset: absolute coordinate of the first column of rows.
-            shape: for ``"kronecker"``, the shape of the one parameter whose flattened gradients the rows are; without
-                it, and for shapes of fewer than two axes, the rows go through the sparse map.
+            shape: for ``"kronecker"`` and ``"tensor"``, that of the one parameter whose flattened gradients the rows
+                are; without it, and for shapes of fewer than two axes, the rows go through the sparse map.
 
         Raises:
             ValueError: shapes, devices or coordinates do not fit.

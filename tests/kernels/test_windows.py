@@ -89,13 +89,16 @@ def test_threads_change_no_bit():
     assert torch.equal(*sums)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dim", [48, 64])
 @pytest.mark.parametrize("kind", kinds())
-def test_every_kind_sketches_the_gradient_of_a_convolution(kind):
-    arguments = problem(3, 4, 2, 6, 10, 40)
-    sketch = Sketch(48, kind, seed=1)
-    out = torch.zeros(3, 48)
-    sketch.add_windows_(out, *arguments, 0)
-    assert (out - sketch(gradient(*arguments), shape=(4, 2, 6))).norm() <= 1e-5 * out.norm()
+def test_every_kind_sketches_the_gradient_of_a_convolution(kind, dim, scaled):
+    arguments = problem(17, 4, 2, 6, 10, 40)
+    sketch, scale = Sketch(dim, kind, seed=1), torch.rand(48, generator=torch.Generator().manual_seed(3))
+    out = torch.zeros(17, dim)
+    sketch.add_windows_(out, *arguments, 0, scale if scaled else None)
+    expected = gradient(*arguments) * (scale if scaled else 1)
+    assert (out - sketch(expected, shape=(4, 2, 6))).norm() <= 1e-5 * out.norm()
 
 
 def test_what_does_not_fit_is_named():
