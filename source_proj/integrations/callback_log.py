@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from source_proj._errors import MismatchError
-from source_proj.integrations.optimizers import described_optimizer
 from source_proj.integrations.trainer_folders import read_tensors
 from source_proj.integrations.trainer_rates import clipping
 from source_proj.trajectory import Checkpoint, MetricKind, Segments, Stage
+from source_proj.trajectory.optimizers.describe import describe_state
 from source_proj.trajectory.recording.run_files import resume_name, weights_name, write_tensors
 
 __all__ = ["CallbackLog", "callback_stage", "is_callback_dir"]
@@ -155,7 +155,6 @@ def callback_stage(
         raise MismatchError(f"{str(directory / _NAME)!r} lacks the step {absent[0]}: it was damaged")
     checkpoints = [_opened(directory, step, log.checkpoints[step], log.rates[step]) for step in steps]
     state = read_tensors(directory / resume_name(steps[-1]))
-    names = [name for group in state["param_groups"] for name in group["param_names"]]
     history = [{"step": step, "grad_norm": norm} for step, norm in log.norms.items()]
     clipped = clipping(history, steps[-1], log.max_grad_norm)
     if clipped.assumed:
@@ -163,7 +162,7 @@ def callback_stage(
     return Stage(
         stage,
         checkpoints,
-        described_optimizer(state, names, resume_name(steps[-1])),
+        describe_state(state, resume_name(steps[-1])),
         segments,
         lr_schedule=[log.rates[step] for step in range(1, steps[-1] + 1)],
         metric=metric,

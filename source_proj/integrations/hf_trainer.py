@@ -9,12 +9,12 @@ from pathlib import Path
 from torch import nn
 
 from source_proj.integrations.callback_log import callback_stage, is_callback_dir
-from source_proj.integrations.optimizers import described_optimizer
-from source_proj.integrations.trainer_folders import TrainerFolder, read_tensors, trainer_folders
-from source_proj.integrations.trainer_groups import NamedState, model_of, optimizer_names
+from source_proj.integrations.trainer_folders import NamedState, TrainerFolder, read_tensors, trainer_folders
 from source_proj.integrations.trainer_rates import GivenSchedule, clipping, trainer_rates
-from source_proj.integrations.trainer_weights import trainer_weights
+from source_proj.integrations.trainer_weights import model_of, trainer_weights
 from source_proj.trajectory import Checkpoint, MetricKind, Optimizer, Segments, Stage
+from source_proj.trajectory.optimizers.describe import describe_state
+from source_proj.trajectory.optimizers.naming import parameter_names
 
 __all__ = ["hf_trainer_stage"]
 
@@ -99,12 +99,15 @@ def hf_trainer_stage(
     )
 
 
-def _optimizer(last: TrainerFolder, model: nn.Module, given: Optimizer | None) -> tuple[Optimizer, list[str] | None]:
+def _optimizer(
+    last: TrainerFolder, model: nn.Module, given: Optimizer | None
+) -> tuple[Optimizer, list[list[str]] | None]:
     """How gradients became steps; and the names of the parameters in ``optimizer.pt``, where its moments are needed."""
     state = read_tensors(last.saved_optimizer)
     source = f"optimizer.pt of {last.path.name}"
-    names = optimizer_names(state, model, source)
-    optimizer = given or described_optimizer(state, names, source, decoupled=True)  # the Trainer has AdamW alone
+    names = parameter_names(state, model, source, given)
+    # Before torch 2.7 the state does not say which decay it has; the Trainer's is AdamW's.
+    optimizer = given or describe_state(state, source, names, assumed={"decoupled_weight_decay": True})
     return optimizer, names if optimizer.preconditioned else None
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from source_proj._errors import MismatchError
-from source_proj.integrations.optimizers import described_optimizer
 from source_proj.trajectory import Checkpoint, MetricKind, Optimizer, Segments, Stage
+from source_proj.trajectory.optimizers.describe import describe_state
 
 __all__ = ["lightning_stage"]
 
@@ -80,7 +80,7 @@ def lightning_stage(
     known = _logged_rates(Path(dir).absolute(), metrics)
     rates = _rates(saved, known, schedule)
     if optimizer is None:
-        optimizer = described_optimizer(last.optimizer, None, last.path.name)
+        optimizer = describe_state(last.optimizer, last.path.name)
     checkpoints = [
         Checkpoint(
             _weights(one.path, prefix, unpickle) if prefix or unpickle else one.path,

@@ -1,10 +1,18 @@
 """The trajectory of a training run: checkpoints, the optimizer's action, stages and segments."""
 
-from source_proj.trajectory.adaptive import Adam, ParameterGroup, RMSprop
 from source_proj.trajectory.checkpoint import Checkpoint
-from source_proj.trajectory.optimizer import SGD, Optimizer, optimizer_from_spec
+from source_proj.trajectory.optimizers import (
+    SGD,
+    Adam,
+    Moments,
+    Optimizer,
+    ParameterGroup,
+    PreconditionedOptimizer,
+    RMSprop,
+    moments,
+    optimizer_from_spec,
+)
 from source_proj.trajectory.recording.recorder import Recorder, Stateful
-from source_proj.trajectory.second_moments import Moments, moments
 from source_proj.trajectory.segments import Segments, segment_decays, segment_times, split_segments
 from source_proj.trajectory.stages import MetricKind, Schedule, Stage
 from source_proj.trajectory.trajectory import Trajectory
@@ -17,6 +25,7 @@ __all__ = [
     "Moments",
     "Optimizer",
     "ParameterGroup",
+    "PreconditionedOptimizer",
     "RMSprop",
     "Recorder",
     "Schedule",

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
+from source_proj.trajectory.optimizers.describe import kept_state
 from source_proj.trajectory.state_files import checked_path, hash_file, read_state, state_files
+from source_proj.trajectory.wrappers import WRAPPER_PREFIXES
 
 __all__ = ["Checkpoint"]
 
@@ -67,7 +69,7 @@ class Checkpoint:
         self.step = step
         self.lr = None if lr is None else float(lr)
         self.optimizer_state: Mapping[str, Any] | str | Path | None = (
-            _second_moments(optimizer_state) if isinstance(optimizer_state, Mapping) else optimizer_state
+            kept_state(optimizer_state) if isinstance(optimizer_state, Mapping) else optimizer_state
         )
         self.path: Path | None = None
         self._state: dict[str, Tensor] | None = None
@@ -230,7 +232,7 @@ def _listed(label: str, names: list[str]) -> str:
 
 def _prefix_hint(state: Mapping[str, Tensor], own: Mapping[str, Any]) -> str:
     """Say which prefix a wrapper (DistributedDataParallel, torch.compile, Lightning) has put before every name."""
-    for prefix in ("module.", "_orig_mod.", "model."):
+    for prefix in WRAPPER_PREFIXES:
         if state and all(name.startswith(prefix) for name in state) and not any(n.startswith(prefix) for n in own):
             return f" (all its names begin with {prefix!r}: remove it, or save the unwrapped model)"
     return ""
@@ -251,24 +253,6 @@ def _unwrap(state: object, source: str) -> dict[str, Tensor]:
     else:
         found = f"a {type(state).__name__}"
     raise ValueError(f"{source} must hold a model's state_dict, names to tensors, but has {found}")
-
-
-_MOMENTS = ("step", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg")
-
-
-def _second_moments(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy, from an optimizer's live state, what preconditioners are computed from."""
-
-    def kept(entry: Any) -> Any:
-        if not isinstance(entry, Mapping):
-            return entry
-        copies = ((key, entry[key]) for key in _MOMENTS if key in entry)
-        return {key: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else v for key, v in copies}
-
-    if not isinstance(state.get("state"), Mapping):
-        return dict(state)
-    groups = [dict(group) for group in state.get("param_groups", ())]
-    return {"state": {key: kept(entry) for key, entry in state["state"].items()}, "param_groups": groups}
 
 
 def _hash_state(state: Mapping[str, Tensor]) -> str:

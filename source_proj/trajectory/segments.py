@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
-from source_proj.trajectory.optimizer import optimizer_from_spec
+from source_proj.trajectory.optimizers import optimizer_from_spec
 
 __all__ = ["Segments", "segment_decays", "segment_times", "split_segments"]
 

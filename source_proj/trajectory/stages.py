@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from source_proj.trajectory.checkpoint import Checkpoint
-from source_proj.trajectory.optimizer import SGD, Optimizer
+from source_proj.trajectory.optimizers import SGD, Optimizer
 from source_proj.trajectory.recording.run_files import Record
 from source_proj.trajectory.segments import Segments, split_segments
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from source_proj.trajectory.checkpoint import Checkpoint
-from source_proj.trajectory.optimizer import SGD, Optimizer
+from source_proj.trajectory.optimizers import SGD, Optimizer
 from source_proj.trajectory.segments import Segments
 from source_proj.trajectory.stages import MetricKind, Schedule, Stage
 

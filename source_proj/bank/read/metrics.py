@@ -25,7 +25,14 @@ from source_proj._errors import BankError, MismatchError
 from source_proj.bank.layout import metric_array
 from source_proj.bank.read.part import open_node, read_array
 from source_proj.gradients import ParameterSpace
-from source_proj.trajectory import Adam, Moments, RMSprop, Stage, Trajectory, moments, optimizer_from_spec
+from source_proj.trajectory import (
+    Moments,
+    PreconditionedOptimizer,
+    Stage,
+    Trajectory,
+    moments,
+    optimizer_from_spec,
+)
 
 __all__ = ["Metrics", "Planned", "plan_metrics", "write_metrics"]
 
@@ -112,7 +119,7 @@ def plan_metrics(trajectory: Trajectory, model: nn.Module, space: ParameterSpace
     for stage, described in zip(trajectory.stages, spec["stages"], strict=True):
         optimizer = optimizer_from_spec(described["optimizer"])  # the decay divided by the loss scale
         groups = [list(range(len(stage.checkpoints)))]
-        if isinstance(optimizer, Adam | RMSprop):
+        if isinstance(optimizer, PreconditionedOptimizer):
             if stage.metric == "scalar":
                 described |= _scalars(stage, optimizer, model, space)
             elif stage.metric == "none":
@@ -154,7 +161,7 @@ def _with_state(checkpoints: Sequence[Any], what: str) -> list[Any]:
 
 
 def _metric(
-    checkpoints: Sequence[Any], optimizer: Adam | RMSprop, model: nn.Module, space: ParameterSpace
+    checkpoints: Sequence[Any], optimizer: PreconditionedOptimizer, model: nn.Module, space: ParameterSpace
 ) -> tuple[Tensor, float]:
     """The square root of the mean P, and the one number λ̄ that stands for weight decay."""
     p, v, decay = (torch.zeros(space.size, dtype=torch.float64) for _ in range(3))
@@ -169,7 +176,9 @@ def _metric(
     return p.sqrt().float(), _mean(decay, p * v)
 
 
-def _scalars(stage: Stage, optimizer: Adam | RMSprop, model: nn.Module, space: ParameterSpace) -> dict[str, Any]:
+def _scalars(
+    stage: Stage, optimizer: PreconditionedOptimizer, model: nn.Module, space: ParameterSpace
+) -> dict[str, Any]:
     """One number p = Σ P v̂ / Σ v̂ a checkpoint: p H has the trace of P^½ H P^½ where v̂ is H's diagonal."""
     numbers: dict[int, tuple[float, float]] = {}
     for checkpoint in _with_state(stage.checkpoints, f"stage {stage.name!r}"):
@@ -184,7 +193,7 @@ def _scalars(stage: Stage, optimizer: Adam | RMSprop, model: nn.Module, space: P
     return {"scalars": [one[0] for one in filled], "decays": [one[1] for one in filled]}
 
 
-def _plain_decays(stage: Stage, optimizer: Adam | RMSprop, space: ParameterSpace) -> dict[str, Any]:
+def _plain_decays(stage: Stage, optimizer: PreconditionedOptimizer, space: ParameterSpace) -> dict[str, Any]:
     """Weight decay without second moments: the mean over coordinates."""
     sizes = torch.tensor([float(np.prod(shape)) for shape in space.shapes], dtype=torch.float64)
     groups = [optimizer.group(name) for name in space.names]
@@ -193,7 +202,7 @@ def _plain_decays(stage: Stage, optimizer: Adam | RMSprop, space: ParameterSpace
 
 
 def _moments(
-    checkpoint: Any, optimizer: Adam | RMSprop, model: nn.Module, space: ParameterSpace
+    checkpoint: Any, optimizer: PreconditionedOptimizer, model: nn.Module, space: ParameterSpace
 ) -> Iterator[tuple[slice, Moments]]:
     """The moments of the attributed parameters, and where their coordinates are."""
     for name, one in moments(checkpoint, optimizer, model):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj.trajectory.checkpoint import matched_state
+from source_proj.trajectory.optimizers import Optimizer, Options
+from source_proj.trajectory.optimizers.describe import describe_groups, read_groups, second_moments
 from source_proj.trajectory.recording.run_files import (
     Record,
     RecordedCheckpoint,
@@ -29,7 +31,6 @@ from source_proj.trajectory.recording.run_files import (
 from source_proj.trajectory.segments import Segments
 from source_proj.trajectory.stages import MetricKind, Stage
 from source_proj.trajectory.state_files import hash_file
-from source_proj.trajectory.torch_optimizers import Options, base_rate, describe_options, moments_of, read_options
 from source_proj.trajectory.trajectory import Trajectory
 
 __all__ = ["Recorder", "Stateful"]
@@ -120,8 +121,8 @@ class Recorder:
         self._also = tuple(also)
         _check_restorable(self._also)
         _check_trains(optimizer, model)
-        self._record = self._open(Record(stage, describe_options(self._options()), describe_state(model)))
-        self._seen: list[Options] = []  # the groups at each of the optimizer's steps since the last of ours
+        self._record = self._open(Record(stage, self._describe(self._options()), describe_state(model)))
+        self._seen: list[Sequence[Options]] = []  # the groups at each of the optimizer's steps since the last of ours
         optimizer.register_step_post_hook(self._see)
         self._steps = self._record.last_step
         self._pending: list[tuple[float, float | Tensor | None]] = []  # rates and norms since the last checkpoint
@@ -157,14 +158,14 @@ class Recorder:
                 "go on with it, or give an empty directory"
             )
         options = self._seen[0] if self._seen else self._options()
-        rate = base_rate(options) if self._seen else 0.0
+        rate = float(options[0]["lr"]) if self._seen else 0.0
         if len(self._seen) > 1:
             raise MismatchError(
                 f"the optimizer stepped more than once since the recorder's step {self.steps}: "
                 "call the recorder's step() after each"
             )
         self._seen.clear()
-        settings = describe_options(options, self._record.optimizer)
+        settings = self._describe(options, self._record.optimizer)
         if settings != self._record.optimizer:
             raise MismatchError(
                 f"the optimizer was {self._record.optimizer}, and is {settings} at step {self.steps + 1}: only the "
@@ -236,8 +237,11 @@ class Recorder:
         """Give the trajectory of this one stage, see :meth:`stage`."""
         return Trajectory.from_stages([self.stage(segments, loss_reduction, batch_size, accumulation, metric)])
 
-    def _options(self) -> Options:
-        return read_options(self._optimizer, self._model)
+    def _options(self) -> Sequence[Options]:
+        return read_groups(self._optimizer, self._model)
+
+    def _describe(self, groups: Sequence[Options], before: Optimizer | None = None) -> Optimizer:
+        return describe_groups(self._optimizer, groups, before)
 
     def _see(self, *_: object) -> None:
         if len(self._seen) < 2:  # of more, only their being too many matters; a recorder may be idle for a whole stage
@@ -295,7 +299,7 @@ class Recorder:
         resume_hash = write_tensors(self.dir / resume_name(step), resume)
         moments: tuple[str, str] | None = None
         if self._record.optimizer.preconditioned:
-            content = moments_of(self._optimizer, self._model)
+            content = second_moments(self._optimizer, self._model)
             moments = moments_name(step), write_tensors(self.dir / moments_name(step), content)
         checkpoint = RecordedCheckpoint(step, weights_name(step), weights_hash, updates, moments)
         self._record.checkpoints.append(checkpoint)

@@ -26,7 +26,7 @@ from torch import nn
 
 from source_proj._errors import MismatchError
 from source_proj.trajectory.checkpoint import Checkpoint
-from source_proj.trajectory.optimizer import Optimizer, optimizer_from_spec
+from source_proj.trajectory.optimizers import Optimizer, optimizer_from_spec
 from source_proj.trajectory.state_files import hash_file
 
 __all__ = [
