@@ -125,7 +125,7 @@ def main() -> None:
         model = fine_tune(options, train_set, Path(folder) / "run")
         before = margins(model, queries)
         print(f"it is right about {np.mean(before > 0):.1%} of {len(asked)} other reviews")
-        trajectory = sp.Trajectory.from_hf_trainer(Path(folder) / "run", metric=options.metric)
+        trajectory = sp.Trajectory.from_hf_trainer(Path(folder) / "run", preconditioner=options.preconditioner)
         bank = sp.build(
             model, sp.Classification(), trajectory, train_set, Path(folder) / "bank", sketch=sp.Sketch(dim=options.dim)
         )
@@ -157,7 +157,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
     parser.add_argument("--removed", type=int, help="sentences left out for the check (default: 5 %% of them)")
-    parser.add_argument("--metric", choices=("scalar", "shared"), default="shared", help="for Adam's preconditioner")
+    parser.add_argument(
+        "--preconditioner", choices=("scalar", "shared"), default="shared", help="what becomes of Adam's"
+    )
     parser.add_argument("--dim", type=int, default=2048, help="sketch dimension k")
     parser.add_argument("--page", type=Path, default=Path("sst2.html"), help="where the page goes")
     options = parser.parse_args()
@@ -182,8 +184,8 @@ def fine_tune(options: argparse.Namespace, train_set: Reviews, record: Path | No
     )
     if not options.full or options.layers is not None:
         model.requires_grad_(False)
-        trained = model.bert.encoder.layer[-(options.layers or 2) :]
-        for part in (trained, model.bert.pooler, model.classifier):
+        last_layers = model.bert.encoder.layer[-(options.layers or 2) :]
+        for part in (last_layers, model.bert.pooler, model.classifier):
             part.requires_grad_(True)
     steps = options.epochs * -(-len(train_set) // 32)
     at = [round(steps * (i + 1) / CHECKPOINTS) for i in range(CHECKPOINTS)]

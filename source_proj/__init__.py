@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from source_proj import evaluate, report
+from source_proj import evaluate, integrations, report
 from source_proj._errors import BankError, GradientError, MismatchError, SourceProjError
 from source_proj.attribution.hits import Hits
 from source_proj.attribution.methods import (
@@ -63,6 +63,7 @@ __all__ = [
     "build",
     "empirical_influence",
     "evaluate",
+    "integrations",
     "open",
     "report",
 ]

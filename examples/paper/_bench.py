@@ -13,7 +13,7 @@ from _study import Recipe, fit_scores
 
 import source_proj as sp
 from source_proj.evaluate import GroundTruth
-from source_proj.trajectory import MetricKind
+from source_proj.trajectory import PreconditionerMode
 
 __all__ = ["Bench"]
 
@@ -66,16 +66,16 @@ class Bench:
         return sp.build(self.problem.make_model(), self.problem.task, trajectory, data, path, sketch=sketch, **rest)
 
     def in_metric(
-        self, metric: MetricKind, segments: int, time: float = 1.0, *, dim: int | None = None
+        self, mode: PreconditionerMode, segments: int, time: float = 1.0, *, dim: int | None = None
     ) -> list[np.ndarray]:
-        """Scores of each run by the library itself, with another metric of Adam."""
+        """Scores of each run by the library itself, with another mode of Adam's preconditioner."""
         dim = dim or self.dim
         found = []
         for run, trajectory in enumerate(self.trajectories):
             # Only a metric a segment depends on how a stage is cut.
-            cut = segments if metric == "per_segment" else 1
-            stages = [replace(stage, metric=metric, segments=cut) for stage in trajectory.stages]
-            path = self.folder / "laboratory" / f"{run}-{dim}-{metric}-{cut}"
+            cut = segments if mode == "per_segment" else 1
+            stages = [replace(stage, preconditioner=mode, segments=cut) for stage in trajectory.stages]
+            path = self.folder / "laboratory" / f"{run}-{dim}-{mode}-{cut}"
             bank = self._build(run, sp.Trajectory.from_stages(stages), path, sp.Sketch(dim, seed=run))
             source = sp.Source(bank, segments=segments, query_gradient="mean", time_scale=time, progress=False)
             found.append(np.asarray(source.score(self.features(bank)))[:, : self.problem.n])

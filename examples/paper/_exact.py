@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import source_proj as sp
 from source_proj.attribution.spectral import decay_operator, response
-from source_proj.trajectory import segment_times
 
 __all__ = ["ExactSource"]
 
@@ -62,10 +61,8 @@ class ExactSource:
             gram = _products(layers, layers).div_(first.shape[0] * first.shape[1])
             # Eigenvalues are right to float32 rounding of the largest one, which damping and finite time hide.
             values, vectors = torch.linalg.eigh(gram)
-            spec = stage.spec()
-            (time,) = segment_times(spec, [list(range(len(stage.checkpoints)))])
-            decay = float(spec["optimizer"]["weight_decay"])
-            self._stages.append(_Stage(layers, first.shape[1], time, decay, values.clamp_(min=0), vectors))
+            (whole,) = stage.describe().cut(1)
+            self._stages.append(_Stage(layers, first.shape[1], whole.time, whole.decay, values.clamp_(min=0), vectors))
         asked = rows_of(model, task, [trajectory.stages[-1].checkpoints[c] for c in checkpoints], queries)
         self._count = next(iter(asked.values())).inputs.shape[1]  # Q
         self._queries = [_mean(_products(asked, stage.layers), self._count) for stage in self._stages]  # ∇m·a

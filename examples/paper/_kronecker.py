@@ -27,7 +27,6 @@ import source_proj as sp
 from source_proj.attribution.spectral import decay_operator, response
 from source_proj.bank import batches, dataset_size
 from source_proj.gradients.batches import batch_size as size_of
-from source_proj.trajectory import segment_times
 
 __all__ = ["Factors", "Rows", "ekfac_influence", "ekfac_source", "linear_layers", "rows_of"]
 
@@ -209,15 +208,12 @@ def ekfac_source(
     n = dataset_size(data[names[0]])
     scores = torch.zeros(len(next(iter(carried.values()))), n)
     segments = [
-        (stage, group, time)
-        for stage in trajectory.stages
-        for group, time in zip(
-            stage.segment_indices, segment_times(stage.spec(), stage.segment_indices), strict=True
-        )
+        (stage, list(segment.checkpoints), segment.time) for stage in trajectory.stages
+        for segment in stage.describe().cut()
     ]  # fmt: skip
     for index in tqdm(reversed(range(len(segments))), "EK-FAC", len(segments), unit="segment", disable=not progress):
         stage, group, time = segments[index]
-        decay = float(stage.spec()["optimizer"]["weight_decay"])
+        decay = stage.describe().optimizer.weight_decay
         rows = rows_of(
             model, task, [stage.checkpoints[c] for c in group], data[stage.name], fisher=fisher,
             batch_size=batch_size, seed=seed + index, training=True,

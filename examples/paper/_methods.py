@@ -117,7 +117,7 @@ def _source(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
         ignored, inside = [run.plain for run in runs], [run.metric for run in runs if run.metric]
         found += [
             _made(problem, "SOURCE, ignoring Adam", "as if by SGD", ignored, sp.Source, **mean),
-            _made(problem, "SOURCE, Adam's metric", 'metric="shared"', inside, sp.Source, **mean),
+            _made(problem, "SOURCE, Adam's metric", 'preconditioner="shared"', inside, sp.Source, **mean),
         ]
     if len(_curvatures(problem)) > 1:  # what the defaults were before the laboratory
         plain: dict[str, Any] = {"curvature": "empirical_fisher"}

@@ -101,7 +101,7 @@ def _build(
     if any(stage.optimizer.preconditioned for stage in trajectory.stages):
         # Decoupled weight decay is no part of the loss: as SGD's λ it would put a floor under the rivals' damping.
         alone = _altered(trajectory, optimizer=sp.SGD())
-        plain, metric = build("plain", alone, dim), build("metric", _altered(trajectory, metric="shared"), dim)
+        plain, metric = build("plain", alone, dim), build("metric", _altered(trajectory, preconditioner="shared"), dim)
     first = carried = plain
     if len(trajectory.stages) > 1:
         stage = alone.stages[0]

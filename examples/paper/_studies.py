@@ -15,7 +15,7 @@ from source_proj.attribution.curvature import Curvature, default_curvature
 from source_proj.attribution.fits import cached_spectrum
 from source_proj.attribution.spectral import response
 from source_proj.evaluate import GroundTruth
-from source_proj.trajectory import MetricKind
+from source_proj.trajectory import PreconditionerMode
 
 __all__ = ["FISHER", "REFERENCE", "STUDIES"]
 
@@ -237,7 +237,13 @@ def sampling_ratio(bench: Bench) -> Iterator[Variant]:
 
 def adam_metric(bench: Bench) -> Iterator[Variant]:
     """(j) What becomes of Adam's preconditioner, by segments and time; and of a sketch four times as large."""
-    cuts: list[tuple[MetricKind, int]] = [("shared", 1), ("scalar", 1), ("none", 1), ("shared", 3), ("per_segment", 3)]
+    cuts: list[tuple[PreconditionerMode, int]] = [
+        ("shared", 1),
+        ("scalar", 1),
+        ("none", 1),
+        ("shared", 3),
+        ("per_segment", 3),
+    ]
     for (metric, number), factor in product(cuts, [1.0, 0.5]):
         yield f"{metric}, {number} segments, time x {factor:g}", bench.in_metric(metric, number, factor)
     larger, rows = 4 * bench.dim, bench.problem.n * len(bench.trajectories[0].stages[0].checkpoints)

@@ -18,7 +18,7 @@ from source_proj.attribution.fits import cached_spectrum
 from source_proj.attribution.operands import loss_gradients, mean_gradients
 from source_proj.attribution.queries import QueryFeatures
 from source_proj.attribution.spectral import Spectrum, decay_operator, response
-from source_proj.trajectory import segment_decays, segment_times, split_segments
+from source_proj.trajectory import split_segments
 
 __all__ = ["Recipe", "Response", "cross_scores", "drift", "fit_scores", "floor_of", "plain"]
 
@@ -140,20 +140,19 @@ def _used(bank: sp.Bank, stage: int, recipe: Recipe) -> list[int]:
 def _segments(bank: sp.Bank, recipe: Recipe) -> list[Segment]:
     found = []
     for index, stage in enumerate(bank.stages):
-        count = stage.n_checkpoints
         used = _used(bank, index, recipe)
         groups = split_segments(len(used), min(recipe.segments, len(used)))
         # Time goes by between checkpoints that are left out, too: it falls to the segment that ends next.
-        integrals = [0.0, *stage.spec["lr_integrals"]]
-        (decay,) = segment_decays(stage.spec, 1)
-        factor = segment_times(stage.spec, [list(range(count))])[0] / integrals[-1]
+        integrals = [0.0, *stage.record.lr_integrals]
+        (whole,) = stage.record.cut(1)
+        factor = whole.time / integrals[-1]
         begin = 0.0
         for number, group in enumerate(groups):
             last = number == len(groups) - 1
             end = integrals[-1] if last else integrals[used[group[-1]] + 1]
             own = tuple(used[c] for c in group)
             spectrum = _spectrum(bank, index, own, recipe.curvature)
-            found.append(Segment(index, own, factor * (end - begin), decay, spectrum, floor_of(bank, spectrum)))
+            found.append(Segment(index, own, factor * (end - begin), whole.decay, spectrum, floor_of(bank, spectrum)))
             begin = end
     return found
 

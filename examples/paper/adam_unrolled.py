@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import source_proj as sp
-from source_proj.trajectory import MetricKind
+from source_proj.trajectory import PreconditionerMode
 
 STEPS, CHECKPOINTS, LR, DECAY, BETAS, EPS = 400, 64, 0.01, 0.1, (0.9, 0.99), 0.05
 
@@ -110,10 +110,10 @@ def checkpoints(example: Example) -> list[sp.Checkpoint]:
     return [sp.Checkpoint({"weight": one.weights.float()}, step, LR, one.state) for step, one in found]
 
 
-def source_scores(example: Example, segments: int, metric: MetricKind = "per_segment") -> np.ndarray:
+def source_scores(example: Example, segments: int, mode: PreconditionerMode = "per_segment") -> np.ndarray:
     """SOURCE with an exact sketch ``(q, n)``."""
     adam = sp.Adam(BETAS, eps=EPS, weight_decay=DECAY)
-    course = sp.Trajectory(checkpoints(example), adam, segments=segments, metric=metric)
+    course = sp.Trajectory(checkpoints(example), adam, segments=segments, preconditioner=mode)
     data = TensorDataset(example.x.float(), example.y.float())
     model = nn.Linear(6, 1, bias=False)
     exact: dict[str, Any] = {"sketch": sp.Sketch(6, "identity"), "storage": "float32", "progress": False}
@@ -160,11 +160,12 @@ def main() -> None:
     """Print the table."""
     example = train()
     exact = {"steps": unrolled(example, moments=False), "steps and moments": unrolled(example, moments=True)}
-    for metric in ("per_segment", "shared"):
+    modes: list[PreconditionerMode] = ["per_segment", "shared"]
+    for mode in modes:
         for segments in (1, 2, 4, 8, 16):
-            scores = source_scores(example, segments, metric)
+            scores = source_scores(example, segments, mode)
             gaps = ", ".join(f"{distance(scores, one):.3f} from {name}" for name, one in exact.items())
-            print(f"{metric:>11}, {segments:2d} segments: {gaps}")
+            print(f"{mode:>11}, {segments:2d} segments: {gaps}")
     for lr in (LR, LR / 2, LR / 4, LR / 8):
         gap = distance(frozen(example, 2, lr), source_scores(example, 2))
         print(f"all held at the means of 2 segments, learning rate {lr:g}: {gap:.5f}")

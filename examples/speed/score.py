@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import source_proj as sp
-from source_proj.bank.quantize import Storage
+from source_proj.bank.codecs import codec_names
 
-STORAGES: tuple[Storage, ...] = ("float32", "float16", "int8")
+STORAGES = codec_names()
 
 
 class Generated(Dataset[Any]):
@@ -103,7 +103,7 @@ def time_fit(bank: sp.Bank) -> None:
 def time_queries(bank: sp.Bank, model: nn.Module, count: int, repetitions: int) -> None:
     """Score and top_k for each storage of B, against one read of B's bytes and the product in float32."""
     sources = {kind: sp.Source(bank, model=model, progress=False, storage=kind) for kind in STORAGES}
-    matrices = {kind: source._of(bank).matrix(kind) for kind, source in sources.items()}
+    matrices = {kind: source._of(bank).matrix(source.codec) for kind, source in sources.items()}
     b = matrices["float32"].rows  # the bare product has the very same operands
     (n, k), checkpoint = b.shape, bank.final_checkpoint()
     square = torch.randn(2048, 2048)

@@ -20,9 +20,9 @@ from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 import source_proj as sp
-from source_proj.bank.quantize import Storage
+from source_proj.bank.codecs import codec_names
 
-STORAGES: tuple[Storage, ...] = ("float32", "float16", "int8")
+STORAGES = codec_names()
 
 
 def train(data: Dataset[Any], folder: Path) -> tuple[nn.Module, sp.Trajectory]:
@@ -64,7 +64,7 @@ def main() -> None:
     exact = [scores["float32", seed] for seed in range(args.seeds)]
     noise = np.mean([compare(a, b) for a, b in combinations(exact, 2)], axis=0)
     print(f"seed to seed: difference {noise[0]:.4f}, correlation {noise[1]:.4f}")
-    for storage in STORAGES[1:]:
+    for storage in [name for name in STORAGES if name != "float32"]:
         change = np.mean([compare(exact[seed], scores[storage, seed]) for seed in range(args.seeds)], axis=0)
         print(f"{storage:>12}: difference {change[0]:.4f}, correlation {change[1]:.6f}")
 
@@ -75,7 +75,7 @@ def score(
     fit: Dataset[Any],
     queries: Dataset[Any],
     folder: Path,
-    storage: Storage,
+    storage: str,
     seed: int,
     dim: int,
 ) -> np.ndarray:

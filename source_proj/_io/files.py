@@ -1,65 +1,85 @@
-"""Files that are whole or not there: written under another name, flushed to the disk, then renamed."""
+"""Files and folders that are whole or not there: written under another name, flushed to the disk, then renamed."""
 
 import contextlib
+import errno
 import glob
+import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["beside_part", "leftovers", "publish", "remove_unpublished", "walk", "write_files"]
+__all__ = ["PARTIAL", "Content", "make_folders", "publish", "walk", "write_file", "write_files", "write_new_files"]
 
-_PARTIAL = ".partial"  # ends every temporary file's name, as in zarr's own store
+PARTIAL = ".partial"
+"""Ends the name of every temporary file, as in zarr's own store."""
+
+Content = bytes | Callable[[BinaryIO], object]
+"""The bytes of a file, or what writes them into an open one."""
+
 _CREATING = ".creating"  # ends every temporary folder's name
+_LONGEST = 128  # bytes of a name that are kept in a temporary one; file systems allow 255
 
 
-def write_files(contents: Mapping[Path, bytes]) -> None:
+def write_file(path: Path, content: Content) -> None:
+    """Write a file whole or not at all, in place of what had its name; see :func:`write_files`."""
+    write_files({path: content})
+
+
+def write_files(contents: Mapping[Path, Content]) -> None:
     """Write files, each whole or not at all, and return when they and their names are on the disk.
 
     Raises:
         OSError: a file cannot be written; temporary files are removed.
     """
-    temporary = {path: path.with_name(f"{path.name}.{uuid.uuid4().hex}{_PARTIAL}") for path in contents}
-    try:
-        for path, content in contents.items():
-            with temporary[path].open("xb") as file:
-                file.write(content)
-        _sync(temporary.values())
+    with _written_aside(contents) as temporary:
         for path in contents:
             temporary[path].replace(path)
-    except BaseException:
-        for path in temporary.values():
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-        raise
     _sync({path.parent for path in contents})
 
 
-def beside_part(bank: Path, part: Path) -> Path:
-    """Where a part is prepared: next to its bank, so that the bank holds zarr nodes alone."""
-    return bank.with_name(".".join([bank.name, *part.relative_to(bank).parts]))
+def write_new_files(contents: Mapping[Path, Content]) -> set[Path]:
+    """Write files as :func:`write_files`, but none in place of another.
+
+    Returns:
+        The files whose names were taken already; what is there stays as it is.
+    """
+    with _written_aside(contents) as temporary:
+        taken = {path for path in contents if not _give_name(temporary[path], path)}
+    _sync({path.parent for path in contents})
+    return taken
 
 
-def publish(path: Path, fill: Callable[[Path], None], beside: Path) -> bool:
+def make_folders(folders: Iterable[Path]) -> None:
+    """Make folders, and those above them, where they are missing; return when their names are on the disk."""
+    missing = {above for folder in folders for above in (folder, *folder.parents) if not above.exists()}
+    for folder in sorted(missing):
+        folder.mkdir(exist_ok=True)
+    _sync({folder.parent for folder in missing})
+
+
+def publish(path: Path, fill: Callable[[Path], object]) -> bool:
     """Let ``fill`` make a folder, and give it its name when it is whole and on the disk.
 
     Args:
         path: the folder's name; its parent is made where it is missing.
-        fill: called with an empty folder to fill.
-        beside: the temporary folder lies next to this path, on the file system of ``path``, and is named after it.
+        fill: called with an empty folder to fill, which lies beside ``path``.
 
     Returns:
         Whether it was published; False if another process was first, whose folder then stays.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
     """
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    temporary = beside.with_name(f".{beside.name}.{uuid.uuid4().hex}{_CREATING}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{_short(path.name)}.{uuid.uuid4().hex}{_CREATING}")
     try:
         temporary.mkdir()
         fill(temporary)
         _sync([*walk(temporary), *(Path(folder) for folder, _, _ in os.walk(temporary))])
-        path.parent.mkdir(parents=True, exist_ok=True)
         os.rename(temporary, path)  # refused where a folder with content is there already
         _sync([path.parent])
     except OSError:
@@ -71,41 +91,89 @@ def publish(path: Path, fill: Callable[[Path], None], beside: Path) -> bool:
     finally:
         # Whoever is still making one has lost the race, and finds out in `os.rename` at the latest.
         if _has_content(path):
-            remove_unpublished(beside)
+            _remove_unpublished(path)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_unpublished(beside: Path) -> None:
-    """Remove what killed or slower processes left of a folder that another one has published meanwhile."""
-    for old in beside.parent.glob(f".{glob.escape(beside.name)}.{'?' * len(uuid.uuid4().hex)}{_CREATING}"):
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def walk(root: Path) -> Iterator[Path]:
-    """Yield all files under a folder, in order of their names."""
-    for folder, folders, files in os.walk(root):
+    """Yield all files under a folder, in order of their names.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    for folder, folders, files in os.walk(root, onerror=_raised):
         folders.sort()
         for name in sorted(files):
             yield Path(folder) / name
 
 
-def leftovers(root: Path) -> list[Path]:
-    """Temporary files that a killed process left under a folder."""
-    return [file for file in walk(root) if file.name.endswith(_PARTIAL)]
+@contextlib.contextmanager
+def _written_aside(contents: Mapping[Path, Content]) -> Iterator[dict[Path, Path]]:
+    """Write files under temporary names, flushed, and remove what still has such a name at the end."""
+    temporary = {path: path.with_name(f"{_short(path.name)}.{uuid.uuid4().hex}{PARTIAL}") for path in contents}
+    try:
+        for path, content in contents.items():
+            with temporary[path].open("xb") as file:
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    content(file)
+        _sync(temporary.values())
+        yield temporary
+    finally:
+        for path in temporary.values():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _give_name(temporary: Path, path: Path) -> bool:
+    """Give a file its name, unless something has it: whether it was given."""
+    try:
+        if os.name == "nt":
+            os.rename(temporary, path)  # refused there where the name is taken
+        else:
+            os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        # No second names on this file system, as on FAT and some network disks: there two writers in one instant both
+        # get the name, and the last one's file stays.
+        if os.path.lexists(path):
+            return False
+        os.rename(temporary, path)
+    return True
+
+
+def _remove_unpublished(path: Path) -> None:
+    """Remove what killed or slower processes left of a folder that another one has published meanwhile."""
+    for old in path.parent.glob(f".{glob.escape(_short(path.name))}.{'?' * len(uuid.uuid4().hex)}{_CREATING}"):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for what is added to it."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= _LONGEST else hashlib.sha256(encoded).hexdigest()
 
 
 def _has_content(path: Path) -> bool:
     return path.is_dir() and any(path.iterdir())
 
 
+def _raised(error: OSError) -> None:
+    raise error
+
+
 def _sync(paths: Iterable[Path]) -> None:
     """Return when files, and the names in folders, are on the disk."""
     # Many at once: the file system's journal then takes them together, ten times faster than one by one.
     with ThreadPoolExecutor(max_workers=16) as threads:
-        list(threads.map(_sync_one, paths))
+        list(threads.map(_sync_path, paths))
 
 
-def _sync_one(path: Path) -> None:
+def _sync_path(path: Path) -> None:
     windows = os.name == "nt"  # flushes only what is open for writing, and cannot open folders
     if windows and path.is_dir():
         return

@@ -19,7 +19,7 @@ from source_proj.attribution.operands import Operand, aligned
 from source_proj.attribution.queries import QueryFeatures, resolve_task, sketch_queries
 from source_proj.attribution.scores import Scores
 from source_proj.bank import Bank
-from source_proj.kernels.scoring import Strongest, score
+from source_proj.kernels.scoring import Strongest
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint
 
@@ -236,7 +236,7 @@ class Attributor(ABC):
 
     def _block(self, terms: list[Term], active: list[tuple[int, Operand]]) -> Tensor:
         """Scores ``(Q, n)`` of the rows that some terms' operands share."""
-        products = [score(terms[index].query, operand.rows, operand.scale) for index, operand in active]
+        products = [its.codec.multiply(terms[index].query, its.rows, its.scale) for index, its in active]
         return self._combine(products, [operand for _, operand in active])
 
     def _strongest(self, queries: Queries, k: int, *, highest: bool) -> Hits:
@@ -256,7 +256,7 @@ class Attributor(ABC):
             pass_over(start)
             index, operand = active[0]
             if len(self.banks) == len(active) == 1 and operand.weights is None:
-                best.add(terms[index].query, operand.rows, operand.scale, first=start)
+                operand.codec.search(best, terms[index].query, operand.rows, operand.scale, first=start)
             else:
                 best.add_scores(self._block(terms, active), first=start)
             done = stop

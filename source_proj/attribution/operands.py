@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from source_proj.bank import Bank
+from source_proj.bank.codecs import Codec, find_codec
 
 __all__ = ["Operand", "aligned", "encoded_gradients", "loss_gradients", "mean_gradients", "stage_start"]
+
+_PLAIN = find_codec("float32")
 
 
 class Operand(NamedTuple):
@@ -17,9 +20,10 @@ class Operand(NamedTuple):
     Attributes:
         start: first row, counted over the rows of all stages.
         stop: end of the rows.
-        rows: ``(stop - start, k)`` float32, float16 or int8.
+        rows: ``(stop - start, k)`` float32, or the codes of a codec.
         scale: what each row is times, ``(stop - start,)`` float32; None for 1.
         weights: what a method's ``_combine`` wants to know of each row; None for nothing.
+        codec: how the rows are encoded.
     """
 
     start: int
@@ -27,12 +31,13 @@ class Operand(NamedTuple):
     rows: Tensor
     scale: Tensor | None = None
     weights: Tensor | None = None
+    codec: Codec = _PLAIN
 
     def cut(self, start: int, stop: int) -> "Operand":
         """Return the part between two absolute rows."""
         part = slice(start - self.start, stop - self.start)
         scale, weights = (None if values is None else values[part] for values in (self.scale, self.weights))
-        return Operand(start, stop, self.rows[part], scale, weights)
+        return Operand(start, stop, self.rows[part], scale, weights, self.codec)
 
 
 def stage_start(bank: Bank, stage: int) -> int:
@@ -66,7 +71,8 @@ def encoded_gradients(
     start, target = stage_start(bank, stage), device or "cpu"
     for block in bank.stages[stage].iter_encoded(checkpoints[0]):
         scale = block.d1 if block.scale is None else block.d1 * block.scale
-        yield Operand(start + block.start, start + block.stop, block.rows.to(target), scale.to(target))
+        rows = block.rows.to(target)
+        yield Operand(start + block.start, start + block.stop, rows, scale.to(target), codec=block.codec)
 
 
 def mean_gradients(

@@ -1,7 +1,7 @@
-"""The bank's format, version 1.
+"""The bank's format, version 2.
 
-A bank is a folder that holds one zarr v3 group, readable with plain zarr (``zarr.open_group(path)``). The key words
-MUST, MUST NOT and MAY are those of RFC 2119.
+A bank is a folder, or what else a store (`source_proj.bank.store`) makes of a place, that holds one zarr v3 group,
+readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST NOT and MAY are those of RFC 2119.
 
 **Tree**::
 
@@ -14,12 +14,12 @@ MUST, MUST NOT and MAY are those of RFC 2119.
     /stage_<s>/part_<p>/seal            (2, 32) uint8
     /stage_<s>/part_<p>/checkpoint_<c>/ attributes: step, hash
         rows           (n, k)           sketched gradients R∇o of the outputs, encoded
-        scale          (n,)    float32  only with storage int8 and float16
+        scale          (n,)    float32  only if the codec has scales (int8, float16)
         d1             (n,)    float32  ℓ'(o)
         d2             (n,)    float32  ℓ''(o), only where settings say second_derivative
         batch_hashes   (m, 32) uint8    m = ⌈n / batch_size⌉
         fisher_rows    (n·D, k)         sketched gradients of sampled labels, draw j of row i at i·D + j; only if D > 0
-        fisher_scale   (n·D,)  float32  only if D > 0, with storage int8 and float16
+        fisher_scale   (n·D,)  float32  only if D > 0 and the codec has scales
         <name>_metric_<m>               rows, scale, fisher_rows and fisher_scale once more, in each metric m that is
                                         crossed from here (18)
         committed      (⌈n / shard_rows⌉, A, 32) uint8: the commit marks; A counts the arrays above that are there
@@ -27,14 +27,21 @@ MUST, MUST NOT and MAY are those of RFC 2119.
 
 **Root**
 
-1. ``format`` MUST be "source-proj bank", ``version`` MUST be 1; a reader MUST refuse anything else, and say what
+1. ``format`` MUST be "source-proj bank", ``version`` MUST be 2; a reader MUST refuse anything else, and say what
    it found.
-2. ``settings`` MUST hold exactly: sketch, parameters, task, trajectory, storage ("int8", "float16" or "float32"),
-   sampled_fisher (D, the number of draws), second_derivative, gradients, autocast. The sketch's ``backend`` is
-   "portable", or "fast-jl" with the count ``multiprocessors`` of the device beside it: a reader that cannot make that
-   library's matrix for that count MUST refuse the bank, and say both counts.
+2. ``settings`` MUST hold exactly: sketch, parameters, task, trajectory, storage (the name of a codec of
+   `source_proj.bank.codecs`), sampled_fisher (D, the number of draws), second_derivative, gradients, autocast. The
+   sketch's ``backend`` is "portable", or "fast-jl" with the count ``multiprocessors`` of the device beside it: a reader
+   that cannot make that library's matrix for that count MUST refuse the bank, and say both counts.
+   ``trajectory`` MUST hold exactly the entries of `source_proj.trajectory.record.RunRecord`, each of its type.
 3. ``versions`` says what software made the bank. A reader MUST NOT depend on it, and no fingerprint covers it.
-4. The group appears under its name whole, with all metadata, ids and weights. A writer MUST NOT change those later.
+4. The root's ``zarr.json`` MUST appear last, if it is absent, after all other metadata, ids, weights and metrics; so
+   MUST a part's own, after all that lies below it. What is there already MUST be compared, and a writer whose own
+   differs MUST NOT go on. A writer MUST NOT change any of it later. Where the root, or a part's group, is absent, a
+   reader MUST take the bank, or the part, for absent.
+20. Links MUST NOT be in a bank; a reader MUST refuse it, and a writer MUST NOT write through one.
+21. Sizes of objects follow from the metadata, exactly or within bounds (`ArraySpec.size_range`); a reader MUST compare
+    them before it allocates what metadata claim.
 
 **Stages and parts**
 
@@ -44,7 +51,7 @@ MUST, MUST NOT and MAY are those of RFC 2119.
 6. ``shard_rows`` MUST be a multiple of ``batch_size``: rows of a shard depend on no other shard.
 7. ``id_type`` MUST be "int64" or "string", and ids MUST be unique within a stage.
 8. Shapes, types, chunks, shards and codecs MUST be those of `source_proj.bank.layout`. Shard i of each array holds
-   everything of the part's rows [i·shard_rows, (i+1)·shard_rows), in the one file ``c.i`` (``c.i.0``, ``c.i.0.0``).
+   everything of the part's rows [i·shard_rows, (i+1)·shard_rows), in the one object ``c.i`` (``c.i.0``, ``c.i.0.0``).
 9. Every chunk MUST carry a CRC-32C, and every shard index too.
 
 **Rows**
@@ -55,10 +62,9 @@ MUST, MUST NOT and MAY are those of RFC 2119.
 
 **Metrics**
 
-18. A preconditioned optimizer's rows are R P^½ ∇o for a diagonal P. Then ``trajectory`` MUST hold ``metrics``, a list
-    of objects, {"kind": "identity"} or {"kind": "diagonal", "hash"}, and each stage MUST hold ``metric_of``, the index
-    of each checkpoint's metric. Otherwise all rows are in the one metric 0, the identity. The hash is the SHA-256, in
-    hex, of the diagonal of P^½ in the order of ``parameters`` (little-endian float32).
+18. A preconditioned optimizer's rows are R P^½ ∇o for a diagonal P. ``metrics`` of the ``trajectory`` lists the
+    metrics, null for the identity, else a hash: the SHA-256, in hex, of the diagonal of P^½ in the order of
+    ``parameters`` (little-endian float32). ``metrics`` of each stage holds the index of each checkpoint's metric.
 19. A checkpoint crosses the metrics of earlier ones (of its own and earlier stages) that are not its own, and MUST hold
     its rows in these too.
 
@@ -66,16 +72,20 @@ MUST, MUST NOT and MAY are those of RFC 2119.
 
 12. A commit mark is, for one checkpoint and shard, the SHA-256 of each array's decoded bytes of that shard
     (little-endian, C order, rows that exist only), the arrays in the order listed above. All zeros: not done.
-13. A mark MUST be written after the shard's data are on the disk, and what is marked MUST NOT change.
-14. Files MUST appear whole under their names. Files that end in ".partial" are what a killed process left; a reader
+13. A mark MUST be written after the shard's data are on the disk, and only if it is absent. What is marked MUST NOT be
+    written again, by whomever and with whatever bits: a writer that finds a mark MUST keep what is there. So it MUST
+    hold the store's lock of ``committed/zarr.json`` from where it sees no mark to where it has written its own. In a
+    store without locks it MUST write data only if absent, and MUST NOT mark them unless all are its own.
+14. Objects MUST appear whole under their names. Files that end in ".partial" are what a killed process left; a reader
     MUST ignore them.
+22. A reader MUST compare a shard's data with their mark before it takes rows from them, for every version of an object.
 
 **Seals**
 
-15. A part without mark of zeros is complete, and gets its seal: 32 bytes of SHA-256 over settings (paths aside), the
-    part's name and attributes, ids and marks, and 32 bytes over the canonical JSON of the metadata of root, weights,
-    stage and part. All zeros: not sealed. A bank is finalized when every part is sealed; a reader MUST NOT take rows
-    from any other bank.
+15. A part without mark of zeros is complete, and gets its seal, which MUST be written only if it is absent: 32 bytes of
+    SHA-256 over settings (paths aside), the part's name and attributes, ids and marks, and 32 bytes over the canonical
+    JSON of the metadata of root, weights, metrics, stage and part. All zeros: not sealed. A bank is finalized when
+    every part is sealed; a reader MUST NOT take rows from any other bank.
 16. A reader MUST refuse a sealed part of which either hash does not match.
 17. The bank's fingerprint is the SHA-256, in hex, of the parts' content seals in order.
 """
@@ -83,16 +93,17 @@ MUST, MUST NOT and MAY are those of RFC 2119.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from source_proj._errors import BankError
-from source_proj.bank.quantize import STORAGES
+from source_proj.bank.codecs import Codec, find_codec
+from source_proj.trajectory import RunRecord
 
 __all__ = ["FORMAT", "VERSION", "Settings", "canonical", "sha256"]
 
 FORMAT = "source-proj bank"
-VERSION = 1
+VERSION = 2
 
 _LISTED = 5
 
@@ -105,8 +116,8 @@ class Settings:
         sketch: ``Sketch.spec()``.
         parameters: ``ParameterSpace.spec()``.
         task: ``Task.spec()``.
-        trajectory: ``Trajectory.spec()``.
-        storage: "int8", "float16" or "float32".
+        trajectory: the run's record.
+        storage: name of the codec of its rows.
         sampled_fisher: draws of sampled labels.
         second_derivative: whether the task gives ℓ''.
         gradients: "auto", "hooks" or "general".
@@ -116,7 +127,7 @@ class Settings:
     sketch: dict[str, Any]
     parameters: dict[str, Any]
     task: dict[str, Any]
-    trajectory: dict[str, Any]
+    trajectory: RunRecord
     storage: str
     sampled_fisher: int
     second_derivative: bool
@@ -124,15 +135,16 @@ class Settings:
     autocast: str | None
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # as JSON gives them back: tuples become lists, keys strings
-            value = getattr(self, field.name)
+        for name, value in vars(self).copy().items():
+            if name == "trajectory":
+                continue
+            # as JSON gives them back: tuples become lists, keys strings
             try:
                 plain = json.loads(json.dumps(value, allow_nan=False))
             except (TypeError, ValueError) as error:
-                raise TypeError(f"{field.name} {value!r} cannot be written down as JSON: {error}") from error
-            object.__setattr__(self, field.name, plain)
-        if self.storage not in STORAGES:
-            raise ValueError(f"storage must be one of {', '.join(STORAGES)}, got {self.storage!r}")
+                raise TypeError(f"{name} {value!r} cannot be written down as JSON: {error}") from error
+            object.__setattr__(self, name, plain)
+        find_codec(self.storage)
         draws = self.sampled_fisher
         if isinstance(draws, bool) or not isinstance(draws, int) or draws < 0:
             raise ValueError(f"sampled_fisher must be a number of draws, 0 or more, got {draws!r}")
@@ -148,37 +160,27 @@ class Settings:
         if not isinstance(found, Mapping) or sorted(found) != sorted(names):
             entries = sorted(found) if isinstance(found, Mapping) else found
             raise BankError(f"its settings are {entries!r}, and must be {sorted(names)}")
-        for name in ("sketch", "parameters", "task", "trajectory"):
+        for name in ("sketch", "parameters", "task"):
             if not isinstance(found[name], Mapping):
                 raise BankError(f"its setting {name!r} is {found[name]!r}, and must be an object")
         try:
-            return cls(**found)
+            return cls(**{**found, "trajectory": RunRecord.from_json(found["trajectory"])})
         except (TypeError, ValueError) as error:
             raise BankError(f"its settings are malformed: {error}") from error
 
+    @property
+    def codec(self) -> Codec:
+        """How rows are stored."""
+        return find_codec(self.storage)
+
     def to_json(self) -> dict[str, Any]:
         """The ``settings`` attribute."""
-        return asdict(self)
+        return {**vars(self), "trajectory": self.trajectory.to_json()}
 
     def identity(self) -> dict[str, Any]:
         """The settings without the paths of checkpoints: their hashes say what they are, wherever they lie."""
-        found: dict[str, Any] = _without_paths(asdict(self))
-        return found
-
-    def own_metric(self, stage: int, checkpoint: int) -> int:
-        """Index of the metric that a checkpoint's rows are in."""
-        found: int = self._metrics(stage)[checkpoint]
-        return found
-
-    def crossed_metrics(self, stage: int, checkpoint: int) -> list[int]:
-        """Indices of the metrics of earlier checkpoints that are not this one's own: it has rows in them too."""
-        earlier = [one for before in range(stage) for one in self._metrics(before)]
-        earlier += self._metrics(stage)[:checkpoint]
-        return sorted(set(earlier) - {self.own_metric(stage, checkpoint)})
-
-    def _metrics(self, stage: int) -> list[int]:
-        described = self.trajectory["stages"][stage]
-        return list(described.get("metric_of", [0] * len(described["checkpoints"])))
+        identity: dict[str, Any] = _without_paths(self.to_json())
+        return identity
 
     def differences(self, other: "Settings") -> list[str]:
         """Name each entry that differs, with its value in ``self`` and in ``other``."""

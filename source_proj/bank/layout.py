@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
 from source_proj._errors import BankError
 from source_proj.bank.format import Settings
-from source_proj.bank.quantize import has_scale
 
 __all__ = [
     "ArraySpec",
     "PartSpec",
     "crossing_name",
     "default_shard_rows",
+    "flat_objects",
+    "group_document",
     "metric_array",
     "part_arrays",
     "weights_array",
@@ -31,6 +37,8 @@ _SHARD_BYTES = 16 << 20
 _SHARD_ROWS = 4096
 _CHUNK_BYTES = 1 << 20
 _WEIGHTS_BYTES = 16 << 20
+_CHECKSUM = 4  # bytes of a CRC-32C
+_TWIN = "twin"
 
 
 @dataclass(frozen=True)
@@ -55,27 +63,10 @@ class ArraySpec:
         """What is read where nothing was written: never a value of a row."""
         return {"int8": -128, "float16": float("nan"), "float32": float("nan"), "string": ""}.get(self.dtype, 0)
 
-    @cached_property
-    def twin(self) -> tuple[zarr.Array[Any], dict[str, Any]]:
-        """An empty array of this kind in memory, and the dict where its files appear."""
-        files: dict[str, Any] = {}
-        return self.create(zarr.create_group(MemoryStore(files)), "twin"), files
-
-    def create(self, group: zarr.Group, name: str) -> zarr.Array[Any]:
-        """Create the array in a group."""
-        rest = self.shape[1:]
-        compressors = [ZstdCodec(level=1), Crc32cCodec()] if self.zstd else [Crc32cCodec()]
-        return group.create_array(
-            name,
-            shape=self.shape,
-            dtype=self.dtype,
-            chunks=(self.inner or self.height, *rest),
-            shards=None if self.inner is None else (self.height, *rest),
-            compressors=compressors,
-            fill_value=self.fill_value,
-            chunk_key_encoding={"name": "default", "separator": "."},  # one folder an array
-            config={"write_empty_chunks": True},
-        )
+    @property
+    def n_shards(self) -> int:
+        """Number of files."""
+        return -(-self.shape[0] // self.height)
 
     def span(self, shard: int) -> slice:
         """Rows of a shard."""
@@ -85,27 +76,101 @@ class ArraySpec:
         """Name of a shard's file in the array's folder."""
         return ".".join(["c", str(shard), *["0"] * (len(self.shape) - 1)])
 
+    @property
+    def document(self) -> bytes:
+        """The array's metadata, as zarr writes them."""
+        return _twin(self, threading.get_ident()).document
+
     def encode(self, shard: int, values: np.ndarray) -> bytes:
         """Return the bytes of a shard's file."""
-        # In memory first, so that the file can be flushed before it gets its name: zarr's own store renames first.
-        array, files = self.twin
-        array[self.span(shard)] = values
-        content: bytes = files.pop(f"twin/{self.key(shard)}").to_bytes()
+        twin, key = _twin(self, threading.get_ident()), f"{_TWIN}/{self.key(shard)}"
+        twin.array[self.span(shard)] = values
+        content: bytes = twin.files.pop(key).to_bytes()
         return content
 
-    def is_spelled(self, document: Mapping[str, Any]) -> bool:
-        """Whether a metadata document is, but for attributes, the very one that this zarr writes for these."""
-        return _without_attributes(document) == _document(self)
+    def decode(self, shard: int, content: bytes) -> np.ndarray:
+        """Return the values of a shard's file, the caller's own.
 
-    def difference(self, array: zarr.Array[Any]) -> str | None:
-        """Say how an array's metadata differ from these, if they do."""
-        expected, found = self.twin[0].metadata.to_dict(), array.metadata.to_dict()
+        Raises:
+            Exception: what zarr or a codec raises about damaged content, each of its own kind.
+        """
+        span = self.span(shard)
+        if self.inner is None and not self.zstd and self.dtype != "string":  # as zarr would, many times faster
+            body = memoryview(content)[:-_CHECKSUM]
+            if google_crc32c.value(bytes(body)) != int.from_bytes(content[-_CHECKSUM:], "little"):
+                raise ValueError("its checksum does not match")
+            values = np.frombuffer(body, np.dtype(self.dtype).newbyteorder("<")).reshape(-1, *self.shape[1:])
+            return values[: span.stop - span.start].astype(self.dtype)
+        twin, key = _twin(self, threading.get_ident()), f"{_TWIN}/{self.key(shard)}"
+        twin.files[key] = Buffer.from_bytes(content)
+        try:
+            return np.asarray(twin.array[span])
+        finally:
+            del twin.files[key]
+
+    def size_range(self, shard: int) -> tuple[int, int]:
+        """The fewest and the most bytes that a shard's file can have, known before it is read."""
+        span, rows = self.span(shard), self.inner or self.height
+        if self.dtype == "string":  # a count, and each string with its length before it
+            return 4 + 4 * rows + _CHECKSUM, sys.maxsize
+        chunk = rows * math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
+        written = -(-(span.stop - span.start) // rows)
+        index = 0 if self.inner is None else 16 * (self.height // self.inner) + _CHECKSUM
+        # zstd's smallest: a block of 128 KiB in 4 bytes; its largest: 1/256 more than it is given.
+        low, high = (chunk >> 15, chunk + (chunk >> 8) + 256) if self.zstd else (chunk, chunk)
+        return written * (low + _CHECKSUM) + index, written * (high + _CHECKSUM) + index
+
+    def difference(self, document: bytes) -> str | None:
+        """Say how an array's metadata differ from these, if they do.
+
+        Raises:
+            Exception: what zarr raises about metadata that are none.
+        """
+        if _without_attributes(json.loads(document)) == _without_attributes(json.loads(self.document)):
+            return None  # and save zarr the parsing
+        store = MemoryStore({"zarr.json": Buffer.from_bytes(document)})
+        there = zarr.open_array(store, mode="r", zarr_format=3).metadata.to_dict()
+        wanted = _twin(self, threading.get_ident()).array.metadata.to_dict()
         wrong = [
-            f"{key} is {found.get(key)!r} and must be {expected[key]!r}"
-            for key in expected
-            if key != "attributes" and found.get(key) != expected[key]
+            f"{key} is {there.get(key)!r} and must be {wanted[key]!r}"
+            for key in wanted
+            if key != "attributes" and there.get(key) != wanted[key]
         ]
         return "; ".join(wrong) or None
+
+
+class _Twin(NamedTuple):
+    """An empty array in memory, the dict where its files appear, and its metadata."""
+
+    array: zarr.Array[Any]
+    files: dict[str, Any]
+    document: bytes
+
+
+@lru_cache(maxsize=256)
+def _twin(spec: ArraySpec, thread: int) -> _Twin:  # noqa: ARG001 (one a thread: files of one name must not meet)
+    files: dict[str, Any] = {}
+    rest = spec.shape[1:]
+    array = zarr.create_group(MemoryStore(files)).create_array(
+        _TWIN,
+        shape=spec.shape,
+        dtype=spec.dtype,
+        chunks=(spec.inner or spec.height, *rest),
+        shards=None if spec.inner is None else (spec.height, *rest),
+        compressors=[ZstdCodec(level=1), Crc32cCodec()] if spec.zstd else [Crc32cCodec()],
+        fill_value=spec.fill_value,
+        chunk_key_encoding={"name": "default", "separator": "."},  # one folder an array
+        config={"write_empty_chunks": True},
+    )
+    return _Twin(array, files, files[f"{_TWIN}/zarr.json"].to_bytes())
+
+
+def group_document(attributes: Mapping[str, Any]) -> bytes:
+    """The metadata of a group, as zarr writes them."""
+    files: dict[str, Any] = {}
+    zarr.create_group(MemoryStore(files), attributes=dict(attributes))
+    content: bytes = files["zarr.json"].to_bytes()
+    return content
 
 
 @dataclass(frozen=True)
@@ -175,7 +240,7 @@ def default_shard_rows(n: int, batch_size: int, settings: Settings, wanted: int 
             f"shard_rows must be a multiple of the batch size {batch_size}, got {wanted}; "
             f"give {max(1, wanted // batch_size) * batch_size}"
         )
-    row_bytes = settings.sketch["dim"] * np.dtype(settings.storage).itemsize * max(1, settings.sampled_fisher)
+    row_bytes = settings.codec.row_bytes(settings.sketch["dim"]) * max(1, settings.sampled_fisher)
     rows = wanted or max(1, min(_SHARD_ROWS, _SHARD_BYTES // row_bytes) // batch_size) * batch_size
     return min(rows, -(-n // batch_size) * batch_size)
 
@@ -184,10 +249,11 @@ def part_arrays(
     settings: Settings, stage: int, part: PartSpec
 ) -> tuple[ArraySpec, ArraySpec, list[dict[str, ArraySpec]], list[ArraySpec]]:
     """Return a part's arrays: ids, seal, and by checkpoint its data by name in order of the marks, and the marks."""
-    ids = ArraySpec((part.n,), part.id_type, part.n, zstd=True)
+    ids = ArraySpec((part.n,), part.id_type, part.n)
     seal = ArraySpec((2, 32), "uint8", 2)
-    count = len(settings.trajectory["stages"][stage]["checkpoints"])
-    data = [_checkpoint_arrays(settings, part, settings.crossed_metrics(stage, c)) for c in range(count)]
+    run = settings.trajectory
+    count = len(run.stages[stage].checkpoints)
+    data = [_checkpoint_arrays(settings, part, run.crossed_metrics(stage, c)) for c in range(count)]
     marks = [ArraySpec((part.n_shards, len(one), 32), "uint8", 1) for one in data]
     return ids, seal, data, marks
 
@@ -201,7 +267,7 @@ def _checkpoint_arrays(settings: Settings, part: PartSpec, crossed: Sequence[int
     n, height, draws = part.n, part.shard_rows, settings.sampled_fisher
     numbers = ArraySpec((n,), "float32", height)
     data = {"rows": _rows(settings, n, height)}
-    if has_scale(settings.storage):
+    if settings.codec.has_scale:
         data["scale"] = numbers
     data["d1"] = numbers
     if settings.second_derivative:
@@ -209,10 +275,16 @@ def _checkpoint_arrays(settings: Settings, part: PartSpec, crossed: Sequence[int
     data["batch_hashes"] = ArraySpec((-(-n // part.batch_size), 32), "uint8", height // part.batch_size)
     if draws:
         data["fisher_rows"] = _rows(settings, n * draws, height * draws)
-        if has_scale(settings.storage):
+        if settings.codec.has_scale:
             data["fisher_scale"] = ArraySpec((n * draws,), "float32", height * draws)
     again = [name for name in ("rows", "scale", "fisher_rows", "fisher_scale") if name in data]
     return data | {crossing_name(name, metric): data[name] for metric in crossed for name in again}
+
+
+def flat_objects(node: str, spec: ArraySpec, values: np.ndarray) -> dict[str, bytes]:
+    """A whole array of one axis as the objects to write."""
+    shards = {f"{node}/{spec.key(i)}": spec.encode(i, values[spec.span(i)]) for i in range(spec.n_shards)}
+    return {**shards, f"{node}/zarr.json": spec.document}
 
 
 def metric_array(count: int) -> ArraySpec:
@@ -225,21 +297,15 @@ def weights_array(count: int) -> ArraySpec:
     return ArraySpec((count,), "uint8", min(count, _WEIGHTS_BYTES))
 
 
-@lru_cache(maxsize=256)
-def _document(spec: ArraySpec) -> dict[str, Any]:
-    files: dict[str, Any] = {}
-    spec.create(zarr.create_group(MemoryStore(files)), "twin")
-    return _without_attributes(json.loads(files["twin/zarr.json"].to_bytes()))
-
-
 def _without_attributes(document: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key != "attributes"}
 
 
 def _rows(settings: Settings, n: int, height: int) -> ArraySpec:
     k = int(settings.sketch["dim"])
-    row_bytes = k * np.dtype(settings.storage).itemsize
-    return ArraySpec((n, k), settings.storage, height, _inner(n, height, row_bytes), settings.storage == "int8")
+    codec = settings.codec
+    inner = _inner(n, height, codec.row_bytes(k))
+    return ArraySpec((n, codec.width(k)), codec.array_type, height, inner, codec.compressible)
 
 
 def _inner(n: int, height: int, row_bytes: int) -> int:

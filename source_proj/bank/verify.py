@@ -1,22 +1,23 @@
 """Read every byte of a bank and say what is wrong where."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import zarr
 
 from source_proj._errors import BankError
-from source_proj._io.files import walk
 from source_proj.bank.format import Settings
 from source_proj.bank.read.metrics import Metrics
-from source_proj.bank.read.part import Part, content_digest
-from source_proj.bank.read.root import check_seal, find_parts, read_root
-from source_proj.bank.read.weights import Weights, weights_entries
+from source_proj.bank.read.part import Part
+from source_proj.bank.read.root import find_parts, read_root
+from source_proj.bank.read.weights import Weights
+from source_proj.bank.store import LocalStore, Store
 
-__all__ = ["VerifyReport", "verify"]
+__all__ = ["FolderCheck", "VerifyReport", "register_check", "verify"]
+
+FolderCheck = Callable[[Store, Sequence[str]], Iterable[str]]
+
+_CHECKS: dict[str, FolderCheck] = {"fits": lambda *_: ()}
 
 
 @dataclass(frozen=True)
@@ -47,28 +48,42 @@ def verify(path: str | Path) -> VerifyReport:
     """Read every byte of a bank and say what is wrong where.
 
     Metadata are compared with what the settings want, chunks with their checksums, shards with their commit marks,
-    copies of weights with their hashes, seals with all that they cover; files that do not belong are named. Fits that
-    were computed from the bank are no part of it, and shards that are not committed yet count as missing.
+    copies of weights with their hashes, seals with all that they cover; files that do not belong are named. Shards that
+    are not committed yet count as missing. What was computed from the bank and kept in it is checked by those who
+    registered for it with :func:`register_check`.
     """
-    path = Path(path)
+    store = LocalStore(path)
     try:
-        settings = read_root(path).settings
-        parts = [part for s in range(len(settings.trajectory["stages"])) for part in find_parts(path, settings, s)]
-    except BankError as error:
-        return VerifyReport(path, [str(error)], 0, 0)
+        there = store.list()
+        settings = read_root(store).settings
+        parts = [part for s in range(len(settings.trajectory.stages)) for part in find_parts(store, settings, s)]
+    except (BankError, OSError) as error:
+        return VerifyReport(store.root, [str(error)], 0, 0)
     problems = [problem for part in parts for problem in _part_problems(part)]
-    problems += _weights_problems(path, settings)
-    problems += _metrics_problems(path, settings)
-    known, allowed = _files(path, settings, parts)
-    foreign, leftovers, read = [], [], []
-    for file in walk(path):
-        if file.name.endswith(".partial"):
-            leftovers.append(file)
-        elif file in known:
-            read.append(file)
-        elif file.relative_to(path).parts[0] != "fits" and file not in allowed:
-            foreign.append(f"{file} does not belong to the bank: move it elsewhere")
-    return VerifyReport(path, problems + foreign, sum(file.stat().st_size for file in read), len(read), leftovers)
+    problems += _weights_problems(store, settings)
+    problems += _metrics_problems(store, settings)
+    beside = {key for key in there if key.split("/")[0] in _CHECKS}
+    for folder, check in _CHECKS.items():
+        problems += check(store, [key for key in there if key.startswith(f"{folder}/")])
+    known, allowed = _keys(store, settings, parts)
+    counts = Counter(part.name.split("/")[0] for part in parts)
+    begun = tuple(f"{stage}/part_{count}/" for stage, count in counts.items())  # of an append, without its group yet
+    left = [key for key in there if key.startswith(begun)]
+    foreign = [key for key in there if key not in known | allowed | beside and key not in left]
+    problems += [f"{store.location(key)} does not belong to the bank: move it elsewhere" for key in foreign]
+    sizes = [info.size for key in there if key in known and (info := store.stat(key)) is not None]
+    leftovers = [Path(store.location(key)) for key in [*store.leftovers(), *left]]
+    return VerifyReport(store.root, problems, sum(sizes), len(sizes), leftovers)
+
+
+def register_check(folder: str, check: FolderCheck) -> None:
+    """Let a folder of a bank be verified by those who write it.
+
+    Args:
+        folder: a name at the bank's top.
+        check: yields what is wrong with the objects that it is called with.
+    """
+    _CHECKS[folder] = check
 
 
 def _part_problems(part: Part) -> Iterator[str]:
@@ -80,43 +95,36 @@ def _part_problems(part: Part) -> Iterator[str]:
                 yield str(error)
     try:
         if part.sealed() is None:
-            yield f"{part.path} is not sealed: finish the build, then finalize"
-        check_seal(part)
+            yield f"{part.location} is not sealed: finish the build, then finalize"
+        part.check_seal()
     except BankError as error:
         yield str(error)
 
 
 def _shard_problems(part: Part, checkpoint: int, shard: int) -> Iterator[str]:
-    mark = part.mark(checkpoint, shard)
-    if not mark.any():
+    if not part.mark(checkpoint, shard).any():
         yield f"not done: {part.place(checkpoint, shard)}"
         return
-    for name, expected in zip(part.data(checkpoint), mark, strict=True):
+    for name in part.data(checkpoint):
         try:
-            values = part.read(checkpoint, name, shard)
+            part.read(checkpoint, name, shard)
         except BankError as error:
             yield str(error)
-            continue
-        if not np.array_equal(content_digest(values), expected):
-            yield (
-                f"{part.file(checkpoint, name, shard)} is whole, but not what was committed as "
-                f"{part.place(checkpoint, shard)}: it belongs elsewhere, or was altered"
-            )
 
 
-def _weights_problems(path: Path, settings: Settings) -> Iterator[str]:
+def _weights_problems(store: LocalStore, settings: Settings) -> Iterator[str]:
     """Read the copies of weights; files elsewhere are not the bank's."""
-    weights = Weights(path, settings, {})
-    for entry in weights_entries(settings):
-        if entry["path"] is None:
+    weights = Weights(store, store.root, settings, {})
+    for checkpoint in settings.trajectory.checkpoints:
+        if checkpoint.path is None:
             try:
-                weights.stored(entry["hash"], step=0)
+                weights.stored(checkpoint.hash, step=0)
             except BankError as error:
                 yield str(error)
 
 
-def _metrics_problems(path: Path, settings: Settings) -> Iterator[str]:
-    metrics = Metrics(path, settings.trajectory)
+def _metrics_problems(store: LocalStore, settings: Settings) -> Iterator[str]:
+    metrics = Metrics(store, settings.trajectory)
     for metric in range(len(metrics)):
         try:
             metrics.scale(metric)
@@ -124,41 +132,30 @@ def _metrics_problems(path: Path, settings: Settings) -> Iterator[str]:
             yield str(error)
 
 
-def _files(path: Path, settings: Settings, parts: list[Part]) -> tuple[set[Path], set[Path]]:
-    """Files that were read, and files that may be there besides: shards without a mark."""
-    known = {path / "zarr.json"} | {part.path.parent / "zarr.json" for part in parts}
-    allowed: set[Path] = set()
+def _keys(store: LocalStore, settings: Settings, parts: list[Part]) -> tuple[set[str], set[str]]:
+    """Objects that were read, and objects that may be there besides: shards without a mark."""
+    known = {"zarr.json"} | {f"{part.name.split('/')[0]}/zarr.json" for part in parts}
+    allowed: set[str] = set()
     for part in parts:
-        known.add(part.path / "zarr.json")
-        for name, spec in part.arrays().items():
-            known.add(part.path / name / "zarr.json")
-            is_data = name.startswith("checkpoint_")
-            if is_data:
-                known.add((part.path / name).parent / "zarr.json")
-            for shard in range(-(-spec.shape[0] // spec.height)):
-                file = part.path / name / spec.key(shard)
-                if is_data and not (part.path / name).with_name("committed").joinpath(f"c.{shard}.0.0").is_file():
-                    allowed.add(file)
-                else:
-                    known.add(file)
-    known |= _array_files(path / "metrics", [entry["hash"] for entry in _diagonals(settings)])
-    stored = [entry["hash"] for entry in weights_entries(settings) if entry["path"] is None]
-    known |= _array_files(path / "weights", stored)
+        known.add(f"{part.name}/zarr.json")
+        known |= {f"{part.name}/{name}/zarr.json" for name in part.arrays()}
+        known |= {f"{part.name}/checkpoint_{checkpoint}/zarr.json" for checkpoint in range(part.n_checkpoints)}
+        known |= {f"{part.name}/{name}/{part.arrays()[name].key(0)}" for name in ("ids", "seal")}
+        for checkpoint in range(part.n_checkpoints):
+            for shard in range(part.spec.n_shards):
+                of_shard = known if part.is_done(checkpoint, shard) else allowed
+                of_shard |= {part.key(checkpoint, name, shard) for name in (*part.data(checkpoint), "committed")}
+    known |= _array_keys(store, "metrics", list(settings.trajectory.diagonals))
+    copies = [checkpoint.hash for checkpoint in settings.trajectory.checkpoints if checkpoint.path is None]
+    known |= _array_keys(store, "weights", copies)
     return known, allowed
 
 
-def _diagonals(settings: Settings) -> list[dict[str, Any]]:
-    return [entry for entry in settings.trajectory.get("metrics", []) if "hash" in entry]
-
-
-def _array_files(group: Path, names: list[str]) -> set[Path]:
-    """The files of a group of arrays."""
-    known = {group / "zarr.json"} if names else set()
+def _array_keys(store: LocalStore, group: str, names: list[str]) -> set[str]:
+    """The objects of a group of arrays of one axis."""
+    known = {f"{group}/zarr.json"} if names else set()
     for name in names:
-        known.add(group / name / "zarr.json")
-        try:
-            array = zarr.open_array(group / name, mode="r")
-        except Exception:  # named by _weights_problems or _metrics_problems
-            continue
-        known |= {group / name / f"c.{chunk}" for chunk in range(array.nchunks)}
+        known.add(f"{group}/{name}/zarr.json")
+        shards = [key for key in store.list(f"{group}/{name}") if key.rpartition("/")[2].startswith("c.")]
+        known |= {f"{group}/{name}/c.{shard}" for shard in range(len(shards))}  # fewer or other ones were named above
     return known

@@ -1,12 +1,12 @@
 """``build`` and ``finalize``: fill a bank."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import source_proj.bank as banks
+from source_proj.bank.codecs import codec_names
 from source_proj.cli.options import BankPath, BatchSize, Device, Json, Model, Progress
 from source_proj.cli.output import emit, reports_errors, say
 from source_proj.cli.parsing import (
@@ -18,14 +18,6 @@ from source_proj.cli.text import TextOptions
 from source_proj.sketch.projections import kinds
 
 __all__ = ["build", "finalize"]
-
-
-class Storage(StrEnum):
-    """How rows are stored."""
-
-    int8 = "int8"
-    float16 = "float16"
-    float32 = "float32"
 
 
 @reports_errors
@@ -84,8 +76,8 @@ def build(
     max_grad_norm: Annotated[
         float | None, typer.Option(min=0, help="Of --hf-run; default 1, as the Trainer's.")
     ] = None,
-    metric: Annotated[
-        str | None, typer.Option(help="shared, per_segment, scalar or none: Adam's metric, with --hf-run.")
+    preconditioner: Annotated[
+        str | None, typer.Option(help="scalar, shared, per_segment or none: Adam's P, with --hf-run.")
     ] = None,
     segments: Annotated[int | None, typer.Option(min=1, help="Segments of training; score can change it.")] = None,
     sketch_dim: Annotated[int, typer.Option(min=1, help="Numbers kept per example and checkpoint.")] = 4096,
@@ -93,7 +85,7 @@ def build(
     sketch_seed: Annotated[int, typer.Option(help="Seed of the projection.")] = 0,
     sketch_nnz: Annotated[int, typer.Option(help="Non-zeros per coordinate of the sparse projection.")] = 1,
     sketch_backend: Annotated[str | None, typer.Option(help="native or torch; default: the fastest present.")] = None,
-    storage: Annotated[Storage, typer.Option(help="Type of the stored rows.")] = Storage.int8,
+    storage: Annotated[str, typer.Option(help=f"How rows are stored: {', '.join(codec_names())}.")] = "int8",
     batch_size: BatchSize = 64,
     parameters: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Parameters to attribute through; !GLOB leaves out.")
@@ -119,7 +111,7 @@ def build(
         "schedule": schedule,
         "warmup_steps": warmup_steps,
         "max_grad_norm": max_grad_norm,
-        "metric": metric,
+        "preconditioner": preconditioner,
     }
     network, training_set, chosen = text.build_from(model, data, task, task_option or ())
     made = banks.build(
@@ -142,7 +134,7 @@ def build(
         sketch=make_sketch(sketch_dim, sketch_kind, sketch_seed, sketch_nnz, sketch_backend),
         batch_size=batch_size,
         device=device,
-        storage=storage.value,
+        storage=storage,
         shard=parse_shard(shard),
         resume=resume,
         progress=progress,

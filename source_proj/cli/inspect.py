@@ -11,6 +11,7 @@ from source_proj.bank import open as open_bank
 from source_proj.bank import verify as verify_bank
 from source_proj.cli.options import BankPath, Json
 from source_proj.cli.output import emit, reports_errors, say, table
+from source_proj.trajectory.record import write_optimizer
 
 __all__ = ["inspect", "verify"]
 
@@ -77,20 +78,20 @@ def _stage(stage: StageBank) -> dict[str, Any]:
         "name": stage.name,
         "rows": stage.n,
         "first_ids": stage.ids[:5],
-        "optimizer": stage.spec["optimizer"],
-        "segments": stage.spec["segments"],
+        "optimizer": write_optimizer(stage.record.optimizer),
+        "segments": [list(group) for group in stage.record.segments],
         "sampled_fisher_draws": stage.draws,
         "checkpoints": [
             {
-                "step": step,
+                "step": checkpoint.step,
                 "lr_integral": integral,
-                "path": entry["path"],
-                "hash": entry["hash"],
+                "path": checkpoint.path,
+                "hash": checkpoint.hash,
                 "shards": sum(len(done) for done in shards),
                 "shards_done": sum(int(done.sum()) for done in shards),
             }
-            for step, integral, entry, shards in zip(
-                stage.spec["steps"], stage.spec["lr_integrals"], stage.spec["checkpoints"], committed, strict=True
+            for checkpoint, integral, shards in zip(
+                stage.record.checkpoints, stage.record.lr_integrals, committed, strict=True
             )
         ],
     }

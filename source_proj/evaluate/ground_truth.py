@@ -127,7 +127,7 @@ class GroundTruth:
         }
         where = Path(path)
         if not where.exists():
-            publish(where, lambda folder: create(folder, description, kept, retrainings), where)
+            publish(where, lambda folder: create(folder, description, kept, retrainings))
         truth = cls(where)
         truth._require(description)
         truth._grow(retrainings)

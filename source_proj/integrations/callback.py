@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from source_proj.integrations.callback_log import CallbackLog, callback_stage
 from source_proj.trajectory import Segments, Trajectory
+from source_proj.trajectory.counts import checked_count
 
 __all__ = ["RecorderCallback"]
 
@@ -35,11 +36,8 @@ class RecorderCallback:
 
     def __init__(self, dir: str | Path, every: int | None = None, at: Iterable[int] | None = None) -> None:
         self.dir = Path(dir).absolute()
-        self._every = every
-        self._at = frozenset(at or ())
-        for value in ([] if every is None else [every]) + sorted(self._at):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"every and at count optimizer steps, from 1 on, got {value!r}")
+        self._every = None if every is None else checked_count("every, in optimizer steps,", every, 1)
+        self._at = frozenset(checked_count("at, in optimizer steps,", step, 1) for step in at or ())
         self._log: CallbackLog | None = None
         self._removable: list[Any] = []
         self._squares: dict[int, Tensor] = {}  # by parameter: squared norm of its gradient, before clipping

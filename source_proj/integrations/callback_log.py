@@ -13,7 +13,6 @@ from no longer counts.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +22,10 @@ import torch
 from torch import nn
 
 from source_proj._errors import MismatchError
+from source_proj._io.files import write_files
 from source_proj.integrations.trainer_folders import read_tensors
 from source_proj.integrations.trainer_rates import clipping
-from source_proj.trajectory import Checkpoint, MetricKind, Segments, Stage
+from source_proj.trajectory import Checkpoint, PreconditionerMode, Segments, Stage
 from source_proj.trajectory.optimizers.describe import describe_state
 from source_proj.trajectory.recording.run_files import resume_name, weights_name, write_tensors
 
@@ -69,9 +69,7 @@ class CallbackLog:
                 "give the directory that its beginning was recorded in"
             )
         lines.append({"begin": step, "max_grad_norm": max_grad_norm, "format": _FORMAT})
-        temporary = dir / f".{_NAME}.tmp"
-        temporary.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, dir / _NAME)
+        write_files({dir / _NAME: "".join(f"{json.dumps(line)}\n" for line in lines).encode()})
         return cls.replay(dir, lines)
 
     @classmethod
@@ -107,10 +105,9 @@ class CallbackLog:
         if step in self.checkpoints or step == 0:
             return
         state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-        hashes = [
-            write_tensors(self.dir / weights_name(step), state),
-            write_tensors(self.dir / resume_name(step), _named(optimizer, model)),
-        ]
+        hashes = write_tensors(
+            {self.dir / weights_name(step): state, self.dir / resume_name(step): _named(optimizer, model)}
+        )
         self.checkpoints[step] = hashes
         self._append({"checkpoint": step, "sha256": hashes})
 
@@ -125,7 +122,7 @@ def is_callback_dir(dir: str | Path) -> bool:
 
 
 def callback_stage(
-    dir: str | Path, segments: Segments = 1, stage: str = "train", metric: MetricKind = "scalar"
+    dir: str | Path, segments: Segments = 1, stage: str = "train", preconditioner: PreconditionerMode = "scalar"
 ) -> Stage:
     """Read back what a :class:`RecorderCallback` recorded, without the model.
 
@@ -133,7 +130,7 @@ def callback_stage(
         dir: its directory.
         segments: as in :class:`Stage`.
         stage: the stage's name.
-        metric: as in :class:`Stage`.
+        preconditioner: as in :class:`Stage`.
 
     Raises:
         FileNotFoundError: nothing was recorded there, or a file has gone.
@@ -165,7 +162,7 @@ def callback_stage(
         describe_state(state, resume_name(steps[-1])),
         segments,
         lr_schedule=[log.rates[step] for step in range(1, steps[-1] + 1)],
-        metric=metric,
+        preconditioner=preconditioner,
         clip_factors=clipped.factors if min(clipped.factors) < 1 else None,
     )
 

@@ -12,13 +12,14 @@ from source_proj.integrations.callback_log import callback_stage, is_callback_di
 from source_proj.integrations.trainer_folders import NamedState, TrainerFolder, read_tensors, trainer_folders
 from source_proj.integrations.trainer_rates import GivenSchedule, clipping, trainer_rates
 from source_proj.integrations.trainer_weights import model_of, trainer_weights
-from source_proj.trajectory import Checkpoint, MetricKind, Optimizer, Segments, Stage
+from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage, register_reader
 from source_proj.trajectory.optimizers.describe import describe_state
 from source_proj.trajectory.optimizers.naming import parameter_names
 
 __all__ = ["hf_trainer_stage"]
 
 
+@register_reader("hf_trainer")
 def hf_trainer_stage(
     dir: str | Path,
     segments: Segments = 1,
@@ -31,7 +32,7 @@ def hf_trainer_stage(
     warmup_steps: int | None = None,
     max_grad_norm: float | None = 1.0,
     steps: Sequence[int] | None = None,
-    metric: MetricKind = "scalar",
+    preconditioner: PreconditionerMode = "scalar",
 ) -> Stage:
     r"""Read a Trainer's output folder as one stage of training.
 
@@ -56,7 +57,7 @@ def hf_trainer_stage(
         warmup_steps: steps of warm-up; default: what agrees with the known rates.
         max_grad_norm: the Trainer's argument, whose default is 1 as well; 0 or None if gradients were not clipped.
         steps: steps of the checkpoints to use; default: all.
-        metric: as in :class:`Stage`.
+        preconditioner: as in :class:`Stage`.
 
     Raises:
         FileNotFoundError: no Trainer's run, or a file is missing.
@@ -68,7 +69,7 @@ def hf_trainer_stage(
     """
     if is_callback_dir(dir):
         _refuse_options(dir, optimizer, learning_rate, schedule, warmup_steps, steps)
-        return callback_stage(dir, segments, stage, metric)
+        return callback_stage(dir, segments, stage, preconditioner)
     folders, run = trainer_folders(dir, steps)
     last = folders[-1].step
     rates = trainer_rates(run, schedule, learning_rate, warmup_steps)
@@ -94,7 +95,7 @@ def hf_trainer_stage(
         optimizer,
         segments,
         lr_schedule=rates,
-        metric=metric,
+        preconditioner=preconditioner,
         clip_factors=clipped.factors if min(clipped.factors) < 1 else None,
     )
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from source_proj._errors import MismatchError
-from source_proj.trajectory import Checkpoint, MetricKind, Optimizer, Segments, Stage
+from source_proj._io.loading import load_tensors
+from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage, register_reader
 from source_proj.trajectory.optimizers.describe import describe_state
 
 __all__ = ["lightning_stage"]
@@ -34,6 +33,7 @@ class _Saved:
         return float(self.optimizer["param_groups"][0]["lr"])
 
 
+@register_reader("lightning")
 def lightning_stage(
     dir: str | Path,
     segments: Segments = 1,
@@ -46,7 +46,7 @@ def lightning_stage(
     metrics: str | Path | None = None,
     steps: Sequence[int] | None = None,
     unpickle: bool = False,
-    metric: MetricKind = "scalar",
+    preconditioner: PreconditionerMode = "scalar",
 ) -> Stage:
     """Read the ``.ckpt`` files of a Lightning run as one stage of training.
 
@@ -68,7 +68,7 @@ def lightning_stage(
         metrics: the ``metrics.csv``; default: the one in ``dir``, below it, or in the directory above.
         steps: global steps of the checkpoints to use; default: all.
         unpickle: read files that hold more than tensors and plain values, which runs code that they contain.
-        metric: as in :class:`Stage`.
+        preconditioner: as in :class:`Stage`.
 
     Raises:
         FileNotFoundError: no ``.ckpt`` file, or not the wanted ones.
@@ -89,7 +89,15 @@ def lightning_stage(
         )
         for one in saved
     ]
-    return Stage(stage, checkpoints, optimizer, segments, lr_schedule=rates, metric=metric, clip_factors=clip_factors)
+    return Stage(
+        stage,
+        checkpoints,
+        optimizer,
+        segments,
+        lr_schedule=rates,
+        preconditioner=preconditioner,
+        clip_factors=clip_factors,
+    )
 
 
 def _saved(directory: Path, steps: Sequence[int] | None, unpickle: bool) -> list[_Saved]:
@@ -121,13 +129,8 @@ def _read(file: Path, unpickle: bool) -> _Saved:
 
 
 def _load(file: Path, unpickle: bool) -> dict[str, Any]:
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=not unpickle)
-    except Exception as error:  # torch.load lets through whatever zip, pickle and its own readers raise
-        raise MismatchError(
-            f"{str(file)!r} cannot be read as tensors and plain values alone ({type(error).__name__}: "
-            f"{str(error).strip()[:200]}): if you trust whoever wrote it, unpickle=True reads other objects too"
-        ) from error
+    remedy = "if you trust whoever wrote it, unpickle=True reads other objects too"
+    content = load_tensors(file, remedy, unpickle=unpickle)
     if not isinstance(content, dict):
         raise MismatchError(f"{str(file)!r} holds a {type(content).__name__}, and Lightning's checkpoints are dicts")
     return content

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
+from source_proj._io.files import write_file
 from source_proj.task import CausalLM, Classification, Task
 
 __all__ = ["TextData", "TextSettings", "load_pretrained", "task_for"]
@@ -42,7 +43,7 @@ class TextSettings:
     def write(self, bank: Path, options: Mapping[str, Any]) -> None:
         """Keep the settings beside a bank, with all options that it was built with."""
         content = {"text": asdict(self), "build": dict(options)}
-        _beside(bank).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_file(_beside(bank), (json.dumps(content, indent=2) + "\n").encode())
 
     @classmethod
     def read(cls, bank: Path) -> TextSettings:

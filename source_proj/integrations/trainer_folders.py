@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
-
-import torch
 
 from source_proj._errors import MismatchError
+from source_proj._io.loading import load_tensors
 
 __all__ = ["NamedState", "TrainerFolder", "logged", "read_tensors", "trainer_folders"]
 
@@ -149,14 +147,7 @@ def logged(history: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
 
 def read_tensors(file: Path) -> dict[str, Any]:
     """Read a dict of tensors and plain values; what holds other objects, and could run foreign code, is refused."""
-    try:
-        # Mapped, so that a large optimizer's moments are read when they are used.
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-    except Exception as error:  # torch.load lets through whatever zip, pickle and its own readers raise
-        raise MismatchError(
-            f"{str(file)!r} cannot be read as tensors and plain values alone "
-            f"({type(error).__name__}: {str(error).strip()[:200]})"
-        ) from error
+    content = load_tensors(file, "give the folder as the Trainer wrote it", mapped=True)  # a large optimizer's moments
     if not isinstance(content, dict):
         raise MismatchError(f"{str(file)!r} holds a {type(content).__name__}, and a dict was expected")
     return content

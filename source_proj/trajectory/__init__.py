@@ -10,32 +10,38 @@ from source_proj.trajectory.optimizers import (
     PreconditionedOptimizer,
     RMSprop,
     moments,
-    optimizer_from_spec,
 )
+from source_proj.trajectory.options import Schedule
+from source_proj.trajectory.preconditioning import ResolvedRun
+from source_proj.trajectory.readers import register_reader
+from source_proj.trajectory.record import CheckpointRef, PreconditionerMode, RunRecord, SegmentRecord, StageRecord
 from source_proj.trajectory.recording.recorder import Recorder, Stateful
-from source_proj.trajectory.segments import Segments, segment_decays, segment_times, split_segments
-from source_proj.trajectory.stages import MetricKind, Schedule, Stage
+from source_proj.trajectory.segments import Segments, split_segments
+from source_proj.trajectory.stages import Stage
 from source_proj.trajectory.trajectory import Trajectory
 
 __all__ = [
     "SGD",
     "Adam",
     "Checkpoint",
-    "MetricKind",
+    "CheckpointRef",
     "Moments",
     "Optimizer",
     "ParameterGroup",
     "PreconditionedOptimizer",
+    "PreconditionerMode",
     "RMSprop",
     "Recorder",
+    "ResolvedRun",
+    "RunRecord",
     "Schedule",
+    "SegmentRecord",
     "Segments",
     "Stage",
+    "StageRecord",
     "Stateful",
     "Trajectory",
     "moments",
-    "optimizer_from_spec",
-    "segment_decays",
-    "segment_times",
+    "register_reader",
     "split_segments",
 ]

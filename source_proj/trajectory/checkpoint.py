@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
+from source_proj._io.hashing import hash_file
+from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.optimizers.describe import kept_state
-from source_proj.trajectory.state_files import checked_path, hash_file, read_state, state_files
+from source_proj.trajectory.state_files import checked_path, read_state, state_files
 from source_proj.trajectory.wrappers import WRAPPER_PREFIXES
 
 __all__ = ["Checkpoint"]
@@ -62,11 +64,9 @@ class Checkpoint:
         lr: float | None = None,
         optimizer_state: Mapping[str, Any] | str | Path | None = None,
     ) -> None:
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"step must be an integer of at least 0, got {step!r}")
         if lr is not None and not 0 <= lr < float("inf"):
             raise ValueError(f"lr must be finite and at least 0, got {lr!r}")
-        self.step = step
+        self.step = checked_count("step", step, 0)
         self.lr = None if lr is None else float(lr)
         self.optimizer_state: Mapping[str, Any] | str | Path | None = (
             kept_state(optimizer_state) if isinstance(optimizer_state, Mapping) else optimizer_state

@@ -7,22 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Unpack, get_args
 
 import torch
 
 from source_proj.trajectory.checkpoint import Checkpoint
+from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.optimizers import SGD, Optimizer
-from source_proj.trajectory.recording.run_files import Record
+from source_proj.trajectory.options import ReadOptions, Schedule
+from source_proj.trajectory.record import CheckpointRef, PreconditionerMode, StageRecord
+from source_proj.trajectory.recording.run_files import RecordedRun
 from source_proj.trajectory.segments import Segments, split_segments
 
-__all__ = ["MetricKind", "Schedule", "Stage"]
-
-Schedule = Callable[[int], float] | Sequence[float]
-"""Learning rate of an update: a function of its number (0 for the first), or one value per update."""
-
-MetricKind = Literal["shared", "per_segment", "scalar", "none"]
-"""What becomes of a preconditioner; see :class:`Stage`."""
+__all__ = ["Stage"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +50,7 @@ class Stage:
         batch_size: examples in a micro-batch; needed for "sum".
         accumulation: micro-batches whose gradients were summed, undivided, before a step.
         final: the weights at the end, if other than the last checkpoint's (as for averaged parameters).
-        metric: what becomes of the preconditioner P of :class:`Adam` or :class:`RMSprop`, a mean over checkpoints.
+        preconditioner: what becomes of P of :class:`Adam` or :class:`RMSprop`, a mean over checkpoints.
             ``"scalar"``: a number in place of P, which scales the time and keeps what P does to the trace of the
             Hessian, Σ P v̂ / Σ v̂. ``"shared"``: one P for the stage. ``"per_segment"``: one for each segment, the
             formula to the letter, and the bank holds rows for going from one to the other. ``"none"``: P is ignored,
@@ -63,6 +60,8 @@ class Stage:
             (examples/paper/LABORATORY.md, j).
         clip_factors: what gradient clipping multiplied each update's gradient by, in [0, 1]; given like
             ``lr_schedule``. Weight decay is not clipped.
+        time_factors: the optimizer's ``time_factor`` at each update, where it changed on the way (a momentum that goes
+            in cycles); given like ``lr_schedule``. Default: the optimizer's one.
 
     Raises:
         ValueError: anything that does not add up; the message names the value.
@@ -78,15 +77,17 @@ class Stage:
     batch_size: int | None = None
     accumulation: int = 1
     final: Checkpoint | None = None
-    metric: MetricKind = "scalar"
+    preconditioner: PreconditionerMode = "scalar"
     clip_factors: Schedule | None = None
+    time_factors: Schedule | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
+        object.__setattr__(self, "checkpoints", self._checked_points())
         self._check_loss()
         self._check_steps()
-        if self.metric not in get_args(MetricKind):
-            raise ValueError(f"metric must be one of {', '.join(get_args(MetricKind))}, got {self.metric!r}")
+        modes = get_args(PreconditionerMode)
+        if self.preconditioner not in modes:
+            raise ValueError(f"preconditioner must be one of {', '.join(modes)}, got {self.preconditioner!r}")
         # Cut and integrated once, here, so that a mistake shows where it was made.
         object.__setattr__(self, "_groups", split_segments(len(self.checkpoints), self.segments))
         object.__setattr__(self, "_integrals", self._integrate())
@@ -112,20 +113,19 @@ class Stage:
 
     @property
     def lr_integrals(self) -> list[float]:
-        """Σ lr · loss_scale · clip over the steps from the stage's start to each checkpoint (no momentum factor)."""
+        """Σ lr · loss_scale · clip over the steps from the stage's start to each checkpoint.
+
+        Times ``time_factors`` where they are given; else without the optimizer's own.
+        """
         return list(self.__dict__["_integrals"])
 
     @classmethod
-    def from_recorder(
-        cls,
-        dir: str | Path,
-        segments: Segments = 1,
-        loss_reduction: str = "mean",
-        batch_size: int | None = None,
-        accumulation: int = 1,
-        metric: MetricKind = "scalar",
-    ) -> Stage:
+    def from_recorder(cls, dir: str | Path, **options: Unpack[ReadOptions]) -> Stage:
         """Read back what a :class:`Recorder` wrote, without the model.
+
+        Args:
+            dir: the Recorder's directory.
+            **options: ``segments``, ``preconditioner``, ``loss_reduction``, ``batch_size``, ``accumulation``.
 
         Raises:
             FileNotFoundError: no run was recorded there, or a checkpoint file has gone.
@@ -133,22 +133,19 @@ class Stage:
             ValueError: no checkpoint was recorded yet.
         """
         directory = Path(dir).absolute()
-        record = Record.read(directory)
-        if record is None:
+        run = RecordedRun.read(directory)
+        if run is None:
             raise FileNotFoundError(f"no run was recorded in {str(directory)!r}: give the directory of a Recorder")
-        if not record.checkpoints:
+        if not run.checkpoints:
             raise ValueError(f"the run in {str(directory)!r} has no checkpoint yet: take a step, then record it")
         return cls(
-            record.stage,
-            [checkpoint.open(directory) for checkpoint in record.checkpoints],
-            record.optimizer,
-            segments,
-            lr_schedule=record.rates(),
-            clip_factors=record.clip_factors(),
-            loss_reduction=loss_reduction,
-            batch_size=batch_size,
-            accumulation=accumulation,
-            metric=metric,
+            run.stage,
+            [checkpoint.open(directory) for checkpoint in run.checkpoints],
+            run.optimizer,
+            lr_schedule=run.rates(),
+            clip_factors=run.clip_factors(),
+            time_factors=run.time_factors(),
+            **options,
         )
 
     def average_parameters(self) -> Stage:
@@ -162,45 +159,53 @@ class Stage:
         averaged = [_average([self.checkpoints[i] for i in group]) for group in groups]
         return replace(self, checkpoints=averaged, segments=len(averaged), final=self.final or self.checkpoints[-1])
 
-    def spec(self) -> dict[str, Any]:
-        """Describe the stage in JSON-able terms, as the bank writes it down.
+    def describe(self) -> StageRecord:
+        """The stage's record as far as it is known without a model: no preconditioner is read.
 
         The optimizer's weight decay is stated for the mean loss, that is, divided by :attr:`loss_scale`.
         """
         optimizer = self.optimizer.with_decay_divided(self.loss_scale)
-        final = self.final or self.checkpoints[-1]
-        described = {
-            "name": self.name,
-            "optimizer": optimizer.spec(),
-            "loss_scale": self.loss_scale,
-            "start_step": self.start_step,
-            "steps": [c.step for c in self.checkpoints],
-            "lr_integrals": self.lr_integrals,
-            "segments": self.segment_indices,
-            "checkpoints": [{"step": c.step, "path": _path(c), "hash": c.hash()} for c in self.checkpoints],
-            "final": {"path": _path(final), "hash": final.hash()},
-        }
-        if self.clip_factors is not None:
-            described["lr_sums"] = self._integrate(clipped=False)
-        if self.optimizer.preconditioned:
-            described["metric"] = self.metric
-        return described
+        return StageRecord(
+            name=self.name,
+            optimizer=optimizer,
+            preconditioner="none",
+            loss_scale=self.loss_scale,
+            start_step=self.start_step,
+            checkpoints=tuple(map(_reference, self.checkpoints)),
+            final=_reference(self.final or self.checkpoints[-1]),
+            segments=tuple(map(tuple, self.segment_indices)),
+            lr_integrals=tuple(self.lr_integrals),
+            lr_sums=None if self.clip_factors is None else tuple(self._integrate(clipped=False)),
+            time_factor=optimizer.time_factor if self.time_factors is None else 1.0,
+            scalars=None,
+            decays=None,
+            metrics=(0,) * len(self.checkpoints),
+        )
+
+    def _checked_points(self) -> tuple[Checkpoint, ...]:
+        for point in self.checkpoints:
+            if isinstance(point, Stage):
+                raise TypeError(
+                    f"checkpoints holds the stage {point.name!r}: put stages together by Trajectory.from_stages([...])"
+                )
+            if not isinstance(point, Checkpoint):
+                raise TypeError(f"checkpoints must be Checkpoint(state, step) each, got a {type(point).__name__}")
+        return tuple(self.checkpoints)
 
     def _check_loss(self) -> None:
         if self.loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {self.loss_reduction!r}")
         if self.loss_reduction == "sum" and self.batch_size is None:
             raise ValueError("loss_reduction='sum' needs batch_size, the number of examples that were summed")
-        for name in ("batch_size", "accumulation"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        for name, least in (("batch_size", 1), ("accumulation", 1), ("start_step", 0)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, checked_count(name, getattr(self, name), least))
 
     def _check_steps(self) -> None:
         if not self.checkpoints:
             raise ValueError(f"stage {self.name!r} has no checkpoint: give at least one")
         steps = [c.step for c in self.checkpoints]
-        if self.start_step < 0 or steps[0] < self.start_step:
+        if steps[0] < self.start_step:
             raise ValueError(f"checkpoint at step {steps[0]} lies before start_step={self.start_step}")
         for before, after in pairwise(steps):
             if before >= after:
@@ -216,9 +221,11 @@ class Stage:
     def _integrate(self, clipped: bool = True) -> list[float]:
         steps = [c.step for c in self.checkpoints]
         rate = self._rate(steps[-1])
-        factor = None if self.clip_factors is None or not clipped else self._function("clip_factors", steps[-1], 1.0)
+        factors = [self._function("clip_factors", steps[-1], 1.0)] if clipped and self.clip_factors is not None else []
+        if self.time_factors is not None:
+            factors.append(self._function("time_factors", steps[-1], math.inf))
         parts = [
-            math.fsum(rate(t) if factor is None else rate(t) * factor(t) for t in range(begin, end))
+            math.fsum(math.prod((factor(t) for factor in factors), start=rate(t)) for t in range(begin, end))
             for begin, end in pairwise([self.start_step, *steps])
         ]  # fsum: correctly rounded, so the same on every platform
         return [self.loss_scale * total for total in accumulate(parts)]
@@ -266,8 +273,9 @@ class Stage:
         return checked
 
 
-def _path(checkpoint: Checkpoint) -> str | None:
-    return None if checkpoint.path is None else str(checkpoint.path)
+def _reference(checkpoint: Checkpoint) -> CheckpointRef:
+    path = None if checkpoint.path is None else str(checkpoint.path)
+    return CheckpointRef(checkpoint.step, path, checkpoint.hash())
 
 
 def _average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:

@@ -1,17 +1,15 @@
-"""Files that hold a model's state: which they are, how they are read, what they hash to."""
+"""Files that hold a model's state: which they are, and how they are read."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["checked_path", "hash_file", "read_state", "state_files"]
+from source_proj._io.loading import load_safetensors, load_tensors
+
+__all__ = ["checked_path", "read_state", "state_files"]
 
 _INDEX = ".safetensors.index.json"  # transformers' name for the list of a state's files
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -63,24 +61,12 @@ def _read_parts(path: Path) -> dict[str, Tensor]:
     places = _weight_map(path)
     state: dict[str, Tensor] = {}
     for file in state_files(path)[1:]:
-        state |= _load_part(file)
+        state |= load_safetensors(file)
     absent = [name for name in places if name not in state]
     if absent or len(state) > len(places):
         others = absent or [name for name in state if name not in places]
         raise ValueError(f"{str(path)!r} and its files do not hold the same entries: {', '.join(others[:_LISTED])}")
     return state
-
-
-def _load_part(path: Path) -> dict[str, Tensor]:
-    """Read one safetensors file.
-
-    Raises:
-        ValueError: it is corrupt.
-    """
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} is no whole safetensors file ({error}): write it anew") from error
 
 
 def read_state(path: Path) -> object:
@@ -92,17 +78,5 @@ def read_state(path: Path) -> object:
     if path.name.endswith(_INDEX):
         return _read_parts(path)
     if path.suffix == ".safetensors":
-        return _load_part(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load lets through whatever zip, pickle and its own readers raise
-        raise ValueError(
-            f"{str(path)!r} cannot be read as tensors alone ({type(error).__name__}: {str(error).strip()[:300]}): "
-            "it is corrupt, or holds other objects; save model.state_dict() alone"
-        ) from error
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return load_safetensors(path)
+    return load_tensors(path, "save model.state_dict() alone")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
+
+from torch import nn
 
 from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.optimizers import SGD, Optimizer
+from source_proj.trajectory.options import ReadOptions, Schedule, StageOptions
+from source_proj.trajectory.preconditioning import Coordinates, ResolvedRun, resolve_run
+from source_proj.trajectory.readers import stage_reader
+from source_proj.trajectory.record import PreconditionerMode
 from source_proj.trajectory.segments import Segments
-from source_proj.trajectory.stages import MetricKind, Schedule, Stage
+from source_proj.trajectory.stages import Stage
 
 __all__ = ["Trajectory"]
 
@@ -36,12 +41,8 @@ class Trajectory:
         optimizer: Optimizer = SGD(),  # noqa: B008 (frozen)
         segments: Segments = 1,
         lr_schedule: Schedule | None = None,
-        start_step: int = 0,
-        loss_reduction: str = "mean",
-        batch_size: int | None = None,
-        accumulation: int = 1,
-        metric: MetricKind = "scalar",
-        clip_factors: Schedule | None = None,
+        preconditioner: PreconditionerMode = "scalar",
+        **options: Unpack[StageOptions],
     ) -> None:
         stage = Stage(
             "train",
@@ -49,12 +50,8 @@ class Trajectory:
             optimizer,
             segments,
             lr_schedule,
-            start_step,
-            loss_reduction,
-            batch_size,
-            accumulation,
-            metric=metric,
-            clip_factors=clip_factors,
+            preconditioner=preconditioner,
+            **options,
         )
         self.stages: tuple[Stage, ...] = (stage,)
 
@@ -76,17 +73,9 @@ class Trajectory:
         return trajectory
 
     @classmethod
-    def from_recorder(
-        cls,
-        dir: str | Path,
-        segments: Segments = 1,
-        loss_reduction: str = "mean",
-        batch_size: int | None = None,
-        accumulation: int = 1,
-        metric: MetricKind = "scalar",
-    ) -> Trajectory:
+    def from_recorder(cls, dir: str | Path, **options: Unpack[ReadOptions]) -> Trajectory:
         """Read back what a :class:`Recorder` wrote, without the model; see :meth:`Stage.from_recorder`."""
-        return cls.from_stages([Stage.from_recorder(dir, segments, loss_reduction, batch_size, accumulation, metric)])
+        return cls.from_stages([Stage.from_recorder(dir, **options)])
 
     @classmethod
     def from_hf_trainer(
@@ -99,13 +88,13 @@ class Trajectory:
             segments: as in :class:`Stage`.
             stage: the stage's name.
             **options: ``model``, ``optimizer``, ``learning_rate``, ``schedule``, ``warmup_steps``, ``max_grad_norm``,
-                ``steps``, ``metric``; see :func:`source_proj.integrations.hf_trainer_stage`.
+                ``steps``, ``preconditioner``; see :func:`source_proj.integrations.hf_trainer_stage`.
 
         Raises:
             ValueError: something cannot be inferred; the message names the argument to give.
             MismatchError: the files, or an argument and the files, contradict each other.
         """
-        return cls.from_stages([_integration("hf_trainer_stage")(dir, segments, stage, **options)])
+        return cls.from_stages([stage_reader("hf_trainer")(dir, segments, stage, **options)])
 
     @classmethod
     def from_lightning(
@@ -118,13 +107,13 @@ class Trajectory:
             segments: as in :class:`Stage`.
             stage: the stage's name.
             **options: ``prefix``, ``optimizer``, ``schedule``, ``clip_factors``, ``metrics``, ``steps``, ``unpickle``,
-                ``metric``; see :func:`source_proj.integrations.lightning_stage`.
+                ``preconditioner``; see :func:`source_proj.integrations.lightning_stage`.
 
         Raises:
             ValueError: something cannot be inferred; the message names the argument to give.
             MismatchError: the files, or an argument and the files, contradict each other.
         """
-        return cls.from_stages([_integration("lightning_stage")(dir, segments, stage, **options)])
+        return cls.from_stages([stage_reader("lightning")(dir, segments, stage, **options)])
 
     def __repr__(self) -> str:
         parts = (f"{s.name}: {len(s.checkpoints)} checkpoints, {len(s.segment_indices)} segments" for s in self.stages)
@@ -143,11 +132,17 @@ class Trajectory:
         """
         return Trajectory.from_stages([stage.average_parameters() for stage in self.stages])
 
-    def spec(self) -> dict[str, Any]:
-        """Describe the trajectory in JSON-able terms; equal specs mean equal runs."""
-        return {"stages": [stage.spec() for stage in self.stages]}
+    def resolve(self, model: nn.Module, space: Coordinates) -> ResolvedRun:
+        """Read all that a bank keeps of the run: hashes, integrated learning rates, and optimizer states.
 
+        For a segment's (or stage's) checkpoints, P is the mean of their preconditioners (Adam's bias-corrected at each
+        one's own step); a checkpoint of step 0, which has no second moment, does not count.
 
-def _integration(name: str) -> Any:
-    """A function of the room of integrations, which stands above this one: loaded by name, when it is called."""
-    return getattr(import_module("source_proj.integrations"), name)
+        Args:
+            model: gives the order of parameters, which an optimizer's state follows.
+            space: the attributed parameters, such as :meth:`source_proj.gradients.ParameterSpace.from_model` gives.
+
+        Raises:
+            MismatchError: a state is missing or does not fit.
+        """
+        return resolve_run(self.stages, model, space)

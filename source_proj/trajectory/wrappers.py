@@ -1,25 +1,22 @@
-"""Names of parameters without what wrappers (DistributedDataParallel, torch.compile, Lightning) put before them."""
+"""What wrappers put before every name of a model's state: DistributedDataParallel, torch.compile, Lightning."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Collection
 
 __all__ = ["WRAPPER_PREFIXES", "unwrapped_name"]
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
-def unwrapped_name(name: str, model: nn.Module) -> str:
-    """A name as the model has it, wrappers' prefixes cut off; the name itself if the model has no such parameter.
+def unwrapped_name(name: str, own: Collection[str]) -> str:
+    """A name without a wrapper's prefix, where only that makes it one of a model's own.
 
-    >>> unwrapped_name("_orig_mod.module.weight", nn.Linear(1, 1))
-    'weight'
+    Example:
+        >>> unwrapped_name("module.weight", {"weight"}), unwrapped_name("module.weight", {"module.weight"})
+        ('weight', 'module.weight')
     """
-    own = {own_name for own_name, _ in model.named_parameters()}
-    bare = name
-    while bare not in own:
-        prefix = next((prefix for prefix in WRAPPER_PREFIXES if bare.startswith(prefix)), None)
-        if prefix is None:
-            return name
-        bare = bare.removeprefix(prefix)
-    return bare
+    for prefix in WRAPPER_PREFIXES:
+        if name not in own and name.removeprefix(prefix) in own:
+            return name.removeprefix(prefix)
+    return name

@@ -91,13 +91,14 @@ def naive_source(bank: sp.Bank, queries: Tensor, groups: list[list[list[int]]], 
     """
     segments, start = [], 0
     for stage, own in zip(bank.stages, groups, strict=True):
-        factor = (1 - stage.spec["optimizer"]["dampening"]) / (1 - stage.spec["optimizer"]["momentum"])
-        decay, before = stage.spec["optimizer"]["weight_decay"], 0.0
+        optimizer, integrals = stage.record.optimizer, stage.record.lr_integrals
+        factor = (1 - optimizer.dampening) / (1 - optimizer.momentum)
+        decay, before = optimizer.weight_decay, 0.0
         for group in own:
             g = torch.stack([_loss_gradients(stage, c) for c in group])  # (C, n, k)
             hessian = sum(torch.outer(a, a) for one in g for a in one) / (stage.n * len(group))
-            time = factor * (stage.spec["lr_integrals"][group[-1]] - before)
-            before = stage.spec["lr_integrals"][group[-1]]
+            time = factor * (integrals[group[-1]] - before)
+            before = integrals[group[-1]]
             segments.append((start, stage.n, time, decay, hessian, g.mean(0)))
         start += stage.n
     scores = torch.zeros(len(queries), bank.n_rows, dtype=torch.float64)

@@ -48,20 +48,20 @@ def assert_equal_scores(found, expected):
     np.testing.assert_allclose(np.asarray(found), expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("metric", ["shared", "per_segment"])
+@pytest.mark.parametrize("mode", ["shared", "per_segment"])
 @pytest.mark.parametrize("segments", [1, 2, 3])
-def test_scores_equal_the_dense_formula(tmp_path, metric, segments):
+def test_scores_equal_the_dense_formula(tmp_path, mode, segments):
     """Law 4: several metrics with R = I equal S = exp(-s (P H + λ)) and its integral in the full space."""
-    problem = adam_run(metric=metric, segments=segments)
+    problem = adam_run(preconditioner=mode, segments=segments)
     stage = problem.trajectory.stages[0]
     shared = preconditioner(problem, stage.checkpoints)
     dense, before = [], 0
     for group in stage.segment_indices:
-        p = shared if metric == "shared" else preconditioner(problem, [stage.checkpoints[c] for c in group])
+        p = shared if mode == "shared" else preconditioner(problem, [stage.checkpoints[c] for c in group])
         dense.append(dense_segment(problem, stage, group, problem.train, 0, p, 0.3, before))
         before = stage.checkpoints[group[-1]].step
     bank = problem.build(tmp_path / "bank")
-    assert len(bank.metrics) == (1 if metric == "shared" else segments)
+    assert len(bank.metrics) == (1 if mode == "shared" else segments)
     method = source(problem, bank)
     expected = dense_scores(dense, query_gradients(problem), len(problem.train))
     assert_equal_scores(method.score(problem.queries), expected)
@@ -81,7 +81,7 @@ def test_stages_of_different_optimizers_are_crossed(tmp_path):
     makers = [lambda: torch.optim.SGD(model.parameters(), lr=LR), lambda: adamw(model), lambda: adamw(model)]
     kinds = [sp.SGD(), sp.Adam(**ADAM), sp.Adam(**ADAM)]
     stages = [
-        sp.Stage(name, train(model, make(), *data, 2), kind, metric="shared")
+        sp.Stage(name, train(model, make(), *data, 2), kind, preconditioner="shared")
         for name, make, data, kind in zip("abc", makers, sets, kinds, strict=True)
     ]
     data = {name: TensorDataset(*one) for name, one in zip("abc", sets, strict=True)}
@@ -115,7 +115,7 @@ def test_adam_with_the_identity_is_sgd(tmp_path):
     adam = sp.Adam(betas=(0.9, 0.0), eps=0.0, weight_decay=0.3)
     scores = {}
     for name, optimizer in {"adam": adam, "sgd": sp.SGD(weight_decay=0.3)}.items():
-        problem.trajectory = sp.Trajectory(ones, optimizer, segments=2, metric="per_segment")
+        problem.trajectory = sp.Trajectory(ones, optimizer, segments=2, preconditioner="per_segment")
         bank = problem.build(tmp_path / name)
         scores[name] = np.asarray(source(problem, bank).score(problem.queries))
     np.testing.assert_array_equal(scores["adam"], scores["sgd"])
@@ -124,7 +124,7 @@ def test_adam_with_the_identity_is_sgd(tmp_path):
 @pytest.mark.parametrize("curvature", ["gauss_newton", "sampled_fisher"])
 def test_every_curvature_crosses(tmp_path, curvature):
     """The recursion by segment and the collapsed B agree, and a sketch of another kind is crossed as well."""
-    problem = adam_run(metric="per_segment", segments=3)
+    problem = adam_run(preconditioner="per_segment", segments=3)
     for sketch in (None, sp.Sketch(dim=13, seed=3), sp.Sketch(dim=12, kind="kronecker")):
         bank = problem.build(tmp_path / f"bank{sketch and sketch.kind}", sketch=sketch, sampled_fisher=2)
         method = source(problem, bank, curvature=curvature, damping="noise", query_gradient="mean")
@@ -135,7 +135,7 @@ def test_every_curvature_crosses(tmp_path, curvature):
 
 
 def test_self_influence_is_the_score_of_the_own_loss(tmp_path):
-    problem = adam_run(metric="per_segment", segments=2)
+    problem = adam_run(preconditioner="per_segment", segments=2)
     bank = problem.build(tmp_path / "bank")
     dense = []
     for group, before in zip([[0, 1], [2, 3]], (0, 2 * EVERY), strict=True):
@@ -251,16 +251,16 @@ def of_groups(problem, weight, bias):
     ).double()
 
 
-@pytest.mark.parametrize("metric", ["shared", "per_segment"])
-def test_groups_with_one_decay_are_exact(tmp_path, metric):
+@pytest.mark.parametrize("mode", ["shared", "per_segment"])
+def test_groups_with_one_decay_are_exact(tmp_path, mode):
     """Learning rates are part of P; a decay whose product with the learning rate is the same everywhere is a number."""
-    problem = groups_run(decays=(0.3, 0.1), metric=metric)
+    problem = groups_run(decays=(0.3, 0.1), preconditioner=mode)
     stage = problem.trajectory.stages[0]
     scale = of_groups(problem, 1.0, 3.0)
     p = [scale / (grouped_moments(problem, c).sqrt() + ADAM["eps"]) for c in stage.checkpoints]
     dense = []
     for group, before in zip([[0, 1], [2, 3]], (0, 2 * EVERY), strict=True):
-        own = group if metric == "per_segment" else [0, 1, 2, 3]
+        own = group if mode == "per_segment" else [0, 1, 2, 3]
         mean = torch.stack([p[c] for c in own]).mean(0)
         dense.append(dense_segment(problem, stage, group, problem.train, 0, mean, 0.3, before))
     bank = problem.build(tmp_path / "bank")
@@ -270,7 +270,7 @@ def test_groups_with_one_decay_are_exact(tmp_path, metric):
 
 def test_differing_decays_are_replaced_by_their_mean_where_gradients_are(tmp_path):
     """λ̄ = Σ Λ P v̂ / Σ P v̂; it errs less than either decay taken for all."""
-    problem = groups_run(decays=(0.5, 0.0), scale=1.0, segments=1, metric="shared")
+    problem = groups_run(decays=(0.5, 0.0), scale=1.0, segments=1, preconditioner="shared")
     stage = problem.trajectory.stages[0]
     p = torch.stack([1 / (grouped_moments(problem, c).sqrt() + ADAM["eps"]) for c in stage.checkpoints]).mean(0)
     v = torch.stack([grouped_moments(problem, c) for c in stage.checkpoints]).mean(0)
@@ -295,7 +295,7 @@ def test_coupled_decay_is_its_mean_too(tmp_path):
     def make(model):
         return torch.optim.Adam(model.parameters(), lr=LR, weight_decay=0.02, **ADAM)
 
-    problem = run(sp.Adam(**ADAM, weight_decay=0.02, decoupled=False), make, segments=1, metric="shared")
+    problem = run(sp.Adam(**ADAM, weight_decay=0.02, decoupled=False), make, segments=1, preconditioner="shared")
     stage = problem.trajectory.stages[0]
     moments = [second_moments(c, names_of(problem), ADAM["betas"][1]) for c in stage.checkpoints]
     p = torch.stack([1 / (v.sqrt() + ADAM["eps"]) for v in moments]).mean(0)
@@ -306,7 +306,7 @@ def test_coupled_decay_is_its_mean_too(tmp_path):
 
 def test_scalar_metric_scales_the_time(tmp_path):
     """One number a checkpoint, Σ P v̂ / Σ v̂, in place of P: rows are plain gradients, and weights decay as they did."""
-    problem = adam_run(metric="scalar")
+    problem = adam_run(preconditioner="scalar")
     stage = problem.trajectory.stages[0]
     dense, before = [], 0.0
     for group in stage.segment_indices:
@@ -332,19 +332,19 @@ def test_no_metric_needs_no_state(tmp_path):
     problem = adam_run()
     bare = [sp.Checkpoint(c.load(), c.step, LR) for c in problem.trajectory.stages[0].checkpoints]
     for optimizer, name in ((sp.Adam(weight_decay=0.3), "adam"), (sp.SGD(weight_decay=0.3), "sgd")):
-        problem.trajectory = sp.Trajectory(bare, optimizer, segments=2, metric="none")
+        problem.trajectory = sp.Trajectory(bare, optimizer, segments=2, preconditioner="none")
         scores = source(problem, problem.build(tmp_path / name)).score(problem.queries)
         if name == "adam":
             expected = np.asarray(scores)
     np.testing.assert_array_equal(np.asarray(scores), expected)
     problem.trajectory = sp.Trajectory(bare, sp.Adam(), segments=2)
-    with pytest.raises(sp.MismatchError, match=r"has no optimizer_state.*Recorder.*metric='none'"):
+    with pytest.raises(sp.MismatchError, match=r"has no optimizer_state.*Recorder.*preconditioner='none'"):
         problem.build(tmp_path / "refused")
 
 
 def test_clipping_shortens_the_time_and_not_the_decay(tmp_path):
     factors = [0.5] * (2 * EVERY) + [1.0] * (2 * EVERY)
-    problem = adam_run(clip_factors=factors, metric="shared")
+    problem = adam_run(clip_factors=factors, preconditioner="shared")
     bank = problem.build(tmp_path / "bank")
     clipped = source(problem, bank).segments
     assert [one.time for one in clipped] == pytest.approx([LR * EVERY, LR * 2 * EVERY])
@@ -355,7 +355,7 @@ def test_clipping_shortens_the_time_and_not_the_decay(tmp_path):
 
 def test_other_methods_are_in_the_checkpoints_metrics(tmp_path):
     """Each of their inner products is ∇mᵀ P g."""
-    problem = adam_run(metric="per_segment", segments=2, weight_decay=0.0)
+    problem = adam_run(preconditioner="per_segment", segments=2, weight_decay=0.0)
     bank = problem.build(tmp_path / "bank")
     stage, n = problem.trajectory.stages[0], len(problem.train)
     p = [preconditioner(problem, stage.checkpoints[:2])] * 2 + [preconditioner(problem, stage.checkpoints[2:])] * 2
@@ -384,7 +384,7 @@ def test_other_methods_are_in_the_checkpoints_metrics(tmp_path):
 
 
 def test_segments_across_metrics_are_refused(tmp_path):
-    problem = adam_run(metric="per_segment", segments=2)
+    problem = adam_run(preconditioner="per_segment", segments=2)
     bank = problem.build(tmp_path / "bank")
     with pytest.raises(ValueError, match=r"joins checkpoints whose rows are in different metrics, \[0, 1\]"):
         source(problem, bank, segments=1)
@@ -398,7 +398,7 @@ def test_a_dead_parameter_counts_as_unmoved(tmp_path):
         model[0].weight.register_hook(lambda gradient: gradient * (torch.arange(5) > 0))
         return adamw(model)
 
-    problem = run(sp.Adam(**ADAM), make, metric="shared")
+    problem = run(sp.Adam(**ADAM), make, preconditioner="shared")
     bank = problem.build(tmp_path / "bank")
     scale = bank.metrics.scale(0)[:20].view(4, 5)
     assert (scale[:, 0] == 0).all()
@@ -406,8 +406,8 @@ def test_a_dead_parameter_counts_as_unmoved(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["shape", "count", "kind", "wrapped"])
-@pytest.mark.parametrize("metric", ["scalar", "shared"])
-def test_states_that_do_not_fit_are_refused(tmp_path, change, metric):
+@pytest.mark.parametrize("mode", ["scalar", "shared"])
+def test_states_that_do_not_fit_are_refused(tmp_path, change, mode):
     problem = adam_run()
     first = problem.trajectory.stages[0].checkpoints[0]
     state = first.optimizer_state
@@ -423,7 +423,7 @@ def test_states_that_do_not_fit_are_refused(tmp_path, change, metric):
     else:
         state, match = {"weights": {}}, r"must be an optimizer's state_dict\(\), and has \['weights'\]"
     only = [sp.Checkpoint(first.load(), EVERY, LR, state)]
-    problem.trajectory = sp.Trajectory(only, sp.Adam(**ADAM), metric=metric)
+    problem.trajectory = sp.Trajectory(only, sp.Adam(**ADAM), preconditioner=mode)
     with pytest.raises(sp.MismatchError, match=match):
         problem.build(tmp_path / "bank")
 

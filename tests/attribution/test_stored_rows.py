@@ -7,9 +7,9 @@ from problems import classification, two_stages
 
 import source_proj as sp
 from source_proj.attribution.fits import FitCache
-from source_proj.bank.quantize import decode
+from source_proj.bank.codecs import codec_names, find_codec
 
-STORAGES = ("float32", "float16", "int8")
+STORAGES = codec_names()
 DIRECT = {
     "tracin": (sp.TracIn, {}),
     "graddot": (sp.GradDot, {}),
@@ -53,8 +53,8 @@ def decoded_copy(monkeypatch):
 
     def decoded(self, checkpoint):
         for block in original(self, checkpoint):
-            rows = decode(block.rows.numpy(), None if block.scale is None else block.scale.numpy())
-            yield type(block)(block.start, block.stop, rows, None, block.d1)
+            rows = block.codec.decode(block.rows, block.scale)
+            yield type(block)(block.start, block.stop, rows, None, block.d1, find_codec("float32"))
 
     monkeypatch.setattr(sp.StageBank, "iter_encoded", decoded)
 
@@ -67,7 +67,7 @@ def test_stored_rows_score_as_their_float32_copies(banks, name, storage, monkeyp
     one = method(by_storage[storage], model=problem.model, progress=False, **options)
     features = one.sketch(problem.queries)
     dtypes = {operand.rows.dtype for term in one._terms(one.banks[0], features[0]) for operand in term.train}
-    assert dtypes == {getattr(torch, storage)}
+    assert dtypes == {find_codec(storage).dtype}
     direct = one.score(features)
     decoded_copy(monkeypatch)
     close(direct, one.score(features))
@@ -120,8 +120,8 @@ def test_the_storage_of_b_is_stated_counted_and_bounded_in_error(banks, storage)
     exact = sp.Source(bank, model=problem.model, progress=False)
     features = exact.sketch(problem.queries)
     stored = sp.Source(bank, model=problem.model, progress=False, storage=storage)
-    matrix, b = stored._of(bank).matrix(stored.storage), exact._of(bank).matrix("float32").rows
-    assert matrix.rows.dtype == getattr(torch, storage)
+    matrix, b = stored._of(bank).matrix(stored.codec), exact._of(bank).matrix(exact.codec).rows
+    assert matrix.rows.dtype == find_codec(storage).dtype
     in_memory = matrix.rows.nbytes + (0 if matrix.scale is None else matrix.scale.nbytes)
     assert stored.nbytes() == in_memory
     assert f"B: 50 x 24 {storage}" in repr(stored)

@@ -59,7 +59,7 @@ def make_run(checkpoints: int = 2, n: int = N) -> Run:
     return Run(make_model(), Classification(), trajectory, make_data(n))
 
 
-def make_adam_run(metric: str = "per_segment", seed: int = 0) -> Run:
+def make_adam_run(mode: str = "per_segment", seed: int = 0) -> Run:
     """Four checkpoints in two segments, with second moments of random size."""
     checkpoints = []
     for i, state in enumerate(make_states(4)):
@@ -70,7 +70,7 @@ def make_adam_run(metric: str = "per_segment", seed: int = 0) -> Run:
         }
         optimizer_state = {"state": entries, "param_groups": [{"params": [0, 1, 2, 3]}]}
         checkpoints.append(Checkpoint(state, 10 * (i + 1), 0.1, optimizer_state))
-    trajectory = Trajectory(checkpoints, Adam(weight_decay=0.1), segments=2, metric=metric)
+    trajectory = Trajectory(checkpoints, Adam(weight_decay=0.1), segments=2, preconditioner=mode)
     return Run(make_model(), Classification(), trajectory, make_data())
 
 

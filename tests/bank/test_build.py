@@ -75,11 +75,11 @@ def test_what_the_bank_says_of_itself(run, built):
     assert built.ids == list(range(N))
     assert built.sketch == SKETCH
     assert built.task_spec == run.task.spec()
-    assert built.trajectory_spec == run.trajectory.spec()
+    assert built.trajectory == run.trajectory.resolve(run.model, ParameterSpace.from_model(run.model)).record
     assert ParameterSpace.from_spec(built.space_spec) == ParameterSpace.from_model(run.model)
     stage = built.stages[0]
     assert (stage.name, stage.n, stage.n_checkpoints, stage.draws) == ("train", N, 2, 0)
-    assert stage.spec == run.trajectory.spec()["stages"][0]
+    assert stage.record == run.trajectory.stages[0].describe()
     assert "torch" in built.versions
     assert built.missing() == []
 
@@ -393,7 +393,7 @@ def test_checkpoint_files_are_referred_to(run, tmp_path):
     assert bank.final_checkpoint().path == home / "run" / "1.pt"
     home.rename(tmp_path / "moved")  # together, they find each other
     moved = banks.open(tmp_path / "moved" / "bank")
-    assert moved.final_checkpoint().hash() == bank.trajectory_spec["stages"][0]["final"]["hash"]
+    assert moved.final_checkpoint().hash() == bank.trajectory.final.hash
     torch.save(make_states(1, seed=9)[0], tmp_path / "moved" / "run" / "1.pt")
     with pytest.raises(MismatchError, match="step 20 changed"):
         moved.final_checkpoint()

@@ -74,9 +74,9 @@ def test_a_shared_metric_crosses_nothing(tmp_path):
     assert not any("_metric_" in name for name in content(bank.path))
 
 
-@pytest.mark.parametrize("metric", ["scalar", "none"])
-def test_plain_rows_stay_plain(tmp_path, metric):
-    bank = make_adam_run(metric).build(tmp_path / "bank")
+@pytest.mark.parametrize("mode", ["scalar", "none"])
+def test_plain_rows_stay_plain(tmp_path, mode):
+    bank = make_adam_run(mode).build(tmp_path / "bank")
     plain = make_run(4).build(tmp_path / "plain")
     for checkpoint in range(4):
         assert torch.equal(rows(bank, checkpoint), rows(plain, checkpoint))

@@ -146,11 +146,11 @@ def test_build_makes_the_bank_that_the_library_makes(call, tmp_path, extra):
 def test_trajectories_come_from_elsewhere_too(call, tmp_path, where, segments):
     base = [one for one in ARGUMENTS if one not in ("--recorder", "run", "--segments", "2")]
     call("build", tmp_path / "bank", *base, *where)
-    stage = sp.open(tmp_path / "bank").trajectory_spec["stages"][0]
-    assert stage["steps"] == [10, 20, 30]
-    assert stage["segments"] == segments
-    assert stage["lr_integrals"] == pytest.approx([1.0, 2.0, 3.0])
-    assert stage["optimizer"]["momentum"] == 0.5
+    (stage,) = sp.open(tmp_path / "bank").trajectory.stages
+    assert stage.steps == (10, 20, 30)
+    assert [list(group) for group in stage.segments] == segments
+    assert stage.lr_integrals == pytest.approx((1.0, 2.0, 3.0))
+    assert stage.optimizer == sp.SGD(momentum=0.5)
 
 
 def test_a_bank_built_in_parts_equals_one_built_at_a_stretch(call, tmp_path, home):

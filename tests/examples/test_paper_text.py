@@ -132,18 +132,22 @@ def test_recorded_runs_are_attributed(make_problem, tmp_path, name):
     assert scores.std() > 0
 
 
+def described(run):
+    return [stage.describe() for stage in run.stages]
+
+
 def test_a_finished_run_is_read_back(make_problem, tmp_path):
     problem = make_problem("wikitext2")
     training = problem.record.__self__
     first = training.record(3, tmp_path / "run")
     unused = replace(training, loss=lambda *_: pytest.fail("it trained again"))
-    assert unused.record(3, tmp_path / "run").spec() == first.spec()
+    assert described(unused.record(3, tmp_path / "run")) == described(first)
     assert problem.extra["accuracy"](3, tmp_path / "run").startswith("perplexity")
 
 
 def test_a_killed_run_goes_on(make_problem, tmp_path):
     training = make_problem("wikitext2").record.__self__
-    whole = training.record(3, tmp_path / "whole").stages[0].spec()
+    whole = training.record(3, tmp_path / "whole").stages[0].describe()
     left = iter(range(training.recipe.steps(len(training.rows)) - 1))
 
     def killing(logits, labels):
@@ -153,9 +157,9 @@ def test_a_killed_run_goes_on(make_problem, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         replace(training, loss=killing).record(3, tmp_path / "run")
-    again = training.record(3, tmp_path / "run").stages[0].spec()
-    assert [one["hash"] for one in again["checkpoints"]] == [one["hash"] for one in whole["checkpoints"]]
-    assert again["lr_integrals"] == whole["lr_integrals"]
+    again = training.record(3, tmp_path / "run").stages[0].describe()
+    assert [point.hash for point in again.checkpoints] == [point.hash for point in whole.checkpoints]
+    assert again.lr_integrals == whole.lr_integrals
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -165,7 +169,7 @@ def test_records_say_how_adamw_acted(make_problem, tmp_path, name):
     training = replace(training, recipe=replace(training.recipe, weight_decay=0.1, beta2=0.99), checkpoints=2)
     stage = training.record(0, tmp_path / "run").stages[0]
     assert stage.optimizer == sp.Adam((0.9, 0.99), weight_decay=0.1)
-    assert stage.metric == "scalar"
+    assert stage.preconditioner == "scalar"
     rates = training.recipe.rates(problem.n)
     assert stage.lr_integrals == pytest.approx([sum(rates[: one.step]) for one in stage.checkpoints], rel=1e-12)
     assert stage.checkpoints[-1].step == len(rates)

@@ -71,11 +71,11 @@ def test_goes_on_where_a_run_is_resumed(tmp_path):
 
 def test_a_line_that_a_kill_cut_short_does_not_count(tmp_path):
     callback = recorded(tmp_path, at=[3])
-    expected = callback.trajectory().spec()
+    expected = callback.trajectory().stages[0].describe()
     file = tmp_path / "recorded" / "updates.jsonl"
     whole = file.read_text()
     file.write_text(whole + '{"step": 21, "lr"')
-    assert callback.trajectory().spec() == expected
+    assert callback.trajectory().stages[0].describe() == expected
     file.write_text("nonsense\n" + whole)
     with pytest.raises(sp.MismatchError, match="damaged"):
         callback.trajectory()

@@ -82,8 +82,8 @@ def test_scores_of_tokens_add_up_to_those_of_their_sequence(tmp_path, reduction)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("metric", ["shared", "per_segment"])
-def test_parts_of_a_training_sequence_by_token_add_up_to_its_score(tmp_path, reduction, metric):
+@pytest.mark.parametrize("mode", ["shared", "per_segment"])
+def test_parts_of_a_training_sequence_by_token_add_up_to_its_score(tmp_path, reduction, mode):
     model, task, data = make("gpt2", "sdpa"), sp.CausalLM(reduction=reduction), sequences(size=6)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     recorder = sp.Recorder(model, optimizer, tmp_path / "run", every=1)
@@ -92,7 +92,7 @@ def test_parts_of_a_training_sequence_by_token_add_up_to_its_score(tmp_path, red
         (-task.output(model, make_batch("gpt2", True, 6)).mean()).backward()
         optimizer.step()
         recorder.step()
-    run = recorder.trajectory(segments=[[0], [1, 2]], metric=metric)
+    run = recorder.trajectory(segments=[[0], [1, 2]], preconditioner=mode)
     bank = sp.build(model, task, run, data, tmp_path / "bank", sketch=sp.Sketch(dim=256), storage="float32")
     source = sp.Source(bank, model=model, task=task)
     parts = source.by_token(data[:3], [data[4], data[1]])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+from source_proj._io.json_records import write_record
 from source_proj.trajectory import Recorder
 
 STEPS = 40
@@ -49,8 +50,10 @@ def train(directory, until=STEPS, steps=STEPS, every=5, pause=0.0):
     return recorder, model, start
 
 
-def without_directory(spec, directory):
-    return json.loads(json.dumps(spec).replace(str(directory), "DIR"))
+def described(run, directory=None):
+    """The records of a run's stages, as JSON, without the directory that they lie in."""
+    stages = json.dumps([write_record(stage.describe()) for stage in run.stages])
+    return json.loads(stages.replace(str(directory), "DIR"))
 
 
 def same(a, b):

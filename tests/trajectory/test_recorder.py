@@ -2,27 +2,20 @@
 
 import pytest
 import torch
-from recorded_runs import STEPS, advance, linear, recorded, same, train, two_groups
+from recorded_runs import STEPS, advance, described, linear, recorded, same, train, two_groups
 from torch import nn
 from torch.optim import lr_scheduler
 
-from source_proj.trajectory import SGD, Recorder, Stage, Trajectory, segment_times
-from source_proj.trajectory.recording import run_files as record
-
-
-@pytest.fixture(autouse=True)
-def no_flush(monkeypatch):
-    """Flushing guards against power failures, which no test makes; on a busy disk it takes seconds."""
-    monkeypatch.setattr(record.os, "fsync", lambda descriptor: None)
+from source_proj.trajectory import SGD, Recorder, Stage, Trajectory
 
 
 def test_records_the_run(tmp_path):
     recorder, model, start = train(tmp_path)
     run = recorder.trajectory(segments=[[0, 1], list(range(2, 9))])
-    (stage,) = run.spec()["stages"]
+    stage = run.stages[0].describe()
     assert start == 0
-    assert stage["steps"] == [3, 5, 10, 15, 20, 25, 30, 35, 40]
-    assert SGD.from_spec(stage["optimizer"]) == SGD(momentum=0.9, weight_decay=1e-3)
+    assert stage.steps == (3, 5, 10, 15, 20, 25, 30, 35, 40)
+    assert stage.optimizer == SGD(momentum=0.9, weight_decay=1e-3)
     weight = nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.SGD([weight], lr=0.1)
     scheduler = lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS)
@@ -31,10 +24,10 @@ def test_records_the_run(tmp_path):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    times = segment_times(stage, stage["segments"])
+    times = [segment.time for segment in stage.cut()]
     assert times == pytest.approx([10 * sum(rates[:5]), 10 * sum(rates[5:])], rel=1e-12)
     assert same(run.final.load(), model.state_dict())
-    assert Trajectory.from_recorder(tmp_path, segments=[[0, 1], list(range(2, 9))]).spec() == run.spec()
+    assert Trajectory.from_recorder(tmp_path, segments=[[0, 1], list(range(2, 9))]).stages[0].describe() == stage
     assert sorted(file.name for file in tmp_path.glob("optimizer_*")) == ["optimizer_00000040.pt"]
 
 
@@ -44,7 +37,7 @@ def test_the_present_state_becomes_the_final_checkpoint(tmp_path):
     run = recorder.trajectory()
     assert [c.step for c in run.stages[0].checkpoints] == [3, 5, 10, 12]
     assert same(run.final.load(), model.state_dict())
-    assert recorder.trajectory().spec() == run.spec()
+    assert described(recorder.trajectory()) == described(run)
     _, _, start = train(tmp_path, until=17)
     assert start == 12
 
@@ -55,7 +48,7 @@ def test_options_of_the_stage_are_passed_on(tmp_path):
     assert stage.loss_scale == 16
     assert stage.name == "train"
     again = Stage.from_recorder(tmp_path, segments=2, loss_reduction="sum", batch_size=8, accumulation=2)
-    assert again.spec() == stage.spec()
+    assert again.describe() == stage.describe()
 
 
 def test_equal_groups_nesterov_and_tensor_rates_are_read(tmp_path):

@@ -7,13 +7,7 @@ from torch.optim import lr_scheduler
 
 from source_proj._errors import MismatchError
 from source_proj.trajectory import Adam, ParameterGroup, Recorder, RMSprop, Trajectory, moments
-from source_proj.trajectory.recording import run_files as record
-
-
-@pytest.fixture(autouse=True)
-def no_flush(monkeypatch):
-    """Flushing guards against power failures, which no test makes; on a busy disk it takes seconds."""
-    monkeypatch.setattr(record.os, "fsync", lambda descriptor: None)
+from source_proj.trajectory.recording.run_files import RecordedRun
 
 
 def grouped(kind=torch.optim.AdamW, **options):
@@ -55,8 +49,8 @@ def trained(directory, model, optimizer, until=12, seed=0):
 def test_second_moments_are_kept_by_name_at_each_checkpoint(tmp_path, kind, described):
     model, optimizer = grouped(kind)
     recorder, kept = trained(tmp_path, model, optimizer)
-    stage = recorder.trajectory(segments=3, metric="per_segment").stages[0]
-    assert stage.metric == "per_segment"
+    stage = recorder.trajectory(segments=3, preconditioner="per_segment").stages[0]
+    assert stage.preconditioner == "per_segment"
     assert stage.optimizer == type(described)(
         **{**vars(described), "groups": (ParameterGroup(("weight",), 2.0, 0.1),), "weight_decay": 0.0}
     )
@@ -95,4 +89,4 @@ def test_plain_sgd_keeps_no_moments(tmp_path):
     optimizer.step()
     recorder.step()
     assert not list((tmp_path / "sgd").glob("moments_*.pt"))
-    assert "moments" not in (tmp_path / "sgd" / "trajectory.json").read_text()
+    assert RecordedRun.read(tmp_path / "sgd").checkpoints[0].moments is None

@@ -1,5 +1,6 @@
 """Runs that are killed and go on end as if nothing had been."""
 
+import os
 import random
 import signal
 import subprocess
@@ -8,22 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
-from recorded_runs import same, train, without_directory
-
-from source_proj.trajectory.recording import run_files as record
-
-
-@pytest.fixture(autouse=True)
-def no_flush(monkeypatch):
-    """Flushing guards against power failures, which no test makes; on a busy disk it takes seconds."""
-    monkeypatch.setattr(record.os, "fsync", lambda descriptor: None)
+from recorded_runs import described, same, train
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole") / "run"
     recorder, model, _ = train(directory)
-    return without_directory(recorder.trajectory(segments=3).spec(), directory), model.state_dict()
+    return described(recorder.trajectory(segments=3), directory), model.state_dict()
 
 
 def test_stopped_without_a_word_and_continued(tmp_path, uninterrupted):
@@ -31,7 +24,7 @@ def test_stopped_without_a_word_and_continued(tmp_path, uninterrupted):
     recorder, model, last = train(tmp_path)
     assert [*starts, last] == [0, 0, 3, 10, 25]
     assert same(model.state_dict(), uninterrupted[1])
-    assert without_directory(recorder.trajectory(segments=3).spec(), tmp_path) == uninterrupted[0]
+    assert described(recorder.trajectory(segments=3), tmp_path) == uninterrupted[0]
 
 
 PROGRAM = """
@@ -58,7 +51,7 @@ def test_killed_at_random_moments(tmp_path, uninterrupted):
         assert process.wait() == -signal.SIGKILL
     recorder, model, _ = train(tmp_path / "run")
     assert same(model.state_dict(), uninterrupted[1])
-    assert without_directory(recorder.trajectory(segments=3).spec(), tmp_path / "run") == uninterrupted[0]
+    assert described(recorder.trajectory(segments=3), tmp_path / "run") == uninterrupted[0]
 
 
 class Killed(BaseException):
@@ -68,7 +61,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("call", range(1, 22))
 def test_killed_at_every_place_where_files_change(tmp_path, uninterrupted, monkeypatch, call):
     """The process dies just before the n-th rename, or just after it, leaving exactly what was on the disk then."""
-    count, real = 0, record.os.replace
+    count, real = 0, os.replace
 
     def replace(source, target):
         nonlocal count
@@ -80,10 +73,10 @@ def test_killed_at_every_place_where_files_change(tmp_path, uninterrupted, monke
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(record.os, "replace", replace)
+        patch.setattr(os, "replace", replace)
         with pytest.raises(Killed):
             train(tmp_path)
     recorder, model, _ = train(tmp_path)
     assert same(model.state_dict(), uninterrupted[1])
-    assert without_directory(recorder.trajectory(segments=3).spec(), tmp_path) == uninterrupted[0]
+    assert described(recorder.trajectory(segments=3), tmp_path) == uninterrupted[0]
     assert len(list(tmp_path.glob("optimizer_*"))) == 1

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,9 +10,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler
 
-from source_proj.trajectory import SGD, Checkpoint, Stage, Trajectory, segment_times, split_segments
+from source_proj.trajectory import SGD, Checkpoint, Stage, Trajectory, split_segments
 
 WEIGHTS = {"w": torch.ones(2)}
+
+
+def described(run):
+    return [stage.describe() for stage in run.stages]
+
+
+def times(stage, segments):
+    return [segment.time for segment in stage.describe().cut(segments)]
 
 
 def checkpoints(*steps, lr=None):
@@ -52,7 +61,7 @@ def test_integrals_equal_the_rates_that_an_optimizer_used(name, as_function):
     schedule = rates.__getitem__ if as_function else rates
     stage = Stage("train", checkpoints(*steps), SGD(momentum=0.5), segments=[[0, 1], [2], [3]], lr_schedule=schedule)
     assert stage.lr_integrals == pytest.approx([travelled[step] for step in steps], rel=1e-12)
-    times = segment_times(stage.spec(), stage.segment_indices)
+    times = [segment.time for segment in stage.describe().cut()]
     expected = [travelled[20], travelled[41] - travelled[20], travelled[50] - travelled[41]]
     assert times == pytest.approx([2 * part for part in expected], rel=1e-12)
 
@@ -60,8 +69,8 @@ def test_integrals_equal_the_rates_that_an_optimizer_used(name, as_function):
 def test_constant_rate():
     stage = Stage("train", checkpoints(10, 30, 60, lr=0.1), SGD(momentum=0.9), segments=2)
     assert stage.lr_integrals == pytest.approx([1.0, 3.0, 6.0])
-    assert segment_times(stage.spec(), [[0, 1], [2]]) == pytest.approx([30.0, 30.0])
-    assert segment_times(stage.spec(), 1) == pytest.approx([60.0])
+    assert times(stage, [[0, 1], [2]]) == pytest.approx([30.0, 30.0])
+    assert times(stage, 1) == pytest.approx([60.0])
 
 
 @pytest.mark.parametrize("rates", [(0.1, None), (None, None), (0.1, 0.2)])
@@ -92,7 +101,7 @@ def test_schedule_counts_from_the_stage_start_step():
         ({"checkpoints": checkpoints(20, 10, lr=0.1)}, "10 follows 20"),
         ({"checkpoints": checkpoints(20, 20, lr=0.1)}, "20 follows 20"),
         ({"start_step": 11}, "step 10 lies before start_step=11"),
-        ({"start_step": -1}, "start_step=-1"),
+        ({"start_step": -1}, "start_step .*-1"),
         ({"start_step": 10, "segments": 2}, "segment 0 .* has no optimizer step"),
         ({"segments": 3}, "segments=3"),
         ({"loss_reduction": "none"}, "'none'"),
@@ -164,7 +173,7 @@ def test_loss_scale_against_training_on_the_mean_loss(options, scale):
     torch.manual_seed(0)
     data = torch.randn(8, 3, dtype=torch.float64)
     stage = Stage("train", checkpoints(5, lr=0.01), SGD(momentum=0.5, weight_decay=0.1), **options)
-    spec = stage.spec()
+    record = stage.describe()
 
     def train(lr, weight_decay, multiplier):
         weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
@@ -176,7 +185,7 @@ def test_loss_scale_against_training_on_the_mean_loss(options, scale):
         return weight.detach()
 
     as_trained = train(0.01, 0.1, scale)
-    as_described = train(spec["lr_integrals"][-1] / 5, spec["optimizer"]["weight_decay"], 1)
+    as_described = train(record.lr_integrals[-1] / 5, record.optimizer.weight_decay, 1)
     assert stage.loss_scale == scale
     torch.testing.assert_close(as_described, as_trained, rtol=1e-12, atol=0)
 
@@ -196,24 +205,24 @@ def test_average_parameters():
         lr_schedule=rates,
     )
     averaged = run.average_parameters()
-    (before,), (after,) = run.spec()["stages"], averaged.spec()["stages"]
+    (before,), (after,) = described(run), described(averaged)
     for checkpoint, group in zip(averaged.stages[0].checkpoints, ([0, 1], [2, 3, 4]), strict=True):
         mean = checkpoint.load()
         for name in ("w", "running"):
             torch.testing.assert_close(mean[name], torch.stack([states[i][name] for i in group]).mean(0))
         assert mean["h"].dtype == torch.float16
         assert mean["count"] == states[group[-1]]["count"]
-    assert after["steps"] == [20, 50]
-    times = segment_times(before, before["segments"])
-    assert segment_times(after, after["segments"]) == pytest.approx(times, rel=1e-14)  # summed over other intervals
-    assert after["final"] == before["final"]
+    assert after.steps == (20, 50)
+    for segment, again in zip(before.cut(), after.cut(), strict=True):
+        assert again.time == pytest.approx(segment.time, rel=1e-14)  # summed over other intervals
+    assert after.final == before.final
     assert averaged.final.load()["w"].equal(states[-1]["w"])
-    assert averaged.average_parameters().spec() == averaged.spec()
+    assert described(averaged.average_parameters()) == described(averaged)
 
 
 def test_average_of_single_checkpoints_is_the_trajectory_itself():
     run = Trajectory(checkpoints(10, 20, lr=0.1), segments=2)
-    assert run.average_parameters().spec() == run.spec()
+    assert described(run.average_parameters()) == described(run)
 
 
 def test_stages():
@@ -222,10 +231,10 @@ def test_stages():
     onward = Stage("onward", checkpoints(25, lr=0.01), start_step=20)
     run = Trajectory.from_stages([pretrain, again, onward])
     assert [stage.name for stage in run.stages] == ["pretrain", "finetune", "onward"]
-    assert [s["lr_integrals"] for s in run.spec()["stages"]] == [
-        pytest.approx([1.0, 2.0]),
-        pytest.approx([0.05]),
-        pytest.approx([0.05]),
+    assert [stage.lr_integrals for stage in described(run)] == [
+        pytest.approx((1.0, 2.0)),
+        pytest.approx((0.05,)),
+        pytest.approx((0.05,)),
     ]
     assert run.final is onward.checkpoints[-1]
     with pytest.raises(ValueError, match="'pretrain'"):
@@ -234,19 +243,35 @@ def test_stages():
         Trajectory.from_stages([])
 
 
-def test_spec_is_json_and_tells_runs_apart(tmp_path):
+def test_descriptions_tell_runs_apart(tmp_path):
     torch.save(WEIGHTS, tmp_path / "a.pt")
-    path_run = Trajectory([Checkpoint(tmp_path / "a.pt", 10, 0.1)])
+    (path_stage,) = described(Trajectory([Checkpoint(tmp_path / "a.pt", 10, 0.1)]))
     dict_run = Trajectory(checkpoints(10, lr=0.1))
-    spec = json.loads(json.dumps(path_run.spec()))
-    assert spec == path_run.spec()
-    assert spec["stages"][0]["checkpoints"][0]["path"] == str(tmp_path / "a.pt")
-    assert dict_run.spec()["stages"][0]["final"]["path"] is None
+    assert path_stage.checkpoints[0].path == str(tmp_path / "a.pt")
+    assert described(dict_run)[0].final.path is None
     others = [
         Trajectory([Checkpoint({"w": torch.zeros(2)}, 10, 0.1)]),
         Trajectory(checkpoints(11, lr=0.1)),
         Trajectory(checkpoints(10, lr=0.2)),
         Trajectory(checkpoints(10, lr=0.1), SGD(weight_decay=0.1)),
     ]
-    assert all(other.spec() != dict_run.spec() for other in others)
-    assert Trajectory(checkpoints(10, lr=0.1)).spec() == dict_run.spec()
+    assert all(described(other) != described(dict_run) for other in others)
+    assert described(Trajectory(checkpoints(10, lr=0.1))) == described(dict_run)
+
+
+def test_numpy_integers_are_integers():
+    stage = Stage(
+        "train", [Checkpoint(WEIGHTS, np.int64(12), 0.1)], start_step=np.int32(2), loss_reduction="sum",
+        batch_size=np.int64(4), accumulation=np.uint8(2),
+    )  # fmt: skip
+    assert stage.lr_integrals == pytest.approx([8.0])
+    assert all(type(value) is int for value in (stage.checkpoints[0].step, stage.start_step, stage.batch_size))
+    assert json.loads(json.dumps(stage.describe().start_step)) == 2
+
+
+def test_stages_in_place_of_checkpoints_are_sent_to_from_stages():
+    stage = Stage("pretrain", checkpoints(10, lr=0.1))
+    with pytest.raises(TypeError, match=r"the stage 'pretrain': put stages together by Trajectory.from_stages"):
+        Trajectory([stage])
+    with pytest.raises(TypeError, match="got a dict"):
+        Trajectory([WEIGHTS])

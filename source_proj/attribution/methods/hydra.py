@@ -9,7 +9,6 @@ from source_proj.attribution.operands import Operand, loss_gradients
 from source_proj.attribution.queries import QueryFeatures
 from source_proj.attribution.spectral import decay_operator, response
 from source_proj.bank import Bank
-from source_proj.trajectory import segment_decays, segment_times
 
 __all__ = ["Hydra"]
 
@@ -49,11 +48,10 @@ class Hydra(Attributor):
         terms, left = [], 1.0  # left: what weight decay leaves of a change until the end of training
         for index in reversed(range(len(bank.stages))):
             stage = bank.stages[index]
-            each = [[c] for c in range(stage.n_checkpoints)]
-            times, decays = segment_times(stage.spec, each), segment_decays(stage.spec, each)
+            intervals = stage.record.cut(stage.n_checkpoints)
             weights: dict[int, dict[int, float]] = {}  # by metric, of each checkpoint
             for checkpoint in reversed(range(stage.n_checkpoints)):
-                time, decay = times[checkpoint], decays[checkpoint]
+                time, decay = intervals[checkpoint].time, intervals[checkpoint].decay
                 own = weights.setdefault(stage.metric(checkpoint), {})
                 own[checkpoint] = left * float(response(time, decay, 0.0)(flat))
                 left *= float(decay_operator(time, decay)(flat))

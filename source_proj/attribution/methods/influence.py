@@ -14,7 +14,7 @@ from source_proj.attribution.query_points import QueryGradient, check_query_grad
 from source_proj.attribution.spectral import ridge_inverse
 from source_proj.bank import Bank
 from source_proj.task import Task
-from source_proj.trajectory import Checkpoint, segment_decays
+from source_proj.trajectory import Checkpoint
 
 __all__ = ["InfluenceFunction"]
 
@@ -82,6 +82,6 @@ class InfluenceFunction(Attributor):
             checkpoints = [c for c in range(stage.n_checkpoints) if stage.metric(c) == metric]
         spectrum = cached_spectrum(bank, last, checkpoints, self.curvature, device=self.device, cache=self.cache)
         ridge = damping_value(self.damping, spectrum.trace, bank.sketch.dim, is_exact=bank.sketch.is_exact)
-        ridge += segment_decays(stage.spec, stage.n_checkpoints)[-1]
+        ridge += stage.record.cut(stage.n_checkpoints)[-1].decay
         query = spectrum.multiply(self._query(bank, features, metric), ridge_inverse(ridge, spectrum))
         return [Term(query.float() * (-1 / stage.n), encoded_gradients(bank, last, checkpoints, self.device))]

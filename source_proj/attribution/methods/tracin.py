@@ -4,7 +4,7 @@ from source_proj.attribution.attributor import Attributor, Term
 from source_proj.attribution.operands import encoded_gradients
 from source_proj.attribution.queries import QueryFeatures
 from source_proj.bank import Bank
-from source_proj.trajectory import Checkpoint, segment_times
+from source_proj.trajectory import Checkpoint
 
 __all__ = ["TracIn"]
 
@@ -28,9 +28,10 @@ class TracIn(Attributor):
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
         terms = []
         for index, stage in enumerate(bank.stages):
-            times = segment_times(stage.spec, [[c] for c in range(stage.n_checkpoints)])
-            for checkpoint, time in enumerate(times):
-                metric = bank.metrics.hash(stage.metric(checkpoint))
+            for checkpoint, interval in enumerate(stage.record.cut(stage.n_checkpoints)):
+                metric = bank.metrics.hash(interval.metric)
                 query = features.at(bank.checkpoint(index, checkpoint), metric).to(self.device or "cpu")
-                terms.append(Term(query * (-time / stage.n), encoded_gradients(bank, index, [checkpoint], self.device)))
+                terms.append(
+                    Term(query * (-interval.time / stage.n), encoded_gradients(bank, index, [checkpoint], self.device))
+                )
         return terms

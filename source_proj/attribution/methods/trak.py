@@ -81,6 +81,7 @@ class Trak(Attributor):
                 block.rows.to(target),
                 None if scale is None else scale.to(target),
                 None if weights is None else weights.to(target),
+                block.codec,
             )
 
     def _combine(self, products: list[Tensor], operands: list[Operand]) -> Tensor:

@@ -19,8 +19,7 @@ from source_proj.attribution.source.query_propagator import QueryPropagator, Spe
 from source_proj.attribution.source.segments import Groups, Segment
 from source_proj.attribution.spectral import Spectrum, cross_operator, decay_operator, response
 from source_proj.bank import Bank
-from source_proj.bank.quantize import Storage, encode, has_scale
-from source_proj.trajectory import segment_decays, segment_times
+from source_proj.bank.codecs import Codec
 
 __all__ = ["FittedSegments"]
 
@@ -55,7 +54,7 @@ class FittedSegments:
         self._damping: Damping = damping
         self._time_scale = time_scale
         self._device, self._cache = device, cache
-        self._matrices: dict[Storage, Operand] = {}
+        self._matrices: dict[str, Operand] = {}
         self._segments: tuple[Segment, ...] | None = None
         self._spectra: dict[tuple[int, tuple[int, ...]], Spectrum] = {}
 
@@ -99,25 +98,25 @@ class FittedSegments:
         """ḡ_l of the examples of a segment's stage, block by block."""
         return mean_gradients(self.bank, segment.stage, segment.checkpoints, self._device)
 
-    def matrix(self, storage: Storage) -> Operand:
-        """B, ``(N, k)``, ``(N, M·k)`` for M metrics, in its storage's type, with its scales; kept."""
+    def matrix(self, codec: Codec) -> Operand:
+        """B, ``(N, k)``, ``(N, M·k)`` for M metrics, encoded; kept."""
 
         def compute() -> dict[str, np.ndarray]:
             with self.spectra_in_memory():
-                return {name: values.numpy() for name, values in self._collapse(storage).items()}
+                return {name: values.numpy() for name, values in self._collapse(codec).items()}
 
-        if storage not in self._matrices:
+        if codec.name not in self._matrices:
             settings = {
                 "curvature": self._curvature,
                 "damping": self._damping,
                 "segments": self._groups,
                 "time_scale": self._time_scale,
-                "storage": storage,
+                "storage": codec.name,
             }
             arrays = FitCache(self.bank).get("source", settings, compute) if self._cache else compute()
             tensors = {name: torch.from_numpy(values).to(self._device or "cpu") for name, values in arrays.items()}
-            self._matrices[storage] = Operand(0, self.bank.n_rows, tensors["B"], tensors.get("scale"))
-        return self._matrices[storage]
+            self._matrices[codec.name] = Operand(0, self.bank.n_rows, tensors["B"], tensors.get("scale"), codec=codec)
+        return self._matrices[codec.name]
 
     def operators(self, segments: Sequence[Segment]) -> list[dict[int, Tensor]]:
         """What makes a segment's mean gradients rows of B, for each of the given consecutive segments.
@@ -180,12 +179,10 @@ class FittedSegments:
                         part = ((gradient.rows @ operator) * query.rows).sum(1).cpu()
                         total[gradient.start : gradient.stop].add_(part, alpha=1 / (segment.n * runs))
 
-    def _collapse(self, storage: Storage) -> dict[str, Tensor]:
-        """B and its scales, encoded block by block so that no float32 copy of another storage's B exists."""
+    def _collapse(self, codec: Codec) -> dict[str, Tensor]:
+        """B and its scales, encoded block by block so that no float32 copy of another codec's B exists."""
         bank, dim = self.bank, self.bank.sketch.dim
-        made = {"B": torch.empty(bank.n_rows, self.width, dtype=getattr(torch, storage))}
-        if has_scale(storage):
-            made["scale"] = torch.empty(bank.n_rows)
+        matrix = codec.empty(bank.n_rows, self.width)
         operators = self.operators(self.segments)
         for stage in range(len(bank.stages)):
             own = [pair for pair in zip(self.segments, operators, strict=True) if pair[0].stage == stage]
@@ -195,23 +192,21 @@ class FittedSegments:
                     for metric, operator in by_metric.items():
                         columns = block[:, metric * dim : (metric + 1) * dim]
                         columns.add_(part.rows @ operator, alpha=-1 / segment.n)
-                values, scale = encode(block, storage)
-                made["B"][parts[0].start : parts[0].stop] = values.cpu()
-                if scale is not None:
-                    made["scale"][parts[0].start : parts[0].stop] = scale.cpu()
-        return made
+                encoded = codec.encode(block)
+                matrix.codes[parts[0].start : parts[0].stop] = encoded.codes.cpu()
+                if matrix.scale is not None and encoded.scale is not None:
+                    matrix.scale[parts[0].start : parts[0].stop] = encoded.scale.cpu()
+        return {"B": matrix.codes} if matrix.scale is None else {"B": matrix.codes, "scale": matrix.scale}
 
     def _fit(self) -> Iterator[Segment]:
         sketch = self.bank.sketch
         for index, (stage, groups) in enumerate(zip(self.bank.stages, self._groups, strict=True)):
-            times = [self._time_scale * time for time in segment_times(stage.spec, groups)]
-            decays = segment_decays(stage.spec, groups)
-            for group, time, decay in zip(groups, times, decays, strict=True):
-                trace = self._spectrum(index, tuple(group)).trace
+            steps = stage.record.steps
+            for cut in stage.record.cut(groups):
+                time, trace = self._time_scale * cut.time, self._spectrum(index, cut.checkpoints).trace
                 damping = damping_value(self._damping, trace, sketch.dim, is_exact=sketch.is_exact)
-                name = f"{stage.name}: steps {', '.join(str(stage.spec['steps'][c]) for c in group)}"
-                metric = stage.metric(group[0])
-                yield Segment(index, name, tuple(group), time, decay, stage.n, trace, damping, metric)
+                name = f"{stage.name}: steps {', '.join(str(steps[c]) for c in cut.checkpoints)}"
+                yield Segment(index, name, cut.checkpoints, time, cut.decay, stage.n, trace, damping, cut.metric)
 
     def _spectrum(self, stage: int, checkpoints: tuple[int, ...]) -> Spectrum:
         key = (stage, checkpoints)

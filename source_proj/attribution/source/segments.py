@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from source_proj.bank import Bank
-from source_proj.trajectory import Segments, split_segments
+from source_proj.trajectory import Segments
 
 __all__ = ["Groups", "Segment", "StageSegments", "stage_groups"]
 
@@ -60,17 +60,7 @@ def stage_groups(bank: Bank, segments: StageSegments | None) -> Groups:
         chosen = [segments]
     else:
         raise ValueError(f"give segments per stage, as a mapping from the names {names}, not one list for all")
-    groups = [
-        [list(group) for group in stage.spec["segments"]] if cut is None else split_segments(stage.n_checkpoints, cut)
-        for stage, cut in zip(bank.stages, chosen, strict=True)
+    return [
+        [list(cut.checkpoints) for cut in stage.record.cut(segmentation)]
+        for stage, segmentation in zip(bank.stages, chosen, strict=True)
     ]
-    for stage, cuts in zip(bank.stages, groups, strict=True):
-        for group in cuts:
-            metrics = sorted({stage.metric(checkpoint) for checkpoint in group})
-            if len(metrics) > 1:
-                raise ValueError(
-                    f"the segment {group} of stage {stage.name!r} joins checkpoints whose rows are in different "
-                    f"metrics, {metrics}: keep the bank's segments {stage.spec['segments']} or cut them further, or "
-                    "build with metric='shared'"
-                )
-    return groups

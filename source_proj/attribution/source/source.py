@@ -11,7 +11,7 @@ whole sum collapses into one matrix: score(q, ·) = -τ(q, ·) = B q̂ with
     B = -Σ_l (1/N) Ḡ_l c_l(Ĥ_l) S_{l+1} ··· S_L        (N x k).
 
 Where the optimizer divided its gradients by their size (Adam), all this can happen in the metric of its preconditioner
-(``metric=`` of the trajectory; by default a number stands for P, which makes Adam a kind of SGD):
+(``preconditioner=`` of the trajectory; by default a number stands for P, which makes Adam a kind of SGD):
 g̃ = P_l^½ g for g, H̃_l = P_l^½ H_l P_l^½ for H_l, and a query is sketched in each segment's metric, û^(m) = R P_m^½ ∇m.
 A segment l takes the query's sketch in its own metric to exp(-s (Ĥ_l + λ)) û^(l), and that in an earlier one's to
 
@@ -39,7 +39,7 @@ from source_proj.attribution.source.by_segment import SegmentScores, add_segment
 from source_proj.attribution.source.fitted_segments import FittedSegments
 from source_proj.attribution.source.segments import Segment, StageSegments, stage_groups
 from source_proj.bank import Bank
-from source_proj.bank.quantize import STORAGES, Storage, has_scale
+from source_proj.bank.codecs import Codec, find_codec
 from source_proj.task import CausalLM, Task, TokenQueries
 from source_proj.trajectory import Checkpoint
 
@@ -110,7 +110,7 @@ class Source(Attributor):
         damping: Damping = "noise",
         query_gradient: QueryGradient | None = None,
         time_scale: float = 1.0,
-        storage: Storage = "float32",
+        storage: str = "float32",
         batch_size: int = 64,
         device: torch.device | str | None = None,
         cache: bool = True,
@@ -121,10 +121,8 @@ class Source(Attributor):
         check_query_gradient(query_gradient)
         if not 0 < time_scale < math.inf:
             raise ValueError(f"time_scale must be a number > 0, got {time_scale!r}")
-        if storage not in STORAGES:
-            raise ValueError(f"storage must be one of {STORAGES}, got {storage!r}")
         self.time_scale = float(time_scale)
-        self.storage: Storage = storage
+        self.codec: Codec = find_codec(storage)
         self.query_gradient: QueryGradient | None = query_gradient
         self.curvature: Curvature = curvature or default_curvature(self.banks[0].task_spec)
         self.damping: Damping = damping
@@ -134,25 +132,22 @@ class Source(Attributor):
 
     def __repr__(self) -> str:
         rows, dim = self.n_rows, self._of(self.banks[0]).width
-        scaled = " with a float32 scale a row" if has_scale(self.storage) else ""
+        scaled = " with a float32 scale a row" if self.codec.has_scale else ""
         runs = "" if len(self.banks) == 1 else f"; {len(self.banks)} runs"
-        return (
-            f"Source({rows} training examples{runs}; B: {rows} x {dim} {self.storage}{scaled}, {self.nbytes()} bytes)"
-        )
+        matrix = f"B: {rows} x {dim} {self.codec.name}{scaled}, {self.nbytes()} bytes"
+        return f"Source({rows} training examples{runs}; {matrix})"
 
     # Fit -------------------------------------------------------------------------------------------------------
 
     def fit(self) -> "Source":
         """Compute what scoring needs, or find it in the cache; scoring does so by itself on first use."""
         for bank in self.banks:
-            self._of(bank).matrix(self.storage)
+            self._of(bank).matrix(self.codec)
         return self
 
     def nbytes(self) -> int:
         """Bytes of B in memory, scales included, of all banks together."""
-        width = getattr(torch, self.storage).itemsize
-        scale = 4 if has_scale(self.storage) else 0
-        return sum(bank.n_rows * (self._of(bank).width * width + scale) for bank in self.banks)
+        return sum(self.codec.nbytes(bank.n_rows, self._of(bank).width) for bank in self.banks)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -187,7 +182,7 @@ class Source(Attributor):
     # Verbs beside score, top_k and bottom_k ----------------------------------------------------------------------
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
-        matrix = self._of(bank).matrix(self.storage)
+        matrix = self._of(bank).matrix(self.codec)
         each = [self._query(bank, features, metric) for metric in range(len(bank.metrics))]
         query = each[0] if len(each) == 1 else torch.cat(each, dim=1)
         return [Term(query.to(matrix.rows.device), iter([matrix]))]

@@ -1,22 +1,22 @@
 """Rows that are added to a finished bank, as a part of their own."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from source_proj.bank.build.create import require_same_part
-from source_proj.bank.build.data import BatchSource, checked_ids
-from source_proj._io.files import beside_part, publish
+from source_proj._errors import BankError, MismatchError
+from source_proj.bank.build.create import put_same, require_same_part
+from source_proj.bank.build.data import BatchSource, batch_hash, checked_ids
 from source_proj.bank.build.fill import Work, checked_shard, fill
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
 from source_proj.bank.read.metrics import Metrics
-from source_proj.bank.read.part import Part, create_part, listed
-from source_proj._errors import BankError, MismatchError
+from source_proj.bank.read.part import Part, listed, part_name, part_objects
+from source_proj.bank.store import Store
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint
 
@@ -24,7 +24,7 @@ __all__ = ["append_rows"]
 
 
 def append_rows(
-    path: Path,
+    store: Store,
     settings: Settings,
     model: nn.Module,
     task: Task,
@@ -44,7 +44,7 @@ def append_rows(
     """Create the next part of a stage, or go on with the last one, and fill it; see ``Bank.append``.
 
     Args:
-        path: the bank's folder.
+        store: where the bank lies.
         settings: its settings.
         model: a module of the bank's architecture.
         task: the bank's task.
@@ -64,16 +64,16 @@ def append_rows(
         The part, not sealed.
     """
     checked_shard(shard)
-    spec = Settings(**{**settings.to_json(), "task": task.spec()}).task
+    spec = replace(settings, task=task.spec()).task
     if spec != settings.task:
         raise MismatchError(
-            f"the bank {path} was built with task {settings.task}, got {spec}; append with its own task"
+            f"the bank {store.location()} was built with task {settings.task}, got {spec}; append with its own task"
         )
     source = BatchSource(train_set, batch_size)
     part = _begun(parts, source, ids)
     if part is None:
-        _require_sealed(path, parts)
-        part = _created(path, settings, stage, parts, source, ids, shard_rows)
+        _require_sealed(store, parts)
+        part = _created(store, settings, stage, parts, source, ids, shard_rows)
     else:
         wanted = checked_ids(ids, part.spec.start, source.n, part.stage_name)
         if ids is None and part.spec.id_type == "int64":
@@ -95,26 +95,44 @@ def append_rows(
 
 
 def _begun(parts: Sequence[Part], source: BatchSource, ids: Sequence[Any] | None) -> Part | None:
-    """The last part, if it is this append, begun or even complete."""
+    """The last part, if it is this append, begun or even complete.
+
+    A complete one is known by its ids; where none are given, by its data: perhaps the call was killed between the seal
+    and its return.
+    """
     last = parts[-1]
     if len(parts) == 1:
         return None
     if last.sealed() is None:
         return last
-    if ids is None or len(ids) != last.spec.n:
+    if ids is None:
+        return last if _holds(last, source) else None
+    if len(ids) != last.spec.n:
         return None
     return last if checked_ids(ids, 0, source.n, last.stage_name).tolist() == last.ids else None
 
 
-def _require_sealed(path: Path, parts: Sequence[Part]) -> None:
+def _holds(part: Part, source: BatchSource) -> bool:
+    """Whether a part is of just these examples, in these batches; reads no further than to the first other one."""
+    if (part.spec.n, part.spec.batch_size) != (source.n, source.batch_size):
+        return False
+    for shard in range(part.spec.n_shards):
+        hashes = part.read(0, "batch_hashes", shard)
+        for (_, _, batch), stored in zip(source.load([part.spec.span(shard)]), hashes, strict=True):
+            if batch_hash(batch) != stored.tobytes():
+                return False
+    return True
+
+
+def _require_sealed(store: Store, parts: Sequence[Part]) -> None:
     missing = [text for part in parts for text in part.missing()]
     if missing or any(part.sealed() is None for part in parts):
         lacks = f"it lacks {listed(missing)}" if missing else "it is not finalized"
-        raise BankError(f"the bank {path} is unfinished, {lacks}: finish it before rows are appended")
+        raise BankError(f"the bank {store.location()} is unfinished, {lacks}: finish it before rows are appended")
 
 
 def _created(
-    path: Path,
+    store: Store,
     settings: Settings,
     stage: int,
     parts: Sequence[Part],
@@ -129,16 +147,15 @@ def _created(
     if twice:
         raise ValueError(f"the ids {twice[:5]} are in stage {parts[0].stage_name!r} already; give new ones")
     spec = _spec(start, source, new, default_shard_rows(source.n, source.batch_size, settings, shard_rows))
-    place = path / f"stage_{stage}" / f"part_{len(parts)}"
-
-    def write(folder: Path) -> None:
-        create_part(folder, settings, stage, spec, new)
-
+    *content, (group, attributes) = part_objects(settings, stage, len(parts), spec, new).items()
     try:
-        publish(place, write, beside=beside_part(path, place))
+        if put_same(store, dict(content), part_name(stage, len(parts))):
+            store.put_if_absent({group: attributes})
     except OSError as error:
-        raise BankError(f"cannot append to the bank {path}: {error}; make room, then append again") from error
-    part = Part(path, stage, len(parts), settings)
+        raise BankError(
+            f"cannot append to the bank {store.location()}: {error}; make room, then append again"
+        ) from error  # fmt: skip
+    part = Part(store, stage, len(parts), settings)
     require_same_part(part, spec, new)  # another worker may have made it
     return part
 

@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from source_proj.bank.bank import Bank
 from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
 from source_proj.bank.build.data import BatchSource, checked_ids
 from source_proj.bank.build.fill import Work, checked_shard, fill
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
-from source_proj.bank.read.metrics import plan_metrics
-from source_proj.bank.quantize import Storage
-from source_proj.bank.read.bank import Bank
+from source_proj.bank.store import LocalStore
 from source_proj._errors import BankError
 from source_proj.gradients import ParameterSpace
 from source_proj.sketch import Sketch
@@ -35,7 +34,7 @@ def build(
     sketch: Sketch = Sketch(),  # noqa: B008 (frozen)
     batch_size: int = 64,
     device: torch.device | str | None = None,
-    storage: Storage = "int8",
+    storage: str = "int8",
     shard: tuple[int, int] | None = None,
     resume: bool = True,
     progress: bool = True,
@@ -97,19 +96,20 @@ def build(
         ...     [(block.start, block.stop, block.rows.shape) for block in bank.stages[0].iter_rows(0)]
         [(0, 5, torch.Size([5, 16]))]
     """
-    path = Path(path)
+    store = LocalStore(path)
+    path = store.root
     checked_shard(shard)
     names = [stage.name for stage in trajectory.stages]
     sources = [BatchSource(data, batch_size) for data in _by_stage(train_set, names, "train_set")]
     given_ids = _by_stage(ids, names, "ids")
     stage_ids = [checked_ids(one, 0, s.n, name) for one, s, name in zip(given_ids, sources, names, strict=True)]
     space = ParameterSpace.from_model(model, parameters)
-    planned = plan_metrics(trajectory, model, space)
+    resolved = trajectory.resolve(model, space)
     settings = Settings(
         sketch=sketch.spec(),
         parameters=space.spec(),
         task=task.spec(),
-        trajectory=planned.spec,
+        trajectory=resolved.record,
         storage=storage,
         sampled_fisher=sampled_fisher,
         second_derivative=_has_second_derivative(task, sources[0]),
@@ -117,9 +117,9 @@ def build(
         autocast=autocast,
     )
     specs = [_part_spec(source, one, settings, shard_rows) for source, one in zip(sources, stage_ids, strict=True)]
-    if not _is_there(path, resume):
+    if not _is_there(store, resume):
         try:
-            create_bank(path, settings, trajectory, planned.scales, list(zip(specs, stage_ids, strict=True)))
+            create_bank(store, path, settings, trajectory, resolved.diagonals, list(zip(specs, stage_ids, strict=True)))
         except OSError as error:
             raise BankError(f"cannot create the bank {path}: {error}; make room, or give another path") from error
     bank = Bank(path)
@@ -162,11 +162,13 @@ def _part_spec(source: BatchSource, ids: np.ndarray, settings: Settings, shard_r
     return PartSpec(0, source.n, source.batch_size, height, "string" if ids.dtype == object else "int64")
 
 
-def _is_there(path: Path, resume: bool) -> bool:
-    """Whether something is at a path already."""
-    there = path.exists() and (not path.is_dir() or any(path.iterdir()))
-    if there and not resume:
+def _is_there(store: LocalStore, resume: bool) -> bool:
+    """Whether a bank is there already."""
+    if store.root.exists() and not store.root.is_dir():
+        raise BankError(f"{store.root} is a file, and a bank is a folder; give another path")
+    if not resume and store.list():
         raise BankError(
-            f"{path} exists already, and resume=False begins a new bank: remove it, give another path, or resume=True"
+            f"{store.root} exists already, and resume=False begins a new bank: remove it, give another path, or "
+            "resume=True"
         )
-    return there
+    return store.exists("zarr.json")

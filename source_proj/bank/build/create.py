@@ -1,4 +1,4 @@
-"""A bank's beginning: made whole under another name, so that it is there or not, whoever is first."""
+"""A bank's beginning: its root appears last, so that it is there whole or not, whoever is first."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -6,23 +6,23 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import zarr
 from torch import Tensor
 
-from source_proj._io.files import publish
+from source_proj._errors import BankError, MismatchError
 from source_proj.bank.format import FORMAT, VERSION, Settings
-from source_proj.bank.layout import PartSpec
-from source_proj.bank.read.metrics import write_metrics
-from source_proj.bank.read.part import Part, create_part
-from source_proj.bank.read.weights import relative_paths, weights_entries, write_weights
-from source_proj._errors import MismatchError
+from source_proj.bank.layout import PartSpec, group_document
+from source_proj.bank.read.metrics import metrics_objects
+from source_proj.bank.read.part import Part, part_objects
+from source_proj.bank.read.weights import relative_paths, weights_objects
+from source_proj.bank.store import Store
 from source_proj.trajectory import Trajectory
 
-__all__ = ["create_bank", "require_same_part", "require_same_settings"]
+__all__ = ["create_bank", "put_same", "require_same_part", "require_same_settings"]
 
 
 def create_bank(
-    path: Path,
+    store: Store,
+    folder: Path,
     settings: Settings,
     trajectory: Trajectory,
     scales: Mapping[str, Tensor],
@@ -30,30 +30,66 @@ def create_bank(
 ) -> None:
     """Create an empty bank: metadata, ids of each stage's first part, metrics, copies of weights given as dicts.
 
-    Does nothing if another process creates it first.
+    The root comes last, and makes it a bank. If another process creates one first, that one stays.
+
+    Args:
+        store: where the bank shall lie.
+        folder: its folder.
+        settings: its settings.
+        trajectory: the run.
+        scales: the metrics, by hash.
+        parts: each stage's first part with its ids.
 
     Raises:
-        OSError: it cannot be written; nothing is left behind.
+        BankError: there is something else, or the beginning of another bank.
+        OSError: it cannot be written; what was, another attempt goes on with.
     """
+    objects: dict[str, bytes] = {}
+    for index, (stage, (spec, ids)) in enumerate(zip(settings.trajectory.stages, parts, strict=True)):
+        objects |= part_objects(settings, index, 0, spec, ids)
+        objects[f"stage_{index}/zarr.json"] = group_document({"name": stage.name})
+    _require_own(store, objects, settings, scales)
+    for batch in (objects, *weights_objects(trajectory), *metrics_objects(scales)):
+        if not put_same(store, batch, ""):
+            return
+    attributes = {
+        "format": FORMAT,
+        "version": VERSION,
+        "settings": settings.to_json(),
+        "versions": _versions(),
+        "checkpoint_paths": relative_paths(folder, settings),
+    }
+    store.put_if_absent({"zarr.json": group_document(attributes)})
 
-    def write(folder: Path) -> None:
-        attributes = {
-            "format": FORMAT,
-            "version": VERSION,
-            "settings": settings.to_json(),
-            "versions": _versions(),
-            "checkpoint_paths": relative_paths(path, settings),
-        }
-        zarr.create_group(folder, attributes=attributes)
-        for index, (stage, (spec, ids)) in enumerate(zip(settings.trajectory["stages"], parts, strict=True)):
-            zarr.create_group(folder / f"stage_{index}", attributes={"name": stage["name"]})
-            create_part(folder / f"stage_{index}" / "part_0", settings, index, spec, ids)
-        if any(entry["path"] is None for entry in weights_entries(settings)):
-            write_weights(folder / "weights", trajectory)
-        if scales:
-            write_metrics(folder / "metrics", scales)
 
-    publish(path, write, beside=path)
+def put_same(store: Store, objects: Mapping[str, bytes], group: str) -> bool:
+    """Write objects that are absent, and compare those that are there, before the group that will make them count.
+
+    Returns:
+        False if they differ, and another process has written the group meanwhile.
+
+    Raises:
+        BankError: they differ from what a killed process left.
+    """
+    for key in sorted(store.put_if_absent(objects)):
+        if store.get(key) != objects[key]:
+            if store.exists(f"{group}/zarr.json" if group else "zarr.json"):
+                return False
+            raise BankError(
+                f"{store.location(key)} was begun by a call with other arguments: wait for it, or if it was killed, "
+                f"remove {store.location(group)}"
+            )
+    return True
+
+
+def _require_own(store: Store, objects: Mapping[str, bytes], settings: Settings, scales: Mapping[str, Tensor]) -> None:
+    """Leave a folder of something else alone."""
+    copies = [checkpoint.hash for checkpoint in settings.trajectory.checkpoints if checkpoint.path is None]
+    nodes = [*(f"weights/{digest}" for digest in copies), *(f"metrics/{digest}" for digest in scales), "weights", "metrics"]
+    foreign = [key for key in store.list() if key not in objects and key.rpartition("/")[0] not in nodes]
+    if foreign and not store.exists("zarr.json"):
+        names = sorted({key.split("/")[0] for key in foreign})[:5]
+        raise BankError(f"{store.location()} is no bank: it has no zarr.json, but {names}; give another path")
 
 
 def require_same_settings(path: Path, there: Settings, here: Settings) -> None:
@@ -80,10 +116,10 @@ def require_same_part(part: Part, spec: PartSpec, ids: np.ndarray) -> None:
     for name, there in part.spec.to_json().items():
         here = spec.to_json()[name]
         if there != here:
-            raise MismatchError(f"{part.path} was begun with {name} {there!r}, got {here!r}; {remedy}")
+            raise MismatchError(f"{part.location} was begun with {name} {there!r}, got {here!r}; {remedy}")
     for place, (there, here) in enumerate(zip(part.ids, ids.tolist(), strict=True)):
         if there != here:
-            raise MismatchError(f"{part.path} has id {there!r} at row {place}, got {here!r}; {remedy}")
+            raise MismatchError(f"{part.location} has id {there!r} at row {place}, got {here!r}; {remedy}")
 
 
 def _versions() -> dict[str, str]:

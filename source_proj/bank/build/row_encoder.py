@@ -13,7 +13,6 @@ from source_proj.bank.format import Settings
 from source_proj.bank.layout import crossing_name
 from source_proj.bank.read.metrics import Metrics
 from source_proj.bank.read.part import Part
-from source_proj.bank.quantize import encode, row_sizes
 from source_proj.bank.build.uniform import Uniforms
 from source_proj._errors import GradientError, MismatchError
 from source_proj.gradients import ParameterSpace, gradient_engine, nonfinite_examples
@@ -112,8 +111,9 @@ class RowEncoder:
 
     def _metrics_of(self, place: BatchLocation) -> list[int]:
         """The metrics that are crossed from a checkpoint; its own one's scale and theirs are on the device then."""
-        crossed = self._settings.crossed_metrics(place.stage, place.checkpoint)
-        wanted = [self._settings.own_metric(place.stage, place.checkpoint), *crossed]
+        run = self._settings.trajectory
+        crossed = run.crossed_metrics(place.stage, place.checkpoint)
+        wanted = [run.stages[place.stage].metrics[place.checkpoint], *crossed]
         if wanted != list(self._scales):
             found = self._metrics.scales(wanted)
             self._scales = {m: None if s is None else s.to(self._device) for m, s in zip(wanted, found, strict=True)}
@@ -124,9 +124,10 @@ class RowEncoder:
     ) -> dict[str, Tensor]:
         """Encode rows ``(B, k)``, or ``(B, D, k)`` with draw j of example b in row b·D + j."""
         flat = rows.flatten(0, -2)
-        sizes = row_sizes(flat)
+        codec = self._settings.codec
+        sizes = codec.row_sizes(flat)
         place.require_finite(sizes.reshape(len(rows), -1).amax(dim=1), what)
-        values, scale = encode(flat, self._settings.storage, sizes)
+        values, scale = codec.encode(flat, sizes)
         found = {f"{prefix}rows": values} if scale is None else {f"{prefix}rows": values, f"{prefix}scale": scale}
         return found if metric is None else {crossing_name(name, metric): one for name, one in found.items()}
 

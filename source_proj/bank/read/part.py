@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import zarr
 
 from source_proj._errors import BankError, MismatchError
-from source_proj._io.files import write_files
 from source_proj.bank.format import Settings, canonical, sha256
-from source_proj.bank.layout import ArraySpec, PartSpec, part_arrays
+from source_proj.bank.layout import ArraySpec, PartSpec, group_document, part_arrays
+from source_proj.bank.read.objects import read_document, read_group, read_shard, require_array
+from source_proj.bank.store import Store
 
-__all__ = ["Part", "create_part", "read_array"]
+__all__ = ["Part", "listed", "part_objects"]
 
 
 class Part:
     """A part of a bank.
 
     Args:
-        bank: the bank's folder.
+        store: where the bank lies.
         stage: index of the stage.
         index: index of the part within its stage.
         settings: the bank's settings.
@@ -32,34 +31,33 @@ class Part:
         BankError: its metadata are missing or not those of the format; says what was found.
     """
 
-    def __init__(self, bank: Path, stage: int, index: int, settings: Settings) -> None:
-        self.bank = bank
-        self.name = f"stage_{stage}/part_{index}"
-        self.stage_name: str = settings.trajectory["stages"][stage]["name"]
-        self.steps: list[int] = settings.trajectory["stages"][stage]["steps"]
-        self.hashes: list[str] = [one["hash"] for one in settings.trajectory["stages"][stage]["checkpoints"]]
+    def __init__(self, store: Store, stage: int, index: int, settings: Settings) -> None:
+        self.store = store
+        self.name = part_name(stage, index)
+        self.stage_name: str = settings.trajectory.stages[stage].name
+        self.steps = list(settings.trajectory.stages[stage].steps)
+        self.hashes = [checkpoint.hash for checkpoint in settings.trajectory.stages[stage].checkpoints]
         self._settings = settings
-        group = open_node(bank, self.name)
-        if not isinstance(group, zarr.Group):
-            raise BankError(f"{bank / self.name} is a zarr array and must be a group")
+        attributes = read_group(store, self.name)
         try:
-            self.spec = PartSpec.from_json(group.attrs.asdict())
+            self.spec = PartSpec.from_json(attributes)
         except BankError as error:
-            raise BankError(f"{bank / self.name} is no part of a bank: {error}") from error
+            raise BankError(f"{self.location} is no part of a bank: {error}") from error
         ids, seal, self._data, marks = part_arrays(settings, stage, self.spec)
         self._specs = {"ids": ids, "seal": seal}
         for checkpoint in range(len(self.steps)):
             for name, spec in {**self._data[checkpoint], "committed": marks[checkpoint]}.items():
                 self._specs[f"checkpoint_{checkpoint}/{name}"] = spec
-        self._opened: dict[str, zarr.Array[Any]] = {}
-        for name in self._specs:
-            self._check(name)
-        self.ids: list[Any] = read_array(self._array("ids"), slice(None), self.path / "ids").tolist()
+        for name, spec in self._specs.items():
+            require_array(store, f"{self.name}/{name}", spec)
+        self.ids: list[Any] = read_shard(store, f"{self.name}/ids", ids, 0).tolist()
+        self._sealed_marks: list[np.ndarray] | None = None
+        self._compared: dict[str, str] = {}  # the version of each object that was compared with its mark
 
     @property
-    def path(self) -> Path:
-        """The part's folder."""
-        return self.bank / self.name
+    def location(self) -> str:
+        """Where the part is, for people."""
+        return self.store.location(self.name)
 
     @property
     def n_checkpoints(self) -> int:
@@ -74,10 +72,10 @@ class Part:
         """All arrays of the part by their names in it."""
         return self._specs
 
-    def file(self, checkpoint: int, name: str, shard: int) -> Path:
-        """The file of a shard of an array."""
+    def key(self, checkpoint: int, name: str, shard: int) -> str:
+        """The object of a shard of an array."""
         relative = f"checkpoint_{checkpoint}/{name}"
-        return self.path / relative / self._specs[relative].key(shard)
+        return f"{self.name}/{relative}/{self._specs[relative].key(shard)}"
 
     def place(self, checkpoint: int, shard: int) -> str:
         """Say in words where a shard belongs."""
@@ -88,29 +86,53 @@ class Part:
     # Reading ---------------------------------------------------------------------------------------------------
 
     def read(self, checkpoint: int, name: str, shard: int) -> np.ndarray:
-        """Read a shard of an array.
+        """Read a shard of an array, as it was committed.
+
+        It is compared with its mark, once for every version of the object.
 
         Raises:
-            BankError: its file is missing, truncated or altered; names the file and the rows.
+            BankError: it is missing, truncated, altered, or another one than was committed; names it and the rows.
         """
-        file = self.file(checkpoint, name, shard)
-        if not file.is_file() or not file.stat().st_size:  # zarr would read the fill value from either
-            state = "truncated to nothing" if file.is_file() else "missing"
-            raise BankError(f"{file} is {state}: {self.place(checkpoint, shard)}")
-        span = self._data[checkpoint][name].span(shard)
-        array = self._array(f"checkpoint_{checkpoint}/{name}")
-        return read_array(array, span, file, lambda: self.place(checkpoint, shard))
+        key, spec = self.key(checkpoint, name, shard), self._data[checkpoint][name]
+        info = self.store.stat(key)  # before it is read: what is exchanged meanwhile is compared next time
+        node = f"{self.name}/checkpoint_{checkpoint}/{name}"
+        values = read_shard(self.store, node, spec, shard, lambda: self.place(checkpoint, shard))
+        if info is None or self._compared.get(key) != info.version:
+            mark = self.mark(checkpoint, shard)[list(self._data[checkpoint]).index(name)]
+            if not np.array_equal(content_digest(values), mark):
+                raise BankError(
+                    f"{self.store.location(key)} is whole, but not what was committed as "
+                    f"{self.place(checkpoint, shard)}: it belongs elsewhere, or was altered"
+                )
+            if info is not None:
+                self._compared[key] = info.version
+        return values
 
     def marks(self, checkpoint: int) -> np.ndarray:
-        """Read the commit marks ``(shards, arrays, 32)`` uint8, as they are on disk now."""
-        name = f"checkpoint_{checkpoint}/committed"
-        return read_array(self._array(name), slice(None), self.path / name)
+        """Commit marks ``(shards, arrays, 32)`` uint8: of a part whose seal was checked, as they were then."""
+        if self._sealed_marks is not None:
+            return self._sealed_marks[checkpoint]
+        spec = self._specs[f"checkpoint_{checkpoint}/committed"]
+        there = set(self.store.list(f"{self.name}/checkpoint_{checkpoint}/committed"))
+        marks = np.zeros(spec.shape, np.uint8)
+        for shard in range(self.spec.n_shards):
+            if self.key(checkpoint, "committed", shard) in there:
+                marks[shard] = self.mark(checkpoint, shard)
+        return marks
 
     def mark(self, checkpoint: int, shard: int) -> np.ndarray:
-        """Read one commit mark ``(arrays, 32)`` uint8."""
-        array = self._array(f"checkpoint_{checkpoint}/committed")
-        mark: np.ndarray = read_array(array, slice(shard, shard + 1), self.file(checkpoint, "committed", shard))[0]
+        """One commit mark ``(arrays, 32)`` uint8; zeros where there is none."""
+        if self._sealed_marks is not None:
+            return np.asarray(self._sealed_marks[checkpoint][shard])
+        name, spec = f"checkpoint_{checkpoint}/committed", self._specs[f"checkpoint_{checkpoint}/committed"]
+        if not self.is_done(checkpoint, shard):
+            return np.zeros(spec.shape[1:], np.uint8)
+        mark: np.ndarray = read_shard(self.store, f"{self.name}/{name}", spec, shard)[0]
         return mark
+
+    def is_done(self, checkpoint: int, shard: int) -> bool:
+        """Whether a shard is committed, as it is in the store now."""
+        return self.store.exists(self.key(checkpoint, "committed", shard))
 
     def done(self, checkpoint: int) -> np.ndarray:
         """Which shards of a checkpoint are committed, ``(shards,)`` bool."""
@@ -127,24 +149,41 @@ class Part:
     # Writing ---------------------------------------------------------------------------------------------------
 
     def commit(self, checkpoint: int, shard: int, content: Mapping[str, np.ndarray]) -> None:
-        """Put a shard's arrays on the disk, and then its mark.
+        """Put a shard's arrays into the store, and then its mark; the first who does it stays.
 
         Raises:
             BankError: they cannot be written; nothing that was committed is harmed.
+            MismatchError: another process committed the shard of other data.
         """
+        try:
+            # One writer of a checkpoint at a time, as arrays of two must not meet under one mark.
+            with self.store.exclusive(f"{self.name}/checkpoint_{checkpoint}/committed/zarr.json") as alone:
+                if not self.is_done(checkpoint, shard):
+                    self._put(checkpoint, shard, content, alone=alone)
+        except OSError as error:
+            raise BankError(
+                f"cannot write {self.place(checkpoint, shard)} to {self.store.location()}: {error}. What was committed "
+                "is whole: make room (or lift the limit) and call build again to go on from there"
+            ) from error
+        self.compare_hashes(checkpoint, shard, content["batch_hashes"], checkpoint)
+
+    def _put(self, checkpoint: int, shard: int, content: Mapping[str, np.ndarray], *, alone: bool) -> None:
         data = self._data[checkpoint]
+        objects = {self.key(checkpoint, name, shard): data[name].encode(shard, content[name]) for name in data}
+        if alone:
+            self.store.put(objects)  # in place of what killed builders left
+        else:
+            for key, value in objects.items():
+                if self.store.put_if_absent({key: value}) and self.store.get(key) != value:
+                    if self.is_done(checkpoint, shard):
+                        return
+                    raise BankError(
+                        f"{self.store.location(key)} holds other bits than were computed here, and no mark says that "
+                        "they count. Another builder is at it: wait for it; or it was killed: remove the object"
+                    )
         mark = np.stack([content_digest(content[name]) for name in data])[None]
         spec = self._specs[f"checkpoint_{checkpoint}/committed"]
-        try:
-            write_files({self.file(checkpoint, name, shard): data[name].encode(shard, content[name]) for name in data})
-            write_files({self.file(checkpoint, "committed", shard): spec.encode(shard, mark)})
-        except OSError as error:
-            if self._is_done(checkpoint, shard):
-                return  # by another process, which finished the part and removed what it took for a leftover
-            raise BankError(
-                f"cannot write {self.place(checkpoint, shard)} to {self.bank}: {error}. What was committed is whole: "
-                "make room (or lift the limit) and call build again to go on from there"
-            ) from error
+        self.store.put_if_absent({self.key(checkpoint, "committed", shard): spec.encode(shard, mark)})
 
     def check_hashes(self, checkpoint: int, shard: int, hashes: np.ndarray) -> None:
         """Compare the hashes ``(m, 32)`` of a shard's batches with those of another checkpoint that is committed.
@@ -153,8 +192,8 @@ class Part:
             MismatchError: they differ, so the data set gave other examples.
         """
         for other in range(self.n_checkpoints):
-            if other != checkpoint and self._is_done(other, shard):
-                self._compare_hashes(checkpoint, shard, hashes, other)
+            if other != checkpoint and self.is_done(other, shard):
+                self.compare_hashes(checkpoint, shard, hashes, other)
                 return
 
     def check_data(self, shard: int, hashes: np.ndarray) -> None:
@@ -165,10 +204,12 @@ class Part:
         """
         self.check_hashes(-1, shard, hashes)
 
-    def _is_done(self, checkpoint: int, shard: int) -> bool:
-        return self.file(checkpoint, "committed", shard).is_file()
+    def compare_hashes(self, checkpoint: int, shard: int, hashes: np.ndarray, other: int) -> None:
+        """Compare the hashes of a shard's batches at a checkpoint, or now (-1), with those of a committed one.
 
-    def _compare_hashes(self, checkpoint: int, shard: int, hashes: np.ndarray, other: int) -> None:
+        Raises:
+            MismatchError: they differ.
+        """
         stored = self.read(other, "batch_hashes", shard)
         different = np.flatnonzero((stored != hashes).any(axis=1))
         if not len(different):
@@ -176,7 +217,7 @@ class Part:
         batch = int(different[0])
         start = self.spec.span(shard)[0] + batch * self.spec.batch_size
         stop = min(self.spec.n, start + self.spec.batch_size)
-        now = "now" if checkpoint < 0 else f"at the checkpoint of step {self.steps[checkpoint]}"
+        now = "now" if checkpoint in (-1, other) else f"at the checkpoint of step {self.steps[checkpoint]}"
         raise MismatchError(
             f"the data of stage {self.stage_name!r} differ in {len(different)} of {len(hashes)} batches of shard "
             f"{shard}, first in that of ids {self.ids[start]!r} to {self.ids[stop - 1]!r}: hash "
@@ -188,40 +229,78 @@ class Part:
     # Seal ------------------------------------------------------------------------------------------------------
 
     def seal(self) -> None:
-        """Declare the part complete.
+        """Declare the part complete, unless it is.
 
         Raises:
             BankError: shards are missing; lists them.
             MismatchError: the data differ between checkpoints.
         """
+        if self.sealed() is not None:
+            return
         missing = self.missing()
         if missing:
-            raise BankError(f"{self.bank} lacks {listed(missing)}: build them, then finalize again")
+            raise BankError(f"{self.store.location()} lacks {listed(missing)}: build them, then finalize again")
+        self._require_objects()
         for shard in range(self.spec.n_shards):
             hashes = self.read(0, "batch_hashes", shard)
             for checkpoint in range(1, self.n_checkpoints):
-                self._compare_hashes(0, shard, hashes, checkpoint)
+                self.compare_hashes(0, shard, hashes, checkpoint)
         spec = self._specs["seal"]
         values = np.frombuffer(self.content_hash() + self.metadata_hash(), np.uint8).reshape(2, 32)
         try:
-            write_files({self.path / "seal" / spec.key(0): spec.encode(0, values)})
+            self.store.put_if_absent({f"{self.name}/seal/{spec.key(0)}": spec.encode(0, values)})
         except OSError as error:
             if self.sealed() is None:  # else another process did it, and removed what it took for a leftover
-                raise BankError(f"cannot finalize the bank {self.bank}: {error}; make room, then try again") from error
+                raise BankError(
+                    f"cannot finalize the bank {self.store.location()}: {error}; make room, then try again"
+                ) from error
+        self.check_seal()  # another process may have been first
+
+    def _require_objects(self) -> None:
+        """Refuse to seal what has gone since it was committed."""
+        there = set(self.store.list(self.name))
+        for checkpoint in range(self.n_checkpoints):
+            for name in self._data[checkpoint]:
+                for shard in range(self.spec.n_shards):
+                    if self.key(checkpoint, name, shard) not in there:
+                        key = self.key(checkpoint, name, shard)
+                        raise BankError(f"{self.store.location(key)} is missing: {self.place(checkpoint, shard)}")
 
     def sealed(self) -> tuple[bytes, bytes] | None:
-        """Return the seal, content hash and metadata hash, as it is on disk now; None before the part is sealed."""
-        if not (self.path / "seal" / self._specs["seal"].key(0)).is_file():
+        """Return the seal, content hash and metadata hash, as it is in the store now; None before the part is sealed.
+
+        Raises:
+            BankError: the seal is damaged.
+        """
+        if not self.store.exists(f"{self.name}/seal/{self._specs['seal'].key(0)}"):
             return None
-        values = read_array(self._array("seal"), slice(None), self.path / "seal")
+        values = read_shard(self.store, f"{self.name}/seal", self._specs["seal"], 0)
         return (values[0].tobytes(), values[1].tobytes()) if values.any() else None
 
-    def content_hash(self) -> bytes:
+    def check_seal(self) -> None:
+        """Compare the part's seal, if it has one, with what it seals; the marks are those of this moment from then on.
+
+        Raises:
+            BankError: something changed since.
+        """
+        self._sealed_marks = None
+        sealed = self.sealed()
+        if sealed is None:
+            return
+        if sealed[1] != self.metadata_hash():
+            raise BankError(f"the metadata of {self.location}, or of the groups above it, changed since it was sealed")
+        marks = [self.marks(checkpoint) for checkpoint in range(self.n_checkpoints)]
+        if sealed[0] != self.content_hash(marks):
+            raise BankError(f"the ids or commit marks of {self.location} changed since it was sealed: verify says more")
+        self._sealed_marks = marks
+
+    def content_hash(self, marks: list[np.ndarray] | None = None) -> bytes:
         """Hash all that the part's rows are: settings, attributes, ids, marks."""
-        marks = [self.marks(checkpoint).tobytes() for checkpoint in range(self.n_checkpoints)]
+        marks = [self.marks(checkpoint) for checkpoint in range(self.n_checkpoints)] if marks is None else marks
         numbers = self.spec.id_type == "int64"
         ids = np.array(self.ids, dtype="<i8").tobytes() if numbers else canonical(self.ids)
-        return sha256(canonical([self._settings.identity(), self.name, self.spec.to_json()]), ids, *marks)
+        about = canonical([self._settings.identity(), self.name, self.spec.to_json()])
+        return sha256(about, ids, *[values.tobytes() for values in marks])
 
     def metadata_hash(self) -> bytes:
         """Hash the metadata of the root, the weights, the stage and the part.
@@ -229,87 +308,47 @@ class Part:
         Raises:
             BankError: some cannot be read.
         """
-        weights = self.bank / "weights"
-        files = [self.bank / "zarr.json", self.path.parent / "zarr.json"]
-        files += sorted(weights.rglob("zarr.json")) + sorted((self.bank / "metrics").rglob("zarr.json"))
-        files += sorted(self.path.rglob("zarr.json"))
-        found = []
-        for file in files:
+        nodes = ["", self.name.split("/")[0]]
+        for folder in ("weights", "metrics", self.name):
+            documents = [key for key in self.store.list(folder) if key.endswith("/zarr.json")]
+            nodes += [key.removesuffix("/zarr.json") for key in documents]
+        entries = []
+        for node in nodes:
             try:
-                document = dict(json.loads(file.read_bytes()))
-            except (OSError, TypeError, ValueError) as error:
-                raise BankError(f"the metadata {file} cannot be read: {error}") from error
+                document = dict(json.loads(read_document(self.store, node)))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise BankError(f"the metadata of {self.store.location(node)} cannot be read: {error}") from error
             document.pop("consolidated_metadata", None)  # a copy that users may add to the root
-            found.append([file.relative_to(self.bank).as_posix(), document])
-        return sha256(canonical(found))
-
-    def _check(self, name: str) -> None:
-        """Hold an array's metadata to the layout."""
-        file, spec = self.path / name / "zarr.json", self._specs[name]
-        try:
-            if spec.is_spelled(json.loads(file.read_bytes())):
-                return  # and save zarr the parsing
-        except (OSError, AttributeError, ValueError):
-            pass  # zarr says what is wrong
-        difference = spec.difference(self._array(name))
-        if difference:
-            raise BankError(f"the array {self.path / name} is not as the bank's settings want it: its {difference}")
-
-    def _array(self, name: str) -> zarr.Array[Any]:
-        if name not in self._opened:
-            array = open_node(self.bank, f"{self.name}/{name}")
-            if not isinstance(array, zarr.Array):
-                raise BankError(f"{self.path / name} is a zarr group and must be an array")
-            self._opened[name] = array
-        return self._opened[name]
+            entries.append([node, document])
+        return sha256(canonical(entries))
 
 
-def create_part(folder: Path, settings: Settings, stage: int, spec: PartSpec, ids: np.ndarray) -> None:
-    """Write an empty part: metadata and ids."""
-    stage_spec = settings.trajectory["stages"][stage]
+def part_name(stage: int, index: int) -> str:
+    """The node of a part."""
+    return f"stage_{stage}/part_{index}"
+
+
+def part_objects(settings: Settings, stage: int, index: int, spec: PartSpec, ids: np.ndarray) -> dict[str, bytes]:
+    """An empty part, metadata and ids, as the objects to write: the last one, its group, makes it a part."""
     ids_spec, seal, data, marks = part_arrays(settings, stage, spec)
-    group = zarr.create_group(folder, attributes=spec.to_json())
-    ids_spec.create(group, "ids")[:] = ids
-    seal.create(group, "seal")
-    for index, entry in enumerate(stage_spec["checkpoints"]):
-        attributes = {"step": entry["step"], "hash": entry["hash"]}
-        checkpoint = group.create_group(f"checkpoint_{index}", attributes=attributes)
-        for name, array in {**data[index], "committed": marks[index]}.items():
-            array.create(checkpoint, name)
+    name = part_name(stage, index)
+    objects = {
+        f"{name}/ids/zarr.json": ids_spec.document,
+        f"{name}/ids/{ids_spec.key(0)}": ids_spec.encode(0, ids),
+        f"{name}/seal/zarr.json": seal.document,
+    }
+    for checkpoint, reference in enumerate(settings.trajectory.stages[stage].checkpoints):
+        node = f"{name}/checkpoint_{checkpoint}"
+        objects[f"{node}/zarr.json"] = group_document({"step": reference.step, "hash": reference.hash})
+        for array, array_spec in {**data[checkpoint], "committed": marks[checkpoint]}.items():
+            objects[f"{node}/{array}/zarr.json"] = array_spec.document
+    return {**objects, f"{name}/zarr.json": group_document(spec.to_json())}
 
 
 def content_digest(values: np.ndarray) -> np.ndarray:
     """SHA-256 ``(32,)`` uint8 of an array's bytes: little-endian, C order."""
     plain = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
     return np.frombuffer(hashlib.sha256(plain.data).digest(), np.uint8)
-
-
-def open_node(bank: Path, name: str) -> zarr.Array[Any] | zarr.Group:
-    """Open a node of a bank for reading.
-
-    Raises:
-        BankError: it is missing or unreadable.
-    """
-    folder = bank / name
-    if not (folder / "zarr.json").is_file():
-        raise BankError(f"{folder} is missing from the bank, or is no zarr v3 node (it has no zarr.json)")
-    try:
-        return zarr.open(store=folder, mode="r", zarr_format=3)
-    except Exception as error:  # whatever zarr and JSON raise about metadata
-        raise BankError(f"the metadata of {folder} cannot be read ({type(error).__name__}: {error})") from error
-
-
-def read_array(array: zarr.Array[Any], span: slice, file: Path, place: Callable[[], str] | None = None) -> np.ndarray:
-    """Read rows of an array.
-
-    Raises:
-        BankError: the file is truncated or altered.
-    """
-    try:
-        return np.asarray(array[span])
-    except Exception as error:  # checksum, decompressor, shard index: each has its own kind
-        where = f": {place()}" if place is not None else ""
-        raise BankError(f"{file} is truncated or altered ({error}){where}") from error
 
 
 def listed(texts: list[str], limit: int = 10) -> str:

@@ -1,16 +1,15 @@
 """The bank's root: what it says about itself, and the parts that lie below."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import NamedTuple
-
-import zarr
+from typing import Any, NamedTuple
 
 from source_proj._errors import BankError
 from source_proj.bank.format import FORMAT, VERSION, Settings
-from source_proj.bank.read.part import Part, open_node
+from source_proj.bank.read.objects import read_group
+from source_proj.bank.read.part import Part, part_name
+from source_proj.bank.store import Store
 
-__all__ = ["Root", "check_seal", "find_parts", "kind_of", "read_root"]
+__all__ = ["Root", "find_parts", "kind_of", "read_root"]
 
 
 class Root(NamedTuple):
@@ -27,14 +26,13 @@ class Root(NamedTuple):
     checkpoint_paths: dict[str, str]
 
 
-def read_root(path: Path) -> Root:
+def read_root(store: Store) -> Root:
     """Read a bank's root.
 
     Raises:
         BankError: there is no bank, or one of another version, or one whose metadata are damaged; says what was found.
     """
-    root = _root(path)
-    attributes = root.attrs.asdict()
+    path, attributes = store.location(), _root(store)
     if attributes.get("format") != FORMAT:
         raise BankError(
             f"{path} is a zarr group, but no bank: its attribute format is {attributes.get('format')!r}, not {FORMAT!r}"
@@ -46,15 +44,8 @@ def read_root(path: Path) -> Root:
         )
     try:
         settings = Settings.from_json(attributes.get("settings"))
-        stages = settings.trajectory["stages"]
-        names = [(stage["name"], len(stage["checkpoints"]), len(stage["steps"]), stage["final"]) for stage in stages]
-        if not names:
-            raise BankError("its trajectory has no stage")
-        _check_metrics(settings)
     except BankError as error:
         raise BankError(f"the bank {path} cannot be read: {error}") from error
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise BankError(f"the bank {path} cannot be read: its trajectory is malformed ({error!r})") from error
     notes = [attributes.get(name) for name in ("versions", "checkpoint_paths")]
     for note in notes:
         if not isinstance(note, Mapping):
@@ -62,69 +53,39 @@ def read_root(path: Path) -> Root:
     return Root(settings, *(dict(note) for note in notes))  # type: ignore[arg-type]
 
 
-def _check_metrics(settings: Settings) -> None:
-    """Refuse a metric that is not listed, or is none."""
-    entries = settings.trajectory.get("metrics", [{"kind": "identity"}])
-    for entry in entries:
-        if set(entry) != ({"kind", "hash"} if entry["kind"] == "diagonal" else {"kind"}):
-            raise BankError(f"its metric {entry!r} is neither the identity nor a diagonal with its hash")
-    for stage, described in enumerate(settings.trajectory["stages"]):
-        for checkpoint in range(len(described["checkpoints"])):
-            metric = settings.own_metric(stage, checkpoint)
-            if metric not in range(len(entries)):
-                raise BankError(f"stage {described['name']!r} is in metric {metric!r}, and there are {len(entries)}")
+def _root(store: Store) -> dict[str, Any]:
+    """The root's attributes."""
+    where = store.location()
+    if not store.exists("zarr.json"):
+        names = sorted({key.split("/")[0] for key in store.list()})[:5]
+        if not names:
+            raise BankError(f"there is no bank at {where}: nothing is there; build one with source_proj.build")
+        older = " (a zarr v2 node: banks are zarr v3)" if {".zgroup", ".zarray"} & set(names) else ""
+        raise BankError(f"{where} is no bank: it has no zarr.json, but {names}{older}")
+    return read_group(store, "")
 
 
-def _root(path: Path) -> zarr.Group:
-    if not path.exists():
-        raise BankError(f"there is no bank at {path}: nothing is there; build one with source_proj.build")
-    if not path.is_dir():
-        raise BankError(f"{path} is a file, and a bank is a folder; give the folder")
-    if not (path / "zarr.json").is_file():
-        found = sorted(entry.name for entry in path.iterdir())[:5]
-        older = " (a zarr v2 node: banks are zarr v3)" if {".zgroup", ".zarray"} & set(found) else ""
-        raise BankError(f"{path} is no bank: it has no zarr.json, but {found or 'nothing'}{older}")
-    root = open_node(path, ".")
-    if not isinstance(root, zarr.Group):
-        raise BankError(f"{path} is no bank, but a zarr array")
-    return root
-
-
-def find_parts(path: Path, settings: Settings, stage: int) -> list[Part]:
+def find_parts(store: Store, settings: Settings, stage: int) -> list[Part]:
     """Open all parts of a stage.
 
     Raises:
         BankError: there is none, or one is not as it must be.
     """
-    group, name = open_node(path, f"stage_{stage}"), settings.trajectory["stages"][stage]["name"]
-    if group.attrs.get("name") != name:
-        raise BankError(f"{path / f'stage_{stage}'} is of stage {group.attrs.get('name')!r}, and must be of {name!r}")
+    name, there = settings.trajectory.stages[stage].name, read_group(store, f"stage_{stage}").get("name")
+    where = store.location(f"stage_{stage}")
+    if there != name:
+        raise BankError(f"{where} is of stage {there!r}, and must be of {name!r}")
     parts: list[Part] = []
-    while not parts or (path / f"stage_{stage}" / f"part_{len(parts)}").is_dir():
-        part = Part(path, stage, len(parts), settings)
-        before = sum(one.spec.n for one in parts)
+    while not parts or store.exists(f"{part_name(stage, len(parts))}/zarr.json"):
+        part = Part(store, stage, len(parts), settings)
+        before = sum(other.spec.n for other in parts)
         if part.spec.start != before:
-            raise BankError(f"{part.path} starts at row {part.spec.start}, and {before} rows are before it")
+            raise BankError(f"{part.location} starts at row {part.spec.start}, and {before} rows are before it")
         parts.append(part)
-    ids = [one for part in parts for one in part.ids]
+    ids = [row_id for part in parts for row_id in part.ids]
     if len(set(ids)) != len(ids):
-        raise BankError(f"{path / f'stage_{stage}'} holds an id twice; ids must be unique within a stage")
+        raise BankError(f"{where} holds an id twice; ids must be unique within a stage")
     return parts
-
-
-def check_seal(part: Part) -> None:
-    """Compare a part's seal, if it has one, with what it seals.
-
-    Raises:
-        BankError: something changed since.
-    """
-    sealed = part.sealed()
-    if sealed is None:
-        return
-    if sealed[1] != part.metadata_hash():
-        raise BankError(f"the metadata of {part.path}, or of the groups above it, changed since it was sealed")
-    if sealed[0] != part.content_hash():
-        raise BankError(f"the ids or commit marks of {part.path} changed since it was sealed: verify says more")
 
 
 _KINDS = {
@@ -141,14 +102,14 @@ _KINDS = {
 }
 
 
-def kind_of(file: Path) -> str:
-    """What a file of a bank, named relative to it, holds."""
-    if file.parts[0] in ("fits", "weights", "metrics"):
-        return file.parts[0]
-    if file.name == "zarr.json":
+def kind_of(key: str) -> str:
+    """What an object of a bank holds."""
+    folder, _, name = key.rpartition("/")
+    first, last = key.split("/")[0], folder.split("/")[-1]
+    if first in ("fits", "weights", "metrics"):
+        return first
+    if name == "zarr.json":
         return "metadata"
-    if file.name.endswith(".partial"):
-        return "temporary"
-    if "_metric_" in file.parent.name:
+    if "_metric_" in last:
         return "crossings"
-    return _KINDS.get(file.parent.name, "temporary")
+    return _KINDS.get(last, "temporary")

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from source_proj.bank.codecs import Codec
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import crossing_name
-from source_proj.bank.quantize import decode, has_scale
 from source_proj.bank.read.part import Part
 
 __all__ = ["EncodedBlock", "RowBlock", "StageBank"]
@@ -44,9 +44,10 @@ class EncodedBlock:
     Attributes:
         start: first row, counted within the stage.
         stop: end of the rows.
-        rows: ``(n, k)`` int8, float16 or float32.
+        rows: ``(n, codec.width(k))`` codes.
         scale: what they are times to be sketched gradients, ``(n,)`` float32; None for 1.
         d1: ℓ' of each row, ``(n,)`` float32.
+        codec: how they are encoded.
     """
 
     start: int
@@ -54,6 +55,7 @@ class EncodedBlock:
     rows: Tensor
     scale: Tensor | None
     d1: Tensor
+    codec: Codec
 
 
 class StageBank:
@@ -61,7 +63,7 @@ class StageBank:
 
     Attributes:
         name: the stage's name.
-        spec: its part of the trajectory's description.
+        record: the stage's record.
         draws: draws of sampled labels; 0 if the bank has none.
         parts: its parts, in order of rows.
     """
@@ -70,8 +72,8 @@ class StageBank:
         self._settings = settings
         self._index = index
         self._require_finalized = require
-        self.spec: dict[str, Any] = settings.trajectory["stages"][index]
-        self.name: str = self.spec["name"]
+        self.record = settings.trajectory.stages[index]
+        self.name = self.record.name
         self.draws = settings.sampled_fisher
         self.parts = tuple(parts)
 
@@ -91,11 +93,11 @@ class StageBank:
     @property
     def n_checkpoints(self) -> int:
         """Number of checkpoints."""
-        return len(self.spec["checkpoints"])
+        return len(self.record.checkpoints)
 
     def metric(self, checkpoint: int) -> int:
         """Index of the metric that a checkpoint's rows are in; 0 in a bank of plain gradients."""
-        return self._settings.own_metric(self._index, range(self.n_checkpoints)[checkpoint])
+        return self.record.metrics[checkpoint]
 
     def iter_rows(self, checkpoint: int, what: What = "output", metric: int | None = None) -> Iterator[RowBlock]:
         """Yield the rows at one checkpoint, a block per shard, always in the same order.
@@ -118,7 +120,7 @@ class StageBank:
         if what == "sampled_fisher" and not self.draws:
             raise ValueError("the bank has no sampled-Fisher rows; build one with sampled_fisher=1")
         place = checkpoint % self.n_checkpoints
-        own, crossed = self.metric(place), self._settings.crossed_metrics(self._index, place)
+        own, crossed = self.metric(place), self._settings.trajectory.crossed_metrics(self._index, place)
         if metric is not None and metric not in (own, *crossed):
             raise ValueError(
                 f"checkpoint {place} of stage {self.name!r} has rows in its own metric {own}, and in those of earlier "
@@ -135,7 +137,7 @@ class StageBank:
         self._require_finalized()
         if not -self.n_checkpoints <= checkpoint < self.n_checkpoints:
             raise IndexError(f"stage {self.name!r} has {self.n_checkpoints} checkpoints, got index {checkpoint}")
-        scaled, index = has_scale(self._settings.storage), checkpoint % self.n_checkpoints
+        index = checkpoint % self.n_checkpoints
         for part in self.parts:
             for shard in range(part.spec.n_shards):
                 start, stop = (part.spec.start + end for end in part.spec.span(shard))
@@ -143,8 +145,9 @@ class StageBank:
                     start,
                     stop,
                     torch.from_numpy(part.read(index, "rows", shard)),
-                    torch.from_numpy(part.read(index, "scale", shard)) if scaled else None,
+                    self._scale(part, index, "scale", shard),
                     torch.from_numpy(part.read(index, "d1", shard)),
+                    self._settings.codec,
                 )
 
     def _blocks(self, checkpoint: int, what: What, metric: int | None) -> Iterator[RowBlock]:
@@ -153,10 +156,8 @@ class StageBank:
         rows_name, scale_name = names if metric is None else [crossing_name(name, metric) for name in names]
         for part in self.parts:
             for shard in range(part.spec.n_shards):
-                scale = None
-                if has_scale(self._settings.storage):
-                    scale = part.read(checkpoint, scale_name, shard)
-                rows = decode(part.read(checkpoint, rows_name, shard), scale)
+                codes = torch.from_numpy(part.read(checkpoint, rows_name, shard))
+                rows = self._settings.codec.decode(codes, self._scale(part, checkpoint, scale_name, shard))
                 d1, d2 = torch.full((len(rows),), -1.0), None
                 if what == "output":
                     d1 = torch.from_numpy(part.read(checkpoint, "d1", shard))
@@ -164,3 +165,8 @@ class StageBank:
                         d2 = torch.from_numpy(part.read(checkpoint, "d2", shard))
                 start, stop = (factor * (part.spec.start + end) for end in part.spec.span(shard))
                 yield RowBlock(start, stop, rows, d1, d2)
+
+    def _scale(self, part: Part, checkpoint: int, name: str, shard: int) -> Tensor | None:
+        if not self._settings.codec.has_scale:
+            return None
+        return torch.from_numpy(part.read(checkpoint, name, shard))

@@ -1,36 +1,37 @@
 """Checkpoints as a bank refers to them: files elsewhere, or copies inside of it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import zarr
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from source_proj._errors import BankError, MismatchError
 from source_proj.bank.format import Settings
-from source_proj.bank.layout import weights_array
-from source_proj.bank.read.part import open_node, read_array
-from source_proj.trajectory import Checkpoint, Trajectory
+from source_proj.bank.layout import flat_objects, group_document, weights_array
+from source_proj.bank.read.objects import read_flat
+from source_proj.bank.store import Store
+from source_proj.trajectory import Checkpoint, CheckpointRef, Trajectory
 
-__all__ = ["Weights", "relative_paths", "weights_entries", "write_weights"]
+__all__ = ["Weights", "relative_paths", "weights_objects"]
 
 
 class Weights:
     """Finds the checkpoints of a bank.
 
     Args:
-        bank: the bank's folder.
+        store: where the bank lies.
+        folder: the bank's folder.
         settings: its settings.
         moved: where checkpoint files lay relative to the bank when it was built, by hash.
     """
 
-    def __init__(self, bank: Path, settings: Settings, moved: Mapping[str, str]) -> None:
-        self._bank = bank
-        self._stages = settings.trajectory["stages"]
+    def __init__(self, store: Store, folder: Path, settings: Settings, moved: Mapping[str, str]) -> None:
+        self._store = store
+        self._bank = folder
+        self._run = settings.trajectory
         self._moved = moved
         self._files: dict[str, Checkpoint] = {}
         self._copy: tuple[str, Checkpoint] | None = None  # the last one read: others would fill the memory
@@ -42,37 +43,34 @@ class Weights:
             IndexError: there is no such stage or checkpoint.
             MismatchError: its file is missing, or changed since the bank was begun.
         """
-        spec = self._stages[stage]
-        entry = spec["checkpoints"][index]
-        return self._find(entry, spec["steps"][index])
+        return self._find(self._run.stages[stage].checkpoints[index])
 
     def final(self) -> Checkpoint:
         """The weights at the end of training; see `checkpoint`."""
-        spec = self._stages[-1]
-        return self._find(spec["final"], spec["steps"][-1])
+        return self._find(self._run.final)
 
-    def _find(self, entry: Mapping[str, Any], step: int) -> Checkpoint:
-        if entry["path"] is None:
-            return self.stored(entry["hash"], step)
-        checkpoint = self._files.get(entry["hash"]) or self._opened(entry, step)
-        if checkpoint.hash() != entry["hash"]:
+    def _find(self, wanted: CheckpointRef) -> Checkpoint:
+        if wanted.path is None:
+            return self.stored(wanted.hash, wanted.step)
+        checkpoint = self._files.get(wanted.hash) or self._opened(wanted)
+        if checkpoint.hash() != wanted.hash:
             raise MismatchError(
-                f"the checkpoint {checkpoint.path} of step {step} changed since the bank {self._bank} was begun: its "
-                f"hash was {entry['hash'][:16]}, and is {checkpoint.hash()[:16]}; put the original back"
+                f"the checkpoint {checkpoint.path} of step {wanted.step} changed since the bank {self._bank} was "
+                f"begun: its hash was {wanted.hash[:16]}, and is {checkpoint.hash()[:16]}; put the original back"
             )
-        self._files[entry["hash"]] = checkpoint
+        self._files[wanted.hash] = checkpoint
         return checkpoint
 
-    def _opened(self, entry: Mapping[str, Any], step: int) -> Checkpoint:
-        places = [Path(entry["path"])]
-        if entry["hash"] in self._moved:  # the bank and its checkpoints may have been moved together
-            places.append(self._bank / self._moved[entry["hash"]])
+    def _opened(self, wanted: CheckpointRef) -> Checkpoint:
+        places = [Path(wanted.path or "")]
+        if wanted.hash in self._moved:  # the bank and its checkpoints may have been moved together
+            places.append(self._bank / self._moved[wanted.hash])
         for place in places:
             if place.is_file():
-                return Checkpoint(place.resolve(), step)
+                return Checkpoint(place.resolve(), wanted.step)
         raise MismatchError(
-            f"the bank {self._bank} refers to the checkpoint of step {step} at {' or '.join(map(str, places))}, and no "
-            f"file is there; put it back (hash {entry['hash'][:16]})"
+            f"the bank {self._bank} refers to the checkpoint of step {wanted.step} at "
+            f"{' or '.join(map(str, places))}, and no file is there; put it back (hash {wanted.hash[:16]})"
         )
 
     def stored(self, digest: str, step: int) -> Checkpoint:
@@ -83,12 +81,10 @@ class Weights:
         """
         if self._copy is not None and self._copy[0] == digest and self._copy[1].step == step:
             return self._copy[1]
-        folder = self._bank / "weights" / digest
-        array = open_node(self._bank, f"weights/{digest}")
-        if not isinstance(array, zarr.Array):
-            raise BankError(f"{folder} is a zarr group and must be an array")
+        folder = self._store.location(f"weights/{digest}")
+        content = read_flat(self._store, f"weights/{digest}", weights_array)
         try:
-            checkpoint = Checkpoint(load(read_array(array, slice(None), folder).tobytes()), step)
+            checkpoint = Checkpoint(load(content.tobytes()), step)
         except (SafetensorError, ValueError) as error:
             raise BankError(f"the weights in {folder} cannot be read: {error}") from error
         if checkpoint.hash() != digest:
@@ -97,28 +93,24 @@ class Weights:
         return checkpoint
 
 
-def weights_entries(settings: Settings) -> list[dict[str, Any]]:
-    """All checkpoint entries of a trajectory, each hash once."""
-    stages = settings.trajectory["stages"]
-    entries = [entry for stage in stages for entry in [*stage["checkpoints"], stage["final"]]]
-    return list({entry["hash"]: entry for entry in entries}.values())
-
-
-def write_weights(folder: Path, trajectory: Trajectory) -> None:
-    """Write the checkpoints that were given as dicts, each once."""
-    group = zarr.create_group(folder)
+def weights_objects(trajectory: Trajectory) -> Iterator[dict[str, bytes]]:
+    """The checkpoints that were given as dicts, each once, as the objects to write."""
+    given: dict[str, Checkpoint] = {}
     for stage in trajectory.stages:
         for checkpoint in [*stage.checkpoints, *([stage.final] if stage.final is not None else [])]:
-            if checkpoint.path is None and checkpoint.hash() not in group:
-                content = save({name: value.contiguous() for name, value in checkpoint.load().items()})
-                values = np.frombuffer(content, np.uint8)
-                weights_array(len(values)).create(group, checkpoint.hash())[:] = values
+            if checkpoint.path is None:
+                given.setdefault(checkpoint.hash(), checkpoint)
+    for digest, checkpoint in given.items():
+        content = save({name: value.contiguous() for name, value in checkpoint.load().items()})
+        yield flat_objects(f"weights/{digest}", weights_array(len(content)), np.frombuffer(content, np.uint8))
+    if given:
+        yield {"weights/zarr.json": group_document({})}
 
 
 def relative_paths(bank: Path, settings: Settings) -> dict[str, str]:
     """Where checkpoint files lie relative to the bank, by hash."""
     return {
-        entry["hash"]: os.path.relpath(entry["path"], bank.absolute())
-        for entry in weights_entries(settings)
-        if entry["path"] is not None
+        checkpoint.hash: os.path.relpath(checkpoint.path, bank.absolute())
+        for checkpoint in settings.trajectory.checkpoints
+        if checkpoint.path is not None
     }

@@ -1,7 +1,7 @@
 """Optimizers: one a file, known to every reader of runs by being defined. Adding one is a file and a line here."""
 
 from source_proj.trajectory.optimizers.adam import Adam
-from source_proj.trajectory.optimizers.base import Optimizer, Options, PreconditionedOptimizer, optimizer_from_spec
+from source_proj.trajectory.optimizers.base import Optimizer, Options, PreconditionedOptimizer
 from source_proj.trajectory.optimizers.groups import ParameterGroup
 from source_proj.trajectory.optimizers.moments import Moments, moments
 from source_proj.trajectory.optimizers.rmsprop import RMSprop
@@ -17,5 +17,4 @@ __all__ = [
     "PreconditionedOptimizer",
     "RMSprop",
     "moments",
-    "optimizer_from_spec",
 ]

@@ -24,7 +24,7 @@ class Adam(PreconditionedOptimizer):
 
     (``decoupled=True``: AdamW; else Adam's own L2, λθ added to the gradient and so multiplied by P). The first moment
     is a mean: a gradient moves the weights by η P in all. SOURCE has a number for P, or works in its metric
-    (:class:`Stage`, ``metric``); P is read from the optimizer's state at checkpoints (:class:`Checkpoint`,
+    (:class:`Stage`, ``preconditioner``); P is read from the optimizer's state at checkpoints (:class:`Checkpoint`,
     ``optimizer_state``), and taken as constant over a segment.
 
     Args:

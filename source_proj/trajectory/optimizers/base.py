@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar, Self, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from source_proj._errors import MismatchError
 from source_proj.trajectory.optimizers.groups import ParameterGroup, check_at_least_zero
 
-__all__ = ["Optimizer", "Options", "PreconditionedOptimizer", "keys", "optimizer_from_spec"]
+__all__ = ["Optimizer", "Options", "PreconditionedOptimizer", "keys"]
 
 Options = Mapping[str, Any]
 """A parameter group's options, in plain numbers; ``names`` are its parameters', None where they are not known."""
@@ -26,6 +26,7 @@ def keys(names: str) -> frozenset[str]:
     return frozenset(names.split())
 
 
+@dataclass(frozen=True)
 class Optimizer:
     """How gradients became steps. A subclass is one optimizer, known to all readers by being defined.
 
@@ -56,12 +57,19 @@ class Optimizer:
     kept: ClassVar[tuple[str, ...]] = ()
     preconditioned: ClassVar[bool] = False
 
-    weight_decay: float
-    groups: tuple[ParameterGroup, ...] = ()
-
     def __init_subclass__(cls) -> None:
         if cls.classes:
             Optimizer.known[cls.__name__] = cls
+
+    @property
+    def weight_decay(self) -> float:
+        """λ of parameters that are in no group; a field of every subclass."""
+        raise NotImplementedError
+
+    @property
+    def groups(self) -> tuple[ParameterGroup, ...]:
+        """Parameters with their own learning rate or decay."""
+        return ()
 
     @property
     def time_factor(self) -> float:
@@ -82,30 +90,7 @@ class Optimizer:
                 group if group.weight_decay is None else replace(group, weight_decay=group.weight_decay / scale)
                 for group in self.groups
             )
-        divided: Self = replace(cast(Any, self), **changed)
-        return divided
-
-    def spec(self) -> dict[str, Any]:
-        """Describe the optimizer in JSON-able terms; :func:`optimizer_from_spec` reads it back."""
-        return {"name": type(self).__name__, **asdict(cast(Any, self))}
-
-    @classmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> Self:
-        """Rebuild the optimizer from :meth:`spec`.
-
-        Raises:
-            ValueError: the description is of another optimizer, or has unknown entries.
-        """
-        options = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()}
-        name = options.pop("name", None)
-        if name != cls.__name__:
-            raise ValueError(f"expected the description of {cls.__name__}, got that of {name!r}")
-        unknown = sorted(set(options) - set(cast(Any, cls).__dataclass_fields__))
-        if unknown:
-            raise ValueError(f"unknown entries in the description of {cls.__name__}: {', '.join(unknown)}")
-        if "groups" in options:
-            options["groups"] = tuple(ParameterGroup(**group) for group in options["groups"])
-        return cls(**options)
+        return replace(self, **changed)
 
     @classmethod
     def from_groups(cls, groups: Sequence[Options], source: str, before: Optimizer | None = None) -> Self:
@@ -214,18 +199,6 @@ class PreconditionedOptimizer(Optimizer):
             )
         own = [ParameterGroup(g["names"], scale, float(g["weight_decay"])) for g, scale in differing if g["names"]]
         return {"weight_decay": decay, "groups": tuple(own)}
-
-
-def optimizer_from_spec(spec: Mapping[str, Any]) -> Optimizer:
-    """Rebuild any optimizer from its ``spec()``.
-
-    Raises:
-        ValueError: it is of no known kind, or has unknown entries.
-    """
-    kind = Optimizer.known.get(spec.get("name", ""))
-    if kind is None:
-        raise ValueError(f"the optimizer {spec.get('name')!r} is unknown; known are {', '.join(Optimizer.known)}")
-    return kind.from_spec(spec)
 
 
 def _scales(groups: Sequence[Options], source: str) -> list[float]:

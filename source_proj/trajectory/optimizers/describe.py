@@ -13,7 +13,7 @@ from source_proj.trajectory.optimizers.refused import refusal
 
 __all__ = [
     "check_state",
-    "describe_groups",
+    "describe_live",
     "describe_state",
     "kept_state",
     "optimizer_of_trainer",
@@ -50,20 +50,13 @@ def read_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[dict
     ]
 
 
-def describe_groups(
-    optimizer: torch.optim.Optimizer, groups: Sequence[Options], before: Optimizer | None = None
-) -> Optimizer:
-    """Describe how a live optimizer with these options acts, whatever its learning rate.
-
-    Args:
-        optimizer: the live one, for its class.
-        groups: what `read_groups` gave.
-        before: its description before; it counts for ratios of learning rates when all are 0.
+def describe_live(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optimizer:
+    """Describe how a live optimizer acts, whatever its learning rate.
 
     Raises:
-        ValueError: it maximizes, or its groups differ in what cannot be described.
+        ValueError: its class is none that is known, it maximizes, or its groups differ in what cannot be described.
     """
-    return _known_class(optimizer)[0].from_groups(groups, "the optimizer", before)
+    return _known_class(optimizer)[0].from_groups(read_groups(optimizer, model), "the optimizer")
 
 
 def describe_state(

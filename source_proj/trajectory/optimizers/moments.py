@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
+from source_proj._io.loading import load_tensors
 from source_proj.trajectory.optimizers.base import PreconditionedOptimizer
 from source_proj.trajectory.optimizers.describe import check_state
 from source_proj.trajectory.optimizers.naming import named_entries
@@ -76,21 +77,12 @@ def _load(checkpoint: Checkpoint) -> Any:
         raise MismatchError(
             f"{checkpoint!r} has no optimizer_state, and the preconditioner of its optimizer is read from there. Give "
             "Checkpoint(..., optimizer_state=optimizer.state_dict()) or a file with it; or record the run with "
-            "Recorder, which keeps it; or, without any state, take plain gradients with metric='none' (their time "
-            "scale is then unknown: choose Source(time_scale=...))"
+            "Recorder, which keeps it; or, without any state, take plain gradients with preconditioner='none' (their "
+            "time scale is then unknown: choose Source(time_scale=...))"
         )
     if not isinstance(state, str | Path):
         return state
-    path = Path(state)
-    if not path.is_file():
-        raise FileNotFoundError(f"optimizer state {str(path)!r} of {checkpoint!r} does not exist")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load lets through whatever zip, pickle and its own readers raise
-        raise MismatchError(
-            f"optimizer state {str(path)!r} cannot be read as tensors alone ({type(error).__name__}: "
-            f"{str(error).strip()[:300]}): save optimizer.state_dict() alone"
-        ) from error
+    return load_tensors(Path(state), f"{checkpoint!r} needs its optimizer's state_dict() there, saved alone")
 
 
 def _unwrap(state: Any, source: str) -> Mapping[str, Any]:

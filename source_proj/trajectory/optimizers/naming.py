@@ -67,7 +67,8 @@ def parameter_names(
     """
     groups: Sequence[Mapping[str, Any]] = state["param_groups"]
     if all("param_names" in group for group in groups):
-        return [[unwrapped_name(name, model) for name in group["param_names"]] for group in groups]
+        own = dict(model.named_parameters())
+        return [[unwrapped_name(name, own) for name in group["param_names"]] for group in groups]
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     sizes = [len(group["params"]) for group in groups]
     numbers = [number for group in groups for number in group["params"]]
@@ -97,7 +98,7 @@ def named_entries(
     """Entries of a ``state_dict()`` by parameter name; see `parameter_names`."""
     entries: Mapping[Any, Mapping[str, Any]] = state["state"]
     if entries and all(isinstance(key, str) for key in entries):
-        return {unwrapped_name(key, model): entry for key, entry in entries.items()}
+        return {unwrapped_name(key, dict(model.named_parameters())): entry for key, entry in entries.items()}
     names = parameter_names(state, model, source, optimizer)
     pairs = (
         pair

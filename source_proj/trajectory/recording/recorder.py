@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from io import BytesIO
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from source_proj._errors import MismatchError
+from source_proj._io.hashing import hash_file
+from source_proj._io.loading import load_tensors, require_loadable
+from source_proj._io.locks import FolderLock
 from source_proj.trajectory.checkpoint import matched_state
-from source_proj.trajectory.optimizers import Optimizer, Options
-from source_proj.trajectory.optimizers.describe import describe_groups, read_groups, second_moments
+from source_proj.trajectory.counts import checked_count
+from source_proj.trajectory.optimizers import Options
+from source_proj.trajectory.optimizers.describe import describe_live, read_groups, second_moments
+from source_proj.trajectory.options import ReadOptions
+from source_proj.trajectory.recording.progress import Progress, Seen, update_runs, updates_of_call
 from source_proj.trajectory.recording.run_files import (
-    Record,
     RecordedCheckpoint,
-    Update,
+    RecordedRun,
     check_hash,
-    clip_factor,
     describe_state,
     moments_name,
+    remove_unnamed,
+    require_same_run,
     resume_name,
     weights_name,
     write_tensors,
 )
-from source_proj.trajectory.segments import Segments
-from source_proj.trajectory.stages import MetricKind, Stage
-from source_proj.trajectory.state_files import hash_file
+from source_proj.trajectory.recording.schedule_watch import ScheduleWatch
+from source_proj.trajectory.stages import Stage
 from source_proj.trajectory.trajectory import Trajectory
 
 __all__ = ["Recorder", "Stateful"]
@@ -49,8 +55,8 @@ class Stateful(Protocol):
 class Recorder:
     """Records checkpoints, and the learning rate of every step, while a model is trained.
 
-    Call :meth:`step` once after every ``optimizer.step()``, before or after a scheduler's: the learning rate is read
-    while the optimizer steps. If it did not step (a GradScaler may skip one), the rate counts as 0.
+    Call :meth:`step` once after every ``optimizer.step()``, before or after a scheduler's: learning rate and momentum
+    are read while the optimizer steps. If it did not step (a GradScaler may skip one), the rate counts as 0.
 
     A checkpoint counts once everything is on the disk, so a run may be killed at any instant: the same program then
     goes on from the last checkpoint, with the model, the optimizer and torch's random states as they were. Where
@@ -58,11 +64,15 @@ class Recorder:
     uninterrupted run. Schedulers, GradScalers and the like are brought back too if given as ``also``; call
     :meth:`step` last in the loop then, so that they have done their part when their state is taken.
 
+    A step that raises, because the disk is full or somebody pressed Ctrl-C, still counts; its checkpoint is there whole
+    or not at all, and training may go on. One Recorder writes to a directory at a time, from its making until
+    :meth:`trajectory`, :meth:`close` or its end; after :meth:`trajectory` it may go on as long as no other did.
+
     Args:
         model: the model that is trained; with several processes, record on one of them, the unwrapped model.
         optimizer: a :class:`torch.optim.SGD`, one set of options for all its parameter groups; or Adam, AdamW or
             RMSprop, whose groups may differ in learning rate and weight decay, and whose second moments are kept with
-            each checkpoint.
+            each checkpoint. Learning rate and momentum (β₁) may change at every step.
         dir: directory of this run, made if need be. One stage, one directory.
         every: record after every so many optimizer steps.
         at: record after these numbers of optimizer steps; both may be given. With neither, only
@@ -76,7 +86,7 @@ class Recorder:
         TypeError: the state of a thing in ``also`` is not made of tensors and plain values.
         ValueError: the optimizer is another one, maximizes, has parameter groups that differ in what they must not, or
             trains no parameter of the model; ``every`` or ``at`` is out of range.
-        MismatchError: the directory holds another run.
+        MismatchError: the directory holds another run, or another Recorder writes to it.
 
     Example:
         >>> import tempfile
@@ -110,31 +120,35 @@ class Recorder:
         self.dir = Path(dir).absolute()
         self._model = model
         self._optimizer = optimizer
-        self._every = every
-        self._at = frozenset(at or ())
-        for value in ([] if every is None else [every]) + sorted(self._at):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"every and at count optimizer steps, from 1 on, got {value!r}")
+        self._every = None if every is None else checked_count("every, in optimizer steps,", every, 1)
+        self._at = frozenset(checked_count("at, in optimizer steps,", step, 1) for step in at or ())
         if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
             raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm!r}; leave it out without clipping")
         self._max_norm = max_grad_norm
         self._also = tuple(also)
-        _check_restorable(self._also)
+        for thing in self._also:
+            require_loadable(thing.state_dict(), f"the state of {type(thing).__name__} (in also=)")
         _check_trains(optimizer, model)
-        self._record = self._open(Record(stage, self._describe(self._options()), describe_state(model)))
-        self._seen: list[Sequence[Options]] = []  # the groups at each of the optimizer's steps since the last of ours
-        optimizer.register_step_post_hook(self._see)
-        self._steps = self._record.last_step
-        self._pending: list[tuple[float, float | Tensor | None]] = []  # rates and norms since the last checkpoint
-        self._goes_on = not self._record.checkpoints  # False until restore() where there is something to restore
+        fresh = RecordedRun(stage, describe_live(optimizer, model), describe_state(model))
+        self._lock = FolderLock(self.dir, "recorder.lock")
+        self._progress = Progress(self._open(fresh), [], 0)
+        self._goes_on = not self._progress.run.checkpoints  # False until restore() where there is something to restore
+        self._seen: list[Seen] = []  # the optimizer's steps since the last of ours
+        self._call: tuple[float | Tensor | None] | None = None  # norm of a step() that has begun, and not ended
+        self._unsure = False  # whether a checkpoint is being written, or was when something interrupted
+        self._watch = ScheduleWatch(self._also)
+        hook = optimizer.register_step_post_hook(_weakly(self._see))
+        self._end = weakref.finalize(self, _end, hook, self._lock)
 
     @property
     def steps(self) -> int:
         """Optimizer steps taken so far, recorded or not."""
-        return self._steps
+        return self._progress.steps
 
     def step(self, grad_norm: float | Tensor | None = None) -> None:
         """Count one optimizer step, and record a checkpoint if one is due.
+
+        Where this was interrupted or raised an OSError, the step counts, and either call it again or go on training.
 
         Args:
             grad_norm: norm of the gradient before it was clipped, as ``clip_grad_norm_`` returns it; wanted with
@@ -142,8 +156,10 @@ class Recorder:
 
         Raises:
             TypeError: there is a norm and no ``max_grad_norm``, or the other way round.
-            MismatchError: the optimizer's options changed, it stepped more than once since the last call, or the
-                directory holds checkpoints and :meth:`restore` was not called.
+            MismatchError: the optimizer's options changed, it stepped more than once since the last call, the
+                directory holds checkpoints and :meth:`restore` was not called, a scheduler in ``also`` stepped after
+                the Recorder, or another Recorder writes to the directory.
+            OSError: the checkpoint could not be written.
             ValueError: the parameter groups have become different; or, with a checkpoint, a norm is NaN.
         """
         if (grad_norm is None) != (self._max_norm is None):
@@ -154,27 +170,23 @@ class Recorder:
             )
         if not self._goes_on:
             raise MismatchError(
-                f"{str(self.dir)!r} holds a run of {self._record.last_step} steps: call restore() before training to "
-                "go on with it, or give an empty directory"
+                f"{str(self.dir)!r} holds a run of {self._progress.run.last_step} steps: call restore() before "
+                "training to go on with it, or give an empty directory"
             )
-        options = self._seen[0] if self._seen else self._options()
-        rate = float(options[0]["lr"]) if self._seen else 0.0
-        if len(self._seen) > 1:
-            raise MismatchError(
-                f"the optimizer stepped more than once since the recorder's step {self.steps}: "
-                "call the recorder's step() after each"
-            )
-        self._seen.clear()
-        settings = self._describe(options, self._record.optimizer)
-        if settings != self._record.optimizer:
-            raise MismatchError(
-                f"the optimizer was {self._record.optimizer}, and is {settings} at step {self.steps + 1}: only the "
-                "learning rate may change during a stage; record another stage from here"
-            )
-        self._steps += 1
-        self._pending.append((rate, grad_norm.detach() if isinstance(grad_norm, Tensor) else grad_norm))
-        if self.steps in self._at or (self._every is not None and self.steps % self._every == 0):
+        norm = grad_norm.detach() if isinstance(grad_norm, Tensor) else grad_norm
+        interrupted, self._call = self._call, (norm,)
+        self._hold()
+        progress = self._settled()
+        seen = [step for step in self._seen if step.number > progress.last_seen]
+        if seen or interrupted is None:  # else it is called again, for what it could not end
+            norms = [*(interrupted or ()), norm]
+            progress.pending.extend(updates_of_call(progress, seen, norms, self._max_norm))  # at one stroke
+        self._seen = []
+        self._watch.require_in_time(progress.steps)
+        due = progress.steps in self._at or (self._every is not None and progress.steps % self._every == 0)
+        if due and progress.pending:
             self._write_checkpoint()
+        self._call = None
 
     def restore(self) -> int:
         """Bring model, optimizer and random states back to the last checkpoint; steps after it are forgotten.
@@ -186,18 +198,134 @@ class Recorder:
             recorded (then nothing is touched).
 
         Raises:
-            MismatchError: a recorded file was changed.
+            MismatchError: a recorded file was changed, or another Recorder writes to the directory.
         """
+        self._hold()
+        run, seen = self._settled().run, self._progress.last_seen
+        if run.checkpoints:
+            self._load(run)
+        self._seen, self._call = [], None
+        self._progress = Progress(run, [], seen)
+        self._watch.begin()
         self._goes_on = True
-        self._pending, self._steps = [], self._record.last_step
-        self._seen.clear()
-        if self._record.resume is None:
-            return 0
-        file, digest = self._record.resume
-        last = self._record.checkpoints[-1].open(self.dir)
+        return run.last_step
+
+    def stage(self, **options: Unpack[ReadOptions]) -> Stage:
+        """Give the recorded stage, the present weights its last checkpoint, and let others write to the directory.
+
+        Args:
+            **options: ``segments``, ``preconditioner``, ``loss_reduction``, ``batch_size``, ``accumulation``, as in
+                :class:`Stage`.
+
+        Raises:
+            ValueError: no step was taken yet.
+        """
+        if self._settled().pending:
+            self._hold()
+            self._write_checkpoint()
+        self._lock.release()
+        return Stage.from_recorder(self.dir, **options)
+
+    def trajectory(self, **options: Unpack[ReadOptions]) -> Trajectory:
+        """Give the trajectory of this one stage, see :meth:`stage`."""
+        return Trajectory.from_stages([self.stage(**options)])
+
+    def close(self) -> None:
+        """Stop recording: what came after the last checkpoint is forgotten, and others may write to the directory."""
+        self._end()
+
+    def _options(self) -> Sequence[Options]:
+        return read_groups(self._optimizer, self._model)
+
+    def _see(self) -> None:
+        if len(self._seen) < 3:  # of more, only their being too many matters; a recorder may be idle for a whole stage
+            last = self._seen[-1].number if self._seen else self._progress.last_seen
+            self._seen.append(Seen(last + 1, self._options()))
+        self._watch.optimizer_stepped()
+
+    def _open(self, fresh: RecordedRun) -> RecordedRun:
+        """Go on with the directory's run if it is this one, or begin one."""
+        if self.dir.exists() and not self.dir.is_dir():
+            raise ValueError(f"{str(self.dir)!r} is a file: give a directory")
+        self.dir.mkdir(parents=True, exist_ok=True)
+        RecordedRun.read(self.dir)  # a foreign directory is refused before anything is written to it
+        self._acquire()
+        try:
+            run = RecordedRun.read(self.dir)
+            if run is None:
+                # At once, so that the checkpoints to come have an owner.
+                fresh.write(self.dir)
+                return fresh
+            require_same_run(self.dir, run, fresh)
+        except BaseException:
+            self._lock.release()
+            raise
+        return run
+
+    def _acquire(self) -> None:
+        if not self._lock.acquire():
+            raise MismatchError(
+                f"another Recorder writes to {str(self.dir)!r}: give each its own directory, or end the other one by "
+                "its close(), trajectory(), or with its process"
+            )
+
+    def _hold(self) -> None:
+        """Write on, or write again after :meth:`stage` let others do so."""
+        if not self._end.alive:
+            raise MismatchError(f"the Recorder of {str(self.dir)!r} was closed: make another one")
+        if self._lock.held:
+            return
+        self._acquire()
+        if RecordedRun.read(self.dir) != self._progress.run:
+            self._lock.release()
+            raise MismatchError(
+                f"another Recorder went on with the run in {str(self.dir)!r} since this one gave its trajectory: make "
+                "a new Recorder, and restore()"
+            )
+
+    def _settled(self) -> Progress:
+        """The progress, as the disk has it where an interruption came while a checkpoint was written."""
+        progress = self._progress
+        if self._unsure:
+            run = RecordedRun.read(self.dir) or progress.run
+            done = run.last_step - progress.run.last_step
+            if done:
+                progress = Progress(run, progress.pending[done:], progress.pending[done - 1].seen)
+                self._progress = progress
+            self._unsure = False
+        return progress
+
+    def _write_checkpoint(self) -> None:
+        progress = self._progress
+        step, updates = progress.steps, update_runs(progress, self._max_norm)
+        contents: dict[str, dict[str, Any]] = {
+            weights_name(step): {name: value.detach().cpu() for name, value in self._model.state_dict().items()},
+            resume_name(step): {
+                "optimizer": self._optimizer.state_dict(),
+                "also": [thing.state_dict() for thing in self._also],
+                "cpu_rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            },
+        }
+        if progress.run.optimizer.preconditioned:
+            contents[moments_name(step)] = second_moments(self._optimizer, self._model)
+        self._unsure = True
+        weights, resume, *moments = write_tensors({self.dir / name: content for name, content in contents.items()})
+        checkpoint = RecordedCheckpoint(step, weights, moments[0] if moments else None, updates)
+        run = replace(progress.run, checkpoints=(*progress.run.checkpoints, checkpoint), resume=resume)
+        run.write(self.dir)
+        self._progress = Progress(run, [], progress.last_seen)
+        self._unsure = False
+        self._watch.checkpoint_written()
+        remove_unnamed(self.dir, run)
+
+    def _load(self, run: RecordedRun) -> None:
+        """Bring everything back to the last checkpoint; nothing is touched where something does not fit."""
+        last = run.checkpoints[-1].open(self.dir)
         state = matched_state(last.load(), self._model, repr(last))
-        check_hash(self.dir / file, digest, hash_file(self.dir / file))
-        resume = torch.load(self.dir / file, map_location="cpu", weights_only=True)
+        file = self.dir / resume_name(run.last_step)
+        check_hash(file, run.resume or "", hash_file(file))
+        resume = load_tensors(file, "record anew in an empty directory")
         if len(resume["also"]) != len(self._also):
             raise MismatchError(f"{len(resume['also'])} things were recorded as also=, and {len(self._also)} are given")
         for thing, its_state in zip(self._also, resume["also"], strict=True):
@@ -207,120 +335,6 @@ class Recorder:
         torch.set_rng_state(resume["cpu_rng"])
         if len(resume["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(resume["cuda_rng"])
-        return self._record.last_step
-
-    def stage(
-        self,
-        segments: Segments = 1,
-        loss_reduction: str = "mean",
-        batch_size: int | None = None,
-        accumulation: int = 1,
-        metric: MetricKind = "scalar",
-    ) -> Stage:
-        """Give the recorded stage, the present weights its last checkpoint; arguments as in :class:`Stage`.
-
-        Raises:
-            ValueError: no step was taken yet.
-        """
-        if self._pending:
-            self._write_checkpoint()
-        return Stage.from_recorder(self.dir, segments, loss_reduction, batch_size, accumulation, metric)
-
-    def trajectory(
-        self,
-        segments: Segments = 1,
-        loss_reduction: str = "mean",
-        batch_size: int | None = None,
-        accumulation: int = 1,
-        metric: MetricKind = "scalar",
-    ) -> Trajectory:
-        """Give the trajectory of this one stage, see :meth:`stage`."""
-        return Trajectory.from_stages([self.stage(segments, loss_reduction, batch_size, accumulation, metric)])
-
-    def _options(self) -> Sequence[Options]:
-        return read_groups(self._optimizer, self._model)
-
-    def _describe(self, groups: Sequence[Options], before: Optimizer | None = None) -> Optimizer:
-        return describe_groups(self._optimizer, groups, before)
-
-    def _see(self, *_: object) -> None:
-        if len(self._seen) < 2:  # of more, only their being too many matters; a recorder may be idle for a whole stage
-            self._seen.append(self._options())
-
-    def _open(self, fresh: Record) -> Record:
-        """Go on with the directory's record if it is of this run, or begin one."""
-        if self.dir.exists() and not self.dir.is_dir():
-            raise ValueError(f"{str(self.dir)!r} is a file: give a directory")
-        self.dir.mkdir(parents=True, exist_ok=True)
-        found = Record.read(self.dir)
-        if found is None:
-            # At once, so that the checkpoints to come have an owner.
-            fresh.write(self.dir)
-            return fresh
-        differing = [n for n in (*found.state, *fresh.state) if found.state.get(n) != fresh.state.get(n)]
-        if differing:
-            name = differing[0]
-            raise MismatchError(
-                f"{str(self.dir)!r} holds a run of another model: {name} is {found.state.get(name, 'absent')} there "
-                f"and {fresh.state.get(name, 'absent')} here; give an empty directory"
-            )
-        for what in ("stage", "optimizer"):
-            there, here = getattr(found, what), getattr(fresh, what)
-            if there != here:
-                raise MismatchError(
-                    f"{str(self.dir)!r} holds a run whose {what} is {there!r}, not {here!r}: give an empty directory"
-                )
-        return found
-
-    def _updates(self) -> list[Update]:
-        """What is pending, norms turned into the factors by which clip_grad_norm_ multiplies; waits for a GPU."""
-        if self._max_norm is None:
-            return [(rate, 1.0) for rate, _ in self._pending]
-        norms = [float(norm or 0.0) for _, norm in self._pending]
-        for index, norm in enumerate(norms):
-            if math.isnan(norm) and self._pending[index][0]:
-                step = self.steps - len(norms) + index + 1
-                raise ValueError(f"the gradient's norm at step {step} is NaN, and so is every weight after that step")
-        return [
-            (rate, clip_factor(norm, self._max_norm) if rate else 1.0)
-            for (rate, _), norm in zip(self._pending, norms, strict=True)
-        ]
-
-    def _write_checkpoint(self) -> None:
-        step, updates = self.steps, self._updates()
-        state = {name: value.detach().cpu() for name, value in self._model.state_dict().items()}
-        resume = {
-            "optimizer": self._optimizer.state_dict(),
-            "also": [thing.state_dict() for thing in self._also],
-            "cpu_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-        weights_hash = write_tensors(self.dir / weights_name(step), state)
-        resume_hash = write_tensors(self.dir / resume_name(step), resume)
-        moments: tuple[str, str] | None = None
-        if self._record.optimizer.preconditioned:
-            content = second_moments(self._optimizer, self._model)
-            moments = moments_name(step), write_tensors(self.dir / moments_name(step), content)
-        checkpoint = RecordedCheckpoint(step, weights_name(step), weights_hash, updates, moments)
-        self._record.checkpoints.append(checkpoint)
-        self._record.resume = (resume_name(step), resume_hash)
-        self._record.write(self.dir)
-        self._pending = []
-        for name in self._record.superseded():
-            (self.dir / name).unlink(missing_ok=True)
-
-
-def _check_restorable(things: Sequence[Stateful]) -> None:
-    """Find out now, and not after a kill, whether a state can be read back without running foreign code."""
-    for thing in things:
-        file = BytesIO()
-        torch.save(thing.state_dict(), file)
-        try:
-            torch.load(BytesIO(file.getvalue()), weights_only=True)
-        except UnpicklingError as error:
-            raise TypeError(
-                f"the state of {type(thing).__name__} (in also=) holds more than tensors and plain values: {error}"
-            ) from error
 
 
 def _check_trains(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -329,3 +343,20 @@ def _check_trains(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         raise ValueError(
             f"the optimizer trains no parameter of the model {type(model).__name__}: give the model it was made for"
         )
+
+
+def _weakly(method: Callable[[], None]) -> Callable[..., None]:
+    """A hook that keeps nothing alive: a Recorder that nobody holds any more ends, and gives its directory back."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(*_: object) -> None:
+        alive = reference()
+        if alive is not None:
+            alive()
+
+    return hook
+
+
+def _end(hook: RemovableHandle, lock: FolderLock) -> None:
+    hook.remove()
+    lock.release()

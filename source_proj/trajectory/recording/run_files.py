@@ -6,18 +6,19 @@ A run is one directory::
     step_00000042.pt          the model's state_dict after 42 optimizer steps
     moments_00000042.pt       the second moments, by parameter name, of an optimizer that divides gradients by them
     optimizer_00000042.pt     what goes on from there: optimizer and random states, of the last checkpoint only
+    recorder.lock             empty, and locked while a Recorder writes here
 
-A file is written beside its place, flushed to the disk and renamed into it. ``trajectory.json`` comes last and alone
-decides what counts: whatever a kill leaves half done is not named there.
+Files appear whole or not at all. ``trajectory.json`` comes last and alone decides what counts: whatever a kill leaves
+half done is not named there.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,18 +26,24 @@ import torch
 from torch import nn
 
 from source_proj._errors import MismatchError
+from source_proj._io.files import PARTIAL, Content, walk, write_files
+from source_proj._io.hashing import hash_file
+from source_proj._io.json_records import read_record, write_record
 from source_proj.trajectory.checkpoint import Checkpoint
-from source_proj.trajectory.optimizers import Optimizer, optimizer_from_spec
-from source_proj.trajectory.state_files import hash_file
+from source_proj.trajectory.optimizers import Optimizer
+from source_proj.trajectory.record import read_optimizer, write_optimizer
+from source_proj.trajectory.recording.momentum import with_momentum_of
 
 __all__ = [
-    "Record",
     "RecordedCheckpoint",
-    "Update",
+    "RecordedRun",
+    "UpdateRun",
     "check_hash",
     "clip_factor",
     "describe_state",
     "moments_name",
+    "remove_unnamed",
+    "require_same_run",
     "resume_name",
     "weights_name",
     "write_tensors",
@@ -44,24 +51,47 @@ __all__ = [
 
 _NAME = "trajectory.json"
 _FORMAT = "source-proj recorded run"
-_VERSION = 2
+_VERSION = 3
+_MOST_STEPS = 10_000_000  # of a run; a larger count in a foreign file would fill the memory
+_KINDS = ("step", "moments", "optimizer")
 
-Update = tuple[float, float]
-"""An update's learning rate, and what gradient clipping multiplied its gradient by."""
+UpdateRun = tuple[float, float, float, int]
+"""Equal updates in a row: learning rate, what clipping multiplied the gradient by, time factor, and how many."""
 
 
 @dataclass(frozen=True)
 class RecordedCheckpoint:
-    """One checkpoint: where it is, what it hashes to, and the updates that led to it.
+    """One checkpoint: what its files hash to, and the updates that led to it.
 
-    ``moments`` is the name and SHA-256 of the file with the optimizer's second moments, where it has any.
+    Args:
+        step: optimizer steps taken until then.
+        weights: SHA-256 of the file with the weights.
+        moments: SHA-256 of the file with the optimizer's second moments, where it has any.
+        updates: those since the checkpoint before.
+
+    Raises:
+        ValueError: a number is out of its range.
     """
 
     step: int
-    file: str
-    sha256: str
-    updates: list[Update]
-    moments: tuple[str, str] | None = None
+    weights: str
+    moments: str | None
+    updates: tuple[UpdateRun, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.step <= _MOST_STEPS:
+            raise ValueError(f"step must be 1 to {_MOST_STEPS}, got {self.step}")
+        for place, (rate, clip, factor, count) in enumerate(self.updates):
+            if not (rate >= 0 and 0 <= clip <= 1 and factor > 0 and 1 <= count <= self.step):
+                raise ValueError(
+                    f"updates[{place}] must be a rate of at least 0, a clip factor of 0 to 1, a positive time factor "
+                    f"and a count of 1 to {self.step}, got {[rate, clip, factor, count]}"
+                )
+
+    @property
+    def count(self) -> int:
+        """Number of updates since the checkpoint before."""
+        return sum(count for *_, count in self.updates)
 
     def open(self, directory: Path) -> Checkpoint:
         """Give the checkpoint, its bytes compared with what was recorded.
@@ -70,46 +100,44 @@ class RecordedCheckpoint:
             MismatchError: the file is not the one that was recorded.
             FileNotFoundError: the file has gone.
         """
-        optimizer_state: Path | None = None
+        weights, optimizer_state = directory / weights_name(self.step), directory / moments_name(self.step)
         if self.moments is not None:
-            optimizer_state = directory / self.moments[0]
-            check_hash(optimizer_state, self.moments[1], hash_file(optimizer_state))
-        checkpoint = Checkpoint(directory / self.file, self.step, self.updates[-1][0], optimizer_state)
-        check_hash(directory / self.file, self.sha256, checkpoint.hash())
+            check_hash(optimizer_state, self.moments, hash_file(optimizer_state))
+        rate = self.updates[-1][0]
+        checkpoint = Checkpoint(weights, self.step, rate, None if self.moments is None else optimizer_state)
+        check_hash(weights, self.weights, checkpoint.hash())
         return checkpoint
 
-    def to_json(self) -> dict[str, Any]:
-        """The entry in ``trajectory.json``, equal updates in a row as (rate, clip factor, how many)."""
-        runs = [(*update, len(list(run))) for update, run in groupby(self.updates)]
-        return {key: value for key, value in vars(self).items() if key != "moments" or value is not None} | {
-            "updates": runs
-        }
 
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> RecordedCheckpoint:
-        """Read the entry back."""
-        updates = [(rate, clip) for rate, clip, count in entry["updates"] for _ in range(count)]
-        moments = (entry["moments"][0], entry["moments"][1]) if "moments" in entry else None
-        return cls(**{**entry, "updates": updates, "moments": moments})
-
-
-@dataclass
-class Record:
+@dataclass(frozen=True)
+class RecordedRun:
     """What ``trajectory.json`` says.
 
     Args:
         stage: name of the stage.
-        optimizer: description of the optimizer.
+        optimizer: how it acted at first; of its options, the learning rate and momentum may change on the way.
         state: names, shapes and types of the model's state, see :func:`describe_state`.
         checkpoints: in order of steps.
-        resume: name and SHA-256 of the file that the run goes on from, once there is a checkpoint.
+        resume: SHA-256 of the file that the run goes on from, once there is a checkpoint.
+
+    Raises:
+        ValueError: the updates of a checkpoint are not as many as its steps.
     """
 
     stage: str
-    optimizer: Optimizer
-    state: dict[str, list[Any]]
-    checkpoints: list[RecordedCheckpoint] = field(default_factory=list)
-    resume: tuple[str, str] | None = None
+    optimizer: Optimizer = field(metadata={"write": write_optimizer, "read": read_optimizer})
+    state: dict[str, tuple[tuple[int, ...], str]]
+    checkpoints: tuple[RecordedCheckpoint, ...] = ()
+    resume: str | None = None
+
+    def __post_init__(self) -> None:
+        steps = [0, *(checkpoint.step for checkpoint in self.checkpoints)]
+        for place, (before, after) in enumerate(pairwise(steps)):
+            count = self.checkpoints[place].count
+            if after <= before or count != after - before:
+                raise ValueError(f"checkpoints[{place}] has {count} updates from step {before} to step {after}")
+        if (self.resume is None) != (not self.checkpoints):
+            raise ValueError(f"resume is {self.resume!r} with {len(self.checkpoints)} checkpoints")
 
     @property
     def last_step(self) -> int:
@@ -118,35 +146,29 @@ class Record:
 
     def rates(self) -> list[float]:
         """Learning rate of every update up to the last checkpoint."""
-        return [rate for c in self.checkpoints for rate, _ in c.updates]
+        return self._column(0)
 
     def clip_factors(self) -> list[float] | None:
         """What clipping multiplied every update's gradient by; None where nothing was clipped."""
-        factors = [clip for c in self.checkpoints for _, clip in c.updates]
-        return factors if any(factor < 1 for factor in factors) else None
+        clipped = any(clip < 1 for checkpoint in self.checkpoints for _, clip, *_ in checkpoint.updates)
+        return self._column(1) if clipped else None
 
-    def superseded(self) -> list[str]:
-        """Names of the files that were needed to go on from checkpoints before the last."""
-        names = [resume_name(c.step) for c in self.checkpoints]
-        return [name for name in names if self.resume is None or name != self.resume[0]]
+    def time_factors(self) -> list[float] | None:
+        """The optimizer's time factor at every update; None where it always was that of ``optimizer``."""
+        own = self.optimizer.time_factor
+        changed = any(factor != own for checkpoint in self.checkpoints for _, _, factor, _ in checkpoint.updates)
+        return self._column(2) if changed else None
+
+    def _column(self, place: int) -> list[float]:
+        return [float(run[place]) for c in self.checkpoints for run in c.updates for _ in range(run[3])]
 
     def write(self, directory: Path) -> None:
         """Replace ``trajectory.json``, at one stroke."""
-        content = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "stage": self.stage,
-            "optimizer": self.optimizer.spec(),
-            "state": self.state,
-            "checkpoints": [checkpoint.to_json() for checkpoint in self.checkpoints],
-            "resume": self.resume,
-        }
-        _flush_directory(directory)  # what is named must be there first
-        _write(directory / _NAME, lambda file: file.write(json.dumps(content).encode()))
-        _flush_directory(directory)
+        content = {"format": _FORMAT, "version": _VERSION, **write_record(self)}
+        write_files({directory / _NAME: json.dumps(content).encode()})
 
     @classmethod
-    def read(cls, directory: Path) -> Record | None:
+    def read(cls, directory: Path) -> RecordedRun | None:
         """Read ``trajectory.json``; None where there is none.
 
         Raises:
@@ -154,24 +176,17 @@ class Record:
         """
         path = directory / _NAME
         if not path.exists():
-            strays = sorted(
-                file.name for kind in ("step", "moments", "optimizer") for file in directory.glob(f"{kind}_????????.pt")
-            )
+            strays = sorted(file.name for file in _recorded_files(directory))
             if strays:
                 raise MismatchError(f"{str(directory)!r} holds {strays[0]} but no {_NAME}: give an empty directory")
             return None
         try:
-            content = json.loads(path.read_bytes())
-            if (content["format"], content["version"]) != (_FORMAT, _VERSION):
-                raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
-            return cls(
-                stage=content["stage"],
-                optimizer=optimizer_from_spec(content["optimizer"]),
-                state=content["state"],
-                checkpoints=[RecordedCheckpoint.from_json(entry) for entry in content["checkpoints"]],
-                resume=tuple(content["resume"]) if content["resume"] else None,
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            content = dict(json.loads(path.read_bytes()))
+            found = (content.pop("format", None), content.pop("version", None))
+            if found != (_FORMAT, _VERSION):
+                raise ValueError(f"format {found[0]!r}, version {found[1]!r}")
+            return read_record(cls, content, _NAME)
+        except (ValueError, TypeError, RecursionError) as error:
             raise MismatchError(
                 f"{str(path)!r} was not written by a Recorder of this version ({type(error).__name__}: {error}): "
                 "give an empty directory"
@@ -202,55 +217,78 @@ def resume_name(step: int) -> str:
     return f"optimizer_{step:08d}.pt"
 
 
-def describe_state(model: nn.Module) -> dict[str, list[Any]]:
-    """Say of each entry of a model's state its shape and type, in JSON-able terms.
+def describe_state(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Say of each entry of a model's state its shape and type.
 
     Raises:
         ValueError: an entry is no tensor.
     """
-    described: dict[str, list[Any]] = {}
+    described = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"the model's state has {name!r}, a {type(value).__name__}: only tensors can be recorded")
-        described[name] = [list(value.shape), str(value.dtype).removeprefix("torch.")]
+        described[name] = (tuple(value.shape), str(value.dtype).removeprefix("torch."))
     return described
 
 
-def write_tensors(path: Path, content: dict[str, Any]) -> str:
+def write_tensors(contents: Mapping[Path, Mapping[str, Any]]) -> list[str]:
     """Write what :func:`torch.load` reads back with ``weights_only=True``; equal content gives equal bytes.
 
     Returns:
-        SHA-256 of the file, in hex.
+        SHA-256 of the files, in hex.
     """
-    # Through an open file, because torch writes a path's name into the archive.
-    _write(path, lambda file: torch.save(content, file))
-    return hash_file(path)
+
+    def saved(content: Mapping[str, Any]) -> Content:
+        def save(file: IO[bytes]) -> None:  # an open file, because torch writes a path's name into the archive
+            torch.save(dict(content), file)
+
+        return save
+
+    write_files({path: saved(content) for path, content in contents.items()})
+    return [hash_file(path) for path in contents]
 
 
-def check_hash(path: Path, recorded: str, found: str) -> None:
-    """Refuse a file whose hash is not what was recorded."""
-    if found != recorded:
+def remove_unnamed(directory: Path, run: RecordedRun) -> None:
+    """Remove recorded files that a run does not name: superseded ones, and what interruptions left."""
+    names = {name(c.step) for c in run.checkpoints for name in (weights_name, moments_name)}
+    names |= {resume_name(run.last_step)}
+    partial = (file for file in walk(directory) if file.name.endswith(PARTIAL))
+    for file in [*_recorded_files(directory), *partial]:
+        if file.name not in names:
+            file.unlink(missing_ok=True)
+
+
+def require_same_run(directory: Path, there: RecordedRun, here: RecordedRun) -> None:
+    """Refuse to go on with the run of another model, optimizer or stage.
+
+    Raises:
+        MismatchError: they differ; names what.
+    """
+    differing = [n for n in (*there.state, *here.state) if there.state.get(n) != here.state.get(n)]
+    if differing:
+        name = differing[0]
         raise MismatchError(
-            f"{str(path)!r} has SHA-256 {found[:16]}…, but {recorded[:16]}… was recorded: it was changed since; "
+            f"{str(directory)!r} holds a run of another model: {name} is {there.state.get(name, 'absent')} there "
+            f"and {here.state.get(name, 'absent')} here; give an empty directory"
+        )
+    cycled = there.time_factors() is not None  # its momentum is at another point of the cycle, as its learning rate is
+    own = with_momentum_of(there.optimizer, here.optimizer) if cycled else here.optimizer
+    for what, its, ours in (("stage", there.stage, here.stage), ("optimizer", there.optimizer, own)):
+        if its != ours:
+            raise MismatchError(
+                f"{str(directory)!r} holds a run whose {what} is {its!r}, not {ours!r}: give an empty directory"
+            )
+
+
+def check_hash(path: Path, recorded: str, present: str) -> None:
+    """Refuse a file whose hash is not what was recorded."""
+    if present != recorded:
+        raise MismatchError(
+            f"{str(path)!r} has SHA-256 {present[:16]}…, but {recorded[:16]}… was recorded: it was changed since; "
             "bring the file back, or record anew in an empty directory"
         )
 
 
-def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _flush_directory(directory: Path) -> None:
-    """Make renames last through a power failure, where the system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _recorded_files(directory: Path) -> list[Path]:
+    pattern = re.compile(rf"({'|'.join(_KINDS)})_\d{{8}}\.pt")
+    return [file for file in directory.iterdir() if pattern.fullmatch(file.name)] if directory.is_dir() else []

@@ -10,18 +10,18 @@ import torch
 from torch import nn
 
 from source_proj._errors import BankError
-from source_proj._io.files import beside_part, leftovers, remove_unpublished, walk
 from source_proj.bank.build.append import append_rows
 from source_proj.bank.format import Settings
 from source_proj.bank.read.metrics import Metrics
 from source_proj.bank.read.part import Part, listed
-from source_proj.bank.read.root import check_seal, find_parts, kind_of, read_root
+from source_proj.bank.read.root import find_parts, kind_of, read_root
 from source_proj.bank.read.stage_bank import StageBank
 from source_proj.bank.read.weights import Weights
+from source_proj.bank.store import LocalStore
 from source_proj.bank.verify import VerifyReport, verify
 from source_proj.sketch import Sketch
 from source_proj.task import Task
-from source_proj.trajectory import Checkpoint
+from source_proj.trajectory import Checkpoint, RunRecord
 
 __all__ = ["Bank", "open_bank"]
 
@@ -34,6 +34,7 @@ class Bank:
 
     Attributes:
         path: the bank's folder.
+        store: what its objects are read from and written to.
         sketch: the projection that its rows went through.
         settings: everything that the rows depend on besides the data.
         metrics: the metrics that its rows are in; one, the identity, unless an optimizer was preconditioned.
@@ -44,21 +45,25 @@ class Bank:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.settings, self.versions, moved = read_root(self.path)
+        self.store = LocalStore(path)
+        self.path = self.store.root
+        if self.path.exists() and not self.path.is_dir():
+            raise BankError(f"{self.path} is a file, and a bank is a folder; give the folder")
+        self.store.list()  # refuses links
+        self.settings, self.versions, moved = read_root(self.store)
         self.sketch = _sketch(self.path, self.settings)
-        self.metrics = Metrics(self.path, self.settings.trajectory)
-        self._weights = Weights(self.path, self.settings, moved)
+        self.metrics = Metrics(self.store, self.settings.trajectory)
+        self._weights = Weights(self.store, self.path, self.settings, moved)
         self.reload()
-        for part in self.parts:
-            check_seal(part)
 
     def reload(self) -> None:
         """Look again which parts there are, and which of them are sealed."""
-        found = [find_parts(self.path, self.settings, s) for s in range(len(self.trajectory_spec["stages"]))]
+        found = [find_parts(self.store, self.settings, s) for s in range(len(self.trajectory.stages))]
         self.stages: tuple[StageBank, ...] = tuple(
             StageBank(self.settings, s, parts, self.require_finalized) for s, parts in enumerate(found)
         )
+        for part in self.parts:
+            part.check_seal()
         self._seals = [part.sealed() for part in self.parts]
         self.__dict__.pop("ids", None)
 
@@ -75,8 +80,8 @@ class Bank:
         return self.settings.task
 
     @property
-    def trajectory_spec(self) -> dict[str, Any]:
-        """``Trajectory.spec()`` of the run."""
+    def trajectory(self) -> RunRecord:
+        """The record of the run."""
         return self.settings.trajectory
 
     @property
@@ -145,7 +150,7 @@ class Bank:
             return
         missing = self.missing()
         if missing:
-            appended = [part.path for part in self.parts if part.spec.start and part.sealed() is None]
+            appended = [part.location for part in self.parts if part.spec.start and part.sealed() is None]
             verb = f"append again (or remove {appended[0]} to give it up)" if appended else "build again"
             raise BankError(
                 f"the bank {self.path} is unfinished: it lacks {listed(missing)}. Call {verb} with the same arguments "
@@ -182,12 +187,9 @@ class Bank:
     def seal(self, parts: Sequence[Part]) -> None:
         """Declare some parts complete; see :meth:`finalize`."""
         for part in parts:
-            if part.sealed() is None:
-                part.seal()
-            for file in leftovers(part.path):
-                file.unlink(missing_ok=True)
-            remove_unpublished(beside_part(self.path, part.path))
-        remove_unpublished(self.path)
+            part.seal()
+            for key in self.store.leftovers(part.name):
+                self.store.delete(key)
         self.reload()
 
     def append(
@@ -232,7 +234,7 @@ class Bank:
         self.reload()
         try:
             part = append_rows(
-                self.path,
+                self.store,
                 self.settings,
                 model,
                 task,
@@ -275,8 +277,10 @@ class Bank:
             0,
         )
         kinds |= {"crossings": 0, "metrics": 0, "metadata": 0, "fits": 0, "temporary": 0}
-        for file in walk(self.path):
-            kinds[kind_of(file.relative_to(self.path))] += file.stat().st_size
+        kind = {key: kind_of(key) for key in self.store.list()} | dict.fromkeys(self.store.leftovers(), "temporary")
+        for key, name in kind.items():
+            info = self.store.stat(key)
+            kinds[name] += 0 if info is None else info.size
         return kinds
 
 

@@ -1,0 +1,78 @@
+"""A lock on a folder that dies with its process, however that ends: no stale lock is ever in the way."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from weakref import WeakSet
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+__all__ = ["FolderLock"]
+
+_HELD: WeakSet[FolderLock] = WeakSet()
+
+
+class FolderLock:
+    """One holder at a time, among all processes of a machine, and within one.
+
+    The operating system keeps the lock on an open file, and gives it back when the process ends. The file itself stays.
+
+    Args:
+        folder: the folder, which must be there.
+        name: name of the file in it.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._path = folder / name
+        self._descriptor: int | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._descriptor is not None
+
+    def acquire(self) -> bool:
+        """Take the lock, and say whether it is held; True also where the file system knows no locks."""
+        if self.held:
+            return True
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        if not _locked(descriptor):
+            os.close(descriptor)
+            return False
+        self._descriptor = descriptor
+        _HELD.add(self)
+        return True
+
+    def release(self) -> None:
+        """Give it back, if it is held."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def _forget() -> None:
+    """In a forked child: the lock is the parent's, and must not outlive it."""
+    for lock in list(_HELD):
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,110 @@
+"""What every codec can do. A new one is a subclass in a file of its own, and an import beside the others."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from source_proj.kernels.scoring import Strongest, score
+
+__all__ = ["Codec", "EncodedRows", "codec_names", "find_codec"]
+
+_CODECS: "dict[str, Codec]" = {}
+
+
+class EncodedRows(NamedTuple):
+    """Rows as a codec stores them.
+
+    Attributes:
+        codes: ``(n, codec.width(k))`` of the codec's type.
+        scale: what decoded codes are times, ``(n,)`` float32; None for 1.
+    """
+
+    codes: Tensor
+    scale: Tensor | None
+
+
+class Codec(ABC):
+    """A way of storing rows of k float32 numbers.
+
+    Attributes:
+        name: what ``storage=`` calls it.
+        dtype: torch's type of the codes.
+        array_type: zarr's name of this type.
+        has_scale: whether every row has a float32 scale.
+        compressible: whether zstd makes the codes of trained networks so much smaller that it pays.
+    """
+
+    name: ClassVar[str]
+    dtype: ClassVar[torch.dtype]
+    array_type: ClassVar[str]
+    has_scale: ClassVar[bool] = True
+    compressible: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        _CODECS[cls.name] = cls()
+
+    @abstractmethod
+    def encode(self, rows: Tensor, sizes: Tensor | None = None) -> EncodedRows:
+        """Encode finite rows ``(n, k)`` float32, each by itself.
+
+        Args:
+            rows: the rows.
+            sizes: :meth:`row_sizes` of the rows, where it is known: saves a pass over them.
+        """
+
+    @abstractmethod
+    def decode(self, codes: Tensor, scale: Tensor | None) -> Tensor:
+        """Return the rows ``(n, k)`` float32 of what :meth:`encode` made; never shares memory with it."""
+
+    def width(self, k: int) -> int:
+        """Codes a row of k numbers."""
+        return k
+
+    def row_bytes(self, k: int) -> int:
+        """Bytes of the codes of a row of k numbers."""
+        return self.width(k) * self.dtype.itemsize
+
+    def nbytes(self, n: int, k: int) -> int:
+        """Bytes of n rows of k numbers in memory, scales included."""
+        return n * (self.row_bytes(k) + (torch.float32.itemsize if self.has_scale else 0))
+
+    def empty(self, n: int, k: int) -> EncodedRows:
+        """Memory for n rows of k numbers, to be filled."""
+        return EncodedRows(
+            torch.empty(n, self.width(k), dtype=self.dtype), torch.empty(n) if self.has_scale else None
+        )  # fmt: skip
+
+    def multiply(self, queries: Tensor, codes: Tensor, scale: Tensor | None) -> Tensor:
+        """Inner products ``(Q, n)`` float32 of queries ``(Q, k)`` float32 with rows that stay encoded."""
+        return score(queries, codes, scale)
+
+    def search(self, strongest: Strongest, queries: Tensor, codes: Tensor, scale: Tensor | None, *, first: int) -> None:
+        """Offer encoded rows ``first``, ``first`` + 1, … to a search, without the matrix of all products."""
+        strongest.add(queries, codes, scale, first=first)
+
+    @staticmethod
+    def row_sizes(rows: Tensor) -> Tensor:
+        """max|row| of rows ``(n, k)``, as ``(n,)``; NaN or infinite where an entry is, and seen ten times faster so."""
+        return rows.abs().amax(dim=1)
+
+
+def codec_names() -> tuple[str, ...]:
+    """Names of all codecs, those of the fewest bytes first."""
+    return tuple(sorted(_CODECS, key=lambda name: (_CODECS[name].row_bytes(4096), name)))
+
+
+def find_codec(storage: str) -> Codec:
+    """The codec of a name.
+
+    Raises:
+        ValueError: there is none; lists the names.
+
+    Example:
+        >>> find_codec("int8").row_bytes(4096)
+        4096
+    """
+    if not isinstance(storage, str) or storage not in _CODECS:
+        raise ValueError(f"storage must be one of {', '.join(codec_names())}, got {storage!r}")
+    return _CODECS[storage]

@@ -1,0 +1,146 @@
+"""Laws of every codec, and what each one says of its own error."""
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from source_proj.bank.codecs import Codec, EncodedRows, codec_names, find_codec
+from source_proj.bank.layout import ArraySpec
+from source_proj.kernels.scoring import Strongest
+
+CODECS = [find_codec(name) for name in codec_names()]
+ROWS = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9),
+    elements=st.floats(-(2.0**120), 2.0**120, width=32),
+)
+
+
+def int8_bound(rows):
+    # Half a scale, and the rounding of scale, quotient and product (127 of each at most).
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    return (largest / 127 * (0.5 + 127 * 3 * 2.0**-24)).clamp(min=2e-36).expand_as(rows)
+
+
+def float16_bound(rows):
+    largest = rows.abs().amax(dim=1, keepdim=True).clamp(min=2.0**-112)  # below, scales have no smaller value
+    return torch.maximum(rows.abs() * 2.0**-11, largest * 2.0**-39)
+
+
+BOUNDS = {"int8": int8_bound, "float16": float16_bound, "float32": torch.zeros_like}
+"""What the docstring of each codec says an entry errs by at most, of rows in float64."""
+
+every_codec = pytest.mark.parametrize("codec", CODECS, ids=codec_names())
+
+
+def random_rows(n, k, seed=0):
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+
+
+def round_trip(codec: Codec, rows):
+    return codec.decode(*codec.encode(rows))
+
+
+def test_every_codec_has_a_bound():
+    assert set(BOUNDS) == set(codec_names())
+
+
+@every_codec
+@given(ROWS)
+def test_an_entry_errs_by_no_more_than_is_said(codec, array):
+    rows = torch.from_numpy(array)
+    error = (round_trip(codec, rows).double() - rows.double()).abs()
+    assert (error <= BOUNDS[codec.name](rows.double())).all()
+
+
+@every_codec
+@given(ROWS)
+def test_codes_are_as_the_codec_declares_them(codec, array):
+    n, k = array.shape
+    codes, scale = codec.encode(torch.from_numpy(array))
+    assert codes.dtype == codec.dtype
+    assert codes.shape == (n, codec.width(k))
+    assert codes.nbytes == n * codec.row_bytes(k)
+    assert (scale is not None) == codec.has_scale
+    assert codec.nbytes(n, k) == codes.nbytes + (0 if scale is None else scale.nbytes)
+    fill = ArraySpec((n, codec.width(k)), codec.array_type, n).fill_value
+    assert not (codes.numpy() == fill).any()
+    if codes.is_floating_point():
+        assert torch.isfinite(codes).all()
+    empty = codec.empty(n, k)
+    assert (empty.codes.shape, empty.codes.dtype) == (codes.shape, codes.dtype)
+    assert (empty.scale is None) == (scale is None)
+
+
+@every_codec
+def test_zarr_knows_the_type(codec):
+    array = zarr.create_array({}, shape=(2, 3), dtype=codec.array_type)
+    assert array[...].dtype == codec.encode(torch.ones(2, 3)).codes.numpy().dtype
+
+
+@every_codec
+def test_batches_are_encoded_row_by_row(codec):
+    rows = random_rows(6, 5)
+    whole = codec.encode(rows)
+    known = codec.encode(rows, codec.row_sizes(rows))
+    for i in range(6):
+        codes, scale = codec.encode(rows[i : i + 1])
+        assert torch.equal(codes[0], whole.codes[i])
+        assert torch.equal(codes[0], known.codes[i])
+        assert (scale is None and whole.scale is None) or scale[0] == whole.scale[i] == known.scale[i]
+
+
+@every_codec
+def test_decoded_rows_belong_to_the_caller(codec):
+    codes, scale = codec.encode(torch.ones(2, 3))
+    kept = codes.clone()
+    codec.decode(codes, scale).zero_()
+    assert torch.equal(codes, kept)
+
+
+@every_codec
+def test_products_are_those_of_the_decoded_rows(codec):
+    rows, queries = random_rows(40, 24), random_rows(3, 24, seed=1)
+    encoded = codec.encode(rows)
+    decoded = codec.decode(*encoded)
+    exact = queries.double() @ decoded.double().T
+    bound = 40 * torch.finfo(torch.float32).eps * (queries.abs().double() @ decoded.abs().double().T)
+    products = codec.multiply(queries, *encoded)
+    assert ((products.double() - exact).abs() <= bound).all()
+    strongest = Strongest(3, 5)
+    for start in (0, 15):
+        stop = 15 if start == 0 else 40
+        part = EncodedRows(encoded.codes[start:stop], None if encoded.scale is None else encoded.scale[start:stop])
+        codec.search(strongest, queries, *part, first=start)
+    values, places = strongest.result()
+    assert ((values - products.gather(1, places)).abs() <= bound.gather(1, places)).all()
+    assert (values[:, -1:] >= products.topk(6).values[:, 5:] - bound.amax()).all()
+
+
+@every_codec
+@pytest.mark.parametrize("factor", [1e-30, 1e-12, 1.0, 1e12])
+def test_the_size_of_a_row_costs_no_accuracy(codec, factor):
+    rows = random_rows(4, 64)
+    largest = rows.abs().amax()
+    plain = BOUNDS[codec.name](largest.double().reshape(1, 1)) / largest  # of the largest entry, at size 1
+    error = (round_trip(codec, rows * factor) - rows * factor).abs().amax(dim=1) / (rows * factor).abs().amax(dim=1)
+    assert (error <= plain * (1 + 1e-4)).all()
+
+
+def test_halves_round_to_even_and_zero_rows_stay_zero():
+    codes, scale = find_codec("int8").encode(torch.tensor([[127.0, 0.5, 1.5, -2.5], [0.0, 0.0, 0.0, 0.0]]))
+    assert codes.tolist() == [[127, 0, 2, -2], [0, 0, 0, 0]]
+    assert scale.tolist() == [1.0, 0.0]
+
+
+def test_names_are_listed_by_bytes_and_others_refused():
+    assert [find_codec(name).name for name in codec_names()] == list(codec_names())
+    sizes = [find_codec(name).row_bytes(4096) for name in codec_names()]
+    assert sizes == sorted(sizes)
+    for name in ("int4", "float64", None, ["int8"], ""):
+        with pytest.raises(ValueError, match="storage must be one of int8, float16, float32, got"):
+            find_codec(name)

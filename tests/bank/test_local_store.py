@@ -1,0 +1,153 @@
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from store_contract import StoreContract
+
+from source_proj._errors import BankError
+from source_proj._io import files
+from source_proj.bank.store import LocalStore, local
+
+
+class TestLocalStore(StoreContract):
+    @pytest.fixture
+    def store(self, tmp_path):
+        return LocalStore(tmp_path / "bank")
+
+    def place(self, store, key, content):
+        path = Path(store.location()) / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+    def fetch(self, store, key):
+        path = Path(store.location()) / key
+        return path.read_bytes() if path.is_file() else None
+
+    def twin(self, store):
+        return LocalStore(store.root)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return LocalStore(tmp_path / "bank")
+
+
+def test_a_relative_folder_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = LocalStore("bank")
+    store.put({"a/b": b"x"})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert store.get("a/b") == b"x"
+
+
+def test_links_are_refused_wherever_they_stand(store, tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/a").write_bytes(b"secret")
+    store.put({"zarr.json": b"x"})
+    (store.root / "fits").symlink_to(tmp_path / "outside")
+    (store.root / "rows").symlink_to(tmp_path / "outside/a")
+    (store.root / "broken").symlink_to(tmp_path / "nowhere")
+    for key in ("fits/a", "fits/new", "rows", "broken"):
+        for call in (store.get, store.stat, store.delete, *(lambda key, p=p: p({key: b"x"}) for p in puts(store))):
+            with pytest.raises(BankError, match="is a link"):
+                call(key)
+    for prefix in ("", "fits"):
+        with pytest.raises(BankError, match="is a link"):
+            store.list(prefix)
+    assert [entry.name for entry in (tmp_path / "outside").iterdir()] == ["a"]
+    assert (tmp_path / "outside/a").read_bytes() == b"secret"
+
+
+def puts(store):
+    return store.put, store.put_if_absent
+
+
+def test_the_folder_itself_may_be_a_link(tmp_path):
+    LocalStore(tmp_path / "there").put({"a": b"x"})
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    assert LocalStore(tmp_path / "link").get("a") == b"x"
+
+
+def test_leftovers_are_no_objects(store):
+    store.put({"a/b": b"x"})
+    (store.root / "a/c.0123.partial").write_bytes(b"half")
+    assert list(store.list()) == ["a/b"]
+    assert list(store.leftovers()) == list(store.leftovers("a")) == ["a/c.0123.partial"]
+    store.delete("a/c.0123.partial")
+    assert list(store.leftovers()) == []
+
+
+def test_new_folders_are_on_the_disk_before_a_put_returns(store, monkeypatch):
+    synced = []
+    real = files._sync_path
+    monkeypatch.setattr(files, "_sync_path", lambda path: (synced.append(path), real(path)))
+    store.put({"a/b/c": b"x"})
+    assert {store.root.parent, store.root, store.root / "a", store.root / "a/b"} <= set(synced)
+
+
+def test_a_full_disk_leaves_nothing_half(store, monkeypatch):
+    store.put({"a": b"first"})
+
+    def failing(paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "_sync", failing)
+    for put in puts(store):
+        with pytest.raises(OSError, match="No space"):
+            put({"a": b"second", "b": b"second"} if put == store.put else {"b": b"second"})
+    assert list(store.list()) == ["a"]
+    assert list(store.leftovers()) == []
+    assert store.get("a") == b"first"
+
+
+def test_one_who_waits_in_vain_is_told_for_what(tmp_path):
+    store = LocalStore(tmp_path, patience=0.05)
+    store.put({"lock": b"x"})
+    with (
+        store.exclusive("lock") as alone,
+        pytest.raises(BankError, match=r"another process has been writing beside .*lock for 0\.05 s"),
+        LocalStore(tmp_path, patience=0.05).exclusive("lock"),
+    ):
+        assert alone
+    with store.exclusive("lock") as alone:
+        assert alone
+
+
+def test_a_file_system_without_locks_says_so(store, monkeypatch):
+    def failing(descriptor):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(local, "_try_lock", failing)
+    store.put({"lock": b"x"})
+    with store.exclusive("lock") as alone:
+        assert not alone
+
+
+HOLDER = """
+import sys, time
+from source_proj.bank.store import LocalStore
+with LocalStore(sys.argv[1]).exclusive("lock"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_a_killed_writer_lets_the_others_in(tmp_path):
+    LocalStore(tmp_path).put({"lock": b"x"})
+    root = Path(local.__file__).parents[3]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BankError, match="another process"), LocalStore(tmp_path, patience=0).exclusive("lock"):
+            pass
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    with LocalStore(tmp_path, patience=0).exclusive("lock") as alone:
+        assert alone
