@@ -9,13 +9,43 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from source_proj._errors import MismatchError
-from source_proj.trajectory.optimizers.base import Options, PreconditionedOptimizer, keys
+from source_proj.trajectory.optimizers.base import Options, PreconditionedOptimizer, check_betas, keys
 
-__all__ = ["Adam"]
+__all__ = ["Adam", "AdamMoments"]
 
 
 @dataclass(frozen=True)
-class Adam(PreconditionedOptimizer):
+class AdamMoments(PreconditionedOptimizer):
+    """What Adam and its kin share: a mean square of the gradient, corrected for beginning at 0; and either decay."""
+
+    kept: ClassVar[tuple[str, ...]] = ("step", "exp_avg_sq")
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    decoupled: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "betas", check_betas(self.betas))
+
+    @property
+    def decays_with_metric(self) -> bool:
+        """Whether the decay is Adam's own L2."""
+        return not self.decoupled
+
+    def second_moment(self, entry: Mapping[str, Any], step: int) -> Tensor:
+        """v/(1 - β₂ᵗ) with t the state's own step, or ``step`` where it has none."""
+        return self._corrected(entry, "exp_avg_sq", step)
+
+    def _corrected(self, entry: Mapping[str, Any], key: str, step: int) -> Tensor:
+        own = float(entry.get("step", step))
+        if own <= 0:
+            raise MismatchError(f"a second moment after {own} steps: the state was taken before the first one")
+        correction: float = 1 - self.betas[1] ** own
+        return self._tensor(entry, key) / correction
+
+
+@dataclass(frozen=True)
+class Adam(AdamMoments):
     r"""Adam and AdamW, with the conventions of :class:`torch.optim.Adam` and :class:`torch.optim.AdamW`.
 
     With :math:`\hat m, \hat v` the bias-corrected means of the gradient and of its square, a step is
@@ -67,28 +97,11 @@ class Adam(PreconditionedOptimizer):
     alike: ClassVar[tuple[str, ...]] = ("betas", "eps", "amsgrad", "decoupled_weight_decay")
     kept: ClassVar[tuple[str, ...]] = ("step", "exp_avg_sq", "max_exp_avg_sq")
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    decoupled: bool = field(default=True, kw_only=True)
     amsgrad: bool = field(default=False, kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "betas", tuple(float(beta) for beta in self.betas))
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
-
-    @property
-    def decays_with_metric(self) -> bool:
-        """Whether the decay is Adam's own L2."""
-        return not self.decoupled
-
     def second_moment(self, entry: Mapping[str, Any], step: int) -> Tensor:
-        """v/(1 - β₂ᵗ) with t the state's own step, or ``step`` where it has none; AMSGrad's largest v."""
-        own = float(entry.get("step", step))
-        if own <= 0:
-            raise MismatchError(f"a second moment after {own} steps: the state was taken before the first one")
-        correction: float = 1 - self.betas[1] ** own
-        return self._tensor(entry, "max_exp_avg_sq" if self.amsgrad else "exp_avg_sq") / correction
+        """v̂; AMSGrad's largest v, corrected alike."""
+        return self._corrected(entry, "max_exp_avg_sq" if self.amsgrad else "exp_avg_sq", step)
 
     @classmethod
     def fields(cls, group: Options, source: str) -> dict[str, Any]:  # noqa: D102

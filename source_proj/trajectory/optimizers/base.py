@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -12,13 +12,37 @@ from torch import Tensor
 from source_proj._errors import MismatchError
 from source_proj.trajectory.optimizers.groups import ParameterGroup, check_at_least_zero
 
-__all__ = ["Optimizer", "Options", "PreconditionedOptimizer", "keys"]
+__all__ = ["Optimizer", "Options", "PreconditionedOptimizer", "Updates", "check_betas", "keys"]
 
 Options = Mapping[str, Any]
 """A parameter group's options, in plain numbers; ``names`` are its parameters', None where they are not known."""
 
 _DIGITS = 9  # of ratios of learning rates, which a schedule computes for each group
 _SAME = 1e-6  # of the largest rate: learning rates that differ by less have kept their ratio
+
+
+class Updates(NamedTuple):
+    """The updates of a stage from its first one on.
+
+    Attributes:
+        rates: learning rate of each.
+        checkpoints: how many of them came before each checkpoint.
+    """
+
+    rates: Sequence[float]
+    checkpoints: Sequence[int]
+
+
+def check_betas(betas: Sequence[float]) -> tuple[float, ...]:
+    """Two decay rates as plain numbers.
+
+    Raises:
+        ValueError: one is outside of [0, 1).
+    """
+    plain = tuple(float(beta) for beta in betas)
+    if len(plain) != 2 or not all(0 <= beta < 1 for beta in plain):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {plain}")
+    return plain
 
 
 def keys(names: str) -> frozenset[str]:
@@ -75,6 +99,24 @@ class Optimizer:
     def time_factor(self) -> float:
         """What one gradient's total displacement is, in units of its learning rate times P."""
         return 1.0
+
+    @property
+    def plain_updates(self) -> int:
+        """How many updates at a run's beginning are without P."""
+        return 0
+
+    @property
+    def decays_with_steps(self) -> bool:
+        """Whether a step's decay is multiplied by the step's factor as well."""
+        return True
+
+    def step_factors(self, updates: Updates) -> list[float] | None:  # noqa: ARG002
+        """What each update moves the weights by in all, in units of its rate times P times :attr:`time_factor`.
+
+        P is that of the checkpoint that ends the interval, where the optimizer's own P changes with the step in a way
+        that is known. None stands for 1 at every update.
+        """
+        return None
 
     def group(self, name: str) -> ParameterGroup:
         """The first group that holds a parameter, decay filled in; one of its own if there is none."""
@@ -158,6 +200,11 @@ class PreconditionedOptimizer(Optimizer):
     def decays_with_metric(self) -> bool:
         """Whether the decay is coupled: added to the gradient, and so multiplied by P."""
         return True
+
+    @property
+    def decays_with_steps(self) -> bool:
+        """Whether the decay is coupled."""
+        return self.decays_with_metric
 
     def second_moment(self, entry: Mapping[str, Any], step: int) -> Tensor:
         """The mean square of the gradient v̂ that a parameter's state holds, float64, of the parameter's shape."""

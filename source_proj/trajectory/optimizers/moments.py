@@ -38,12 +38,18 @@ class Moments(NamedTuple):
 
 
 def moments(
-    checkpoint: Checkpoint, optimizer: PreconditionedOptimizer, model: nn.Module
+    checkpoint: Checkpoint, optimizer: PreconditionedOptimizer, model: nn.Module, plain: float = 0.0
 ) -> Iterator[tuple[str, Moments]]:
     """Read a checkpoint's optimizer state, parameter by parameter; those that it does not hold are not yielded.
 
     The state is what ``optimizer.state_dict()`` gave: parameters by number. They are named by its ``param_names``,
     else by the order of the model's parameters, see :func:`parameter_names`.
+
+    Args:
+        checkpoint: the weights, with the optimizer's state.
+        optimizer: how gradients became steps.
+        model: says which parameters there are.
+        plain: share of the time since the checkpoint before that went without P; there it is the identity.
 
     Raises:
         MismatchError: there is no state, or it fits neither the model nor the optimizer; says what can be done.
@@ -65,7 +71,8 @@ def moments(
                 f"{source}: the second moment of {name!r} has shape {tuple(second.shape)}, and the parameter "
                 f"{shapes[name]}: give the model that was trained"
             )
-        scale = group.lr_scale * optimizer.preconditioner(entry, checkpoint.step)
+        own = optimizer.preconditioner(entry, checkpoint.step)
+        scale = group.lr_scale * torch.where(own > 0, own + plain * (1 - own), 0.0)
         decay = float(group.weight_decay or 0.0)
         factor = scale if optimizer.decays_with_metric else torch.full_like(scale, group.lr_scale)
         yield name, Moments(scale, second, decay * factor)
