@@ -199,8 +199,8 @@ def fine_tune(options: argparse.Namespace, train_set: Reviews, record: Path | No
         trainer = Trainer(model, arguments, train_dataset=train_set, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    trained: nn.Module = model.eval()
-    return trained
+    tuned: nn.Module = model.eval()
+    return tuned
 
 
 def margins(model: nn.Module, reviews: Reviews) -> np.ndarray:

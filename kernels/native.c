@@ -51,7 +51,7 @@ enum {
 enum { FLOAT32, FLOAT16, INT8 }; /* types of stored rows */
 typedef float four __attribute__((vector_size(16)));
 
-EXPORT const int sp_version = 5; /* of the functions' signatures: a library of another version is not used */
+EXPORT const int sp_version = 6; /* of the functions' signatures: a library of another version is not used */
 EXPORT const int sp_outer_copies = OUTER_COPIES;
 EXPORT const int sp_score_few = SCORE_FEW;
 EXPORT int sp_highest_level = 2; /* tests lower it to reach the code for other processors */
@@ -74,14 +74,23 @@ INLINE void philox(uint64_t x01, uint32_t x2, uint32_t x3, uint64_t seed, uint32
   w[0] = c0, w[1] = c1, w[2] = c2, w[3] = c3;
 }
 
-/* One copy of the sparse map, and the permutation of the block that was looked at last. */
+/* Which matrix: the sparse map of a seed with so many copies, or a tensor map, whose coordinate base + r width + c has
+ * the column left[r] + right[c] modulo k and the product of both signs (one copy). NativeMap of native.py. */
 typedef struct {
-  uint64_t seed, block;
+  uint64_t seed, base, width;
+  const uint32_t *left, *right; /* column, and NEGATIVE where the sign is -1; null for the sparse map */
+  uint32_t k, nnz;
+} spec;
+
+/* One copy of a map, and the permutation of the block of the sparse map that was looked at last. */
+typedef struct {
+  const spec *of;
+  uint64_t block;
   uint32_t k, copy, multiplier, shift;
 } map;
 
-INLINE map open_map(uint64_t seed, uint32_t k, uint32_t copy) {
-  const map m = {seed, UINT64_MAX, k, copy, 0, 0};
+INLINE map open_map(const spec *of, uint32_t copy) {
+  const map m = {of, UINT64_MAX, of->k, copy, 0, 0};
   return m;
 }
 
@@ -89,13 +98,20 @@ static void permute(map *m, uint64_t block) {
   uint32_t w[4], a, b, rest;
   if (m->block == block) return;
   for (uint32_t attempt = 0;; attempt++) {
-    philox(block, m->copy | attempt << 16, TAG_PERM, m->seed, w);
+    philox(block, m->copy | attempt << 16, TAG_PERM, m->of->seed, w);
     m->multiplier = (uint32_t)((w[0] | (uint64_t)w[1] << 32) % m->k);
     for (a = m->k, b = m->multiplier; b; a = b, b = rest) rest = a % b;
     if (a == 1) break;
   }
   m->shift = (uint32_t)((w[2] | (uint64_t)w[3] << 32) % m->k);
   m->block = block;
+}
+
+/* How many coordinates from i on have columns of their own. */
+INLINE int64_t apart(const map *m, uint64_t i) {
+  if (!m->of->left) return (int64_t)(m->k - i % m->k);
+  const uint64_t c = (i - m->of->base) % m->of->width;
+  return smaller((int64_t)(m->of->width - c), (int64_t)(m->k - c % m->k));
 }
 
 #include "native_heap.c"
@@ -162,35 +178,42 @@ EXPORT int sp_level(void) { return 0; }
 
 EXPORT int sp_lanes(void) { return 4 << sp_level(); } /* examples that are interleaved */
 
-DISPATCH(sp_table, (uint32_t * table, uint64_t start, int64_t count, uint64_t seed, uint32_t k, uint32_t copy),
-         (table, start, count, seed, k, copy))
+DISPATCH(sp_table, (uint32_t * table, uint64_t start, int64_t count, const spec *of, uint32_t copy),
+         (table, start, count, of, copy))
 DISPATCH(sp_signs, (float *out, uint64_t start, int64_t count, int64_t columns, uint64_t seed, uint32_t tag),
          (out, start, count, columns, seed, tag))
 DISPATCH(sp_add_rows,
          (float *out, int64_t out_stride, const float *rows, int64_t row_stride, int64_t batch, int64_t count,
-          uint64_t start, uint64_t seed, uint32_t k, uint32_t nnz, float scale),
-         (out, out_stride, rows, row_stride, batch, count, start, seed, k, nnz, scale))
+          uint64_t start, const spec *of, float scale),
+         (out, out_stride, rows, row_stride, batch, count, start, of, scale))
 DISPATCH(sp_add_at,
          (float *out, int64_t out_stride, const float *rows, int64_t row_stride, int64_t number, int64_t count,
-          const int64_t *example, const int64_t *start, int64_t first, int64_t last, uint64_t seed, uint32_t k,
-          uint32_t nnz, float scale),
-         (out, out_stride, rows, row_stride, number, count, example, start, first, last, seed, k, nnz, scale))
+          const int64_t *example, const int64_t *start, int64_t first, int64_t last, const spec *of, float scale),
+         (out, out_stride, rows, row_stride, number, count, example, start, first, last, of, scale))
 DISPATCH(sp_add_lanes,
-         (void *sums, const float *rows, int64_t row_stride, int lanes, int64_t count, uint64_t start, uint64_t seed,
-          uint32_t k, uint32_t nnz),
-         (sums, rows, row_stride, lanes, count, start, seed, k, nnz))
+         (void *sums, const float *rows, int64_t row_stride, int lanes, int64_t count, uint64_t start, const spec *of),
+         (sums, rows, row_stride, lanes, count, start, of))
 DISPATCH(sp_outer_lanes,
          (void *sums, void *work, const float *left, int64_t left_b, int64_t left_t, const float *right, int64_t right_b,
-          int64_t right_t, int lanes, int64_t steps, int64_t o, int64_t i, uint64_t start, uint64_t seed, uint32_t k,
-          uint32_t nnz, const float *scale),
-         (sums, work, left, left_b, left_t, right, right_b, right_t, lanes, steps, o, i, start, seed, k, nnz, scale))
+          int64_t right_t, int lanes, int64_t steps, int64_t o, int64_t i, uint64_t start, const spec *of,
+          const float *scale),
+         (sums, work, left, left_b, left_t, right, right_b, right_t, lanes, steps, o, i, start, of, scale))
 DISPATCH(sp_windows_lanes,
          (void *sums, void *work, int64_t left_work, int64_t right_work, const float *left, int64_t left_b,
           int64_t left_o, const float *right, int64_t right_b, int64_t plane, const int32_t *taps,
-          const int32_t *windows, int lanes, int64_t o, int64_t l, int64_t c, int64_t j, uint64_t start, uint64_t seed,
-          uint32_t k, uint32_t nnz, const float *scale),
+          const int32_t *windows, int lanes, int64_t o, int64_t l, int64_t c, int64_t j, uint64_t start, const spec *of,
+          const float *scale),
          (sums, work, left_work, right_work, left, left_b, left_o, right, right_b, plane, taps, windows, lanes, o, l, c,
-          j, start, seed, k, nnz, scale))
+          j, start, of, scale))
+DISPATCH(sp_spectral_lanes,
+         (void *sums, void *work, const float *left, int64_t left_b, int64_t left_t, const float *right, int64_t right_b,
+          int64_t right_t, int lanes, int64_t steps, int64_t o, int64_t i, const spec *of, const float *w),
+         (sums, work, left, left_b, left_t, right, right_b, right_t, lanes, steps, o, i, of, w))
+DISPATCH(sp_spectral_windows_lanes,
+         (void *sums, void *work, const float *left, int64_t left_b, int64_t l, const float *right, int64_t right_b,
+          int64_t plane, const int32_t *taps, const int32_t *windows, int lanes, int64_t o, int64_t first, int64_t last,
+          int64_t c, int64_t j, const spec *of, const float *w),
+         (sums, work, left, left_b, l, right, right_b, plane, taps, windows, lanes, o, first, last, c, j, of, w))
 DISPATCH(sp_gather_lanes,
          (float *out, int64_t out_stride, const void *sums, int64_t parts, int lanes, int64_t k, float scale),
          (out, out_stride, sums, parts, lanes, k, scale))

@@ -13,27 +13,74 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import torch
 from torch import Tensor
 
-__all__ = ["aligned_scratch", "native_library", "run_jobs", "share_rows"]
+__all__ = ["NativeMap", "aligned_scratch", "native_library", "run_jobs", "share_rows"]
 
-_VERSION = 5
+_VERSION = 6
 _ALIGNMENT = 64  # bytes, as the widest vectors want it
 _WORTH_THREADS = 100_000  # nanoseconds of work below which waking another thread costs more than it saves
 
 _pointer, _int, _i64, _u32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
 _u64, _float = ctypes.c_uint64, ctypes.c_float
+
+
+class NativeMap(ctypes.Structure):
+    """Which matrix, as native.c takes it: the sparse map, or where `left` and `right` are given, a tensor map.
+
+    Args:
+        dim: columns, k.
+        seed: of the sparse map.
+        nnz: copies of the sparse map.
+        offset: first coordinate of a tensor map's parameter.
+        left: (o,) int32, whose bits are columns and signs of the tensor map's first axis; contiguous.
+        right: (i,) likewise of its second axis.
+    """
+
+    _fields_ = (
+        ("seed", _u64), ("base", _u64), ("width", _u64), ("left", _pointer), ("right", _pointer), ("k", _u32),
+        ("nnz", _u32),
+    )  # fmt: skip
+
+    k: int
+    nnz: int
+
+    def __init__(
+        self,
+        dim: int,
+        seed: int = 0,
+        nnz: int = 1,
+        offset: int = 0,
+        left: Tensor | None = None,
+        right: Tensor | None = None,
+    ) -> None:
+        if left is None or right is None:
+            super().__init__(seed, 0, 0, None, None, dim, nnz)
+            return
+        super().__init__(seed, offset, len(right), left.data_ptr(), right.data_ptr(), dim, nnz)
+        self._kept = left, right  # as long as the addresses are in use
+
+
+_map = ctypes.POINTER(NativeMap)
 _SIGNATURES = {
-    "sp_table": [_pointer, _u64, _i64, _u64, _u32, _u32],
+    "sp_table": [_pointer, _u64, _i64, _map, _u32],
     "sp_signs": [_pointer, _u64, _i64, _i64, _u64, _u32],
-    "sp_add_rows": [_pointer, _i64, _pointer, _i64, _i64, _i64, _u64, _u64, _u32, _u32, _float],
+    "sp_add_rows": [_pointer, _i64, _pointer, _i64, _i64, _i64, _u64, _map, _float],
     "sp_add_at": [
         *(_pointer, _i64, _pointer, _i64, _i64, _i64, _pointer, _pointer),
-        *(_i64, _i64, _u64, _u32, _u32, _float),
+        *(_i64, _i64, _map, _float),
     ],
-    "sp_add_lanes": [_pointer, _pointer, _i64, _int, _i64, _u64, _u64, _u32, _u32],
+    "sp_add_lanes": [_pointer, _pointer, _i64, _int, _i64, _u64, _map],
     "sp_gather_lanes": [_pointer, _i64, _pointer, _i64, _int, _i64, _float],
     "sp_windows_lanes": [
         *(_pointer, _pointer, _i64, _i64, _pointer, _i64, _i64, _pointer, _i64, _i64, _pointer, _pointer),
-        *(_int, _i64, _i64, _i64, _i64, _u64, _u64, _u32, _u32, _pointer),
+        *(_int, _i64, _i64, _i64, _i64, _u64, _map, _pointer),
+    ],
+    "sp_spectral_lanes": [
+        *(_pointer, _pointer, _pointer, _i64, _i64, _pointer, _i64, _i64),
+        *(_int, _i64, _i64, _i64, _map, _pointer),
+    ],
+    "sp_spectral_windows_lanes": [
+        *(_pointer, _pointer, _pointer, _i64, _i64, _pointer, _i64, _i64, _pointer, _pointer),
+        *(_int, _i64, _i64, _i64, _i64, _i64, _map, _pointer),
     ],
     "sp_score": [_pointer, _i64, _pointer, _i64, _i64, _pointer, _i64, _pointer, _i64, _i64, _int],
     "sp_keep": [
@@ -47,7 +94,7 @@ _SIGNATURES = {
     "sp_merge": [*(_pointer, _pointer, _pointer, _pointer, _i64, _i64), *(_pointer, _pointer, _pointer, _i64)],
     "sp_outer_lanes": [
         *(_pointer, _pointer, _pointer, _i64, _i64, _pointer, _i64, _i64),
-        *(_int, _i64, _i64, _i64, _u64, _u64, _u32, _u32, _pointer),
+        *(_int, _i64, _i64, _i64, _u64, _map, _pointer),
     ],
 }
 

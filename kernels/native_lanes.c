@@ -51,7 +51,7 @@ static void VARIANT(signs)(const map *m, uint32_t *table, uint64_t start, int64_
   const uint64_t end = start + (uint64_t)count;
   for (uint64_t group = start / 128; group * 128 < end; group++) {
     uint32_t w[4];
-    philox(group, m->copy, TAG_SIGN, m->seed, w);
+    philox(group, m->copy, TAG_SIGN, m->of->seed, w);
     for (int h = 0; h < 128 / LANES; h++) {
       const uint64_t i = group * 128 + (uint64_t)(h * LANES);
       if (i >= start && i + LANES <= end) {
@@ -65,8 +65,25 @@ static void VARIANT(signs)(const map *m, uint32_t *table, uint64_t start, int64_
   }
 }
 
+/* The table of a tensor map, row by row. */
+static void VARIANT(fill_tensor)(const spec *of, uint32_t *table, uint64_t start, int64_t count) {
+  for (int64_t done = 0, run; done < count; done += run) {
+    const uint64_t at = start + (uint64_t)done - of->base, c = at % of->width;
+    const uint32_t row = of->left[at / of->width], column = row & ~NEGATIVE, sign = row & NEGATIVE, *right = of->right + c;
+    run = smaller(count - done, (int64_t)(of->width - c));
+    for (int64_t p = 0; p < run; p++) {
+      const uint32_t sum = (right[p] & ~NEGATIVE) + column, less = sum - of->k;
+      table[done + p] = (sum < of->k ? sum : less) | ((right[p] & NEGATIVE) ^ sign);
+    }
+  }
+}
+
 /* Table of the coordinates [start, start + count): column, and NEGATIVE where the sign is -1. */
 static void VARIANT(fill)(map *m, uint32_t *table, uint64_t start, int64_t count) {
+  if (m->of->left) {
+    VARIANT(fill_tensor)(m->of, table, start, count);
+    return;
+  }
   for (int64_t done = 0, run; done < count; done += run) {
     const uint64_t i = start + (uint64_t)done, position = i % m->k;
     run = smaller(count - done, (int64_t)(m->k - position));
@@ -76,9 +93,8 @@ static void VARIANT(fill)(map *m, uint32_t *table, uint64_t start, int64_t count
   VARIANT(signs)(m, table, start, count);
 }
 
-static void VARIANT(sp_table)(uint32_t *table, uint64_t start, int64_t count, uint64_t seed, uint32_t k,
-                              uint32_t copy) {
-  map m = open_map(seed, k, copy);
+static void VARIANT(sp_table)(uint32_t *table, uint64_t start, int64_t count, const spec *of, uint32_t copy) {
+  map m = open_map(of, copy);
   VARIANT(fill)(&m, table, start, count);
 }
 
@@ -95,7 +111,7 @@ static void VARIANT(sp_signs)(float *out, uint64_t start, int64_t count, int64_t
   }
 }
 
-/* y[column] += sign scale g for coordinates of one block. As no two of them meet, loads may pass stores. */
+/* y[column] += sign scale g for coordinates with columns of their own. As no two of them meet, loads may pass stores. */
 INLINE void VARIANT(scatter)(float *y, const float *g, const uint32_t *table, int64_t count, float scale) {
   enum { RUN = 16 };
   int64_t p = 0;
@@ -119,7 +135,7 @@ static void VARIANT(add_rows)(float *out, int64_t out_stride, const float *rows,
   uint32_t table[TABLE];
   for (int64_t done = 0, run; done < count; done += run) {
     const uint64_t i = start + (uint64_t)done;
-    run = smaller(smaller(count - done, TABLE), (int64_t)(m->k - i % m->k));
+    run = smaller(smaller(count - done, TABLE), apart(m, i));
     VARIANT(fill)(m, table, i, run);
     for (int64_t b = 0; b < batch; b++)
       VARIANT(scatter)(out + b * out_stride, rows + b * row_stride + done, table, run, scale);
@@ -128,9 +144,9 @@ static void VARIANT(add_rows)(float *out, int64_t out_stride, const float *rows,
 
 /* The same with all copies, one row after the other: for few rows and for short ones. */
 static void VARIANT(sp_add_rows)(float *out, int64_t out_stride, const float *rows, int64_t row_stride, int64_t batch,
-                                 int64_t count, uint64_t start, uint64_t seed, uint32_t k, uint32_t nnz, float scale) {
-  for (uint32_t copy = 0; copy < nnz; copy++) {
-    map m = open_map(seed, k, copy);
+                                 int64_t count, uint64_t start, const spec *of, float scale) {
+  for (uint32_t copy = 0; copy < of->nnz; copy++) {
+    map m = open_map(of, copy);
     VARIANT(add_rows)(out, out_stride, rows, row_stride, batch, count, start, &m, scale);
   }
 }
@@ -138,9 +154,9 @@ static void VARIANT(sp_add_rows)(float *out, int64_t out_stride, const float *ro
 /* out[example[r]] += scale R[:, start[r] : start[r] + count] rows[r] for the rows whose example is in [first, last). */
 static void VARIANT(sp_add_at)(float *out, int64_t out_stride, const float *rows, int64_t row_stride, int64_t number,
                                int64_t count, const int64_t *example, const int64_t *start, int64_t first,
-                               int64_t last, uint64_t seed, uint32_t k, uint32_t nnz, float scale) {
-  for (uint32_t copy = 0; copy < nnz; copy++) {
-    map m = open_map(seed, k, copy);
+                               int64_t last, const spec *of, float scale) {
+  for (uint32_t copy = 0; copy < of->nnz; copy++) {
+    map m = open_map(of, copy);
     for (int64_t r = 0; r < number; r++)
       if (example[r] >= first && example[r] < last)
         VARIANT(add_rows)(out + example[r] * out_stride, 0, rows + r * row_stride, 0, 1, count, (uint64_t)start[r], &m,
@@ -238,11 +254,12 @@ INLINE int64_t VARIANT(add_squares)(floats *sums, const float *from, const int64
 
 /* sums[k] = R[:, start : start + count] of up to LANES rows, interleaved. Lanes without an example sum what others do. */
 static void VARIANT(sp_add_lanes)(void *out, const float *rows, int64_t row_stride, int lanes, int64_t count,
-                                  uint64_t start, uint64_t seed, uint32_t k, uint32_t nnz) {
+                                  uint64_t start, const spec *of) {
   floats *sums = out, piece[PIECE];
   uint32_t table[PIECE];
   int64_t at[LANES];
-  map first = open_map(seed, k, 0);
+  map first = open_map(of, 0);
+  const uint32_t k = of->k, nnz = of->nnz;
   for (int l = 0; l < LANES; l++) at[l] = l < lanes ? l * row_stride : 0;
   memset(sums, 0, (size_t)k * sizeof *sums);
   for (int64_t done = 0; done < count; done += PIECE) {
@@ -255,7 +272,7 @@ static void VARIANT(sp_add_lanes)(void *out, const float *rows, int64_t row_stri
     if (p == width) continue;
     VARIANT(interleave)(piece, 1, 1, rows + done + p, row_stride, lanes, width - p);
     for (uint32_t copy = 0; copy < nnz; copy++) {
-      map m = open_map(seed, k, copy);
+      map m = open_map(of, copy);
       VARIANT(fill)(&m, table, start + (uint64_t)(done + p), width - p);
       for (int64_t x = 0; x < width - p; x++) VARIANT(add_vector)(sums, &piece[x], table[x]);
     }
@@ -301,15 +318,15 @@ INLINE void VARIANT(outer_tile)(floats *sums, const floats *left, const floats *
  * left meets every panel of right while that stays in the second-level cache. No gradient is written to memory. */
 static void VARIANT(sp_outer_lanes)(void *out, void *work, const float *left, int64_t left_b, int64_t left_t,
                                     const float *right, int64_t right_b, int64_t right_t, int lanes, int64_t steps,
-                                    int64_t o, int64_t i, uint64_t start, uint64_t seed, uint32_t k, uint32_t nnz,
-                                    const float *scale) {
+                                    int64_t o, int64_t i, uint64_t start, const spec *of, const float *scale) {
+  const uint32_t k = of->k, nnz = of->nnz;
   uint32_t table[ROWS * TABLE];
   map maps[OUTER_COPIES];
   floats *const sums = out, *const panels = work, *const chunk = panels + LEFT_WORK;
   const int64_t depth = smaller(steps, STEPS), strip = LEFT_WORK / depth / ROWS * ROWS;
   const int64_t across = smaller(i, smaller(RIGHT_WORK / depth, TABLE / nnz) / ACROSS * ACROSS);
   const int64_t entries = across * nnz, down = entries * 2 * ROWS > TABLE ? ROWS : TABLE / entries / ROWS * ROWS;
-  for (uint32_t copy = 0; copy < nnz; copy++) maps[copy] = open_map(seed, k, copy);
+  for (uint32_t copy = 0; copy < nnz; copy++) maps[copy] = open_map(of, copy);
   memset(sums, 0, (size_t)k * sizeof *sums);
   for (int64_t o0 = 0; o0 < o; o0 += strip) {
     const int64_t height = smaller(strip, o - o0);
@@ -368,6 +385,7 @@ static void VARIANT(sp_gather_lanes)(float *out, int64_t out_stride, const void 
 }
 
 #include "native_windows.c"
+#include "native_spectral.c"
 #include "native_scoring.c"
 
 #undef floats

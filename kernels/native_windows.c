@@ -42,15 +42,16 @@ INLINE void VARIANT(window_tile)(floats *sums, const floats *left, const floats 
 static void VARIANT(sp_windows_lanes)(void *out, void *work, int64_t left_work, int64_t right_work, const float *left,
                                       int64_t left_b, int64_t left_o, const float *right, int64_t right_b,
                                       int64_t plane, const int32_t *taps, const int32_t *windows, int lanes, int64_t o,
-                                      int64_t l, int64_t c, int64_t j, uint64_t start, uint64_t seed, uint32_t k,
-                                      uint32_t nnz, const float *scale) {
+                                      int64_t l, int64_t c, int64_t j, uint64_t start, const spec *of,
+                                      const float *scale) {
+  const uint32_t k = of->k, nnz = of->nnz;
   uint32_t table[WINDOW_TABLE];
   map maps[OUTER_COPIES];
   floats *const sums = out, *const panels = work, *const planes = panels + left_work;
   const int64_t strip = left_work / l / ROWS * ROWS, channels = smaller(c, right_work / plane);
   const int64_t across = WINDOW_TABLE / ROWS / nnz / ACROSS * ACROSS;
   const int64_t chunks = (l + WINDOW_STEPS - 1) / WINDOW_STEPS, depth = (l + chunks - 1) / chunks;
-  for (uint32_t copy = 0; copy < nnz; copy++) maps[copy] = open_map(seed, k, copy);
+  for (uint32_t copy = 0; copy < nnz; copy++) maps[copy] = open_map(of, copy);
   memset(sums, 0, (size_t)k * sizeof *sums);
   for (int64_t c0 = 0; c0 < c; c0 += channels) {
     const int64_t taken = smaller(channels, c - c0);

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .native import NativeMap
 from .sparse_map import sparse_map
 from .sparse_native import add_at_native_, add_native_, add_outer_native_, add_windows_native_
 from .tiles import outer_tiles, scaled, window_columns
@@ -30,8 +31,10 @@ def sparse_add_(out: Tensor, rows: Tensor, offset: int, *, seed: int, nnz: int =
 
         add_rows_triton_(out, rows, offset, seed, nnz)
         return
-    add = add_native_ if backend == "native" else _add_torch_
-    add(out, rows, offset, seed, nnz)
+    if backend == "native":
+        add_native_(out, rows, offset, NativeMap(out.shape[1], seed, nnz))
+        return
+    _add_torch_(out, rows, offset, seed, nnz)
 
 
 def sparse_add_at_(
@@ -46,7 +49,7 @@ def sparse_add_at_(
 ) -> None:
     """Add R[:, offsets[r] : offsets[r] + n] rows[r] to out[examples[r]] for every row r of rows (M, n), in place."""
     if backend == "native":
-        add_at_native_(out, rows, examples, offsets, seed, nnz)
+        add_at_native_(out, rows, examples, offsets, NativeMap(out.shape[1], seed, nnz))
         return
     if backend == "triton":
         from .triton_sparse import add_at_triton_
@@ -77,7 +80,7 @@ def sparse_add_outer_(
     coordinate counts times its entry.
     """
     if backend == "native":
-        add_outer_native_(out, left, right, offset, seed, nnz, scale)
+        add_outer_native_(out, left, right, offset, NativeMap(out.shape[1], seed, nnz), scale)
         return
     if backend == "triton":
         from .triton_outer import add_outer_triton_
@@ -107,7 +110,7 @@ def sparse_add_windows_(
     taps (J,) and windows (L,). With scale (o c J,), contiguous, each coordinate counts times its entry.
     """
     if backend == "native":
-        add_windows_native_(out, left, right, taps, windows, offset, seed, nnz, scale)
+        add_windows_native_(out, left, right, taps, windows, offset, NativeMap(out.shape[1], seed, nnz), scale)
         return
     if backend == "triton":
         from .triton_outer import add_windows_triton_

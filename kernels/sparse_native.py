@@ -20,10 +20,20 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .native import aligned_scratch, native_library, run_jobs, share_rows
+from .native import NativeMap, aligned_scratch, native_library, run_jobs, share_rows
 from .tiles import outer_tiles, scaled, window_columns
 
-__all__ = ["add_at_native_", "add_native_", "add_outer_native_", "add_windows_native_", "sparse_map_native"]
+__all__ = [
+    "add_at_native_",
+    "add_native_",
+    "add_outer_native_",
+    "add_windows_native_",
+    "address",
+    "last_contiguous",
+    "loaded_library",
+    "sparse_map_native",
+    "sum_lanes_",
+]
 
 _NEGATIVE = np.uint32(1 << 31)
 _TILE = 1 << 18  # numbers of a tile of gradients: a megabyte, so that it stays in the second-level cache
@@ -46,16 +56,16 @@ def sparse_map_native(
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """The same as `sparse_map`, by the compiled code that the sums use."""
     table = np.empty(max(stop - start, 0), np.uint32)
-    _library().sp_table(table.ctypes.data, start, table.size, seed, dim, copy)
+    loaded_library().sp_table(table.ctypes.data, start, table.size, NativeMap(dim, seed), copy)
     return (table & ~_NEGATIVE).astype(np.int64), (table & _NEGATIVE) != 0
 
 
-def add_native_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int) -> None:
+def add_native_(out: Tensor, rows: Tensor, offset: int, matrix: NativeMap) -> None:
     """Add R[:, offset : offset + n] rows (B, n) to out (B, k)."""
-    (batch, count), dim = rows.shape, out.shape[1]
+    (batch, count), dim, nnz = rows.shape, out.shape[1], matrix.nnz
     if rows.stride(1) != 1 and count > 1:
         rows = rows.contiguous()
-    width = _library().sp_lanes()
+    width = loaded_library().sp_lanes()
     pays = count >= dim and dim <= _LANES_DIM
     laned = _in_lanes(batch, width, _FULL_ENOUGH[width]) if pays else 0
     if laned:
@@ -65,32 +75,30 @@ def add_native_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int) -> 
 
         def add(sums: Tensor, first: int, lanes: int, part: int) -> None:
             start = part * step
-            _library().sp_add_lanes(
+            loaded_library().sp_add_lanes(
                 sums.data_ptr(),
-                _address(rows, first, start),
+                address(rows, first, start),
                 rows.stride(0),
                 lanes,
                 max(0, min(step, count - start)),
                 offset + start,
-                seed,
-                dim,
-                nnz,
+                matrix,
             )
 
-        _sum_lanes_(out[:laned], parts, nnz, 0.25 * count * nnz, add)
+        sum_lanes_(out[:laned], parts, nnz, 0.25 * count * nnz, add)
     if laned < batch:
-        _add_rows_(out[laned:], rows[laned:], offset, seed, nnz)
+        _add_rows_(out[laned:], rows[laned:], offset, matrix)
 
 
 def add_outer_native_(
-    out: Tensor, left: Tensor, right: Tensor, offset: int, seed: int, nnz: int, scale: Tensor | None = None
+    out: Tensor, left: Tensor, right: Tensor, offset: int, matrix: NativeMap, scale: Tensor | None = None
 ) -> None:
     """Add R vec(sum_t left_t (x) right_t), for left (B, T, o) and right (B, T, i), to out (B, k); see `scaled`."""
-    (batch, steps, o), i, dim = left.shape, right.shape[2], out.shape[1]
-    left, right = _last_contiguous(left), _last_contiguous(right)
+    (batch, steps, o), i, dim, nnz = left.shape, right.shape[2], out.shape[1], matrix.nnz
+    left, right = last_contiguous(left), last_contiguous(right)
     work = (1 + steps // 8) * o * i
     pays = work >= dim and dim <= _LANES_DIM and nnz <= _OUTER_COPIES
-    width = _library().sp_lanes()
+    width = loaded_library().sp_lanes()
     laned = _in_lanes(batch, width, _full_enough_outer(width, steps)) if pays else 0
     if laned:
         groups = -(-laned // width)
@@ -99,13 +107,13 @@ def add_outer_native_(
 
         def add(sums: Tensor, first: int, lanes: int, part: int) -> None:
             row = part * height
-            _library().sp_outer_lanes(
+            loaded_library().sp_outer_lanes(
                 sums.data_ptr(),
-                aligned_scratch("work", _library().sp_outer_work()).data_ptr(),
-                _address(left, first, row),
+                aligned_scratch("work", loaded_library().sp_outer_work()).data_ptr(),
+                address(left, first, row),
                 left.stride(0),
                 left.stride(1),
-                _address(right, first, 0),
+                address(right, first, 0),
                 right.stride(0),
                 right.stride(1),
                 lanes,
@@ -113,16 +121,14 @@ def add_outer_native_(
                 max(0, min(height, o - row)),
                 i,
                 offset + row * i,
-                seed,
-                dim,
-                nnz,
+                matrix,
                 _scale_address(scale, row * i),
             )
 
-        _sum_lanes_(out[:laned], parts, nnz, (0.07 * nnz + 0.01 * steps) * o * i, add)
+        sum_lanes_(out[:laned], parts, nnz, (0.07 * nnz + 0.01 * steps) * o * i, add)
     if laned < batch:
         for some, start, tile in outer_tiles(left[laned:], right[laned:], _TILE):
-            _add_rows_(out[laned:][some], scaled(tile, start, scale), offset + start, seed, nnz)
+            _add_rows_(out[laned:][some], scaled(tile, start, scale), offset + start, matrix)
 
 
 def add_windows_native_(
@@ -132,17 +138,17 @@ def add_windows_native_(
     taps: Tensor,
     windows: Tensor,
     offset: int,
-    seed: int,
-    nnz: int,
+    matrix: NativeMap,
     scale: Tensor | None = None,
 ) -> None:
     """Add R vec(G), G[b, o, c, j] = sum_l left[b, o, l] right[b, c, taps[j] + windows[l]], to out (B, k)."""
     (batch, o, count), (_, c, plane), dim, j = left.shape, right.shape, out.shape[1], len(taps)
+    nnz = matrix.nnz
     left, right = left.contiguous(), right.contiguous()
     taps, windows = taps.int().contiguous(), windows.int().contiguous()
     work = (1 + count // 8) * o * c * j
     pays = work >= dim and dim <= _LANES_DIM and nnz <= _OUTER_COPIES
-    width = _library().sp_lanes()
+    width = loaded_library().sp_lanes()
     laned = _in_lanes(batch, width, _full_enough_outer(width, count)) if pays else 0
     if laned:
         groups = -(-laned // width)
@@ -152,15 +158,15 @@ def add_windows_native_(
 
         def add(sums: Tensor, first: int, lanes: int, part: int) -> None:
             row = part * height
-            _library().sp_windows_lanes(
+            loaded_library().sp_windows_lanes(
                 sums.data_ptr(),
                 aligned_scratch("windows", (left_work + right_work) * width).data_ptr(),
                 left_work,
                 right_work,
-                _address(left, first, row * count),
+                address(left, first, row * count),
                 left.stride(0),
                 count,
-                _address(right, first, 0),
+                address(right, first, 0),
                 right.stride(0),
                 plane,
                 taps.data_ptr(),
@@ -171,26 +177,24 @@ def add_windows_native_(
                 c,
                 j,
                 offset + row * c * j,
-                seed,
-                dim,
-                nnz,
+                matrix,
                 _scale_address(scale, row * c * j),
             )
 
-        _sum_lanes_(out[:laned], parts, nnz, (0.07 * nnz + 0.01 * count) * o * c * j, add)
+        sum_lanes_(out[:laned], parts, nnz, (0.07 * nnz + 0.01 * count) * o * c * j, add)
     for some, columns in window_columns(right[laned:], taps, windows):
-        add_outer_native_(out[laned:][some], left[laned:][some].transpose(1, 2), columns, offset, seed, nnz, scale)
+        add_outer_native_(out[laned:][some], left[laned:][some].transpose(1, 2), columns, offset, matrix, scale)
 
 
-def add_at_native_(out: Tensor, rows: Tensor, examples: Tensor, offsets: Tensor, seed: int, nnz: int) -> None:
+def add_at_native_(out: Tensor, rows: Tensor, examples: Tensor, offsets: Tensor, matrix: NativeMap) -> None:
     """Add R[:, offsets[r] : offsets[r] + n] rows[r] to out[examples[r]] for every row r; both index tensors int64."""
-    (number, count), (batch, dim) = rows.shape, out.shape
+    (number, count), batch = rows.shape, len(out)
     if rows.stride(1) != 1 and count > 1:
         rows = rows.contiguous()
     examples, offsets = examples.contiguous(), offsets.contiguous()
 
     def some(first: int, last: int) -> None:
-        _library().sp_add_at(
+        loaded_library().sp_add_at(
             out.data_ptr(),
             out.stride(0),
             rows.data_ptr(),
@@ -201,13 +205,11 @@ def add_at_native_(out: Tensor, rows: Tensor, examples: Tensor, offsets: Tensor,
             offsets.data_ptr(),
             first,
             last,
-            seed,
-            dim,
-            nnz,
-            nnz**-0.5,
+            matrix,
+            matrix.nnz**-0.5,
         )
 
-    share_rows(batch, some, 1.0 * number * count * nnz)
+    share_rows(batch, some, 1.0 * number * count * matrix.nnz)
 
 
 def _in_lanes(batch: int, width: int, full_enough: int) -> int:
@@ -224,9 +226,9 @@ def _full_enough_outer(width: int, steps: int) -> int:
     return int((1.2 + step * steps) / (0.35 + 0.02 * steps)) + 1
 
 
-def _sum_lanes_(out: Tensor, parts: int, nnz: int, nanoseconds: float, add: _Sum) -> None:
+def sum_lanes_(out: Tensor, parts: int, nnz: int, nanoseconds: float, add: _Sum) -> None:
     """Add the sums of all parts of all groups of sixteen examples to out; nanoseconds are those of one example."""
-    (batch, dim), width = out.shape, _library().sp_lanes()
+    (batch, dim), width = out.shape, loaded_library().sp_lanes()
     if parts == 1:
 
         def whole(first: int) -> None:
@@ -254,36 +256,35 @@ def _sum_lanes_(out: Tensor, parts: int, nnz: int, nanoseconds: float, add: _Sum
 
 def _gather_(out: Tensor, sums: Tensor, parts: int, nnz: int) -> None:
     lanes, dim = out.shape
-    _library().sp_gather_lanes(out.data_ptr(), out.stride(0), sums.data_ptr(), parts, lanes, dim, nnz**-0.5)
+    loaded_library().sp_gather_lanes(out.data_ptr(), out.stride(0), sums.data_ptr(), parts, lanes, dim, nnz**-0.5)
 
 
-def _add_rows_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int) -> None:
+def _add_rows_(out: Tensor, rows: Tensor, offset: int, matrix: NativeMap) -> None:
     """One example after the other; the examples are split among threads."""
-    (batch, count), dim = rows.shape, out.shape[1]
+    batch, count = rows.shape
 
     def some(first: int, last: int) -> None:
-        _library().sp_add_rows(
-            _address(out, first, 0),
+        loaded_library().sp_add_rows(
+            address(out, first, 0),
             out.stride(0),
-            _address(rows, first, 0),
+            address(rows, first, 0),
             rows.stride(0),
             last - first,
             count,
             offset,
-            seed,
-            dim,
-            nnz,
-            nnz**-0.5,
+            matrix,
+            matrix.nnz**-0.5,
         )
 
-    share_rows(batch, some, 0.5 * batch * count * nnz)
+    share_rows(batch, some, 0.5 * batch * count * matrix.nnz)
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
+def last_contiguous(x: Tensor) -> Tensor:
+    """X (B, T, n), copied unless its last axis is contiguous."""
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
-def _address(x: Tensor, first: int, column: int) -> int:
+def address(x: Tensor, first: int, column: int) -> int:
     """Of element (first, ..., column) of float32 numbers whose last axis is contiguous."""
     return x.data_ptr() + 4 * (first * x.stride(0) + column)
 
@@ -292,7 +293,8 @@ def _scale_address(scale: Tensor | None, first: int) -> int | None:
     return None if scale is None else scale.data_ptr() + 4 * first
 
 
-def _library() -> ctypes.CDLL:
+def loaded_library() -> ctypes.CDLL:
+    """The compiled kernels, or an error where they are not."""
     library = native_library()
     if library is None:
         raise RuntimeError("the compiled kernels are not there; use backend 'torch'")

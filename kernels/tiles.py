@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["outer_tiles", "product_of_halves", "scaled", "window_columns"]
+__all__ = ["factors_of_one_type", "outer_tiles", "product_of_halves", "scaled", "window_columns"]
 
+_HALVES = (torch.float16, torch.bfloat16)
 _ALIGNMENT = 8  # halves in 16 bytes
 _COLUMNS = 6 << 20  # numbers of the columns of a convolution that are held at once
 
@@ -47,6 +48,13 @@ def outer_tiles(left: Tensor, right: Tensor, elements: int, least_rows: int = 1)
             else:
                 product_of_halves(piece, right[some], tile)
             yield some, row * i, tile.flatten(1)[:, : own * i]
+
+
+def factors_of_one_type(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one half precision, or else in float32."""
+    if left.dtype == right.dtype and left.dtype in _HALVES:
+        return left, right
+    return left.float(), right.float()
 
 
 def scaled(tile: Tensor, start: int, scale: Tensor | None) -> Tensor:

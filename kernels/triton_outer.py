@@ -22,16 +22,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import outer_tiles
+from .tiles import factors_of_one_type, outer_tiles
 from .triton_device import ceil_div, interpreted, on_device
 from .triton_sparse import MOST_COLUMNS, add_rank_one_triton_, add_rows_triton_
 
-__all__ = ["add_outer_triton_", "add_windows_triton_"]
+__all__ = ["add_outer_triton_", "add_windows_triton_", "window_columns_triton"]
 
 _FEWEST, _MOST = 1 << 24, 1 << 27  # numbers of a tile of gradients, 64 to 512 MiB: below, launches take the time
 _LEAST_ROWS = 256  # of a weight in a tile: products of fewer are slow
 _COLUMNS = 1 << 26  # numbers of the columns of a convolution that are held at once
-_HALVES = (torch.float16, torch.bfloat16)
 _MOST_ONCE = 1 << 31  # coordinates that 32 bits can count
 
 
@@ -47,7 +46,7 @@ def add_outer_triton_(
         return
     # A tile is as large as the factors, so that memory stays of their order.
     elements = min(max(left.numel() + right.numel(), _FEWEST), _MOST)
-    for some, start, tile in outer_tiles(*_operands(left, right), elements, _LEAST_ROWS):
+    for some, start, tile in outer_tiles(*factors_of_one_type(left, right), elements, _LEAST_ROWS):
         own = None if scale is None else scale[start : start + tile.shape[1]]
         add_rows_triton_(out[some], tile, offset + start, seed, nnz, own)
 
@@ -60,19 +59,12 @@ def add_windows_triton_(
 
     With scale (o c J,) float32, contiguous, each coordinate counts times its entry.
     """
-    left, right = _operands(left, right)
-    for some, columns in _columns(right, taps, windows):
+    left, right = factors_of_one_type(left, right)
+    for some, columns in window_columns_triton(right, taps, windows):
         add_outer_triton_(out[some], left[some].transpose(1, 2), columns, offset, seed, nnz, scale)
 
 
-def _operands(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one half precision, or else in float32."""
-    if left.dtype == right.dtype and left.dtype in _HALVES:
-        return left, right
-    return left.float(), right.float()
-
-
-def _columns(right: Tensor, taps: Tensor, windows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def window_columns_triton(right: Tensor, taps: Tensor, windows: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Some examples, and their columns right[b, c, taps[j] + windows[l]] as (b, L, C J)."""
     batch, channels, _ = right.shape
     tap, window = _places(_bytes(taps), _bytes(windows), str(right.device))

@@ -3,12 +3,13 @@
     python examples/speed/build.py                             # three models on the CPU, minutes
     python examples/speed/build.py --models resnet9 --batch 32 --repetitions 9
     python examples/speed/build.py --models minilm decoder-hf  # models of transformers: the extra hf
+    python examples/speed/build.py --sketch sparse tensor      # kinds of sketches beside each other
     python examples/speed/build.py --device cuda --autocast bfloat16 --models resnet9 gpt2
 
-Three ways through the same batch, in one process, each timed in turn, medians over the repetitions:
+Ways through the same batch, in one process, each timed in turn, medians over the repetitions:
 
 * plain: forward and backward of the mean loss, as in training (BatchNorm in evaluation mode);
-* sketch: values and sketched per-example gradients by the hook path, sparse sketch;
+* sketch: values and sketched per-example gradients by the hook path, for each kind of sketch;
 * vmap: per-example gradients by `vmap(grad)`, then a dense Rademacher projection, which is what TRAK does. On a CPU
   this takes minutes per batch, so gradients are timed on a few examples and the projection on a slice of the
   coordinates, and both are scaled up.
@@ -37,10 +38,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import source_proj as sp
 from source_proj.bank.build.data import to_device
 from source_proj.gradients import ParameterSpace, gradient_engine
+from source_proj.sketch.projections import kinds
 
 from _bounds import Way, interleaved, seconds  # isort: skip
 
 DIM = 4096
+PLAIN = "plain"
 CPU = torch.device("cpu")
 VMAP_EXAMPLES = 2
 PROJECTED = 1 << 17  # coordinates on which the dense projection is timed
@@ -203,9 +206,9 @@ def resident(field: str) -> int:
 def print_peak(name: str, way: str, size: int, autocast: str | None) -> None:
     """In a process of its own: the largest memory during three passes, less what the imports take."""
     before = resident("VmRSS")
-    passes = dict(zip(("plain", "sketch"), Passes(SUBJECTS[name], size, CPU, autocast).both(), strict=True))
+    passes = Passes(SUBJECTS[name], size, CPU, autocast, [] if way == PLAIN else [way])
     for _ in range(3):
-        passes[way]()
+        passes.ways()[way]()
     print(resident("VmHWM") - before)
 
 
@@ -237,14 +240,18 @@ def peak_on_gpu(function: Callable[[], None], device: torch.device) -> int:
 
 
 class Passes:
-    """A model, one batch and an engine, made the same way every time."""
+    """A model, one batch and an engine for each kind of sketch, made the same way every time."""
 
-    def __init__(self, subject: Subject, size: int, device: torch.device, autocast: str | None) -> None:
+    def __init__(
+        self, subject: Subject, size: int, device: torch.device, autocast: str | None, kinds: list[str]
+    ) -> None:
         torch.manual_seed(0)
         self.subject, self.device = subject, device
         self.model = subject.model().eval().to(device)
         self.space = ParameterSpace.from_model(self.model)
-        self.engine = gradient_engine(self.model, self.space, sp.Sketch(DIM), autocast=autocast)
+        self.engines = {
+            kind: gradient_engine(self.model, self.space, sp.Sketch(DIM, kind), autocast=autocast) for kind in kinds
+        }
         self.batch = to_device(subject.batch(size), device)
         self.autocast = partial(torch.autocast, device.type, getattr(torch, autocast)) if autocast else nullcontext
 
@@ -254,13 +261,13 @@ class Passes:
             loss = self.subject.loss(self.model, self.batch)
         loss.backward()
 
-    def sketch(self) -> None:  # noqa: D102
+    def sketch(self, kind: str) -> None:  # noqa: D102
         self.model.zero_grad(set_to_none=True)
-        self.engine.sketch(self.subject.task.output, self.batch)
+        self.engines[kind].sketch(self.subject.task.output, self.batch)
 
-    def both(self) -> tuple[Callable[[], None], Callable[[], None]]:
-        """The two passes that are compared."""
-        return self.plain, self.sketch
+    def ways(self) -> dict[str, Callable[[], None]]:
+        """The passes that are compared: plain, and one for each kind."""
+        return {PLAIN: self.plain, **{kind: partial(self.sketch, kind) for kind in self.engines}}
 
 
 def machine(device: torch.device, autocast: str | None) -> tuple[float, float]:
@@ -297,31 +304,33 @@ def vmap_seconds(passes: Passes, size: int) -> float:
 
 def measure(name: str, size: int, a: argparse.Namespace, rate: float, bandwidth: float) -> None:
     """Print one model's ratios."""
-    passes = Passes(SUBJECTS[name], size, a.device, a.autocast)
-    engine, d = passes.engine, passes.space.size
+    passes = Passes(SUBJECTS[name], size, a.device, a.autocast, a.sketch)
+    d, ways = passes.space.size, passes.ways()
     with FlopCounterMode(display=False) as counter:
         passes.plain()
-    plain, sketch = medians(a.repetitions, a.device, *passes.both())
-    slow = vmap_seconds(passes, size)
+    times = dict(zip(ways, medians(a.repetitions, a.device, *ways.values()), strict=True))
+    plain = times.pop(PLAIN)
     bound = counter.get_total_flops() / rate + 4 * size * d / bandwidth
     if a.device.type == "cuda":
-        memory = [peak_on_gpu(way, a.device) for way in passes.both()]
+        memory = {way: peak_on_gpu(function, a.device) for way, function in ways.items()}
     else:
-        memory = [peak_bytes(name, way, size, a.threads, a.autocast) for way in ("plain", "sketch")]
-    print(f"{name}: d = {d:,}, batch {size}, k = {DIM:,}, path {engine.method!r} ({engine.reason})")
+        memory = {way: peak_bytes(name, way, size, a.threads, a.autocast) for way in ways}
+    paths = {engine.method: engine.reason for engine in passes.engines.values()}
+    print(f"{name}: d = {d:,}, batch {size}, k = {DIM:,}, {paths}")
     print(
         f"  plain forward + backward      {plain * 1e3:9.1f} ms  {counter.get_total_flops() / plain / 1e9:.0f} GFLOP/s"
     )
-    print(f"  sketching pass                {sketch * 1e3:9.1f} ms  {sketch / plain:.2f} of plain")
-    print(f"    per coordinate and example  {sketch / size / d * 1e9:9.2f} ns")
-    print(f"    physical bound              {bound * 1e3:9.1f} ms  reached within a factor of {sketch / bound:.2f}")
-    print(f"  vmap(grad) + dense projection {slow * 1e3:9.0f} ms  {slow / plain:.0f} of plain, ", end="")
-    print(f"{slow / sketch:.0f} of sketching")
-    print(f"    scaled up from gradients of {VMAP_EXAMPLES} examples and {min(PROJECTED, d):,} projected coordinates")
-    print(
-        f"  peak memory, sketching        {memory[1] / 2**20:9.0f} MiB {memory[1] / memory[0]:.2f} of plain\n",
-        flush=True,
-    )
+    print(f"    physical bound of a pass    {bound * 1e3:9.1f} ms")
+    for kind, sketch in times.items():
+        print(f"  sketching pass, {kind:12}  {sketch * 1e3:9.1f} ms  {sketch / plain:.2f} of plain, ", end="")
+        print(f"{sketch / size / d * 1e9:.2f} ns per coordinate and example, {sketch / bound:.2f} of the bound")
+        peak = memory[kind] / 2**20
+        print(f"    peak memory                 {peak:9.0f} MiB {memory[kind] / memory[PLAIN]:.2f} of plain")
+    if a.vmap:
+        slow = vmap_seconds(passes, size)
+        print(f"  vmap(grad) + dense projection {slow * 1e3:9.0f} ms  {slow / plain:.0f} of plain")
+        print(f"    scaled up from gradients of {VMAP_EXAMPLES} examples and {min(PROJECTED, d):,} coordinates")
+    print(flush=True)
 
 
 def main() -> None:
@@ -332,7 +341,9 @@ def main() -> None:
     parser.add_argument("--autocast", choices=("bfloat16", "float16"))
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peak", choices=("plain", "sketch"), help=argparse.SUPPRESS)
+    parser.add_argument("--sketch", nargs="+", choices=kinds(), default=["sparse"], help="kinds of sketches")
+    parser.add_argument("--vmap", action=argparse.BooleanOptionalAction, default=True, help="time vmap(grad), too")
+    parser.add_argument("--peak", choices=(PLAIN, *kinds()), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     sizes = {name: arguments.batch or SUBJECTS[name].size for name in arguments.models}
@@ -343,7 +354,8 @@ def main() -> None:
     on_gpu = arguments.device.type == "cuda"
     where = torch.cuda.get_device_name(arguments.device) if on_gpu else f"{arguments.threads} threads"
     print(f"{where}: {rate / 1e9:.0f} GFLOP/s in {arguments.autocast or 'float32'}, copy {bandwidth / 1e9:.0f} GB/s, ")
-    print(f"sparse sketch by the {sp.Sketch(DIM).serving(arguments.device.type)!r} backend\n")
+    served = {kind: sp.Sketch(DIM, kind).serving(arguments.device.type) for kind in arguments.sketch}
+    print(f"backends: {served}\n")
     for name, size in sizes.items():
         measure(name, size, arguments, rate, bandwidth)
 

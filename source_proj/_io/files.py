@@ -12,7 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["PARTIAL", "Content", "make_folders", "publish", "walk", "write_file", "write_files", "write_new_files"]
+__all__ = [
+    "CREATING",
+    "PARTIAL",
+    "Content",
+    "copy_files",
+    "make_folders",
+    "publish",
+    "walk",
+    "write_file",
+    "write_files",
+    "write_new_files",
+]
 
 PARTIAL = ".partial"
 """Ends the name of every temporary file, as in zarr's own store."""
@@ -20,7 +31,9 @@ PARTIAL = ".partial"
 Content = bytes | Callable[[BinaryIO], object]
 """The bytes of a file, or what writes them into an open one."""
 
-_CREATING = ".creating"  # ends every temporary folder's name
+CREATING = ".creating"
+"""Ends the name of every temporary folder."""
+
 _LONGEST = 128  # bytes of a name that are kept in a temporary one; file systems allow 255
 
 
@@ -53,6 +66,26 @@ def write_new_files(contents: Mapping[Path, Content]) -> set[Path]:
     return taken
 
 
+def copy_files(sources: Mapping[Path, Path]) -> None:
+    """Give each target the content of its source, whole, in place of what was there; they may share it from then on.
+
+    Raises:
+        FileNotFoundError: a source is not there.
+        OSError: a target cannot be written.
+    """
+    for target, source in sources.items():
+        temporary = _aside(target)
+        try:
+            if not _linked(source, temporary):
+                shutil.copyfile(source, temporary)
+                _sync([temporary])
+            temporary.replace(target)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)  # it is still there where both were one file already
+    _sync({target.parent for target in sources})
+
+
 def make_folders(folders: Iterable[Path]) -> None:
     """Make folders, and those above them, where they are missing; return when their names are on the disk."""
     missing = {above for folder in folders for above in (folder, *folder.parents) if not above.exists()}
@@ -75,7 +108,7 @@ def publish(path: Path, fill: Callable[[Path], object]) -> bool:
         OSError: it cannot be written; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{_short(path.name)}.{uuid.uuid4().hex}{_CREATING}")
+    temporary = path.with_name(f".{_short(path.name)}.{uuid.uuid4().hex}{CREATING}")
     try:
         temporary.mkdir()
         fill(temporary)
@@ -110,7 +143,7 @@ def walk(root: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _written_aside(contents: Mapping[Path, Content]) -> Iterator[dict[Path, Path]]:
     """Write files under temporary names, flushed, and remove what still has such a name at the end."""
-    temporary = {path: path.with_name(f"{_short(path.name)}.{uuid.uuid4().hex}{PARTIAL}") for path in contents}
+    temporary = {path: _aside(path) for path in contents}
     try:
         for path, content in contents.items():
             with temporary[path].open("xb") as file:
@@ -129,26 +162,35 @@ def _written_aside(contents: Mapping[Path, Content]) -> Iterator[dict[Path, Path
 def _give_name(temporary: Path, path: Path) -> bool:
     """Give a file its name, unless something has it: whether it was given."""
     try:
-        if os.name == "nt":
-            os.rename(temporary, path)  # refused there where the name is taken
-        else:
-            os.link(temporary, path)
+        if not _linked(temporary, path):
+            # There two writers in one instant both get the name, and the last one's file stays.
+            if os.path.lexists(path):
+                return False
+            os.rename(temporary, path)
     except FileExistsError:
         return False
+    return True
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Give a file a second name; False where there are none, as on FAT and some network disks."""
+    try:
+        os.link(source, target)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
             raise
-        # No second names on this file system, as on FAT and some network disks: there two writers in one instant both
-        # get the name, and the last one's file stays.
-        if os.path.lexists(path):
-            return False
-        os.rename(temporary, path)
+        return False
     return True
+
+
+def _aside(path: Path) -> Path:
+    """A name beside a file's, until it is whole."""
+    return path.with_name(f"{_short(path.name)}.{uuid.uuid4().hex}{PARTIAL}")
 
 
 def _remove_unpublished(path: Path) -> None:
     """Remove what killed or slower processes left of a folder that another one has published meanwhile."""
-    for old in path.parent.glob(f".{glob.escape(_short(path.name))}.{'?' * len(uuid.uuid4().hex)}{_CREATING}"):
+    for old in path.parent.glob(f".{glob.escape(_short(path.name))}.{'?' * len(uuid.uuid4().hex)}{CREATING}"):
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PosixPath, PurePosixPath
 from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
@@ -17,6 +18,8 @@ from source_proj._errors import MismatchError
 
 __all__ = ["load_safetensors", "load_tensors", "require_loadable"]
 
+# What scripts keep beside weights: holders of values, of which reading runs no code of the file's.
+_PLAIN: list[Any] = [argparse.Namespace, PosixPath, PurePosixPath]
 _ZIP = b"PK\x03\x04"  # how a file of torch.save begins
 
 
@@ -36,7 +39,8 @@ def load_tensors(path: Path, remedy: str, *, mapped: bool = False, unpickle: boo
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}: {remedy}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=not unpickle, mmap=mapped and is_zipfile(path))
+        with torch.serialization.safe_globals(_PLAIN):
+            return torch.load(path, map_location="cpu", weights_only=not unpickle, mmap=mapped and is_zipfile(path))
     except Exception as error:  # torch.load lets through whatever zip, pickle and its own readers raise
         raise MismatchError(f"{str(path)!r} {_trouble(path, error)}: {remedy}") from error
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
-from source_proj.attribution.hits import Hits, make_hits
+from source_proj.attribution.hits import Hits, checked_count, make_hits
 from source_proj.attribution.operands import Operand, aligned
 from source_proj.attribution.queries import QueryFeatures, resolve_task, sketch_queries
 from source_proj.attribution.scores import Scores
@@ -240,8 +240,7 @@ class Attributor(ABC):
         return self._combine(products, [operand for _, operand in active])
 
     def _strongest(self, queries: Queries, k: int, *, highest: bool) -> Hits:
-        if not 1 <= k <= self.n_rows:
-            raise ValueError(f"k must lie in 1..{self.n_rows} (the number of training examples), got {k}")
+        k = checked_count(k, self.n_rows)
         features = self.sketch(queries)
         terms, count = self._all_terms(features), len(features[0])
         device = terms[0].query.device

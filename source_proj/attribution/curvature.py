@@ -2,7 +2,8 @@
 
 For a segment, ``Ĥ = (1/N) Σ_i a_i a_iᵀ`` (mean over its checkpoints) with factors from banked rows φ:
 
-* ``empirical_fisher``: a = ℓ'φ, the loss gradient;
+* ``empirical_fisher``: a = √(1/w) ℓ'φ, the loss gradient, w what a label's log-likelihood counts for in the loss: the
+  mean over T tokens has H = T · E[ḡ ḡᵀ], see :meth:`source_proj.task.Task.fisher_weight`;
 * ``gauss_newton``: a = √ℓ'' φ;
 * ``sampled_fisher``: a = gradient of the log-likelihood of a label drawn from the model, a bank option.
 
@@ -167,7 +168,7 @@ def _factors(
 
 def _weights(block: RowBlock, curvature: Factors) -> Tensor:
     if curvature == "empirical_fisher":
-        return block.d1
+        return block.d1 if block.fisher_weight is None else block.d1 * block.fisher_weight
     if curvature == "features":
         return torch.ones_like(block.d1)
     if block.d2 is None:

@@ -1,12 +1,13 @@
 """The strongest training examples of each query."""
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Hits", "make_hits"]
+__all__ = ["Hits", "checked_count", "make_hits"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,22 @@ class Hits:
 
     def __len__(self) -> int:
         return len(self.query_ids)
+
+
+def checked_count(k: Any, n: int) -> int:
+    """Return k, the number of training examples wanted of n, as an int.
+
+    Raises:
+        TypeError: it is no integer; NumPy's and torch's are some.
+        ValueError: it lies outside of 1..n.
+    """
+    try:
+        count = operator.index(k)
+    except TypeError:
+        raise TypeError(f"k must be an integer, the number of training examples wanted, got {k!r}") from None
+    if isinstance(k, bool) or not 1 <= count <= n:
+        raise ValueError(f"k must lie in 1..{n} (the number of training examples), got {k!r}")
+    return count
 
 
 def make_hits(

@@ -8,8 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import GradientError, MismatchError
-from source_proj.bank import Bank, batches, dataset_size, on_device
-from source_proj.gradients import ParameterSpace, gradient_engine, nonfinite_examples
+from source_proj.bank import Bank, batches, dataset_size
+from source_proj.gradients import (
+    ParameterSpace,
+    gradient_engine,
+    nonfinite_examples,
+    private_copy,
+    require_own_weights,
+)
 from source_proj.task import Task, TokenQueries
 from source_proj.trajectory import Checkpoint
 
@@ -63,6 +69,7 @@ def resolve_task(bank: Bank, task: Task | None) -> Task:
     """
     if task is None:
         return Task.from_spec(bank.task_spec)
+    task = task.told_by(bank.task_spec)
     if task.spec() != bank.task_spec:
         raise MismatchError(
             f"the bank {bank.path} was built with task {bank.task_spec}, got {task.spec()}; "
@@ -86,7 +93,8 @@ def sketch_queries(
 ) -> QueryFeatures:
     """Sketch the gradient of every query's measurement at checkpoints of the bank (default: the final weights).
 
-    The model supplies the architecture: its own weights, buffers and mode are left as they are.
+    The model supplies the architecture: what runs is a copy of it, so that any number of threads may ask at once while
+    the model itself is in use.
 
     Args:
         bank: the bank whose sketch, parameters and checkpoints are used.
@@ -114,20 +122,27 @@ def sketch_queries(
         raise MismatchError(f"got {len(query_ids)} query ids for {count} queries; give one id per query")
     wanted = list(range(len(bank.metrics))) if metrics is None else list(metrics)
     features: dict[str, Tensor] = {}
+    space.parameters(model)  # refuses another model
+    own = private_copy(model, device)
+    where = next(own.parameters()).device
     for point in points:
-        with on_device(model, device) as where, point.applied_to(model):
-            engine = gradient_engine(model, space, bank.sketch, method=bank.gradients, autocast=bank.autocast)
-            scales = [None if scale is None else scale.to(where) for scale in bank.metrics.scales(wanted)]
-            rows: list[list[Tensor]] = [[] for _ in wanted]
-            for start, batch in batches(queries, batch_size, device=where, progress=progress):
-                _, sketched = engine.sketch_scaled(task.measurement, batch, scales)
-                bad = sorted({i for row in sketched for i in nonfinite_examples(row)})
-                if bad:
-                    raise GradientError(
-                        f"the measurement's gradient is not finite for queries {[query_ids[start + i] for i in bad]} "
-                        f"at step {point.step}; look at their inputs, or at the weights of that checkpoint"
-                    )
-                for kept, row in zip(rows, sketched, strict=True):
-                    kept.append(row.cpu())
+        point.load_into(own)
+        engine = gradient_engine(own, space, bank.sketch, method=bank.gradients, autocast=bank.autocast)
+        scales = [None if scale is None else scale.to(where) for scale in bank.metrics.scales(wanted)]
+        rows: list[list[Tensor]] = [[] for _ in wanted]
+        for start, batch in batches(queries, batch_size, device=where, progress=progress):
+            if start == 0 and point is points[-1]:
+                task.examine(own, batch)
+            if not features and not start:
+                require_own_weights(task.measurement, own, model, batch)
+            _, sketched = engine.sketch_scaled(task.measurement, batch, scales)
+            bad = sorted({i for row in sketched for i in nonfinite_examples(row)})
+            if bad:
+                raise GradientError(
+                    f"the measurement's gradient is not finite for queries {[query_ids[start + i] for i in bad]} "
+                    f"at step {point.step}; look at their inputs, or at the weights of that checkpoint"
+                )
+            for kept, row in zip(rows, sketched, strict=True):
+                kept.append(row.cpu())
         features |= {point_key(point, bank.metrics.hash(m)): torch.cat(r) for m, r in zip(wanted, rows, strict=True)}
     return QueryFeatures(features, query_ids, bank.sketch.spec())

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
-from source_proj.attribution.hits import Hits, make_hits
+from source_proj._io.outputs import write_output_folder
+from source_proj.attribution.hits import Hits, checked_count, make_hits
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -193,26 +194,32 @@ class Scores:
             columns=pd.Index(self.train_ids, name="train", tupleize_cols=False),
         )
 
-    def to_zarr(self, path: str | Path) -> zarr.Array[Any]:
-        """Write the values to a new zarr v3 array with ids, sign and unit in its attributes.
+    def to_zarr(self, path: str | Path, *, overwrite: bool = False) -> zarr.Array[Any]:
+        """Write the values to a zarr v3 array with ids, sign and unit in its attributes.
+
+        The array appears at its path when it is whole.
+
+        Args:
+            path: the array's folder.
+            overwrite: replace what is there.
 
         Raises:
-            FileExistsError: if something is there already.
+            FileExistsError: something is there already, and may not be overwritten.
         """
-        path = Path(path)
-        if path.exists():
-            raise FileExistsError(f"{path} exists; remove it or give another path")
-        return zarr.create_array(
-            store=str(path),
-            data=np.ascontiguousarray(self.values),
-            attributes={
-                "query_ids": _plain(self.query_ids),
-                "train_ids": _plain(self.train_ids),
-                "unit": self.unit,
-                "sign": "positive: including the example raised the measurement",
-                "higher_is_better": self.higher_is_better,
-            },
-        )
+        attributes: dict[str, Any] = {
+            "query_ids": _plain(self.query_ids),
+            "train_ids": _plain(self.train_ids),
+            "unit": self.unit,
+            "sign": "positive: including the example raised the measurement",
+            "higher_is_better": self.higher_is_better,
+        }
+        values = np.ascontiguousarray(self.values)
+
+        def fill(folder: Path) -> None:
+            zarr.create_array(store=str(folder), data=values, attributes=attributes)
+
+        write_output_folder(Path(path), fill, overwrite=overwrite)
+        return zarr.open_array(path, mode="r")
 
     def _require_additive(self, verb: str) -> None:
         if not self.additive:
@@ -221,8 +228,7 @@ class Scores:
             )
 
     def _strongest(self, k: int, *, highest: bool) -> Hits:
-        if not 1 <= k <= len(self.train_ids):
-            raise ValueError(f"k must lie in 1..{len(self.train_ids)} (the number of training examples), got {k}")
+        k = checked_count(k, len(self.train_ids))
         keys = -self.values if highest else self.values
         indices = np.argpartition(keys, k - 1, axis=1)[:, :k]
         indices.sort(axis=1)  # ties are broken by position

@@ -3,7 +3,7 @@
 from source_proj.bank.bank import Bank
 from source_proj.bank.bank import open_bank as open
 from source_proj.bank.build.build import build
-from source_proj.bank.build.data import batches, dataset_size, on_device
+from source_proj.bank.build.data import batches, dataset_size
 from source_proj.bank.read.metrics import Metrics
 from source_proj.bank.read.stage_bank import EncodedBlock, RowBlock, StageBank
 from source_proj.bank.verify import VerifyReport, verify
@@ -18,7 +18,6 @@ __all__ = [
     "batches",
     "build",
     "dataset_size",
-    "on_device",
     "open",
     "verify",
 ]

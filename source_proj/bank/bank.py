@@ -1,6 +1,6 @@
 """The bank as its readers see it."""
 
-import hashlib
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,14 +11,16 @@ from torch import nn
 
 from source_proj._errors import BankError
 from source_proj.bank.build.append import append_rows
+from source_proj.bank.fits import FitCache
 from source_proj.bank.format import Settings
 from source_proj.bank.read.metrics import Metrics
+from source_proj.bank.read.objects import list_objects
 from source_proj.bank.read.part import Part, listed
 from source_proj.bank.read.root import find_parts, kind_of, read_root
 from source_proj.bank.read.stage_bank import StageBank
 from source_proj.bank.read.weights import Weights
 from source_proj.bank.store import LocalStore
-from source_proj.bank.verify import VerifyReport, verify
+from source_proj.bank.verify import VerifyReport, fingerprint_of, verify
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint, RunRecord
@@ -39,6 +41,7 @@ class Bank:
         settings: everything that the rows depend on besides the data.
         metrics: the metrics that its rows are in; one, the identity, unless an optimizer was preconditioned.
         versions: what software made the bank, for people.
+        parameter_choice: which parameters are attributed, and how many were left out, for people.
 
     Raises:
         BankError: there is no bank, or one of another version, or one whose metadata are damaged; says what was found.
@@ -47,10 +50,10 @@ class Bank:
     def __init__(self, path: str | Path) -> None:
         self.store = LocalStore(path)
         self.path = self.store.root
-        if self.path.exists() and not self.path.is_dir():
+        if os.path.isfile(self.path):
             raise BankError(f"{self.path} is a file, and a bank is a folder; give the folder")
-        self.store.list()  # refuses links
-        self.settings, self.versions, moved = read_root(self.store)
+        list_objects(self.store)  # refuses links
+        self.settings, self.versions, moved, self.parameter_choice = read_root(self.store)
         self.sketch = _sketch(self.path, self.settings)
         self.metrics = Metrics(self.store, self.settings.trajectory)
         self._weights = Weights(self.store, self.path, self.settings, moved)
@@ -134,7 +137,7 @@ class Bank:
             BankError: the bank is not finalized.
         """
         self.require_finalized()
-        return hashlib.sha256(b"".join(seal[0] for seal in self._seals if seal is not None)).hexdigest()
+        return fingerprint_of([seal for seal in self._seals if seal is not None])
 
     def missing(self) -> list[str]:
         """Say in words which shards are not committed yet, as it is on disk now."""
@@ -188,9 +191,12 @@ class Bank:
         """Declare some parts complete; see :meth:`finalize`."""
         for part in parts:
             part.seal()
-            for key in self.store.leftovers(part.name):
-                self.store.delete(key)
         self.reload()
+        done = [""] if self.finalized else [f"{part.name}/" for part in parts]
+        for key in self.store.leftovers():
+            if key.startswith(tuple(done)) and not key.startswith("fits/"):  # others may be at work on those
+                self.store.delete(key)
+        self.fits.remove_stale()
 
     def append(
         self,
@@ -254,6 +260,15 @@ class Bank:
             self.reload()
         if shard is None:
             self.seal([part])
+
+    @property
+    def fits(self) -> FitCache:
+        """What was computed from the bank and is kept in it: spectra, and the matrices that queries are scored by."""
+        return FitCache(self.path, self.fingerprint if self.finalized else None)
+
+    def clear_fits(self) -> int:
+        """Delete all fits, and return the bytes that they took; they are computed again when they are needed."""
+        return self.fits.clear()
 
     def verify(self) -> VerifyReport:
         """Read every byte of the bank and say what is wrong where; see :func:`verify`."""

@@ -5,7 +5,8 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
 
 **Tree**::
 
-    /                                   attributes: format, version, settings, versions, checkpoint_paths
+    /                                   attributes: format, version, settings, versions, checkpoint_paths,
+                                        parameter_choice
     /weights/<hash>                     uint8: safetensors file of a checkpoint that was given as a dict
     /metrics/<hash>                     float32: diagonal of P^½ of a metric; only where optimizers were preconditioned
     /stage_<s>/                         attributes: name
@@ -17,6 +18,7 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
         scale          (n,)    float32  only if the codec has scales (int8, float16)
         d1             (n,)    float32  ℓ'(o)
         d2             (n,)    float32  ℓ''(o), only where settings say second_derivative
+        fisher_weight  (n,)    float32  what ℓ'(o) is times in the empirical Fisher, only where settings say so
         batch_hashes   (m, 32) uint8    m = ⌈n / batch_size⌉
         fisher_rows    (n·D, k)         sketched gradients of sampled labels, draw j of row i at i·D + j; only if D > 0
         fisher_scale   (n·D,)  float32  only if D > 0 and the codec has scales
@@ -30,11 +32,12 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
 1. ``format`` MUST be "source-proj bank", ``version`` MUST be 2; a reader MUST refuse anything else, and say what
    it found.
 2. ``settings`` MUST hold exactly: sketch, parameters, task, trajectory, storage (the name of a codec of
-   `source_proj.bank.codecs`), sampled_fisher (D, the number of draws), second_derivative, gradients, autocast. The
-   sketch's ``backend`` is "portable", or "fast-jl" with the count ``multiprocessors`` of the device beside it: a reader
-   that cannot make that library's matrix for that count MUST refuse the bank, and say both counts.
+   `source_proj.bank.codecs`), sampled_fisher (D, the number of draws), second_derivative, fisher_weight, gradients,
+   autocast. The sketch's ``backend`` is "portable", or "fast-jl" with the count ``multiprocessors`` of the device
+   beside it: a reader that cannot make that library's matrix for that count MUST refuse the bank, and say both counts.
    ``trajectory`` MUST hold exactly the entries of `source_proj.trajectory.record.RunRecord`, each of its type.
-3. ``versions`` says what software made the bank. A reader MUST NOT depend on it, and no fingerprint covers it.
+3. ``versions`` says what software made the bank, ``parameter_choice`` in words which parameters are attributed. A
+   reader MUST NOT depend on them, and no fingerprint covers them.
 4. The root's ``zarr.json`` MUST appear last, if it is absent, after all other metadata, ids, weights and metrics; so
    MUST a part's own, after all that lies below it. What is there already MUST be compared, and a writer whose own
    differs MUST NOT go on. A writer MUST NOT change any of it later. Where the root, or a part's group, is absent, a
@@ -73,11 +76,12 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
 12. A commit mark is, for one checkpoint and shard, the SHA-256 of each array's decoded bytes of that shard
     (little-endian, C order, rows that exist only), the arrays in the order listed above. All zeros: not done.
 13. A mark MUST be written after the shard's data are on the disk, and only if it is absent. What is marked MUST NOT be
-    written again, by whomever and with whatever bits: a writer that finds a mark MUST keep what is there. So it MUST
-    hold the store's lock of ``committed/zarr.json`` from where it sees no mark to where it has written its own. In a
-    store without locks it MUST write data only if absent, and MUST NOT mark them unless all are its own.
-14. Objects MUST appear whole under their names. Files that end in ".partial" are what a killed process left; a reader
-    MUST ignore them.
+    written with other bits, by whomever: so a writer MUST put its data under names of its own first, and then the
+    object ``committed/c.i.0.0.choice.partial``, 32 bytes that these names share and the mark, only if it is absent. If
+    there is no mark now, it MUST put the data of the choice that is there where they belong, and then the choice's
+    mark. The choice MUST NOT be removed before there is a mark. A writer that finds a mark MUST keep what is there.
+14. Objects MUST appear whole under their names. Those that end in ".partial" are writers' own, or left by killed ones;
+    a reader MUST ignore them.
 22. A reader MUST compare a shard's data with their mark before it takes rows from them, for every version of an object.
 
 **Seals**
@@ -120,6 +124,7 @@ class Settings:
         storage: name of the codec of its rows.
         sampled_fisher: draws of sampled labels.
         second_derivative: whether the task gives ℓ''.
+        fisher_weight: whether the task gives a factor of ℓ' for the empirical Fisher.
         gradients: "auto", "hooks" or "general".
         autocast: None, "bfloat16" or "float16".
     """
@@ -131,6 +136,7 @@ class Settings:
     storage: str
     sampled_fisher: int
     second_derivative: bool
+    fisher_weight: bool
     gradients: str
     autocast: str | None
 

@@ -272,6 +272,8 @@ def _checkpoint_arrays(settings: Settings, part: PartSpec, crossed: Sequence[int
     data["d1"] = numbers
     if settings.second_derivative:
         data["d2"] = numbers
+    if settings.fisher_weight:
+        data["fisher_weight"] = numbers
     data["batch_hashes"] = ArraySpec((-(-n // part.batch_size), 32), "uint8", height // part.batch_size)
     if draws:
         data["fisher_rows"] = _rows(settings, n * draws, height * draws)

@@ -1,23 +1,22 @@
 """Read every byte of a bank and say what is wrong where."""
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from source_proj._errors import BankError
+from source_proj.bank.fits import FitCache
 from source_proj.bank.format import Settings
 from source_proj.bank.read.metrics import Metrics
+from source_proj.bank.read.objects import list_objects, object_info
 from source_proj.bank.read.part import Part
 from source_proj.bank.read.root import find_parts, read_root
 from source_proj.bank.read.weights import Weights
-from source_proj.bank.store import LocalStore, Store
+from source_proj.bank.store import LocalStore
 
-__all__ = ["FolderCheck", "VerifyReport", "register_check", "verify"]
-
-FolderCheck = Callable[[Store, Sequence[str]], Iterable[str]]
-
-_CHECKS: dict[str, FolderCheck] = {"fits": lambda *_: ()}
+__all__ = ["VerifyReport", "fingerprint_of", "verify"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,8 @@ class VerifyReport:
         problems: one line each: what is wrong, and where; none for a whole, finalized bank.
         bytes_read: bytes of all files that were read and compared.
         files: number of these files.
-        leftovers: temporary files of killed processes; harmless, and removed by ``finalize``.
+        leftovers: temporary files of killed processes, and fits of other content; harmless, and removed by
+            ``finalize``.
     """
 
     path: Path
@@ -49,41 +49,45 @@ def verify(path: str | Path) -> VerifyReport:
 
     Metadata are compared with what the settings want, chunks with their checksums, shards with their commit marks,
     copies of weights with their hashes, seals with all that they cover; files that do not belong are named. Shards that
-    are not committed yet count as missing. What was computed from the bank and kept in it is checked by those who
-    registered for it with :func:`register_check`.
+    are not committed yet count as missing. Fits are compared with their digests; those of other content of the bank
+    count as leftovers.
     """
     store = LocalStore(path)
     try:
-        there = store.list()
+        there = list_objects(store)
         settings = read_root(store).settings
         parts = [part for s in range(len(settings.trajectory.stages)) for part in find_parts(store, settings, s)]
-    except (BankError, OSError) as error:
+    except BankError as error:
         return VerifyReport(store.root, [str(error)], 0, 0)
     problems = [problem for part in parts for problem in _part_problems(part)]
     problems += _weights_problems(store, settings)
     problems += _metrics_problems(store, settings)
-    beside = {key for key in there if key.split("/")[0] in _CHECKS}
-    for folder, check in _CHECKS.items():
-        problems += check(store, [key for key in there if key.startswith(f"{folder}/")])
+    fits = _fits(store, parts)
+    problems += fits.problems()
+    beside = {key for key in there if key.startswith("fits/")}
     known, allowed = _keys(store, settings, parts)
     counts = Counter(part.name.split("/")[0] for part in parts)
     begun = tuple(f"{stage}/part_{count}/" for stage, count in counts.items())  # of an append, without its group yet
     left = [key for key in there if key.startswith(begun)]
     foreign = [key for key in there if key not in known | allowed | beside and key not in left]
     problems += [f"{store.location(key)} does not belong to the bank: move it elsewhere" for key in foreign]
-    sizes = [info.size for key in there if key in known and (info := store.stat(key)) is not None]
-    leftovers = [Path(store.location(key)) for key in [*store.leftovers(), *left]]
+    sizes = [info.size for key in there if key in known and (info := object_info(store, key)) is not None]
+    left += [key for key in store.leftovers() if not key.startswith("fits/")]
+    leftovers = [*(Path(store.location(key)) for key in sorted(left)), *fits.leftovers()]
     return VerifyReport(store.root, problems, sum(sizes), len(sizes), leftovers)
 
 
-def register_check(folder: str, check: FolderCheck) -> None:
-    """Let a folder of a bank be verified by those who write it.
+def fingerprint_of(seals: Sequence[tuple[bytes, bytes]]) -> str:
+    """SHA-256, in hex, of the seals of all parts of a bank."""
+    return hashlib.sha256(b"".join(seal[0] for seal in seals)).hexdigest()
 
-    Args:
-        folder: a name at the bank's top.
-        check: yields what is wrong with the objects that it is called with.
-    """
-    _CHECKS[folder] = check
+
+def _fits(store: LocalStore, parts: Sequence[Part]) -> FitCache:
+    try:
+        seals = [seal for part in parts if (seal := part.sealed()) is not None]
+    except BankError:  # named by _part_problems
+        seals = []
+    return FitCache(store.root, fingerprint_of(seals) if len(seals) == len(parts) else None)
 
 
 def _part_problems(part: Part) -> Iterator[str]:
@@ -156,6 +160,6 @@ def _array_keys(store: LocalStore, group: str, names: list[str]) -> set[str]:
     known = {f"{group}/zarr.json"} if names else set()
     for name in names:
         known.add(f"{group}/{name}/zarr.json")
-        shards = [key for key in store.list(f"{group}/{name}") if key.rpartition("/")[2].startswith("c.")]
+        shards = [key for key in list_objects(store, f"{group}/{name}") if key.rpartition("/")[2].startswith("c.")]
         known |= {f"{group}/{name}/c.{shard}" for shard in range(len(shards))}  # fewer or other ones were named above
     return known

@@ -42,6 +42,7 @@ app.command("score")(score.score)
 app.command("top-k")(score.top_k)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(inspect.verify)
+app.command("clean")(inspect.clean)
 
 
 def main() -> None:

@@ -7,12 +7,14 @@ import typer
 
 import source_proj.bank as banks
 from source_proj.bank.codecs import codec_names
-from source_proj.cli.options import BankPath, BatchSize, Device, Json, Model, Progress
+from source_proj.cli.options import BankPath, BatchSize, Device, Json, Model, Progress, TrustRemoteCode
 from source_proj.cli.output import emit, reports_errors, say
 from source_proj.cli.parsing import (
     make_sketch,
     make_trajectory,
+    parse_json,
     parse_shard,
+    parse_steps,
 )
 from source_proj.cli.text import TextOptions
 from source_proj.sketch.projections import kinds
@@ -70,8 +72,17 @@ def build(
         str | None, typer.Option(help="Column of what stands before the text and is not counted, with --dataset.")
     ] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of an example, with --dataset.")] = None,
+    text_pair_column: Annotated[
+        str | None, typer.Option(help="Column of the second text of a pair, with --dataset.")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Steps of the checkpoints of --hf-run to use; default: all.")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate, if --hf-run does not tell.")] = None,
     schedule: Annotated[str | None, typer.Option(help="lr_scheduler_type, if --hf-run does not tell.")] = None,
+    schedule_options: Annotated[
+        str | None, typer.Option(metavar="JSON", help='lr_scheduler_kwargs of --schedule: {"min_lr": 1e-6}.')
+    ] = None,
     warmup_steps: Annotated[int | None, typer.Option(min=0, help="Warm-up, if --hf-run does not tell.")] = None,
     max_grad_norm: Annotated[
         float | None, typer.Option(min=0, help="Of --hf-run; default 1, as the Trainer's.")
@@ -100,15 +111,30 @@ def build(
         str | None, typer.Option(metavar="I/N", help="Do only part I of N (from 0); then run finalize once.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a bank that was begun.")] = True,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
     progress: Progress = True,
     json: Json = False,
 ) -> None:
     """Sketch the training gradients of every checkpoint into a bank."""
-    text = TextOptions(hf_model, hf_run, dataset, text_column, label_column, prompt_column, max_length)
+    chosen_steps = parse_steps(steps)
+    text = TextOptions(
+        hf_model,
+        hf_run,
+        dataset,
+        text_column,
+        label_column,
+        prompt_column,
+        max_length,
+        text_pair_column,
+        chosen_steps,
+        trust_remote_code,
+    )
     run = {
         "learning_rate": learning_rate,
         "schedule": schedule,
+        "schedule_options": parse_json(schedule_options, "--schedule-options"),
+        "steps": chosen_steps,
         "warmup_steps": warmup_steps,
         "max_grad_norm": max_grad_norm,
         "preconditioner": preconditioner,
@@ -138,7 +164,7 @@ def build(
         shard=parse_shard(shard),
         resume=resume,
         progress=progress,
-        parameters=parameters,
+        parameters=text.parameters_of(network, parameters),
         sampled_fisher=sampled_fisher,
         autocast=autocast,
         gradients=gradients,

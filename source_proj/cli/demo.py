@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from source_proj.attribution.hits import Hits
-from source_proj.cli.options import Json, Progress
+from source_proj.cli.options import Json, Overwrite, Progress
 from source_proj.cli.output import emit, reports_errors, say
 from source_proj.demo import Demo, run, verdict
 
@@ -22,11 +22,13 @@ def demo(
     page: Annotated[Path | None, typer.Option(help="Where to write the HTML page.")] = None,
     pairs: Annotated[int, typer.Option(min=2, help="Matched pairs of retrainings behind each check.")] = 8,
     remove: Annotated[int, typer.Option(min=1, max=500, help="Training digits left out in each check.")] = 20,
+    overwrite: Overwrite = False,
     progress: Progress = True,
     json: Json = False,
 ) -> None:
     """Train on handwritten digits, attribute four answers, check the scores by retraining, write an HTML page."""
-    result = run(folder, page=page, pairs=pairs, remove=remove, say=_silent if json else say, progress=progress)
+    shown = _silent if json else say
+    result = run(folder, page=page, pairs=pairs, remove=remove, overwrite=overwrite, say=shown, progress=progress)
     if json:
         emit(_facts(result))
 

@@ -1,6 +1,5 @@
-"""``inspect`` and ``verify``: look into a bank."""
+"""``inspect``, ``verify`` and ``clean``: look into a bank, and tidy it up."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from source_proj.cli.options import BankPath, Json
 from source_proj.cli.output import emit, reports_errors, say, table
 from source_proj.trajectory.record import write_optimizer
 
-__all__ = ["inspect", "verify"]
+__all__ = ["clean", "inspect", "verify"]
 
 _LISTED = 8  # missing shards spelled out for people
 
@@ -49,8 +48,20 @@ def verify(bank: BankPath, json: Json = False) -> None:
         count = len(report.problems)
         verdict = "whole" if report.ok else f"{count} problem{'' if count == 1 else 's'}"
         say(f"{bank}: {verdict}; {report.files} files, {report.bytes_read / 1e6:.1f} MB read")
+        if report.leftovers:
+            say(f"{len(report.leftovers)} leftovers, such as {report.leftovers[0]}: source-proj clean removes them")
     if not report.ok:
         raise typer.Exit(1)
+
+
+@reports_errors
+def clean(bank: BankPath, json: Json = False) -> None:
+    """Delete what was fitted from a bank and kept in it; scoring computes it again when it is needed."""
+    freed = open_bank(bank).clear_fits()
+    if json:
+        emit({"bank": bank, "bytes_freed": freed})
+    else:
+        say(f"{bank}: {freed / 1e6:.1f} MB of fits removed")
 
 
 def _facts(bank: Bank) -> dict[str, Any]:
@@ -65,9 +76,10 @@ def _facts(bank: Bank) -> dict[str, Any]:
         "sketch": bank.sketch.spec(),
         "task": bank.task_spec,
         "parameters": dict(zip(bank.space_spec["names"], shapes, strict=True)),
+        "parameter_choice": bank.parameter_choice,
         "stages": [_stage(stage) for stage in bank.stages],
         "missing": bank.missing(),
-        "bytes": bank.nbytes(),
+        "bytes": {**bank.nbytes(), "fits": bank.fits.nbytes()},
         "versions": bank.versions,
     }
 
@@ -102,12 +114,11 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     state = f"complete, fingerprint {facts['fingerprint'][:16]}" if facts["finalized"] else "unfinished"
     size = sum(facts["bytes"].values())
     sizes = ", ".join(f"{name} {count / 1e6:.1f}" for name, count in facts["bytes"].items() if count >= 50_000)
-    count = sum(math.prod(shape) for shape in facts["parameters"].values())
     yield f"{facts['bank']}: {state}"
     yield f"  rows        {facts['rows']} training examples, {facts['storage']}"
     yield f"  sketch      {_options(facts['sketch'])}"
     yield f"  task        {_options(facts['task'])}"
-    yield f"  parameters  {count} in {len(facts['parameters'])} tensors"
+    yield f"  parameters  {facts['parameter_choice']}"
     yield f"  size        {size / 1e6:.1f} MB{f' ({sizes})' if sizes else ''}"
     yield f"  made by     {_options(facts['versions'])}"
     for stage in facts["stages"]:

@@ -12,7 +12,9 @@ __all__ = [
     "Device",
     "Json",
     "Model",
+    "Overwrite",
     "Progress",
+    "TrustRemoteCode",
 ]
 
 BankPath = Annotated[Path, typer.Argument(metavar="BANK", help="The bank's directory.")]
@@ -25,4 +27,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else
 Model = Annotated[
     str | None, typer.Option("--model", metavar="MODULE:FUNCTION", help="Gives the model; its code is used.")
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
 Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Progress bars on standard error.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let transformers run Python code that lies in the model's directory."),
+]

@@ -11,6 +11,7 @@ import numpy as np
 import typer
 
 from source_proj._errors import SourceProjError
+from source_proj._io.printable import printable
 
 __all__ = ["debug", "emit", "reports_errors", "say", "table"]
 
@@ -26,8 +27,8 @@ def emit(value: Any) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line for people on standard output."""
-    typer.echo(text)
+    """Print lines for people on standard output, ids and names in them made harmless for the terminal."""
+    typer.echo(printable(text, keep="\n"))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -39,7 +40,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         a    +1.5
         bb  -12.0
     """
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
     lines = []
     widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
     right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(header))]
@@ -66,7 +67,7 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
         except (SourceProjError, ValueError, TypeError, OSError, ImportError) as error:
             if debug.get():
                 raise
-            print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+            print(f"error: {printable(' '.join(str(error).split())) or type(error).__name__}", file=sys.stderr)
             raise typer.Exit(1 if isinstance(error, SourceProjError) else 2) from error
 
     return wrapped

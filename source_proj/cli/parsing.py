@@ -23,9 +23,11 @@ __all__ = [
     "make_trajectory",
     "needed",
     "parse_damping",
+    "parse_json",
     "parse_options",
     "parse_segments",
     "parse_shard",
+    "parse_steps",
 ]
 
 _TASKS = {"classification": Classification, "regression": Regression, "causal-lm": CausalLM}
@@ -218,6 +220,39 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
     if not slash or not index.isdecimal() or not count.isdecimal() or not int(index) < int(count):
         raise ValueError(f"--shard must be given as i/n with i from 0 to n-1, such as 0/4, got {text!r}")
     return int(index), int(count)
+
+
+def parse_steps(text: str | None) -> tuple[int, ...] | None:
+    """Read numbers of steps, separated by commas.
+
+    Example:
+        >>> parse_steps("15,30,45")
+        (15, 30, 45)
+    """
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise ValueError(f"--steps must be numbers of steps separated by commas, such as 15,30,45, got {text!r}")
+    return tuple(map(int, words))
+
+
+def parse_json(text: str | None, flag: str) -> dict[str, Any] | None:
+    """Read a JSON object.
+
+    Example:
+        >>> parse_json('{"min_lr": 1e-6}', "--schedule-options")
+        {'min_lr': 1e-06}
+    """
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{flag} must be a JSON object, such as '{{\"min_lr\": 1e-6}}', got {text!r}")
+    return value
 
 
 def parse_damping(text: str) -> float | str | None:

@@ -1,23 +1,28 @@
 """``score`` and ``top-k``: ask a bank."""
 
 import csv
+import functools
+import inspect
+import io
 import json as json_format
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import typer
 from torch import nn
 
+from source_proj._io.outputs import require_free, write_output, write_outputs
+from source_proj._io.printable import csv_cell
 from source_proj.attribution.attributor import Attributor
 from source_proj.attribution.hits import Hits
 from source_proj.attribution.methods import GradCos, GradDot, Hydra, InfluenceFunction, TracIn, Trak
 from source_proj.attribution.scores import Scores
 from source_proj.attribution.source import Source
 from source_proj.bank import open as open_bank
-from source_proj.cli.options import BankPaths, BatchSize, Device, Json, Model, Progress
+from source_proj.cli.options import BankPaths, BatchSize, Device, Json, Model, Overwrite, Progress, TrustRemoteCode
 from source_proj.cli.output import emit, reports_errors, say, table
 from source_proj.cli.parsing import make_task, parse_damping, parse_segments
 from source_proj.cli.text import ask_about
@@ -61,14 +66,6 @@ _METHODS: dict[Method, Callable[..., Attributor]] = {
     Method.grad_dot: GradDot,
     Method.grad_cos: GradCos,
 }
-_OPTIONS = {
-    "--segments": {Method.source},
-    "--curvature": {Method.source, Method.influence},
-    "--damping": {Method.source, Method.influence, Method.trak},
-    "--average": {Method.influence},
-    "--query-gradient": {Method.source, Method.influence},
-}
-
 Queries = Annotated[
     str | None,
     typer.Option("--queries", metavar="MODULE:FUNCTION", help="Gives the queries: a data set or a DataLoader."),
@@ -97,6 +94,7 @@ QueryGradientOption = Annotated[
     QueryGradient | None,
     typer.Option("--query-gradient", help="At the final weights, or the mean over checkpoints (source's default)."),
 ]
+RidgeOption = Annotated[float | None, typer.Option("--ridge", min=0, help="TRAK's, added to its eigenvalues.")]
 
 
 @reports_errors
@@ -115,20 +113,35 @@ def score(
     damping: DampingOption = None,
     average: AverageOption = False,
     query_gradient: QueryGradientOption = None,
+    ridge: RidgeOption = None,
     task: TaskName = None,
+    trust_remote_code: TrustRemoteCode = False,
     batch_size: BatchSize = 64,
     device: Device = None,
     progress: Progress = True,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Write the scores of all training examples for all queries."""
-    write = _writer(out)
-    network, data = ask_about(bank[0], model, queries, dataset, per_token)
+    write = _writer(out, overwrite)
+    network, data = ask_about(bank[0], model, queries, dataset, per_token, trust_remote_code)
     asked = _attributor(
-        bank, network, method, segments, curvature, damping, average, query_gradient, task, batch_size, device, progress
+        bank,
+        network,
+        method,
+        segments,
+        curvature,
+        damping,
+        average,
+        query_gradient,
+        ridge,
+        task,
+        batch_size,
+        device,
+        progress,
     )
     scores = asked.score(data)
-    write(scores, out)
+    write(scores)
     count, rows = scores.shape
     if json:
         emit({"out": out, "queries": count, "train": rows, "unit": scores.unit, "sign": _SIGN, "method": method.value})
@@ -151,16 +164,30 @@ def top_k(
     damping: DampingOption = None,
     average: AverageOption = False,
     query_gradient: QueryGradientOption = None,
+    ridge: RidgeOption = None,
     task: TaskName = None,
+    trust_remote_code: TrustRemoteCode = False,
     batch_size: BatchSize = 64,
     device: Device = None,
     progress: Progress = True,
     json: Json = False,
 ) -> None:
     """Print the training examples with the highest (or lowest) scores of each query."""
-    network, data = ask_about(bank[0], model, queries, dataset, per_token)
+    network, data = ask_about(bank[0], model, queries, dataset, per_token, trust_remote_code)
     asked = _attributor(
-        bank, network, method, segments, curvature, damping, average, query_gradient, task, batch_size, device, progress
+        bank,
+        network,
+        method,
+        segments,
+        curvature,
+        damping,
+        average,
+        query_gradient,
+        ridge,
+        task,
+        batch_size,
+        device,
+        progress,
     )
     hits: Hits = asked.bottom_k(data, k) if lowest else asked.top_k(data, k)
     if json:
@@ -186,32 +213,25 @@ def _attributor(
     damping: str | None,
     average: bool,
     query_gradient: QueryGradient | None,
+    ridge: float | None,
     task: str | None,
     batch_size: int,
     device: str | None,
     progress: bool,
 ) -> Attributor:
-    given = {
-        "--segments": ("segments", None if segments is None else parse_segments(segments)),
-        "--curvature": ("curvature", None if curvature is None else curvature.value.replace("-", "_")),
-        "--damping": ("damping", None if damping is None else parse_damping(damping)),
-        "--average": ("average", average),
-        "--query-gradient": ("query_gradient", None if query_gradient is None else query_gradient.value),
-    }
-    asked = {
-        "--segments": segments,
-        "--curvature": curvature,
-        "--damping": damping,
-        "--average": average or None,
-        "--query-gradient": query_gradient,
-    }
-    options: dict[str, Any] = {}
-    for flag, (name, value) in given.items():
-        if asked[flag] is None:
-            continue
-        if method not in _OPTIONS[flag]:
-            raise ValueError(f"{flag} has no meaning for --method {method.value}; leave it out")
-        options[name] = value
+    asked: list[tuple[str, Any, Callable[[Any], Any]]] = [
+        ("segments", segments, parse_segments),
+        ("curvature", curvature, lambda chosen: chosen.value.replace("-", "_")),
+        ("damping", damping, parse_damping),
+        ("average", average or None, bool),
+        ("query_gradient", query_gradient, str),
+        ("ridge", ridge, float),
+    ]
+    options = {name: read(word) for name, word, read in asked if word is not None}
+    known = inspect.signature(_METHODS[method]).parameters
+    for name in options:
+        if name not in known:
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning for --method {method.value}; leave it out")
     return _METHODS[method](
         [open_bank(path) for path in paths],
         model=model,
@@ -223,18 +243,19 @@ def _attributor(
     )
 
 
-def _writer(out: Path) -> Callable[[Scores, Path], None]:
-    """Choose by the name's ending, before any work is done."""
+def _writer(out: Path, overwrite: bool) -> Callable[[Scores], None]:
+    """Choose by the name's ending, and refuse what is there, before any work is done."""
     writers = {".npy": _write_npy, ".zarr": _write_zarr, ".csv": _write_csv}
     if out.suffix not in writers:
         raise ValueError(f"--out must end in one of {', '.join(writers)}, got {str(out)!r}")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {str(out)!r}: the directory {str(out.parent)!r} does not exist")
-    return writers[out.suffix]
+    for path in [out, *([out.with_suffix(".json")] if out.suffix == ".npy" else [])]:
+        require_free(path, overwrite=overwrite)
+    return functools.partial(writers[out.suffix], out=out, overwrite=overwrite)
 
 
-def _write_npy(scores: Scores, out: Path) -> None:
-    np.save(out, scores.to_numpy())
+def _write_npy(scores: Scores, out: Path, overwrite: bool) -> None:
     facts = {
         "query_ids": [_word(query_id) for query_id in scores.query_ids],
         "train_ids": [_word(train_id) for train_id in scores.train_ids],
@@ -242,19 +263,27 @@ def _write_npy(scores: Scores, out: Path) -> None:
         "sign": _SIGN,
         "higher_is_better": scores.higher_is_better,
     }
-    out.with_suffix(".json").write_text(json_format.dumps(facts), encoding="utf-8")
+    words = json_format.dumps(facts).encode()
+    write_outputs(
+        {out.with_suffix(".json"): words, out: lambda file: np.save(file, scores.to_numpy())}, overwrite=overwrite
+    )
 
 
-def _write_zarr(scores: Scores, out: Path) -> None:
-    scores.to_zarr(out)
+def _write_zarr(scores: Scores, out: Path, overwrite: bool) -> None:
+    scores.to_zarr(out, overwrite=overwrite)
 
 
-def _write_csv(scores: Scores, out: Path) -> None:
-    with out.open("w", newline="", encoding="utf-8") as file:
-        lines = csv.writer(file)
-        lines.writerow(["query", *(_word(train_id) for train_id in scores.train_ids)])
+def _write_csv(scores: Scores, out: Path, overwrite: bool) -> None:
+    def write(file: BinaryIO) -> None:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        lines = csv.writer(text)
+        lines.writerow(["query", *(csv_cell(_word(train_id)) for train_id in scores.train_ids)])
         for query, values in zip(scores.query_ids, scores.values, strict=True):
-            lines.writerow([_word(query), *map(str, values)])
+            lines.writerow([csv_cell(_word(query)), *map(str, values)])
+        text.flush()
+        text.detach()
+
+    write_output(out, write, overwrite=overwrite)
 
 
 def _entry(query: Any, hits: list[tuple[Any, float]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,10 @@ from torch import nn
 
 from source_proj.bank import open as open_bank
 from source_proj.cli.parsing import load_model, load_object, make_task, needed
-from source_proj.integrations import TextData, TextSettings, load_pretrained, task_for
+from source_proj.integrations import TextData, TextSettings, load_pretrained, task_for, trainable_parameters
+from source_proj.integrations.callback_log import is_callback_dir
+from source_proj.integrations.pretrained import is_adapter, label_numbers
+from source_proj.integrations.trainer_data import check_training_set
 from source_proj.integrations.trainer_folders import trainer_folders
 from source_proj.task import CausalLM, Task, TokenQueries
 
@@ -29,6 +32,9 @@ class TextOptions:
     label_column: str
     prompt_column: str | None
     max_length: int | None
+    text_pair_column: str | None
+    steps: tuple[int, ...] | None
+    trust_remote_code: bool = False
 
     @property
     def given(self) -> bool:
@@ -44,8 +50,23 @@ class TextOptions:
         """
         if self.hf_model is None and self.hf_run is None:
             raise ValueError("--dataset needs --hf-model (or --hf-run), which has the tokenizer")
-        model = self.hf_model or str(trainer_folders(str(self.hf_run))[0][-1].path)
-        return TextSettings(model, self.text_column, self.label_column, self.prompt_column, self.max_length)
+        trained = None if self.hf_run is None else self._last_checkpoint(self.hf_run)
+        model = self.hf_model or str(trained)
+        return TextSettings(
+            model,
+            self.text_column,
+            self.label_column,
+            self.prompt_column,
+            self.max_length,
+            self.text_pair_column,
+            label_numbers(str(trained or model)) or None,
+        )
+
+    def _last_checkpoint(self, run: str) -> Path | None:
+        """Folder of the run's last checkpoint to use; None if the run was recorded by a callback."""
+        if is_callback_dir(run):
+            return None
+        return trainer_folders(run, self.steps)[0][-1].path
 
     def build_from(
         self, model: str | None, data: str | None, task: str | None, task_options: Iterable[str]
@@ -63,9 +84,18 @@ class TextOptions:
             raise ValueError("--model and --data have no meaning beside --hf-model and --dataset: leave one pair out")
         if self.dataset is None:
             raise ValueError("--hf-model needs --dataset FILE, a .jsonl or .csv file")
-        network, tokenizer = load_pretrained(self.settings.model)
-        training_set = TextData(self.dataset, self.settings, network, tokenizer)
-        return network, training_set, task_for(network) if task is None else make_task(task, task_options)
+        settings = self.settings
+        network, tokenizer = load_pretrained(settings.model, trust_remote_code=self.trust_remote_code)
+        training_set = TextData(self.dataset, settings, network, tokenizer)
+        if self.hf_run is not None:
+            check_training_set(self.hf_run, len(training_set), str(self.dataset))
+        return network, training_set, task_for(network, self.hf_run) if task is None else make_task(task, task_options)
+
+    def parameters_of(self, network: nn.Module, given: Sequence[str] | None) -> Sequence[str] | None:
+        """The parameters to attribute through: those given, else an adapter's, if the run trained one."""
+        if given is not None or not self.given or not is_adapter(self.settings.model):
+            return given
+        return trainable_parameters(network)
 
     def write_beside(self, bank: Path, options: Mapping[str, Any]) -> None:
         """Keep the settings beside the bank, with all options of the build, if it was one from a text file."""
@@ -77,7 +107,12 @@ class TextOptions:
 
 
 def ask_about(
-    bank: Path, model: str | None, queries: str | None, dataset: Path | None, per_token: bool
+    bank: Path,
+    model: str | None,
+    queries: str | None,
+    dataset: Path | None,
+    per_token: bool,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any]:
     """The model and the queries: from a text file, read as the training set was, or from ``module:function``.
 
@@ -92,7 +127,7 @@ def ask_about(
     if model is not None or queries is not None:
         raise ValueError("--model and --queries have no meaning beside --dataset: leave one or the other out")
     settings = TextSettings.read(bank)
-    network, tokenizer = load_pretrained(settings.model)
+    network, tokenizer = load_pretrained(settings.model, trust_remote_code=trust_remote_code)
     data = TextData(dataset, settings, network, tokenizer)
     if not per_token:
         return network, data

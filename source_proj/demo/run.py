@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
+from source_proj._io.outputs import require_free
 from source_proj.attribution.scores import Scores
 from source_proj.attribution.source import SegmentScores, Source
 from source_proj.bank import build
@@ -66,6 +67,7 @@ def run(
     page: str | Path | None = None,
     pairs: int = 8,
     remove: int = 20,
+    overwrite: bool = False,
     say: Callable[[str], None] = print,
     progress: bool = True,
 ) -> Demo:
@@ -78,18 +80,21 @@ def run(
             in the current directory if none is given.
         pairs: matched pairs of retrainings behind each check, at least 2.
         remove: training digits left out in each check, 1 to 500.
+        overwrite: replace a page that is there; one in the folder, the demo's own, always is.
         say: prints a line.
         progress: show progress bars for what takes over two seconds.
 
     Raises:
         ImportError: without the ``demo`` extra.
         ValueError: if ``pairs`` or ``remove`` is out of range.
+        FileExistsError: the page is there already.
     """
     if pairs < 2:
         raise ValueError(f"pairs must be at least 2, so that the noise of retraining can be told, got {pairs}")
     if not 1 <= remove <= 500:
         raise ValueError(f"remove must lie in 1..500, got {remove}")
     target = Path(page) if page is not None else Path(folder or ".") / ("report.html" if folder else _PAGE)
+    require_free(target, overwrite=overwrite or (page is None and folder is not None))
     with _home(folder) as home:
         return _Run(home, say, progress).all(target, pairs, remove)
 
@@ -123,7 +128,9 @@ class _Run:
             removals = self.check(scores, answers[0], pairs, remove)
         self.say("\n" + check_text(answers[0], removals, scores.unit))
         written = write_report(
-            demo_page(answers, scores, parts, removals, self.digits, accuracy=accuracy, bank_bytes=size), target
+            demo_page(answers, scores, parts, removals, self.digits, accuracy=accuracy, bank_bytes=size),
+            target,
+            overwrite=True,
         )
         self.say(f"\npage: {written}")
         return Demo(scores, parts, answers, removals, accuracy, written, self.seconds)

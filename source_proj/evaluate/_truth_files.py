@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,17 +16,23 @@ from source_proj._errors import MismatchError, SourceProjError
 __all__ = [
     "FORMAT",
     "VERSION",
+    "Cell",
     "array_of",
     "contrast",
     "create",
     "digest",
+    "grow",
     "opened",
     "plain",
-    "read",
-    "undone",
+    "read_masks",
+    "read_outcomes",
+    "record",
 ]
 
-FORMAT, VERSION = "source-proj ground truth", 1
+Cell = tuple[int, int]
+"""(subset, retraining)."""
+
+FORMAT, VERSION = "source-proj ground truth", 2
 
 
 def opened(path: Path) -> tuple[zarr.Group, dict[str, Any]]:
@@ -54,11 +60,6 @@ def opened(path: Path) -> tuple[zarr.Group, dict[str, Any]]:
     return group, attributes
 
 
-def undone(outcomes: NDArray[Any]) -> list[tuple[int, int]]:
-    """Cells ``(subset, retraining)`` of outcomes ``(M, R, Q)`` that hold NaN, first retrainings first."""
-    return [(int(j), int(r)) for r, j in np.argwhere(np.isnan(outcomes).any(axis=2).T)]
-
-
 def array_of(group: zarr.Group, name: str, path: Path) -> zarr.Array[Any]:
     """One of a store's arrays, with its shape as it is on the disk now.
 
@@ -71,30 +72,108 @@ def array_of(group: zarr.Group, name: str, path: Path) -> zarr.Array[Any]:
         raise SourceProjError(f"{path}: {name} is missing or damaged ({error}): remove the store") from error
 
 
-def read(array: zarr.Array[Any], path: Path) -> NDArray[Any]:
-    """All values of a store's array.
+def read_masks(group: zarr.Group, path: Path) -> NDArray[np.bool_]:
+    """Which examples each subset keeps, ``(M, N)``.
 
     Raises:
-        SourceProjError: if bytes are not those that were written; names the files.
+        SourceProjError: if they are not those that the store was made for.
     """
     try:
-        return np.asarray(array[...])
+        masks = np.asarray(array_of(group, "masks", path)[...], dtype=np.bool_)
+    except SourceProjError:
+        raise
     except Exception as error:  # a codec's, of whatever kind
-        remedy = "remove the store"
-        if array.basename == "outcomes":
-            remedy = f"remove {_damaged(array)} in it, and fill(train) does these retrainings again"
-        raise SourceProjError(f"{path}: {array.basename} cannot be read ({error}): {remedy}") from error
+        raise SourceProjError(f"{path}: masks cannot be read ({error}): remove the store") from error
+    if digest(masks) != group.attrs["subsets"]:
+        raise SourceProjError(f"{path}: masks are not those that the store was made for: remove it")
+    return masks
 
 
-def _damaged(outcomes: zarr.Array[Any]) -> str:
-    """Names of the files, one per retraining, that cannot be read."""
-    damaged = []
-    for j, r in np.ndindex(*outcomes.shape[:2]):
+def read_outcomes(group: zarr.Group, path: Path) -> tuple[NDArray[np.float64], list[Cell], dict[Cell, str]]:
+    """What is in a store: measurements ``(M, R, Q)``, cells still to be done, and cells with what is wrong with them.
+
+    Cells still to be done come first retrainings first; they are NaN.
+    """
+    outcomes, unreadable = _cells(array_of(group, "outcomes", path))
+    proofs, without_proof = _cells(array_of(group, "proofs", path))
+    values = np.full(outcomes.shape, np.nan)
+    undone: list[Cell] = []
+    wrong: dict[Cell, str] = {}
+    key = _key(group)
+    for r, j in np.ndindex(outcomes.shape[1], outcomes.shape[0]):
+        cell, proof = (j, r), proofs[j, r].tobytes()
+        if cell in unreadable:
+            wrong[cell] = f"cannot be read ({unreadable[cell]})"
+        elif np.isnan(outcomes[cell]).any():
+            undone.append(cell)
+        elif cell in without_proof:
+            wrong[cell] = f"has no proof that can be read ({without_proof[cell]})"
+        elif not any(proof):  # it is written last
+            undone.append(cell)
+        elif _proof(key, cell, outcomes[cell]) != proof:
+            wrong[cell] = "is not what was measured there: it belongs elsewhere, or was altered"
+        else:
+            values[cell] = outcomes[cell]
+    return values, undone, wrong
+
+
+def _cells(array: zarr.Array[Any]) -> tuple[NDArray[Any], dict[Cell, Exception]]:
+    """All of an array of cells, and what stood in the way of reading some of them, which are zero here."""
+    try:
+        return np.asarray(array[...]), {}
+    except Exception:  # a codec's, of whatever kind: cell by cell, then
+        values = np.zeros(array.shape, array.dtype)
+    unreadable: dict[Cell, Exception] = {}
+    for j, r in np.ndindex(*array.shape[:2]):
         try:
-            outcomes[j, r]
-        except Exception:
-            damaged.append(f"outcomes/c/{j}/{r}/0")
-    return ", ".join(damaged[:5]) + (f" and {len(damaged) - 5} more" if len(damaged) > 5 else "")
+            values[j, r] = array[j, r]
+        except Exception as error:
+            unreadable[j, r] = error
+    return values, unreadable
+
+
+def record(path: Path, cells: Sequence[Cell], measured: NDArray[np.float64]) -> None:
+    """Write the measurements ``(n, Q)`` of cells; each is in the store once its proof is.
+
+    Raises:
+        SourceProjError: they cannot be written, as on a full disk; those before are kept.
+    """
+    group, _ = opened(path)
+    outcomes, proofs, key = array_of(group, "outcomes", path), array_of(group, "proofs", path), _key(group)
+    for (j, r), row in zip(cells, measured, strict=True):
+        try:
+            outcomes[j, r] = row
+            proofs[j, r] = np.frombuffer(_proof(key, (j, r), row), np.uint8)
+        except OSError as error:
+            raise SourceProjError(
+                f"{path}: the outcome of subset {j}, retraining {r} cannot be written ({error}): make room, then "
+                "call fill(train) again"
+            ) from error
+
+
+def grow(group: zarr.Group, path: Path, retrainings: int) -> None:
+    """Make room for more retrainings of each subset.
+
+    Raises:
+        SourceProjError: the store cannot be written.
+    """
+    try:
+        for name in ("proofs", "outcomes"):
+            array = array_of(group, name, path)
+            array.resize((array.shape[0], retrainings, array.shape[2]))
+    except OSError as error:
+        raise SourceProjError(f"{path} cannot be written ({error}): make room, then try again") from error
+
+
+def _key(group: zarr.Group) -> str:
+    """What makes a store's outcomes its own, as JSON."""
+    return json.dumps([group.attrs[name] for name in ("seed", "settings", "subsets", "queries")], sort_keys=True)
+
+
+def _proof(key: str, cell: Cell, measured: NDArray[np.float64]) -> bytes:
+    """SHA-256 of which store and cell the measurements ``(Q,)`` belong to, and of their bytes."""
+    content = np.ascontiguousarray(measured, dtype="<f8").tobytes()
+    return hashlib.sha256(f"{key} {cell[0]} {cell[1]}\n".encode() + content).digest()
 
 
 def digest(masks: NDArray[np.bool_]) -> str:
@@ -123,7 +202,11 @@ def contrast(key: str, stored: Any, wanted: Any) -> str:
 
 
 def create(folder: Path, description: Mapping[str, Any], masks: NDArray[np.bool_], retrainings: int) -> None:
-    """Write an empty store: masks ``(M, N)``, and outcomes ``(M, R, Q)``, all NaN, in one chunk per retraining."""
+    """Write an empty store.
+
+    That is masks ``(M, N)``; outcomes ``(M, R, Q)``, all NaN, in one chunk per retraining; and proofs ``(M, R, 32)``,
+    the digest of each outcome and of where it belongs, all zero.
+    """
     group = zarr.open_group(folder, mode="w", attributes=dict(description))
     kept = group.create_array(
         "masks", shape=masks.shape, chunks=masks.shape, dtype="bool", serializer=BytesCodec(),
@@ -134,4 +217,8 @@ def create(folder: Path, description: Mapping[str, Any], masks: NDArray[np.bool_
     group.create_array(
         "outcomes", shape=(len(masks), retrainings, queries), chunks=(1, 1, queries), dtype="float64",
         serializer=BytesCodec(), compressors=[Crc32cCodec()], fill_value=float("nan"),
+    )  # fmt: skip
+    group.create_array(
+        "proofs", shape=(len(masks), retrainings, 32), chunks=(1, 1, 32), dtype="uint8",
+        serializer=BytesCodec(), compressors=[Crc32cCodec()], fill_value=0,
     )  # fmt: skip

@@ -14,14 +14,17 @@ from source_proj._io.files import publish
 from source_proj.evaluate._truth_files import (
     FORMAT,
     VERSION,
+    Cell,
     array_of,
     contrast,
     create,
     digest,
+    grow,
     opened,
     plain,
-    read,
-    undone,
+    read_masks,
+    read_outcomes,
+    record,
 )
 from source_proj.evaluate.retrain import half_subsets
 
@@ -33,7 +36,7 @@ TrainOne = Callable[[NDArray[np.int64], int], ArrayLike]
 TrainMany = Callable[[list[NDArray[np.int64]], list[int]], ArrayLike]
 """``train(kept, seeds)``: train one model for each pair, measure the queries with each ``(len(kept), Q)``."""
 
-Cells = list[tuple[int, int]]  # (subset, retraining)
+Cells = list[Cell]
 
 _STRIDE = 1_000_003  # seeds of subset j: seed + j, then again _STRIDE further for every retraining of it
 
@@ -42,7 +45,8 @@ class GroundTruth:
     """What models retrained on subsets of the training set measured of the queries.
 
     A folder in zarr v3: ``masks`` ``(M, N)`` and ``outcomes`` ``(M, R, Q)``, one chunk per retraining, NaN where it is
-    still to be done. Whatever a killed process had finished stays; any number of processes may fill one store.
+    still to be done, each with a digest that proves where it belongs. Whatever a killed process had finished stays; any
+    number of processes may fill one store.
     Make one with :meth:`subsets`, :meth:`leave_one_out` or :meth:`of_masks`, each of which opens the store again where
     it is there already, and refuses one that was made for something else.
 
@@ -65,9 +69,7 @@ class GroundTruth:
         self._group, attributes = opened(self.path)
         self.seed = int(cast(int, attributes["seed"]))
         self.settings: dict[str, Any] = cast(dict[str, Any], attributes["settings"])
-        self.masks: NDArray[np.bool_] = np.asarray(read(self._array("masks"), self.path), dtype=np.bool_)
-        if digest(self.masks) != attributes["subsets"]:
-            raise SourceProjError(f"{self.path}: masks are not those that the store was made for: remove it")
+        self.masks: NDArray[np.bool_] = read_masks(self._group, self.path)
 
     def __repr__(self) -> str:
         m, r, q = self.shape
@@ -127,7 +129,10 @@ class GroundTruth:
         }
         where = Path(path)
         if not where.exists():
-            publish(where, lambda folder: create(folder, description, kept, retrainings))
+            try:
+                publish(where, lambda folder: create(folder, description, kept, retrainings))
+            except OSError as error:
+                raise SourceProjError(f"{where} cannot be made ({error}): make room, or give another path") from error
         truth = cls(where)
         truth._require(description)
         truth._grow(retrainings)
@@ -228,9 +233,17 @@ class GroundTruth:
         """(subset, retraining) pairs still to be done: every subset's first retraining first, then the second ones.
 
         Raises:
-            SourceProjError: if an outcome on the disk is damaged.
+            SourceProjError: if an outcome on the disk is damaged, or not of its place.
         """
-        return undone(read(self._array("outcomes"), self.path))
+        return self._read()[1]
+
+    def verify(self) -> list[str]:
+        """Read everything, and say what is wrong, one line each: nothing, for a store that can be relied on.
+
+        Retrainings that are still to be done are no fault.
+        """
+        _, _, wrong = read_outcomes(self._group, self.path)
+        return [f"{self.path}: the outcome of subset {j}, retraining {r} {what}" for (j, r), what in wrong.items()]
 
     def seeds(self, subset: int) -> list[int]:
         """Seeds of a subset's retrainings: other ones for every subset, the same however many there are."""
@@ -256,8 +269,7 @@ class GroundTruth:
         Raises:
             SourceProjError: if retrainings are missing, or damaged on the disk.
         """
-        outcomes = np.asarray(read(self._array("outcomes"), self.path), dtype=np.float64)
-        missing = undone(outcomes)
+        outcomes, missing = self._read()
         if missing:
             raise SourceProjError(
                 f"{self.path}: {len(missing)} of {outcomes.shape[0] * outcomes.shape[1]} retrainings are missing, the "
@@ -269,6 +281,19 @@ class GroundTruth:
 
     def _array(self, name: str) -> zarr.Array[Any]:
         return array_of(self._group, name, self.path)
+
+    def _read(self) -> tuple[NDArray[np.float64], Cells]:
+        """Measurements ``(M, R, Q)`` and cells still to be done."""
+        outcomes, missing, wrong = read_outcomes(self._group, self.path)
+        if wrong:
+            files = [f"outcomes/c/{j}/{r}/0" for j, r in wrong]
+            (j, r), what = next(iter(wrong.items()))
+            more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+            raise SourceProjError(
+                f"{self.path}: the outcome of subset {j}, retraining {r} {what}: remove {', '.join(files[:5])}{more} "
+                "in it, and fill(train) does these retrainings again"
+            )
+        return outcomes, missing
 
     def _require(self, description: Mapping[str, Any]) -> None:
         for key, wanted in description.items():
@@ -283,33 +308,32 @@ class GroundTruth:
         return self.seed + subset + _STRIDE * retraining
 
     def _grow(self, retrainings: int) -> None:
-        m, r, q = self.shape
-        if retrainings > r:
-            self._array("outcomes").resize((m, retrainings, q))
+        if retrainings > self.shape[1]:
+            grow(self._group, self.path, retrainings)
 
     def _retrain(
         self, train: Callable[..., ArrayLike], calls: Sequence[Cells], grouped: bool, workers: int
     ) -> Iterable[int]:
-        outcomes = self.path.resolve() / "outcomes"
+        path = self.path.resolve()
         jobs = (
             (cells, [np.flatnonzero(self.masks[j]) for j, _ in cells], [self._seed(j, r) for j, r in cells])
             for cells in calls
         )
         if workers == 1:
-            return (_retrain(train, grouped, outcomes, *job) for job in jobs)
+            return (_retrain(train, grouped, path, *job) for job in jobs)
         try:
             from joblib import Parallel, delayed
         except ImportError as error:
             raise ImportError('several workers need joblib: pip install "source-proj[parallel]"') from error
         parallel = Parallel(n_jobs=workers, return_as="generator", batch_size=1)
-        numbers: Iterable[int] = parallel(delayed(_retrain)(train, grouped, outcomes, *job) for job in jobs)
+        numbers: Iterable[int] = parallel(delayed(_retrain)(train, grouped, path, *job) for job in jobs)
         return numbers
 
 
 def _retrain(
     train: Callable[..., ArrayLike],
     grouped: bool,
-    outcomes: Path,
+    path: Path,
     cells: Cells,
     kept: list[NDArray[np.int64]],
     seeds: list[int],
@@ -320,17 +344,15 @@ def _retrain(
     to the others or to the process that started them.
     """
     measured = np.asarray(train(kept, seeds) if grouped else [train(kept[0], seeds[0])], dtype=np.float64)
-    array = zarr.open_array(outcomes, mode="r+")
-    queries = array.shape[2]
+    queries = int(cast(int, opened(path)[1]["queries"]))
     if measured.shape != (len(cells), queries):
         raise MismatchError(
             f"train returned measurements of shape {measured.shape if grouped else measured.shape[1:]} for "
             f"{len(cells)} model(s) and {queries} queries; it must measure every query"
         )
     finite = np.isfinite(measured)
-    for cell, row in zip(cells, measured, strict=True):
-        if np.isfinite(row).all():
-            array[cell] = row
+    whole = [i for i, row in enumerate(finite) if row.all()]
+    record(path, [cells[i] for i in whole], measured[whole])
     if not finite.all():
         model, query = np.argwhere(~finite)[0]
         raise ValueError(

@@ -1,6 +1,15 @@
 """Per-example gradients of a batch, sketched layer by layer."""
 
 from source_proj.gradients.engine import METHODS, GradientEngine, gradient_engine, nonfinite_examples
+from source_proj.gradients.private_copy import private_copy, require_own_weights
 from source_proj.gradients.space import ParameterSpace
 
-__all__ = ["METHODS", "GradientEngine", "ParameterSpace", "gradient_engine", "nonfinite_examples"]
+__all__ = [
+    "METHODS",
+    "GradientEngine",
+    "ParameterSpace",
+    "gradient_engine",
+    "nonfinite_examples",
+    "private_copy",
+    "require_own_weights",
+]

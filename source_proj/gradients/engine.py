@@ -64,9 +64,9 @@ def gradient_engine(
         raise ValueError(f"method {method!r} is unknown; choose one of {METHODS}")
     if autocast is not None and autocast not in _AUTOCAST:
         raise ValueError(f"autocast {autocast!r} is unknown; choose one of {tuple(_AUTOCAST)} or None")
-    if sketch.kind == "identity" and sketch.dim != space.size:
+    if sketch.kind == "identity" and sketch.dim < space.size:
         raise ValueError(
-            f"an identity sketch has dim {sketch.dim}, but {space.size} parameters are attributed; set dim"
+            f"an identity sketch has dim {sketch.dim}, but {space.size} parameters are attributed; set dim to that"
         )
     return GradientEngine(model, space, sketch, method, autocast)
 

@@ -56,6 +56,15 @@ class ParameterSpace:
             raise ValueError(
                 f"the patterns {list(patterns or [])} select no parameter; the model has {_listed(aliases)}"
             )
+        return cls.of_names(model, names)
+
+    @classmethod
+    def of_names(cls, model: nn.Module, names: Sequence[str]) -> ParameterSpace:
+        """The space of these names of `model.named_parameters()`, which are in its order.
+
+        Raises:
+            ValueError: a parameter is no floating-point tensor.
+        """
         parameters = dict(model.named_parameters())
         _refuse_complex(parameters, names)
         return cls(tuple(names), tuple(tuple(parameters[name].shape) for name in names))

@@ -3,8 +3,10 @@
 from source_proj.integrations.callback import RecorderCallback
 from source_proj.integrations.hf_trainer import hf_trainer_stage
 from source_proj.integrations.lightning import lightning_stage
+from source_proj.integrations.model_task import task_for
 from source_proj.integrations.peft import trainable_parameters
-from source_proj.integrations.text import TextData, TextSettings, load_pretrained, task_for
+from source_proj.integrations.pretrained import load_pretrained
+from source_proj.integrations.text import TextData, TextSettings
 
 __all__ = [
     "RecorderCallback",

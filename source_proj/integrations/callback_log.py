@@ -152,6 +152,7 @@ def callback_stage(
         raise MismatchError(f"{str(directory / _NAME)!r} lacks the step {absent[0]}: it was damaged")
     checkpoints = [_opened(directory, step, log.checkpoints[step], log.rates[step]) for step in steps]
     state = read_tensors(directory / resume_name(steps[-1]))
+    names = [name for group in state["param_groups"] for name in group["param_names"]]  # "" for one not in the model
     history = [{"step": step, "grad_norm": norm} for step, norm in log.norms.items()]
     clipped = clipping(history, steps[-1], log.max_grad_norm)
     if clipped.assumed:
@@ -164,6 +165,7 @@ def callback_stage(
         lr_schedule=[log.rates[step] for step in range(1, steps[-1] + 1)],
         preconditioner=preconditioner,
         clip_factors=clipped.factors if min(clipped.factors) < 1 else None,
+        trained=[name for name in names if name],
     )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from source_proj.integrations.callback_log import callback_stage, is_callback_dir
+from source_proj.integrations.trainer_arguments import accumulated_undivided, trainer_arguments
+from source_proj.integrations.trainer_end import step_of_final_model
 from source_proj.integrations.trainer_folders import NamedState, TrainerFolder, read_tensors, trainer_folders
 from source_proj.integrations.trainer_rates import GivenSchedule, clipping, trainer_rates
 from source_proj.integrations.trainer_weights import model_of, trainer_weights
@@ -30,18 +33,21 @@ def hf_trainer_stage(
     learning_rate: float | None = None,
     schedule: GivenSchedule | None = None,
     warmup_steps: int | None = None,
+    schedule_options: Mapping[str, Any] | None = None,
     max_grad_norm: float | None = 1.0,
     steps: Sequence[int] | None = None,
     preconditioner: PreconditionerMode = "scalar",
 ) -> Stage:
     r"""Read a Trainer's output folder as one stage of training.
 
-    Time runs in optimizer steps (``global_step``); gradients of accumulated micro-batches are averaged by the Trainer,
-    so that nothing more needs saying. The learning rates of steps that were not logged follow from the schedule, which
-    is found by comparing transformers' schedules with all rates that are known. Clipping shortens a step by
+    Time runs in optimizer steps (``global_step``). Gradients of accumulated micro-batches are averaged by the Trainer,
+    but for models that take further arguments for their loss and do not use them, such as BERT's sequence classifier:
+    it leaves the division to these, and their gradients are summed; see :func:`accumulated_undivided`. The learning
+    rates of steps that were not logged follow from the schedule, which is found by comparing transformers' schedules
+    with all rates that are known. Clipping shortens a step by
     :math:`c_t = \min(1, \text{max}/‖g_t‖)`, so that the time scale is :math:`\sum_t c_t η_t`.
 
-    Nothing is unpickled but tensors and plain values; ``training_args.bin`` is left alone.
+    Nothing is unpickled but tensors and plain values; of ``training_args.bin`` only numbers are looked up, in its text.
 
     Args:
         dir: the Trainer's ``output_dir``, with folders ``checkpoint-N``; or the directory of a
@@ -55,24 +61,35 @@ def hf_trainer_stage(
         schedule: transformers' name (``lr_scheduler_type``), a function of the update's number, or one value per
             update. Default: the one that agrees with the known rates.
         warmup_steps: steps of warm-up; default: what agrees with the known rates.
+        schedule_options: settings of a schedule that is given by name (``lr_scheduler_kwargs``), such as
+            ``{"min_lr": 1e-6}`` of "cosine_with_min_lr".
         max_grad_norm: the Trainer's argument, whose default is 1 as well; 0 or None if gradients were not clipped.
-        steps: steps of the checkpoints to use; default: all.
+        steps: steps of the checkpoints to use; default: all until the final model. That is the checkpoint whose weights
+            the model in ``dir`` (or the one given) has, such as the best one (``load_best_model_at_end``).
         preconditioner: as in :class:`Stage`.
 
     Raises:
         FileNotFoundError: no Trainer's run, or a file is missing.
-        ValueError: something cannot be inferred; the message names the argument to give.
+        ValueError: something cannot be inferred; the message names the argument to give. Or the run learnt from
+            preferences.
         MismatchError: the files, or an argument and the files, contradict each other.
 
     Warns:
-        UserWarning: if clip factors had to be assumed for steps whose gradient norm was not logged.
+        UserWarning: if the final model is not the last checkpoint; or if clip factors had to be assumed for steps whose
+            gradient norm was not logged.
     """
     if is_callback_dir(dir):
-        _refuse_options(dir, optimizer, learning_rate, schedule, warmup_steps, steps)
+        _refuse_options(dir, optimizer, learning_rate, schedule, warmup_steps, schedule_options, steps)
         return callback_stage(dir, segments, stage, preconditioner)
     folders, run = trainer_folders(dir, steps)
+    if steps is None:
+        end, remark = step_of_final_model(Path(dir).absolute(), folders, model)
+        folders, run = ([folder for folder in some if folder.step <= end] for some in (folders, run))
+        if remark:
+            warnings.warn(remark, UserWarning, stacklevel=3)
+    _refuse_preferences(folders[-1])
     last = folders[-1].step
-    rates = trainer_rates(run, schedule, learning_rate, warmup_steps)
+    rates = trainer_rates(run, schedule, learning_rate, warmup_steps, schedule_options)
     clipped = clipping(folders[-1].history, last, max_grad_norm)
     if clipped.assumed:
         warnings.warn(f"{str(dir)!r}: {clipped.assumed}", UserWarning, stacklevel=3)
@@ -81,11 +98,12 @@ def hf_trainer_stage(
         _ = folders[-1].saved_optimizer  # what is missing first
         model = model or model_of(folders[-1].path)
         optimizer, names = _optimizer(folders[-1], model, optimizer)
+    arguments = trainer_arguments(folders[-1].path)
     checkpoints = [
         Checkpoint(
             trainer_weights(f, model),
             f.step,
-            optimizer_state=None if names is None else NamedState(f.saved_optimizer, names),
+            optimizer_state=NamedState(f.saved_optimizer, names) if names and optimizer.preconditioned else None,
         )
         for f in folders
     ]
@@ -97,24 +115,39 @@ def hf_trainer_stage(
         lr_schedule=rates,
         preconditioner=preconditioner,
         clip_factors=clipped.factors if min(clipped.factors) < 1 else None,
+        trained=None if names is None else [name for group in names for name in group],
+        accumulation=accumulated_undivided(arguments, model),
+        label_smoothing=arguments.get("label_smoothing_factor"),
     )
 
 
-def _optimizer(
-    last: TrainerFolder, model: nn.Module, given: Optimizer | None
-) -> tuple[Optimizer, list[list[str]] | None]:
-    """How gradients became steps; and the names of the parameters in ``optimizer.pt``, where its moments are needed."""
+def _optimizer(last: TrainerFolder, model: nn.Module, given: Optimizer | None) -> tuple[Optimizer, list[list[str]]]:
+    """How gradients became steps; and the names of the parameters of each group in ``optimizer.pt``."""
     state = read_tensors(last.saved_optimizer)
     source = f"optimizer.pt of {last.path.name}"
     names = parameter_names(state, model, source, given)
     # Before torch 2.7 the state does not say which decay it has; the Trainer's is AdamW's.
     optimizer = given or describe_state(state, source, names, assumed={"decoupled_weight_decay": True})
-    return optimizer, names if optimizer.preconditioned else None
+    return optimizer, names
+
+
+_PREFERENCES = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")  # as TRL logs them
+
+
+def _refuse_preferences(last: TrainerFolder) -> None:
+    """Refuse runs whose loss compares two answers: it is no sum over training sequences of one task here."""
+    logged_keys = {key.removeprefix("eval_") for entry in last.history for key in entry}
+    for key in _PREFERENCES:
+        if key in logged_keys:
+            raise ValueError(
+                f"{str(last.path)!r} logged {key!r}: the run learnt from preferences (DPO or the like), and its loss "
+                "is none of a language model's. Write a Task for it, and give source_proj.Trajectory the checkpoints"
+            )
 
 
 def _refuse_options(dir: str | Path, *given: object) -> None:
     if any(option is not None for option in given):
         raise ValueError(
             f"{str(dir)!r} was recorded by a RecorderCallback, which wrote down optimizer, learning rates and steps: "
-            "leave optimizer=, learning_rate=, schedule=, warmup_steps= and steps= out"
+            "leave optimizer=, learning_rate=, schedule=, warmup_steps=, schedule_options= and steps= out"
         )

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from source_proj._errors import MismatchError
 from source_proj._io.loading import load_tensors
 from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage, register_reader
+from source_proj.trajectory.layouts import averaged_keys, model_state
 from source_proj.trajectory.optimizers.describe import describe_state
 
 __all__ = ["lightning_stage"]
 
+_TWIN = "-EMA"  # what NeMo adds to the name of the file with averaged weights
 _RELATIVE = 1e-6  # a CSVLogger prints float32 numbers where a model logs its rate itself
 
 
@@ -26,6 +29,7 @@ class _Saved:
     step: int
     optimizer: Mapping[str, Any]
     scheduled: bool
+    averaged: bool
 
     @property
     def rate(self) -> float:
@@ -46,6 +50,7 @@ def lightning_stage(
     metrics: str | Path | None = None,
     steps: Sequence[int] | None = None,
     unpickle: bool = False,
+    weights: Literal["trained", "averaged"] = "trained",
     preconditioner: PreconditionerMode = "scalar",
 ) -> Stage:
     """Read the ``.ckpt`` files of a Lightning run as one stage of training.
@@ -67,6 +72,8 @@ def lightning_stage(
         clip_factors: of every update; see :class:`Stage`.
         metrics: the ``metrics.csv``; default: the one in ``dir``, below it, or in the directory above.
         steps: global steps of the checkpoints to use; default: all.
+        weights: which to take where the files also hold averages over training (EMA, SWA): the trained ones, whose
+            gradients made the steps, or the averaged ones.
         unpickle: read files that hold more than tensors and plain values, which runs code that they contain.
         preconditioner: as in :class:`Stage`.
 
@@ -74,20 +81,33 @@ def lightning_stage(
         FileNotFoundError: no ``.ckpt`` file, or not the wanted ones.
         ValueError: something cannot be inferred; the message names the argument to give.
         MismatchError: a file is none of Lightning's, or the rates contradict each other.
+
+    Warns:
+        UserWarning: if there are averaged weights, and the trained ones were taken.
     """
+    if weights not in ("trained", "averaged"):
+        raise ValueError(f"weights must be 'trained' or 'averaged', got {weights!r}")
     saved = _saved(Path(dir).absolute(), steps, unpickle)
     last = saved[-1]
     known = _logged_rates(Path(dir).absolute(), metrics)
     rates = _rates(saved, known, schedule)
     if optimizer is None:
         optimizer = describe_state(last.optimizer, last.path.name)
+    kept_apart = bool(prefix) or unpickle or weights == "averaged"
+    if weights == "trained" and any(file.averaged for file in saved):
+        warnings.warn(
+            f"{str(dir)!r} has averaged weights too (EMA or SWA), and the trained ones were taken: weights='averaged' "
+            "takes the others",
+            UserWarning,
+            stacklevel=3,
+        )
     checkpoints = [
         Checkpoint(
-            _weights(one.path, prefix, unpickle) if prefix or unpickle else one.path,
-            one.step,
-            optimizer_state=(one.optimizer if unpickle else one.path) if optimizer.preconditioned else None,
+            _weights(file, prefix, unpickle, weights) if kept_apart or file.averaged else file.path,
+            file.step,
+            optimizer_state=(file.optimizer if unpickle else file.path) if optimizer.preconditioned else None,
         )
-        for one in saved
+        for file in saved
     ]
     return Stage(
         stage,
@@ -104,8 +124,9 @@ def _saved(directory: Path, steps: Sequence[int] | None, unpickle: bool) -> list
     files = sorted(directory.rglob("*.ckpt"), key=lambda file: (file.stem.startswith("last"), str(file)))
     found: dict[int, _Saved] = {}
     for file in files:
-        one = _read(file, unpickle)
-        found.setdefault(one.step, one)  # last.ckpt is a copy of another one
+        if not file.stem.endswith(_TWIN):
+            checkpoint = _read(file, unpickle)
+            found.setdefault(checkpoint.step, checkpoint)  # last.ckpt is a copy of another one
     chosen = sorted(found if steps is None else set(steps))
     if not chosen or not set(chosen) <= set(found):
         wanted = "" if steps is None else f"steps={list(steps)}: "
@@ -125,7 +146,8 @@ def _read(file: Path, unpickle: bool) -> _Saved:
         raise ValueError(
             f"{str(file)!r} holds the states of {len(states)} optimizers, and a stage has one: make stages"
         )
-    return _Saved(file, int(content["global_step"]), states[0], bool(content.get("lr_schedulers")))
+    averaged = _averaged(content, file, unpickle) is not None
+    return _Saved(file, int(content["global_step"]), states[0], bool(content.get("lr_schedulers")), averaged)
 
 
 def _load(file: Path, unpickle: bool) -> dict[str, Any]:
@@ -136,12 +158,26 @@ def _load(file: Path, unpickle: bool) -> dict[str, Any]:
     return content
 
 
-def _weights(file: Path, prefix: str, unpickle: bool) -> dict[str, Any]:
-    state = _load(file, unpickle)["state_dict"]
-    found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    if not found:
-        raise ValueError(f"no weight in {str(file)!r} begins with prefix={prefix!r}: they are {list(state)[:8]}")
-    return found
+def _averaged(content: Mapping[str, Any], file: Path, unpickle: bool) -> Mapping[str, Any] | None:
+    """Averages of the weights over training: in an entry of the file, of a callback in it, or in a file beside it."""
+    callbacks = content.get("callbacks")
+    kept = [entry for entry in callbacks.values() if isinstance(entry, Mapping)] if callbacks else []
+    twin = file.with_name(f"{file.stem}{_TWIN}{file.suffix}")
+    states: list[Mapping[str, Any] | None] = [content[key] for key in averaged_keys(content)]
+    states += [entry.get("average_model_state") for entry in kept]
+    states += [_load(twin, unpickle)["state_dict"]] if twin.is_file() else []
+    return next((state for state in states if state), None)
+
+
+def _weights(saved: _Saved, prefix: str, unpickle: bool, which: str) -> dict[str, Any]:
+    content = _load(saved.path, unpickle)
+    state = model_state(content, str(saved.path)) if which == "trained" else _averaged(content, saved.path, unpickle)
+    if state is None:
+        raise ValueError(f"{str(saved.path)!r} holds no averaged weights (weights='averaged'): leave it out by steps=")
+    wanted = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if not wanted:
+        raise ValueError(f"no weight in {str(saved.path)!r} begins with prefix={prefix!r}: they are {list(state)[:8]}")
+    return wanted
 
 
 def _logged_rates(directory: Path, metrics: str | Path | None) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""Text files and pretrained models of transformers, for those who write no Python."""
+"""Text files as data sets of a pretrained model, for those who write no Python."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj._io.files import write_file
-from source_proj.task import CausalLM, Classification, Task
+from source_proj.integrations.model_task import task_for
+from source_proj.integrations.pretrained import label_numbers
+from source_proj.task import CausalLM, Regression
 
-__all__ = ["TextData", "TextSettings", "load_pretrained", "task_for"]
+__all__ = ["TextData", "TextSettings"]
 
 _UNCOUNTED = -100  # transformers' label of tokens that do not count
 
@@ -28,10 +30,13 @@ class TextSettings:
     Args:
         model: directory (or hub name) of the model and its tokenizer.
         text: column of the text.
-        label: column of the class, a number or a name that the model's ``label2id`` knows; classification only.
+        label: column of the class, a number or a name that ``labels`` knows; classification only.
         prompt: column of a text that stands before the other one, and whose tokens are not counted; language models
             only.
-        max_length: tokens of an example, at most; default: the model's own limit.
+        max_length: tokens of an example, at most; default: the model's own limit. The tokenizer cuts what is longer,
+            so that the tokens that it puts at the end stay.
+        pair: column of the second text of a pair; classification only.
+        labels: name of a class → its number; default: ``label2id`` of the model's ``config.json``.
     """
 
     model: str
@@ -39,6 +44,8 @@ class TextSettings:
     label: str = "label"
     prompt: str | None = None
     max_length: int | None = None
+    pair: str | None = None
+    labels: Mapping[str, int] | None = None
 
     def write(self, bank: Path, options: Mapping[str, Any]) -> None:
         """Keep the settings beside a bank, with all options that it was built with."""
@@ -69,49 +76,8 @@ def _beside(bank: Path) -> Path:
     return bank.with_name(f"{bank.name}.text.json")
 
 
-def load_pretrained(name: str) -> tuple[nn.Module, Any]:
-    """Load a model of the class that its ``config.json`` names, in evaluation mode, and its tokenizer.
-
-    Raises:
-        ImportError: transformers is not installed.
-        ValueError: the class is none of transformers', or there is no tokenizer.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("models by name need transformers: pip install 'source-proj[hf]'") from error
-    config = transformers.AutoConfig.from_pretrained(name)
-    kind = next((getattr(transformers, one) for one in config.architectures or () if hasattr(transformers, one)), None)
-    if kind is None:
-        raise ValueError(f"{name!r} is a {config.architectures}, which transformers does not have: give --model")
-    model: nn.Module = kind.from_pretrained(name)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name!r} has no tokenizer: save it there with tokenizer.save_pretrained") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if getattr(config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
-    return model.eval(), tokenizer
-
-
-def task_for(model: nn.Module) -> Task:
-    """Classification or language modelling, by the name of the model's class.
-
-    Raises:
-        ValueError: it is of another kind.
-    """
-    name = type(model).__name__
-    if name.endswith("ForSequenceClassification"):
-        return Classification()
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return CausalLM()
-    raise ValueError(f"{name} is no sequence classifier and no causal language model: give --task, --model and --data")
-
-
 class TextData:
-    """A text file as a map-style data set: tokens padded to the longest example, attention mask, labels.
+    """A text file as a map-style data set: what the tokenizer gives, padded to the longest example, and labels.
 
     Args:
         file: ``.jsonl`` (one object a line) or ``.csv`` (with a header).
@@ -129,34 +95,40 @@ class TextData:
         rows = list(_rows(path))
         if not rows:
             raise ValueError(f"{str(path)!r} holds no example")
-        classifies = isinstance(task_for(model), Classification)
-        needed = [settings.text, *([settings.label] if classifies else [settings.prompt] if settings.prompt else [])]
+        task = task_for(model)
+        classifies = not isinstance(task, CausalLM)
         for number, row in enumerate(rows, start=1):
-            missing = [name for name in needed if row.get(name) is None]
+            missing = [name for name in _needed(settings, classifies) if row.get(name) is None]
             if missing:
                 raise ValueError(f"example {number} of {str(path)!r} has no {missing[0]!r}, only {sorted(row)}")
         limit = settings.max_length or _limit(model, tokenizer)
-        prompts = [[] if settings.prompt is None else _encode(tokenizer, str(row[settings.prompt])) for row in rows]
-        bodies = [_encode(tokenizer, str(row[settings.text]), special=settings.prompt is None) for row in rows]
-        tokens = [(prompt + body)[:limit] for prompt, body in zip(prompts, bodies, strict=True)]
-        if not all(tokens):
-            raise ValueError(f"example {[bool(one) for one in tokens].index(False) + 1} of {str(path)!r} has no token")
-        length = max(map(len, tokens))
-        pad = int(tokenizer.pad_token_id)
-        self._tokens = torch.tensor([one + [pad] * (length - len(one)) for one in tokens])
-        self._mask = torch.tensor([[1] * len(one) + [0] * (length - len(one)) for one in tokens])
-        if classifies:
-            self._labels = torch.tensor([_class(row[settings.label], model, n, path) for n, row in enumerate(rows, 1)])
+        encoded = [_encode(tokenizer, row, settings, limit) for row in rows]
+        if not all(tokens for tokens, _ in encoded):
+            number = next(n for n, (tokens, _) in enumerate(encoded, start=1) if not tokens)
+            raise ValueError(f"example {number} of {str(path)!r} has no token")
+        self._columns = _padded([tokens for tokens, _ in encoded], tokenizer)
+        if isinstance(task, Regression):
+            self._columns["labels"] = torch.tensor(
+                [_number(row[settings.label], n, path) for n, row in enumerate(rows, 1)]
+            )
+        elif classifies:
+            numbers = label_numbers(settings.model, model) if settings.labels is None else settings.labels
+            classes = int(getattr(model.config, "num_labels", len(numbers)))
+            self._columns["labels"] = torch.tensor(
+                [_class(row[settings.label], numbers, classes, n, path) for n, row in enumerate(rows, start=1)]
+            )
         else:
-            self._labels = self._tokens.masked_fill(self._mask == 0, _UNCOUNTED)
-            for labels, prompt in zip(self._labels, prompts, strict=True):
-                labels[: len(prompt)] = _UNCOUNTED
+            self._columns.pop("token_type_ids", None)  # of pairs; language models would embed them as words
+            uncounted = self._columns["attention_mask"] == 0
+            for mask, (_, prompt) in zip(uncounted, encoded, strict=True):
+                mask[:prompt] = True
+            self._columns["labels"] = self._columns["input_ids"].masked_fill(uncounted, _UNCOUNTED)
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self._columns["labels"])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self._tokens[index], "attention_mask": self._mask[index], "labels": self._labels[index]}
+        return {name: column[index] for name, column in self._columns.items()}
 
 
 def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
@@ -176,8 +148,59 @@ def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
         raise ValueError(f"the data set {str(path)!r} must be a .jsonl or .csv file")
 
 
-def _encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+def _needed(settings: TextSettings, classifies: bool) -> list[str]:
+    """Columns that every example must have.
+
+    Raises:
+        ValueError: a column was named that this kind of model has no use for.
+    """
+    if classifies and settings.prompt is not None:
+        raise ValueError(f"the prompt column {settings.prompt!r} is for language models: name a pair column instead")
+    if not classifies and settings.pair is not None:
+        raise ValueError(f"the pair column {settings.pair!r} is for classifiers: name a prompt column instead")
+    named = (settings.text, settings.label if classifies else None, settings.prompt, settings.pair)
+    return [name for name in named if name is not None]
+
+
+def _encode(
+    tokenizer: Any, row: Mapping[str, Any], settings: TextSettings, limit: int
+) -> tuple[Mapping[str, list[int]], int]:
+    """What the tokenizer says of an example, by column, cut by itself; and how many of its tokens are the prompt's."""
+    text = str(row[settings.text])
+    if settings.prompt is not None:
+        return _after_prompt(tokenizer, str(row[settings.prompt]), text, limit)
+    second = () if settings.pair is None else (str(row[settings.pair]),)
+    return _columns_of(tokenizer(text, *second, truncation=True, max_length=limit)), 0
+
+
+def _columns_of(encoding: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Token columns of an encoding; nothing where it has no token."""
+    return {key: list(value) for key, value in encoding.items()} if encoding["input_ids"] else {}
+
+
+def _after_prompt(tokenizer: Any, prompt: str, text: str, limit: int) -> tuple[Mapping[str, list[int]], int]:
+    """A text behind its prompt, the tokenizer's own first and last tokens around both; the text's end is cut."""
+    whole = tokenizer(prompt, return_special_tokens_mask=True)
+    tokens, special = list(whole["input_ids"]), list(whole["special_tokens_mask"])
+    ordinary = [place for place, is_special in enumerate(special) if not is_special]
+    end = ordinary[-1] + 1 if ordinary else len(tokens)  # what follows the last ordinary token closes an example
+    body = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    head, tail = tokens[:end], tokens[end:]
+    inner = (head + body)[: max(0, limit - len(tail))]
+    joined = (inner + tail)[:limit]
+    columns = {"input_ids": joined, "attention_mask": [1] * len(joined)} if joined else {}
+    return columns, min(len(head), len(inner))
+
+
+def _padded(encoded: list[Mapping[str, list[int]]], tokenizer: Any) -> dict[str, Tensor]:
+    """Columns ``(N, longest)`` of what the model reads; padding is masked."""
+    padding = {"input_ids": int(tokenizer.pad_token_id), "attention_mask": 0, "token_type_ids": 0}
+    length = max(len(columns["input_ids"]) for columns in encoded)
+    return {
+        key: torch.tensor([columns[key] + [value] * (length - len(columns[key])) for columns in encoded])
+        for key, value in padding.items()
+        if all(key in columns for columns in encoded)
+    }
 
 
 def _limit(model: nn.Module, tokenizer: Any) -> int:
@@ -186,15 +209,28 @@ def _limit(model: nn.Module, tokenizer: Any) -> int:
     return min(int(positions or 512), int(tokenizer.model_max_length))
 
 
-def _class(value: Any, model: nn.Module, number: int, path: Path) -> int:
-    known: Mapping[str, int] = getattr(model.config, "label2id", None) or {}
-    classes = int(getattr(model.config, "num_labels", len(known)))
-    found = known.get(str(value))
-    if found is None and str(value).strip().isdecimal() and int(value) < classes:
-        found = int(value)
-    if found is None:
+def _class(value: Any, numbers: Mapping[str, int], classes: int, example: int, path: Path) -> int:
+    """Number of a class that is given by its name or its number.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    name = str(value).strip()
+    if name in numbers:
+        return int(numbers[name])
+    number = int(value) if isinstance(value, bool | float) and value == int(value) else name
+    if str(number).isdecimal() and int(number) < classes:
+        return int(number)
+    raise ValueError(
+        f"example {example} of {str(path)!r} has the class {value!r}; the model knows 0 to {classes - 1} and "
+        f"{list(numbers)[:20]}"
+    )
+
+
+def _number(value: Any, example: int, path: Path) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
         raise ValueError(
-            f"example {number} of {str(path)!r} has the class {value!r}; the model knows 0 to {classes - 1} and "
-            f"{list(known)[:20]}"
-        )
-    return found
+            f"example {example} of {str(path)!r} has the label {value!r}, and a number is needed"
+        ) from None

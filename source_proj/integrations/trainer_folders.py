@@ -12,16 +12,9 @@ from typing import Any
 
 from source_proj._errors import MismatchError
 from source_proj._io.loading import load_tensors
+from source_proj.trajectory.layouts import WEIGHTS, sharded_state, weights_file
 
 __all__ = ["NamedState", "TrainerFolder", "logged", "read_tensors", "trainer_folders"]
-
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.safetensors",
-    "pytorch_model.bin",
-    "adapter_model.bin",
-)
 
 
 @dataclass(frozen=True)
@@ -70,10 +63,11 @@ class TrainerFolder:
         Raises:
             FileNotFoundError: there is none.
         """
-        for name in _WEIGHTS:
-            if (self.path / name).is_file():
-                return self.path / name
-        raise FileNotFoundError(f"{str(self.path)!r} holds none of {', '.join(_WEIGHTS)}: it has no weights to read")
+        file = weights_file(self.path)
+        if file is None:
+            why = sharded_state(self.path) or "it has no weights to read"
+            raise FileNotFoundError(f"{str(self.path)!r} holds none of {', '.join(WEIGHTS)}: {why}")
+        return file
 
     @property
     def saved_optimizer(self) -> Path:
@@ -85,8 +79,8 @@ class TrainerFolder:
         file = self.path / "optimizer.pt"
         if not file.is_file():
             raise ValueError(
-                f"{str(self.path)!r} has no optimizer.pt (save_only_model=True?), so nothing says how gradients became "
-                "steps: give optimizer=source_proj.SGD(...), which needs none"
+                f"{str(self.path)!r} has no optimizer.pt ({sharded_state(self.path) or 'save_only_model=True?'}), so "
+                "nothing says how gradients became steps: give optimizer=source_proj.SGD(...), which needs none"
             )
         return file
 

@@ -7,16 +7,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from source_proj._errors import MismatchError
+from source_proj.integrations.schedule_options import rates_with_options
 from source_proj.integrations.schedules import NAMES, Fit, agreeing, learning_rates, same_integral
 from source_proj.integrations.trainer_folders import TrainerFolder, logged
 from source_proj.trajectory.recording.run_files import clip_factor
 
 __all__ = ["Clipping", "GivenSchedule", "clipping", "trainer_rates"]
+
+
+class NamedSchedule(NamedTuple):
+    """A schedule by transformers' name, with its settings."""
+
+    name: str
+    options: Mapping[str, Any]
+
 
 GivenSchedule: TypeAlias = str | Callable[[int], float] | Sequence[float]
 _RELATIVE = 1e-6  # between a logged rate and a given schedule: some callers give float32 numbers
@@ -27,6 +36,7 @@ def trainer_rates(
     schedule: GivenSchedule | None = None,
     learning_rate: float | None = None,
     warmup_steps: int | None = None,
+    schedule_options: Mapping[str, Any] | None = None,
 ) -> list[float]:
     """Learning rate of updates 0 to the last checkpoint's step, of the first parameter group.
 
@@ -39,12 +49,16 @@ def trainer_rates(
         schedule: transformers' name, or a function of the update's number, or one value per update.
         learning_rate: peak learning rate, if ``scheduler.pt`` is missing.
         warmup_steps: length of the warm-up.
+        schedule_options: settings of a schedule that is given by name, ``lr_scheduler_kwargs``.
 
     Raises:
         ValueError: what is known fits no schedule, or several that differ; the message names the argument that helps.
         MismatchError: an argument contradicts what was logged.
     """
     last = folders[-1].step
+    if schedule_options and not isinstance(schedule, str):
+        raise ValueError(f"schedule_options={dict(schedule_options)} belong to a schedule by name, got {schedule!r}")
+    named = None if not isinstance(schedule, str) else NamedSchedule(schedule, schedule_options or {})
     orders = _orders(folders)
     known = _known(folders, orders[0])
     if schedule is not None and not isinstance(schedule, str):
@@ -60,11 +74,11 @@ def trainer_rates(
     if complete and len(orders) == 1:
         return [known[t] for t in range(last)]
     try:
-        return _fitted(folders, known, schedule, learning_rate, warmup_steps)
+        return _fitted(folders, known, named, learning_rate, warmup_steps)
     except ValueError:
         for order in orders[1:]:
             with suppress(ValueError):
-                return _fitted(folders, _known(folders, order), schedule, learning_rate, warmup_steps)
+                return _fitted(folders, _known(folders, order), named, learning_rate, warmup_steps)
         if complete:
             return [known[t] for t in range(last)]
         raise
@@ -73,7 +87,7 @@ def trainer_rates(
 def _fitted(
     folders: Sequence[TrainerFolder],
     known: Mapping[int, float],
-    schedule: str | None,
+    schedule: NamedSchedule | None,
     learning_rate: float | None,
     warmup_steps: int | None,
 ) -> list[float]:
@@ -84,9 +98,7 @@ def _fitted(
         rates += carried
         updates = range(len(rates), piece.end)
         agreed = {t: known[t] for t in updates if t in known}
-        fit = piece.fit({**piece.upcoming, **agreed}, updates, schedule, warmup_steps)
-        at = np.arange(updates.start, updates.stop)
-        rates += learning_rates(fit.name, at, fit.lowest, piece.total, piece.base).tolist()
+        rates += piece.rates({**piece.upcoming, **agreed}, updates, schedule, warmup_steps)
         carried = [piece.upcoming[piece.end]] if piece.end in piece.upcoming else []
     _check(rates, known)
     return rates
@@ -126,17 +138,32 @@ def _refuse_skipped(folders: Sequence[TrainerFolder]) -> None:
 class _Piece:
     """Updates up to ``end`` under one schedule, made for ``total`` updates with the peak rate ``base``.
 
-    Its schedulers' next rates are known apart: at its end they are not those of the piece that follows.
+    Its schedulers' next rates are known apart: at its end they are not those of the piece that follows. ``names`` are
+    the schedules that come into question.
     """
 
     end: int
     total: int
     base: float
     upcoming: Mapping[int, float]
+    names: Sequence[str]
 
-    def fit(self, known: Mapping[int, float], updates: range, schedule: str | None, warmup_steps: int | None) -> Fit:
+    def rates(
+        self, known: Mapping[int, float], updates: range, schedule: NamedSchedule | None, warmup_steps: int | None
+    ) -> list[float]:
+        """Learning rates of some updates under the schedule that agrees with what is known."""
+        if schedule is not None and (schedule.options or schedule.name not in NAMES):
+            name, options = schedule
+            return rates_with_options(name, options, known, self.total, self.base, warmup_steps)[
+                updates.start : updates.stop
+            ]
+        fit = self.fit(known, updates, self.names if schedule is None else (schedule.name,), warmup_steps)
+        at = np.arange(updates.start, updates.stop)
+        rates: list[float] = learning_rates(fit.name, at, fit.lowest, self.total, self.base).tolist()
+        return rates
+
+    def fit(self, known: Mapping[int, float], updates: range, names: Sequence[str], warmup_steps: int | None) -> Fit:
         """The one schedule that agrees, or one of several with the same integral."""
-        names = NAMES if schedule is None else (schedule,)
         fits = agreeing(known, self.total, self.base, names, warmup_steps)
         where = f"updates {updates.start} to {updates.stop - 1}, peak {self.base}, planned for {self.total} updates"
         if not fits:
@@ -168,7 +195,21 @@ def _pieces(folders: Sequence[TrainerFolder], learning_rate: float | None) -> It
 
     for (total, base), group in groupby(folders, settings):
         members = list(group)
-        yield _Piece(members[-1].step, total, base, _upcoming(members))
+        yield _Piece(members[-1].step, total, base, _upcoming(members), _possible(members))
+
+
+def _possible(folders: Sequence[TrainerFolder]) -> Sequence[str]:
+    """Schedules that come into question.
+
+    torch keeps what a scheduler's factors depend on, but not a plain function: of transformers' schedules that is the
+    constant one without warm-up, and no other.
+    """
+    kept = [folder.scheduler["lr_lambdas"] for folder in folders if folder.scheduler.get("lr_lambdas")]
+    if not kept:
+        return NAMES
+    if all(settings[0] is None for settings in kept):
+        return ("constant",)
+    return tuple(name for name in NAMES if name != "constant")
 
 
 def _check(rates: Sequence[float], known: Mapping[int, float]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from source_proj._errors import MismatchError
 from source_proj.integrations.trainer_folders import TrainerFolder
+from source_proj.trajectory.layouts import listed, unwrapped_names
 
 __all__ = ["model_of", "trainer_weights"]
 
@@ -30,9 +31,14 @@ def trainer_weights(folder: TrainerFolder, model: nn.Module | None) -> Path | Ma
     if model is None or file.name.startswith("adapter_model.") or not hasattr(type(model), "from_pretrained"):
         return file
     own = model.state_dict()
-    if set(_names(file)) <= set(own):
+    if set(unwrapped_names(dict.fromkeys(_names(file)), own)) <= set(own):
         return file
-    loaded: Any = type(model).from_pretrained(folder.path, local_files_only=True)  # type: ignore[attr-defined]
+    loaded, report = type(model).from_pretrained(  # type: ignore[attr-defined]
+        folder.path, local_files_only=True, output_loading_info=True, trust_remote_code=False
+    )
+    if report["missing_keys"]:
+        missing = listed("it lacks", sorted(report["missing_keys"]))
+        raise MismatchError(f"{str(file)!r} does not fit {type(model).__name__}: {missing}; give the model as trained")
     state: Mapping[str, Tensor] = loaded.state_dict()
     return state
 
@@ -52,7 +58,7 @@ def model_of(folder: Path) -> nn.Module:
         raise ValueError(
             f"the order of parameters in optimizer.pt follows from the model: {remedy}, or install source-proj[hf]"
         ) from error
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     for name in config.architectures or ():
         kind = getattr(transformers, name, None)
         if kind is not None:
@@ -63,10 +69,17 @@ def model_of(folder: Path) -> nn.Module:
 
 
 def _names(file: Path) -> list[str]:
-    """Names of the entries, without reading them; of a pickled file none."""
-    if file.name.endswith(".index.json"):
-        return list(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
-    if file.suffix != ".safetensors":
+    """Names of the entries, without reading them; of a pickled file none.
+
+    Raises:
+        MismatchError: the file is empty, cut short or damaged.
+    """
+    if not file.name.endswith((".index.json", ".safetensors")):
         return []
-    with safe_open(file, framework="pt") as entries:
-        return list(entries.keys())
+    try:
+        if file.name.endswith(".index.json"):
+            return list(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
+        with safe_open(file, framework="pt") as entries:
+            return list(entries.keys())
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise MismatchError(f"{str(file)!r} is damaged ({type(error).__name__}: {error}): copy it anew") from error

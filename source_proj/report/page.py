@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from source_proj._io.outputs import write_output
 from source_proj.attribution.hits import Hits
 from source_proj.attribution.scores import Scores
 from source_proj.attribution.source import SegmentScores
@@ -153,11 +154,21 @@ def render(page: Page) -> str:
     return environment.get_template("page.html").render(page=page, scale=_scale(page.checks))
 
 
-def write_report(page: Page, path: str | Path) -> Path:
-    """Render the page to a file and return its path."""
+def write_report(page: Page, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Render the page to a file, which appears when it is whole, and return its path.
+
+    Args:
+        page: what to show.
+        path: where; folders above it are made.
+        overwrite: replace what is there.
+
+    Raises:
+        FileExistsError: something is there already, and may not be overwritten.
+    """
     path = Path(path)
+    content = render(page).encode("utf-8", errors="backslashreplace")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(page), encoding="utf-8")
+    write_output(path, content, overwrite=overwrite)
     return path
 
 

@@ -56,7 +56,7 @@ class Sketch:
         kind: ``"sparse"``: block-permutation CountSketch (`source_proj.kernels.sparse`), O(d) per gradient;
             ``"rademacher"``: dense signs, O(d k); ``"kronecker"``: two-sided per matrix parameter, cheapest for huge
             linear layers and less faithful (its vectors go through the sparse map); ``"identity"``: no projection,
-            dim is then the number of parameters.
+            dim is then the number of parameters, or more, which leaves columns of zeros.
         seed: which matrix, in [0, 2^64). One seed for all that is compared; ensemble members take different ones.
         nnz: nonzeros per column of R for the sparse map; more than one serves gradients with few huge entries.
         backend: ``"native"`` (CPU), ``"triton"`` (GPU), ``"torch"``, or None for the fastest present, none of which

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 from torch import Tensor
 
 from source_proj.task.batch import Batch, Model, Uniform
 
-__all__ = ["Derivatives", "Task"]
+__all__ = ["Derivatives", "Task", "checked_normalizer"]
 
 Derivatives = tuple[Tensor, Tensor | None]
 """ℓ'(o) (B,), and ℓ''(o) (B,), or None where the loss is no function of the output alone."""
@@ -45,6 +47,9 @@ class Task:
     name: str = "custom"
     unit: str = "output"
     higher_is_better: bool = True
+
+    normalizer: tuple[float, ...] | None = None
+    """By what a batch's loss is divided, for each of its examples on average: one number a stage. See :meth:`share`."""
 
     _functions: Mapping[str, Callable[..., Any] | None] = {}
 
@@ -84,6 +89,52 @@ class Task:
         """Loss derivatives :math:`ℓ'(o)` and :math:`ℓ''(o)` by the output, (B,) each; None where ℓ'' has no meaning."""
         first, second = self._custom("loss_derivatives")(output, batch)
         return _per_example(first, "ℓ'"), None if second is None else _per_example(second, "ℓ''")
+
+    def fisher_weight(self, batch: Batch) -> Tensor | None:  # noqa: ARG002
+        r"""What the loss gradient is times in the empirical Fisher, (B,); None for 1.
+
+        An example's loss is :math:`-w \sum_t \log p(y_t)`, where w may be a sample weight, or one over the number of
+        tokens. Its Hessian is :math:`w \sum_t F_t` in expectation, and the outer product of its gradient
+        :math:`w^2 \sum_t F_t`: hence :math:`1/\sqrt w`. Empirical and sampled Fisher then have one expectation.
+        """
+        return None
+
+    def examine(self, model: Model, batch: Batch) -> None:
+        """Warn if a batch contradicts the task; the model has the final weights. Most tasks have nothing to compare."""
+
+    @property
+    def needs_normalizer(self) -> bool:
+        """Whether a batch's loss is divided by a sum over its examples that is not told yet; see :meth:`share`."""
+        return False
+
+    def share(self, batch: Batch) -> Tensor:
+        """What each example adds to the number that its batch's loss is divided by, (B,): its tokens, its class weight.
+
+        Averaged over a stage's training set this is its :attr:`normalizer`.
+        """
+        raise NotImplementedError(f"the task {self.name!r} divides a batch's loss by the number of its examples")
+
+    def normalized(self, normalizer: Sequence[float]) -> Self:
+        """The task with a normalizer, one number a stage."""
+        told = copy.copy(self)
+        told.normalizer = checked_normalizer(normalizer)
+        return told
+
+    def of_stage(self, stage: int) -> Self:
+        """The task with the normalizer of one stage.
+
+        Raises:
+            ValueError: it was told of other stages.
+        """
+        if self.normalizer is None or len(self.normalizer) == 1 == stage + 1:
+            return self
+        if stage >= len(self.normalizer):
+            raise ValueError(f"normalizer={list(self.normalizer)} has no number for stage {stage}: give one a stage")
+        return self.normalized(self.normalizer[stage : stage + 1])
+
+    def told_by(self, spec: Mapping[str, Any]) -> Self:
+        """The task with the normalizer of a bank's description, where it has none itself."""
+        return self.normalized(spec["normalizer"]) if self.needs_normalizer and "normalizer" in spec else self
 
     def measurement(self, model: Model, batch: Batch) -> Tensor:
         """Measurement :math:`m(q)` of each query, (B,)."""
@@ -136,6 +187,20 @@ class Task:
                 f"the task {self.name!r} has no {key}: give {key}= to Task, or override it in {type(self).__name__}"
             )
         return function
+
+
+def checked_normalizer(normalizer: Sequence[float] | float | None) -> tuple[float, ...] | None:
+    """One number a stage, as a tuple; None stays None.
+
+    Raises:
+        ValueError: a number is not positive and finite, or there is none.
+    """
+    if normalizer is None:
+        return None
+    numbers = (normalizer,) if isinstance(normalizer, int | float) else tuple(normalizer)
+    if not numbers or not all(0 < number < math.inf for number in numbers):
+        raise ValueError(f"normalizer must be a positive number, or one a stage, got {normalizer!r}")
+    return tuple(float(number) for number in numbers)
 
 
 def _per_example(values: Tensor, what: str) -> Tensor:

@@ -16,6 +16,7 @@ __all__ = [
     "checked_weight",
     "class_indices",
     "draw",
+    "first_examples",
     "forward",
     "split",
     "weights",
@@ -50,6 +51,15 @@ def split(batch: Batch, sample_weight: str | int | None) -> tuple[Any, Tensor, T
             f"{', weight' if expected == 3 else ''}), got {_describe(batch)}"
         )
     return batch[0], batch[1], None if sample_weight is None else batch[2]
+
+
+def first_examples(batch: Batch, count: int) -> Batch:
+    """The first examples of a batch: of its tensors, those rows."""
+    if isinstance(batch, Mapping):
+        return {key: first_examples(value, count) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return [first_examples(value, count) for value in batch]
+    return batch[:count] if isinstance(batch, Tensor) and batch.ndim else batch
 
 
 def forward(model: Model, batch: Batch, sample_weight: str | int | None) -> tuple[Tensor, Tensor]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from source_proj.task.base import Derivatives, Task
-from source_proj.task.batch import Batch, Model, Uniform, checked_weight, class_indices, draw, forward, weights
+from source_proj.task.base import Derivatives, Task, checked_normalizer
+from source_proj.task.batch import Batch, Model, Uniform, checked_weight, class_indices, draw, forward, split, weights
 
 __all__ = ["Classification"]
 
@@ -23,12 +24,22 @@ class Classification(Task):
     smoothing it is not; the output is then minus the smoothed loss, :math:`ℓ' = -1`, and Gauss-Newton is refused.
     The measurement is the margin in either case.
 
+    Class weights v are those of :func:`torch.nn.functional.cross_entropy`, which divides a batch's loss by the sum of
+    its labels' weights: an example of class y weighs :math:`v_y / \bar v`, the mean taken over the training set.
+
+    With smoothing ε the Hessian is still the softmax's, F, and the empirical Fisher is
+    :math:`F + (ε/(1-ε))^2 (p - 1/C)(p - 1/C)^⊤` in expectation (no class weights): take the sampled one where ε is not
+    small.
+
     Logits are (B, classes), at least two classes; labels are (B,) class indices.
 
     Args:
         label_smoothing: as in :func:`torch.nn.functional.cross_entropy`, in [0, 1).
         sample_weight: where a batch holds the weights by which its examples' losses were multiplied, (B,): the name
             of a dict entry, or 2, the third entry of a tuple.
+        class_weights: one number a class, ≥ 0.
+        normalizer: :math:`\bar v` for class weights, one number or one a stage; default: :func:`source_proj.build`
+            takes the training set's. 1 where losses were weighted and then averaged over examples.
 
     Example:
         >>> logits = torch.tensor([[0.0, 0.0, 3.0]])
@@ -43,27 +54,65 @@ class Classification(Task):
     _builtin = True
     unit = "logit margin"
 
-    def __init__(self, label_smoothing: float = 0.0, sample_weight: str | int | None = None) -> None:
+    def __init__(
+        self,
+        label_smoothing: float = 0.0,
+        sample_weight: str | int | None = None,
+        class_weights: Sequence[float] | None = None,
+        normalizer: float | Sequence[float] | None = None,
+    ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
         self.label_smoothing = float(label_smoothing)
         self.sample_weight = checked_weight(sample_weight)
+        self.class_weights = None if class_weights is None else tuple(float(weight) for weight in class_weights)
+        if self.class_weights is not None and not all(0 <= weight < math.inf for weight in self.class_weights):
+            raise ValueError(f"class_weights must be finite and at least 0, got {class_weights!r}")
+        if normalizer is not None and class_weights is None:
+            raise ValueError(f"normalizer={normalizer!r} belongs to class_weights=, which were not given")
+        self.normalizer = checked_normalizer(normalizer)
 
     def output(self, model: Model, batch: Batch) -> Tensor:  # noqa: D102
         if not self.label_smoothing:
             return self.measurement(model, batch)
         logits, labels = self._logits(model, batch)
         logp = log_softmax(logits, dim=-1)  # (B, C)
+        if self.class_weights is not None:
+            logp = logp * torch.tensor(self.class_weights).to(logp)
         labelled = logp.gather(1, labels[:, None]).squeeze(1)
         return (1 - self.label_smoothing) * labelled + self.label_smoothing * logp.mean(-1)
 
     def loss_derivatives(self, output: Tensor, batch: Batch) -> Derivatives:  # noqa: D102
         weight = weights(batch, self.sample_weight, output)
+        if self.class_weights is not None:
+            weight = weight / self._mean_weight()
+            if not self.label_smoothing:  # else they are in the output
+                weight = weight * self.share(batch).to(weight)
         if self.label_smoothing:
             return -weight, None
         doubt = torch.sigmoid(-output.detach())  # 1 − p, without cancellation
         return -weight * doubt, weight * doubt * torch.sigmoid(output.detach())
+
+    def fisher_weight(self, batch: Batch) -> Tensor | None:
+        """One over the root of an example's weight; with smoothing, for the part of the gradient that is the label's.
+
+        An example whose loss does not count has no gradient either, and gets 0.
+        """
+        if self.sample_weight is None and self.class_weights is None and not self.label_smoothing:
+            return None
+        weight = weights(batch, self.sample_weight, split(batch, self.sample_weight)[1].float())
+        hessian, gradient = weight * self._mass(batch), weight * (1 - self.label_smoothing) * self._label_weight(batch)
+        return torch.where(gradient > 0, hessian.sqrt() / gradient, 0.0)
+
+    @property
+    def needs_normalizer(self) -> bool:  # noqa: D102
+        return self.class_weights is not None and self.normalizer is None
+
+    def share(self, batch: Batch) -> Tensor:
+        """Class weight of each label, (B,)."""
+        labels = class_indices(split(batch, self.sample_weight)[1])
+        return torch.tensor(self.class_weights, device=labels.device)[labels]
 
     def measurement(self, model: Model, batch: Batch) -> Tensor:  # noqa: D102
         logits, labels = self._logits(model, batch)
@@ -74,11 +123,32 @@ class Classification(Task):
     def sampled_output(self, model: Model, batch: Batch, uniform: Uniform) -> Tensor:  # noqa: D102
         logp = log_softmax(self._logits(model, batch)[0], dim=-1)
         drawn = draw(logp, uniform(1)[:, 0])
-        root = weights(batch, self.sample_weight, logp[:, 0]).sqrt()
+        root = (weights(batch, self.sample_weight, logp[:, 0]) * self._mass(batch)).sqrt()
         return root * logp.gather(1, drawn[:, None]).squeeze(1)
 
     def _options(self) -> dict[str, Any]:
-        return {"label_smoothing": self.label_smoothing, "sample_weight": self.sample_weight}
+        weighted = {} if self.class_weights is None else {"class_weights": list(self.class_weights)}
+        told = {} if self.normalizer is None else {"normalizer": list(self.normalizer)}
+        return {"label_smoothing": self.label_smoothing, "sample_weight": self.sample_weight, **weighted, **told}
+
+    def _mean_weight(self) -> float:
+        if self.normalizer is None:
+            raise ValueError(
+                "Classification(class_weights=...) divides by the mean weight of the training set's labels, which "
+                "source_proj.build takes: give it as normalizer= elsewhere"
+            )
+        return self.normalizer[0]
+
+    def _label_weight(self, batch: Batch) -> Tensor | float:
+        """Weight of each label's own log-likelihood in the loss, (B,), smoothing aside."""
+        return 1.0 if self.class_weights is None else self.share(batch) / self._mean_weight()
+
+    def _mass(self, batch: Batch) -> Tensor | float:
+        """What the softmax's Fisher matrix is times in the loss's Hessian, (B,)."""
+        if self.class_weights is None:
+            return 1.0
+        uniform = sum(self.class_weights) / len(self.class_weights) / self._mean_weight()
+        return (1 - self.label_smoothing) * self._label_weight(batch) + self.label_smoothing * uniform
 
     def _logits(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
         logits, labels = forward(model, batch, self.sample_weight)
@@ -86,6 +156,10 @@ class Classification(Task):
             raise ValueError(
                 f"Classification needs logits of shape (batch, classes) with two classes or more, got "
                 f"{tuple(logits.shape)}; for one logit a class, stack it with zeros, or write a Task"
+            )
+        if self.class_weights is not None and len(self.class_weights) != logits.shape[1]:
+            raise ValueError(
+                f"{len(self.class_weights)} class_weights for logits of {logits.shape[1]} classes: one each"
             )
         if labels.shape != logits.shape[:1]:
             raise ValueError(

@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from source_proj.task.base import Derivatives, Task
-from source_proj.task.batch import Batch, Model, Uniform, class_indices, draw, forward, split
+from source_proj.task.base import Derivatives, Task, checked_normalizer
+from source_proj.task.batch import Batch, Model, Uniform, class_indices, draw, first_examples, forward, split
 from source_proj.task.head import Head, check_head, hidden_and_head, sum_over_chunks
 
 __all__ = ["CausalLM"]
+
+_FAR = 1.0  # nats a token
+_EXAMINED = 4  # sequences
 
 
 class CausalLM(Task):
     r"""Language modelling, one token after another.
 
-    The output and the measurement are the log-likelihood of a sequence's labels, :math:`o = \sum_t \log p(y_t)` or
-    its mean over the counted tokens, and the loss is :math:`ℓ = -o`, hence :math:`ℓ' = -1`; Gauss-Newton is refused,
-    as the loss is no function of one scalar of the network. "mean" weighs sequences equally; a trainer that averages
-    over all tokens of a batch weighs long ones more (equal lengths make no difference).
+    The output and the measurement are the log-likelihood of a sequence's labels, :math:`o = \sum_t \log p(y_t)` for
+    "sum", else its mean over the n counted tokens. Gauss-Newton is refused, as the loss is no function of one scalar of
+    the network. The loss of a batch of B sequences says which reduction a run was trained with:
+
+    ============= ========================================================= ================
+    reduction     loss of a batch                                           :math:`ℓ'(o)`
+    ============= ========================================================= ================
+    ``"mean"``    mean over sequences of the mean over their tokens         -1
+    ``"sum"``     mean over sequences of the sum over their tokens          -1
+    ``"token"``   mean over all tokens of the batch, accumulated or not, as :math:`-n/\bar n`
+                  transformers' Trainer has it
+    ============= ========================================================= ================
+
+    With "token" a sequence weighs by its length: a batch has :math:`B \bar n` tokens in expectation, where
+    :math:`\bar n` is the mean over the training set. With equal lengths it is "mean". Loss and learning rates are then
+    those of the run: nothing else is scaled.
 
     Logits are (B, T, vocabulary), labels (B, T). A sequence without a counted token gives 0.
 
     Args:
         shift: the labels are aligned with the inputs, as transformers has it: position t predicts label t + 1.
             False where the data set has shifted them already.
-        reduction: "mean" or "sum" over a sequence's tokens.
+        reduction: "mean", "sum" or "token".
+        normalizer: for "token", what divides a batch's loss for each of its sequences on average, one number or one a
+            stage. Default: :math:`\bar n`, which :func:`source_proj.build` counts in the training set. ``"labels"``
+            has it count the first label of a sequence too, which nothing predicts: so did the Trainer before
+            transformers 5.10, and so it does to this day for GPT-2; all gradients are then that much smaller.
         ignore_index: the label of tokens that do not count (padding, prompts).
         chunk: make logits for so many tokens at a time, and once more in the backward pass: for large vocabularies, of
             which (B, T, vocabulary) would not fit. For models of transformers whose logits are the output of their
@@ -48,17 +70,26 @@ class CausalLM(Task):
     _builtin = True
 
     def __init__(
-        self, shift: bool = True, reduction: str = "mean", ignore_index: int = -100, chunk: int | None = None
+        self,
+        shift: bool = True,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        chunk: int | None = None,
+        normalizer: float | Sequence[float] | Literal["labels"] | None = None,
     ) -> None:
         if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
             raise ValueError(f"chunk counts tokens, from 1 on, got {chunk!r}")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-        super().__init__(unit=f"{'mean token' if reduction == 'mean' else 'sequence'} log-likelihood (nats)")
+        if reduction not in ("mean", "sum", "token"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'token', got {reduction!r}")
+        if normalizer is not None and reduction != "token":
+            raise ValueError(f"normalizer={normalizer!r} belongs to reduction='token', got reduction={reduction!r}")
+        super().__init__(unit=f"{'sequence' if reduction == 'sum' else 'mean token'} log-likelihood (nats)")
         self.shift = shift
         self.reduction = reduction
         self.ignore_index = ignore_index
         self.chunk = chunk
+        self._counts_all = normalizer == "labels"
+        self.normalizer = None if self._counts_all else checked_normalizer(normalizer)  # type: ignore[arg-type]
         self._checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose head was compared
 
     def output(self, model: Model, batch: Batch) -> Tensor:  # noqa: D102
@@ -68,25 +99,85 @@ class CausalLM(Task):
         logp, labels, counted = self._tokens(model, batch)
         return self._total(logp, labels, counted) / self._length(counted)
 
-    def loss_derivatives(self, output: Tensor, batch: Batch) -> Derivatives:  # noqa: ARG002, D102
-        return -torch.ones_like(output.detach()), None
+    def loss_derivatives(self, output: Tensor, batch: Batch) -> Derivatives:  # noqa: D102
+        ones = torch.ones_like(output.detach())
+        return (-self._count(batch).to(ones) / self._mean_tokens() if self.reduction == "token" else -ones), None
+
+    def fisher_weight(self, batch: Batch) -> Tensor | None:  # noqa: D102
+        if self.reduction == "sum":
+            return None
+        tokens = self._count(batch)
+        if self.reduction == "token":
+            return torch.full_like(tokens, math.sqrt(self._mean_tokens()))
+        return tokens.clamp(min=1).sqrt()
+
+    def examine(self, model: Model, batch: Batch) -> None:
+        """Compare the likelihood of a batch's labels with that under the other value of ``shift``.
+
+        Warns:
+            UserWarning: it is worse by more than a nat a token, so that ``shift`` does not fit the labels.
+        """
+        with torch.no_grad():
+            logits, labels = forward(model, first_examples(batch, _EXAMINED), None)
+            if logits.ndim != 3 or labels.shape != logits.shape[:2] or labels.shape[1] < 2:
+                return  # `output` says what is wrong
+            logp = log_softmax(logits, dim=-1)
+            aligned, shifted = self._mean_likelihood(logp[:, :-1], labels[:, 1:]), self._mean_likelihood(logp, labels)
+        here, other = (aligned, shifted) if self.shift else (shifted, aligned)
+        if other - here > _FAR:
+            state = "shifted already" if self.shift else "not shifted"
+            warnings.warn(
+                f"the labels seem to be {state}: their log-likelihood is {here:.3g} nats a token with "
+                f"CausalLM(shift={self.shift}), and {other:.3g} with shift={not self.shift}",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def _mean_likelihood(self, logp: Tensor, labels: Tensor) -> float:
+        """Log-likelihood of the counted labels (B, T) under logp (B, T, V), a token; NaN if none counts."""
+        counted = labels != self.ignore_index
+        picked = logp.gather(2, torch.where(counted, class_indices(labels), 0)[..., None]).squeeze(2)
+        return float(picked[counted].mean()) if counted.any() else math.nan
+
+    @property
+    def needs_normalizer(self) -> bool:  # noqa: D102
+        return self.reduction == "token" and self.normalizer is None
+
+    def share(self, batch: Batch) -> Tensor:
+        """Number of labels that divide the batch's loss, (B,)."""
+        return (split(batch, None)[1] != self.ignore_index).sum(-1) if self._counts_all else self._count(batch)
+
+    def _count(self, batch: Batch) -> Tensor:
+        """Number of counted tokens, (B,)."""
+        labels = split(batch, None)[1]
+        return (labels[:, 1 if self.shift else 0 :] != self.ignore_index).sum(-1).float()
 
     def sampled_output(self, model: Model, batch: Batch, uniform: Uniform) -> Tensor:
-        """Log-likelihood of drawn tokens, divided by √(counted tokens) for "mean".
+        """Log-likelihood of drawn tokens, times the root of what each token's counts for in the loss.
 
         Draws at different positions are independent, so that the outer product of the summed gradient is the sum of
-        the positions' Fisher matrices in expectation; the loss's Hessian is the mean of them.
+        the positions' Fisher matrices in expectation; the loss's Hessian is their mean, or another multiple of it.
         """
         if self.chunk is not None:
             total, counted = self._by_chunks(model, batch, self.chunk, uniform)
-            return total / self._length(counted).sqrt()
-        logp, _, counted = self._tokens(model, batch)
-        drawn = draw(logp, uniform(logp.shape[1]))
-        return self._total(logp, drawn, counted) / self._length(counted).sqrt()
+        else:
+            logp, _, counted = self._tokens(model, batch)
+            total = self._total(logp, draw(logp, uniform(logp.shape[1])), counted)
+        return total / (math.sqrt(self._mean_tokens()) if self.reduction == "token" else self._length(counted).sqrt())
 
     def _options(self) -> dict[str, Any]:
         chunked = {} if self.chunk is None else {"chunk": self.chunk}
-        return {"shift": self.shift, "reduction": self.reduction, "ignore_index": self.ignore_index, **chunked}
+        given = list(self.normalizer) if self.normalizer else "labels" if self._counts_all else None
+        told = {} if given is None else {"normalizer": given}
+        return {"shift": self.shift, "reduction": self.reduction, "ignore_index": self.ignore_index, **chunked, **told}
+
+    def _mean_tokens(self) -> float:
+        if self.normalizer is None:
+            raise ValueError(
+                "CausalLM(reduction='token') divides by the mean number of tokens of a training sequence, which "
+                "source_proj.build counts: give it as normalizer= elsewhere"
+            )
+        return self.normalizer[0]
 
     def _by_chunks(self, model: Model, batch: Batch, chunk: int, uniform: Uniform | None) -> tuple[Tensor, Tensor]:
         """Log-likelihood (B,) of the labels, or of tokens drawn with ``uniform``; and whether each counts (B, T)."""
@@ -130,7 +221,7 @@ class CausalLM(Task):
 
     def _length(self, counted: Tensor) -> Tensor:
         length = counted.sum(-1).clamp(min=1).float()
-        return length if self.reduction == "mean" else torch.ones_like(length)
+        return torch.ones_like(length) if self.reduction == "sum" else length
 
 
 def _likelihood(head: Head, hidden: Tensor, labels: Tensor, counted: Tensor, numbers: Tensor | None = None) -> Tensor:

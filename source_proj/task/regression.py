@@ -61,6 +61,13 @@ class Regression(Task):
         second = self._curvature * weights(batch, self.sample_weight, output)
         return second * (output.detach() - target.to(output)), second
 
+    def fisher_weight(self, batch: Batch) -> Tensor | None:
+        """One over the root of an example's weight; an example of weight 0 has no gradient, and gets 0."""
+        if self.sample_weight is None:
+            return None
+        weight = weights(batch, self.sample_weight, _column(split(batch, self.sample_weight)[1], "targets").float())
+        return torch.where(weight > 0, weight.rsqrt(), 0.0)
+
     def measurement(self, model: Model, batch: Batch) -> Tensor:  # noqa: D102
         prediction, target = self._prediction(model, batch)
         error = prediction - target.to(prediction)

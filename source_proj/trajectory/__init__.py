@@ -25,6 +25,7 @@ from source_proj.trajectory.record import CheckpointRef, PreconditionerMode, Run
 from source_proj.trajectory.recording.recorder import Recorder, Stateful
 from source_proj.trajectory.segments import Segments, split_segments
 from source_proj.trajectory.stages import Stage
+from source_proj.trajectory.trained import trained_parameters
 from source_proj.trajectory.trajectory import Trajectory
 
 __all__ = [
@@ -58,4 +59,5 @@ __all__ = [
     "moments",
     "register_reader",
     "split_segments",
+    "trained_parameters",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,13 @@ from torch import Tensor, nn
 from source_proj._errors import MismatchError
 from source_proj._io.hashing import hash_file
 from source_proj.trajectory.counts import checked_count
+from source_proj.trajectory.layouts import averaged_keys, is_count, listed, model_state, unwrapped_names
 from source_proj.trajectory.optimizers.describe import kept_state
 from source_proj.trajectory.state_files import checked_path, read_state, state_files
-from source_proj.trajectory.wrappers import WRAPPER_PREFIXES
 
 __all__ = ["Checkpoint"]
 
 _ADAPTER = "adapter_model."  # PEFT's name for a file
-_WRAPPERS = ("model", "state_dict", "model_state_dict")
-_LISTED = 8  # names spelled out in an error before it is cut short
 
 
 class Checkpoint:
@@ -31,15 +30,21 @@ class Checkpoint:
 
     Args:
         state: what ``model.state_dict()`` gave, as a dict, or a file that holds it: ``.safetensors``, or ``.pt``,
-            ``.pth``, ``.bin``, ``.ckpt`` written by :func:`torch.save`, or the ``.safetensors.index.json`` of one in
-            several files. One named ``adapter_model`` holds PEFT's adapters alone: the rest is the model's own. A dict
-            that holds the state under "model", "state_dict" or "model_state_dict" is unwrapped. Tensors of a dict are
-            copied to the CPU, because ``state_dict()`` returns the live weights, which training goes on to overwrite.
-            A file is read when needed.
+            ``.pth``, ``.pth.tar``, ``.bin``, ``.ckpt`` written by :func:`torch.save`, or the
+            ``.safetensors.index.json`` of one in several files; or a folder of transformers or accelerate with such a
+            file. One named ``adapter_model`` holds PEFT's adapters alone: the rest is the model's own. A dict that
+            holds the state under "model", "state_dict", "net" and the like is unwrapped. Tensors of a dict are copied
+            to the CPU, because ``state_dict()`` returns the live weights, which training goes on to overwrite. A file
+            is read when needed.
         step: optimizer steps taken so far, ≥ 0.
         lr: learning rate at that time; enough where it is constant (see :class:`Stage` for schedules).
         optimizer_state: the optimizer's ``state_dict()``, or a file with it, for optimizers whose preconditioner is
             read from their state. SGD needs none. Of a dict, the second moments are copied, the rest is left out.
+        key: the entry that holds the state, such as "state_dict_ema"; default: that of the trained weights. The state
+            is then read at once, and is a dict's from there on.
+
+    Warns:
+        UserWarning: if a file also holds averaged weights, when it is read.
 
     Raises:
         ValueError: ``step`` or ``lr`` is out of range, the file type is unknown, or the state is ambiguous.
@@ -63,6 +68,7 @@ class Checkpoint:
         step: int,
         lr: float | None = None,
         optimizer_state: Mapping[str, Any] | str | Path | None = None,
+        key: str | None = None,
     ) -> None:
         if lr is not None and not 0 <= lr < float("inf"):
             raise ValueError(f"lr must be finite and at least 0, got {lr!r}")
@@ -75,9 +81,14 @@ class Checkpoint:
         self._state: dict[str, Tensor] | None = None
         self._hash: tuple[object, str] | None = None
         if isinstance(state, str | Path):
-            self.path = checked_path(Path(state).absolute())
+            path = checked_path(Path(state).absolute())
+            if key is None:
+                self.path = path
+            else:
+                self._state = model_state(read_state(path), str(path), key)
         elif isinstance(state, Mapping):
-            self._state = {name: t.detach().to("cpu", copy=True) for name, t in _unwrap(state, "the dict").items()}
+            tensors = model_state(state, "the dict", key)
+            self._state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         else:
             raise TypeError(f"state must be a dict of tensors or a path, got {type(state).__name__}")
 
@@ -95,7 +106,16 @@ class Checkpoint:
         if self._state is not None:
             return dict(self._state)
         path = checked_path(self.path)  # it may have gone since
-        return _unwrap(read_state(path), str(path))
+        content = read_state(path)
+        averaged = averaged_keys(content)
+        if averaged:
+            warnings.warn(
+                f"{str(path)!r} holds averaged weights too: the trained ones were taken; "
+                f"key={averaged[0]!r} takes the averaged ones",
+                UserWarning,
+                stacklevel=2,
+            )
+        return model_state(content, str(path))
 
     def hash(self) -> str:
         """SHA-256, in hex: of the file's bytes, or of a dict's names, types, shapes and bytes (order does not matter).
@@ -114,6 +134,39 @@ class Checkpoint:
             self._hash = (key, joint)
         return self._hash[1]
 
+    def load_into(self, model: nn.Module) -> None:
+        """Put these weights into a model and the model into evaluation mode, to stay.
+
+        Raises:
+            MismatchError: as for :meth:`applied_to`.
+        """
+        _load(model, self._state_of(model))
+
+    def parameters_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's parameters that the state has, by name; of an adapter's file its own ones alone.
+
+        Raises:
+            MismatchError: the state does not fit the model.
+        """
+        if self._is_adapter:
+            adapter = self.load()
+            places = _places(adapter, model, repr(self))
+            state = {places[name]: value for name, value in adapter.items()}
+        else:
+            state = self._state_of(model)
+        return {name: state[name] for name, _ in model.named_parameters() if name in state}
+
+    @property
+    def _is_adapter(self) -> bool:
+        return self.path is not None and self.path.name.startswith(_ADAPTER)
+
+    def _state_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """These weights under the names that a model has."""
+        state = self.load()
+        if self._is_adapter:
+            state = adapted_state(state, model, repr(self))
+        return matched_state(state, model, repr(self))
+
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
         """Put these weights into a model and the model into evaluation mode, for the length of a ``with`` block.
@@ -124,10 +177,7 @@ class Checkpoint:
         Raises:
             MismatchError: names or shapes differ from the model's; the message lists them. The model is untouched.
         """
-        state = self.load()
-        if self.path is not None and self.path.name.startswith(_ADAPTER):
-            state = adapted_state(state, model, repr(self))
-        state = matched_state(state, model, repr(self))
+        state = self._state_of(model)
         own_state = {
             name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
             for name, value in model.state_dict().items()
@@ -135,9 +185,7 @@ class Checkpoint:
         own_buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]  # also those of no state_dict
         own_flags = [(module, module.training) for module in model.modules()]
         try:
-            model.load_state_dict(state)
-            for module, _ in own_flags:
-                module.training = False  # not eval(): an overridden train() may do more than set the flag
+            _load(model, state)
             yield model
         finally:
             model.load_state_dict(own_state)
@@ -146,6 +194,12 @@ class Checkpoint:
                     buffer.copy_(value)
             for module, flag in own_flags:
                 module.training = flag
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    model.load_state_dict(state)
+    for module in model.modules():
+        module.training = False  # not eval(): an overridden train() may do more than set the flag
 
 
 def matched_state(state: Mapping[str, Tensor], model: nn.Module, source: str) -> dict[str, Tensor]:
@@ -160,6 +214,7 @@ def matched_state(state: Mapping[str, Tensor], model: nn.Module, source: str) ->
         MismatchError: names or shapes differ, or entries that the model ties hold different values.
     """
     own = model.state_dict(keep_vars=True)
+    state = {**_bookkeeping(own), **unwrapped_names(state, own)}
     first_of: dict[int, str] = {}  # tensor identity → the first name under which the state has it
     for name in own:
         if name in state:
@@ -167,9 +222,9 @@ def matched_state(state: Mapping[str, Tensor], model: nn.Module, source: str) ->
     full = {name: state[first_of[id(own[name])]] for name in own if name not in state and id(own[name]) in first_of}
     full |= {name: value for name, value in state.items() if name in own}
     problems = [
-        _listed("missing", [name for name in own if name not in full]),
-        _listed("not in the model", [name for name in state if name not in own]),
-        _listed(
+        listed("missing", [name for name in own if name not in full]),
+        listed("not in the model", [name for name in state if name not in own]),
+        listed(
             "of another shape",
             [
                 f"{name} {tuple(value.shape)} where the model has {tuple(own[name].shape)}"
@@ -181,7 +236,7 @@ def matched_state(state: Mapping[str, Tensor], model: nn.Module, source: str) ->
     if any(problems):
         raise MismatchError(
             f"{source} does not fit the model {type(model).__name__}: {'; '.join(filter(None, problems))}. "
-            f"Give the model that was trained, or its own checkpoint{_prefix_hint(state, own)}."
+            "Give the model that was trained, or its own checkpoint."
         )
     for name, value in full.items():
         twin = first_of[id(own[name])]
@@ -190,10 +245,13 @@ def matched_state(state: Mapping[str, Tensor], model: nn.Module, source: str) ->
     return full
 
 
+def _bookkeeping(own: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a wrapper of torch counts for itself, which a checkpoint of the bare model has not."""
+    return {name: value.detach() for name, value in own.items() if is_count(name)}
+
+
 def adapted_state(adapter: Mapping[str, Tensor], model: nn.Module, source: str) -> dict[str, Tensor]:
     """A model's own state with an adapter's entries in the place of its own.
-
-    PEFT leaves the adapter's name ("default") out of the names that it saves.
 
     Args:
         adapter: entries of an adapter file.
@@ -203,9 +261,16 @@ def adapted_state(adapter: Mapping[str, Tensor], model: nn.Module, source: str) 
     Raises:
         MismatchError: the model has no such entry, or several.
     """
+    places = _places(adapter, model, source)
+    full = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return full | {places[name]: value for name, value in adapter.items()}
+
+
+def _places(adapter: Iterable[str], model: nn.Module, source: str) -> dict[str, str]:
+    """The model's name for each entry of an adapter: PEFT leaves the adapter's own ("default") out when it saves."""
     own: dict[str, Any] = model.state_dict()
-    full = {name: value for name, value in own.items() if isinstance(value, Tensor)}
-    for name, value in adapter.items():
+    names = {}
+    for name in adapter:
         stem, dot, leaf = name.rpartition(".")
         within = [
             n
@@ -218,41 +283,8 @@ def adapted_state(adapter: Mapping[str, Tensor], model: nn.Module, source: str) 
                 f"{source} has {name}, which the model {type(model).__name__} has as {places}: "
                 "give the base model with this one adapter in place (peft.get_peft_model)"
             )
-        full[places[0]] = value
-    return full
-
-
-def _listed(label: str, names: list[str]) -> str:
-    """Spell out at most ``_LISTED`` names after a label; nothing for no names."""
-    if not names:
-        return ""
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{label}: {', '.join(names[:_LISTED])}{more}"
-
-
-def _prefix_hint(state: Mapping[str, Tensor], own: Mapping[str, Any]) -> str:
-    """Say which prefix a wrapper (DistributedDataParallel, torch.compile, Lightning) has put before every name."""
-    for prefix in WRAPPER_PREFIXES:
-        if state and all(name.startswith(prefix) for name in state) and not any(n.startswith(prefix) for n in own):
-            return f" (all its names begin with {prefix!r}: remove it, or save the unwrapped model)"
-    return ""
-
-
-def _unwrap(state: object, source: str) -> dict[str, Tensor]:
-    """Return the name-to-tensor dict inside what was read."""
-    if isinstance(state, Mapping):
-        inner = [key for key in _WRAPPERS if isinstance(state.get(key), Mapping)]
-        if len(inner) > 1:
-            raise ValueError(f"{source} holds several states ({', '.join(inner)}): give the one that is meant")
-        if inner:
-            return _unwrap(state[inner[0]], f"{inner[0]!r} of {source}")
-        foreign = [repr(name) for name, value in state.items() if not isinstance(value, Tensor)]
-        if state and not foreign:
-            return dict(state)
-        found = _listed("entries that are no tensors", foreign) or "no entry"
-    else:
-        found = f"a {type(state).__name__}"
-    raise ValueError(f"{source} must hold a model's state_dict, names to tensors, but has {found}")
+        names[name] = places[0]
+    return names
 
 
 def _hash_state(state: Mapping[str, Tensor]) -> str:

@@ -62,6 +62,9 @@ class Stage:
             ``lr_schedule``. Weight decay is not clipped.
         time_factors: the optimizer's ``time_factor`` at each update, where it changed on the way (a momentum that goes
             in cycles); given like ``lr_schedule``. Default: the optimizer's one.
+        trained: names of the parameters that the optimizer held; None where that is not known. See
+            :func:`trained_parameters`.
+        label_smoothing: of the loss that was trained with; None where that is not known.
 
     Raises:
         ValueError: anything that does not add up; the message names the value.
@@ -80,6 +83,8 @@ class Stage:
     preconditioner: PreconditionerMode = "scalar"
     clip_factors: Schedule | None = None
     time_factors: Schedule | None = None
+    trained: Sequence[str] | None = None
+    label_smoothing: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "checkpoints", self._checked_points())
@@ -146,6 +151,7 @@ class Stage:
             lr_schedule=run.rates(),
             clip_factors=run.clip_factors(),
             time_factors=run.time_factors(),
+            trained=run.trained,
             **options,
         )
 
@@ -268,6 +274,8 @@ class Stage:
 
     def _step_factors(self) -> list[float] | None:
         """What the optimizer makes of each update, where that depends on the step."""
+        if type(self.optimizer).step_factors is Optimizer.step_factors:
+            return None  # before a schedule is asked for every rate a second time
         begin, steps = self.start_step, [c.step for c in self.checkpoints]
         rate = self._rate(steps[-1])
         rates = [rate(t) for t in range(begin, steps[-1])]

@@ -8,25 +8,33 @@ from pathlib import Path
 from torch import Tensor
 
 from source_proj._io.loading import load_safetensors, load_tensors
+from source_proj.trajectory.layouts import WEIGHTS, sharded_state, weights_file
 
 __all__ = ["checked_path", "read_state", "state_files"]
 
 _INDEX = ".safetensors.index.json"  # transformers' name for the list of a state's files
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pt.tar", ".pth.tar")
 _LISTED = 8  # names spelled out in an error before it is cut short
 
 
 def checked_path(path: Path | None) -> Path:
-    """Refuse a path where no file is, or one of a type that is not known.
+    """The file of a path, or of the folder that it leads to.
 
     Raises:
-        FileNotFoundError: there is no file.
+        FileNotFoundError: there is no file, or a folder holds no weights, or pieces of them.
         ValueError: its name says nothing about what it holds.
     """
+    if path is not None and path.is_dir():
+        file = weights_file(path)
+        if file is None:
+            raise FileNotFoundError(
+                f"checkpoint {str(path)!r} is a directory that holds none of {', '.join(WEIGHTS)}: "
+                f"{sharded_state(path) or 'give the file that holds the state_dict'}"
+            )
+        path = file
     if path is None or not path.is_file():
-        what = "is a directory" if path is not None and path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"checkpoint file {str(path)!r} {what}: give the file that holds the state_dict")
-    if path.suffix not in (*_TORCH_SUFFIXES, ".safetensors") and not path.name.endswith(_INDEX):
+        raise FileNotFoundError(f"checkpoint file {str(path)!r} does not exist: give the one that holds the state_dict")
+    if not path.name.endswith((*_TORCH_SUFFIXES, ".safetensors", _INDEX)):
         known = ", ".join((".safetensors", _INDEX, *_TORCH_SUFFIXES))
         raise ValueError(f"checkpoint file {str(path)!r} is of an unknown type: its name must end in one of {known}")
     return path

@@ -87,8 +87,9 @@ class Trajectory:
             dir: the directory with folders ``checkpoint-N``.
             segments: as in :class:`Stage`.
             stage: the stage's name.
-            **options: ``model``, ``optimizer``, ``learning_rate``, ``schedule``, ``warmup_steps``, ``max_grad_norm``,
-                ``steps``, ``preconditioner``; see :func:`source_proj.integrations.hf_trainer_stage`.
+            **options: ``model``, ``optimizer``, ``learning_rate``, ``schedule``, ``warmup_steps``,
+                ``schedule_options``, ``max_grad_norm``, ``steps``, ``preconditioner``; see
+                :func:`source_proj.integrations.hf_trainer_stage`.
 
         Raises:
             ValueError: something cannot be inferred; the message names the argument to give.
@@ -107,7 +108,7 @@ class Trajectory:
             segments: as in :class:`Stage`.
             stage: the stage's name.
             **options: ``prefix``, ``optimizer``, ``schedule``, ``clip_factors``, ``metrics``, ``steps``, ``unpickle``,
-                ``preconditioner``; see :func:`source_proj.integrations.lightning_stage`.
+                ``weights``, ``preconditioner``; see :func:`source_proj.integrations.lightning_stage`.
 
         Raises:
             ValueError: something cannot be inferred; the message names the argument to give.

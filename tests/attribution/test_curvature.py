@@ -20,6 +20,7 @@ class FakeStage:
         self.rows = torch.randn(checkpoints, n, k, generator=generator)
         self.d1 = torch.randn(checkpoints, n, generator=generator)
         self.d2 = torch.rand(checkpoints, n, generator=generator)
+        self.fisher_weight = None
         self.sampled = torch.randn(checkpoints, n * draws, k, generator=generator)
 
     def iter_rows(self, checkpoint, what="output"):
@@ -32,6 +33,7 @@ class FakeStage:
                 rows=rows[checkpoint, start:stop].clone(),
                 d1=self.d1[checkpoint, start:stop],
                 d2=self.d2[checkpoint, start:stop] if self._d2 else None,
+                fisher_weight=None if self.fisher_weight is None else self.fisher_weight[checkpoint, start:stop],
             )
 
     def hessian(self, curvature):
@@ -39,12 +41,19 @@ class FakeStage:
             a = self.sampled.flatten(0, 1)
         else:
             weights = {
-                "empirical_fisher": self.d1,
+                "empirical_fisher": self.d1 if self.fisher_weight is None else self.d1 * self.fisher_weight,
                 "gauss_newton": self.d2.sqrt(),
                 "features": torch.ones_like(self.d1),
             }
             a = (self.rows * weights[curvature][..., None]).flatten(0, 1)
         return (a.double().T @ a.double()) / len(a)
+
+
+def test_the_empirical_fisher_counts_labels_as_the_loss_does():
+    stage = FakeStage(20, 12)
+    stage.fisher_weight = torch.rand(2, 20) * 5
+    hessian = stage.hessian("empirical_fisher")
+    torch.testing.assert_close(spectrum(stage, [0, 1], 12).apply(lambda x: x), hessian, rtol=1e-5, atol=1e-6)
 
 
 CURVATURES = ["empirical_fisher", "sampled_fisher", "gauss_newton", "features"]

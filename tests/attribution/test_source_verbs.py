@@ -7,7 +7,6 @@ from problems import Problem, classification, naive_source, source
 from torch.utils.data import ConcatDataset, TensorDataset
 
 import source_proj as sp
-from source_proj.attribution.fits import FitCache
 
 
 def test_permuting_rows_permutes_scores(blobs, tmp_path):
@@ -89,7 +88,7 @@ def test_fit_is_cached_and_keyed_by_what_it_depends_on(blobs, tmp_path):
     problem, _ = blobs
     bank = problem.build(tmp_path / "bank", sp.Sketch(dim=20))
     first = source(problem, bank).score(problem.queries)
-    cache = FitCache(bank)
+    cache = bank.fits
     entries = {p.name for p in cache.folder.iterdir() if p.is_dir()}
     assert len([name for name in entries if name.startswith("source-")]) == 1
     again = source(problem, sp.open(tmp_path / "bank")).score(problem.queries)
@@ -121,7 +120,7 @@ def test_a_damaged_cache_entry_is_computed_anew(blobs, tmp_path):
     problem, _ = blobs
     bank = problem.build(tmp_path / "bank")
     first = np.asarray(source(problem, bank).score(problem.queries))
-    (entry,) = (p for p in FitCache(bank).folder.iterdir() if p.name.startswith("source-"))
+    (entry,) = (p for p in bank.fits.folder.iterdir() if p.name.startswith("source-"))
     chunk = next(p for p in (entry / "B").rglob("*") if p.is_file() and p.name != "zarr.json")
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 1

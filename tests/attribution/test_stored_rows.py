@@ -6,7 +6,6 @@ import torch
 from problems import classification, two_stages
 
 import source_proj as sp
-from source_proj.attribution.fits import FitCache
 from source_proj.bank.codecs import codec_names, find_codec
 
 STORAGES = codec_names()
@@ -140,7 +139,7 @@ def test_each_storage_has_a_cache_entry_of_its_own(tmp_path):
     made = {}
     for count, storage in enumerate(STORAGES, start=1):
         made[storage] = np.asarray(sp.Source(bank, model=problem.model, storage=storage).score(problem.queries))
-        entries = [p.name for p in FitCache(bank).folder.iterdir() if p.name.startswith("source-")]
+        entries = [p.name for p in bank.fits.folder.iterdir() if p.name.startswith("source-")]
         assert len(entries) == count
     for storage in STORAGES:
         again = sp.Source(sp.open(tmp_path / "bank"), model=problem.model, storage=storage).score(problem.queries)

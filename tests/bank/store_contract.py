@@ -150,32 +150,31 @@ class StoreContract:
                 call(key)
         assert list(store.list()) == []
 
-    def test_writers_with_one_key_exclude_each_other(self, store):
-        store.put({"lock": b"x"})
-        inside, most = [], []
+    def test_a_copy_is_whole_and_its_source_stays(self, store):
+        store.put({"part/a": b"first", "b": b"second", "c": b"x"})
+        store.copy({"c": "part/a", "new/d": "b"})
+        assert [self.fetch(store, key) for key in ("part/a", "b", "c", "new/d")] == [b"first", b"second"] * 2
+        store.copy({"c": "part/a"})  # once more
+        store.put({"c": b"third"})
+        store.delete("b")
+        assert [self.fetch(store, key) for key in ("part/a", "c", "new/d")] == [b"first", b"third", b"second"]
+        assert list(store.list()) == ["c", "new/d", "part/a"]
+        assert list(store.leftovers()) == []
+        with pytest.raises(FileNotFoundError):
+            store.copy({"c": "never/there"})
+        assert self.fetch(store, "c") == b"third"
 
-        def work():
-            mine = self.twin(store)
-            for _ in range(10):
-                with mine.exclusive("lock") as alone:
-                    if not alone:
-                        return
-                    inside.append(1)
-                    most.append(len(inside))
-                    mine.get("lock")
-                    inside.pop()
-
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert set(most) <= {1}
-
-    def test_writers_with_other_keys_go_on(self, store):
-        store.put({"lock": b"x", "another": b"x"})
-        with store.exclusive("lock"), self.twin(store).exclusive("another"):
-            store.put({"part/a": b"x"})
+    def test_temporary_objects_are_listed_apart(self, store):
+        store.put({"part/a": b"x"})
+        assert store.put_if_absent({"part/a.0123.partial": b"half", "b.partial": b"half"}) == set()
+        self.place(store, "part/rows/c.0.partial", b"half")
+        assert list(store.list()) == list(store.list("part")) == ["part/a"]
+        assert list(store.leftovers()) == ["b.partial", "part/a.0123.partial", "part/rows/c.0.partial"]
+        assert list(store.leftovers("part/rows")) == ["part/rows/c.0.partial"]
+        assert store.get("part/a.0123.partial") == b"half"
+        for key in store.leftovers():
+            store.delete(key)
+        assert sorted(store.keys()) == ["part/a"]
 
     def test_a_location_names_the_object(self, store):
         assert store.location("part/a").endswith("part/a")

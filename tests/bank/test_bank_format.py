@@ -124,20 +124,23 @@ REFUSED = {
     "negative draws": (attribute("", "settings", "sampled_fisher", to=-1), "sampled_fisher must be"),
     "a sketch in words": (attribute("", "settings", "sketch", to="sparse"), "'sketch' is 'sparse'"),
     "an unknown sketch": (attribute("", "settings", "sketch", "kind", to="magic"), "magic"),
-    "a trajectory without stages": (attribute("", "settings", "trajectory", to={}), "trajectory is malformed"),
-    "a trajectory of no stages": (attribute("", "settings", "trajectory", "stages", to=[]), "no stage"),
+    "a trajectory without stages": (attribute("", "settings", "trajectory", to={}), "trajectory lacks 'stages'"),
+    "a trajectory of no stages": (
+        attribute("", "settings", "trajectory", "stages", to=[]),
+        "stages must be at least one",
+    ),
     "notes in words": (attribute("", "versions", to="new"), "versions or checkpoint_paths is 'new'"),
     # 4: whole metadata
     "root metadata cut short": (truncated("zarr.json", 40), "metadata of .* cannot be read"),
-    "root metadata of nothing": (written("zarr.json", b"{}"), "not those of a zarr v3 node"),
-    "an array as root": (replaced("zarr.json", f"{PART}/ids/zarr.json"), "is a zarr array and must be a group"),
+    "root metadata of nothing": (written("zarr.json", b"{}"), "its attribute format is None"),
+    "an array as root": (replaced("zarr.json", f"{PART}/ids/zarr.json"), "is no bank, but a zarr array"),
     "other versions after sealing": (
         attribute("", "versions", "torch", to="0"),
         "metadata .* changed since it was sealed",
     ),
     "a stage of another name": (attribute("stage_0", "name", to="x"), "is of stage 'x', and must be of 'train'"),
     "stage metadata cut short": (truncated("stage_0/zarr.json", 30), "metadata of .*stage_0 cannot be read"),
-    "checkpoint metadata cut short": (truncated(f"{DATA}/zarr.json", 30), "metadata of .*checkpoint_1 cannot be read"),
+    "checkpoint metadata cut short": (truncated(f"{DATA}/zarr.json", 30), "checkpoint_1/zarr.json cannot be read"),
     "another step after sealing": (attribute(DATA, "step", to=0), "metadata .* changed since it was sealed"),
     "another seed": (attribute("", "settings", "sketch", "seed", to=6), "changed since it was sealed"),
     # 5: stages and parts
@@ -155,7 +158,7 @@ REFUSED = {
     "ids of another type": (attribute(PART, "id_type", to="float"), "id_type is 'float'"),
     "an id twice": (doubled_id, "an id twice"),
     "ids missing": (gone(f"{PART}/ids"), "part_0/ids is missing"),
-    "ids cut short": (truncated(f"{PART}/ids/c.0", 20), r"ids/c\.0 is truncated or altered"),
+    "ids cut short": (truncated(f"{PART}/ids/c.0", 20), "ids is truncated or altered"),
     # 8 and 9: arrays
     "an array missing": (gone(f"{DATA}/scale"), "checkpoint_1/scale is missing"),
     "a checkpoint missing": (gone(DATA), "checkpoint_1/rows is missing"),
@@ -168,14 +171,14 @@ REFUSED = {
     ),
     "an unknown codec": (metadata(f"{DATA}/d1", "codecs", [{"name": "magic"}]), "cannot be read .*magic"),
     # 12 and 15: marks and seals
-    "a mark cut short": (truncated(f"{DATA}/committed/c.2.0.0", 7), r"committed/c\.2\.0\.0 is truncated or altered"),
-    "a mark altered": (flipped(f"{DATA}/committed/c.2.0.0", 5), r"committed/c\.2\.0\.0 is truncated or altered"),
+    "a mark cut short": (truncated(f"{DATA}/committed/c.2.0.0", 7), "committed is truncated or altered"),
+    "a mark altered": (flipped(f"{DATA}/committed/c.2.0.0", 5), "committed is truncated or altered"),
     "a mark gone": (gone(f"{DATA}/committed/c.2.0.0"), "marks .* changed since it was sealed"),
     "the mark of another shard": (
         replaced(f"{DATA}/committed/c.2.0.0", f"{DATA}/committed/c.1.0.0"),
         "marks .* changed since it was sealed",
     ),
-    "a seal altered": (flipped(f"{PART}/seal/c.0.0", 3), r"seal/c\.0\.0 is truncated or altered"),
+    "a seal altered": (flipped(f"{PART}/seal/c.0.0", 3), "seal is truncated or altered"),
     "the seal of another part": (
         replaced(f"{PART}/seal/c.0.0", "stage_0/part_1/seal/c.0.0"),
         "changed since it was sealed",
@@ -201,11 +204,11 @@ def test_what_is_malformed_is_refused_by_name(bank, case):
     [
         (lambda path: None, "nothing is there; build one"),
         (lambda path: path.write_text("rows"), "is a file, and a bank is a folder"),
-        (lambda path: path.mkdir(), "nothing is there; build one"),
+        (lambda path: path.mkdir(), "no zarr.json, but nothing"),
         (lambda path: (path.mkdir(), (path / "a.txt").touch()), r"no zarr.json, but \['a.txt'\]"),
         (lambda path: zarr.create_group(path, zarr_format=2), "a zarr v2 node"),
         (lambda path: zarr.create_group(path), "format is None"),
-        (lambda path: zarr.create_array(path, shape=(3,), dtype="int8"), "is a zarr array and must be a group"),
+        (lambda path: zarr.create_array(path, shape=(3,), dtype="int8"), "but a zarr array"),
     ],
 )
 def test_what_is_no_bank_is_refused_by_name(tmp_path, make, named):
@@ -332,12 +335,13 @@ def test_any_flipped_bit_is_found(small, data):
 def test_any_truncation_is_found(small, name):
     file = small / PART / "checkpoint_0" / name
     content = file.read_bytes()
-    part, kind = banks.open(small).parts[0], name.split("/")[0]
+    part = banks.open(small).parts[0]
+    kind = name.split("/")[0]
     try:
         for length in [*range(0, len(content), max(1, len(content) // 40)), len(content) - 1]:
             file.write_bytes(content[:length])
             with pytest.raises(BankError, match="truncated"):
-                banks.open(small) if kind == "committed" else part.read(0, kind, 0)
+                part.mark(0, 0) if kind == "committed" else part.read(0, kind, 0)
     finally:
         file.write_bytes(content)
 

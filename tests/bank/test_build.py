@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from source_proj import bank as banks
-from source_proj._errors import BankError, GradientError, MismatchError
+from source_proj._errors import BankError, MismatchError
 from source_proj.bank.build.uniform import Uniforms
 from source_proj.gradients import ParameterSpace, gradient_engine
 from source_proj.sketch import Sketch
-from source_proj.task import Classification, Regression, Task
+from source_proj.task import Classification, Regression
 from source_proj.trajectory import Checkpoint, Stage, Trajectory
 
 BOUND = {"int8": 0.51 / 127, "float16": 2.0**-11, "float32": 0.0}
@@ -142,12 +142,6 @@ def test_finalize_names_what_is_missing(run, tmp_path):
     assert bank.finalized
 
 
-@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), 3, "ab", (0, 1, 2)])
-def test_bad_shards_are_refused(run, tmp_path, shard):
-    with pytest.raises(ValueError, match=r"shard must be \(i, n\)"):
-        run.build(tmp_path / "bank", shard=shard)
-
-
 @pytest.mark.parametrize("shard_rows", [7, 0, 8.0])
 def test_shards_hold_whole_batches(run, tmp_path, shard_rows):
     with pytest.raises(ValueError, match=f"shard_rows must be .* got {shard_rows}"):
@@ -269,43 +263,6 @@ def test_regression(tmp_path):
     assert torch.equal(block, torch.cat([data.tensors[0], torch.ones(20, 1)], dim=1))
 
 
-def poisoned(model, batch):
-    x, _ = batch
-    return model(x)[:, 0] / (x[:, 0] != 99)
-
-
-def test_a_gradient_that_is_not_finite_names_the_example(tmp_path):
-    run = make_run(checkpoints=2)
-    x = run.data.tensors[0]
-    x[29, 0] = x[31, 0] = 99
-    names = [f"example {i}" for i in range(N)]
-    with pytest.raises(GradientError, match=r"\['example 29', 'example 31'\] of stage 'train' .* step 10"):
-        run.build(tmp_path / "bank", task=Task(poisoned, constant), ids=names)
-    bank = banks.open(tmp_path / "bank")
-    assert [part.done(0).tolist() for part in bank.parts] == [[True, False, False, False]]
-
-
-@pytest.mark.parametrize("values", [torch.nan, torch.inf])
-def test_a_derivative_that_is_not_finite_names_the_example(run, tmp_path, values):
-    def broken(output, batch):
-        return torch.where(torch.arange(len(output)) == 3, values, 1.0), None
-
-    with pytest.raises(GradientError, match=r"ℓ' is not finite for ids \[3\]"):
-        run.build(tmp_path / "bank", task=Task(poisoned, broken))
-
-
-def dropping(samples):
-    return torch.utils.data.default_collate(samples[:-1])
-
-
-def test_a_collate_that_drops_examples_is_refused(run, tmp_path):
-    with pytest.raises(ValueError, match=r"(?s)7 examples.*8 were asked for"):
-        run.build(tmp_path / "bank", data=DataLoader(run.data, batch_size=BATCH, collate_fn=dropping))
-
-
-# Sampled Fisher ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("gradients", ["hooks", "general"])
 def test_sampled_rows_are_gradients_of_sampled_labels(run, tmp_path, gradients):
     bank = run.build(tmp_path / "bank", sampled_fisher=2, storage="float32", gradients=gradients)
@@ -400,19 +357,6 @@ def test_checkpoint_files_are_referred_to(run, tmp_path):
     (tmp_path / "moved" / "run" / "1.pt").unlink()
     with pytest.raises(MismatchError, match="no file is there"):
         banks.open(moved.path).final_checkpoint()
-
-
-def test_a_checkpoint_that_changes_during_the_build_is_noticed(run, tmp_path):
-    trajectory = file_trajectory(tmp_path / "run")
-    run.build(tmp_path / "bank", trajectory=trajectory, shard=(0, 9))
-    torch.save(make_states(1, seed=9)[0], tmp_path / "run" / "1.pt")
-    with pytest.raises(MismatchError, match=r"checkpoints\[1\]\.hash"):
-        run.build(tmp_path / "bank", trajectory=trajectory)
-
-
-def test_a_model_of_another_architecture_is_refused(run, tmp_path):
-    with pytest.raises(MismatchError, match="shape"):
-        run.build(tmp_path / "bank", model=nn.Sequential(nn.Linear(6, 11), nn.ReLU(), nn.Linear(11, 3)))
 
 
 def test_parameters_are_chosen_by_glob(run, tmp_path):

@@ -1,8 +1,4 @@
 import errno
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +6,7 @@ from store_contract import StoreContract
 
 from source_proj._errors import BankError
 from source_proj._io import files
-from source_proj.bank.store import LocalStore, local
+from source_proj.bank.store import LocalStore
 
 
 class TestLocalStore(StoreContract):
@@ -73,13 +69,19 @@ def test_the_folder_itself_may_be_a_link(tmp_path):
     assert LocalStore(tmp_path / "link").get("a") == b"x"
 
 
-def test_leftovers_are_no_objects(store):
-    store.put({"a/b": b"x"})
-    (store.root / "a/c.0123.partial").write_bytes(b"half")
-    assert list(store.list()) == ["a/b"]
-    assert list(store.leftovers()) == list(store.leftovers("a")) == ["a/c.0123.partial"]
-    store.delete("a/c.0123.partial")
-    assert list(store.leftovers()) == []
+@pytest.mark.parametrize("links", [True, False])
+def test_copies_need_no_second_names(store, monkeypatch, links):
+    if not links:
+
+        def refusing(source, target):
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(files.os, "link", refusing)
+    store.put({"a": b"first", "b": b"second"})
+    store.copy({"b": "a"})
+    store.copy({"b": "a"})
+    assert store.get("b") == b"first"
+    assert sorted(store.keys()) == ["a", "b"]
 
 
 def test_new_folders_are_on_the_disk_before_a_put_returns(store, monkeypatch):
@@ -103,51 +105,3 @@ def test_a_full_disk_leaves_nothing_half(store, monkeypatch):
     assert list(store.list()) == ["a"]
     assert list(store.leftovers()) == []
     assert store.get("a") == b"first"
-
-
-def test_one_who_waits_in_vain_is_told_for_what(tmp_path):
-    store = LocalStore(tmp_path, patience=0.05)
-    store.put({"lock": b"x"})
-    with (
-        store.exclusive("lock") as alone,
-        pytest.raises(BankError, match=r"another process has been writing beside .*lock for 0\.05 s"),
-        LocalStore(tmp_path, patience=0.05).exclusive("lock"),
-    ):
-        assert alone
-    with store.exclusive("lock") as alone:
-        assert alone
-
-
-def test_a_file_system_without_locks_says_so(store, monkeypatch):
-    def failing(descriptor):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(local, "_try_lock", failing)
-    store.put({"lock": b"x"})
-    with store.exclusive("lock") as alone:
-        assert not alone
-
-
-HOLDER = """
-import sys, time
-from source_proj.bank.store import LocalStore
-with LocalStore(sys.argv[1]).exclusive("lock"):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_a_killed_writer_lets_the_others_in(tmp_path):
-    LocalStore(tmp_path).put({"lock": b"x"})
-    root = Path(local.__file__).parents[3]
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(BankError, match="another process"), LocalStore(tmp_path, patience=0).exclusive("lock"):
-            pass
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-    with LocalStore(tmp_path, patience=0).exclusive("lock") as alone:
-        assert alone

@@ -142,7 +142,7 @@ def test_appended_rows_are_in_the_same_metrics(run, tmp_path):
 @pytest.mark.parametrize(
     ("other", "named"),
     [
-        (make_adam_run(seed=1), r"trajectory\.metrics\[0\]\.hash is '\w+' there and '\w+' here"),
+        (make_adam_run(seed=1), r"trajectory\.metrics\[0\] is '\w+' there and '\w+' here"),
         (make_adam_run("shared"), r"trajectory\..* is .* there and .* here"),
         (make_run(4), r"trajectory\..* is .* there and .* here"),
     ],
@@ -170,11 +170,11 @@ def test_a_damaged_metric_is_named(run, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda t: t["metrics"].pop(), "is in metric 1, and there are 1"),
-        (lambda t: t["metrics"][0].pop("hash"), "neither the identity nor a diagonal with its hash"),
-        (lambda t: t["metrics"][0].pop("kind"), "its trajectory is malformed"),
-        (lambda t: t["stages"][0]["metric_of"].pop(), "its trajectory is malformed"),
-        (lambda t: t["stages"][0].update(metric_of="0011"), "is in metric '0', and there are 2"),
+        (lambda t: t["metrics"].pop(), r"stages\[0\].metrics names metric 1, and metrics has 1"),
+        (lambda t: t["metrics"].reverse() or t["metrics"].append("x"), r"metrics\[2\] must be 64 hexadecimal digits"),
+        (lambda t: t.pop("metrics"), "trajectory lacks 'metrics'"),
+        (lambda t: t["stages"][0]["metrics"].pop(), "metrics has 3 entries for 4 checkpoints"),
+        (lambda t: t["stages"][0].update(metrics="0011"), "metrics must be a list, got '0011'"),
     ],
 )
 def test_malformed_metrics_are_refused(run, tmp_path, change, named):

@@ -259,7 +259,13 @@ def test_inspect_shows_what_is_there(call):
     assert all(one["shards_done"] == one["shards"] for one in stage["checkpoints"])
     assert facts["missing"] == []
     text = call("inspect", "bank")
-    for word in ("complete", "40 training examples, int8", "classification", "57 in 4 tensors", "momentum 0.5"):
+    for word in (
+        "complete",
+        "40 training examples, int8",
+        "classification",
+        "4 of 4 parameters, 57 of 57 numbers",
+        "momentum 0.5",
+    ):
         assert word in text
 
 

@@ -89,7 +89,7 @@ def test_changed_weights_are_refused(tmp_path):
 
 
 def test_refuses_what_it_cannot_do(tmp_path):
-    with pytest.raises(ValueError, match="from 1 on, got 0"):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
         RecorderCallback(tmp_path, every=0)
     with pytest.raises(FileNotFoundError, match=r"holds no updates.jsonl"):
         RecorderCallback(tmp_path / "none").trajectory()

@@ -8,6 +8,7 @@ from source_proj.kernels import sparse_native
 from source_proj.kernels.native import native_library
 from source_proj.kernels.sparse import sparse_add_windows_
 from source_proj.sketch import Sketch
+from source_proj.sketch.projections import kinds
 
 ROUTES = (
     [("torch", None)] if native_library() is None else [("torch", None), *(("native", level) for level in range(3))]
@@ -88,7 +89,7 @@ def test_threads_change_no_bit():
     assert torch.equal(*sums)
 
 
-@pytest.mark.parametrize("kind", ["sparse", "rademacher", "kronecker", "identity"])
+@pytest.mark.parametrize("kind", kinds())
 def test_every_kind_sketches_the_gradient_of_a_convolution(kind):
     arguments = problem(3, 4, 2, 6, 10, 40)
     sketch = Sketch(48, kind, seed=1)

@@ -51,6 +51,28 @@ def sparse(sketch, offset, shape):
     return matrix
 
 
+def tensor(sketch, offset, shape):
+    """Entry (o, i) goes to (rank of o's word in its block + the same of i) mod k, with the product of two signs."""
+    k, count = sketch.dim, (shape[0], math.prod(shape[1:]))
+    words = [int(w) for w in kernels.philox4x32(offset % 2**32, offset // 2**32, 0, 0x53494445, seed=sketch.seed)]
+    matrix, sides = np.zeros((k, *count)), []
+    for n, seed in zip(count, (words[0] + words[1] * 2**32, words[2] + words[3] * 2**32), strict=True):
+        ranks, signs = [], []
+        for e in range(n):
+            block = [kernels.philox4x32(x, 0, 0, 0x52414E4B, seed=seed) for x in range(e // k * k, e // k * k + k)]
+            block = [int(w[0]) + int(w[1]) * 2**32 for w in block]
+            ranks.append(sum(word < block[e % k] for word in block))
+            signs.append(
+                1 - 2 * (int(kernels.philox4x32(e // 128, 0, 0, 0x5349474E, seed=seed)[e % 128 // 32]) >> e % 32 & 1)
+            )
+        sides.append((ranks, signs))
+    (left, left_signs), (right, right_signs) = sides
+    for o in range(count[0]):
+        for i in range(count[1]):
+            matrix[(left[o] + right[i]) % k, o, i] = left_signs[o] * right_signs[i]
+    return matrix.reshape(k, -1)
+
+
 # For each row: its options, and R[:, offset : offset + prod(shape)] entry by entry from the definition.
 KINDS = {
     "sparse": ({"dim": 64}, sparse),
@@ -60,10 +82,17 @@ KINDS = {
     "rademacher, ragged": ({"dim": 70, "kind": "rademacher"}, rademacher),
     "kronecker": ({"dim": 64, "kind": "kronecker"}, kronecker),
     "kronecker, prime": ({"dim": 61, "kind": "kronecker"}, kronecker),
+    "tensor": ({"dim": 64, "kind": "tensor"}, tensor),
+    "tensor, ragged": ({"dim": 7, "kind": "tensor"}, tensor),
     "identity": ({"dim": 2000, "kind": "identity"}, identity),
 }
-TAKE_WHOLE_PARAMETERS = ("kronecker",)  # kinds whose matrix depends on a parameter's shape
-INTERPRETED = ("sparse", "sparse, two nonzeros", "rademacher, ragged")  # Triton's interpreter takes its time
+TAKE_WHOLE_PARAMETERS = ("kronecker", "tensor")  # kinds whose matrix depends on a parameter's shape
+INTERPRETED = (
+    "sparse",
+    "sparse, two nonzeros",
+    "rademacher, ragged",
+    "tensor, ragged",
+)  # Triton's interpreter takes its time
 
 
 def backends(name):

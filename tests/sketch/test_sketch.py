@@ -13,14 +13,15 @@ from source_proj.sketch import Sketch
 from source_proj.sketch.projections import kinds
 
 
-def test_kronecker_vectors_take_the_sparse_map():
-    sparse, kronecker = Sketch(64), Sketch(64, "kronecker")
+@pytest.mark.parametrize("kind", ["kronecker", "tensor"])
+def test_vectors_of_kinds_for_matrices_take_the_sparse_map(kind):
+    sparse, whole = Sketch(64), Sketch(64, kind)
     x = normal(3, 40)
-    assert torch.equal(kronecker(x, 5, (40,)), sparse(x, 5))
-    assert torch.equal(kronecker(x, 5), sparse(x, 5))
-    assert not torch.equal(kronecker(x, 5, (4, 10)), sparse(x, 5))
+    assert torch.equal(whole(x, 5, (40,)), sparse(x, 5))
+    assert torch.equal(whole(x, 5), sparse(x, 5))
+    assert not torch.equal(whole(x, 5, (4, 10)), sparse(x, 5))
     kernel = normal(3, 4 * 2 * 5)
-    assert torch.equal(kronecker(kernel, 5, (4, 2, 5)), kronecker(kernel, 5, (4, 10)))
+    assert torch.equal(whole(kernel, 5, (4, 2, 5)), whole(kernel, 5, (4, 10)))
 
 
 @pytest.mark.parametrize("kind", kinds())
@@ -60,6 +61,7 @@ def test_backends_are_honoured_or_refused(monkeypatch):
         ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"nnz": 0}, "nnz is 0"),
         ({"nnz": 2, "kind": "rademacher"}, "nnz is 2"),
+        ({"nnz": 2, "kind": "tensor"}, "nnz is 2"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -111,7 +111,7 @@ def test_number_of_threads_changes_no_bit(name, backend):
     def work(threads):
         torch.set_num_threads(threads)
         outer, at = torch.zeros(40, sketch.dim), torch.zeros(40, sketch.dim)
-        if sketch.kind != "sparse":
+        if sketch.kind not in ("sparse", "tensor"):
             return [sketch.matrix(0, 400, (20, 20)), sketch.matrix(64, 65, (1, 1))]
         sketch.add_outer_(outer, left, right, 5)
         sketch.add_at_(at, x[:, :5000], index, index, 0, (40, 5000))

@@ -30,7 +30,7 @@ class MySGD(torch.optim.SGD):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (lambda: of_class(torch.optim.NAdam), "got torch.optim.nadam.NAdam"),
+        (lambda: of_class(torch.optim.Rprop), "got torch.optim.rprop.Rprop, which steps by the sign"),
         (lambda: of_class(torch.optim.Adafactor), "got torch.optim.*Adafactor"),
         (lambda: adam_groups(betas=(0.9, 0.5)), r"different betas: \[\(0.9, 0.999\), \(0.9, 0.5\)\]"),
         (lambda: adam_groups(0.0), r"first parameter group has learning rate 0, and others have \[0.0, 0.1\]"),

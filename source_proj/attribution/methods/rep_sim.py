@@ -1,5 +1,6 @@
 """RepSim: cosine of hidden representations at the final checkpoint."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -13,9 +14,9 @@ from source_proj._errors import MismatchError, SourceProjError
 from source_proj.attribution.attributor import Attributor, Queries, Term
 from source_proj.attribution.operands import Operand
 from source_proj.attribution.queries import QueryFeatures
-from source_proj.bank import Bank, StageBank, batches, on_device
+from source_proj.bank import Bank, StageBank, batches
 from source_proj.bank.build.data import BatchSource, batch_hash, to_device
-from source_proj.gradients import nonfinite_examples
+from source_proj.gradients import nonfinite_examples, private_copy, require_own_weights
 from source_proj.task import Batch, Task
 
 __all__ = ["RepSim"]
@@ -84,6 +85,7 @@ class RepSim(Attributor):
     ) -> None:
         super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
         self._module = model
+        self._reading = threading.Lock()  # of the training data: once for each bank, however many threads ask
         self._sources = _sources(self.banks[0], train_set)
         self._candidates = _candidates(model, layer)
         self._train: dict[str, Tensor] = {}
@@ -97,11 +99,19 @@ class RepSim(Attributor):
     def layer(self) -> str:
         """Name of the module whose input is the representation."""
         if len(self._candidates) == 1:
-            return next(iter(self._candidates))
+            return self._candidates[0]
         source = self._sources[0]
         _, _, batch = next(source.load([(0, min(source.n, source.batch_size))]))
-        with on_device(self._module, self.device) as where, self.banks[0].final_checkpoint().applied_to(self._module):
-            return _last_input(self._module, self._candidates, self.task.output, to_device(batch, where))[0]
+        model = self._at_the_end(self.banks[0])
+        batch = to_device(batch, _device(model))
+        require_own_weights(self.task.output, model, self._module, batch)
+        return _last_input(model, self._candidates, self.task.output, batch)[0]
+
+    def _at_the_end(self, bank: Bank) -> nn.Module:
+        """A copy of the model with a bank's final weights."""
+        model = private_copy(self._module, self.device)
+        bank.final_checkpoint().load_into(model)
+        return model
 
     def sketch(self, queries: Queries) -> list[QueryFeatures]:
         """Compute the queries' representations, one entry per bank; every verb takes them in place of the data."""
@@ -110,11 +120,13 @@ class RepSim(Attributor):
             return self._checked(given)
         features = []
         for bank in self.banks:
-            final = bank.final_checkpoint()
-            with on_device(self._module, self.device) as where, final.applied_to(self._module):
-                loaded = batches(queries, self.batch_size, device=where, progress=self.progress)
-                rows = torch.cat([self._represent(self.task.measurement, batch, "queries", i) for i, batch in loaded])
-            features.append(QueryFeatures({final.hash(): rows}, list(range(len(rows))), self._description))
+            model = self._at_the_end(bank)
+            loaded = batches(queries, self.batch_size, device=_device(model), progress=self.progress)
+            measure = self.task.measurement
+            rows = torch.cat([self._represent(model, measure, batch, "queries", i) for i, batch in loaded])
+            features.append(
+                QueryFeatures({bank.final_checkpoint().hash(): rows}, list(range(len(rows))), self._description)
+            )
         return features
 
     @property
@@ -139,16 +151,15 @@ class RepSim(Attributor):
 
     def _training_rows(self, bank: Bank) -> Tensor:
         """Representations of all stages' examples, of length 1, ``(N, h)``."""
-        if bank.fingerprint not in self._train:
-            with on_device(self._module, self.device) as where, bank.final_checkpoint().applied_to(self._module):
-                parts = [
-                    self._stage_rows(stage, source, where)
-                    for stage, source in zip(bank.stages, self._sources, strict=True)
-                ]
-            self._train[bank.fingerprint] = normalize(torch.cat(parts)).to(self.device or "cpu")
-        return self._train[bank.fingerprint]
+        with self._reading:
+            if bank.fingerprint not in self._train:
+                model = self._at_the_end(bank)
+                stages = zip(bank.stages, self._sources, strict=True)
+                rows = torch.cat([self._stage_rows(model, stage, source) for stage, source in stages])
+                self._train[bank.fingerprint] = normalize(rows).to(self.device or "cpu")
+            return self._train[bank.fingerprint]
 
-    def _stage_rows(self, stage: StageBank, source: BatchSource, where: torch.device) -> Tensor:
+    def _stage_rows(self, model: nn.Module, stage: StageBank, source: BatchSource) -> Tensor:
         rows = []
         for part in stage.parts:
             # In the bank's own batches, whatever a DataLoader says, for their hashes to compare.
@@ -158,13 +169,15 @@ class RepSim(Attributor):
                 hashes = []
                 for start, _, batch in source.load([(first, last)]):
                     hashes.append(np.frombuffer(batch_hash(batch), np.uint8))
-                    rows.append(self._represent(self.task.output, to_device(batch, where), stage.name, start))
+                    rows.append(
+                        self._represent(model, self.task.output, to_device(batch, _device(model)), stage.name, start)
+                    )
                 part.check_data(shard, np.stack(hashes))
         return torch.cat(rows)
 
-    def _represent(self, function: Function, batch: Batch, what: str, start: int) -> Tensor:
+    def _represent(self, model: nn.Module, function: Function, batch: Batch, what: str, start: int) -> Tensor:
         """Representations ``(B, h)`` float32 on the CPU."""
-        _, inputs = _last_input(self._module, {self.layer: self._candidates[self.layer]}, function, batch)
+        _, inputs = _last_input(model, [self.layer], function, batch)
         rows = _pooled(inputs, batch, self.layer)
         bad = nonfinite_examples(rows)
         if bad:
@@ -194,21 +207,23 @@ def _sources(bank: Bank, train_set: Any) -> list[BatchSource]:
     return sources
 
 
-def _candidates(model: nn.Module, layer: str | None) -> dict[str, nn.Module]:
-    """The named layer, or every linear one: the last that is called will be it."""
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _candidates(model: nn.Module, layer: str | None) -> list[str]:
+    """The name of the layer, or of every linear one: the last that is called will be it."""
     modules = dict(model.named_modules())
     if layer is not None and layer not in modules:
         raise ValueError(f"the model has no module {layer!r}; it has {[name for name in modules if name][:50]}")
-    chosen = (layer,) if layer is not None else tuple(n for n, m in modules.items() if isinstance(m, nn.Linear))
+    chosen = [layer] if layer is not None else [n for n, m in modules.items() if isinstance(m, nn.Linear)]
     if not chosen:
         raise ValueError("the model has no nn.Linear: name the module whose input is the representation, layer=")
-    return {name: modules[name] for name in chosen}
+    return chosen
 
 
 @torch.no_grad()
-def _last_input(
-    model: nn.Module, candidates: Mapping[str, nn.Module], function: Function, batch: Batch
-) -> tuple[str, Tensor]:
+def _last_input(model: nn.Module, candidates: Sequence[str], function: Function, batch: Batch) -> tuple[str, Tensor]:
     """Run function(model, batch); return name and first input of the candidate that was called last."""
     calls: list[tuple[str, Tensor]] = []
 
@@ -220,14 +235,14 @@ def _last_input(
 
         return hook
 
-    handles = [module.register_forward_pre_hook(remember(name)) for name, module in candidates.items()]
+    handles = [model.get_submodule(name).register_forward_pre_hook(remember(name)) for name in candidates]
     try:
         function(model, batch)
     finally:
         for handle in handles:
             handle.remove()
     if not calls:
-        raise ValueError(f"no forward pass calls any of {list(candidates)[:10]}; name another module as layer=")
+        raise ValueError(f"no forward pass calls any of {candidates[:10]}; name another module as layer=")
     return calls[0]
 
 

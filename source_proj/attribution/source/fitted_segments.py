@@ -5,6 +5,7 @@ queries.
 """
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from source_proj.attribution.curvature import Curvature, Damping, damping_value
-from source_proj.attribution.fits import FitCache, cached_cross_moment, cached_spectrum
+from source_proj.attribution.fits import cached_cross_moment, cached_spectrum
 from source_proj.attribution.operands import Operand, mean_gradients
 from source_proj.attribution.source.query_propagator import QueryPropagator, SpectralOperator
 from source_proj.attribution.source.segments import Groups, Segment
@@ -54,6 +55,7 @@ class FittedSegments:
         self._damping: Damping = damping
         self._time_scale = time_scale
         self._device, self._cache = device, cache
+        self._fitting = threading.RLock()  # a fit is made once, however many threads ask
         self._matrices: dict[str, Operand] = {}
         self._segments: tuple[Segment, ...] | None = None
         self._spectra: dict[tuple[int, tuple[int, ...]], Spectrum] = {}
@@ -66,9 +68,10 @@ class FittedSegments:
     @property
     def segments(self) -> tuple[Segment, ...]:
         """All segments, in order of training."""
-        if self._segments is None:
-            self._segments = tuple(self._fit())
-        return self._segments
+        with self._fitting:
+            if self._segments is None:
+                self._segments = tuple(self._fit())
+            return self._segments
 
     @contextmanager
     def spectra_in_memory(self) -> Iterator[None]:
@@ -105,18 +108,21 @@ class FittedSegments:
             with self.spectra_in_memory():
                 return {name: values.numpy() for name, values in self._collapse(codec).items()}
 
-        if codec.name not in self._matrices:
-            settings = {
-                "curvature": self._curvature,
-                "damping": self._damping,
-                "segments": self._groups,
-                "time_scale": self._time_scale,
-                "storage": codec.name,
-            }
-            arrays = FitCache(self.bank).get("source", settings, compute) if self._cache else compute()
-            tensors = {name: torch.from_numpy(values).to(self._device or "cpu") for name, values in arrays.items()}
-            self._matrices[codec.name] = Operand(0, self.bank.n_rows, tensors["B"], tensors.get("scale"), codec=codec)
-        return self._matrices[codec.name]
+        with self._fitting:
+            if codec.name not in self._matrices:
+                settings = {
+                    "curvature": self._curvature,
+                    "damping": self._damping,
+                    "segments": self._groups,
+                    "time_scale": self._time_scale,
+                    "storage": codec.name,
+                }
+                arrays = self.bank.fits.get("source", settings, compute) if self._cache else compute()
+                tensors = {name: torch.from_numpy(values).to(self._device or "cpu") for name, values in arrays.items()}
+                self._matrices[codec.name] = Operand(
+                    0, self.bank.n_rows, tensors["B"], tensors.get("scale"), codec=codec
+                )
+            return self._matrices[codec.name]
 
     def operators(self, segments: Sequence[Segment]) -> list[dict[int, Tensor]]:
         """What makes a segment's mean gradients rows of B, for each of the given consecutive segments.
@@ -210,8 +216,10 @@ class FittedSegments:
 
     def _spectrum(self, stage: int, checkpoints: tuple[int, ...]) -> Spectrum:
         key = (stage, checkpoints)
-        if key not in self._spectra:
-            self._spectra[key] = cached_spectrum(
+        spectrum = self._spectra.get(key)  # another thread may free them at any time
+        if spectrum is None:
+            spectrum = cached_spectrum(
                 self.bank, stage, checkpoints, self._curvature, device=self._device, cache=self._cache
             )
-        return self._spectra[key]
+            self._spectra[key] = spectrum
+        return spectrum

@@ -133,9 +133,10 @@ class Source(Attributor):
     def __repr__(self) -> str:
         rows, dim = self.n_rows, self._of(self.banks[0]).width
         scaled = " with a float32 scale a row" if self.codec.has_scale else ""
+        kept = sum(bank.fits.nbytes() for bank in self.banks)
         runs = "" if len(self.banks) == 1 else f"; {len(self.banks)} runs"
         matrix = f"B: {rows} x {dim} {self.codec.name}{scaled}, {self.nbytes()} bytes"
-        return f"Source({rows} training examples{runs}; {matrix})"
+        return f"Source({rows} training examples{runs}; {matrix}; {kept} bytes of fits on disk)"
 
     # Fit -------------------------------------------------------------------------------------------------------
 
@@ -166,18 +167,16 @@ class Source(Attributor):
 
     def _of(self, bank: Bank) -> FittedSegments:
         """The bank's fitted segments; anew where rows were appended to it."""
-        key = bank.fingerprint
-        if key not in self._fitted:
-            self._fitted[key] = FittedSegments(
-                bank,
-                self._groups[self.banks.index(bank)],
-                curvature=self.curvature,
-                damping=self.damping,
-                time_scale=self.time_scale,
-                device=self.device,
-                cache=self.cache,
-            )
-        return self._fitted[key]
+        fitted = FittedSegments(
+            bank,
+            self._groups[self.banks.index(bank)],
+            curvature=self.curvature,
+            damping=self.damping,
+            time_scale=self.time_scale,
+            device=self.device,
+            cache=self.cache,
+        )
+        return self._fitted.setdefault(bank.fingerprint, fitted)  # of several threads' the first
 
     # Verbs beside score, top_k and bottom_k ----------------------------------------------------------------------
 

@@ -64,6 +64,7 @@ def append_rows(
         The part, not sealed.
     """
     checked_shard(shard)
+    task = task.told_by(settings.task)
     spec = replace(settings, task=task.spec()).task
     if spec != settings.task:
         raise MismatchError(

@@ -1,5 +1,7 @@
 """`build`: from checkpoints and data to a bank."""
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,19 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
+from source_proj._errors import BankError, MismatchError
 from source_proj.bank.bank import Bank
 from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
-from source_proj.bank.build.data import BatchSource, checked_ids
+from source_proj.bank.build.data import BatchSource, checked_ids, to_device
 from source_proj.bank.build.fill import Work, checked_shard, fill
+from source_proj.bank.build.normalizer import with_normalizer
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
 from source_proj.bank.store import LocalStore
-from source_proj._errors import BankError
-from source_proj.gradients import ParameterSpace
+from source_proj.gradients import ParameterSpace, private_copy
 from source_proj.sketch import Sketch
 from source_proj.task import Task
-from source_proj.trajectory import Trajectory
+from source_proj.trajectory import Trajectory, trained_parameters
 
 __all__ = ["build"]
 
@@ -55,7 +59,7 @@ def build(
     done. A dead worker's shards are done by calling it again, with the same ``shard`` or with none.
 
     Args:
-        model: a module of the architecture that was trained; it lends its code, its weights come back unchanged.
+        model: a module of the architecture that was trained. What runs is a copy; the model itself is left as it is.
         task: what it was trained on, and what is asked of it.
         trajectory: the training run. Checkpoints given as dicts are copied into the bank.
         train_set: map-style data set or DataLoader without shuffling; {stage name: data set} for several stages.
@@ -68,7 +72,9 @@ def build(
         resume: go on with a bank that is there; False refuses if there is anything.
         progress: show a progress bar after two seconds.
         ids: ids of the examples, integers or strings; {stage name: ids} for several stages. Default: 0, 1, 2, …
-        parameters: globs of the parameters to attribute through, "!glob" to leave out; default: all.
+        parameters: globs of the parameters to attribute through, "!glob" to leave out; ``["*"]`` for all. Default:
+            those that training moved, see :func:`source_proj.trajectory.trained_parameters`; ``bank.parameter_choice``
+            says which these are, and so does a line where some are left out.
         sampled_fisher: draws of labels from the model's prediction per example, each one backward pass more.
         autocast: "bfloat16" or "float16" for the forward pass.
         gradients: "auto", "hooks" or "general"; see :func:`source_proj.gradients.gradient_engine`.
@@ -103,7 +109,10 @@ def build(
     sources = [BatchSource(data, batch_size) for data in _by_stage(train_set, names, "train_set")]
     given_ids = _by_stage(ids, names, "ids")
     stage_ids = [checked_ids(one, 0, s.n, name) for one, s, name in zip(given_ids, sources, names, strict=True)]
-    space = ParameterSpace.from_model(model, parameters)
+    _check_loss(task, trajectory)
+    task = with_normalizer(task, sources, names)
+    second_derivative, fisher_weight = _columns(task, sources[0])
+    space, choice = _chosen(model, trajectory, parameters, progress)
     resolved = trajectory.resolve(model, space)
     settings = Settings(
         sketch=sketch.spec(),
@@ -112,15 +121,18 @@ def build(
         trajectory=resolved.record,
         storage=storage,
         sampled_fisher=sampled_fisher,
-        second_derivative=_has_second_derivative(task, sources[0]),
+        second_derivative=second_derivative,
+        fisher_weight=fisher_weight,
         gradients=gradients,
         autocast=autocast,
     )
     specs = [_part_spec(source, one, settings, shard_rows) for source, one in zip(sources, stage_ids, strict=True)]
-    if not _is_there(store, resume):
-        try:
-            create_bank(store, path, settings, trajectory, resolved.diagonals, list(zip(specs, stage_ids, strict=True)))
-        except OSError as error:
+    try:
+        if not _is_there(store, resume):
+            first_parts = list(zip(specs, stage_ids, strict=True))
+            create_bank(store, path, settings, trajectory, resolved.diagonals, first_parts, choice)
+    except OSError as error:
+        if not os.path.exists(path / "zarr.json"):  # else another process has, and removed what it took for leftovers
             raise BankError(f"cannot create the bank {path}: {error}; make room, or give another path") from error
     bank = Bank(path)
     require_same_settings(path, bank.settings, settings)
@@ -131,10 +143,60 @@ def build(
         Work(index, part, source, stage.checkpoints)
         for index, (part, source, stage) in enumerate(zip(parts, sources, trajectory.stages, strict=True))
     ]
+    _examine(task, model, trajectory, sources, device)
     fill(works, settings, model, task, bank.metrics, shard=shard, device=device, progress=progress)
     if shard is None:
         bank.seal(parts)
     return bank
+
+
+def _check_loss(task: Task, trajectory: Trajectory) -> None:
+    """Refuse a built-in task of another label smoothing than the run's.
+
+    Raises:
+        MismatchError: names both.
+    """
+    smoothing = getattr(task, "label_smoothing", 0.0)
+    for stage in trajectory.stages:
+        if "class" not in task.spec() and stage.label_smoothing not in (None, smoothing):
+            raise MismatchError(
+                f"stage {stage.name!r} was trained with label smoothing {stage.label_smoothing}, and the task is "
+                f"{task!r}: give Classification(label_smoothing=...), or a Task with the loss that was trained with"
+            )
+
+
+def _examine(
+    task: Task,
+    model: nn.Module,
+    trajectory: Trajectory,
+    sources: Sequence[BatchSource],
+    device: torch.device | str | None,
+) -> None:
+    """Let the task look at the first batch of each stage, at the final weights."""
+    if type(task).examine is Task.examine:
+        return
+    private = private_copy(model, device)
+    trajectory.final.load_into(private)
+    where = next(private.parameters()).device
+    for source in sources:
+        _, _, batch = next(iter(source.load([(0, min(source.n, source.batch_size))])))
+        task.examine(private, to_device(batch, where))
+
+
+def _chosen(
+    model: nn.Module, trajectory: Trajectory, patterns: Sequence[str] | None, announced: bool
+) -> tuple[ParameterSpace, str]:
+    """The attributed parameters, and in words which these are; a line says so where the default leaves some out."""
+    if patterns is None:
+        names, which = trained_parameters(trajectory, model)
+        space = ParameterSpace.of_names(model, names)
+    else:
+        space, which = ParameterSpace.from_model(model, patterns), f"those that parameters={list(patterns)} names"
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    choice = f"{len(space.names)} of {len(sizes)} parameters, {space.size} of {sum(sizes)} numbers: {which}"
+    if announced and patterns is None and len(space.names) < len(sizes):
+        tqdm.write(f"attributing through {choice} (parameters=['*'] takes all)", file=sys.stderr)
+    return space, choice
 
 
 def _by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
@@ -151,10 +213,11 @@ def _by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
     return [given] * len(names)
 
 
-def _has_second_derivative(task: Task, source: BatchSource) -> bool:
-    """Whether the task gives ℓ'', asked with the first batch and outputs of zero."""
+def _columns(task: Task, source: BatchSource) -> tuple[bool, bool]:
+    """Whether the task gives ℓ'', and a weight for the empirical Fisher; asked with the first batch."""
     _, stop, batch = next(iter(source.load([(0, min(source.n, source.batch_size))])))
-    return task.loss_derivatives(torch.zeros(stop), batch)[1] is not None
+    task = task.of_stage(0)
+    return task.loss_derivatives(torch.zeros(stop), batch)[1] is not None, task.fisher_weight(batch) is not None
 
 
 def _part_spec(source: BatchSource, ids: np.ndarray, settings: Settings, shard_rows: int | None) -> PartSpec:
@@ -164,7 +227,7 @@ def _part_spec(source: BatchSource, ids: np.ndarray, settings: Settings, shard_r
 
 def _is_there(store: LocalStore, resume: bool) -> bool:
     """Whether a bank is there already."""
-    if store.root.exists() and not store.root.is_dir():
+    if os.path.isfile(store.root):
         raise BankError(f"{store.root} is a file, and a bank is a folder; give another path")
     if not resume and store.list():
         raise BankError(

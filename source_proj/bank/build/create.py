@@ -27,6 +27,7 @@ def create_bank(
     trajectory: Trajectory,
     scales: Mapping[str, Tensor],
     parts: Sequence[tuple[PartSpec, np.ndarray]],
+    parameter_choice: str,
 ) -> None:
     """Create an empty bank: metadata, ids of each stage's first part, metrics, copies of weights given as dicts.
 
@@ -39,6 +40,7 @@ def create_bank(
         trajectory: the run.
         scales: the metrics, by hash.
         parts: each stage's first part with its ids.
+        parameter_choice: in words, which parameters are attributed.
 
     Raises:
         BankError: there is something else, or the beginning of another bank.
@@ -58,6 +60,7 @@ def create_bank(
         "settings": settings.to_json(),
         "versions": _versions(),
         "checkpoint_paths": relative_paths(folder, settings),
+        "parameter_choice": parameter_choice,
     }
     store.put_if_absent({"zarr.json": group_document(attributes)})
 
@@ -85,7 +88,12 @@ def put_same(store: Store, objects: Mapping[str, bytes], group: str) -> bool:
 def _require_own(store: Store, objects: Mapping[str, bytes], settings: Settings, scales: Mapping[str, Tensor]) -> None:
     """Leave a folder of something else alone."""
     copies = [checkpoint.hash for checkpoint in settings.trajectory.checkpoints if checkpoint.path is None]
-    nodes = [*(f"weights/{digest}" for digest in copies), *(f"metrics/{digest}" for digest in scales), "weights", "metrics"]
+    nodes = [
+        *(f"weights/{digest}" for digest in copies),
+        *(f"metrics/{digest}" for digest in scales),
+        "weights",
+        "metrics",
+    ]
     foreign = [key for key in store.list() if key not in objects and key.rpartition("/")[0] not in nodes]
     if foreign and not store.exists("zarr.json"):
         names = sorted({key.split("/")[0] for key in foreign})[:5]

@@ -2,12 +2,11 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from source_proj._errors import MismatchError
 
-__all__ = ["BatchSource", "batch_hash", "batches", "checked_ids", "dataset_size", "on_device", "to_device"]
+__all__ = ["BatchSource", "batch_hash", "batches", "checked_ids", "dataset_size", "to_device"]
 
 Batch = Any
 Span = tuple[int, int]
@@ -196,25 +195,36 @@ def checked_ids(ids: Sequence[Any] | np.ndarray | None, start: int, n: int, stag
     Raises:
         MismatchError: their number is not that of the examples.
         TypeError: they are not all integers, or not all strings.
-        ValueError: one occurs twice, or does not fit 64 bits.
+        ValueError: one occurs twice, does not fit 64 bits, or is no text that can be stored.
     """
     if ids is None:
         return np.arange(start, start + n, dtype=np.int64)
-    values = [one.item() if isinstance(one, np.generic | Tensor) else one for one in ids]
+    values = [given.item() if isinstance(given, np.generic | Tensor) else given for given in ids]
     if len(values) != n:
         raise MismatchError(f"stage {stage!r} has {n} examples and {len(values)} ids; give each example its id")
-    strings = all(isinstance(one, str) for one in values)
-    if not strings:
-        for one in values:
-            if isinstance(one, bool) or not isinstance(one, int):
-                raise TypeError(f"ids must all be integers or all be strings, got {one!r} in stage {stage!r}")
-            if not -(1 << 63) <= one < 1 << 63:
-                raise ValueError(f"id {one} of stage {stage!r} does not fit 64 bits; make the ids strings")
+    strings = all(isinstance(value, str) for value in values)
+    for value in values:
+        _check_id(value, stage, string=strings)
     if len(set(values)) != n:
         seen: set[Any] = set()
-        twice = next(one for one in values if one in seen or seen.add(one))  # type: ignore[func-returns-value]
+        twice = next(value for value in values if value in seen or seen.add(value))  # type: ignore[func-returns-value]
         raise ValueError(f"id {twice!r} occurs twice in stage {stage!r}; ids must be unique")
     return np.array(values, dtype=object if strings else np.int64)
+
+
+def _check_id(value: Any, stage: str, *, string: bool) -> None:
+    if string:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"id {value!r} of stage {stage!r} holds half a surrogate pair, which UTF-8 cannot store "
+                f"({error.reason}); give another id"
+            ) from error
+    elif isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"ids must all be integers or all be strings, got {value!r} in stage {stage!r}")
+    elif not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"id {value} of stage {stage!r} does not fit 64 bits; make the ids strings")
 
 
 def _checked_dataset(data: Any) -> Any:
@@ -252,18 +262,3 @@ def _loader_options(loader: DataLoader[Any]) -> dict[str, Any]:
 
 def _name(thing: Any) -> str:
     return type(thing).__name__
-
-
-@contextmanager
-def on_device(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
-    """Have the model on a device, and put it back afterwards."""
-    before = next(iter(model.parameters())).device
-    wanted = before if device is None else torch.device(device)
-    if wanted == before:
-        yield before
-        return
-    model.to(wanted)
-    try:
-        yield wanted
-    finally:
-        model.to(before)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from source_proj.bank.build.data import BatchSource, batch_hash, on_device
+from source_proj._errors import MismatchError
+from source_proj.bank.build.data import BatchSource, batch_hash
+from source_proj.bank.build.row_encoder import BatchLocation, RowEncoder
 from source_proj.bank.format import Settings
 from source_proj.bank.read.metrics import Metrics
 from source_proj.bank.read.part import Part
-from source_proj.bank.build.row_encoder import BatchLocation, RowEncoder
-from source_proj._errors import MismatchError
 from source_proj.gradients import ParameterSpace
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint
@@ -92,17 +92,18 @@ def fill(
     passes = list(_passes(works, *checked_shard(shard)))
     space = ParameterSpace.from_spec(settings.parameters)
     space.parameters(model)  # refuses another model
-    with on_device(model, device) as where:
-        checks = _checks(passes)
-        total = sum(_rows(one.work.part, one.todo) for one in passes)
-        total += sum(_rows(work.part, shards) for work, shards in checks)
-        with tqdm(total=total, unit="rows", delay=2, disable=not progress, desc="bank") as bar:
-            _check_committed(checks, bar)
-            rows = RowEncoder(model, task, space, settings, where, metrics)
-            with _Committer() as committer:
-                for one in passes:
-                    if one.todo:
-                        _run(one, rows, committer, bar)
+    checks = _checks(passes)
+    total = sum(_rows(one.work.part, one.todo) for one in passes)
+    total += sum(_rows(work.part, shards) for work, shards in checks)
+    with tqdm(total=total, unit="rows", delay=2, disable=not progress, desc="bank") as bar:
+        _check_committed(checks, bar)
+        if not any(one.todo for one in passes):
+            return
+        rows = RowEncoder(model, task, space, settings, device, metrics)
+        with _Committer() as committer:
+            for one in passes:
+                if one.todo:
+                    _run(one, rows, committer, bar)
 
 
 def _passes(works: Sequence[Work], index: int, count: int) -> Iterator[_Pass]:
@@ -152,20 +153,22 @@ def _run(one: _Pass, rows: RowEncoder, committer: "_Committer", bar: "tqdm[NoRet
             f"{expected[:16]}, and is {checkpoint.hash()[:16]}; put the original back"
         )
     bar.set_postfix_str(f"{part.stage_name}, step {checkpoint.step}", refresh=False)
-    with checkpoint.applied_to(rows.model):
-        loaded = one.work.source.load([part.spec.span(shard) for shard in one.todo])
-        buffer = committer.buffer(part, one.checkpoint)
-        for start, stop, batch in loaded:
-            shard = start // part.spec.shard_rows
-            first, last = part.spec.span(shard)
-            buffer.put(
-                start - first, rows(BatchLocation(part, one.work.stage, one.checkpoint, start, stop), batch), batch_hash(batch)
-            )
-            bar.update(stop - start)
-            if stop == last:
-                committer.commit(part, one.checkpoint, shard, buffer)
-                buffer = committer.buffer(part, one.checkpoint)
-        committer.wait()
+    rows.load(checkpoint)
+    loaded = one.work.source.load([part.spec.span(shard) for shard in one.todo])
+    buffer = committer.buffer(part, one.checkpoint)
+    for start, stop, batch in loaded:
+        shard = start // part.spec.shard_rows
+        first, last = part.spec.span(shard)
+        buffer.put(
+            start - first,
+            rows(BatchLocation(part, one.work.stage, one.checkpoint, start, stop), batch),
+            batch_hash(batch),
+        )
+        bar.update(stop - start)
+        if stop == last:
+            committer.commit(part, one.checkpoint, shard, buffer)
+            buffer = committer.buffer(part, one.checkpoint)
+    committer.wait()
 
 
 @dataclass

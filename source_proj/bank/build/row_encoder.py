@@ -8,16 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from source_proj._errors import GradientError, MismatchError
 from source_proj.bank.build.data import Batch, to_device
+from source_proj.bank.build.uniform import Uniforms
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import crossing_name
 from source_proj.bank.read.metrics import Metrics
 from source_proj.bank.read.part import Part
-from source_proj.bank.build.uniform import Uniforms
-from source_proj._errors import GradientError, MismatchError
-from source_proj.gradients import ParameterSpace, gradient_engine, nonfinite_examples
+from source_proj.gradients import (
+    ParameterSpace,
+    gradient_engine,
+    nonfinite_examples,
+    private_copy,
+    require_own_weights,
+)
 from source_proj.sketch import Sketch
 from source_proj.task import Task
+from source_proj.trajectory import Checkpoint
 
 __all__ = ["BatchLocation", "RowEncoder"]
 
@@ -56,11 +63,11 @@ class RowEncoder:
     """Sketches the gradients of batches and encodes them for the bank.
 
     Args:
-        model: with the weights of a checkpoint applied by the time of the call.
+        model: of the trained architecture; what runs is a copy, with a checkpoint's weights by the time of the call.
         task: says what is differentiated.
         space: the attributed parameters.
         settings: the bank's settings.
-        device: where the model is.
+        device: where the copy runs; default: where the model is.
         metrics: the bank's metrics.
     """
 
@@ -70,18 +77,27 @@ class RowEncoder:
         task: Task,
         space: ParameterSpace,
         settings: Settings,
-        device: torch.device,
+        device: torch.device | str | None,
         metrics: Metrics,
     ) -> None:
-        self.model = model
+        self._model = private_copy(model, device)
+        self._original: nn.Module | None = model  # until the first batch has shown that the copy alone is used
         self._task = task
         self._settings = settings
-        self._device = device
+        self._device = next(self._model.parameters()).device
         self._metrics = metrics
         self._scales: dict[int, Tensor | None] = {}  # on the device, of one checkpoint's metrics
         self._engine = gradient_engine(
-            model, space, Sketch.from_spec(settings.sketch), method=settings.gradients, autocast=settings.autocast
+            self._model, space, Sketch.from_spec(settings.sketch), method=settings.gradients, autocast=settings.autocast
         )
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take the weights of a checkpoint.
+
+        Raises:
+            MismatchError: they do not fit the model.
+        """
+        checkpoint.load_into(self._model)
 
     def __call__(self, place: BatchLocation, batch: Batch) -> dict[str, Tensor]:
         """Return the entries of a batch's arrays, by the arrays' names.
@@ -92,6 +108,9 @@ class RowEncoder:
             ValueError: the batch has not as many examples as it must.
         """
         batch = to_device(batch, self._device)
+        if self._original is not None:
+            require_own_weights(self._task.output, self._model, self._original, batch)
+            self._original = None
         names = self._metrics_of(place)
         scales = list(self._scales.values())
         values, (rows, *others) = self._engine.sketch_scaled(self._task.output, batch, scales)
@@ -132,16 +151,19 @@ class RowEncoder:
         return found if metric is None else {crossing_name(name, metric): one for name, one in found.items()}
 
     def _derivatives(self, place: BatchLocation, values: Tensor, batch: Batch) -> dict[str, Tensor]:
+        task = self._task.of_stage(place.stage)
         with torch.no_grad():
-            d1, d2 = self._task.loss_derivatives(values, batch)
+            d1, d2 = task.loss_derivatives(values, batch)
+            fisher_weight = task.fisher_weight(batch)
         if (d2 is not None) != self._settings.second_derivative:
             raise MismatchError(
                 f"the task gives {'a' if d2 is not None else 'no'} second derivative for ids {place.ids[:3]}, and the "
                 "opposite for the first batch; it must be the same for all"
             )
-        found = {"d1": d1.float()} if d2 is None else {"d1": d1.float(), "d2": d2.float()}
-        for derivative, symbol in zip(found.values(), ("ℓ'", "ℓ''"), strict=False):
-            place.require_finite(derivative, symbol)
+        derivatives = {"d1": d1, "d2": d2, "fisher_weight": fisher_weight}
+        found = {name: numbers.float() for name, numbers in derivatives.items() if numbers is not None}
+        for name, numbers in found.items():
+            place.require_finite(numbers, {"d1": "ℓ'", "d2": "ℓ''"}.get(name, "the empirical Fisher's weight"))
         return found
 
     def _sampled(self, place: BatchLocation, batch: Batch, scales: Sequence[Tensor | None]) -> list[Tensor]:
@@ -149,11 +171,12 @@ class RowEncoder:
         first = place.part.spec.start
         positions = torch.arange(first + place.start, first + place.stop, device=self._device)
         seed: int = self._settings.sketch["seed"]
+        task = self._task.of_stage(place.stage)
 
         def function(draw: int, model: nn.Module, both: tuple[Batch, Tensor]) -> Tensor:
             # Positions travel with the batch: the general path calls this for one example at a time.
             uniform = Uniforms(both[1], seed=seed, stage=place.stage, checkpoint=place.checkpoint, draw=draw)
-            return self._task.sampled_output(model, both[0], uniform)
+            return task.sampled_output(model, both[0], uniform)
 
         draws = range(self._settings.sampled_fisher)
         found = [self._engine.sketch_scaled(partial(function, draw), (batch, positions), scales)[1] for draw in draws]

@@ -1,18 +1,51 @@
 """A bank's objects, each refused with its name and the cause where it is not as it must be."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from source_proj._errors import BankError
 from source_proj.bank.layout import ArraySpec
-from source_proj.bank.store import Store
+from source_proj.bank.store import ObjectInfo, Store
 
-__all__ = ["read_document", "read_flat", "read_group", "read_object", "read_shard", "require_array"]
+__all__ = [
+    "list_objects",
+    "object_info",
+    "read_document",
+    "read_flat",
+    "read_group",
+    "read_object",
+    "read_shard",
+    "require_array",
+]
 
 _DOCUMENT_BYTES = 64 << 20  # of metadata: a run of 10⁵ checkpoints has a tenth of it
+
+
+def list_objects(store: Store, prefix: str = "") -> Sequence[str]:
+    """Keys of all objects below a key.
+
+    Raises:
+        BankError: they cannot be listed, or one is a link.
+    """
+    try:
+        return store.list(prefix)
+    except OSError as error:
+        raise BankError(f"{store.location(prefix)} cannot be read ({error})") from error
+
+
+def object_info(store: Store, key: str) -> ObjectInfo | None:
+    """Size and version of an object; None where there is none.
+
+    Raises:
+        BankError: it cannot be told.
+    """
+    try:
+        return store.stat(key)
+    except OSError as error:
+        raise BankError(f"{store.location(key)} cannot be read ({error})") from error
 
 
 def read_object(store: Store, key: str) -> bytes:
@@ -36,11 +69,11 @@ def read_document(store: Store, node: str) -> bytes:
         BankError: they are missing, or cannot be read.
     """
     key = f"{node}/zarr.json" if node else "zarr.json"
-    info = _stat(store, key)
+    info = object_info(store, key)
     if info is None:
         raise BankError(f"{store.location(node)} is missing from the bank, or is no zarr v3 node (it has no zarr.json)")
-    if info > _DOCUMENT_BYTES:
-        raise BankError(f"the metadata of {store.location(node)} cannot be read: they have {info} bytes")
+    if info.size > _DOCUMENT_BYTES:
+        raise BankError(f"the metadata of {store.location(node)} cannot be read: they have {info.size} bytes")
     return read_object(store, key)
 
 
@@ -104,14 +137,14 @@ def read_shard(
     """
     key = f"{node}/{spec.key(shard)}"
     try:
-        size, (low, high) = _stat(store, key), spec.size_range(shard)
-        if size is None:
+        info, (low, high) = object_info(store, key), spec.size_range(shard)
+        if info is None:
             raise BankError(f"{store.location(key)} is missing")
-        if size == 0:
+        if info.size == 0:
             raise BankError(f"{store.location(key)} is truncated to nothing")
-        if not low <= size <= high:
+        if not low <= info.size <= high:
             wanted = f"{low}" if low == high else f"{low} to {high}" if high < 1 << 62 else f"{low} or more"
-            raise BankError(f"{store.location(key)} is truncated or altered (it has {size} bytes, not {wanted})")
+            raise BankError(f"{store.location(key)} is truncated or altered (it has {info.size} bytes, not {wanted})")
         return _decoded(store, key, spec, shard)
     except BankError as error:
         if place is None:
@@ -134,7 +167,7 @@ def read_flat(store: Store, node: str, make_spec: Callable[[int], ArraySpec]) ->
         raise BankError(
             f"the metadata of {store.location(node)} cannot be read, as those of an array of one axis ({error!r})"
         ) from error
-    if not shards or len(shards) > len(store.list(node)):  # before anything is made for them
+    if not shards or len(shards) > len(list_objects(store, node)):  # before anything is made for them
         raise BankError(f"{store.location(node)} is truncated: its metadata say {count} entries")
     require_array(store, node, spec)
     return np.concatenate([read_shard(store, node, spec, shard) for shard in shards])
@@ -146,11 +179,3 @@ def _decoded(store: Store, key: str, spec: ArraySpec, shard: int) -> np.ndarray:
         return spec.decode(shard, content)
     except Exception as error:  # checksum, decompressor, shard index: each has its own kind
         raise BankError(f"{store.location(key)} is truncated or altered ({error})") from error
-
-
-def _stat(store: Store, key: str) -> int | None:
-    try:
-        info = store.stat(key)
-    except OSError as error:
-        raise BankError(f"{store.location(key)} cannot be read ({error})") from error
-    return None if info is None else info.size

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from source_proj._errors import BankError, MismatchError
+from source_proj._io.files import PARTIAL
 from source_proj.bank.format import Settings, canonical, sha256
 from source_proj.bank.layout import ArraySpec, PartSpec, group_document, part_arrays
-from source_proj.bank.read.objects import read_document, read_group, read_shard, require_array
+from source_proj.bank.read.objects import (
+    list_objects,
+    object_info,
+    read_document,
+    read_group,
+    read_shard,
+    require_array,
+)
 from source_proj.bank.store import Store
 
 __all__ = ["Part", "listed", "part_objects"]
@@ -94,7 +104,7 @@ class Part:
             BankError: it is missing, truncated, altered, or another one than was committed; names it and the rows.
         """
         key, spec = self.key(checkpoint, name, shard), self._data[checkpoint][name]
-        info = self.store.stat(key)  # before it is read: what is exchanged meanwhile is compared next time
+        info = object_info(self.store, key)  # before it is read: what is exchanged meanwhile is compared next time
         node = f"{self.name}/checkpoint_{checkpoint}/{name}"
         values = read_shard(self.store, node, spec, shard, lambda: self.place(checkpoint, shard))
         if info is None or self._compared.get(key) != info.version:
@@ -113,7 +123,7 @@ class Part:
         if self._sealed_marks is not None:
             return self._sealed_marks[checkpoint]
         spec = self._specs[f"checkpoint_{checkpoint}/committed"]
-        there = set(self.store.list(f"{self.name}/checkpoint_{checkpoint}/committed"))
+        there = set(list_objects(self.store, f"{self.name}/checkpoint_{checkpoint}/committed"))
         marks = np.zeros(spec.shape, np.uint8)
         for shard in range(self.spec.n_shards):
             if self.key(checkpoint, "committed", shard) in there:
@@ -132,7 +142,7 @@ class Part:
 
     def is_done(self, checkpoint: int, shard: int) -> bool:
         """Whether a shard is committed, as it is in the store now."""
-        return self.store.exists(self.key(checkpoint, "committed", shard))
+        return object_info(self.store, self.key(checkpoint, "committed", shard)) is not None
 
     def done(self, checkpoint: int) -> np.ndarray:
         """Which shards of a checkpoint are committed, ``(shards,)`` bool."""
@@ -151,39 +161,48 @@ class Part:
     def commit(self, checkpoint: int, shard: int, content: Mapping[str, np.ndarray]) -> None:
         """Put a shard's arrays into the store, and then its mark; the first who does it stays.
 
+        However many writers do so, with whatever bits, and whenever they are stopped or killed: their arrays lie under
+        names of their own until one of the writers is chosen, and then all of them put the chosen one's where they
+        belong. Once there is a mark, nobody puts anything there.
+
         Raises:
             BankError: they cannot be written; nothing that was committed is harmed.
             MismatchError: another process committed the shard of other data.
         """
         try:
-            # One writer of a checkpoint at a time, as arrays of two must not meet under one mark.
-            with self.store.exclusive(f"{self.name}/checkpoint_{checkpoint}/committed/zarr.json") as alone:
-                if not self.is_done(checkpoint, shard):
-                    self._put(checkpoint, shard, content, alone=alone)
+            if not self.is_done(checkpoint, shard):
+                self._commit(checkpoint, shard, content)
         except OSError as error:
-            raise BankError(
-                f"cannot write {self.place(checkpoint, shard)} to {self.store.location()}: {error}. What was committed "
-                "is whole: make room (or lift the limit) and call build again to go on from there"
-            ) from error
+            if not self.is_done(checkpoint, shard):  # else another one has, and removed what it took for leftovers
+                raise BankError(
+                    f"cannot write {self.place(checkpoint, shard)} to {self.store.location()}: {error}. What was "
+                    "committed is whole: make room (or lift the limit) and call build again to go on from there"
+                ) from error
         self.compare_hashes(checkpoint, shard, content["batch_hashes"], checkpoint)
 
-    def _put(self, checkpoint: int, shard: int, content: Mapping[str, np.ndarray], *, alone: bool) -> None:
-        data = self._data[checkpoint]
-        objects = {self.key(checkpoint, name, shard): data[name].encode(shard, content[name]) for name in data}
-        if alone:
-            self.store.put(objects)  # in place of what killed builders left
-        else:
-            for key, value in objects.items():
-                if self.store.put_if_absent({key: value}) and self.store.get(key) != value:
-                    if self.is_done(checkpoint, shard):
-                        return
-                    raise BankError(
-                        f"{self.store.location(key)} holds other bits than were computed here, and no mark says that "
-                        "they count. Another builder is at it: wait for it; or it was killed: remove the object"
-                    )
-        mark = np.stack([content_digest(content[name]) for name in data])[None]
-        spec = self._specs[f"checkpoint_{checkpoint}/committed"]
-        self.store.put_if_absent({self.key(checkpoint, "committed", shard): spec.encode(shard, mark)})
+    def _commit(self, checkpoint: int, shard: int, content: Mapping[str, np.ndarray]) -> None:
+        data, mine = self._data[checkpoint], uuid.uuid4().hex.encode()
+        mark_key, spec = self.key(checkpoint, "committed", shard), self._specs[f"checkpoint_{checkpoint}/committed"]
+        mark = spec.encode(shard, np.stack([content_digest(content[name]) for name in data])[None])
+        choice = f"{mark_key}.choice{PARTIAL}"
+        keys = [self.key(checkpoint, name, shard) for name in data]
+        try:
+            encoded = [data[name].encode(shard, content[name]) for name in data]
+            self.store.put({_staged(key, mine): value for key, value in zip(keys, encoded, strict=True)})
+            chosen = mine + mark
+            if self.store.put_if_absent({choice: chosen}):
+                chosen = self.store.get(choice)
+            if self.is_done(checkpoint, shard):  # looked for after the choice was read: it was the only one, then
+                return
+            self.store.copy({key: _staged(key, chosen[: len(mine)]) for key in keys})
+            self.store.put_if_absent({mark_key: chosen[len(mine) :]})
+            for key in [*(_staged(key, chosen[: len(mine)]) for key in keys), choice]:
+                self.store.delete(key)
+        finally:
+            with contextlib.suppress(OSError):
+                for key in keys:
+                    if not self.store.exists(choice) or self.store.get(choice)[: len(mine)] != mine:
+                        self.store.delete(_staged(key, mine))
 
     def check_hashes(self, checkpoint: int, shard: int, hashes: np.ndarray) -> None:
         """Compare the hashes ``(m, 32)`` of a shard's batches with those of another checkpoint that is committed.
@@ -258,7 +277,7 @@ class Part:
 
     def _require_objects(self) -> None:
         """Refuse to seal what has gone since it was committed."""
-        there = set(self.store.list(self.name))
+        there = set(list_objects(self.store, self.name))
         for checkpoint in range(self.n_checkpoints):
             for name in self._data[checkpoint]:
                 for shard in range(self.spec.n_shards):
@@ -272,7 +291,7 @@ class Part:
         Raises:
             BankError: the seal is damaged.
         """
-        if not self.store.exists(f"{self.name}/seal/{self._specs['seal'].key(0)}"):
+        if object_info(self.store, f"{self.name}/seal/{self._specs['seal'].key(0)}") is None:
             return None
         values = read_shard(self.store, f"{self.name}/seal", self._specs["seal"], 0)
         return (values[0].tobytes(), values[1].tobytes()) if values.any() else None
@@ -310,7 +329,7 @@ class Part:
         """
         nodes = ["", self.name.split("/")[0]]
         for folder in ("weights", "metrics", self.name):
-            documents = [key for key in self.store.list(folder) if key.endswith("/zarr.json")]
+            documents = [key for key in list_objects(self.store, folder) if key.endswith("/zarr.json")]
             nodes += [key.removesuffix("/zarr.json") for key in documents]
         entries = []
         for node in nodes:
@@ -321,6 +340,11 @@ class Part:
             document.pop("consolidated_metadata", None)  # a copy that users may add to the root
             entries.append([node, document])
         return sha256(canonical(entries))
+
+
+def _staged(key: str, writer: bytes) -> str:
+    """Where a writer's object lies until it is chosen."""
+    return f"{key}.{writer.decode()}{PARTIAL}"
 
 
 def part_name(stage: int, index: int) -> str:

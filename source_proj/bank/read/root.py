@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from source_proj._errors import BankError
 from source_proj.bank.format import FORMAT, VERSION, Settings
-from source_proj.bank.read.objects import read_group
+from source_proj.bank.read.objects import list_objects, object_info, read_group
 from source_proj.bank.read.part import Part, part_name
 from source_proj.bank.store import Store
 
@@ -19,11 +19,13 @@ class Root(NamedTuple):
         settings: what its rows depend on.
         versions: what software made it.
         checkpoint_paths: where checkpoint files lay relative to it, by hash.
+        parameter_choice: in words, which parameters are attributed.
     """
 
     settings: Settings
     versions: dict[str, str]
     checkpoint_paths: dict[str, str]
+    parameter_choice: str
 
 
 def read_root(store: Store) -> Root:
@@ -46,18 +48,20 @@ def read_root(store: Store) -> Root:
         settings = Settings.from_json(attributes.get("settings"))
     except BankError as error:
         raise BankError(f"the bank {path} cannot be read: {error}") from error
-    notes = [attributes.get(name) for name in ("versions", "checkpoint_paths")]
-    for note in notes:
+    versions, paths, choice = (attributes.get(name) for name in ("versions", "checkpoint_paths", "parameter_choice"))
+    for note in (versions, paths):
         if not isinstance(note, Mapping):
             raise BankError(f"the bank {path} cannot be read: versions or checkpoint_paths is {note!r}, not an object")
-    return Root(settings, *(dict(note) for note in notes))  # type: ignore[arg-type]
+    if not isinstance(choice, str):
+        raise BankError(f"the bank {path} cannot be read: parameter_choice is {choice!r}, not a text")
+    return Root(settings, dict(versions), dict(paths), choice)  # type: ignore[arg-type]  # for people: types unchecked
 
 
 def _root(store: Store) -> dict[str, Any]:
     """The root's attributes."""
     where = store.location()
-    if not store.exists("zarr.json"):
-        names = sorted({key.split("/")[0] for key in store.list()})[:5]
+    if object_info(store, "zarr.json") is None:
+        names = sorted({key.split("/")[0] for key in list_objects(store)})[:5]
         if not names:
             raise BankError(f"there is no bank at {where}: nothing is there; build one with source_proj.build")
         older = " (a zarr v2 node: banks are zarr v3)" if {".zgroup", ".zarray"} & set(names) else ""
@@ -76,7 +80,7 @@ def find_parts(store: Store, settings: Settings, stage: int) -> list[Part]:
     if there != name:
         raise BankError(f"{where} is of stage {there!r}, and must be of {name!r}")
     parts: list[Part] = []
-    while not parts or store.exists(f"{part_name(stage, len(parts))}/zarr.json"):
+    while not parts or object_info(store, f"{part_name(stage, len(parts))}/zarr.json") is not None:
         part = Part(store, stage, len(parts), settings)
         before = sum(other.spec.n for other in parts)
         if part.spec.start != before:
@@ -93,6 +97,7 @@ _KINDS = {
     "scale": "scales",
     "d1": "derivatives",
     "d2": "derivatives",
+    "fisher_weight": "derivatives",
     "fisher_rows": "sampled_fisher",
     "fisher_scale": "sampled_fisher",
     "batch_hashes": "batch_hashes",

@@ -28,6 +28,7 @@ class RowBlock:
         rows: sketched gradients ``(n, k)`` float32.
         d1: ℓ' of each row, ``(n,)`` float32; -1 for sampled-Fisher rows.
         d2: ℓ'' of each row, ``(n,)`` float32; None where the task has none, and for sampled-Fisher rows.
+        fisher_weight: what ℓ' is times in the empirical Fisher, ``(n,)`` float32; None for 1.
     """
 
     start: int
@@ -35,6 +36,7 @@ class RowBlock:
     rows: Tensor
     d1: Tensor
     d2: Tensor | None
+    fisher_weight: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,13 +160,15 @@ class StageBank:
             for shard in range(part.spec.n_shards):
                 codes = torch.from_numpy(part.read(checkpoint, rows_name, shard))
                 rows = self._settings.codec.decode(codes, self._scale(part, checkpoint, scale_name, shard))
-                d1, d2 = torch.full((len(rows),), -1.0), None
+                d1, d2, fisher_weight = torch.full((len(rows),), -1.0), None, None
                 if what == "output":
                     d1 = torch.from_numpy(part.read(checkpoint, "d1", shard))
                     if self._settings.second_derivative:
                         d2 = torch.from_numpy(part.read(checkpoint, "d2", shard))
+                    if self._settings.fisher_weight:
+                        fisher_weight = torch.from_numpy(part.read(checkpoint, "fisher_weight", shard))
                 start, stop = (factor * (part.spec.start + end) for end in part.spec.span(shard))
-                yield RowBlock(start, stop, rows, d1, d2)
+                yield RowBlock(start, stop, rows, d1, d2, fisher_weight)
 
     def _scale(self, part: Part, checkpoint: int, name: str, shard: int) -> Tensor | None:
         if not self._settings.codec.has_scale:

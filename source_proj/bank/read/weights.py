@@ -79,8 +79,9 @@ class Weights:
         Raises:
             BankError: the copy is missing or damaged.
         """
-        if self._copy is not None and self._copy[0] == digest and self._copy[1].step == step:
-            return self._copy[1]
+        kept = self._copy  # read once: another thread may ask for another checkpoint meanwhile
+        if kept is not None and kept[0] == digest and kept[1].step == step:
+            return kept[1]
         folder = self._store.location(f"weights/{digest}")
         content = read_flat(self._store, f"weights/{digest}", weights_array)
         try:

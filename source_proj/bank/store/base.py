@@ -1,9 +1,10 @@
 """What a bank asks of the place it lies in. `tests/bank/store_contract.py` holds every store to it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+from source_proj._io.files import PARTIAL
 
 __all__ = ["ObjectInfo", "Store"]
 
@@ -56,8 +57,17 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def list(self, prefix: str = "") -> Sequence[str]:
-        """Keys of all objects below a key, ``prefix + "/…"``, or of all, in order.
+    def copy(self, sources: Mapping[str, str]) -> None:
+        """Give each key the object of its source, whole, in place of what has it.
+
+        Raises:
+            FileNotFoundError: a source is not there.
+            OSError: as :meth:`put`.
+        """
+
+    @abstractmethod
+    def keys(self, prefix: str = "") -> Iterable[str]:
+        """Keys of all objects below a key, ``prefix + "/…"``, or of all; temporary ones too.
 
         Raises:
             OSError: they cannot be listed.
@@ -81,17 +91,6 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def exclusive(self, key: str) -> AbstractContextManager[bool]:
-        """Keep other writers out who ask with the same key, an object that is there, until the block ends.
-
-        A writer that dies lets the others in. Yields False where the place cannot do it: then only what
-        :meth:`put_if_absent` wrote is safe from a writer that was stopped for long and goes on.
-
-        Raises:
-            BankError: another writer does not come to an end.
-        """
-
-    @abstractmethod
     def location(self, key: str = "") -> str:
         """Say where an object is, for people."""
 
@@ -99,6 +98,10 @@ class Store(ABC):
         """Whether there is an object of this key."""
         return self.stat(key) is not None
 
-    def leftovers(self, prefix: str = "") -> Sequence[str]:  # noqa: ARG002
-        """Keys below a key of what killed writers left: :meth:`list` does not show it, :meth:`delete` removes it."""
-        return []
+    def list(self, prefix: str = "") -> Sequence[str]:
+        """Keys below a key, in order, but not the temporary ones, which end in `PARTIAL`; raises as :meth:`keys`."""
+        return sorted(key for key in self.keys(prefix) if not key.endswith(PARTIAL))
+
+    def leftovers(self, prefix: str = "") -> Sequence[str]:
+        """The temporary ones: writers at work have them, or killed ones left them; raises as :meth:`keys`."""
+        return sorted(key for key in self.keys(prefix) if key.endswith(PARTIAL))

@@ -6,6 +6,7 @@ from source_proj.sketch.projections.identity import Identity
 from source_proj.sketch.projections.kronecker import Kronecker
 from source_proj.sketch.projections.rademacher import Rademacher
 from source_proj.sketch.projections.sparse import Sparse
+from source_proj.sketch.projections.tensor import TensorProjection
 
 __all__ = [
     "FastJLProjection",
@@ -14,6 +15,7 @@ __all__ = [
     "Projection",
     "Rademacher",
     "Sparse",
+    "TensorProjection",
     "kinds",
     "projection_class",
 ]

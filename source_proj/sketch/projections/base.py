@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -89,11 +90,16 @@ class Projection(ABC):
             offset: absolute coordinate of the first of them.
             shape: of the one parameter whose whole gradients the rows are, if they are.
         """
+        for start, piece in self._pieces(out, rows):
+            self._add_rows_(out, piece, offset + start)
+
+    def _pieces(self, out: Tensor, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Rows in float32, converted a piece at a time with its first coordinate; "triton" takes them as they are."""
         if rows.dtype == torch.float32 or self.serving(out.device.type) == "triton":
-            self._add_rows_(out, rows, offset)
+            yield 0, rows
             return
         for start in range(0, rows.shape[1], _CONVERTED):
-            self._add_rows_(out, rows[:, start : start + _CONVERTED].float(), offset + start)
+            yield start, rows[:, start : start + _CONVERTED].float()
 
     @abstractmethod
     def _add_rows_(self, out: Tensor, rows: Tensor, offset: int) -> None:

@@ -15,6 +15,7 @@ __all__ = [
     "check_state",
     "describe_live",
     "describe_state",
+    "held_names",
     "kept_state",
     "optimizer_of_trainer",
     "read_groups",
@@ -137,6 +138,12 @@ def optimizer_of_trainer(name: str) -> type[Optimizer]:
             return kind
     known = ", ".join(name for kind in Optimizer.known.values() for name in kind.trainer_names)
     raise ValueError(f"optim={name!r} trains with an optimizer that is not described{refusal([name], ())}: use {known}")
+
+
+def held_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """Names of the parameters that an optimizer holds and that require a gradient, in the model's order."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [name for name, p in model.named_parameters() if id(p) in held and p.requires_grad]
 
 
 def second_moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:

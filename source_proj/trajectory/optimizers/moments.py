@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,21 @@ from source_proj.trajectory.optimizers.base import PreconditionedOptimizer
 from source_proj.trajectory.optimizers.describe import check_state
 from source_proj.trajectory.optimizers.naming import named_entries
 
-if TYPE_CHECKING:
-    from source_proj.trajectory.checkpoint import Checkpoint
-
 __all__ = ["Moments", "moments"]
 
 _WRAPPERS = ("optimizer", "optimizer_state_dict", "optimizer_state", "optimizer_states")
+
+
+class StateAtStep(Protocol):
+    """What is wanted of a checkpoint."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken so far."""
+
+    @property
+    def optimizer_state(self) -> Mapping[str, Any] | str | Path | None:
+        """The optimizer's ``state_dict()``, or a file with it."""
 
 
 class Moments(NamedTuple):
@@ -38,7 +47,7 @@ class Moments(NamedTuple):
 
 
 def moments(
-    checkpoint: Checkpoint, optimizer: PreconditionedOptimizer, model: nn.Module, plain: float = 0.0
+    checkpoint: StateAtStep, optimizer: PreconditionedOptimizer, model: nn.Module, plain: float = 0.0
 ) -> Iterator[tuple[str, Moments]]:
     """Read a checkpoint's optimizer state, parameter by parameter; those that it does not hold are not yielded.
 
@@ -78,7 +87,7 @@ def moments(
         yield name, Moments(scale, second, decay * factor)
 
 
-def _load(checkpoint: Checkpoint) -> Any:
+def _load(checkpoint: StateAtStep) -> Any:
     state = checkpoint.optimizer_state
     if state is None:
         raise MismatchError(

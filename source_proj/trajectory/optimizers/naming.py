@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
+from source_proj.trajectory.layouts import unwrapped_names
 from source_proj.trajectory.optimizers.base import Optimizer
-from source_proj.trajectory.wrappers import unwrapped_name
 
 __all__ = ["grouped_names", "named_entries", "parameter_names"]
 
@@ -67,8 +67,7 @@ def parameter_names(
     """
     groups: Sequence[Mapping[str, Any]] = state["param_groups"]
     if all("param_names" in group for group in groups):
-        own = dict(model.named_parameters())
-        return [[unwrapped_name(name, own) for name in group["param_names"]] for group in groups]
+        return [list(group["param_names"]) for group in groups]
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     sizes = [len(group["params"]) for group in groups]
     numbers = [number for group in groups for number in group["params"]]
@@ -97,15 +96,16 @@ def named_entries(
 ) -> dict[str, Mapping[str, Any]]:
     """Entries of a ``state_dict()`` by parameter name; see `parameter_names`."""
     entries: Mapping[Any, Mapping[str, Any]] = state["state"]
+    own = [name for name, _ in model.named_parameters()]
     if entries and all(isinstance(key, str) for key in entries):
-        return {unwrapped_name(key, dict(model.named_parameters())): entry for key, entry in entries.items()}
+        return unwrapped_names(entries, own)
     names = parameter_names(state, model, source, optimizer)
     pairs = (
         pair
         for group, its_names in zip(state["param_groups"], names, strict=True)
         for pair in zip(group["params"], its_names, strict=True)
     )
-    return {name: entries[number] for number, name in pairs if number in entries}
+    return unwrapped_names({name: entries[number] for number, name in pairs if number in entries}, own)
 
 
 def _orders(model: nn.Module, count: int, optimizer: Optimizer | None) -> Iterator[Sequence[Sequence[str]]]:

@@ -20,7 +20,7 @@ from source_proj._io.locks import FolderLock
 from source_proj.trajectory.checkpoint import matched_state
 from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.optimizers import Options
-from source_proj.trajectory.optimizers.describe import describe_live, read_groups, second_moments
+from source_proj.trajectory.optimizers.describe import describe_live, held_names, read_groups, second_moments
 from source_proj.trajectory.options import ReadOptions
 from source_proj.trajectory.recording.progress import Progress, Seen, update_runs, updates_of_call
 from source_proj.trajectory.recording.run_files import (
@@ -129,7 +129,8 @@ class Recorder:
         for thing in self._also:
             require_loadable(thing.state_dict(), f"the state of {type(thing).__name__} (in also=)")
         _check_trains(optimizer, model)
-        fresh = RecordedRun(stage, describe_live(optimizer, model), describe_state(model))
+        held = tuple(held_names(optimizer, model))
+        fresh = RecordedRun(stage, describe_live(optimizer, model), describe_state(model), held)
         self._lock = FolderLock(self.dir, "recorder.lock")
         self._progress = Progress(self._open(fresh), [], 0)
         self._goes_on = not self._progress.run.checkpoints  # False until restore() where there is something to restore
@@ -148,7 +149,7 @@ class Recorder:
     def step(self, grad_norm: float | Tensor | None = None) -> None:
         """Count one optimizer step, and record a checkpoint if one is due.
 
-        Where this was interrupted or raised an OSError, the step counts, and either call it again or go on training.
+        Where this was interrupted or raised an OSError, the step counts: call it again, or just go on training.
 
         Args:
             grad_norm: norm of the gradient before it was clipped, as ``clip_grad_norm_`` returns it; wanted with
@@ -176,12 +177,8 @@ class Recorder:
         norm = grad_norm.detach() if isinstance(grad_norm, Tensor) else grad_norm
         interrupted, self._call = self._call, (norm,)
         self._hold()
-        progress = self._settled()
-        seen = [step for step in self._seen if step.number > progress.last_seen]
-        if seen or interrupted is None:  # else it is called again, for what it could not end
-            norms = [*(interrupted or ()), norm]
-            progress.pending.extend(updates_of_call(progress, seen, norms, self._max_norm))  # at one stroke
-        self._seen = []
+        # Nothing new since an interrupted call: this one is its repetition, for what that could not end.
+        progress = self._counted([*(interrupted or ()), norm], skipped=interrupted is None)
         self._watch.require_in_time(progress.steps)
         due = progress.steps in self._at or (self._every is not None and progress.steps % self._every == 0)
         if due and progress.pending:
@@ -220,9 +217,12 @@ class Recorder:
         Raises:
             ValueError: no step was taken yet.
         """
-        if self._settled().pending:
+        if self._settled().pending or self._call is not None:
             self._hold()
-            self._write_checkpoint()
+            self._counted(list(self._call or ()), skipped=False)
+            self._call = None
+            if self._progress.pending:
+                self._write_checkpoint()
         self._lock.release()
         return Stage.from_recorder(self.dir, **options)
 
@@ -295,6 +295,15 @@ class Recorder:
             self._unsure = False
         return progress
 
+    def _counted(self, norms: Sequence[float | Tensor | None], skipped: bool) -> Progress:
+        """Count the optimizer's steps since the last call; where there is none, one that was skipped, if it was."""
+        progress = self._settled()
+        seen = [step for step in self._seen if step.number > progress.last_seen]
+        if seen or skipped:
+            progress.pending.extend(updates_of_call(progress, seen, norms, self._max_norm))  # at one stroke
+        self._seen = []
+        return progress
+
     def _write_checkpoint(self) -> None:
         progress = self._progress
         step, updates = progress.steps, update_runs(progress, self._max_norm)
@@ -312,7 +321,9 @@ class Recorder:
         self._unsure = True
         weights, resume, *moments = write_tensors({self.dir / name: content for name, content in contents.items()})
         checkpoint = RecordedCheckpoint(step, weights, moments[0] if moments else None, updates)
-        run = replace(progress.run, checkpoints=(*progress.run.checkpoints, checkpoint), resume=resume)
+        trained = dict.fromkeys([*progress.run.trained, *held_names(self._optimizer, self._model)])
+        checkpoints = (*progress.run.checkpoints, checkpoint)
+        run = replace(progress.run, trained=tuple(trained), checkpoints=checkpoints, resume=resume)
         run.write(self.dir)
         self._progress = Progress(run, [], progress.last_seen)
         self._unsure = False

@@ -117,6 +117,7 @@ class RecordedRun:
         stage: name of the stage.
         optimizer: how it acted at first; of its options, the learning rate and momentum may change on the way.
         state: names, shapes and types of the model's state, see :func:`describe_state`.
+        trained: names of the parameters that the optimizer has held and that required a gradient.
         checkpoints: in order of steps.
         resume: SHA-256 of the file that the run goes on from, once there is a checkpoint.
 
@@ -127,6 +128,7 @@ class RecordedRun:
     stage: str
     optimizer: Optimizer = field(metadata={"write": write_optimizer, "read": read_optimizer})
     state: dict[str, tuple[tuple[int, ...], str]]
+    trained: tuple[str, ...]
     checkpoints: tuple[RecordedCheckpoint, ...] = ()
     resume: str | None = None
 

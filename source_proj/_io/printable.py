@@ -1,0 +1,40 @@
+"""Words of strangers, such as ids, made harmless for terminals and spreadsheets."""
+
+import unicodedata
+
+__all__ = ["csv_cell", "printable"]
+
+_UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+"""Unicode categories that are no visible text: controls, direction marks, lone surrogates, line separators."""
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    r"""The text with everything that a terminal could take for a command written as an escape.
+
+    Args:
+        text: any string.
+        keep: control characters that stay, such as ``"\n"``.
+
+    Example:
+        >>> print(printable("id\x1b[2J\u202e"))
+        id\x1b[2J\u202e
+    """
+    return "".join(
+        character
+        if character in keep or unicodedata.category(character) not in _UNSAFE
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def csv_cell(value: object) -> object:
+    """A cell that no spreadsheet takes for a formula: a text that begins like one gets an apostrophe before it.
+
+    Example:
+        >>> csv_cell("=HYPERLINK(1)"), csv_cell("-x"), csv_cell("a-b"), csv_cell(-1.5)
+        ("'=HYPERLINK(1)", "'-x", 'a-b', -1.5)
+    """
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.lstrip()[:1] in ("=", "+", "-", "@", "\\", "|", "%") else text

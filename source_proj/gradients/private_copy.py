@@ -1,0 +1,147 @@
+"""A model of one's own: other weights are put into a copy, so that the caller's model is never touched.
+
+Gradients need a model whose weights, buffers, training flags, ``requires_grad`` and hooks can be changed. Changed in
+the caller's module, they would give wrong numbers to every other thread that uses it at that moment.
+"""
+
+import copy
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from source_proj._errors import GradientError, MismatchError, SourceProjError
+from source_proj.gradients.batches import Batch, take
+from source_proj.gradients.general import Function
+
+__all__ = ["private_copy", "require_own_weights"]
+
+_COPYING = threading.Lock()  # a lazy module changes while it is copied
+
+
+def private_copy(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+    """Copy a model with its weights, buffers, flags and hooks; the model itself is only read.
+
+    An attribute that cannot be copied (a lock, an open file) is shared with the original; weights never are.
+
+    Args:
+        model: any module.
+        device: where the copy goes; default: where the model is.
+
+    Raises:
+        GradientError: the model cannot be copied; says why.
+    """
+    with _COPYING:
+        memo: dict[int, Any] = {
+            id(value): value.detach().clone()  # as weight_norm keeps one; deepcopy refuses what has a graph
+            for module in model.modules()
+            for value in vars(module).values()
+            if isinstance(value, Tensor) and not value.is_leaf
+        }
+        try:
+            own = copy.deepcopy(model, dict(memo))
+        except Exception:  # whatever an attribute's own __deepcopy__ raises
+            own = _copied_but_for(_uncopyable(model), model, memo)
+    return own if device is None else own.to(device)
+
+
+def _copied_but_for(shared: Sequence[object], model: nn.Module, memo: Mapping[int, Any]) -> nn.Module:
+    try:
+        return copy.deepcopy(model, {**memo, **{id(value): value for value in shared}})
+    except Exception as error:
+        raise GradientError(
+            f"the model {type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and its weights are "
+            "never changed in place: give the plain module, without what copy.deepcopy refuses"
+        ) from error
+
+
+def _uncopyable(model: nn.Module) -> list[object]:
+    """What modules hold, themselves or in containers and as owners of hooks, that is no tensor and cannot be copied."""
+    return [value for module in model.modules() for value in _held(vars(module)) if not _can_be_copied(value)]
+
+
+def _held(values: Mapping[Any, Any]) -> Iterator[object]:
+    for value in values.values():
+        if isinstance(value, Tensor | nn.Module):
+            continue
+        if isinstance(value, Mapping):
+            yield from _held(value)
+        elif isinstance(value, list | tuple | set):
+            yield from _held(dict(enumerate(value)))
+        else:
+            yield getattr(value, "__self__", value)  # of a bound method, as a hook often is, its object
+
+
+def _can_be_copied(value: object) -> bool:
+    if isinstance(value, nn.Module):
+        return True
+    try:
+        copy.deepcopy(value)
+    except Exception:
+        return False
+    return True
+
+
+def require_own_weights(function: Function, own: nn.Module, original: nn.Module, batch: Batch) -> None:
+    """Refuse a function, or a model, that reaches past the copy for the original's weights.
+
+    A closure is not copied with the module that holds it: ``lambda x: model.head(x)``, in a module or in a task, goes
+    on using the model that it was made with, whose weights are not the checkpoint's.
+
+    Args:
+        function: of (model, batch).
+        own: the copy.
+        original: what it is a copy of.
+        batch: tried with its first example.
+
+    Raises:
+        GradientError: it does; names them.
+        MismatchError: the model cannot take the batch at all.
+    """
+    with torch.no_grad(), _Watch(original) as watch:
+        try:
+            function(own, take(batch, [0]))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            if isinstance(error, SourceProjError):
+                raise
+            raise MismatchError(
+                f"the model {type(own).__name__} cannot take the first example ({str(error).splitlines()[0]}): its "
+                "input must be as in training, of the same shape and type"
+            ) from error
+    if watch.seen:
+        raise GradientError(
+            f"the model's weights {sorted(watch.seen)[:5]} were used otherwise than through the model that the task "
+            "is given: a function within the model, or the task, holds on to the module that it was made with (a "
+            "closure, a lambda, a global name). Let it use the module that it is called with"
+        )
+
+
+class _Watch(TorchFunctionMode):
+    """Notes which parameters and buffers of a model torch's functions are called with."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+        self._names = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self._note([args, kwargs or {}])
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, value: object) -> None:
+        if isinstance(value, Tensor):
+            name = self._names.get(id(value))
+            if name is not None:
+                self.seen.add(name)
+        elif isinstance(value, Mapping):
+            self._note(list(value.values()))
+        elif isinstance(value, list | tuple):
+            for part in value:
+                self._note(part)

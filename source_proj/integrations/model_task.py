@@ -1,0 +1,71 @@
+"""The task that a model of transformers was trained on, by its class, its configuration and its run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from source_proj.integrations.trainer_arguments import trainer_arguments
+from source_proj.integrations.trainer_folders import trainer_folders
+from source_proj.task import CausalLM, Classification, Regression, Task
+
+__all__ = ["task_for"]
+
+
+def task_for(model: nn.Module, run: str | Path | None = None) -> Task:
+    """The loss that transformers' Trainer trains a model with, by the model's class and configuration.
+
+    Sequence classifiers: cross-entropy, or the squared error where there is one output. Causal language models: the
+    mean over all tokens of a batch.
+
+    Args:
+        model: the model.
+        run: the Trainer's ``output_dir``, which says whether labels were smoothed.
+
+    Raises:
+        ValueError: it is of another kind, or was trained with a loss that no built-in task has.
+    """
+    unwrapped: Any = model
+    name = type(unwrapped.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    smoothing = 0.0
+    if run is not None:
+        last = trainer_folders(run)[0][-1]
+        smoothing = trainer_arguments(last.path).get("label_smoothing_factor", 0.0)
+    if name.endswith("ForSequenceClassification"):
+        return _classifier_task(model, smoothing)
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        if smoothing:
+            raise ValueError(f"the run smoothed its labels by {smoothing}, which CausalLM does not know: write a Task")
+        return CausalLM(reduction="token", normalizer=None if _skips_first_label(model) else "labels")
+    raise ValueError(f"{name} is no sequence classifier and no causal language model: give --task, --model and --data")
+
+
+def _skips_first_label(model: nn.Module) -> bool:
+    """Whether the Trainer's count of a batch's labels leaves out each sequence's first, which nothing predicts.
+
+    It does from transformers 5.10 on (the run's own, as its configuration says), for models whose class says that their
+    loss shifts labels: ``LlamaForCausalLM``, not ``GPT2LMHeadModel``.
+    """
+    import transformers
+
+    version = str(getattr(model.config, "transformers_version", None) or transformers.__version__)
+    numbers = [int(number) for number in re.findall(r"\d+", version)[:2]]
+    return numbers >= [5, 10] and getattr(model, "loss_type", None) == "ForCausalLM"
+
+
+def _classifier_task(model: nn.Module, smoothing: float) -> Task:
+    """By ``problem_type`` and ``num_labels``, as transformers chooses the loss of a sequence classifier."""
+    kind, outputs = getattr(model.config, "problem_type", None), int(model.config.num_labels)  # type: ignore[union-attr,arg-type]
+    if kind == "multi_label_classification" or (kind == "regression" and outputs > 1):
+        raise ValueError(
+            f"{type(model).__name__} has problem_type={kind!r} with {outputs} outputs, which no built-in task has: "
+            "write a Task"
+        )
+    if kind == "regression" or outputs == 1:
+        if smoothing:
+            raise ValueError(f"the run smoothed its labels by {smoothing}, and the model has one output: write a Task")
+        return Regression()
+    return Classification(label_smoothing=smoothing)

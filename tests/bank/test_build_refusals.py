@@ -1,0 +1,84 @@
+"""What a build refuses, and that it names the cause."""
+
+import pytest
+import torch
+from bank_runs import BATCH, N, make_run, make_states
+from torch import nn
+from torch.utils.data import DataLoader
+
+from source_proj import bank as banks
+from source_proj._errors import GradientError, MismatchError
+from source_proj.task import Task
+from source_proj.trajectory import Checkpoint, Trajectory
+
+
+@pytest.fixture(scope="module")
+def run():
+    return make_run()
+
+
+def file_trajectory(folder):
+    folder.mkdir()
+    for index, state in enumerate(make_states(2)):
+        torch.save(state, folder / f"{index}.pt")
+    return Trajectory([Checkpoint(folder / f"{index}.pt", 10 * (index + 1), lr=0.1) for index in range(2)])
+
+
+def constant(output, batch):
+    return -torch.ones_like(output), None
+
+
+def poisoned(model, batch):
+    x, _ = batch
+    return model(x)[:, 0] / (x[:, 0] != 99)
+
+
+def test_a_gradient_that_is_not_finite_names_the_example(tmp_path):
+    run = make_run(checkpoints=2)
+    x = run.data.tensors[0]
+    x[29, 0] = x[31, 0] = 99
+    names = [f"example {i}" for i in range(N)]
+    with pytest.raises(GradientError, match=r"\['example 29', 'example 31'\] of stage 'train' .* step 10"):
+        run.build(tmp_path / "bank", task=Task(poisoned, constant), ids=names)
+    bank = banks.open(tmp_path / "bank")
+    assert [part.done(0).tolist() for part in bank.parts] == [[True, False, False, False]]
+
+
+@pytest.mark.parametrize("values", [torch.nan, torch.inf])
+def test_a_derivative_that_is_not_finite_names_the_example(run, tmp_path, values):
+    def broken(output, batch):
+        return torch.where(torch.arange(len(output)) == 3, values, 1.0), None
+
+    with pytest.raises(GradientError, match=r"ℓ' is not finite for ids \[3\]"):
+        run.build(tmp_path / "bank", task=Task(poisoned, broken))
+
+
+def dropping(samples):
+    return torch.utils.data.default_collate(samples[:-1])
+
+
+def test_a_collate_that_drops_examples_is_refused(run, tmp_path):
+    with pytest.raises(ValueError, match=r"(?s)7 examples.*8 were asked for"):
+        run.build(tmp_path / "bank", data=DataLoader(run.data, batch_size=BATCH, collate_fn=dropping))
+
+
+# Sampled Fisher ------------------------------------------------------------------------------------------------
+
+
+def test_a_model_of_another_architecture_is_refused(run, tmp_path):
+    with pytest.raises(MismatchError, match="shape"):
+        run.build(tmp_path / "bank", model=nn.Sequential(nn.Linear(6, 11), nn.ReLU(), nn.Linear(11, 3)))
+
+
+def test_a_checkpoint_that_changes_during_the_build_is_noticed(run, tmp_path):
+    trajectory = file_trajectory(tmp_path / "run")
+    run.build(tmp_path / "bank", trajectory=trajectory, shard=(0, 9))
+    torch.save(make_states(1, seed=9)[0], tmp_path / "run" / "1.pt")
+    with pytest.raises(MismatchError, match=r"checkpoints\[1\]\.hash"):
+        run.build(tmp_path / "bank", trajectory=trajectory)
+
+
+@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), 3, "ab", (0, 1, 2)])
+def test_bad_shards_are_refused(run, tmp_path, shard):
+    with pytest.raises(ValueError, match=r"shard must be \(i, n\)"):
+        run.build(tmp_path / "bank", shard=shard)

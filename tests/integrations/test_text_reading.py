@@ -1,0 +1,175 @@
+"""Texts become tokens as the Trainer's own scripts make them; adapters need no Python either."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_text import TEXTS, WORDS, call, network
+from trainer_runs import transformers
+
+import source_proj as sp
+from source_proj.integrations import TextData, TextSettings, load_pretrained, task_for, trainable_parameters
+
+PEFT_LAGS = "ignore:.*is deprecated and will be removed:FutureWarning"  # behind names of transformers
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+
+
+def bert_tokenizer(**options):
+    """A tokenizer that puts [CLS] and [SEP] around texts and pairs, as BERT's."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = {word: place for place, word in enumerate([*SPECIAL, *WORDS])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    columns = ["input_ids", "token_type_ids", "attention_mask"]
+    options = {
+        "model_input_names": columns,
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "model_max_length": 16,
+        **options,
+    }
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **options)
+
+
+def written(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("limit", [4, 7, None])
+def test_what_is_too_long_is_cut_by_the_tokenizer(side, limit, tmp_path):
+    words = bert_tokenizer(truncation_side=side)
+    rows = [{"text": " ".join(WORDS * 3), "label": 1}, {"text": "good film", "label": 0}]
+    data = TextData(
+        written(tmp_path / "d.jsonl", rows), TextSettings("model", max_length=limit), network("classification"), words
+    )
+    own = words([row["text"] for row in rows], truncation=True, max_length=limit or 16, padding=True)
+    for name in ("input_ids", "attention_mask", "token_type_ids"):
+        assert [data[i][name].tolist() for i in range(2)] == own[name]
+    assert data[0]["input_ids"][-1] == 3  # [SEP]
+
+
+def test_pairs_are_told_apart(tmp_path):
+    words = bert_tokenizer()
+    rows = [{"text": TEXTS[i], "second": TEXTS[i + 1], "label": i % 2} for i in range(6)]
+    file = written(tmp_path / "d.jsonl", rows)
+    data = TextData(file, TextSettings("model", pair="second"), network("classification"), words)
+    own = words([r["text"] for r in rows], [r["second"] for r in rows], truncation=True, padding=True)
+    for name in ("input_ids", "attention_mask", "token_type_ids"):
+        assert [data[i][name].tolist() for i in range(6)] == own[name]
+    assert max(map(max, own["token_type_ids"])) == 1
+    with pytest.raises(ValueError, match="pair column 'second' is for classifiers"):
+        TextData(file, TextSettings("model", pair="second"), network("language"), words)
+    with pytest.raises(ValueError, match="prompt column 'second' is for language models"):
+        TextData(file, TextSettings("model", prompt="second"), network("classification"), words)
+    with pytest.raises(ValueError, match=r"example 1 of .* has no 'third'"):
+        TextData(file, TextSettings("model", pair="third"), network("classification"), words)
+
+
+@pytest.mark.parametrize("limit", [16, 6])
+def test_an_end_token_stands_behind_the_text_and_not_behind_its_prompt(limit, tmp_path):
+    words = bert_tokenizer()
+    rows = [{"ask": "the very", "text": "good film was not bad"}]
+    settings = TextSettings("model", prompt="ask", max_length=limit)
+    data = TextData(written(tmp_path / "d.jsonl", rows), settings, network("language"), words)
+    tokens, labels = data[0]["input_ids"].tolist(), data[0]["labels"].tolist()
+    whole = words("the very good film was not bad", truncation=True, max_length=limit)["input_ids"]
+    assert tokens == whole
+    assert labels == [-100, -100, -100, *whole[3:]]
+
+
+def test_names_of_classes_are_those_of_config_json(tmp_path):
+    """transformers forgets a label2id that has no id2label beside it."""
+    model = network("classification")
+    model.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config = {**config, "label2id": {"ham": 1, "spam": 0, "1": 0}}
+    config.pop("id2label")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    words = bert_tokenizer()
+    rows = [{"text": "good", "label": label} for label in ("ham", "spam", "1", 1.0, True)]
+    data = TextData(
+        written(tmp_path / "d.jsonl", rows), TextSettings(str(tmp_path / "model")), network("classification"), words
+    )
+    assert [int(data[i]["labels"]) for i in range(5)] == [1, 0, 0, 1, 1]
+    (tmp_path / "model" / "config.json").write_text("{")
+    with pytest.raises(sp.MismatchError, match=r"config.json' is damaged"):
+        TextData(tmp_path / "d.jsonl", TextSettings(str(tmp_path / "model")), network("classification"), words)
+
+
+@pytest.fixture(scope="module", params=["SEQ_CLS", "CAUSAL_LM"])
+def adapter_run(request, tmp_path_factory):
+    """A base model's folder, a Trainer's run of an adapter over it, and the texts of both."""
+    peft = pytest.importorskip("peft", reason="needs peft: install source-proj[peft]", exc_type=ImportError)
+    directory = tmp_path_factory.mktemp(request.param)
+    classifies = request.param == "SEQ_CLS"
+    words, base = bert_tokenizer(), network("classification" if classifies else "language")
+    base.resize_token_embeddings(len(words))
+    base.save_pretrained(directory / "base")
+    words.save_pretrained(directory / "base")
+    kind = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
+    torch.manual_seed(1)
+    classes = {"num_labels": 3, "ignore_mismatched_sizes": True} if classifies else {}
+    model = peft.get_peft_model(
+        kind.from_pretrained(directory / "base", **classes),
+        peft.LoraConfig(
+            task_type=request.param, r=2, target_modules=["query", "value"] if classifies else ["c_attn"],
+            fan_in_fan_out=not classifies,
+        ),
+    )  # fmt: skip
+    rows = [{"text": text, "label": i % 3} for i, text in enumerate(TEXTS)]
+    file = written(directory / "train.jsonl", rows[:20])
+    written(directory / "queries.jsonl", rows[20:])
+    data = TextData(file, TextSettings(str(directory / "base")), model, words)
+    arguments = transformers.TrainingArguments(
+        str(directory / "run"), num_train_epochs=2, per_device_train_batch_size=5, save_steps=4, learning_rate=1e-2,
+        logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, max_grad_norm=0,
+    )  # fmt: skip
+    transformers.Trainer(model, arguments, train_dataset=data, processing_class=words).train()
+    return directory, model
+
+
+@pytest.mark.filterwarnings(PEFT_LAGS)
+def test_an_adapters_run_needs_no_python(adapter_run, tmp_path):
+    directory, trained = adapter_run
+    options = ("--hf-run", directory / "run", "--dataset", directory / "train.jsonl", "--max-grad-norm", 0)
+    call("build", tmp_path / "bank", *options, "--sketch-dim", 64, "--batch-size", 8, "--no-progress")
+    bank = sp.open(tmp_path / "bank")
+    assert bank.space_spec["names"] == trainable_parameters(trained)
+    call(
+        "score", tmp_path / "bank", "--dataset", directory / "queries.jsonl", "--out", tmp_path / "s.npy",
+        "--no-progress",
+    )  # fmt: skip
+    last = str(directory / "run" / "checkpoint-8")
+    model, words = load_pretrained(last)
+    assert type(task_for(model)) is type(task_for(trained))
+    own = {name: value for name, value in trained.state_dict().items() if "original_module" not in name}  # unused
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in own.items())
+    queries = TextData(directory / "queries.jsonl", TextSettings(last), model, words)
+    scores = sp.Source(bank, model=model, progress=False).score(queries).to_numpy()
+    assert np.array_equal(np.load(tmp_path / "s.npy"), scores)
+    assert np.abs(scores).max() > 0
+
+
+@pytest.mark.filterwarnings(PEFT_LAGS)
+def test_steps_and_data_of_a_run_on_the_command_line(adapter_run, tmp_path):
+    directory, _ = adapter_run
+    options = ("--hf-run", directory / "run", "--sketch-dim", 64, "--no-progress", "--max-grad-norm", 0)
+    train_set = ("--dataset", directory / "train.jsonl")
+    call("build", tmp_path / "bank", *options, *train_set, "--steps", "4")
+    bank = sp.open(tmp_path / "bank")
+    assert [bank.checkpoint(0, c).step for c in range(bank.stages[0].n_checkpoints)] == [4]
+    beside = json.loads((tmp_path / "bank.text.json").read_text())
+    assert beside["text"]["model"] == str(directory / "run" / "checkpoint-4")
+    assert "must be numbers of steps" in call("build", tmp_path / "b", *options, *train_set, "--steps", "4;8", code=2)
+    assert "JSON object" in call("build", tmp_path / "b", *options, *train_set, "--schedule-options", "min_lr", code=2)
+    few = directory / "queries.jsonl"
+    assert "rule that out" in call("build", tmp_path / "b", *options, "--dataset", few, code=1)
+    rates = ("--schedule", "cosine_with_min_lr", "--schedule-options", '{"min_lr": 1e-3}', "--warmup-steps", "0")
+    assert "does not give the learning rates" in call("build", tmp_path / "b", *options, *train_set, *rates, code=2)

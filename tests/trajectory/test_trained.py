@@ -1,0 +1,200 @@
+"""The parameters that training moved: what each source of that knowledge says, and that the scores are theirs."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.functional import cross_entropy, one_hot
+from torch.utils.data import TensorDataset
+
+import source_proj as sp
+from source_proj.trajectory import trained_parameters
+
+HEAD = ["3.weight", "3.bias"]
+
+
+def network(freeze=()):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] not in freeze)
+    return model
+
+
+NAMES = [name for name, _ in network().named_parameters()]
+BATCH = torch.randn(12, 4, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 3
+
+
+def steps(model, optimizer, count, recorder=None):
+    for _ in range(count):
+        optimizer.zero_grad()
+        cross_entropy(model(BATCH[0]), BATCH[1]).backward()
+        optimizer.step()
+        if recorder is not None:
+            recorder.step()
+
+
+def checkpoint(model, step, optimizer=None):
+    state = None if optimizer is None else optimizer.state_dict()
+    return sp.Checkpoint(model.state_dict(), step, lr=0.1, optimizer_state=state)
+
+
+def recorded(directory, model, optimizer, every=3, count=6):
+    recorder = sp.Recorder(model, optimizer, directory, every=every)
+    steps(model, optimizer, count, recorder)
+    return sp.Trajectory.from_recorder(directory)
+
+
+@pytest.mark.parametrize("every", [3, 6])  # two checkpoints, or one
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("given", ["all", "those that require a gradient", "the head's"])
+def test_a_recorder_knows_what_was_trained(tmp_path, every, kind, given):
+    """Also where frozen parameters are given to the optimizer; batch normalisation's buffers move and are no matter."""
+    model = network(freeze=() if given == "the head's" else ("0", "1"))
+    parameters = {
+        "all": list(model.parameters()),
+        "those that require a gradient": [p for p in model.parameters() if p.requires_grad],
+        "the head's": list(model[3].parameters()),
+    }[given]
+    run = recorded(tmp_path, model, kind(parameters, lr=0.1), every)
+    names, why = trained_parameters(run, network())
+    assert names == HEAD
+    assert "that the optimizer held" in why
+
+
+def test_a_parameter_that_is_unfrozen_later_was_trained(tmp_path):
+    model = network(freeze=("0", "1"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = sp.Recorder(model, optimizer, tmp_path, at=[2, 4])
+    steps(model, optimizer, 2, recorder)
+    model[0].requires_grad_(True)
+    steps(model, optimizer, 2, recorder)
+    assert trained_parameters(recorder.trajectory(), network())[0] == ["0.weight", "0.bias", *HEAD]
+
+
+@pytest.mark.parametrize("every", [3, 6])
+def test_groups_without_a_learning_rate_are_not_trained(tmp_path, every):
+    model = network()
+    groups = [{"params": model[3].parameters()}, {"params": [*model[0].parameters(), *model[1].parameters()], "lr": 0}]
+    run = recorded(tmp_path, model, torch.optim.AdamW(groups, lr=0.1), every)
+    assert trained_parameters(run, network())[0] == HEAD
+
+
+def test_parameters_that_could_have_moved_and_did_not(tmp_path):
+    """A layer that the loss never reaches is held by the optimizer and equal at all checkpoints."""
+
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Idle()
+    run = recorded(tmp_path, model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert trained_parameters(run, Idle())[0] == ["used.weight", "used.bias"]
+
+
+def test_without_a_recorder_checkpoints_are_compared():
+    model = network(freeze=("0", "1"))
+    optimizer = torch.optim.SGD(model[3].parameters(), lr=0.1)
+    first = checkpoint(model, 0)
+    steps(model, optimizer, 2)
+    run = sp.Trajectory([first, checkpoint(model, 2)])
+    assert trained_parameters(run, network()) == (HEAD, "those that differ between checkpoints")
+    # Of one moment, and of weights that are the same at all, nothing can be compared.
+    for same in ([checkpoint(model, 2)], [checkpoint(model, 1), checkpoint(model, 2)]):
+        assert trained_parameters(sp.Trajectory(same), network(("0",)))[0] == NAMES[2:]
+    assert trained_parameters(sp.Trajectory([checkpoint(model, 2)]), network(("0", "1", "3")))[0] == NAMES
+
+
+def test_a_parameter_that_moved_in_the_middle_alone():
+    model, states = network(), []
+    for step, value in enumerate([0.0, 1.0, 0.0]):
+        model[0].bias.data.fill_(value)
+        model[3].bias.data.fill_(float(step))
+        states.append(checkpoint(model, step))
+    assert trained_parameters(sp.Trajectory(states), network())[0] == ["0.bias", "3.bias"]
+
+
+def test_one_checkpoint_with_its_optimizers_state():
+    model = network(freeze=("0", "1"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    steps(model, optimizer, 2)
+    run = sp.Trajectory([checkpoint(model, 2, optimizer)], optimizer=sp.Adam())
+    assert trained_parameters(run, network())[0] == HEAD
+
+
+def test_all_stages_count(tmp_path):
+    model = network()
+    stages = []
+    for number, layer in enumerate((0, 3)):
+        optimizer = torch.optim.SGD(model[layer].parameters(), lr=0.1)
+        recorder = sp.Recorder(model, optimizer, tmp_path / str(number), every=2, stage=str(number))
+        steps(model, optimizer, 4, recorder)
+        stages.append(recorder.stage())
+    assert trained_parameters(sp.Trajectory.from_stages(stages), network())[0] == ["0.weight", "0.bias", *HEAD]
+
+
+def test_an_adapters_file_names_its_own(tmp_path):
+    model = network()
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: model.state_dict()[name].clone() for name in HEAD}, file)
+    run = sp.Trajectory([sp.Checkpoint(file, step=1, lr=0.1)])
+    assert trained_parameters(run, network())[0] == HEAD
+
+
+def test_tied_parameters_are_compared_under_one_name():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    first = checkpoint(model, 0)
+    model[2].weight.data += 1
+    assert trained_parameters(sp.Trajectory([first, checkpoint(model, 1)]), model)[0] == ["0.weight"]
+
+
+def test_a_build_says_what_it_leaves_out_and_can_be_told_otherwise(tmp_path, capsys):
+    model = network(freeze=("0", "1"))
+    run = recorded(tmp_path / "run", model, torch.optim.SGD(model.parameters(), lr=0.1))
+    data = TensorDataset(*BATCH)
+    for chosen, names, said in ((None, HEAD, True), (["*"], NAMES, False), (["0.*"], ["0.weight", "0.bias"], False)):
+        path = tmp_path / f"bank_{names[0]}_{len(names)}"
+        bank = sp.build(network(), sp.Classification(), run, data, path, sketch=sp.Sketch(16), parameters=chosen)
+        assert bank.space_spec["names"] == names
+        assert sp.open(path).parameter_choice.startswith(f"{len(names)} of 6 parameters, ")
+        assert ("attributing through 2 of 6 parameters, 21 of 59 numbers" in capsys.readouterr().err) is said
+
+
+def test_the_default_predicts_retraining_as_well_as_the_trained_parameters_do(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 30), nn.Tanh(), nn.Linear(30, 3))
+    model[0].requires_grad_(False)
+    x, q = torch.randn(30, 8), torch.randn(10, 8)
+    y, qy = ((v[:, 0] > 0).long() + (v[:, 1] > 0.5).long() for v in (x, q))
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def retrain(weight, folder=None):
+        model.load_state_dict(start)
+        optimizer = torch.optim.SGD(model[2].parameters(), lr=0.5)
+        recorder = sp.Recorder(model, optimizer, folder, every=50) if folder else None
+        for _ in range(150):
+            optimizer.zero_grad()
+            (cross_entropy(model(x), y, reduction="none") * weight).mean().backward()
+            optimizer.step()
+            if recorder:
+                recorder.step()
+        with torch.no_grad():
+            z, own = model(q).double(), one_hot(qy, 3).bool()
+        return z[own] - z.masked_fill(own, -torch.inf).logsumexp(1), recorder
+
+    full, recorder = retrain(torch.ones(30), tmp_path / "run")
+    actual = torch.stack([full - retrain((torch.arange(30) != i).float())[0] for i in range(30)], 1).numpy()
+    retrain(torch.ones(30))
+    size = sum(p.numel() for p in model.parameters())  # more columns than coordinates: the rest stays 0
+    bank = sp.build(
+        model, sp.Classification(), recorder.trajectory(), TensorDataset(x, y), tmp_path / "bank",
+        sketch=sp.Sketch(size, kind="identity"), storage="float32", progress=False,
+    )  # fmt: skip
+    scores = sp.Source(bank, model=model, progress=False).score(TensorDataset(q, qy)).values
+    assert np.mean([np.corrcoef(scores[i], actual[i])[0, 1] for i in range(10)]) > 0.8
