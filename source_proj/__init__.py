@@ -21,13 +21,32 @@ from source_proj.attribution.source import Segment, SegmentScores, Source
 from source_proj.bank import Bank, StageBank, build, open
 from source_proj.sketch import Sketch
 from source_proj.task import CausalLM, Classification, Regression, Task, TokenQueries
-from source_proj.trajectory import SGD, Adam, Checkpoint, ParameterGroup, Recorder, RMSprop, Stage, Trajectory
+from source_proj.trajectory import (
+    SGD,
+    Adafactor,
+    Adagrad,
+    Adam,
+    Adamax,
+    Checkpoint,
+    NAdam,
+    ParameterGroup,
+    RAdam,
+    Recorder,
+    RMSprop,
+    ScheduleFreeAdamW,
+    ScheduleFreeSGD,
+    Stage,
+    Trajectory,
+)
 
 __version__ = _version("source-proj")
 
 __all__ = [
     "SGD",
+    "Adafactor",
+    "Adagrad",
     "Adam",
+    "Adamax",
     "Bank",
     "BankError",
     "CausalLM",
@@ -40,13 +59,17 @@ __all__ = [
     "Hydra",
     "InfluenceFunction",
     "MismatchError",
+    "NAdam",
     "ParameterGroup",
     "PredictedChange",
     "QueryFeatures",
+    "RAdam",
     "RMSprop",
     "Recorder",
     "Regression",
     "RepSim",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
     "Scores",
     "Segment",
     "SegmentScores",

@@ -12,6 +12,7 @@ from source_proj.bank import verify as verify_bank
 from source_proj.bank.audits import total
 from source_proj.cli.options import BankPath, Json
 from source_proj.cli.output import emit, reports_errors, say, table
+from source_proj.trajectory.record import write_optimizer
 
 __all__ = ["clean", "inspect", "verify"]
 
@@ -91,7 +92,7 @@ def _stage(stage: StageBank) -> dict[str, Any]:
         "name": stage.name,
         "rows": stage.n,
         "first_ids": stage.ids[:5],
-        "optimizer": stage.record.optimizer.spec(),
+        "optimizer": write_optimizer(stage.record.optimizer),
         "segments": [list(group) for group in stage.record.segments],
         "sampled_fisher_draws": stage.draws,
         "checkpoints": [

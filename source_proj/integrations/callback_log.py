@@ -23,10 +23,10 @@ from torch import nn
 
 from source_proj._errors import MismatchError
 from source_proj._io.files import write_files
-from source_proj.integrations.optimizers import described_optimizer
 from source_proj.integrations.trainer_folders import read_tensors
 from source_proj.integrations.trainer_rates import clipping
 from source_proj.trajectory import Checkpoint, PreconditionerMode, Segments, Stage
+from source_proj.trajectory.optimizers.describe import describe_state
 from source_proj.trajectory.recording.run_files import resume_name, weights_name, write_tensors
 
 __all__ = ["CallbackLog", "callback_stage", "is_callback_dir"]
@@ -160,7 +160,7 @@ def callback_stage(
     return Stage(
         stage,
         checkpoints,
-        described_optimizer(state, names, resume_name(steps[-1])),
+        describe_state(state, resume_name(steps[-1])),
         segments,
         lr_schedule=[log.rates[step] for step in range(1, steps[-1] + 1)],
         preconditioner=preconditioner,

@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 
 from source_proj.integrations.callback_log import callback_stage, is_callback_dir
-from source_proj.integrations.optimizers import described_optimizer
 from source_proj.integrations.trainer_arguments import accumulated_undivided, trainer_arguments
 from source_proj.integrations.trainer_end import step_of_final_model
-from source_proj.integrations.trainer_folders import TrainerFolder, read_tensors, trainer_folders
-from source_proj.integrations.trainer_groups import NamedState, model_of, optimizer_names
+from source_proj.integrations.trainer_folders import NamedState, TrainerFolder, read_tensors, trainer_folders
 from source_proj.integrations.trainer_rates import GivenSchedule, clipping, trainer_rates
-from source_proj.integrations.trainer_weights import trainer_weights
+from source_proj.integrations.trainer_weights import model_of, trainer_weights
 from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage, register_reader
+from source_proj.trajectory.optimizers.describe import describe_state
+from source_proj.trajectory.optimizers.naming import parameter_names
 
 __all__ = ["hf_trainer_stage"]
 
@@ -115,18 +115,19 @@ def hf_trainer_stage(
         lr_schedule=rates,
         preconditioner=preconditioner,
         clip_factors=clipped.factors if min(clipped.factors) < 1 else None,
-        trained=names,
+        trained=None if names is None else [name for group in names for name in group],
         accumulation=accumulated_undivided(arguments, model),
         label_smoothing=arguments.get("label_smoothing_factor"),
     )
 
 
-def _optimizer(last: TrainerFolder, model: nn.Module, given: Optimizer | None) -> tuple[Optimizer, list[str]]:
-    """How gradients became steps; and the names of the parameters in ``optimizer.pt``."""
+def _optimizer(last: TrainerFolder, model: nn.Module, given: Optimizer | None) -> tuple[Optimizer, list[list[str]]]:
+    """How gradients became steps; and the names of the parameters of each group in ``optimizer.pt``."""
     state = read_tensors(last.saved_optimizer)
     source = f"optimizer.pt of {last.path.name}"
-    names = optimizer_names(state, model, source)
-    optimizer = given or described_optimizer(state, names, source, decoupled=True)  # the Trainer has AdamW alone
+    names = parameter_names(state, model, source, given)
+    # Before torch 2.7 the state does not say which decay it has; the Trainer's is AdamW's.
+    optimizer = given or describe_state(state, source, names, assumed={"decoupled_weight_decay": True})
     return optimizer, names
 
 

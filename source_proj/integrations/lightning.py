@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from source_proj._errors import MismatchError
 from source_proj._io.loading import load_tensors
-from source_proj.integrations.optimizers import described_optimizer
 from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage, register_reader
 from source_proj.trajectory.layouts import averaged_keys, model_state
+from source_proj.trajectory.optimizers.describe import describe_state
 
 __all__ = ["lightning_stage"]
 
@@ -92,7 +92,7 @@ def lightning_stage(
     known = _logged_rates(Path(dir).absolute(), metrics)
     rates = _rates(saved, known, schedule)
     if optimizer is None:
-        optimizer = described_optimizer(last.optimizer, None, last.path.name)
+        optimizer = describe_state(last.optimizer, last.path.name)
     kept_apart = bool(prefix) or unpickle or weights == "averaged"
     if weights == "trained" and any(file.averaged for file in saved):
         warnings.warn(

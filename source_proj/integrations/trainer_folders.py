@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from source_proj._errors import MismatchError
 from source_proj._io.loading import load_tensors
 from source_proj.trajectory.layouts import WEIGHTS, sharded_state, weights_file
 
-__all__ = ["TrainerFolder", "logged", "read_tensors", "trainer_folders"]
+__all__ = ["NamedState", "TrainerFolder", "logged", "read_tensors", "trainer_folders"]
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,37 @@ def read_tensors(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise MismatchError(f"{str(file)!r} holds a {type(content).__name__}, and a dict was expected")
     return content
+
+
+class NamedState(Mapping[str, Any]):
+    """An optimizer's state in a file, read when it is asked for, with parameter names put to its numbers.
+
+    They are where :class:`torch.optim.Optimizer` has them if it is made from named parameters: ``param_names`` in each
+    of ``param_groups``.
+
+    Args:
+        file: what :func:`torch.save` wrote of ``optimizer.state_dict()``.
+        names: parameter names of each group, in its order.
+    """
+
+    def __init__(self, file: Path, names: Sequence[Sequence[str]]) -> None:
+        self.file = file
+        self.names = tuple(names)
+
+    def __repr__(self) -> str:
+        return f"NamedState({str(self.file)!r})"
+
+    def __getitem__(self, key: str) -> Any:
+        value = read_tensors(self.file)[key]
+        if key != "param_groups":
+            return value
+        return [{**group, "param_names": list(names)} for group, names in zip(value, self.names, strict=True)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("state", "param_groups"))
+
+    def __len__(self) -> int:
+        return 2
 
 
 def _foreign(folder: TrainerFolder, last: TrainerFolder) -> str | None:

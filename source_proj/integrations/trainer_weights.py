@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from source_proj._errors import MismatchError
 from source_proj.integrations.trainer_folders import TrainerFolder
 from source_proj.trajectory.layouts import listed, unwrapped_names
 
-__all__ = ["trainer_weights"]
+__all__ = ["model_of", "trainer_weights"]
 
 
 def trainer_weights(folder: TrainerFolder, model: nn.Module | None) -> Path | Mapping[str, Tensor]:
@@ -40,6 +41,31 @@ def trainer_weights(folder: TrainerFolder, model: nn.Module | None) -> Path | Ma
         raise MismatchError(f"{str(file)!r} does not fit {type(model).__name__}: {missing}; give the model as trained")
     state: Mapping[str, Tensor] = loaded.state_dict()
     return state
+
+
+def model_of(folder: Path) -> nn.Module:
+    """The architecture that a checkpoint's ``config.json`` names, without memory for weights.
+
+    Raises:
+        ValueError: there is none, transformers has no such class, or it is not installed.
+    """
+    remedy = "give the model as model="
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{str(folder)!r} has no config.json that says which parameter has which number: {remedy}")
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f"the order of parameters in optimizer.pt follows from the model: {remedy}, or install source-proj[hf]"
+        ) from error
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    for name in config.architectures or ():
+        kind = getattr(transformers, name, None)
+        if kind is not None:
+            with torch.device("meta"):
+                model: nn.Module = kind(config)
+            return model
+    raise ValueError(f"transformers has no model {config.architectures} ({str(folder)!r}): {remedy}")
 
 
 def _names(file: Path) -> list[str]:

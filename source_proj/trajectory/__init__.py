@@ -1,14 +1,28 @@
 """The trajectory of a training run: checkpoints, the optimizer's action, stages and segments."""
 
-from source_proj.trajectory.adaptive import Adam, ParameterGroup, RMSprop
 from source_proj.trajectory.checkpoint import Checkpoint
-from source_proj.trajectory.optimizer import SGD, Optimizer, optimizer_from_spec
+from source_proj.trajectory.optimizers import (
+    SGD,
+    Adafactor,
+    Adagrad,
+    Adam,
+    Adamax,
+    Moments,
+    NAdam,
+    Optimizer,
+    ParameterGroup,
+    PreconditionedOptimizer,
+    RAdam,
+    RMSprop,
+    ScheduleFreeAdamW,
+    ScheduleFreeSGD,
+    moments,
+)
 from source_proj.trajectory.options import Schedule
 from source_proj.trajectory.preconditioning import ResolvedRun
 from source_proj.trajectory.readers import register_reader
 from source_proj.trajectory.record import CheckpointRef, PreconditionerMode, RunRecord, SegmentRecord, StageRecord
 from source_proj.trajectory.recording.recorder import Recorder, Stateful
-from source_proj.trajectory.second_moments import Moments, moments
 from source_proj.trajectory.segments import Segments, split_segments
 from source_proj.trajectory.stages import Stage
 from source_proj.trajectory.trained import trained_parameters
@@ -16,18 +30,26 @@ from source_proj.trajectory.trajectory import Trajectory
 
 __all__ = [
     "SGD",
+    "Adafactor",
+    "Adagrad",
     "Adam",
+    "Adamax",
     "Checkpoint",
     "CheckpointRef",
     "Moments",
+    "NAdam",
     "Optimizer",
     "ParameterGroup",
+    "PreconditionedOptimizer",
     "PreconditionerMode",
+    "RAdam",
     "RMSprop",
     "Recorder",
     "ResolvedRun",
     "RunRecord",
     "Schedule",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
     "SegmentRecord",
     "Segments",
     "Stage",
@@ -35,7 +57,6 @@ __all__ = [
     "Stateful",
     "Trajectory",
     "moments",
-    "optimizer_from_spec",
     "register_reader",
     "split_segments",
     "trained_parameters",

@@ -17,6 +17,7 @@ from source_proj._errors import MismatchError
 from source_proj._io.hashing import hash_file
 from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.layouts import averaged_keys, is_count, listed, model_state, unwrapped_names
+from source_proj.trajectory.optimizers.describe import kept_state
 from source_proj.trajectory.state_files import checked_path, read_state, state_files
 
 __all__ = ["Checkpoint"]
@@ -74,7 +75,7 @@ class Checkpoint:
         self.step = checked_count("step", step, 0)
         self.lr = None if lr is None else float(lr)
         self.optimizer_state: Mapping[str, Any] | str | Path | None = (
-            _second_moments(optimizer_state) if isinstance(optimizer_state, Mapping) else optimizer_state
+            kept_state(optimizer_state) if isinstance(optimizer_state, Mapping) else optimizer_state
         )
         self.path: Path | None = None
         self._state: dict[str, Tensor] | None = None
@@ -284,24 +285,6 @@ def _places(adapter: Iterable[str], model: nn.Module, source: str) -> dict[str, 
             )
         names[name] = places[0]
     return names
-
-
-_MOMENTS = ("step", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg")
-
-
-def _second_moments(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy, from an optimizer's live state, what preconditioners are computed from."""
-
-    def kept(entry: Any) -> Any:
-        if not isinstance(entry, Mapping):
-            return entry
-        copies = ((key, entry[key]) for key in _MOMENTS if key in entry)
-        return {key: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else v for key, v in copies}
-
-    if not isinstance(state.get("state"), Mapping):
-        return dict(state)
-    groups = [dict(group) for group in state.get("param_groups", ())]
-    return {"state": {key: kept(entry) for key, entry in state["state"].items()}, "param_groups": groups}
 
 
 def _hash_state(state: Mapping[str, Tensor]) -> str:

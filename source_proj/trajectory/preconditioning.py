@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
@@ -12,10 +13,9 @@ from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj._io.hashing import hash_float32
-from source_proj.trajectory.adaptive import Adam, RMSprop
 from source_proj.trajectory.checkpoint import Checkpoint
+from source_proj.trajectory.optimizers import Moments, PreconditionedOptimizer, moments
 from source_proj.trajectory.record import RunRecord, StageRecord
-from source_proj.trajectory.second_moments import Moments, moments
 from source_proj.trajectory.stages import Stage
 
 __all__ = ["Coordinates", "ResolvedRun", "resolve_run"]
@@ -82,17 +82,17 @@ def _resolved(stage: Stage, model: nn.Module, space: Coordinates, metrics: _Metr
     record = stage.describe()
     optimizer = record.optimizer  # the decay divided by the loss scale
     mode, count = stage.preconditioner, len(stage.checkpoints)
-    if isinstance(optimizer, Adam | RMSprop) and mode in ("shared", "per_segment"):
+    if isinstance(optimizer, PreconditionedOptimizer) and mode in ("shared", "per_segment"):
         record = replace(record, preconditioner=mode)
         groups = stage.segment_indices if mode == "per_segment" else [list(range(count))]
         own: list[int] = []
         decays: list[float] = []
         for group in groups:
-            diagonal, decay = _metric([stage.checkpoints[c] for c in group], optimizer, model, space)
+            diagonal, decay = _metric(stage, group, optimizer, model, space)
             own += [metrics.index(diagonal)] * len(group)
             decays += [decay] * len(group)
         return replace(record, metrics=tuple(own), decays=tuple(decays))
-    if isinstance(optimizer, Adam | RMSprop):
+    if isinstance(optimizer, PreconditionedOptimizer):
         if mode == "scalar":
             scalars, decays = _scalars(stage, optimizer, model, space)
             record = replace(record, preconditioner="scalar", scalars=tuple(scalars), decays=tuple(decays))
@@ -112,23 +112,34 @@ def _with_state(checkpoints: Sequence[Checkpoint], what: str) -> list[Checkpoint
 
 
 def _metric(
-    checkpoints: Sequence[Checkpoint], optimizer: Adam | RMSprop, model: nn.Module, space: Coordinates
+    stage: Stage, group: Sequence[int], optimizer: PreconditionedOptimizer, model: nn.Module, space: Coordinates
 ) -> tuple[Tensor, float]:
     """The square root of the mean P, and the one number λ̄ that stands for weight decay."""
     p, v, decay = (torch.zeros(space.size, dtype=torch.float64) for _ in range(3))
+    checkpoints = [stage.checkpoints[c] for c in group]
     with_state = _with_state(checkpoints, f"the segment of {checkpoints}")
-    for checkpoint in with_state:
-        for place, own in _moments(checkpoint, optimizer, model, space):
-            p[place] += own.preconditioner.flatten() / len(with_state)
+    for checkpoint, divisor in zip(with_state, _divisors(stage, with_state), strict=True):
+        plain = stage.plain_shares[stage.checkpoints.index(checkpoint)]
+        for place, own in _moments(checkpoint, optimizer, model, space, plain):
+            p[place] += own.preconditioner.flatten() / divisor
             v[place] += own.second.flatten() / len(with_state)
-            decay[place] += own.decay.flatten() / len(with_state)
+            decay[place] += own.decay.flatten() / divisor
     if not p.any():
         raise MismatchError(f"the optimizer states of {checkpoints} move none of the attributed parameters")
     return p.sqrt().float(), _mean(decay, p * v)
 
 
+def _divisors(stage: Stage, checkpoints: Sequence[Checkpoint]) -> list[float]:
+    """What P at each checkpoint is divided by in the mean: their number, or by the time up to each."""
+    times = stage.interval_times
+    if times is None:
+        return [float(len(checkpoints))] * len(checkpoints)
+    own = [times[stage.checkpoints.index(checkpoint)] for checkpoint in checkpoints]
+    return [sum(own) / time if time > 0 else math.inf for time in own]
+
+
 def _scalars(
-    stage: Stage, optimizer: Adam | RMSprop, model: nn.Module, space: Coordinates
+    stage: Stage, optimizer: PreconditionedOptimizer, model: nn.Module, space: Coordinates
 ) -> tuple[list[float], list[float]]:
     """One number p = Σ P v̂ / Σ v̂ a checkpoint, and its decay.
 
@@ -136,8 +147,9 @@ def _scalars(
     """
     numbers: dict[int, tuple[float, float]] = {}
     for checkpoint in _with_state(stage.checkpoints, f"stage {stage.name!r}"):
+        plain = stage.plain_shares[stage.checkpoints.index(checkpoint)]
         p, v, decay = (torch.zeros(space.size, dtype=torch.float64) for _ in range(3))
-        for place, own in _moments(checkpoint, optimizer, model, space):
+        for place, own in _moments(checkpoint, optimizer, model, space, plain):
             p[place], v[place], decay[place] = (part.flatten() for part in own)
         if not p.any():
             raise MismatchError(f"the optimizer state of {checkpoint} moves none of the attributed parameters")
@@ -147,7 +159,7 @@ def _scalars(
     return [number for number, _ in filled], [decay for _, decay in filled]
 
 
-def _plain_decay(optimizer: Adam | RMSprop, space: Coordinates) -> float:
+def _plain_decay(optimizer: PreconditionedOptimizer, space: Coordinates) -> float:
     """Weight decay without second moments: the mean over coordinates."""
     sizes = torch.tensor([float(prod(shape)) for shape in space.shapes], dtype=torch.float64)
     groups = [optimizer.group(name) for name in space.names]
@@ -156,10 +168,10 @@ def _plain_decay(optimizer: Adam | RMSprop, space: Coordinates) -> float:
 
 
 def _moments(
-    checkpoint: Checkpoint, optimizer: Adam | RMSprop, model: nn.Module, space: Coordinates
+    checkpoint: Checkpoint, optimizer: PreconditionedOptimizer, model: nn.Module, space: Coordinates, plain: float
 ) -> Iterator[tuple[slice, Moments]]:
     """The moments of the attributed parameters, and where their coordinates are."""
-    for name, own in moments(checkpoint, optimizer, model):
+    for name, own in moments(checkpoint, optimizer, model, plain):
         if name in space.offsets:
             begin = space.offsets[name]
             yield slice(begin, begin + own.second.numel()), own

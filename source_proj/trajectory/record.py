@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from source_proj._io.json_records import read_record, write_record
-from source_proj.trajectory.optimizer import Optimizer
+from source_proj.trajectory.optimizers import Optimizer
 from source_proj.trajectory.segments import Segments, split_segments
 
 __all__ = ["CheckpointRef", "PreconditionerMode", "RunRecord", "SegmentRecord", "StageRecord", "read_optimizer"]
@@ -26,14 +26,14 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def read_optimizer(description: object) -> Optimizer:
-    """An optimizer from its ``spec()``, as JSON gave it.
+    """An optimizer from its name and its fields, as JSON gave them.
 
     Raises:
         ValueError: it is of no known kind, or an entry is missing, unknown or of the wrong type.
     """
     if not isinstance(description, Mapping):
         raise ValueError(f"must be an object, got {description!r}")
-    kinds = {kind.__name__: kind for kind in get_args(Optimizer)}
+    kinds = Optimizer.known
     name, options = description.get("name"), {key: value for key, value in description.items() if key != "name"}
     if not isinstance(name, str) or name not in kinds:
         raise ValueError(f"its name is {name!r}, and known optimizers are {', '.join(kinds)}")
@@ -42,7 +42,7 @@ def read_optimizer(description: object) -> Optimizer:
 
 
 def write_optimizer(optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's ``spec()``, as JSON gives it back."""
+    """An optimizer's name and its fields, as JSON gives them back."""
     return {"name": type(optimizer).__name__, **write_record(optimizer)}
 
 

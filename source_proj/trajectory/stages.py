@@ -13,7 +13,7 @@ import torch
 
 from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.counts import checked_count
-from source_proj.trajectory.optimizer import SGD, Optimizer
+from source_proj.trajectory.optimizers import SGD, Optimizer, Updates
 from source_proj.trajectory.options import ReadOptions, Schedule
 from source_proj.trajectory.record import CheckpointRef, PreconditionerMode, StageRecord
 from source_proj.trajectory.recording.run_files import RecordedRun
@@ -95,6 +95,7 @@ class Stage:
             raise ValueError(f"preconditioner must be one of {', '.join(modes)}, got {self.preconditioner!r}")
         # Cut and integrated once, here, so that a mistake shows where it was made.
         object.__setattr__(self, "_groups", split_segments(len(self.checkpoints), self.segments))
+        object.__setattr__(self, "_own_factors", self._step_factors())
         object.__setattr__(self, "_integrals", self._integrate())
         ends = [self.start_step, *(self.checkpoints[group[-1]].step for group in self.segment_indices)]
         for number, (begin, end) in enumerate(pairwise(ends)):
@@ -181,12 +182,19 @@ class Stage:
             final=_reference(self.final or self.checkpoints[-1]),
             segments=tuple(map(tuple, self.segment_indices)),
             lr_integrals=tuple(self.lr_integrals),
-            lr_sums=None if self.clip_factors is None else tuple(self._integrate(clipped=False)),
+            lr_sums=self._decay_integrals(),
             time_factor=optimizer.time_factor if self.time_factors is None else 1.0,
             scalars=None,
             decays=None,
             metrics=(0,) * len(self.checkpoints),
         )
+
+    def _decay_integrals(self) -> tuple[float, ...] | None:
+        """What weight decay is integrated over, where it is not what gradients are: no clip, and perhaps no factor."""
+        stepped = self.optimizer.decays_with_steps
+        if self.clip_factors is None and (stepped or self.__dict__["_own_factors"] is None):
+            return None
+        return tuple(self._integrate(clipped=False, stepped=stepped))
 
     def _checked_points(self) -> tuple[Checkpoint, ...]:
         for point in self.checkpoints:
@@ -224,17 +232,54 @@ class Stage:
                 "last segment, so add them to checkpoints"
             )
 
-    def _integrate(self, clipped: bool = True) -> list[float]:
+    @property
+    def interval_times(self) -> list[float] | None:
+        """Time from checkpoint to checkpoint, which weighs P at the latter; None where P has no step of its own."""
+        if self.__dict__["_own_factors"] is None:
+            return None
+        return [end - begin for begin, end in pairwise([0.0, *self.lr_integrals])]
+
+    @property
+    def plain_shares(self) -> list[float]:
+        """Of the time since the checkpoint before each, the share of updates that the optimizer makes without P."""
+        steps = [c.step for c in self.checkpoints]
+        plain = self.start_step + self.optimizer.plain_updates
+        if plain == self.start_step:
+            return [0.0] * len(steps)
+        whole = self._update_times(clipped=True, stepped=True)
+        intervals = [range(begin, end) for begin, end in pairwise([self.start_step, *steps])]
+        totals = [math.fsum(whole(t) for t in interval) for interval in intervals]
+        early = [math.fsum(whole(t) for t in interval if t < plain) for interval in intervals]
+        return [part / total if total else 0.0 for part, total in zip(early, totals, strict=True)]
+
+    def _integrate(self, clipped: bool = True, stepped: bool = True) -> list[float]:
+        steps = [c.step for c in self.checkpoints]
+        time = self._update_times(clipped, stepped)
+        parts = [
+            math.fsum(time(t) for t in range(begin, end)) for begin, end in pairwise([self.start_step, *steps])
+        ]  # fsum: correctly rounded, so the same on every platform
+        return [self.loss_scale * total for total in accumulate(parts)]
+
+    def _update_times(self, clipped: bool, stepped: bool) -> Callable[[int], float]:
+        """Learning rate of an update, times all factors of that update."""
         steps = [c.step for c in self.checkpoints]
         rate = self._rate(steps[-1])
         factors = [self._function("clip_factors", steps[-1], 1.0)] if clipped and self.clip_factors is not None else []
         if self.time_factors is not None:
             factors.append(self._function("time_factors", steps[-1], math.inf))
-        parts = [
-            math.fsum(math.prod((factor(t) for factor in factors), start=rate(t)) for t in range(begin, end))
-            for begin, end in pairwise([self.start_step, *steps])
-        ]  # fsum: correctly rounded, so the same on every platform
-        return [self.loss_scale * total for total in accumulate(parts)]
+        own: Sequence[float] | None = self.__dict__["_own_factors"] if stepped else None
+        if own is not None:
+            factors.append(lambda t: own[t - self.start_step])
+        return lambda t: math.prod((factor(t) for factor in factors), start=rate(t))
+
+    def _step_factors(self) -> list[float] | None:
+        """What the optimizer makes of each update, where that depends on the step."""
+        if type(self.optimizer).step_factors is Optimizer.step_factors:
+            return None  # before a schedule is asked for every rate a second time
+        begin, steps = self.start_step, [c.step for c in self.checkpoints]
+        rate = self._rate(steps[-1])
+        rates = [rate(t) for t in range(begin, steps[-1])]
+        return self.optimizer.step_factors(Updates(rates, [step - begin for step in steps])) if rates else None
 
     def _rate(self, last_step: int) -> Callable[[int], float]:
         """Return the learning rate as a checked function of the update's number."""

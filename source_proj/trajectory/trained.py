@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from source_proj.trajectory.adaptive import Adam, RMSprop
 from source_proj.trajectory.checkpoint import Checkpoint
-from source_proj.trajectory.second_moments import moments
+from source_proj.trajectory.optimizers import PreconditionedOptimizer, moments
 from source_proj.trajectory.stages import Stage
 from source_proj.trajectory.trajectory import Trajectory
 
@@ -61,14 +60,14 @@ def _held(trajectory: Trajectory, model: nn.Module, has_one_state: bool) -> set[
 def _with_moments(stage: Stage, model: nn.Module) -> list[str] | None:
     """Parameters for which the optimizer's state of the last checkpoint has a second moment: had a gradient."""
     last = stage.checkpoints[-1]
-    if not isinstance(stage.optimizer, Adam | RMSprop) or last.optimizer_state is None:
+    if not isinstance(stage.optimizer, PreconditionedOptimizer) or last.optimizer_state is None:
         return None
     return [name for name, _ in moments(last, stage.optimizer, model)]
 
 
 def _learns(stage: Stage, name: str) -> bool:
     optimizer = stage.optimizer
-    return not isinstance(optimizer, Adam | RMSprop) or optimizer.group(name).lr_scale > 0
+    return not isinstance(optimizer, PreconditionedOptimizer) or optimizer.group(name).lr_scale > 0
 
 
 def _distinct(trajectory: Trajectory) -> list[Checkpoint]:

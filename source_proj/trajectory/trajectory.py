@@ -9,7 +9,7 @@ from typing import Any, Unpack
 from torch import nn
 
 from source_proj.trajectory.checkpoint import Checkpoint
-from source_proj.trajectory.optimizer import SGD, Optimizer
+from source_proj.trajectory.optimizers import SGD, Optimizer
 from source_proj.trajectory.options import ReadOptions, Schedule, StageOptions
 from source_proj.trajectory.preconditioning import Coordinates, ResolvedRun, resolve_run
 from source_proj.trajectory.readers import stage_reader

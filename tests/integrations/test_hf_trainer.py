@@ -157,7 +157,7 @@ def test_second_moments_carry_the_names_of_their_parameters(run):
 
 
 def test_a_model_with_other_parameters_is_refused(run):
-    with pytest.raises(sp.MismatchError, match="not the trainable parameters of Linear"):
+    with pytest.raises(sp.MismatchError, match="Linear has 2 parameters, 2 of which require a gradient"):
         sp.Trajectory.from_hf_trainer(run, model=torch.nn.Linear(2, 2))
 
 

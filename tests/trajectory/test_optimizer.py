@@ -1,9 +1,12 @@
 """The time factor, against simulations of torch's own SGD."""
 
+import json
+
 import pytest
 import torch
 
 from source_proj.trajectory import SGD
+from source_proj.trajectory.record import read_optimizer, write_optimizer
 
 SETTINGS = [
     {},
@@ -43,9 +46,9 @@ def test_speed_under_a_constant_gradient(settings):
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_spec_round_trip(settings):
+def test_description_round_trip(settings):
     optimizer = SGD(weight_decay=1e-3, **settings)
-    assert SGD.from_spec(optimizer.spec()) == optimizer
+    assert read_optimizer(json.loads(json.dumps(write_optimizer(optimizer)))) == optimizer
 
 
 @pytest.mark.parametrize(
@@ -66,8 +69,8 @@ def test_out_of_range(settings, message):
         SGD(**settings)
 
 
-def test_foreign_spec_is_refused():
-    with pytest.raises(ValueError, match="'Adam'"):
-        SGD.from_spec({"name": "Adam", "weight_decay": 0.0})
-    with pytest.raises(ValueError, match="betas"):
-        SGD.from_spec({"name": "SGD", "betas": [0.9, 0.99]})
+def test_foreign_descriptions_are_refused():
+    with pytest.raises(ValueError, match=r"its name is 'Nadam', and known optimizers are .*Adam"):
+        read_optimizer({"name": "Nadam", "weight_decay": 0.0})
+    with pytest.raises(ValueError, match="unknown entry 'betas'"):
+        read_optimizer({**write_optimizer(SGD()), "betas": [0.9, 0.99]})

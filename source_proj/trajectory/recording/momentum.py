@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from source_proj._errors import MismatchError
-from source_proj.trajectory.optimizer import Optimizer
+from source_proj.trajectory.optimizers import Optimizer
 
 __all__ = ["require_integrable", "with_momentum_of"]
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from source_proj._errors import MismatchError
+from source_proj.trajectory.optimizers import Options
 from source_proj.trajectory.recording.momentum import require_integrable
 from source_proj.trajectory.recording.run_files import RecordedRun, UpdateRun, clip_factor
-from source_proj.trajectory.torch_optimizers import Options, base_rate, describe_options
 
 __all__ = ["Pending", "Progress", "Seen", "update_runs", "updates_of_call"]
 
@@ -24,7 +24,7 @@ class Seen(NamedTuple):
     """A step of the optimizer: its number among all that were seen, and the groups' options at that time."""
 
     number: int
-    options: Options
+    options: Sequence[Options]
 
 
 class Pending(NamedTuple):
@@ -79,9 +79,9 @@ def updates_of_call(
         )
     updates = []
     for place, (norm, step) in enumerate(zip(own, seen, strict=True), 1):
-        now = describe_options(step.options, optimizer)
+        now = type(optimizer).from_groups(step.options, "the optimizer", optimizer)
         require_integrable(optimizer, now, progress.steps + place)
-        updates.append(Pending(step.number, base_rate(step.options), norm, now.time_factor))
+        updates.append(Pending(step.number, float(step.options[0]["lr"]), norm, now.time_factor))
     return updates
 
 

@@ -19,6 +19,8 @@ from source_proj._io.loading import load_tensors, require_loadable
 from source_proj._io.locks import FolderLock
 from source_proj.trajectory.checkpoint import matched_state
 from source_proj.trajectory.counts import checked_count
+from source_proj.trajectory.optimizers import Options
+from source_proj.trajectory.optimizers.describe import describe_live, held_names, read_groups, second_moments
 from source_proj.trajectory.options import ReadOptions
 from source_proj.trajectory.recording.progress import Progress, Seen, update_runs, updates_of_call
 from source_proj.trajectory.recording.run_files import (
@@ -35,7 +37,6 @@ from source_proj.trajectory.recording.run_files import (
 )
 from source_proj.trajectory.recording.schedule_watch import ScheduleWatch
 from source_proj.trajectory.stages import Stage
-from source_proj.trajectory.torch_optimizers import Options, describe_options, held_names, moments_of, read_options
 from source_proj.trajectory.trajectory import Trajectory
 
 __all__ = ["Recorder", "Stateful"]
@@ -129,7 +130,7 @@ class Recorder:
             require_loadable(thing.state_dict(), f"the state of {type(thing).__name__} (in also=)")
         _check_trains(optimizer, model)
         held = tuple(held_names(optimizer, model))
-        fresh = RecordedRun(stage, describe_options(self._options()), describe_state(model), held)
+        fresh = RecordedRun(stage, describe_live(optimizer, model), describe_state(model), held)
         self._lock = FolderLock(self.dir, "recorder.lock")
         self._progress = Progress(self._open(fresh), [], 0)
         self._goes_on = not self._progress.run.checkpoints  # False until restore() where there is something to restore
@@ -233,8 +234,8 @@ class Recorder:
         """Stop recording: what came after the last checkpoint is forgotten, and others may write to the directory."""
         self._end()
 
-    def _options(self) -> Options:
-        return read_options(self._optimizer, self._model)
+    def _options(self) -> Sequence[Options]:
+        return read_groups(self._optimizer, self._model)
 
     def _see(self) -> None:
         if len(self._seen) < 3:  # of more, only their being too many matters; a recorder may be idle for a whole stage
@@ -316,7 +317,7 @@ class Recorder:
             },
         }
         if progress.run.optimizer.preconditioned:
-            contents[moments_name(step)] = moments_of(self._optimizer, self._model)
+            contents[moments_name(step)] = second_moments(self._optimizer, self._model)
         self._unsure = True
         weights, resume, *moments = write_tensors({self.dir / name: content for name, content in contents.items()})
         checkpoint = RecordedCheckpoint(step, weights, moments[0] if moments else None, updates)

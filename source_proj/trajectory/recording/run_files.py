@@ -30,7 +30,7 @@ from source_proj._io.files import PARTIAL, Content, walk, write_files
 from source_proj._io.hashing import hash_file
 from source_proj._io.json_records import read_record, write_record
 from source_proj.trajectory.checkpoint import Checkpoint
-from source_proj.trajectory.optimizer import Optimizer
+from source_proj.trajectory.optimizers import Optimizer
 from source_proj.trajectory.record import read_optimizer, write_optimizer
 from source_proj.trajectory.recording.momentum import with_momentum_of
 

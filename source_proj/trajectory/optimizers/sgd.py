@@ -1,19 +1,19 @@
-"""How the optimizer turned gradients into steps, in the terms that unrolling needs."""
+"""Stochastic gradient descent with momentum."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from source_proj.trajectory.adaptive import Adam, RMSprop, checked_options
+from source_proj.trajectory.optimizers.base import Optimizer, Options, keys
+from source_proj.trajectory.optimizers.groups import check_at_least_zero
 
-__all__ = ["SGD", "Optimizer", "optimizer_from_spec"]
+__all__ = ["SGD"]
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(Optimizer):
     r"""Stochastic gradient descent, with the conventions of :class:`torch.optim.SGD`.
 
     With gradient :math:`g_t` of the loss plus ``weight_decay`` times the weights, momentum β and dampening δ,
@@ -39,7 +39,14 @@ class SGD:
         10.0
     """
 
-    preconditioned: ClassVar[bool] = False
+    classes: ClassVar[Mapping[str, Options]] = {"torch.optim.sgd.SGD": {}}
+    trainer_names: ClassVar[tuple[str, ...]] = ("sgd",)
+    # Without "fused", which torch has had since 2.3, timm's SGDW has the same options.
+    group_keys: ClassVar[frozenset[str]] = keys(
+        "lr momentum dampening weight_decay nesterov maximize foreach differentiable fused"
+    )
+    optional_state_keys: ClassVar[frozenset[str]] = keys("momentum_buffer")
+    alike: ClassVar[tuple[str, ...]] = ("lr", "momentum", "weight_decay", "dampening", "nesterov")
 
     momentum: float = 0.0
     weight_decay: float = 0.0
@@ -53,8 +60,7 @@ class SGD:
                 raise ValueError(
                     f"{name} must lie in [0, 1), got {value}: no gradient has a finite total step otherwise"
                 )
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise ValueError(f"weight_decay must be finite and at least 0, got {self.weight_decay}")
+        check_at_least_zero("weight_decay", self.weight_decay)
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
             raise ValueError(
                 "Nesterov's momentum needs momentum > 0 and dampening = 0, "
@@ -69,38 +75,10 @@ class SGD:
         # Rounded to 15 digits, so that momentum 0.9 gives 10 and not 10.000000000000002.
         return float(f"{(1 - self.dampening) / (1 - self.momentum):.15g}")
 
-    def with_decay_divided(self, scale: float) -> SGD:
-        """The same optimizer with its weight decay divided by a number: that for the mean loss."""
-        return replace(self, weight_decay=self.weight_decay / scale)
-
-    def spec(self) -> dict[str, Any]:
-        """Describe the optimizer in JSON-able terms; :meth:`from_spec` reads it back."""
-        return {"name": "SGD", **asdict(self)}
-
     @classmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> SGD:
-        """Rebuild the optimizer from :meth:`spec`.
-
-        Raises:
-            ValueError: the description is of another optimizer, or has unknown entries.
-        """
-        return cls(**checked_options(spec, "SGD", cls.__dataclass_fields__))
-
-
-Optimizer = SGD | Adam | RMSprop
-"""How gradients became steps."""
-
-_KNOWN: dict[str, type[SGD] | type[Adam] | type[RMSprop]] = {"SGD": SGD, "Adam": Adam, "RMSprop": RMSprop}
-
-
-def optimizer_from_spec(spec: Mapping[str, Any]) -> Optimizer:
-    """Rebuild any optimizer from its ``spec()``.
-
-    Raises:
-        ValueError: it is of no known kind, or has unknown entries.
-    """
-    kind = _KNOWN.get(spec.get("name", ""))
-    if kind is None:
-        raise ValueError(f"the optimizer {spec.get('name')!r} is unknown; known are {', '.join(_KNOWN)}")
-    found: Optimizer = kind.from_spec(spec)
-    return found
+    def fields(cls, group: Options, source: str) -> dict[str, Any]:  # noqa: ARG003, D102
+        return {
+            "momentum": float(group["momentum"]),
+            "dampening": float(group["dampening"]),
+            "nesterov": bool(group["nesterov"]),
+        }

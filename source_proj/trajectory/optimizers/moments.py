@@ -1,0 +1,113 @@
+"""What an optimizer's state says of each parameter at a checkpoint: found by name, checked against its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from source_proj._errors import MismatchError
+from source_proj._io.loading import load_tensors
+from source_proj.trajectory.optimizers.base import PreconditionedOptimizer
+from source_proj.trajectory.optimizers.describe import check_state
+from source_proj.trajectory.optimizers.naming import named_entries
+
+__all__ = ["Moments", "moments"]
+
+_WRAPPERS = ("optimizer", "optimizer_state_dict", "optimizer_state", "optimizer_states")
+
+
+class StateAtStep(Protocol):
+    """What is wanted of a checkpoint."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken so far."""
+
+    @property
+    def optimizer_state(self) -> Mapping[str, Any] | str | Path | None:
+        """The optimizer's ``state_dict()``, or a file with it."""
+
+
+class Moments(NamedTuple):
+    """One parameter at one checkpoint.
+
+    Attributes:
+        preconditioner: diagonal of P, the group's ``lr_scale`` included, float64; 0 where nothing moves.
+        second: mean square v̂ of its gradient, float64.
+        decay: the diagonal Λ that its weights decay by, per unit of Σ lr, float64.
+    """
+
+    preconditioner: Tensor
+    second: Tensor
+    decay: Tensor
+
+
+def moments(
+    checkpoint: StateAtStep, optimizer: PreconditionedOptimizer, model: nn.Module, plain: float = 0.0
+) -> Iterator[tuple[str, Moments]]:
+    """Read a checkpoint's optimizer state, parameter by parameter; those that it does not hold are not yielded.
+
+    The state is what ``optimizer.state_dict()`` gave: parameters by number. They are named by its ``param_names``,
+    else by the order of the model's parameters, see :func:`parameter_names`.
+
+    Args:
+        checkpoint: the weights, with the optimizer's state.
+        optimizer: how gradients became steps.
+        model: says which parameters there are.
+        plain: share of the time since the checkpoint before that went without P; there it is the identity.
+
+    Raises:
+        MismatchError: there is no state, or it fits neither the model nor the optimizer; says what can be done.
+    """
+    source = repr(checkpoint)
+    state = _unwrap(_load(checkpoint), source)
+    try:
+        check_state(type(optimizer), state, f"{source}: its optimizer_state")
+    except ValueError as error:
+        raise MismatchError(str(error)) from error
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name, entry in named_entries(state, model, source, optimizer).items():
+        if name not in shapes or not any(key in entry for key in optimizer.kept):
+            continue  # a buffer of another wrapper, or a parameter that never had a gradient
+        group = optimizer.group(name)
+        second = optimizer.second_moment(entry, checkpoint.step)
+        if tuple(second.shape) != shapes[name]:
+            raise MismatchError(
+                f"{source}: the second moment of {name!r} has shape {tuple(second.shape)}, and the parameter "
+                f"{shapes[name]}: give the model that was trained"
+            )
+        own = optimizer.preconditioner(entry, checkpoint.step)
+        scale = group.lr_scale * torch.where(own > 0, own + plain * (1 - own), 0.0)
+        decay = float(group.weight_decay or 0.0)
+        factor = scale if optimizer.decays_with_metric else torch.full_like(scale, group.lr_scale)
+        yield name, Moments(scale, second, decay * factor)
+
+
+def _load(checkpoint: StateAtStep) -> Any:
+    state = checkpoint.optimizer_state
+    if state is None:
+        raise MismatchError(
+            f"{checkpoint!r} has no optimizer_state, and the preconditioner of its optimizer is read from there. Give "
+            "Checkpoint(..., optimizer_state=optimizer.state_dict()) or a file with it; or record the run with "
+            "Recorder, which keeps it; or, without any state, take plain gradients with preconditioner='none' (their "
+            "time scale is then unknown: choose Source(time_scale=...))"
+        )
+    if not isinstance(state, str | Path):
+        return state
+    return load_tensors(Path(state), f"{checkpoint!r} needs its optimizer's state_dict() there, saved alone")
+
+
+def _unwrap(state: Any, source: str) -> Mapping[str, Any]:
+    if isinstance(state, Mapping):
+        if {"state", "param_groups"} <= set(state) and isinstance(state["state"], Mapping):
+            return state
+        if len(inner := [key for key in _WRAPPERS if key in state]) == 1:
+            return _unwrap(state[inner[0]], source)
+    if isinstance(state, list) and len(state) == 1:  # Lightning: one entry per optimizer
+        return _unwrap(state[0], source)
+    content = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+    raise MismatchError(f"{source}: its optimizer_state must be an optimizer's state_dict(), and has {content}")
