@@ -127,6 +127,26 @@ def _compiling(capability: int) -> Iterator[dict[str, Any]]:
         yield found
 
 
+def tensor_launches(dim: int, dtype: torch.dtype) -> list[Callable[[], None]]:
+    """Those of the tensor sketch for a layer of GPT-2: given rows, what surrounds the transforms, and an embedding."""
+    matrix = kernels.TensorMap(dim, 1, 768, (768, 2304))
+
+    def tensor() -> None:
+        rows = torch.zeros(32, 768 * 64, dtype=dtype)
+        kernels.tensor_add_(torch.zeros(32, dim), rows, 768, matrix, backend="triton")
+
+    def transforms() -> None:
+        left, right = torch.zeros(4, 16, 768, dtype=dtype), torch.zeros(4, 16, 2304, dtype=dtype)
+        kernels.tensor_add_outer_(torch.zeros(4, dim), left, right, matrix, backend="triton", spectral=True)
+
+    def table() -> None:
+        index, values = torch.arange(4096), torch.zeros(4096, 768, dtype=dtype)
+        words = kernels.TensorMap(dim, 1, 768, (4096, 768))
+        kernels.tensor_add_at_(torch.zeros(8, dim), values, index % 8, index, words, backend="triton")
+
+    return [tensor, transforms, table]
+
+
 def launches(dim: int) -> dict[str, Callable[[], None]]:
     """The shapes that matter, of float32 and bfloat16: given rows, layers of GPT-2 and ResNet, dense signs.
 
@@ -157,23 +177,7 @@ def launches(dim: int) -> dict[str, Callable[[], None]]:
         def dense(dtype: torch.dtype = dtype) -> None:
             kernels.rademacher_add_(torch.zeros(128, dim), torch.zeros(128, 16 * dim, dtype=dtype), 0, **sparse)
 
-        def tensor(dtype: torch.dtype = dtype) -> None:
-            matrix = kernels.TensorMap(dim, 1, 768, (768, 2304))
-            rows = torch.zeros(32, 768 * 64, dtype=dtype)
-            kernels.tensor_add_(torch.zeros(32, dim), rows, 768, matrix, backend="triton")
-
-        def transforms(dtype: torch.dtype = dtype) -> None:
-            matrix = kernels.TensorMap(dim, 1, 768, (768, 2304))
-            left, right = torch.zeros(4, 16, 768, dtype=dtype), torch.zeros(4, 16, 2304, dtype=dtype)
-            kernels.tensor_add_outer_(torch.zeros(4, dim), left, right, matrix, backend="triton", spectral=True)
-
-        def table(dtype: torch.dtype = dtype) -> None:
-            index = torch.arange(4096)
-            matrix = kernels.TensorMap(dim, 1, 768, (4096, 768))
-            values = torch.zeros(4096, 768, dtype=dtype)
-            kernels.tensor_add_at_(torch.zeros(8, dim), values, index % 8, index, matrix, backend="triton")
-
-        for launch in (rows, step, columns, embedding, dense, tensor, transforms, table):
+        for launch in (rows, step, columns, embedding, dense, *tensor_launches(dim, dtype)):
             found[f"{launch.__name__} {name}"] = launch
     return found
 
