@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tensor_balance import balanced
 from .tensor_map import TensorMap
-from .tensor_spectral import balanced
 from .tiles import factors_of_one_type, outer_tiles
 from .triton_device import add_partials_, ceil_div, columns_width, interpreted, on_device
 from .triton_sparse import MOST_COLUMNS

@@ -147,39 +147,41 @@ def tensor_launches(dim: int, dtype: torch.dtype) -> list[Callable[[], None]]:
     return [tensor, transforms, table]
 
 
-def launches(dim: int) -> dict[str, Callable[[], None]]:
-    """The shapes that matter, of float32 and bfloat16: given rows, layers of GPT-2 and ResNet, dense signs.
-
-    Layers with several steps multiply by cuBLAS.
-    """
-    found: dict[str, Callable[[], None]] = {}
+def sparse_launches(dim: int, dtype: torch.dtype) -> list[Callable[[], None]]:
+    """Given rows, layers of GPT-2 and ResNet, and dense signs. Layers with several steps multiply by cuBLAS."""
     sparse: dict[str, Any] = {"seed": 1, "backend": "triton"}
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
 
-        def rows(dtype: torch.dtype = dtype) -> None:
-            kernels.sparse_add_(torch.zeros(32, dim), torch.zeros(32, 64 * dim, dtype=dtype), 0, **sparse)
+    def rows() -> None:
+        kernels.sparse_add_(torch.zeros(32, dim), torch.zeros(32, 64 * dim, dtype=dtype), 0, **sparse)
 
-        def step(dtype: torch.dtype = dtype) -> None:
-            left, right = torch.zeros(32, 1, 768, dtype=dtype), torch.zeros(32, 1, 768, dtype=dtype)
-            kernels.sparse_add_outer_(torch.zeros(32, dim), left, right, 768, **sparse)
+    def step() -> None:
+        left, right = torch.zeros(32, 1, 768, dtype=dtype), torch.zeros(32, 1, 768, dtype=dtype)
+        kernels.sparse_add_outer_(torch.zeros(32, dim), left, right, 768, **sparse)
 
-        def columns(dtype: torch.dtype = dtype) -> None:
-            left, right = torch.zeros(8, 128, 256, dtype=dtype), torch.zeros(8, 128, 18 * 18, dtype=dtype)
-            taps = (18 * torch.arange(3)[:, None] + torch.arange(3)).flatten()
-            windows = (18 * torch.arange(16)[:, None] + torch.arange(16)).flatten()
-            kernels.sparse_add_windows_(torch.zeros(8, dim), left, right, taps, windows, 0, **sparse)
+    def columns() -> None:
+        left, right = torch.zeros(8, 128, 256, dtype=dtype), torch.zeros(8, 128, 18 * 18, dtype=dtype)
+        taps = (18 * torch.arange(3)[:, None] + torch.arange(3)).flatten()
+        windows = (18 * torch.arange(16)[:, None] + torch.arange(16)).flatten()
+        kernels.sparse_add_windows_(torch.zeros(8, dim), left, right, taps, windows, 0, **sparse)
 
-        def embedding(dtype: torch.dtype = dtype) -> None:
-            index = torch.arange(4096)
-            given = (torch.zeros(4096, 768, dtype=dtype), index % 8, 768 * index)
-            kernels.sparse_add_at_(torch.zeros(8, dim), *given, **sparse)
+    def embedding() -> None:
+        index = torch.arange(4096)
+        given = (torch.zeros(4096, 768, dtype=dtype), index % 8, 768 * index)
+        kernels.sparse_add_at_(torch.zeros(8, dim), *given, **sparse)
 
-        def dense(dtype: torch.dtype = dtype) -> None:
-            kernels.rademacher_add_(torch.zeros(128, dim), torch.zeros(128, 16 * dim, dtype=dtype), 0, **sparse)
+    def dense() -> None:
+        kernels.rademacher_add_(torch.zeros(128, dim), torch.zeros(128, 16 * dim, dtype=dtype), 0, **sparse)
 
-        for launch in (rows, step, columns, embedding, dense, *tensor_launches(dim, dtype)):
-            found[f"{launch.__name__} {name}"] = launch
-    return found
+    return [rows, step, columns, embedding, dense]
+
+
+def launches(dim: int) -> dict[str, Callable[[], None]]:
+    """The shapes that matter, of float32 and bfloat16, by name."""
+    return {
+        f"{launch.__name__} {name}": launch
+        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+        for launch in (*sparse_launches(dim, dtype), *tensor_launches(dim, dtype))
+    }
 
 
 def compiled(launch: Callable[[], None], capability: int, keep: Path | None = None) -> list[Compiled]:
