@@ -137,10 +137,11 @@ def sketch_queries(
         if point is points[0] or point is points[-1]:
             _, _, batch = next(source.load([(0, min(count, source.batch_size))]))
             batch = to_device(batch, where)
-            if point is points[-1]:
-                task.examine(own, batch)
-            if point is points[0]:
-                require_own_weights(task.measurement, own, model, batch)
+            with named_examples(query_ids):
+                if point is points[-1]:
+                    task.examine(own, batch)
+                if point is points[0]:
+                    require_own_weights(task.measurement, own, model, batch)
         scales = [None if scale is None else scale.to(where) for scale in bank.metrics.scales(wanted)]
         sketched = partial(_sketched, engine, task, source, scales, query_ids, point.step, where, progress)
         engine.begin(bank.sketch.seed, point.step)

@@ -121,7 +121,8 @@ class RowEncoder:
         """
         batch = to_device(batch, self._device)
         if self._original is not None:
-            require_own_weights(self._task.output, self._model, self._original, batch)
+            with named_examples(place.ids):
+                require_own_weights(self._task.output, self._model, self._original, batch)
             self._original = None
         names = self._metrics_of(place)
         scales = list(self._scales.values())
