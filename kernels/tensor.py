@@ -86,7 +86,7 @@ def tensor_add_outer_(
         spectral: the route; None for the cheaper one.
     """
     if spectral is None:
-        spectral = scale is None and _spectral_is_cheaper(backend, left.shape, right.shape[2], matrix.dim)
+        spectral = scale is None and _spectral_is_cheaper(backend, left, right.shape[2], matrix.dim)
     if backend == "native":
         add_tensor_outer_native_(out, left, right, matrix, spectral=spectral, scale=scale)
     elif spectral:
@@ -136,11 +136,11 @@ def _columns(right: Tensor, taps: Tensor, windows: Tensor, backend: str) -> Iter
     return window_columns_triton(right, taps, windows)
 
 
-def _spectral_is_cheaper(backend: str, left: torch.Size, i: int, dim: int) -> bool:
-    batch, steps, o = left
+def _spectral_is_cheaper(backend: str, left: Tensor, i: int, dim: int) -> bool:
+    batch, steps, o = left.shape
     if backend == "native":
         return spectral_is_cheaper(batch, steps, o, i, dim)
-    return spectral_pays(backend, steps, o, i, dim)
+    return spectral_pays(backend, steps, o, i, dim, half=left.dtype != torch.float32)
 
 
 def _add_reference_(out: Tensor, rows: Tensor, offset: int, matrix: TensorMap, *, ordered: bool) -> None:

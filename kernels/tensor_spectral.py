@@ -5,6 +5,7 @@ of z * z: one complex transform a step, squares summed over the steps, one trans
 """
 
 from math import log2
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,17 +16,48 @@ from .tensor_map import TensorMap
 __all__ = ["add_spectral_", "spectral_pays"]
 
 _HELD = 1 << 24  # complex numbers that are held at once
-# Time of a transform for each k log2 k and step over that of an outer product for each coordinate and step. GPUs: eight
-# transfers of a number and k log2 k slow operations against two operations of a product.
-_TRANSFORM = {"triton": 8.0, "torch": 6.0}
 
 
-def spectral_pays(backend: str, steps: int, o: int, i: int, dim: int) -> bool:
+class _Costs(NamedTuple):
+    """Of both routes, in products of an outer product, two operations each, at the rate of the backend.
+
+    Attributes:
+        transform: of a step's transform, for each of its k log2 k.
+        transform_begin: in steps, what an example's transforms cost besides.
+        outer_begin: in steps, what making, reading and mapping every coordinate of an outer product costs.
+    """
+
+    transform: float
+    transform_begin: int
+    outer_begin: int
+
+
+# Measured on one H200, k = 4,096, microseconds per example by the outer product / by transforms: float32, 128 steps,
+# width 768: 39 / 138, 2,048: 66 / 130, 4,096: 183 / 136; 512 steps: 39 / 139, 128 / 155, 434 / 169 (eight examples,
+# whose launches are most of what transforms cost). Tensor cores multiply half precision so fast that an outer product
+# costs what its coordinates cost: GPT-2's layers of 512 steps took 26 by it, and 83 by transforms.
+_COSTS = {
+    ("triton", False): _Costs(40.0, 200, 150),
+    ("triton", True): _Costs(800.0, 200, 5000),
+    ("torch", False): _Costs(6.0, 1, 20),
+    ("torch", True): _Costs(6.0, 1, 20),
+}
+
+
+def spectral_pays(backend: str, steps: int, o: int, i: int, dim: int, *, half: bool) -> bool:
     """Whether the transforms of so many steps cost less than the outer product of (o, i) coordinates.
 
-    One read and map of every coordinate is counted as some twenty steps' products.
+    Args:
+        backend: "triton" or "torch".
+        steps: number of steps T.
+        o: length of the left factor.
+        i: length of the right factor.
+        dim: k.
+        half: whether the factors are of half precision.
     """
-    return (steps + 1) * _TRANSFORM[backend] * dim * log2(max(dim, 2)) < (steps + 20) * o * i
+    costs = _COSTS[backend, half]
+    by_transforms = (steps + costs.transform_begin) * costs.transform * dim * log2(max(dim, 2))
+    return by_transforms < (steps + costs.outer_begin) * o * i
 
 
 def add_spectral_(out: Tensor, left: Tensor, right: Tensor, matrix: TensorMap, *, backend: str = "torch") -> None:
