@@ -61,9 +61,9 @@ class Bank:
 
     def reload(self) -> None:
         """Look again which parts there are, and which of them are sealed."""
-        found = [find_parts(self.store, self.settings, s) for s in range(len(self.trajectory.stages))]
+        parts_of = [find_parts(self.store, self.settings, s) for s in range(len(self.trajectory.stages))]
         self.stages: tuple[StageBank, ...] = tuple(
-            StageBank(self.settings, s, parts, self.require_finalized) for s, parts in enumerate(found)
+            StageBank(self.settings, s, parts, self.require_finalized) for s, parts in enumerate(parts_of)
         )
         for part in self.parts:
             part.check_seal()
@@ -122,7 +122,7 @@ class Bank:
         """Ids of all training examples; pairs (stage name, id) where there are several stages."""
         if len(self.stages) == 1:
             return self.stages[0].ids
-        return [(stage.name, one) for stage in self.stages for one in stage.ids]
+        return [(stage.name, row_id) for stage in self.stages for row_id in stage.ids]
 
     @property
     def finalized(self) -> bool:

@@ -161,21 +161,21 @@ class Settings:
             raise ValueError(f"sampled_fisher must be a number of draws, 0 or more, got {draws!r}")
 
     @classmethod
-    def from_json(cls, found: Any) -> "Settings":
+    def from_json(cls, entries: Any) -> "Settings":
         """Read the attribute back.
 
         Raises:
             BankError: entries are missing, unknown, or of the wrong type.
         """
         names = [field.name for field in fields(cls)]
-        if not isinstance(found, Mapping) or sorted(found) != sorted(names):
-            entries = sorted(found) if isinstance(found, Mapping) else found
-            raise BankError(f"its settings are {entries!r}, and must be {sorted(names)}")
+        if not isinstance(entries, Mapping) or sorted(entries) != sorted(names):
+            given = sorted(entries) if isinstance(entries, Mapping) else entries
+            raise BankError(f"its settings are {given!r}, and must be {sorted(names)}")
         for name in ("sketch", "parameters", "task"):
-            if not isinstance(found[name], Mapping):
-                raise BankError(f"its setting {name!r} is {found[name]!r}, and must be an object")
+            if not isinstance(entries[name], Mapping):
+                raise BankError(f"its setting {name!r} is {entries[name]!r}, and must be an object")
         try:
-            return cls(**{**found, "trajectory": RunRecord.from_json(found["trajectory"])})
+            return cls(**{**entries, "trajectory": RunRecord.from_json(entries["trajectory"])})
         except (TypeError, ValueError) as error:
             raise BankError(f"its settings are malformed: {error}") from error
 
@@ -220,14 +220,14 @@ def _without_paths(value: Any) -> Any:
     return value
 
 
-def _differences(name: str, one: Any, other: Any) -> list[str]:
-    if isinstance(one, dict) and isinstance(other, dict):
-        found = []
-        for key in dict.fromkeys([*one, *other]):
-            found += _differences(f"{name}.{key}" if name else key, one.get(key), other.get(key))
-        return found
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+def _differences(name: str, there: Any, here: Any) -> list[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        texts = []
+        for key in dict.fromkeys([*there, *here]):
+            texts += _differences(f"{name}.{key}" if name else key, there.get(key), here.get(key))
+        return texts
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
         return [
-            text for i, pair in enumerate(zip(one, other, strict=True)) for text in _differences(f"{name}[{i}]", *pair)
+            text for i, pair in enumerate(zip(there, here, strict=True)) for text in _differences(f"{name}[{i}]", *pair)
         ]
-    return [] if one == other else [f"{name} is {one!r} there and {other!r} here"]
+    return [] if there == here else [f"{name} is {there!r} there and {here!r} here"]

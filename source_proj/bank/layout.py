@@ -193,19 +193,19 @@ class PartSpec:
     id_type: str
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> PartSpec:
+    def from_json(cls, entries: Mapping[str, Any]) -> PartSpec:
         """Read the attributes back.
 
         Raises:
             BankError: they are not those of a part.
         """
         names = ["start", "n", "batch_size", "shard_rows", "id_type"]
-        if sorted(found) != sorted(names):
-            raise BankError(f"its attributes are {sorted(found)}, and must be {sorted(names)}")
-        numbers = [found[name] for name in names[:4]]
-        if not all(isinstance(one, int) and not isinstance(one, bool) for one in numbers):
+        if sorted(entries) != sorted(names):
+            raise BankError(f"its attributes are {sorted(entries)}, and must be {sorted(names)}")
+        numbers = [entries[name] for name in names[:4]]
+        if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
             raise BankError(f"its start, n, batch_size and shard_rows are {numbers}, and must be integers")
-        spec = cls(**found)
+        spec = cls(**entries)
         if spec.start < 0 or min(spec.n, spec.batch_size, spec.shard_rows) < 1:
             raise BankError(f"its start, n, batch_size and shard_rows are {numbers}, out of range")
         if spec.shard_rows % spec.batch_size:
@@ -255,7 +255,7 @@ def part_arrays(
     run = settings.trajectory
     count = len(run.stages[stage].checkpoints)
     data = [_checkpoint_arrays(settings, part, run.crossed_metrics(stage, c)) for c in range(count)]
-    marks = [ArraySpec((part.n_shards, len(one), 32), "uint8", 1) for one in data]
+    marks = [ArraySpec((part.n_shards, len(arrays), 32), "uint8", 1) for arrays in data]
     return ids, seal, data, marks
 
 

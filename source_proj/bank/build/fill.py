@@ -59,7 +59,7 @@ def checked_shard(shard: tuple[int, int] | None) -> tuple[int, int]:
     if shard is None:
         return 0, 1
     try:
-        index, count = (int(one) for one in shard)
+        index, count = (int(number) for number in shard)
     except (TypeError, ValueError):
         raise ValueError(f"shard must be (i, n), the i-th of n workers from 0, got {shard!r}") from None
     if not 0 <= index < count:
@@ -93,17 +93,17 @@ def fill(
     space = ParameterSpace.from_spec(settings.parameters)
     space.parameters(model)  # refuses another model
     checks = _checks(passes)
-    total = sum(_rows(one.work.part, one.todo) for one in passes)
+    total = sum(_rows(run.work.part, run.todo) for run in passes)
     total += sum(_rows(work.part, shards) for work, shards in checks)
     with tqdm(total=total, unit="rows", delay=2, disable=not progress, desc="bank") as bar:
         _check_committed(checks, bar)
-        if not any(one.todo for one in passes):
+        if not any(run.todo for run in passes):
             return
         rows = RowEncoder(model, task, space, settings, device, metrics)
         with _Committer() as committer:
-            for one in passes:
-                if one.todo:
-                    _run(one, rows, committer, bar)
+            for run in passes:
+                if run.todo:
+                    _run(run, rows, committer, bar)
 
 
 def _passes(works: Sequence[Work], index: int, count: int) -> Iterator[_Pass]:
@@ -124,12 +124,12 @@ def _rows(part: Part, shards: Sequence[int]) -> int:
 
 def _checks(passes: Sequence[_Pass]) -> list[tuple[Work, list[int]]]:
     """Committed shards whose data no pass to come compares anyway."""
-    found = []
-    for work in {id(one.work): one.work for one in passes}.values():
-        own = [one for one in passes if one.work is work]
-        coming = {shard for one in own for shard in one.todo}
-        found.append((work, sorted({shard for one in own for shard in one.done} - coming)))
-    return found
+    checks = []
+    for work in {id(run.work): run.work for run in passes}.values():
+        own = [run for run in passes if run.work is work]
+        coming = {shard for run in own for shard in run.todo}
+        checks.append((work, sorted({shard for run in own for shard in run.done} - coming)))
+    return checks
 
 
 def _check_committed(checks: Sequence[tuple[Work, list[int]]], bar: "tqdm[NoReturn]") -> None:
@@ -144,9 +144,9 @@ def _check_committed(checks: Sequence[tuple[Work, list[int]]], bar: "tqdm[NoRetu
             work.part.check_data(shard, _as_array(hashes))
 
 
-def _run(one: _Pass, rows: RowEncoder, committer: "_Committer", bar: "tqdm[NoReturn]") -> None:
-    part, checkpoint = one.work.part, one.work.checkpoints[one.checkpoint]
-    expected = part.hashes[one.checkpoint]
+def _run(run: _Pass, rows: RowEncoder, committer: "_Committer", bar: "tqdm[NoReturn]") -> None:
+    part, checkpoint = run.work.part, run.work.checkpoints[run.checkpoint]
+    expected = part.hashes[run.checkpoint]
     if checkpoint.hash() != expected:
         raise MismatchError(
             f"{checkpoint!r} of stage {part.stage_name!r} changed since the bank was begun: its hash was "
@@ -154,31 +154,31 @@ def _run(one: _Pass, rows: RowEncoder, committer: "_Committer", bar: "tqdm[NoRet
         )
     bar.set_postfix_str(f"{part.stage_name}, step {checkpoint.step}", refresh=False)
     rows.load(checkpoint)
-    loaded = one.work.source.load([part.spec.span(shard) for shard in one.todo])
-    buffer = committer.buffer(part, one.checkpoint)
+    loaded = run.work.source.load([part.spec.span(shard) for shard in run.todo])
+    buffer = committer.buffer(part, run.checkpoint)
     for start, stop, batch in loaded:
         shard = start // part.spec.shard_rows
         first, last = part.spec.span(shard)
         if start == first:
-            rows.begin(one.work.stage, one.checkpoint, shard)
+            rows.begin(run.work.stage, run.checkpoint, shard)
         try:
-            _put(one, rows, buffer, start, stop, batch)
+            _put(run, rows, buffer, start, stop, batch)
         except Refuted:  # the rows of this shard, none of which is committed, are made again by the general path
             buffer.clear()
-            for again, end, earlier in one.work.source.load([(first, stop)]):
-                _put(one, rows, buffer, again, end, earlier)
+            for again, end, earlier in run.work.source.load([(first, stop)]):
+                _put(run, rows, buffer, again, end, earlier)
         bar.update(stop - start)
         if stop == last:
             buffer.audit = rows.audit()
-            committer.commit(part, one.checkpoint, shard, buffer)
-            buffer = committer.buffer(part, one.checkpoint)
+            committer.commit(part, run.checkpoint, shard, buffer)
+            buffer = committer.buffer(part, run.checkpoint)
     committer.wait()
 
 
-def _put(one: _Pass, rows: RowEncoder, buffer: "_Buffer", start: int, stop: int, batch: Batch) -> None:
+def _put(run: _Pass, rows: RowEncoder, buffer: "_Buffer", start: int, stop: int, batch: Batch) -> None:
     """Make a batch's rows and put them into the buffer of their shard."""
-    part = one.work.part
-    place = BatchLocation(part, one.work.stage, one.checkpoint, start, stop)
+    part = run.work.part
+    place = BatchLocation(part, run.work.stage, run.checkpoint, start, stop)
     buffer.put(start % part.spec.shard_rows, rows(place, batch), batch_hash(batch))
 
 
@@ -207,12 +207,12 @@ class _Buffer:
 
     def content(self) -> dict[str, np.ndarray]:
         spec = self.part.spec
-        found = {
+        arrays = {
             name: array[: self.filled * (self.part.data(self.checkpoint)[name].height // spec.shard_rows)]
             for name, array in self.arrays.items()
         }
         assert self.audit is not None  # set with the last batch
-        return {**found, "batch_hashes": _as_array(self.hashes), "audit": self.audit}
+        return {**arrays, "batch_hashes": _as_array(self.hashes), "audit": self.audit}
 
 
 class _Committer:

@@ -149,8 +149,8 @@ class RowEncoder:
         crossed = run.crossed_metrics(place.stage, place.checkpoint)
         wanted = [run.stages[place.stage].metrics[place.checkpoint], *crossed]
         if wanted != list(self._scales):
-            found = self._metrics.scales(wanted)
-            self._scales = {m: None if s is None else s.to(self._device) for m, s in zip(wanted, found, strict=True)}
+            scales = self._metrics.scales(wanted)
+            self._scales = {m: None if s is None else s.to(self._device) for m, s in zip(wanted, scales, strict=True)}
         return crossed
 
     def _encoded(
@@ -162,8 +162,8 @@ class RowEncoder:
         sizes = codec.row_sizes(flat)
         place.require_finite(sizes.reshape(len(rows), -1).amax(dim=1), what)
         values, scale = codec.encode(flat, sizes)
-        found = {f"{prefix}rows": values} if scale is None else {f"{prefix}rows": values, f"{prefix}scale": scale}
-        return found if metric is None else {crossing_name(name, metric): one for name, one in found.items()}
+        arrays = {f"{prefix}rows": values} if scale is None else {f"{prefix}rows": values, f"{prefix}scale": scale}
+        return arrays if metric is None else {crossing_name(name, metric): array for name, array in arrays.items()}
 
     def _derivatives(self, place: BatchLocation, values: Tensor, batch: Batch) -> dict[str, Tensor]:
         task = self._task.of_stage(place.stage)
@@ -176,10 +176,10 @@ class RowEncoder:
                 "opposite for the first batch; it must be the same for all"
             )
         derivatives = {"d1": d1, "d2": d2, "fisher_weight": fisher_weight}
-        found = {name: numbers.float() for name, numbers in derivatives.items() if numbers is not None}
-        for name, numbers in found.items():
+        given = {name: numbers.float() for name, numbers in derivatives.items() if numbers is not None}
+        for name, numbers in given.items():
             place.require_finite(numbers, {"d1": "ℓ'", "d2": "ℓ''"}.get(name, "the empirical Fisher's weight"))
-        return found
+        return given
 
     def _sampled(self, place: BatchLocation, batch: Batch, scales: Sequence[Tensor | None]) -> list[Tensor]:
         """Gradients ``(B, D, k)`` of the log-likelihoods of D labels drawn for each example, in each metric."""
@@ -200,5 +200,5 @@ class RowEncoder:
             chosen = partial(function, draw)
             return self._engine.sketch_scaled(chosen, (batch, positions), scales, "sampled_output", size)[1]
 
-        found = [rows(draw) for draw in draws]
-        return [torch.stack(rows, dim=1) for rows in zip(*found, strict=True)]
+        by_draw = [rows(draw) for draw in draws]
+        return [torch.stack(of_metric, dim=1) for of_metric in zip(*by_draw, strict=True)]
