@@ -78,6 +78,8 @@ def main() -> None:
         if find_spec("matplotlib") is not None:
             sp.evaluate.plot_calibration(source.score(queries), truth).savefig(options.figure)
             print(f"predicted against actual changes are drawn in {options.figure}")
+        else:
+            print("no figure, as matplotlib is not installed: pip install 'source-proj[plot]'")
 
 
 if __name__ == "__main__":

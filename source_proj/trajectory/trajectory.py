@@ -117,7 +117,10 @@ class Trajectory:
         return cls.from_stages([stage_reader("lightning")(dir, segments, stage, **options)])
 
     def __repr__(self) -> str:
-        parts = (f"{s.name}: {len(s.checkpoints)} checkpoints, {len(s.segment_indices)} segments" for s in self.stages)
+        parts = (
+            f"{s.name}: {_counted(len(s.checkpoints), 'checkpoint')}, {_counted(len(s.segment_indices), 'segment')}"
+            for s in self.stages
+        )
         return f"Trajectory({'; '.join(parts)})"
 
     @property
@@ -147,3 +150,7 @@ class Trajectory:
             MismatchError: a state is missing or does not fit.
         """
         return resolve_run(self.stages, model, space)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"

@@ -63,7 +63,9 @@ def _root(store: Store) -> dict[str, Any]:
     if object_info(store, "zarr.json") is None:
         names = sorted({key.split("/")[0] for key in list_objects(store)})[:5]
         if not names:
-            raise BankError(f"there is no bank at {where}: nothing is there; build one with source_proj.build")
+            raise BankError(
+                f"there is no bank at {where}: nothing is there; build one with source_proj.build, or source-proj build"
+            )
         older = " (a zarr v2 node: banks are zarr v3)" if {".zgroup", ".zarray"} & set(names) else ""
         raise BankError(f"{where} is no bank: it has no zarr.json, but {names}{older}")
     return read_group(store, "")
