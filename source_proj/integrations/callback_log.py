@@ -2,7 +2,7 @@
 
 ::
 
-    updates.jsonl             {"begin": 0}, {"step": 1, "lr": 0.1, "momentum": 0.9}, {"step": 1, "grad_norm": 2.0}, {"checkpoint": 4}
+    updates.jsonl             {"begin": 0}, {"step": 1, "lr": 0.1, "momentum": 0.9, "grad_norm": 2.0}, {"checkpoint": 4}
     step_00000004.pt          the model's state_dict after 4 optimizer steps
     optimizer_00000004.pt     the optimizer's, with parameter names
 

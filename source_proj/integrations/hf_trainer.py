@@ -136,7 +136,7 @@ def hf_trainer_stage(
 def _described(
     folders: Sequence[TrainerFolder], model: nn.Module, given: Optimizer | None
 ) -> tuple[list[list[str]], dict[int, Optimizer]]:
-    """Names of the parameters of each group in ``optimizer.pt``; what each file says of the optimizer, if none is given."""
+    """Names of the parameters of each group in ``optimizer.pt``; the optimizer of each file, if none is given."""
     last = folders[-1]
     names = parameter_names(read_tensors(last.saved_optimizer), model, f"{_OPTIMIZER} of {last.path.name}", given)
     # Before torch 2.7 the state does not say which decay it has; the Trainer's is AdamW's.

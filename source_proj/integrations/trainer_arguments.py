@@ -61,7 +61,7 @@ def check_trainer_optimizer(checkpoint: Path) -> None:
         optimizer_of_trainer(name)
     except ValueError as error:
         raise ValueError(
-            f"{checkpoint.name} was trained with {error}; or, if the Trainer was given another optimizer than this "
+            f"{checkpoint.name}: {error}; or, if the Trainer was given another optimizer than this "
             "(optimizers=), say how it acts by optimizer="
         ) from error
 
