@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from source_proj.integrations.callback_log import CallbackLog, callback_stage
 from source_proj.trajectory import Segments, Trajectory
 from source_proj.trajectory.counts import checked_count
+from source_proj.trajectory.optimizers.describe import describe_live
 
 __all__ = ["RecorderCallback"]
 
@@ -42,6 +43,7 @@ class RecorderCallback:
         self._removable: list[Any] = []
         self._squares: dict[int, Tensor] = {}  # by parameter: squared norm of its gradient, before clipping
         self._rate = 0.0  # of the step that the optimizer took since the last one of ours
+        self._momentum: float | None = None  # at that step, or at the last one that was taken
         self._norm: float | None = None
 
     def __getattr__(self, name: str) -> Callable[..., None]:
@@ -56,11 +58,18 @@ class RecorderCallback:
         return Trajectory.from_stages([callback_stage(self.dir, segments)])
 
     def on_train_begin(self, args: Any, state: Any, *_: Any, model: nn.Module, optimizer: Any, **__: Any) -> None:
-        """Open the directory, and listen to gradients and to the optimizer."""
+        """Open the directory, and listen to gradients and to the optimizer.
+
+        Raises:
+            ValueError: the optimizer is none that is described, so that its steps could not be read later.
+            MismatchError: the run goes on from a step that the directory does not know.
+        """
         if not state.is_world_process_zero:
             return
-        self._log = CallbackLog.begin(self.dir, int(state.global_step), float(args.max_grad_norm or 0.0))
         inner = _innermost(optimizer)
+        describe_live(inner, model)
+        self._momentum = inner.param_groups[0].get("momentum")
+        self._log = CallbackLog.begin(self.dir, int(state.global_step), float(args.max_grad_norm or 0.0))
         self._removable = [inner.register_step_post_hook(self._see_step)]
         if args.world_size == 1 and args.max_grad_norm:
             self._removable += [
@@ -80,7 +89,7 @@ class RecorderCallback:
         if self._log is None:
             return
         step = int(state.global_step)
-        self._log.add_step(step, self._rate, self._norm)
+        self._log.add_step(step, self._rate, self._norm, self._momentum)
         self._rate, self._norm = 0.0, None
         if step in self._at or (self._every is not None and step % self._every == 0):
             self._log.add_checkpoint(step, model, _innermost(optimizer))
@@ -105,6 +114,7 @@ class RecorderCallback:
 
     def _see_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self._rate = float(optimizer.param_groups[0]["lr"])
+        self._momentum = optimizer.param_groups[0].get("momentum")
 
     def _see_gradient(self, parameter: Tensor) -> None:
         # Of every micro-batch, each time with what was accumulated before: the last one counts.

@@ -2,7 +2,7 @@
 
 ::
 
-    updates.jsonl             {"begin": 0}, {"step": 1, "lr": 0.1}, {"step": 1, "grad_norm": 2.0}, {"checkpoint": 4}
+    updates.jsonl             {"begin": 0}, {"step": 1, "lr": 0.1, "momentum": 0.9, "grad_norm": 2.0}, {"checkpoint": 4}
     step_00000004.pt          the model's state_dict after 4 optimizer steps
     optimizer_00000004.pt     the optimizer's, with parameter names
 
@@ -23,6 +23,7 @@ from torch import nn
 
 from source_proj._errors import MismatchError
 from source_proj._io.files import write_files
+from source_proj.integrations.momentum import momentum_factors
 from source_proj.integrations.trainer_folders import read_tensors
 from source_proj.integrations.trainer_rates import clipping
 from source_proj.trajectory import Checkpoint, PreconditionerMode, Segments, Stage
@@ -44,6 +45,7 @@ class CallbackLog:
         max_grad_norm: what gradients were clipped to; 0 for no clipping.
         rates: learning rate of the update that led to each step.
         norms: norm of its gradient before clipping, where it is known.
+        momenta: the optimizer's momentum at that update, where it has one.
         checkpoints: steps of the checkpoints, by step: SHA-256 of the files with weights and optimizer.
     """
 
@@ -51,6 +53,7 @@ class CallbackLog:
     max_grad_norm: float = 0.0
     rates: dict[int, float] = field(default_factory=dict)
     norms: dict[int, float] = field(default_factory=dict)
+    momenta: dict[int, float] = field(default_factory=dict)
     checkpoints: dict[int, list[str]] = field(default_factory=dict)
 
     @classmethod
@@ -80,21 +83,21 @@ class CallbackLog:
             if "begin" in line:
                 begin = int(line["begin"])
                 log.max_grad_norm = float(line["max_grad_norm"])
-                for known in (log.rates, log.norms, log.checkpoints):
+                for known in (log.rates, log.norms, log.momenta, log.checkpoints):
                     for step in [step for step in known if step > begin]:
                         del known[step]
             elif "checkpoint" in line:
                 log.checkpoints[int(line["checkpoint"])] = list(line["sha256"])
             else:
-                if "lr" in line:
-                    log.rates[int(line["step"])] = float(line["lr"])
-                if line.get("grad_norm") is not None:
-                    log.norms[int(line["step"])] = float(line["grad_norm"])
+                for key, known in (("lr", log.rates), ("grad_norm", log.norms), ("momentum", log.momenta)):
+                    if key in line:
+                        known[int(line["step"])] = float(line[key])
         return log
 
-    def add_step(self, step: int, rate: float, norm: float | None) -> None:
+    def add_step(self, step: int, rate: float, norm: float | None, momentum: float | None) -> None:
         """Write down an update."""
-        self._append({"step": step, "lr": rate, **({} if norm is None else {"grad_norm": norm})})
+        optional = {"grad_norm": norm, "momentum": momentum}
+        self._append({"step": step, "lr": rate} | {key: value for key, value in optional.items() if value is not None})
 
     def add_norm(self, step: int, norm: float) -> None:
         """Write down the norm of an update's gradient."""
@@ -151,7 +154,11 @@ def callback_stage(
     if absent:
         raise MismatchError(f"{str(directory / _NAME)!r} lacks the step {absent[0]}: it was damaged")
     checkpoints = [_opened(directory, step, log.checkpoints[step], log.rates[step]) for step in steps]
-    state = read_tensors(directory / resume_name(steps[-1]))
+    states = {step: read_tensors(directory / resume_name(step)) for step in steps}
+    described = {step: describe_state(state, resume_name(step)) for step, state in states.items()}
+    state, optimizer = states[steps[-1]], described[steps[-1]]
+    groups = {step: state["param_groups"][0] for step, state in states.items()}
+    momenta = {step - 1: momentum for step, momentum in log.momenta.items()}
     names = [name for group in state["param_groups"] for name in group["param_names"]]  # "" for one not in the model
     history = [{"step": step, "grad_norm": norm} for step, norm in log.norms.items()]
     clipped = clipping(history, steps[-1], log.max_grad_norm)
@@ -160,11 +167,12 @@ def callback_stage(
     return Stage(
         stage,
         checkpoints,
-        describe_state(state, resume_name(steps[-1])),
+        optimizer,
         segments,
         lr_schedule=[log.rates[step] for step in range(1, steps[-1] + 1)],
         preconditioner=preconditioner,
         clip_factors=clipped.factors if min(clipped.factors) < 1 else None,
+        time_factors=momentum_factors(optimizer, described, groups, steps[-1], momenta),
         trained=[name for name in names if name],
     )
 

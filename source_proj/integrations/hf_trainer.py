@@ -10,7 +10,12 @@ from typing import Any
 from torch import nn
 
 from source_proj.integrations.callback_log import callback_stage, is_callback_dir
-from source_proj.integrations.trainer_arguments import accumulated_undivided, trainer_arguments
+from source_proj.integrations.momentum import GivenMomentum, momentum_factors
+from source_proj.integrations.trainer_arguments import (
+    accumulated_undivided,
+    check_trainer_optimizer,
+    trainer_arguments,
+)
 from source_proj.integrations.trainer_end import step_of_final_model
 from source_proj.integrations.trainer_folders import NamedState, TrainerFolder, read_tensors, trainer_folders
 from source_proj.integrations.trainer_rates import GivenSchedule, clipping, trainer_rates
@@ -35,6 +40,7 @@ def hf_trainer_stage(
     warmup_steps: int | None = None,
     schedule_options: Mapping[str, Any] | None = None,
     max_grad_norm: float | None = 1.0,
+    momentum: GivenMomentum | None = None,
     steps: Sequence[int] | None = None,
     preconditioner: PreconditionerMode = "scalar",
 ) -> Stage:
@@ -64,6 +70,7 @@ def hf_trainer_stage(
         schedule_options: settings of a schedule that is given by name (``lr_scheduler_kwargs``), such as
             ``{"min_lr": 1e-6}`` of "cosine_with_min_lr".
         max_grad_norm: the Trainer's argument, whose default is 1 as well; 0 or None if gradients were not clipped.
+        momentum: of SGD or RMSprop at every update, a function of its number or one value each, where it changed.
         steps: steps of the checkpoints to use; default: all until the final model. That is the checkpoint whose weights
             the model in ``dir`` (or the one given) has, such as the best one (``load_best_model_at_end``).
         preconditioner: as in :class:`Stage`.
@@ -79,9 +86,11 @@ def hf_trainer_stage(
             gradient norm was not logged.
     """
     if is_callback_dir(dir):
-        _refuse_options(dir, optimizer, learning_rate, schedule, warmup_steps, schedule_options, steps)
+        _refuse_options(dir, optimizer, learning_rate, schedule, warmup_steps, schedule_options, momentum, steps)
         return callback_stage(dir, segments, stage, preconditioner)
     folders, run = trainer_folders(dir, steps)
+    if optimizer is None:
+        check_trainer_optimizer(folders[-1].path)
     if steps is None:
         end, remark = step_of_final_model(Path(dir).absolute(), folders, model)
         folders, run = ([folder for folder in some if folder.step <= end] for some in (folders, run))
@@ -94,10 +103,12 @@ def hf_trainer_stage(
     if clipped.assumed:
         warnings.warn(f"{str(dir)!r}: {clipped.assumed}", UserWarning, stacklevel=3)
     names = None
+    described: dict[int, Optimizer] = {}
     if optimizer is None or optimizer.preconditioned:
         _ = folders[-1].saved_optimizer  # what is missing first
         model = model or model_of(folders[-1].path)
-        optimizer, names = _optimizer(folders[-1], model, optimizer)
+        names, described = _described(folders, model, optimizer)
+        optimizer = optimizer or described[last]
     arguments = trainer_arguments(folders[-1].path)
     checkpoints = [
         Checkpoint(
@@ -115,22 +126,40 @@ def hf_trainer_stage(
         lr_schedule=rates,
         preconditioner=preconditioner,
         clip_factors=clipped.factors if min(clipped.factors) < 1 else None,
+        time_factors=momentum_factors(optimizer, described, _first_groups(folders), last, given=momentum),
         trained=None if names is None else [name for group in names for name in group],
         accumulation=accumulated_undivided(arguments, model),
         label_smoothing=arguments.get("label_smoothing_factor"),
     )
 
 
-def _optimizer(last: TrainerFolder, model: nn.Module, given: Optimizer | None) -> tuple[Optimizer, list[list[str]]]:
-    """How gradients became steps; and the names of the parameters of each group in ``optimizer.pt``."""
-    state = read_tensors(last.saved_optimizer)
-    source = f"optimizer.pt of {last.path.name}"
-    names = parameter_names(state, model, source, given)
+def _described(
+    folders: Sequence[TrainerFolder], model: nn.Module, given: Optimizer | None
+) -> tuple[list[list[str]], dict[int, Optimizer]]:
+    """Names of the parameters of each group in ``optimizer.pt``; the optimizer of each file, if none is given."""
+    last = folders[-1]
+    names = parameter_names(read_tensors(last.saved_optimizer), model, f"{_OPTIMIZER} of {last.path.name}", given)
     # Before torch 2.7 the state does not say which decay it has; the Trainer's is AdamW's.
-    optimizer = given or describe_state(state, source, names, assumed={"decoupled_weight_decay": True})
-    return optimizer, names
+    assumed = {"decoupled_weight_decay": True}
+    described = {
+        folder.step: describe_state(
+            read_tensors(folder.saved_optimizer), f"{_OPTIMIZER} of {folder.path.name}", names, assumed
+        )
+        for folder in (folders if given is None else ())
+    }
+    return names, described
 
 
+def _first_groups(folders: Sequence[TrainerFolder]) -> dict[int, Mapping[str, Any]]:
+    """Options of the first parameter group at each checkpoint that has its optimizer, by step."""
+    return {
+        folder.step: read_tensors(folder.saved_optimizer)["param_groups"][0]
+        for folder in folders
+        if (folder.path / _OPTIMIZER).is_file()
+    }
+
+
+_OPTIMIZER = "optimizer.pt"
 _PREFERENCES = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")  # as TRL logs them
 
 
@@ -149,5 +178,5 @@ def _refuse_options(dir: str | Path, *given: object) -> None:
     if any(option is not None for option in given):
         raise ValueError(
             f"{str(dir)!r} was recorded by a RecorderCallback, which wrote down optimizer, learning rates and steps: "
-            "leave optimizer=, learning_rate=, schedule=, warmup_steps=, schedule_options= and steps= out"
+            "leave optimizer=, learning_rate=, schedule=, warmup_steps=, schedule_options=, momentum= and steps= out"
         )

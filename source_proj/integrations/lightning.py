@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from source_proj._errors import MismatchError
 from source_proj._io.loading import load_tensors
+from source_proj.integrations.momentum import GivenMomentum, momentum_factors
 from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage, register_reader
 from source_proj.trajectory.layouts import averaged_keys, model_state
 from source_proj.trajectory.optimizers.describe import describe_state
@@ -46,6 +47,7 @@ def lightning_stage(
     prefix: str = "",
     optimizer: Optimizer | None = None,
     schedule: Callable[[int], float] | Sequence[float] | None = None,
+    momentum: GivenMomentum | None = None,
     clip_factors: Sequence[float] | None = None,
     metrics: str | Path | None = None,
     steps: Sequence[int] | None = None,
@@ -69,6 +71,8 @@ def lightning_stage(
             without it are left out. Default: all, for the LightningModule itself.
         optimizer: how gradients became steps; default: as the files say.
         schedule: learning rate of every update, a function of its number or one value each.
+        momentum: of SGD or RMSprop at every update, where it changed; default: as a LearningRateMonitor with
+            ``log_momentum=True`` logged it.
         clip_factors: of every update; see :class:`Stage`.
         metrics: the ``metrics.csv``; default: the one in ``dir``, below it, or in the directory above.
         steps: global steps of the checkpoints to use; default: all.
@@ -89,10 +93,14 @@ def lightning_stage(
         raise ValueError(f"weights must be 'trained' or 'averaged', got {weights!r}")
     saved = _saved(Path(dir).absolute(), steps, unpickle)
     last = saved[-1]
-    known = _logged_rates(Path(dir).absolute(), metrics)
+    known, momenta = _logged(Path(dir).absolute(), metrics)
     rates = _rates(saved, known, schedule)
+    described: dict[int, Optimizer] = {}
     if optimizer is None:
         optimizer = describe_state(last.optimizer, last.path.name)
+        described = {file.step: describe_state(file.optimizer, file.path.name) for file in saved}
+    groups = {file.step: file.optimizer["param_groups"][0] for file in saved}
+    factors = momentum_factors(optimizer, described, groups, last.step, momenta, momentum)
     kept_apart = bool(prefix) or unpickle or weights == "averaged"
     if weights == "trained" and any(file.averaged for file in saved):
         warnings.warn(
@@ -117,6 +125,7 @@ def lightning_stage(
         lr_schedule=rates,
         preconditioner=preconditioner,
         clip_factors=clip_factors,
+        time_factors=factors,
     )
 
 
@@ -180,8 +189,8 @@ def _weights(saved: _Saved, prefix: str, unpickle: bool, which: str) -> dict[str
     return wanted
 
 
-def _logged_rates(directory: Path, metrics: str | Path | None) -> dict[int, float]:
-    """Update's number → learning rate, as a LearningRateMonitor logged it."""
+def _logged(directory: Path, metrics: str | Path | None) -> tuple[dict[int, float], dict[int, float]]:
+    """Update's number → learning rate, and → momentum, of the first group, as a LearningRateMonitor logged them."""
     if metrics is not None:
         files = [Path(metrics)]
         if not files[0].is_file():
@@ -191,15 +200,19 @@ def _logged_rates(directory: Path, metrics: str | Path | None) -> dict[int, floa
     if len(files) > 1:
         raise ValueError(f"{str(directory)!r} holds {len(files)} files metrics.csv: say which by metrics=")
     rates: dict[int, float] = {}
+    momenta: dict[int, float] = {}
     for file in files:
         with file.open(newline="", encoding="utf-8") as lines:
             table = csv.DictReader(lines)
             columns = [name for name in table.fieldnames or () if name == "lr" or name.startswith("lr-")]
+            of_momentum = [name for name in columns if name.endswith("-momentum")]
+            of_rate = [name for name in columns if not name.endswith(("-momentum", "-weight_decay"))]
             for row in table:
-                values = [row[name] for name in columns if row[name]]
-                if values and row.get("step"):
-                    rates[int(float(row["step"]))] = float(values[0])
-    return rates
+                for names, values in ((of_rate, rates), (of_momentum, momenta)):
+                    own = [row[name] for name in names if row[name]]
+                    if own and row.get("step"):
+                        values[int(float(row["step"]))] = float(own[0])
+    return rates, momenta
 
 
 def _rates(

@@ -1,4 +1,4 @@
-"""Numbers among a Trainer's arguments, without running what their file would run."""
+"""What a Trainer's arguments say, without running what their file would run."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import inspect
 import pickletools
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 from torch import nn
 
-__all__ = ["accumulated_undivided", "trainer_arguments"]
+from source_proj.trajectory.optimizers.describe import optimizer_of_trainer
+
+__all__ = ["accumulated_undivided", "check_trainer_optimizer", "trainer_arguments"]
 
 _CARD = re.compile(r"^- (label_smoothing_factor): ([0-9.eE+-]+)$", re.MULTILINE)
+_NUMBERING = ("BINPUT", "LONG_BINPUT", "MEMOIZE")
+_CLASSES = ("GLOBAL", "BINGET", "LONG_BINGET")
 _CONSTANTS = {"NEWTRUE": 1.0, "NEWFALSE": 0.0}
 
 
@@ -36,6 +41,29 @@ def trainer_arguments(checkpoint: Path) -> dict[str, float]:
                 name: float(value) for name, value in _CARD.findall(card.read_text(encoding="utf-8"))
             }
     return {}
+
+
+def check_trainer_optimizer(checkpoint: Path) -> None:
+    """Refuse a run whose ``optim=`` trains with an optimizer that is not described.
+
+    Nothing is said of a run whose arguments are not there, or whose optimizer was made outside of the Trainer.
+
+    Args:
+        checkpoint: the ``checkpoint-N`` folder.
+
+    Raises:
+        ValueError: names the optimizer, the reason, and what can be done.
+    """
+    name = _text(checkpoint / "training_args.bin", "optim")
+    if name is None:
+        return
+    try:
+        optimizer_of_trainer(name)
+    except ValueError as error:
+        raise ValueError(
+            f"{checkpoint.name}: {error}; or, if the Trainer was given another optimizer than this "
+            "(optimizers=), say how it acts by optimizer="
+        ) from error
 
 
 def accumulated_undivided(arguments: Mapping[str, float], model: nn.Module | None) -> int:
@@ -64,19 +92,35 @@ def accumulated_undivided(arguments: Mapping[str, float], model: nn.Module | Non
 
 def _numbers(file: Path) -> dict[str, float]:
     """Each text of a pickle that a number follows, as a key is followed by its value; empty where it is no archive."""
+    numbers: dict[str, float] = {}
+    for (name, key), (operation, argument) in pairwise(_operations(file)):
+        value = _CONSTANTS.get(operation, argument)
+        if "UNICODE" in name and isinstance(value, int | float) and "GET" not in operation:
+            numbers[key] = float(value)
+    return numbers
+
+
+def _text(file: Path, key: str) -> str | None:
+    """The text that follows a key: its value, or what an enumeration's class, which comes first, makes its member of.
+
+    None where there is no such file, or another value.
+    """
+    operations = _operations(file) if file.is_file() else []
+    for place, (operation, argument) in enumerate(operations):
+        if argument == key and "UNICODE" in operation:
+            value = operations[place + 1 : place + 3]
+            if value and value[0][0] in _CLASSES:
+                value = value[1:]
+            return str(value[0][1]) if value and "UNICODE" in value[0][0] else None
+    return None
+
+
+def _operations(file: Path) -> list[tuple[str, Any]]:
+    """A pickle's operations with their arguments, but for those that only number its objects."""
     try:
         with ZipFile(file) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
             operations = list(pickletools.genops(archive.read(name)))
     except (BadZipFile, ValueError):
-        return {}
-    found: dict[str, float] = {}
-    key: str | None = None
-    for operation, argument, _ in operations:
-        if operation.name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            continue
-        value = _CONSTANTS.get(operation.name, argument)
-        if key is not None and isinstance(value, int | float) and "GET" not in operation.name:
-            found[key] = float(value)
-        key = argument if isinstance(argument, str) and "UNICODE" in operation.name else None
-    return found
+        return []
+    return [(operation.name, argument) for operation, argument, _ in operations if operation.name not in _NUMBERING]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from trainer_runs import STEPS, StopAt, classifier, history, train
+from trainer_runs import STEPS, StopAt, classifier, history, train, transformers
 
 import source_proj as sp
 from source_proj.integrations import RecorderCallback
@@ -104,3 +104,35 @@ def test_leaves_no_hook_behind(tmp_path):
     model = classifier()
     train(tmp_path / "run", model=model, callbacks=[RecorderCallback(tmp_path / "recorded")])
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def optimizers_of(kind, **options):
+    """A model with an optimizer and a cycled schedule of its own, as ``Trainer(optimizers=)`` takes them."""
+    model = classifier()
+    optimizer = kind(model.parameters(), lr=1e-3, **options)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=STEPS + 1)
+    return model, (optimizer, scheduler)
+
+
+def test_an_optimizer_that_is_not_described_is_refused_at_once(tmp_path):
+    model = classifier()
+    callback = RecorderCallback(tmp_path / "recorded")
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
+    optimizer = torch.optim.Rprop(model.parameters(), lr=1e-3)
+    with pytest.raises(ValueError, match=r"got torch.optim.rprop.Rprop, which steps by the sign"):
+        callback.on_train_begin(arguments, transformers.TrainerState(), None, model=model, optimizer=optimizer)
+    assert not (tmp_path / "recorded").exists()
+
+
+def test_a_cycled_momentum_is_recorded_and_else_refused(tmp_path):
+    model, optimizers = optimizers_of(torch.optim.SGD, momentum=0.9)
+    momenta = []
+    optimizers[0].register_step_post_hook(lambda made, *_: momenta.append(made.param_groups[0]["momentum"]))
+    callback = recorded(tmp_path, model=model, optimizers=optimizers)
+    stage = callback.trajectory().stages[0]
+    assert min(momenta) < 0.9 < max(momenta)
+    assert stage.time_factors == [sp.SGD(momentum=value).time_factor for value in momenta]
+    with pytest.raises(ValueError, match=r"momentum changed .* give momentum="):
+        sp.Trajectory.from_hf_trainer(tmp_path / "run", model=classifier())
+    again = sp.Trajectory.from_hf_trainer(tmp_path / "run", model=classifier(), momentum=momenta).stages[0]
+    assert again.lr_integrals == pytest.approx(stage.lr_integrals, rel=1e-5)

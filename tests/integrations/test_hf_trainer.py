@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from trainer_runs import STEPS, copied, edit_state, history, train
+from trainer_runs import STEPS, copied, edit_state, history, train, transformers
 from trainer_runs import classifier as make_classifier
 
 import source_proj as sp
@@ -242,3 +242,15 @@ def test_training_args_are_never_unpickled(run, tmp_path):
     for step in range(4, STEPS + 1, 4):
         (copy / f"checkpoint-{step}" / "training_args.bin").write_bytes(b"not to be read")
     sp.Trajectory.from_hf_trainer(copy, max_grad_norm=0)
+
+
+@pytest.mark.parametrize("name", ["lion_32bit", "galore_adamw", "adamw_bnb_8bit", "paged_lion_8bit", "stable_adamw"])
+def test_optimizers_that_are_not_described_are_refused_by_name(run, tmp_path, name):
+    """From the arguments that the Trainer saved, before its optimizer's state is looked for."""
+    copy = strip(copied(run, tmp_path), "optimizer.pt")
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    arguments.optim = transformers.training_args.OptimizerNames(name)
+    for step in range(4, STEPS + 1, 4):
+        torch.save(arguments, copy / f"checkpoint-{step}" / "training_args.bin")
+    with pytest.raises(ValueError, match=rf"optim='{name}' trains with .*not described, which .*: use .*adamw_torch"):
+        sp.Trajectory.from_hf_trainer(copy, max_grad_norm=0)

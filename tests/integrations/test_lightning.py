@@ -178,3 +178,88 @@ def test_a_run_of_lightning_itself(tmp_path, accumulation):
     steps = [c.step for c in stage.checkpoints]
     assert steps == list(range(4, 16 // accumulation + 1, 4))
     assert stage.lr_integrals == pytest.approx([math.fsum(used[:step]) for step in steps], rel=1e-12)
+
+
+def cycled(directory, kind, steps=(4, 8, 12)):
+    """A run under OneCycleLR saved as Lightning saves; its weight moves under a gradient of one."""
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    optimizer = kind(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=max(steps) + 1)
+    rates, momenta = [], []
+    directory.mkdir(parents=True, exist_ok=True)
+    for step in range(max(steps) + 1):
+        if step in steps:
+            content = {
+                "global_step": step,
+                "state_dict": {name: value.clone() for name, value in model.state_dict().items()},
+                "optimizer_states": [optimizer.state_dict()],
+                "lr_schedulers": [{"last_epoch": step}],
+            }
+            torch.save(content, directory / f"step={step}.ckpt")
+        group = optimizer.param_groups[0]
+        rates.append(group["lr"])
+        momenta.append(group.get("momentum", group.get("betas", [0.0])[0]))
+        if step < max(steps):
+            model.weight.grad = torch.ones_like(model.weight)
+            optimizer.step()
+            scheduler.step()
+    return model, rates, momenta
+
+
+def sgd(parameters, lr):
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+
+
+@pytest.mark.parametrize("steps", [(4, 8, 12), (12,)])
+def test_a_cycled_momentum_that_is_not_known_is_refused(tmp_path, steps):
+    _, rates, _ = cycled(tmp_path, sgd, steps)
+    with pytest.raises(ValueError, match=r"momentum changed .* between 0.85 and 0.95.*: give momentum="):
+        sp.Trajectory.from_lightning(tmp_path, schedule=rates[:12])
+    with pytest.raises(ValueError, match=r"momentum has 3 entries for the 12 updates"):
+        sp.Trajectory.from_lightning(tmp_path, schedule=rates[:12], momentum=[0.9] * 3)
+    with pytest.raises(ValueError, match=r"momentum changed"):  # also where the optimizer is named by hand
+        sp.Trajectory.from_lightning(tmp_path, schedule=rates[:12], optimizer=sp.SGD(momentum=0.9))
+
+
+def test_a_momentum_changed_by_hand_is_refused(tmp_path):
+    write(tmp_path, kind=lambda p, **options: torch.optim.SGD(p, momentum=0.9, **options))
+    file = tmp_path / "epoch=0-step=8.ckpt"
+    content = torch.load(file)
+    content["optimizer_states"][0]["param_groups"][0]["momentum"] = 0.5
+    torch.save(content, file)
+    with pytest.raises(ValueError, match=r"momentum changed .*8: 0.5"):
+        sp.Trajectory.from_lightning(tmp_path)
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_a_cycled_momentum_is_integrated_over_every_step(tmp_path, logged):
+    model, rates, momenta = cycled(tmp_path, sgd, (200, 400))
+    options = {}
+    if logged:
+        lines = ["lr-SGD,lr-SGD-momentum,lr-SGD-weight_decay,step"]
+        lines += [f"{rate!r},{momenta[t]!r},0.0,{t}" for t, rate in enumerate(rates)]
+        (tmp_path / "metrics.csv").write_text("\n".join(lines) + "\n")
+    else:
+        options = {"schedule": rates[:400], "momentum": momenta[:400]}
+    (whole,) = sp.Trajectory.from_lightning(tmp_path, **options).stages[0].describe().cut(1)
+    assert whole.time == pytest.approx(
+        math.fsum(r / (1 - m) for r, m in zip(rates[:400], momenta[:400], strict=True)), rel=1e-12
+    )
+    assert whole.time == pytest.approx(-model.weight.item(), rel=0.05)
+
+
+def test_adams_first_decay_rate_may_cycle_and_nothing_else_may_change(tmp_path):
+    _, rates, _ = cycled(tmp_path, torch.optim.AdamW)
+    stage = sp.Trajectory.from_lightning(tmp_path, schedule=rates[:12]).stages[0]
+    assert stage.time_factors is None
+    _, rates, _ = cycled(tmp_path, torch.optim.NAdam)
+    with pytest.raises(sp.MismatchError, match=r"betas=.* was"):
+        sp.Trajectory.from_lightning(tmp_path, schedule=rates[:12])
+    write(tmp_path / "other")
+    file = tmp_path / "other/epoch=0-step=8.ckpt"
+    content = torch.load(file)
+    content["optimizer_states"][0]["param_groups"][0]["weight_decay"] = 0.5
+    torch.save(content, file)
+    with pytest.raises(sp.MismatchError, match=r"changed at step 8: weight_decay=0.5 was 0.01"):
+        sp.Trajectory.from_lightning(tmp_path / "other")

@@ -42,7 +42,7 @@ class SaveAt(transformers.TrainerCallback):
         control.should_save |= state.global_step in self.steps
 
 
-def train(directory, *, model=None, resume=None, stop=None, callbacks=(), **arguments):
+def train(directory, *, model=None, resume=None, stop=None, callbacks=(), optimizers=(None, None), **arguments):
     """Train as the Trainer does by default (AdamW, linear decay, clipping at 1), saving every four steps."""
     torch.manual_seed(0)
     model = model or classifier()
@@ -61,6 +61,7 @@ def train(directory, *, model=None, resume=None, stop=None, callbacks=(), **argu
         model,
         transformers.TrainingArguments(str(directory), **options),
         train_dataset=examples(),
+        optimizers=optimizers,
         callbacks=[*callbacks, *([StopAt(stop)] if stop else [])],
     )
     trainer.train(resume_from_checkpoint=resume)

@@ -1,5 +1,7 @@
 """Momentum that changes from step to step: what a gradient moves the weights by in all, against torch's own steps."""
 
+from math import prod
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch.optim import lr_scheduler
 
 from source_proj._errors import MismatchError
 from source_proj.trajectory import Recorder, Trajectory
+from source_proj.trajectory.optimizers import Updates
 
 KINDS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -69,8 +72,20 @@ def test_adam_moves_by_its_learning_rates(tmp_path, schedule):
 def test_rmsprop_is_recorded(tmp_path):
     stage = run(tmp_path, "RMSprop", "one cycle")[0].stage(preconditioner="none")
     rates, factors = stage.lr_schedule, stage.time_factors
+    own = stage.optimizer.step_factors(Updates(rates, [c.step for c in stage.checkpoints]))
     (whole,) = stage.describe().cut(1)
-    assert whole.time == pytest.approx(sum(rate * factor for rate, factor in zip(rates, factors, strict=True)))
+    assert whole.time == pytest.approx(sum(map(prod, zip(rates, factors, own, strict=True))))
+
+
+def test_nadams_momentum_makes_each_steps_length_and_must_stay(tmp_path):
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.NAdam(model.parameters(), lr=0.1)
+    recorder = Recorder(model, optimizer, tmp_path)
+    optimizer.param_groups[0]["betas"] = (0.8, 0.999)
+    model(torch.ones(1, 1)).sum().backward()
+    optimizer.step()
+    with pytest.raises(MismatchError, match=r"betas=\(0.8, 0.999\) was \(0.9, 0.999\)"):
+        recorder.step()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from source_proj.gradients import ParameterSpace, private_copy
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 from source_proj.trajectory import Trajectory, trained_parameters
+from source_proj.trajectory.state_order import check_state_order, unnamed_alike
 
 __all__ = ["build"]
+
+_LOOKED_AT = 8  # batches, of as many examples, that tell whether an optimizer's state is in the model's order
 
 
 def build(
@@ -114,6 +118,7 @@ def build(
     second_derivative, fisher_weight = _columns(task, sources[0])
     space, choice = _chosen(model, trajectory, parameters, progress)
     resolved = trajectory.resolve(model, space)
+    _check_orders(task, model, trajectory, sources, device)
     settings = Settings(
         sketch=sketch.spec(),
         parameters=space.spec(),
@@ -163,6 +168,27 @@ def _check_loss(task: Task, trajectory: Trajectory) -> None:
                 f"stage {stage.name!r} was trained with label smoothing {stage.label_smoothing}, and the task is "
                 f"{task!r}: give Classification(label_smoothing=...), or a Task with the loss that was trained with"
             )
+
+
+def _check_orders(
+    task: Task,
+    model: nn.Module,
+    trajectory: Trajectory,
+    sources: Sequence[BatchSource],
+    device: torch.device | str | None,
+) -> None:
+    """Refuse optimizer states whose order is not the model's; see `check_state_order`."""
+    for index, (stage, source) in enumerate(zip(trajectory.stages, sources, strict=True)):
+        alike = unnamed_alike(stage, model)
+        if alike is None:
+            continue
+        private = private_copy(model, device)
+        alike[0].load_into(private)
+        where = next(private.parameters()).device
+        ends = [source.n * place // _LOOKED_AT for place in range(_LOOKED_AT + 1)]
+        spans = [(begin, min(begin + _LOOKED_AT, end)) for begin, end in pairwise(ends) if begin < end]
+        batches = (to_device(batch, where) for _, _, batch in source.load(spans))
+        check_state_order(*alike, private, task.of_stage(index), batches)
 
 
 def _examine(

@@ -6,10 +6,11 @@ from dataclasses import fields, replace
 from typing import Any
 
 from source_proj._errors import MismatchError
-from source_proj.trajectory.optimizers import Optimizer
+from source_proj.trajectory.optimizers import Optimizer, Updates
 
 __all__ = ["require_integrable", "with_momentum_of"]
 
+_FIRST = 4  # steps that tell whether momentum enters otherwise than by the time factor
 _INTEGRATED = ("momentum", "dampening")  # they enter by the time factor alone
 
 
@@ -24,6 +25,11 @@ def with_momentum_of(known: Optimizer, now: Optimizer) -> Optimizer:
     return replace(now, **changed)
 
 
+def _factors(optimizer: Optimizer) -> list[float] | None:
+    """What the optimizer makes of its first steps under a constant rate."""
+    return optimizer.step_factors(Updates([1.0] * _FIRST, [_FIRST]))
+
+
 def require_integrable(known: Optimizer, now: Optimizer, step: int) -> None:
     """Refuse an optimizer of which more changed than learning rate and momentum.
 
@@ -31,11 +37,13 @@ def require_integrable(known: Optimizer, now: Optimizer, step: int) -> None:
         MismatchError: names what changed.
     """
     aligned = with_momentum_of(known, now)
-    if aligned == known:
+    if aligned == known and (now == known or _factors(now) == _factors(known)):
         return
+    aligned = aligned if aligned != known else now  # its momentum makes each step's length, as NAdam's does
     names = [f.name for f in fields(now) if getattr(aligned, f.name) != getattr(known, f.name, None)]
     changes = ", ".join(f"{name}={getattr(now, name)!r} was {getattr(known, name, None)!r}" for name in names)
     raise MismatchError(
         f"the optimizer's options changed at step {step}: {changes or type(now).__name__}. Only learning rate and "
-        "momentum (β₁) may change during a stage; record another stage from here"
+        "momentum (β₁) may change during a stage, the latter where it scales all steps alike; record another stage "
+        "from here"
     )
