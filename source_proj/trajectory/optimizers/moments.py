@@ -15,7 +15,7 @@ from source_proj.trajectory.optimizers.base import PreconditionedOptimizer
 from source_proj.trajectory.optimizers.describe import check_state
 from source_proj.trajectory.optimizers.naming import named_entries
 
-__all__ = ["Moments", "moments"]
+__all__ = ["Moments", "moments", "names_parameters"]
 
 _WRAPPERS = ("optimizer", "optimizer_state_dict", "optimizer_state", "optimizer_states")
 
@@ -85,6 +85,17 @@ def moments(
         decay = float(group.weight_decay or 0.0)
         factor = scale if optimizer.decays_with_metric else torch.full_like(scale, group.lr_scale)
         yield name, Moments(scale, second, decay * factor)
+
+
+def names_parameters(checkpoint: StateAtStep) -> bool:
+    """Whether a checkpoint's optimizer state names its parameters, so that their order does not matter.
+
+    Raises:
+        MismatchError: there is no state.
+    """
+    state = _unwrap(_load(checkpoint), repr(checkpoint))
+    by_name = all(isinstance(key, str) for key in state["state"])
+    return by_name or all("param_names" in group for group in state["param_groups"])
 
 
 def _load(checkpoint: StateAtStep) -> Any:
