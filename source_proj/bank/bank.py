@@ -1,6 +1,7 @@
 """The bank as its readers see it."""
 
 import os
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from source_proj._errors import BankError
 from source_proj.bank.build.append import append_rows
@@ -211,30 +213,36 @@ class Bank:
         shard: tuple[int, int] | None = None,
         shard_rows: int | None = None,
         progress: bool = True,
-    ) -> None:
+    ) -> int:
         """Add examples to a stage's training set, at the end of its rows; changes the fingerprint.
 
         The new rows are a part of their own; nothing that is there is rewritten. A killed append is resumed by calling
-        it again with the same arguments, and the bank cannot be scored until it is complete. Once it is, a call with
-        ids that are just those of the last part only compares the data.
+        it again with the same arguments, and the bank cannot be scored until it is complete.
+
+        A script that appends may be run again. With ids that are just those of one earlier append, the data are only
+        compared. Without ids, the same examples in the same batches as those of any earlier append are taken for a
+        repetition, and nothing is added; give ids of their own to add them twice.
 
         Args:
             model: a module of the architecture that the bank was built with.
             task: the bank's task.
             train_set: the new examples: map-style data set or DataLoader.
             stage: index of the stage.
-            ids: their ids, none of them in the stage yet; default: goes on counting.
+            ids: their ids in order, none of them in the stage yet; default: goes on counting.
             batch_size: examples a batch; a DataLoader brings its own.
             device: where the model runs; default: where it is.
             shard: (i, n) to do the i-th of n workers' share; then call :meth:`finalize` once all are done.
             shard_rows: rows a shard.
-            progress: show a progress bar after two seconds.
+            progress: show a progress bar after two seconds, and a line if nothing was added.
+
+        Returns:
+            The number of rows that were added: that of the examples, or 0 if they were there already.
 
         Raises:
             BankError: the bank is unfinished, or cannot be written.
             MismatchError: the task, the model or the checkpoints are not the bank's, or an unfinished append was of
                 other data.
-            ValueError: an id is there already.
+            TypeError, ValueError: an id is there already, or an argument is of another type or out of range.
             GradientError: a gradient is not finite; names the ids.
         """
         self.reload()
@@ -258,8 +266,13 @@ class Bank:
             )
         finally:
             self.reload()
+        added = part.spec.n if part.sealed() is None else 0
+        if not added and progress:
+            known = f"these {part.spec.n} examples are in {part.location} already"
+            tqdm.write(f"nothing appended: {known}; give ids of their own to add them twice", file=sys.stderr)
         if shard is None:
             self.seal([part])
+        return added
 
     @property
     def fits(self) -> FitCache:

@@ -123,7 +123,9 @@ def _checked(patterns: Sequence[str] | None, aliases: Mapping[str, list[str]]) -
     """The patterns as a list; a string in place of a list, or a pattern without a match, is a slip worth naming."""
     if isinstance(patterns, str):
         raise TypeError(f"parameters must be a list of globs, got the string {patterns!r}; write [{patterns!r}]")
-    chosen = list(patterns or [])
+    chosen = [] if patterns is None else list(patterns)
+    if patterns is not None and not chosen:
+        raise ValueError(f"parameters={patterns!r} names no parameter; give globs, ['*'] for all, or None")
     for pattern in chosen:
         glob = pattern.removeprefix("!")
         if not any(fnmatchcase(alias, glob) for names in aliases.values() for alias in names):

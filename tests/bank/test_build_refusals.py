@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from source_proj import bank as banks
 from source_proj._errors import GradientError, MismatchError
-from source_proj.task import Task
+from source_proj.task import Classification, Task
 from source_proj.trajectory import Checkpoint, Trajectory
 
 
@@ -82,3 +82,64 @@ def test_a_checkpoint_that_changes_during_the_build_is_noticed(run, tmp_path):
 def test_bad_shards_are_refused(run, tmp_path, shard):
     with pytest.raises(ValueError, match=r"shard must be \(i, n\)"):
         run.build(tmp_path / "bank", shard=shard)
+
+
+# Arguments of another kind --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda run: {"model": run.model.state_dict()}, "model must be a Module, got OrderedDict; give the"),
+        (lambda run: {"model": nn.Linear}, "model must be a Module, got the class Linear"),
+        (
+            lambda run: {"task": Classification},
+            r"task must be a Task, got the class Classification; give an instance",
+        ),
+        (lambda run: {"task": "classification"}, "task must be a Task, got str"),
+        (
+            lambda run: {"trajectory": list(run.trajectory.stages)},
+            r"trajectory must be a Trajectory, got list; give Traj",
+        ),
+        (lambda run: {"trajectory": run.trajectory.final}, "trajectory must be a Trajectory, got Checkpoint"),
+        (lambda run: {"sketch": None}, "sketch must be a Sketch, got None; give Sketch"),
+        (lambda run: {"sketch": 64}, "sketch must be a Sketch, got int"),
+        (lambda run: {"ids": set(range(N))}, "ids must be in the order of the examples, got a set"),
+        (lambda run: {"ids": frozenset(range(N))}, "got a frozenset"),
+        (lambda run: {"ids": dict.fromkeys(range(N))}, "got a dict"),
+        (lambda run: {"ids": {"train": set(range(N))}}, "got a set for stage 'train'"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_before_anything_is_written(run, tmp_path, change, named):
+    with pytest.raises(TypeError, match=named):
+        run.build(tmp_path / "bank", **change(run))
+    assert not (tmp_path / "bank").exists()
+
+
+@pytest.mark.parametrize("empty", [[], ()])
+def test_no_parameters_are_refused(run, tmp_path, empty):
+    with pytest.raises(ValueError, match=r"parameters=(\[\]|\(\)) names no parameter; give globs"):
+        run.build(tmp_path / "bank", parameters=empty)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "xpu:99", "nonsense", torch.device("cuda", 99)])
+def test_a_device_that_is_not_there_is_refused(run, tmp_path, device):
+    named = f"device {str(device)!r} cannot be used here"
+    with pytest.raises(ValueError, match=rf"{named} \(.+\); give one that torch has, such as 'cpu'"):
+        run.build(tmp_path / "bank", device=device)
+    assert not (tmp_path / "bank").exists()
+    bank = run.build(tmp_path / "other")
+    with pytest.raises(ValueError, match=named):
+        bank.append(run.model, run.task, run.data, device=device)
+    assert bank.n_rows == N
+
+
+def test_an_append_refuses_arguments_of_another_kind(run, tmp_path):
+    bank = run.build(tmp_path / "bank")
+    with pytest.raises(TypeError, match="model must be a Module, got OrderedDict"):
+        bank.append(run.model.state_dict(), run.task, run.data)
+    with pytest.raises(TypeError, match="task must be a Task, got the class Classification"):
+        bank.append(run.model, Classification, run.data)
+    with pytest.raises(TypeError, match="ids must be in the order of the examples, got a set"):
+        bank.append(run.model, run.task, run.data, ids=set(range(1000, 1000 + N)))
+    assert bank.n_rows == N

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bank_runs import BATCH, SHARD, N, content, make_adam_run, make_data, make_run, rows
+from bank_runs import BATCH, SHARD, N, assert_same, content, make_adam_run, make_data, make_run, rows
 
 from source_proj import bank as banks
 from source_proj._errors import BankError, MismatchError
@@ -143,6 +143,49 @@ def test_the_same_append_again_does_nothing(run, built, tmp_path):
     assert content(path).keys() == before.keys()
     for index, worker in enumerate([(0, 2), (1, 2)]):  # nor do workers that come late
         assert append(path, run, make_data(30, seed=1), shard=worker).n_rows == N + 30, index
+
+
+@pytest.mark.parametrize("kind", ["counted", "integers", "strings"])
+def test_a_script_of_several_appends_can_be_run_again(run, built, tmp_path, kind):
+    path = shutil.copytree(built, tmp_path / "bank")
+    chunks = [make_data(n, seed=seed) for n, seed in ((30, 1), (30, 2), (7, 3))]
+
+    def script():
+        added = []
+        for number, data in enumerate(chunks):
+            names = range(1000 * (number + 1), 1000 * (number + 1) + len(data))
+            ids = {"counted": None, "integers": names, "strings": (f"name {name}" for name in names)}[kind]
+            options = {"batch_size": BATCH, "shard_rows": SHARD, "progress": False, "ids": ids}
+            added.append(banks.open(path).append(run.model, run.task, data, **options))
+        return added
+
+    assert script() == [30, 30, 7]
+    fingerprint = banks.open(path).fingerprint
+    assert script() == [0, 0, 0]
+    assert banks.open(path).fingerprint == fingerprint
+
+
+def test_a_script_that_stopped_in_its_second_append_can_be_run_again(run, built, tmp_path):
+    path = shutil.copytree(built, tmp_path / "bank")
+    first, second = make_data(30, seed=1), make_data(30, seed=2)
+    append(path, run, first)
+    assert not append(path, run, second, shard=(0, 2)).finalized
+    assert append(path, run, first).n_rows == N + 60  # neither taken for the second one's data, nor added again
+    bank = append(path, run, second)
+    assert bank.finalized
+    assert bank.n_rows == N + 60
+    whole = shutil.copytree(built, tmp_path / "whole")
+    append(whole, run, first)
+    append(whole, run, second)
+    assert_same(path, whole)
+
+
+def test_a_line_says_that_nothing_was_appended(run, built, tmp_path, capsys):
+    path = shutil.copytree(built, tmp_path / "bank")
+    append(path, run, make_data(5, seed=1), progress=True)
+    assert "nothing appended" not in capsys.readouterr().err
+    append(path, run, make_data(5, seed=1), progress=True)
+    assert "part_1 already; give ids of their own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["first", "last", "fewer", "batches"])

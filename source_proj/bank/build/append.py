@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from source_proj._errors import BankError, MismatchError
+from source_proj.bank.build.arguments import require_arguments, require_device
 from source_proj.bank.build.create import put_same, require_same_part
 from source_proj.bank.build.data import BatchSource, batch_hash, checked_ids
 from source_proj.bank.build.fill import Work, checked_shard, fill
@@ -41,7 +42,7 @@ def append_rows(
     shard_rows: int | None,
     progress: bool,
 ) -> Part:
-    """Create the next part of a stage, or go on with the last one, and fill it; see ``Bank.append``.
+    """Create the next part of a stage and fill it, or go on with the one that this append made; see ``Bank.append``.
 
     Args:
         store: where the bank lies.
@@ -61,8 +62,10 @@ def append_rows(
         progress: show a progress bar.
 
     Returns:
-        The part, not sealed.
+        The part: a sealed one, if the examples were there already.
     """
+    require_arguments(model=model, task=task)
+    require_device(device)
     checked_shard(shard)
     task = task.told_by(settings.task)
     spec = replace(settings, task=task.spec()).task
@@ -71,14 +74,15 @@ def append_rows(
             f"the bank {store.location()} was built with task {settings.task}, got {spec}; append with its own task"
         )
     source = BatchSource(train_set, batch_size)
+    if ids is not None:
+        ids = checked_ids(ids, 0, source.n, parts[0].stage_name).tolist()  # read once: they may be a generator
     part = _begun(parts, source, ids)
     if part is None:
         _require_sealed(store, parts)
         part = _created(store, settings, stage, parts, source, ids, shard_rows)
     else:
-        wanted = checked_ids(ids, part.spec.start, source.n, part.stage_name)
-        if ids is None and part.spec.id_type == "int64":
-            wanted = np.array(part.ids)
+        expected = part.ids if ids is None else ids
+        wanted = checked_ids(expected, 0, len(expected), part.stage_name)
         height = default_shard_rows(source.n, source.batch_size, settings, shard_rows)
         require_same_part(part, _spec(part.spec.start, source, wanted, height), wanted)
     checkpoints = [checkpoint(stage, index) for index in range(part.n_checkpoints)]
@@ -95,22 +99,17 @@ def append_rows(
     return part
 
 
-def _begun(parts: Sequence[Part], source: BatchSource, ids: Sequence[Any] | None) -> Part | None:
-    """The last part, if it is this append, begun or even complete.
+def _begun(parts: Sequence[Part], source: BatchSource, ids: list[Any] | None) -> Part | None:
+    """The part that this append made before: the first complete one of its examples, or else the unfinished one.
 
-    A complete one is known by its ids; where none are given, by its data: perhaps the call was killed between the seal
-    and its return.
+    A complete one is known by its ids; where none are given, by its data. Complete ones go first: a script that was
+    killed in its second append begins again with its first one.
     """
-    last = parts[-1]
-    if len(parts) == 1:
-        return None
-    if last.sealed() is None:
-        return last
-    if ids is None:
-        return last if _holds(last, source) else None
-    if len(ids) != last.spec.n:
-        return None
-    return last if checked_ids(ids, 0, source.n, last.stage_name).tolist() == last.ids else None
+    appended = parts[1:]
+    for part in appended:
+        if part.sealed() is not None and (_holds(part, source) if ids is None else ids == part.ids):
+            return part
+    return next((part for part in appended if part.sealed() is None), None)
 
 
 def _holds(part: Part, source: BatchSource) -> bool:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from source_proj._errors import BankError, MismatchError
 from source_proj.bank.bank import Bank
+from source_proj.bank.build.arguments import require_arguments, require_device
 from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
 from source_proj.bank.build.data import BatchSource, checked_ids, to_device
 from source_proj.bank.build.fill import Work, checked_shard, fill
@@ -75,7 +76,7 @@ def build(
         shard: (i, n) to do the i-th of n workers' share, counted from 0.
         resume: go on with a bank that is there; False refuses if there is anything.
         progress: show a progress bar after two seconds.
-        ids: ids of the examples, integers or strings; {stage name: ids} for several stages. Default: 0, 1, 2, …
+        ids: ids of the examples in order, integers or strings; {stage name: ids} for several stages. Default: 0, 1, …
         parameters: globs of the parameters to attribute through, "!glob" to leave out; ``["*"]`` for all. Default:
             those that training moved, see :func:`source_proj.trajectory.trained_parameters`; ``bank.parameter_choice``
             says which these are, and so does a line where some are left out.
@@ -92,7 +93,8 @@ def build(
         MismatchError: a bank is there that was begun with other settings or data (names both values); or the model does
             not fit a checkpoint; or an optimizer's state is missing or does not fit.
         GradientError: a gradient is not finite (names stage, checkpoint and ids), or cannot be computed.
-        TypeError, ValueError: the data set is iterable, empty or shuffled, or an argument is out of range.
+        TypeError, ValueError: the data set is iterable, empty or shuffled, or an argument is of another type, out of
+            range, or a device that is not there.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -106,6 +108,8 @@ def build(
         ...     [(block.start, block.stop, block.rows.shape) for block in bank.stages[0].iter_rows(0)]
         [(0, 5, torch.Size([5, 16]))]
     """
+    require_arguments(model=model, task=task, trajectory=trajectory, sketch=sketch)
+    require_device(device)
     store = LocalStore(path)
     path = store.root
     checked_shard(shard)

@@ -196,11 +196,15 @@ def checked_ids(ids: Sequence[Any] | np.ndarray | None, start: int, n: int, stag
 
     Raises:
         MismatchError: their number is not that of the examples.
-        TypeError: they are not all integers, or not all strings.
+        TypeError: they are not all integers, or not all strings; or they have no order.
         ValueError: one occurs twice, does not fit 64 bits, or is no text that can be stored.
     """
     if ids is None:
         return np.arange(start, start + n, dtype=np.int64)
+    if isinstance(ids, set | frozenset | Mapping):
+        raise TypeError(
+            f"ids must be in the order of the examples, got a {_name(ids)} for stage {stage!r}; give a list of them"
+        )
     values = [given.item() if isinstance(given, np.generic | Tensor) else given for given in ids]
     if len(values) != n:
         raise MismatchError(f"stage {stage!r} has {n} examples and {len(values)} ids; give each example its id")

@@ -1,0 +1,48 @@
+"""What `build` and `Bank.append` are called with, refused by name before anything is written."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from source_proj.sketch import Sketch
+from source_proj.task import Task
+from source_proj.trajectory import Trajectory
+
+__all__ = ["require_arguments", "require_device"]
+
+_KINDS: dict[str, tuple[type, str]] = {
+    "model": (nn.Module, "give the module itself, of the architecture that was trained; checkpoints bring the weights"),
+    "task": (Task, "give an instance, such as Classification()"),
+    "trajectory": (Trajectory, "give Trajectory([Checkpoint(...), ...]), one checkpoint or many"),
+    "sketch": (Sketch, "give Sketch(dim=...), or leave it out for the default"),
+}
+
+
+def require_arguments(**arguments: Any) -> None:
+    """Refuse a model, task, trajectory or sketch that is something else.
+
+    Raises:
+        TypeError: names the argument, what was got and the remedy.
+    """
+    for name, value in arguments.items():
+        kind, remedy = _KINDS[name]
+        if not isinstance(value, kind):
+            got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+            raise TypeError(f"{name} must be a {kind.__name__}, got {'None' if value is None else got}; {remedy}")
+
+
+def require_device(device: torch.device | str | None) -> None:
+    """Refuse a device that this machine or this torch lacks.
+
+    Raises:
+        ValueError: names it, and says what torch says of it.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was compiled without CUDA
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"device {str(device)!r} cannot be used here ({reason}); give one that torch has, such as 'cpu', or none "
+            "to stay where the model is"
+        ) from error
