@@ -11,13 +11,29 @@ from source_proj._io.files import CREATING, Content, publish, write_files, write
 __all__ = ["require_free", "write_output", "write_output_folder", "write_outputs"]
 
 
-def require_free(path: Path, *, overwrite: bool) -> None:
+def require_free(path: Path, *, overwrite: bool, replaceable: Callable[[Path], bool] = Path.is_file) -> None:
     """Refuse a path where something is, before any work is done for it.
 
+    Args:
+        path: where an output shall be.
+        overwrite: whether a replaceable one is replaced.
+        replaceable: whether what is there is of the output's own kind; nothing else is ever replaced, nor is a
+            symbolic link, behind which lies what the user may not have meant.
+
     Raises:
-        FileExistsError: something is there, and it may not be overwritten.
+        FileExistsError: something is there that may not be overwritten.
     """
-    if os.path.lexists(path) and not overwrite:
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink():
+        raise FileExistsError(f"{path} exists and is a symbolic link, which is never replaced: give the path itself")
+    if not replaceable(path):
+        kind = "folder" if path.is_dir() else "file"
+        raise FileExistsError(
+            f"{path} exists and is a {kind} of another kind than the one to write, which is never replaced: "
+            "remove it or give another path"
+        )
+    if not overwrite:
         raise _taken(path)
 
 
@@ -26,19 +42,22 @@ def write_output(path: Path, content: Content, *, overwrite: bool) -> None:
     write_outputs({path: content}, overwrite=overwrite)
 
 
-def write_outputs(contents: Mapping[Path, Content], *, overwrite: bool) -> None:
+def write_outputs(
+    contents: Mapping[Path, Content], *, overwrite: bool, replaceable: Callable[[Path], bool] = Path.is_file
+) -> None:
     """Write files, each whole or not at all: no reader sees a part of one, and a good one is kept until then.
 
     Args:
         contents: by path, the bytes, or what writes them into an open file.
-        overwrite: whether what has these names is replaced.
+        overwrite: whether files that have these names are replaced.
+        replaceable: which of them may be; see :func:`require_free`.
 
     Raises:
-        FileExistsError: one is there, and may not be overwritten; none is written.
+        FileExistsError: something is there that may not be overwritten; none is written.
         OSError: one cannot be written; what was there is as it was.
     """
     for path in contents:
-        require_free(path, overwrite=overwrite)
+        require_free(path, overwrite=overwrite, replaceable=replaceable)
     if overwrite:
         write_files(contents)
         return
@@ -47,19 +66,22 @@ def write_outputs(contents: Mapping[Path, Content], *, overwrite: bool) -> None:
         raise _taken(min(taken))
 
 
-def write_output_folder(path: Path, fill: Callable[[Path], object], *, overwrite: bool) -> None:
+def write_output_folder(
+    path: Path, fill: Callable[[Path], object], *, overwrite: bool, replaceable: Callable[[Path], bool]
+) -> None:
     """Write a folder, whole or not at all.
 
     Args:
         path: its name.
         fill: called with an empty folder to fill.
-        overwrite: whether what has this name is replaced.
+        overwrite: whether a replaceable folder that has this name is replaced.
+        replaceable: whether the folder that is there may be; see :func:`require_free`.
 
     Raises:
-        FileExistsError: something is there, and may not be overwritten.
+        FileExistsError: something is there that may not be overwritten.
         OSError: it cannot be written; what was there is as it was.
     """
-    require_free(path, overwrite=overwrite)
+    require_free(path, overwrite=overwrite, replaceable=replaceable)
     if not os.path.lexists(path):
         if not publish(path, fill):
             raise _taken(path)
@@ -67,6 +89,7 @@ def write_output_folder(path: Path, fill: Callable[[Path], object], *, overwrite
     whole, old = (path.with_name(f".{uuid.uuid4().hex}{CREATING}") for _ in range(2))
     publish(whole, fill)
     try:
+        require_free(path, overwrite=True, replaceable=replaceable)  # filling took time: what is there may have changed
         os.rename(path, old)  # a folder with content gives its name to no other
         try:
             os.rename(whole, path)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import zarr
 
 from source_proj._io.outputs import write_output_folder
@@ -16,9 +19,12 @@ from source_proj.attribution.hits import Hits, checked_count, make_hits
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["PredictedChange", "Scores"]
+__all__ = ["FACTS", "PredictedChange", "Scores", "is_scores_array"]
 
-Subset = Sequence[Any] | np.ndarray
+Subset = Sequence[Any] | np.ndarray | torch.Tensor
+
+FACTS = frozenset({"query_ids", "train_ids", "unit", "sign", "higher_is_better"})
+"""The names of what is written with the values, by which an array of scores is known again."""
 
 
 @dataclass(frozen=True)
@@ -133,16 +139,21 @@ class Scores:
         """Sum the scores over groups of training examples.
 
         Args:
-            subset: training ids, or a boolean mask ``(N,)``; or a mapping from group names to such subsets.
+            subset: training ids, or a boolean mask ``(N,)``, as a sequence, an array or a tensor; or a mapping from
+                group names to such subsets.
 
         Returns:
             The sums ``(Q,)`` of one subset, or :class:`Scores` with one column per named group.
 
         Raises:
-            ValueError: if the scores are no changes of the measurement, and so have no meaningful sum.
+            ValueError: if the scores are no changes of the measurement, and so have no meaningful sum; or a subset
+                names no training examples; or the mapping is empty.
+            TypeError: if a subset is neither ids nor a mask.
         """
         self._require_additive("group")
         if isinstance(subset, Mapping):
+            if not subset:
+                raise ValueError("group got an empty mapping: name at least one group, as in {'name': training ids}")
             sums = np.stack([self._sum(self._indices(members)) for members in subset.values()], axis=1)
             return Scores(
                 sums, self.query_ids, list(subset), unit=self.unit, higher_is_better=self.higher_is_better
@@ -157,11 +168,14 @@ class Scores:
         ``+ n/(N-n) Σ_{z kept} score(q, z)``: ask for it with ``renormalize=True``.
 
         Args:
-            subset: training ids, or a boolean mask ``(N,)`` that marks the removed ones.
+            subset: training ids, or a boolean mask ``(N,)`` that marks the removed ones, as a sequence, an array or a
+                tensor.
             renormalize: predict the renormalised retraining instead of the one at fixed 1/N.
 
         Raises:
-            ValueError: if the scores are no changes of the measurement, or a whole stage would be removed.
+            ValueError: if the scores are no changes of the measurement, a whole stage would be removed, or the subset
+                names no training examples.
+            TypeError: if the subset is neither ids nor a mask.
         """
         self._require_additive("predict_removal")
         removed = np.zeros(len(self.train_ids), dtype=bool)
@@ -201,10 +215,10 @@ class Scores:
 
         Args:
             path: the array's folder.
-            overwrite: replace what is there.
+            overwrite: replace an array of scores that is there. Anything else is never replaced.
 
         Raises:
-            FileExistsError: something is there already, and may not be overwritten.
+            FileExistsError: something is there already that may not be overwritten.
         """
         attributes: dict[str, Any] = {
             "query_ids": _plain(self.query_ids),
@@ -218,7 +232,7 @@ class Scores:
         def fill(folder: Path) -> None:
             zarr.create_array(store=str(folder), data=values, attributes=attributes)
 
-        write_output_folder(Path(path), fill, overwrite=overwrite)
+        write_output_folder(Path(path), fill, overwrite=overwrite, replaceable=is_scores_array)
         return zarr.open_array(path, mode="r")
 
     def _require_additive(self, verb: str) -> None:
@@ -238,14 +252,19 @@ class Scores:
         return make_hits(indices, best, self.train_ids, self.query_ids, self.unit)
 
     def _indices(self, subset: Subset) -> np.ndarray:
-        if isinstance(subset, np.ndarray) and subset.dtype == bool:
-            if subset.shape != (len(self.train_ids),):
-                raise ValueError(f"a mask must have shape ({len(self.train_ids)},), got {subset.shape}")
-            return np.flatnonzero(subset)
+        chosen = _ids_or_mask(subset)
+        if isinstance(chosen, np.ndarray):
+            if chosen.shape != (len(self.train_ids),):
+                raise ValueError(f"a mask must have shape ({len(self.train_ids)},), got {chosen.shape}")
+            return np.flatnonzero(chosen)
         if self._positions is None:
             self._positions = {train_id: position for position, train_id in enumerate(self.train_ids)}
-        chosen = subset.tolist() if isinstance(subset, np.ndarray) else list(subset)
-        unknown = [train_id for train_id in chosen if train_id not in self._positions]
+        if len(self._positions) != len(self.train_ids):
+            raise ValueError("some training ids are repeated, so that ids name no subset: give a boolean mask")
+        try:
+            unknown = [train_id for train_id in chosen if train_id not in self._positions]
+        except TypeError as error:
+            raise TypeError(f"training ids are hashable (numbers, strings, tuples), got {chosen[:5]}") from error
         if unknown:
             raise ValueError(f"unknown training ids {unknown[:5]}; the first known ones are {self.train_ids[:5]}")
         if len(set(chosen)) != len(chosen):
@@ -255,6 +274,52 @@ class Scores:
     def _sum(self, indices: np.ndarray) -> np.ndarray:
         total: np.ndarray = self.values[:, indices].sum(axis=1, dtype=np.float64)
         return total
+
+
+def is_scores_array(folder: Path) -> bool:
+    """Whether a folder is an array that :meth:`Scores.to_zarr` wrote, and holds nothing else."""
+    try:
+        metadata = json.loads((folder / "zarr.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    if not isinstance(metadata, dict) or metadata.get("node_type") != "array":
+        return False
+    attributes = metadata.get("attributes")
+    if not isinstance(attributes, dict) or set(attributes) != FACTS:
+        return False
+    return all(
+        re.fullmatch(r"zarr\.json|c(/\d+)*", path.relative_to(folder).as_posix()) and not path.is_symlink()
+        for path in folder.rglob("*")
+    )
+
+
+def _ids_or_mask(subset: Subset) -> list[Any] | np.ndarray:
+    """Return a subset's ids as a list, or its mask as an array.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(subset, torch.Tensor):
+        subset = subset.detach().cpu().numpy()
+    if isinstance(subset, np.ndarray):
+        if subset.dtype == bool:
+            return subset
+        subset = subset.tolist()
+    # The letters of a string, or the keys of a mapping, could pass for ids.
+    if isinstance(subset, (str, bytes, Mapping)) or not isinstance(subset, Iterable):
+        raise TypeError(
+            f"a subset is a sequence of training ids, or a boolean mask, got {subset!r}: give one id as [{subset!r}]"
+        )
+    chosen = [
+        entry.item() if isinstance(entry, np.bool_) or (isinstance(entry, torch.Tensor) and entry.ndim == 0) else entry
+        for entry in subset
+    ]
+    flags = [isinstance(entry, bool) for entry in chosen]
+    if not any(flags):
+        return chosen
+    if not all(flags):  # True would pass for the id 1
+        raise TypeError(f"a subset holds training ids, or is a boolean mask; this one mixes both: {chosen[:5]}")
+    return np.array(chosen, dtype=bool)
 
 
 def _plain(ids: Iterable[Any]) -> list[Any]:

@@ -19,7 +19,7 @@ from source_proj._io.printable import csv_cell
 from source_proj.attribution.attributor import Attributor
 from source_proj.attribution.hits import Hits
 from source_proj.attribution.methods import GradCos, GradDot, Hydra, InfluenceFunction, TracIn, Trak
-from source_proj.attribution.scores import Scores
+from source_proj.attribution.scores import FACTS, Scores, is_scores_array
 from source_proj.attribution.source import Source
 from source_proj.bank import open as open_bank
 from source_proj.cli.options import BankPaths, BatchSize, Device, Json, Model, Overwrite, Progress, TrustRemoteCode
@@ -101,7 +101,7 @@ RidgeOption = Annotated[float | None, typer.Option("--ridge", min=0, help="TRAK'
 def score(
     bank: BankPaths,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Where to write: .npy (ids in a .json beside it), .zarr or .csv.")
+        Path, typer.Option("--out", "-o", help="Where to write: .npy (ids in NAME.npy.json), .zarr or .csv.")
     ],
     model: Model = None,
     queries: Queries = None,
@@ -250,8 +250,9 @@ def _writer(out: Path, overwrite: bool) -> Callable[[Scores], None]:
         raise ValueError(f"--out must end in one of {', '.join(writers)}, got {str(out)!r}")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {str(out)!r}: the directory {str(out.parent)!r} does not exist")
-    for path in [out, *([out.with_suffix(".json")] if out.suffix == ".npy" else [])]:
-        require_free(path, overwrite=overwrite)
+    replaceable = is_scores_array if out.suffix == ".zarr" else _replaceable
+    for path in [out, *([_facts_path(out)] if out.suffix == ".npy" else [])]:
+        require_free(path, overwrite=overwrite, replaceable=replaceable)
     return functools.partial(writers[out.suffix], out=out, overwrite=overwrite)
 
 
@@ -265,8 +266,26 @@ def _write_npy(scores: Scores, out: Path, overwrite: bool) -> None:
     }
     words = json_format.dumps(facts).encode()
     write_outputs(
-        {out.with_suffix(".json"): words, out: lambda file: np.save(file, scores.to_numpy())}, overwrite=overwrite
+        {_facts_path(out): words, out: lambda file: np.save(file, scores.to_numpy())},
+        overwrite=overwrite,
+        replaceable=_replaceable,
     )
+
+
+def _facts_path(out: Path) -> Path:
+    """Where the ids, unit and sign of an array in ``out`` are written."""
+    return out.with_name(f"{out.name}.json")
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether a file may be replaced: one that the user named, or one of facts that was written beside such a one."""
+    if path.suffix != ".json" or not path.is_file():
+        return path.is_file()
+    try:
+        facts = json_format.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(facts, dict) and set(facts) == FACTS
 
 
 def _write_zarr(scores: Scores, out: Path, overwrite: bool) -> None:

@@ -160,10 +160,10 @@ def write_report(page: Page, path: str | Path, *, overwrite: bool = False) -> Pa
     Args:
         page: what to show.
         path: where; folders above it are made.
-        overwrite: replace what is there.
+        overwrite: replace a file that is there.
 
     Raises:
-        FileExistsError: something is there already, and may not be overwritten.
+        FileExistsError: something is there already that may not be overwritten.
     """
     path = Path(path)
     content = render(page).encode("utf-8", errors="backslashreplace")

@@ -10,6 +10,7 @@ import zarr
 
 import source_proj as sp
 from source_proj._io.outputs import write_output_folder, write_outputs
+from source_proj.attribution.scores import FACTS, is_scores_array
 from source_proj.report import Page, write_report
 
 OLD, NEW = np.full((3, 5), 1, np.float32), np.full((3, 5), 2, np.float32)
@@ -28,7 +29,7 @@ def as_page(path, values, **options):
 
 
 def as_two_files(path, values, overwrite=False):
-    write_outputs({path: values.tobytes(), path.with_suffix(".json"): b"{}"}, overwrite=overwrite)
+    write_outputs({path: values.tobytes(), path.with_name(f"{path.name}.json"): b"{}"}, overwrite=overwrite)
 
 
 def content(path):
@@ -58,8 +59,11 @@ def test_nothing_is_overwritten_unless_it_is_said(tmp_path, write):
     assert {entry.name for entry in tmp_path.iterdir()} <= {"output", "output.json"}
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("there", ["file", "folder", "link", "dangling link"])
-def test_whatever_is_there_counts(tmp_path, write, there):
+def test_whatever_is_there_counts(tmp_path, write, there, overwrite):
+    if (there, overwrite) == ("file", True) and write is not as_zarr:
+        pytest.skip("a file in place of a file is what overwriting means")
     path, elsewhere = tmp_path / "output", tmp_path / "elsewhere"
     elsewhere.write_text("mine")
     if there == "file":
@@ -68,9 +72,90 @@ def test_whatever_is_there_counts(tmp_path, write, there):
         (path / "inner").mkdir(parents=True)
     else:
         path.symlink_to(elsewhere if there == "link" else tmp_path / "nowhere")
-    with pytest.raises(FileExistsError):
-        write(path, NEW)
-    assert elsewhere.read_text() == "mine"
+    before = tree(tmp_path)
+    with pytest.raises(FileExistsError, match="output exists"):
+        write(path, NEW, overwrite=overwrite)
+    assert tree(tmp_path) == before
+
+
+def tree(root):
+    """All that is below a folder: links by where they lead, files by their bytes."""
+    return {
+        path.relative_to(root): path.readlink() if path.is_symlink() else path.is_dir() or path.read_bytes()
+        for path in root.rglob("*")
+    }
+
+
+def with_a_note(path):
+    as_zarr(path, OLD)
+    (path / "note.txt").write_text("mine")
+
+
+def with_an_empty_folder(path):
+    as_zarr(path, OLD)
+    (path / "c" / "mine").mkdir()
+
+
+def with_a_link(path):
+    as_zarr(path, OLD)
+    (path / "c" / "7").symlink_to(path.parent)
+
+
+def foreign_array(path):
+    zarr.create_array(store=str(path), data=OLD, attributes={"unit": "logit margin"})
+
+
+def group(path):
+    facts = dict.fromkeys(FACTS, "")
+    zarr.open_group(path, mode="w", attributes=facts)
+
+
+def broken(path):
+    path.mkdir()
+    (path / "zarr.json").write_text("[]")
+
+
+def linked_array(path):
+    as_zarr(path.with_name("target"), OLD)
+    path.symlink_to(path.with_name("target"))
+
+
+KINDS = [with_a_note, with_an_empty_folder, with_a_link, foreign_array, group, broken, linked_array]
+
+
+@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
+def test_only_an_array_of_scores_is_replaced_by_one(tmp_path, make):
+    make(tmp_path / "output")
+    before = tree(tmp_path)
+    with pytest.raises(FileExistsError, match=r"output exists and is a .* never replaced"):
+        as_zarr(tmp_path / "output", NEW, overwrite=True)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0, 4), (1, 0), (2, 3000)])
+def test_every_array_of_scores_is_replaced(tmp_path, shape):
+    def write(fill, **options):
+        values = np.full(shape, fill, np.float32)
+        array = sp.Scores(values, list(range(shape[0])), list(range(shape[1])), unit="loss").to_zarr(
+            tmp_path / "output", **options
+        )
+        np.testing.assert_array_equal(array[...], values)
+
+    for fill in (0, 1, 2):  # zarr writes no chunk of zeros
+        write(fill, overwrite=fill > 0)
+
+
+def test_what_came_while_the_folder_was_filled_stays(tmp_path):
+    as_zarr(tmp_path / "output", OLD)
+
+    def slow(folder):
+        (folder / "file").write_text("")
+        (tmp_path / "output" / "mine").write_text("mine")
+
+    with pytest.raises(FileExistsError, match="output exists"):
+        write_output_folder(tmp_path / "output", slow, overwrite=True, replaceable=is_scores_array)
+    assert (tmp_path / "output" / "mine").read_text() == "mine"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["output"]
 
 
 def killed_at(event_number, write, path, **options):
@@ -122,6 +207,6 @@ def test_a_folder_that_cannot_be_filled_leaves_the_old_one(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        write_output_folder(tmp_path / "output", failing, overwrite=True)
+        write_output_folder(tmp_path / "output", failing, overwrite=True, replaceable=is_scores_array)
     assert content(tmp_path / "output") == OLD.tobytes()
     assert [entry.name for entry in tmp_path.iterdir()] == ["output"]

@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,11 +62,53 @@ def test_group_and_predict_removal():
         (["nobody"], "unknown training ids"),
         (["z0", "z0"], "some are repeated"),
         (np.zeros(4, dtype=bool), r"shape \(6,\)"),
+        (np.zeros((6, 1), dtype=bool), r"shape \(6,\)"),
+        ([True, False], r"shape \(6,\)"),
+        (torch.zeros(7, dtype=torch.bool), r"shape \(6,\)"),
     ],
 )
 def test_bad_subsets_are_refused(subset, message):
     with pytest.raises(ValueError, match=message):
         example().group(subset)
+
+
+@given(n=st.integers(1, 9), data=st.data())
+def test_every_form_of_a_subset_is_the_same_subset(n, data):
+    flags = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
+    ids = list(range(10, 10 + n))
+    scores = Scores(np.random.default_rng(n).standard_normal((2, n)), [0, 1], ids, unit="loss")
+    wanted = scores.values[:, np.array(flags)].sum(1)
+    chosen = [train_id for train_id, flag in zip(ids, flags, strict=True) if flag]
+    masks = [
+        flags,
+        tuple(flags),
+        np.array(flags),
+        list(np.array(flags)),
+        torch.tensor(flags),
+        list(torch.tensor(flags)),
+    ]
+    lists = [chosen, np.array(chosen, int), torch.tensor(chosen), list(torch.tensor(chosen)), iter(chosen), set(chosen)]
+    for subset in masks + lists:
+        np.testing.assert_allclose(scores.group(subset), wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("subset", [3, 3.0, None, "z0", b"z0", {"a": ["z0"]}, np.int64(3), torch.tensor(3)])
+def test_what_is_no_subset_is_refused(subset):
+    with pytest.raises(TypeError, match="a sequence of training ids, or a boolean mask, got"):
+        example().predict_removal(subset)
+
+
+def test_a_mask_among_ids_is_refused():
+    scores = Scores(np.ones((1, 3)), [0], [0, 1, 2], unit="loss")
+    with pytest.raises(TypeError, match="mixes both"):
+        scores.group([True, 2])
+    with pytest.raises(TypeError, match="training ids are hashable"):
+        scores.group([[0], [1]])
+
+
+def test_no_groups_are_refused():
+    with pytest.raises(ValueError, match="at least one group"):
+        example().group({})
 
 
 def test_a_whole_stage_cannot_be_renormalized_away():

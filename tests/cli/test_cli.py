@@ -76,7 +76,7 @@ def test_scores_are_written_with_their_ids(call, tmp_path, scores):
     assert told["train"] == 40
     assert told["unit"] == "logit margin"
     assert np.array_equal(np.load(tmp_path / "s.npy"), scores.values)
-    facts = json.loads((tmp_path / "s.json").read_text())
+    facts = json.loads((tmp_path / "s.npy.json").read_text())
     assert facts["train_ids"] == list(range(40))
     assert facts["unit"] == "logit margin"
 

@@ -2,6 +2,7 @@
 
 import csv
 import inspect
+import shutil
 
 import numpy as np
 import pytest
@@ -54,9 +55,28 @@ def test_a_file_is_replaced_only_when_it_is_said(call, tmp_path, ending):
 
 
 def test_a_file_of_ids_beside_is_not_replaced_either(call, tmp_path):
-    (tmp_path / "scores.json").write_text("mine")
-    assert "scores.json exists" in call("score", "bank", *ASK, "-o", tmp_path / "scores.npy", code=2)
+    (tmp_path / "scores.npy.json").write_text('{"mine": 1}')
+    for options in ([], ["--overwrite"]):
+        said = call("score", "bank", *ASK, "-o", tmp_path / "scores.npy", *options, code=2)
+        assert "scores.npy.json exists" in said
+    assert (tmp_path / "scores.npy.json").read_text() == '{"mine": 1}'
     assert not (tmp_path / "scores.npy").exists()
+
+
+def test_a_file_of_the_users_with_the_same_stem_is_left_alone(call, tmp_path):
+    (tmp_path / "scores.json").write_text("mine")
+    for options in ([], ["--overwrite"]):
+        call("score", "bank", *ASK, "-o", tmp_path / "scores.npy", *options)
+    assert (tmp_path / "scores.json").read_text() == "mine"
+
+
+def test_a_bank_is_never_replaced_by_scores(call, home, tmp_path):
+    bank = tmp_path / "bank.zarr"
+    shutil.copytree(home / "bank", bank)
+    said = call("score", bank, *ASK, "-o", bank, "--overwrite", code=2)
+    assert "bank.zarr exists" in said
+    assert "never replaced" in said
+    assert "whole" in call("verify", bank)
 
 
 def content(path):
