@@ -27,11 +27,8 @@ BATCH, ACCUMULATED = 4, 2
 
 def fit(folder: Path, base: Path, watch: Watch) -> tuple[Watched, list[dict[str, Tensor]], dict[str, Tensor]]:
     """Train; gives the examples, the same padded to one length, and the trained weights before the first update."""
-    label_words = {"positive": "good film", "negative": "awful"}
-    pairs = [
-        {"prompt": f"{text} is", "completion": f" {text.split()[-1]} {label_words[label]}"}
-        for text, label in texts(40, 0)
-    ]
+    last = {"positive": "good film", "negative": "awful"}
+    pairs = [{"prompt": f"{text} is", "completion": f" so {last[label]}"} for text, label in texts(40, seed=0)]
     arguments = SFTConfig(
         str(folder), per_device_train_batch_size=BATCH, gradient_accumulation_steps=ACCUMULATED, num_train_epochs=2,
         learning_rate=1e-2, lr_scheduler_type="cosine", warmup_steps=2, max_grad_norm=0.0, save_steps=4,

@@ -1,5 +1,6 @@
 """The examples of trainers run: what a bank makes of a run's files equals the framework's own numbers."""
 
+import functools
 import os
 import re
 import subprocess
@@ -24,6 +25,7 @@ SCRIPTS = [
 ]
 
 
+@functools.cache
 def importable(module):
     """Whether a process of its own imports it: some of them replace things when they are imported."""
     return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
