@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import csv
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from source_proj._errors import MismatchError
 from source_proj._io.loading import load_tensors
-from source_proj.integrations.momentum import GivenMomentum, momentum_factors
+from source_proj.integrations.lightning_rates import GivenValues, SavedSchedule, logged_values, momenta, rates
 from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage, register_reader
 from source_proj.trajectory.layouts import averaged_keys, model_state
 from source_proj.trajectory.optimizers.describe import describe_state
+from source_proj.trajectory.recording.momentum import require_integrable
 
 __all__ = ["lightning_stage"]
 
 _TWIN = "-EMA"  # what NeMo adds to the name of the file with averaged weights
-_RELATIVE = 1e-6  # a CSVLogger prints float32 numbers where a model logs its rate itself
 
 
 @dataclass(frozen=True)
-class _Saved:
+class _Saved(SavedSchedule):
     """One ``.ckpt`` file, without its weights."""
 
     path: Path
-    step: int
-    optimizer: Mapping[str, Any]
-    scheduled: bool
     averaged: bool
-
-    @property
-    def rate(self) -> float:
-        """Learning rate of the next update, of the first group."""
-        return float(self.optimizer["param_groups"][0]["lr"])
 
 
 @register_reader("lightning")
@@ -46,8 +37,8 @@ def lightning_stage(
     *,
     prefix: str = "",
     optimizer: Optimizer | None = None,
-    schedule: Callable[[int], float] | Sequence[float] | None = None,
-    momentum: GivenMomentum | None = None,
+    schedule: GivenValues | None = None,
+    momentum: GivenValues | None = None,
     clip_factors: Sequence[float] | None = None,
     metrics: str | Path | None = None,
     steps: Sequence[int] | None = None,
@@ -58,10 +49,11 @@ def lightning_stage(
     """Read the ``.ckpt`` files of a Lightning run as one stage of training.
 
     Time runs in optimizer steps (``global_step``); Lightning averages the gradients of accumulated batches. Learning
-    rates come from ``schedule``, else from the ``metrics.csv`` of a CSVLogger with a LearningRateMonitor, where equal
-    rates before and after steps that were not logged hold in between, else from the optimizer's state, if the rate is
-    constant. Lightning keeps neither gradient norms nor ``gradient_clip_val``: nothing is assumed to be clipped, unless
-    ``clip_factors`` are given.
+    rates come from ``schedule``, else from the saved state of a OneCycleLR, else from the ``metrics.csv`` of a
+    CSVLogger with a LearningRateMonitor, where equal rates before and after steps that were not logged hold in between,
+    else from the optimizer's state, if the rate is constant. A momentum that changes comes from the same places, and
+    every update's own enters the time scale. Lightning keeps neither gradient norms nor ``gradient_clip_val``: nothing
+    is assumed to be clipped, unless ``clip_factors`` are given.
 
     Args:
         dir: directory with the files, in it or below; such as a logger's ``version_0``.
@@ -71,8 +63,7 @@ def lightning_stage(
             without it are left out. Default: all, for the LightningModule itself.
         optimizer: how gradients became steps; default: as the files say.
         schedule: learning rate of every update, a function of its number or one value each.
-        momentum: of SGD or RMSprop at every update, where it changed; default: as a LearningRateMonitor with
-            ``log_momentum=True`` logged it.
+        momentum: of every update, likewise, where it is the optimizer's own that changed (SGD, RMSprop).
         clip_factors: of every update; see :class:`Stage`.
         metrics: the ``metrics.csv``; default: the one in ``dir``, below it, or in the directory above.
         steps: global steps of the checkpoints to use; default: all.
@@ -93,14 +84,12 @@ def lightning_stage(
         raise ValueError(f"weights must be 'trained' or 'averaged', got {weights!r}")
     saved = _saved(Path(dir).absolute(), steps, unpickle)
     last = saved[-1]
-    known, momenta = _logged(Path(dir).absolute(), metrics)
-    rates = _rates(saved, known, schedule)
-    described: dict[int, Optimizer] = {}
+    logged = logged_values(Path(dir).absolute(), metrics)
+    lr_schedule = rates(saved, logged.rates, schedule)
     if optimizer is None:
         optimizer = describe_state(last.optimizer, last.path.name)
-        described = {file.step: describe_state(file.optimizer, file.path.name) for file in saved}
-    groups = {file.step: file.optimizer["param_groups"][0] for file in saved}
-    factors = momentum_factors(optimizer, described, groups, last.step, momenta, momentum)
+        for file in saved:
+            require_integrable(optimizer, describe_state(file.optimizer, file.path.name), file.step)
     kept_apart = bool(prefix) or unpickle or weights == "averaged"
     if weights == "trained" and any(file.averaged for file in saved):
         warnings.warn(
@@ -122,11 +111,21 @@ def lightning_stage(
         checkpoints,
         optimizer,
         segments,
-        lr_schedule=rates,
+        lr_schedule=lr_schedule,
         preconditioner=preconditioner,
         clip_factors=clip_factors,
-        time_factors=factors,
+        time_factors=_time_factors(optimizer, saved, logged.momenta, momentum),
     )
+
+
+def _time_factors(
+    optimizer: Optimizer, saved: Sequence[_Saved], logged: Mapping[int, float], given: GivenValues | None
+) -> list[float] | None:
+    """The optimizer's ``time_factor`` at each update; None where its momentum never changed, or plays no part in it."""
+    if "momentum" not in {field.name for field in fields(optimizer)}:
+        return None
+    own, known = momenta(saved, logged, given), cast(Any, optimizer)
+    return [replace(known, momentum=value).time_factor for value in own] if len(set(own)) > 1 else None
 
 
 def _saved(directory: Path, steps: Sequence[int] | None, unpickle: bool) -> list[_Saved]:
@@ -156,7 +155,7 @@ def _read(file: Path, unpickle: bool) -> _Saved:
             f"{str(file)!r} holds the states of {len(states)} optimizers, and a stage has one: make stages"
         )
     averaged = _averaged(content, file, unpickle) is not None
-    return _Saved(file, int(content["global_step"]), states[0], bool(content.get("lr_schedulers")), averaged)
+    return _Saved(int(content["global_step"]), states[0], content.get("lr_schedulers") or [], file, averaged)
 
 
 def _load(file: Path, unpickle: bool) -> dict[str, Any]:
@@ -187,69 +186,3 @@ def _weights(saved: _Saved, prefix: str, unpickle: bool, which: str) -> dict[str
     if not wanted:
         raise ValueError(f"no weight in {str(saved.path)!r} begins with prefix={prefix!r}: they are {list(state)[:8]}")
     return wanted
-
-
-def _logged(directory: Path, metrics: str | Path | None) -> tuple[dict[int, float], dict[int, float]]:
-    """Update's number → learning rate, and → momentum, of the first group, as a LearningRateMonitor logged them."""
-    if metrics is not None:
-        files = [Path(metrics)]
-        if not files[0].is_file():
-            raise FileNotFoundError(f"metrics={str(metrics)!r} does not exist")
-    else:
-        files = sorted(directory.rglob("metrics.csv")) or [f for f in [directory.parent / "metrics.csv"] if f.is_file()]
-    if len(files) > 1:
-        raise ValueError(f"{str(directory)!r} holds {len(files)} files metrics.csv: say which by metrics=")
-    rates: dict[int, float] = {}
-    momenta: dict[int, float] = {}
-    for file in files:
-        with file.open(newline="", encoding="utf-8") as lines:
-            table = csv.DictReader(lines)
-            columns = [name for name in table.fieldnames or () if name == "lr" or name.startswith("lr-")]
-            of_momentum = [name for name in columns if name.endswith("-momentum")]
-            of_rate = [name for name in columns if not name.endswith(("-momentum", "-weight_decay"))]
-            for row in table:
-                for names, values in ((of_rate, rates), (of_momentum, momenta)):
-                    own = [row[name] for name in names if row[name]]
-                    if own and row.get("step"):
-                        values[int(float(row["step"]))] = float(own[0])
-    return rates, momenta
-
-
-def _rates(
-    saved: Sequence[_Saved],
-    logged: Mapping[int, float],
-    schedule: Callable[[int], float] | Sequence[float] | None,
-) -> list[float]:
-    last = saved[-1].step
-    known = {**{one.step: one.rate for one in saved}, **logged}
-    if schedule is not None:
-        rates = [float(schedule(t)) for t in range(last)] if callable(schedule) else [float(rate) for rate in schedule]
-        if len(rates) != last:
-            raise ValueError(f"schedule has {len(rates)} entries for the {last} updates of the run: give one each")
-        for update, rate in logged.items():
-            if update < last and abs(rates[update] - rate) > _RELATIVE * max(rates):
-                raise MismatchError(f"the schedule gives {rates[update]} for update {update}, and {rate} was logged")
-        return rates
-    if not logged and any(one.scheduled for one in saved):
-        raise ValueError(
-            "the run had a learning-rate scheduler, and there is no metrics.csv of a CSVLogger with the rates of a "
-            "LearningRateMonitor: give schedule=, a function of the update's number or one value each, or metrics="
-        )
-    group = saved[0].optimizer["param_groups"][0]
-    known.setdefault(0, float(group.get("initial_lr", group["lr"])))
-    return _filled(known, last)
-
-
-def _filled(known: Mapping[int, float], last: int) -> list[float]:
-    """Rates of updates 0 to last - 1; between known ones they must be equal."""
-    points = sorted(t for t in known if t <= last)
-    rates: list[float] = []
-    for begin, end in zip(points, [*points[1:], last], strict=True):
-        if end > begin + 1 and end in known and known[end] != known[begin]:
-            raise ValueError(
-                f"the learning rate was {known[begin]} at update {begin} and {known[end]} at update {end}, and none "
-                "was logged in between (LearningRateMonitor(logging_interval='step') logs all): give "
-                "schedule="
-            )
-        rates += [known[begin]] * (end - begin)
-    return rates

@@ -57,18 +57,18 @@ def check_state_order(
 ) -> None:
     r"""Compare second moments with squared gradients, between parameters of one shape.
 
-     With :math:`d = \log v_a - \log v_b` as the state has them, and x the same of the squared gradients of some batches,
-     the regression :math:`\sum d x / \sum d^2` is about 1 in the right order, and about -1 where a and b are swapped.
+    With :math:`d = \log v_a - \log v_b` as the state has them, and x the same of the squared gradients of some batches,
+    the regression :math:`\sum d x / \sum d^2` is about 1 in the right order, and about -1 where a and b are swapped.
     All parameters of two modules are taken together.
 
-     Args:
+    Args:
          checkpoint: whose state it is.
          alike: v̂ by parameter name, of each shape; see :func:`unnamed_alike`.
          model: the model, with this checkpoint's weights.
          task: what it was trained on.
          batches: some small batches of the training set.
 
-     Raises:
+    Raises:
          MismatchError: the other order fits clearly better; names two modules and the remedy.
     """
     squares = _squared_gradients(model, task, batches)

@@ -74,12 +74,13 @@ def append_rows(
             f"the bank {store.location()} was built with task {settings.task}, got {spec}; append with its own task"
         )
     source = BatchSource(train_set, batch_size)
+    given: list[Any] | None = None
     if ids is not None:
-        ids = checked_ids(ids, 0, source.n, parts[0].stage_name).tolist()  # read once: they may be a generator
-    part = _begun(parts, source, ids)
+        given = checked_ids(ids, 0, source.n, parts[0].stage_name).tolist()  # read once: they may be a generator
+    part = _begun(parts, source, given)
     if part is None:
         _require_sealed(store, parts)
-        part = _created(store, settings, stage, parts, source, ids, shard_rows)
+        part = _created(store, settings, stage, parts, source, given, shard_rows)
     else:
         expected = part.ids if ids is None else ids
         wanted = checked_ids(expected, 0, len(expected), part.stage_name)

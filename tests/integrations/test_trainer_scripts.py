@@ -1,0 +1,56 @@
+"""The examples of trainers run: what a bank makes of a run's files equals the framework's own numbers."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TRAINERS = Path(__file__).parents[2] / "examples" / "trainers"
+LARGEST = 1e-5
+HF = ("transformers", "accelerate")
+COMPARED = {"times of the checkpoints", "gradient of update 0", "losses of update 0"}
+RESUMED = {"gradient of update 6", "losses of update 6"}
+SCRIPTS = [
+    ("run_glue_like.py", HF, {*RESUMED, "weights of the best model"}),
+    ("run_clm_like.py", HF, RESUMED),
+    ("run_clm_like.py --padded", HF, RESUMED),
+    ("sft_lora.py", (*HF, "peft", "datasets", "trl"), {"adapter of the last checkpoint"}),
+    ("lightning_onecycle.py", ("lightning",), {"averaged weights"}),
+    ("lightning_onecycle.py --logged", ("lightning",), {"averaged weights"}),
+    ("lightning_onecycle.py --optimizer adamw", ("lightning",), {"averaged weights"}),
+]
+
+
+@functools.cache
+def importable(module):
+    """Whether a process of its own imports it: some of them replace things when they are imported."""
+    return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "needed", "further"), SCRIPTS, ids=[command for command, *_ in SCRIPTS])
+def test_a_frameworks_numbers_are_those_of_its_files(command, needed, further, tmp_path):
+    for module in needed:
+        if not importable(module):
+            pytest.skip(f"{module} cannot be imported")
+    script, *options = command.split()
+    search = os.pathsep.join(filter(None, [str(TRAINERS.parents[1]), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, TRAINERS / script, *options],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": search},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    printed = re.findall(r"^(.+): .*relative difference (\S+)$", done.stdout, re.MULTILINE)
+    assert {what for what, _ in printed} == COMPARED | further
+    assert all(float(difference) <= LARGEST for _, difference in printed)
+    assert re.search(r"^scores of 3 queries against \d+ ", done.stdout, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []  # but for temporary folders, nothing is written
