@@ -100,7 +100,7 @@ def append_rows(
     return part
 
 
-def _begun(parts: Sequence[Part], source: BatchSource, ids: list[Any] | None) -> Part | None:
+def _begun(parts: Sequence[Part], source: BatchSource, ids: Sequence[Any] | None) -> Part | None:
     """The part that this append made before: the first complete one of its examples, or else the unfinished one.
 
     A complete one is known by its ids; where none are given, by its data. Complete ones go first: a script that was
@@ -108,7 +108,7 @@ def _begun(parts: Sequence[Part], source: BatchSource, ids: list[Any] | None) ->
     """
     appended = parts[1:]
     for part in appended:
-        if part.sealed() is not None and (_holds(part, source) if ids is None else ids == part.ids):
+        if part.sealed() is not None and (_holds(part, source) if ids is None else list(ids) == part.ids):
             return part
     return next((part for part in appended if part.sealed() is None), None)
 
