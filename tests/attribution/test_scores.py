@@ -79,15 +79,11 @@ def test_every_form_of_a_subset_is_the_same_subset(n, data):
     scores = Scores(np.random.default_rng(n).standard_normal((2, n)), [0, 1], ids, unit="loss")
     wanted = scores.values[:, np.array(flags)].sum(1)
     chosen = [train_id for train_id, flag in zip(ids, flags, strict=True) if flag]
-    masks = [
-        flags,
-        tuple(flags),
-        np.array(flags),
-        list(np.array(flags)),
-        torch.tensor(flags),
-        list(torch.tensor(flags)),
-    ]
-    lists = [chosen, np.array(chosen, int), torch.tensor(chosen), list(torch.tensor(chosen)), iter(chosen), set(chosen)]
+    masks = [flags, tuple(flags)]
+    lists = [chosen, iter(chosen), set(chosen)]
+    for kind in (np.array, torch.tensor):
+        masks += [kind(flags), list(kind(flags))]
+        lists += [kind(chosen), list(kind(chosen))]
     for subset in masks + lists:
         np.testing.assert_allclose(scores.group(subset), wanted, rtol=1e-12, atol=1e-12)
 
@@ -104,6 +100,13 @@ def test_a_mask_among_ids_is_refused():
         scores.group([True, 2])
     with pytest.raises(TypeError, match="training ids are hashable"):
         scores.group([[0], [1]])
+
+
+def test_ids_that_are_repeated_name_no_subset():
+    scores = Scores(np.arange(3.0)[None], [0], ["a", "a", "b"], unit="loss")
+    with pytest.raises(ValueError, match="give a boolean mask"):
+        scores.group(["a"])
+    assert scores.group([True, False, True]) == 2
 
 
 def test_no_groups_are_refused():
