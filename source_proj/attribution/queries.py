@@ -115,7 +115,7 @@ def sketch_queries(
 
     Raises:
         MismatchError: if the model's parameters are not the bank's, or a checkpoint changed since the build.
-        GradientError: if a query's gradient is not finite; names the query ids.
+        GradientError: if a query's measurement or its gradient is not finite; names the query ids.
     """
     space = ParameterSpace.from_spec(bank.space_spec)
     points = list(checkpoints) if checkpoints is not None else [bank.final_checkpoint()]
@@ -167,7 +167,7 @@ def _sketched(
     """For each batch of queries, the rows ``(B, k)`` of their measurements in each metric.
 
     Raises:
-        GradientError: a gradient is not finite; names the ids.
+        GradientError: a measurement or its gradient is not finite; names the ids.
         Refuted: the rows so far are to be made again.
     """
     rows: list[list[Tensor]] = []
@@ -175,13 +175,14 @@ def _sketched(
         for start, stop, batch in source.load([(0, source.n)]):
             with named_examples(ids[start:stop]):
                 placed = to_device(batch, device)
-                _, made = engine.sketch_scaled(task.measurement, placed, scales, "measurement", stop - start)
-            bad = sorted({i for row in made for i in nonfinite_examples(row)})
-            if bad:
-                raise GradientError(
-                    f"the measurement's gradient is not finite for queries {[ids[start + i] for i in bad]} at step "
-                    f"{step}; look at their inputs, or at the weights of that checkpoint"
-                )
+                values, made = engine.sketch_scaled(task.measurement, placed, scales, "measurement", stop - start)
+            for what, numbers in [("measurement", [values[:, None]]), ("measurement's gradient", made)]:
+                bad = sorted({i for rows_of_batch in numbers for i in nonfinite_examples(rows_of_batch)})
+                if bad:
+                    raise GradientError(
+                        f"the {what} is not finite for queries {[ids[start + i] for i in bad]} at step {step}; look at "
+                        "their inputs and targets, or at the weights of that checkpoint"
+                    )
             rows.append([row.cpu() for row in made])
             bar.update(stop - start)
     return rows

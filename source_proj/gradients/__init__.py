@@ -1,6 +1,7 @@
 """Per-example gradients of a batch, sketched layer by layer."""
 
-from source_proj.gradients.engine import METHODS, GradientEngine, gradient_engine, nonfinite_examples
+from source_proj.gradients.batches import nonfinite_examples
+from source_proj.gradients.engine import METHODS, GradientEngine, gradient_engine
 from source_proj.gradients.private_copy import private_copy, require_own_weights
 from source_proj.gradients.proof import Refuted
 from source_proj.gradients.space import ParameterSpace

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "batch_size", "map_tensors", "per_example_tensors", "take"]
+__all__ = ["Batch", "batch_size", "map_tensors", "nonfinite_examples", "per_example_tensors", "take"]
 
 Batch: TypeAlias = Any  # a tensor, or tuples, lists and mappings of them; other leaves are passed through untouched
 
@@ -81,3 +81,13 @@ def take(batch: Batch, examples: list[int], size: int | None = None) -> Batch:
     """
     tensors, rebuild = per_example_tensors(batch, batch_size(batch) if size is None else size)
     return rebuild([tensor[torch.tensor(examples, device=tensor.device)] for tensor in tensors])
+
+
+def nonfinite_examples(rows: Tensor) -> list[int]:
+    """Positions of the rows (B, k) that hold a NaN or an infinity.
+
+    Example:
+        >>> nonfinite_examples(torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]))
+        [1]
+    """
+    return [int(i) for i in torch.isfinite(rows).all(dim=1).logical_not().nonzero()[:, 0]]

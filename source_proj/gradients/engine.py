@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from source_proj._errors import GradientError, MismatchError, SourceProjError
 from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
 from source_proj.gradients.general import Autocast, Function, GeneralPath, first_line, weighted_gradient
-from source_proj.gradients.hooks import HookPath, Structure, Unsuited, uncovered
+from source_proj.gradients.hooks import HookPath, Structure, Unsuited, requiring_only, uncovered
 from source_proj.gradients.proof import (
     Audit,
     Proof,
@@ -29,12 +30,16 @@ from source_proj.gradients.space import ParameterSpace
 from source_proj.gradients.suited import refuse_unsuited
 from source_proj.sketch import Sketch
 
-__all__ = ["METHODS", "GradientEngine", "gradient_engine", "nonfinite_examples"]
+__all__ = ["METHODS", "GradientEngine", "gradient_engine"]
 
 SAMPLED = "sampled_output"  # the function that draws labels
 METHODS = ("auto", "hooks", "general")
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_OVERFLOW = (
+    "the sum of a batch's gradients is not finite (overflow), though each of them is: look at the size of inputs "
+    "and weights"
+)
 _TF32 = 2.0**-10  # cuDNN's convolutions of float32
 
 
@@ -197,6 +202,19 @@ class GradientEngine:
                     self._leave_hooks(f"{type(problem).__name__}: {first_line(problem)}", problem)
             return self._by_general(work)
 
+    def is_detached(self, function: Function, batch: Batch) -> bool:
+        """Whether function(model, batch) has no graph that leads to any parameter of the model, attributed or not."""
+        parameters = {name: p for name, p in self._model.named_parameters() if p.is_floating_point()}
+        differentiable = requiring_only(self._model, parameters)
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _evaluating(self._model),
+            differentiable,
+            self._autocast()(),
+        ):
+            return not function(self._model, map_tensors(batch, Tensor.detach)).requires_grad
+
     def _try_hooks(self) -> None:
         missing = uncovered(self._model, self._space)
         if missing:
@@ -250,7 +268,8 @@ class GradientEngine:
     def _refute(self, structure: Structure, audit: Audit) -> None:
         where = f"parameters {audit.wrong[:10]}" if audit.wrong else "the rows' weighted sum"
         after = f", and {structure.lost} loses sight of the examples" if structure.lost else ""
-        why = f"rules and plain autograd disagree on {where} by {audit.error:.1e}{after}"
+        distance = f"{audit.error:.1e}" if isfinite(audit.error) else "what is not finite (overflow)"
+        why = f"rules and plain autograd disagree on {where} by {distance}{after}"
         if structure.lost is not None:  # no other batch rests on this one's proof
             self._proof.refused[structure.signature] = why
             raise Unsuited(why)
@@ -272,7 +291,7 @@ class GradientEngine:
         if due and shares is not None and work.name != SAMPLED:  # rows of one example each, and others drawn than here
             audit = self._audit(work, values, outs, shares)
             if audit is not None and not audit.passed:
-                raise GradientError(_dependent(work, audit))
+                raise GradientError(_dependent(work, audit) if isfinite(audit.error) else _OVERFLOW)
             if audit is not None:
                 proof.add(work.name, (work.size > 1,), audit)
         self.method = "general"
@@ -344,16 +363,6 @@ class _Work:
     scales: list[Tensor | None]
     name: str
     number: int
-
-
-def nonfinite_examples(rows: Tensor) -> list[int]:
-    """Positions of the rows (B, k) that hold a NaN or an infinity.
-
-    Example:
-        >>> nonfinite_examples(torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]))
-        [1]
-    """
-    return [int(i) for i in torch.isfinite(rows).all(dim=1).logical_not().nonzero()[:, 0]]
 
 
 def _dependent(work: _Work, audit: Audit) -> str:

@@ -34,7 +34,7 @@ from source_proj.gradients.rules import Rule, rule_for
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
 
-__all__ = ["HookPath", "Structure", "Unsuited", "uncovered"]
+__all__ = ["HookPath", "Structure", "Unsuited", "requiring_only", "uncovered"]
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class HookPath:
         seen = partial(self._on_output, size=size, anchor=anchor, sink=sink)
         self._calls = []
         try:
-            with _requiring_only(self._model, self._parameters), self._hooked(seen), torch.enable_grad():
+            with requiring_only(self._model, self._parameters), self._hooked(seen), torch.enable_grad():
                 with autocast():
                     values = checked_values(function(self._model, batch), size)
                 calls, self._calls = self._calls, None  # recomputed layers of a checkpoint call the hooks once more
@@ -304,7 +304,7 @@ def _expanded(tensor: Tensor, size: int, unsqueeze: bool | None = None) -> Tenso
 
 
 @contextmanager
-def _requiring_only(model: nn.Module, attributed: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def requiring_only(model: nn.Module, attributed: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Only attributed parameters require a gradient, so that the graph shows where they are used."""
     before = {p: p.requires_grad for p in model.parameters()}
     wanted = {id(p) for p in attributed.values()}

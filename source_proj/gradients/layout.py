@@ -221,14 +221,16 @@ def _indexed(node: Node, children: list[_Child], _shape: Shape, _size: int) -> i
     except RuntimeError:  # changed in place since, or not kept, as under checkpointing
         raise _Lost from None
     used = [d for d, index in enumerate(indices) if index is not None]
-    if child.position or used != list(range(used[0], used[-1] + 1)):
+    if child.position or not used or used != list(range(used[0], used[-1] + 1)):
         raise _Lost
     if used[0] > 0:
         return 0
     index: Tensor = indices[0]
+    if index.dtype != torch.int64 or index.dim() == 0:  # a mask, or one example for all
+        raise _Lost
     if index.dim() < max(indices[d].dim() for d in used):  # broadcast over something in front
         raise _Lost
-    rows = index.reshape(len(index), -1) if index.dtype == torch.int64 and index.dim() else index.reshape(0, 1)
+    rows = index.reshape(len(index), -1)
     if child.shape[0] != len(rows) or not bool((rows == torch.arange(len(rows), device=rows.device)[:, None]).all()):
         raise _Lost
     return 0

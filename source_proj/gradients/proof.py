@@ -270,7 +270,8 @@ def audited(
     for name, g in gradient.items():
         expected.add(name, g.unsqueeze(0))
         expected_shares.add(name, g.unsqueeze(0))
-    error = max(_relative(weights, r, s[0]) for r, s in zip(rows, sums, strict=True))
+    errors = [_relative(weights, r, s[0]) for r, s in zip(rows, sums, strict=True)]
+    error = float(torch.tensor(errors, dtype=torch.float64).max())  # NaN if any is
     tolerance = max(_TOLERANCE, _ROUNDINGS * coarsest)
     wrong = shares.differing(expected_shares, weights, max(_BY_PARAMETER, tolerance), max(_FLOOR, tolerance / 10))
     touched = shares.touched() | expected_shares.touched()

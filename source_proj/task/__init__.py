@@ -4,7 +4,7 @@ For a training example z a task gives one scalar, the output :math:`o_θ(z)`, an
 it, so that one backward pass yields every weighting (Park et al. 2023, arXiv 2303.14186): the loss gradient is
 :math:`ℓ'(o) ∇o`, the Gauss-Newton term :math:`ℓ''(o) ∇o ∇o^⊤`. For a query q it gives the measurement
 :math:`m_θ(q)` that is to be explained. Everything here runs on whole batches and under ``torch.func.vmap(grad)``:
-checks look at shapes and types only, never at values.
+checks of values are left out under ``vmap``.
 """
 
 from source_proj.task.base import Derivatives, Task

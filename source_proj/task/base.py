@@ -11,7 +11,7 @@ from torch import Tensor
 
 from source_proj.task.batch import Batch, Model, Uniform
 
-__all__ = ["Derivatives", "Task", "checked_normalizer"]
+__all__ = ["Derivatives", "Task", "checked_normalizer", "checked_pair"]
 
 Derivatives = tuple[Tensor, Tensor | None]
 """ℓ'(o) (B,), and ℓ''(o) (B,), or None where the loss is no function of the output alone."""
@@ -87,7 +87,7 @@ class Task:
 
     def loss_derivatives(self, output: Tensor, batch: Batch) -> Derivatives:
         """Loss derivatives :math:`ℓ'(o)` and :math:`ℓ''(o)` by the output, (B,) each; None where ℓ'' has no meaning."""
-        first, second = self._custom("loss_derivatives")(output, batch)
+        first, second = checked_pair(self._custom("loss_derivatives")(output, batch))
         return _per_example(first, "ℓ'"), None if second is None else _per_example(second, "ℓ''")
 
     def fisher_weight(self, batch: Batch) -> Tensor | None:  # noqa: ARG002
@@ -187,6 +187,21 @@ class Task:
                 f"the task {self.name!r} has no {key}: give {key}= to Task, or override it in {type(self).__name__}"
             )
         return function
+
+
+def checked_pair(derivatives: Any) -> Derivatives:
+    """What a task's loss_derivatives returned, if it is a pair.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if isinstance(derivatives, tuple | list) and len(derivatives) == 2:
+        return derivatives[0], derivatives[1]
+    size = f" of {len(derivatives)}" if isinstance(derivatives, tuple | list) else ""
+    raise TypeError(
+        f"loss_derivatives must return the pair (ℓ', ℓ''), got a {type(derivatives).__name__}{size}: return (ℓ', None) "
+        "where there is no second derivative"
+    )
 
 
 def checked_normalizer(normalizer: Sequence[float] | float | None) -> tuple[float, ...] | None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from source_proj._errors import ExampleError
 
 __all__ = [
     "Batch",
@@ -123,13 +126,27 @@ def without_cache(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def weights(batch: Batch, sample_weight: str | int | None, like: Tensor) -> Tensor:
-    """Sample weights (B,), ones where there are none."""
+    """Sample weights (B,), ones where there are none.
+
+    Raises:
+        ExampleError: a weight is negative or not finite; names examples and values. Under ``torch.func.vmap`` no value
+            can be looked at.
+        ValueError: they are not one number an example.
+    """
     if sample_weight is None:
         return torch.ones_like(like.detach())
     weight = split(batch, sample_weight)[2]
     if not isinstance(weight, Tensor) or weight.shape != like.shape:
         found = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(f"sample weights must be a tensor of shape {tuple(like.shape)}, got {found}")
+    with suppress(RuntimeError):
+        places = (~((weight >= 0) & weight.isfinite())).nonzero()[:, 0].tolist()
+        if places:
+            raise ExampleError(
+                places,
+                f"the sample weights of {{examples}} are {weight[places[:10]].tolist()}, and must be finite and at "
+                "least 0: mend them, or leave these examples out",
+            )
     return weight.detach().to(like)
 
 

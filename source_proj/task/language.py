@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -57,6 +57,9 @@ class CausalLM(Task):
         chunk: make logits for so many tokens at a time, and once more in the backward pass: for large vocabularies, of
             which (B, T, vocabulary) would not fit. For models of transformers whose logits are the output of their
             head alone; this is checked.
+
+    A model of transformers with an encoder and a decoder makes the decoder's inputs of the labels, each family in its
+    own way. A task hides the labels from it, so batches for such a model must hold ``decoder_input_ids``.
 
     Example:
         >>> uniform_model = lambda input_ids: torch.zeros(*input_ids.shape, 10)
@@ -117,6 +120,7 @@ class CausalLM(Task):
         Warns:
             UserWarning: it is worse by more than a nat a token, so that ``shift`` does not fit the labels.
         """
+        _require_decoder_inputs(model, batch)
         with torch.no_grad():
             logits, labels = forward(model, first_examples(batch, _EXAMINED), None)
             if logits.ndim != 3 or labels.shape != logits.shape[:2] or labels.shape[1] < 2:
@@ -181,6 +185,7 @@ class CausalLM(Task):
 
     def _by_chunks(self, model: Model, batch: Batch, chunk: int, uniform: Uniform | None) -> tuple[Tensor, Tensor]:
         """Log-likelihood (B,) of the labels, or of tokens drawn with ``uniform``; and whether each counts (B, T)."""
+        _require_decoder_inputs(model, batch)
         inputs, labels, _ = split(batch, None)
         if not isinstance(inputs, dict):
             raise TypeError("CausalLM(chunk=...) needs dict batches, whose entries are the model's arguments")
@@ -211,6 +216,7 @@ class CausalLM(Task):
 
     def _tokens(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities (B, T, V), labels (B, T) safe to gather with, and whether each counts."""
+        _require_decoder_inputs(model, batch)
         logits, labels = forward(model, batch, None)
         labels, counted = self._aligned(labels, logits)
         return log_softmax(logits[:, : labels.shape[1]], dim=-1), labels, counted
@@ -222,6 +228,22 @@ class CausalLM(Task):
     def _length(self, counted: Tensor) -> Tensor:
         length = counted.sum(-1).clamp(min=1).float()
         return torch.ones_like(length) if self.reduction == "sum" else length
+
+
+def _require_decoder_inputs(model: Model, batch: Batch) -> None:
+    """Refuse batches of which a model of transformers would make other decoder inputs than in training, or none.
+
+    Raises:
+        ValueError: the model has an encoder and a decoder, and the batch no inputs for the latter.
+    """
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return
+    if not isinstance(batch, Mapping) or not {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch):
+        raise ValueError(
+            f"{type(model).__name__} has an encoder and a decoder, and makes the decoder's inputs of the labels, which "
+            "CausalLM does not pass on: write a Task whose output passes decoder_input_ids, or give batches an entry "
+            "'decoder_input_ids' and take CausalLM(shift=False)"
+        )
 
 
 def _likelihood(head: Head, hidden: Tensor, labels: Tensor, counted: Tensor, numbers: Tensor | None = None) -> Tensor:

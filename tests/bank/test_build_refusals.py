@@ -4,7 +4,7 @@ import pytest
 import torch
 from bank_runs import BATCH, N, make_run, make_states
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from source_proj import bank as banks
 from source_proj._errors import GradientError, MismatchError
@@ -143,3 +143,62 @@ def test_an_append_refuses_arguments_of_another_kind(run, tmp_path):
     with pytest.raises(TypeError, match="ids must be in the order of the examples, got a set"):
         bank.append(run.model, run.task, run.data, ids=set(range(1000, 1000 + N)))
     assert bank.n_rows == N
+
+
+# What a task returns --------------------------------------------------------------------------------------------
+
+
+def margin(model, batch):
+    return model(batch[0])[:, 0]
+
+
+def detached(model, batch):
+    return margin(model, batch).detach()
+
+
+@pytest.mark.parametrize("gradients", ["auto", "general"])
+def test_an_output_without_a_graph_is_refused_with_its_first_shard(run, tmp_path, gradients):
+    with pytest.raises(
+        GradientError, match=r"stage 'train' up to id 23 has a gradient .* step 10: .*'custom' is detach"
+    ):
+        run.build(tmp_path / "bank", task=Task(detached, constant), gradients=gradients)
+    assert not banks.open(tmp_path / "bank").parts[0].done(0).any()
+
+
+@pytest.mark.parametrize("gradients", ["auto", "general"])
+def test_rows_of_zeros_with_a_graph_are_banked(run, tmp_path, gradients):
+    def ignored(model, batch):
+        return torch.where(batch[1] > 5, margin(model, batch), 0.0)
+
+    bank = run.build(tmp_path / "bank", task=Task(ignored, constant), gradients=gradients)
+    assert bank.n_rows == N
+
+
+def test_a_graph_to_parameters_that_are_not_attributed_is_enough(run, tmp_path):
+    def first_layer(model, batch):
+        return model[0](batch[0]).sum(1)
+
+    assert run.build(tmp_path / "bank", task=Task(first_layer, constant), parameters=["2.*"]).n_rows == N
+
+
+@pytest.mark.parametrize("size", [2, BATCH])
+def test_derivatives_that_are_no_pair_are_refused(tmp_path, size):
+    class Alone(Task):
+        def loss_derivatives(self, output, batch):
+            return -torch.ones_like(output)
+
+    for index, task in enumerate([Task(margin, lambda output, batch: -torch.ones_like(output)), Alone(margin)]):
+        with pytest.raises(TypeError, match=r"must return the pair \(ℓ', ℓ''\), got a Tensor: return \(ℓ', None\)"):
+            make_run().build(tmp_path / str(index), task=task, batch_size=size)
+
+
+@pytest.mark.parametrize("weight", [-0.5, torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [1, 30])
+@pytest.mark.parametrize("gradients", ["auto", "general"])
+def test_a_sample_weight_that_cannot_be_one_names_the_example(run, tmp_path, weight, place, gradients):
+    weights = torch.ones(N)
+    weights[place] = weight
+    data = TensorDataset(*run.data.tensors, weights)
+    task = Classification(sample_weight=2)
+    with pytest.raises(MismatchError, match=rf"sample weights of ids \[{place}\] are \[{weight}\], .* at least 0"):
+        run.build(tmp_path / "bank", task=task, data=data, gradients=gradients)

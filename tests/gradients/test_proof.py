@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import source_proj as sp
 from source_proj._errors import GradientError
 from source_proj.gradients import ParameterSpace, Refuted, gradient_engine, proof
+from source_proj.gradients.layout import Call, label, walk, where_examples_are_lost
 from source_proj.gradients.proof import audited, law_weights, share_sink
 from source_proj.sketch import Sketch
 
@@ -184,3 +185,31 @@ def test_quantised_modules_are_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(3, 3), Linear(3, 2))
     with pytest.raises(GradientError, match="Linear '1' is quantised"):
         gradient_engine(model, ParameterSpace.from_model(model), Sketch(4))
+
+
+@pytest.mark.parametrize("method", ["auto", "general", "hooks"])
+def test_a_sum_that_overflows_is_called_so(method: str) -> None:
+    model = nn.Linear(4, 3)
+    engine = gradient_engine(model, ParameterSpace.from_model(model), Sketch(16), method=method)
+    batch = torch.full((2, 4), 1e38) * torch.tensor([[1.0], [-1.0]])
+    with pytest.raises(GradientError, match=r"not finite \(overflow\)"):
+        engine.sketch(lambda model, x: model(x)[:, 0], batch)
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda values: torch.ones(len(values), dtype=torch.bool),
+        lambda values: torch.ones_like(values, dtype=torch.bool),
+        lambda values: torch.tensor(0),
+    ],
+    ids=["mask of examples", "mask of all", "scalar"],
+)
+def test_an_index_that_may_mix_examples_is_not_followed(choose: Any) -> None:
+    values = torch.randn(4, 3, requires_grad=True) * 1
+    tap, picked = values.grad_fn, values[choose(values), ...]
+    order = walk(
+        [picked.grad_fn], lambda node: [c for c, _ in node.next_functions if c is not None and node is not tap]
+    )
+    lost = where_examples_are_lost(order, [Call(tap, None, frozenset())], picked.grad_fn, 4)
+    assert lost == label(picked.grad_fn)

@@ -219,3 +219,27 @@ def test_wrong_weights(weights):
     task = Classification(sample_weight=2)
     with pytest.raises(ValueError, match=r"sample weights must be a tensor of shape \(4,\)"):
         task.loss_derivatives(TARGETS, (LOGITS, LABELS, weights))
+
+
+def encoder_decoder(kind):
+    transformers = pytest.importorskip("transformers", reason="needs transformers: install source-proj[hf]")
+    torch.manual_seed(0)
+    if kind == "t5":
+        config = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+        return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=9, **config)).eval()
+    sides = {f"{side}_{key}": 2 for side in ("encoder", "decoder") for key in ("attention_heads", "ffn_dim")}
+    config = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 8, **sides}
+    return transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=9, **config)).eval()
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_an_encoder_and_a_decoder_need_the_decoders_inputs(kind):
+    model = encoder_decoder(kind)
+    batch = {"input_ids": torch.randint(3, 9, (2, 5)), "labels": torch.randint(3, 9, (2, 5))}
+    for task in (CausalLM(shift=False), CausalLM(shift=False, chunk=2)):
+        for call in (task.output, task.measurement, task.examine, lambda *a, t=task: t.sampled_output(*a, None)):
+            with pytest.raises(ValueError, match=r"ForConditionalGeneration has an encoder.*'decoder_input_ids'"):
+                call(model, batch)
+    given = {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(batch["labels"])}
+    own = -model(**batch).loss
+    torch.testing.assert_close(CausalLM(shift=False).output(model, given).mean(), own)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from source_proj._errors import BankError, MismatchError
+from source_proj._errors import BankError, MismatchError, named_examples
 from source_proj.bank.bank import Bank
 from source_proj.bank.build.arguments import require_arguments, require_device
 from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
@@ -25,6 +25,7 @@ from source_proj.bank.store import LocalStore
 from source_proj.gradients import ParameterSpace, private_copy
 from source_proj.sketch import Sketch
 from source_proj.task import Task
+from source_proj.task.base import checked_pair
 from source_proj.trajectory import Trajectory, trained_parameters
 from source_proj.trajectory.state_order import check_state_order, unnamed_alike
 
@@ -119,7 +120,7 @@ def build(
     stage_ids = [checked_ids(one, 0, s.n, name) for one, s, name in zip(given_ids, sources, names, strict=True)]
     _check_loss(task, trajectory)
     task = with_normalizer(task, sources, names)
-    second_derivative, fisher_weight = _columns(task, sources[0])
+    second_derivative, fisher_weight = _columns(task, sources[0], stage_ids[0])
     space, choice = _chosen(model, trajectory, parameters, progress)
     resolved = trajectory.resolve(model, space)
     _check_orders(task, model, trajectory, sources, device)
@@ -243,11 +244,13 @@ def _by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
     return [given] * len(names)
 
 
-def _columns(task: Task, source: BatchSource) -> tuple[bool, bool]:
+def _columns(task: Task, source: BatchSource, ids: np.ndarray) -> tuple[bool, bool]:
     """Whether the task gives ℓ'', and a weight for the empirical Fisher; asked with the first batch."""
     _, stop, batch = next(iter(source.load([(0, min(source.n, source.batch_size))])))
     task = task.of_stage(0)
-    return task.loss_derivatives(torch.zeros(stop), batch)[1] is not None, task.fisher_weight(batch) is not None
+    with named_examples(ids.tolist()):
+        _, second = checked_pair(task.loss_derivatives(torch.zeros(stop), batch))
+        return second is not None, task.fisher_weight(batch) is not None
 
 
 def _part_spec(source: BatchSource, ids: np.ndarray, settings: Settings, shard_rows: int | None) -> PartSpec:

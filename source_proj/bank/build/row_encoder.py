@@ -89,6 +89,7 @@ class RowEncoder:
         self._settings = settings
         self._device = next(self._model.parameters()).device
         self._metrics = metrics
+        self._detached = True  # whether no output since `begin` led back to the model
         self._scales: dict[int, Tensor | None] = {}  # on the device, of one checkpoint's metrics
         self._engine = gradient_engine(
             self._model, space, Sketch.from_spec(settings.sketch), method=settings.gradients, autocast=settings.autocast
@@ -105,6 +106,24 @@ class RowEncoder:
     def begin(self, stage: int, checkpoint: int, shard: int) -> None:
         """Begin a shard: its rows are proven by its own batches alone, so that none committed rests on another's."""
         self._engine.begin(self._settings.sketch["seed"], stage, checkpoint, shard)
+        self._detached = True
+
+    def require_graph(self, place: BatchLocation) -> None:
+        """Refuse a shard of which no output led back to the model.
+
+        Args:
+            place: of the shard's last batch.
+
+        Raises:
+            GradientError: names the stage and the checkpoint.
+        """
+        if self._detached:
+            part = place.part
+            raise GradientError(
+                f"no example of stage {part.stage_name!r} up to id {place.ids[-1]!r} has a gradient at the checkpoint "
+                f"of step {part.steps[place.checkpoint]}: the output of task {self._task.name!r} is detached from the "
+                "model's parameters; look for detach(), no_grad() or .data in it"
+            )
 
     def audit(self) -> np.ndarray:
         """What was audited since `begin`, as the bank keeps it."""
@@ -134,6 +153,8 @@ class RowEncoder:
             )
         with named_examples(place.ids):
             values, (rows, *others) = self._engine.sketch_scaled(self._task.output, batch, scales, size=size)
+        if self._detached:  # rows of zeros may be right, if an example has no label, say
+            self._detached = not rows.any() and self._engine.is_detached(self._task.output, batch)
         encoded = self._encoded("", rows, place, "the gradient of the output")
         for metric, other in zip(names, others, strict=True):
             encoded |= self._encoded("", other, place, "the gradient of the output", metric)
@@ -167,7 +188,7 @@ class RowEncoder:
 
     def _derivatives(self, place: BatchLocation, values: Tensor, batch: Batch) -> dict[str, Tensor]:
         task = self._task.of_stage(place.stage)
-        with torch.no_grad():
+        with torch.no_grad(), named_examples(place.ids):
             d1, d2 = task.loss_derivatives(values, batch)
             fisher_weight = task.fisher_weight(batch)
         if (d2 is not None) != self._settings.second_derivative:
