@@ -220,7 +220,7 @@ def test_unequal_lengths_are_refused(name):
         (("stages", 0, "scalars"), [-1.0, 1.0], "scalars must be at least 0"),
         (("stages", 0, "loss_scale"), 0, "loss_scale must be positive"),
         (("stages", 0, "segments"), [[1], [0]], "has 1 where 0 should be"),
-        (("stages", 0, "optimizer", "name"), "Lion", "its name is 'Lion', and known optimizers are SGD, Adam, RMSprop"),
+        (("stages", 0, "optimizer", "name"), "Lion", "its name is 'Lion', and known optimizers are"),
         (("stages", 0, "optimizer", "betas"), [0.9], r"optimizer: Adam\.betas must have 2 entries"),
     ],
 )

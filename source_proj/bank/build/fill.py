@@ -169,7 +169,7 @@ def _run(run: _Pass, rows: RowEncoder, committer: "_Committer", bar: "tqdm[NoRet
                 _put(run, rows, buffer, again, end, earlier)
         bar.update(stop - start)
         if stop == last:
-            rows.require_graph(BatchLocation(part, one.work.stage, one.checkpoint, start, stop))
+            rows.require_graph(BatchLocation(part, run.work.stage, run.checkpoint, start, stop))
             buffer.audit = rows.audit()
             committer.commit(part, run.checkpoint, shard, buffer)
             buffer = committer.buffer(part, run.checkpoint)
