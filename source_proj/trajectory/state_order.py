@@ -62,14 +62,14 @@ def check_state_order(
     All parameters of two modules are taken together.
 
     Args:
-         checkpoint: whose state it is.
-         alike: v̂ by parameter name, of each shape; see :func:`unnamed_alike`.
-         model: the model, with this checkpoint's weights.
-         task: what it was trained on.
-         batches: some small batches of the training set.
+        checkpoint: whose state it is.
+        alike: v̂ by parameter name, of each shape; see :func:`unnamed_alike`.
+        model: the model, with this checkpoint's weights.
+        task: what it was trained on.
+        batches: some small batches of the training set.
 
     Raises:
-         MismatchError: the other order fits clearly better; names two modules and the remedy.
+        MismatchError: the other order fits clearly better; names two modules and the remedy.
     """
     squares = _squared_gradients(model, task, batches)
     pairs: defaultdict[tuple[str, str], list[Tensor]] = defaultdict(list)
