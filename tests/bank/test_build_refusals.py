@@ -106,6 +106,7 @@ def test_bad_shards_are_refused(run, tmp_path, shard):
         (lambda run: {"sketch": 64}, "sketch must be a Sketch, got int"),
         (lambda run: {"ids": set(range(N))}, "ids must be in the order of the examples, got a set"),
         (lambda run: {"ids": frozenset(range(N))}, "got a frozenset"),
+        (lambda run: {"ids": "a" * N}, "got a str"),
         (lambda run: {"ids": dict.fromkeys(range(N))}, "got a dict"),
         (lambda run: {"ids": {"train": set(range(N))}}, "got a set for stage 'train'"),
     ],

@@ -201,7 +201,7 @@ def checked_ids(ids: Sequence[Any] | np.ndarray | None, start: int, n: int, stag
     """
     if ids is None:
         return np.arange(start, start + n, dtype=np.int64)
-    if isinstance(ids, set | frozenset | Mapping):
+    if isinstance(ids, set | frozenset | Mapping | str | bytes):
         raise TypeError(
             f"ids must be in the order of the examples, got a {_name(ids)} for stage {stage!r}; give a list of them"
         )
