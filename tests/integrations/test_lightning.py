@@ -214,11 +214,11 @@ def sgd(parameters, lr):
 @pytest.mark.parametrize("steps", [(4, 8, 12), (12,)])
 def test_a_cycled_momentum_that_is_not_known_is_refused(tmp_path, steps):
     _, rates, _ = cycled(tmp_path, sgd, steps)
-    with pytest.raises(ValueError, match=r"momentum changed .* between 0.85 and 0.95.*: give momentum="):
+    with pytest.raises(ValueError, match=r"momentum was .*give momentum="):
         sp.Trajectory.from_lightning(tmp_path, schedule=rates[:12])
     with pytest.raises(ValueError, match=r"momentum has 3 entries for the 12 updates"):
         sp.Trajectory.from_lightning(tmp_path, schedule=rates[:12], momentum=[0.9] * 3)
-    with pytest.raises(ValueError, match=r"momentum changed"):  # also where the optimizer is named by hand
+    with pytest.raises(ValueError, match=r"momentum was .*give momentum="):  # also where the optimizer is named by hand
         sp.Trajectory.from_lightning(tmp_path, schedule=rates[:12], optimizer=sp.SGD(momentum=0.9))
 
 
@@ -228,7 +228,7 @@ def test_a_momentum_changed_by_hand_is_refused(tmp_path):
     content = torch.load(file)
     content["optimizer_states"][0]["param_groups"][0]["momentum"] = 0.5
     torch.save(content, file)
-    with pytest.raises(ValueError, match=r"momentum changed .*8: 0.5"):
+    with pytest.raises(ValueError, match=r"momentum was 0\.9 at update 4 and 0\.5 at update 8"):
         sp.Trajectory.from_lightning(tmp_path)
 
 
