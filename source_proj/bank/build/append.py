@@ -82,7 +82,7 @@ def append_rows(
         _require_sealed(store, parts)
         part = _created(store, settings, stage, parts, source, given, shard_rows)
     else:
-        expected = part.ids if ids is None else ids
+        expected = part.ids if given is None else given
         wanted = checked_ids(expected, 0, len(expected), part.stage_name)
         height = default_shard_rows(source.n, source.batch_size, settings, shard_rows)
         require_same_part(part, _spec(part.spec.start, source, wanted, height), wanted)
