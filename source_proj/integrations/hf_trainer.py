@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from source_proj.integrations.callback_log import callback_stage, is_callback_dir
-from source_proj.integrations.momentum import GivenMomentum, momentum_factors
+from source_proj.integrations.momentum import GivenValues, momentum_factors
 from source_proj.integrations.trainer_arguments import (
     accumulated_undivided,
     check_trainer_optimizer,
@@ -40,7 +40,7 @@ def hf_trainer_stage(
     warmup_steps: int | None = None,
     schedule_options: Mapping[str, Any] | None = None,
     max_grad_norm: float | None = 1.0,
-    momentum: GivenMomentum | None = None,
+    momentum: GivenValues | None = None,
     steps: Sequence[int] | None = None,
     preconditioner: PreconditionerMode = "scalar",
 ) -> Stage:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from source_proj._errors import MismatchError
 from source_proj._io.loading import load_tensors
-from source_proj.integrations.lightning_rates import GivenValues, SavedSchedule, logged_values, momenta, rates
+from source_proj.integrations.lightning_rates import SavedSchedule, logged_values, momenta, rates
+from source_proj.integrations.momentum import GivenValues, has_momentum, time_factors
 from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage, register_reader
 from source_proj.trajectory.layouts import averaged_keys, model_state
 from source_proj.trajectory.optimizers.describe import describe_state
@@ -122,10 +123,10 @@ def _time_factors(
     optimizer: Optimizer, saved: Sequence[_Saved], logged: Mapping[int, float], given: GivenValues | None
 ) -> list[float] | None:
     """The optimizer's ``time_factor`` at each update; None where its momentum never changed, or plays no part in it."""
-    if "momentum" not in {field.name for field in fields(optimizer)}:
+    if not has_momentum(optimizer):
         return None
-    own, known = momenta(saved, logged, given), cast(Any, optimizer)
-    return [replace(known, momentum=value).time_factor for value in own] if len(set(own)) > 1 else None
+    own = momenta(saved, logged, given)
+    return time_factors(optimizer, own) if len(set(own)) > 1 else None
 
 
 def _saved(directory: Path, steps: Sequence[int] | None, unpickle: bool) -> list[_Saved]:

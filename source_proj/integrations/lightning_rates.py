@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 
 from source_proj._errors import MismatchError
+from source_proj.integrations.momentum import GivenValues, given_values
 
-__all__ = ["GivenValues", "SavedSchedule", "logged_values", "momenta", "rates"]
+__all__ = ["SavedSchedule", "logged_values", "momenta", "rates"]
 
-GivenValues: TypeAlias = Callable[[int], float] | Sequence[float]
 _RELATIVE = 1e-6  # a CSVLogger prints float32 numbers where a model logs its rate itself
 
 
@@ -173,9 +173,7 @@ def _one_cycle(saved: Sequence[SavedSchedule], last: int) -> list[tuple[float, f
 
 
 def _given(name: str, given: GivenValues, logged: Mapping[int, float], last: int) -> list[float]:
-    values = [float(given(t)) for t in range(last)] if callable(given) else [float(value) for value in given]
-    if len(values) != last:
-        raise ValueError(f"{name} has {len(values)} entries for the {last} updates of the run: give one each")
+    values = given_values(name, given, last)
     for update, value in logged.items():
         if update < last and abs(values[update] - value) > _RELATIVE * max(values):
             raise MismatchError(f"the {name} gives {values[update]} for update {update}, and {value} was logged")

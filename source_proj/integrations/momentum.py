@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 from source_proj.trajectory import Optimizer
 from source_proj.trajectory.recording.momentum import require_integrable
 
-__all__ = ["GivenMomentum", "momentum_factors"]
+__all__ = ["GivenValues", "given_values", "has_momentum", "momentum_factors", "time_factors"]
 
-GivenMomentum: TypeAlias = Callable[[int], float] | Sequence[float]
-"""Momentum of every update: a function of its number, or one value each."""
+GivenValues: TypeAlias = Callable[[int], float] | Sequence[float]
+"""Learning rate or momentum of every update: a function of its number, or one value each."""
 
 
 def momentum_factors(
@@ -21,7 +21,7 @@ def momentum_factors(
     groups: Mapping[int, Mapping[str, Any]],
     last: int,
     logged: Mapping[int, float] | None = None,
-    given: GivenMomentum | None = None,
+    given: GivenValues | None = None,
 ) -> list[float] | None:
     """The optimizer's time factor at every update, for :class:`Stage`; None where it is one number.
 
@@ -41,20 +41,17 @@ def momentum_factors(
     """
     for step, now in described.items():
         require_integrable(optimizer, now, step)
-    if "momentum" not in {field.name for field in fields(optimizer)}:
+    if not has_momentum(optimizer):
         return None
     if given is not None:
-        momenta = [float(given(t)) for t in range(last)] if callable(given) else [float(value) for value in given]
-        if len(momenta) != last:
-            raise ValueError(f"momentum has {len(momenta)} entries for the {last} updates of the run: give one each")
-        return _factors(optimizer, momenta)
+        return time_factors(optimizer, given_values("momentum", given, last))
     known = {t: value for t, value in (logged or {}).items() if t < last}
     cycled = [(g["base_momentum"], g["max_momentum"]) for g in groups.values() if "max_momentum" in g]
     at_steps = {step: group["momentum"] for step, group in groups.items() if "momentum" in group}
     if len({*at_steps.values(), *known.values()}) <= 1 and all(least == most for least, most in cycled):
         return None
     if len(known) == last:
-        return _factors(optimizer, [known[t] for t in range(last)])
+        return time_factors(optimizer, [known[t] for t in range(last)])
     bounds = f", in cycles between {cycled[0][0]} and {cycled[0][1]}" if cycled else ""
     raise ValueError(
         f"the optimizer's momentum changed during the run (at checkpoints, by step, it was {at_steps}{bounds}), and "
@@ -64,6 +61,24 @@ def momentum_factors(
     )
 
 
-def _factors(optimizer: Optimizer, momenta: Sequence[float]) -> list[float]:
+def has_momentum(optimizer: Optimizer) -> bool:
+    """Whether momentum enters the optimizer's time factor; Adam's β₁ does not."""
+    return "momentum" in {field.name for field in fields(optimizer)}
+
+
+def time_factors(optimizer: Optimizer, momenta: Sequence[float]) -> list[float]:
+    """The time factor that each update's momentum makes of an optimizer that :func:`has_momentum`."""
     factor = {value: replace(optimizer, **{"momentum": value}).time_factor for value in set(momenta)}
     return [factor[value] for value in momenta]
+
+
+def given_values(name: str, given: GivenValues, last: int) -> list[float]:
+    """What a user gave for updates 0 to last - 1.
+
+    Raises:
+        ValueError: it is not one value each.
+    """
+    values = [float(given(t)) for t in range(last)] if callable(given) else [float(value) for value in given]
+    if len(values) != last:
+        raise ValueError(f"{name} has {len(values)} entries for the {last} updates of the run: give one each")
+    return values
