@@ -12,7 +12,7 @@ from _study import Recipe, Response, cross_scores, plain
 from torch import Tensor
 
 from source_proj.attribution.curvature import Curvature, default_curvature
-from source_proj.attribution.fits import cached_spectrum
+from source_proj.attribution.fits import Fit, fitted_hessian
 from source_proj.attribution.spectral import response
 from source_proj.evaluate import GroundTruth
 from source_proj.trajectory import PreconditionerMode
@@ -61,7 +61,7 @@ def _by_gram_matrices(bench: Bench) -> Iterator[Variant]:
 def _given_floor(bench: Bench, multiple: float) -> Response:
     bank = bench.bank(0)
     floors = [
-        cached_spectrum(bank, i, list(range(stage.n_checkpoints)), default_curvature(bank.task_spec)).trace / bench.dim
+        fitted_hessian(Fit(bank, i, range(stage.n_checkpoints), default_curvature(bank.task_spec))).trace / bench.dim
         for i, stage in enumerate(bank.stages)
     ]
     return lambda time, decay, _floor, _values: response(time, decay, multiple * floors[0])

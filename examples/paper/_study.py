@@ -14,7 +14,7 @@ from torch import Tensor
 
 import source_proj as sp
 from source_proj.attribution.curvature import Curvature, default_curvature, noise_floor
-from source_proj.attribution.fits import cached_spectrum
+from source_proj.attribution.fits import Fit, fitted_spectrum
 from source_proj.attribution.operands import loss_gradients, mean_gradients
 from source_proj.attribution.queries import QueryFeatures
 from source_proj.attribution.spectral import Spectrum, decay_operator, response
@@ -112,7 +112,7 @@ def drift(bank: sp.Bank) -> list[dict[str, object]]:
             torch.nn.functional.cosine_similarity(first.rows, second.rows, dim=1)
             for first, second in zip(*(mean_gradients(bank, index, one, None) for one in halves), strict=True)
         ]
-        first, second = (cached_spectrum(bank, index, one, "empirical_fisher") for one in halves)
+        first, second = (fitted_spectrum(Fit(bank, index, one, "empirical_fisher")) for one in halves)
         h_first, h_second = (one.apply(lambda x: x) for one in (first, second))
         cosine = float((h_first * h_second).sum() / (h_first.norm() * h_second.norm()))
         rows.append(
@@ -159,7 +159,7 @@ def _segments(bank: sp.Bank, recipe: Recipe) -> list[Segment]:
 
 @lru_cache(maxsize=6)
 def _spectrum(bank: sp.Bank, stage: int, checkpoints: tuple[int, ...], curvature: Curvature | None) -> Spectrum:
-    return cached_spectrum(bank, stage, checkpoints, curvature or default_curvature(bank.task_spec))
+    return fitted_spectrum(Fit(bank, stage, checkpoints, curvature or default_curvature(bank.task_spec)))
 
 
 def cross_scores(first: sp.Bank, second: sp.Bank, features: Sequence[QueryFeatures], multiple: float) -> np.ndarray:

@@ -1,12 +1,12 @@
-"""How fast are fit, score and top_k, against the matrix products that they cannot do without?
+"""How fast are score and top_k, against the matrix products that they cannot do without? (The fit: fit.py.)
 
     python examples/speed/score.py                     # 1,000 queries x 100,000 rows, k = 4,096; about 6 GB, minutes
     python examples/speed/score.py --rows 20000 --queries 200
 
 The bank is a real one, of a linear model on generated features. Each timing is the median of interleaved repetitions
-in this one process. For each number of queries and each storage of B, the bound is what the machine cannot beat: one
-read of B's bytes at the speed of a sum, or its multiplications at the speed of a large float32 product, whichever takes
-longer. Both speeds are measured in the same rounds.
+in this one process. For each number of queries the bound is what the machine cannot beat: one read of the held rows at the
+speed of a sum, or their multiplications at the speed of a large float32 product, whichever takes longer. Both speeds
+are measured in the same rounds. Rows are once held in memory, and once read from the bank for every call.
 """
 
 import argparse
@@ -23,9 +23,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import source_proj as sp
-from source_proj.bank.codecs import codec_names
-
-STORAGES = codec_names()
 
 
 class Generated(Dataset[Any]):
@@ -75,67 +72,43 @@ def peak_bytes(function: Callable[[], object]) -> int | None:
     return field("VmHWM") - before
 
 
-def report(name: str, ours: float, bound: float, what: str) -> None:
-    print(f"{name:32s} {ours * 1e3:10.1f} ms   {what}: {bound * 1e3:10.1f} ms   ratio {ours / bound:5.2f}", flush=True)
-
-
-def time_fit(bank: sp.Bank) -> None:
-    """Fit against one read of the bank, the products of Ĥ and B, and the eigendecomposition."""
-    fitted = sp.Source(bank, cache=False, progress=False)
-    ours = seconds(lambda: fitted.fit())
-    stage, k = bank.stages[0], bank.sketch.dim
-
-    def unavoidable() -> None:
-        hessian = torch.zeros(k, k)
-        blocks = []
-        for block in stage.iter_rows(0):
-            blocks.append((block.start, block.stop, block.rows))
-            hessian += block.rows.T @ block.rows
-        torch.linalg.eigh(hessian.double())
-        b = torch.empty(bank.n_rows, k)
-        for start, stop, rows in blocks:
-            torch.mm(rows, hessian, out=b[start:stop])
-
-    bound = seconds(unavoidable)
-    report("fit (one checkpoint)", ours, bound, "one read + products + eigh")
-
-
 def time_queries(bank: sp.Bank, model: nn.Module, count: int, repetitions: int) -> None:
-    """Score and top_k for each storage of B, against one read of B's bytes and the product in float32."""
-    sources = {kind: sp.Source(bank, model=model, progress=False, storage=kind) for kind in STORAGES}
-    matrices = {kind: source._of(bank).matrix(source.codec) for kind, source in sources.items()}
-    b = matrices["float32"].rows  # the bare product has the very same operands
+    """Score and top_k with rows in memory and without, against one read of their bytes and the product in float32."""
+    sources = {
+        "held": sp.Source(bank, model=model, progress=False, memory="1TB").fit(),
+        "read": sp.Source(bank, model=model, progress=False, memory=1).fit(),
+    }
+    b = torch.cat([block.rows for block in bank.stages[0].iter_rows(0)])  # the bare product has the very same operands
     (n, k), checkpoint = b.shape, bank.final_checkpoint()
     square = torch.randn(2048, 2048)
-    source = sources["float32"]
-    features = source.sketch(Generated(count, k, first=10**9))[0]
+    features = sources["held"].sketch(Generated(count, k, first=10**9))[0]
     for few in sorted({1, min(8, count), min(64, count), count}):
         rows = features.at(checkpoint)[:few].clone()
         part = sp.QueryFeatures({checkpoint.hash(): rows}, features.ids[:few], features.sketch)
         out = torch.empty(few, n)
-        # A sum of float32 reads memory as fast as torch can; the other storages have as many bytes a second.
+        # A sum of float32 reads memory as fast as torch can; rows as they are banked have as many bytes a second.
         calls: list[Callable[[], object]] = [
             b.view(-1).sum,
             lambda: torch.mm(square, square),
             partial(torch.mm, rows, b.T, out=out),
         ]
-        for stored in sources.values():
-            calls += [partial(stored.score, part), partial(stored.top_k, part, 10)]
+        for source in sources.values():
+            calls += [partial(source.score, part), partial(source.top_k, part, 10)]
         read, large, product, *ours = interleaved(repetitions, *calls)
         flops, speed = 2 * n * k * few, 2 * len(square) ** 3 / large
         print(
             f"{few} queries: memory {b.nbytes / read / 1e9:.1f} GB/s, large products {speed / 1e9:.1f} GFLOP/s; "
             f"the bare float32 product of this shape {product * 1e3:.1f} ms, {flops / product / 1e9:.1f} GFLOP/s"
         )
-        for index, (kind, stored) in enumerate(sources.items()):
+        for index, (where, source) in enumerate(sources.items()):
             scored, searched = ours[2 * index : 2 * index + 2]
-            reading, multiplying = read * stored.nbytes() / b.nbytes, flops / speed
+            reading, multiplying = read * source.nbytes() / b.nbytes, flops / speed
             bound = max(reading, multiplying)
-            memory = peak_bytes(partial(stored.top_k, part, 10))
+            memory = peak_bytes(partial(source.top_k, part, 10))
             shown = "?" if memory is None else f"{memory / 2**20:.0f} MiB"
             print(
-                f"  {kind:8s} B {stored.nbytes() / 2**20:6.0f} MiB   score {scored * 1e3:8.1f} ms   "
-                f"top_k(10) {searched * 1e3:8.1f} ms: {stored.nbytes() / searched / 1e9:5.1f} GB/s, "
+                f"  {where:8s} {source.nbytes() / 2**20:6.0f} MiB of rows   score {scored * 1e3:8.1f} ms   "
+                f"top_k(10) {searched * 1e3:8.1f} ms: {source.nbytes() / searched / 1e9:5.1f} GB/s, "
                 f"{flops / searched / 1e9:5.1f} GFLOP/s   bound ({'memory' if reading > multiplying else 'product'}) "
                 f"{bound * 1e3:8.1f} ms, {bound / searched:4.0%} reached   "
                 f"peak memory {shown} (Q x N: {few * n * 4 / 2**20:.0f} MiB)",
@@ -163,7 +136,6 @@ def main() -> None:
             model, sp.Regression(), trajectory, train, path, sketch=sp.Sketch(args.dim), batch_size=500
         )  # fmt: skip
         print(f"bank built in {time.perf_counter() - spent:.1f} s; bytes: {bank.nbytes()}")
-        time_fit(bank)
         time_queries(bank, model, args.queries, args.repetitions)
 
 

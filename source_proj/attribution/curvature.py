@@ -7,9 +7,7 @@ For a segment, ``Ĥ = (1/N) Σ_i a_i a_iᵀ`` (mean over its checkpoints) with f
 * ``gauss_newton``: a = √ℓ'' φ;
 * ``sampled_fisher``: a = gradient of the log-likelihood of a label drawn from the model, a bank option.
 
-A matrix function f(Ĥ) needs Ĥ's spectrum. It is taken from Ĥ itself (k x k), or, where the rows are fewer than k,
-from their Gram matrix: both give the same function, because f(Ĥ) = f(0) I + U (f(σ) - f(0)) Uᵀ on any orthonormal
-basis U of the range.
+The products of these factors are in `moments`, and functions of Ĥ in `spectral`.
 """
 
 import math
@@ -19,25 +17,25 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from source_proj.attribution.spectral import Spectrum
 from source_proj.bank import RowBlock, StageBank
 
 __all__ = [
     "Curvature",
     "Damping",
+    "Factors",
+    "check_curvature",
     "check_damping",
-    "cross_moment",
+    "count_factors",
     "damping_value",
     "default_curvature",
+    "iter_factors",
     "noise_floor",
-    "spectrum",
 ]
 
 Curvature = Literal["empirical_fisher", "sampled_fisher", "gauss_newton"]
 Factors = Literal["empirical_fisher", "sampled_fisher", "gauss_newton", "features"]
 """A curvature, or ``features``: a = φ itself, TRAK's kernel."""
 Damping = float | Literal["noise"] | None
-Route = Literal["auto", "primal", "dual"]
 
 
 def default_curvature(task: Mapping[str, Any]) -> Curvature:
@@ -75,71 +73,12 @@ def damping_value(damping: Damping, trace: float, dim: int, *, is_exact: bool) -
     return float(damping)
 
 
-def spectrum(
-    stage: StageBank,
-    checkpoints: Sequence[int],
-    dim: int,
-    curvature: Factors = "empirical_fisher",
-    *,
-    route: Route = "auto",
-    device: torch.device | str = "cpu",
-) -> Spectrum:
-    """Compute the spectrum of the mean Hessian of some checkpoints of a stage, from banked rows in fixed order.
-
-    Args:
-        stage: the stage's rows.
-        checkpoints: which of its checkpoints are averaged.
-        dim: the sketch's dimension k.
-        curvature: which factors (see the module's text).
-        route: ``"primal"`` decomposes Ĥ (k x k), ``"dual"`` the Gram matrix of all factors (n x n), ``"auto"`` the
-            smaller of the two.
-        device: where the products and the decomposition are computed.
+def check_curvature(stage: StageBank, curvature: Factors) -> None:
+    """Refuse a curvature that a stage's rows do not offer.
 
     Raises:
-        ValueError: for a curvature that the bank's rows do not offer.
+        ValueError: there is none of this name, or it needs rows of sampled labels and there are none.
     """
-    _check(stage, curvature)
-    draws = stage.draws if curvature == "sampled_fisher" else 1
-    count = stage.n * draws * len(checkpoints)
-    if route == "dual" or (route == "auto" and count < dim):
-        return _dual(_factors(stage, checkpoints, curvature, device), count)
-    return _primal(_factors(stage, checkpoints, curvature, device), count, dim)
-
-
-def cross_moment(
-    stage: StageBank,
-    checkpoints: Sequence[int],
-    metric: int,
-    curvature: Factors = "empirical_fisher",
-    *,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """C = (1/N) Σ_i (R P_m^½ a_i)(R P_l^½ a_i)ᵀ, ``(k, k)`` float64: the mean over some checkpoints in the metric l.
-
-    Args:
-        stage: the stage's rows.
-        checkpoints: which of its checkpoints are averaged.
-        metric: the metric m of earlier checkpoints.
-        curvature: which factors.
-        device: where the products are computed.
-
-    Raises:
-        ValueError: for a curvature or a metric that the bank's rows do not offer.
-    """
-    _check(stage, curvature)
-    total: Tensor | None = None
-    count = 0
-    pairs = (_factors(stage, checkpoints, curvature, device, m) for m in (metric, None))
-    for there, here in zip(*pairs, strict=True):
-        product = (there.T @ here).double()
-        total = product if total is None else total.add_(product)
-        count += len(here)
-    if total is None:
-        raise ValueError("a segment needs at least one checkpoint")
-    return total.div_(count)
-
-
-def _check(stage: StageBank, curvature: Factors) -> None:
     if curvature not in get_args(Factors):
         raise ValueError(f"unknown curvature {curvature!r}; choose one of {', '.join(get_args(Curvature))}")
     if curvature == "sampled_fisher" and stage.draws == 0:
@@ -149,14 +88,31 @@ def _check(stage: StageBank, curvature: Factors) -> None:
         )
 
 
-def _factors(
+def count_factors(stage: StageBank, checkpoints: Sequence[int], curvature: Factors) -> int:
+    """Number of factors a_i: one for each example, checkpoint and draw of a label."""
+    return stage.n * len(checkpoints) * (stage.draws if curvature == "sampled_fisher" else 1)
+
+
+def iter_factors(
     stage: StageBank,
     checkpoints: Sequence[int],
     curvature: Factors,
     device: torch.device | str,
     metric: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the factors a_i as rows, ``(n, k)`` float32, block by block."""
+    """Yield the factors a_i as rows, ``(n, k)`` float32, block by block in a fixed order.
+
+    Args:
+        stage: the stage's rows.
+        checkpoints: which of its checkpoints; their factors follow each other.
+        curvature: which factors (see the module's text).
+        device: where they are to be.
+        metric: the metric that they are in; default: each checkpoint's own.
+
+    Raises:
+        ValueError: for a curvature or a metric that the bank's rows do not offer.
+    """
+    check_curvature(stage, curvature)
     what: Literal["output", "sampled_fisher"] = "sampled_fisher" if curvature == "sampled_fisher" else "output"
     for checkpoint in checkpoints:
         # Named only where it is another than the checkpoint's own.
@@ -182,26 +138,3 @@ def _weights(block: RowBlock, curvature: Factors) -> Tensor:
             f"to {block.stop}: choose 'empirical_fisher'"
         )
     return block.d2.sqrt()
-
-
-def _primal(factors: Iterator[Tensor], count: int, dim: int) -> Spectrum:
-    total: Tensor | None = None
-    for rows in factors:
-        # One float32 product a block, added up in float64: the error of a sum over all N rows stays that of one block.
-        product = (rows.T @ rows).double()
-        total = product if total is None else total.add_(product)
-    if total is None:
-        total = torch.zeros(dim, dim, dtype=torch.float64)
-    values, vectors = torch.linalg.eigh(total.div_(count))
-    return Spectrum(values.clamp_(min=0), vectors)
-
-
-def _dual(factors: Iterator[Tensor], count: int) -> Spectrum:
-    rows = torch.cat(list(factors)).double()  # (n, k), n < k
-    gram = rows @ rows.T / count
-    values, vectors = torch.linalg.eigh(gram)
-    # Eigenvalues at rounding level belong to the null space; dividing by their roots would blow up noise.
-    kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
-    values, vectors = values[kept], vectors[:, kept]
-    basis = rows.T @ (vectors / (values * count).sqrt())
-    return Spectrum(values, basis)

@@ -1,55 +1,128 @@
-"""Spectra and moments of a bank, kept in it."""
+"""Hessians and moments of a bank, kept in it: at most two k x k arrays for each segment, or n x k for n factors < k.
 
-from collections.abc import Sequence
+Of a small k the eigendecomposition is kept. Of a large one, Ĥ in float32 and the Cholesky factor that queries need; Ĥ
+itself is read again only for another factor.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache as once
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from source_proj.attribution.curvature import Factors, cross_moment, spectrum
-from source_proj.attribution.spectral import Spectrum
+from source_proj.attribution.curvature import Factors, check_curvature, count_factors
+from source_proj.attribution.moments import cross_moment, decomposed, mean_hessian, spectrum, takes_spectrum
+from source_proj.attribution.spectral import DenseHessian, Hessian, Spectrum
 from source_proj.bank import Bank
 
-__all__ = ["cached_cross_moment", "cached_spectrum"]
+__all__ = ["Fit", "fitted_cross_moment", "fitted_hessian", "fitted_spectrum"]
 
 
-def cached_spectrum(
-    bank: Bank,
-    stage: int,
-    checkpoints: Sequence[int],
-    curvature: Factors,
-    *,
-    device: torch.device | str | None = None,
-    cache: bool = True,
-) -> Spectrum:
-    """Return the spectrum of some checkpoints' mean Hessian, from the bank's cache if it is there."""
+class Fit(NamedTuple):
+    """What is fitted, and how.
 
-    def compute() -> dict[str, np.ndarray]:
-        fitted = spectrum(bank.stages[stage], checkpoints, bank.sketch.dim, curvature, device=device or "cpu")
-        return {"values": fitted.values.cpu().numpy(), "vectors": fitted.vectors.cpu().numpy()}
+    Attributes:
+        bank: a finalized bank.
+        stage: index of the stage.
+        checkpoints: which of its checkpoints are averaged.
+        curvature: which factors.
+        device: where products are computed; None for the CPU.
+        cache: look for the results beside the bank, and keep them there.
+    """
 
-    settings = {"stage": stage, "checkpoints": list(checkpoints), "curvature": curvature}
-    arrays = bank.fits.get("spectrum", settings, compute) if cache else compute()
-    target = device or "cpu"
-    return Spectrum(torch.from_numpy(arrays["values"]).to(target), torch.from_numpy(arrays["vectors"]).to(target))
+    bank: Bank
+    stage: int
+    checkpoints: Sequence[int]
+    curvature: Factors
+    device: torch.device | str | None = None
+    cache: bool = True
+
+    def get(self, kind: str, compute: Callable[[], dict[str, Tensor]], **settings: object) -> dict[str, Tensor]:
+        """An entry's tensors on the device, from the bank's cache or computed."""
+
+        def arrays() -> dict[str, np.ndarray]:
+            return {name: tensor.cpu().numpy() for name, tensor in compute().items()}
+
+        described = {
+            "stage": self.stage,
+            "checkpoints": list(self.checkpoints),
+            "curvature": self.curvature,
+            **settings,
+        }
+        made = self.bank.fits.get(kind, described, arrays) if self.cache else arrays()
+        return {name: torch.from_numpy(values).to(self.place) for name, values in made.items()}
+
+    @property
+    def place(self) -> torch.device | str:
+        """The device, named."""
+        return self.device or "cpu"
 
 
-def cached_cross_moment(
-    bank: Bank,
-    stage: int,
-    checkpoints: Sequence[int],
-    metric: int,
-    curvature: Factors,
-    *,
-    device: torch.device | str | None = None,
-    cache: bool = True,
-) -> Tensor:
-    """Return the matrix that leads from some checkpoints' metric to an earlier one, from the bank's cache if there."""
+def fitted_hessian(fit: Fit) -> Hessian:
+    """Return the mean Hessian of some checkpoints, as far as its functions go.
 
-    def compute() -> dict[str, np.ndarray]:
-        moment = cross_moment(bank.stages[stage], checkpoints, metric, curvature, device=device or "cpu")
-        return {"matrix": moment.cpu().numpy()}
+    Raises:
+        ValueError: for a curvature that the bank's rows do not offer.
+    """
+    stage, dim = fit.bank.stages[fit.stage], fit.bank.sketch.dim
+    check_curvature(stage, fit.curvature)
+    if takes_spectrum(dim, count_factors(stage, fit.checkpoints, fit.curvature)):
+        return fitted_spectrum(fit)
 
-    settings = {"stage": stage, "checkpoints": list(checkpoints), "metric": metric, "curvature": curvature}
-    arrays = bank.fits.get("crossing", settings, compute) if cache else compute()
-    return torch.from_numpy(arrays["matrix"]).to(device or "cpu")
+    @once
+    def hessian() -> Tensor:
+        return _matrix(fit)
+
+    def sizes() -> dict[str, Tensor]:
+        return {"sizes": torch.stack([hessian().double().trace(), torch.linalg.matrix_norm(hessian()).double()])}
+
+    def factor(shift: float, dtype: torch.dtype) -> Tensor:
+        def compute() -> dict[str, Tensor]:
+            shifted = hessian().to(dtype, copy=True)
+            shifted.diagonal().add_(shift)
+            lower = torch.linalg.cholesky(shifted)
+            if fit.cache:  # where it can be read again
+                hessian.cache_clear()
+            return {"lower": lower}
+
+        return fit.get("factor", compute, shift=shift, dtype=str(dtype))["lower"]
+
+    trace, norm = fit.get("sizes", sizes)["sizes"].tolist()
+    return DenseHessian(dim, trace, norm, once(factor), lambda: fitted_spectrum(fit))
+
+
+def fitted_spectrum(fit: Fit) -> Spectrum:
+    """Return the eigendecomposition of the mean Hessian of some checkpoints; raises as :func:`fitted_hessian`."""
+    stage, dim = fit.bank.stages[fit.stage], fit.bank.sketch.dim
+    count = count_factors(stage, fit.checkpoints, fit.curvature)
+
+    def compute() -> dict[str, Tensor]:
+        if takes_spectrum(dim, count):
+            made = spectrum(stage, fit.checkpoints, dim, fit.curvature, device=fit.place)
+        else:  # of the Ĥ that other functions may have asked for
+            made = decomposed(_matrix(fit))
+        return {"values": made.values, "vectors": made.vectors}
+
+    return Spectrum(**fit.get("spectrum", compute))
+
+
+def fitted_cross_moment(fit: Fit, metric: int) -> Tensor:
+    """Return the matrix ``(k, k)`` float64 that leads from some checkpoints' metric to an earlier one."""
+
+    def compute() -> dict[str, Tensor]:
+        stage = fit.bank.stages[fit.stage]
+        return {"matrix": cross_moment(stage, fit.checkpoints, metric, fit.curvature, device=fit.place)}
+
+    return fit.get("crossing", compute, metric=metric)["matrix"]
+
+
+def _matrix(fit: Fit) -> Tensor:
+    """Ĥ ``(k, k)`` float32."""
+
+    def compute() -> dict[str, Tensor]:
+        stage, dim = fit.bank.stages[fit.stage], fit.bank.sketch.dim
+        return {"matrix": mean_hessian(stage, fit.checkpoints, dim, fit.curvature, device=fit.place).float()}
+
+    return fit.get("hessian", compute)["matrix"]

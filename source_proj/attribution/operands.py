@@ -1,6 +1,7 @@
 """Training operands: banked rows as loss gradients, at their place among the rows of all stages."""
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,16 @@ from torch import Tensor
 from source_proj.bank import Bank
 from source_proj.bank.codecs import Codec, find_codec
 
-__all__ = ["Operand", "aligned", "encoded_gradients", "loss_gradients", "mean_gradients", "stage_start"]
+__all__ = [
+    "HeldOperands",
+    "Operand",
+    "aligned",
+    "encoded_gradients",
+    "gradient_bytes",
+    "loss_gradients",
+    "mean_gradients",
+    "stage_start",
+]
 
 _PLAIN = find_codec("float32")
 
@@ -89,6 +99,41 @@ def mean_gradients(
         for block in blocks[1:]:
             mean += block.rows
         yield Operand(blocks[0].start, blocks[0].stop, mean.div_(len(blocks)))
+
+
+def gradient_bytes(bank: Bank, stage: int, checkpoints: Sequence[int]) -> int:
+    """Bytes in memory of what :func:`encoded_gradients` yields in all."""
+    codec = bank.settings.codec if len(checkpoints) == 1 else _PLAIN
+    return codec.nbytes(bank.stages[stage].n, bank.sketch.dim)
+
+
+class HeldOperands:
+    """Streams of operands that stay in memory, as long as they fit; what does not is read each time.
+
+    Args:
+        limit: bytes that may be held.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held: dict[Hashable, list[Operand]] = {}
+        self._used = 0
+        self._lock = threading.Lock()  # a stream is read once, however many threads ask
+
+    def stream(self, key: Hashable, nbytes: int, read: Callable[[], Iterator[Operand]]) -> Iterator[Operand]:
+        """The operands of a key, from memory or by reading (and then holding) them.
+
+        Args:
+            key: names what is read, once and for all.
+            nbytes: bytes that it takes in memory.
+            read: reads it.
+        """
+        with self._lock:
+            if key not in self._held and self._used + nbytes <= self._limit:
+                self._held[key] = list(read())
+                self._used += nbytes
+            held = self._held.get(key)
+        return read() if held is None else iter(held)
 
 
 def aligned(streams: Sequence[Iterator[Operand]], height: int) -> Iterator[tuple[int, int, list[tuple[int, Operand]]]]:

@@ -1,18 +1,82 @@
-"""Functions of a Hessian by its spectrum: what a segment adds, forgets and carries into another metric."""
+"""Functions of a Hessian: what a segment adds, forgets and carries into another metric.
+
+Every verb needs f(Ĥ) on a few rows only, so that Ĥ's k eigenvectors are seldom worth their price (some 25 k³
+operations). Two ways to the same numbers:
+
+* :class:`Spectrum`: eigenvalues and eigenvectors in float64, for a small k, few rows, or an f that has a jump.
+* :class:`DenseHessian`: one Cholesky factor (k³/3 operations) of Ĥ + μ. With T = μ (Ĥ + μ)⁻¹, whose eigenvalues
+  t = μ/(σ + μ) lie in (0, 1], f(Ĥ) = T g(T), and g is a polynomial: of degree 0 where f is an inverse (time is
+  infinite), of degree 10 or so for what forgets exponentially, at any σ ("restricted denominators": Nørsett,
+  "Restricted Padé approximations to the exponential function", SIAM J. Numer. Anal. 15, 1978). It is the Chebyshev
+  interpolant of the lowest degree that errs by less than float32's rounding is worth.
+"""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.polynomial import chebyshev
 from torch import Tensor
 
-__all__ = ["Spectrum", "cross_operator", "decay_operator", "response", "ridge_inverse"]
+__all__ = [
+    "DenseHessian",
+    "Hessian",
+    "SpectralFunction",
+    "Spectrum",
+    "cross_operator",
+    "decay_operator",
+    "response",
+    "ridge_inverse",
+]
+
+_TOLERANCE = 1e-6  # of max g: what a polynomial may err by, of the order of a float32 solution's rounding
+_DEGREES = range(33)
+_SINGLE_CONDITION = 1e4  # of Ĥ + μ, up to which a factor in float32 is exact enough
+_CHUNK = 4096  # rows that are solved for at once
+
+
+@dataclass(frozen=True)
+class SpectralFunction:
+    """A function f of eigenvalues.
+
+    Attributes:
+        values: f, elementwise on eigenvalues ``(r,)`` float64.
+        shifts: numbers μ > 0 such that f is near a polynomial in 1/(σ + μ), times 1/(σ + μ); none for an f with a jump.
+    """
+
+    values: Callable[[Tensor], Tensor]
+    shifts: tuple[float, ...]
+
+    def __call__(self, eigenvalues: Tensor) -> Tensor:
+        """f(σ)."""
+        return self.values(eigenvalues)
+
+
+class Hessian(Protocol):
+    """A positive semi-definite Ĥ ``(k, k)``, as far as its functions go."""
+
+    @property
+    def dim(self) -> int:
+        """The size k of the space."""
+
+    @property
+    def trace(self) -> float:
+        """tr(Ĥ)."""
+
+    def multiply(self, rows: Tensor, function: SpectralFunction) -> Tensor:
+        """Return ``rows @ f(Ĥ)``, ``(n, k)``."""
+
+    def apply(self, function: SpectralFunction) -> Tensor:
+        """Return the matrix f(Ĥ), ``(k, k)``: for more than k rows the cheaper way."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Eigendecomposition of a positive semi-definite Ĥ: eigenvalue 0 outside the span of ``vectors``.
+    """Eigendecomposition of Ĥ: eigenvalue 0 outside the span of ``vectors``.
 
     Attributes:
         values: eigenvalues ``(r,)`` float64, not negative.
@@ -51,7 +115,117 @@ class Spectrum:
         return rest * rows + (inside * (function(self.values) - rest)) @ self.vectors.T
 
 
-def response(time: float, decay: float, damping: float) -> Callable[[Tensor], Tensor]:
+@dataclass(frozen=True)
+class DenseHessian:
+    """Ĥ by Cholesky factors of Ĥ + μ, each made when a function first asks for it.
+
+    Attributes:
+        dim: k.
+        trace: tr(Ĥ).
+        norm: an upper bound of Ĥ's largest eigenvalue, such as its Frobenius norm.
+        factor: gives the lower Cholesky factor ``(k, k)`` of Ĥ + μ in the type asked for.
+        spectrum: gives Ĥ's eigendecomposition, for functions with a jump.
+
+    Example:
+        >>> identity = torch.eye(3)
+        >>> def factor(shift, dtype):
+        ...     return torch.linalg.cholesky((identity + shift * identity).to(dtype))
+        >>> hessian = DenseHessian(3, 3.0, 3**0.5, factor, lambda: Spectrum(torch.ones(3), identity))
+        >>> hessian.multiply(torch.ones(1, 3), decay_operator(1.0, 0.0))
+        tensor([[0.3679, 0.3679, 0.3679]])
+    """
+
+    dim: int
+    trace: float
+    norm: float
+    factor: Callable[[float, torch.dtype], Tensor]
+    spectrum: Callable[[], Spectrum]
+
+    def multiply(self, rows: Tensor, function: SpectralFunction) -> Tensor:
+        """Return ``rows @ f(Ĥ)``, ``(n, k)``: 2 k² operations a row and degree of the polynomial."""
+        series = shortest_series(function, self.norm)
+        if series is None:
+            return self.spectrum().multiply(rows, function)
+        condition = self.norm / series.shift + 1
+        factor = self.factor(series.shift, torch.float32 if condition <= _SINGLE_CONDITION else torch.float64)
+        moved = [series.apply(factor, chunk.to(factor)) for chunk in rows.split(_CHUNK)]
+        return torch.cat(moved) if moved else rows.to(factor)
+
+    def apply(self, function: SpectralFunction) -> Tensor:
+        """Return the matrix f(Ĥ), ``(k, k)``."""
+        return self.multiply(torch.eye(self.dim), function)
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """f(σ) = t g(t), t = μ/(σ + μ), with g a Chebyshev series on the interval that t is in.
+
+    Attributes:
+        shift: μ.
+        lowest: the lower end of the interval; the upper one is 1.
+        coefficients: g's, ``(degree + 1,)`` float64.
+    """
+
+    shift: float
+    lowest: float
+    coefficients: np.ndarray
+
+    @cached_property
+    def _map(self) -> tuple[float, float]:
+        """A and b of a·t + b, which lies in [-1, 1]; an interval of no width is its own centre."""
+        width = max(1 - self.lowest, 1e-12)
+        return 2 / width, -(1 + self.lowest) / width
+
+    def error(self, function: Callable[[Tensor], Tensor]) -> float:
+        """Largest error of g on a fine grid, over its largest value there."""
+        grid = np.concatenate([np.geomspace(self.lowest, 1, 512), np.linspace(self.lowest, 1, 512)])
+        wanted = _quotient(function, self.shift, grid)
+        slope, offset = self._map
+        errors = np.abs(chebyshev.chebval(slope * grid + offset, self.coefficients) - wanted)
+        return float(errors.max() / max(np.abs(wanted).max(), np.finfo(np.float64).tiny))
+
+    def apply(self, factor: Tensor, rows: Tensor) -> Tensor:
+        """``rows @ f(Ĥ)`` by Clenshaw's recurrence, one solution with the factor of Ĥ + μ a degree."""
+        slope, offset = self._map
+        columns = rows.T
+
+        def inverse(x: Tensor) -> Tensor:  # T x
+            return torch.cholesky_solve(x, factor).mul_(self.shift)
+
+        def mapped(x: Tensor) -> Tensor:
+            return inverse(x).mul_(slope).add_(x, alpha=offset)
+
+        first, *later = (float(c) for c in self.coefficients)
+        after, after_next = torch.zeros_like(columns), torch.zeros_like(columns)
+        for coefficient in reversed(later):
+            before = mapped(after).mul_(2) if after.any() else torch.zeros_like(columns)
+            after, after_next = before.sub_(after_next).add_(columns, alpha=coefficient), after
+        total = mapped(after).sub_(after_next).add_(columns, alpha=first) if later else columns * first
+        return inverse(total).T
+
+
+def shortest_series(function: SpectralFunction, norm: float) -> Series | None:
+    """The series of the lowest degree that is f on [0, norm] to rounding, over f's shifts; None where none is."""
+    for degree in _DEGREES:
+        for shift in function.shifts:
+            lowest = shift / (norm + shift)
+            nodes = np.cos((np.arange(degree + 1) + 0.5) * np.pi / (degree + 1))
+            places = (1 + lowest) / 2 + (1 - lowest) / 2 * nodes
+            values = _quotient(function, shift, places)
+            series = Series(shift, lowest, chebyshev.chebfit(nodes, values, degree) if degree else values)
+            if series.error(function) <= _TOLERANCE:
+                return series
+    return None
+
+
+def _quotient(function: Callable[[Tensor], Tensor], shift: float, places: np.ndarray) -> np.ndarray:
+    """g(t) = f(μ/t - μ)/t."""
+    eigenvalues = torch.from_numpy(np.maximum(shift / places - shift, 0))
+    values: np.ndarray = function(eigenvalues).numpy() / places
+    return values
+
+
+def response(time: float, decay: float, damping: float) -> SpectralFunction:
     """c(σ) = (1 - exp(-s x)) / x with x = σ + λ + ρ, and its limit s at x = 0 (eq. 20 and 21 of arXiv 2405.12186).
 
     Args:
@@ -66,36 +240,41 @@ def response(time: float, decay: float, damping: float) -> Callable[[Tensor], Te
         safe = torch.where(flat, torch.ones_like(x), x)
         return torch.where(flat, torch.full_like(x, time), -torch.expm1(-time * safe) / safe)
 
-    return function
+    return SpectralFunction(function, tuple(shift for shift in (decay + damping, *_forgetting(time)) if shift > 0))
 
 
-def decay_operator(time: float, decay: float) -> Callable[[Tensor], Tensor]:
+def decay_operator(time: float, decay: float) -> SpectralFunction:
     """exp(-s (σ + λ)): what a segment forgets of what came before it (eq. 16 of arXiv 2405.12186)."""
-    return lambda eigenvalues: torch.exp(-time * (eigenvalues + decay))
+    return SpectralFunction(lambda eigenvalues: torch.exp(-time * (eigenvalues + decay)), _forgetting(time))
 
 
-def cross_operator(time: float, decay: float) -> Callable[[Tensor], Tensor]:
+def cross_operator(time: float, decay: float) -> SpectralFunction:
     """exp(-s λ) (exp(-s σ) - 1)/σ, and its limit -s exp(-s λ) at σ = 0.
 
     With P_l^½ H_l P_l^½ = H̃, a segment takes P_m^½ v to
     exp(-s λ) P_m^½ v + P_m^½ H_l P_l^½ cross_operator(H̃) P_l^½ v, for any other metric P_m.
     """
     inner = response(time, 0.0, 0.0)
-    return lambda eigenvalues: -math.exp(-time * decay) * inner(eigenvalues)
+    return SpectralFunction(lambda eigenvalues: -math.exp(-time * decay) * inner(eigenvalues), inner.shifts)
 
 
-def ridge_inverse(ridge: float, of: Spectrum) -> Callable[[Tensor], Tensor]:
+def _forgetting(time: float) -> tuple[float, ...]:
+    """Shifts for exp(-s σ): the lowest degrees are found between 2/s and 8/s, whatever σ there are."""
+    return (8 / time, 4 / time, 2 / time) if time > 0 else ()
+
+
+def ridge_inverse(ridge: float, dim: int) -> SpectralFunction:
     """1 / (σ + ridge); without a ridge, the inverse on the range of Ĥ and 0 on its null space.
 
-    Eigenvalues below float32 rounding of the largest count as zero: the rows they came from know no better.
+    Eigenvalues below float32 rounding of the largest, times k, count as zero: the rows they came from know no better.
     """
-    floor = float(of.values.max()) * of.dim * torch.finfo(torch.float32).eps if of.values.numel() else 0.0
 
     def function(eigenvalues: Tensor) -> Tensor:
         if ridge > 0:
             return 1 / (eigenvalues + ridge)
+        floor = float(eigenvalues.max()) * dim * torch.finfo(torch.float32).eps if eigenvalues.numel() else 0.0
         return torch.where(
             eigenvalues > floor, 1 / eigenvalues.clamp(min=max(floor, torch.finfo(torch.float64).tiny)), 0
         )
 
-    return function
+    return SpectralFunction(function, (ridge,) if ridge > 0 else ())

@@ -154,7 +154,7 @@ def test_dual_route_gives_the_same_scores(blobs, tmp_path, curvature):
     )  # fmt: skip
     bank = small.build(tmp_path / "bank", sampled_fisher=1)
     few = source(small, bank, curvature=curvature, segments=2, damping=0.01)
-    assert all(few._of(bank).spectrum(s).values.numel() < bank.sketch.dim for s in few.segments)
+    assert all(few._of(bank).hessian(s).values.numel() < bank.sketch.dim for s in few.segments)
     scores = few.score(problem.queries)
     dense = np.zeros(scores.shape)
     rows = [torch.cat([b.rows for b in bank.stages[0].iter_rows(c)]).double() for c in range(4)]

@@ -90,14 +90,15 @@ def test_fit_is_cached_and_keyed_by_what_it_depends_on(blobs, tmp_path):
     first = source(problem, bank).score(problem.queries)
     cache = bank.fits
     entries = {p.name for p in cache.folder.iterdir() if p.is_dir()}
-    assert len([name for name in entries if name.startswith("source-")]) == 1
+    assert sorted(name.split("-")[0] for name in entries) == ["spectrum", "spectrum"]  # one a segment
     again = source(problem, sp.open(tmp_path / "bank")).score(problem.queries)
     np.testing.assert_array_equal(again, first)
     assert {p.name for p in cache.folder.iterdir() if p.is_dir()} == entries
     for options in ({"damping": None}, {"segments": 1}, {"curvature": "gauss_newton"}, {"damping": 0.5}):
         other = source(problem, bank, **options).score(problem.queries)
         assert not np.allclose(other, first)
-    assert len([p for p in cache.folder.iterdir() if p.name.startswith("source-")]) == 5
+    # Another damping needs no other spectrum; one segment needs one, and another curvature two.
+    assert len([p for p in cache.folder.iterdir() if p.name.startswith("spectrum-")]) == 5
 
 
 def test_appended_rows_are_scored(blobs, tmp_path):
@@ -120,8 +121,8 @@ def test_a_damaged_cache_entry_is_computed_anew(blobs, tmp_path):
     problem, _ = blobs
     bank = problem.build(tmp_path / "bank")
     first = np.asarray(source(problem, bank).score(problem.queries))
-    (entry,) = (p for p in bank.fits.folder.iterdir() if p.name.startswith("source-"))
-    chunk = next(p for p in (entry / "B").rglob("*") if p.is_file() and p.name != "zarr.json")
+    entry = next(p for p in bank.fits.folder.iterdir() if p.name.startswith("spectrum-"))
+    chunk = next(p for p in (entry / "vectors").rglob("*") if p.is_file() and p.name != "zarr.json")
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 1
     chunk.write_bytes(bytes(data))

@@ -1,4 +1,4 @@
-"""Scoring from rows as they are stored, and the storage of B."""
+"""Scoring from rows as they are stored, held in memory or read each time."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,8 @@ DIRECT = {
 METHODS = {
     **DIRECT,
     "source": (sp.Source, {}),
-    "source int8": (sp.Source, {"storage": "int8"}),
+    "source, one segment": (sp.Source, {"segments": 1}),
+    "source, not held": (sp.Source, {"memory": 1}),
     "hydra": (sp.Hydra, {}),
     "gradcos": (sp.GradCos, {}),
     "influence, averaged": (sp.InfluenceFunction, {"average": True}),
@@ -113,54 +114,65 @@ def test_ensembles_stream_what_they_score(tmp_path, name):
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_the_storage_of_b_is_stated_counted_and_bounded_in_error(banks, storage):
+@pytest.mark.parametrize("segments", [1, 4])
+def test_rows_in_memory_score_as_rows_read_each_time(banks, storage, segments):
+    """To the bit; one checkpoint's rows are counted as they are banked, the mean of several as float32."""
     problem, by_storage = banks
-    bank = by_storage["float32"]
-    exact = sp.Source(bank, model=problem.model, progress=False)
-    features = exact.sketch(problem.queries)
-    stored = sp.Source(bank, model=problem.model, progress=False, storage=storage)
-    matrix, b = stored._of(bank).matrix(stored.codec), exact._of(bank).matrix(exact.codec).rows
-    assert matrix.rows.dtype == find_codec(storage).dtype
-    in_memory = matrix.rows.nbytes + (0 if matrix.scale is None else matrix.scale.nbytes)
-    assert stored.nbytes() == in_memory
-    assert f"B: 50 x 24 {storage}" in repr(stored)
-    assert f"{in_memory} bytes" in repr(stored)
-    # An entry of int8 errs by half a scale, one of float16 by 2^-11 of itself.
-    largest = b.abs().amax(1, keepdim=True)
-    entry = {"float32": 0 * b, "float16": b.abs() * 2.0**-11 + largest * 2.0**-39, "int8": largest.expand_as(b) / 254}
-    query = exact._query(bank, features[0])
-    bound = query.abs() @ entry[storage].T + 50 * torch.finfo(torch.float32).eps * (query.abs() @ b.abs().T)
-    assert (np.abs(np.asarray(stored.score(features)) - np.asarray(exact.score(features))) <= bound.numpy()).all()
+    options = {"model": problem.model, "progress": False, "segments": segments}
+    held = sp.Source(by_storage[storage], memory="1MB", **options)
+    codec = find_codec("float32" if segments == 1 else storage)
+    assert held.nbytes() == segments * codec.nbytes(50, 24)
+    read = sp.Source(by_storage[storage], memory=2 * held.nbytes() // segments - 2, **options)
+    features = held.sketch(problem.queries)
+    assert "held in memory" in repr(held)
+    assert "read from the bank each time" in repr(read)
+    assert f"{held.nbytes()} bytes of rows" in repr(held)
+    for _ in range(2):
+        scores = [method.score(features).to_numpy() for method in (held, read)]
+        np.testing.assert_array_equal(*scores)
+        np.testing.assert_array_equal(held.top_k(features, 7).indices, read.top_k(features, 7).indices)
 
 
-def test_each_storage_has_a_cache_entry_of_its_own(tmp_path):
-    problem = classification()
-    bank = problem.build(tmp_path / "bank", sp.Sketch(dim=20))
-    made = {}
-    for count, storage in enumerate(STORAGES, start=1):
-        made[storage] = np.asarray(sp.Source(bank, model=problem.model, storage=storage).score(problem.queries))
-        entries = [p.name for p in bank.fits.folder.iterdir() if p.name.startswith("source-")]
-        assert len(entries) == count
-    for storage in STORAGES:
-        again = sp.Source(sp.open(tmp_path / "bank"), model=problem.model, storage=storage).score(problem.queries)
-        np.testing.assert_array_equal(again, made[storage])
+def test_held_rows_are_read_once_and_others_each_time(banks, monkeypatch):
+    problem, by_storage = banks
+    reads = []
+    original = sp.StageBank.iter_encoded
+
+    def counted(self, checkpoint):
+        reads.append(checkpoint)
+        return original(self, checkpoint)
+
+    monkeypatch.setattr(sp.StageBank, "iter_encoded", counted)
+    for memory, expected in (("1MB", [0, 1, 2, 3]), (64, [0, 1, 2, 3] * 3)):
+        reads.clear()
+        method = sp.Source(by_storage["int8"], model=problem.model, progress=False, segments=4, memory=memory)
+        features = method.sketch(problem.queries)
+        for _ in range(3):
+            method.top_k(features, 2)
+        assert reads == expected
 
 
-def test_an_unknown_storage_is_refused(banks):
-    with pytest.raises(ValueError, match=r"storage must be one of .*, got 'int4'"):
-        sp.Source(banks[1]["int8"], storage="int4")
+@pytest.mark.parametrize("memory", ["4 XB", "GB", "-1GB", "", "0B", 0, -5, "1e3GB", "٤GB"])
+def test_what_is_no_memory_is_refused(banks, memory):
+    with pytest.raises(ValueError, match="memory must be"):
+        sp.Source(banks[1]["int8"], memory=memory)
+
+
+@pytest.mark.parametrize("memory", [1.5, True, [1]])
+def test_memory_is_a_number_of_bytes_or_a_text(banks, memory):
+    with pytest.raises(TypeError, match="memory must be bytes"):
+        sp.Source(banks[1]["int8"], memory=memory)
 
 
 @pytest.mark.parametrize("storage", ["float16", "int8"])
 def test_storage_changes_scores_by_less_than_another_seed_does(tmp_path, storage):
-    """Law 6, for B."""
+    """Law 6."""
     problem = classification(n=60)
     scores = {}
     for seed in (0, 1):
-        bank = problem.build(tmp_path / str(seed), sp.Sketch(dim=24, seed=seed))
         for kind in ("float32", storage):
-            method = sp.Source(bank, model=problem.model, progress=False, storage=kind)
-            scores[seed, kind] = np.asarray(method.score(problem.queries))
+            bank = problem.build(tmp_path / f"{kind}{seed}", sp.Sketch(dim=24, seed=seed), storage=kind)
+            scores[seed, kind] = sp.Source(bank, model=problem.model, progress=False).score(problem.queries).to_numpy()
     noise = np.linalg.norm(scores[0, "float32"] - scores[1, "float32"])
     for seed in (0, 1):
         assert np.linalg.norm(scores[seed, storage] - scores[seed, "float32"]) < noise

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 import source_proj as sp
-from source_proj.attribution.curvature import spectrum
+from source_proj.attribution.moments import spectrum
 
 N, CLASSES, TOKENS = 6000, 4, 7
 SIGMAS = 5

@@ -7,7 +7,7 @@ from torch import nn
 
 from source_proj.attribution.attributor import Attributor, Term
 from source_proj.attribution.curvature import Curvature, Damping, check_damping, damping_value, default_curvature
-from source_proj.attribution.fits import cached_spectrum
+from source_proj.attribution.fits import Fit, fitted_hessian
 from source_proj.attribution.operands import encoded_gradients
 from source_proj.attribution.queries import QueryFeatures
 from source_proj.attribution.query_points import QueryGradient, check_query_gradient, query_points
@@ -40,7 +40,7 @@ class InfluenceFunction(Attributor):
         query_gradient: as for :class:`~source_proj.Source`; without ``average`` the default is ``"final"``.
         batch_size: queries per backward pass.
         device: where products are computed and queries run.
-        cache: keep spectra beside the bank.
+        cache: keep Hessians' spectra or factors beside the bank.
         progress: show progress bars for what takes over two seconds.
     """
 
@@ -80,8 +80,9 @@ class InfluenceFunction(Attributor):
         checkpoints = [stage.n_checkpoints - 1]
         if self.average:
             checkpoints = [c for c in range(stage.n_checkpoints) if stage.metric(c) == metric]
-        spectrum = cached_spectrum(bank, last, checkpoints, self.curvature, device=self.device, cache=self.cache)
-        ridge = damping_value(self.damping, spectrum.trace, bank.sketch.dim, is_exact=bank.sketch.is_exact)
+        hessian = fitted_hessian(Fit(bank, last, checkpoints, self.curvature, self.device, self.cache))
+        ridge = damping_value(self.damping, hessian.trace, bank.sketch.dim, is_exact=bank.sketch.is_exact)
         ridge += stage.record.cut(stage.n_checkpoints)[-1].decay
-        query = spectrum.multiply(self._query(bank, features, metric), ridge_inverse(ridge, spectrum))
+        given = self._query(bank, features, metric).to(self.device or "cpu")
+        query = hessian.multiply(given, ridge_inverse(ridge, hessian.dim))
         return [Term(query.float() * (-1 / stage.n), encoded_gradients(bank, last, checkpoints, self.device))]

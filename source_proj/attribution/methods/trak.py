@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from source_proj.attribution.attributor import Attributor, Term
-from source_proj.attribution.fits import cached_spectrum
+from source_proj.attribution.fits import Fit, fitted_hessian
 from source_proj.attribution.operands import Operand, stage_start
 from source_proj.attribution.queries import QueryFeatures
 from source_proj.attribution.spectral import ridge_inverse
@@ -33,7 +33,7 @@ class Trak(Attributor):
         ridge: r, added to the eigenvalues of ΦᵀΦ/N.
         batch_size: queries per backward pass.
         device: where products are computed and queries run.
-        cache: keep spectra beside the bank.
+        cache: keep Hessians' spectra or factors beside the bank.
         progress: show progress bars for what takes over two seconds.
     """
 
@@ -60,11 +60,10 @@ class Trak(Attributor):
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
         last, stage = len(bank.stages) - 1, bank.stages[-1]
-        spectrum = cached_spectrum(
-            bank, last, [stage.n_checkpoints - 1], "features", device=self.device, cache=self.cache
-        )  # fmt: skip
+        hessian = fitted_hessian(Fit(bank, last, [stage.n_checkpoints - 1], "features", self.device, self.cache))
         metric = bank.metrics.hash(stage.metric(-1))
-        query = spectrum.multiply(features.at(bank.final_checkpoint(), metric), ridge_inverse(self.ridge, spectrum))
+        given = features.at(bank.final_checkpoint(), metric).to(self.device or "cpu")
+        query = hessian.multiply(given, ridge_inverse(self.ridge, hessian.dim))
         return [Term(query.float() / stage.n, self._rows(bank, last))]
 
     def _rows(self, bank: Bank, stage: int) -> Iterator[Operand]:

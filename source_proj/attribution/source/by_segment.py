@@ -1,6 +1,6 @@
 """Scores split over the segments of training."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor
 
 from source_proj.attribution.source.fitted_segments import FittedSegments
-from source_proj.attribution.source.query_propagator import QueryPropagator
 from source_proj.attribution.source.segments import Segment
 
 __all__ = ["SegmentScores", "add_segment_parts"]
@@ -39,26 +38,24 @@ class SegmentScores:
         return total
 
 
-def add_segment_parts(values: Tensor, fitted: FittedSegments, queries: Mapping[int, Tensor], runs: int) -> None:
+def add_segment_parts(values: Tensor, fitted: FittedSegments, queries: Sequence[Tensor], runs: int) -> None:
     """Add one run's share of each segment's part to values.
 
     Args:
         values: ``(L, Q, N)``.
         fitted: the run's segments.
-        queries: the queries' sketches ``(Q, k)`` by metric.
+        queries: the queries as each segment meets them, each ``(Q, k)``.
         runs: the number of runs that scores are averaged over.
 
     Raises:
         ValueError: the run has another number of segments than values.
     """
-    segments = fitted.segments
-    if len(segments) != len(values):
+    if len(fitted.segments) != len(values):
         raise ValueError(
-            f"the runs of this ensemble have {len(values)} and {len(segments)} segments; pass segments= to make "
+            f"the runs of this ensemble have {len(values)} and {len(fitted.segments)} segments; pass segments= to make "
             "them comparable"
         )
-    for index, carried in fitted.walk_back(segments, QueryPropagator.of(queries)):
-        (query,) = (rows.float() for rows in carried.values())
-        for operand in fitted.mean_gradients(segments[index]):
-            part = (query @ operand.rows.T).cpu()
-            values[index, :, operand.start : operand.stop].add_(part, alpha=-1 / (segments[index].n * runs))
+    for part, segment, query in zip(values, fitted.segments, queries, strict=True):
+        for operand in fitted.rows(segment):
+            products = operand.codec.multiply(query, operand.rows, operand.scale).cpu()
+            part[:, operand.start : operand.stop].add_(products, alpha=-1 / (segment.n * runs))

@@ -1,4 +1,4 @@
-"""The segments of a bank, fitted: their spectra, and the one matrix B that they collapse into.
+"""The segments of a bank, fitted: their Hessians, and what these make of queries.
 
 The formulas are those of `source_proj.attribution.source.source`; here is what they need of the bank, not of
 queries.
@@ -6,27 +6,24 @@ queries.
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from source_proj.attribution.curvature import Curvature, Damping, damping_value
-from source_proj.attribution.fits import cached_cross_moment, cached_spectrum
-from source_proj.attribution.operands import Operand, mean_gradients
+from source_proj.attribution.fits import Fit, fitted_cross_moment, fitted_hessian
+from source_proj.attribution.operands import HeldOperands, Operand, encoded_gradients, gradient_bytes, mean_gradients
 from source_proj.attribution.source.query_propagator import QueryPropagator, SpectralOperator
 from source_proj.attribution.source.segments import Groups, Segment
-from source_proj.attribution.spectral import Spectrum, cross_operator, decay_operator, response
+from source_proj.attribution.spectral import Hessian, cross_operator, decay_operator, response
 from source_proj.bank import Bank
-from source_proj.bank.codecs import Codec
 
 __all__ = ["FittedSegments"]
 
 
 class FittedSegments:
-    """One bank's segments, and what they make of its mean gradients.
+    """One bank's segments, and what they make of queries.
 
     Args:
         bank: a finalized bank, as it is now.
@@ -35,7 +32,8 @@ class FittedSegments:
         damping: see :class:`Source`.
         time_scale: see :class:`Source`.
         device: where products are computed.
-        cache: keep spectra and B beside the bank.
+        cache: keep spectra beside the bank.
+        limit: bytes of rows that may be held in memory.
     """
 
     def __init__(
@@ -48,6 +46,7 @@ class FittedSegments:
         time_scale: float,
         device: torch.device | str | None,
         cache: bool,
+        limit: int,
     ) -> None:
         self.bank = bank
         self._groups = groups
@@ -56,14 +55,10 @@ class FittedSegments:
         self._time_scale = time_scale
         self._device, self._cache = device, cache
         self._fitting = threading.RLock()  # a fit is made once, however many threads ask
-        self._matrices: dict[str, Operand] = {}
+        self._held = HeldOperands(limit)
         self._segments: tuple[Segment, ...] | None = None
-        self._spectra: dict[tuple[int, tuple[int, ...]], Spectrum] = {}
-
-    @property
-    def width(self) -> int:
-        """Columns of B: k for each metric."""
-        return self.bank.sketch.dim * len(self.bank.metrics)
+        self._hessians: dict[tuple[int, tuple[int, ...]], Hessian] = {}
+        self._moments: dict[tuple[int, tuple[int, ...], int], Tensor] = {}
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -73,59 +68,47 @@ class FittedSegments:
                 self._segments = tuple(self._fit())
             return self._segments
 
-    @contextmanager
-    def spectra_in_memory(self) -> Iterator[None]:
-        """Let spectra be used twice, then free them: k x k numbers for each segment."""
-        try:
-            yield
-        finally:
-            self._spectra.clear()
-
-    def spectrum(self, segment: Segment) -> Spectrum:
-        """Of Ĥ_l."""
-        return self._spectrum(segment.stage, segment.checkpoints)
+    def hessian(self, segment: Segment) -> Hessian:
+        """Ĥ_l."""
+        return self._hessian(segment.stage, segment.checkpoints)
 
     def cross_moment(self, segment: Segment, metric: int) -> Tensor:
         """C from a segment's metric to an earlier one, ``(k, k)`` float64."""
-        return cached_cross_moment(
-            self.bank,
-            segment.stage,
-            segment.checkpoints,
-            metric,
-            self._curvature,
-            device=self._device,
-            cache=self._cache,
-        )
+        key = (segment.stage, segment.checkpoints, metric)
+        with self._fitting:
+            if key not in self._moments:
+                self._moments[key] = fitted_cross_moment(self._fit_of(*key[:2]), metric)
+            return self._moments[key]
 
     def mean_gradients(self, segment: Segment) -> Iterator[Operand]:
         """ḡ_l of the examples of a segment's stage, block by block."""
         return mean_gradients(self.bank, segment.stage, segment.checkpoints, self._device)
 
-    def matrix(self, codec: Codec) -> Operand:
-        """B, ``(N, k)``, ``(N, M·k)`` for M metrics, encoded; kept."""
+    def rows(self, segment: Segment) -> Iterator[Operand]:
+        """ḡ_l: one checkpoint's rows as they are banked, or the mean of several; from memory where they fit."""
+        return self._held.stream(
+            (segment.stage, segment.checkpoints),
+            gradient_bytes(self.bank, segment.stage, segment.checkpoints),
+            lambda: encoded_gradients(self.bank, segment.stage, segment.checkpoints, self._device),
+        )
 
-        def compute() -> dict[str, np.ndarray]:
-            with self.spectra_in_memory():
-                return {name: values.numpy() for name, values in self._collapse(codec).items()}
+    def prepare(self) -> None:
+        """Fit all that queries need."""
+        nothing = torch.zeros(0, self.bank.sketch.dim)
+        self.moved({segment.metric: nothing for segment in self.segments})
 
-        with self._fitting:
-            if codec.name not in self._matrices:
-                settings = {
-                    "curvature": self._curvature,
-                    "damping": self._damping,
-                    "segments": self._groups,
-                    "time_scale": self._time_scale,
-                    "storage": codec.name,
-                }
-                arrays = self.bank.fits.get("source", settings, compute) if self._cache else compute()
-                tensors = {name: torch.from_numpy(values).to(self._device or "cpu") for name, values in arrays.items()}
-                self._matrices[codec.name] = Operand(
-                    0, self.bank.n_rows, tensors["B"], tensors.get("scale"), codec=codec
-                )
-            return self._matrices[codec.name]
+    def nbytes(self) -> int:
+        """Bytes of the rows that queries are multiplied with."""
+        return sum(gradient_bytes(self.bank, s.stage, s.checkpoints) for s in self.segments)
+
+    def moved(self, queries: Mapping[int, Tensor]) -> list[Tensor]:
+        """c_l(Ĥ_l) S_{l+1} ··· S_L q̂ for each segment l, ``(Q, k)`` float32, of queries by metric."""
+        placed = {metric: rows.to(self._device or "cpu") for metric, rows in queries.items()}
+        by_segment = [carried for _, carried in self.walk_back(self.segments, QueryPropagator.of(placed))]
+        return [rows.float() for (rows,) in (carried.values() for carried in reversed(by_segment))]
 
     def operators(self, segments: Sequence[Segment]) -> list[dict[int, Tensor]]:
-        """What makes a segment's mean gradients rows of B, for each of the given consecutive segments.
+        """What any query would go through, for each of the given consecutive segments.
 
         By metric m, the ``(k, k)`` float32 matrix c_l(Ĥ_l) T_m, where Σ_m T_m û^(m) is the query's sketch in the
         segment's own metric, after the later segments. With one metric T is S_{l+1} ··· S_L.
@@ -143,19 +126,19 @@ class FittedSegments:
         """
         for index in reversed(range(len(segments))):
             segment = segments[index]
-            spectrum = self.spectrum(segment)
+            hessian = self.hessian(segment)
             yield (
                 index,
                 query.through(
-                    SpectralOperator(spectrum, response(segment.time, segment.decay, segment.damping)), segment.metric
+                    SpectralOperator(hessian, response(segment.time, segment.decay, segment.damping)), segment.metric
                 ),
             )
             earlier = {before.metric for before in segments[:index]}
             if earlier:
-                kept = SpectralOperator(spectrum, decay_operator(segment.time, segment.decay))
+                kept = SpectralOperator(hessian, decay_operator(segment.time, segment.decay))
                 cross = cross_operator(segment.time, segment.decay)
                 crossed = {
-                    metric: SpectralOperator(spectrum, cross, self.cross_moment(segment, metric))
+                    metric: SpectralOperator(hessian, cross, self.cross_moment(segment, metric))
                     for metric in sorted(earlier - {segment.metric})
                 }
                 query.step(
@@ -185,41 +168,21 @@ class FittedSegments:
                         part = ((gradient.rows @ operator) * query.rows).sum(1).cpu()
                         total[gradient.start : gradient.stop].add_(part, alpha=1 / (segment.n * runs))
 
-    def _collapse(self, codec: Codec) -> dict[str, Tensor]:
-        """B and its scales, encoded block by block so that no float32 copy of another codec's B exists."""
-        bank, dim = self.bank, self.bank.sketch.dim
-        matrix = codec.empty(bank.n_rows, self.width)
-        operators = self.operators(self.segments)
-        for stage in range(len(bank.stages)):
-            own = [pair for pair in zip(self.segments, operators, strict=True) if pair[0].stage == stage]
-            for parts in zip(*[self.mean_gradients(segment) for segment, _ in own], strict=True):
-                block = parts[0].rows.new_zeros(len(parts[0].rows), self.width)
-                for part, (segment, by_metric) in zip(parts, own, strict=True):
-                    for metric, operator in by_metric.items():
-                        columns = block[:, metric * dim : (metric + 1) * dim]
-                        columns.add_(part.rows @ operator, alpha=-1 / segment.n)
-                encoded = codec.encode(block)
-                matrix.codes[parts[0].start : parts[0].stop] = encoded.codes.cpu()
-                if matrix.scale is not None and encoded.scale is not None:
-                    matrix.scale[parts[0].start : parts[0].stop] = encoded.scale.cpu()
-        return {"B": matrix.codes} if matrix.scale is None else {"B": matrix.codes, "scale": matrix.scale}
-
     def _fit(self) -> Iterator[Segment]:
         sketch = self.bank.sketch
         for index, (stage, groups) in enumerate(zip(self.bank.stages, self._groups, strict=True)):
             steps = stage.record.steps
             for cut in stage.record.cut(groups):
-                time, trace = self._time_scale * cut.time, self._spectrum(index, cut.checkpoints).trace
+                time, trace = self._time_scale * cut.time, self._hessian(index, cut.checkpoints).trace
                 damping = damping_value(self._damping, trace, sketch.dim, is_exact=sketch.is_exact)
                 name = f"{stage.name}: steps {', '.join(str(steps[c]) for c in cut.checkpoints)}"
                 yield Segment(index, name, cut.checkpoints, time, cut.decay, stage.n, trace, damping, cut.metric)
 
-    def _spectrum(self, stage: int, checkpoints: tuple[int, ...]) -> Spectrum:
-        key = (stage, checkpoints)
-        spectrum = self._spectra.get(key)  # another thread may free them at any time
-        if spectrum is None:
-            spectrum = cached_spectrum(
-                self.bank, stage, checkpoints, self._curvature, device=self._device, cache=self._cache
-            )
-            self._spectra[key] = spectrum
-        return spectrum
+    def _hessian(self, stage: int, checkpoints: tuple[int, ...]) -> Hessian:
+        with self._fitting:
+            if (stage, checkpoints) not in self._hessians:
+                self._hessians[stage, checkpoints] = fitted_hessian(self._fit_of(stage, checkpoints))
+            return self._hessians[stage, checkpoints]
+
+    def _fit_of(self, stage: int, checkpoints: Sequence[int]) -> Fit:
+        return Fit(self.bank, stage, checkpoints, self._curvature, self._device, self._cache)

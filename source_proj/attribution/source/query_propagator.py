@@ -1,16 +1,17 @@
 """A query's sketches on their way back through training, from one segment's metric into another's.
 
 The recursion of SOURCE stands here once. What is carried are either queries, as rows ``(Q, k)``, or the linear map that
-any query would go through, as ``(k, k)`` matrices: the first costs less for few queries, the second makes B.
+any query would go through, as ``(k, k)`` matrices: the first costs less for fewer than k queries.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from source_proj.attribution.spectral import Spectrum
+from source_proj.attribution.spectral import Hessian, SpectralFunction
 
 __all__ = ["QueryPropagator", "SpectralOperator"]
 
@@ -20,24 +21,24 @@ class SpectralOperator:
     """The operator C f(Ĥ), or f(Ĥ) alone, on sketches.
 
     Attributes:
-        spectrum: of Ĥ.
-        function: f, elementwise on eigenvalues.
+        hessian: Ĥ.
+        function: f.
         moment: C ``(k, k)`` float64, which leads into another metric; None for the identity.
     """
 
-    spectrum: Spectrum
-    function: Callable[[Tensor], Tensor]
+    hessian: Hessian
+    function: SpectralFunction
     moment: Tensor | None = None
 
     def matrix(self) -> Tensor:
-        """The operator itself, ``(k, k)`` float64."""
-        own = self.spectrum.apply(self.function)
-        return own if self.moment is None else self.moment @ own
+        """The operator itself, ``(k, k)``."""
+        own = self.hessian.apply(self.function)
+        return own if self.moment is None else self.moment @ own.to(self.moment)
 
     def of_rows(self, rows: Tensor) -> Tensor:
         """The operator applied to each of the rows ``(n, k)``, without forming f(Ĥ)."""
-        own = self.spectrum.multiply(rows, self.function)
-        return own if self.moment is None else own @ self.moment.T
+        own = self.hessian.multiply(rows, self.function)
+        return own if self.moment is None else own.to(self.moment) @ self.moment.T
 
 
 class QueryPropagator:
@@ -46,7 +47,9 @@ class QueryPropagator:
     There is one sketch per metric, û^(m) = R P_m^½ v. Made by :meth:`identity` or :meth:`of`.
 
     Example:
-        >>> halved = SpectralOperator(Spectrum(torch.ones(2), torch.eye(2)), lambda eigenvalues: eigenvalues / 2)
+        >>> from source_proj.attribution.spectral import Spectrum
+        >>> spectrum = Spectrum(torch.ones(2), torch.eye(2))
+        >>> halved = SpectralOperator(spectrum, SpectralFunction(lambda eigenvalues: eigenvalues / 2, ()))
         >>> query = QueryPropagator.of({0: torch.ones(1, 2)})
         >>> query.step(0, 1.0, halved, {})
         >>> query.through(halved, 0)
@@ -85,7 +88,7 @@ class QueryPropagator:
             own: the segment's metric.
             decay: exp(-s λ).
             kept: exp(-s (Ĥ + λ)), if the segment's metric is also that of an earlier one.
-            crossed: exp(-s λ) C h(Ĥ) for every other metric of earlier segments.
+            crossed: exp(-s λ) C h(Ĥ) for every other metric of earlier segments, each with its moment C.
         """
         before: dict[tuple[int, int], Tensor | None] = {}
         if kept is not None:
@@ -94,16 +97,15 @@ class QueryPropagator:
             into = self.through(operator, own)
             for (at, origin), carried in self._carried.items():
                 if at == metric:
-                    into[origin] = _plus(into.get(origin), carried, decay, operator.spectrum)
+                    into[origin] = _plus(into.get(origin), carried, decay, cast(Tensor, operator.moment))
             before |= {(metric, origin): carried for origin, carried in into.items()}
         self._carried = before
 
 
-def _plus(moved: Tensor | None, carried: Tensor | None, decay: float, spectrum: Spectrum) -> Tensor:
-    """Moved + decay · carried, where no moved is 0 and no carried is the identity."""
+def _plus(moved: Tensor | None, carried: Tensor | None, decay: float, like: Tensor) -> Tensor:
+    """Moved + decay · carried, where no moved is 0 and no carried is the identity, of the shape of ``like``."""
     if moved is None:
-        dim = spectrum.dim
-        moved = spectrum.vectors.new_zeros(dim, dim) if carried is None else torch.zeros_like(carried)
+        moved = torch.zeros_like(like if carried is None else carried)
     if carried is None:
         moved.diagonal().add_(decay)
         return moved

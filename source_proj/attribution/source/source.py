@@ -1,14 +1,15 @@
-"""SOURCE in the sketched space: fit once, then a query costs its own backward pass and one matrix product.
+"""SOURCE in the sketched space: fit once, then a query costs its own backward passes and a matrix product a segment.
 
 For a query q and a training example z of a stage with N examples, with the segments l = 1 … L in order of training,
 
     τ(q, z) = Σ_l ∇m(q)ᵀ S_L ··· S_{l+1} r_l(z),     r_l(z) = (1/N) c_l(Ĥ_l) ḡ_l(z),
 
 is the change of the measurement m(q) when z is removed (eq. 16 to 23 of Bae et al., "Training Data Attribution via
-Approximate Unrolled Differentiation", https://arxiv.org/abs/2405.12186). Everything is linear in the query, so the
-whole sum collapses into one matrix: score(q, ·) = -τ(q, ·) = B q̂ with
+Approximate Unrolled Differentiation", https://arxiv.org/abs/2405.12186). Everything is linear in the query, so that the
+k x k matrices go to the query, q_l = c_l(Ĥ_l) S_{l+1} ··· S_L q̂, and training gradients are multiplied as they lie in
+the bank:
 
-    B = -Σ_l (1/N) Ḡ_l c_l(Ĥ_l) S_{l+1} ··· S_L        (N x k).
+    score(q, z) = -τ(q, z) = -Σ_l (1/N) q_l · ḡ_l(z).
 
 Where the optimizer divided its gradients by their size (Adam), all this can happen in the metric of its preconditioner
 (``preconditioner=`` of the trajectory; by default a number stands for P, which makes Adam a kind of SGD):
@@ -16,14 +17,11 @@ g̃ = P_l^½ g for g, H̃_l = P_l^½ H_l P_l^½ for H_l, and a query is sketched
 A segment l takes the query's sketch in its own metric to exp(-s (Ĥ_l + λ)) û^(l), and that in an earlier one's to
 
     exp(-s λ) (û^(m) + C_{l→m} h(Ĥ_l) û^(l)),
-    h(σ) = (exp(-s σ) - 1)/σ,    C_{l→m} = (1/N) Σ_i (R P_m^½ a_i)(R P_l^½ a_i)ᵀ,
-
-so that B has a block of k columns for each metric, and q̂ is [û^(1), û^(2), …].
+    h(σ) = (exp(-s σ) - 1)/σ,    C_{l→m} = (1/N) Σ_i (R P_m^½ a_i)(R P_l^½ a_i)ᵀ.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -38,9 +36,9 @@ from source_proj.attribution.query_points import QueryGradient, check_query_grad
 from source_proj.attribution.scores import PredictedChange, Scores
 from source_proj.attribution.source.by_segment import SegmentScores, add_segment_parts
 from source_proj.attribution.source.fitted_segments import FittedSegments
+from source_proj.attribution.source.memory import parse_memory
 from source_proj.attribution.source.segments import Segment, StageSegments, stage_groups
 from source_proj.bank import Bank
-from source_proj.bank.codecs import Codec, find_codec
 from source_proj.task import CausalLM, Task, TokenQueries
 from source_proj.trajectory import Checkpoint
 
@@ -68,12 +66,12 @@ class Source(Attributor):
         time_scale: factor on the time of every segment. 1 predicts what leaving out a few examples does. Retraining on
             a share of the examples for as many epochs takes that share of the steps: give the share to predict it
             (measured in examples/paper/LABORATORY.md; it matters where training has not converged).
-        storage: type of B. ``"float32"`` keeps the scores exact to rounding. ``"int8"`` and ``"float16"`` with one
-            float32 scale per row, as banks are stored, take a quarter and half of the memory, and of the time that few
-            queries take; they move scores by far less than another seed of the sketch does.
+        memory: bytes that fit and search may take beyond the model and their results, as a number or such as "4GB".
+            Training rows stay in memory where they fit into half of it, and are read from the bank for every set of
+            queries where they do not; what is scored is the same. Default: 2 GB, and what a fit at this k takes.
         batch_size: queries per backward pass.
         device: where products are computed and queries run.
-        cache: keep spectra and B beside the bank (or in the user's cache folder where that is read-only).
+        cache: keep Hessians' spectra or factors beside the bank (in the user's cache folder where it is read-only).
         progress: show progress bars for what takes over two seconds.
 
     Raises:
@@ -111,7 +109,7 @@ class Source(Attributor):
         damping: Damping = "noise",
         query_gradient: QueryGradient | None = None,
         time_scale: float = 1.0,
-        storage: str = "float32",
+        memory: int | str | None = None,
         batch_size: int = 64,
         device: torch.device | str | None = None,
         cache: bool = True,
@@ -123,7 +121,7 @@ class Source(Attributor):
         if not 0 < time_scale < math.inf:
             raise ValueError(f"time_scale must be a number > 0, got {time_scale!r}")
         self.time_scale = float(time_scale)
-        self.codec: Codec = find_codec(storage)
+        self.memory = parse_memory(memory)
         self.query_gradient: QueryGradient | None = query_gradient
         self.curvature: Curvature = curvature or default_curvature(self.banks[0].task_spec)
         self.damping: Damping = damping
@@ -132,39 +130,28 @@ class Source(Attributor):
         self._fitted: dict[str, FittedSegments] = {}
 
     def __repr__(self) -> str:
-        rows, dim = self.n_rows, self._of(self.banks[0]).width
-        scaled = " with a float32 scale a row" if self.codec.has_scale else ""
-        kept = sum(bank.fits.nbytes() for bank in self.banks)
         runs = "" if len(self.banks) == 1 else f"; {len(self.banks)} runs"
-        matrix = f"B: {rows} x {dim} {self.codec.name}{scaled}, {self.nbytes()} bytes"
-        return f"Source({rows} training examples{runs}; {matrix}; {kept} bytes of fits on disk)"
+        held = all(self._of(bank).nbytes() <= self._limit for bank in self.banks)
+        where = "held in memory" if held else "read from the bank each time"
+        kept = sum(bank.fits.nbytes() for bank in self.banks)
+        return f"Source({self.n_rows} training examples{runs}; {self.nbytes()} bytes of rows, {where}; {kept} of fits)"
 
     # Fit -------------------------------------------------------------------------------------------------------
 
     def fit(self) -> "Source":
         """Compute what scoring needs, or find it in the cache; scoring does so by itself on first use."""
         for bank in self.banks:
-            self._of(bank).matrix(self.codec)
+            self._of(bank).prepare()
         return self
 
     def nbytes(self) -> int:
-        """Bytes of B in memory, scales included, of all banks together."""
-        return sum(self.codec.nbytes(bank.n_rows, self._of(bank).width) for bank in self.banks)
+        """Bytes of the training rows that queries are multiplied with, of all banks together."""
+        return sum(self._of(bank).nbytes() for bank in self.banks)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
         """The fitted segments of the (first) bank, in order of training."""
-        with self._spectra_in_memory() as fitted:
-            return fitted[0].segments
-
-    @contextmanager
-    def _spectra_in_memory(self) -> Iterator[list[FittedSegments]]:
-        """The banks' fitted segments; a spectrum that is used twice within the block is read once."""
-        with ExitStack() as stack:
-            fitted = [self._of(bank) for bank in self.banks]
-            for run in fitted:
-                stack.enter_context(run.spectra_in_memory())
-            yield fitted
+        return self._of(self.banks[0]).segments
 
     def _of(self, bank: Bank) -> FittedSegments:
         """The bank's fitted segments; anew where rows were appended to it."""
@@ -176,37 +163,46 @@ class Source(Attributor):
             time_scale=self.time_scale,
             device=self.device,
             cache=self.cache,
+            limit=self._limit,
         )
         return self._fitted.setdefault(bank.fingerprint, fitted)  # of several threads' the first
+
+    @property
+    def _limit(self) -> int:
+        """Bytes of a bank's rows that may be held; the other half is for blocks of rows and scores."""
+        return self.memory // (2 * len(self.banks))
 
     # Verbs beside score, top_k and bottom_k ----------------------------------------------------------------------
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
-        matrix = self._of(bank).matrix(self.codec)
-        each = [self._query(bank, features, metric) for metric in range(len(bank.metrics))]
-        query = each[0] if len(each) == 1 else torch.cat(each, dim=1)
-        return [Term(query.to(matrix.rows.device), iter([matrix]))]
+        fitted = self._of(bank)
+        return [
+            Term(query.mul_(-1 / segment.n), fitted.rows(segment))
+            for segment, query in zip(fitted.segments, self._moved(fitted, features), strict=True)
+        ]
+
+    def _moved(self, fitted: FittedSegments, features: QueryFeatures) -> list[Tensor]:
+        """Queries as the segments' training gradients meet them, each ``(Q, k)`` float32."""
+        metrics = sorted({segment.metric for segment in fitted.segments})
+        return fitted.moved({metric: self._query(fitted.bank, features, metric) for metric in metrics})
 
     def _query_points(self, bank: Bank) -> list[Checkpoint]:
         return query_points(bank, self.query_gradient)
 
     def by_segment(self, queries: Queries) -> SegmentScores:
-        """Split each score into the parts of the segments, by the recursion itself instead of B.
+        """Split each score into the parts of the segments.
 
-        The query is carried back through the segments: the part of segment l is
-        ``-(1/N) (c_l S_{l+1} ··· S_L q̂) · ḡ_l(z)``.
+        The part of segment l is ``-(1/N) (c_l S_{l+1} ··· S_L q̂) · ḡ_l(z)``.
 
         Raises:
             ValueError: the runs of an ensemble have different numbers of segments.
         """
         features = self.sketch(queries)
-        with self._spectra_in_memory() as fitted:
-            segments = fitted[0].segments
-            values = torch.zeros(len(segments), len(features[0]), self.n_rows)
-            for run, queried in zip(fitted, features, strict=True):
-                metrics = sorted({segment.metric for segment in run.segments})
-                add_segment_parts(values, run, {m: self._query(run.bank, queried, m) for m in metrics}, len(fitted))
-        return SegmentScores(values.numpy(), segments, features[0].ids, self.banks[0].ids, self.unit)
+        values = torch.zeros(len(self.segments), len(features[0]), self.n_rows)
+        for bank, queried in zip(self.banks, features, strict=True):
+            fitted = self._of(bank)
+            add_segment_parts(values, fitted, self._moved(fitted, queried), len(self.banks))
+        return SegmentScores(values.numpy(), self.segments, features[0].ids, self.banks[0].ids, self.unit)
 
     def by_token(self, queries: Queries, documents: Any, *, stage: int = 0) -> Scores:
         """Split the scores of some training sequences over their tokens: which words of a document mattered.
@@ -237,13 +233,12 @@ class Source(Attributor):
             raise ValueError("tokens are differentiated anew, by the model itself: pass model= when constructing")
         features = self.sketch(queries)
         total = torch.zeros(len(features[0]), len(tokens))
-        with self._spectra_in_memory() as fitted:
-            for run, queried in zip(fitted, features, strict=True):
-                for segment, operators in zip(run.segments, run.operators(run.segments), strict=True):
-                    if segment.stage == stage:
-                        moved = [self._query(run.bank, queried, m) @ t.T.cpu() for m, t in operators.items()]
-                        rows = self._token_rows(run.bank, segment, tokens)
-                        total.add_(torch.stack(moved).sum(0) @ rows.T, alpha=1 / (segment.n * len(fitted)))
+        for bank, queried in zip(self.banks, features, strict=True):
+            fitted = self._of(bank)
+            for segment, query in zip(fitted.segments, self._moved(fitted, queried), strict=True):
+                if segment.stage == stage:
+                    rows = self._token_rows(bank, segment, tokens)
+                    total.add_(query.cpu() @ rows.T, alpha=1 / (segment.n * len(self.banks)))
         of_stage = task.of_stage(stage)
         total *= torch.tensor([_token_weight(of_stage, documents[i], len(tokens.of(i))) for i, _ in tokens.positions])
         return Scores(
@@ -267,9 +262,9 @@ class Source(Attributor):
         Needs neither model nor data.
         """
         total = torch.zeros(self.n_rows)
-        with self._spectra_in_memory() as fitted:
-            for run in fitted:
-                run.add_self_influence(total, mean=takes_mean(run.bank, self.query_gradient), runs=len(fitted))
+        for bank in self.banks:
+            mean = takes_mean(bank, self.query_gradient)
+            self._of(bank).add_self_influence(total, mean=mean, runs=len(self.banks))
         return total.numpy()
 
     def predict_removal(self, queries: Queries, subset: Any, *, renormalize: bool = False) -> PredictedChange:

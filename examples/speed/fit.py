@@ -1,0 +1,83 @@
+"""How long does a fit take beside the build, and beside the one product that it cannot do without?
+
+    python examples/speed/fit.py                                    # 2,000 and 6,000 rows, k = 1,024 to 8,192; minutes
+    python examples/speed/fit.py --rows 1000000 --dims 1024 --checkpoints 1 --queries 1000 --input 1024
+
+Each line is a bank of a small MLP on generated data, built and fitted in this process. Times are CPU time of all
+threads, which a busy machine changes least. The bound is Ĥ itself: N C k² multiplications and additions (half of a
+full product, as Ĥ is symmetric) at the speed of a large float32 product. Peaks are the process's resident memory.
+"""
+
+import argparse
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from score import Generated
+from torch import nn
+
+import source_proj as sp
+
+
+def cpu_seconds(function: Callable[[], object]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def peak_gigabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def product_rate() -> float:
+    """Operations a CPU second of a large float32 product."""
+    a = torch.randn(2048, 2048)
+    torch.mm(a, a)
+    return 2 * len(a) ** 3 / min(cpu_seconds(lambda: torch.mm(a, a)) for _ in range(3))
+
+
+def measure(rows: int, dim: int, checkpoints: int, inputs: int, queries: int, folder: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 1))
+    points = [sp.Checkpoint(model.state_dict(), 1000 * (c + 1), lr=0.01) for c in range(checkpoints)]
+    train = Generated(rows, inputs)
+    build = partial(sp.build, model, sp.Regression(), sp.Trajectory(points), train, folder / "bank", progress=False)
+    built = cpu_seconds(lambda: build(sketch=sp.Sketch(dim), batch_size=64))
+    bank = sp.open(folder / "bank")
+    source = sp.Source(bank, model=model, progress=False)
+    fitted = cpu_seconds(source.fit)
+    peak, rate = peak_gigabytes(), product_rate()
+    bound = rows * checkpoints * dim**2 / rate
+    banked = sum(size for kind, size in bank.nbytes().items() if kind != "fits")
+    print(
+        f"{rows:8d} rows x {checkpoints}, k = {dim:6d}: build {built:7.1f} s, fit {fitted:7.1f} s ({fitted / built:4.2f}), "
+        f"bound {bound:7.1f} s ({rate / 1e9:.0f} GFLOP/s); bank {banked / 1e6:7.1f} MB, fits "
+        f"{bank.fits.nbytes() / 1e6:6.1f} MB; peak {peak:.2f} GB",
+        flush=True,
+    )
+    features = source.sketch(Generated(queries, inputs, first=10**9))
+    searched = cpu_seconds(lambda: source.top_k(features, 10))
+    again = cpu_seconds(lambda: source.top_k(features, 10))
+    print(f"{'':10s}top_k of {queries} queries {searched:.2f} s, again {again:.2f} s; peak {peak_gigabytes():.2f} GB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[2000, 6000])
+    parser.add_argument("--dims", type=int, nargs="+", default=[1024, 4096, 8192])
+    parser.add_argument("--checkpoints", type=int, default=6)
+    parser.add_argument("--input", type=int, default=784, help="features of an example")
+    parser.add_argument("--queries", type=int, default=100)
+    args = parser.parse_args()
+    for rows in args.rows:
+        for dim in args.dims:
+            with tempfile.TemporaryDirectory() as folder:
+                measure(rows, dim, args.checkpoints, args.input, args.queries, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Products of banked factors, streamed over shards: Ĥ = (1/N) Σ_i a_i a_iᵀ, and the moments between two metrics.
+
+Each is a pure function of a block of rows, whose results are added up in the fixed order of blocks: products in
+float32, sums in float64, so that the error of a sum over all rows stays that of one block. Of a symmetric product
+only the blocks on and above the diagonal are computed, half of the operations.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from source_proj.attribution.curvature import Factors, count_factors, iter_factors
+from source_proj.attribution.spectral import Spectrum
+from source_proj.bank import StageBank
+
+__all__ = ["cross_moment", "decomposed", "mean_hessian", "spectrum", "takes_spectrum"]
+
+Route = Literal["auto", "primal", "dual"]
+
+_SMALL = 1024  # up to this k an eigendecomposition takes a fraction of a second
+_PANEL = 512  # columns of a block of a symmetric product
+
+
+def takes_spectrum(dim: int, count: int) -> bool:
+    """Whether Ĥ's eigenvectors are computed at once: for a small k, and for factors much fewer than k."""
+    return dim <= _SMALL or _takes_dual(dim, count)
+
+
+def _takes_dual(dim: int, count: int) -> bool:
+    """Whether the Gram matrix of the factors ``(n, n)`` is decomposed instead of Ĥ.
+
+    That is 2 k n² + 25 n³ operations; beside it, k² n + k³/3 are what a Cholesky factor takes.
+    """
+    return count < dim if dim <= _SMALL else 4 * count <= dim
+
+
+def mean_hessian(
+    stage: StageBank,
+    checkpoints: Sequence[int],
+    dim: int,
+    curvature: Factors = "empirical_fisher",
+    *,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The mean Hessian Ĥ of some checkpoints of a stage, ``(k, k)`` float64.
+
+    Args:
+        stage: the stage's rows.
+        checkpoints: which of its checkpoints are averaged.
+        dim: the sketch's dimension k.
+        curvature: which factors (see `curvature`).
+        device: where the products are computed.
+
+    Raises:
+        ValueError: for a curvature that the bank's rows do not offer.
+    """
+    factors = iter_factors(stage, checkpoints, curvature, device)
+    bounds = [*range(0, dim, _PANEL), dim] if dim > _SMALL else [0, dim]
+    panels = add_up((upper_panels(rows, bounds) for rows in factors), len(bounds) - 1)
+    count = count_factors(stage, checkpoints, curvature)
+    hessian = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+    for (start, stop), panel in zip(pairwise(bounds), panels, strict=bool(panels)):
+        hessian[start:stop, start:] = panel.div_(count)
+        hessian[stop:, start:stop] = hessian[start:stop, stop:].T
+    return hessian
+
+
+def upper_panels(rows: Tensor, bounds: Sequence[int]) -> list[Tensor]:
+    """The part of ``rowsᵀ rows`` on and above its block diagonal, for each pair of bounds ``(width, k - start)``."""
+    return [rows[:, start:stop].T @ rows[:, start:] for start, stop in pairwise(bounds)]
+
+
+def add_up(parts: Iterable[Sequence[Tensor]], length: int) -> list[Tensor]:
+    """Sum the parts of all blocks in order, in float64; an empty list for no blocks."""
+    totals: list[Tensor] = []
+    for part in parts:
+        if totals:
+            for index in range(length):
+                totals[index] += part[index]
+        else:
+            totals = [tensor.double() for tensor in part]
+    return totals
+
+
+def cross_moment(
+    stage: StageBank,
+    checkpoints: Sequence[int],
+    metric: int,
+    curvature: Factors,
+    *,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """C = (1/N) Σ_i (R P_m^½ a_i)(R P_l^½ a_i)ᵀ, ``(k, k)`` float64: the mean over some checkpoints in the metric l.
+
+    Args:
+        stage: the stage's rows.
+        checkpoints: which of its checkpoints are averaged.
+        metric: the metric m of earlier checkpoints.
+        curvature: which factors.
+        device: where the products are computed.
+
+    Raises:
+        ValueError: for a curvature or a metric that the bank's rows do not offer.
+    """
+    there, here = (iter_factors(stage, checkpoints, curvature, device, m) for m in (metric, None))
+    products = add_up(([a.T @ b] for a, b in zip(there, here, strict=True)), 1)
+    if not products:
+        raise ValueError("a segment needs at least one checkpoint")
+    return products[0].div_(count_factors(stage, checkpoints, curvature))
+
+
+def spectrum(
+    stage: StageBank,
+    checkpoints: Sequence[int],
+    dim: int,
+    curvature: Factors = "empirical_fisher",
+    *,
+    route: Route = "auto",
+    device: torch.device | str = "cpu",
+) -> Spectrum:
+    """Ĥ's spectrum: arguments and errors as for :func:`mean_hessian`.
+
+    Args:
+        stage: the stage's rows.
+        checkpoints: which of its checkpoints are averaged.
+        dim: the sketch's dimension k.
+        curvature: which factors.
+        route: ``"primal"`` decomposes Ĥ (k x k), ``"dual"`` the Gram matrix of its factors (n x n), ``"auto"`` what
+            costs less. Both give the same functions, as f(Ĥ) = f(0) I + U (f(σ) - f(0)) Uᵀ on any orthonormal basis
+            U of the range.
+        device: where products and decomposition are computed.
+    """
+    dual = _takes_dual(dim, count_factors(stage, checkpoints, curvature)) if route == "auto" else route == "dual"
+    if not dual:
+        return decomposed(mean_hessian(stage, checkpoints, dim, curvature, device=device))
+    rows = torch.cat(list(iter_factors(stage, checkpoints, curvature, device))).double()  # (n, k)
+    count = len(rows)
+    values, vectors = torch.linalg.eigh(rows @ rows.T / count)
+    # Eigenvalues at rounding level belong to the null space; dividing by their roots would blow up noise.
+    kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
+    values, vectors = values[kept], vectors[:, kept]
+    return Spectrum(values, rows.T @ (vectors / (values * count).sqrt()))
+
+
+def decomposed(hessian: Tensor) -> Spectrum:
+    """The spectrum of Ĥ ``(k, k)``."""
+    values, vectors = torch.linalg.eigh(hessian.double())
+    return Spectrum(values.clamp_(min=0), vectors)
