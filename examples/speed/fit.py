@@ -54,9 +54,9 @@ def measure(rows: int, dim: int, checkpoints: int, inputs: int, queries: int, fo
     bound = rows * checkpoints * dim**2 / rate
     banked = sum(size for kind, size in bank.nbytes().items() if kind != "fits")
     print(
-        f"{rows:8d} rows x {checkpoints}, k = {dim:6d}: build {built:7.1f} s, fit {fitted:7.1f} s ({fitted / built:4.2f}), "
-        f"bound {bound:7.1f} s ({rate / 1e9:.0f} GFLOP/s); bank {banked / 1e6:7.1f} MB, fits "
-        f"{bank.fits.nbytes() / 1e6:6.1f} MB; peak {peak:.2f} GB",
+        f"{rows:8d} rows x {checkpoints}, k = {dim:6d}: build {built:7.1f} s, fit {fitted:7.1f} s, "
+        f"{fitted / built:4.2f} of it, bound {bound:7.1f} s ({rate / 1e9:.0f} GFLOP/s); bank {banked / 1e6:7.1f} MB, "
+        f"fits {bank.fits.nbytes() / 1e6:6.1f} MB; peak {peak:.2f} GB",
         flush=True,
     )
     features = source.sketch(Generated(queries, inputs, first=10**9))

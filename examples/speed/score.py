@@ -1,12 +1,13 @@
-"""How fast are score and top_k, against the matrix products that they cannot do without? (The fit: fit.py.)
+"""How fast are score and top_k, against the matrix products that they cannot do without?
 
     python examples/speed/score.py                     # 1,000 queries x 100,000 rows, k = 4,096; about 6 GB, minutes
     python examples/speed/score.py --rows 20000 --queries 200
 
 The bank is a real one, of a linear model on generated features. Each timing is the median of interleaved repetitions
-in this one process. For each number of queries the bound is what the machine cannot beat: one read of the held rows at the
-speed of a sum, or their multiplications at the speed of a large float32 product, whichever takes longer. Both speeds
-are measured in the same rounds. Rows are once held in memory, and once read from the bank for every call.
+in this one process. For each number of queries the bound is what the machine cannot beat: one read of the held rows at
+the speed of a sum, or their multiplications at the speed of a large float32 product, whichever takes longer. Both
+speeds are measured in the same rounds. Rows are once held in memory, and once read from the bank for every call. The
+fit has a file of its own, fit.py.
 """
 
 import argparse
