@@ -4,7 +4,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["BankError", "ExampleError", "GradientError", "MismatchError", "SourceProjError", "named_examples"]
+__all__ = [
+    "BankError",
+    "ExampleError",
+    "GradientError",
+    "MismatchError",
+    "MissingFileError",
+    "SourceProjError",
+    "named_examples",
+]
 
 
 class SourceProjError(Exception):
@@ -13,6 +21,10 @@ class SourceProjError(Exception):
 
 class MismatchError(SourceProjError, ValueError):
     """Two things that must agree do not, such as a checkpoint and a model, or a bank and a sketch."""
+
+
+class MissingFileError(SourceProjError, FileNotFoundError):
+    """A file that was named, or that another file names, is not there, or is none."""
 
 
 class BankError(SourceProjError, RuntimeError):

@@ -10,7 +10,7 @@ from typing import Any, ParamSpec
 import numpy as np
 import typer
 
-from source_proj._errors import SourceProjError
+from source_proj._errors import MissingFileError, SourceProjError
 from source_proj._io.printable import printable
 
 __all__ = ["debug", "emit", "reports_errors", "say", "table"]
@@ -68,7 +68,8 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
             if debug.get():
                 raise
             print(f"error: {printable(' '.join(str(error).split())) or type(error).__name__}", file=sys.stderr)
-            raise typer.Exit(1 if isinstance(error, SourceProjError) else 2) from error
+            at_fault = isinstance(error, SourceProjError) and not isinstance(error, MissingFileError)
+            raise typer.Exit(1 if at_fault else 2) from error
 
     return wrapped
 

@@ -16,6 +16,7 @@ from source_proj.evaluate._truth_files import (
     VERSION,
     Cell,
     array_of,
+    checked,
     contrast,
     create,
     digest,
@@ -66,7 +67,7 @@ class GroundTruth:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._group, attributes = opened(self.path)
+        self._group, attributes = checked(self.path)
         self.seed = int(cast(int, attributes["seed"]))
         self.settings: dict[str, Any] = cast(dict[str, Any], attributes["settings"])
         self.masks: NDArray[np.bool_] = read_masks(self._group, self.path)
