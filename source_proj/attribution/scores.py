@@ -204,8 +204,8 @@ class Scores:
             raise ImportError('to_pandas needs pandas: pip install "source-proj[pandas]"') from error
         return pd.DataFrame(
             self.values,
-            index=pd.Index(self.query_ids, name="query", tupleize_cols=False),
-            columns=pd.Index(self.train_ids, name="train", tupleize_cols=False),
+            index=_labels(self.query_ids, "query"),
+            columns=_labels(self.train_ids, "train"),
         )
 
     def to_zarr(self, path: str | Path, *, overwrite: bool = False) -> zarr.Array[Any]:
@@ -320,6 +320,16 @@ def _ids_or_mask(subset: Subset) -> list[Any] | np.ndarray:
     if not all(flags):  # True would pass for the id 1
         raise TypeError(f"a subset holds training ids, or is a boolean mask; this one mixes both: {chosen[:5]}")
     return np.array(chosen, dtype=bool)
+
+
+def _labels(ids: Sequence[Any], name: str) -> pd.Index:
+    """Ids as labels of pandas, whose own type for strings cannot hold half a surrogate pair."""
+    import pandas as pd
+
+    try:
+        return pd.Index(ids, name=name, tupleize_cols=False)
+    except UnicodeEncodeError:
+        return pd.Index(ids, name=name, tupleize_cols=False, dtype=object)
 
 
 def _plain(ids: Iterable[Any]) -> list[Any]:

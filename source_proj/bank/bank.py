@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from source_proj._errors import BankError
+from source_proj._io.printable import printable
 from source_proj.bank.build.append import append_rows
 from source_proj.bank.fits import FitCache
 from source_proj.bank.format import Settings
@@ -268,7 +269,7 @@ class Bank:
             self.reload()
         added = part.spec.n if part.sealed() is None else 0
         if not added and progress:
-            known = f"these {part.spec.n} examples are in {part.location} already"
+            known = printable(f"these {part.spec.n} examples are in {part.location} already")
             tqdm.write(f"nothing appended: {known}; give ids of their own to add them twice", file=sys.stderr)
         if shard is None:
             self.seal([part])

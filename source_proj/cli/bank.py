@@ -139,6 +139,7 @@ def build(
         "max_grad_norm": max_grad_norm,
         "preconditioner": preconditioner,
     }
+    text.require_place(bank)
     network, training_set, chosen = text.build_from(model, data, task, task_option or ())
     made = banks.build(
         network,
@@ -183,9 +184,12 @@ def finalize(bank: BankPath, json: Json = False) -> None:
 
 
 def _report(made: banks.Bank, json: bool) -> None:
-    size = sum(made.nbytes().values())
+    fits = made.fits.nbytes()
+    size = sum(made.nbytes().values()) + fits
     if json:
-        emit({"bank": made.path, "rows": made.n_rows, "finalized": made.finalized, "bytes": size})
+        facts = {"rows": made.n_rows, "finalized": made.finalized, "bytes": size, "bytes_of_fits": fits}
+        emit({"bank": made.path, **facts})
     else:
         state = "complete" if made.finalized else "unfinished: build its other parts, then run source-proj finalize"
-        say(f"{made.path}: {made.n_rows} rows, {size / 1e6:.1f} MB, {state}")
+        of_fits = f" ({fits / 1e6:.1f} of fits)" if fits else ""
+        say(f"{made.path}: {made.n_rows} rows, {size / 1e6:.1f} MB{of_fits}, {state}")

@@ -97,6 +97,11 @@ class TextOptions:
             return given
         return trainable_parameters(network)
 
+    def require_place(self, bank: Path) -> None:
+        """Refuse a bank beside which the settings cannot be kept."""
+        if self.given:
+            TextSettings.require_place(bank)
+
     def write_beside(self, bank: Path, options: Mapping[str, Any]) -> None:
         """Keep the settings beside the bank, with all options of the build, if it was one from a text file."""
         if self.given:

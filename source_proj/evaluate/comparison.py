@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
+from source_proj._io.printable import printable
 from source_proj.evaluate.calibration import Calibration, calibration
 from source_proj.evaluate.linear_datamodeling import LDS, Difference, compare, lds, mean_lds
 
@@ -146,7 +147,7 @@ def _judge(
     runs: dict[str, list[Matrix]] = {}
     quality: dict[str, Matrix] = {}
     for candidate in own:
-        bar.set_postfix_str(f"{candidate.method}, {candidate.setting}"[:50])
+        bar.set_postfix_str(printable(f"{candidate.method}, {candidate.setting}"[:50]))
         runs[candidate.setting] = [np.asarray(run, dtype=np.float32) for run in candidate.scores()]
         per_run = [lds(run, masks, outcomes, bootstrap=0).per_query for run in runs[candidate.setting]]
         quality[candidate.setting] = np.mean(per_run, axis=0)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from source_proj._errors import MismatchError
+from source_proj._errors import BankError, MismatchError
 from source_proj._io.files import write_file
 from source_proj.integrations.model_task import task_for
 from source_proj.integrations.pretrained import label_numbers
@@ -52,11 +52,21 @@ class TextSettings:
         content = {"text": asdict(self), "build": dict(options)}
         write_file(_beside(bank), (json.dumps(content, indent=2) + "\n").encode())
 
+    @staticmethod
+    def require_place(bank: Path) -> None:
+        """Refuse a bank beside which no settings can be kept, before any work is done.
+
+        Raises:
+            BankError: its name is too long.
+        """
+        _beside(bank)
+
     @classmethod
     def read(cls, bank: Path) -> TextSettings:
         """Read them back.
 
         Raises:
+            BankError: the bank's name is too long for a file beside it.
             ValueError: there are none.
             MismatchError: they are damaged.
         """
@@ -73,7 +83,12 @@ class TextSettings:
 
 def _beside(bank: Path) -> Path:
     bank = bank.absolute()
-    return bank.with_name(f"{bank.name}.text.json")
+    file = bank.with_name(f"{bank.name}.text.json")
+    try:
+        file.is_file()
+    except OSError as error:  # its name is longer than the bank's
+        raise BankError(f"no file can be beside the bank {bank} ({error}): give it a shorter name") from error
+    return file
 
 
 class TextData:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # optimizers import it at their first step: once here, and not in every fork
+import torch.utils.serialization.config  # as torch.load does
 from mutations import EVERYWHERE, OF_BANKS, OF_TENSORS, Mutation, forged_run, safetensors_header
 from safetensors.torch import save_file
 from torch import nn

@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from source_proj._errors import BankError, MismatchError, named_examples
+from source_proj._io.printable import printable
 from source_proj.bank.bank import Bank
 from source_proj.bank.build.arguments import require_arguments, require_device
 from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
@@ -226,7 +227,7 @@ def _chosen(
     sizes = [parameter.numel() for parameter in model.parameters()]
     choice = f"{len(space.names)} of {len(sizes)} parameters, {space.size} of {sum(sizes)} numbers: {which}"
     if announced and patterns is None and len(space.names) < len(sizes):
-        tqdm.write(f"attributing through {choice} (parameters=['*'] takes all)", file=sys.stderr)
+        tqdm.write(printable(f"attributing through {choice} (parameters=['*'] takes all)"), file=sys.stderr)
     return space, choice
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from source_proj._errors import MismatchError
+from source_proj._io.printable import printable
 from source_proj.bank.build.data import Batch, BatchSource, batch_hash
 from source_proj.bank.build.row_encoder import BatchLocation, RowEncoder
 from source_proj.bank.format import Settings
@@ -152,7 +153,7 @@ def _run(run: _Pass, rows: RowEncoder, committer: "_Committer", bar: "tqdm[NoRet
             f"{checkpoint!r} of stage {part.stage_name!r} changed since the bank was begun: its hash was "
             f"{expected[:16]}, and is {checkpoint.hash()[:16]}; put the original back"
         )
-    bar.set_postfix_str(f"{part.stage_name}, step {checkpoint.step}", refresh=False)
+    bar.set_postfix_str(printable(f"{part.stage_name}, step {checkpoint.step}"), refresh=False)
     rows.load(checkpoint)
     loaded = run.work.source.load([part.spec.span(shard) for shard in run.todo])
     buffer = committer.buffer(part, run.checkpoint)
