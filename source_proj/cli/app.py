@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from source_proj.cli import bank, demo, inspect, output, score
+from source_proj.cli import bank, cluster, demo, inspect, output, score
 
 __all__ = ["app", "main"]
 
@@ -38,6 +38,12 @@ def _root(
 app.command("demo")(demo.demo)
 app.command("build")(bank.build)
 app.command("finalize")(bank.finalize)
+app.command("status")(cluster.show_status)
+# What stands behind its own options is another command's.
+app.command(
+    "submit",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+)(cluster.submit)
 app.command("score")(score.score)
 app.command("top-k")(score.top_k)
 app.command("inspect")(inspect.inspect)
