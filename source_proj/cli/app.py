@@ -27,12 +27,14 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[  # noqa: ARG001 (its callback does the work)
         bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     output.debug.set(debug)
+    context.obj = run  # which a submitted job calls
 
 
 app.command("demo")(demo.demo)
@@ -49,6 +51,11 @@ app.command("top-k")(score.top_k)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(inspect.verify)
 app.command("clean")(inspect.clean)
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line and return its exit code."""
+    return int(app(arguments, standalone_mode=False) or 0)
 
 
 def main() -> None:

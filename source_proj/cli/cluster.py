@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from source_proj.cli.jobs import parse_options, submit_job
+from source_proj.cli.jobs import Command, parse_options, submit_job
 from source_proj.cli.options import BankPath, Json
 from source_proj.cli.output import emit, reports_errors, say, table
 from source_proj.distribute import Status, status
@@ -65,7 +65,7 @@ def submit(
         "slurm_partition": partition,
         "slurm_additional_parameters": parse_options(option or ()) or None,
     }
-    job = submit_job(context.args, logs, parameters, local=local)
+    job = submit_job(Command(context.obj, context.args), logs, parameters, local=local)
     if json:
         emit({"job": job.job_id, "logs": os.fspath(logs)})
     else:

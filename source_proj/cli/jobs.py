@@ -1,7 +1,7 @@
 """Commands as jobs of a cluster, by submitit; preempted or timed out ones are requeued and go on."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ class Command:
     """A command line of source-proj that a job runs, in the directory that it was submitted from.
 
     Args:
+        run: runs a command line and returns its exit code; a function that can be pickled.
         arguments: what stands behind ``source-proj``.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, run: Callable[[list[str]], int], arguments: Sequence[str]) -> None:
+        self.run = run
         self.arguments = list(arguments)
         self.directory = os.getcwd()
 
@@ -32,10 +34,8 @@ class Command:
         Raises:
             SourceProjError: it failed; the log has its words.
         """
-        from source_proj.cli.app import app  # which has this command too
-
         os.chdir(self.directory)
-        code = app(self.arguments, standalone_mode=False)
+        code = self.run(self.arguments)
         if code:
             raise SourceProjError(f"{self!r} ended with exit code {code}: the log of the job says why")
 
@@ -46,11 +46,11 @@ class Command:
         return DelayedSubmission(self)
 
 
-def submit_job(arguments: Sequence[str], folder: Path, parameters: Mapping[str, Any], *, local: bool) -> Any:
+def submit_job(command: Command, folder: Path, parameters: Mapping[str, Any], *, local: bool) -> Any:
     """Submit a command line.
 
     Args:
-        arguments: what stands behind ``source-proj``: ``["build", "bank", ...]``.
+        command: the command line.
         folder: of scripts and logs, which all machines see.
         parameters: of submitit's AutoExecutor; those that are None are left to Slurm.
         local: on this machine, without Slurm.
@@ -63,8 +63,9 @@ def submit_job(arguments: Sequence[str], folder: Path, parameters: Mapping[str, 
         ValueError: there is no command, or one that no job runs.
         SourceProjError: there is no Slurm.
     """
-    if not arguments or arguments[0] not in _COMMANDS:
-        raise ValueError(f"submit needs a command, one of {', '.join(_COMMANDS)}, got {list(arguments[:1])}")
+    name = command.arguments[:1]
+    if not name or name[0] not in _COMMANDS:
+        raise ValueError(f"submit needs a command, one of {', '.join(_COMMANDS)}, got {name}")
     try:
         import submitit
     except ImportError as error:
@@ -74,8 +75,8 @@ def submit_job(arguments: Sequence[str], folder: Path, parameters: Mapping[str, 
         executor = submitit.AutoExecutor(folder=str(folder), cluster="local" if local else "slurm")
     except RuntimeError as error:  # there is no srun
         raise SourceProjError(f"nothing can be submitted here ({error}): go where Slurm is, or give --local") from error
-    executor.update_parameters(name=f"source-proj-{arguments[0]}", **given)
-    return executor.submit(Command(arguments))
+    executor.update_parameters(name=f"source-proj-{name[0]}", **given)
+    return executor.submit(command)
 
 
 def parse_options(pairs: Iterable[str]) -> dict[str, str]:

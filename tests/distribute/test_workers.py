@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import source_proj as sp
 from source_proj.bank.build.claims import heartbeats
 from source_proj.bank.store import LocalStore
-from source_proj.cli import app
-from source_proj.cli.jobs import submit_job
+from source_proj.cli.app import app, run
+from source_proj.cli.jobs import Command, submit_job
 
 
 def call(*arguments, code=0):
@@ -61,7 +61,7 @@ def test_the_environment_says_which_share(monkeypatch):
 def test_a_job_that_is_preempted_goes_on(home, monkeypatch):
     pytest.importorskip("submitit")
     monkeypatch.setenv("SLOW", "1")
-    job = submit_job(["build", "job", *ARGUMENTS], home / "jobs", {"timeout_min": 5}, local=True)
+    job = submit_job(Command(run, ["build", "job", *ARGUMENTS]), home / "jobs", {"timeout_min": 5}, local=True)
     store = LocalStore(home / "job")
     while not (beats := heartbeats(store)):
         assert not job.done(), job.stderr()
