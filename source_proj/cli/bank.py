@@ -13,10 +13,11 @@ from source_proj.cli.parsing import (
     make_sketch,
     make_trajectory,
     parse_json,
-    parse_shard,
     parse_steps,
 )
 from source_proj.cli.text import TextOptions
+from source_proj.distribute import this_worker
+from source_proj.distribute.launch import parse_shard
 from source_proj.sketch.projections import kinds
 
 __all__ = ["build", "finalize"]
@@ -108,16 +109,26 @@ def build(
         int | None, typer.Option(min=1, help="Rows in a shard, a multiple of the batch size.")
     ] = None,
     shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Do only part I of N (from 0); then run finalize once.")
+        str | None,
+        typer.Option(metavar="I/N", help="Do only part I of N (from 0), and not what others leave; then run finalize."),
     ] = None,
+    takeover: Annotated[
+        float,
+        typer.Option(help="Seconds without progress after which another worker of this bank is taken for dead."),
+    ] = 300.0,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a bank that was begun.")] = True,
     trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
     progress: Progress = True,
     json: Json = False,
 ) -> None:
-    """Sketch the training gradients of every checkpoint into a bank."""
-    chosen_steps = parse_steps(steps)
+    """Sketch the training gradients of every checkpoint into a bank.
+
+    Run it as often as there are devices, by torchrun, Slurm or any launcher that sets SOURCE_PROJ_SHARD=I/N: all
+    processes build one bank together, and make what others leave that died.
+    """
+    chosen_steps, worker = parse_steps(steps), this_worker()
+    alone = None if shard is None else parse_shard(shard, "--shard")
     text = TextOptions(
         hf_model,
         hf_run,
@@ -160,19 +171,21 @@ def build(
         bank,
         sketch=make_sketch(sketch_dim, sketch_kind, sketch_seed, sketch_nnz, sketch_backend),
         batch_size=batch_size,
-        device=device,
+        device=device or worker.device,
         storage=storage,
-        shard=parse_shard(shard),
+        shard=alone or worker.shard,
+        takeover=takeover if alone is None else None,
         resume=resume,
-        progress=progress,
+        progress=progress and worker.local_index == 0,
         parameters=text.parameters_of(network, parameters),
         sampled_fisher=sampled_fisher,
         autocast=autocast,
         gradients=gradients,
         shard_rows=shard_rows,
     )
-    text.write_beside(bank, context.params)
-    _report(made, json)
+    if worker.local_index == 0:
+        text.write_beside(bank, context.params)
+        _report(made, json)
 
 
 @reports_errors

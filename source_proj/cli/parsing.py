@@ -26,7 +26,6 @@ __all__ = [
     "parse_json",
     "parse_options",
     "parse_segments",
-    "parse_shard",
     "parse_steps",
 ]
 
@@ -205,21 +204,6 @@ def _checkpoint(point: str, lr: float) -> Checkpoint:
     if not equals or not step.isdecimal() or not path:
         raise ValueError(f"--checkpoint must be given as STEP=PATH, such as 500=weights.pt, got {point!r}")
     return Checkpoint(path, int(step), lr=lr)
-
-
-def parse_shard(text: str | None) -> tuple[int, int] | None:
-    """Read ``i/n``, i counted from 0.
-
-    Example:
-        >>> parse_shard("0/4")
-        (0, 4)
-    """
-    if text is None:
-        return None
-    index, slash, count = text.partition("/")
-    if not slash or not index.isdecimal() or not count.isdecimal() or not int(index) < int(count):
-        raise ValueError(f"--shard must be given as i/n with i from 0 to n-1, such as 0/4, got {text!r}")
-    return int(index), int(count)
 
 
 def parse_steps(text: str | None) -> tuple[int, ...] | None:

@@ -29,15 +29,17 @@ from source_proj import bank as banks
 from source_proj._errors import BankError
 from source_proj._io.files import write_file
 from source_proj.bank.build.row_encoder import RowEncoder
+from source_proj.distribute import this_worker
 
 LONGEST = 0.7  # of the time of a whole build, before a kill
 
 Report = dict[str, object]
 
 
-def require_whole(path: Path, whole: Path) -> None:
+def require_whole(path: Path, whole: Path, *, finalize: bool = True) -> None:
     """Hold a bank to one that was built at a stretch, and to `verify`; nothing may be left behind."""
-    banks.open(path).finalize()  # removes what killed writers left
+    if finalize:
+        banks.open(path).finalize()  # removes what killed writers left
     assert_same(path, whole)
     report = banks.verify(path)
     if report.problems or report.leftovers:
@@ -99,6 +101,28 @@ def refusal(path: Path) -> str:
     except BankError as error:
         return str(error)
     return "finalized"
+
+
+def taken_over(run: Run, folder: Path, kills: int, seed: int) -> Report:
+    """Two to four workers, as a launcher numbers them, one of which is killed; the others make the bank alone."""
+    draw = random.Random(seed)
+    duration = timed(lambda: run.build(folder / "whole"))
+    killed = made = 0
+
+    def work(path: Path, index: int, count: int) -> None:
+        os.environ.update(RANK=str(index), WORLD_SIZE=str(count))
+        run.build(path, shard=this_worker().shard, takeover=60)
+
+    while killed < kills:
+        path, count = folder / f"taken_over_{made}", 2 + made % 3
+        workers = [forked(lambda i=i, path=path, count=count: work(path, i, count)) for i in range(count)]
+        killed += killed_after(workers.pop(draw.randrange(count)), draw.uniform(0, LONGEST * duration))
+        for worker in workers:
+            finished(worker)
+        require_whole(path, folder / "whole", finalize=False)
+        shutil.rmtree(path)
+        made += 1
+    return {"kills": killed, "banks": made}
 
 
 def racing(run: Run, folder: Path, kills: int, seed: int) -> Report:
@@ -230,6 +254,7 @@ def origins(bank: dict[str, np.ndarray], sides: list[dict[str, np.ndarray]]) -> 
 SCENARIOS: dict[str, Callable[[Run, Path, int, int], Report]] = {
     "resumed": resumed,
     "together": together,
+    "taken_over": taken_over,
     "racing": racing,
     "instants": instants,
     "straggled": straggled,

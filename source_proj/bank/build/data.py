@@ -1,7 +1,8 @@
 """Training sets and queries as batches in a fixed order, so that a row's place says which example it is."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,20 +60,24 @@ class BatchSource:
         if self.n == 0:
             raise ValueError(f"the data set {_name(self._data)} is empty; give at least one example")
 
-    def load(self, spans: Sequence[Span]) -> Iterator[tuple[int, int, Batch]]:
-        """Yield ``(start, stop, batch)`` for the examples of each span; every span begins a batch of its own."""
+    def load(self, spans: Iterable[Span]) -> Iterator[tuple[int, int, Batch]]:
+        """Yield ``(start, stop, batch)`` for the examples of each span; every span begins a batch of its own.
+
+        Spans are asked for one by one, each when its first batch is needed (a loader's workers need some ahead).
+        """
         cuts = _Cuts(spans, self.batch_size)
         if self._is_plain():
             # What a loader would do by one indexing a row and one stacking a batch, at once.
-            for start, stop in cuts.spans():
+            for _ in cuts:
+                start, stop = cuts.given.popleft()
                 yield start, stop, [tensor[start:stop].clone() for tensor in self._data.tensors]
             return
         # Its own generator: a DataLoader draws a seed for its workers, and would take it from the global one.
         loader: DataLoader[Any] = DataLoader(
             self._data, batch_sampler=cuts, generator=torch.Generator().manual_seed(0), **self._options
         )
-        for (start, stop), batch in zip(cuts.spans(), loader, strict=True):
-            yield start, stop, batch
+        for batch in loader:
+            yield (*cuts.given.popleft(), batch)
 
     def _is_plain(self) -> bool:
         plain_collate = self._options["collate_fn"] is default_collate
@@ -82,21 +87,17 @@ class BatchSource:
 class _Cuts(Sampler[list[int]]):
     """Spans cut into batches."""
 
-    def __init__(self, spans: Sequence[Span], batch_size: int) -> None:
-        self._spans = list(spans)
+    def __init__(self, spans: Iterable[Span], batch_size: int) -> None:
+        self._spans = spans
         self._size = batch_size
-
-    def spans(self) -> Iterator[Span]:
-        for start, stop in self._spans:
-            for low in range(start, stop, self._size):
-                yield low, min(stop, low + self._size)
+        self.given: deque[Span] = deque()  # ends of the batches that were asked for and not taken from the left yet
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start, stop in self.spans():
-            yield list(range(start, stop))
-
-    def __len__(self) -> int:
-        return sum(-(-(stop - start) // self._size) for start, stop in self._spans)
+        for start, stop in self._spans:
+            for low in range(start, stop, self._size):
+                high = min(stop, low + self._size)
+                self.given.append((low, high))
+                yield list(range(low, high))
 
 
 def batches(
