@@ -60,17 +60,17 @@ def answers(subject: Subject, path: Path) -> list[Any]:
     return [json.loads(json.dumps(question(path))) for question in subject.questions]
 
 
-def judged(subject: Subject, path: Path, right: list[Any], *, forged: bool) -> dict[str, str]:
-    """Ask a mutant everything, bounded in time and memory."""
+def judged(subject: Subject, path: Path, right: list[Any], chosen: list[int], *, forged: bool) -> dict[str, str]:
+    """Ask a mutant some questions, bounded in time and memory."""
     os.chdir(path.parent)
     signal.alarm(SECONDS)
     before = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (before + 4 * BYTES,) * 2)  # threads take address space, not memory
     problems = None if subject.problems is None else subject.problems(path)
     refusals = []
-    for number, question in enumerate([*subject.questions, *subject.lenient]):
+    for number in chosen:
         try:
-            answer = json.loads(json.dumps(question(path)))
+            answer = json.loads(json.dumps([*subject.questions, *subject.lenient][number](path)))
         except sp.SourceProjError as error:
             refusals.append(str(error))
             continue
@@ -127,8 +127,10 @@ def fuzz(folder: Path, kind: str, mutants: int, seed: int, seconds: float) -> di
         subject, files, right = draw.choice(kept)
         done = mutant(draw, subject, files, path)
         forged = any(what.startswith("forged") for what in done)
+        strict = len(subject.questions)
+        chosen = [draw.randrange(strict), *(strict + draw.randrange(n) for n in [len(subject.lenient)] if n)]
         begun = time.monotonic()
-        outcome = in_fork(lambda s=subject, r=right, f=forged: judged(s, path, r, forged=f))
+        outcome = in_fork(lambda s=subject, r=right, c=chosen, f=forged: judged(s, path, r, c, forged=f))
         ((word, why),) = outcome.items()
         counts[word] += 1
         if word == "wrong":

@@ -66,8 +66,10 @@ def moments(
     source = repr(checkpoint)
     try:
         yield from _moments(_unwrap(_load(checkpoint), source), source, checkpoint.step, optimizer, model, plain)
-    except (SourceProjError, GeneratorExit):
-        raise
+    except SourceProjError as error:
+        if source in str(error):
+            raise
+        raise MismatchError(f"{source}: {error}") from error
     except Exception as error:  # whatever stands in a foreign file where a number, a list or a tensor must be
         where = checkpoint.optimizer_state if isinstance(checkpoint.optimizer_state, str | Path) else "its dict"
         raise MismatchError(
