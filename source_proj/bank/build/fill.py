@@ -3,14 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from source_proj._errors import MismatchError
+from source_proj._io.progress import Bar, Progress, progress_bar
 from source_proj.bank.build.data import Batch, BatchSource, batch_hash
 from source_proj.bank.build.row_encoder import BatchLocation, RowEncoder
 from source_proj.bank.format import Settings
@@ -76,7 +75,7 @@ def fill(
     *,
     shard: tuple[int, int] | None,
     device: torch.device | str | None,
-    progress: bool,
+    progress: Progress,
 ) -> None:
     """Compute and commit all shards of a worker that are not committed yet.
 
@@ -95,7 +94,7 @@ def fill(
     checks = _checks(passes)
     total = sum(_rows(run.work.part, run.todo) for run in passes)
     total += sum(_rows(work.part, shards) for work, shards in checks)
-    with tqdm(total=total, unit="rows", delay=2, disable=not progress, desc="bank") as bar:
+    with progress_bar(progress, "bank", total, "rows") as bar:
         _check_committed(checks, bar)
         if not any(run.todo for run in passes):
             return
@@ -132,9 +131,9 @@ def _checks(passes: Sequence[_Pass]) -> list[tuple[Work, list[int]]]:
     return checks
 
 
-def _check_committed(checks: Sequence[tuple[Work, list[int]]], bar: "tqdm[NoReturn]") -> None:
+def _check_committed(checks: Sequence[tuple[Work, list[int]]], bar: Bar) -> None:
     """Compare the data of committed shards with the hashes that were banked."""
-    bar.set_postfix_str("comparing data", refresh=False)
+    bar.describe("bank, comparing data")
     for work, shards in checks:
         for shard in shards:
             hashes = []
@@ -144,7 +143,7 @@ def _check_committed(checks: Sequence[tuple[Work, list[int]]], bar: "tqdm[NoRetu
             work.part.check_data(shard, _as_array(hashes))
 
 
-def _run(run: _Pass, rows: RowEncoder, committer: "_Committer", bar: "tqdm[NoReturn]") -> None:
+def _run(run: _Pass, rows: RowEncoder, committer: "_Committer", bar: Bar) -> None:
     part, checkpoint = run.work.part, run.work.checkpoints[run.checkpoint]
     expected = part.hashes[run.checkpoint]
     if checkpoint.hash() != expected:
@@ -152,7 +151,7 @@ def _run(run: _Pass, rows: RowEncoder, committer: "_Committer", bar: "tqdm[NoRet
             f"{checkpoint!r} of stage {part.stage_name!r} changed since the bank was begun: its hash was "
             f"{expected[:16]}, and is {checkpoint.hash()[:16]}; put the original back"
         )
-    bar.set_postfix_str(f"{part.stage_name}, step {checkpoint.step}", refresh=False)
+    bar.describe(f"bank, {part.stage_name}, step {checkpoint.step}")
     rows.load(checkpoint)
     loaded = run.work.source.load([part.spec.span(shard) for shard in run.todo])
     buffer = committer.buffer(part, run.checkpoint)
