@@ -170,7 +170,7 @@ class Hits:
         axes.invert_yaxis()
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_xlabel(f"score ({self.unit})")
-        axes.set_title(f"query {printable(id_word(self.query_ids[query]))}")
+        axes.set_title(f"query {printable(str(id_word(self.query_ids[query])))}")
         return axes
 
     def __repr__(self) -> str:
@@ -213,7 +213,7 @@ class Hits:
         return wrapped(f"{self!r}.{left}", "".join(parts))
 
     def _label(self, example: Example) -> str:
-        return printable(id_word(example.id)) + (f" ({printable(example.label)})" if example.label else "")
+        return printable(str(id_word(example.id))) + (f" ({printable(example.label)})" if example.label else "")
 
     def _ordered(self, k: int | None, *, highest: bool) -> Hits:
         count = self.k if k is None else checked_count(k, self.k)
@@ -230,7 +230,7 @@ def _described(example: Example) -> str:
     """An example in one line: id, label, what the model said, and its text, numbers or file."""
     words = example.words
     parts = [
-        id_word(example.id),
+        str(id_word(example.id)),
         f"label {example.label}" if example.label else "",
         "" if example.prediction is None else f"predicted {example.prediction}",
         words if len(words) <= _TEXT else words[: _TEXT - 2] + " …",

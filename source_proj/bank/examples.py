@@ -1,5 +1,6 @@
 """Examples of a data set as people see them: text, picture or a small table, with label and file."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ ClassNames = Sequence[str] | Mapping[Any, str]
 Picture = tuple[int, ...] | Callable[[Any], Any]
 
 _CELLS = 12  # numbers of a row that are shown
+_MORE = "…"
 _SMALL = 64  # pixels; a picture of fewer is shown pixel by pixel
 _BEFORE = 12  # tokens that are shown before the one that a query asks about
 _WORDS = 280  # characters of a text in a notebook
@@ -60,6 +62,8 @@ class Example:
             return " ".join(self.text.split())
         if self.file is not None:
             return self.file
+        if self.row and self.row[-1][0] == _MORE:  # a long row says nothing in a line
+            return ""
         return ", ".join(f"{name} {value}" for name, value in self.row)
 
     def _repr_html_(self) -> str:
@@ -232,11 +236,11 @@ def _row(value: Any, columns: Sequence[str] | None) -> tuple[tuple[str, str], ..
     numbers = value.tolist()
     names = [str(place) for place in range(len(numbers))] if columns is None else list(columns)
     shown = [(str(name), f"{number:.4g}") for name, number in zip(names, numbers, strict=False)][:_CELLS]
-    return tuple([*shown, ("…", f"{len(numbers) - _CELLS} more")] if len(numbers) > _CELLS else shown)
+    return tuple([*shown, (_MORE, f"{len(numbers) - _CELLS} more")] if len(numbers) > _CELLS else shown)
 
 
 def _name(label: Any, class_names: ClassNames | None) -> str:
-    if hasattr(label, "item") and np.size(label) == 1:
+    if hasattr(label, "item") and math.prod(label.shape) == 1:
         label = label.item()
     if label is None or np.ndim(label) > 0:  # of a sequence, its tokens are the labels
         return ""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from source_proj._errors import MismatchError
-from source_proj._io.progress import Progress
+from source_proj._io.progress import Progress, progress_bar
 
 __all__ = ["StackedState", "half_subsets", "retrain", "stacked_outputs", "train_stacked"]
 
