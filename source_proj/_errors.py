@@ -11,6 +11,7 @@ __all__ = [
     "MismatchError",
     "MissingFileError",
     "SourceProjError",
+    "extra",
     "named_examples",
 ]
 
@@ -56,3 +57,12 @@ def named_examples(ids: Sequence[Any]) -> Iterator[None]:
     except ExampleError as error:
         names = [ids[i] for i in error.positions[:10]]
         raise MismatchError(error.what.format(examples=f"ids {names}")) from None
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Name the optional extra that brings what an import within the block lacks."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f'{error.name} is missing: pip install "source-proj[{name}]"') from error

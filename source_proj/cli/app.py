@@ -1,4 +1,4 @@
-"""The application: commands in order of use."""
+"""The application: commands in order of use. Each loads what it needs when it runs, so that help is at once."""
 
 from importlib.metadata import version
 from typing import Annotated
@@ -15,6 +15,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 done; 1 refused or failed (the bank, the data or the checkpoints are at fault); 2 not "
+    "understood (an option, or what it names, is wrong). --debug before the command shows the traceback.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

@@ -25,8 +25,10 @@ __all__ = [
     "parse_damping",
     "parse_json",
     "parse_options",
+    "parse_picture",
     "parse_segments",
     "parse_steps",
+    "parse_target",
 ]
 
 _TASKS = {"classification": Classification, "regression": Regression, "causal-lm": CausalLM}
@@ -272,3 +274,34 @@ def parse_segments(text: str | None) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | list | dict):
         raise ValueError(f"--segments must be a number, or JSON such as [[0,1],[2]], got {text!r}")
     return value
+
+
+def parse_target(text: str | None) -> str | int | None:
+    """Read which class queries are asked about; None for their labels.
+
+    Example:
+        >>> parse_target("predicted"), parse_target("3"), parse_target("label")
+        ('predicted', 3, None)
+    """
+    if text is None or text == "label":
+        return None
+    if text == "predicted":
+        return text
+    if text.isdecimal():
+        return int(text)
+    raise ValueError(f"--target must be label, predicted or the number of a class, got {text!r}")
+
+
+def parse_picture(text: str | None) -> tuple[int, ...] | None:
+    """Read the shape of a picture.
+
+    Example:
+        >>> parse_picture("8x8"), parse_picture("3x32x32")
+        ((8, 8), (3, 32, 32))
+    """
+    if text is None:
+        return None
+    sizes = text.lower().split("x")
+    if len(sizes) not in (2, 3) or not all(size.isdecimal() and int(size) for size in sizes):
+        raise ValueError(f"--picture must be a shape such as 8x8 or 3x32x32, got {text!r}")
+    return tuple(map(int, sizes))

@@ -6,11 +6,12 @@ from source_proj.integrations.lightning import lightning_stage
 from source_proj.integrations.model_task import task_for
 from source_proj.integrations.peft import trainable_parameters
 from source_proj.integrations.pretrained import load_pretrained
-from source_proj.integrations.text import TextData, TextSettings
+from source_proj.integrations.text import TextData, TextRows, TextSettings
 
 __all__ = [
     "RecorderCallback",
     "TextData",
+    "TextRows",
     "TextSettings",
     "hf_trainer_stage",
     "lightning_stage",

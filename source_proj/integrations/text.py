@@ -18,8 +18,9 @@ from source_proj.integrations.model_task import task_for
 from source_proj.integrations.pretrained import label_numbers
 from source_proj.task import CausalLM, Regression
 
-__all__ = ["TextData", "TextSettings"]
+__all__ = ["TextData", "TextRows", "TextSettings"]
 
+_SUFFIXES = (".csv", ".jsonl", ".ndjson")
 _UNCOUNTED = -100  # transformers' label of tokens that do not count
 
 
@@ -80,6 +81,18 @@ class TextSettings:
         except (ValueError, TypeError, KeyError) as error:
             raise MismatchError(f"{str(file)!r} is damaged ({type(error).__name__}: {error})") from error
 
+    @staticmethod
+    def data_set(bank: Path) -> Path | None:
+        """The text file that a bank was built from, if that is known and still there."""
+        file = _beside(bank)
+        if not file.is_file():
+            return None
+        try:
+            named = Path(str(json.loads(file.read_text(encoding="utf-8"))["build"]["dataset"]))
+        except (ValueError, TypeError, KeyError):
+            return None
+        return named if named.suffix in _SUFFIXES and named.is_file() else None
+
 
 def _beside(bank: Path) -> Path:
     bank = bank.absolute()
@@ -91,6 +104,38 @@ def _beside(bank: Path) -> Path:
     return file
 
 
+class TextRows:
+    """A text file as people read it: the words of each example, and its label.
+
+    Args:
+        file: ``.jsonl`` (one object a line) or ``.csv`` (with a header).
+        settings: which columns.
+
+    Raises:
+        ValueError: another type of file.
+        MismatchError: it holds no example, or a line that is none.
+    """
+
+    def __init__(self, file: str | Path, settings: TextSettings) -> None:
+        self.path = Path(file)
+        self.rows = list(_rows(self.path))
+        self._settings = settings
+        if not self.rows:
+            raise MismatchError(f"{str(file)!r} holds no example")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def words(self, index: int) -> tuple[str, Any]:
+        """Text and label of an example; what stands before the text, or is paired with it, is part of the text."""
+        row, settings = self.rows[index], self._settings
+        columns = [settings.prompt, settings.text, settings.pair]
+        label = row.get(settings.label)
+        if isinstance(label, str) and label.strip().isdecimal():
+            label = int(label)
+        return " ".join(str(row[name]) for name in columns if name is not None and row.get(name) is not None), label
+
+
 class TextData:
     """A text file as a map-style data set: what the tokenizer gives, padded to the longest example, and labels.
 
@@ -99,29 +144,34 @@ class TextData:
         settings: which columns, and how long.
         model: says whether examples are classified or continued.
         tokenizer: the model's.
+        labelled: whether examples have labels. Without, questions are asked about what the model itself says of them:
+            a language model gets the prompts (or, where there is no such column, the texts) and goes on.
 
     Raises:
-        ValueError: another type of file, a missing column, an unknown class, or an example without tokens; the message
-            names the line.
+        ValueError: another type of file.
+        MismatchError: a missing column, an unknown class, or an example without tokens; the message names the line.
     """
 
-    def __init__(self, file: str | Path, settings: TextSettings, model: nn.Module, tokenizer: Any) -> None:
-        path = Path(file)
-        rows = list(_rows(path))
-        if not rows:
-            raise ValueError(f"{str(path)!r} holds no example")
+    def __init__(
+        self, file: str | Path, settings: TextSettings, model: nn.Module, tokenizer: Any, labelled: bool = True
+    ) -> None:
+        path, self._texts = Path(file), TextRows(file, settings)
+        rows, self.words = self._texts.rows, self._texts.words
         task = task_for(model)
         classifies = not isinstance(task, CausalLM)
         for number, row in enumerate(rows, start=1):
-            missing = [name for name in _needed(settings, classifies) if row.get(name) is None]
+            missing = [name for name in _needed(settings, classifies, labelled) if row.get(name) is None]
             if missing:
-                raise ValueError(f"example {number} of {str(path)!r} has no {missing[0]!r}, only {sorted(row)}")
+                raise MismatchError(f"example {number} of {str(path)!r} has no {missing[0]!r}, only {sorted(row)}")
         limit = settings.max_length or _limit(model, tokenizer)
-        encoded = [_encode(tokenizer, row, settings, limit) for row in rows]
+        continues = not classifies and not labelled
+        encoded = [_encode(tokenizer, row, settings, limit, continues) for row in rows]
         if not all(tokens for tokens, _ in encoded):
             number = next(n for n, (tokens, _) in enumerate(encoded, start=1) if not tokens)
-            raise ValueError(f"example {number} of {str(path)!r} has no token")
+            raise MismatchError(f"example {number} of {str(path)!r} has no token")
         self._columns = _padded([tokens for tokens, _ in encoded], tokenizer)
+        if not labelled:
+            return
         if isinstance(task, Regression):
             self._columns["labels"] = torch.tensor(
                 [_number(row[settings.label], n, path) for n, row in enumerate(rows, 1)]
@@ -140,7 +190,7 @@ class TextData:
             self._columns["labels"] = self._columns["input_ids"].masked_fill(uncounted, _UNCOUNTED)
 
     def __len__(self) -> int:
-        return len(self._columns["labels"])
+        return len(self._texts)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: column[index] for name, column in self._columns.items()}
@@ -158,12 +208,12 @@ def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
                 try:
                     yield dict(json.loads(line))
                 except (ValueError, TypeError) as error:
-                    raise ValueError(f"line {number} of {str(path)!r} is no JSON object: {error}") from error
+                    raise MismatchError(f"line {number} of {str(path)!r} is no JSON object: {error}") from error
     else:
         raise ValueError(f"the data set {str(path)!r} must be a .jsonl or .csv file")
 
 
-def _needed(settings: TextSettings, classifies: bool) -> list[str]:
+def _needed(settings: TextSettings, classifies: bool, labelled: bool) -> list[str]:
     """Columns that every example must have.
 
     Raises:
@@ -173,14 +223,18 @@ def _needed(settings: TextSettings, classifies: bool) -> list[str]:
         raise ValueError(f"the prompt column {settings.prompt!r} is for language models: name a pair column instead")
     if not classifies and settings.pair is not None:
         raise ValueError(f"the pair column {settings.pair!r} is for classifiers: name a prompt column instead")
-    named = (settings.text, settings.label if classifies else None, settings.prompt, settings.pair)
+    text = None if not labelled and settings.prompt is not None else settings.text
+    named = (text, settings.label if classifies and labelled else None, settings.prompt, settings.pair)
     return [name for name in named if name is not None]
 
 
 def _encode(
-    tokenizer: Any, row: Mapping[str, Any], settings: TextSettings, limit: int
+    tokenizer: Any, row: Mapping[str, Any], settings: TextSettings, limit: int, continues: bool
 ) -> tuple[Mapping[str, list[int]], int]:
     """What the tokenizer says of an example, by column, cut by itself; and how many of its tokens are the prompt's."""
+    if continues:  # an end-of-text token of the tokenizer's would stop the model at once
+        columns, prompt = _after_prompt(tokenizer, str(row[settings.prompt or settings.text]), "", limit)
+        return {key: values[:prompt] for key, values in columns.items()}, prompt
     text = str(row[settings.text])
     if settings.prompt is not None:
         return _after_prompt(tokenizer, str(row[settings.prompt]), text, limit)
@@ -228,7 +282,7 @@ def _class(value: Any, numbers: Mapping[str, int], classes: int, example: int, p
     """Number of a class that is given by its name or its number.
 
     Raises:
-        ValueError: it is neither.
+        MismatchError: it is neither.
     """
     name = str(value).strip()
     if name in numbers:
@@ -236,7 +290,7 @@ def _class(value: Any, numbers: Mapping[str, int], classes: int, example: int, p
     number = int(value) if isinstance(value, bool | float) and value == int(value) else name
     if str(number).isdecimal() and int(number) < classes:
         return int(number)
-    raise ValueError(
+    raise MismatchError(
         f"example {example} of {str(path)!r} has the class {value!r}; the model knows 0 to {classes - 1} and "
         f"{list(numbers)[:20]}"
     )
@@ -246,6 +300,6 @@ def _number(value: Any, example: int, path: Path) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise ValueError(
+        raise MismatchError(
             f"example {example} of {str(path)!r} has the label {value!r}, and a number is needed"
         ) from None

@@ -66,6 +66,11 @@ class FittedSegments:
         return self.bank.sketch.dim * len(self.bank.metrics)
 
     @property
+    def is_fitted(self) -> bool:
+        """Whether the segments are known already."""
+        return self._segments is not None
+
+    @property
     def segments(self) -> tuple[Segment, ...]:
         """All segments, in order of training."""
         with self._fitting:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from source_proj._errors import BankError, MismatchError, named_examples
 from source_proj._io.printable import printable
+from source_proj._io.progress import Progress
 from source_proj.bank.bank import Bank
 from source_proj.bank.build.arguments import require_arguments, require_device
 from source_proj.bank.build.claims import Claims, checked_takeover
@@ -22,6 +23,7 @@ from source_proj.bank.build.create import create_bank, require_same_part, requir
 from source_proj.bank.build.data import BatchSource, checked_ids, to_device
 from source_proj.bank.build.fill import Work, checked_shard, fill
 from source_proj.bank.build.normalizer import with_normalizer
+from source_proj.bank.examples import Examples
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
 from source_proj.bank.store import LocalStore
@@ -51,7 +53,7 @@ def build(
     shard: tuple[int, int] | None = None,
     takeover: float | None = None,
     resume: bool = True,
-    progress: bool = True,
+    progress: Progress = True,
     ids: Any = None,
     parameters: Sequence[str] | None = None,
     sampled_fisher: int = 0,
@@ -85,7 +87,7 @@ def build(
         takeover: seconds without progress of another worker after which its shards are taken over; more than a batch
             takes, and the loading of a checkpoint. None: other workers' shards are left alone.
         resume: go on with a bank that is there; False refuses if there is anything.
-        progress: show a progress bar after two seconds.
+        progress: show a progress bar after two seconds; False for none, or a function of (description, done, total).
         ids: ids of the examples in order, integers or strings; {stage name: ids} for several stages. Default: 0, 1, …
         parameters: globs of the parameters to attribute through, "!glob" to leave out; ``["*"]`` for all. Default:
             those that training moved, see :func:`source_proj.trajectory.trained_parameters`; ``bank.parameter_choice``
@@ -130,7 +132,7 @@ def build(
     _check_loss(task, trajectory)
     task = with_normalizer(task, sources, names)
     second_derivative, fisher_weight = _columns(task, sources[0], stage_ids[0])
-    space, choice = _chosen(model, trajectory, parameters, progress)
+    space, choice = _chosen(model, trajectory, parameters, progress is True)
     resolved = trajectory.resolve(model, space)
     _check_orders(task, model, trajectory, sources, device)
     settings = Settings(
@@ -171,6 +173,7 @@ def build(
             bank.reload()
         elif shard is None:
             bank.seal(parts)
+    bank.examples = Examples(dict(zip(names, _by_stage(train_set, names, "train_set"), strict=True)))
     return bank
 
 

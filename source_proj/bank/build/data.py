@@ -17,11 +17,11 @@ from torch.utils.data import (
     TensorDataset,
     default_collate,
 )
-from tqdm import tqdm
 
 from source_proj._errors import MismatchError
+from source_proj._io.progress import Progress, progress_bar
 
-__all__ = ["Batch", "BatchSource", "batch_hash", "batches", "checked_ids", "dataset_size", "to_device"]
+__all__ = ["Batch", "BatchSource", "Span", "batch_hash", "batches", "checked_ids", "dataset_size", "to_device"]
 
 Batch = Any
 Span = tuple[int, int]
@@ -107,7 +107,8 @@ def batches(
     stop: int | None = None,
     *,
     device: torch.device | str | None = None,
-    progress: bool = False,
+    progress: Progress = False,
+    description: str = "examples",
 ) -> Iterator[tuple[int, Batch]]:
     """Yield ``(position of the first example, batch)`` over a data set or DataLoader, in its own order.
 
@@ -117,7 +118,8 @@ def batches(
         start: first example.
         stop: end of the examples; default: all.
         device: where the tensors go; default: where they are.
-        progress: show a progress bar after two seconds.
+        progress: show a progress bar after two seconds; False for none, or a function of (description, done, total).
+        description: what the bar says.
 
     Example:
         >>> data = TensorDataset(torch.arange(5))
@@ -128,7 +130,7 @@ def batches(
     stop = source.n if stop is None else stop
     if not 0 <= start <= stop <= source.n:
         raise ValueError(f"start {start} and stop {stop} do not lie in order within the data set's {source.n} examples")
-    with tqdm(total=stop - start, unit="examples", delay=2, disable=not progress) as bar:
+    with progress_bar(progress, description, stop - start, "examples") as bar:
         for low, high, batch in source.load([(start, stop)]):
             yield low, batch if device is None else to_device(batch, device)
             bar.update(high - low)

@@ -4,15 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from source_proj._errors import MismatchError
-from source_proj._io.printable import printable
+from source_proj._io.progress import Bar, Progress, progress_bar
 from source_proj.bank.build.claims import Claims
 from source_proj.bank.build.data import Batch, BatchSource, batch_hash
 from source_proj.bank.build.row_encoder import BatchLocation, RowEncoder
@@ -79,7 +77,7 @@ def fill(
     *,
     shard: tuple[int, int] | None,
     device: torch.device | str | None,
-    progress: bool,
+    progress: Progress,
     claims: Claims | None = None,
 ) -> None:
     """Compute and commit all shards of a worker that are not committed yet.
@@ -102,7 +100,7 @@ def fill(
     checks = _checks(passes)
     total = sum(_rows(run.work.part, run.todo) for run in passes)
     total += sum(_rows(work.part, shards) for work, shards in checks)
-    with tqdm(total=total, unit="rows", delay=2, disable=not progress, desc="bank") as bar:
+    with progress_bar(progress, "bank", total, "rows") as bar:
         _check_committed(checks, bar)
         rest = iter(()) if claims is None else _rest(works, claims)
         passes_to_come = chain((run for run in passes if run.todo), rest)
@@ -164,9 +162,9 @@ def _checks(passes: Sequence[_Pass]) -> list[tuple[Work, list[int]]]:
     return checks
 
 
-def _check_committed(checks: Sequence[tuple[Work, list[int]]], bar: "tqdm[NoReturn]") -> None:
+def _check_committed(checks: Sequence[tuple[Work, list[int]]], bar: Bar) -> None:
     """Compare the data of committed shards with the hashes that were banked."""
-    bar.set_postfix_str("comparing data", refresh=False)
+    bar.describe("bank, comparing data")
     for work, shards in checks:
         for shard in shards:
             hashes = []
@@ -176,7 +174,7 @@ def _check_committed(checks: Sequence[tuple[Work, list[int]]], bar: "tqdm[NoRetu
             work.part.check_data(shard, _as_array(hashes))
 
 
-def _run(run: _Pass, rows: RowEncoder, committer: "_Committer", bar: "tqdm[NoReturn]", claims: Claims | None) -> None:
+def _run(run: _Pass, rows: RowEncoder, committer: "_Committer", bar: Bar, claims: Claims | None) -> None:
     part, checkpoint = run.work.part, run.work.checkpoints[run.checkpoint]
     todo = iter(run.todo) if claims is None else claims.take(part, run.checkpoint, run.todo)
     first = next(todo, None)
@@ -188,7 +186,7 @@ def _run(run: _Pass, rows: RowEncoder, committer: "_Committer", bar: "tqdm[NoRet
             f"{checkpoint!r} of stage {part.stage_name!r} changed since the bank was begun: its hash was "
             f"{expected[:16]}, and is {checkpoint.hash()[:16]}; put the original back"
         )
-    bar.set_postfix_str(printable(f"{part.stage_name}, step {checkpoint.step}"), refresh=False)
+    bar.describe(f"bank, {part.stage_name}, step {checkpoint.step}")
     rows.load(checkpoint)
     loaded = run.work.source.load(part.spec.span(shard) for shard in chain([first], todo))
     buffer = committer.buffer(part, run.checkpoint)

@@ -140,6 +140,11 @@ class Recorder:
         hook = optimizer.register_step_post_hook(_weakly(self._see))
         self._end = weakref.finalize(self, _end, hook, self._lock)
 
+    def __repr__(self) -> str:
+        run, steps = self._progress.run, self._progress.steps
+        when = f"every {self._every} steps" if self._every is not None else f"at {len(self._at)} steps"
+        return f"Recorder({str(self.dir)!r}: {steps} steps, {len(run.checkpoints)} checkpoints so far, {when})"
+
     @property
     def steps(self) -> int:
         """Optimizer steps taken so far, recorded or not."""
