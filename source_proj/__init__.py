@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from source_proj import evaluate, integrations, report
+from source_proj import curate, evaluate, integrations, report
 from source_proj._errors import BankError, GradientError, MismatchError, SourceProjError
 from source_proj.attribution.hits import Hits
 from source_proj.attribution.methods import (
@@ -84,6 +84,7 @@ __all__ = [
     "Trajectory",
     "Trak",
     "build",
+    "curate",
     "empirical_influence",
     "evaluate",
     "integrations",

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from source_proj.cli import bank, demo, inspect, output, score
+from source_proj.cli import bank, curate, demo, inspect, output, score
 
 __all__ = ["app", "main"]
 
@@ -40,6 +40,7 @@ app.command("build")(bank.build)
 app.command("finalize")(bank.finalize)
 app.command("score")(score.score)
 app.command("top-k")(score.top_k)
+app.add_typer(curate.app, name="curate")
 app.command("inspect")(inspect.inspect)
 app.command("verify")(inspect.verify)
 app.command("clean")(inspect.clean)
