@@ -20,8 +20,8 @@ _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 _WIDE = {"utf-16-le": "<u2", "utf-16-be": ">u2", "utf-32-le": "<u4", "utf-32-be": ">u4"}
-_SIGNS = bytes(range(9, 127))
-"""What may be a delimiter, a quote, or the end of a line: in these encodings, one byte that stands for nothing else."""
+_SIGNS = {chr(code) for code in range(9, 64)} - {'"', "\r", "\n"} | {"|"}
+"""What may be a delimiter: no letter, and in the encodings allowed a byte of its own, never a part of another sign."""
 
 
 class Records(NamedTuple):
@@ -95,12 +95,10 @@ def csv_records(content: bytes, *, encoding: str = "utf-8", delimiter: str = ","
     Example:
         >>> records = csv_records(b'text,label\n"two\nlines",0\nlast,1')
         >>> records.spans, records.without([0])
-        ([(11, 24), (24, 30)], b'text,label\nlast,1')
+        ([(11, 25), (25, 31)], b'text,label\nlast,1')
     """
-    if len(delimiter) != 1 or delimiter.encode("ascii", "ignore") not in _SIGNS or delimiter in '"\r\n':
-        raise ValueError(
-            f"a delimiter is one sign of ASCII other than a quote, such as ',' or '\\t', got {delimiter!r}"
-        )
+    if delimiter not in _SIGNS:
+        raise ValueError(f"a delimiter is one sign such as ',' or '\\t', got {delimiter!r}")
     encoding, mark = _encoding(content, encoding)
     units, width = _units(content, encoding, mark)
     other = re.escape(delimiter).encode()
@@ -186,15 +184,18 @@ def _encoding(content: bytes, encoding: str) -> tuple[str, int]:
     Raises:
         ValueError: bytes of ASCII stand for other letters in it.
     """
-    for mark, told in _BYTE_ORDER_MARKS.items():
-        if content.startswith(mark):
-            return told, len(mark)
     try:
-        name = codecs.lookup(encoding).name
+        name, letters = codecs.lookup(encoding).name, "a\n".encode(encoding)
     except LookupError:
-        raise ValueError(f"there is no encoding {encoding!r}: give one that Python knows, such as 'utf-8'") from None
+        raise ValueError(
+            f"there is no encoding of texts {encoding!r}: give one that Python knows, such as 'utf-8'"
+        ) from None
+    for mark, told in _BYTE_ORDER_MARKS.items():
+        # A NUL behind UTF-16's mark looks like UTF-32's: the name decides.
+        if content.startswith(mark) and not (told.startswith("utf-32") and name.startswith("utf-16")):
+            return told, len(mark)
     name = {"utf-8-sig": "utf-8", "utf-16": "utf-16-le", "utf-32": "utf-32-le"}.get(name, name)
-    if name.startswith(("iso2022", "hz", "utf-7", "utf_7")) or (name not in _WIDE and "a\n".encode(name) != b"a\n"):
+    if name.startswith(("iso2022", "hz", "utf-7", "utf_7")) or (name not in _WIDE and letters != b"a\n"):
         raise ValueError(
             f"records cannot be found in {encoding!r}, where a line's end may be part of a letter: use UTF-8"
         )

@@ -1,6 +1,6 @@
 """Clean, choose and check training sets: harmful and mislabelled examples, near-duplicates, selections, retraining."""
 
-from source_proj.curate.aggregate import Aggregate, aggregate
+from source_proj.curate.aggregates import Aggregate, aggregate
 from source_proj.curate.cleaning import Cleaning
 from source_proj.curate.duplicates import near_duplicates
 from source_proj.curate.harm import drop_worst, harmful

@@ -10,7 +10,7 @@ import torch
 
 from source_proj._errors import MismatchError
 from source_proj.attribution.hits import checked_count
-from source_proj.curate.aggregate import Aggregate
+from source_proj.curate.aggregates import Aggregate
 from source_proj.curate.cleaning import Cleaning
 
 __all__ = ["beyond_chance", "class_quotas", "drop_worst", "harmful", "within_quotas"]

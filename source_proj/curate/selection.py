@@ -13,7 +13,7 @@ from source_proj._errors import MismatchError
 from source_proj.attribution.attributor import Attributor
 from source_proj.attribution.hits import checked_count
 from source_proj.attribution.scores import Scores
-from source_proj.curate.aggregate import facts_of, score_blocks
+from source_proj.curate.aggregates import facts_of, score_blocks
 from source_proj.curate.cleaning import Cleaning
 from source_proj.curate.harm import beyond_chance, class_quotas, within_quotas
 
