@@ -1,6 +1,6 @@
 """The public names and where they live; the package loads each when it is first asked for."""
 
-from source_proj import distribute, evaluate, integrations, report
+from source_proj import curate, distribute, evaluate, integrations, report
 from source_proj._errors import BankError, GradientError, MismatchError, SourceProjError
 from source_proj.attribution.hits import Hit, Hits
 from source_proj.attribution.methods import (
@@ -91,6 +91,7 @@ __all__ = [
     "Trajectory",
     "Trak",
     "build",
+    "curate",
     "distribute",
     "empirical_influence",
     "evaluate",

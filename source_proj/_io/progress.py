@@ -37,6 +37,12 @@ class Bar:
         if self._report is not None:
             self._report(self.description, self.done, self.total)
 
+    def expect(self, total: int) -> None:
+        """Say that there is more to do than was known; never less."""
+        self.total = max(self.total, total)
+        if self._shown is not None:
+            self._shown.total = self.total
+
     def describe(self, description: str) -> None:
         """Say what is being done now."""
         self.description = description

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from source_proj._errors import GradientError, MismatchError, named_examples
 from source_proj._io.progress import Progress, progress_bar
 from source_proj.bank import Bank
+from source_proj.bank.build.columns import query_split
 from source_proj.bank.build.data import BatchSource, Span, to_device
 from source_proj.bank.examples import Examples
 from source_proj.gradients import (
@@ -111,7 +112,8 @@ def sketch_queries(
         bank: the bank whose sketch, parameters and checkpoints are used.
         model: a module of the architecture that the bank was built with.
         task: gives the measurement.
-        queries: map-style dataset or DataLoader; its order defines the ids unless ``ids`` are given.
+        queries: map-style dataset or DataLoader; its order defines the ids unless ``ids`` are given. A pandas frame, a
+            ``datasets.Dataset``, or a ``DatasetDict`` with one split beside ``train`` are taken as they are.
         checkpoints: where to take the gradients: one backward pass over the queries each.
         metrics: which of the bank's metrics to take them in, all from one pass; default: all of them.
         ids: ids of the queries; default 0, 1, 2, …, or "sequence/position" of :class:`TokenQueries`.
@@ -127,7 +129,7 @@ def sketch_queries(
     """
     space = ParameterSpace.from_spec(bank.space_spec)
     points = list(checkpoints) if checkpoints is not None else [bank.final_checkpoint()]
-    source = BatchSource(_rows(queries), batch_size)
+    source = BatchSource(_rows(query_split(queries)), batch_size)
     count = source.n
     if ids is None and isinstance(queries, TokenQueries):
         ids = queries.ids

@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from source_proj.task import CausalLM, Classification, Regression, Task
 from source_proj.trajectory import SGD, Checkpoint, Trajectory
 
 __all__ = [
+    "load_function",
     "load_model",
     "load_object",
     "make_sketch",
@@ -46,6 +47,32 @@ def load_object(name: str, what: str) -> Any:
     Raises:
         ValueError: if the name has no colon, or names nothing.
     """
+    value = _named(name, what)
+    if inspect.isroutine(value) or inspect.isclass(value) or isinstance(value, functools.partial):
+        return value()
+    return value
+
+
+def load_function(name: str, what: str) -> Callable[..., Any]:
+    """Import a function that ``module:function`` names, to be called later.
+
+    Args:
+        name: ``package.module:function``.
+        what: the option it was given for, for messages.
+
+    Raises:
+        ValueError: if the name has no colon, or names nothing.
+        TypeError: if it names what cannot be called.
+    """
+    value = _named(name, what)
+    if not callable(value):
+        raise TypeError(f"{what} {name!r} must name a function, got {type(value).__name__}")
+    function: Callable[..., Any] = value
+    return function
+
+
+def _named(name: str, what: str) -> Any:
+    """What ``module:attribute`` names."""
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise ValueError(f"{what} must be given as module:function, got {name!r}")
@@ -62,8 +89,6 @@ def load_object(name: str, what: str) -> Any:
         if not hasattr(value, part):
             raise ValueError(f"{what} {name!r}: {module_name} has no {attribute!r}")
         value = getattr(value, part)
-    if inspect.isroutine(value) or inspect.isclass(value) or isinstance(value, functools.partial):
-        return value()
     return value
 
 

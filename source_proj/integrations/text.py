@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ from torch import Tensor, nn
 from source_proj._errors import BankError, MismatchError
 from source_proj._io.files import write_file
 from source_proj.integrations.model_task import task_for
-from source_proj.integrations.pretrained import label_numbers
+from source_proj.integrations.pretrained import label_numbers, load_pretrained
+from source_proj.integrations.text_rows import text_rows
 from source_proj.task import CausalLM, Regression
 
 __all__ = ["TextData", "TextRows", "TextSettings"]
 
-_SUFFIXES = (".csv", ".jsonl", ".ndjson")
+_SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 _UNCOUNTED = -100  # transformers' label of tokens that do not count
 
 
@@ -105,23 +105,26 @@ def _beside(bank: Path) -> Path:
 
 
 class TextRows:
-    """A text file as people read it: the words of each example, and its label.
+    """Texts as people read them: the words of each example, and its label.
 
     Args:
-        file: ``.jsonl`` (one object a line) or ``.csv`` (with a header).
+        data: see :class:`TextData`.
         settings: which columns.
 
+    Attributes:
+        name: what the data are called in messages.
+        rows: the examples, by the names of the columns.
+
     Raises:
-        ValueError: another type of file.
-        MismatchError: it holds no example, or a line that is none.
+        ValueError: another type of file, or a damaged one.
+        MismatchError: it holds no example.
     """
 
-    def __init__(self, file: str | Path, settings: TextSettings) -> None:
-        self.path = Path(file)
-        self.rows = list(_rows(self.path))
+    def __init__(self, data: Any, settings: TextSettings) -> None:
+        self.name, self.rows = text_rows(data)
         self._settings = settings
         if not self.rows:
-            raise MismatchError(f"{str(file)!r} holds no example")
+            raise MismatchError(f"{self.name} holds no example")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -137,10 +140,11 @@ class TextRows:
 
 
 class TextData:
-    """A text file as a map-style data set: what the tokenizer gives, padded to the longest example, and labels.
+    """Texts as a map-style data set: what the tokenizer gives, padded to the longest example, and labels.
 
     Args:
-        file: ``.jsonl`` (one object a line) or ``.csv`` (with a header).
+        data: a ``.jsonl`` file (one object a line), a ``.csv`` one (with a header), a ``.parquet`` one, a folder that
+            ``datasets`` saved, a ``datasets.Dataset``, a pandas frame, or a list of dicts.
         settings: which columns, and how long.
         model: says whether examples are classified or continued.
         tokenizer: the model's.
@@ -148,39 +152,39 @@ class TextData:
             a language model gets the prompts (or, where there is no such column, the texts) and goes on.
 
     Raises:
-        ValueError: another type of file.
-        MismatchError: a missing column, an unknown class, or an example without tokens; the message names the line.
+        ValueError: another type of file, or a damaged one.
+        MismatchError: a missing column, an unknown class, or an example without tokens; the message names the example.
     """
 
     def __init__(
-        self, file: str | Path, settings: TextSettings, model: nn.Module, tokenizer: Any, labelled: bool = True
+        self, data: Any, settings: TextSettings, model: nn.Module, tokenizer: Any, labelled: bool = True
     ) -> None:
-        path, self._texts = Path(file), TextRows(file, settings)
-        rows, self.words = self._texts.rows, self._texts.words
+        self._texts = TextRows(data, settings)
+        name, rows, self.words = self._texts.name, self._texts.rows, self._texts.words
         task = task_for(model)
         classifies = not isinstance(task, CausalLM)
         for number, row in enumerate(rows, start=1):
             missing = [name for name in _needed(settings, classifies, labelled) if row.get(name) is None]
             if missing:
-                raise MismatchError(f"example {number} of {str(path)!r} has no {missing[0]!r}, only {sorted(row)}")
+                raise MismatchError(f"example {number} of {name} has no {missing[0]!r}, only {sorted(row)}")
         limit = settings.max_length or _limit(model, tokenizer)
         continues = not classifies and not labelled
         encoded = [_encode(tokenizer, row, settings, limit, continues) for row in rows]
         if not all(tokens for tokens, _ in encoded):
             number = next(n for n, (tokens, _) in enumerate(encoded, start=1) if not tokens)
-            raise MismatchError(f"example {number} of {str(path)!r} has no token")
+            raise MismatchError(f"example {number} of {name} has no token")
         self._columns = _padded([tokens for tokens, _ in encoded], tokenizer)
         if not labelled:
             return
         if isinstance(task, Regression):
             self._columns["labels"] = torch.tensor(
-                [_number(row[settings.label], n, path) for n, row in enumerate(rows, 1)]
+                [_number(row[settings.label], n, name) for n, row in enumerate(rows, 1)]
             )
         elif classifies:
             numbers = label_numbers(settings.model, model) if settings.labels is None else settings.labels
             classes = int(getattr(model.config, "num_labels", len(numbers)))
             self._columns["labels"] = torch.tensor(
-                [_class(row[settings.label], numbers, classes, n, path) for n, row in enumerate(rows, start=1)]
+                [_class(row[settings.label], numbers, classes, n, name) for n, row in enumerate(rows, start=1)]
             )
         else:
             self._columns.pop("token_type_ids", None)  # of pairs; language models would embed them as words
@@ -189,28 +193,27 @@ class TextData:
                 mask[:prompt] = True
             self._columns["labels"] = self._columns["input_ids"].masked_fill(uncounted, _UNCOUNTED)
 
+    @classmethod
+    def like(cls, bank: str | Path, data: Any, *, trust_remote_code: bool = False) -> TextData:
+        """Texts read as the training set of a bank was: same columns, same tokenizer, same length.
+
+        Args:
+            bank: a bank that ``source-proj build --dataset`` made.
+            data: see the class.
+            trust_remote_code: let transformers run Python code that lies in the model's directory.
+
+        Raises:
+            ValueError: the bank was not built from texts; or as the class.
+        """
+        settings = TextSettings.read(Path(bank))
+        network, tokenizer = load_pretrained(settings.model, trust_remote_code=trust_remote_code)
+        return cls(data, settings, network, tokenizer)
+
     def __len__(self) -> int:
         return len(self._texts)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: column[index] for name, column in self._columns.items()}
-
-
-def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"the data set {str(path)!r} does not exist")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".csv":
-        yield from csv.DictReader(text.splitlines(keepends=True))
-    elif path.suffix in (".jsonl", ".ndjson"):
-        for number, line in enumerate(text.splitlines(), start=1):
-            if line.strip():
-                try:
-                    yield dict(json.loads(line))
-                except (ValueError, TypeError) as error:
-                    raise MismatchError(f"line {number} of {str(path)!r} is no JSON object: {error}") from error
-    else:
-        raise ValueError(f"the data set {str(path)!r} must be a .jsonl or .csv file")
 
 
 def _needed(settings: TextSettings, classifies: bool, labelled: bool) -> list[str]:
@@ -278,7 +281,7 @@ def _limit(model: nn.Module, tokenizer: Any) -> int:
     return min(int(positions or 512), int(tokenizer.model_max_length))
 
 
-def _class(value: Any, numbers: Mapping[str, int], classes: int, example: int, path: Path) -> int:
+def _class(value: Any, numbers: Mapping[str, int], classes: int, example: int, data: str) -> int:
     """Number of a class that is given by its name or its number.
 
     Raises:
@@ -291,15 +294,13 @@ def _class(value: Any, numbers: Mapping[str, int], classes: int, example: int, p
     if str(number).isdecimal() and int(number) < classes:
         return int(number)
     raise MismatchError(
-        f"example {example} of {str(path)!r} has the class {value!r}; the model knows 0 to {classes - 1} and "
+        f"example {example} of {data} has the class {value!r}; the model knows 0 to {classes - 1} and "
         f"{list(numbers)[:20]}"
     )
 
 
-def _number(value: Any, example: int, path: Path) -> float:
+def _number(value: Any, example: int, data: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise MismatchError(
-            f"example {example} of {str(path)!r} has the label {value!r}, and a number is needed"
-        ) from None
+        raise MismatchError(f"example {example} of {data} has the label {value!r}, and a number is needed") from None

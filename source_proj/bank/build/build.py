@@ -19,6 +19,7 @@ from source_proj._io.progress import Progress
 from source_proj.bank.bank import Bank
 from source_proj.bank.build.arguments import require_arguments, require_device
 from source_proj.bank.build.claims import Claims, checked_takeover
+from source_proj.bank.build.columns import splits_of
 from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
 from source_proj.bank.build.data import BatchSource, checked_ids, to_device
 from source_proj.bank.build.fill import Work, checked_shard, fill
@@ -77,7 +78,9 @@ def build(
         model: a module of the architecture that was trained. What runs is a copy; the model itself is left as it is.
         task: what it was trained on, and what is asked of it.
         trajectory: the training run. Checkpoints given as dicts are copied into the bank.
-        train_set: map-style data set or DataLoader without shuffling; {stage name: data set} for several stages.
+        train_set: map-style data set or DataLoader without shuffling; {stage name: data set} for several stages. A
+            pandas frame of numbers with a label column, a ``datasets.Dataset``, or a ``DatasetDict`` whose splits have
+            the stages' names ("train" for a run of one) are taken as they are.
         path: the bank's folder.
         sketch: the projection of the gradients.
         batch_size: examples a batch; a DataLoader brings its own.
@@ -249,6 +252,8 @@ def _chosen(
 
 def _by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
     """What belongs to each stage: entries of a mapping, or the one thing for the one stage."""
+    if splits_of(given) and set(given) >= set(names):  # the splits of other names are for other uses
+        return [given[name] for name in names]
     if isinstance(given, Mapping) and (len(names) > 1 or set(given) == set(names)):
         if set(given) != set(names):
             raise ValueError(f"{what} has entries {list(given)}, and the stages are {list(names)}; give one each")

@@ -20,6 +20,7 @@ from torch.utils.data import (
 
 from source_proj._errors import MismatchError
 from source_proj._io.progress import Progress, progress_bar
+from source_proj.bank.build.columns import examples_of
 
 __all__ = ["Batch", "BatchSource", "Span", "batch_hash", "batches", "checked_ids", "dataset_size", "to_device"]
 
@@ -32,7 +33,8 @@ class BatchSource:
 
     Args:
         data: a map-style data set (``__getitem__`` and ``__len__``), or a DataLoader of one, whose ``batch_size``,
-            ``collate_fn`` and workers are then used.
+            ``collate_fn`` and workers are then used. A ``datasets.Dataset`` or a pandas frame: see
+            :func:`source_proj.bank.build.columns.examples_of`.
         batch_size: examples a batch, unless a DataLoader says.
 
     Raises:
@@ -237,6 +239,7 @@ def _check_id(value: Any, stage: str, *, string: bool) -> None:
 
 
 def _checked_dataset(data: Any) -> Any:
+    data = examples_of(data)
     if isinstance(data, IterableDataset):
         raise TypeError(
             f"{_name(data)} is an IterableDataset, whose examples have no fixed place; give a map-style data set"

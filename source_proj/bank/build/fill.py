@@ -201,7 +201,8 @@ def _run(run: _Pass, rows: RowEncoder, committer: "_Committer", bar: Bar, claims
             buffer.clear()
             for again, until, earlier in run.work.source.load([(begin, stop)]):
                 _put(run, rows, buffer, again, until, earlier)
-        _show(bar, stop - start)
+        bar.expect(bar.done + stop - start)  # those of another worker's share come on top of what was to do
+        bar.update(stop - start)
         if claims is not None:
             claims.beat(stop - start)
         if stop == end:
@@ -210,12 +211,6 @@ def _run(run: _Pass, rows: RowEncoder, committer: "_Committer", bar: Bar, claims
             committer.commit(part, run.checkpoint, shard, buffer)
             buffer = committer.buffer(part, run.checkpoint)
     committer.wait()
-
-
-def _show(bar: "tqdm[NoReturn]", count: int) -> None:
-    """Count rows; those of another worker's share come on top of what was to do."""
-    bar.total = max(bar.total, bar.n + count)
-    bar.update(count)
 
 
 def _put(run: _Pass, rows: RowEncoder, buffer: "_Buffer", start: int, stop: int, batch: Batch) -> None:
