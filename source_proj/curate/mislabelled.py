@@ -16,6 +16,7 @@ from source_proj.attribution.query_points import takes_mean
 from source_proj.attribution.source import Source
 from source_proj.bank import Bank
 from source_proj.curate.cleaning import Cleaning, word
+from source_proj.task import Classification, Task
 
 __all__ = ["mislabelled"]
 
@@ -49,8 +50,9 @@ def mislabelled(
     Args:
         source: SOURCE on the bank.
         labels: label of each training example.
-        n: how many to name; default: those whose value lies beyond 3.5 robust standard deviations (median and median
-            absolute deviation) of their own class.
+        n: how many to name; default: by the error of a classifier (without smoothing and weights) those whose label had
+            a probability below 1/2 on average; else those whose value lies beyond 3.5 robust standard deviations
+            (median and median absolute deviation) of their own class.
         by: which of the three.
 
     Raises:
@@ -70,7 +72,10 @@ def mislabelled(
         suspicion = np.asarray(source.self_influence(), dtype=np.float64)
     else:
         suspicion, rival = _most_harmed(source, member)
-    chosen = _outliers(suspicion, member) if n is None else np.arange(len(ids))
+    chosen = np.arange(len(ids))
+    if n is None:
+        is_probability = by == "error" and _tells_probability(source.task)
+        chosen = np.flatnonzero(suspicion > 0.5) if is_probability else _outliers(suspicion, member)
     chosen = chosen[np.argsort(-suspicion[chosen], kind="stable")]
     if n is not None:
         chosen = chosen[: checked_count(n, len(ids) - 1)]
@@ -96,6 +101,13 @@ def _reason(
     if by == "error":
         return f"its error was {suspicion[place]:.3g} on average over the checkpoints, {rank}"
     return f"it lowered its own loss by {suspicion[place]:.3g}, {rank}"
+
+
+def _tells_probability(task: Task) -> bool:
+    """Whether |ℓ'| is 1 - p, p the probability of the label."""
+    return type(task) is Classification and not (
+        task.label_smoothing or task.class_weights is not None or task.sample_weight is not None
+    )
 
 
 def _mean_error(source: Source) -> np.ndarray:

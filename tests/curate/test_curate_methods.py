@@ -171,6 +171,8 @@ def test_the_error_is_one_minus_the_probability(run):
     expected = np.mean(errors, axis=0)
     assert np.allclose(named.values["error"], expected[named.ids], rtol=1e-4)
     assert np.allclose(named.values["error"], np.sort(expected)[::-1][:43], rtol=1e-4)
+    likely = curate.mislabelled(run.source, run.labels)  # all whose label was less probable than the others together
+    assert set(likely.dropped) == set(np.flatnonzero(expected > 0.5))
 
 
 def test_disagreement_is_the_score_of_the_other_classes_losses(run):

@@ -49,7 +49,7 @@ def examples_of(data: Any) -> Any:
 
 def splits_of(data: Any) -> Mapping[str, Any] | None:
     """The splits of a ``datasets.DatasetDict``; None for all else."""
-    return data if isinstance(data, Mapping) and type(data).__module__.startswith("datasets.") else None
+    return data if isinstance(data, Mapping) and _is_from("datasets", data) else None
 
 
 def query_split(data: Any) -> Any:
@@ -119,8 +119,13 @@ def _is_number(kind: str) -> bool:
 
 
 def _is_frame(data: Any) -> bool:
-    return type(data).__module__.startswith("pandas.") and hasattr(data, "iloc") and hasattr(data, "columns")
+    return _is_from("pandas", data) and hasattr(data, "iloc") and hasattr(data, "columns")
 
 
 def _is_dataset(data: Any) -> bool:
-    return type(data).__module__.startswith("datasets.") and hasattr(data, "features") and hasattr(data, "with_format")
+    return _is_from("datasets", data) and hasattr(data, "features") and hasattr(data, "with_format")
+
+
+def _is_from(package: str, data: Any) -> bool:
+    """Whether an object's class, or one that it inherits from, is a package's; the package is not imported for it."""
+    return any(kind.__module__.split(".")[0] == package for kind in type(data).__mro__)
