@@ -108,7 +108,9 @@ def test_packages_only_re_export(name):
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         is_list = {getattr(target, "id", "") for target in targets(node)} in ({"__all__"}, {"__version__"})
         is_dir = isinstance(node, ast.FunctionDef) and node.name == "__dir__"
-        assert isinstance(node, ast.Import | ast.ImportFrom) or is_lazy or is_docstring or is_list or is_dir, ast.unparse(node)
+        assert isinstance(node, ast.Import | ast.ImportFrom) or is_lazy or is_docstring or is_list or is_dir, (
+            ast.unparse(node)
+        )
     assert len(set(module.__all__)) == len(module.__all__)
     for public in module.__all__:
         assert hasattr(module, public)
