@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from source_proj._io.printable import printable
 
-__all__ = ["escape", "facts", "table", "wrapped"]
+__all__ = ["escape", "facts", "table", "tiles", "wrapped"]
 
 _FONT = "font-family:system-ui,sans-serif;font-size:13px"
 _CELL = "padding:2px 8px;text-align:left;vertical-align:top"
@@ -37,6 +37,13 @@ def facts(title: object, pairs: Iterable[tuple[object, object]]) -> str:
         for name, value in pairs
     )
     return wrapped(title, f'<table style="{_FONT}"><tbody>{rows}</tbody></table>')
+
+
+def tiles(contents: Iterable[tuple[str, object]]) -> str:
+    """Pieces of HTML side by side, each above a line that is escaped."""
+    style = f"{_FONT};max-width:220px;overflow-wrap:anywhere"
+    each = "".join(f'<div style="{style}">{content}<div>{escape(line)}</div></div>' for content, line in contents)
+    return f'<div style="display:flex;flex-wrap:wrap;gap:6px 14px;margin:4px 0 10px">{each}</div>'
 
 
 def wrapped(title: object, content: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import numpy as np
 
 from source_proj._errors import extra
-from source_proj._io.html import escape, table, wrapped
+from source_proj._io.html import tiles, wrapped
 from source_proj._io.printable import printable
 from source_proj.attribution.words import TOWARDS, explained, id_word, signed
 from source_proj.bank.examples import Example, Examples
@@ -135,13 +135,12 @@ class Hits:
         """The query at a place, with what is known of it, and what the model said where it was asked about that."""
         answers, queries, query_id = self.shown.answers, self.shown.queries, self.query_ids[query]
         said = None if answers is None else answers[query]
-        if queries is None or query >= len(queries):
-            return Example(query_id, prediction=None if said is None else str(said))
-        example = queries.show(query, query_id)
+        known = queries is not None and query < len(queries)
+        example = queries.show(query, query_id) if queries is not None and known else Example(query_id)
         if said is None:
             return example
-        words = queries.said(said.value)
-        return replace(example, prediction=f"{words} (probability {said.probability:.3g})")
+        words = queries.said(said.value) if queries is not None else str(said.value)
+        return replace(example, prediction=words, probability=said.probability)
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one line for each query and example: query_id, train_id, rank (from 1), score (``pandas`` extra)."""
@@ -186,34 +185,35 @@ class Hits:
             lines += ["", f"… and {len(self) - _QUERIES} more queries"]
         return "\n".join(lines)
 
-    def lines(self, query: int) -> Iterator[str]:
-        """A query and its examples in words, a line each; made harmless for terminals."""
+    def lines(self, query: int, *, named: bool = True) -> Iterator[str]:
+        """A query and its examples in words, a line each; made harmless for terminals.
+
+        Args:
+            query: place of the query.
+            named: say of each example whether it is helpful or harmful.
+        """
         asked = self.query_example(query)
         yield printable(f"query {_described(asked)}")
         for rank, hit in enumerate(self[query]):
             towards = TOWARDS[(hit.score > 0) == self.higher_is_better] if hit.score else "neither"
             example = _described(self.train_example(query, rank))
-            yield printable(f"{rank + 1:>4}  {signed(hit.score):>8}  {towards:<8}  {example}")
+            yield printable(f"{rank + 1:>4}  {signed(hit.score):>8}  {f'{towards:<8}  ' if named else ''}{example}")
 
     def _repr_html_(self) -> str:
-        parts = []
+        rows = []
         for query in range(min(len(self), _QUERIES)):
             asked = self.query_example(query)
-            rows = []
+            said = f", predicted {asked.said}" if asked.said else ""
+            contents = [(asked._repr_html_(), f"query {self._label(asked)}{said}")]
             for rank, hit in enumerate(self[query][:_ENTRIES]):
                 example = self.train_example(query, rank)
-                cells = [escape(rank + 1), escape(signed(hit.score)), escape(id_word(hit.id)), escape(example.label)]
-                rows.append([*cells, example._repr_html_()])
-            heading = f"query {id_word(asked.id)}" + (f", label {asked.label}" if asked.label else "")
-            heading += "" if asked.prediction is None else f", predicted {asked.prediction}"
-            content = asked._repr_html_() + table(["rank", "score", "id", "label", "training example"], rows)
-            parts.append(wrapped(heading, f"<div>{content}</div>"))
-        more = max(0, len(self) - _QUERIES)
-        left = f" The first {_QUERIES} of them:" if more else ""
-        return wrapped(f"{self!r}.{left}", "".join(parts))
+                contents.append((example._repr_html_(), f"{signed(hit.score)}: {self._label(example)}"))
+            rows.append(tiles(contents))
+        left = f" The first {_QUERIES} queries:" if len(self) > _QUERIES else ""
+        return wrapped(f"{self!r}.{left}", "".join(rows))
 
     def _label(self, example: Example) -> str:
-        return printable(str(id_word(example.id))) + (f" ({printable(example.label)})" if example.label else "")
+        return printable(str(id_word(example.id))) + (f" (label {printable(example.label)})" if example.label else "")
 
     def _ordered(self, k: int | None, *, highest: bool) -> Hits:
         count = self.k if k is None else checked_count(k, self.k)
@@ -232,7 +232,7 @@ def _described(example: Example) -> str:
     parts = [
         str(id_word(example.id)),
         f"label {example.label}" if example.label else "",
-        "" if example.prediction is None else f"predicted {example.prediction}",
+        f"predicted {example.said}" if example.said else "",
         words if len(words) <= _TEXT else words[: _TEXT - 2] + " …",
     ]
     return "  ".join(part for part in parts if part)

@@ -282,7 +282,7 @@ class Scores:
         """The most helpful examples of the first queries."""
         first = self._corner(_SHOWN, len(self.train_ids))
         content = first.helpful(min(_SHOWN, len(self.train_ids)))._repr_html_() if self.values.size else ""
-        return wrapped(f"{self!r}. Most helpful for the first:", content)
+        return wrapped(f"{self!r}. The most helpful for the first queries:", content)
 
     def _require_additive(self, verb: str) -> None:
         if not self.additive:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from source_proj._errors import extra
-from source_proj._io.html import escape, table, wrapped
+from source_proj._io.html import tiles, wrapped
 from source_proj.attribution.hits import Hit, Hits, Shown, checked_count, make_hits
 from source_proj.attribution.words import id_word, signed
 
@@ -87,9 +87,9 @@ class SelfInfluence(np.lib.mixins.NDArrayOperatorsMixin):
 
     def _repr_html_(self) -> str:
         hits = self._strongest(min(_ROWS, len(self)))
-        rows = []
+        contents = []
         for rank, hit in enumerate(hits[0]):
             example = hits.train_example(0, rank)
-            cells = [escape(id_word(hit.id)), escape(signed(hit.score)), escape(example.label)]
-            rows.append([*cells, example._repr_html_()])
-        return wrapped(f"{self!r}. The highest:", table(["id", "value", "label", "training example"], rows))
+            label = f" (label {example.label})" if example.label else ""
+            contents.append((example._repr_html_(), f"{signed(hit.score)}: {id_word(hit.id)}{label}"))
+        return wrapped(f"{self!r}. The highest:", tiles(contents))

@@ -37,6 +37,7 @@ class Example:
         prediction: what the model says of it, as words, or None.
         row: names and values of a row of numbers, shown where there is neither picture nor text.
         file: the file that it was read from, or None.
+        probability: of the prediction, or None; see :class:`Answer`.
         pixelated: whether the picture is so small that its pixels are shown as squares.
     """
 
@@ -47,13 +48,20 @@ class Example:
     prediction: str | None = None
     row: tuple[tuple[str, str], ...] = ()
     file: str | None = None
+    probability: float | None = None
     pixelated: bool = False
+
+    @property
+    def said(self) -> str:
+        """What the model says of it, with what probability; empty where that was not asked."""
+        likely = "" if self.probability is None else f" (probability {self.probability:.3g})"
+        return "" if self.prediction is None else f"{self.prediction}{likely}"
 
     @property
     def description(self) -> str:
         """What a screen reader says of the picture."""
         words = f"example {self.id}" + (f", label {self.label}" if self.label else "")
-        return words if self.prediction is None else f"{words}, predicted {self.prediction}"
+        return f"{words}, predicted {self.said}" if self.said else words
 
     @property
     def words(self) -> str:
@@ -161,7 +169,7 @@ class Examples:
         image = None if text is not None else self._image(value)
         row = () if text is not None or image is not None else _row(value, self.columns)
         size = min(np.shape(self._shaped(value))[-2:], default=0) if image is not None else 0
-        return Example(id, _name(label, names), image, text, said, row, file, 0 < size < _SMALL)
+        return Example(id, _name(label, names), image, text, said, row, file, pixelated=0 < size < _SMALL)
 
     def _text(self, given: Any) -> str | None:
         if isinstance(given, str):

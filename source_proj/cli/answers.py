@@ -45,7 +45,7 @@ class Answer:
         for query in range(len(hits) if queries is None else min(queries, len(hits))):
             lines.append("")
             for place, (name, listed) in enumerate(self.lists.items()):
-                heading, *entries = listed.lines(query)
+                heading, *entries = listed.lines(query, named=name == "lowest")
                 lines += [heading] if place == 0 else []
                 lines += [f"  {'lowest' if name == 'lowest' else f'most {name}'}", *entries]
         return "\n".join(lines)
@@ -58,10 +58,8 @@ class Answer:
         queries = []
         for query in range(len(hits)):
             lists = {name: _entries(listed, query) for name, listed in self.lists.items()}
-            answers = hits.shown.answers
-            said = {} if answers is None else {"probability": answers[query].probability}
             queries.append(
-                {"query": plain_id(hits.query_ids[query]), **_known(hits.query_example(query)), **said,
+                {"query": plain_id(hits.query_ids[query]), **_known(hits.query_example(query)),
                  "train": _entries(main, query), **(lists if len(lists) > 1 else {})}
             )  # fmt: skip
         return {"unit": hits.unit, "unit_in_words": explained(hits.unit), "sign": SIGN,
@@ -206,8 +204,9 @@ def _known(example: Example) -> dict[str, Any]:
     known = {
         "label": example.label or None,
         "predicted": example.prediction,
+        "probability": example.probability,
         "text": example.text,
         "file": example.file,
-        "row": dict(example.row) or None,
+        "row": dict(example.row) if example.words and example.row else None,
     }
     return {name: value for name, value in known.items() if value is not None}

@@ -11,8 +11,8 @@ from source_proj.attribution.source import Source
 from source_proj.bank import Bank
 from source_proj.bank import open as open_bank
 from source_proj.bank.examples import Examples
+from source_proj.cli.options import Method
 from source_proj.cli.parsing import load_object, make_task, parse_damping, parse_picture, parse_segments, parse_target
-from source_proj.cli.score import Method
 from source_proj.cli.text import ask_about, training_texts
 from source_proj.task import Task
 

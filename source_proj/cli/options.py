@@ -1,5 +1,6 @@
 """Options that several commands share, and the panels that their help is laid out in."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +17,15 @@ __all__ = [
     "BankPath",
     "BankPaths",
     "BatchSize",
+    "Curvature",
     "Device",
     "Json",
+    "Method",
     "Model",
+    "Most",
     "Overwrite",
     "Progress",
+    "QueryGradient",
     "TrustRemoteCode",
 ]
 
@@ -31,6 +36,41 @@ TEXT = "Model and data as files"
 SKETCH = "Sketch and storage"
 OUTPUT = "Output"
 RUNNING = "Running"
+
+
+class Method(StrEnum):
+    """Attribution methods."""
+
+    source = "source"
+    tracin = "tracin"
+    hydra = "hydra"
+    trak = "trak"
+    influence = "influence"
+    grad_dot = "grad-dot"
+    grad_cos = "grad-cos"
+
+
+class Curvature(StrEnum):
+    """How the Hessian is estimated."""
+
+    empirical_fisher = "empirical-fisher"
+    gauss_newton = "gauss-newton"
+    sampled_fisher = "sampled-fisher"
+
+
+class QueryGradient(StrEnum):
+    """Where a query's gradient is taken."""
+
+    mean = "mean"
+    final = "final"
+
+
+class Most(StrEnum):
+    """Which training examples are shown."""
+
+    helpful = "helpful"
+    harmful = "harmful"
+
 
 BankPath = Annotated[Path, typer.Argument(metavar="BANK", help="The bank's directory.")]
 BankPaths = Annotated[

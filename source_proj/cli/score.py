@@ -1,6 +1,5 @@
 """``score`` and ``top-k``: ask a bank."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,51 +11,20 @@ from source_proj.cli.options import (
     OUTPUT,
     BankPaths,
     BatchSize,
+    Curvature,
     Device,
     Json,
+    Method,
     Model,
+    Most,
     Overwrite,
     Progress,
+    QueryGradient,
     TrustRemoteCode,
 )
 from source_proj.cli.output import emit, reports_errors, say
 
-__all__ = ["Curvature", "Method", "Most", "QueryGradient", "score", "top_k"]
-
-
-class Method(StrEnum):
-    """Attribution methods."""
-
-    source = "source"
-    tracin = "tracin"
-    hydra = "hydra"
-    trak = "trak"
-    influence = "influence"
-    grad_dot = "grad-dot"
-    grad_cos = "grad-cos"
-
-
-class Curvature(StrEnum):
-    """How the Hessian is estimated."""
-
-    empirical_fisher = "empirical-fisher"
-    gauss_newton = "gauss-newton"
-    sampled_fisher = "sampled-fisher"
-
-
-class QueryGradient(StrEnum):
-    """Where a query's gradient is taken."""
-
-    mean = "mean"
-    final = "final"
-
-
-class Most(StrEnum):
-    """Which training examples are shown."""
-
-    helpful = "helpful"
-    harmful = "harmful"
-
+__all__ = ["score", "top_k"]
 
 Queries = Annotated[
     str | None,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from source_proj._io.html import escape, table, wrapped
+from source_proj._io.html import tiles, wrapped
 from source_proj.attribution.words import signed
 from source_proj.bank.examples import Example
 
@@ -121,11 +121,12 @@ class Page:
         """The first queries with their strongest examples, for notebooks; ``write_report`` has it all."""
         parts = []
         for section in self.sections[:3]:
-            rows = [
-                [escape(name), escape(signed(hit.score)), escape(hit.example.id), hit.example._repr_html_()]
+            asked = section.example
+            contents = [(asked._repr_html_(), f"query {asked.description.removeprefix('example ')}")]
+            contents += [
+                (hit.example._repr_html_(), f"{name} {signed(hit.score)}: {hit.example.id}")
                 for name, hits in (("helpful", section.helpful), ("harmful", section.harmful))
                 for hit in hits[:3]
             ]
-            content = section.example._repr_html_() + table(["", "score", "id", "training example"], rows)
-            parts.append(wrapped(f"query {section.example.description.removeprefix('example ')}", content))
+            parts.append(tiles(contents))
         return wrapped(f"{self.title} ({len(self.sections)} queries, {self.unit})", "".join(parts))
