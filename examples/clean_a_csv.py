@@ -13,12 +13,12 @@ def train(kept: Tensor, seed: int, record: bool = False) -> nn.Module:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(train_set.shape[1] - 1, 16), nn.ReLU(), nn.Linear(16, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    recorder = sp.Recorder(model, optimizer, "run", every=100) if record else None
-    for rows in train_set[torch.as_tensor(kept)[torch.randint(len(kept), (400, 32))]]:  # labels are the last column
+    step = sp.Recorder(model, optimizer, "run", every=50).step if record else optimizer.zero_grad
+    for rows in train_set[torch.as_tensor(kept)[torch.randint(len(kept), (200, 32))]]:  # labels are the last column
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(rows[:, :-1]), rows[:, -1].long()).backward()
         optimizer.step()
-        _ = recorder and recorder.step()
+        step()
     return model
 
 

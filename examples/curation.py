@@ -221,8 +221,9 @@ def trained_on(
 ) -> Tensor:
     """Outputs ``(subsets, n, classes)`` on ``inputs`` of a network trained on each subset."""
     make = make_model(problem)
+    train_inputs, labels = problem.train.tensors
     return retrain(
-        make, *problem.train.tensors, subsets, seeds, epochs=EPOCHS[options.dataset], batch_size=BATCH,
+        make, train_inputs, labels, subsets, seeds, epochs=EPOCHS[options.dataset], batch_size=BATCH,
         lr=LR.get(options.dataset, 0.03), momentum=MOMENTUM, weight_decay=DECAY, group=16,
         evaluate=stacked_outputs(make, inputs), progress=False,
     )  # fmt: skip

@@ -149,3 +149,11 @@ def test_readme_shows_the_evaluation_as_it_runs():
 @pytest.mark.parametrize("room", [sp.evaluate, sp.report])
 def test_a_room_of_functions_is_a_module(room):
     assert isinstance(room, types.ModuleType)
+
+
+def test_the_guide_cleans_a_csv_file_as_the_example_does():
+    checkout = Path(__file__).parent.parent
+    guide = (checkout / "examples" / "guide" / "curation.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"<!-- clean a csv -->\n```python\n(.*?)```", guide, re.DOTALL)
+    assert shown == (checkout / "examples" / "clean_a_csv.py").read_text(encoding="utf-8")
+    assert shown.count("\n") < 30

@@ -325,7 +325,7 @@ def _asked(
     device: str | None,
     progress: bool,
 ) -> tuple[Source, Any]:
-    network, data = ask_about(banks[0], model, queries, dataset, False)
+    network, data, _ = ask_about(banks[0], model, queries, dataset, False)
     source = Source(
         [open_bank(path) for path in banks],
         model=network,

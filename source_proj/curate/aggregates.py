@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from source_proj._errors import MismatchError
 from source_proj.attribution.attributor import Attributor
@@ -86,7 +87,7 @@ def aggregate(
     queries: Any = None,
     *,
     weights: Sequence[float] | np.ndarray | None = None,
-    groups: Sequence[Any] | np.ndarray | None = None,
+    groups: Sequence[Any] | np.ndarray | Tensor | None = None,
 ) -> Aggregate:
     r"""Sum the scores of many queries up, without ever holding all of them.
 
@@ -193,7 +194,7 @@ def _weights(weights: Sequence[float] | np.ndarray | None, count: int) -> np.nda
     return weight
 
 
-def _groups(groups: Sequence[Any] | np.ndarray | None, count: int) -> tuple[list[Any], np.ndarray]:
+def _groups(groups: Sequence[Any] | np.ndarray | Tensor | None, count: int) -> tuple[list[Any], np.ndarray]:
     """Names of the groups, in sorted order where they have one, and the group of each query ``(Q,)``."""
     if groups is None:
         return ["all"], np.zeros(count, dtype=np.int64)

@@ -13,7 +13,11 @@ from source_proj.attribution.hits import checked_count
 from source_proj.curate.aggregates import Aggregate
 from source_proj.curate.cleaning import Cleaning
 
-__all__ = ["beyond_chance", "class_quotas", "drop_worst", "harmful", "within_quotas"]
+__all__ = ["Labels", "beyond_chance", "class_quotas", "drop_worst", "harmful", "within_quotas"]
+
+
+Labels = Sequence[Any] | np.ndarray | torch.Tensor
+"""A label of each training example."""
 
 
 def harmful(aggregated: Aggregate, *, false_share: float = 0.05) -> Cleaning:
@@ -55,7 +59,7 @@ def beyond_chance(benefit: np.ndarray, error: np.ndarray, false_share: float) ->
     return np.asarray(order[: passed[-1] + 1] if len(passed) else order[:0])
 
 
-def drop_worst(aggregated: Aggregate, n: int, *, labels: Sequence[Any] | np.ndarray | None = None) -> Cleaning:
+def drop_worst(aggregated: Aggregate, n: int, *, labels: Labels | None = None) -> Cleaning:
     """The n training examples that worsened a validation set most (or bettered it least).
 
     The number is yours, and nothing says that all n do harm: :func:`harmful` leaves the number to the data.
@@ -79,7 +83,7 @@ def drop_worst(aggregated: Aggregate, n: int, *, labels: Sequence[Any] | np.ndar
     return _named("worst for the validation set", aggregated, chosen)
 
 
-def class_quotas(labels: Sequence[Any] | np.ndarray, total: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+def class_quotas(labels: Labels, total: int, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Number of each example's class ``(N,)``, and each class's share of n by largest remainders ``(C,)``.
 
     Raises:

@@ -16,6 +16,7 @@ from source_proj.attribution.query_points import takes_mean
 from source_proj.attribution.source import Source
 from source_proj.bank import Bank
 from source_proj.curate.cleaning import Cleaning, word
+from source_proj.curate.harm import Labels
 from source_proj.task import Classification, Task
 
 __all__ = ["mislabelled"]
@@ -26,9 +27,7 @@ _SIGMAS = 3.5
 _NORMAL = 1.4826  # standard deviations in a median absolute deviation of normal values
 
 
-def mislabelled(
-    source: Source, labels: Sequence[Any] | np.ndarray, *, n: int | None = None, by: By = "error"
-) -> Cleaning:
+def mislabelled(source: Source, labels: Labels, *, n: int | None = None, by: By = "error") -> Cleaning:
     r"""Training examples whose label is likely wrong, the most suspicious first; needs neither model nor data.
 
     By ``"error"``: the mean of :math:`|ℓ'|` over the checkpoints, for a classifier :math:`1 - p` of its label. Wrong
@@ -174,7 +173,7 @@ def _class_features(bank: Bank, source: Source, member: np.ndarray, classes: int
     return QueryFeatures(rows, list(range(classes)), bank.sketch.spec())
 
 
-def _classes(labels: Sequence[Any] | np.ndarray, n: int) -> tuple[list[Any], np.ndarray]:
+def _classes(labels: Labels, n: int) -> tuple[list[Any], np.ndarray]:
     """Names of the classes, and the number of each example's class ``(N,)``.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from source_proj.attribution.hits import checked_count
 from source_proj.attribution.scores import Scores
 from source_proj.curate.aggregates import facts_of, score_blocks
 from source_proj.curate.cleaning import Cleaning
-from source_proj.curate.harm import beyond_chance, class_quotas, within_quotas
+from source_proj.curate.harm import Labels, beyond_chance, class_quotas, within_quotas
 
 __all__ = ["select"]
 
@@ -27,7 +26,7 @@ def select(
     queries: Any = None,
     *,
     n: int,
-    labels: Sequence[Any] | np.ndarray | None = None,
+    labels: Labels | None = None,
     exclude: Cleaning | None = None,
 ) -> Cleaning:
     r"""Choose n training examples that together do to each query of a target set what all harmless ones do.

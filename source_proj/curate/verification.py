@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Interval", "Verification", "verify"]
 
-Train = Callable[[np.ndarray, int], Any]
+Train = Callable[[Any, int], Any]
 """``train(kept, seed)``: train on the examples at the positions ``kept``; whatever ``evaluate`` takes is returned."""
 
 _QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

@@ -37,5 +37,5 @@ def run(tmp_path_factory):
     queries = TensorDataset(inputs[44:], labels[44:])
     source = sp.Source(bank, model=model, progress=False)
     return SimpleNamespace(
-        model=model, bank=bank, source=source, train_set=train_set, queries=queries, labels=labels[:44]
+        copies=COPIES, model=model, bank=bank, source=source, train_set=train_set, queries=queries, labels=labels[:44]
     )

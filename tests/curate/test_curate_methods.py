@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import COPIES
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse.csgraph import connected_components
@@ -233,7 +232,7 @@ def test_near_duplicates_are_the_connected_cosines(run, threshold):
     count, cluster = connected_components(cosine >= threshold)
     firsts = {int(np.flatnonzero(cluster == number)[0]) for number in range(count)}
     assert set(named.dropped) == set(range(44)) - firsts
-    assert set(COPIES) <= set(named.dropped)
+    assert set(run.copies) <= set(named.dropped)
     assert np.allclose(named.values["cosine"], cosine[named.ids].max(1), atol=1e-5)
     assert np.all(np.diff(named.values["size"]) <= 0)
     if threshold == 0.9999:
