@@ -1,13 +1,15 @@
 """What the examples share: data sets in files, images (idx) and texts.
 
 They lie in ``<folder>/fashion_mnist/*.gz``, ``<folder>/glue_sst2/dev.tsv`` and the like, where folder is given by
-``--data`` or the environment variable ``SOURCE_PROJ_DATA``. Files that are not there are downloaded from the data sets'
-public sources into that folder (default: the user's cache folder); all are checked against known SHA-256 sums.
+``--data`` or the environment variable ``SOURCE_PROJ_DATA``, here and in examples/paper. Files that are not there are
+downloaded from the data sets' public sources into that folder (default: the user's cache folder); without a network the
+error says where the file is looked for. All are checked against known sums.
 """
 
 import argparse
 import gzip
 import hashlib
+import http.client
 import importlib.util
 import io
 import os
@@ -20,7 +22,15 @@ import platformdirs
 import torch
 from torch import Tensor
 
-__all__ = ["add_data_option", "load_images", "load_sentences", "load_shakespeare", "pretrained_folder", "write_whole"]
+__all__ = [
+    "add_data_option",
+    "download",
+    "load_images",
+    "load_sentences",
+    "load_shakespeare",
+    "pretrained_folder",
+    "write_whole",
+]
 
 SOURCES = {  # https://github.com/zalandoresearch/fashion-mnist#get-the-data; the MNIST mirror is torchvision's
     "fashion_mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
@@ -50,9 +60,27 @@ SHA256 = {  # of the uncompressed content: gzip headers differ between mirrors
 def add_data_option(parser: argparse.ArgumentParser) -> None:
     default = os.environ.get("SOURCE_PROJ_DATA") or platformdirs.user_cache_path("source-proj") / "data"
     parser.add_argument(
-        "--data", type=Path, default=Path(default), metavar="DIR",
+        "--data", type=Path, default=Path(default), metavar="FOLDER",
         help="folder that holds (or will hold) the data sets; default: $SOURCE_PROJ_DATA, or the user's cache folder",
     )  # fmt: skip
+
+
+def download(url: str, path: Path) -> bytes:
+    """Fetch the content that belongs to a file which is not there.
+
+    Raises:
+        FileNotFoundError: it cannot be fetched; says where the file is looked for, and how to name another folder.
+    """
+    print(f"downloading {url} to {path.parent}")
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            content: bytes = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise FileNotFoundError(
+            f"there is no file {path}, and {url} cannot be fetched ({error}): put the file there, or name the folder "
+            f"that holds {path.parent.name}/{path.name} with --data FOLDER or the environment variable SOURCE_PROJ_DATA"
+        ) from error
+    return content
 
 
 def load_images(folder: Path, name: str, split: str) -> tuple[Tensor, Tensor]:
@@ -97,14 +125,12 @@ def _content(path: Path, url: str, member: str | None = None) -> bytes:
     packed = path.suffix == ".gz"
     known = f"{path.parent.name}/{path.stem if packed else path.name}"
     if not path.exists():
-        print(f"downloading {url} to {path.parent}")
-        with urllib.request.urlopen(url, timeout=60) as response:
-            found = response.read()
+        fetched = download(url, path)
         if member is not None:
-            content = zipfile.ZipFile(io.BytesIO(found)).read(member)
-            found = gzip.compress(content) if packed else content
-        _check(gzip.decompress(found) if packed else found, known, url)
-        write_whole(path, found)
+            content = zipfile.ZipFile(io.BytesIO(fetched)).read(member)
+            fetched = gzip.compress(content) if packed else content
+        _check(gzip.decompress(fetched) if packed else fetched, known, url)
+        write_whole(path, fetched)
     content = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
     _check(content, known, str(path))
     return content

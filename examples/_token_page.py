@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from source_proj.report.content import signed
+from source_proj.attribution.words import signed
 
 __all__ = ["Coloured", "Passage", "draw", "write_page"]
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import source_proj as sp
-from source_proj.report.content import signed
+from source_proj.attribution.words import signed
 
 TASK = sp.CausalLM(reduction="sum")  # a stretch's score is then the sum of its tokens' scores
 UNCOUNTED = -100
@@ -98,7 +98,8 @@ def main() -> None:
         for i, passage in enumerate(shown[j] for j in range(len(shown))):
             top = scores.helpful(4).indices[i]
             best = Stretches([train_set.stretches[top[0]]], options.tokens)
-            taught = source.by_token([passage], best).to_numpy()[0]
+            parts = source.by_token([passage], best)
+            taught = parts.values[parts.present[:, 0], 0, 0]
             asked = by_token[queries.of(i), top[0]]
             found.append(describe(tokenizer, shown.stretches[i], train_set, top, scores[i], asked, taught))
             print_passage(found[-1])

@@ -45,9 +45,9 @@ from transformers import (
 )
 
 import source_proj as sp
+from source_proj.attribution.words import signed
 from source_proj.integrations import RecorderCallback
 from source_proj.report import make_page, write_report
-from source_proj.report.content import signed
 
 CLASSES = ("negative", "positive")
 IGNORED = -100  # the label that the loss of transformers' classifiers leaves out

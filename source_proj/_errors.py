@@ -4,7 +4,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["BankError", "ExampleError", "GradientError", "MismatchError", "SourceProjError", "named_examples"]
+__all__ = [
+    "BankError",
+    "ExampleError",
+    "GradientError",
+    "MismatchError",
+    "MissingFileError",
+    "SourceProjError",
+    "extra",
+    "named_examples",
+]
 
 
 class SourceProjError(Exception):
@@ -13,6 +22,10 @@ class SourceProjError(Exception):
 
 class MismatchError(SourceProjError, ValueError):
     """Two things that must agree do not, such as a checkpoint and a model, or a bank and a sketch."""
+
+
+class MissingFileError(SourceProjError, FileNotFoundError):
+    """A file that was named, or that another file names, is not there, or is none."""
 
 
 class BankError(SourceProjError, RuntimeError):
@@ -44,3 +57,12 @@ def named_examples(ids: Sequence[Any]) -> Iterator[None]:
     except ExampleError as error:
         names = [ids[i] for i in error.positions[:10]]
         raise MismatchError(error.what.format(examples=f"ids {names}")) from None
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Name the optional extra that brings what an import within the block lacks."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f'{error.name} is missing: pip install "source-proj[{name}]"') from error

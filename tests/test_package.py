@@ -4,6 +4,8 @@ import ast
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 import textwrap
 import types
 from importlib.metadata import version
@@ -23,11 +25,15 @@ PUBLIC = [
 METHODS = {
     "Trajectory": ["from_stages", "from_recorder", "from_hf_trainer", "from_lightning", "average_parameters"],
     "Recorder": ["step", "trajectory", "restore"],
-    "Source": ["score", "top_k", "bottom_k", "self_influence", "by_segment", "by_token", "fit"],
+    "Source": [
+        *["score", "top_k", "bottom_k", "helpful", "harmful", "self_influence", "by_segment", "by_token", "fit"],
+        "replace",
+    ],
+    "Hits": ["helpful", "harmful", "to_pandas", "plot"],
     "Scores": ["top_k", "bottom_k", "group", "predict_removal", "to_numpy", "to_zarr", "to_pandas"],
     "evaluate": ["lds", "subset_removal", "mislabel", "leave_one_out", "GroundTruth", "compare_methods"],
     **{
-        name: ["score", "top_k"]
+        name: ["score", "top_k", "helpful", "harmful"]
         for name in ("TracIn", "Trak", "InfluenceFunction", "GradDot", "GradCos", "Hydra", "RepSim")
     },
 }
@@ -52,8 +58,28 @@ def test_completion_shows_the_public_names_and_nothing_else():
     assert sp.__version__ == version("source-proj")
 
 
+def test_type_checkers_and_editors_see_the_same_names():
+    stub = ast.parse((ROOT / "__init__.pyi").read_text(encoding="utf-8"))
+    (listed,) = [ast.literal_eval(node.value) for node in stub.body if isinstance(node, ast.Assign)]
+    assert sorted(listed) == sp.__all__
+
+
+def test_the_package_and_its_help_load_no_torch():
+    """Seconds that nobody who asks for help, or completes a name, should wait."""
+    code = (
+        "import sys, source_proj, source_proj.cli; from typer.testing import CliRunner; "
+        "results = [CliRunner().invoke(source_proj.cli.app, [*name, '--help']) for name in "
+        "([], ['build'], ['score'], ['top-k'], ['inspect'], ['demo'])]; "
+        "assert all(result.exit_code == 0 for result in results), results; "
+        "print(sorted({'torch', 'numpy', 'zarr'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
 def test_types_are_shipped():
     assert (files("source_proj") / "py.typed").is_file()
+    assert (files("source_proj") / "__init__.pyi").is_file()
 
 
 def sources():
@@ -77,10 +103,14 @@ def test_packages_only_re_export(name):
     module = importlib.import_module(name)
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     for node in tree.body:
+        names = [getattr(name, "id", "") for target in targets(node) for name in getattr(target, "elts", [])]
+        is_lazy = names == ["__getattr__", "__dir__", "__all__"]  # the stub beside it has the imports
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         is_list = {getattr(target, "id", "") for target in targets(node)} in ({"__all__"}, {"__version__"})
         is_dir = isinstance(node, ast.FunctionDef) and node.name == "__dir__"
-        assert isinstance(node, ast.Import | ast.ImportFrom) or is_docstring or is_list or is_dir, ast.unparse(node)
+        assert isinstance(node, ast.Import | ast.ImportFrom) or is_lazy or is_docstring or is_list or is_dir, (
+            ast.unparse(node)
+        )
     assert len(set(module.__all__)) == len(module.__all__)
     for public in module.__all__:
         assert hasattr(module, public)
@@ -89,7 +119,12 @@ def test_packages_only_re_export(name):
 def test_every_module_lists_its_public_names():
     for path in sources():
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        assigned = {getattr(target, "id", "") for node in tree.body for target in targets(node)}
+        assigned = {
+            getattr(name, "id", "")
+            for node in tree.body
+            for target in targets(node)
+            for name in getattr(target, "elts", [target])
+        }
         assert "__all__" in assigned, f"{path} has no __all__"
 
 
@@ -114,3 +149,11 @@ def test_readme_shows_the_evaluation_as_it_runs():
 @pytest.mark.parametrize("room", [sp.evaluate, sp.report])
 def test_a_room_of_functions_is_a_module(room):
     assert isinstance(room, types.ModuleType)
+
+
+def test_the_guide_cleans_a_csv_file_as_the_example_does():
+    checkout = Path(__file__).parent.parent
+    guide = (checkout / "examples" / "guide" / "curation.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"<!-- clean a csv -->\n```python\n(.*?)```", guide, re.DOTALL)
+    assert shown == (checkout / "examples" / "clean_a_csv.py").read_text(encoding="utf-8")
+    assert shown.count("\n") < 30

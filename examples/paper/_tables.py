@@ -2,13 +2,12 @@
 
 import argparse
 import hashlib
-import urllib.request
 from pathlib import Path
 
 import _above  # noqa: F401
 import numpy as np
 import torch
-from _data import write_whole
+from _data import download, write_whole
 from torch.utils.data import TensorDataset
 
 __all__ = ["concrete", "pima", "split_table"]
@@ -56,9 +55,7 @@ def split_table(
 def _file(folder: Path, name: str) -> Path:
     path, (url, known) = folder / name, FILES[name]
     if not path.exists():
-        print(f"downloading {url} to {path.parent}")
-        with urllib.request.urlopen(url, timeout=60) as response:
-            write_whole(path, response.read())
+        write_whole(path, download(url, path))
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != known:
         raise ValueError(f"{path} is not the known {name}: sha256 {found}, expected {known}; delete the file")

@@ -14,7 +14,6 @@ import hashlib
 import io
 import pickle
 import tarfile
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +30,7 @@ from torch.utils.data import TensorDataset
 
 import source_proj as sp
 
-from _data import write_whole  # isort: skip  # (its folder is put on the path by _problem)
+from _data import download, write_whole  # isort: skip  # (its folder is put on the path by _problem)
 from _training import few_threads, margin  # isort: skip
 
 __all__ = ["Training", "load_cifar", "problem", "resnet"]
@@ -60,9 +59,7 @@ def load_cifar(folder: Path, *, full: bool) -> tuple[Images, Images]:
     else:
         archive = folder / "cifar-10-python.tar.gz"
         if not archive.exists():
-            print(f"downloading {URL} to {folder}")
-            with urllib.request.urlopen(URL, timeout=60) as response:
-                content = response.read()
+            content = download(URL, archive)
             _check(content, URL)
             write_whole(archive, content)
         content = archive.read_bytes()

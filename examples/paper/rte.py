@@ -14,7 +14,6 @@ Needs ``pip install source-proj[paper-text]``.
 import argparse
 import csv
 import io
-import urllib.request
 import zipfile
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from pathlib import Path
 import _above  # noqa: F401
 import numpy as np
 import torch
-from _data import pretrained_folder, write_whole
+from _data import download, pretrained_folder, write_whole
 from _problem import Problem, Sizes, parser, sized
 from _text import Recipe, Rows, Training, chosen_device
 from safetensors.torch import load_file
@@ -143,9 +142,7 @@ def load_pairs(folder: Path, split: str) -> list[Pair]:
     """Read a split ("train" or "dev") of RTE; where it is missing, both are downloaded from GLUE's source."""
     path = folder / "glue_rte" / f"{split}.tsv"
     if not path.exists():
-        print(f"downloading {SOURCE} to {path.parent}")
-        with urllib.request.urlopen(SOURCE, timeout=60) as response:
-            archive = zipfile.ZipFile(io.BytesIO(response.read()))
+        archive = zipfile.ZipFile(io.BytesIO(download(SOURCE, path)))
         contents = {name: archive.read(f"RTE/{name}.tsv") for name in KNOWN}
         for name, content in contents.items():
             _parse(content, name, f"{SOURCE}:RTE/{name}.tsv")

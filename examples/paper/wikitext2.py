@@ -7,7 +7,6 @@ for their mean token log-likelihood.
 import argparse
 import hashlib
 import re
-import urllib.request
 from collections import Counter
 from dataclasses import asdict
 from functools import partial
@@ -16,7 +15,7 @@ from pathlib import Path
 import _above  # noqa: F401
 import numpy as np
 import torch
-from _data import write_whole
+from _data import download, write_whole
 from _problem import Problem, Sizes, parser, sized
 from _text import Recipe, Rows, Training, chosen_device
 from torch import Tensor, nn
@@ -98,9 +97,7 @@ def load_words(folder: Path, split: str) -> tuple[list[str], list[str]]:
     path = folder / "wikitext2" / f"{split}.txt"
     if not path.exists():
         url = f"{SOURCE}{split}.txt"
-        print(f"downloading {url} to {path.parent}")
-        with urllib.request.urlopen(url, timeout=60) as response:
-            content = response.read()
+        content = download(url, path)
         _check(content, split, url)
         write_whole(path, content)
     content = path.read_bytes()

@@ -42,13 +42,20 @@ def write_file(path: Path, content: Content) -> None:
     write_files({path: content})
 
 
-def write_files(contents: Mapping[Path, Content]) -> None:
+def write_files(contents: Mapping[Path, Content], *, last_counts: bool = False) -> None:
     """Write files, each whole or not at all, and return when they and their names are on the disk.
+
+    Args:
+        contents: by path, the bytes, or what writes them into an open file.
+        last_counts: whether the last one says of the others what they are. What has its name goes first then, so that
+            it never stands beside new ones: a kill in that instant leaves none of that name.
 
     Raises:
         OSError: a file cannot be written; temporary files are removed.
     """
     with _written_aside(contents) as temporary:
+        if last_counts:
+            list(contents)[-1].unlink(missing_ok=True)
         for path in contents:
             temporary[path].replace(path)
     _sync({path.parent for path in contents})

@@ -6,17 +6,38 @@ type that is no record brings functions of its own: ``field(metadata={"write": t
 
 from __future__ import annotations
 
+import json
 import math
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["read_record", "write_record"]
+__all__ = ["read_json", "read_record", "write_record"]
 
 T = TypeVar("T")
 
+_MOST_BYTES = 256 << 20  # of a document: a run whose rate changed ten million times has less
 _SHOWN = 80  # letters of a value spelled out in an error
+
+
+def read_json(path: Path) -> Any:
+    """Read a file of JSON.
+
+    Raises:
+        ValueError: it cannot be read, is no file, too large, no JSON, or nested too deep.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would keep its reader waiting
+            raise ValueError("it is no file")
+        if status.st_size > _MOST_BYTES:
+            raise ValueError(f"it has {status.st_size} bytes, and at most {_MOST_BYTES} are read")
+        return json.loads(path.read_bytes())
+    except (OSError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def write_record(record: Any) -> dict[str, Any]:

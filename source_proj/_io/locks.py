@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from pathlib import Path
 from weakref import WeakSet
+
+from source_proj._errors import MismatchError
 
 if sys.platform == "win32":
     import msvcrt
@@ -37,9 +40,16 @@ class FolderLock:
         return self._descriptor is not None
 
     def acquire(self) -> bool:
-        """Take the lock, and say whether it is held; True also where the file system knows no locks."""
+        """Take the lock, and say whether it is held; True also where the file system knows no locks.
+
+        Raises:
+            MismatchError: something else than a file has its name.
+            OSError: it cannot be made.
+        """
         if self.held:
             return True
+        if os.path.lexists(self._path) and not stat.S_ISREG(os.lstat(self._path).st_mode):
+            raise MismatchError(f"{str(self._path)!r} must be an empty file, and is none: remove it")
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         if not _locked(descriptor):
             os.close(descriptor)

@@ -22,8 +22,11 @@ def require_free(path: Path, *, overwrite: bool, replaceable: Callable[[Path], b
 
     Raises:
         FileExistsError: something is there that may not be overwritten.
+        OSError: nothing can have this name.
     """
-    if not os.path.lexists(path):
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
         return
     if path.is_symlink():
         raise FileExistsError(f"{path} exists and is a symbolic link, which is never replaced: give the path itself")
@@ -45,10 +48,10 @@ def write_output(path: Path, content: Content, *, overwrite: bool) -> None:
 def write_outputs(
     contents: Mapping[Path, Content], *, overwrite: bool, replaceable: Callable[[Path], bool] = Path.is_file
 ) -> None:
-    """Write files, each whole or not at all: no reader sees a part of one, and a good one is kept until then.
+    """Write files, each whole or not at all: no reader sees a part of one or of several, and good ones stay until then.
 
     Args:
-        contents: by path, the bytes, or what writes them into an open file.
+        contents: by path, the bytes, or what writes them into an open file; the last one is there if all are.
         overwrite: whether files that have these names are replaced.
         replaceable: which of them may be; see :func:`require_free`.
 
@@ -59,7 +62,7 @@ def write_outputs(
     for path in contents:
         require_free(path, overwrite=overwrite, replaceable=replaceable)
     if overwrite:
-        write_files(contents)
+        write_files(contents, last_counts=len(contents) > 1)
         return
     taken = write_new_files(contents)
     if taken:

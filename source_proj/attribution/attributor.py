@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
-from source_proj.attribution.hits import Hits, checked_count, make_hits
+from source_proj._io.progress import Progress
+from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
 from source_proj.attribution.operands import Operand, aligned
 from source_proj.attribution.queries import QueryFeatures, resolve_task, sketch_queries
 from source_proj.attribution.scores import Scores
 from source_proj.bank import Bank
 from source_proj.kernels.scoring import Strongest
-from source_proj.task import Task
+from source_proj.task import Answers, Task
 from source_proj.trajectory import Checkpoint
 
 __all__ = ["Attributor", "Queries", "Term"]
@@ -31,7 +32,7 @@ _BLOCK_SCORES = 8 << 20
 _MIN_ROWS = 256
 
 Queries = Any
-"""A map-style dataset, a DataLoader, or what ``sketch(queries)`` returned."""
+"""A data set, a DataLoader, inputs alone (a tensor, a tokenizer's output), or what ``sketch(queries)`` returned."""
 
 
 class Term(NamedTuple):
@@ -52,7 +53,8 @@ class Attributor(ABC):
         task: the task of the bank; needed for custom tasks only.
         batch_size: queries per backward pass.
         device: where products are computed and queries run; default: the CPU, and where the model is.
-        progress: show progress bars for what takes over two seconds.
+        progress: show progress bars for what takes over two seconds; False for none, or a function of (description,
+            done, total).
 
     Raises:
         MismatchError: if the banks' training ids differ, or the task is not the banks' own.
@@ -70,7 +72,7 @@ class Attributor(ABC):
         task: Task | None = None,
         batch_size: int = 64,
         device: torch.device | str | None = None,
-        progress: bool = True,
+        progress: Progress = True,
     ) -> None:
         self.banks = tuple(bank) if isinstance(bank, Sequence) else (bank,)
         if not self.banks:
@@ -101,7 +103,8 @@ class Attributor(ABC):
         """Score every training example for every query.
 
         Args:
-            queries: dataset or DataLoader of queries, or what :meth:`sketch` returned.
+            queries: dataset or DataLoader of queries, or what :meth:`sketch` returned. Inputs without targets are asked
+                about what the model itself says of them, where the task can tell (see :class:`Classification`).
 
         Returns:
             Scores ``(Q, N)``: the change of the query's measurement that including the example made.
@@ -110,7 +113,7 @@ class Attributor(ABC):
         values = torch.zeros(len(features[0]), self.n_rows)
         for start, stop, block in self._blocks(features):
             values[:, start:stop] = block
-        return self._scores(values.numpy(), features[0].ids)
+        return self._scores(values.numpy(), features[0])
 
     def top_k(self, queries: Queries, k: int) -> Hits:
         """Return the k highest scores of each query, without ever holding Q x N numbers."""
@@ -119,6 +122,14 @@ class Attributor(ABC):
     def bottom_k(self, queries: Queries, k: int) -> Hits:
         """Return the k lowest scores of each query, lowest first, without ever holding Q x N numbers."""
         return self._strongest(queries, k, highest=False)
+
+    def helpful(self, queries: Queries, k: int) -> Hits:
+        """Return the k examples that improve each query's measurement most, following the task's own sense."""
+        return self._strongest(queries, k, highest=self.task.higher_is_better)
+
+    def harmful(self, queries: Queries, k: int) -> Hits:
+        """Return the k examples that worsen each query's measurement most, following the task's own sense."""
+        return self._strongest(queries, k, highest=not self.task.higher_is_better)
 
     def sketch(self, queries: Queries) -> list[QueryFeatures]:
         """Compute the queries' features, one entry per bank; every verb takes them in place of the data.
@@ -131,7 +142,12 @@ class Attributor(ABC):
             queries = [queries]
         if isinstance(queries, list) and queries and all(isinstance(given, QueryFeatures) for given in queries):
             return self._checked(queries)
-        return [self._sketch(bank, queries, self._query_points(bank), self._query_metrics(bank)) for bank in self.banks]
+        features: list[QueryFeatures] = []
+        for bank in self.banks:
+            answers = features[0].answers if features else None  # the runs of an ensemble are asked the same
+            points, metrics = self._query_points(bank), self._query_metrics(bank)
+            features.append(self._sketch(bank, queries, points, metrics, answers))
+        return features
 
     # What a method says ----------------------------------------------------------------------------------------
 
@@ -188,15 +204,23 @@ class Attributor(ABC):
 
     # Inside ----------------------------------------------------------------------------------------------------
 
-    def _scores(self, values: np.ndarray, query_ids: Sequence[Any]) -> Scores:
+    def _shown(self, features: QueryFeatures | None = None) -> Shown:
+        """What is known of the examples besides their ids."""
+        train = self.banks[0].examples
+        if train is not None and len(train) != self.n_rows:  # rows were appended since
+            train = None
+        return Shown(train) if features is None else Shown(train, features.examples, features.answers)
+
+    def _scores(self, values: np.ndarray, features: QueryFeatures) -> Scores:
         return Scores(
             values,
-            query_ids,
+            features.ids,
             self.banks[0].ids,
             unit=self.unit,
             higher_is_better=self.task.higher_is_better,
             stage_sizes=[stage.n for stage in self.banks[0].stages],
             additive=self.additive,
+            shown=self._shown(features),
         )
 
     def _checked(self, features: list[QueryFeatures]) -> list[QueryFeatures]:
@@ -208,7 +232,12 @@ class Attributor(ABC):
         return features
 
     def _sketch(
-        self, bank: Bank, queries: Any, checkpoints: Sequence[Checkpoint], metrics: Sequence[int]
+        self,
+        bank: Bank,
+        queries: Any,
+        checkpoints: Sequence[Checkpoint],
+        metrics: Sequence[int],
+        answers: Answers | None = None,
     ) -> QueryFeatures:
         """Differentiate queries given as data, by the model that was given."""
         if self.model is None:
@@ -223,6 +252,7 @@ class Attributor(ABC):
             batch_size=self.batch_size,
             device=self.device,
             progress=self.progress,
+            answers=answers,
         )
 
     def _blocks(self, features: list[QueryFeatures]) -> Iterator[tuple[int, int, Tensor]]:
@@ -261,7 +291,10 @@ class Attributor(ABC):
             done = stop
         pass_over(self.n_rows)
         values, where = (result.cpu().numpy() for result in best.result())
-        return make_hits(where, values, self.banks[0].ids, features[0].ids, self.unit)
+        return make_hits(
+            where, values, self.banks[0].ids, features[0].ids, self.unit, self.task.higher_is_better,
+            self._shown(features[0]),
+        )  # fmt: skip
 
 
 def _height(features: list[QueryFeatures]) -> int:

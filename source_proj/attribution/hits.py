@@ -1,18 +1,60 @@
 """The strongest training examples of each query."""
 
+from __future__ import annotations
+
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
-__all__ = ["Hits", "checked_count", "make_hits"]
+from source_proj._errors import extra
+from source_proj._io.html import tiles, wrapped
+from source_proj._io.printable import printable
+from source_proj.attribution.words import TOWARDS, explained, id_word, signed
+from source_proj.bank.examples import Example, Examples
+from source_proj.task import Answers
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+__all__ = ["Hit", "Hits", "Shown", "checked_count", "make_hits"]
+
+_QUERIES = 5  # shown in a notebook or a terminal
+_ENTRIES = 5
+_TEXT = 72  # characters of an example in a line
+
+
+class Hit(NamedTuple):
+    """A training example's id, and its score for a query."""
+
+    id: Any
+    score: float
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is known of examples besides their ids.
+
+    Attributes:
+        train: how training examples are shown; None where the data set is not known.
+        queries: how queries are shown; likewise.
+        answers: what the model said of the queries, where it was asked about that.
+    """
+
+    train: Examples | None = None
+    queries: Examples | None = None
+    answers: Answers | None = None
 
 
 @dataclass(frozen=True)
 class Hits:
     """The strongest training examples of each query, best first.
+
+    ``hits[q]`` lists the :class:`Hit` s of the query at place q, a slice takes several queries, and iteration yields
+    ``(query id, hits)``.
 
     Attributes:
         ids: ids of the examples, Q lists of k entries.
@@ -20,6 +62,8 @@ class Hits:
         indices: their positions in the training set, ``(Q, k)`` int64.
         query_ids: ids of the queries, Q entries.
         unit: unit of the scores.
+        higher_is_better: whether a rise of the measurement is an improvement; "helpful" follows it.
+        shown: what else is known of the examples.
     """
 
     ids: list[list[Any]]
@@ -27,14 +71,171 @@ class Hits:
     indices: np.ndarray
     query_ids: list[Any]
     unit: str
+    higher_is_better: bool = True
+    shown: Shown = field(default=Shown(), repr=False, compare=False)
 
-    def __iter__(self) -> Iterator[tuple[Any, list[tuple[Any, float]]]]:
+    def __iter__(self) -> Iterator[tuple[Any, list[Hit]]]:
         """Yield ``(query id, [(training id, score), ...])`` for each query."""
-        for query_id, ids, scores in zip(self.query_ids, self.ids, self.scores, strict=True):
-            yield query_id, [(train_id, float(score)) for train_id, score in zip(ids, scores, strict=True)]
+        for place, query_id in enumerate(self.query_ids):
+            yield query_id, self[place]
 
     def __len__(self) -> int:
         return len(self.query_ids)
+
+    @overload
+    def __getitem__(self, query: int) -> list[Hit]: ...
+    @overload
+    def __getitem__(self, query: slice) -> Hits: ...
+    def __getitem__(self, query: int | slice) -> list[Hit] | Hits:
+        if isinstance(query, slice):
+            places = list(range(len(self)))[query]
+            shown = self.shown
+            queries = None if shown.queries is None else shown.queries.at(places)
+            answers = None if shown.answers is None else shown.answers.at(places)
+            return replace(
+                self,
+                ids=self.ids[query],
+                scores=self.scores[query],
+                indices=self.indices[query],
+                query_ids=self.query_ids[query],
+                shown=replace(shown, queries=queries, answers=answers),
+            )
+        return [Hit(i, float(s)) for i, s in zip(self.ids[query], self.scores[query], strict=True)]
+
+    @property
+    def k(self) -> int:
+        """Training examples of each query."""
+        return int(self.scores.shape[1])
+
+    def helpful(self, k: int | None = None) -> Hits:
+        """Return, of these examples, the k (default: all) that improved each query's measurement most, in order."""
+        return self._ordered(k, highest=self.higher_is_better)
+
+    def harmful(self, k: int | None = None) -> Hits:
+        """Return, of these examples, the k (default: all) that worsened each query's measurement most, in order."""
+        return self._ordered(k, highest=not self.higher_is_better)
+
+    def with_examples(self, train: Examples | None = None, queries: Examples | None = None) -> Hits:
+        """The same with examples to show beside the scores, in notebooks and lines of text.
+
+        Args:
+            train: how training examples are shown, such as ``Examples(train_set, picture=(8, 8))``.
+            queries: how queries are shown; default: as before, else not.
+        """
+        known = self.shown
+        return replace(self, shown=replace(known, train=train or known.train, queries=queries or known.queries))
+
+    def train_example(self, query: int, rank: int) -> Example:
+        """The training example at a rank (from 0) of a query, with what is known of it."""
+        train, index = self.shown.train, int(self.indices[query, rank])
+        train_id = self.ids[query][rank]
+        return Example(train_id) if train is None or index >= len(train) else train.show(index, train_id)
+
+    def query_example(self, query: int) -> Example:
+        """The query at a place, with what is known of it, and what the model said where it was asked about that."""
+        answers, queries, query_id = self.shown.answers, self.shown.queries, self.query_ids[query]
+        said = None if answers is None else answers[query]
+        known = queries is not None and query < len(queries)
+        example = queries.show(query, query_id) if queries is not None and known else Example(query_id)
+        if said is None:
+            return example
+        words = queries.said(said.value) if queries is not None else str(said.value)
+        return replace(example, prediction=words, probability=said.probability)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return one line for each query and example: query_id, train_id, rank (from 1), score (``pandas`` extra)."""
+        with extra("pandas"):
+            import pandas as pd
+        count = len(self)
+        return pd.DataFrame(
+            {
+                "query_id": pd.Series([query_id for query_id in self.query_ids for _ in range(self.k)]),
+                "train_id": pd.Series([train_id for ids in self.ids for train_id in ids]),
+                "rank": np.tile(np.arange(1, self.k + 1), count),
+                "score": self.scores.reshape(-1),
+            }
+        )
+
+    def plot(self, query: int = 0, ax: Axes | None = None) -> Axes:
+        """Draw the scores of one query's examples as bars (needs the ``plot`` extra)."""
+        with extra("plot"):
+            import matplotlib.pyplot as plt
+        axes: Axes = plt.subplots(figsize=(5, 0.6 + 0.28 * self.k))[1] if ax is None else ax
+        values = self.scores[query]
+        helps = (values > 0) == self.higher_is_better
+        axes.barh(np.arange(self.k), values, color=np.where(helps, "#0b6e66", "#a83c0c"))
+        names = [self._label(self.train_example(query, rank)) for rank in range(self.k)]
+        axes.set_yticks(np.arange(self.k), names)
+        axes.invert_yaxis()
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_xlabel(f"score ({self.unit})")
+        axes.set_title(f"query {printable(str(id_word(self.query_ids[query])))}")
+        return axes
+
+    def __repr__(self) -> str:
+        queries = f"{len(self)} {'query' if len(self) == 1 else 'queries'}"
+        return f"Hits({queries} x {self.k} training examples; +: including the example raised the {self.unit})"
+
+    def __str__(self) -> str:
+        """The first queries and their examples, a line each."""
+        lines = [explained(self.unit)]
+        for query in range(min(len(self), _QUERIES)):
+            lines += ["", *self.lines(query)]
+        if len(self) > _QUERIES:
+            lines += ["", f"… and {len(self) - _QUERIES} more queries"]
+        return "\n".join(lines)
+
+    def lines(self, query: int, *, named: bool = True) -> Iterator[str]:
+        """A query and its examples in words, a line each; made harmless for terminals.
+
+        Args:
+            query: place of the query.
+            named: say of each example whether it is helpful or harmful.
+        """
+        asked = self.query_example(query)
+        yield printable(f"query {_described(asked)}")
+        for rank, hit in enumerate(self[query]):
+            towards = TOWARDS[(hit.score > 0) == self.higher_is_better] if hit.score else "neither"
+            example = _described(self.train_example(query, rank))
+            yield printable(f"{rank + 1:>4}  {signed(hit.score):>8}  {f'{towards:<8}  ' if named else ''}{example}")
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for query in range(min(len(self), _QUERIES)):
+            asked = self.query_example(query)
+            said = f", predicted {asked.said}" if asked.said else ""
+            contents = [(asked._repr_html_(), f"query {self._label(asked)}{said}")]
+            for rank, hit in enumerate(self[query][:_ENTRIES]):
+                example = self.train_example(query, rank)
+                contents.append((example._repr_html_(), f"{signed(hit.score)}: {self._label(example)}"))
+            rows.append(tiles(contents))
+        left = f" The first {_QUERIES} queries:" if len(self) > _QUERIES else ""
+        return wrapped(f"{self!r}.{left}", "".join(rows))
+
+    def _label(self, example: Example) -> str:
+        return printable(str(id_word(example.id))) + (f" (label {printable(example.label)})" if example.label else "")
+
+    def _ordered(self, k: int | None, *, highest: bool) -> Hits:
+        count = self.k if k is None else checked_count(k, self.k)
+        order = np.argsort(-self.scores if highest else self.scores, axis=1, kind="stable")[:, :count]
+        return replace(
+            self,
+            ids=[[ids[place] for place in row] for ids, row in zip(self.ids, order, strict=True)],
+            scores=np.take_along_axis(self.scores, order, axis=1),
+            indices=np.take_along_axis(self.indices, order, axis=1),
+        )
+
+
+def _described(example: Example) -> str:
+    """An example in one line: id, label, what the model said, and its text, numbers or file."""
+    words = example.words
+    parts = [
+        str(id_word(example.id)),
+        f"label {example.label}" if example.label else "",
+        f"predicted {example.said}" if example.said else "",
+        words if len(words) <= _TEXT else words[: _TEXT - 2] + " …",
+    ]
+    return "  ".join(part for part in parts if part)
 
 
 def checked_count(k: Any, n: int) -> int:
@@ -54,8 +255,14 @@ def checked_count(k: Any, n: int) -> int:
 
 
 def make_hits(
-    indices: np.ndarray, scores: np.ndarray, train_ids: Sequence[Any], query_ids: Sequence[Any], unit: str
+    indices: np.ndarray,
+    scores: np.ndarray,
+    train_ids: Sequence[Any],
+    query_ids: Sequence[Any],
+    unit: str,
+    higher_is_better: bool = True,
+    shown: Shown | None = None,
 ) -> Hits:
     """Attach ids and unit to the positions ``(Q, k)`` and scores ``(Q, k)`` of the strongest examples."""
     ids = [[train_ids[i] for i in row] for row in indices]
-    return Hits(ids, scores, indices.astype(np.int64), list(query_ids), unit)
+    return Hits(ids, scores, indices.astype(np.int64), list(query_ids), unit, higher_is_better, shown or Shown())

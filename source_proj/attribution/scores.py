@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,16 @@ import numpy as np
 import torch
 import zarr
 
+from source_proj._errors import extra
+from source_proj._io.html import facts, wrapped
 from source_proj._io.outputs import write_output_folder
-from source_proj.attribution.hits import Hits, checked_count, make_hits
+from source_proj._io.printable import printable
+from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
+from source_proj.attribution.words import plain_ids, signed
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 __all__ = ["FACTS", "PredictedChange", "Scores", "is_scores_array"]
 
@@ -25,6 +30,9 @@ Subset = Sequence[Any] | np.ndarray | torch.Tensor
 
 FACTS = frozenset({"query_ids", "train_ids", "unit", "sign", "higher_is_better"})
 """The names of what is written with the values, by which an array of scores is known again."""
+
+
+_SHOWN = 3  # queries, and examples of each, in a notebook
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,12 @@ class PredictedChange:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.values, dtype=dtype, copy=copy)
 
+    def _repr_html_(self) -> str:
+        title = f"Without {self.n_removed} training examples ({self.normalization}), change of the {self.unit}"
+        values = [(f"query at place {place}", signed(float(value))) for place, value in enumerate(self.values[:10])]
+        more = len(self.values) - len(values)
+        return facts(title, [*values, *([("", f"… and {more} more")] if more else [])])
+
 
 class Scores:
     """Attribution scores of Q queries against N training examples.
@@ -63,6 +77,7 @@ class Scores:
         higher_is_better: whether a rise of the measurement is an improvement; "helpful" follows it.
         stage_sizes: sizes of the training sets of the stages, in order; default: one stage of N examples.
         additive: whether the scores are changes of the measurement (and so may be summed over a subset).
+        shown: what else is known of the examples.
 
     Example:
         >>> scores = Scores(np.array([[0.5, -0.25, 0.0]]), ["q"], ["a", "b", "c"], unit="logit margin")
@@ -84,6 +99,7 @@ class Scores:
         higher_is_better: bool = True,
         stage_sizes: Sequence[int] | None = None,
         additive: bool = True,
+        shown: Shown | None = None,
     ) -> None:
         values = np.asarray(values)
         if values.shape != (len(query_ids), len(train_ids)):
@@ -98,6 +114,7 @@ class Scores:
         self.higher_is_better = higher_is_better
         self.stage_sizes = tuple(stage_sizes) if stage_sizes is not None else (len(train_ids),)
         self.additive = additive
+        self.shown = shown or Shown()
         self._positions: dict[Any, int] | None = None
 
     @property
@@ -113,6 +130,23 @@ class Scores:
 
     def __getitem__(self, index: Any) -> Any:
         return self.values[index]
+
+    def head(self, queries: int = 5, examples: int = 8) -> pd.DataFrame:
+        """The first queries' scores of the first training examples, as :meth:`to_pandas` has them."""
+        return self._corner(queries, examples).to_pandas()
+
+    def plot(self, query: int = 0, ax: Axes | None = None) -> Axes:
+        """Draw how one query's scores are spread, examples counted on a log scale (needs the ``plot`` extra)."""
+        with extra("plot"):
+            import matplotlib.pyplot as plt
+        axes: Axes = plt.subplots(figsize=(5, 2.5))[1] if ax is None else ax
+        axes.hist(self.values[query], bins=60, color="#3a4fb0")
+        axes.set_yscale("log")
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_xlabel(f"score ({self.unit})")
+        axes.set_ylabel("training examples")
+        axes.set_title(f"query {printable(str(self.query_ids[query]))}")
+        return axes
 
     def __repr__(self) -> str:
         queries, rows = self.shape
@@ -135,7 +169,7 @@ class Scores:
         """Return the k examples that worsen each query's measurement most, following ``higher_is_better``."""
         return self._strongest(k, highest=not self.higher_is_better)
 
-    def group(self, subset: Subset | Mapping[Any, Subset]) -> np.ndarray | Scores:
+    def group(self, subset: Subset | Mapping[Any, Subset]) -> Scores:
         """Sum the scores over groups of training examples.
 
         Args:
@@ -143,7 +177,7 @@ class Scores:
                 group names to such subsets.
 
         Returns:
-            The sums ``(Q,)`` of one subset, or :class:`Scores` with one column per named group.
+            :class:`Scores` with one column per named group; one subset makes one column, "group".
 
         Raises:
             ValueError: if the scores are no changes of the measurement, and so have no meaningful sum; or a subset
@@ -151,14 +185,14 @@ class Scores:
             TypeError: if a subset is neither ids nor a mask.
         """
         self._require_additive("group")
-        if isinstance(subset, Mapping):
-            if not subset:
-                raise ValueError("group got an empty mapping: name at least one group, as in {'name': training ids}")
-            sums = np.stack([self._sum(self._indices(members)) for members in subset.values()], axis=1)
-            return Scores(
-                sums, self.query_ids, list(subset), unit=self.unit, higher_is_better=self.higher_is_better
-            )  # fmt: skip
-        return self._sum(self._indices(subset))
+        groups = subset if isinstance(subset, Mapping) else {"group": subset}
+        if not groups:
+            raise ValueError("group got an empty mapping: name at least one group, as in {'name': training ids}")
+        sums = np.stack([self._sum(self._indices(members)) for members in groups.values()], axis=1)
+        shown = replace(self.shown, train=None)
+        return Scores(
+            sums, self.query_ids, list(groups), unit=self.unit, higher_is_better=self.higher_is_better, shown=shown
+        )
 
     def predict_removal(self, subset: Subset, *, renormalize: bool = False) -> PredictedChange:
         """Predict how each query's measurement changes when a subset is left out of training.
@@ -198,14 +232,12 @@ class Scores:
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with queries as rows and training examples as columns (needs the ``pandas`` extra)."""
-        try:
+        with extra("pandas"):
             import pandas as pd
-        except ImportError as error:
-            raise ImportError('to_pandas needs pandas: pip install "source-proj[pandas]"') from error
         return pd.DataFrame(
             self.values,
-            index=pd.Index(self.query_ids, name="query", tupleize_cols=False),
-            columns=pd.Index(self.train_ids, name="train", tupleize_cols=False),
+            index=_labels(self.query_ids, "query"),
+            columns=_labels(self.train_ids, "train"),
         )
 
     def to_zarr(self, path: str | Path, *, overwrite: bool = False) -> zarr.Array[Any]:
@@ -221,8 +253,8 @@ class Scores:
             FileExistsError: something is there already that may not be overwritten.
         """
         attributes: dict[str, Any] = {
-            "query_ids": _plain(self.query_ids),
-            "train_ids": _plain(self.train_ids),
+            "query_ids": plain_ids(self.query_ids),
+            "train_ids": plain_ids(self.train_ids),
             "unit": self.unit,
             "sign": "positive: including the example raised the measurement",
             "higher_is_better": self.higher_is_better,
@@ -234,6 +266,23 @@ class Scores:
 
         write_output_folder(Path(path), fill, overwrite=overwrite, replaceable=is_scores_array)
         return zarr.open_array(path, mode="r")
+
+    def _corner(self, queries: int, examples: int) -> Scores:
+        return Scores(
+            self.values[:queries, :examples],
+            self.query_ids[:queries],
+            self.train_ids[:examples],
+            unit=self.unit,
+            higher_is_better=self.higher_is_better,
+            additive=self.additive,
+            shown=self.shown,
+        )
+
+    def _repr_html_(self) -> str:
+        """The most helpful examples of the first queries."""
+        first = self._corner(_SHOWN, len(self.train_ids))
+        content = first.helpful(min(_SHOWN, len(self.train_ids)))._repr_html_() if self.values.size else ""
+        return wrapped(f"{self!r}. The most helpful for the first queries:", content)
 
     def _require_additive(self, verb: str) -> None:
         if not self.additive:
@@ -249,7 +298,7 @@ class Scores:
         order = np.argsort(np.take_along_axis(keys, indices, axis=1), axis=1, kind="stable")
         indices = np.take_along_axis(indices, order, axis=1)
         best = np.take_along_axis(self.values, indices, axis=1)
-        return make_hits(indices, best, self.train_ids, self.query_ids, self.unit)
+        return make_hits(indices, best, self.train_ids, self.query_ids, self.unit, self.higher_is_better, self.shown)
 
     def _indices(self, subset: Subset) -> np.ndarray:
         chosen = _ids_or_mask(subset)
@@ -322,9 +371,11 @@ def _ids_or_mask(subset: Subset) -> list[Any] | np.ndarray:
     return np.array(chosen, dtype=bool)
 
 
-def _plain(ids: Iterable[Any]) -> list[Any]:
-    """Ids as JSON can hold them."""
-    return [
-        entry.item() if isinstance(entry, np.generic) else list(entry) if isinstance(entry, tuple) else entry
-        for entry in ids
-    ]
+def _labels(ids: Sequence[Any], name: str) -> pd.Index:
+    """Ids as labels of pandas, whose own type for strings cannot hold half a surrogate pair."""
+    import pandas as pd
+
+    try:
+        return pd.Index(ids, name=name, tupleize_cols=False)
+    except UnicodeEncodeError:
+        return pd.Index(ids, name=name, tupleize_cols=False, dtype=object)

@@ -12,7 +12,11 @@ from torch import nn
 from tqdm import tqdm
 
 from source_proj._errors import BankError
+from source_proj._io.html import facts
+from source_proj._io.printable import printable
+from source_proj._io.progress import Progress
 from source_proj.bank.build.append import append_rows
+from source_proj.bank.examples import Examples
 from source_proj.bank.fits import FitCache
 from source_proj.bank.format import Settings
 from source_proj.bank.read.metrics import Metrics
@@ -44,6 +48,8 @@ class Bank:
         metrics: the metrics that its rows are in; one, the identity, unless an optimizer was preconditioned.
         versions: what software made the bank, for people.
         parameter_choice: which parameters are attributed, and how many were left out, for people.
+        examples: how training examples are shown beside scores: a bank that was just built knows its data set, for an
+            opened one set ``bank.examples = Examples(train_set)``. None: by their ids alone.
 
     Raises:
         BankError: there is no bank, or one of another version, or one whose metadata are damaged; says what was found.
@@ -58,6 +64,7 @@ class Bank:
         self.settings, self.versions, moved, self.parameter_choice = read_root(self.store)
         self.sketch = _sketch(self.path, self.settings)
         self.metrics = Metrics(self.store, self.settings.trajectory)
+        self.examples: Examples | None = None
         self._weights = Weights(self.store, self.path, self.settings, moved)
         self.reload()
 
@@ -76,6 +83,18 @@ class Bank:
         rows = " + ".join(f"{stage.n} {stage.name!r} rows x {stage.n_checkpoints} checkpoints" for stage in self.stages)
         state = "" if self.finalized else ", unfinished"
         return f"Bank({str(self.path)!r}: {rows}, k={self.sketch.dim}, {self.storage}{state})"
+
+    def _repr_html_(self) -> str:
+        size = sum(({**self.nbytes(), "fits": self.fits.nbytes()}).values())
+        pairs: list[tuple[object, object]] = [("task", self.task_spec.get("name"))]
+        for stage in self.stages:
+            steps = ", ".join(map(str, stage.record.steps))
+            pairs.append((f"stage {stage.name}", f"{stage.n:,} examples, checkpoints at steps {steps}"))
+        pairs += [
+            ("sketch", f"{self.sketch.kind}, {self.sketch.dim} numbers an example, as {self.storage}"),
+            ("size", f"{size / 1e6:,.1f} MB"),
+        ]
+        return facts(f"Bank {self.path}" + ("" if self.finalized else " (unfinished)"), pairs)
 
     # What it is ------------------------------------------------------------------------------------------------
 
@@ -165,14 +184,27 @@ class Bank:
 
     # Checkpoints -----------------------------------------------------------------------------------------------
 
-    def checkpoint(self, stage: int = -1, index: int = -1) -> Checkpoint:
+    def stage_index(self, stage: int | str) -> int:
+        """Place of a stage that is given by its name, or by its place.
+
+        Raises:
+            ValueError: there is no such stage.
+        """
+        names = [each.name for each in self.stages]
+        if isinstance(stage, str) and stage in names:
+            return names.index(stage)
+        if isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage < len(names):
+            raise ValueError(f"stage must be one of the bank's stages {names}, or an index into them, got {stage!r}")
+        return stage
+
+    def checkpoint(self, stage: int | str = -1, index: int = -1) -> Checkpoint:
         """A checkpoint of a stage, from its file or from the copy inside the bank.
 
         Raises:
             IndexError: there is no such stage or checkpoint.
             MismatchError: its file is missing, or changed since the bank was begun.
         """
-        return self._weights.checkpoint(stage, index)
+        return self._weights.checkpoint(self.stage_index(stage) if isinstance(stage, str) else stage, index)
 
     def final_checkpoint(self) -> Checkpoint:
         """The weights at the end of training, which queries are asked of; raises as :meth:`checkpoint`."""
@@ -206,13 +238,13 @@ class Bank:
         task: Task,
         train_set: Any,
         *,
-        stage: int = -1,
+        stage: int | str = -1,
         ids: Sequence[Any] | None = None,
         batch_size: int = 64,
         device: torch.device | str | None = None,
         shard: tuple[int, int] | None = None,
         shard_rows: int | None = None,
-        progress: bool = True,
+        progress: Progress = True,
     ) -> int:
         """Add examples to a stage's training set, at the end of its rows; changes the fingerprint.
 
@@ -227,7 +259,7 @@ class Bank:
             model: a module of the architecture that the bank was built with.
             task: the bank's task.
             train_set: the new examples: map-style data set or DataLoader.
-            stage: index of the stage.
+            stage: name or index of the stage.
             ids: their ids in order, none of them in the stage yet; default: goes on counting.
             batch_size: examples a batch; a DataLoader brings its own.
             device: where the model runs; default: where it is.
@@ -246,6 +278,7 @@ class Bank:
             GradientError: a gradient is not finite; names the ids.
         """
         self.reload()
+        place = self.stage_index(stage) if isinstance(stage, str) else range(len(self.stages))[stage]
         try:
             part = append_rows(
                 self.store,
@@ -254,8 +287,8 @@ class Bank:
                 task,
                 self.metrics,
                 train_set,
-                stage=range(len(self.stages))[stage],
-                parts=self.stages[stage].parts,
+                stage=place,
+                parts=self.stages[place].parts,
                 checkpoint=self.checkpoint,
                 ids=ids,
                 batch_size=batch_size,
@@ -267,8 +300,8 @@ class Bank:
         finally:
             self.reload()
         added = part.spec.n if part.sealed() is None else 0
-        if not added and progress:
-            known = f"these {part.spec.n} examples are in {part.location} already"
+        if not added and progress is True:
+            known = printable(f"these {part.spec.n} examples are in {part.location} already")
             tqdm.write(f"nothing appended: {known}; give ids of their own to add them twice", file=sys.stderr)
         if shard is None:
             self.seal([part])

@@ -1,23 +1,27 @@
 """``build`` and ``finalize``: fill a bank."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-import source_proj.bank as banks
-from source_proj.bank.codecs import codec_names
-from source_proj.cli.options import BankPath, BatchSize, Device, Json, Model, Progress, TrustRemoteCode
-from source_proj.cli.output import emit, reports_errors, say
-from source_proj.cli.parsing import (
-    make_sketch,
-    make_trajectory,
-    parse_json,
-    parse_shard,
-    parse_steps,
+from source_proj.cli.options import (
+    RUNNING,
+    SKETCH,
+    TEXT,
+    TRAINED,
+    BankPath,
+    BatchSize,
+    Device,
+    Json,
+    Model,
+    Progress,
+    TrustRemoteCode,
 )
-from source_proj.cli.text import TextOptions
-from source_proj.sketch.projections import kinds
+from source_proj.cli.output import emit, reports_errors, say
+
+if TYPE_CHECKING:
+    from source_proj.bank import Bank
 
 __all__ = ["build", "finalize"]
 
@@ -45,79 +49,169 @@ def build(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of the task, such as label_smoothing=0.1.")
     ] = None,
     recorder: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Directory that source_proj.Recorder wrote.")
+        str | None,
+        typer.Option(metavar="DIR", help="Directory that source_proj.Recorder wrote.", rich_help_panel=TRAINED),
     ] = None,
     trajectory: Annotated[
-        str | None, typer.Option(metavar="MODULE:FUNCTION", help="Gives a source_proj.Trajectory.")
+        str | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="Gives a source_proj.Trajectory.", rich_help_panel=TRAINED),
     ] = None,
     checkpoint: Annotated[
-        list[str] | None, typer.Option(metavar="STEP=PATH", help="Weights after STEP optimizer steps; repeat it.")
+        list[str] | None,
+        typer.Option(
+            metavar="STEP=PATH", help="Weights after STEP optimizer steps; repeat it.", rich_help_panel=TRAINED
+        ),
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Constant learning rate, with --checkpoint.")] = None,
-    momentum: Annotated[float, typer.Option(help="Heavy-ball momentum, with --checkpoint.")] = 0.0,
-    weight_decay: Annotated[float, typer.Option(help="L2 coefficient of SGD, with --checkpoint.")] = 0.0,
+    lr: Annotated[
+        float | None, typer.Option(help="Constant learning rate, with --checkpoint.", rich_help_panel=TRAINED)
+    ] = None,
+    momentum: Annotated[
+        float | None,
+        typer.Option(
+            help="Heavy-ball momentum, with --checkpoint, or where --hf-run does not tell.", rich_help_panel=TRAINED
+        ),
+    ] = None,
+    weight_decay: Annotated[
+        float, typer.Option(help="L2 coefficient of SGD, with --checkpoint.", rich_help_panel=TRAINED)
+    ] = 0.0,
     hf_run: Annotated[
-        str | None, typer.Option(metavar="DIR", help="A Trainer's output_dir, or that of RecorderCallback.")
+        str | None,
+        typer.Option(
+            metavar="DIR", help="A Trainer's output_dir, or that of RecorderCallback.", rich_help_panel=TRAINED
+        ),
     ] = None,
     hf_model: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Pretrained model and tokenizer; default: the run's last checkpoint."),
+        typer.Option(
+            metavar="DIR",
+            help="Pretrained model and tokenizer; default: the run's last checkpoint.",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     dataset: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Training set as .jsonl or .csv, for --hf-model's tokenizer.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Training set as .jsonl or .csv, for --hf-model's tokenizer.", rich_help_panel=TEXT
+        ),
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column of the text, with --dataset.")] = "text",
-    label_column: Annotated[str, typer.Option(help="Column of the class, with --dataset.")] = "label",
+    text_column: Annotated[
+        str, typer.Option(help="Column of the text, with --dataset.", rich_help_panel=TEXT)
+    ] = "text",
+    label_column: Annotated[
+        str, typer.Option(help="Column of the class, with --dataset.", rich_help_panel=TEXT)
+    ] = "label",
     prompt_column: Annotated[
-        str | None, typer.Option(help="Column of what stands before the text and is not counted, with --dataset.")
+        str | None,
+        typer.Option(
+            help="Column of what stands before the text and is not counted, with --dataset.", rich_help_panel=TEXT
+        ),
     ] = None,
-    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of an example, with --dataset.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an example, with --dataset.", rich_help_panel=TEXT)
+    ] = None,
     text_pair_column: Annotated[
-        str | None, typer.Option(help="Column of the second text of a pair, with --dataset.")
+        str | None, typer.Option(help="Column of the second text of a pair, with --dataset.", rich_help_panel=TEXT)
     ] = None,
     steps: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Steps of the checkpoints of --hf-run to use; default: all.")
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Steps of the checkpoints of --hf-run to use; default: all.",
+            rich_help_panel=TRAINED,
+        ),
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate, if --hf-run does not tell.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="lr_scheduler_type, if --hf-run does not tell.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate, if --hf-run does not tell.", rich_help_panel=TRAINED)
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="lr_scheduler_type, if --hf-run does not tell.", rich_help_panel=TRAINED)
+    ] = None,
     schedule_options: Annotated[
-        str | None, typer.Option(metavar="JSON", help='lr_scheduler_kwargs of --schedule: {"min_lr": 1e-6}.')
+        str | None,
+        typer.Option(
+            metavar="JSON", help='lr_scheduler_kwargs of --schedule: {"min_lr": 1e-6}.', rich_help_panel=TRAINED
+        ),
     ] = None,
-    warmup_steps: Annotated[int | None, typer.Option(min=0, help="Warm-up, if --hf-run does not tell.")] = None,
+    warmup_steps: Annotated[
+        int | None, typer.Option(min=0, help="Warm-up, if --hf-run does not tell.", rich_help_panel=TRAINED)
+    ] = None,
     max_grad_norm: Annotated[
-        float | None, typer.Option(min=0, help="Of --hf-run; default 1, as the Trainer's.")
+        float | None, typer.Option(min=0, help="Of --hf-run; default 1, as the Trainer's.", rich_help_panel=TRAINED)
     ] = None,
     preconditioner: Annotated[
-        str | None, typer.Option(help="scalar, shared, per_segment or none: Adam's P, with --hf-run.")
+        str | None,
+        typer.Option(help="scalar, shared, per_segment or none: Adam's P, with --hf-run.", rich_help_panel=TRAINED),
     ] = None,
-    segments: Annotated[int | None, typer.Option(min=1, help="Segments of training; score can change it.")] = None,
-    sketch_dim: Annotated[int, typer.Option(min=1, help="Numbers kept per example and checkpoint.")] = 4096,
-    sketch_kind: Annotated[str, typer.Option(help=f"One of {', '.join(kinds())}.")] = "sparse",
-    sketch_seed: Annotated[int, typer.Option(help="Seed of the projection.")] = 0,
-    sketch_nnz: Annotated[int, typer.Option(help="Non-zeros per coordinate of the sparse projection.")] = 1,
-    sketch_backend: Annotated[str | None, typer.Option(help="native or torch; default: the fastest present.")] = None,
-    storage: Annotated[str, typer.Option(help=f"How rows are stored: {', '.join(codec_names())}.")] = "int8",
+    segments: Annotated[
+        int | None, typer.Option(min=1, help="Segments of training; score can change it.", rich_help_panel=TRAINED)
+    ] = None,
+    sketch_dim: Annotated[
+        int, typer.Option(min=1, help="Numbers kept per example and checkpoint.", rich_help_panel=SKETCH)
+    ] = 4096,
+    sketch_kind: Annotated[
+        str, typer.Option(help="sparse, tensor, rademacher, kronecker, identity or fast_jl.", rich_help_panel=SKETCH)
+    ] = "sparse",
+    sketch_seed: Annotated[int, typer.Option(help="Seed of the projection.", rich_help_panel=SKETCH)] = 0,
+    sketch_nnz: Annotated[
+        int, typer.Option(help="Non-zeros per coordinate of the sparse projection.", rich_help_panel=SKETCH)
+    ] = 1,
+    sketch_backend: Annotated[
+        str | None, typer.Option(help="native or torch; default: the fastest present.", rich_help_panel=SKETCH)
+    ] = None,
+    storage: Annotated[
+        str, typer.Option(help="How rows are stored: int8, float16 or float32.", rich_help_panel=SKETCH)
+    ] = "int8",
     batch_size: BatchSize = 64,
     parameters: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Parameters to attribute through; !GLOB leaves out.")
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Parameters to attribute through; !GLOB leaves out.", rich_help_panel=SKETCH),
     ] = None,
-    sampled_fisher: Annotated[int, typer.Option(min=0, help="Draws of labels for the sampled Fisher.")] = 0,
-    autocast: Annotated[str | None, typer.Option(help="bfloat16 or float16 for the forward pass.")] = None,
-    gradients: Annotated[str, typer.Option(help="auto, hooks or general.")] = "auto",
+    sampled_fisher: Annotated[
+        int, typer.Option(min=0, help="Draws of labels for the sampled Fisher.", rich_help_panel=SKETCH)
+    ] = 0,
+    autocast: Annotated[
+        str | None, typer.Option(help="bfloat16 or float16 for the forward pass.", rich_help_panel=SKETCH)
+    ] = None,
+    gradients: Annotated[str, typer.Option(help="auto, hooks or general.", rich_help_panel=SKETCH)] = "auto",
     shard_rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows in a shard, a multiple of the batch size.")
+        int | None, typer.Option(min=1, help="Rows in a shard, a multiple of the batch size.", rich_help_panel=RUNNING)
     ] = None,
     shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Do only part I of N (from 0); then run finalize once.")
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Do only part I of N (from 0), and not what others leave; then run finalize.",
+            rich_help_panel=RUNNING,
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a bank that was begun.")] = True,
+    takeover: Annotated[
+        float,
+        typer.Option(
+            help="Seconds without progress after which another worker of this bank is taken for dead.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = 300.0,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with a bank that was begun.", rich_help_panel=RUNNING)
+    ] = True,
     trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
     progress: Progress = True,
     json: Json = False,
 ) -> None:
-    """Sketch the training gradients of every checkpoint into a bank."""
-    chosen_steps = parse_steps(steps)
+    """Sketch the training gradients of every checkpoint into a bank.
+
+    Run it as often as there are devices, by torchrun, Slurm or any launcher that sets SOURCE_PROJ_SHARD=I/N: all
+    processes build one bank together, and make what others leave that died.
+    """
+    import source_proj.bank as banks
+    from source_proj.cli.parsing import make_sketch, make_trajectory, parse_json, parse_steps
+    from source_proj.cli.text import TextOptions
+    from source_proj.distribute import this_worker
+    from source_proj.distribute.launch import parse_shard
+
+    chosen_steps, worker = parse_steps(steps), this_worker()
+    alone = None if shard is None else parse_shard(shard, "--shard")
     text = TextOptions(
         hf_model,
         hf_run,
@@ -138,7 +232,9 @@ def build(
         "warmup_steps": warmup_steps,
         "max_grad_norm": max_grad_norm,
         "preconditioner": preconditioner,
+        "momentum": None if momentum is None or hf_run is None else lambda _: momentum,
     }
+    text.require_place(bank)
     network, training_set, chosen = text.build_from(model, data, task, task_option or ())
     made = banks.build(
         network,
@@ -148,7 +244,7 @@ def build(
             trajectory,
             checkpoint or (),
             lr=lr,
-            momentum=momentum,
+            momentum=0.0 if momentum is None or hf_run is not None else momentum,
             weight_decay=weight_decay,
             segments=segments,
             hf_run=hf_run,
@@ -159,33 +255,40 @@ def build(
         bank,
         sketch=make_sketch(sketch_dim, sketch_kind, sketch_seed, sketch_nnz, sketch_backend),
         batch_size=batch_size,
-        device=device,
+        device=device or worker.device,
         storage=storage,
-        shard=parse_shard(shard),
+        shard=alone or worker.shard,
+        takeover=takeover if alone is None else None,
         resume=resume,
-        progress=progress,
+        progress=progress and worker.local_index == 0,
         parameters=text.parameters_of(network, parameters),
         sampled_fisher=sampled_fisher,
         autocast=autocast,
         gradients=gradients,
         shard_rows=shard_rows,
     )
-    text.write_beside(bank, context.params)
-    _report(made, json)
+    if worker.local_index == 0:
+        text.write_beside(bank, context.params)
+        _report(made, json)
 
 
 @reports_errors
 def finalize(bank: BankPath, json: Json = False) -> None:
     """Declare a bank complete after every part of a build in parts is done."""
+    import source_proj.bank as banks
+
     made = banks.open(bank)
     made.finalize()
     _report(made, json)
 
 
-def _report(made: banks.Bank, json: bool) -> None:
-    size = sum(made.nbytes().values())
+def _report(made: "Bank", json: bool) -> None:
+    fits = made.fits.nbytes()
+    size = sum(made.nbytes().values()) + fits
     if json:
-        emit({"bank": made.path, "rows": made.n_rows, "finalized": made.finalized, "bytes": size})
+        facts = {"rows": made.n_rows, "finalized": made.finalized, "bytes": size, "bytes_of_fits": fits}
+        emit({"bank": made.path, **facts})
     else:
         state = "complete" if made.finalized else "unfinished: build its other parts, then run source-proj finalize"
-        say(f"{made.path}: {made.n_rows} rows, {size / 1e6:.1f} MB, {state}")
+        of_fits = f" ({fits / 1e6:.1f} of fits)" if fits else ""
+        say(f"{made.path}: {made.n_rows} rows, {size / 1e6:.1f} MB{of_fits}, {state}")

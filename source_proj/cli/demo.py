@@ -1,14 +1,16 @@
 """``demo``: see it work."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from source_proj.attribution.hits import Hits
 from source_proj.cli.options import Json, Overwrite, Progress
 from source_proj.cli.output import emit, reports_errors, say
-from source_proj.demo import Demo, run, verdict
+
+if TYPE_CHECKING:
+    from source_proj.attribution.hits import Hits
+    from source_proj.demo import Demo
 
 __all__ = ["demo"]
 
@@ -27,6 +29,8 @@ def demo(
     json: Json = False,
 ) -> None:
     """Train on handwritten digits, attribute four answers, check the scores by retraining, write an HTML page."""
+    from source_proj.demo import run
+
     shown = _silent if json else say
     result = run(folder, page=page, pairs=pairs, remove=remove, overwrite=overwrite, say=shown, progress=progress)
     if json:
@@ -37,7 +41,9 @@ def _silent(text: str) -> None:
     """Print nothing: standard output is for the JSON."""
 
 
-def _facts(result: Demo) -> dict[str, Any]:
+def _facts(result: "Demo") -> dict[str, Any]:
+    from source_proj.demo import verdict
+
     helpful, harmful = result.scores.helpful(5), result.scores.harmful(5)
     return {
         "accuracy": result.accuracy,
@@ -71,7 +77,7 @@ def _facts(result: Demo) -> dict[str, Any]:
     }
 
 
-def _entries(hits: Hits, row: int) -> list[dict[str, Any]]:
+def _entries(hits: "Hits", row: int) -> list[dict[str, Any]]:
     return [
         {"id": train_id, "score": float(score)} for train_id, score in zip(hits.ids[row], hits.scores[row], strict=True)
     ]  # fmt: skip

@@ -1,18 +1,17 @@
 """``inspect``, ``verify`` and ``clean``: look into a bank, and tidy it up."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from source_proj.bank import Bank, StageBank
-from source_proj.bank import open as open_bank
-from source_proj.bank import verify as verify_bank
-from source_proj.bank.audits import total
 from source_proj.cli.options import BankPath, Json
 from source_proj.cli.output import emit, reports_errors, say, table
-from source_proj.trajectory.record import write_optimizer
+
+if TYPE_CHECKING:
+    from source_proj.bank import Bank, StageBank
 
 __all__ = ["clean", "inspect", "verify"]
 
@@ -22,6 +21,8 @@ _LISTED = 8  # missing shards spelled out for people
 @reports_errors
 def inspect(bank: BankPath, json: Json = False) -> None:
     """Show what is in a bank, also while it is being built."""
+    from source_proj.bank import open as open_bank
+
     facts = _facts(open_bank(bank))
     if json:
         emit(facts)
@@ -32,6 +33,8 @@ def inspect(bank: BankPath, json: Json = False) -> None:
 @reports_errors
 def verify(bank: BankPath, json: Json = False) -> None:
     """Read every byte of a bank; list what is wrong, and exit with code 1 if anything is."""
+    from source_proj.bank import verify as verify_bank
+
     report = verify_bank(bank)
     if json:
         emit(
@@ -59,6 +62,8 @@ def verify(bank: BankPath, json: Json = False) -> None:
 @reports_errors
 def clean(bank: BankPath, json: Json = False) -> None:
     """Delete what was fitted from a bank and kept in it; scoring computes it again when it is needed."""
+    from source_proj.bank import open as open_bank
+
     freed = open_bank(bank).clear_fits()
     if json:
         emit({"bank": bank, "bytes_freed": freed})
@@ -66,7 +71,7 @@ def clean(bank: BankPath, json: Json = False) -> None:
         say(f"{bank}: {freed / 1e6:.1f} MB of fits removed")
 
 
-def _facts(bank: Bank) -> dict[str, Any]:
+def _facts(bank: "Bank") -> dict[str, Any]:
     """Everything about a bank, as JSON can hold it."""
     shapes = bank.space_spec["shapes"]
     return {
@@ -86,7 +91,10 @@ def _facts(bank: Bank) -> dict[str, Any]:
     }
 
 
-def _stage(stage: StageBank) -> dict[str, Any]:
+def _stage(stage: "StageBank") -> dict[str, Any]:
+    from source_proj.bank.audits import total
+    from source_proj.trajectory.record import write_optimizer
+
     committed = [[part.done(index) for part in stage.parts] for index in range(stage.n_checkpoints)]
     return {
         "name": stage.name,
@@ -119,7 +127,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     sizes = ", ".join(f"{name} {count / 1e6:.1f}" for name, count in facts["bytes"].items() if count >= 50_000)
     yield f"{facts['bank']}: {state}"
     yield f"  rows        {facts['rows']} training examples, {facts['storage']}"
-    yield f"  sketch      {_options(facts['sketch'])}"
+    yield f"  sketch      {_sketch(facts)}"
     yield f"  task        {_options(facts['task'])}"
     yield f"  parameters  {facts['parameter_choice']}"
     yield f"  size        {size / 1e6:.1f} MB{f' ({sizes})' if sizes else ''}"
@@ -156,5 +164,26 @@ def _general(stage: dict[str, Any]) -> Iterator[str]:
         yield f"  {count} gradients by the general path: {reason}"
 
 
+def _sketch(facts: dict[str, Any]) -> str:
+    """The sketch, and whether there is more room in it than there are numbers to sketch."""
+    sketch, sizes = facts["sketch"], [math.prod(shape) for shape in facts["parameters"].values()]
+    words = f"{sketch['kind']}, {sketch['dim']} numbers an example, seed {sketch['seed']}"
+    if sketch["kind"] != "identity" and sketch["dim"] > sum(sizes):
+        words += f" (only {sum(sizes)} parameters: --sketch-kind identity is exact and smaller)"
+    return words
+
+
 def _options(spec: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in spec.items() if value is not None)
+    """A description in words: what is not said, off or empty is left out, and what is long is counted."""
+    words = []
+    for name, value in spec.items():
+        plain = name.replace("_", " ")
+        if value is None or value is False or value in ([], {}, 0):
+            continue
+        if name in ("name", "kind"):
+            words.append(str(value).replace("_", " "))
+        elif isinstance(value, dict) or (isinstance(value, list) and len(value) > _LISTED):
+            words.append(f"{len(value)} {plain}")
+        else:
+            words.append(f"{plain} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    return ", ".join(words)

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, ParamSpec
 
-import numpy as np
 import typer
 
-from source_proj._errors import SourceProjError
+from source_proj._errors import MissingFileError, SourceProjError
 from source_proj._io.printable import printable
 
 __all__ = ["debug", "emit", "reports_errors", "say", "table"]
@@ -56,8 +55,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
     """Turn the errors of a command into one line on standard error and an exit code; ``--debug`` lets them through.
 
-    Exit code 1: the bank, the data or the checkpoints are at fault. Exit code 2: the command was not understood, or
-    something that it names is not there.
+    Exit code 2: the command was not understood: an option is unknown or out of range, or what it names is missing or
+    in the way. Exit code 1: it was understood and refused, or failed: the bank, the data or the checkpoints are at
+    fault, a disk is full, an extra is not installed.
     """
 
     @functools.wraps(command)
@@ -68,9 +68,16 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
             if debug.get():
                 raise
             print(f"error: {printable(' '.join(str(error).split())) or type(error).__name__}", file=sys.stderr)
-            raise typer.Exit(1 if isinstance(error, SourceProjError) else 2) from error
+            raise typer.Exit(2 if _is_misused(error) else 1) from error
 
     return wrapped
+
+
+def _is_misused(error: Exception) -> bool:
+    """Whether the command itself is at fault."""
+    if isinstance(error, SourceProjError):
+        return isinstance(error, MissingFileError)
+    return isinstance(error, ValueError | TypeError | FileNotFoundError | FileExistsError)
 
 
 def _is_number(text: str) -> bool:
@@ -82,9 +89,7 @@ def _is_number(text: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
+    if hasattr(value, "tolist"):  # arrays of NumPy and their numbers, which are not imported for this
         return value.tolist()
     if hasattr(value, "__fspath__"):
         return str(value)

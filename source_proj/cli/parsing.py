@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from source_proj.task import CausalLM, Classification, Regression, Task
 from source_proj.trajectory import SGD, Checkpoint, Trajectory
 
 __all__ = [
+    "load_function",
     "load_model",
     "load_object",
     "make_sketch",
@@ -25,9 +26,10 @@ __all__ = [
     "parse_damping",
     "parse_json",
     "parse_options",
+    "parse_picture",
     "parse_segments",
-    "parse_shard",
     "parse_steps",
+    "parse_target",
 ]
 
 _TASKS = {"classification": Classification, "regression": Regression, "causal-lm": CausalLM}
@@ -45,6 +47,32 @@ def load_object(name: str, what: str) -> Any:
     Raises:
         ValueError: if the name has no colon, or names nothing.
     """
+    value = _named(name, what)
+    if inspect.isroutine(value) or inspect.isclass(value) or isinstance(value, functools.partial):
+        return value()
+    return value
+
+
+def load_function(name: str, what: str) -> Callable[..., Any]:
+    """Import a function that ``module:function`` names, to be called later.
+
+    Args:
+        name: ``package.module:function``.
+        what: the option it was given for, for messages.
+
+    Raises:
+        ValueError: if the name has no colon, or names nothing.
+        TypeError: if it names what cannot be called.
+    """
+    value = _named(name, what)
+    if not callable(value):
+        raise TypeError(f"{what} {name!r} must name a function, got {type(value).__name__}")
+    function: Callable[..., Any] = value
+    return function
+
+
+def _named(name: str, what: str) -> Any:
+    """What ``module:attribute`` names."""
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise ValueError(f"{what} must be given as module:function, got {name!r}")
@@ -61,8 +89,6 @@ def load_object(name: str, what: str) -> Any:
         if not hasattr(value, part):
             raise ValueError(f"{what} {name!r}: {module_name} has no {attribute!r}")
         value = getattr(value, part)
-    if inspect.isroutine(value) or inspect.isclass(value) or isinstance(value, functools.partial):
-        return value()
     return value
 
 
@@ -207,21 +233,6 @@ def _checkpoint(point: str, lr: float) -> Checkpoint:
     return Checkpoint(path, int(step), lr=lr)
 
 
-def parse_shard(text: str | None) -> tuple[int, int] | None:
-    """Read ``i/n``, i counted from 0.
-
-    Example:
-        >>> parse_shard("0/4")
-        (0, 4)
-    """
-    if text is None:
-        return None
-    index, slash, count = text.partition("/")
-    if not slash or not index.isdecimal() or not count.isdecimal() or not int(index) < int(count):
-        raise ValueError(f"--shard must be given as i/n with i from 0 to n-1, such as 0/4, got {text!r}")
-    return int(index), int(count)
-
-
 def parse_steps(text: str | None) -> tuple[int, ...] | None:
     """Read numbers of steps, separated by commas.
 
@@ -288,3 +299,34 @@ def parse_segments(text: str | None) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | list | dict):
         raise ValueError(f"--segments must be a number, or JSON such as [[0,1],[2]], got {text!r}")
     return value
+
+
+def parse_target(text: str | None) -> str | int | None:
+    """Read which class queries are asked about; None for their labels.
+
+    Example:
+        >>> parse_target("predicted"), parse_target("3"), parse_target("label")
+        ('predicted', 3, None)
+    """
+    if text is None or text == "label":
+        return None
+    if text == "predicted":
+        return text
+    if text.isdecimal():
+        return int(text)
+    raise ValueError(f"--target must be label, predicted or the number of a class, got {text!r}")
+
+
+def parse_picture(text: str | None) -> tuple[int, ...] | None:
+    """Read the shape of a picture.
+
+    Example:
+        >>> parse_picture("8x8"), parse_picture("3x32x32")
+        ((8, 8), (3, 32, 32))
+    """
+    if text is None:
+        return None
+    sizes = text.lower().split("x")
+    if len(sizes) not in (2, 3) or not all(size.isdecimal() and int(size) for size in sizes):
+        raise ValueError(f"--picture must be a shape such as 8x8 or 3x32x32, got {text!r}")
+    return tuple(map(int, sizes))

@@ -10,15 +10,16 @@ from typing import Any
 from torch import nn
 
 from source_proj.bank import open as open_bank
+from source_proj.bank.examples import Examples
 from source_proj.cli.parsing import load_model, load_object, make_task, needed
-from source_proj.integrations import TextData, TextSettings, load_pretrained, task_for, trainable_parameters
+from source_proj.integrations import TextData, TextRows, TextSettings, load_pretrained, task_for, trainable_parameters
 from source_proj.integrations.callback_log import is_callback_dir
 from source_proj.integrations.pretrained import is_adapter, label_numbers
 from source_proj.integrations.trainer_data import check_training_set
 from source_proj.integrations.trainer_folders import trainer_folders
 from source_proj.task import CausalLM, Task, TokenQueries
 
-__all__ = ["TextOptions", "ask_about"]
+__all__ = ["TextOptions", "ask_about", "training_texts"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ class TextOptions:
             return given
         return trainable_parameters(network)
 
+    def require_place(self, bank: Path) -> None:
+        """Refuse a bank beside which the settings cannot be kept."""
+        if self.given:
+            TextSettings.require_place(bank)
+
     def write_beside(self, bank: Path, options: Mapping[str, Any]) -> None:
         """Keep the settings beside the bank, with all options of the build, if it was one from a text file."""
         if self.given:
@@ -113,8 +119,14 @@ def ask_about(
     dataset: Path | None,
     per_token: bool,
     trust_remote_code: bool = False,
-) -> tuple[nn.Module, Any]:
-    """The model and the queries: from a text file, read as the training set was, or from ``module:function``.
+    own_answers: bool = False,
+) -> tuple[nn.Module, Any, Any]:
+    """The model, the queries, and the tokenizer of texts, else None.
+
+    They come from a text file, read as the training set was, or from ``module:function``.
+
+    Queries of a text file without labels, or all where ``own_answers`` are asked for, are about what the model itself
+    says.
 
     Raises:
         ValueError: something is missing or said twice, or single tokens are asked of a classifier.
@@ -123,15 +135,29 @@ def ask_about(
         if per_token:
             raise ValueError("--per-token belongs to --dataset; for others use source_proj.TokenQueries")
         names = needed(model, "--model"), needed(queries, "--queries")
-        return load_model(names[0]), load_object(names[1], "--queries")
+        return load_model(names[0]), load_object(names[1], "--queries"), None
     if model is not None or queries is not None:
         raise ValueError("--model and --queries have no meaning beside --dataset: leave one or the other out")
     settings = TextSettings.read(bank)
     network, tokenizer = load_pretrained(settings.model, trust_remote_code=trust_remote_code)
-    data = TextData(dataset, settings, network, tokenizer)
-    if not per_token:
-        return network, data
     task = Task.from_spec(open_bank(bank).task_spec)
+    rows = TextRows(dataset, settings).rows
+    target = settings.text if isinstance(task, CausalLM) else settings.label
+    has_targets = any(row.get(target) is not None for row in rows)
+    labelled = has_targets and not (own_answers and isinstance(task, CausalLM))
+    data = TextData(dataset, settings, network, tokenizer, labelled)
+    if not per_token:
+        return network, data, tokenizer
     if not isinstance(task, CausalLM):
         raise ValueError(f"--per-token belongs to language models, and the bank's task is {task.name}: leave it out")
-    return network, TokenQueries(data, task)
+    return network, TokenQueries(data, task), tokenizer
+
+
+def training_texts(bank: Path, tokenizer: Any) -> Examples | None:
+    """The training examples of a bank that was built from a text file, as people read them, if it is still there."""
+    file = TextSettings.data_set(bank)
+    if file is None:
+        return None
+    settings = TextSettings.read(bank)
+    names = None if settings.labels is None else {number: name for name, number in settings.labels.items()}
+    return Examples(TextRows(file, settings), class_names=names, tokenizer=tokenizer)

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
+from source_proj._io.progress import Progress, progress_bar
+from source_proj.attribution.words import signed
 from source_proj.demo.digits import Digits, make_network, make_optimizer, train
 from source_proj.task import Classification
 
@@ -54,26 +55,30 @@ class Removal:
 
 
 def verdict(removal: Removal) -> str:
-    """Say what the comparison shows, also when the claim fails.
+    """Say what the comparison shows, sign and size apart, also when the claim fails.
+
+    The size holds where the actual change lies within two standard errors of the predicted one.
 
     Example:
         >>> verdict(Removal("without 20", 20, -2.0, (-1.0, -1.1, -0.9)))
-        'Holds: the sign is as predicted, the size 0.5 times the predicted one.'
+        'Sign holds, size does not: predicted -2.00, came -1.00 ± 0.0577.'
+        >>> verdict(Removal("without 20", 20, -2.0, (-2.0, -2.2, -1.9)))
+        'Sign and size hold: predicted -2.00, came -2.03 ± 0.0882.'
         >>> verdict(Removal("without 20", 20, -2.0, (1.0, 1.1, 0.9)))
-        'FAILS: the change has the opposite sign.'
+        'Sign FAILS: predicted -2.00, came +1.00 ± 0.0577.'
         >>> verdict(Removal("without 20", 20, -2.0, (1.0, -1.1, 0.9)))
-        'FAILS: no change beyond the noise of retraining.'
+        'FAILS: no change beyond the noise of retraining; predicted -2.00, came +0.267 ± 0.684.'
     """
+    numbers = f"predicted {signed(removal.predicted)}, came {signed(removal.actual)} ± {signed(removal.error)[1:] or 0}"
+    close = abs(removal.actual - removal.predicted) <= 2 * removal.error
     if removal.expects_nothing:
-        if removal.holds:
-            return "Holds: as predicted, within the noise of retraining."
-        return "FAILS: the change differs from the predicted one by more than the noise of retraining."
+        said = ("Holds", "within") if close else ("FAILS", "beyond")
+        return f"{said[0]}: {said[1]} the noise of retraining; {numbers}."
     if removal.holds:
-        ratio = removal.actual / removal.predicted
-        return f"Holds: the sign is as predicted, the size {ratio:.1f} times the predicted one."
+        return f"{'Sign and size hold' if close else 'Sign holds, size does not'}: {numbers}."
     if abs(removal.actual) <= 2 * removal.error:
-        return "FAILS: no change beyond the noise of retraining."
-    return "FAILS: the change has the opposite sign."
+        return f"FAILS: no change beyond the noise of retraining; {numbers}."
+    return f"Sign FAILS: {numbers}."
 
 
 def retrain_without(
@@ -82,7 +87,7 @@ def retrain_without(
     groups: Mapping[str, Sequence[int]],
     *,
     pairs: int,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> dict[str, tuple[float, ...]]:
     """Measure how the margin of a test digit changes when groups of training digits are left out.
 
@@ -100,7 +105,7 @@ def retrain_without(
         Name to the change of each pair.
     """
     changes: dict[str, list[float]] = {name: [] for name in groups}
-    with tqdm(total=pairs * (len(groups) + 1), desc="retrain", unit="run", delay=2, disable=not progress) as bar:
+    with progress_bar(progress, "retrain", pairs * (len(groups) + 1), "runs") as bar:
         for seed in range(pairs):
             with_all = _margin_after(digits, query, (), seed)
             bar.update()

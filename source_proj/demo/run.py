@@ -13,8 +13,11 @@ from torch import nn
 from torch.utils.data import Subset
 
 from source_proj._io.outputs import require_free
+from source_proj._io.progress import Progress
+from source_proj.attribution.parts import PartScores
 from source_proj.attribution.scores import Scores
-from source_proj.attribution.source import SegmentScores, Source
+from source_proj.attribution.source import Source
+from source_proj.attribution.words import explained
 from source_proj.bank import build
 from source_proj.demo.check import Removal, retrain_without
 from source_proj.demo.digits import (
@@ -53,7 +56,7 @@ class Demo:
     """
 
     scores: Scores
-    parts: SegmentScores
+    parts: PartScores
     answers: tuple[Answer, ...]
     removals: tuple[Removal, ...]
     accuracy: float
@@ -69,7 +72,7 @@ def run(
     remove: int = 20,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Demo:
     """Train a network on digits, attribute four of its answers, and hold the scores against retraining.
 
@@ -105,7 +108,7 @@ _PAGE = "source-proj-demo.html"
 class _Run:
     """One demo: its folder, its data, its model, and the time it takes."""
 
-    def __init__(self, home: Path, say: Callable[[str], None], progress: bool) -> None:
+    def __init__(self, home: Path, say: Callable[[str], None], progress: Progress) -> None:
         self.home, self.say, self.progress = home, say, progress
         self.digits = load_digits()
         self.model = make_network()
@@ -122,6 +125,7 @@ class _Run:
         answers = choose(self.model, self.digits)
         with self.timed("score"):
             scores, parts = self.score(source, answers)
+        self.say("\n" + explained(scores.unit))
         for row, answer in enumerate(answers):
             self.say("\n" + answer_text(answer, scores, row, self.digits))
         with self.timed("check"):
@@ -161,7 +165,7 @@ class _Run:
         )
         return Source(bank, model=self.model, progress=self.progress), sum(bank.nbytes().values())
 
-    def score(self, source: Source, answers: tuple[Answer, ...]) -> tuple[Scores, SegmentScores]:
+    def score(self, source: Source, answers: tuple[Answer, ...]) -> tuple[Scores, PartScores]:
         queries = [answer.query for answer in answers]
         features = source.sketch(Subset(self.digits.test_set, queries))
         features = [replace(queried, ids=queries) for queried in features]

@@ -9,8 +9,10 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Subset
 
+from source_proj.attribution.parts import PartScores
 from source_proj.attribution.scores import Scores
-from source_proj.attribution.source import Segment, SegmentScores
+from source_proj.attribution.source import Segment
+from source_proj.attribution.words import signed
 from source_proj.demo.check import Removal, verdict
 from source_proj.demo.digits import BATCH_SIZE, EPOCHS, LR, MOMENTUM, WEIGHT_DECAY, Digits, checkpoint_steps
 from source_proj.report import Check, Page, make_page
@@ -58,7 +60,7 @@ def answer_text(answer: Answer, scores: Scores, row: int, digits: Digits, top: i
     right = "right" if answer.prediction == answer.label else "wrong"
     lines = [
         f"query {answer.query} ({answer.note}): a {answer.label}, answered {answer.prediction} ({right}), "
-        f"{scores.unit} {answer.margin:+.2f}"
+        f"{scores.unit} {signed(answer.margin)}"
     ]
     drawn = [
         rendering(digits.test_set[answer.query][0]),
@@ -70,7 +72,7 @@ def answer_text(answer: Answer, scores: Scores, row: int, digits: Digits, top: i
     lines += ["  " + _GAP.join(parts).rstrip() for parts in zip(*drawn, strict=True)]
     for name, hits in (("most helpful", helpful), ("most harmful", harmful)):
         entries = (
-            f"{train_id} (a {int(digits.train_set[int(index)][1])}) {score:+.3f}"
+            f"{train_id} (a {int(digits.train_set[int(index)][1])}) {signed(float(score))}"
             for train_id, index, score in zip(hits.ids[row], hits.indices[row], hits.scores[row], strict=True)
         )
         lines.append(f"  {name}, by training id: " + ", ".join(entries))
@@ -81,14 +83,12 @@ def check_text(answer: Answer, removals: Sequence[Removal], unit: str) -> str:
     """Lay predicted and actual changes side by side, with what they mean."""
     lines = [
         f"does it hold? change of the {unit} of query {answer.query}; {len(removals[0].changes)} pairs of runs, "
-        "each with the same initial weights and batch order",
-        f"  {'':<32}{'predicted':>10}{'actual':>10}  standard error",
+        "each with the same initial weights and batch order; ± one standard error",
     ]
     for removal in removals:
-        lines.append(f"  {removal.name:<32}{removal.predicted:>+10.2f}{removal.actual:>+10.2f}  {removal.error:.2f}")
-        lines.append(f"    {verdict(removal)}")
+        lines += [f"  {removal.name}", f"    {verdict(removal)}"]
     failed = sum(not removal.holds for removal in removals)
-    held = "all held, in sign; sizes are first-order."
+    held = "every sign held; scores are first-order, so that sizes of many removed examples need not."
     lines.append(f"  {failed} of {len(removals)} predictions FAILED." if failed else f"  {held}")
     return "\n".join(lines)
 
@@ -96,7 +96,7 @@ def check_text(answer: Answer, removals: Sequence[Removal], unit: str) -> str:
 def demo_page(
     answers: Sequence[Answer],
     scores: Scores,
-    parts: SegmentScores,
+    parts: PartScores,
     removals: Sequence[Removal],
     digits: Digits,
     *,
@@ -121,7 +121,7 @@ def demo_page(
         summary=f"A small network learned {examples:,} handwritten digits. For four test digits, these are the "
         "training digits that pushed its answer up or down the most, found by SOURCE in a bank of randomly "
         "projected gradients.",
-        segments=_segment_words(parts.segments),
+        segments=_segment_words(parts.parts),
         facts=(
             ("data", f"scikit-learn’s digits, {examples:,} for training, {len(digits.test_set)} for testing"),
             ("network", f"64-128-128-10 with ReLU; {accuracy:.1%} of the test digits right"),
@@ -131,7 +131,7 @@ def demo_page(
                 f"weight decay {WEIGHT_DECAY}",
             ),
             ("bank", f"{bank_bytes / 1e6:.0f} MB"),
-            ("segments", "; ".join(_segment_fact(segment) for segment in parts.segments)),
+            ("segments", "; ".join(_segment_fact(segment) for segment in parts.parts)),
         ),
         checks=tuple(
             Check(each.name, each.predicted, each.actual, each.error, len(each.changes), verdict(each))

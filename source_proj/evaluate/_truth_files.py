@@ -1,7 +1,10 @@
 """The folder of a :class:`GroundTruth`: made whole or not at all, opened with every damage named."""
 
+import contextlib
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -9,15 +12,17 @@ from typing import Any, cast
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+from zarr.codecs import BytesCodec, Crc32cCodec
 
 from source_proj._errors import MismatchError, SourceProjError
+from source_proj._io.files import PARTIAL, walk
 
 __all__ = [
     "FORMAT",
     "VERSION",
     "Cell",
     "array_of",
+    "checked",
     "contrast",
     "create",
     "digest",
@@ -29,10 +34,17 @@ __all__ = [
     "record",
 ]
 
+_SAID = ("format", "version", "seed", "settings", "subsets", "queries")
+
 Cell = tuple[int, int]
 """(subset, retraining)."""
 
-FORMAT, VERSION = "source-proj ground truth", 2
+FORMAT, VERSION = "source-proj ground truth", 3
+
+_CHECKSUM = 4  # bytes at a chunk's end
+_DOCUMENT_BYTES = 64 << 20  # of metadata
+_PLAIN_BYTES = 256 << 20  # an array of so many bytes may be claimed by a store of any size
+_MOST_TIMES = 1000  # a larger one by files of at least a thousandth of it: most of it may still be to be done
 
 
 def opened(path: Path) -> tuple[zarr.Group, dict[str, Any]]:
@@ -54,10 +66,104 @@ def opened(path: Path) -> tuple[zarr.Group, dict[str, Any]]:
             f"{path} holds {attributes.get('format')!r} version {attributes.get('version')!r}, expected "
             f"{FORMAT!r} version {VERSION}: give another path"
         )
-    lacking = [key for key in ("seed", "settings", "subsets", "queries") if key not in attributes]
-    if lacking:
-        raise SourceProjError(f"{path}: the store's attributes lack {lacking}; remove it")
+    if attributes.get("digest") != _digest_of(attributes):
+        raise SourceProjError(f"{path}: the store's attributes are not those that it was made with: remove it")
     return group, attributes
+
+
+def checked(path: Path) -> tuple[zarr.Group, dict[str, Any]]:
+    """Open a store's folder as :func:`opened` does, and hold all that is in it to what a store has.
+
+    Raises:
+        SourceProjError: it is damaged, or claims what it does not have.
+    """
+    try:
+        _require_files(path)
+    except (OSError, ValueError) as error:
+        raise SourceProjError(f"{path} holds no ground truth ({error}): remove it") from error
+    group, attributes = opened(path)
+    _require_arrays(group, attributes, path)
+    return group, attributes
+
+
+def _require_arrays(group: zarr.Group, attributes: Mapping[str, Any], path: Path) -> None:
+    """Hold the arrays' metadata to what a store has, to one another, and to the disk, before anything is read.
+
+    Raises:
+        SourceProjError: they differ.
+    """
+    arrays = {name: array_of(group, name, path) for name in ("masks", "outcomes", "proofs")}
+    for name, array in arrays.items():
+        if not isinstance(array, zarr.Array) or array.ndim != (2 if name == "masks" else 3):
+            raise SourceProjError(f"{path}: {name} is not the array that it must be: remove the store")
+    masks, outcomes, proofs = (arrays[name].shape for name in ("masks", "outcomes", "proofs"))
+    fit = outcomes == (masks[0], outcomes[1], attributes["queries"]) and proofs == (masks[0], proofs[1], 32)
+    if not fit or proofs[1] < outcomes[1]:
+        raise SourceProjError(f"{path}: masks {masks}, outcomes {outcomes} and proofs {proofs} do not fit: remove it")
+    wanted = zarr.open_group(zarr.storage.MemoryStore())
+    for name, array in arrays.items():
+        if _metadata(_make_array(wanted, name, array.shape)) != _metadata(array):
+            raise SourceProjError(
+                f"{path}: the metadata of {name} are not those that it was made with: remove the store"
+            )
+    _require_sizes(arrays, path)
+
+
+def _require_sizes(arrays: Mapping[str, zarr.Array[Any]], path: Path) -> None:
+    """Refuse arrays that claim much more than the disk has, and chunks that belong to no retraining.
+
+    Raises:
+        SourceProjError: there are such.
+    """
+    sizes = {}
+    for file in walk(path):
+        with contextlib.suppress(FileNotFoundError):  # another process has renamed what it wrote
+            sizes[file.relative_to(path).as_posix()] = file.stat().st_size
+    masks = sizes.get("masks/c/0/0", 0)
+    if masks != arrays["masks"].nbytes + _CHECKSUM:
+        raise SourceProjError(
+            f"{path / 'masks/c/0/0'} has {masks} bytes, and masks of {arrays['masks'].shape} have "
+            f"{arrays['masks'].nbytes + _CHECKSUM}: remove the store"
+        )
+    outcomes = arrays["outcomes"]
+    most = max(_PLAIN_BYTES, _MOST_TIMES * sum(sizes.values()))
+    if outcomes.nbytes > most or arrays["proofs"].nbytes > most:
+        raise SourceProjError(f"{path}: outcomes of {outcomes.shape} are claimed in so small a store: remove it")
+    for name in sizes:
+        kind, *cell = name.split("/")
+        if kind == "outcomes" and len(cell) == 4 and not name.endswith(PARTIAL) and not _is_cell(cell, outcomes.shape):
+            raise SourceProjError(f"{path / name} is of none of the retrainings {outcomes.shape}: remove it")
+        if kind in ("outcomes", "proofs") and sizes[name] > _DOCUMENT_BYTES + 8 * outcomes.shape[2]:
+            raise SourceProjError(f"{path / name} has {sizes[name]} bytes, more than it can have: remove the store")
+
+
+def _require_files(path: Path) -> None:
+    """Refuse links, pipes and huge metadata before they are read.
+
+    Raises:
+        OSError, ValueError: there are such.
+    """
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            try:
+                status = os.lstat(os.path.join(folder, name))
+            except FileNotFoundError:  # another process has renamed what it wrote
+                continue
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+                raise ValueError(f"{os.path.join(folder, name)} is neither a file nor a folder")
+            if name == "zarr.json" and status.st_size > _DOCUMENT_BYTES:
+                raise ValueError(f"{os.path.join(folder, name)} has {status.st_size} bytes")
+
+
+def _metadata(array: zarr.Array[Any]) -> str:
+    return json.dumps(array.metadata.to_dict(), sort_keys=True, default=str)
+
+
+def _is_cell(cell: Sequence[str], shape: Sequence[int]) -> bool:
+    """Whether "c", subset, retraining and column are those of a chunk of the array."""
+    letter, j, r, column = cell
+    within = all(part.isdecimal() and int(part) < size for part, size in zip((j, r), shape, strict=False))
+    return (letter, column) == ("c", "0") and within
 
 
 def array_of(group: zarr.Group, name: str, path: Path) -> zarr.Array[Any]:
@@ -181,6 +287,11 @@ def digest(masks: NDArray[np.bool_]) -> str:
     return hashlib.sha256(repr(masks.shape).encode() + np.packbits(masks).tobytes()).hexdigest()
 
 
+def _digest_of(attributes: Mapping[str, Any]) -> str:
+    """SHA-256 of what a store was made for."""
+    return hashlib.sha256(json.dumps({key: attributes.get(key) for key in _SAID}, sort_keys=True).encode()).hexdigest()
+
+
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as JSON gives them back: tuples are lists there."""
     try:
@@ -207,18 +318,17 @@ def create(folder: Path, description: Mapping[str, Any], masks: NDArray[np.bool_
     That is masks ``(M, N)``; outcomes ``(M, R, Q)``, all NaN, in one chunk per retraining; and proofs ``(M, R, 32)``,
     the digest of each outcome and of where it belongs, all zero.
     """
-    group = zarr.open_group(folder, mode="w", attributes=dict(description))
-    kept = group.create_array(
-        "masks", shape=masks.shape, chunks=masks.shape, dtype="bool", serializer=BytesCodec(),
-        compressors=[ZstdCodec(), Crc32cCodec()],
-    )  # fmt: skip
-    kept[...] = masks
+    group = zarr.open_group(folder, mode="w", attributes={**description, "digest": _digest_of(description)})
     queries = int(description["queries"])
-    group.create_array(
-        "outcomes", shape=(len(masks), retrainings, queries), chunks=(1, 1, queries), dtype="float64",
-        serializer=BytesCodec(), compressors=[Crc32cCodec()], fill_value=float("nan"),
-    )  # fmt: skip
-    group.create_array(
-        "proofs", shape=(len(masks), retrainings, 32), chunks=(1, 1, 32), dtype="uint8",
-        serializer=BytesCodec(), compressors=[Crc32cCodec()], fill_value=0,
+    _make_array(group, "masks", masks.shape)[...] = masks
+    _make_array(group, "outcomes", (len(masks), retrainings, queries))
+    _make_array(group, "proofs", (len(masks), retrainings, 32))
+
+
+def _make_array(group: zarr.Group, name: str, shape: tuple[int, ...]) -> zarr.Array[Any]:
+    """One of a store's arrays, empty: masks in one chunk, the others in one for each retraining."""
+    dtype, fill = {"masks": ("bool", False), "outcomes": ("float64", float("nan")), "proofs": ("uint8", 0)}[name]
+    return group.create_array(
+        name, shape=shape, chunks=shape if name == "masks" else (1, 1, shape[2]), dtype=dtype,
+        serializer=BytesCodec(), compressors=[Crc32cCodec()], fill_value=fill,
     )  # fmt: skip

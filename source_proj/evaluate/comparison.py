@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from tqdm import tqdm
 
+from source_proj._io.progress import Bar, Progress, progress_bar
 from source_proj.evaluate.calibration import Calibration, calibration
 from source_proj.evaluate.linear_datamodeling import LDS, Difference, compare, lds, mean_lds
 
@@ -100,7 +100,7 @@ class Comparison:
 
 
 def compare_methods(
-    candidates: Sequence[Candidate], masks: ArrayLike, outcomes: ArrayLike, *, progress: bool = True
+    candidates: Sequence[Candidate], masks: ArrayLike, outcomes: ArrayLike, *, progress: Progress = True
 ) -> Comparison:
     """LDS of every method, single and over several runs, with paired intervals.
 
@@ -134,19 +134,19 @@ def compare_methods(
     for candidate in candidates:
         by_method.setdefault(candidate.method, []).append(candidate)
     results: list[MethodResult] = []
-    with tqdm(total=len(candidates), desc="score", unit="setting", delay=2, disable=not progress) as bar:
+    with progress_bar(progress, "score", len(candidates), "settings") as bar:
         for own in by_method.values():
             results.append(_judge(own, np.asarray(masks), np.asarray(outcomes), results[0] if results else None, bar))
     return Comparison(tuple(results))
 
 
 def _judge(
-    own: Sequence[Candidate], masks: Matrix, outcomes: Matrix, first: MethodResult | None, bar: tqdm[Any]
+    own: Sequence[Candidate], masks: Matrix, outcomes: Matrix, first: MethodResult | None, bar: Bar
 ) -> MethodResult:
     runs: dict[str, list[Matrix]] = {}
     quality: dict[str, Matrix] = {}
     for candidate in own:
-        bar.set_postfix_str(f"{candidate.method}, {candidate.setting}"[:50])
+        bar.describe(f"score, {candidate.method}, {candidate.setting}"[:60])
         runs[candidate.setting] = [np.asarray(run, dtype=np.float32) for run in candidate.scores()]
         per_run = [lds(run, masks, outcomes, bootstrap=0).per_query for run in runs[candidate.setting]]
         quality[candidate.setting] = np.mean(per_run, axis=0)

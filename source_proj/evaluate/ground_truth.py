@@ -7,15 +7,16 @@ from typing import Any, cast
 import numpy as np
 import zarr
 from numpy.typing import ArrayLike, NDArray
-from tqdm import tqdm
 
 from source_proj._errors import MismatchError, SourceProjError
 from source_proj._io.files import publish
+from source_proj._io.progress import Progress, progress_bar
 from source_proj.evaluate._truth_files import (
     FORMAT,
     VERSION,
     Cell,
     array_of,
+    checked,
     contrast,
     create,
     digest,
@@ -66,7 +67,7 @@ class GroundTruth:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._group, attributes = opened(self.path)
+        self._group, attributes = checked(self.path)
         self.seed = int(cast(int, attributes["seed"]))
         self.settings: dict[str, Any] = cast(dict[str, Any], attributes["settings"])
         self.masks: NDArray[np.bool_] = read_masks(self._group, self.path)
@@ -200,7 +201,7 @@ class GroundTruth:
         group: int | None = None,
         workers: int = 1,
         shard: tuple[int, int] = (0, 1),
-        progress: bool = True,
+        progress: Progress = True,
     ) -> "GroundTruth":
         """Retrain what is still missing; every outcome is on the disk as soon as it is known.
 
@@ -224,7 +225,7 @@ class GroundTruth:
             raise ValueError(f"workers and group must be at least 1, got {workers} and {group}")
         todo = [cell for cell in self.missing() if (cell[0] + cell[1] * len(self.masks)) % shards == index]
         calls = [todo[start : start + (group or 1)] for start in range(0, len(todo), group or 1)]
-        with tqdm(total=len(todo), desc="retrain", unit="model", delay=2, disable=not progress) as bar:
+        with progress_bar(progress, "retrain", len(todo), "models") as bar:
             for done in self._retrain(train, calls, group is not None, workers):
                 bar.update(done)
         return self

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
-from tqdm import tqdm
 
 from source_proj._errors import MismatchError
+from source_proj._io.progress import Progress, progress_bar
 
 __all__ = ["StackedState", "half_subsets", "retrain", "stacked_outputs", "train_stacked"]
 
@@ -77,7 +77,7 @@ def retrain(
     initial: StackedState | None = None,
     group: int = 8,
     evaluate: Callable[[StackedState], Tensor],
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Tensor:
     """Train one model per (subset, seed) pair and evaluate each.
 
@@ -114,14 +114,17 @@ def retrain(
     _check_pairs(subsets, seeds)
     evaluations: dict[int, Tensor] = {}
     shared = initial is not None and _is_single(make_model, initial)
-    for positions in tqdm(_lockstep_groups(subsets, group), "retrain", unit="group", delay=2, disable=not progress):
-        own = initial if initial is None or shared else {name: value[positions] for name, value in initial.items()}
-        state = train_stacked(
-            make_model, inputs, targets, [subsets[i] for i in positions], [seeds[i] for i in positions],
-            epochs=epochs, batch_size=batch_size, lr=lr, momentum=momentum, weight_decay=weight_decay,
-            optimizer=optimizer, loss=loss, initial=own,
-        )  # fmt: skip
-        evaluations.update(zip(positions, evaluate(state), strict=True))
+    groups = list(_lockstep_groups(subsets, group))
+    with progress_bar(progress, "retrain", len(groups), "groups") as bar:
+        for positions in groups:
+            own = initial if initial is None or shared else {name: value[positions] for name, value in initial.items()}
+            state = train_stacked(
+                make_model, inputs, targets, [subsets[i] for i in positions], [seeds[i] for i in positions],
+                epochs=epochs, batch_size=batch_size, lr=lr, momentum=momentum, weight_decay=weight_decay,
+                optimizer=optimizer, loss=loss, initial=own,
+            )  # fmt: skip
+            evaluations.update(zip(positions, evaluate(state), strict=True))
+            bar.update()
     return torch.stack([evaluations[i] for i in range(len(subsets))])
 
 

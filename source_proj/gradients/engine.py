@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from source_proj._errors import GradientError, MismatchError, SourceProjError
 from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
 from source_proj.gradients.general import Autocast, Function, GeneralPath, first_line, weighted_gradient
-from source_proj.gradients.hooks import HookPath, Structure, Unsuited, requiring_only, uncovered
+from source_proj.gradients.hooks import HookPath, Structure, Unsuited, evaluating, requiring_only, uncovered
 from source_proj.gradients.proof import (
     Audit,
     Proof,
@@ -189,7 +189,7 @@ class GradientEngine:
         batch = map_tensors(batch, Tensor.detach)
         size = batch_size(batch) if size is None else size
         work = _Work(function, batch, size, list(scales), name, self._proof.next_batch(name))
-        with torch.inference_mode(False), torch.enable_grad(), _evaluating(self._model):
+        with torch.inference_mode(False), torch.enable_grad(), evaluating(self._model):
             if self._hooks is not None and not self._proof.general:
                 try:
                     return self._by_hooks(self._hooks, work)
@@ -209,7 +209,7 @@ class GradientEngine:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            _evaluating(self._model),
+            evaluating(self._model),
             differentiable,
             self._autocast()(),
         ):
@@ -382,15 +382,3 @@ def _dependent(work: _Work, audit: Audit) -> str:
         f"{audit.wrong[:10]}). Either the model mixes its examples (statistics over the batch, attention between "
         f"examples, no_grad for some of them) or draws random numbers{shared} it another shape or batch size)"
     )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode again afterwards."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode

@@ -34,7 +34,7 @@ from source_proj.gradients.rules import Rule, rule_for
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
 
-__all__ = ["HookPath", "Structure", "Unsuited", "requiring_only", "uncovered"]
+__all__ = ["HookPath", "Structure", "Unsuited", "evaluating", "requiring_only", "uncovered"]
 
 
 @dataclass(frozen=True)
@@ -315,3 +315,15 @@ def requiring_only(model: nn.Module, attributed: Mapping[str, nn.Parameter]) -> 
     finally:
         for p, requires_grad in before.items():
             p.requires_grad_(requires_grad)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and each module's own mode again afterwards."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode

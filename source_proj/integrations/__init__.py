@@ -1,16 +1,21 @@
-"""Checkpoints that people already have: those of transformers' Trainer, of Lightning, and of PEFT's adapters."""
+"""Other libraries: runs of transformers' Trainer, of Lightning and of PEFT; the conventions of captum and quanda."""
 
 from source_proj.integrations.callback import RecorderCallback
+from source_proj.integrations.captum import CaptumInfluence
 from source_proj.integrations.hf_trainer import hf_trainer_stage
 from source_proj.integrations.lightning import lightning_stage
 from source_proj.integrations.model_task import task_for
 from source_proj.integrations.peft import trainable_parameters
 from source_proj.integrations.pretrained import load_pretrained
-from source_proj.integrations.text import TextData, TextSettings
+from source_proj.integrations.quanda import QuandaExplainer
+from source_proj.integrations.text import TextData, TextRows, TextSettings
 
 __all__ = [
+    "CaptumInfluence",
+    "QuandaExplainer",
     "RecorderCallback",
     "TextData",
+    "TextRows",
     "TextSettings",
     "hf_trainer_stage",
     "lightning_stage",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from source_proj._errors import MismatchError
+from source_proj._errors import BankError, MismatchError
 from source_proj._io.files import write_file
 from source_proj.integrations.model_task import task_for
-from source_proj.integrations.pretrained import label_numbers
+from source_proj.integrations.pretrained import label_numbers, load_pretrained
+from source_proj.integrations.text_rows import text_rows
 from source_proj.task import CausalLM, Regression
 
-__all__ = ["TextData", "TextSettings"]
+__all__ = ["TextData", "TextRows", "TextSettings"]
 
+_SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 _UNCOUNTED = -100  # transformers' label of tokens that do not count
 
 
@@ -52,11 +53,21 @@ class TextSettings:
         content = {"text": asdict(self), "build": dict(options)}
         write_file(_beside(bank), (json.dumps(content, indent=2) + "\n").encode())
 
+    @staticmethod
+    def require_place(bank: Path) -> None:
+        """Refuse a bank beside which no settings can be kept, before any work is done.
+
+        Raises:
+            BankError: its name is too long.
+        """
+        _beside(bank)
+
     @classmethod
     def read(cls, bank: Path) -> TextSettings:
         """Read them back.
 
         Raises:
+            BankError: the bank's name is too long for a file beside it.
             ValueError: there are none.
             MismatchError: they are damaged.
         """
@@ -70,52 +81,110 @@ class TextSettings:
         except (ValueError, TypeError, KeyError) as error:
             raise MismatchError(f"{str(file)!r} is damaged ({type(error).__name__}: {error})") from error
 
+    @staticmethod
+    def data_set(bank: Path) -> Path | None:
+        """The text file that a bank was built from, if that is known and still there."""
+        file = _beside(bank)
+        if not file.is_file():
+            return None
+        try:
+            named = Path(str(json.loads(file.read_text(encoding="utf-8"))["build"]["dataset"]))
+        except (ValueError, TypeError, KeyError):
+            return None
+        return named if named.suffix in _SUFFIXES and named.is_file() else None
+
 
 def _beside(bank: Path) -> Path:
     bank = bank.absolute()
-    return bank.with_name(f"{bank.name}.text.json")
+    file = bank.with_name(f"{bank.name}.text.json")
+    try:
+        file.is_file()
+    except OSError as error:  # its name is longer than the bank's
+        raise BankError(f"no file can be beside the bank {bank} ({error}): give it a shorter name") from error
+    return file
+
+
+class TextRows:
+    """Texts as people read them: the words of each example, and its label.
+
+    Args:
+        data: see :class:`TextData`.
+        settings: which columns.
+
+    Attributes:
+        name: what the data are called in messages.
+        rows: the examples, by the names of the columns.
+
+    Raises:
+        ValueError: another type of file, or a damaged one.
+        MismatchError: it holds no example.
+    """
+
+    def __init__(self, data: Any, settings: TextSettings) -> None:
+        self.name, self.rows = text_rows(data)
+        self._settings = settings
+        if not self.rows:
+            raise MismatchError(f"{self.name} holds no example")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def words(self, index: int) -> tuple[str, Any]:
+        """Text and label of an example; what stands before the text, or is paired with it, is part of the text."""
+        row, settings = self.rows[index], self._settings
+        columns = [settings.prompt, settings.text, settings.pair]
+        label = row.get(settings.label)
+        if isinstance(label, str) and label.strip().isdecimal():
+            label = int(label)
+        return " ".join(str(row[name]) for name in columns if name is not None and row.get(name) is not None), label
 
 
 class TextData:
-    """A text file as a map-style data set: what the tokenizer gives, padded to the longest example, and labels.
+    """Texts as a map-style data set: what the tokenizer gives, padded to the longest example, and labels.
 
     Args:
-        file: ``.jsonl`` (one object a line) or ``.csv`` (with a header).
+        data: a ``.jsonl`` file (one object a line), a ``.csv`` one (with a header), a ``.parquet`` one, a folder that
+            ``datasets`` saved, a ``datasets.Dataset``, a pandas frame, or a list of dicts.
         settings: which columns, and how long.
         model: says whether examples are classified or continued.
         tokenizer: the model's.
+        labelled: whether examples have labels. Without, questions are asked about what the model itself says of them:
+            a language model gets the prompts (or, where there is no such column, the texts) and goes on.
 
     Raises:
-        ValueError: another type of file, a missing column, an unknown class, or an example without tokens; the message
-            names the line.
+        ValueError: another type of file, or a damaged one.
+        MismatchError: a missing column, an unknown class, or an example without tokens; the message names the example.
     """
 
-    def __init__(self, file: str | Path, settings: TextSettings, model: nn.Module, tokenizer: Any) -> None:
-        path = Path(file)
-        rows = list(_rows(path))
-        if not rows:
-            raise ValueError(f"{str(path)!r} holds no example")
+    def __init__(
+        self, data: Any, settings: TextSettings, model: nn.Module, tokenizer: Any, labelled: bool = True
+    ) -> None:
+        self._texts = TextRows(data, settings)
+        name, rows, self.words = self._texts.name, self._texts.rows, self._texts.words
         task = task_for(model)
         classifies = not isinstance(task, CausalLM)
         for number, row in enumerate(rows, start=1):
-            missing = [name for name in _needed(settings, classifies) if row.get(name) is None]
+            missing = [name for name in _needed(settings, classifies, labelled) if row.get(name) is None]
             if missing:
-                raise ValueError(f"example {number} of {str(path)!r} has no {missing[0]!r}, only {sorted(row)}")
+                raise MismatchError(f"example {number} of {name} has no {missing[0]!r}, only {sorted(row)}")
         limit = settings.max_length or _limit(model, tokenizer)
-        encoded = [_encode(tokenizer, row, settings, limit) for row in rows]
+        continues = not classifies and not labelled
+        encoded = [_encode(tokenizer, row, settings, limit, continues) for row in rows]
         if not all(tokens for tokens, _ in encoded):
             number = next(n for n, (tokens, _) in enumerate(encoded, start=1) if not tokens)
-            raise ValueError(f"example {number} of {str(path)!r} has no token")
+            raise MismatchError(f"example {number} of {name} has no token")
         self._columns = _padded([tokens for tokens, _ in encoded], tokenizer)
+        if not labelled:
+            return
         if isinstance(task, Regression):
             self._columns["labels"] = torch.tensor(
-                [_number(row[settings.label], n, path) for n, row in enumerate(rows, 1)]
+                [_number(row[settings.label], n, name) for n, row in enumerate(rows, 1)]
             )
         elif classifies:
             numbers = label_numbers(settings.model, model) if settings.labels is None else settings.labels
             classes = int(getattr(model.config, "num_labels", len(numbers)))
             self._columns["labels"] = torch.tensor(
-                [_class(row[settings.label], numbers, classes, n, path) for n, row in enumerate(rows, start=1)]
+                [_class(row[settings.label], numbers, classes, n, name) for n, row in enumerate(rows, start=1)]
             )
         else:
             self._columns.pop("token_type_ids", None)  # of pairs; language models would embed them as words
@@ -124,31 +193,30 @@ class TextData:
                 mask[:prompt] = True
             self._columns["labels"] = self._columns["input_ids"].masked_fill(uncounted, _UNCOUNTED)
 
+    @classmethod
+    def like(cls, bank: str | Path, data: Any, *, trust_remote_code: bool = False) -> TextData:
+        """Texts read as the training set of a bank was: same columns, same tokenizer, same length.
+
+        Args:
+            bank: a bank that ``source-proj build --dataset`` made.
+            data: see the class.
+            trust_remote_code: let transformers run Python code that lies in the model's directory.
+
+        Raises:
+            ValueError: the bank was not built from texts; or as the class.
+        """
+        settings = TextSettings.read(Path(bank))
+        network, tokenizer = load_pretrained(settings.model, trust_remote_code=trust_remote_code)
+        return cls(data, settings, network, tokenizer)
+
     def __len__(self) -> int:
-        return len(self._columns["labels"])
+        return len(self._texts)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: column[index] for name, column in self._columns.items()}
 
 
-def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"the data set {str(path)!r} does not exist")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".csv":
-        yield from csv.DictReader(text.splitlines(keepends=True))
-    elif path.suffix in (".jsonl", ".ndjson"):
-        for number, line in enumerate(text.splitlines(), start=1):
-            if line.strip():
-                try:
-                    yield dict(json.loads(line))
-                except (ValueError, TypeError) as error:
-                    raise ValueError(f"line {number} of {str(path)!r} is no JSON object: {error}") from error
-    else:
-        raise ValueError(f"the data set {str(path)!r} must be a .jsonl or .csv file")
-
-
-def _needed(settings: TextSettings, classifies: bool) -> list[str]:
+def _needed(settings: TextSettings, classifies: bool, labelled: bool) -> list[str]:
     """Columns that every example must have.
 
     Raises:
@@ -158,14 +226,18 @@ def _needed(settings: TextSettings, classifies: bool) -> list[str]:
         raise ValueError(f"the prompt column {settings.prompt!r} is for language models: name a pair column instead")
     if not classifies and settings.pair is not None:
         raise ValueError(f"the pair column {settings.pair!r} is for classifiers: name a prompt column instead")
-    named = (settings.text, settings.label if classifies else None, settings.prompt, settings.pair)
+    text = None if not labelled and settings.prompt is not None else settings.text
+    named = (text, settings.label if classifies and labelled else None, settings.prompt, settings.pair)
     return [name for name in named if name is not None]
 
 
 def _encode(
-    tokenizer: Any, row: Mapping[str, Any], settings: TextSettings, limit: int
+    tokenizer: Any, row: Mapping[str, Any], settings: TextSettings, limit: int, continues: bool
 ) -> tuple[Mapping[str, list[int]], int]:
     """What the tokenizer says of an example, by column, cut by itself; and how many of its tokens are the prompt's."""
+    if continues:  # an end-of-text token of the tokenizer's would stop the model at once
+        columns, prompt = _after_prompt(tokenizer, str(row[settings.prompt or settings.text]), "", limit)
+        return {key: values[:prompt] for key, values in columns.items()}, prompt
     text = str(row[settings.text])
     if settings.prompt is not None:
         return _after_prompt(tokenizer, str(row[settings.prompt]), text, limit)
@@ -209,11 +281,11 @@ def _limit(model: nn.Module, tokenizer: Any) -> int:
     return min(int(positions or 512), int(tokenizer.model_max_length))
 
 
-def _class(value: Any, numbers: Mapping[str, int], classes: int, example: int, path: Path) -> int:
+def _class(value: Any, numbers: Mapping[str, int], classes: int, example: int, data: str) -> int:
     """Number of a class that is given by its name or its number.
 
     Raises:
-        ValueError: it is neither.
+        MismatchError: it is neither.
     """
     name = str(value).strip()
     if name in numbers:
@@ -221,16 +293,14 @@ def _class(value: Any, numbers: Mapping[str, int], classes: int, example: int, p
     number = int(value) if isinstance(value, bool | float) and value == int(value) else name
     if str(number).isdecimal() and int(number) < classes:
         return int(number)
-    raise ValueError(
-        f"example {example} of {str(path)!r} has the class {value!r}; the model knows 0 to {classes - 1} and "
+    raise MismatchError(
+        f"example {example} of {data} has the class {value!r}; the model knows 0 to {classes - 1} and "
         f"{list(numbers)[:20]}"
     )
 
 
-def _number(value: Any, example: int, path: Path) -> float:
+def _number(value: Any, example: int, data: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise ValueError(
-            f"example {example} of {str(path)!r} has the label {value!r}, and a number is needed"
-        ) from None
+        raise MismatchError(f"example {example} of {data} has the label {value!r}, and a number is needed") from None

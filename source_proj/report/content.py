@@ -1,53 +1,12 @@
 """What a report page shows, as plain values: the template only lays them out."""
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
-__all__ = ["Attribution", "Check", "Example", "MethodLists", "Page", "QuerySection", "signed"]
+from source_proj._io.html import tiles, wrapped
+from source_proj.attribution.words import signed
+from source_proj.bank.examples import Example
 
-
-def signed(value: float) -> str:
-    """Format a number with its sign, three significant digits and a true minus.
-
-    Example:
-        >>> signed(0.12345), signed(-2.0), signed(0.0), signed(12345.6), signed(-3.2e-7)
-        ('+0.123', '−2.00', '0', '+12346', '−3.20e-7')
-    """
-    if value == 0:
-        return "0"
-    size = abs(value)
-    if 1e-3 <= size < 1e5:
-        text = f"{size:.{max(0, 2 - math.floor(math.log10(size)))}f}"
-    else:
-        mantissa, exponent = f"{size:.2e}".split("e")
-        text = f"{mantissa}e{int(exponent)}"
-    return ("−" if value < 0 else "+") + text
-
-
-@dataclass(frozen=True)
-class Example:
-    """One example as a reader sees it.
-
-    Attributes:
-        id: its id in the training set or among the queries.
-        label: its label, as words.
-        image: a ``data:`` address of its picture, or None.
-        text: its text, shown where there is no picture.
-        prediction: what the model says of it, as words, or None.
-    """
-
-    id: Any
-    label: str
-    image: str | None = None
-    text: str | None = None
-    prediction: str | None = None
-
-    @property
-    def description(self) -> str:
-        """What a screen reader says of the picture."""
-        words = f"example {self.id}, label {self.label}"
-        return words if self.prediction is None else f"{words}, predicted {self.prediction}"
+__all__ = ["Attribution", "Check", "MethodLists", "Page", "QuerySection"]
 
 
 @dataclass(frozen=True)
@@ -157,3 +116,17 @@ class Page:
     checks: tuple[Check, ...] = ()
     check_title: str = ""
     higher_is_better: bool = True
+
+    def _repr_html_(self) -> str:
+        """The first queries with their strongest examples, for notebooks; ``write_report`` has it all."""
+        parts = []
+        for section in self.sections[:3]:
+            asked = section.example
+            contents = [(asked._repr_html_(), f"query {asked.description.removeprefix('example ')}")]
+            contents += [
+                (hit.example._repr_html_(), f"{name} {signed(hit.score)}: {hit.example.id}")
+                for name, hits in (("helpful", section.helpful), ("harmful", section.harmful))
+                for hit in hits[:3]
+            ]
+            parts.append(tiles(contents))
+        return wrapped(f"{self.title} ({len(self.sections)} queries, {self.unit})", "".join(parts))

@@ -1,22 +1,20 @@
 """Lay out a :class:`Page` as one HTML file that needs nothing beside it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from source_proj._errors import extra
 from source_proj._io.outputs import write_output
 from source_proj.attribution.hits import Hits
+from source_proj.attribution.parts import PartScores
 from source_proj.attribution.scores import Scores
-from source_proj.attribution.source import SegmentScores
-from source_proj.report.content import Attribution, Check, Example, MethodLists, Page, QuerySection, signed
-from source_proj.report.images import image_uri
+from source_proj.attribution.words import explained, signed
+from source_proj.bank.examples import ClassNames, Examples, Picture
+from source_proj.report.content import Attribution, Check, MethodLists, Page, QuerySection
 
-__all__ = ["make_page", "render", "write_report"]
-
-ClassNames = Sequence[str] | Mapping[Any, str]
+__all__ = ["make_hits_page", "make_page", "render", "write_report"]
 
 
 def make_page(
@@ -25,12 +23,13 @@ def make_page(
     train_set: Any,
     queries: Any,
     *,
-    parts: SegmentScores | None = None,
+    parts: PartScores | None = None,
     predictions: Sequence[Any] | None = None,
     measurements: Sequence[float] | None = None,
     notes: Sequence[str] | None = None,
     class_names: ClassNames | None = None,
-    picture: Callable[[Any], Any] | None = None,
+    picture: Picture | None = None,
+    columns: Sequence[str] | None = None,
     top: int = 5,
     method: str = "",
     others: Mapping[str, Scores] | None = None,
@@ -49,7 +48,8 @@ def make_page(
         measurements: each query's measurement.
         notes: a sentence on each query.
         class_names: names of the classes; labels are shown as they are without it.
-        picture: turns an input into a picture that :func:`image_uri` takes; default: the input itself.
+        picture: how an input becomes a picture, and columns: names of a row's numbers; see :class:`Examples`.
+        columns: likewise.
         top: examples in each list; fewer where fewer have the list's sign.
         method: name of the method that gave the scores, where others stand beside it.
         others: scores of the same queries and training examples by other methods, under their names.
@@ -75,12 +75,13 @@ def make_page(
     for name, other in others.items():
         if other.shape != scores.shape:
             raise ValueError(f"scores {name!r} of shape {other.shape} do not go with scores of shape {scores.shape}")
-    show = _Showing(class_names, picture)
-    lists = _strongest(scores, train_set, show, top, parts)
-    beside = {name: _strongest(other, train_set, show, top) for name, other in others.items()}
+    shown = Examples(train_set, picture=picture, class_names=class_names, columns=columns)
+    asked = shown.like(queries)
+    lists = _strongest(scores, shown, top, parts)
+    beside = {name: _strongest(other, shown, top) for name, other in others.items()}
     sections = tuple(
         QuerySection(
-            example=show(queries[query], id, None if predictions is None else predictions[query]),
+            example=asked.show(query, id, None if predictions is None else predictions[query]),
             helpful=lists[query][0],
             harmful=lists[query][1],
             measurement=None if measurements is None else float(measurements[query]),
@@ -90,12 +91,12 @@ def make_page(
         )
         for query, id in enumerate(scores.query_ids)
     )
-    names = () if parts is None else tuple(segment.name for segment in parts.segments)
+    names = () if parts is None else parts.names
     return Page(title, scores.unit, sections, segments=names, higher_is_better=scores.higher_is_better)
 
 
 def _strongest(
-    scores: Scores, train_set: Any, show: "_Showing", top: int, parts: SegmentScores | None = None
+    scores: Scores, train_set: Examples, top: int, parts: PartScores | None = None
 ) -> list[tuple[tuple[Attribution, ...], tuple[Attribution, ...]]]:
     """For each query, its most helpful and its most harmful examples; only those whose score has the list's sign."""
     k = min(top, len(train_set))
@@ -103,7 +104,7 @@ def _strongest(
     def listed(query: int, hits: Hits, raises: bool) -> tuple[Attribution, ...]:
         return tuple(
             Attribution(
-                show(train_set[int(row)], scores.train_ids[row]),
+                train_set.show(int(row), scores.train_ids[row]),
                 float(value),
                 () if parts is None else tuple(float(part) for part in parts.values[:, query, row]),
             )
@@ -115,22 +116,29 @@ def _strongest(
     return [(listed(query, helpful, up), listed(query, harmful, not up)) for query in range(len(scores))]
 
 
-@dataclass(frozen=True)
-class _Showing:
-    """How an example of a data set is shown."""
+def make_hits_page(title: str, lists: Mapping[str, Hits], facts: Sequence[tuple[str, str]] = ()) -> Page:
+    """Set each query beside its training examples, as far as the hits know them.
 
-    class_names: ClassNames | None
-    picture: Callable[[Any], Any] | None
+    Args:
+        title: heading of the page.
+        lists: hits of the same queries, under "helpful", "harmful" or any other name.
+        facts: pairs (name, value) shown at the end.
+    """
+    hits = next(iter(lists.values()))
 
-    def __call__(self, item: Any, id: Any, prediction: Any = None) -> Example:
-        shown = self.picture(item[0]) if self.picture is not None else item[0]
-        return Example(
-            id=id,
-            label=_name(item[1], self.class_names),
-            image=image_uri(shown),
-            text=shown if isinstance(shown, str) else None,
-            prediction=None if prediction is None else _name(prediction, self.class_names),
-        )
+    def listed(query: int, helps: bool) -> tuple[Attribution, ...]:
+        entries = [
+            Attribution(each.train_example(query, rank), hit.score)
+            for each in lists.values()
+            for rank, hit in enumerate(each[query])
+            if hit.score and (hit.score > 0) == (helps == each.higher_is_better)
+        ]
+        return tuple(sorted(entries, key=lambda entry: -abs(entry.score)))
+
+    sections = tuple(
+        QuerySection(hits.query_example(query), listed(query, True), listed(query, False)) for query in range(len(hits))
+    )
+    return Page(title, hits.unit, sections, facts=tuple(facts), higher_is_better=hits.higher_is_better)
 
 
 def render(page: Page) -> str:
@@ -139,10 +147,8 @@ def render(page: Page) -> str:
     Raises:
         ImportError: without jinja2 (extra ``demo``).
     """
-    try:
+    with extra("demo"):
         import jinja2
-    except ImportError as error:
-        raise ImportError('the report needs jinja2: pip install "source-proj[demo]"') from error
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("source_proj.report", "templates"),
         autoescape=True,
@@ -150,8 +156,10 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["signed"] = signed
-    return environment.get_template("page.html").render(page=page, scale=_scale(page.checks))
+    environment.filters["signed"] = partial(signed, minus="−")
+    return environment.get_template("page.html").render(
+        page=page, scale=_scale(page.checks), unit_in_words=explained(page.unit)
+    )
 
 
 def write_report(page: Page, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -170,15 +178,6 @@ def write_report(page: Page, path: str | Path, *, overwrite: bool = False) -> Pa
     path.parent.mkdir(parents=True, exist_ok=True)
     write_output(path, content, overwrite=overwrite)
     return path
-
-
-def _name(label: Any, class_names: ClassNames | None) -> str:
-    """A label in words: its class name, or the value as it is."""
-    if hasattr(label, "item") and np.ndim(label) == 0:
-        label = label.item()
-    if class_names is None or isinstance(label, str):
-        return f"{label:.4g}" if isinstance(label, float) else str(label)
-    return str(class_names[label])
 
 
 def _scale(checks: Sequence[Check]) -> Callable[[float], float]:

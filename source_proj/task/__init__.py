@@ -7,6 +7,7 @@ it, so that one backward pass yields every weighting (Park et al. 2023, arXiv 23
 checks of values are left out under ``vmap``.
 """
 
+from source_proj.task.answers import Answer, Answers
 from source_proj.task.base import Derivatives, Task
 from source_proj.task.batch import Batch, Model, Uniform
 from source_proj.task.classification import Classification
@@ -15,6 +16,8 @@ from source_proj.task.regression import Regression
 from source_proj.task.tokens import TokenQueries
 
 __all__ = [
+    "Answer",
+    "Answers",
     "Batch",
     "CausalLM",
     "Classification",

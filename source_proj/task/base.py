@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from source_proj.task.answers import Answers
 from source_proj.task.batch import Batch, Model, Uniform
 
 __all__ = ["Derivatives", "Task", "checked_normalizer", "checked_pair"]
@@ -140,6 +141,25 @@ class Task:
         """Measurement :math:`m(q)` of each query, (B,)."""
         function = self._functions.get("measurement")
         return self.output(model, batch) if function is None else _per_example(function(model, batch), "measurement")
+
+    def asks_for_answers(self, batch: Batch) -> bool:  # noqa: ARG002
+        """Whether the measurement of a batch of queries is of the model's own answers, not of targets that they have.
+
+        Where it is, :meth:`answers` says them once, at the final weights, and :meth:`answered` puts them in place.
+        """
+        return False
+
+    def answers(self, model: Model, batch: Batch) -> Answers:
+        """The model's own answers to a batch of queries, with their probabilities."""
+        raise NotImplementedError(f"the task {self.name!r} has no answers of its own: give queries with their targets")
+
+    def answered(self, batch: Batch, values: Tensor) -> Batch:
+        """The batch with answers as its targets."""
+        raise NotImplementedError(f"the task {self.name!r} has no answers of its own: give queries with their targets")
+
+    def by_target(self) -> Self:
+        """The task whose measurement is of the targets that a batch has."""
+        return self
 
     def sampled_output(self, model: Model, batch: Batch, uniform: Uniform) -> Tensor:
         """Log-likelihood of labels drawn, without gradient, from the model's own prediction, (B,).

@@ -21,6 +21,7 @@ __all__ = [
     "draw",
     "first_examples",
     "forward",
+    "logits_of",
     "split",
     "weights",
     "without_cache",
@@ -68,7 +69,16 @@ def first_examples(batch: Batch, count: int) -> Batch:
 def forward(model: Model, batch: Batch, sample_weight: str | int | None) -> tuple[Tensor, Tensor]:
     """Run the model; return its logits or predictions, in float32 at least, and the labels."""
     inputs, labels, _ = split(batch, sample_weight)
-    result = _called(model, inputs, isinstance(batch, Mapping))
+    return logits_of(model, inputs, isinstance(batch, Mapping)), labels
+
+
+def logits_of(model: Model, inputs: Any, by_name: bool) -> Tensor:
+    """Run the model on inputs, by keyword or as its one argument; its logits or predictions, in float32 at least.
+
+    Raises:
+        TypeError: it returns none.
+    """
+    result = _called(model, inputs, by_name)
     if isinstance(result, Mapping) and "logits" in result:
         result = result["logits"]
     elif hasattr(result, "logits"):
@@ -81,7 +91,7 @@ def forward(model: Model, batch: Batch, sample_weight: str | int | None) -> tupl
             f"them, got {type(result).__name__}"
         )
     # Half precision, as autocast leaves it, is too coarse for the loss; torch's own autocast takes losses to float32.
-    return (result.float() if result.dtype in (torch.float16, torch.bfloat16) else result), labels
+    return result.float() if result.dtype in (torch.float16, torch.bfloat16) else result
 
 
 def _called(model: Model, inputs: Any, by_name: bool) -> Any:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from source_proj.task.answers import Answers, has_targets, inputs_of, with_labels
 from source_proj.task.base import Derivatives, Task, checked_normalizer
-from source_proj.task.batch import Batch, Model, Uniform, checked_weight, class_indices, draw, forward, split, weights
+from source_proj.task.batch import (
+    Batch,
+    Model,
+    Uniform,
+    checked_weight,
+    class_indices,
+    draw,
+    forward,
+    logits_of,
+    split,
+    weights,
+)
 from source_proj.task.labels import refuse_foreign_labels
 
 __all__ = ["Classification"]
@@ -41,6 +54,9 @@ class Classification(Task):
         class_weights: one number a class, ≥ 0.
         normalizer: :math:`\bar v` for class weights, one number or one a stage; default: :func:`source_proj.build`
             takes the training set's. 1 where losses were weighted and then averaged over examples.
+        target: which class queries are asked about: ``"label"``, their own; ``"predicted"``, what the model answers at
+            the end of training ("why did it say this?"); or one class for all. Queries without labels are asked about
+            the prediction. It changes no training gradient, and is no part of a bank.
 
     Example:
         >>> logits = torch.tensor([[0.0, 0.0, 3.0]])
@@ -61,6 +77,7 @@ class Classification(Task):
         sample_weight: str | int | None = None,
         class_weights: Sequence[float] | None = None,
         normalizer: float | Sequence[float] | None = None,
+        target: str | int = "label",
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
@@ -73,10 +90,14 @@ class Classification(Task):
         if normalizer is not None and class_weights is None:
             raise ValueError(f"normalizer={normalizer!r} belongs to class_weights=, which were not given")
         self.normalizer = checked_normalizer(normalizer)
+        is_class = isinstance(target, int) and not isinstance(target, bool) and target >= 0
+        if not is_class and target not in ("label", "predicted"):
+            raise ValueError(f"target must be 'label', 'predicted' or a class index from 0 on, got {target!r}")
+        self.target = target
 
     def output(self, model: Model, batch: Batch) -> Tensor:  # noqa: D102
         if not self.label_smoothing:
-            return self.measurement(model, batch)
+            return self._margin(model, batch)
         logits, labels = self._logits(model, batch)
         logp = log_softmax(logits, dim=-1)  # (B, C)
         if self.class_weights is not None:
@@ -116,6 +137,37 @@ class Classification(Task):
         return torch.tensor(self.class_weights, device=labels.device)[labels]
 
     def measurement(self, model: Model, batch: Batch) -> Tensor:  # noqa: D102
+        if self.asks_for_answers(batch):
+            batch = self.answered(batch, self.answers(model, batch).values)
+        return self._margin(model, batch)
+
+    def asks_for_answers(self, batch: Batch) -> bool:  # noqa: D102
+        return self.target != "label" or not has_targets(batch)
+
+    def answers(self, model: Model, batch: Batch) -> Answers:
+        """The target class of each query, and the probability that the model gives it.
+
+        Raises:
+            ValueError: the target is none of the model's classes.
+        """
+        with torch.no_grad():
+            logits = logits_of(model, inputs_of(batch, self.sample_weight), isinstance(batch, Mapping))
+        if isinstance(self.target, int) and self.target >= logits.shape[-1]:
+            raise ValueError(f"target={self.target} is none of the model's {logits.shape[-1]} classes, from 0 on")
+        chosen = logits.argmax(-1)
+        chosen = torch.full_like(chosen, self.target) if isinstance(self.target, int) else chosen
+        return Answers(chosen, logits.softmax(-1).gather(-1, chosen[..., None]).squeeze(-1))
+
+    def answered(self, batch: Batch, values: Tensor) -> Batch:  # noqa: D102
+        return with_labels(batch, values, self.sample_weight)
+
+    def by_target(self) -> Self:  # noqa: D102
+        told = copy.copy(self)
+        told.target = "label"
+        return told
+
+    def _margin(self, model: Model, batch: Batch) -> Tensor:
+        """Margin of the batch's labels, (B,)."""
         logits, labels = self._logits(model, batch)
         is_label = torch.arange(logits.shape[-1], device=logits.device) == labels[:, None]  # (B, C)
         others = logits.masked_fill(is_label, -math.inf)

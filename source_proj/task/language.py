@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
+from source_proj.task.answers import Answers, continued, greedy, has_targets
 from source_proj.task.base import Derivatives, Task, checked_normalizer
 from source_proj.task.batch import Batch, Model, Uniform, class_indices, draw, first_examples, forward, split
 from source_proj.task.head import Head, check_head, hidden_and_head, sum_over_chunks
@@ -57,6 +58,8 @@ class CausalLM(Task):
         chunk: make logits for so many tokens at a time, and once more in the backward pass: for large vocabularies, of
             which (B, T, vocabulary) would not fit. For models of transformers whose logits are the output of their
             head alone; this is checked.
+        max_new_tokens: queries without labels are asked about what the model itself goes on with, its likeliest next
+            tokens, this many at most. It changes no training gradient, and is no part of a bank.
 
     A model of transformers with an encoder and a decoder makes the decoder's inputs of the labels, each family in its
     own way. A task hides the labels from it, so batches for such a model must hold ``decoder_input_ids``.
@@ -79,7 +82,10 @@ class CausalLM(Task):
         ignore_index: int = -100,
         chunk: int | None = None,
         normalizer: float | Sequence[float] | Literal["labels"] | None = None,
+        max_new_tokens: int = 32,
     ) -> None:
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens counts tokens, from 1 on, got {max_new_tokens!r}")
         if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
             raise ValueError(f"chunk counts tokens, from 1 on, got {chunk!r}")
         if reduction not in ("mean", "sum", "token"):
@@ -91,6 +97,7 @@ class CausalLM(Task):
         self.reduction = reduction
         self.ignore_index = ignore_index
         self.chunk = chunk
+        self.max_new_tokens = max_new_tokens
         self._counts_all = normalizer == "labels"
         self.normalizer = None if self._counts_all else checked_normalizer(normalizer)  # type: ignore[arg-type]
         self._checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose head was compared
@@ -113,6 +120,17 @@ class CausalLM(Task):
         if self.reduction == "token":
             return torch.full_like(tokens, math.sqrt(self._mean_tokens()))
         return tokens.clamp(min=1).sqrt()
+
+    def asks_for_answers(self, batch: Batch) -> bool:  # noqa: D102
+        return not has_targets(batch)
+
+    def answers(self, model: Model, batch: Batch) -> Answers:
+        """Each query's continuation, as the model's ``generate`` has it (greedy), or by its likeliest tokens."""
+        _require_decoder_inputs(model, batch)
+        return greedy(model, batch, self.max_new_tokens, self.ignore_index)
+
+    def answered(self, batch: Batch, values: Tensor) -> Batch:  # noqa: D102
+        return continued(batch, values, self.ignore_index, self.shift)
 
     def examine(self, model: Model, batch: Batch) -> None:
         """Compare the likelihood of a batch's labels with that under the other value of ``shift``.

@@ -48,7 +48,7 @@ class Checkpoint:
 
     Raises:
         ValueError: ``step`` or ``lr`` is out of range, the file type is unknown, or the state is ambiguous.
-        FileNotFoundError: no such file.
+        MissingFileError: no such file.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -100,8 +100,8 @@ class Checkpoint:
         """Return the state, on the CPU: a new dict; the tensors of a checkpoint given as a dict are shared, not copied.
 
         Raises:
-            FileNotFoundError: the file has gone.
-            ValueError: the file is corrupt or holds no state of a model.
+            MissingFileError: the file has gone.
+            MismatchError: the file is corrupt or holds no state of a model.
         """
         if self._state is not None:
             return dict(self._state)
@@ -211,7 +211,7 @@ def matched_state(state: Mapping[str, Tensor], model: nn.Module, source: str) ->
         source: what the error calls the state.
 
     Raises:
-        MismatchError: names or shapes differ, or entries that the model ties hold different values.
+        MismatchError: names, shapes or kinds of numbers differ, or entries that the model ties hold different values.
     """
     own = model.state_dict(keep_vars=True)
     state = {**_bookkeeping(own), **unwrapped_names(state, own)}
@@ -232,6 +232,14 @@ def matched_state(state: Mapping[str, Tensor], model: nn.Module, source: str) ->
                 if isinstance(own[name], Tensor) and value.shape != own[name].shape
             ],
         ),
+        listed(
+            "of another kind of number",
+            [
+                f"{name} {value.dtype} where the model has {own[name].dtype}"
+                for name, value in full.items()
+                if isinstance(own[name], Tensor) and _loses(value, own[name])
+            ],
+        ),
     ]
     if any(problems):
         raise MismatchError(
@@ -243,6 +251,13 @@ def matched_state(state: Mapping[str, Tensor], model: nn.Module, source: str) ->
         if twin != name and not torch.equal(value, full[twin]):
             raise MismatchError(f"{source}: {twin} and {name} are tied in the model, but hold different values here")
     return full
+
+
+def _loses(value: Tensor, own: Tensor) -> bool:
+    """Whether torch, copying a value into a model's own entry, would make other numbers of it without an error."""
+    if isinstance(own, nn.Parameter) and own.is_floating_point():
+        return not value.is_floating_point()
+    return value.is_complex() and not own.is_complex()
 
 
 def _bookkeeping(own: Mapping[str, Any]) -> dict[str, Tensor]:

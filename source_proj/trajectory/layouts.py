@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+
+from source_proj._errors import MismatchError
 
 __all__ = [
     "WEIGHTS",
@@ -39,6 +42,7 @@ _AVERAGED = ("ema", "swa", "averag")  # in the name of an entry: weights that ar
 _WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _COUNT = "n_averaged"  # of torch's AveragedModel: bookkeeping beside the weights
 _TRAINED = "current_model_state"  # of Lightning's WeightAveraging, which puts the averages in the state's place
+_DEEPEST = 16  # levels of dicts around a state
 _LISTED = 8  # names spelled out in an error before it is cut short
 
 
@@ -73,22 +77,24 @@ def model_state(content: object, source: str, key: str | None = None) -> dict[st
         key: the entry that holds the state; default: the only one that does, or the one with a name that is usual.
 
     Raises:
-        ValueError: there is no state, or several, of which none is meant more than the others.
+        MismatchError: there is no state, or several, of which none is meant more than the others.
     """
     if not isinstance(content, Mapping):
-        raise ValueError(f"{source} must hold a model's state_dict, names to tensors, but has a {_kind(content)}")
+        raise MismatchError(f"{source} must hold a model's state_dict, names to tensors, but has a {_kind(content)}")
     if key is not None:
         if key not in content:
-            raise ValueError(f"{source} has no entry {key!r}, only {_listed_names(content)}")
+            raise MismatchError(f"{source} has no entry {key!r}, only {_listed_names(content)}")
         return model_state(content[key], f"{key!r} of {source}")
     chosen = _entry(content, source)
     if chosen is not None:
+        if source.count(" of ") > _DEEPEST:
+            raise MismatchError(f"{source} holds dicts in dicts: save the model's state_dict() alone")
         return model_state(content[chosen], f"{chosen!r} of {source}")
-    foreign = [repr(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    foreign = [repr(name) for name, value in content.items() if not _is_plain(name, value)]
     if content and not foreign:
         return dict(content)
-    found = listed("entries that are no tensors", foreign) or "no entry"
-    raise ValueError(f"{source} must hold a model's state_dict, names to tensors, but has {found}")
+    found = listed("entries that are no plain tensors with names", foreign) or "no entry"
+    raise MismatchError(f"{source} must hold a model's state_dict, names to tensors, but has {found}")
 
 
 def averaged_keys(content: object) -> list[str]:
@@ -156,24 +162,33 @@ def _common_prefix(state: Mapping[str, object], names: list[str]) -> str:
     return next(fits, "")
 
 
-def _entry(content: Mapping[Any, Any], source: str) -> str | None:
+def _entry(content: Mapping[Any, Any], source: str) -> Any:
     """The entry that holds the state; None where the content is one itself."""
     if _TRAINED in content:
         return _TRAINED
     usual = [name for name in _STATES if isinstance(content.get(name), Mapping)]
     if len(usual) > 1:
-        raise ValueError(f"{source} holds several states ({', '.join(usual)}): give the one that is meant by key=")
+        raise MismatchError(f"{source} holds several states ({', '.join(usual)}): give the one that is meant by key=")
     if usual:
         return usual[0]
     states = [name for name in content if _is_state(content[name])]
     trained = [name for name in states if not _is_averaged(name)] or states
     if len(trained) > 1:
-        raise ValueError(f"{source} holds several states ({', '.join(trained)}): give the one that is meant by key=")
-    return str(trained[0]) if trained else None
+        raise MismatchError(
+            f"{source} holds several states ({', '.join(map(str, trained))}): give the one that is meant by key="
+        )
+    return trained[0] if trained else None
 
 
 def _is_state(value: object) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(entry, Tensor) for entry in value.values())
+
+
+def _is_plain(name: object, value: object) -> bool:
+    """Whether it is a name, and a tensor with all its numbers in memory: not sparse, quantized, nested or empty."""
+    if not (isinstance(name, str) and isinstance(value, Tensor)):
+        return False
+    return value.layout == torch.strided and value.device.type != "meta" and not (value.is_quantized or value.is_nested)
 
 
 def _is_averaged(name: object) -> bool:

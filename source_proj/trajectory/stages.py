@@ -11,6 +11,7 @@ from typing import Unpack, get_args
 
 import torch
 
+from source_proj._errors import MismatchError, MissingFileError
 from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.optimizers import SGD, Optimizer, Updates
@@ -134,16 +135,15 @@ class Stage:
             **options: ``segments``, ``preconditioner``, ``loss_reduction``, ``batch_size``, ``accumulation``.
 
         Raises:
-            FileNotFoundError: no run was recorded there, or a checkpoint file has gone.
-            MismatchError: the directory is foreign, or a checkpoint file was changed.
-            ValueError: no checkpoint was recorded yet.
+            MissingFileError: no run was recorded there, or a checkpoint file has gone.
+            MismatchError: the directory is foreign, a file of it was changed, or no checkpoint was recorded yet.
         """
         directory = Path(dir).absolute()
         run = RecordedRun.read(directory)
         if run is None:
-            raise FileNotFoundError(f"no run was recorded in {str(directory)!r}: give the directory of a Recorder")
+            raise MissingFileError(f"no run was recorded in {str(directory)!r}: give the directory of a Recorder")
         if not run.checkpoints:
-            raise ValueError(f"the run in {str(directory)!r} has no checkpoint yet: take a step, then record it")
+            raise MismatchError(f"the run in {str(directory)!r} has no checkpoint yet: take a step, then record it")
         return cls(
             run.stage,
             [checkpoint.open(directory) for checkpoint in run.checkpoints],

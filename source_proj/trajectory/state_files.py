@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from torch import Tensor
 
+from source_proj._errors import MismatchError, MissingFileError
+from source_proj._io.json_records import read_json
 from source_proj._io.loading import load_safetensors, load_tensors
 from source_proj.trajectory.layouts import WEIGHTS, sharded_state, weights_file
 
@@ -21,22 +22,22 @@ def checked_path(path: Path | None) -> Path:
     """The file of a path, or of the folder that it leads to.
 
     Raises:
-        FileNotFoundError: there is no file, or a folder holds no weights, or pieces of them.
-        ValueError: its name says nothing about what it holds.
+        MissingFileError: there is no file, or a folder holds no weights, or pieces of them.
+        MismatchError: its name says nothing about what it holds.
     """
     if path is not None and path.is_dir():
         file = weights_file(path)
         if file is None:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"checkpoint {str(path)!r} is a directory that holds none of {', '.join(WEIGHTS)}: "
                 f"{sharded_state(path) or 'give the file that holds the state_dict'}"
             )
         path = file
     if path is None or not path.is_file():
-        raise FileNotFoundError(f"checkpoint file {str(path)!r} does not exist: give the one that holds the state_dict")
+        raise MissingFileError(f"checkpoint file {str(path)!r} does not exist: give the one that holds the state_dict")
     if not path.name.endswith((*_TORCH_SUFFIXES, ".safetensors", _INDEX)):
         known = ", ".join((".safetensors", _INDEX, *_TORCH_SUFFIXES))
-        raise ValueError(f"checkpoint file {str(path)!r} is of an unknown type: its name must end in one of {known}")
+        raise MismatchError(f"checkpoint file {str(path)!r} is of an unknown type: its name must end in one of {known}")
     return path
 
 
@@ -49,20 +50,23 @@ def _weight_map(path: Path) -> dict[str, str]:
     """Entry of the state → the file that an index has it in; nothing for any other file.
 
     Raises:
-        ValueError: the index is none, or names a file outside of its own directory.
-        FileNotFoundError: a file that it names is missing.
+        MismatchError: the index is none, or names a file outside of its own directory.
+        MissingFileError: a file that it names is missing.
     """
     if not path.name.endswith(_INDEX):
         return {}
     try:
-        found = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        places = dict(read_json(path)["weight_map"])
+        names = sorted(set(places.values()))
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError(f"its files are {names[:_LISTED]}")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} is no index of weights ({type(error).__name__}: {error})") from error
-    for name in sorted(set(found.values())):
+        raise MismatchError(f"{str(path)!r} is no index of weights ({type(error).__name__}: {error})") from error
+    for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{str(path)!r} names {name!r}, which is no .safetensors file beside it")
+            raise MismatchError(f"{str(path)!r} names {name!r}, which is no .safetensors file beside it")
         checked_path(path.parent / name)
-    return found
+    return places
 
 
 def _read_parts(path: Path) -> dict[str, Tensor]:
@@ -73,7 +77,7 @@ def _read_parts(path: Path) -> dict[str, Tensor]:
     absent = [name for name in places if name not in state]
     if absent or len(state) > len(places):
         others = absent or [name for name in state if name not in places]
-        raise ValueError(f"{str(path)!r} and its files do not hold the same entries: {', '.join(others[:_LISTED])}")
+        raise MismatchError(f"{str(path)!r} and its files do not hold the same entries: {', '.join(others[:_LISTED])}")
     return state
 
 
@@ -81,7 +85,7 @@ def read_state(path: Path) -> object:
     """Read what a file, or those of an index, hold: tensors alone, without running foreign code.
 
     Raises:
-        ValueError: a file is corrupt, or holds other objects.
+        MismatchError: a file is corrupt, or holds other objects.
     """
     if path.name.endswith(_INDEX):
         return _read_parts(path)

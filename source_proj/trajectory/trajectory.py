@@ -8,6 +8,7 @@ from typing import Any, Unpack
 
 from torch import nn
 
+from source_proj._io.html import facts
 from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.optimizers import SGD, Optimizer
 from source_proj.trajectory.options import ReadOptions, Schedule, StageOptions
@@ -122,6 +123,15 @@ class Trajectory:
             for s in self.stages
         )
         return f"Trajectory({'; '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        def described(stage: Stage) -> str:
+            steps = ", ".join(str(checkpoint.step) for checkpoint in stage.checkpoints)
+            return (
+                f"checkpoints at steps {steps}; {_counted(len(stage.segment_indices), 'segment')}; {stage.optimizer!r}"
+            )
+
+        return facts("Trajectory", [(f"stage {stage.name}", described(stage)) for stage in self.stages])
 
     @property
     def final(self) -> Checkpoint:

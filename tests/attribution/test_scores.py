@@ -41,7 +41,9 @@ def test_helpful_follows_higher_is_better():
 def test_group_and_predict_removal():
     scores = example(stage_sizes=[4, 2])
     v = scores.values.astype(np.float64)
-    np.testing.assert_allclose(scores.group(["z1", "z5"]), v[:, [1, 5]].sum(1))
+    alone = scores.group(["z1", "z5"])
+    assert alone.train_ids == ["group"]
+    np.testing.assert_allclose(alone, v[:, [1, 5]].sum(1)[:, None])
     mask = np.array([False, True, False, False, False, True])
     np.testing.assert_allclose(scores.group(mask), scores.group(["z5", "z1"]))
     named = scores.group({"a": ["z0"], "b": ["z1", "z2"]})
@@ -85,7 +87,7 @@ def test_every_form_of_a_subset_is_the_same_subset(n, data):
         masks += [kind(flags), list(kind(flags))]
         lists += [kind(chosen), list(kind(chosen))]
     for subset in masks + lists:
-        np.testing.assert_allclose(scores.group(subset), wanted, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(scores.group(subset), wanted[:, None], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("subset", [3, 3.0, None, "z0", b"z0", {"a": ["z0"]}, np.int64(3), torch.tensor(3)])
@@ -106,7 +108,7 @@ def test_ids_that_are_repeated_name_no_subset():
     scores = Scores(np.arange(3.0)[None], [0], ["a", "a", "b"], unit="loss")
     with pytest.raises(ValueError, match="give a boolean mask"):
         scores.group(["a"])
-    assert scores.group([True, False, True]) == 2
+    assert scores.group([True, False, True]).values.tolist() == [[2.0]]
 
 
 def test_no_groups_are_refused():

@@ -9,13 +9,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import zarr
 from command_line import ARGUMENTS, ASK, BUILD
 from typer.testing import CliRunner
 
 import source_proj as sp
+from source_proj.bank.codecs import codec_names
 from source_proj.cli import app
+from source_proj.sketch.projections import kinds
 
 
 @pytest.mark.parametrize("extra", [[], ["--task", "mine:margin"], ["--sampled-fisher", "1"], ["--parameters", "0.*"]])
@@ -102,11 +105,56 @@ def test_top_k_prints_the_strongest(call, scores):
     assert [one["id"] for one in lowest["queries"][0]["train"]] == scores.bottom_k(4).ids[0]
 
     header, *lines = call("top-k", "bank", *ASK, "-k", "2").splitlines()
-    assert header.split() == ["query", "rank", "training", "id", "score", "(logit", "margin)"]
-    assert [line.split()[:3] for line in lines[:2]] == [
-        ["0", str(rank), str(one)] for rank, one in enumerate(scores.top_k(2).ids[0], 1)
-    ]
-    assert len(lines) == 6
+    assert "log-odds" in header  # the unit, in words
+    blocks = [[line.split() for line in lines[start + 1 : start + 8]] for start in range(0, 24, 8)]
+    for query, (name, helpful, *rest) in enumerate(blocks):
+        assert name == ["query", str(query), "label", name[3]]
+        assert (helpful, rest[2]) == (["most", "helpful"], ["most", "harmful"])
+        assert [int(entry[2]) for entry in rest[:2]] == scores.helpful(2).ids[query]
+        assert [int(entry[2]) for entry in rest[3:5]] == scores.harmful(2).ids[query]
+
+
+def test_top_k_writes_tables_and_a_page(call, tmp_path, scores):
+    files = {kind: tmp_path / f"answer.{kind}" for kind in ("csv", "parquet", "html")}
+    asked = [word for kind, path in files.items() for word in (f"--{kind}", path)]
+    call("top-k", "bank", *ASK, "-k", "3", "--most", "harmful", *asked, "--data", "mine:train_set")
+    harmful = scores.harmful(3)
+    with files["csv"].open(newline="") as file:
+        header, *lines = csv.reader(file)
+    assert header == ["query_id", "train_id", "rank", "score", "most"]
+    assert [int(line[1]) for line in lines] == [train_id for ids in harmful.ids for train_id in ids]
+    frame = pd.read_parquet(files["parquet"])
+    assert list(frame.columns) == header
+    assert np.array_equal(frame["score"].to_numpy().reshape(3, 3), harmful.scores)
+    assert files["html"].read_text(encoding="utf-8").count('class="tile"') == (harmful.scores < 0).sum()
+    assert "exists" in call("top-k", "bank", *ASK, *asked[:2], code=2)
+
+
+def test_questions_without_labels_are_about_the_prediction(call):
+    import mine
+
+    source = sp.Source(sp.open("bank"), model=mine.model(), progress=False)
+    inputs, _ = mine.queries().tensors
+    asked = ["--model", "mine:model", "--no-progress", "-k", "2", "--json", "--data", "mine:train_set"]
+    plain = call("top-k", "bank", *asked, "--queries", "mine:plain")
+    told = call("top-k", "bank", *asked, "--queries", "mine:queries", "--target", "predicted")
+    expected = source.helpful(inputs, 2)
+    for query, (row, same) in enumerate(zip(plain["queries"], told["queries"], strict=True)):
+        assert [entry["id"] for entry in row["train"]] == expected.ids[query]
+        assert row["train"] == same["train"]
+        answer = expected.shown.answers[query]
+        assert (row["predicted"], row["probability"]) == (str(answer.value), pytest.approx(answer.probability))
+        assert row["train"][0]["label"] == str(int(mine.labels[expected.ids[query][0]]))
+    chosen = call("top-k", "bank", *asked, "--queries", "mine:queries", "--target", "1")
+    assert {row["predicted"] for row in chosen["queries"]} == {"1"}
+
+
+def test_help_names_all_kinds_of_sketches_and_of_storage():
+    text = " ".join(CliRunner().invoke(app, ["build", "--help"], terminal_width=300).stdout.split())
+    for name in (*kinds(), *codec_names()):
+        assert re.search(rf"\b{name}\b", text), name
+    for panel in ("The training run", "Model and data as files", "Sketch and storage", "Running"):
+        assert panel in text
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from source_proj.cli.parsing import (
     parse_damping,
     parse_options,
     parse_segments,
-    parse_shard,
 )
 from source_proj.task import CausalLM, Classification, Regression
 from source_proj.trajectory import SGD
@@ -162,12 +161,6 @@ def test_ambiguous_trajectories_are_refused(options, message):
         trajectory(**options)
 
 
-@pytest.mark.parametrize("text", ["3", "3/3", "-1/3", "a/b", "1/", "/2"])
-def test_wrong_shards_are_refused(text):
-    with pytest.raises(ValueError, match=r"i/n"):
-        parse_shard(text)
-
-
 @pytest.mark.parametrize("text", ["true", "x", "1.5", '"a"'])
 def test_wrong_segments_are_refused(text):
     with pytest.raises(ValueError, match="--segments"):
@@ -175,7 +168,6 @@ def test_wrong_segments_are_refused(text):
 
 
 def test_absent_options_stay_absent():
-    assert parse_shard(None) is None
     assert parse_segments(None) is None
 
 

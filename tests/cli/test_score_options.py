@@ -5,6 +5,7 @@ import inspect
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import zarr
 from command_line import ASK
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 import source_proj as sp
 from source_proj.cli import app
-from source_proj.cli.score import _METHODS
+from source_proj.cli.asking import METHODS
 
 OPTIONS = {
     "segments": ["1"],
@@ -22,14 +23,14 @@ OPTIONS = {
     "query_gradient": ["mean", "final"],
     "ridge": ["0.5"],
 }
-MATRIX = [(method, name, value) for method in _METHODS for name, values in OPTIONS.items() for value in values]
+MATRIX = [(method, name, value) for method in METHODS for name, values in OPTIONS.items() for value in values]
 
 
 def test_the_matrix_has_every_option_of_every_method():
     """Arguments that the command line offers for all methods, or for none."""
     common = {"bank", "model", "task", "batch_size", "device", "progress"}
     in_python_alone = {"cache", "time_scale", "storage"}
-    for made in _METHODS.values():
+    for made in METHODS.values():
         assert set(inspect.signature(made).parameters) - common - in_python_alone <= set(OPTIONS)
 
 
@@ -37,13 +38,13 @@ def test_the_matrix_has_every_option_of_every_method():
 def test_an_option_works_where_the_method_has_it_and_is_refused_elsewhere(call, method, name, value):
     flag = f"--{name.replace('_', '-')}"
     given = [flag] if value is None else [flag, value]
-    has = name in inspect.signature(_METHODS[method]).parameters
+    has = name in inspect.signature(METHODS[method]).parameters
     said = call("top-k", "bank", *ASK, "--method", method.value, "-k", "1", *given, code=0 if has else 2)
     if not has:
         assert f"{flag} has no meaning for --method {method.value}" in said
 
 
-@pytest.mark.parametrize("ending", ["npy", "zarr", "csv"])
+@pytest.mark.parametrize("ending", ["npy", "zarr", "csv", "parquet"])
 def test_a_file_is_replaced_only_when_it_is_said(call, tmp_path, ending):
     out = tmp_path / f"scores.{ending}"
     call("score", "bank", *ASK, "-o", out)
@@ -84,6 +85,10 @@ def content(path):
         return np.load(path)
     if path.suffix == ".zarr":
         return zarr.open_array(path, mode="r")[...]
+    if path.suffix == ".parquet":
+        frame = pd.read_parquet(path)
+        assert list(frame.columns) == ["query_id", "train_id", "rank", "score"]
+        return frame.pivot(index="query_id", columns="train_id", values="score").to_numpy()
     with path.open(newline="") as file:
         return [list(map(float, row[1:])) for row in list(csv.reader(file))[1:]]
 

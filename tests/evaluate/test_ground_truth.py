@@ -197,9 +197,9 @@ def test_foreign_folders_are_refused(tmp_path):
     zarr.create_group(tmp_path / "other", attributes={"format": "something else", "version": 1})
     shutil.copytree(open_truth(tmp_path / "newer").path, tmp_path / "older")
     metadata = json.loads((tmp_path / "newer" / "zarr.json").read_text())
-    metadata["attributes"]["version"] = 3
+    metadata["attributes"]["version"] = 4
     (tmp_path / "newer" / "zarr.json").write_text(json.dumps(metadata))
-    for name, message in [("notes", "no ground truth"), ("other", "something else"), ("newer", "version 3")]:
+    for name, message in [("notes", "no ground truth"), ("other", "something else"), ("newer", "version 4")]:
         for how in (GroundTruth, open_truth):
             with pytest.raises(SourceProjError, match=message) as caught:
                 how(tmp_path / name)

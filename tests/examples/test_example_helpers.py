@@ -1,6 +1,11 @@
+import argparse
+import ast
 import gzip
 import hashlib
 import struct
+import urllib.error
+import urllib.request
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +19,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(autouse=True)
 def _examples_importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    for folder in (EXAMPLES, EXAMPLES / "paper"):
+        monkeypatch.syspath_prepend(str(folder))
 
 
 def write_idx(folder, name, split, images, labels):
@@ -51,3 +57,56 @@ def test_margin_is_the_tasks_own():
     logits, labels = torch.randn(3, 7, 10), torch.randint(10, (7,))
     expected = [Classification().measurement(lambda _, one=one: one, (torch.zeros(7, 1), labels)) for one in logits]
     torch.testing.assert_close(margin(logits, labels), torch.stack(expected).double(), rtol=1e-5, atol=1e-5)
+
+
+LOADERS = {
+    "fashion_mnist/train-images-idx3-ubyte.gz": (
+        "_data",
+        lambda m, data: m.load_images(data, "fashion_mnist", "train"),
+    ),
+    "mnist/t10k-images-idx3-ubyte.gz": ("_data", lambda m, data: m.load_images(data, "mnist", "t10k")),
+    "glue_sst2/train.tsv.gz": ("_data", lambda m, data: m.load_sentences(data, "train")),
+    "tiny_shakespeare/input.txt": ("_data", lambda m, data: m.load_shakespeare(data)),
+    "uci_concrete/concrete.data": ("_tables", lambda m, data: m.concrete(argparse.Namespace(data=data))),
+    "pima_diabetes/pima-indians-diabetes.csv": ("_tables", lambda m, data: m.pima(argparse.Namespace(data=data))),
+    "cifar10/cifar-10-python.tar.gz": ("cifar10", lambda m, data: m.load_cifar(data / "cifar10", full=True)),
+    "glue_rte/dev.tsv": ("rte", lambda m, data: m.load_pairs(data, "dev")),
+    "wikitext2/valid.txt": ("wikitext2", lambda m, data: m.load_words(data, "valid")),
+}
+
+
+@pytest.mark.parametrize("file", LOADERS)
+@pytest.mark.parametrize("failure", [urllib.error.URLError("no route"), TimeoutError("timed out")], ids=["url", "time"])
+def test_without_a_network_the_error_names_file_and_flag(tmp_path, monkeypatch, file, failure):
+    def refuse(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    module, load = LOADERS[file]
+    with pytest.raises(FileNotFoundError, match="--data FOLDER or the environment variable SOURCE_PROJ_DATA") as caught:
+        load(import_module(module), tmp_path)
+    assert str(tmp_path / file) in str(caught.value)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def names_of(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {getattr(node, "attr", getattr(node, "id", None)) for node in ast.walk(tree)}
+
+
+def test_one_place_downloads_and_gives_the_flag():
+    scripts = [path for path in EXAMPLES.rglob("*.py") if path.name != "_data.py"]
+    assert not [path.name for path in scripts if "urlopen" in names_of(path)]
+    assert not [path.name for path in scripts if 'add_argument("--data"' in path.read_text(encoding="utf-8")]
+    assert len(LOADERS) >= sum("download" in names_of(path) for path in [*scripts, EXAMPLES / "_data.py"])
+
+
+@pytest.mark.parametrize("given", ["flag", "variable"])
+def test_folder_of_data_is_given_by_flag_or_variable(tmp_path, monkeypatch, given):
+    import _data
+
+    monkeypatch.setenv("SOURCE_PROJ_DATA", str(tmp_path / "variable"))
+    parser = argparse.ArgumentParser()
+    _data.add_data_option(parser)
+    arguments = ["--data", str(tmp_path / "flag")] if given == "flag" else []
+    assert parser.parse_args(arguments).data == tmp_path / given

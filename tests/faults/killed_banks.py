@@ -2,8 +2,8 @@
 
     python tests/faults/killed_banks.py all FOLDER --kills 1000
 
-Every build runs in a fork of this process, which itself never computes: torch's threads and autograd would not survive
-the fork. Prints a JSON report; a bank that is not as it must be ends the program.
+Every writer runs in a fork of this process. Prints a JSON report; what is not as it must be ends the program. "all"
+keeps its counts in the folder, and goes on from there when it is called again.
 """
 
 import argparse
@@ -22,56 +22,24 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bank"))
 from bank_runs import BATCH, SHARD, Run, assert_same, content, make_data, make_run
+from forks import dies_at, events_of, finished, forked, killed_after, timed
+from killed_files import fitted, outputs, recorded
 
-import source_proj.gradients  # noqa: F401 (imported before the fork)
 from source_proj import bank as banks
 from source_proj._errors import BankError
-from source_proj._io import files
+from source_proj._io.files import write_file
 from source_proj.bank.build.row_encoder import RowEncoder
+from source_proj.distribute import this_worker
 
 LONGEST = 0.7  # of the time of a whole build, before a kill
 
 Report = dict[str, object]
 
 
-def forked(work: Callable[[], object]) -> int:
-    """Run something in a fork; returns the process's id."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        work()
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
-    os._exit(0)
-
-
-def finished(child: int) -> bool:
-    """Wait for a fork: whether it ended by itself, and not by a signal. An error ends this program."""
-    _, status = os.waitpid(child, 0)
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-        raise SystemExit(f"a build failed with exit code {os.WEXITSTATUS(status)}")
-    return os.WIFEXITED(status)
-
-
-def killed_after(child: int, seconds: float) -> bool:
-    """Kill a fork after a while: whether it was still at work."""
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    return not finished(child)
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Seconds that something takes in a fork."""
-    start = time.perf_counter()
-    finished(forked(work))
-    return time.perf_counter() - start
-
-
-def require_whole(path: Path, whole: Path) -> None:
+def require_whole(path: Path, whole: Path, *, finalize: bool = True) -> None:
     """Hold a bank to one that was built at a stretch, and to `verify`; nothing may be left behind."""
-    banks.open(path).finalize()  # removes what killed writers left
+    if finalize:
+        banks.open(path).finalize()  # removes what killed writers left
     assert_same(path, whole)
     report = banks.verify(path)
     if report.problems or report.leftovers:
@@ -135,6 +103,28 @@ def refusal(path: Path) -> str:
     return "finalized"
 
 
+def taken_over(run: Run, folder: Path, kills: int, seed: int) -> Report:
+    """Two to four workers, as a launcher numbers them, one of which is killed; the others make the bank alone."""
+    draw = random.Random(seed)
+    duration = timed(lambda: run.build(folder / "whole"))
+    killed = made = 0
+
+    def work(path: Path, index: int, count: int) -> None:
+        os.environ.update(RANK=str(index), WORLD_SIZE=str(count))
+        run.build(path, shard=this_worker().shard, takeover=60)
+
+    while killed < kills:
+        path, count = folder / f"taken_over_{made}", 2 + made % 3
+        workers = [forked(lambda i=i, path=path, count=count: work(path, i, count)) for i in range(count)]
+        killed += killed_after(workers.pop(draw.randrange(count)), draw.uniform(0, LONGEST * duration))
+        for worker in workers:
+            finished(worker)
+        require_whole(path, folder / "whole", finalize=False)
+        shutil.rmtree(path)
+        made += 1
+    return {"kills": killed, "banks": made}
+
+
 def racing(run: Run, folder: Path, kills: int, seed: int) -> Report:
     """Workers that all begin at one moment, two with their shares and two that each want to do it all."""
     finished(forked(lambda: run.build(folder / "whole")))
@@ -155,39 +145,6 @@ def racing(run: Run, folder: Path, kills: int, seed: int) -> Report:
 # Kills at a chosen instant ---------------------------------------------------------------------------------------
 
 
-def dies_at(event: int) -> Callable[[], int]:
-    """Let this process be killed before its n-th flush, renaming, linking, making or removing; counts them."""
-    count = 0
-
-    def counted(real: Callable[..., object]) -> Callable[..., object]:
-        def call(*args: object, **options: object) -> object:
-            nonlocal count
-            count += 1
-            if count == event:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **options)
-
-        return call
-
-    files._sync_path = counted(files._sync_path)
-    for owner, name in ((os, "link"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir")):
-        setattr(owner, name, counted(getattr(owner, name)))
-    return lambda: count
-
-
-def events_of(work: Callable[[], object]) -> int:
-    """How many such events something takes."""
-    read, write = os.pipe()
-
-    def counting() -> None:
-        count = dies_at(-1)
-        work()
-        os.write(write, str(count()).encode())
-
-    finished(forked(counting))
-    return int(os.read(read, 20))
-
-
 def instants(run: Run, folder: Path, kills: int, seed: int) -> Report:
     """Kill a build, or an append without ids, before one file event after another, and call it again."""
     draw = random.Random(seed)
@@ -203,7 +160,7 @@ def instants(run: Run, folder: Path, kills: int, seed: int) -> Report:
         path = folder / f"counted_{index}"
         if begin is not None:
             shutil.copytree(begin, path)
-        moments += [(index, event) for event in range(1, events_of(lambda work=work, path=path: work(path)) + 1)]
+        moments += [(index, event) for event in range(1, events_of(lambda work=work, path=path: work(path), path) + 1)]
         shutil.rmtree(path)
     draw.shuffle(moments)
     done = 0
@@ -212,7 +169,7 @@ def instants(run: Run, folder: Path, kills: int, seed: int) -> Report:
         path = folder / f"instant_{index}_{event}"
         if begin is not None:
             shutil.copytree(begin, path)
-        done += not finished(forked(lambda work=work, path=path, event=event: (dies_at(event), work(path))))
+        done += not finished(forked(lambda work=work, path=path, event=event: (dies_at(event, path), work(path))))
         finished(forked(lambda work=work, path=path: work(path)))
         require_whole(path, whole)
         shutil.rmtree(path)
@@ -297,10 +254,38 @@ def origins(bank: dict[str, np.ndarray], sides: list[dict[str, np.ndarray]]) -> 
 SCENARIOS: dict[str, Callable[[Run, Path, int, int], Report]] = {
     "resumed": resumed,
     "together": together,
+    "taken_over": taken_over,
     "racing": racing,
     "instants": instants,
     "straggled": straggled,
+    "outputs": outputs,
+    "fitted": fitted,
+    "recorded": recorded,
 }
+SHARES = {
+    "resumed": 10, "together": 5, "racing": 0, "instants": 15, "straggled": 5,
+    "outputs": 30, "fitted": 10, "recorded": 15,
+}  # fmt: skip
+"""How many kills each makes in its turn."""
+
+
+def everything(folder: Path, kills: int, seed: int) -> None:
+    """All scenarios, one after the other, until there were enough kills; what was done in a folder before counts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    book, run = folder / "kills.json", make_run(n=2 * SHARD)
+    counts: list[int] = json.loads(book.read_text()) if book.exists() else []
+    while sum(counts) < kills:
+        name = list(SCENARIOS)[len(counts) % len(SCENARIOS)]
+        place = folder / name
+        shutil.rmtree(place, ignore_errors=True)  # of a turn that was stopped
+        place.mkdir()
+        report = SCENARIOS[name](run, place, SHARES[name], seed + len(counts))
+        shutil.rmtree(place)
+        counts.append(int(str(report["kills"])))
+        write_file(book, json.dumps(counts).encode())
+        print(f"{name}: {counts[-1]} kills, {report['banks']} whole; {sum(counts)} kills in all", flush=True)
+    each = {name: sum(counts[place :: len(SCENARIOS)]) for place, name in enumerate(SCENARIOS)}
+    print(json.dumps({"kills": sum(counts), **each}), flush=True)
 
 
 def main() -> None:
@@ -312,20 +297,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.scenario != "all":
-        print(json.dumps(SCENARIOS[args.scenario](make_run(), args.folder, args.kills, args.seed)))
-        return
-    total = 0
-    for turn in range(1_000):
-        for name, scenario in SCENARIOS.items():
-            folder = args.folder / f"{name}_{turn}"
-            folder.mkdir(parents=True)
-            report = scenario(make_run(), folder, min(100, args.kills // 4 + 1), args.seed + turn)
-            shutil.rmtree(folder)
-            total += int(str(report["kills"]))
-            print(f"{name}: {report['kills']} kills, {report['banks']} banks whole; {total} in all", flush=True)
-        if total >= args.kills:
-            return
+    if args.scenario == "all":
+        everything(args.folder.absolute(), args.kills, args.seed)
+    else:
+        print(json.dumps(SCENARIOS[args.scenario](make_run(), args.folder.absolute(), args.kills, args.seed)))
 
 
 if __name__ == "__main__":

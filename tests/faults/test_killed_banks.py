@@ -52,3 +52,7 @@ def test_builds_and_appends_killed_before_a_file_event(tmp_path):
 
 def test_stragglers_with_other_bits_change_nothing_that_is_sealed(tmp_path):
     run_program("straggled", tmp_path, 5)
+
+
+def test_workers_that_take_over_from_one_that_was_killed(tmp_path):
+    run_program("taken_over", tmp_path, 5)

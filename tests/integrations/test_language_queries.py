@@ -1,5 +1,6 @@
 """Single tokens as queries, and heads over some tokens at a time, with models of transformers."""
 
+import numpy as np
 import pytest
 import torch
 from test_transformers_gradients import LENGTH, assert_equal, make, make_batch, rows
@@ -98,11 +99,17 @@ def test_parts_of_a_training_sequence_by_token_add_up_to_its_score(tmp_path, red
     source = sp.Source(bank, model=model, task=task)
     parts = source.by_token(data[:3], [data[4], data[1]])
     whole = torch.as_tensor(source.score(data[:3]).to_numpy())
-    assert parts.train_ids == sp.TokenQueries([data[4], data[1]], task).ids
-    by_token = torch.as_tensor(parts.to_numpy())
-    for place, index in ((slice(0, 5), 4), (slice(5, 8), 1)):
-        scale = float(by_token.abs().max()) * by_token.shape[1]
-        torch.testing.assert_close(by_token[:, place].sum(1), whole[:, index], rtol=0, atol=1e-5 * scale)
+    tokens = sp.TokenQueries([data[4], data[1]], task)
+    assert parts.train_ids == [0, 1]
+    assert [f"{place}/{position}" for position, place in np.argwhere(parts.present)] == sorted(
+        tokens.ids, key=lambda word: tuple(map(int, word.split("/")[::-1]))
+    )
+    assert not parts.values.transpose(0, 2, 1)[~parts.present].any()
+    scale = float(np.abs(parts.values).max()) * len(parts.values)
+    total = torch.as_tensor(parts.total().to_numpy())
+    torch.testing.assert_close(total, whole[:, [4, 1]], rtol=0, atol=1e-5 * scale)
+    named = source.by_token(data[:3], [data[4]], stage="train").total()
+    torch.testing.assert_close(torch.as_tensor(named.to_numpy()[:, 0]), total[:, 0], rtol=0, atol=1e-6 * scale)
 
 
 def test_a_tokens_measurement_is_its_log_likelihood():
@@ -124,7 +131,7 @@ def test_parts_by_token_need_a_model_and_a_language(tmp_path):
     with pytest.raises(ValueError, match="pass model= when constructing"):
         sp.Source(bank).by_token(data, data)
     for stage in (1, 7, -1, "pretrain"):
-        with pytest.raises(ValueError, match=r"stage must be an index into the bank's stages \['train'\], got"):
+        with pytest.raises(ValueError, match=r"stage must be one of the bank's stages \['train'\], got"):
             sp.Source(bank, model=model).by_token(data, data, stage=stage)
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from source_proj.attribution.parts import PartScores
 from source_proj.attribution.scores import Scores
-from source_proj.attribution.source import Segment, SegmentScores
+from source_proj.attribution.source import Segment
 from source_proj.report import (
     Attribution,
     Check,
@@ -67,7 +68,9 @@ def small_page(**options):
 def small_parts(scores, *factors):
     segments = [Segment(0, f"segment {i}", (i,), 1.0, 0.0, 4, 1.0, 0.0) for i in range(len(factors))]
     values = np.stack([scores.values * factor for factor in factors])
-    return SegmentScores(values, tuple(segments), scores.query_ids, scores.train_ids, scores.unit)
+    ids = scores.query_ids, scores.train_ids
+    present = np.ones((len(factors), len(scores.train_ids)), dtype=bool)
+    return PartScores(values, tuple(segments), *ids, scores.unit, True, present)
 
 
 def test_lists_hold_the_strongest_examples_of_their_own_sign():

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from source_proj._io.progress import Progress
 from source_proj.attribution.attributor import Attributor, Term
 from source_proj.attribution.curvature import Curvature, Damping, check_damping, damping_value, default_curvature
 from source_proj.attribution.fits import Fit, fitted_hessian
@@ -41,7 +42,8 @@ class InfluenceFunction(Attributor):
         batch_size: queries per backward pass.
         device: where products are computed and queries run.
         cache: keep Hessians' spectra or factors beside the bank.
-        progress: show progress bars for what takes over two seconds.
+        progress: show progress bars for what takes over two seconds; False for none, or a function of (description,
+            done, total).
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class InfluenceFunction(Attributor):
         batch_size: int = 64,
         device: torch.device | str | None = None,
         cache: bool = True,
-        progress: bool = True,
+        progress: Progress = True,
     ) -> None:
         super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
         check_damping(damping)

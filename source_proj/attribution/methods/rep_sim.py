@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from source_proj._errors import MismatchError, SourceProjError
+from source_proj._io.progress import Progress
 from source_proj.attribution.attributor import Attributor, Queries, Term
 from source_proj.attribution.operands import Operand
 from source_proj.attribution.queries import QueryFeatures
@@ -47,7 +48,8 @@ class RepSim(Attributor):
         task: needed for custom tasks only; says how the model is called.
         batch_size: queries per forward pass.
         device: where the model runs and products are computed.
-        progress: show progress bars for what takes over two seconds.
+        progress: show progress bars for what takes over two seconds; False for none, or a function of (description,
+            done, total).
 
     Raises:
         MismatchError: the training data are not the bank's; also see :class:`Attributor`.
@@ -81,7 +83,7 @@ class RepSim(Attributor):
         task: Task | None = None,
         batch_size: int = 64,
         device: torch.device | str | None = None,
-        progress: bool = True,
+        progress: Progress = True,
     ) -> None:
         super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
         self._module = model

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from source_proj._io.progress import Progress
 from source_proj.attribution.attributor import Attributor, Term
 from source_proj.attribution.fits import Fit, fitted_hessian
 from source_proj.attribution.operands import Operand, stage_start
@@ -34,7 +35,8 @@ class Trak(Attributor):
         batch_size: queries per backward pass.
         device: where products are computed and queries run.
         cache: keep Hessians' spectra or factors beside the bank.
-        progress: show progress bars for what takes over two seconds.
+        progress: show progress bars for what takes over two seconds; False for none, or a function of (description,
+            done, total).
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class Trak(Attributor):
         batch_size: int = 64,
         device: torch.device | str | None = None,
         cache: bool = True,
-        progress: bool = True,
+        progress: Progress = True,
     ) -> None:
         super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
         if not ridge >= 0:

@@ -1,7 +1,6 @@
 """SOURCE: fitted segments, a query carried back through them, and the verbs."""
 
-from source_proj.attribution.source.by_segment import SegmentScores
 from source_proj.attribution.source.segments import Segment
 from source_proj.attribution.source.source import Source
 
-__all__ = ["Segment", "SegmentScores", "Source"]
+__all__ = ["Segment", "Source"]

@@ -57,8 +57,14 @@ class FittedSegments:
         self._fitting = threading.RLock()  # a fit is made once, however many threads ask
         self._held = HeldOperands(limit)
         self._segments: tuple[Segment, ...] | None = None
+        self._prepared = False
         self._hessians: dict[tuple[int, tuple[int, ...]], Hessian] = {}
         self._moments: dict[tuple[int, tuple[int, ...], int], Tensor] = {}
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the segments are known already."""
+        return self._segments is not None
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -93,9 +99,12 @@ class FittedSegments:
         )
 
     def prepare(self) -> None:
-        """Fit all that queries need."""
-        nothing = torch.zeros(0, self.bank.sketch.dim)
-        self.moved({segment.metric: nothing for segment in self.segments})
+        """Fit all that queries need, once."""
+        with self._fitting:
+            if not self._prepared:
+                nothing = torch.zeros(0, self.bank.sketch.dim)
+                self.moved({segment.metric: nothing for segment in self.segments})
+                self._prepared = True
 
     def nbytes(self) -> int:
         """Bytes of the rows that queries are multiplied with."""

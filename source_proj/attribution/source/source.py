@@ -29,14 +29,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from source_proj._io.html import facts
+from source_proj._io.progress import Progress, shared_bar
 from source_proj.attribution.attributor import Attributor, Queries, Term
 from source_proj.attribution.curvature import Curvature, Damping, check_damping, default_curvature
+from source_proj.attribution.hits import Shown
+from source_proj.attribution.parts import PartScores
 from source_proj.attribution.queries import QueryFeatures
 from source_proj.attribution.query_points import QueryGradient, check_query_gradient, query_points, takes_mean
 from source_proj.attribution.scores import PredictedChange, Scores
-from source_proj.attribution.source.by_segment import SegmentScores, add_segment_parts
+from source_proj.attribution.self_influence import SelfInfluence
 from source_proj.attribution.source.fitted_segments import FittedSegments
 from source_proj.attribution.source.memory import parse_memory
+from source_proj.attribution.source.segment_parts import add_segment_parts
 from source_proj.attribution.source.segments import Segment, StageSegments, stage_groups
 from source_proj.bank import Bank
 from source_proj.task import CausalLM, Task, TokenQueries
@@ -72,7 +77,8 @@ class Source(Attributor):
         batch_size: queries per backward pass.
         device: where products are computed and queries run.
         cache: keep Hessians' spectra or factors beside the bank (in the user's cache folder where it is read-only).
-        progress: show progress bars for what takes over two seconds.
+        progress: show progress bars for what takes over two seconds; False for none, or a function of (description,
+            done, total).
 
     Raises:
         MismatchError, BankError, ValueError: see :class:`Attributor`; ValueError for segments
@@ -113,9 +119,23 @@ class Source(Attributor):
         batch_size: int = 64,
         device: torch.device | str | None = None,
         cache: bool = True,
-        progress: bool = True,
+        progress: Progress = True,
     ) -> None:
         super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
+        self._options: dict[str, Any] = {
+            "model": model,
+            "task": task,
+            "segments": segments,
+            "curvature": curvature,
+            "damping": damping,
+            "query_gradient": query_gradient,
+            "time_scale": time_scale,
+            "memory": memory,
+            "batch_size": batch_size,
+            "device": device,
+            "cache": cache,
+            "progress": progress,
+        }
         check_damping(damping)
         check_query_gradient(query_gradient)
         if not 0 < time_scale < math.inf:
@@ -136,12 +156,46 @@ class Source(Attributor):
         kept = sum(bank.fits.nbytes() for bank in self.banks)
         return f"Source({self.n_rows} training examples{runs}; {self.nbytes()} bytes of rows, {where}; {kept} of fits)"
 
+    def _repr_html_(self) -> str:
+        at = "mean over checkpoints" if takes_mean(self.banks[0], self.query_gradient) else "final weights"
+        pairs: list[tuple[object, object]] = [
+            ("bank", ", ".join(str(bank.path) for bank in self.banks)),
+            ("training examples", self.n_rows),
+            ("measurement", self.unit),
+            ("curvature", self.curvature.replace("_", " ")),
+            ("damping", self.damping),
+            ("query gradient", at),
+        ]
+        fitted = self._fitted.get(self.banks[0].fingerprint)
+        if fitted is not None and fitted.is_fitted:  # showing computes nothing
+            pairs += [
+                (each.name, f"time {each.time:.3g}, tr(H) {each.trace:.3g}, damping {each.damping:.3g}")
+                for each in fitted.segments
+            ]
+        return facts("Source", pairs)
+
+    def replace(self, **options: Any) -> "Source":
+        """The same method with other options, on the same banks and by the same model: ``source.replace(damping=0.1)``.
+
+        What does not depend on them is shared: the banks' files and weights are not read anew, spectra are found in the
+        bank's cache, and features that :meth:`sketch` returned serve both.
+
+        Args:
+            **options: those of :class:`Source` but the bank.
+
+        Raises:
+            TypeError: an option is unknown.
+        """
+        return Source(list(self.banks), **{**self._options, **options})
+
     # Fit -------------------------------------------------------------------------------------------------------
 
     def fit(self) -> "Source":
         """Compute what scoring needs, or find it in the cache; scoring does so by itself on first use."""
         for bank in self.banks:
-            self._of(bank).prepare()
+            reads = sum(stage.n * stage.n_checkpoints for stage in bank.stages)
+            with shared_bar(self.progress, "fit", reads, "rows"):
+                self._of(bank).prepare()
         return self
 
     def nbytes(self) -> int:
@@ -175,6 +229,7 @@ class Source(Attributor):
     # Verbs beside score, top_k and bottom_k ----------------------------------------------------------------------
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
+        self.fit()
         fitted = self._of(bank)
         return [
             Term(query.mul_(-1 / segment.n), fitted.rows(segment))
@@ -189,7 +244,7 @@ class Source(Attributor):
     def _query_points(self, bank: Bank) -> list[Checkpoint]:
         return query_points(bank, self.query_gradient)
 
-    def by_segment(self, queries: Queries) -> SegmentScores:
+    def by_segment(self, queries: Queries) -> PartScores:
         """Split each score into the parts of the segments.
 
         The part of segment l is ``-(1/N) (c_l S_{l+1} ··· S_L q̂) · ḡ_l(z)``.
@@ -202,9 +257,32 @@ class Source(Attributor):
         for bank, queried in zip(self.banks, features, strict=True):
             fitted = self._of(bank)
             add_segment_parts(values, fitted, self._moved(fitted, queried), len(self.banks))
-        return SegmentScores(values.numpy(), self.segments, features[0].ids, self.banks[0].ids, self.unit)
+        sizes = [stage.n for stage in self.banks[0].stages]
+        own = [np.repeat([segment.stage == stage for stage in range(len(sizes))], sizes) for segment in self.segments]
+        shown = self._shown(features[0])
+        return self._parts(values, self.segments, features[0], self.banks[0].ids, np.stack(own), shown)
 
-    def by_token(self, queries: Queries, documents: Any, *, stage: int = 0) -> Scores:
+    def _parts(
+        self,
+        values: Tensor,
+        parts: Sequence[Any],
+        features: QueryFeatures,
+        train_ids: Sequence[Any],
+        present: np.ndarray,
+        shown: Shown,
+    ) -> PartScores:
+        return PartScores(
+            values.numpy(),
+            tuple(parts),
+            features.ids,
+            list(train_ids),
+            self.unit,
+            self.task.higher_is_better,
+            present,
+            shown,
+        )
+
+    def by_token(self, queries: Queries, documents: Any, *, stage: int | str = 0) -> PartScores:
         """Split the scores of some training sequences over their tokens: which words of a document mattered.
 
         The loss of a sequence under :class:`CausalLM` is a sum (or mean) over its tokens, and scores are linear in its
@@ -215,10 +293,10 @@ class Source(Attributor):
         Args:
             queries: as for :meth:`score`.
             documents: map-style data set of some of the training sequences.
-            stage: index of the stage that they were trained on in.
+            stage: name or index of the stage that they were trained on in.
 
         Returns:
-            Scores ``(Q, T)`` of the documents' counted tokens, with the ids of :class:`TokenQueries`.
+            A part for each position of a token; the documents' ids are their places.
 
         Raises:
             TypeError: the task is no language modelling.
@@ -226,9 +304,7 @@ class Source(Attributor):
         """
         task = cast(CausalLM, self.task)
         tokens = TokenQueries(documents, task)  # which refuses every other task
-        names = [each.name for each in self.banks[0].stages]
-        if stage not in range(len(names)):
-            raise ValueError(f"stage must be an index into the bank's stages {names}, got {stage!r}")
+        stage = self.banks[0].stage_index(stage)
         if self.model is None:
             raise ValueError("tokens are differentiated anew, by the model itself: pass model= when constructing")
         features = self.sketch(queries)
@@ -241,9 +317,15 @@ class Source(Attributor):
                     total.add_(query.cpu() @ rows.T, alpha=1 / (segment.n * len(self.banks)))
         of_stage = task.of_stage(stage)
         total *= torch.tensor([_token_weight(of_stage, documents[i], len(tokens.of(i))) for i, _ in tokens.positions])
-        return Scores(
-            total.numpy(), features[0].ids, tokens.ids, unit=self.unit, higher_is_better=self.task.higher_is_better
-        )
+        length = 1 + max(position for _, position in tokens.positions)
+        places, positions = (list(column) for column in zip(*tokens.positions, strict=True))
+        values = torch.zeros(length, len(features[0]), len(documents))
+        values[positions, :, places] = total.T
+        present = np.zeros((length, len(documents)), dtype=bool)
+        present[positions, places] = True
+        read = self.banks[0].examples
+        shown = Shown(None if read is None else read.like(documents), features[0].examples, features[0].answers)
+        return self._parts(values, range(length), features[0], range(len(documents)), present, shown)
 
     def _token_rows(self, bank: Bank, segment: Segment, tokens: TokenQueries) -> Tensor:
         """Sketched gradients of the tokens' log-likelihoods, the mean over a segment's checkpoints ``(T, k)``."""
@@ -252,8 +334,8 @@ class Source(Attributor):
         digest = bank.metrics.hash(segment.metric)
         return torch.stack([features.at(point, digest) for point in points]).mean(0)
 
-    def self_influence(self) -> np.ndarray:
-        """Return how much each training example lowered its own training loss, ``(N,)`` float32.
+    def self_influence(self) -> SelfInfluence:
+        """Return how much each training example lowered its own training loss, with ids; an array of ``(N,)`` float32.
 
         It is the score of the measurement m = -(own training loss) of the example's own stage, in the loss's own unit;
         ∇m is taken as ``query_gradient`` says, the final weights being the stage's last checkpoint; of a stage with a
@@ -265,7 +347,7 @@ class Source(Attributor):
         for bank in self.banks:
             mean = takes_mean(bank, self.query_gradient)
             self._of(bank).add_self_influence(total, mean=mean, runs=len(self.banks))
-        return total.numpy()
+        return SelfInfluence(total.numpy(), self.banks[0].ids, shown=self._shown())
 
     def predict_removal(self, queries: Queries, subset: Any, *, renormalize: bool = False) -> PredictedChange:
         """Predict how queries' measurements change when a subset is left out: see :meth:`Scores.predict_removal`."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from source_proj._errors import BankError, MismatchError
+from source_proj._io.progress import Progress
 from source_proj.bank.build.arguments import require_arguments, require_device
 from source_proj.bank.build.create import put_same, require_same_part
 from source_proj.bank.build.data import BatchSource, batch_hash, checked_ids
@@ -40,7 +41,7 @@ def append_rows(
     device: torch.device | str | None,
     shard: tuple[int, int] | None,
     shard_rows: int | None,
-    progress: bool,
+    progress: Progress,
 ) -> Part:
     """Create the next part of a stage and fill it, or go on with the one that this append made; see ``Bank.append``.
 

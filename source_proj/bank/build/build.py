@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,17 @@ from torch import nn
 from tqdm import tqdm
 
 from source_proj._errors import BankError, MismatchError, named_examples
+from source_proj._io.printable import printable
+from source_proj._io.progress import Progress
 from source_proj.bank.bank import Bank
 from source_proj.bank.build.arguments import require_arguments, require_device
+from source_proj.bank.build.claims import Claims, checked_takeover
+from source_proj.bank.build.columns import splits_of
 from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
 from source_proj.bank.build.data import BatchSource, checked_ids, to_device
 from source_proj.bank.build.fill import Work, checked_shard, fill
 from source_proj.bank.build.normalizer import with_normalizer
+from source_proj.bank.examples import Examples
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
 from source_proj.bank.store import LocalStore
@@ -46,8 +52,9 @@ def build(
     device: torch.device | str | None = None,
     storage: str = "int8",
     shard: tuple[int, int] | None = None,
+    takeover: float | None = None,
     resume: bool = True,
-    progress: bool = True,
+    progress: Progress = True,
     ids: Any = None,
     parameters: Sequence[str] | None = None,
     sampled_fisher: int = 0,
@@ -61,22 +68,29 @@ def build(
     arguments, and ends with the same bits on the same device and number of threads. Data that were sketched before are
     then read once more and compared with their hashes.
 
-    Several processes may build one bank at once: give each ``shard=(i, n)`` and call ``bank.finalize()`` when all are
-    done. A dead worker's shards are done by calling it again, with the same ``shard`` or with none.
+    Several processes may build one bank at once: give each ``takeover=300`` and, so that they begin apart, its own
+    ``shard=(i, n)``. Each makes its own share and then what nobody else is at work on, shards of workers that died or
+    fell silent included; all return when the bank is whole, and one of them has finalized it. They may come and go.
+    Without ``takeover``, ``shard=(i, n)`` makes just its share: call ``bank.finalize()`` when all are done. What a
+    launcher says of (i, n) and the device, :func:`source_proj.distribute.this_worker` reads.
 
     Args:
         model: a module of the architecture that was trained. What runs is a copy; the model itself is left as it is.
         task: what it was trained on, and what is asked of it.
         trajectory: the training run. Checkpoints given as dicts are copied into the bank.
-        train_set: map-style data set or DataLoader without shuffling; {stage name: data set} for several stages.
+        train_set: map-style data set or DataLoader without shuffling; {stage name: data set} for several stages. A
+            pandas frame of numbers with a label column, a ``datasets.Dataset``, or a ``DatasetDict`` whose splits have
+            the stages' names ("train" for a run of one) are taken as they are.
         path: the bank's folder.
         sketch: the projection of the gradients.
         batch_size: examples a batch; a DataLoader brings its own.
         device: where the model runs; default: where it is.
         storage: "int8" (one scale a row), "float16" or "float32".
         shard: (i, n) to do the i-th of n workers' share, counted from 0.
+        takeover: seconds without progress of another worker after which its shards are taken over; more than a batch
+            takes, and the loading of a checkpoint. None: other workers' shards are left alone.
         resume: go on with a bank that is there; False refuses if there is anything.
-        progress: show a progress bar after two seconds.
+        progress: show a progress bar after two seconds; False for none, or a function of (description, done, total).
         ids: ids of the examples in order, integers or strings; {stage name: ids} for several stages. Default: 0, 1, …
         parameters: globs of the parameters to attribute through, "!glob" to leave out; ``["*"]`` for all. Default:
             those that training moved, see :func:`source_proj.trajectory.trained_parameters`; ``bank.parameter_choice``
@@ -87,7 +101,7 @@ def build(
         shard_rows: rows a shard, a multiple of the batch size; default: as many as make 16 MiB, 4,096 at most.
 
     Returns:
-        The bank; finalized, unless ``shard`` was given.
+        The bank; finalized, unless ``shard`` was given without ``takeover``.
 
     Raises:
         BankError: something else is at ``path``, or it cannot be written.
@@ -113,7 +127,7 @@ def build(
     require_device(device)
     store = LocalStore(path)
     path = store.root
-    checked_shard(shard)
+    share, takeover = checked_shard(shard), checked_takeover(takeover)
     names = [stage.name for stage in trajectory.stages]
     sources = [BatchSource(data, batch_size) for data in _by_stage(train_set, names, "train_set")]
     given_ids = _by_stage(ids, names, "ids")
@@ -121,7 +135,7 @@ def build(
     _check_loss(task, trajectory)
     task = with_normalizer(task, sources, names)
     second_derivative, fisher_weight = _columns(task, sources[0], stage_ids[0])
-    space, choice = _chosen(model, trajectory, parameters, progress)
+    space, choice = _chosen(model, trajectory, parameters, progress is True)
     resolved = trajectory.resolve(model, space)
     _check_orders(task, model, trajectory, sources, device)
     settings = Settings(
@@ -154,9 +168,15 @@ def build(
         for index, (part, source, stage) in enumerate(zip(parts, sources, trajectory.stages, strict=True))
     ]
     _examine(task, model, trajectory, sources, device)
-    fill(works, settings, model, task, bank.metrics, shard=shard, device=device, progress=progress)
-    if shard is None:
-        bank.seal(parts)
+    claims = None if takeover is None else Claims(store, takeover, share)
+    with claims or nullcontext():
+        fill(works, settings, model, task, bank.metrics, shard=shard, device=device, progress=progress, claims=claims)
+        if claims is not None:
+            claims.once("seal", lambda: bank.seal(parts), lambda: all(part.sealed() is not None for part in parts))
+            bank.reload()
+        elif shard is None:
+            bank.seal(parts)
+    bank.examples = Examples(dict(zip(names, _by_stage(train_set, names, "train_set"), strict=True)))
     return bank
 
 
@@ -226,12 +246,14 @@ def _chosen(
     sizes = [parameter.numel() for parameter in model.parameters()]
     choice = f"{len(space.names)} of {len(sizes)} parameters, {space.size} of {sum(sizes)} numbers: {which}"
     if announced and patterns is None and len(space.names) < len(sizes):
-        tqdm.write(f"attributing through {choice} (parameters=['*'] takes all)", file=sys.stderr)
+        tqdm.write(printable(f"attributing through {choice} (parameters=['*'] takes all)"), file=sys.stderr)
     return space, choice
 
 
 def _by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
     """What belongs to each stage: entries of a mapping, or the one thing for the one stage."""
+    if splits_of(given) and set(given) >= set(names):  # the splits of other names are for other uses
+        return [given[name] for name in names]
     if isinstance(given, Mapping) and (len(names) > 1 or set(given) == set(names)):
         if set(given) != set(names):
             raise ValueError(f"{what} has entries {list(given)}, and the stages are {list(names)}; give one each")

@@ -1,7 +1,8 @@
 """Training sets and queries as batches in a fixed order, so that a row's place says which example it is."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from torch.utils.data import (
     TensorDataset,
     default_collate,
 )
-from tqdm import tqdm
 
 from source_proj._errors import MismatchError
+from source_proj._io.progress import Progress, progress_bar
+from source_proj.bank.build.columns import examples_of
 
-__all__ = ["Batch", "BatchSource", "batch_hash", "batches", "checked_ids", "dataset_size", "to_device"]
+__all__ = ["Batch", "BatchSource", "Span", "batch_hash", "batches", "checked_ids", "dataset_size", "to_device"]
 
 Batch = Any
 Span = tuple[int, int]
@@ -31,7 +33,8 @@ class BatchSource:
 
     Args:
         data: a map-style data set (``__getitem__`` and ``__len__``), or a DataLoader of one, whose ``batch_size``,
-            ``collate_fn`` and workers are then used.
+            ``collate_fn`` and workers are then used. A ``datasets.Dataset`` or a pandas frame: see
+            :func:`source_proj.bank.build.columns.examples_of`.
         batch_size: examples a batch, unless a DataLoader says.
 
     Raises:
@@ -59,20 +62,24 @@ class BatchSource:
         if self.n == 0:
             raise ValueError(f"the data set {_name(self._data)} is empty; give at least one example")
 
-    def load(self, spans: Sequence[Span]) -> Iterator[tuple[int, int, Batch]]:
-        """Yield ``(start, stop, batch)`` for the examples of each span; every span begins a batch of its own."""
+    def load(self, spans: Iterable[Span]) -> Iterator[tuple[int, int, Batch]]:
+        """Yield ``(start, stop, batch)`` for the examples of each span; every span begins a batch of its own.
+
+        Spans are asked for one by one, each when its first batch is needed (a loader's workers need some ahead).
+        """
         cuts = _Cuts(spans, self.batch_size)
         if self._is_plain():
             # What a loader would do by one indexing a row and one stacking a batch, at once.
-            for start, stop in cuts.spans():
+            for _ in cuts:
+                start, stop = cuts.given.popleft()
                 yield start, stop, [tensor[start:stop].clone() for tensor in self._data.tensors]
             return
         # Its own generator: a DataLoader draws a seed for its workers, and would take it from the global one.
         loader: DataLoader[Any] = DataLoader(
             self._data, batch_sampler=cuts, generator=torch.Generator().manual_seed(0), **self._options
         )
-        for (start, stop), batch in zip(cuts.spans(), loader, strict=True):
-            yield start, stop, batch
+        for batch in loader:
+            yield (*cuts.given.popleft(), batch)
 
     def _is_plain(self) -> bool:
         plain_collate = self._options["collate_fn"] is default_collate
@@ -82,21 +89,17 @@ class BatchSource:
 class _Cuts(Sampler[list[int]]):
     """Spans cut into batches."""
 
-    def __init__(self, spans: Sequence[Span], batch_size: int) -> None:
-        self._spans = list(spans)
+    def __init__(self, spans: Iterable[Span], batch_size: int) -> None:
+        self._spans = spans
         self._size = batch_size
-
-    def spans(self) -> Iterator[Span]:
-        for start, stop in self._spans:
-            for low in range(start, stop, self._size):
-                yield low, min(stop, low + self._size)
+        self.given: deque[Span] = deque()  # ends of the batches that were asked for and not taken from the left yet
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start, stop in self.spans():
-            yield list(range(start, stop))
-
-    def __len__(self) -> int:
-        return sum(-(-(stop - start) // self._size) for start, stop in self._spans)
+        for start, stop in self._spans:
+            for low in range(start, stop, self._size):
+                high = min(stop, low + self._size)
+                self.given.append((low, high))
+                yield list(range(low, high))
 
 
 def batches(
@@ -106,7 +109,8 @@ def batches(
     stop: int | None = None,
     *,
     device: torch.device | str | None = None,
-    progress: bool = False,
+    progress: Progress = False,
+    description: str = "examples",
 ) -> Iterator[tuple[int, Batch]]:
     """Yield ``(position of the first example, batch)`` over a data set or DataLoader, in its own order.
 
@@ -116,7 +120,8 @@ def batches(
         start: first example.
         stop: end of the examples; default: all.
         device: where the tensors go; default: where they are.
-        progress: show a progress bar after two seconds.
+        progress: show a progress bar after two seconds; False for none, or a function of (description, done, total).
+        description: what the bar says.
 
     Example:
         >>> data = TensorDataset(torch.arange(5))
@@ -127,7 +132,7 @@ def batches(
     stop = source.n if stop is None else stop
     if not 0 <= start <= stop <= source.n:
         raise ValueError(f"start {start} and stop {stop} do not lie in order within the data set's {source.n} examples")
-    with tqdm(total=stop - start, unit="examples", delay=2, disable=not progress) as bar:
+    with progress_bar(progress, description, stop - start, "examples") as bar:
         for low, high, batch in source.load([(start, stop)]):
             yield low, batch if device is None else to_device(batch, device)
             bar.update(high - low)
@@ -234,6 +239,7 @@ def _check_id(value: Any, stage: str, *, string: bool) -> None:
 
 
 def _checked_dataset(data: Any) -> Any:
+    data = examples_of(data)
     if isinstance(data, IterableDataset):
         raise TypeError(
             f"{_name(data)} is an IterableDataset, whose examples have no fixed place; give a map-style data set"

@@ -3,14 +3,15 @@
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NoReturn
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from source_proj._errors import MismatchError
+from source_proj._io.progress import Bar, Progress, progress_bar
+from source_proj.bank.build.claims import Claims
 from source_proj.bank.build.data import Batch, BatchSource, batch_hash
 from source_proj.bank.build.row_encoder import BatchLocation, RowEncoder
 from source_proj.bank.format import Settings
@@ -76,12 +77,16 @@ def fill(
     *,
     shard: tuple[int, int] | None,
     device: torch.device | str | None,
-    progress: bool,
+    progress: Progress,
+    claims: Claims | None = None,
 ) -> None:
     """Compute and commit all shards of a worker that are not committed yet.
 
     All shards of all checkpoints are numbered through, and worker i of n takes those with number % n = i. The data of
     its shards that are committed already are compared with their hashes, each batch once.
+
+    With claims, a shard of which another worker is at work is left out, and after its own share a worker makes whatever
+    nobody who lives has claimed, the last shards first, until all shards are committed.
 
     Raises:
         GradientError: a gradient is not finite; names the stage, the checkpoint and the ids. Nothing of its shard is
@@ -95,15 +100,17 @@ def fill(
     checks = _checks(passes)
     total = sum(_rows(run.work.part, run.todo) for run in passes)
     total += sum(_rows(work.part, shards) for work, shards in checks)
-    with tqdm(total=total, unit="rows", delay=2, disable=not progress, desc="bank") as bar:
+    with progress_bar(progress, "bank", total, "rows") as bar:
         _check_committed(checks, bar)
-        if not any(run.todo for run in passes):
+        rest = iter(()) if claims is None else _rest(works, claims)
+        passes_to_come = chain((run for run in passes if run.todo), rest)
+        first = next(passes_to_come, None)
+        if first is None:
             return
         rows = RowEncoder(model, task, space, settings, device, metrics)
-        with _Committer() as committer:
-            for run in passes:
-                if run.todo:
-                    _run(run, rows, committer, bar)
+        with _Committer(claims) as committer:
+            for run in chain([first], passes_to_come):
+                _run(run, rows, committer, bar, claims)
 
 
 def _passes(works: Sequence[Work], index: int, count: int) -> Iterator[_Pass]:
@@ -116,6 +123,29 @@ def _passes(works: Sequence[Work], index: int, count: int) -> Iterator[_Pass]:
             committed = work.part.done(checkpoint)
             todo = [shard for shard in mine if not committed[shard]]
             yield _Pass(work, checkpoint, todo, [shard for shard in mine if committed[shard]])
+
+
+def _rest(works: Sequence[Work], claims: Claims) -> Iterator[_Pass]:
+    """Passes over what others have not committed, until there is nothing left; waits while others are at work."""
+    while True:
+        passes = [
+            _Pass(work, checkpoint, todo, [])
+            for work in reversed(works)
+            for checkpoint in reversed(range(work.part.n_checkpoints))
+            if (todo := _uncommitted(work.part, checkpoint))
+        ]
+        if not passes:
+            return
+        before = claims.taken
+        yield from passes
+        if claims.taken == before:
+            claims.wait()
+
+
+def _uncommitted(part: Part, checkpoint: int) -> list[int]:
+    """The last ones first: whoever has them in its own share comes to them last."""
+    committed = set(part.committed(checkpoint))
+    return [shard for shard in reversed(range(part.spec.n_shards)) if shard not in committed]
 
 
 def _rows(part: Part, shards: Sequence[int]) -> int:
@@ -132,9 +162,9 @@ def _checks(passes: Sequence[_Pass]) -> list[tuple[Work, list[int]]]:
     return checks
 
 
-def _check_committed(checks: Sequence[tuple[Work, list[int]]], bar: "tqdm[NoReturn]") -> None:
+def _check_committed(checks: Sequence[tuple[Work, list[int]]], bar: Bar) -> None:
     """Compare the data of committed shards with the hashes that were banked."""
-    bar.set_postfix_str("comparing data", refresh=False)
+    bar.describe("bank, comparing data")
     for work, shards in checks:
         for shard in shards:
             hashes = []
@@ -144,31 +174,38 @@ def _check_committed(checks: Sequence[tuple[Work, list[int]]], bar: "tqdm[NoRetu
             work.part.check_data(shard, _as_array(hashes))
 
 
-def _run(run: _Pass, rows: RowEncoder, committer: "_Committer", bar: "tqdm[NoReturn]") -> None:
+def _run(run: _Pass, rows: RowEncoder, committer: "_Committer", bar: Bar, claims: Claims | None) -> None:
     part, checkpoint = run.work.part, run.work.checkpoints[run.checkpoint]
+    todo = iter(run.todo) if claims is None else claims.take(part, run.checkpoint, run.todo)
+    first = next(todo, None)
+    if first is None:
+        return
     expected = part.hashes[run.checkpoint]
     if checkpoint.hash() != expected:
         raise MismatchError(
             f"{checkpoint!r} of stage {part.stage_name!r} changed since the bank was begun: its hash was "
             f"{expected[:16]}, and is {checkpoint.hash()[:16]}; put the original back"
         )
-    bar.set_postfix_str(f"{part.stage_name}, step {checkpoint.step}", refresh=False)
+    bar.describe(f"bank, {part.stage_name}, step {checkpoint.step}")
     rows.load(checkpoint)
-    loaded = run.work.source.load([part.spec.span(shard) for shard in run.todo])
+    loaded = run.work.source.load(part.spec.span(shard) for shard in chain([first], todo))
     buffer = committer.buffer(part, run.checkpoint)
     for start, stop, batch in loaded:
         shard = start // part.spec.shard_rows
-        first, last = part.spec.span(shard)
-        if start == first:
+        begin, end = part.spec.span(shard)
+        if start == begin:
             rows.begin(run.work.stage, run.checkpoint, shard)
         try:
             _put(run, rows, buffer, start, stop, batch)
         except Refuted:  # the rows of this shard, none of which is committed, are made again by the general path
             buffer.clear()
-            for again, end, earlier in run.work.source.load([(first, stop)]):
-                _put(run, rows, buffer, again, end, earlier)
+            for again, until, earlier in run.work.source.load([(begin, stop)]):
+                _put(run, rows, buffer, again, until, earlier)
+        bar.expect(bar.done + stop - start)  # those of another worker's share come on top of what was to do
         bar.update(stop - start)
-        if stop == last:
+        if claims is not None:
+            claims.beat(stop - start)
+        if stop == end:
             rows.require_graph(BatchLocation(part, run.work.stage, run.checkpoint, start, stop))
             buffer.audit = rows.audit()
             committer.commit(part, run.checkpoint, shard, buffer)
@@ -219,7 +256,8 @@ class _Buffer:
 class _Committer:
     """Commits shards in a thread of its own, one after the other, while the next is made: flushing takes long."""
 
-    def __init__(self) -> None:
+    def __init__(self, claims: Claims | None) -> None:
+        self._claims = claims
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bank")
         self._pending: Future[None] | None = None
         self._arrays: dict[tuple[int, tuple[str, ...]], list[dict[str, np.ndarray]]] = {}
@@ -242,7 +280,7 @@ class _Committer:
     def commit(self, part: Part, checkpoint: int, shard: int, buffer: _Buffer) -> None:
         """Wait for the shard before, then commit this one in the background."""
         self.wait()
-        self._pending = self._thread.submit(_commit, part, checkpoint, shard, buffer)
+        self._pending = self._thread.submit(_commit, part, checkpoint, shard, buffer, self._claims)
 
     def wait(self) -> None:
         """Wait for the last shard, and raise what went wrong with it."""
@@ -251,10 +289,12 @@ class _Committer:
             pending.result()
 
 
-def _commit(part: Part, checkpoint: int, shard: int, buffer: _Buffer) -> None:
+def _commit(part: Part, checkpoint: int, shard: int, buffer: _Buffer, claims: Claims | None) -> None:
     content: Mapping[str, np.ndarray] = buffer.content()
     part.check_hashes(checkpoint, shard, content["batch_hashes"])
     part.commit(checkpoint, shard, content)
+    if claims is not None:
+        claims.release(part, checkpoint, shard)
 
 
 def _allocated(part: Part, checkpoint: int) -> dict[str, np.ndarray]:

@@ -123,12 +123,9 @@ class Part:
         """Commit marks ``(shards, arrays, 32)`` uint8: of a part whose seal was checked, as they were then."""
         if self._sealed_marks is not None:
             return self._sealed_marks[checkpoint]
-        spec = self._specs[f"checkpoint_{checkpoint}/committed"]
-        there = set(list_objects(self.store, f"{self.name}/checkpoint_{checkpoint}/committed"))
-        marks = np.zeros(spec.shape, np.uint8)
-        for shard in range(self.spec.n_shards):
-            if self.key(checkpoint, "committed", shard) in there:
-                marks[shard] = self.mark(checkpoint, shard)
+        marks = np.zeros(self._specs[f"checkpoint_{checkpoint}/committed"].shape, np.uint8)
+        for shard in self.committed(checkpoint):
+            marks[shard] = self.mark(checkpoint, shard)
         return marks
 
     def mark(self, checkpoint: int, shard: int) -> np.ndarray:
@@ -144,6 +141,11 @@ class Part:
     def is_done(self, checkpoint: int, shard: int) -> bool:
         """Whether a shard is committed, as it is in the store now."""
         return object_info(self.store, self.key(checkpoint, "committed", shard)) is not None
+
+    def committed(self, checkpoint: int) -> list[int]:
+        """The shards that have a mark in the store now; reads none of the marks."""
+        there = set(list_objects(self.store, f"{self.name}/checkpoint_{checkpoint}/committed"))
+        return [shard for shard in range(self.spec.n_shards) if self.key(checkpoint, "committed", shard) in there]
 
     def done(self, checkpoint: int) -> np.ndarray:
         """Which shards of a checkpoint are committed, ``(shards,)`` bool."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from source_proj._io.progress import tick
 from source_proj.bank.codecs import Codec
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import crossing_name
@@ -151,6 +152,7 @@ class StageBank:
                     torch.from_numpy(part.read(index, "d1", shard)),
                     self._settings.codec,
                 )
+                tick(stop - start)
 
     def _blocks(self, checkpoint: int, what: What, metric: int | None) -> Iterator[RowBlock]:
         prefix, factor = ("", 1) if what == "output" else ("fisher_", self.draws)
@@ -169,6 +171,7 @@ class StageBank:
                         fisher_weight = torch.from_numpy(part.read(checkpoint, "fisher_weight", shard))
                 start, stop = (factor * (part.spec.start + end) for end in part.spec.span(shard))
                 yield RowBlock(start, stop, rows, d1, d2, fisher_weight)
+                tick(stop - start)
 
     def _scale(self, part: Part, checkpoint: int, name: str, shard: int) -> Tensor | None:
         if not self._settings.codec.has_scale:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +14,8 @@ from source_proj.bank.store.base import ObjectInfo, Store
 __all__ = ["LocalStore"]
 
 _T = TypeVar("_T")
+_R = TypeVar("_R")
+_TRIES = 5
 
 
 class LocalStore(Store):
@@ -33,16 +35,15 @@ class LocalStore(Store):
         return self._path(key).read_bytes()
 
     def put(self, contents: Mapping[str, bytes]) -> None:  # noqa: D102
-        write_files(self._with_folders(contents))
+        self._in_folders(write_files, contents)
 
     def put_if_absent(self, contents: Mapping[str, bytes]) -> set[str]:  # noqa: D102
         there = {key for key in contents if os.path.lexists(self._path(key))}  # saves the writing
-        paths = self._with_folders({key: content for key, content in contents.items() if key not in there})
-        return there | {self._key(path) for path in write_new_files(paths)}
+        absent = {key: content for key, content in contents.items() if key not in there}
+        return there | {self._key(path) for path in self._in_folders(write_new_files, absent)}
 
     def copy(self, sources: Mapping[str, str]) -> None:  # noqa: D102
-        targets = self._with_folders(sources)
-        copy_files({target: self._path(source) for target, source in targets.items()})
+        self._in_folders(copy_files, {key: self._path(source) for key, source in sources.items()})
 
     def keys(self, prefix: str = "") -> Iterable[str]:  # noqa: D102
         return self._walk(self._path(prefix) if prefix else self.root)
@@ -88,10 +89,17 @@ class LocalStore(Store):
     def _key(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
 
-    def _with_folders(self, contents: Mapping[str, _T]) -> dict[Path, _T]:
+    def _in_folders(self, write: Callable[[Mapping[Path, _T]], _R], contents: Mapping[str, _T]) -> _R:
+        """Write files, their folders being made where they are missing."""
         paths = {self._path(key): content for key, content in contents.items()}
-        make_folders({path.parent for path in paths})
-        return paths
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                make_folders({path.parent for path in paths})
+                return write(paths)
+            except FileNotFoundError:  # another process emptied a folder just now, and removed it
+                if not tries_left:
+                    raise
+        raise AssertionError("unreachable")
 
     def _walk(self, folder: Path) -> Iterator[str]:
         try:

@@ -225,7 +225,10 @@ class PreconditionedOptimizer(Optimizer):
                 f"the state of a parameter has {sorted(entry)}, and {type(self).__name__} needs {key!r}: "
                 "describe the optimizer as it was made"
             )
-        return torch.as_tensor(entry[key]).detach().cpu().double()
+        value = torch.as_tensor(entry[key]).detach()
+        if value.is_complex():
+            raise MismatchError(f"the state of a parameter has {key!r} of complex numbers: the file was altered")
+        return value.cpu().double()
 
     @classmethod
     def _decays(cls, groups: Sequence[Options], source: str, before: Optimizer | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from source_proj._errors import MismatchError
+from source_proj._errors import MismatchError, SourceProjError
 from source_proj._io.loading import load_tensors
 from source_proj.trajectory.optimizers.base import PreconditionedOptimizer
 from source_proj.trajectory.optimizers.describe import check_state
@@ -64,7 +64,28 @@ def moments(
         MismatchError: there is no state, or it fits neither the model nor the optimizer; says what can be done.
     """
     source = repr(checkpoint)
-    state = _unwrap(_load(checkpoint), source)
+    try:
+        yield from _moments(_unwrap(_load(checkpoint), source), source, checkpoint.step, optimizer, model, plain)
+    except SourceProjError as error:
+        if source in str(error):
+            raise
+        raise MismatchError(f"{source}: {error}") from error
+    except Exception as error:  # whatever stands in a foreign file where a number, a list or a tensor must be
+        where = checkpoint.optimizer_state if isinstance(checkpoint.optimizer_state, str | Path) else "its dict"
+        raise MismatchError(
+            f"{source}: its optimizer_state ({where}) is not as an optimizer's state_dict() must be "
+            f"({type(error).__name__}: {error}): save optimizer.state_dict() anew"
+        ) from error
+
+
+def _moments(
+    state: Mapping[str, Any],
+    source: str,
+    step: int,
+    optimizer: PreconditionedOptimizer,
+    model: nn.Module,
+    plain: float,
+) -> Iterator[tuple[str, Moments]]:
     try:
         check_state(type(optimizer), state, f"{source}: its optimizer_state")
     except ValueError as error:
@@ -74,13 +95,18 @@ def moments(
         if name not in shapes or not any(key in entry for key in optimizer.kept):
             continue  # a buffer of another wrapper, or a parameter that never had a gradient
         group = optimizer.group(name)
-        second = optimizer.second_moment(entry, checkpoint.step)
+        second = optimizer.second_moment(entry, step)
         if tuple(second.shape) != shapes[name]:
             raise MismatchError(
                 f"{source}: the second moment of {name!r} has shape {tuple(second.shape)}, and the parameter "
                 f"{shapes[name]}: give the model that was trained"
             )
-        own = optimizer.preconditioner(entry, checkpoint.step)
+        if not (torch.isfinite(second) & (second >= 0)).all():
+            raise MismatchError(
+                f"{source}: the second moment of {name!r} is a mean of squares, and holds numbers below 0 or not "
+                "finite: the file was altered, or training diverged"
+            )
+        own = optimizer.preconditioner(entry, step)
         scale = group.lr_scale * torch.where(own > 0, own + plain * (1 - own), 0.0)
         decay = float(group.weight_decay or 0.0)
         factor = scale if optimizer.decays_with_metric else torch.full_like(scale, group.lr_scale)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from source_proj._errors import MismatchError
-from source_proj._io.hashing import hash_file
 from source_proj._io.loading import load_tensors, require_loadable
 from source_proj._io.locks import FolderLock
 from source_proj.trajectory.checkpoint import matched_state
@@ -26,7 +25,7 @@ from source_proj.trajectory.recording.progress import Progress, Seen, update_run
 from source_proj.trajectory.recording.run_files import (
     RecordedCheckpoint,
     RecordedRun,
-    check_hash,
+    check_file,
     describe_state,
     moments_name,
     remove_unnamed,
@@ -140,6 +139,11 @@ class Recorder:
         self._watch = ScheduleWatch(self._also)
         hook = optimizer.register_step_post_hook(_weakly(self._see))
         self._end = weakref.finalize(self, _end, hook, self._lock)
+
+    def __repr__(self) -> str:
+        run, steps = self._progress.run, self._progress.steps
+        when = f"every {self._every} steps" if self._every is not None else f"at {len(self._at)} steps"
+        return f"Recorder({str(self.dir)!r}: {steps} steps, {len(run.checkpoints)} checkpoints so far, {when})"
 
     @property
     def steps(self) -> int:
@@ -335,17 +339,24 @@ class Recorder:
         last = run.checkpoints[-1].open(self.dir)
         state = matched_state(last.load(), self._model, repr(last))
         file = self.dir / resume_name(run.last_step)
-        check_hash(file, run.resume or "", hash_file(file))
+        check_file(file, run.resume or "")
         resume = load_tensors(file, "record anew in an empty directory")
-        if len(resume["also"]) != len(self._also):
-            raise MismatchError(f"{len(resume['also'])} things were recorded as also=, and {len(self._also)} are given")
-        for thing, its_state in zip(self._also, resume["also"], strict=True):
-            thing.load_state_dict(its_state)
+        try:
+            its_states = list(resume["also"])
+            if len(its_states) != len(self._also):
+                raise ValueError(f"{len(its_states)} things were recorded as also=, and {len(self._also)} are given")
+            for thing, its_state in zip(self._also, its_states, strict=True):
+                thing.load_state_dict(its_state)
+            self._optimizer.load_state_dict(resume["optimizer"])
+            torch.set_rng_state(resume["cpu_rng"])
+            if len(resume["cuda_rng"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(resume["cuda_rng"])
+        except Exception as error:  # whatever optimizers, schedulers and torch raise about a state that is not theirs
+            raise MismatchError(
+                f"{str(file)!r} does not fit what is trained here ({type(error).__name__}: {error}): give the things "
+                "that were recorded, or record anew in an empty directory"
+            ) from error
         self._model.load_state_dict(state)
-        self._optimizer.load_state_dict(resume["optimizer"])
-        torch.set_rng_state(resume["cpu_rng"])
-        if len(resume["cuda_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(resume["cuda_rng"])
 
 
 def _check_trains(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 A run is one directory::
 
-    trajectory.json           which run this is, and every checkpoint that counts
+    trajectory.json           which run this is, every checkpoint that counts, hashes of their files and of all this
     step_00000042.pt          the model's state_dict after 42 optimizer steps
     moments_00000042.pt       the second moments, by parameter name, of an optimizer that divides gradients by them
     optimizer_00000042.pt     what goes on from there: optimizer and random states, of the last checkpoint only
@@ -14,7 +14,9 @@ half done is not named there.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,10 +27,10 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from source_proj._errors import MismatchError
+from source_proj._errors import MismatchError, MissingFileError
 from source_proj._io.files import PARTIAL, Content, walk, write_files
 from source_proj._io.hashing import hash_file
-from source_proj._io.json_records import read_record, write_record
+from source_proj._io.json_records import read_json, read_record, write_record
 from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.optimizers import Optimizer
 from source_proj.trajectory.record import read_optimizer, write_optimizer
@@ -38,7 +40,7 @@ __all__ = [
     "RecordedCheckpoint",
     "RecordedRun",
     "UpdateRun",
-    "check_hash",
+    "check_file",
     "clip_factor",
     "describe_state",
     "moments_name",
@@ -51,8 +53,9 @@ __all__ = [
 
 _NAME = "trajectory.json"
 _FORMAT = "source-proj recorded run"
-_VERSION = 3
+_VERSION = 4
 _MOST_STEPS = 10_000_000  # of a run; a larger count in a foreign file would fill the memory
+_HEADER = {"format", "version"}
 _KINDS = ("step", "moments", "optimizer")
 
 UpdateRun = tuple[float, float, float, int]
@@ -97,16 +100,15 @@ class RecordedCheckpoint:
         """Give the checkpoint, its bytes compared with what was recorded.
 
         Raises:
-            MismatchError: the file is not the one that was recorded.
-            FileNotFoundError: the file has gone.
+            MissingFileError: a file has gone.
+            MismatchError: a file is not the one that was recorded.
         """
         weights, optimizer_state = directory / weights_name(self.step), directory / moments_name(self.step)
+        check_file(weights, self.weights)
         if self.moments is not None:
-            check_hash(optimizer_state, self.moments, hash_file(optimizer_state))
+            check_file(optimizer_state, self.moments)
         rate = self.updates[-1][0]
-        checkpoint = Checkpoint(weights, self.step, rate, None if self.moments is None else optimizer_state)
-        check_hash(weights, self.weights, checkpoint.hash())
-        return checkpoint
+        return Checkpoint(weights, self.step, rate, None if self.moments is None else optimizer_state)
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class RecordedRun:
     def write(self, directory: Path) -> None:
         """Replace ``trajectory.json``, at one stroke."""
         content = {"format": _FORMAT, "version": _VERSION, **write_record(self)}
-        write_files({directory / _NAME: json.dumps(content).encode()})
+        write_files({directory / _NAME: json.dumps({**content, "digest": _digest(content)}).encode()})
 
     @classmethod
     def read(cls, directory: Path) -> RecordedRun | None:
@@ -177,17 +179,20 @@ class RecordedRun:
             MismatchError: the file is foreign or corrupt, or there are recorded files without it.
         """
         path = directory / _NAME
-        if not path.exists():
+        if not os.path.lexists(path):
             strays = sorted(file.name for file in _recorded_files(directory))
             if strays:
                 raise MismatchError(f"{str(directory)!r} holds {strays[0]} but no {_NAME}: give an empty directory")
             return None
         try:
-            content = dict(json.loads(path.read_bytes()))
-            found = (content.pop("format", None), content.pop("version", None))
-            if found != (_FORMAT, _VERSION):
-                raise ValueError(f"format {found[0]!r}, version {found[1]!r}")
-            return read_record(cls, content, _NAME)
+            content = dict(read_json(path))
+            digest = content.pop("digest", None)
+            kind = (content.get("format"), content.get("version"))
+            if kind != (_FORMAT, _VERSION):
+                raise ValueError(f"format {kind[0]!r}, version {kind[1]!r}")
+            if digest != _digest(content):
+                raise ValueError("its content is not that of its digest: it was changed since")
+            return read_record(cls, {name: content[name] for name in content.keys() - _HEADER}, _NAME)
         except (ValueError, TypeError, RecursionError) as error:
             raise MismatchError(
                 f"{str(path)!r} was not written by a Recorder of this version ({type(error).__name__}: {error}): "
@@ -282,13 +287,35 @@ def require_same_run(directory: Path, there: RecordedRun, here: RecordedRun) -> 
             )
 
 
-def check_hash(path: Path, recorded: str, present: str) -> None:
-    """Refuse a file whose hash is not what was recorded."""
+def check_file(path: Path, recorded: str) -> None:
+    """Refuse a file that is not what was recorded.
+
+    Args:
+        path: the file.
+        recorded: SHA-256 of its bytes.
+
+    Raises:
+        MissingFileError: there is no such file.
+        MismatchError: it cannot be read, or has other bytes.
+    """
+    if not path.is_file():
+        raise MissingFileError(
+            f"there is no file {str(path)!r}, which was recorded: bring it back, or record anew in an empty directory"
+        )
+    try:
+        present = hash_file(path)
+    except OSError as error:
+        raise MismatchError(f"{str(path)!r} cannot be read ({error}): make it readable") from error
     if present != recorded:
         raise MismatchError(
             f"{str(path)!r} has SHA-256 {present[:16]}…, but {recorded[:16]}… was recorded: it was changed since; "
             "bring the file back, or record anew in an empty directory"
         )
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a document's entries, in whatever order they stand."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _recorded_files(directory: Path) -> list[Path]:

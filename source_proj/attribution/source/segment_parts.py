@@ -1,41 +1,12 @@
-"""Scores split over the segments of training."""
+"""One run's share of the scores by segment of training."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from source_proj.attribution.source.fitted_segments import FittedSegments
-from source_proj.attribution.source.segments import Segment
 
-__all__ = ["SegmentScores", "add_segment_parts"]
-
-
-@dataclass(frozen=True)
-class SegmentScores:
-    """The parts of each score by segment of training: who mattered when.
-
-    Attributes:
-        values: ``(L, Q, N)`` float32; their sum over segments is the score. An example has part only in the segments
-            of its own stage; elsewhere its value is 0.
-        segments: what the L segments are.
-        query_ids: Q ids.
-        train_ids: N ids.
-        unit: unit of the measurement.
-    """
-
-    values: np.ndarray
-    segments: tuple[Segment, ...]
-    query_ids: list[Any]
-    train_ids: list[Any]
-    unit: str
-
-    def total(self) -> np.ndarray:
-        """Sum over the segments: the scores ``(Q, N)``."""
-        total: np.ndarray = self.values.sum(axis=0)
-        return total
+__all__ = ["add_segment_parts"]
 
 
 def add_segment_parts(values: Tensor, fitted: FittedSegments, queries: Sequence[Tensor], runs: int) -> None:

@@ -1,4 +1,4 @@
-"""A few mutants of banks; `fuzz_banks.py` makes as many as one likes."""
+"""A few mutants of each kind; `fuzz.py` makes as many as one likes."""
 
 import json
 import os
@@ -14,18 +14,19 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="n
 HERE = Path(__file__).parent
 
 
-def test_mutants_give_the_right_scores_or_are_refused_by_name(tmp_path):
+@pytest.mark.parametrize(("kind", "seconds"), [("bank", 8), ("fits", 4), ("run", 4), ("checkpoint", 4), ("truth", 3)])
+def test_mutants_give_the_right_answers_or_are_refused_by_name(tmp_path, kind, seconds):
     path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     seed = random.randrange(1 << 30)  # others every time; the program prints it beside a mutant that fails
-    command = [sys.executable, str(HERE / "fuzz_banks.py"), str(tmp_path), "--mutants", "200", "--seconds", "15"]
+    command = [sys.executable, str(HERE / "fuzz.py"), str(tmp_path), "--kind", kind, "--mutants", "200"]
     done = subprocess.run(
-        [*command, "--seed", str(seed)],
+        [*command, "--seconds", str(seconds), "--seed", str(seed)],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    report = json.loads(done.stdout)[kind]
     assert report["mutants"] > 0
     assert report["wrong"] == 0

@@ -32,7 +32,7 @@ def image_uri(value: Any) -> str | None:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError('the report needs Pillow: pip install "source-proj[demo]"') from error
+        raise ImportError('pictures need Pillow: pip install "source-proj[demo]"') from error
     if isinstance(value, Image.Image):
         return _png(value if value.mode in ("L", "RGB", "RGBA") else value.convert("RGB"))
     pixels = _pixels(value)

@@ -1,0 +1,101 @@
+"""The public names and where they live; the package loads each when it is first asked for."""
+
+from source_proj import curate, distribute, evaluate, integrations, report
+from source_proj._errors import BankError, GradientError, MismatchError, SourceProjError
+from source_proj.attribution.hits import Hit, Hits
+from source_proj.attribution.methods import (
+    GradCos,
+    GradDot,
+    Hydra,
+    InfluenceFunction,
+    RepSim,
+    TracIn,
+    Trak,
+    empirical_influence,
+)
+from source_proj.attribution.parts import PartScores
+from source_proj.attribution.queries import QueryFeatures
+from source_proj.attribution.scores import PredictedChange, Scores
+from source_proj.attribution.self_influence import SelfInfluence
+from source_proj.attribution.source import Segment, Source
+from source_proj.bank import Bank, StageBank, build, open
+from source_proj.bank.examples import Example, Examples
+from source_proj.sketch import Sketch
+from source_proj.task import Answer, Answers, CausalLM, Classification, Regression, Task, TokenQueries
+from source_proj.trajectory import (
+    SGD,
+    Adafactor,
+    Adagrad,
+    Adam,
+    Adamax,
+    Checkpoint,
+    NAdam,
+    ParameterGroup,
+    RAdam,
+    Recorder,
+    RMSprop,
+    ScheduleFreeAdamW,
+    ScheduleFreeSGD,
+    Stage,
+    Trajectory,
+)
+
+__version__: str
+
+__all__ = [
+    "SGD",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "Adamax",
+    "Answer",
+    "Answers",
+    "Bank",
+    "BankError",
+    "CausalLM",
+    "Checkpoint",
+    "Classification",
+    "Example",
+    "Examples",
+    "GradCos",
+    "GradDot",
+    "GradientError",
+    "Hit",
+    "Hits",
+    "Hydra",
+    "InfluenceFunction",
+    "MismatchError",
+    "NAdam",
+    "ParameterGroup",
+    "PartScores",
+    "PredictedChange",
+    "QueryFeatures",
+    "RAdam",
+    "RMSprop",
+    "Recorder",
+    "Regression",
+    "RepSim",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
+    "Scores",
+    "Segment",
+    "SelfInfluence",
+    "Sketch",
+    "Source",
+    "SourceProjError",
+    "Stage",
+    "StageBank",
+    "Task",
+    "TokenQueries",
+    "TracIn",
+    "Trajectory",
+    "Trak",
+    "build",
+    "curate",
+    "distribute",
+    "empirical_influence",
+    "evaluate",
+    "integrations",
+    "open",
+    "report",
+]

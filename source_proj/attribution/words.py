@@ -1,0 +1,65 @@
+"""Scores in words: signs, units and ids, the same in terminals, notebooks and pages."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+__all__ = ["TOWARDS", "explained", "id_word", "plain_id", "plain_ids", "signed"]
+
+TOWARDS = {True: "helpful", False: "harmful"}
+
+_UNITS = {
+    "logit margin": "log-odds of the class asked about, log p/(1-p): 0 is probability 50 %, +2 is 88 %, -2 is 12 %",
+    "absolute error": "distance between prediction and target",
+    "squared error": "squared distance between prediction and target",
+    "mean token log-likelihood (nats)": "mean log-probability of the sequence's tokens: 0 is certainty, -0.7 is "
+    "probability one half a token",
+    "sequence log-likelihood (nats)": "log-probability of the whole sequence: 0 is certainty",
+    "cosine": "how alike two examples look to the model, from -1 to 1; no change of its answer",
+}
+
+
+def explained(unit: str) -> str:
+    """A unit in words.
+
+    Example:
+        >>> explained("squared error")
+        'scores in units of the squared error (squared distance between prediction and target)'
+    """
+    return f"scores in units of the {unit}" + (f" ({_UNITS[unit]})" if unit in _UNITS else "")
+
+
+def signed(value: float, minus: str = "-") -> str:
+    """Format a number with its sign and three significant digits.
+
+    Example:
+        >>> signed(0.12345), signed(-2.0), signed(0.0), signed(12345.6), signed(-3.2e-7)
+        ('+0.123', '-2.00', '0', '+12346', '-3.20e-7')
+    """
+    if value == 0:
+        return "0"
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value)
+    if 1e-3 <= size < 1e5:
+        text = f"{size:.{max(0, 2 - math.floor(math.log10(size)))}f}"
+    else:
+        mantissa, exponent = f"{size:.2e}".split("e")
+        text = f"{mantissa}e{int(exponent)}"
+    return (minus if value < 0 else "+") + text
+
+
+def plain_id(given: Any) -> Any:
+    """An id as JSON can hold it."""
+    return given.item() if isinstance(given, np.generic) else list(given) if isinstance(given, tuple) else given
+
+
+def plain_ids(ids: Any) -> list[Any]:
+    """Ids as JSON can hold them."""
+    return [plain_id(given) for given in ids]
+
+
+def id_word(given: Any) -> Any:
+    """An id in one word: (stage, id) becomes stage/id."""
+    return "/".join(map(str, given)) if isinstance(given, tuple) else plain_id(given)

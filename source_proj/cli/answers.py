@@ -1,0 +1,212 @@
+"""Answers of ``score`` and ``top-k``: lines for a terminal, JSON, a page, and tables of one line a score."""
+
+import csv
+import functools
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from source_proj._errors import extra
+from source_proj._io.outputs import require_free, write_output, write_outputs
+from source_proj._io.printable import csv_cell
+from source_proj.attribution.hits import Hits
+from source_proj.attribution.scores import FACTS, Scores, is_scores_array
+from source_proj.attribution.words import TOWARDS, explained, id_word, plain_id
+from source_proj.bank.examples import Example
+
+__all__ = ["SIGN", "Answer", "checked_files", "scores_writer"]
+
+SIGN = "positive: including the example raised the measurement"
+
+_COLUMNS = ["query_id", "train_id", "rank", "score"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The strongest training examples of each query, in lists by name ("helpful", "harmful", "lowest")."""
+
+    lists: Mapping[str, Hits]
+    method: str
+
+    @property
+    def any(self) -> Hits:
+        """One of the lists: what they share is in each."""
+        return next(iter(self.lists.values()))
+
+    def text(self, queries: int | None = None) -> str:
+        """Lines for people; of the first queries only, where a number is given."""
+        hits = self.any
+        lines = [f"{explained(hits.unit)}; +: including the example raised it"]
+        for query in range(len(hits) if queries is None else min(queries, len(hits))):
+            lines.append("")
+            for place, (name, listed) in enumerate(self.lists.items()):
+                heading, *entries = listed.lines(query, named=name == "lowest")
+                lines += [heading] if place == 0 else []
+                lines += [f"  {'lowest' if name == 'lowest' else f'most {name}'}", *entries]
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it; "train" holds the highest scores, or the list that was asked for."""
+        hits = self.any
+        up = TOWARDS[hits.higher_is_better]
+        main = self.lists.get("lowest") or (self.lists[up] if len(self.lists) > 1 else hits)
+        queries = []
+        for query in range(len(hits)):
+            lists = {name: _entries(listed, query) for name, listed in self.lists.items()}
+            queries.append(
+                {"query": plain_id(hits.query_ids[query]), **_known(hits.query_example(query)),
+                 "train": _entries(main, query), **(lists if len(lists) > 1 else {})}
+            )  # fmt: skip
+        return {"unit": hits.unit, "unit_in_words": explained(hits.unit), "sign": SIGN,
+                "higher_is_better": hits.higher_is_better, "method": self.method, "queries": queries}  # fmt: skip
+
+    def write(self, files: Mapping[str, Path], overwrite: bool) -> None:
+        """Write the files that were asked for, by kind: "csv", "parquet", "html"."""
+        writers = {"csv": self._write_csv, "parquet": self._write_parquet, "html": self._write_html}
+        for kind, path in files.items():
+            writers[kind](path, overwrite)
+
+    def _write_csv(self, path: Path, overwrite: bool) -> None:
+        def write(file: BinaryIO) -> None:
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            lines = csv.writer(text)
+            lines.writerow([*_COLUMNS, "most"])
+            for name, hits in self.lists.items():
+                for query_id, entries in hits:
+                    for rank, (train_id, value) in enumerate(entries, start=1):
+                        lines.writerow([csv_cell(id_word(query_id)), csv_cell(id_word(train_id)), rank, value, name])
+            text.flush()
+            text.detach()
+
+        write_output(path, write, overwrite=overwrite)
+
+    def _write_parquet(self, path: Path, overwrite: bool) -> None:
+        with extra("pandas"):
+            import pandas as pd
+        frames = [_words(hits.to_pandas()).assign(most=name) for name, hits in self.lists.items()]
+        _write_frame(pd.concat(frames, ignore_index=True), path, overwrite)
+
+    def _write_html(self, path: Path, overwrite: bool) -> None:
+        from source_proj.report import make_hits_page, write_report
+
+        page = make_hits_page(
+            "Which training examples made the model say this?", self.lists, facts=[("method", self.method)]
+        )
+        write_report(page, path, overwrite=overwrite)
+
+
+def checked_files(options: Mapping[str, Any], overwrite: bool) -> dict[str, Path]:
+    """The files that were asked for, by kind; refused before any work is done for them.
+
+    Raises:
+        FileNotFoundError: a folder is not there.
+        FileExistsError: something is in the way.
+    """
+    files = {kind: options[kind] for kind in ("csv", "parquet", "html") if options[kind] is not None}
+    for kind, path in files.items():
+        if not path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"--{kind} {str(path)!r}: the directory {str(path.parent)!r} does not exist")
+        require_free(path, overwrite=overwrite)
+    return files
+
+
+def scores_writer(out: Path, overwrite: bool) -> Callable[[Scores], None]:
+    """What writes scores, by the name's ending; what is there is refused before any work is done."""
+    writers = {".npy": _write_npy, ".zarr": _write_zarr, ".csv": _write_csv, ".parquet": _write_parquet}
+    if out.suffix not in writers:
+        raise ValueError(f"--out must end in one of {', '.join(writers)}, got {str(out)!r}")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {str(out)!r}: the directory {str(out.parent)!r} does not exist")
+    replaceable = is_scores_array if out.suffix == ".zarr" else _replaceable
+    for path in [out, *([_facts_path(out)] if out.suffix == ".npy" else [])]:
+        require_free(path, overwrite=overwrite, replaceable=replaceable)
+    return functools.partial(writers[out.suffix], out=out, overwrite=overwrite)
+
+
+def _write_npy(scores: Scores, out: Path, overwrite: bool) -> None:
+    facts = {
+        "query_ids": [id_word(query_id) for query_id in scores.query_ids],
+        "train_ids": [id_word(train_id) for train_id in scores.train_ids],
+        "unit": scores.unit,
+        "sign": SIGN,
+        "higher_is_better": scores.higher_is_better,
+    }
+    words = json.dumps(facts).encode()
+    write_outputs(
+        {_facts_path(out): words, out: lambda file: np.save(file, scores.to_numpy())},
+        overwrite=overwrite,
+        replaceable=_replaceable,
+    )
+
+
+def _facts_path(out: Path) -> Path:
+    """Where the ids, unit and sign of an array in ``out`` are written."""
+    return out.with_name(f"{out.name}.json")
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether a file may be replaced: one that the user named, or one of facts that was written beside such a one."""
+    if path.suffix != ".json" or not path.is_file():
+        return path.is_file()
+    try:
+        facts = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(facts, dict) and set(facts) == FACTS
+
+
+def _write_zarr(scores: Scores, out: Path, overwrite: bool) -> None:
+    scores.to_zarr(out, overwrite=overwrite)
+
+
+def _write_csv(scores: Scores, out: Path, overwrite: bool) -> None:
+    def write(file: BinaryIO) -> None:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        lines = csv.writer(text)
+        lines.writerow(["query", *(csv_cell(id_word(train_id)) for train_id in scores.train_ids)])
+        for query, values in zip(scores.query_ids, scores.values, strict=True):
+            lines.writerow([csv_cell(id_word(query)), *map(str, values)])
+        text.flush()
+        text.detach()
+
+    write_output(out, write, overwrite=overwrite)
+
+
+def _write_parquet(scores: Scores, out: Path, overwrite: bool) -> None:
+    _write_frame(_words(scores.top_k(len(scores.train_ids)).to_pandas()), out, overwrite)
+
+
+def _write_frame(frame: Any, path: Path, overwrite: bool) -> None:
+    with extra("parquet"):
+        import pyarrow  # noqa: F401 (pandas writes with it, and would name no extra)
+    write_output(path, lambda file: frame.to_parquet(file, index=False), overwrite=overwrite)
+
+
+def _words(frame: Any) -> Any:
+    """A frame whose ids are single values: (stage, id) becomes stage/id."""
+    return frame.assign(query_id=frame["query_id"].map(id_word), train_id=frame["train_id"].map(id_word))
+
+
+def _entries(hits: Hits, query: int) -> list[dict[str, Any]]:
+    return [
+        {"id": plain_id(hit.id), "score": hit.score, "rank": rank + 1, **_known(hits.train_example(query, rank))}
+        for rank, hit in enumerate(hits[query])
+    ]
+
+
+def _known(example: Example) -> dict[str, Any]:
+    """What is known of an example besides its id and score."""
+    known = {
+        "label": example.label or None,
+        "predicted": example.prediction,
+        "probability": example.probability,
+        "text": example.text,
+        "file": example.file,
+        "row": dict(example.row) if example.words and example.row else None,
+    }
+    return {name: value for name, value in known.items() if value is not None}

@@ -1,0 +1,99 @@
+"""From the options of ``score`` and ``top-k`` to a method and its queries; loads what their help needs not."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from source_proj.attribution.attributor import Attributor
+from source_proj.attribution.methods import GradCos, GradDot, Hydra, InfluenceFunction, TracIn, Trak
+from source_proj.attribution.source import Source
+from source_proj.bank import Bank
+from source_proj.bank import open as open_bank
+from source_proj.bank.examples import Examples
+from source_proj.cli.options import Method
+from source_proj.cli.parsing import load_object, make_task, parse_damping, parse_picture, parse_segments, parse_target
+from source_proj.cli.text import ask_about, training_texts
+from source_proj.task import Task
+
+__all__ = ["METHODS", "ask"]
+
+METHODS: dict[Method, Callable[..., Attributor]] = {
+    Method.source: Source,
+    Method.tracin: TracIn,
+    Method.hydra: Hydra,
+    Method.trak: Trak,
+    Method.influence: InfluenceFunction,
+    Method.grad_dot: GradDot,
+    Method.grad_cos: GradCos,
+}
+
+_OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "segments": parse_segments,
+    "curvature": lambda chosen: chosen.value.replace("-", "_"),
+    "damping": parse_damping,
+    "average": bool,
+    "query_gradient": str,
+    "ridge": float,
+}
+
+
+def ask(options: Mapping[str, Any]) -> tuple[Attributor, Any]:
+    """The method that a command's options describe, and its queries; its banks know how their examples are shown.
+
+    Raises:
+        ValueError: an option has no meaning for the method, is missing, or is said twice.
+    """
+    paths: list[Path] = options["bank"]
+    target = parse_target(options["target"])
+    network, queries, tokenizer = ask_about(
+        paths[0],
+        options["model"],
+        options["queries"],
+        options["dataset"],
+        options["per_token"],
+        options["trust_remote_code"],
+        own_answers=target == "predicted",
+    )
+    banks = [open_bank(path) for path in paths]
+    banks[0].examples = _examples(options, tokenizer)
+    method = options["method"]
+    return METHODS[method](
+        banks,
+        model=network,
+        task=_task(banks[0], options["task"], target),
+        batch_size=options["batch_size"],
+        device=options["device"],
+        progress=options["progress"],
+        **_method_options(method, options),
+    ), queries
+
+
+def _method_options(method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
+    given = {name: read(options[name]) for name, read in _OPTIONS.items() if options[name] not in (None, False)}
+    known = inspect.signature(METHODS[method]).parameters
+    for name in given:
+        if name not in known:
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning for --method {method.value}; leave it out")
+    return given
+
+
+def _task(bank: Bank, name: str | None, target: str | int | None) -> Task | None:
+    """The task that was named, or the bank's own about another class than the labels'."""
+    if target is None or bank.task_spec["name"] == "causal_lm":
+        return None if name is None else make_task(name)
+    if name is not None or bank.task_spec["name"] != "classification":
+        task = name or bank.task_spec["name"]
+        raise ValueError(
+            f"--target is for classification and for continuations of language models, got the task {task}"
+        )
+    return Task.from_spec({**bank.task_spec, "target": target})
+
+
+def _examples(options: Mapping[str, Any], tokenizer: Any) -> Examples | None:
+    """How training examples are shown: by the data that was named, or by the text file that the bank knows."""
+    picture = parse_picture(options["picture"])
+    if options["data"] is not None:
+        return Examples(load_object(options["data"], "--data"), picture=picture)
+    known = training_texts(options["bank"][0], tokenizer)
+    return known if picture is None or known is not None else Examples([], picture=picture)

@@ -1,0 +1,208 @@
+"""Scores of many queries summed up: what each training example does to all of a validation set, or to its groups."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from source_proj._errors import MismatchError
+from source_proj.attribution.attributor import Attributor
+from source_proj.attribution.queries import QueryFeatures
+from source_proj.attribution.scores import Scores
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Aggregate", "Facts", "aggregate", "facts_of", "score_blocks"]
+
+_BLOCK_SCORES = 8 << 20
+"""Scores held at once (32 MiB of float32)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Aggregate:
+    """Scores of the training examples, summed up over groups of queries.
+
+    Attributes:
+        groups: names of the groups, G entries; ``["all"]`` where all queries are one.
+        sizes: queries of each group, ``(G,)``.
+        mean: weighted mean score over a group's queries, ``(G, N)`` float64: positive means that including the example
+            raised their measurements.
+        error: standard error of that mean over the queries, ``(G, N)``; NaN for a group of one query.
+        worsened: share of the group's queries whose measurement the example worsened, ``(G, N)``.
+        train_ids: N ids.
+        unit: unit of the measurement.
+        higher_is_better: whether a rise of the measurement is an improvement.
+    """
+
+    groups: list[Any]
+    sizes: np.ndarray
+    mean: np.ndarray
+    error: np.ndarray
+    worsened: np.ndarray
+    train_ids: list[Any]
+    unit: str
+    higher_is_better: bool
+
+    def __repr__(self) -> str:
+        names = "1 group" if len(self.groups) == 1 else f"{len(self.groups)} groups"
+        return f"Aggregate({int(self.sizes.sum())} queries in {names} x {len(self.train_ids)} training examples)"
+
+    @property
+    def benefit(self) -> np.ndarray:
+        """How much including each example improved each group on average, ``(G, N)``: the mean, or minus it."""
+        return self.mean if self.higher_is_better else -self.mean
+
+    def to_scores(self) -> Scores:
+        """The means as scores of G queries, the groups."""
+        return Scores(
+            self.mean, self.groups, self.train_ids, unit=self.unit, higher_is_better=self.higher_is_better
+        )  # fmt: skip
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for each group and example: ``group``, ``id``, ``mean``, ``error``, ``worsened`` (``pandas`` extra)."""
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError('to_pandas needs pandas: pip install "source-proj[pandas]"') from error
+        count = len(self.train_ids)
+        return pd.DataFrame(
+            {
+                "group": [group for group in self.groups for _ in range(count)],
+                "id": self.train_ids * len(self.groups),
+                "mean": self.mean.ravel(),
+                "error": self.error.ravel(),
+                "worsened": self.worsened.ravel(),
+            }
+        )
+
+
+def aggregate(
+    scored: Attributor | Scores,
+    queries: Any = None,
+    *,
+    weights: Sequence[float] | np.ndarray | None = None,
+    groups: Sequence[Any] | np.ndarray | Tensor | None = None,
+) -> Aggregate:
+    r"""Sum the scores of many queries up, without ever holding all of them.
+
+    The mean over a group's queries with weights w is :math:`\bar s(z) = \sum_q w_q s(q, z) / \sum_q w_q`, its standard
+    error :math:`\sqrt{\frac{n}{n-1} \sum_q w_q^2 (s(q, z) - \bar s(z))^2} / \sum_q w_q`.
+
+    Args:
+        scored: an attribution method, such as :class:`source_proj.Source`; or scores.
+        queries: what the method is asked: a data set, or what its ``sketch(queries)`` returned. None for scores.
+        weights: one number ≥ 0 for each query; default: all alike.
+        groups: the name of each query's group, such as its label; default: all are one group.
+
+    Raises:
+        TypeError: queries are given beside scores, or are missing.
+        MismatchError: weights or groups are not one for each query.
+        ValueError: a weight is negative or not finite, or those of a group are all 0.
+
+    Example:
+        >>> scores = Scores(np.array([[1.0, -2.0], [3.0, -2.0]]), ["q", "r"], ["a", "b"], unit="logit margin")
+        >>> aggregate(scores).mean, aggregate(scores, groups=["x", "y"]).groups
+        (array([[ 2., -2.]]), ['x', 'y'])
+    """
+    facts = facts_of(scored)
+    count, blocks = score_blocks(scored, queries)
+    weight = _weights(weights, count)
+    names, member = _groups(groups, count)
+    shape = len(names), len(facts.train_ids)
+    first, twice, squares, worsened = (np.zeros(shape) for _ in range(4))  # Σ w s, Σ w² s, Σ w² s², Σ [worse]
+    for start, values in blocks:
+        part = values.astype(np.float64)
+        for group in range(len(names)):
+            own = np.flatnonzero(member[start : start + len(part)] == group)
+            w, rows = weight[start + own], part[own]
+            first[group] += w @ rows
+            twice[group] += w**2 @ rows
+            squares[group] += w**2 @ rows**2
+            worsened[group] += (rows < 0 if facts.higher_is_better else rows > 0).sum(0)
+    sizes = np.bincount(member, minlength=len(names))
+    sums = np.bincount(member, weight, minlength=len(names))
+    if not sums.all():
+        raise ValueError(f"the weights of group {names[int(sums.argmin())]!r} are all 0: leave its queries out")
+    mean = first / sums[:, None]
+    spread = squares - 2 * mean * twice + mean**2 * np.bincount(member, weight**2, minlength=len(names))[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bessel = np.where(sizes > 1, sizes / (sizes - 1), np.nan)
+    error = np.sqrt(bessel[:, None] * np.maximum(spread, 0)) / sums[:, None]
+    return Aggregate(names, sizes, mean, error, worsened / sizes[:, None], *facts)
+
+
+class Facts(NamedTuple):
+    """What scores are of: N training ids, the unit, and which direction is better."""
+
+    train_ids: list[Any]
+    unit: str
+    higher_is_better: bool
+
+
+def facts_of(scored: Attributor | Scores) -> Facts:
+    """The facts of a method's scores, or of scores."""
+    if isinstance(scored, Scores):
+        return Facts(scored.train_ids, scored.unit, scored.higher_is_better)
+    if not isinstance(scored, Attributor):
+        raise TypeError(f"give an attribution method, such as Source(bank), or scores, got {type(scored).__name__}")
+    return Facts(scored.banks[0].ids, scored.unit, scored.task.higher_is_better)
+
+
+def score_blocks(scored: Attributor | Scores, queries: Any) -> tuple[int, Iterator[tuple[int, np.ndarray]]]:
+    """The number of queries, and their scores in blocks ``(first query, (q, N))``, in order.
+
+    Raises:
+        TypeError: queries are given beside scores, or are missing.
+    """
+    if isinstance(scored, Scores):
+        if queries is not None:
+            raise TypeError("scores have their queries: leave queries out")
+        return len(scored), iter([(0, np.asarray(scored.values))])
+    if queries is None:
+        raise TypeError("an attribution method needs queries: give a data set, or what its sketch(queries) returned")
+    return _scored_blocks(scored, scored.sketch(queries))
+
+
+def _scored_blocks(method: Attributor, features: list[QueryFeatures]) -> tuple[int, Iterator[tuple[int, np.ndarray]]]:
+    count, height = len(features[0]), max(1, _BLOCK_SCORES // method.n_rows)
+
+    def blocks() -> Iterator[tuple[int, np.ndarray]]:
+        for start in range(0, count, height):
+            span = slice(start, start + height)
+            part = [
+                QueryFeatures({point: rows[span] for point, rows in run.rows.items()}, run.ids[span], run.sketch)
+                for run in features
+            ]
+            yield start, method.score(part).values
+
+    return count, blocks()
+
+
+def _weights(weights: Sequence[float] | np.ndarray | None, count: int) -> np.ndarray:
+    weight = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
+    if weight.shape != (count,):
+        raise MismatchError(f"got weights of shape {weight.shape} for {count} queries: give one number for each")
+    if not (np.isfinite(weight) & (weight >= 0)).all():
+        bad = int(np.flatnonzero(~(np.isfinite(weight) & (weight >= 0)))[0])
+        raise ValueError(f"weights are finite numbers of at least 0, got {weight[bad]} for query {bad}")
+    return weight
+
+
+def _groups(groups: Sequence[Any] | np.ndarray | Tensor | None, count: int) -> tuple[list[Any], np.ndarray]:
+    """Names of the groups, in sorted order where they have one, and the group of each query ``(Q,)``."""
+    if groups is None:
+        return ["all"], np.zeros(count, dtype=np.int64)
+    given = [name.item() if hasattr(name, "item") else name for name in groups]
+    if len(given) != count:
+        raise MismatchError(f"got {len(given)} groups for {count} queries: give the name of each query's group")
+    names = list(dict.fromkeys(given))
+    with contextlib.suppress(TypeError):  # names of several types have no order
+        names = sorted(names)
+    place = {name: position for position, name in enumerate(names)}
+    return names, np.array([place[name] for name in given], dtype=np.int64)

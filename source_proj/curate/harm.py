@@ -1,0 +1,136 @@
+"""Examples that harm a validation set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from source_proj._errors import MismatchError
+from source_proj.attribution.hits import checked_count
+from source_proj.curate.aggregates import Aggregate
+from source_proj.curate.cleaning import Cleaning
+
+__all__ = ["Labels", "beyond_chance", "class_quotas", "drop_worst", "harmful", "within_quotas"]
+
+
+Labels = Sequence[Any] | np.ndarray | torch.Tensor
+"""A label of each training example."""
+
+
+def harmful(aggregated: Aggregate, *, false_share: float = 0.05) -> Cleaning:
+    """The training examples that worsened a validation set on average, beyond what its size leaves to chance.
+
+    An example is named if its mean score over the queries is on the harmful side by more than the queries' spread
+    explains; the threshold keeps the expected share of false namings at ``false_share`` (Benjamini and Hochberg 1995,
+    https://doi.org/10.1111/j.2517-6161.1995.tb02031.x). Groups count alike, whatever their sizes. Chance here is the
+    draw of the validation set: what another run of the training would have said differently is not counted.
+
+    Dropping them helps where labels or inputs are wrong, and does little or harm where they are not: an example that
+    harms these queries may be what others need. Guide page ``curation`` has the numbers; judge by
+    :func:`source_proj.curate.verify`, on examples other than the validation set.
+
+    Args:
+        aggregated: what :func:`source_proj.curate.aggregate` returned for the validation set.
+        false_share: expected share of the named examples that are named by chance, in (0, 1).
+
+    Raises:
+        ValueError: the share is out of range, or a group has one query alone, which has no spread.
+    """
+    if not 0 < false_share < 1:
+        raise ValueError(f"false_share must lie strictly between 0 and 1, got {false_share}")
+    if (aggregated.sizes < 2).any():
+        alone = aggregated.groups[int(aggregated.sizes.argmin())]
+        raise ValueError(f"group {alone!r} has one query, whose spread is unknown: give at least two, or drop_worst")
+    benefit, error, _ = _over_groups(aggregated)
+    named = beyond_chance(benefit, error, false_share)
+    return _named("harmful for the validation set", aggregated, named[np.argsort(benefit[named], kind="stable")])
+
+
+def beyond_chance(benefit: np.ndarray, error: np.ndarray, false_share: float) -> np.ndarray:
+    """Positions of the benefits below 0 by more than their standard errors explain; see :func:`harmful`."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        deviation = np.where(benefit == 0, 0.0, benefit / error)
+    chance = torch.special.ndtr(torch.from_numpy(deviation)).numpy()  # P(as harmful | no effect)
+    order = np.argsort(chance, kind="stable")
+    passed = np.flatnonzero(chance[order] <= false_share * np.arange(1, len(order) + 1) / len(order))
+    return np.asarray(order[: passed[-1] + 1] if len(passed) else order[:0])
+
+
+def drop_worst(aggregated: Aggregate, n: int, *, labels: Labels | None = None) -> Cleaning:
+    """The n training examples that worsened a validation set most (or bettered it least).
+
+    The number is yours, and nothing says that all n do harm: :func:`harmful` leaves the number to the data.
+
+    Args:
+        aggregated: what :func:`source_proj.curate.aggregate` returned for the validation set.
+        n: how many to drop.
+        labels: label of each training example; each class then loses its own share of the n, so that the classes keep
+            their sizes to each other. Where one class is labelled worse than others, leave it out.
+
+    Raises:
+        ValueError: n is not in 1..N-1.
+        MismatchError: labels are not one for each training example.
+    """
+    count = checked_count(n, len(aggregated.train_ids) - 1)
+    benefit, _, _ = _over_groups(aggregated)
+    order = np.argsort(benefit, kind="stable")
+    chosen = order[:count]
+    if labels is not None:
+        chosen = within_quotas(order, *class_quotas(labels, len(order), count))
+    return _named("worst for the validation set", aggregated, chosen)
+
+
+def class_quotas(labels: Labels, total: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Number of each example's class ``(N,)``, and each class's share of n by largest remainders ``(C,)``.
+
+    Raises:
+        MismatchError: labels are not one for each of ``total`` examples.
+
+    Example:
+        >>> class_quotas(["a", "a", "b", "a", "a"], 5, 3)
+        (array([0, 0, 1, 0, 0]), array([2, 1]))
+    """
+    _, member, sizes = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
+    if len(member) != total:
+        raise MismatchError(f"got {len(member)} labels for {total} training examples: give one for each")
+    exact = n * sizes / total
+    quota = np.floor(exact).astype(np.int64)
+    quota[np.argsort(quota - exact, kind="stable")[: n - quota.sum()]] += 1
+    return member, quota
+
+
+def within_quotas(order: np.ndarray, member: np.ndarray, quota: np.ndarray) -> np.ndarray:
+    """The examples of an order that are among the first of their class, as many as its quota."""
+    rank = np.empty(len(order), dtype=np.int64)  # of each place of the order within its class
+    for label in range(len(quota)):
+        own = member[order] == label
+        rank[own] = np.arange(own.sum())
+    return np.asarray(order[rank < quota[member[order]]])
+
+
+def _over_groups(aggregated: Aggregate) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Benefit, its error and the share worsened of each example ``(N,)``, the groups counted alike."""
+    groups = len(aggregated.groups)
+    error = np.sqrt((aggregated.error**2).sum(0)) / groups
+    return aggregated.benefit.mean(0), error, aggregated.worsened.mean(0)
+
+
+def _named(what: str, aggregated: Aggregate, chosen: np.ndarray) -> Cleaning:
+    benefit, error, worsened = (column[chosen] for column in _over_groups(aggregated))
+    score = benefit if aggregated.higher_is_better else -benefit
+    queries, unit = int(aggregated.sizes.sum()), aggregated.unit
+    reasons = [
+        f"including it changed the mean {unit} of {queries} queries by {mean:+.3g}"
+        f"{'' if np.isnan(spread) else f' ± {spread:.2g}'}, and worsened {share:.0%} of them"
+        for mean, spread, share in zip(score, error, worsened, strict=True)
+    ]
+    return Cleaning(
+        what,
+        [aggregated.train_ids[place] for place in chosen],
+        reasons,
+        {"score": score, "error": error, "worsened": worsened},
+        aggregated.train_ids,
+    )

@@ -1,0 +1,201 @@
+"""Examples that are likely mislabelled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from source_proj._errors import MismatchError
+from source_proj.attribution.hits import checked_count
+from source_proj.attribution.queries import QueryFeatures, point_key
+from source_proj.attribution.query_points import takes_mean
+from source_proj.attribution.source import Source
+from source_proj.bank import Bank
+from source_proj.curate.cleaning import Cleaning, word
+from source_proj.curate.harm import Labels
+from source_proj.task import Classification, Task
+
+__all__ = ["mislabelled"]
+
+By = Literal["error", "self_influence", "disagreement"]
+
+_SIGMAS = 3.5
+_NORMAL = 1.4826  # standard deviations in a median absolute deviation of normal values
+
+
+def mislabelled(source: Source, labels: Labels, *, n: int | None = None, by: By = "error") -> Cleaning:
+    r"""Training examples whose label is likely wrong, the most suspicious first; needs neither model nor data.
+
+    By ``"error"``: the mean of :math:`|ℓ'|` over the checkpoints, for a classifier :math:`1 - p` of its label. Wrong
+    labels are learnt last (Paul et al. 2021, https://arxiv.org/abs/2107.07075). The bank has it, and no attribution is
+    needed.
+
+    By ``"self_influence"``: how much each example lowered its own loss,
+    :meth:`source_proj.Source.self_influence`. An example that none other supports is fitted by itself alone; so are
+    rare ones that are right.
+
+    By ``"disagreement"``: how much each example raised the mean training loss of the other class that it harmed most,
+    which may be its own.
+
+    Against labels flipped at random the error ranks best, self-influence next, as well as out-of-fold probabilities
+    (cleanlab) do at the price of more training: guide page ``curation`` has the numbers. There dropping what is named
+    helps. Where labels are right it takes the rare cases away, and helped on none of its data sets: look at the
+    examples first.
+
+    Args:
+        source: SOURCE on the bank.
+        labels: label of each training example.
+        n: how many to name; default: by the error of a classifier (without smoothing and weights) those whose label had
+            a probability below 1/2 on average; else those whose value lies beyond 3.5 robust standard deviations
+            (median and median absolute deviation) of their own class.
+        by: which of the three.
+
+    Raises:
+        ValueError: ``by`` is none of them, n is not in 1..N-1, there is one class alone, all errors are the same (as
+            those of language models are), or disagreement is asked of a run of several stages.
+        MismatchError: labels are not one for each training example; or an optimizer's metrics differ between
+            checkpoints, where disagreement needs ``Source(..., query_gradient="final")``.
+    """
+    if by not in get_args(By):
+        raise ValueError(f"by must be one of {list(get_args(By))}, got {by!r}")
+    ids = source.banks[0].ids
+    names, member = _classes(labels, len(ids))
+    rival: np.ndarray | None = None
+    if by == "error":
+        suspicion = _mean_error(source)
+    elif by == "self_influence":
+        suspicion = np.asarray(source.self_influence(), dtype=np.float64)
+    else:
+        suspicion, rival = _most_harmed(source, member)
+    chosen = np.arange(len(ids))
+    if n is None:
+        is_probability = by == "error" and _tells_probability(source.task)
+        chosen = np.flatnonzero(suspicion > 0.5) if is_probability else _outliers(suspicion, member)
+    chosen = chosen[np.argsort(-suspicion[chosen], kind="stable")]
+    if n is not None:
+        chosen = chosen[: checked_count(n, len(ids) - 1)]
+    values: dict[str, np.ndarray] = {by: suspicion[chosen]}
+    if rival is not None:
+        values["rival"] = np.array([names[label] for label in rival[chosen]])
+    reasons = [
+        f"labelled {word(names[member[place]])}, {_reason(place, by, suspicion, member, names, rival)}"
+        for place in chosen.tolist()
+    ]
+    what = f"likely mislabelled by {by.replace('_', '-')}"
+    return Cleaning(what, [ids[place] for place in chosen], reasons, values, ids)
+
+
+def _reason(
+    place: int, by: By, suspicion: np.ndarray, member: np.ndarray, names: Sequence[Any], rival: np.ndarray | None
+) -> str:
+    """What makes an example suspicious, and how it ranks; ``rival`` is the class that each harmed most."""
+    own = suspicion[member == member[place]]
+    rank = f"rank {1 + int((own > suspicion[place]).sum())} of {len(own)} in its class"
+    if rival is not None:
+        return f"it changed the mean loss of class {word(names[rival[place]])} by {suspicion[place]:+.3g}, {rank}"
+    if by == "error":
+        return f"its error was {suspicion[place]:.3g} on average over the checkpoints, {rank}"
+    return f"it lowered its own loss by {suspicion[place]:.3g}, {rank}"
+
+
+def _tells_probability(task: Task) -> bool:
+    """Whether |ℓ'| is 1 - p, p the probability of the label."""
+    return type(task) is Classification and not (
+        task.label_smoothing or task.class_weights is not None or task.sample_weight is not None
+    )
+
+
+def _mean_error(source: Source) -> np.ndarray:
+    """Mean of |ℓ'| over the checkpoints of an example's stage, and over the runs, ``(N,)`` float64.
+
+    Raises:
+        ValueError: it is the same for all.
+    """
+    total = np.zeros(source.n_rows)
+    for bank in source.banks:
+        first = 0
+        for stage in bank.stages:
+            for checkpoint in range(stage.n_checkpoints):
+                errors = torch.cat([block.d1 for block in stage.iter_encoded(checkpoint)]).abs().double().numpy()
+                total[first : first + stage.n] += errors / (stage.n_checkpoints * len(source.banks))
+            first += stage.n
+    if len(total) > 1 and np.ptp(total) == 0:
+        raise ValueError(f"the error of all examples is {total[0]:.3g} under this task: use by='self_influence'")
+    return total
+
+
+def _most_harmed(source: Source, member: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How much each example raised the mean loss of the other class that it harmed most, and which that is.
+
+    Args:
+        source: SOURCE on the bank.
+        member: number of each example's class ``(N,)``.
+
+    Returns:
+        ``(N,)`` float64, and ``(N,)`` int64.
+
+    Raises:
+        ValueError: the run had several stages.
+        MismatchError: rows are not there in all metrics.
+    """
+    classes = int(member.max()) + 1
+    mean = source.score([_class_features(bank, source, member, classes) for bank in source.banks]).values  # (C, N)
+    harm = -mean.astype(np.float64)  # a score is the change of minus the loss
+    harm[member, np.arange(len(member))] = -np.inf
+    return harm.max(0), harm.argmax(0)
+
+
+def _class_features(bank: Bank, source: Source, member: np.ndarray, classes: int) -> QueryFeatures:
+    """Gradients of minus the mean training loss of each class, at every checkpoint, from the bank's own rows."""
+    if len(bank.stages) > 1:
+        raise ValueError(
+            f"the run has {len(bank.stages)} stages, whose losses are no one measurement: use by='self_influence'"
+        )
+    if len(bank.metrics) > 1 and takes_mean(bank, source.query_gradient):
+        raise MismatchError(
+            f"the bank has rows in {len(bank.metrics)} metrics, all of them at the last checkpoint alone: give "
+            "Source(..., query_gradient='final'), or use by='self_influence'"
+        )
+    (stage,) = bank.stages
+    sizes = torch.from_numpy(np.bincount(member, minlength=classes))
+    rows: dict[str, Tensor] = {}
+    for checkpoint in range(stage.n_checkpoints):
+        for metric in {stage.metric(checkpoint), *bank.trajectory.crossed_metrics(0, checkpoint)}:
+            total = torch.zeros(classes, bank.sketch.dim)
+            for block in stage.iter_rows(checkpoint, metric=metric):
+                own = torch.from_numpy(member[block.start : block.stop])
+                total.index_add_(0, own, -block.d1[:, None] * block.rows)
+            rows[point_key(bank.checkpoint(0, checkpoint), bank.metrics.hash(metric))] = total / sizes[:, None]
+    return QueryFeatures(rows, list(range(classes)), bank.sketch.spec())
+
+
+def _classes(labels: Labels, n: int) -> tuple[list[Any], np.ndarray]:
+    """Names of the classes, and the number of each example's class ``(N,)``.
+
+    Raises:
+        MismatchError: labels are not one for each training example.
+        ValueError: there is one class alone.
+    """
+    given = [label.item() if hasattr(label, "item") else label for label in labels]
+    if len(given) != n:
+        raise MismatchError(f"got {len(given)} labels for {n} training examples: give one for each")
+    names = list(dict.fromkeys(given))
+    if len(names) < 2:
+        raise ValueError(f"all labels are {names[0]!r}: there must be at least two classes")
+    place = {name: number for number, name in enumerate(names)}
+    return names, np.array([place[label] for label in given], dtype=np.int64)
+
+
+def _outliers(suspicion: np.ndarray, member: np.ndarray) -> np.ndarray:
+    """Positions of the values far above the middle of their own class."""
+    outlying = np.zeros(len(suspicion), dtype=bool)
+    for label in range(int(member.max()) + 1):
+        own = member == label
+        middle = np.median(suspicion[own])
+        spread = _NORMAL * np.median(np.abs(suspicion[own] - middle))
+        outlying[own] = suspicion[own] > middle + _SIGMAS * spread
+    return np.flatnonzero(outlying)

@@ -1,0 +1,175 @@
+"""Retraining as the judge of a cleaning: does the model get better without the examples, or just smaller data?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from source_proj.curate.cleaning import Cleaning
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Interval", "Verification", "verify"]
+
+Train = Callable[[Any, int], Any]
+"""``train(kept, seed)``: train on the examples at the positions ``kept``; whatever ``evaluate`` takes is returned."""
+
+_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""97.5 % quantiles of Student's t for 1 to 10 degrees of freedom."""
+
+
+class Interval(NamedTuple):
+    """A mean over seeds and its 95 % interval by Student's t; NaNs where there is one seed."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """What models trained with and without the examples of a cleaning measured, one of each for each seed.
+
+    Attributes:
+        cleaning: what was judged.
+        seeds: S seeds.
+        whole: measures of the models trained on all examples, ``(S,)``.
+        cleaned: of those trained on the kept ones, ``(S,)``.
+        random: of those trained on as many examples drawn at random, anew for each seed, ``(S,)``.
+    """
+
+    cleaning: Cleaning
+    seeds: list[int]
+    whole: np.ndarray
+    cleaned: np.ndarray
+    random: np.ndarray
+
+    @property
+    def gain(self) -> Interval:
+        """Measure on the kept examples minus that on all, seed by seed."""
+        return interval(self.cleaned - self.whole)
+
+    @property
+    def gain_over_random(self) -> Interval:
+        """Measure on the kept examples minus that on as many drawn at random, seed by seed."""
+        return interval(self.cleaned - self.random)
+
+    @property
+    def verdict(self) -> str:
+        """What the intervals say, in a sentence."""
+        over_all = _verdict(self.gain, "training on all examples")
+        return f"{over_all}; {_verdict(self.gain_over_random, 'a random choice of the same size')}"
+
+    def __str__(self) -> str:
+        kept, n = len(self.cleaning.kept), len(self.cleaning.train_ids)
+        runs = f"{len(self.seeds)} {'seed' if len(self.seeds) == 1 else 'seeds'}"
+        lines = [
+            f"{self.cleaning.what}: {kept} of {n} examples kept, {runs}",
+            f"all {self.whole.mean():.4f}, kept {self.cleaned.mean():.4f}, random {self.random.mean():.4f}",
+            f"kept - all    {self.gain}",
+            f"kept - random {self.gain_over_random}",
+            self.verdict,
+        ]
+        return "\n".join(lines)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for each seed: ``seed``, ``whole``, ``cleaned``, ``random`` (needs the ``pandas`` extra)."""
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError('to_pandas needs pandas: pip install "source-proj[pandas]"') from error
+        return pd.DataFrame({"seed": self.seeds, "whole": self.whole, "cleaned": self.cleaned, "random": self.random})
+
+
+def verify(
+    cleaning: Cleaning,
+    train: Train,
+    evaluate: Callable[[Any], float],
+    *,
+    seeds: Sequence[int] = range(5),
+    progress: bool = True,
+) -> Verification:
+    """Train with and without the examples of a cleaning, and as often on as many examples drawn at random.
+
+    Three models for each seed. A gain over all examples says that the cleaning helps; one over the random choice alone
+    says that it chose well, at the price of the examples. Differences are taken seed by seed. Measure on examples that
+    neither trained the model nor chose the cleaning: those that chose it flatter it.
+
+    Args:
+        cleaning: what is judged.
+        train: ``train(kept, seed)`` trains a model on the examples at the positions ``kept`` (int64, in order), the
+            seed deciding everything random in it.
+        evaluate: ``evaluate(model)`` gives a number, higher is better.
+        seeds: one for each model of a kind; at least five say something.
+        progress: show a progress bar after two seconds.
+
+    Raises:
+        ValueError: no seed is given, one is given twice, nothing is kept, or a measure is not finite.
+
+    Example:
+        >>> cleaning = Cleaning("by hand", [0], ["it is wrong"], {}, [0, 1, 2, 3])
+        >>> judged = verify(cleaning, lambda kept, seed: len(kept) - 2.0 * (0 in kept), float, seeds=range(3))
+        >>> judged.gain
+        Interval(mean=1.0, low=1.0, high=1.0)
+    """
+    chosen = [int(seed) for seed in seeds]
+    if not chosen or len(set(chosen)) != len(chosen):
+        raise ValueError(f"give at least one seed, and none twice, got {chosen}")
+    kept, n = cleaning.kept, len(cleaning.train_ids)
+    if not len(kept):
+        raise ValueError(f"the cleaning keeps none of {n} examples: there is nothing to train on")
+    measured = np.empty((3, len(chosen)))
+    with tqdm(total=measured.size, desc="verify", unit="model", delay=2, disable=not progress) as bar:
+        for place, seed in enumerate(chosen):
+            drawn = np.sort(np.random.default_rng(seed).permutation(n)[: len(kept)])
+            for kind, positions in enumerate((np.arange(n), kept, drawn)):
+                measured[kind, place] = _measured(evaluate(train(positions, seed)), seed)
+                bar.update()
+    return Verification(cleaning, chosen, *measured)
+
+
+def interval(values: np.ndarray) -> Interval:
+    """Mean and 95 % interval of independent values.
+
+    Example:
+        >>> [round(number, 3) for number in interval(np.array([1.0, 2.0, 3.0]))]
+        [2.0, -0.484, 4.484]
+    """
+    mean = float(values.mean())
+    if len(values) < 2:
+        return Interval(mean, math.nan, math.nan)
+    half = _student(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)
+
+
+def _student(freedom: int) -> float:
+    """97.5 % quantile of Student's t, to three digits; above ten degrees by its expansion in 1/freedom."""
+    if freedom <= len(_QUANTILES):
+        return _QUANTILES[freedom - 1]
+    z = 1.959964
+    # Abramowitz and Stegun, 26.7.5
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def _measured(value: Any, seed: int) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"evaluate gave {number} for seed {seed}: it must give a finite number, higher is better")
+    return number
+
+
+def _verdict(gain: Interval, than: str) -> str:
+    if gain.low > 0:
+        return f"better than {than}"
+    if gain.high < 0:
+        return f"worse than {than}"
+    return f"not told from {than}"

@@ -1,0 +1,63 @@
+"""Rows of texts and labels, from files and from data sets in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from source_proj._io.records import csv_records, csv_rows, json_lines, json_rows
+
+__all__ = ["text_rows"]
+
+
+def text_rows(data: Any) -> tuple[str, list[Mapping[str, Any]]]:
+    """What the data are called in messages, and their rows by the names of the columns.
+
+    Args:
+        data: a ``.jsonl`` file (one object a line), a ``.csv`` one (with a header), a ``.parquet`` one, a folder that
+            ``datasets`` saved, a ``datasets.Dataset``, a pandas frame, or a list of mappings.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is of another type, or damaged; the message names the place.
+        TypeError: the data have no named columns.
+    """
+    if isinstance(data, str | Path):
+        path = Path(data)
+        return repr(str(path)), list(_rows_of_file(path))
+    if hasattr(data, "to_dict") and hasattr(data, "iloc"):  # pandas
+        return "the frame", data.astype(object).where(data.notna(), None).to_dict(orient="records")
+    if isinstance(data, Mapping):
+        raise TypeError(f"the data have the splits {list(data)}: give one of them")
+    rows = list(data)
+    if not all(isinstance(row, Mapping) for row in rows):
+        raise TypeError(f"{type(data).__name__} has no named columns: give a datasets.Dataset, a frame, or dicts")
+    return "the data set", rows
+
+
+def _rows_of_file(path: Path) -> Iterable[Mapping[str, Any]]:
+    if not path.exists():
+        raise FileNotFoundError(f"the data set {str(path)!r} does not exist")
+    try:
+        if path.is_dir() or path.suffix == ".parquet":
+            return _loaded(path)
+        if path.suffix == ".csv":
+            return csv_rows(csv_records(path.read_bytes()))
+        if path.suffix in (".jsonl", ".ndjson"):
+            return list(json_rows(json_lines(path.read_bytes())))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
+    raise ValueError(f"the data set {str(path)!r} must be a .jsonl, .csv or .parquet file, or a folder of datasets")
+
+
+def _loaded(path: Path) -> Iterable[Mapping[str, Any]]:
+    try:
+        import datasets
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(f'{str(path)!r} needs datasets: pip install "source-proj[datasets]"') from error
+    rows: Iterable[Mapping[str, Any]] = (
+        datasets.load_from_disk(str(path)) if path.is_dir() else parquet.read_table(path).to_pylist()
+    )
+    return rows

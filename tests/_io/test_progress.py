@@ -1,0 +1,33 @@
+"""Progress as calls of the user's own function, and as nothing at all."""
+
+from source_proj._io.progress import progress_bar, shared_bar, tick
+
+
+def test_a_callback_hears_of_every_step_and_of_what_is_done_now():
+    calls = []
+    with progress_bar(lambda *step: calls.append(step), "queries", 5, "queries") as bar:
+        bar.update(2)
+        bar.describe("queries, checkpoint 2 of 4")
+        bar.update(3)
+    assert calls == [("queries", 2, 5), ("queries, checkpoint 2 of 4", 5, 5)]
+
+
+def test_silence_is_silent(capsys):
+    with progress_bar(False, "rows", 3, "rows") as bar:
+        bar.update(3)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_work_within_work_counts_in_the_outer_bar_alone():
+    calls = []
+
+    def record(*step):
+        calls.append(step)
+
+    tick(7)  # nobody listens
+    with shared_bar(record, "fit", 4, "rows"):
+        with shared_bar(record, "inner", 2, "rows"):
+            tick(1)
+        tick(3)
+    tick(7)
+    assert calls == [("fit", 1, 4), ("fit", 4, 4)]

@@ -1,0 +1,88 @@
+"""Hits in order, in frames, in words, and as HTML in which no id is code."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
+
+from source_proj import Examples, Scores
+
+EVIL = '<script>alert("x")</script>\x1b[2J'
+
+
+def scores(seed=0, queries=3, n=8, **options):
+    values = np.random.default_rng(seed).standard_normal((queries, n)).astype(np.float32)
+    return Scores(values, [f"q{i}" for i in range(queries)], [f"z{i}" for i in range(n)], unit="u", **options)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 999), k=st.integers(1, 8), up=st.booleans())
+def test_helpful_and_harmful_follow_the_sense_of_the_measurement(seed, k, up):
+    every = scores(seed, higher_is_better=up)
+    for hits in (every.top_k(8), every.bottom_k(8)):
+        assert hits.helpful(k).ids == every.helpful(k).ids
+        assert hits.harmful(k).ids == every.harmful(k).ids
+        np.testing.assert_array_equal(hits.harmful(k).indices, every.harmful(k).indices)
+    assert every.helpful(k).ids == (every.top_k(k) if up else every.bottom_k(k)).ids
+
+
+def test_hits_of_one_query_and_of_some():
+    hits = scores().top_k(2)
+    assert [query for query, _ in hits] == ["q0", "q1", "q2"]
+    assert hits[1] == list(hits)[1][1]
+    assert [hit.id for hit in hits[-1]] == hits.ids[2]
+    some = hits[1:]
+    assert (some.query_ids, some.ids, some.k) == (["q1", "q2"], hits.ids[1:], 2)
+    with pytest.raises(IndexError):
+        hits[3]
+
+
+def test_a_tidy_frame_has_a_line_for_each_score():
+    pytest.importorskip("pandas")
+    hits = scores().top_k(2)
+    frame = hits.to_pandas()
+    assert list(frame.columns) == ["query_id", "train_id", "rank", "score"]
+    lines = [(q, hit.id, rank, hit.score) for q, entries in hits for rank, hit in enumerate(entries, 1)]
+    assert [tuple(line) for line in frame.itertuples(index=False)] == lines
+
+
+def test_words_and_html_hold_no_code():
+    values = np.array([[1.0, -2.0]])
+    evil = Scores(values, [EVIL], [EVIL, "b"], unit="logit margin")
+    hits = evil.top_k(2).with_examples(Examples([(EVIL, EVIL), ("fine", 1)]), Examples([(EVIL, EVIL)]))
+    text, shown = str(hits), hits._repr_html_()
+    assert "\x1b" not in text + shown
+    assert "<script" not in shown
+    assert "&lt;script&gt;" in shown
+    assert "log-odds" in text  # the unit in words
+    assert "\x1b" not in evil._repr_html_()
+    assert "<script" not in evil._repr_html_() + evil.predict_removal(["b"])._repr_html_()
+
+
+def test_many_queries_are_shown_by_the_first():
+    many = scores(queries=50).top_k(3)
+    assert "45 more queries" in str(many)
+    assert many._repr_html_().count("query q") == 5
+    assert repr(many).startswith("Hits(50 queries x 3")
+
+
+def test_examples_are_shown_where_they_are_known():
+    data = TensorDataset(torch.rand(8, 4), torch.arange(8))
+    hits = scores().top_k(2).with_examples(Examples(data, picture=(2, 2)), Examples(data))
+    first = hits.train_example(0, 0)
+    assert first.label == hits.ids[0][0][1:]
+    assert hits._repr_html_().count("<img") == 6
+    assert hits[2:].query_example(0).label == "2"
+
+
+def test_plots(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    pytest.importorskip("matplotlib")
+    import matplotlib.pyplot as plt
+
+    axes = scores().top_k(3).plot(1)
+    assert len(axes.patches) == 3
+    assert sum(bar.get_height() for bar in scores().plot(0).patches) == 8
+    plt.close("all")

@@ -1,0 +1,88 @@
+"""Examples as people see them: what is shown is the data set's own, and nothing of it is code."""
+
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
+
+from source_proj import Example, Examples
+
+pytest.importorskip("PIL")
+
+
+@settings(deadline=None, max_examples=25)
+@given(size=st.integers(1, 6), data=st.data())
+def test_places_are_those_of_the_data_set_through_subsets_and_stages(size, data):
+    labels = data.draw(st.lists(st.integers(0, 9), min_size=size, max_size=size))
+    base = TensorDataset(torch.arange(size, dtype=torch.float)[:, None], torch.tensor(labels))
+    order = data.draw(st.permutations(range(size)))
+    shown = Examples({"first": base, "second": DataLoader(Subset(base, order))})
+    assert len(shown) == 2 * size
+    expected = [*labels, *(labels[place] for place in order)]
+    assert [shown.show(place, place).label for place in range(2 * size)] == [str(label) for label in expected]
+    places = data.draw(st.lists(st.integers(0, 2 * size - 1), min_size=1, max_size=4))
+    chosen = shown.at(places)
+    assert [chosen.show(i, i).row for i in range(len(places))] == [shown.show(place, 0).row for place in places]
+    with pytest.raises(IndexError, match="no example"):
+        shown.show(2 * size, 0)
+
+
+def test_a_picture_has_the_shape_that_the_user_says_and_no_other():
+    flat = TensorDataset(torch.rand(2, 64), torch.tensor([3, 4]))
+    assert Examples(flat).show(0, 0).image is None  # nothing is guessed
+    seen = Examples(flat, picture=(8, 8)).show(1, 0)
+    assert (seen.image is not None, seen.pixelated, seen.label) == (True, True, "4")
+    assert "pixelated" in seen._repr_html_()
+    large = Examples(TensorDataset(torch.rand(1, 3, 80, 90))).show(0, 0)
+    assert (large.image is not None, large.pixelated, large.label) == (True, False, "")
+    with pytest.raises(ValueError, match="cannot reshape"):
+        Examples(flat, picture=(9, 9)).show(0, 0)
+
+
+def test_rows_texts_files_and_tokens():
+    class Folder(list):
+        classes = ("cat", "dog")
+        samples = (("a/cat.png", 0), ("a/dog.png", 1))
+
+    folder = Folder([(torch.rand(3, 4, 4), 0), (torch.rand(3, 4, 4), 1)])
+    folder.samples = list(Folder.samples)
+    dog = Examples(ConcatDataset([Subset(folder, [1])])).show(0, 7)
+    assert (dog.file, dog.label, dog.words, dog.id) == ("a/dog.png", "dog", "a/dog.png", 7)
+    row = Examples([(np.array([1.0, 2.5]), 0.25)], columns=["age", "mass"]).show(0, 0)
+    assert (row.row, row.label, row.words) == ((("age", "1"), ("mass", "2.5")), "0.25", "age 1, mass 2.5")
+    assert Examples([np.zeros(50)]).show(0, 0).words == ""
+
+    class Words:
+        def decode(self, tokens):
+            return " ".join(f"w{int(token)}" for token in np.atleast_1d(tokens))
+
+    item = {
+        "input_ids": torch.tensor([4, 5, 6]), "attention_mask": torch.tensor([1, 1, 0]),
+        "labels": torch.tensor([4, 5, -100]),
+    }  # fmt: skip
+    assert Examples([item], tokenizer=Words()).show(0, 0).text == "w4 w5"
+    asked = {**item, "labels": torch.tensor([-100, 5, -100])}
+    assert Examples([asked], tokenizer=Words()).show(0, 0).text == "w4 → w5"
+    assert Examples([item], tokenizer=Words()).said([5, 6]) == "w5 w6"
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.text(), st.text())
+def test_what_strangers_wrote_is_text_in_html(text, name):
+    class Reader(HTMLParser):
+        tags, data = (), ""
+
+        def handle_starttag(self, tag, attrs):
+            self.tags = (*self.tags, tag)
+
+        def handle_data(self, data):
+            self.data += data
+
+    for example in (Example("id", text=text), Example("id", row=((name, text),)), Example("id", file=text)):
+        reader = Reader()
+        reader.feed(example._repr_html_())
+        assert set(reader.tags) <= {"span", "table", "thead", "tbody", "tr", "th", "td"}

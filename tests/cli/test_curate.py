@@ -1,0 +1,107 @@
+"""``source-proj curate``: the library's own cleanings, their files, and their judge."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from command_line import ASK
+
+import source_proj as sp
+from source_proj import curate
+
+JUDGE = """
+import numpy as np
+
+def train(kept, seed):
+    return np.isin(3, kept), seed
+
+def evaluate(model):
+    return 1.0 - float(model[0]) + 0.001 * model[1]
+
+text = "no function"
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files(home):
+    import mine
+
+    inputs, labels = mine.train_set().tensors
+    rows = [
+        [*(f"{value:.4f}" for value in row), f'class "{label}"\r\n'] for row, label in zip(inputs, labels, strict=True)
+    ]
+    with (home / "train.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file)
+        writer.writerows([["a", "b", "c", "d", "e", "label"], *rows])
+    (home / "judge.py").write_text(JUDGE)
+    return rows
+
+
+@pytest.fixture
+def source(home, monkeypatch):
+    monkeypatch.chdir(home)
+    import mine
+
+    return sp.Source(sp.open("bank"), model=mine.model(), progress=False)
+
+
+def cleaned_rows(path):
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return [row for row in csv.reader(file) if row][1:]
+
+
+@pytest.mark.parametrize("verb", ["harmful", "drop-worst", "select", "mislabelled", "duplicates"])
+def test_lists_and_files_are_those_of_the_library(verb, call, home, source, files, tmp_path):
+    import mine
+
+    labels = [row[-1] for row in files]
+    summed = curate.aggregate(source, mine.queries())
+    options, expected = {
+        "harmful": ([*ASK, "--false-share", "0.5"], lambda: curate.harmful(summed, false_share=0.5)),
+        "drop-worst": (
+            [*ASK, "-n", "7", "--label-column", "label"], lambda: curate.drop_worst(summed, 7, labels=labels)
+        ),
+        "select": ([*ASK, "-n", "9"], lambda: curate.select(source, mine.queries(), n=9)),
+        "mislabelled": (
+            ["-n", "5", "--by", "disagreement"], lambda: curate.mislabelled(source, labels, n=5, by="disagreement")
+        ),
+        "duplicates": (["--threshold", "0.5"], lambda: curate.near_duplicates(source.banks[0], threshold=0.5)),
+    }[verb]  # fmt: skip
+    made = expected()
+    out, listing = tmp_path / "clean.csv", tmp_path / "list.json"
+    written = ["--file", "train.csv", "--out", out, "--list", listing]
+    told = call("curate", verb, "bank", *options, *written, "--json")
+    assert [(entry["id"], entry["reason"]) for entry in told["examples"]] == list(made)
+    assert curate.Cleaning.load(listing).ids == made.ids
+    assert cleaned_rows(out) == [files[place] for place in made.kept]
+    again = tmp_path / "again.csv"
+    assert "wrote" in call("curate", "clean", listing, "train.csv", again)
+    assert again.read_bytes() == out.read_bytes()
+    assert "exists" in call("curate", verb, "bank", *options, *written, code=2)
+    shown = call("curate", verb, "bank", *options, *written, "--overwrite")
+    assert shown.splitlines()[0] == repr(made)
+
+
+def test_verify_tells_the_gain_by_the_users_functions(call, home, tmp_path):
+    listing = tmp_path / "list.json"
+    curate.Cleaning("by hand", [3], ["it is wrong"], {}, list(range(40))).save(listing)
+    judge = ["--train", "judge:train", "--evaluate", "judge:evaluate", "--no-progress"]
+    told = call("curate", "verify", listing, *judge, "--json")
+    assert told["gain"]["mean"] == pytest.approx(1)
+    assert np.allclose(told["measures"]["kept"], 1 + 0.001 * np.arange(5))
+    assert told["verdict"].startswith("better than training on all examples")
+    assert "kept - random" in call("curate", "verify", listing, *judge, "--seeds", 2)
+    refused = call("curate", "verify", listing, "--train", "judge:text", "--evaluate", "judge:evaluate", code=2)
+    assert "--train 'judge:text' must name a function" in refused
+
+
+def test_slips_are_named_before_any_work(call, home, tmp_path):
+    assert "--out needs --file" in call("curate", "duplicates", "bank", "--out", tmp_path / "x.csv", code=2)
+    assert "give --file FILE" in call("curate", "mislabelled", "bank", code=2)
+    assert "has no 'nothing'" in call(
+        "curate", "mislabelled", "bank", "--file", "train.csv", "--label-column", "nothing", code=2
+    )
+    assert "--dataset is missing" in call("curate", "harmful", "bank", *ASK, "--group-column", "label", code=2)
+    (tmp_path / "list.json").write_text(json.dumps({"format": "x"}))
+    assert "holds no list" in call("curate", "clean", tmp_path / "list.json", "train.csv", tmp_path / "x.csv", code=1)
