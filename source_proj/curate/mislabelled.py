@@ -41,9 +41,9 @@ def mislabelled(source: Source, labels: Labels, *, n: int | None = None, by: By 
     By ``"disagreement"``: how much each example raised the mean training loss of the other class that it harmed most,
     which may be its own.
 
-    Of four small data sets with a fifth of the labels flipped, the error and self-influence found them as well as
+    Of five small data sets with a fifth of the labels flipped, the error and self-influence found them as well as
     out-of-fold probabilities (cleanlab) do at the price of more training, and dropping as many raised accuracy by .02
-    to .08. Where labels are right it takes the rare cases away: a tenth dropped changed accuracy by -.02 to .00. Guide
+    to .09. Where labels are right it takes the rare cases away: a tenth dropped changed accuracy by -.02 to +.01. Guide
     page ``curation`` has the numbers and their intervals. Look at the examples first.
 
     Args:
