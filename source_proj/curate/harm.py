@@ -29,9 +29,9 @@ def harmful(aggregated: Aggregate, *, false_share: float = 0.05) -> Cleaning:
     draw of the validation set: what another run of the training would have said differently is not counted.
 
     It names few: on five small data sets, dropping them changed accuracy by -.02 to +.03 where a fifth of the labels
-    were flipped, and by .00 to .01 where labels were right, nowhere beyond chance (guide page ``curation``). An example that
-    harms these queries may be what others need: judge by :func:`source_proj.curate.verify`, on examples other than the
-    validation set.
+    were flipped, and by .00 to .01 where labels were right, nowhere beyond chance (guide page ``curation``). An example
+    that harms these queries may be what others need: judge by :func:`source_proj.curate.verify`, on examples other than
+    the validation set.
 
     Args:
         aggregated: what :func:`source_proj.curate.aggregate` returned for the validation set.
