@@ -163,7 +163,8 @@ class HookPath:
                 calls, self._calls = self._calls, None  # recomputed layers of a checkpoint call the hooks once more
                 admit(self._structure(values, calls, size))
                 if values.requires_grad:  # else it reaches no attributed parameter
-                    torch.autograd.grad(values.sum(), [anchor], allow_unused=True)
+                    with sink.holding():
+                        torch.autograd.grad(values.sum(), [anchor], allow_unused=True)
         finally:
             self._calls = None
         return values.detach().float()
