@@ -40,13 +40,17 @@ Damping = float | Literal["noise"] | None
 Route = Literal["auto", "primal", "dual"]
 
 
-def default_curvature(task: Mapping[str, Any]) -> Curvature:
+def default_curvature(task: Mapping[str, Any], *, captured: bool = False) -> Curvature:
     """The curvature for a bank's task, by its description: Gauss-Newton for regression, else empirical Fisher.
+
+    Rows that were captured in training have the empirical Fisher that was captured with them.
 
     The squared error's ℓ'' is the same for every example, while the empirical Fisher weighs each by its squared
     residual, which says nothing of the loss's curvature: on all four regression tasks of examples/paper retraining is
     predicted better without it. For classification the order is the reverse (examples/paper/LABORATORY.md, study b).
     """
+    if captured:
+        return "empirical_fisher"
     return "gauss_newton" if task["name"] == "regression" and "class" not in task else "empirical_fisher"
 
 
@@ -99,6 +103,8 @@ def spectrum(
         ValueError: for a curvature that the bank's rows do not offer.
     """
     _check(stage, curvature)
+    if stage.captured:
+        return _captured(stage, checkpoints)
     draws = stage.draws if curvature == "sampled_fisher" else 1
     count = stage.n * draws * len(checkpoints)
     if route == "dual" or (route == "auto" and count < dim):
@@ -142,11 +148,27 @@ def cross_moment(
 def _check(stage: StageBank, curvature: Factors) -> None:
     if curvature not in get_args(Factors):
         raise ValueError(f"unknown curvature {curvature!r}; choose one of {', '.join(get_args(Curvature))}")
+    if stage.captured and curvature != "empirical_fisher":
+        raise ValueError(
+            f"curvature {curvature!r} can't be had of rows captured in training, which sum loss gradients over a "
+            "segment: take 'empirical_fisher', which was captured with them, or build the bank from checkpoints"
+        )
     if curvature == "sampled_fisher" and stage.draws == 0:
         raise ValueError(
             "curvature 'sampled_fisher' needs rows of sampled labels, and this bank has none: "
             "build it with sampled_fisher=1 (or more draws), or choose 'empirical_fisher'"
         )
+
+
+def _captured(stage: StageBank, segments: Sequence[int]) -> Spectrum:
+    """The spectrum of the empirical Fisher that was captured in a segment."""
+    if len(segments) != 1:
+        raise ValueError(
+            f"the rows of stage {stage.name!r} were captured by segments, and the segments {list(segments)} can't be "
+            "joined afterwards: leave segments= out, or record with other segment_ends="
+        )
+    values, vectors = torch.linalg.eigh(stage.captured_curvature(segments[0]).double())
+    return Spectrum(values.clamp_(min=0), vectors)
 
 
 def _factors(
