@@ -178,6 +178,10 @@ class SinkByParameter(GradientSink):
     def _rows(self, name: str, start: int, count: int) -> Tensor:
         return self._out[self._at[name], start : start + count]
 
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """Of each parameter, the sum over examples (parameters, dim), and the sum of the squares (parameters,)."""
+        return self._out.sum(1), self._out.square().sum((1, 2))
+
     def touched(self) -> set[str]:
         """Names of the parameters that received anything but zeros."""
         nonzero = self._out.flatten(1).any(dim=1).tolist()
