@@ -4,8 +4,8 @@
     python examples/speed/capture.py --models mlp --dim 1024 --steps 30
 
 Both steps in one process and in turn, each with forward and backward pass, AdamW's update, and zero_grad; medians of
-the processor's time over the steps, which other processes disturb less than the clock. The audits of the first steps are
-over by then, that of one step in 32 is in the median's neighbourhood. "curvature" is the part that the k x k sum takes.
+the processor's time over the steps, which other processes disturb less than the clock. The audits of the first steps
+are over by then, that of one step in 32 is in the median's neighbourhood. "curvature" is the part that the k x k sum takes.
 """
 
 import argparse
