@@ -31,5 +31,5 @@ for inputs, targets in batches:
     recorder.step()
 bank = sp.build(model, sp.Classification(), recorder.trajectory(), train_set, folder / "bank", sketch=sp.Sketch(1024))
 source = sp.Source(bank, model=model)
-for query, hits in source.top_k(queries, k=3):
-    print(query, hits)
+print(source.helpful(queries, k=3))
+print(source.harmful(queries, k=3))

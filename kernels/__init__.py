@@ -8,11 +8,13 @@ from .rademacher import rademacher_add_, sign_tile
 from .sparse import sparse_add_, sparse_add_at_, sparse_add_outer_, sparse_add_windows_
 from .sparse_map import signs_negative, sparse_map
 from .tensor import tensor_add_, tensor_add_at_, tensor_add_outer_, tensor_add_windows_
+from .tensor_held import HeldSums
 from .tensor_map import TensorMap
 from .tiles import outer_tiles, scaled, window_columns
 
 __all__ = [
     "BACKENDS",
+    "HeldSums",
     "TensorMap",
     "available_backends",
     "choose_backend",

@@ -182,17 +182,23 @@ typedef struct {
   int64_t o, i;
 } VARIANT(spectrum);
 
-/* Where a call's work space holds it all; `rest` is what follows. */
+/* Where a call's work space holds all but the sums; `rest` is what follows. */
 INLINE VARIANT(spectrum) VARIANT(open_spectrum)(void *work, int64_t o, int64_t i, const spec *of, const float *w,
                                                 floats **rest) {
   const int64_t k = of->k, left = (o + k - 1) / k * k, right = (i + k - 1) / k * k;
-  VARIANT(spectrum) s = {of, w, work, (floats *)work + 2 * k, 0, 0, o, i};
-  s.left = (int32_t *)(s.sum + 2 * k), s.right = s.left + left;
-  *rest = s.sum + 2 * k + (left + right + LANES - 1) / LANES;
+  VARIANT(spectrum) s = {of, w, work, 0, 0, 0, o, i};
+  s.left = (int32_t *)(s.z + 2 * k), s.right = s.left + left;
+  *rest = s.z + 2 * k + (left + right + LANES - 1) / LANES;
   VARIANT(invert_table)(s.left, of->left, o, k);
   VARIANT(invert_table)(s.right, of->right, i, k);
-  memset(s.sum, 0, 2 * (size_t)k * sizeof *s.sum);
   return s;
+}
+
+/* Turns to the sums of the group of examples that begins with b; fresh ones hold nothing yet. */
+INLINE void VARIANT(turn_to)(VARIANT(spectrum) * s, void *sums, int64_t b, int fresh) {
+  const int64_t size = 2 * (int64_t)s->of->k;
+  s->sum = (floats *)sums + b / LANES * size;
+  if (fresh) memset(s->sum, 0, (size_t)size * sizeof *s->sum);
 }
 
 /* Adds one step's factors x and y, given interleaved with room for one vector more; they are overwritten. */
@@ -207,50 +213,77 @@ INLINE void VARIANT(add_step)(const VARIANT(spectrum) * s, floats *x, floats *y)
   VARIANT(add_squares_of_transform)(s->z, s->sum, k, 1, s->w);
 }
 
-/* sums[k] = half the imaginary part of the inverse transform of sum. */
-INLINE void VARIANT(finish)(floats *sums, floats *sum, int64_t k, const float *w) {
-  VARIANT(invert)(sum, k, 1, w);
-  const float scale = 0.5f / (float)k;
-  for (int64_t c = 0; c < k; c++) sums[c] = sum[2 * c + 1] * scale;
-}
-
-/* sums[k] = R vec(sum_t left[b][t] (x) right[b][t]) for up to LANES examples b, as sp_outer_lanes, of a tensor map over
- * k columns, a power of two from 8 on. work has room for 4 k + o + i + 3 vectors, and for a number for each entry of the
- * whole blocks of k that o and i fill. */
-static void VARIANT(sp_spectral_lanes)(void *out, void *work, const float *left, int64_t left_b, int64_t left_t,
-                                       const float *right, int64_t right_b, int64_t right_t, int lanes, int64_t steps,
-                                       int64_t o, int64_t i, const spec *of, const float *w) {
+/* sums[group] += the transform of R vec(sum_t left[b][t] (x) right[b][t]) for the examples b in [first, last), of which
+ * LANES make a group and first begins one, of a tensor map over k columns, a power of two from 8 on. A group's sums are
+ * 2 k vectors; fresh ones are overwritten. work has room for 2 k + o + i + 3 vectors, and for a number for each entry of
+ * the whole blocks of k that o and i fill. */
+static void VARIANT(sp_spectral_outer)(void *sums, void *work, int fresh, const float *left, int64_t left_b,
+                                       int64_t left_t, const float *right, int64_t right_b, int64_t right_t,
+                                       int64_t first, int64_t last, int64_t steps, int64_t o, int64_t i, const spec *of,
+                                       const float *w) {
   floats *x;
-  const VARIANT(spectrum) s = VARIANT(open_spectrum)(work, o, i, of, w, &x);
+  VARIANT(spectrum) s = VARIANT(open_spectrum)(work, o, i, of, w, &x);
   floats *const y = x + o + 1;
-  for (int64_t t = 0; t < steps; t++) {
-    VARIANT(interleave)(x, 1, 1, left + t * left_t, left_b, lanes, o);
-    VARIANT(interleave)(y, 1, 1, right + t * right_t, right_b, lanes, i);
-    VARIANT(add_step)(&s, x, y);
+  for (int64_t b = first; b < last; b += LANES) {
+    const int lanes = (int)smaller(LANES, last - b);
+    VARIANT(turn_to)(&s, sums, b, fresh);
+    for (int64_t t = 0; t < steps; t++) {
+      VARIANT(interleave)(x, 1, 1, left + b * left_b + t * left_t, left_b, lanes, o);
+      VARIANT(interleave)(y, 1, 1, right + b * right_b + t * right_t, right_b, lanes, i);
+      VARIANT(add_step)(&s, x, y);
+    }
   }
-  VARIANT(finish)(out, s.sum, of->k, w);
 }
 
-/* The same for the windows [first, last) of l windows of a convolution, as sp_windows_lanes; work has room for
- * o (last - first) + c plane vectors more. */
-static void VARIANT(sp_spectral_windows_lanes)(void *out, void *work, const float *left, int64_t left_b, int64_t l,
-                                               const float *right, int64_t right_b, int64_t plane,
-                                               const int32_t *taps, const int32_t *windows, int lanes, int64_t o,
-                                               int64_t first, int64_t last, int64_t c, int64_t j, const spec *of,
-                                               const float *w) {
+/* The same for the windows [begin, end) of l windows of a convolution, as sp_windows_lanes; work has room for
+ * o (end - begin) + c plane vectors more. */
+static void VARIANT(sp_spectral_windows)(void *sums, void *work, int fresh, const float *left, int64_t left_b,
+                                         int64_t l, const float *right, int64_t right_b, int64_t plane,
+                                         const int32_t *taps, const int32_t *windows, int64_t first, int64_t last,
+                                         int64_t o, int64_t begin, int64_t end, int64_t c, int64_t j, const spec *of,
+                                         const float *w) {
   floats *x;
-  const VARIANT(spectrum) s = VARIANT(open_spectrum)(work, o, c * j, of, w, &x);
-  floats *const y = x + o + 1, *const panel = y + c * j + 1, *const planes = panel + o * (last - first);
-  for (int64_t r = 0; r < o; r++)
-    VARIANT(interleave)(panel + r, 1, o, left + r * l + first, left_b, lanes, last - first);
-  VARIANT(interleave)(planes, 1, 1, right, right_b, lanes, c * plane);
-  for (int64_t t = first; t < last; t++) {
-    memcpy(x, panel + (t - first) * o, (size_t)o * sizeof *x);
-    for (int64_t channel = 0; channel < c; channel++)
-      for (int64_t tap = 0; tap < j; tap++) y[channel * j + tap] = planes[channel * plane + taps[tap] + windows[t]];
-    VARIANT(add_step)(&s, x, y);
+  VARIANT(spectrum) s = VARIANT(open_spectrum)(work, o, c * j, of, w, &x);
+  floats *const y = x + o + 1, *const panel = y + c * j + 1, *const planes = panel + o * (end - begin);
+  for (int64_t b = first; b < last; b += LANES) {
+    const int lanes = (int)smaller(LANES, last - b);
+    VARIANT(turn_to)(&s, sums, b, fresh);
+    for (int64_t r = 0; r < o; r++)
+      VARIANT(interleave)(panel + r, 1, o, left + b * left_b + r * l + begin, left_b, lanes, end - begin);
+    VARIANT(interleave)(planes, 1, 1, right + b * right_b, right_b, lanes, c * plane);
+    for (int64_t t = begin; t < end; t++) {
+      memcpy(x, panel + (t - begin) * o, (size_t)o * sizeof *x);
+      for (int64_t channel = 0; channel < c; channel++)
+        for (int64_t tap = 0; tap < j; tap++) y[channel * j + tap] = planes[channel * plane + taps[tap] + windows[t]];
+      VARIANT(add_step)(&s, x, y);
+    }
   }
-  VARIANT(finish)(out, s.sum, of->k, w);
+}
+
+/* out[b] += half the imaginary part of the inverse transform of the sums of the examples b in [first, last), as above,
+ * which are overwritten, unless they are null; and count numbers rows[b], each with its entry of a table. work has room
+ * for k + PIECE vectors. */
+static void VARIANT(sp_finish)(float *out, int64_t out_stride, void *sums, void *work, const float *rows,
+                               int64_t row_stride, const uint32_t *table, int64_t count, int64_t first, int64_t last,
+                               int64_t k, const float *w) {
+  floats *const piece = work;
+  const float scale = 0.5f / (float)k;
+  for (int64_t b = first; b < last; b += LANES) {
+    const int lanes = (int)smaller(LANES, last - b);
+    floats *const sum = sums ? (floats *)sums + b / LANES * 2 * k : piece + PIECE;
+    if (sums) {
+      VARIANT(invert)(sum, k, 1, w);
+      for (int64_t c = 0; c < k; c++) sum[c] = sum[2 * c + 1] * scale;
+    } else {
+      memset(sum, 0, (size_t)k * sizeof *sum);
+    }
+    for (int64_t p = 0; p < count; p += PIECE) {
+      const int64_t width = smaller(PIECE, count - p);
+      VARIANT(interleave)(piece, 1, 1, rows + b * row_stride + p, row_stride, lanes, width);
+      for (int64_t x = 0; x < width; x++) VARIANT(add_vector)(sum, &piece[x], table[p + x]);
+    }
+    VARIANT(sp_gather_lanes)(out + b * out_stride, out_stride, sum, 1, lanes, k, 1);
+  }
 }
 
 #undef SPLIT

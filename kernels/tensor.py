@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .tensor_held import is_spectral
 from .tensor_map import TensorMap
 from .tensor_native import (
     add_tensor_at_native_,
@@ -19,7 +20,7 @@ from .tensor_native import (
     add_tensor_windows_native_,
     spectral_is_cheaper,
 )
-from .tensor_spectral import add_spectral_, spectral_pays
+from .tensor_spectral import TorchSpectra
 from .tiles import outer_tiles, scaled, window_columns
 
 __all__ = ["tensor_add_", "tensor_add_at_", "tensor_add_outer_", "tensor_add_windows_"]
@@ -86,11 +87,13 @@ def tensor_add_outer_(
         spectral: the route; None for the cheaper one.
     """
     if spectral is None:
-        spectral = scale is None and _spectral_is_cheaper(backend, left, right.shape[2], matrix.dim)
+        spectral = scale is None and is_spectral(backend, left, right.shape[2], matrix.dim)
     if backend == "native":
         add_tensor_outer_native_(out, left, right, matrix, spectral=spectral, scale=scale)
     elif spectral:
-        add_spectral_(out, left, right, matrix, backend=backend)
+        spectra = TorchSpectra(out, backend)
+        spectra.add_outer(left, right, matrix)
+        spectra.finish_()
     elif backend == "triton":
         from .triton_tensor import add_tensor_outer_triton_
 
@@ -134,13 +137,6 @@ def _columns(right: Tensor, taps: Tensor, windows: Tensor, backend: str) -> Iter
     from .triton_outer import window_columns_triton
 
     return window_columns_triton(right, taps, windows)
-
-
-def _spectral_is_cheaper(backend: str, left: Tensor, i: int, dim: int) -> bool:
-    batch, steps, o = left.shape
-    if backend == "native":
-        return spectral_is_cheaper(batch, steps, o, i, dim)
-    return spectral_pays(backend, steps, o, i, dim, half=left.dtype != torch.float32)
 
 
 def _add_reference_(out: Tensor, rows: Tensor, offset: int, matrix: TensorMap, *, ordered: bool) -> None:

@@ -2,16 +2,19 @@
 
 * outer: the kernels of the sparse map, which take a tensor map's tables as well (`sparse_native.py`);
 * spectral: for k a power of two, one complex transform of length k for every step and one back, a group of examples
-  interleaved as for the outer products (`native_spectral.c`).
+  interleaved as for the outer products (`native_spectral.c`). The way back is linear, so all layers share one.
 """
 
 import functools
+from collections.abc import Callable, Iterator
+from functools import partial
 from math import log2
 
 import torch
 from torch import Tensor
 
-from .native import NativeMap, aligned_scratch
+from .native import NativeMap, aligned_scratch, run_jobs
+from .small_rows import SmallRows, table_of
 from .sparse_native import (
     add_at_native_,
     add_native_,
@@ -20,21 +23,26 @@ from .sparse_native import (
     address,
     last_contiguous,
     loaded_library,
-    sum_lanes_,
 )
 from .tensor_map import TensorMap
 
 __all__ = [
+    "HELD",
+    "NativeSpectra",
     "add_tensor_at_native_",
     "add_tensor_native_",
     "add_tensor_outer_native_",
     "add_tensor_windows_native_",
+    "has_transform",
+    "numbers_held",
     "spectral_is_cheaper",
 ]
 
 _FEWEST, _MOST = 3, 16  # powers of two between which k has a transform here
 _JOBS = 8  # that a large sum is split into, at least
-_PART_STEPS = 16  # of a part at least: each transforms back once
+_PART_STEPS = 16  # of a part at least: each has sums of its own
+_PIECE = 512  # coordinates that native.c interleaves at once
+HELD = 1 << 24  # numbers of sums that are held at one time
 # Nanoseconds for a group of lanes: a step of a transform for each k log2 k, for each entry of the factors, and to
 # begin; a coordinate of an outer product, and each of its steps; the latter two for an example on its own
 # (`sparse_native.py`). The first three were measured beside the others, on a busy machine, which slowed both alike.
@@ -42,13 +50,19 @@ _TRANSFORM, _ENTRY, _BEGIN = 0.6, 2.0, 1500.0
 _COORDINATE, _STEP = 1.2, 0.17
 _COORDINATE_ALONE, _STEP_ALONE = 0.35, 0.02
 
+# add(sums, whether they are fresh, first example, last, part): adds a part of the steps of some examples
+_Add = Callable[[Tensor, bool, int, int, int], None]
 
-def spectral_is_cheaper(batch: int, steps: int, o: int, i: int, dim: int) -> bool:
-    """Whether the transforms of so many steps cost less than the outer products of (o, i) coordinates."""
+
+def spectral_is_cheaper(batch: int, steps: int, o: int, i: int, dim: int, *, shared: bool = False) -> bool:
+    """Whether the transforms of so many steps cost less than the outer products of (o, i) coordinates.
+
+    With `shared`, the way back costs nothing: other layers take it as well.
+    """
     if not has_transform(dim):
         return False
     groups, rest = divmod(batch, _width())
-    group = (steps + 1) * _TRANSFORM * dim * log2(dim) + steps * (_BEGIN + _ENTRY * (o + i))
+    group = (steps + (not shared)) * _TRANSFORM * dim * log2(dim) + steps * (_BEGIN + _ENTRY * (o + i))
     laned = (_COORDINATE + _STEP * steps) * o * i
     alone = rest * (_COORDINATE_ALONE + _STEP_ALONE * steps) * o * i
     return (groups + bool(rest)) * group < groups * laned + min(laned, alone)
@@ -69,6 +83,130 @@ def add_tensor_at_native_(out: Tensor, values: Tensor, examples: Tensor, index: 
     add_at_native_(out, values, examples, matrix.offset + matrix.shape[1] * index, _native(matrix))
 
 
+class NativeSpectra:
+    """Sums of products in the frequency domain, for all layers of a batch, until `finish_` adds them to out.
+
+    Args:
+        out: (B, k) float32.
+    """
+
+    def __init__(self, out: Tensor) -> None:
+        self._out = out
+        self._sums: Tensor | None = None  # for each group 2 k vectors
+
+    def add_outer(self, left: Tensor, right: Tensor, matrix: TensorMap) -> None:
+        """Add R vec(sum_t left_t (x) right_t), for left (B, T, o) and right (B, T, i)."""
+        (batch, steps, o), i, dim = left.shape, right.shape[2], matrix.dim
+        left, right, native = last_contiguous(left), last_contiguous(right), _native(matrix)
+        step, work = -(-steps // _parts(batch, steps)), _work(o, i, dim)
+
+        def add(sums: Tensor, fresh: bool, first: int, last: int, part: int) -> None:
+            begin = part * step
+            loaded_library().sp_spectral_outer(
+                sums.data_ptr(),
+                aligned_scratch("spectral", work).data_ptr(),
+                fresh,
+                address(left, 0, 0) + 4 * begin * left.stride(1),
+                left.stride(0),
+                left.stride(1),
+                address(right, 0, 0) + 4 * begin * right.stride(1),
+                right.stride(0),
+                right.stride(1),
+                first,
+                last,
+                min(step, steps - begin),
+                o,
+                i,
+                native,
+                _twiddles(dim).data_ptr(),
+            )
+
+        self._add(-(-steps // step), _nanoseconds(batch, steps, dim), add)
+
+    def add_windows(self, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, matrix: TensorMap) -> None:
+        """Add R vec(G), G[b, o, c, j] = sum_l left[b, o, l] right[b, c, taps[j] + windows[l]]."""
+        (batch, o, count), (_, c, plane), dim, j = left.shape, right.shape, matrix.dim, len(taps)
+        left, right, native = left.contiguous(), right.contiguous(), _native(matrix)
+        taps, windows = taps.int().contiguous(), windows.int().contiguous()
+        step = -(-count // _parts(batch, count))
+        work = _work(o, c * j, dim) + (o * step + c * plane) * _width()
+
+        def add(sums: Tensor, fresh: bool, first: int, last: int, part: int) -> None:
+            loaded_library().sp_spectral_windows(
+                sums.data_ptr(),
+                aligned_scratch("spectral", work).data_ptr(),
+                fresh,
+                address(left, 0, 0),
+                left.stride(0),
+                count,
+                address(right, 0, 0),
+                right.stride(0),
+                plane,
+                taps.data_ptr(),
+                windows.data_ptr(),
+                first,
+                last,
+                o,
+                part * step,
+                min(part * step + step, count),
+                c,
+                j,
+                native,
+                _twiddles(dim).data_ptr(),
+            )
+
+        self._add(-(-count // step), _nanoseconds(batch, count, dim), add)
+
+    def finish_(self, small: SmallRows | None = None) -> None:
+        """Transform back, all layers at once, and add what small parameters there are."""
+        given = None if small is None else small.give()
+        if self._sums is None and given is None:
+            return
+        sums, self._sums, (batch, dim) = self._sums, None, self._out.shape
+        rows, table = (self._out, None) if given is None else (given[0], table_of(given[1]))
+
+        def finish(first: int, last: int) -> None:
+            loaded_library().sp_finish(
+                self._out.data_ptr(),
+                self._out.stride(0),
+                None if sums is None else sums.data_ptr(),
+                aligned_scratch("finish", (dim + _PIECE) * _width()).data_ptr(),
+                rows.data_ptr(),
+                rows.stride(0),
+                None if table is None else table.data_ptr(),
+                0 if table is None else len(table),
+                first,
+                last,
+                dim,
+                _twiddles(dim).data_ptr() if sums is not None else None,
+            )
+
+        run_jobs([partial(finish, *some) for some in self._shares()], _nanoseconds(batch, 1, dim))
+
+    def _add(self, parts: int, nanoseconds: float, add: _Add) -> None:
+        """Each part but the first has sums of its own, which are added in order: no thread changes a bit."""
+        fresh, size = self._sums is None, numbers_held(*self._out.shape)
+        if self._sums is None:
+            self._sums = torch.empty(size)
+        sums = [self._sums, *(torch.empty(size) for _ in range(parts - 1))]
+        jobs = [partial(add, own, fresh or part > 0, *some, part) for part, own in enumerate(sums)
+                for some in self._shares()]  # fmt: skip
+        run_jobs(jobs, nanoseconds)
+        for own in sums[1:]:
+            self._sums.add_(own)
+
+    def _shares(self) -> list[tuple[int, int]]:
+        """Ranges of examples, of whole groups."""
+        batch = len(self._out)
+        share = batch if torch.get_num_threads() == 1 else _width()
+        return [(first, min(first + share, batch)) for first in range(0, batch, share)]
+
+
+def numbers_held(batch: int, dim: int) -> int:
+    """How many numbers the sums of so many examples are."""
+    return -(-batch // _width()) * _width() * 2 * dim
+
+
 def add_tensor_outer_native_(
     out: Tensor, left: Tensor, right: Tensor, matrix: TensorMap, *, spectral: bool, scale: Tensor | None
 ) -> None:
@@ -76,30 +214,10 @@ def add_tensor_outer_native_(
     if not spectral:
         add_outer_native_(out, left, right, matrix.offset, _native(matrix), scale)
         return
-    (steps, o), i, dim = left.shape[1:], right.shape[2], matrix.dim
-    left, right, native = last_contiguous(left), last_contiguous(right), _native(matrix)
-    step, work = -(-steps // _parts(len(left), steps)), _work(o, i, dim)
-
-    def add(sums: Tensor, first: int, lanes: int, part: int) -> None:
-        begin = min(steps, part * step)
-        loaded_library().sp_spectral_lanes(
-            sums.data_ptr(),
-            aligned_scratch("spectral", work).data_ptr(),
-            address(left, first, 0) + 4 * begin * left.stride(1),
-            left.stride(0),
-            left.stride(1),
-            address(right, first, 0) + 4 * begin * right.stride(1),
-            right.stride(0),
-            right.stride(1),
-            lanes,
-            min(step, steps - begin),
-            o,
-            i,
-            native,
-            _twiddles(dim).data_ptr(),
-        )
-
-    sum_lanes_(out, -(-steps // step), 1, _nanoseconds(steps, dim), add)
+    for some in _rounds(len(out), left.shape[1], matrix.dim):
+        spectra = NativeSpectra(out[some])
+        spectra.add_outer(left[some], right[some], matrix)
+        spectra.finish_()
 
 
 def add_tensor_windows_native_(
@@ -117,36 +235,16 @@ def add_tensor_windows_native_(
     if not spectral:
         add_windows_native_(out, left, right, taps, windows, matrix.offset, _native(matrix), scale)
         return
-    (batch, o, count), (_, c, plane), dim, j = left.shape, right.shape, matrix.dim, len(taps)
-    left, right, native = left.contiguous(), right.contiguous(), _native(matrix)
-    taps, windows = taps.int().contiguous(), windows.int().contiguous()
-    step = -(-count // _parts(batch, count))
-    work = _work(o, c * j, dim) + (o * step + c * plane) * _width()
+    for some in _rounds(len(out), left.shape[2], matrix.dim):
+        spectra = NativeSpectra(out[some])
+        spectra.add_windows(left[some], right[some], taps, windows, matrix)
+        spectra.finish_()
 
-    def add(sums: Tensor, first: int, lanes: int, part: int) -> None:
-        begin = min(count, part * step)
-        loaded_library().sp_spectral_windows_lanes(
-            sums.data_ptr(),
-            aligned_scratch("spectral", work).data_ptr(),
-            address(left, first, 0),
-            left.stride(0),
-            count,
-            address(right, first, 0),
-            right.stride(0),
-            plane,
-            taps.data_ptr(),
-            windows.data_ptr(),
-            lanes,
-            o,
-            begin,
-            min(begin + step, count),
-            c,
-            j,
-            native,
-            _twiddles(dim).data_ptr(),
-        )
 
-    sum_lanes_(out, -(-count // step), 1, _nanoseconds(count, dim), add)
+def _rounds(batch: int, steps: int, dim: int) -> Iterator[slice]:
+    """Whole groups of examples whose sums, of all parts, may be held at once."""
+    count = max(1, HELD // (numbers_held(_width(), dim) * _parts(batch, steps))) * _width()
+    return (slice(start, start + count) for start in range(0, batch, count))
 
 
 def _parts(batch: int, steps: int) -> int:
@@ -157,11 +255,11 @@ def _parts(batch: int, steps: int) -> int:
 
 def _work(o: int, i: int, dim: int) -> int:
     """Numbers of work space that the transforms of factors (o,) and (i,) take."""
-    return (4 * dim + o + i + 3) * _width() + (-(-o // dim) - (-i // dim)) * dim
+    return (2 * dim + o + i + 3) * _width() + (-(-o // dim) - (-i // dim)) * dim
 
 
-def _nanoseconds(steps: int, dim: int) -> float:
-    return (steps + 1) * _TRANSFORM * dim * log2(dim) / 16
+def _nanoseconds(batch: int, steps: int, dim: int) -> float:
+    return batch * (steps + 1) * _TRANSFORM * dim * log2(dim) / 16
 
 
 def _native(matrix: TensorMap) -> NativeMap:

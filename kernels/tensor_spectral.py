@@ -1,7 +1,7 @@
 """The tensor sketch of outer products in the frequency domain, by torch's transforms: for GPUs, and the reference.
 
 With x and y the sketches of the two factors and z = x + iy, the circular convolution x * y is half the imaginary part
-of z * z: one complex transform a step, squares summed over the steps, one transform back.
+of z * z: one complex transform a step, squares summed over the steps, one transform back for all layers.
 """
 
 from math import log2
@@ -13,7 +13,7 @@ from torch import Tensor
 from .tensor_balance import balanced
 from .tensor_map import TensorMap
 
-__all__ = ["add_spectral_", "spectral_pays"]
+__all__ = ["TorchSpectra", "spectral_pays"]
 
 _HELD = 1 << 24  # complex numbers that are held at once
 
@@ -60,18 +60,35 @@ def spectral_pays(backend: str, steps: int, o: int, i: int, dim: int, *, half: b
     return by_transforms < (steps + costs.outer_begin) * o * i
 
 
-def add_spectral_(out: Tensor, left: Tensor, right: Tensor, matrix: TensorMap, *, backend: str = "torch") -> None:
-    """Add R vec(sum_t left_t (x) right_t), left (B, T, o) and right (B, T, i), to out (B, k) float32, in place."""
-    (batch, steps, _), dim = left.shape, matrix.dim
-    examples, run = max(1, _HELD // (steps * dim)), max(1, min(steps, _HELD // dim))
-    for b in range(0, batch, examples):
-        some = slice(b, min(b + examples, batch))
-        spectrum = torch.zeros(some.stop - b, dim, dtype=torch.complex64, device=out.device)
-        for t in range(0, steps, run):
-            part = slice(t, t + run)
-            z = _factors(left[some, part], right[some, part], matrix, backend)
-            spectrum += _sum_of_squares(torch.fft.fft(z), backend)
-        out[some] += 0.5 * torch.fft.ifft(spectrum).imag
+class TorchSpectra:
+    """Sums of products in the frequency domain, for all layers of a batch, until `finish_` adds them to out.
+
+    Args:
+        out: (B, k) float32.
+        backend: "triton" or "torch".
+    """
+
+    def __init__(self, out: Tensor, backend: str) -> None:
+        self._out, self._backend = out, backend
+        self._spectrum: Tensor | None = None
+
+    def add_outer(self, left: Tensor, right: Tensor, matrix: TensorMap) -> None:
+        """Add R vec(sum_t left_t (x) right_t), for left (B, T, o) and right (B, T, i)."""
+        if self._spectrum is None:
+            self._spectrum = torch.zeros(self._out.shape, dtype=torch.complex64, device=self._out.device)
+        (batch, steps, _), dim = left.shape, matrix.dim
+        examples, run = max(1, _HELD // (steps * dim)), max(1, min(steps, _HELD // dim))
+        for b in range(0, batch, examples):
+            for t in range(0, steps, run):
+                own, part = slice(b, b + examples), slice(t, t + run)
+                z = _factors(left[own, part], right[own, part], matrix, self._backend)
+                self._spectrum[own] += _sum_of_squares(torch.fft.fft(z), self._backend)
+
+    def finish_(self) -> None:
+        """Transform back, all layers at once."""
+        if self._spectrum is not None:
+            self._out.add_(torch.fft.ifft(self._spectrum).imag, alpha=0.5)
+            self._spectrum = None
 
 
 def _factors(left: Tensor, right: Tensor, matrix: TensorMap, backend: str) -> Tensor:

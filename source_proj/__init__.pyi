@@ -19,6 +19,7 @@ from source_proj.attribution.scores import PredictedChange, Scores
 from source_proj.attribution.self_influence import SelfInfluence
 from source_proj.attribution.source import Segment, Source
 from source_proj.bank import Bank, StageBank, build, open
+from source_proj.bank.capture import IndexedDataset, Recorder
 from source_proj.bank.examples import Example, Examples
 from source_proj.sketch import Sketch
 from source_proj.task import Answer, Answers, CausalLM, Classification, Regression, Task, TokenQueries
@@ -32,7 +33,6 @@ from source_proj.trajectory import (
     NAdam,
     ParameterGroup,
     RAdam,
-    Recorder,
     RMSprop,
     ScheduleFreeAdamW,
     ScheduleFreeSGD,
@@ -63,6 +63,7 @@ __all__ = [
     "Hit",
     "Hits",
     "Hydra",
+    "IndexedDataset",
     "InfluenceFunction",
     "MismatchError",
     "NAdam",

@@ -29,7 +29,10 @@ def run(*arguments, cwd):
 def test_quickstart(tmp_path):
     pytest.importorskip("sklearn")
     lines = run("-W", "error", EXAMPLES / "quickstart.py", cwd=tmp_path).stdout.splitlines()
-    assert [line.split()[0] for line in lines] == [str(query) for query in range(10)]
+    asked = [line.split() for line in lines if line.startswith("query ")]
+    assert [words[1] for words in asked] == [str(query) for query in range(5)] * 2  # the first five, twice
+    assert all(words[2:][:1] == ["label"] for words in asked)
+    assert sum("helpful" in line for line in lines) == sum("harmful" in line for line in lines) == 5 * 3
     assert list(tmp_path.iterdir()) == []  # it writes to a temporary folder only
 
 

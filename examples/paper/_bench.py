@@ -38,13 +38,15 @@ class Bench:
         """Number of parameters d."""
         return sum(p.numel() for p in self.problem.make_model().parameters())
 
-    def bank(self, run: int, *, dim: int | None = None, seed: int | None = None, fisher: int = 0) -> sp.Bank:
+    def bank(
+        self, run: int, *, dim: int | None = None, seed: int | None = None, fisher: int = 0, kind: str = "sparse"
+    ) -> sp.Bank:
         """The bank of a run; ``dim=0`` is no sketch at all."""
         dim = self.dim if dim is None else dim
         seed = run if seed is None else seed
         exact = dim == 0 or dim >= self.size
-        sketch = sp.Sketch(self.size, "identity") if exact else sp.Sketch(dim, seed=seed)
-        path = self.folder / "laboratory" / f"{run}-{'exact' if exact else dim}-{seed}-{fisher}"
+        sketch = sp.Sketch(self.size, "identity") if exact else sp.Sketch(dim, kind, seed=seed)
+        path = self.folder / "laboratory" / f"{run}-{'exact' if exact else dim}-{seed}-{fisher}-{kind}"
         storage = "float32" if exact else "int8"
         return self._build(run, self.trajectories[run], path, sketch, storage=storage, sampled_fisher=fisher)
 
@@ -62,7 +64,7 @@ class Bench:
     ) -> sp.Bank:
         sets = dict(self.problem.train_sets)
         data: Any = sets if len(sets) > 1 or "train" not in sets else sets["train"]
-        sketch = sketch or sp.Sketch(self.dim, seed=run)
+        sketch = sketch or sp.Sketch(self.dim, "sparse", seed=run)
         return sp.build(self.problem.make_model(), self.problem.task, trajectory, data, path, sketch=sketch, **rest)
 
     def in_metric(
@@ -76,7 +78,7 @@ class Bench:
             cut = segments if mode == "per_segment" else 1
             stages = [replace(stage, preconditioner=mode, segments=cut) for stage in trajectory.stages]
             path = self.folder / "laboratory" / f"{run}-{dim}-{mode}-{cut}"
-            bank = self._build(run, sp.Trajectory.from_stages(stages), path, sp.Sketch(dim, seed=run))
+            bank = self._build(run, sp.Trajectory.from_stages(stages), path, sp.Sketch(dim, "sparse", seed=run))
             source = sp.Source(bank, segments=segments, query_gradient="mean", time_scale=time, progress=False)
             found.append(np.asarray(source.score(self.features(bank)))[:, : self.problem.n])
         return found

@@ -23,8 +23,12 @@ CURVATURES: tuple[Curvature, ...] = ("empirical_fisher", "gauss_newton")
 
 REFERENCE = Recipe()
 FISHER = Recipe("empirical_fisher")  # what two sketches can be crossed for
-Variant = tuple[str, list[np.ndarray]] | tuple[str, list[np.ndarray], GroundTruth]
-"""A name, the scores of each run, and what judges them, if not half-subsets."""
+Variant = (
+    tuple[str, list[np.ndarray]]
+    | tuple[str, list[np.ndarray], GroundTruth]
+    | tuple[str, list[np.ndarray], GroundTruth, list[np.ndarray]]
+)
+"""A name, the scores of each run, what judges them if not half-subsets, what to compare with if not the default."""
 
 
 def sketch_dimension(bench: Bench) -> Iterator[Variant]:
@@ -252,6 +256,26 @@ def adam_metric(bench: Bench) -> Iterator[Variant]:
             yield f"{metric}, 1 segments, k = {larger:,}", bench.in_metric(metric, number, dim=larger)
 
 
+def sketch_kind(bench: Bench) -> Iterator[Variant]:
+    """(k) Which map, at equal dimension? Two seeds for each run, against the sparse map at the same dimension."""
+    for dim in (bench.dim // 2, 2 * bench.dim):
+        sparse = _of_kind(bench, "sparse", dim)
+        yield f"sparse, k = {dim:,}", sparse, bench.truth, sparse
+        yield f"tensor, k = {dim:,}", _of_kind(bench, "tensor", dim), bench.truth, sparse
+        if dim < bench.dim:
+            yield f"kronecker, k = {dim:,}", _of_kind(bench, "kronecker", dim), bench.truth, sparse
+        if dim < bench.dim and bench.size <= 150_000:  # dense signs cost their d k
+            yield f"rademacher, k = {dim:,}", _of_kind(bench, "rademacher", dim), bench.truth, sparse
+
+
+def _of_kind(bench: Bench, kind: str, dim: int) -> list[np.ndarray]:
+    return [
+        bench.one(bench.bank(run, dim=dim, seed=seed + run, kind=kind), REFERENCE)
+        for run in range(bench.runs)
+        for seed in (0, 100)
+    ]
+
+
 STUDIES = {
     "a": sketch_dimension,
     "b": hessian,
@@ -263,4 +287,5 @@ STUDIES = {
     "h": half_sketches,
     "i": sampling_ratio,
     "j": adam_metric,
+    "k": sketch_kind,
 }

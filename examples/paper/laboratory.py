@@ -12,9 +12,11 @@ paired 95 % bootstrap interval, mean over training runs.
 Studies: (a) sketch dimension, up to no sketch where that fits; (b) which Hessian; (c) damping; (d) segments and
 checkpoints; (e) averaging query gradients over the last checkpoints; (f) time scale and weight decay; (g) runs against
 dimension at equal bytes; (h) two half-sketches against a whole one; (i) the time scale at other sampling ratios (only
-where asked for: it retrains); (j) what becomes of Adam's metric, on tasks that AdamW trained (where asked for):
+where asked for: it retrains); (j) what becomes of Adam's metric, on tasks that AdamW trained (where asked for); (k) the
+sketch's kind at equal dimension (where asked for), each line against the sparse map's:
 
     python examples/paper/laboratory.py --tasks fashion_mnist_adamw,rte,wikitext2 --studies f,j
+    python examples/paper/laboratory.py --tasks pima_logistic,mnist,concrete,fashion_mnist,rotated_mnist --studies k
 """
 
 import argparse
@@ -39,13 +41,15 @@ TASKS = ["fashion_mnist", "fashion_mnist_noise", "rotated_mnist", "concrete"]
 
 def study(bench: Bench, letter: str) -> pd.DataFrame:
     """All lines of one study on one task."""
-    default = bench.scores(FISHER if letter == "h" else REFERENCE)
-    references: dict[int, LDS] = {}
+    default = None
     rows = []
-    for name, scores, *judge in STUDIES[letter](bench):
-        truth = judge[0] if judge else bench.truth
-        reference = references.setdefault(id(truth), _lds(default, truth))
-        found = _lds(scores, truth)
+    for name, scores, *rest in STUDIES[letter](bench):
+        truth = rest[0] if rest else bench.truth
+        if len(rest) > 1:
+            compared = rest[1]
+        else:
+            compared = default = default or bench.scores(FISHER if letter == "h" else REFERENCE)
+        reference, found = _lds(compared, truth), _lds(scores, truth)
         difference = compare(found, reference)
         rows.append(
             {"task": bench.problem.name, "study": letter, "variant": name, "lds": found.value, "low": found.interval[0],

@@ -29,12 +29,14 @@ TITLES = {
     "h": "Two half-sketches against a whole one",
     "i": "Time scale at other sampling ratios",
     "j": "Adam's metric, segments and time",
+    "k": "The sketch's kind at equal dimension",
 }
 TASKS = {
     "fashion_mnist": "Fashion-MNIST",
     "fashion_mnist_noise": "Fashion-MNIST-N",
     "rotated_mnist": "RotatedMNIST",
     "concrete": "Concrete",
+    "mnist": "MNIST",
     "concrete_noise": "Concrete-N",
     "fashion_mnist_adamw": "Fashion-MNIST, AdamW",
     "fashion_mnist_adamw_noise": "Fashion-MNIST-N, AdamW",

@@ -10,11 +10,15 @@ pairs of gradients of one matrix parameter (o, i):
 * gaussian, one-hot, low-rank: what the names say; one rank-one product is the gradient of a layer of one step;
 * diagonal: equal entries along the diagonal, as where a layer copies its input;
 * rectified: products of output gradients with activations that are rectified, so that all share a mean;
+* long: a side of 1,000 entries, so of several blocks of k;
 * real: gradients of a two-layer network on scikit-learn's digits, each of its weights (the extra demo).
 
-For two-sided (Kronecker) projections the theory has two more terms, which grow with the cosines of the activations and
-of the output gradients: 1/k_o and 1/k_i in place of 1/k. The tensor sketch has them only where a side is longer than k,
-as within a block of k no two rows, and no two columns, meet.
+The last columns are the theory of the tensor sketch, for gradients X and Y (o, i) in the same unit. Its error is a sum
+over pairs of coordinates that meet: in rows and columns both different, as for any sparse map, 1/k at most; in one row,
+whose columns meet only if they lie in different blocks of k, |X^T Y|^2 + tr (X^T Y)^2 over these; in one column
+likewise, |X Y^T|^2 + tr (X Y^T)^2. The latter two grow with the cosines of output gradients and of activations, up to
+the number of coordinates that share them, and are zero while no side is longer than k. For two-sided (Kronecker)
+projections they are there always, over k_o and k_i in place of k.
 """
 
 import argparse
@@ -31,6 +35,7 @@ from source_proj.gradients import ParameterSpace, gradient_engine
 
 KINDS = ("sparse", "rademacher", "kronecker", "tensor")
 ROWS, COLUMNS, EXAMPLES, STEPS = 96, 160, 12, 8
+LONG = (24, 1000)
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:
@@ -38,10 +43,14 @@ def products(left: Tensor, right: Tensor) -> Tensor:
     return torch.einsum("bto,bti->boi", left, right).flatten(1)
 
 
-def one_hot() -> Tensor:
-    rows = torch.zeros(EXAMPLES, ROWS * COLUMNS)
-    rows[torch.arange(EXAMPLES), torch.randint(0, ROWS * COLUMNS, (EXAMPLES,))] = 1
+def one_hot(count: int) -> Tensor:
+    rows = torch.zeros(EXAMPLES, count)
+    rows[torch.arange(EXAMPLES), torch.randint(0, count, (EXAMPLES,))] = 1
     return rows
+
+
+def factors(size: int) -> Tensor:
+    return torch.randn(EXAMPLES, STEPS, size)
 
 
 def diagonal() -> Tensor:
@@ -72,18 +81,22 @@ def real() -> list[Tensor]:
 def inputs() -> dict[str, tuple[Tensor, tuple[int, int]]]:
     """Gradients (B, o i) with their shape, by name."""
     torch.manual_seed(0)
-    common = torch.randn(ROWS)
+    common, short = torch.randn(ROWS), torch.randn(LONG[0])
     made: dict[str, Callable[[], Tensor]] = {
         "gaussian": lambda: torch.randn(EXAMPLES, ROWS * COLUMNS),
-        "one-hot": one_hot,
-        "rank one": lambda: products(torch.randn(EXAMPLES, 1, ROWS), torch.randn(EXAMPLES, 1, COLUMNS)),
-        "low-rank": lambda: products(torch.randn(EXAMPLES, STEPS, ROWS), torch.randn(EXAMPLES, STEPS, COLUMNS)),
+        "one-hot": lambda: one_hot(ROWS * COLUMNS),
+        "rank one": lambda: products(factors(ROWS)[:, :1], factors(COLUMNS)[:, :1]),
+        "low-rank": lambda: products(factors(ROWS), factors(COLUMNS)),
         "diagonal": diagonal,
-        "rectified": lambda: products(
-            common + torch.randn(EXAMPLES, STEPS, ROWS), torch.relu(torch.randn(EXAMPLES, STEPS, COLUMNS))
-        ),
+        "rectified": lambda: products(common + factors(ROWS), torch.relu(factors(COLUMNS))),
+    }
+    long: dict[str, Callable[[], Tensor]] = {
+        "one-hot, long": lambda: one_hot(LONG[0] * LONG[1]),
+        "low-rank, long": lambda: products(factors(LONG[0]), factors(LONG[1])),
+        "rectified, long": lambda: products(short + factors(LONG[0]), torch.relu(factors(LONG[1]))),
     }
     found = {name: (rows(), (ROWS, COLUMNS)) for name, rows in made.items()}
+    found |= {name: (rows(), LONG) for name, rows in long.items()}
     first, second = real()
     return {**found, "real, first weight": (first, (96, 64)), "real, second weight": (second, (10, 96))}
 
@@ -100,6 +113,32 @@ def excess(rows: Tensor, shape: tuple[int, int], kind: str, dim: int, seeds: int
     return float(dim * torch.stack(errors).mean())
 
 
+def theory(rows: Tensor, shape: tuple[int, int], dim: int) -> tuple[float, float, float]:
+    """The tensor sketch's three terms: coordinates that differ in row and column, in one row, in one column."""
+    x = F.normalize(rows.double(), dim=1).view(-1, *shape)
+    terms = []
+    for a in range(len(x)):
+        for b in range(a, len(x)):
+            both = x[a] * x[b]
+            squares = [x[a].square(), x[b].square()]
+
+            def together(axes: list[int], both: Tensor = both, squares: list[Tensor] = squares) -> Tensor:
+                first, second, product = (t.sum(axes) if axes else t for t in (*squares, both))
+                return (first * second + product.square()).sum()
+
+            apart = together([0, 1]) - together([1]) - together([0]) + together([])
+            in_row, in_column = (_across(p, dim) for p in (x[a].T @ x[b], x[a] @ x[b].T))
+            terms.append(torch.stack([apart, in_row, in_column]) / (1 + both.sum().square()))
+    coordinates, in_row, in_column = torch.stack(terms).mean(0).tolist()
+    return coordinates, in_row, in_column
+
+
+def _across(products: Tensor, dim: int) -> Tensor:
+    """Sum of P_ij^2 + P_ij P_ji over i and j in different blocks."""
+    block = torch.arange(len(products)) // dim
+    return ((products.square() + products * products.T) * (block[:, None] != block)).sum()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dim", type=int, default=256)
@@ -107,10 +146,12 @@ def main() -> None:
     a = parser.parse_args()
     table = Table(title=f"k times the squared error of inner products, k = {a.dim}, {a.seeds} seeds", box=None)
     table.add_column("gradients")
-    for kind in KINDS:
-        table.add_column(kind, justify="right")
+    for column in (*KINDS, "theory", "apart", "in a row", "in a column"):
+        table.add_column(column, justify="right")
     for name, (rows, shape) in inputs().items():
-        table.add_row(name, *(f"{excess(rows, shape, kind, a.dim, a.seeds):.2f}" for kind in KINDS))
+        measured = [excess(rows, shape, kind, a.dim, a.seeds) for kind in KINDS]
+        terms = theory(rows, shape, a.dim)
+        table.add_row(name, *(f"{value:.2f}" for value in (*measured, sum(terms), *terms)))
     Console().print(table)
 
 

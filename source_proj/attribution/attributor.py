@@ -59,10 +59,14 @@ class Attributor(ABC):
     Raises:
         MismatchError: if the banks' training ids differ, or the task is not the banks' own.
         BankError: if a bank is not finalized.
+        ValueError: if rows were captured in training, and the method needs gradients at a checkpoint.
     """
 
     additive = True
     """Whether scores are changes of the measurement."""
+
+    takes_captured = False
+    """Whether rows captured over a segment of training will do, and not only gradients at a checkpoint."""
 
     def __init__(
         self,
@@ -79,6 +83,11 @@ class Attributor(ABC):
             raise ValueError("got an empty list of banks; give at least one")
         for member in self.banks:
             member.require_finalized()
+            if member.captured and not self.takes_captured:
+                raise ValueError(
+                    f"{type(self).__name__} needs gradients at a checkpoint, and the rows of {member.path} were "
+                    "captured over whole segments of training: take Source or Hydra, or build the bank from checkpoints"
+                )
             if member.ids != self.banks[0].ids:
                 raise MismatchError(
                     f"the banks {self.banks[0].path} and {member.path} hold different training ids; "

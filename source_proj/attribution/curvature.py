@@ -38,13 +38,17 @@ Factors = Literal["empirical_fisher", "sampled_fisher", "gauss_newton", "feature
 Damping = float | Literal["noise"] | None
 
 
-def default_curvature(task: Mapping[str, Any]) -> Curvature:
+def default_curvature(task: Mapping[str, Any], *, captured: bool = False) -> Curvature:
     """The curvature for a bank's task, by its description: Gauss-Newton for regression, else empirical Fisher.
+
+    Rows that were captured in training have the empirical Fisher that was captured with them.
 
     The squared error's ℓ'' is the same for every example, while the empirical Fisher weighs each by its squared
     residual, which says nothing of the loss's curvature: on all four regression tasks of examples/paper retraining is
     predicted better without it. For classification the order is the reverse (examples/paper/LABORATORY.md, study b).
     """
+    if captured:
+        return "empirical_fisher"
     return "gauss_newton" if task["name"] == "regression" and "class" not in task else "empirical_fisher"
 
 
@@ -81,6 +85,11 @@ def check_curvature(stage: StageBank, curvature: Factors) -> None:
     """
     if curvature not in get_args(Factors):
         raise ValueError(f"unknown curvature {curvature!r}; choose one of {', '.join(get_args(Curvature))}")
+    if stage.captured and curvature != "empirical_fisher":
+        raise ValueError(
+            f"curvature {curvature!r} can't be had of rows captured in training, which sum loss gradients over a "
+            "segment: take 'empirical_fisher', which was captured with them, or build the bank from checkpoints"
+        )
     if curvature == "sampled_fisher" and stage.draws == 0:
         raise ValueError(
             "curvature 'sampled_fisher' needs rows of sampled labels, and this bank has none: "

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from source_proj.attribution.curvature import Factors, count_factors, iter_factors
+from source_proj.attribution.curvature import Factors, check_curvature, count_factors, iter_factors
 from source_proj.attribution.spectral import Spectrum
 from source_proj.bank import StageBank
 
@@ -45,7 +45,7 @@ def mean_hessian(
     *,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The mean Hessian Ĥ of some checkpoints of a stage, ``(k, k)`` float64.
+    """The mean Hessian Ĥ of some checkpoints of a stage, ``(k, k)`` float64, or what was captured of a segment.
 
     Args:
         stage: the stage's rows.
@@ -55,8 +55,10 @@ def mean_hessian(
         device: where the products are computed.
 
     Raises:
-        ValueError: for a curvature that the bank's rows do not offer.
+        ValueError: for a curvature that the bank's rows do not offer, or several segments that were captured apart.
     """
+    if stage.captured:
+        return _captured(stage, checkpoints, curvature).to(device)
     factors = iter_factors(stage, checkpoints, curvature, device)
     bounds = [*range(0, dim, _PANEL), dim] if dim > _SMALL else [0, dim]
     panels = add_up((upper_panels(rows, bounds) for rows in factors), len(bounds) - 1)
@@ -66,6 +68,16 @@ def mean_hessian(
         hessian[start:stop, start:] = panel.div_(count)
         hessian[stop:, start:stop] = hessian[start:stop, stop:].T
     return hessian
+
+
+def _captured(stage: StageBank, segments: Sequence[int], curvature: Factors) -> Tensor:
+    check_curvature(stage, curvature)
+    if len(segments) != 1:
+        raise ValueError(
+            f"the rows of stage {stage.name!r} were captured by segments, and the segments {list(segments)} can't be "
+            "joined afterwards: leave segments= out, or record with other segment_ends="
+        )
+    return stage.captured_curvature(segments[0]).double()
 
 
 def upper_panels(rows: Tensor, bounds: Sequence[int]) -> list[Tensor]:
@@ -133,7 +145,9 @@ def spectrum(
             U of the range.
         device: where products and decomposition are computed.
     """
-    dual = _takes_dual(dim, count_factors(stage, checkpoints, curvature)) if route == "auto" else route == "dual"
+    dual = route == "dual"
+    if route == "auto":
+        dual = not stage.captured and _takes_dual(dim, count_factors(stage, checkpoints, curvature))
     if not dual:
         return decomposed(mean_hessian(stage, checkpoints, dim, curvature, device=device))
     rows = torch.cat(list(iter_factors(stage, checkpoints, curvature, device))).double()  # (n, k)

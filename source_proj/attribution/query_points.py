@@ -19,8 +19,7 @@ def query_points(bank: Bank, query_gradient: QueryGradient | None) -> list[Check
     """Return where a query is differentiated: by default at all checkpoints of the last stage, unless R is exact."""
     if not takes_mean(bank, query_gradient):
         return [bank.final_checkpoint()]
-    stage = len(bank.stages) - 1
-    return [bank.checkpoint(stage, c) for c in range(bank.stages[stage].n_checkpoints)]
+    return bank.query_points()
 
 
 def check_query_gradient(query_gradient: QueryGradient | None) -> None:

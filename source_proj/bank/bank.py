@@ -72,7 +72,7 @@ class Bank:
         """Look again which parts there are, and which of them are sealed."""
         parts_of = [find_parts(self.store, self.settings, s) for s in range(len(self.trajectory.stages))]
         self.stages: tuple[StageBank, ...] = tuple(
-            StageBank(self.settings, s, parts, self.require_finalized) for s, parts in enumerate(parts_of)
+            StageBank(self.settings, s, parts, self.require_finalized, self.store) for s, parts in enumerate(parts_of)
         )
         for part in self.parts:
             part.check_seal()
@@ -112,6 +112,11 @@ class Bank:
     def space_spec(self) -> dict[str, Any]:
         """``ParameterSpace.spec()`` of the attributed parameters."""
         return self.settings.parameters
+
+    @property
+    def captured(self) -> bool:
+        """Whether rows were captured while a stage trained: see :class:`source_proj.Recorder`."""
+        return any(stage.capture is not None for stage in self.trajectory.stages)
 
     @property
     def storage(self) -> str:
@@ -206,6 +211,14 @@ class Bank:
         """
         return self._weights.checkpoint(self.stage_index(stage) if isinstance(stage, str) else stage, index)
 
+    def query_points(self, stage: int = -1) -> list[Checkpoint]:
+        """Where a mean over a stage's checkpoints is taken of queries: all that were recorded of a captured one.
+
+        Raises:
+            IndexError, MismatchError: as :meth:`checkpoint`.
+        """
+        return self._weights.query_points(stage)
+
     def final_checkpoint(self) -> Checkpoint:
         """The weights at the end of training, which queries are asked of; raises as :meth:`checkpoint`."""
         return self._weights.final()
@@ -271,13 +284,15 @@ class Bank:
             The number of rows that were added: that of the examples, or 0 if they were there already.
 
         Raises:
-            BankError: the bank is unfinished, or cannot be written.
+            BankError: the bank is unfinished or captured, or cannot be written.
             MismatchError: the task, the model or the checkpoints are not the bank's, or an unfinished append was of
                 other data.
             TypeError, ValueError: an id is there already, or an argument is of another type or out of range.
             GradientError: a gradient is not finite; names the ids.
         """
         self.reload()
+        if self.captured:
+            raise BankError(f"the rows of {self.path} were captured while the model trained: none can be appended")
         place = self.stage_index(stage) if isinstance(stage, str) else range(len(self.stages))[stage]
         try:
             part = append_rows(
@@ -338,7 +353,7 @@ class Bank:
             ],
             0,
         )
-        kinds |= {"crossings": 0, "metrics": 0, "metadata": 0, "fits": 0, "temporary": 0}
+        kinds |= {"crossings": 0, "metrics": 0, "curvature": 0, "metadata": 0, "fits": 0, "temporary": 0}
         kind = {key: kind_of(key) for key in self.store.list()} | dict.fromkeys(self.store.leftovers(), "temporary")
         for key, name in kind.items():
             info = self.store.stat(key)

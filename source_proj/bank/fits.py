@@ -24,12 +24,14 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from source_proj._errors import BankError
-from source_proj._io.files import CREATING, publish
+from source_proj._io.files import CREATING, publish, write_file
+from source_proj.bank.layout import group_document
 
 __all__ = ["Arrays", "FitCache"]
 
 _VERSION = 2  # of the entries' meaning: raise it when a formula changes
 _CHUNK_BYTES = 16 << 20
+_DOCUMENT_BYTES = 64 << 20  # of metadata
 _ABANDONED = 600  # seconds after which an entry in the making, to which nothing was added, counts as a killed process's
 
 Arrays = dict[str, np.ndarray]
@@ -132,11 +134,28 @@ class FitCache:
 
     def _write(self, name: str, description: Mapping[str, Any], arrays: Arrays) -> None:
         folder = self.folder
-        zarr.open_group(folder, mode="a")  # the folder itself stays a readable zarr node
+        _make_group(folder)
         for path in self._entries():
             if path.name.endswith(CREATING) and time.time() - _last_change(path) > _ABANDONED:
                 _remove(path)
         publish(folder / name, lambda temporary: _fill(temporary, description, arrays))
+
+
+def _make_group(folder: Path) -> None:
+    """Keep the folder of the fits itself a readable zarr node, whatever stands there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    document = folder / "zarr.json"
+    try:
+        if _size(document) <= _DOCUMENT_BYTES:  # which refuses what is no file
+            zarr.open_group(folder, mode="r")
+            return
+    except Exception:  # whatever is wrong with it
+        _remove(document)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(document, group_document({}))
 
 
 def _name(description: Mapping[str, Any]) -> str:
@@ -146,6 +165,8 @@ def _name(description: Mapping[str, Any]) -> str:
 
 def _description(path: Path) -> dict[str, Any]:
     """What an entry says that it is."""
+    if _size(path / "zarr.json") > _DOCUMENT_BYTES:
+        raise ValueError("its metadata are too long")
     description = zarr.open_group(path, mode="r").attrs["description"]
     if not isinstance(description, dict):
         raise ValueError(f"its description is {description!r}")
@@ -158,7 +179,9 @@ def _read(path: Path, description: Mapping[str, Any]) -> Arrays:
     Raises:
         Exception: of whatever kind, if it is not, to the bit, what was written.
     """
-    on_disk = _size(path)  # which refuses links
+    on_disk = _size(path)  # which refuses links and pipes
+    if max(_size(file) for file in path.rglob("zarr.json")) > _DOCUMENT_BYTES:
+        raise ValueError("its metadata are too long")
     group = zarr.open_group(path, mode="r")
     if _description(path) != json.loads(json.dumps(description)) or path.name != _name(description):
         raise ValueError("it describes another fit")
@@ -166,8 +189,9 @@ def _read(path: Path, description: Mapping[str, Any]) -> Arrays:
     arrays = dict(group.arrays())
     if not isinstance(digests, dict) or set(arrays) != set(digests):
         raise ValueError("arrays are missing")
-    if sum(array.nbytes for array in arrays.values()) > on_disk:
-        raise ValueError("chunks are missing or cut short")
+    wanted = sum(array.nbytes for array in arrays.values())
+    if not wanted <= on_disk <= 2 * wanted + _DOCUMENT_BYTES:
+        raise ValueError("chunks are missing, cut short or too long")
     values = {name: np.asarray(array[...]) for name, array in arrays.items()}
     for name, digest in digests.items():
         if _digest(values[name]) != digest:
@@ -204,11 +228,13 @@ def _files(path: Path) -> Iterator[os.stat_result]:
     """What the file system knows of a path and of all below it.
 
     Raises:
-        ValueError: one of them is a link.
+        ValueError: one of them is neither a file nor a folder.
     """
     status = os.lstat(path)
     if stat.S_ISLNK(status.st_mode):
         raise ValueError(f"{path} is a link")
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise ValueError(f"{path} is neither a file nor a folder")
     yield status
     if stat.S_ISDIR(status.st_mode):
         for name in sorted(os.listdir(path)):
@@ -231,7 +257,7 @@ def _last_change(path: Path) -> float:
 
 def _remove(path: Path) -> None:
     """Remove a folder; of a link, the link."""
-    if path.is_symlink() or path.is_file():
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)

@@ -9,6 +9,7 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
                                         parameter_choice
     /weights/<hash>                     uint8: safetensors file of a checkpoint that was given as a dict
     /metrics/<hash>                     float32: diagonal of P^½ of a metric; only where optimizers were preconditioned
+    /curvature/<hash>                   float32: Ĥ of a captured segment, k · k; only where rows were captured
     /stage_<s>/                         attributes: name
     /stage_<s>/part_<p>/                attributes: start, n, batch_size, shard_rows, id_type
     /stage_<s>/part_<p>/ids             (n,)
@@ -75,6 +76,15 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
     ``parameters`` (little-endian float32). ``metrics`` of each stage holds the index of each checkpoint's metric.
 19. A checkpoint crosses the metrics of earlier ones (of its own and earlier stages) that are not its own, and MUST hold
     its rows in these too.
+
+**Captured stages**
+
+23. Where a stage of the ``trajectory`` has a ``capture``, its rows were captured while it trained. There is one
+    checkpoint for each segment, and its rows are the loss gradients of the segment, weighted as
+    `source_proj.bank.capture.sums` says: ``d1`` MUST be 1, ``batch_hashes`` all zeros, as no data were read again.
+    ``curvature`` lists the hash of each segment's Ĥ: the SHA-256, in hex, of its entries (little-endian float32, C
+    order), and ``query_points`` the weights at which queries are differentiated. Such a bank MUST have no
+    ``fisher_rows``, no second derivatives and one metric, the identity.
 
 **Commits**
 

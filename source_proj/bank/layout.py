@@ -26,6 +26,7 @@ __all__ = [
     "ArraySpec",
     "PartSpec",
     "crossing_name",
+    "curvature_array",
     "default_shard_rows",
     "flat_objects",
     "group_document",
@@ -294,6 +295,11 @@ def flat_objects(node: str, spec: ArraySpec, values: np.ndarray) -> dict[str, by
 def metric_array(count: int) -> ArraySpec:
     """The diagonal of a metric."""
     return ArraySpec((count,), "float32", min(count, _WEIGHTS_BYTES // 4))
+
+
+def curvature_array(count: int) -> ArraySpec:
+    """The k · k entries of a captured segment's Ĥ."""
+    return metric_array(count)
 
 
 def weights_array(count: int) -> ArraySpec:

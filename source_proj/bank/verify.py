@@ -9,6 +9,7 @@ from pathlib import Path
 from source_proj._errors import BankError
 from source_proj.bank.fits import FitCache
 from source_proj.bank.format import Settings
+from source_proj.bank.read.curvature import read_curvature
 from source_proj.bank.read.metrics import Metrics
 from source_proj.bank.read.objects import list_objects, object_info
 from source_proj.bank.read.part import Part
@@ -62,6 +63,7 @@ def verify(path: str | Path) -> VerifyReport:
     problems = [problem for part in parts for problem in _part_problems(part)]
     problems += _weights_problems(store, settings)
     problems += _metrics_problems(store, settings)
+    problems += _curvature_problems(store, settings)
     fits = _fits(store, parts)
     problems += fits.problems()
     beside = {key for key in there if key.startswith("fits/")}
@@ -136,6 +138,14 @@ def _metrics_problems(store: LocalStore, settings: Settings) -> Iterator[str]:
             yield str(error)
 
 
+def _curvature_problems(store: LocalStore, settings: Settings) -> Iterator[str]:
+    for digest in settings.trajectory.curvatures:
+        try:
+            read_curvature(store, digest)
+        except BankError as error:
+            yield str(error)
+
+
 def _keys(store: LocalStore, settings: Settings, parts: list[Part]) -> tuple[set[str], set[str]]:
     """Objects that were read, and objects that may be there besides: shards without a mark."""
     known = {"zarr.json"} | {f"{part.name.split('/')[0]}/zarr.json" for part in parts}
@@ -150,6 +160,7 @@ def _keys(store: LocalStore, settings: Settings, parts: list[Part]) -> tuple[set
                 of_shard = known if part.is_done(checkpoint, shard) else allowed
                 of_shard |= {part.key(checkpoint, name, shard) for name in (*part.data(checkpoint), "committed")}
     known |= _array_keys(store, "metrics", list(settings.trajectory.diagonals))
+    known |= _array_keys(store, "curvature", settings.trajectory.curvatures)
     copies = [checkpoint.hash for checkpoint in settings.trajectory.checkpoints if checkpoint.path is None]
     known |= _array_keys(store, "weights", copies)
     return known, allowed

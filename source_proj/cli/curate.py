@@ -1,21 +1,13 @@
 """``curate``: lists of examples to drop or to keep, files without them, and retraining as their judge."""
 
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from source_proj import curate
-from source_proj._io.outputs import require_free
-from source_proj.attribution.source import Source
-from source_proj.bank import open as open_bank
 from source_proj.cli.options import BankPath, BankPaths, BatchSize, Device, Json, Model, Overwrite, Progress
 from source_proj.cli.output import emit, reports_errors, say
-from source_proj.cli.parsing import load_function, make_task, needed
-from source_proj.cli.text import ask_about
-from source_proj.integrations.text_rows import text_rows
 
 __all__ = ["app"]
 
@@ -66,64 +58,6 @@ WithColumns = Annotated[
 LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Column of the labels in --file.")]
 
 
-@dataclass(frozen=True)
-class _Delivery:
-    """Where a cleaning goes."""
-
-    file: Path | None
-    out: Path | None
-    list: Path | None
-    encoding: str
-    delimiter: str
-    annotated: bool
-    overwrite: bool
-    json: bool
-
-    def check(self) -> None:
-        """Refuse what cannot be written before any work is done.
-
-        Raises:
-            ValueError: one of ``--file`` and ``--out`` is missing.
-            FileExistsError: something is there that may not be overwritten.
-        """
-        if self.out is not None and self.file is None:
-            raise ValueError("--out needs --file FILE, the training set that is written without the dropped examples")
-        for path in (self.out, self.list):
-            if path is not None and not path.is_dir():
-                require_free(path, overwrite=self.overwrite)
-
-    def give(self, cleaning: curate.Cleaning) -> None:
-        """Write what was asked for, and print the rest."""
-        if self.list is not None:
-            cleaning.save(self.list, overwrite=self.overwrite)
-        if self.file is not None and self.out is not None:
-            cleaning.write(
-                self.file,
-                self.out,
-                overwrite=self.overwrite,
-                encoding=self.encoding,
-                delimiter=self.delimiter,
-                annotated=self.annotated,
-            )
-        if self.json:
-            emit(
-                {
-                    "what": cleaning.what,
-                    "selects": cleaning.selects,
-                    "kept": len(cleaning.kept),
-                    "train": len(cleaning.train_ids),
-                    "out": self.out,
-                    "list": self.list,
-                    "examples": [{"id": its_id, "reason": reason} for its_id, reason in cleaning],
-                }
-            )
-            return
-        say(str(cleaning))
-        for path in (self.out, self.list):
-            if path is not None:
-                say(f"wrote {path}")
-
-
 @app.command("harmful")
 @reports_errors
 def harmful(
@@ -148,11 +82,16 @@ def harmful(
     json: Json = False,
 ) -> None:
     """Name the examples that harm a validation set, beyond what its size leaves to chance."""
-    delivery = _Delivery(file, out, list, encoding, delimiter, annotated, overwrite, json)
+    from source_proj import curate as library
+    from source_proj.cli import cleanings
+
+    delivery = cleanings.Delivery(file, out, list, encoding, delimiter, annotated, overwrite, json)
     delivery.check()
-    source, data = _asked(bank, model, queries, dataset, task, batch_size, device, progress)
+    source, data = cleanings.asked(bank, model, queries, dataset, task, batch_size, device, progress)
     delivery.give(
-        curate.harmful(_aggregate(source, data, dataset, group_column, weight_column), false_share=false_share)
+        library.harmful(
+            cleanings.aggregate(source, data, dataset, group_column, weight_column), false_share=false_share
+        )
     )
 
 
@@ -181,12 +120,15 @@ def drop_worst(
     json: Json = False,
 ) -> None:
     """Name the n examples that harm a validation set most; with --label-column, each class loses its share."""
-    delivery = _Delivery(file, out, list, encoding, delimiter, annotated, overwrite, json)
+    from source_proj import curate as library
+    from source_proj.cli import cleanings
+
+    delivery = cleanings.Delivery(file, out, list, encoding, delimiter, annotated, overwrite, json)
     delivery.check()
-    labels = None if label_column is None else _column(file, label_column)
-    source, data = _asked(bank, model, queries, dataset, task, batch_size, device, progress)
-    aggregated = _aggregate(source, data, dataset, group_column, weight_column)
-    delivery.give(curate.drop_worst(aggregated, n, labels=labels))
+    labels = None if label_column is None else cleanings.column(file, label_column)
+    source, data = cleanings.asked(bank, model, queries, dataset, task, batch_size, device, progress)
+    aggregated = cleanings.aggregate(source, data, dataset, group_column, weight_column)
+    delivery.give(library.drop_worst(aggregated, n, labels=labels))
 
 
 @app.command("select")
@@ -212,11 +154,14 @@ def select(
     json: Json = False,
 ) -> None:
     """Choose n examples for a target set; with --label-column, each class gives its share."""
-    delivery = _Delivery(file, out, list, encoding, delimiter, annotated, overwrite, json)
+    from source_proj import curate as library
+    from source_proj.cli import cleanings
+
+    delivery = cleanings.Delivery(file, out, list, encoding, delimiter, annotated, overwrite, json)
     delivery.check()
-    labels = None if label_column is None else _column(file, label_column)
-    source, data = _asked(bank, model, queries, dataset, task, batch_size, device, progress)
-    delivery.give(curate.select(source, data, n=n, labels=labels))
+    labels = None if label_column is None else cleanings.column(file, label_column)
+    source, data = cleanings.asked(bank, model, queries, dataset, task, batch_size, device, progress)
+    delivery.give(library.select(source, data, n=n, labels=labels))
 
 
 @app.command("mislabelled")
@@ -237,11 +182,16 @@ def mislabelled(
     json: Json = False,
 ) -> None:
     """Name the examples whose label is likely wrong; needs neither model nor queries."""
-    delivery = _Delivery(file, out, list, encoding, delimiter, annotated, overwrite, json)
+    from source_proj import curate as library
+    from source_proj.attribution.source import Source
+    from source_proj.bank import open as open_bank
+    from source_proj.cli import cleanings
+
+    delivery = cleanings.Delivery(file, out, list, encoding, delimiter, annotated, overwrite, json)
     delivery.check()
-    labels = _column(file, label_column)
+    labels = cleanings.column(file, label_column)
     source = Source([open_bank(path) for path in bank], device=device, progress=False)
-    delivery.give(curate.mislabelled(source, labels, n=n, by=by.value.replace("-", "_")))  # type: ignore[arg-type]
+    delivery.give(library.mislabelled(source, labels, n=n, by=by.value.replace("-", "_")))  # type: ignore[arg-type]
 
 
 @app.command("duplicates")
@@ -259,9 +209,13 @@ def duplicates(
     json: Json = False,
 ) -> None:
     """Name all but one of each cluster of examples that teach the model the same."""
-    delivery = _Delivery(file, out, list, encoding, delimiter, annotated, overwrite, json)
+    from source_proj import curate as library
+    from source_proj.bank import open as open_bank
+    from source_proj.cli import cleanings
+
+    delivery = cleanings.Delivery(file, out, list, encoding, delimiter, annotated, overwrite, json)
     delivery.check()
-    delivery.give(curate.near_duplicates(open_bank(bank), threshold=threshold))
+    delivery.give(library.near_duplicates(open_bank(bank), threshold=threshold))
 
 
 @app.command("clean")
@@ -277,9 +231,12 @@ def clean(
     json: Json = False,
 ) -> None:
     """Write a training set's file without the examples of a list; every other byte stays as it was."""
-    delivery = _Delivery(file, out, None, encoding, delimiter, annotated, overwrite, json)
+    from source_proj import curate as library
+    from source_proj.cli import cleanings
+
+    delivery = cleanings.Delivery(file, out, None, encoding, delimiter, annotated, overwrite, json)
     delivery.check()
-    delivery.give(curate.Cleaning.load(cleaning))
+    delivery.give(library.Cleaning.load(cleaning))
 
 
 @app.command("verify")
@@ -297,8 +254,11 @@ def verify(
     json: Json = False,
 ) -> None:
     """Judge a cleaning by retraining: on all examples, on the kept ones, on as many at random."""
+    from source_proj import curate as library
+    from source_proj.cli.parsing import load_function
+
     functions = load_function(train, "--train"), load_function(evaluate, "--evaluate")
-    judged = curate.verify(curate.Cleaning.load(cleaning), *functions, seeds=range(seeds), progress=progress)
+    judged = library.verify(library.Cleaning.load(cleaning), *functions, seeds=range(seeds), progress=progress)
     if json:
         emit(
             {
@@ -313,51 +273,3 @@ def verify(
         )
     else:
         say(str(judged))
-
-
-def _asked(
-    banks: list[Path],
-    model: str | None,
-    queries: str | None,
-    dataset: Path | None,
-    task: str | None,
-    batch_size: int,
-    device: str | None,
-    progress: bool,
-) -> tuple[Source, Any]:
-    network, data, _ = ask_about(banks[0], model, queries, dataset, False)
-    source = Source(
-        [open_bank(path) for path in banks],
-        model=network,
-        task=None if task is None else make_task(task),
-        batch_size=batch_size,
-        device=device,
-        progress=progress,
-    )
-    return source, data
-
-
-def _aggregate(
-    source: Source, data: Any, dataset: Path | None, group_column: str | None, weight_column: str | None
-) -> curate.Aggregate:
-    groups, weights = (
-        None if name is None else _column(Path(needed(None if dataset is None else str(dataset), "--dataset")), name)
-        for name in (group_column, weight_column)
-    )
-    return curate.aggregate(source, data, groups=groups, weights=None if weights is None else [*map(float, weights)])
-
-
-def _column(file: Path | None, name: str) -> list[Any]:
-    """A column of a file.
-
-    Raises:
-        ValueError: there is no such column, or a record has nothing in it.
-    """
-    if file is None:
-        raise ValueError(f"the labels are in no file: give --file FILE, whose column {name!r} holds them")
-    called, rows = text_rows(file)
-    values = [row.get(name) for row in rows]
-    if None in values:
-        place = values.index(None)
-        raise ValueError(f"example {place + 1} of {called} has no {name!r}, only {sorted(map(str, rows[place]))}")
-    return values

@@ -28,9 +28,10 @@ def harmful(aggregated: Aggregate, *, false_share: float = 0.05) -> Cleaning:
     https://doi.org/10.1111/j.2517-6161.1995.tb02031.x). Groups count alike, whatever their sizes. Chance here is the
     draw of the validation set: what another run of the training would have said differently is not counted.
 
-    Dropping them helps where labels or inputs are wrong, and does little or harm where they are not: an example that
-    harms these queries may be what others need. Guide page ``curation`` has the numbers; judge by
-    :func:`source_proj.curate.verify`, on examples other than the validation set.
+    It names few: on five small data sets, dropping them changed accuracy by -.02 to +.03 where a fifth of the labels
+    were flipped, and by .00 to .01 where labels were right, nowhere beyond chance (guide page ``curation``). An example
+    that harms these queries may be what others need: judge by :func:`source_proj.curate.verify`, on examples other than
+    the validation set.
 
     Args:
         aggregated: what :func:`source_proj.curate.aggregate` returned for the validation set.
@@ -62,7 +63,9 @@ def beyond_chance(benefit: np.ndarray, error: np.ndarray, false_share: float) ->
 def drop_worst(aggregated: Aggregate, n: int, *, labels: Labels | None = None) -> Cleaning:
     """The n training examples that worsened a validation set most (or bettered it least).
 
-    The number is yours, and nothing says that all n do harm: :func:`harmful` leaves the number to the data.
+    The number is yours, and nothing says that all n do harm: :func:`harmful` leaves the number to the data. On five
+    small data sets with a fifth of the labels flipped, as many dropped raised accuracy by .03 to .08; a tenth dropped
+    where labels were right changed it by -.014 to +.006 (guide page ``curation``).
 
     Args:
         aggregated: what :func:`source_proj.curate.aggregate` returned for the validation set.

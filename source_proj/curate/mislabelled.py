@@ -41,10 +41,10 @@ def mislabelled(source: Source, labels: Labels, *, n: int | None = None, by: By 
     By ``"disagreement"``: how much each example raised the mean training loss of the other class that it harmed most,
     which may be its own.
 
-    Against labels flipped at random the error ranks best, self-influence next, as well as out-of-fold probabilities
-    (cleanlab) do at the price of more training: guide page ``curation`` has the numbers. There dropping what is named
-    helps. Where labels are right it takes the rare cases away, and helped on none of its data sets: look at the
-    examples first.
+    Of five small data sets with a fifth of the labels flipped, the error and self-influence found them as well as
+    out-of-fold probabilities (cleanlab) do at the price of more training, and dropping as many raised accuracy by .02
+    to .09. Where labels are right it takes the rare cases away: a tenth dropped changed accuracy by -.02 to +.01. Guide
+    page ``curation`` has the numbers and their intervals. Look at the examples first.
 
     Args:
         source: SOURCE on the bank.

@@ -163,7 +163,8 @@ class HookPath:
                 calls, self._calls = self._calls, None  # recomputed layers of a checkpoint call the hooks once more
                 admit(self._structure(values, calls, size))
                 if values.requires_grad:  # else it reaches no attributed parameter
-                    torch.autograd.grad(values.sum(), [anchor], allow_unused=True)
+                    with sink.holding():
+                        torch.autograd.grad(values.sum(), [anchor], allow_unused=True)
         finally:
             self._calls = None
         return values.detach().float()
@@ -320,10 +321,11 @@ def requiring_only(model: nn.Module, attributed: Mapping[str, nn.Parameter]) -> 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and each module's own mode again afterwards."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    if training:  # it takes as long as a small layer
+        model.eval()
     try:
         yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
+        for module in training:
+            module.training = True

@@ -12,6 +12,7 @@ in order behind the layers, for the values to be in order, and that is seen.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
@@ -70,7 +71,12 @@ def walk(roots: Iterable[Node], edges: Callable[[Node], Iterable[Node]]) -> list
 
 def label(node: Node) -> str:
     """A node's operation: "IndexBackward0" → "Index"."""
-    return re.sub(r"Backward\d*$", "", type(node).__name__)  # a custom function's node may have another name()
+    return _operation(type(node).__name__)  # a custom function's node may have another name()
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _operation(name: str) -> str:
+    return re.sub(r"Backward\d*$", "", name)
 
 
 def where_examples_are_lost(order: Sequence[Node], calls: Sequence[Call], root: Node, size: int) -> str | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -178,6 +179,10 @@ class WatchedSink(GradientSink):
     def accepts_half(self) -> bool:
         """As the sink."""
         return self._sink.accepts_half
+
+    def holding(self) -> AbstractContextManager[None]:
+        """As of the sink; the second holds nothing back."""
+        return self._sink.holding()
 
     def _sinks(self, name: str) -> list[GradientSink]:
         return [self._sink, self._second] if name in self._watched else [self._sink]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from math import prod
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from source_proj.gradients.space import ParameterSpace
 from source_proj.sketch import Sketch
+from source_proj.sketch.projections import HeldSketches
 
 __all__ = ["GradientSink", "ScaledSink", "SinkByParameter"]
 
@@ -28,6 +30,22 @@ class GradientSink:
         self._sketch = sketch
         self._offsets = space.offsets
         self._shapes = dict(zip(space.names, space.shapes, strict=True))
+        self._held: HeldSketches | None = None
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Within, pieces that are cheaper together may be held back; at the end all are added."""
+        self._held = self._sketch.hold(self._out)
+        try:
+            yield
+            if self._held is not None:
+                self._held.finish_()
+        finally:
+            self._held = None
+
+    def _held_for(self, piece: Tensor) -> HeldSketches | None:
+        """What may hold back a piece of the whole batch."""
+        return self._held if piece.shape[0] == self._out.shape[0] else None
 
     def _rows(self, _name: str, start: int, count: int) -> Tensor:
         """Where the named parameter's piece for some examples is added to."""
@@ -46,21 +64,23 @@ class GradientSink:
     def add(self, name: str, rows: Tensor, start: int = 0) -> None:
         """The gradients (n, …) of the whole parameter for the examples start … start + n."""
         flat = rows.reshape(len(rows), -1)
-        self._sketch.add_(self._rows(name, start, len(rows)), flat, self._offsets[name], self._shapes[name])
+        out = self._rows(name, start, len(rows))
+        self._sketch.add_(out, flat, self._offsets[name], self._shapes[name], self._held_for(rows))
 
     def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0, scale: Tensor | None = None) -> None:
         """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i).
 
         With a scale (o · i,), each coordinate times its entry.
         """
-        self._sketch.add_outer_(self._rows(name, start, len(left)), left, right, self._offsets[name], scale)
+        rows, held = self._rows(name, start, len(left)), self._held_for(left)
+        self._sketch.add_outer_(rows, left, right, self._offsets[name], scale, held)
 
     def windows(
         self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, scale: Tensor | None = None
     ) -> None:
         """The gradient of a convolution's weight (o, c, J); arguments as in `Sketch.add_windows_`."""
         rows, offset = self._rows(name, 0, len(left)), self._offsets[name]
-        self._sketch.add_windows_(rows, left, right, taps, windows, offset, scale)
+        self._sketch.add_windows_(rows, left, right, taps, windows, offset, scale, self._held_for(left))
 
     def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
         """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""
@@ -87,6 +107,14 @@ class ScaledSink(GradientSink):
         super().__init__(outs[0], sketch, space)
         self._each = [GradientSink(out, sketch, space) for out in outs]
         self._scales = list(scales)
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """As `GradientSink.holding`, in each metric."""
+        with ExitStack() as stack:
+            for sink in self._each:
+                stack.enter_context(sink.holding())
+            yield
 
     def _pairs(self, name: str) -> Iterator[tuple[GradientSink, Tensor | None]]:
         """The sink of each metric, and the metric's entries of a parameter."""
@@ -149,6 +177,10 @@ class SinkByParameter(GradientSink):
 
     def _rows(self, name: str, start: int, count: int) -> Tensor:
         return self._out[self._at[name], start : start + count]
+
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """Of each parameter, the sum over examples (parameters, dim), and the sum of the squares (parameters,)."""
+        return self._out.sum(1), self._out.square().sum((1, 2))
 
     def touched(self) -> set[str]:
         """Names of the parameters that received anything but zeros."""

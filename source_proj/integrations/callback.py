@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from source_proj.bank import Bank
+from source_proj.bank.capture import Capture, write_captured
+from source_proj.bank.capture.sums import Memory
 from source_proj.integrations.callback_log import CallbackLog, callback_stage
-from source_proj.trajectory import Segments, Trajectory
+from source_proj.sketch import Sketch
+from source_proj.task import Task
+from source_proj.trajectory import PreconditionerMode, Segments, Trajectory
 from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.optimizers.describe import describe_live
+from source_proj.trajectory.recording.run_files import clip_factor
 
 __all__ = ["RecorderCallback"]
 
@@ -30,15 +36,45 @@ class RecorderCallback:
         every: record a checkpoint after every so many optimizer steps.
         at: record checkpoints after these numbers of optimizer steps; both may be given. With neither, one is recorded
             whenever the Trainer saves one. The end of training is recorded in any case.
+        capture: a sketch, to capture the rows of a bank too, as :class:`source_proj.Recorder` does; :meth:`bank` gives
+            it. Train on an :class:`source_proj.IndexedDataset`, with ``remove_unused_columns=False`` so that the
+            collator gets to see its "index", and in one process. A run can be resumed from its last two checkpoints.
+        task: what is trained on; needed with ``capture``.
+        parameters: as for the Recorder, as are ``examples``, ``segment_ends`` and ``memory``.
+        examples: number of training examples.
+        segment_ends: optimizer steps at which a captured segment ends.
+        memory: "ram" or "disk".
 
     Raises:
+        TypeError: ``capture`` is given without ``task``.
         ValueError: ``every`` or ``at`` is out of range.
     """
 
-    def __init__(self, dir: str | Path, every: int | None = None, at: Iterable[int] | None = None) -> None:
+    def __init__(
+        self,
+        dir: str | Path,
+        every: int | None = None,
+        at: Iterable[int] | None = None,
+        *,
+        capture: Sketch | None = None,
+        task: Task | None = None,
+        parameters: Sequence[str] | None = None,
+        examples: int | None = None,
+        segment_ends: Iterable[int] = (),
+        memory: Memory = "ram",
+    ) -> None:
         self.dir = Path(dir).absolute()
+        if (capture is None) != (task is None):
+            raise TypeError("capture= and task= go together: give capture=Sketch(...) and task=CausalLM(), say")
+        self._ends = frozenset(checked_count("segment_ends, in optimizer steps,", step, 1) for step in segment_ends)
+        self._sketch, self._task = capture, task
+        self._options: dict[str, Any] = {"parameters": parameters, "examples": examples, "memory": memory}
+        self._capture: Capture | None = None
+        self._model: nn.Module | None = None
+        self._max_norm = 0.0
         self._every = None if every is None else checked_count("every, in optimizer steps,", every, 1)
-        self._at = frozenset(checked_count("at, in optimizer steps,", step, 1) for step in at or ())
+        self._given_at = frozenset(checked_count("at, in optimizer steps,", step, 1) for step in at or ())
+        self._at = self._given_at | self._ends
         self._log: CallbackLog | None = None
         self._removable: list[Any] = []
         self._squares: dict[int, Tensor] = {}  # by parameter: squared norm of its gradient, before clipping
@@ -57,6 +93,43 @@ class RecorderCallback:
         """Give what was recorded as a trajectory of one stage."""
         return Trajectory.from_stages([callback_stage(self.dir, segments)])
 
+    def bank(
+        self,
+        path: str | Path | None = None,
+        *,
+        storage: str = "int8",
+        ids: Sequence[Any] | None = None,
+        autocast: str | None = None,
+        preconditioner: PreconditionerMode = "scalar",
+    ) -> Bank:
+        """Give the bank of what was captured, once training has ended; see :meth:`source_proj.Recorder.bank`.
+
+        Raises:
+            TypeError: nothing was captured.
+        """
+        if self._capture is None or self._model is None:
+            raise TypeError("nothing was captured: give RecorderCallback(capture=Sketch(...), task=...), and train")
+        log = CallbackLog.open(self.dir)
+        groups: list[list[int]] = [[]]
+        last: list[int] = []
+        steps = sorted(log.checkpoints)
+        for place, step in enumerate(steps):
+            groups[-1].append(place)
+            if place + 1 == len(steps) or (step in log.captures and log.captures[step][1]):
+                last.append(step)
+                groups.append([])
+        return write_captured(
+            self._model,
+            self._capture,
+            callback_stage(self.dir, groups[:-1], preconditioner=preconditioner),
+            [log.captured(step) for step in last],
+            self.dir / "bank" if path is None else path,
+            examples=self._options["examples"],
+            ids=ids,
+            storage=storage,
+            autocast=autocast,
+        )
+
     def on_train_begin(self, args: Any, state: Any, *_: Any, model: nn.Module, optimizer: Any, **__: Any) -> None:
         """Open the directory, and listen to gradients and to the optimizer.
 
@@ -71,6 +144,8 @@ class RecorderCallback:
         self._momentum = inner.param_groups[0].get("momentum")
         self._log = CallbackLog.begin(self.dir, int(state.global_step), float(args.max_grad_norm or 0.0))
         self._removable = [inner.register_step_post_hook(self._see_step)]
+        if self._sketch is not None and self._task is not None:
+            self._begin_capture(args, int(state.global_step), model, optimizer, self._sketch, self._task)
         if args.world_size == 1 and args.max_grad_norm:
             self._removable += [
                 p.register_post_accumulate_grad_hook(self._see_gradient) for p in model.parameters() if p.requires_grad
@@ -90,8 +165,11 @@ class RecorderCallback:
             return
         step = int(state.global_step)
         self._log.add_step(step, self._rate, self._norm, self._momentum)
+        if self._capture is not None:
+            self._capture.add_step(self._rate, None, None, self._clip_factor)
         self._rate, self._norm = 0.0, None
         if step in self._at or (self._every is not None and step % self._every == 0):
+            self._keep_capture(step)
             self._log.add_checkpoint(step, model, _innermost(optimizer))
 
     def on_log(self, _args: Any, state: Any, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
@@ -101,16 +179,58 @@ class RecorderCallback:
 
     def on_save(self, _args: Any, state: Any, *_: Any, model: nn.Module, optimizer: Any, **__: Any) -> None:
         """Record a checkpoint where the Trainer saves one, if nothing else was asked for."""
-        if self._log is not None and self._every is None and not self._at:
+        self._keep_capture(int(state.global_step))
+        if self._log is not None and self._every is None and not self._given_at:
             self._log.add_checkpoint(int(state.global_step), model, _innermost(optimizer))
 
     def on_train_end(self, _args: Any, state: Any, *_: Any, model: nn.Module, optimizer: Any, **__: Any) -> None:
         """Record the end, and listen no more."""
+        self._keep_capture(int(state.global_step))
         if self._log is not None:
             self._log.add_checkpoint(int(state.global_step), model, _innermost(optimizer))
+        if self._capture is not None:
+            self._capture.close()
         for handle in self._removable:
             handle.remove()
         self._removable, self._log = [], None
+
+    def _begin_capture(
+        self, args: Any, step: int, model: nn.Module, optimizer: Any, sketch: Sketch, task: Task
+    ) -> None:
+        """Capture from here on, with the sums of the step that the run goes on from.
+
+        Raises:
+            ValueError: there are several processes.
+        """
+        if args.world_size > 1:
+            raise ValueError(
+                f"capture= of a Trainer counts on one process, got {args.world_size}: write the loop with sp.Recorder, "
+                "which adds up what its processes captured"
+            )
+        log = CallbackLog.open(self.dir)
+        self._model, self._max_norm = model, float(args.max_grad_norm or 0.0)
+        self._capture = Capture(
+            model,
+            _innermost(optimizer),
+            sketch,
+            task,
+            self.dir,
+            scaler=getattr(optimizer, "scaler", None),
+            clipped=self._max_norm > 0,
+            **self._options,
+        )
+        ended = step in log.captures and log.captures[step][1]
+        self._capture.restart(None if step == 0 or ended else log.captured(step))
+
+    def _keep_capture(self, step: int) -> None:
+        if self._capture is not None and self._log is not None and step not in self._log.captures:
+            ends = step in self._ends
+            self._log.add_capture(step, self._capture.content(), ends_segment=ends)
+            if ends:
+                self._capture.restart(None)
+
+    def _clip_factor(self) -> float:
+        return clip_factor(self._norm, self._max_norm) if self._norm is not None and self._max_norm else 1.0
 
     def _see_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self._rate = float(optimizer.param_groups[0]["lr"])

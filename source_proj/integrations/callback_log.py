@@ -5,6 +5,7 @@
     updates.jsonl             {"begin": 0}, {"step": 1, "lr": 0.1, "momentum": 0.9, "grad_norm": 2.0}, {"checkpoint": 4}
     step_00000004.pt          the model's state_dict after 4 optimizer steps
     optimizer_00000004.pt     the optimizer's, with parameter names
+    capture_00000004.pt       the sums of a capture, where there is one: at the last two saves, and at ends of segments
 
 A line counts once it is whole, and a checkpoint once its line is there. What comes after the step that a run is resumed
 from no longer counts.
@@ -23,12 +24,19 @@ from torch import nn
 
 from source_proj._errors import MismatchError
 from source_proj._io.files import write_files
+from source_proj._io.loading import load_tensors
 from source_proj.integrations.momentum import momentum_factors
 from source_proj.integrations.trainer_folders import read_tensors
 from source_proj.integrations.trainer_rates import clipping
 from source_proj.trajectory import Checkpoint, PreconditionerMode, Segments, Stage
 from source_proj.trajectory.optimizers.describe import describe_state
-from source_proj.trajectory.recording.run_files import resume_name, weights_name, write_tensors
+from source_proj.trajectory.recording.run_files import (
+    capture_name,
+    check_file,
+    resume_name,
+    weights_name,
+    write_tensors,
+)
 
 __all__ = ["CallbackLog", "callback_stage", "is_callback_dir"]
 
@@ -47,6 +55,7 @@ class CallbackLog:
         norms: norm of its gradient before clipping, where it is known.
         momenta: the optimizer's momentum at that update, where it has one.
         checkpoints: steps of the checkpoints, by step: SHA-256 of the files with weights and optimizer.
+        captures: by step, SHA-256 of the file with a capture's sums, and whether a segment ends there.
     """
 
     dir: Path
@@ -55,6 +64,7 @@ class CallbackLog:
     norms: dict[int, float] = field(default_factory=dict)
     momenta: dict[int, float] = field(default_factory=dict)
     checkpoints: dict[int, list[str]] = field(default_factory=dict)
+    captures: dict[int, tuple[str, bool]] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, dir: Path, step: int, max_grad_norm: float) -> CallbackLog:
@@ -76,6 +86,11 @@ class CallbackLog:
         return cls.replay(dir, lines)
 
     @classmethod
+    def open(cls, dir: Path) -> CallbackLog:
+        """Read what a directory holds now."""
+        return cls.replay(dir, _lines(dir))
+
+    @classmethod
     def replay(cls, dir: Path, lines: list[dict[str, Any]]) -> CallbackLog:
         """Put the lines of a file together."""
         log = cls(dir)
@@ -83,9 +98,11 @@ class CallbackLog:
             if "begin" in line:
                 begin = int(line["begin"])
                 log.max_grad_norm = float(line["max_grad_norm"])
-                for known in (log.rates, log.norms, log.momenta, log.checkpoints):
+                for known in (log.rates, log.norms, log.momenta, log.checkpoints, log.captures):
                     for step in [step for step in known if step > begin]:
                         del known[step]
+            elif "capture" in line:
+                log.captures[int(line["capture"])] = (str(line["sha256"]), bool(line["ends_segment"]))
             elif "checkpoint" in line:
                 log.checkpoints[int(line["checkpoint"])] = list(line["sha256"])
             else:
@@ -113,6 +130,33 @@ class CallbackLog:
         )
         self.checkpoints[step] = hashes
         self._append({"checkpoint": step, "sha256": hashes})
+
+    def add_capture(self, step: int, content: dict[str, Any], *, ends_segment: bool) -> None:
+        """Write the sums of a capture, and let go of those that no resumed run will ask for."""
+        if step in self.captures or step == 0:
+            return
+        (digest,) = write_tensors({self.dir / capture_name(step): content})
+        self.captures[step] = (digest, ends_segment)
+        self._append({"capture": step, "sha256": digest, "ends_segment": ends_segment})
+        kept = {*sorted(self.captures)[-2:], *(old for old, (_, ends) in self.captures.items() if ends)}
+        for old in set(self.captures) - kept:
+            (self.dir / capture_name(old)).unlink(missing_ok=True)
+
+    def captured(self, step: int) -> dict[str, Any]:
+        """Read the sums of a capture.
+
+        Raises:
+            MismatchError: there are none of this step, or the file was changed.
+        """
+        path = self.dir / capture_name(step)
+        if step not in self.captures or not path.is_file():
+            raise MismatchError(
+                f"{str(self.dir)!r} holds no captured rows of step {step}: go on from one of the Trainer's last two "
+                "checkpoints, or begin anew in an empty directory"
+            )
+        check_file(path, self.captures[step][0])
+        content: dict[str, Any] = load_tensors(path, "begin anew in an empty directory", mapped=True)
+        return content
 
     def _append(self, line: dict[str, Any]) -> None:
         with (self.dir / _NAME).open("a", encoding="utf-8") as file:

@@ -21,7 +21,7 @@ from source_proj.sketch.checks import (
     floating_tensor,
     integer,
 )
-from source_proj.sketch.projections import Projection, projection_class
+from source_proj.sketch.projections import HeldSketches, Projection, projection_class
 
 __all__ = ["Sketch"]
 
@@ -181,7 +181,14 @@ class Sketch:
         return out.view(*rows.shape[:-1], self.dim)
 
     @_plain
-    def add_(self, out: Tensor, rows: Tensor, offset: int = 0, shape: tuple[int, ...] | None = None) -> None:
+    def add_(
+        self,
+        out: Tensor,
+        rows: Tensor,
+        offset: int = 0,
+        shape: tuple[int, ...] | None = None,
+        held: HeldSketches | None = None,
+    ) -> None:
         """Add R[:, offset : offset + n] rows to out, in place.
 
         Args:
@@ -190,6 +197,7 @@ class Sketch:
             offset: absolute coordinate of the first column of rows.
             shape: for ``"kronecker"`` and ``"tensor"``, that of the one parameter whose flattened gradients the rows
                 are; without it, and for shapes of fewer than two axes, the rows go through the sparse map.
+            held: of the same out (`hold`): what it takes is added when it is finished, and must not change until then.
 
         Raises:
             ValueError: shapes, devices or coordinates do not fit.
@@ -200,11 +208,30 @@ class Sketch:
         check_range(offset, count)
         if shape is not None and math.prod(shape) != count:
             raise ValueError(f"shape {tuple(shape)} has {math.prod(shape)} coordinates, but rows have {count}")
-        if batch and count:
+        if not batch or not count:
+            return
+        if held is None or not held.takes_rows(rows, offset, shape):
             self._projection.add_(out, rows, offset, shape)
 
+    def hold(self, out: Tensor) -> HeldSketches | None:
+        """What takes sketches of all layers for out (B, dim), to be given as `held`, until its `finish_`.
+
+        Some are cheaper together: with ``"tensor"`` all layers share a transform, and small parameters a call. None
+        where nothing is gained.
+        """
+        check_out(out, self.dim)
+        return self._projection.hold(out)
+
     @_plain
-    def add_outer_(self, out: Tensor, left: Tensor, right: Tensor, offset: int, scale: Tensor | None = None) -> None:
+    def add_outer_(
+        self,
+        out: Tensor,
+        left: Tensor,
+        right: Tensor,
+        offset: int,
+        scale: Tensor | None = None,
+        held: HeldSketches | None = None,
+    ) -> None:
         """Add R vec(sum_t left_t (x) right_t) to out, in place, without making the B x d matrix.
 
         This is the gradient of a linear layer's weight (o, i), in C order, when left holds output gradients and right
@@ -216,6 +243,7 @@ class Sketch:
             right: (B, T, i).
             offset: absolute coordinate of the weight's first entry.
             scale: (o i,) float32, what each coordinate counts times, a metric's diagonal; None for ones.
+            held: of the same out (`hold`): what it takes is added when it is finished.
 
         Raises:
             ValueError: shapes, devices or coordinates do not fit.
@@ -228,7 +256,9 @@ class Sketch:
         count = left.shape[2] * right.shape[2]
         check_range(offset, count)
         scale = checked_scale(scale, count, out)
-        if 0 not in (*left.shape, *right.shape):
+        if 0 in (*left.shape, *right.shape):
+            return
+        if held is None or scale is not None or not held.takes_outer(left, right, offset):
             self._projection.add_outer_(out, left, right, offset, scale)
 
     @_plain
@@ -241,6 +271,7 @@ class Sketch:
         windows: Tensor,
         offset: int,
         scale: Tensor | None = None,
+        held: HeldSketches | None = None,
     ) -> None:
         """Add R vec(G), G[o, c, j] = sum_l left[o, l] right[c, taps[j] + windows[l]], to out, in place.
 
@@ -255,6 +286,7 @@ class Sketch:
             windows: (L,) integers, the offset of each output position, where the taps are.
             offset: absolute coordinate of the weight's first entry.
             scale: (o c J,) float32, what each coordinate counts times, a metric's diagonal; None for ones.
+            held: of the same out (`hold`): what it takes is added when it is finished.
 
         Raises:
             ValueError: shapes, devices or coordinates do not fit, or a window reaches out of its channel.
@@ -266,7 +298,9 @@ class Sketch:
         count = left.shape[1] * right.shape[1] * len(taps)
         check_range(offset, count)
         scale = checked_scale(scale, count, out)
-        if 0 not in (*left.shape, *right.shape, len(taps)):
+        if 0 in (*left.shape, *right.shape, len(taps)):
+            return
+        if held is None or scale is not None or not held.takes_windows(left, right, taps, windows, offset):
             self._projection.add_windows_(out, left, right, taps, windows, offset, scale)
 
     @_plain

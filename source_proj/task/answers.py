@@ -112,14 +112,15 @@ def greedy(model: Model, batch: Batch, count: int, padding: int) -> Answers:
     rows, likelihoods = [], []
     for sequence, mask in zip(tokens, masks, strict=True):
         prompt = sequence[mask].to(device)[None]
+        room = _room(model, prompt.shape[1], count)
         if hasattr(model, "generate"):
             whole = model.generate(
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, num_beams=1,
-                max_new_tokens=count, pad_token_id=_padding_token(model),
+                max_new_tokens=room, pad_token_id=_padding_token(model),
             )  # fmt: skip
         else:
             whole = prompt
-            for _ in range(count):
+            for _ in range(room):
                 inputs = {"input_ids": whole} if by_name else whole
                 whole = torch.cat([whole, logits_of(model, inputs, by_name)[:, -1:].argmax(-1)], dim=1)
         said = whole[0, prompt.shape[1] :]
@@ -173,6 +174,20 @@ def _sequences(batch: Batch) -> tuple[Tensor, Tensor]:
         )
     tokens = inputs["input_ids"]
     return tokens, inputs.get("attention_mask", torch.ones_like(tokens)).bool()
+
+
+def _room(model: Any, length: int, count: int) -> int:
+    """How many tokens a prompt of some length is continued by.
+
+    Raises:
+        ValueError: it is empty, or leaves no room.
+    """
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    room = count if positions is None else min(count, positions - length)
+    if not length or room < 1:
+        limit = "" if positions is None else f" and the model has {positions} positions"
+        raise ValueError(f"a prompt has {length} tokens{limit}: nothing goes on from there; give another, or labels")
+    return room
 
 
 def _padding_token(model: Any) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -17,7 +17,15 @@ from source_proj._io.json_records import read_record, write_record
 from source_proj.trajectory.optimizers import Optimizer
 from source_proj.trajectory.segments import Segments, split_segments
 
-__all__ = ["CheckpointRef", "PreconditionerMode", "RunRecord", "SegmentRecord", "StageRecord", "read_optimizer"]
+__all__ = [
+    "CaptureRecord",
+    "CheckpointRef",
+    "PreconditionerMode",
+    "RunRecord",
+    "SegmentRecord",
+    "StageRecord",
+    "read_optimizer",
+]
 
 PreconditionerMode = Literal["shared", "per_segment", "scalar", "none"]
 """What becomes of a preconditioner; see :class:`Stage`."""
@@ -70,6 +78,28 @@ class CheckpointRef:
 
 
 @dataclass(frozen=True)
+class CaptureRecord:
+    """Of a stage whose rows were captured while it trained, one a segment: what is not at the ends of segments.
+
+    Args:
+        query_points: all weights that were recorded; queries are differentiated there.
+        curvature: of each segment, the hash of its Ĥ (:func:`hash_float32`).
+
+    Raises:
+        ValueError: there is no such weights, or a hash is none.
+    """
+
+    query_points: tuple[CheckpointRef, ...]
+    curvature: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.query_points:
+            raise ValueError("query_points is empty, and queries are differentiated at one point at least")
+        for place, digest in enumerate(self.curvature):
+            _check_hash(f"curvature[{place}]", digest)
+
+
+@dataclass(frozen=True)
 class SegmentRecord:
     """A segment of a stage, by whatever cut.
 
@@ -107,6 +137,8 @@ class StageRecord:
         scalars: the number in place of P at each checkpoint; None unless ``preconditioner="scalar"``.
         decays: λ at each checkpoint per unit of Σ lr, where it is not the optimizer's one weight decay.
         metrics: index, in the run's ``metrics``, of each checkpoint's metric.
+        capture: where rows were captured while the stage trained, a checkpoint for each segment: see
+            :meth:`captured`.
 
     Raises:
         ValueError: lengths differ, or a value is out of its range; names the entry.
@@ -126,6 +158,7 @@ class StageRecord:
     scalars: tuple[float, ...] | None
     decays: tuple[float, ...] | None
     metrics: tuple[int, ...]
+    capture: CaptureRecord | None = None
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -143,6 +176,11 @@ class StageRecord:
     def steps(self) -> tuple[int, ...]:
         """Steps of the checkpoints."""
         return tuple(checkpoint.step for checkpoint in self.checkpoints)
+
+    @property
+    def query_points(self) -> tuple[CheckpointRef, ...]:
+        """Weights at which queries are differentiated where the mean over the stage is taken."""
+        return self.checkpoints if self.capture is None else self.capture.query_points
 
     def cut(self, segments: Segments | None = None) -> tuple[SegmentRecord, ...]:
         r"""Cut the stage into segments, with their times and decays.
@@ -164,6 +202,43 @@ class StageRecord:
             SegmentRecord(tuple(group), time, decay, self._metric(group))
             for group, time, decay in zip(groups, times, self._decays(groups, times), strict=True)
         )
+
+    def captured(self, curvature: Sequence[str]) -> StageRecord:
+        """The record of the same stage with one checkpoint a segment, its last, whose rows are those of the segment.
+
+        Times and decays of the segments stay as they are.
+
+        Args:
+            curvature: the hash of each segment's Ĥ.
+        """
+        own = self.cut()
+        ends = [segment.checkpoints[-1] for segment in own]
+        integrals, sums = (
+            [values[end] for end in ends] for values in (self.lr_integrals, self.lr_sums or self.lr_integrals)
+        )
+        times, spans = self._steps_of(integrals), self._steps_of(sums)
+        scalars = decays = None
+        if self.scalars is not None:
+            scalars = tuple(_ratio(s.time, self.time_factor * time) for s, time in zip(own, times, strict=True))
+        if self.scalars is not None or self.decays is not None or self.lr_sums is not None:
+            decays = tuple(
+                _ratio(s.decay * s.time, self.time_factor * span) for s, span in zip(own, spans, strict=True)
+            )
+        return replace(
+            self,
+            checkpoints=tuple(self.checkpoints[end] for end in ends),
+            segments=tuple((place,) for place in range(len(ends))),
+            lr_integrals=tuple(integrals),
+            lr_sums=None if self.lr_sums is None else tuple(sums),
+            scalars=scalars,
+            decays=decays,
+            metrics=tuple(self.metrics[end] for end in ends),
+            capture=CaptureRecord(self.checkpoints, tuple(curvature)),
+        )
+
+    @staticmethod
+    def _steps_of(integrals: Sequence[float]) -> list[float]:
+        return [end - begin for begin, end in pairwise([0.0, *integrals])]
 
     def _metric(self, group: Sequence[int]) -> int:
         metrics = sorted({self.metrics[checkpoint] for checkpoint in group})
@@ -200,6 +275,11 @@ class StageRecord:
             values = getattr(self, name)
             if values is not None and len(values) != count:
                 raise ValueError(f"{name} has {len(values)} entries for {count} checkpoints")
+        if self.capture is not None and not len(self.capture.curvature) == len(self.segments) == count:
+            raise ValueError(
+                f"capture has {len(self.capture.curvature)} entries of curvature for {len(self.segments)} segments and "
+                f"{count} checkpoints, and a captured stage has one of each for every segment"
+            )
 
     def _check_numbers(self) -> None:
         for name in ("lr_integrals", "lr_sums", "scalars", "decays", "metrics"):
@@ -258,9 +338,15 @@ class RunRecord:
         return [digest for digest in self.metrics if digest is not None]
 
     @property
+    def curvatures(self) -> list[str]:
+        """Hashes of the curvature of all captured segments, each once."""
+        captures = [stage.capture for stage in self.stages if stage.capture is not None]
+        return list(dict.fromkeys(digest for capture in captures for digest in capture.curvature))
+
+    @property
     def checkpoints(self) -> list[CheckpointRef]:
         """The weights of all checkpoints and stage ends, each hash once."""
-        all_of_them = [ref for stage in self.stages for ref in (*stage.checkpoints, stage.final)]
+        all_of_them = [ref for stage in self.stages for ref in (*stage.checkpoints, stage.final, *stage.query_points)]
         return list({ref.hash: ref for ref in all_of_them}.values())
 
     def crossed_metrics(self, stage: int, checkpoint: int) -> list[int]:
@@ -291,3 +377,7 @@ def _check_hash(name: str, digest: str) -> None:
 def _weighted(integrals: Sequence[float], weights: Sequence[float], group: Sequence[int]) -> list[float]:
     """Each checkpoint's weight times the learning rate integrated since the checkpoint before."""
     return [weights[c] * (integrals[c] - (integrals[c - 1] if c else 0.0)) for c in group]
+
+
+def _ratio(value: float, divisor: float) -> float:
+    return value / divisor if divisor > 0 else 0.0

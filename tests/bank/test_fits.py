@@ -235,3 +235,28 @@ def test_a_fit_that_cannot_be_kept_costs_a_warning(bank, monkeypatch):
     monkeypatch.setattr("source_proj.bank.fits.publish", full)
     with pytest.warns(UserWarning, match="could not be kept .* No space left"):
         np.testing.assert_array_equal(scores(bank), expected)
+
+
+@pytest.mark.parametrize("place", ["fits", "entry", "array", "chunk"])
+@pytest.mark.parametrize("odd", ["bytes", "pipe", "hole"])
+def test_whatever_stands_where_a_fit_was(bank, place, odd):
+    """Nothing waits, nothing fills the memory: the fit is made again, and the next one is read."""
+    right = scores(bank)
+    (entry, *_) = entries(bank, "source")
+    array = next(path.parent for path in entry.rglob("zarr.json") if path.parent != entry)
+    file = {"fits": bank.path / "fits/zarr.json", "entry": entry / "zarr.json", "array": array / "zarr.json"}
+    path = file.get(place) or chunks(entry)[0]
+    before = path.read_bytes()
+    path.unlink()
+    if odd == "pipe":
+        os.mkfifo(path)
+    elif odd == "bytes":
+        path.write_bytes(b"\x89" * 7)
+    else:
+        path.write_bytes(before)
+        os.truncate(path, 100 << 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shutil.rmtree(entries(bank, "spectrum")[0])  # so that one is made anew, and the folder of the fits is written
+        np.testing.assert_array_equal(scores(bank), right)
+    assert verify(bank.path).ok

@@ -2,6 +2,8 @@
 
 import errno
 import itertools
+import json
+import os
 import shutil
 
 import numpy as np
@@ -10,6 +12,7 @@ import zarr
 from retrainings import COUNT, RETRAININGS, open_truth, train
 
 from source_proj._errors import SourceProjError
+from source_proj.evaluate import GroundTruth
 
 CELLS = [(0, 0), (0, 3), (4, 2), (COUNT - 1, RETRAININGS - 1)]
 SWAPPED = {"outcomes": ["outcomes"], "outcomes and proofs": ["outcomes", "proofs"], "proofs": ["proofs"]}
@@ -98,3 +101,40 @@ def test_no_room_for_the_store_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("source_proj.evaluate.ground_truth.publish", full)
     with pytest.raises(SourceProjError, match=r"truth cannot be made .*No space left"):
         open_truth(tmp_path / "truth")
+
+
+def metadata(path, change):
+    file = path / "zarr.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("entry", ["seed", "settings", "queries", "subsets"])
+def test_what_a_store_was_made_for_cannot_be_altered(tmp_path, entry):
+    truth = open_truth(tmp_path / "truth")
+    metadata(truth.path, lambda content: content["attributes"].update({entry: 5}))
+    with pytest.raises(SourceProjError, match="attributes are not those that it was made with"):
+        GroundTruth(truth.path)
+
+
+def test_fewer_or_more_retrainings_than_there_are(tmp_path):
+    truth = open_truth(tmp_path / "truth").fill(train, progress=False)
+    for name in ("outcomes", "proofs"):
+        metadata(truth.path / name, lambda content: content["shape"].__setitem__(1, 3))
+    with pytest.raises(SourceProjError, match=r"outcomes/c/\d/3/0 is of none of the retrainings"):
+        GroundTruth(truth.path)
+    for name in ("outcomes", "proofs"):
+        metadata(truth.path / name, lambda content: content["shape"].__setitem__(1, 10**9))
+    with pytest.raises(SourceProjError, match="claimed in so small a store"):
+        GroundTruth(truth.path)
+
+
+def test_links_and_pipes_in_a_store_are_refused(tmp_path):
+    truth = open_truth(tmp_path / "truth").fill(train, progress=False)
+    for make in (lambda path: path.symlink_to("/dev/zero"), os.mkfifo):
+        path = truth.path / "outcomes/c/0/0/0"
+        path.unlink()
+        make(path)
+        with pytest.raises(SourceProjError, match="outcomes/c/0/0/0 is neither a file nor a folder"):
+            GroundTruth(truth.path)

@@ -119,6 +119,30 @@ def test_the_model_is_the_runs_last_checkpoint_unless_it_is_named(run, tmp_path)
     assert [len(query["train"]) for query in json.loads(hits)["queries"]] == [2, 2, 2, 2]
 
 
+def test_answers_show_texts_and_are_about_the_models_own_where_there_are_no_labels(run, tmp_path):
+    kind, directory = run
+    build(directory, tmp_path / "bank")
+    ask = ("top-k", tmp_path / "bank", "-k", 2, "--no-progress", "--dataset")
+    told = json.loads(call(*ask, directory / "queries.jsonl", "--json"))["queries"]
+    assert [query["text"] for query in told] == TEXTS[20:]
+    assert all(entry["text"] == TEXTS[entry["id"]] for query in told for entry in query["train"])
+    if kind == "classification":
+        assert all(entry["label"] == ("good" if LABELS[entry["id"]] else "bad") for entry in told[0]["train"])
+    text = call(*ask, directory / "queries.jsonl")
+    assert TEXTS[20] in text
+    assert TEXTS[told[0]["train"][0]["id"]][:60] in text
+    (tmp_path / "plain.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS[20:22]))
+    own = json.loads(call(*ask, tmp_path / "plain.jsonl", "--json", "--target", "predicted"))["queries"]
+    assert [query["text"] for query in own] == TEXTS[20:22]
+    if kind == "classification":
+        assert {query["predicted"] for query in own} <= {"good", "bad"}
+        assert json.loads(call(*ask, tmp_path / "plain.jsonl", "--json"))["queries"] == own
+    else:
+        words = {word for query in own for word in query["predicted"].split()}
+        assert words <= {"[PAD]", "[UNK]", *WORDS}
+    assert all(0 < query["probability"] <= 1 for query in own)
+
+
 def test_single_tokens_are_asked_about(run, tmp_path):
     kind, directory = run
     build(directory, tmp_path / "bank")

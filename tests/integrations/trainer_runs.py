@@ -42,7 +42,9 @@ class SaveAt(transformers.TrainerCallback):
         control.should_save |= state.global_step in self.steps
 
 
-def train(directory, *, model=None, resume=None, stop=None, callbacks=(), optimizers=(None, None), **arguments):
+def train(
+    directory, *, model=None, resume=None, stop=None, callbacks=(), optimizers=(None, None), data=None, **arguments
+):
     """Train as the Trainer does by default (AdamW, linear decay, clipping at 1), saving every four steps."""
     torch.manual_seed(0)
     model = model or classifier()
@@ -60,7 +62,7 @@ def train(directory, *, model=None, resume=None, stop=None, callbacks=(), optimi
     trainer = transformers.Trainer(
         model,
         transformers.TrainingArguments(str(directory), **options),
-        train_dataset=examples(),
+        train_dataset=data or examples(),
         optimizers=optimizers,
         callbacks=[*callbacks, *([StopAt(stop)] if stop else [])],
     )

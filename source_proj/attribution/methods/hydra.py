@@ -42,6 +42,8 @@ class Hydra(Attributor):
         -2.0
     """
 
+    takes_captured = True
+
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
         final = bank.final_checkpoint()
         flat = torch.zeros(1, dtype=torch.float64)  # the Hessian's eigenvalues

@@ -61,12 +61,15 @@ class InfluenceFunction(Attributor):
         cache: bool = True,
         progress: Progress = True,
     ) -> None:
+        self.takes_captured = average
         super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
         check_damping(damping)
         check_query_gradient(query_gradient)
         self.query_gradient: QueryGradient | None = query_gradient if average else query_gradient or "final"
         self.average = average
-        self.curvature: Curvature = curvature or default_curvature(self.banks[0].task_spec)
+        self.curvature: Curvature = curvature or default_curvature(
+            self.banks[0].task_spec, captured=self.banks[0].captured
+        )
         self.damping: Damping = damping
         self.cache = cache
 

@@ -104,6 +104,8 @@ class Source(Attributor):
         Scores(2 queries x 2 training examples; +: including the example raised the squared error)
     """
 
+    takes_captured = True
+
     def __init__(
         self,
         bank: Bank | Sequence[Bank],
@@ -143,7 +145,9 @@ class Source(Attributor):
         self.time_scale = float(time_scale)
         self.memory = parse_memory(memory)
         self.query_gradient: QueryGradient | None = query_gradient
-        self.curvature: Curvature = curvature or default_curvature(self.banks[0].task_spec)
+        self.curvature: Curvature = curvature or default_curvature(
+            self.banks[0].task_spec, captured=self.banks[0].captured
+        )
         self.damping: Damping = damping
         self.cache = cache
         self._groups = [stage_groups(own, segments) for own in self.banks]
@@ -300,11 +304,16 @@ class Source(Attributor):
 
         Raises:
             TypeError: the task is no language modelling.
-            ValueError: no model was given, or there is no such stage.
+            ValueError: no model was given, there is no such stage, or rows were captured in training.
         """
         task = cast(CausalLM, self.task)
         tokens = TokenQueries(documents, task)  # which refuses every other task
         stage = self.banks[0].stage_index(stage)
+        if self.banks[0].captured:
+            raise ValueError(
+                "by_token splits gradients at checkpoints, and these rows were captured over whole segments of "
+                "training: build the bank from checkpoints"
+            )
         if self.model is None:
             raise ValueError("tokens are differentiated anew, by the model itself: pass model= when constructing")
         features = self.sketch(queries)

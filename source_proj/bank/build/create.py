@@ -4,6 +4,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from source_proj._errors import BankError, MismatchError
 from source_proj.bank.format import FORMAT, VERSION, Settings
 from source_proj.bank.layout import PartSpec, group_document
+from source_proj.bank.read.curvature import curvature_objects
 from source_proj.bank.read.metrics import metrics_objects
 from source_proj.bank.read.part import Part, part_objects
 from source_proj.bank.read.weights import relative_paths, weights_objects
@@ -28,6 +30,7 @@ def create_bank(
     scales: Mapping[str, Tensor],
     parts: Sequence[tuple[PartSpec, np.ndarray]],
     parameter_choice: str,
+    curvature: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Create an empty bank: metadata, ids of each stage's first part, metrics, copies of weights given as dicts.
 
@@ -41,6 +44,7 @@ def create_bank(
         scales: the metrics, by hash.
         parts: each stage's first part with its ids.
         parameter_choice: in words, which parameters are attributed.
+        curvature: Ĥ of captured segments, by hash.
 
     Raises:
         BankError: there is something else, or the beginning of another bank.
@@ -50,8 +54,9 @@ def create_bank(
     for index, (stage, (spec, ids)) in enumerate(zip(settings.trajectory.stages, parts, strict=True)):
         objects |= part_objects(settings, index, 0, spec, ids)
         objects[f"stage_{index}/zarr.json"] = group_document({"name": stage.name})
-    _require_own(store, objects, settings, scales)
-    for batch in (objects, *weights_objects(trajectory), *metrics_objects(scales)):
+    _require_own(store, objects, settings, [*scales], [*curvature])
+    beside = (*weights_objects(trajectory), *metrics_objects(scales), *curvature_objects(curvature))
+    for batch in (objects, *beside):
         if not put_same(store, batch, ""):
             return
     attributes = {
@@ -85,14 +90,18 @@ def put_same(store: Store, objects: Mapping[str, bytes], group: str) -> bool:
     return True
 
 
-def _require_own(store: Store, objects: Mapping[str, bytes], settings: Settings, scales: Mapping[str, Tensor]) -> None:
+def _require_own(
+    store: Store, objects: Mapping[str, bytes], settings: Settings, scales: Sequence[str], curvature: Sequence[str]
+) -> None:
     """Leave a folder of something else alone."""
     copies = [checkpoint.hash for checkpoint in settings.trajectory.checkpoints if checkpoint.path is None]
     nodes = [
         *(f"weights/{digest}" for digest in copies),
         *(f"metrics/{digest}" for digest in scales),
+        *(f"curvature/{digest}" for digest in curvature),
         "weights",
         "metrics",
+        "curvature",
     ]
     foreign = [key for key in store.list() if key not in objects and key.rpartition("/")[0] not in nodes]
     if foreign and not store.exists("zarr.json"):

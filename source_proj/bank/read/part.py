@@ -336,7 +336,7 @@ class Part:
             BankError: some cannot be read.
         """
         nodes = ["", self.name.split("/")[0]]
-        for folder in ("weights", "metrics", self.name):
+        for folder in ("weights", "metrics", "curvature", self.name):
             documents = [key for key in list_objects(self.store, folder) if key.endswith("/zarr.json")]
             nodes += [key.removesuffix("/zarr.json") for key in documents]
         entries = []

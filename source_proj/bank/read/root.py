@@ -114,7 +114,7 @@ def kind_of(key: str) -> str:
     """What an object of a bank holds."""
     folder, _, name = key.rpartition("/")
     first, last = key.split("/")[0], folder.split("/")[-1]
-    if first in ("fits", "weights", "metrics"):
+    if first in ("fits", "weights", "metrics", "curvature"):
         return first
     if name == "zarr.json":
         return "metadata"

@@ -12,7 +12,9 @@ from source_proj._io.progress import tick
 from source_proj.bank.codecs import Codec
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import crossing_name
+from source_proj.bank.read.curvature import read_curvature
 from source_proj.bank.read.part import Part
+from source_proj.bank.store import Store
 
 __all__ = ["EncodedBlock", "RowBlock", "StageBank"]
 
@@ -71,7 +73,10 @@ class StageBank:
         parts: its parts, in order of rows.
     """
 
-    def __init__(self, settings: Settings, index: int, parts: Sequence[Part], require: Callable[[], None]) -> None:
+    def __init__(
+        self, settings: Settings, index: int, parts: Sequence[Part], require: Callable[[], None], store: Store
+    ) -> None:
+        self._store = store
         self._settings = settings
         self._index = index
         self._require_finalized = require
@@ -97,6 +102,23 @@ class StageBank:
     def n_checkpoints(self) -> int:
         """Number of checkpoints."""
         return len(self.record.checkpoints)
+
+    @property
+    def captured(self) -> bool:
+        """Whether its rows are loss gradients captured in training: a row a segment, not a checkpoint."""
+        return self.record.capture is not None
+
+    def captured_curvature(self, segment: int) -> Tensor:
+        """The empirical Fisher Ĥ ``(k, k)`` float32 that was captured in a segment.
+
+        Raises:
+            BankError: the bank is not finalized, or the matrix is missing or damaged.
+            ValueError: the stage was not captured.
+        """
+        self._require_finalized()
+        if self.record.capture is None:
+            raise ValueError(f"stage {self.name!r} was not captured in training: make its curvature of its rows")
+        return read_curvature(self._store, self.record.capture.curvature[segment])
 
     def metric(self, checkpoint: int) -> int:
         """Index of the metric that a checkpoint's rows are in; 0 in a bank of plain gradients."""

@@ -45,6 +45,10 @@ class Weights:
         """
         return self._find(self._run.stages[stage].checkpoints[index])
 
+    def query_points(self, stage: int) -> list[Checkpoint]:
+        """The weights of a stage at which queries are differentiated; see `checkpoint`."""
+        return [self._find(point) for point in self._run.stages[stage].query_points]
+
     def final(self) -> Checkpoint:
         """The weights at the end of training; see `checkpoint`."""
         return self._find(self._run.final)

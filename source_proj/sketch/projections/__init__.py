@@ -1,6 +1,6 @@
 """The kinds of random matrices, one a file; importing a file registers its kind."""
 
-from source_proj.sketch.projections.base import Projection, kinds, projection_class
+from source_proj.sketch.projections.base import HeldSketches, Projection, kinds, projection_class
 from source_proj.sketch.projections.fast_jl import FastJLProjection
 from source_proj.sketch.projections.identity import Identity
 from source_proj.sketch.projections.kronecker import Kronecker
@@ -10,6 +10,7 @@ from source_proj.sketch.projections.tensor import TensorProjection
 
 __all__ = [
     "FastJLProjection",
+    "HeldSketches",
     "Identity",
     "Kronecker",
     "Projection",

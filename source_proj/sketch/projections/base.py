@@ -12,12 +12,35 @@ from torch import Tensor
 
 from source_proj import kernels
 
-__all__ = ["Projection", "kinds", "projection_class"]
+__all__ = ["HeldSketches", "Projection", "kinds", "projection_class"]
 
 _CONVERTED = 1 << 16  # coordinates that are converted to float32 at once
 _TILE = 1 << 18  # numbers of a tile of gradients
 
 _REGISTRY: dict[tuple[str, str | None], type[Projection]] = {}
+
+
+class HeldSketches(ABC):
+    """Takes sketches of all layers of a batch that are cheaper together; `finish_` adds them to their rows.
+
+    Each method says whether it took what it was given; what it did not take is added by the projection at once.
+    """
+
+    @abstractmethod
+    def takes_rows(self, rows: Tensor, offset: int, shape: tuple[int, ...] | None) -> bool:
+        """Gradients as of `Projection.add_`."""
+
+    @abstractmethod
+    def takes_outer(self, left: Tensor, right: Tensor, offset: int) -> bool:
+        """An outer product as of `Projection.add_outer_`."""
+
+    @abstractmethod
+    def takes_windows(self, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, offset: int) -> bool:
+        """A convolution's gradient as of `Projection.add_windows_`."""
+
+    @abstractmethod
+    def finish_(self) -> None:
+        """Add what was taken."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +102,10 @@ class Projection(ABC):
 
     def device(self) -> torch.device | None:
         """The only device that can serve, where there is but one."""
+        return None
+
+    def hold(self, out: Tensor) -> HeldSketches | None:  # noqa: ARG002
+        """What takes sketches for the rows out (B, dim) until it is finished; None where nothing is gained by that."""
         return None
 
     def add_(self, out: Tensor, rows: Tensor, offset: int, shape: tuple[int, ...] | None) -> None:  # noqa: ARG002

@@ -25,7 +25,7 @@ class Sparse(Projection, kind="sparse"):
 
     def add_outer_(self, out: Tensor, left: Tensor, right: Tensor, offset: int, scale: Tensor | None) -> None:
         """Without a gradient in memory, or in tiles of it."""
-        kernels.sparse_add_outer_(out, *self._operands(out, left, right), offset, scale=scale, **self._options(out))
+        kernels.sparse_add_outer_(out, *self.operands(out, left, right), offset, scale=scale, **self._options(out))
 
     def add_windows_(
         self,
@@ -38,7 +38,7 @@ class Sparse(Projection, kind="sparse"):
         scale: Tensor | None,
     ) -> None:
         """Without the convolution's columns in memory, where the backend can."""
-        left, right = self._operands(out, left, right)
+        left, right = self.operands(out, left, right)
         kernels.sparse_add_windows_(out, left, right, taps, windows, offset, scale=scale, **self._options(out))
 
     def add_at_(
@@ -48,7 +48,8 @@ class Sparse(Projection, kind="sparse"):
         offsets = offset + shape[1] * index
         kernels.sparse_add_at_(out, values.float(), examples, offsets, **self._options(out))
 
-    def _operands(self, out: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    def operands(self, out: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors in float32, or as they are where the backend multiplies halves."""
         if self.serving(out.device.type) in self.half_backends:
             return left, right
         return left.float(), right.float()

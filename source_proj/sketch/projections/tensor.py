@@ -5,6 +5,7 @@ from math import prod
 from torch import Tensor
 
 from source_proj import kernels
+from source_proj.sketch.projections.base import HeldSketches
 from source_proj.sketch.projections.sparse import Sparse
 
 __all__ = ["TensorProjection"]
@@ -25,14 +26,18 @@ class TensorProjection(Sparse, kind="tensor"):
         if shape is None or len(shape) < 2:
             super().add_(out, rows, offset, shape)
             return
-        matrix, backend = self._map(offset, (shape[0], prod(shape[1:]))), self.serving(out.device.type)
+        matrix, backend = self.map(offset, (shape[0], prod(shape[1:]))), self.serving(out.device.type)
         for start, piece in self._pieces(out, rows):
             kernels.tensor_add_(out, piece, offset + start, matrix, backend=backend)
 
+    def hold(self, out: Tensor) -> "_Held":
+        """For small parameters and sums in the frequency domain: one call, and one transform back, for all layers."""
+        return _Held(self, out)
+
     def add_outer_(self, out: Tensor, left: Tensor, right: Tensor, offset: int, scale: Tensor | None) -> None:
         """By the cheaper route; a scale, which does not factor, leaves the product."""
-        matrix, backend = self._map(offset, (left.shape[2], right.shape[2])), self.serving(out.device.type)
-        kernels.tensor_add_outer_(out, *self._operands(out, left, right), matrix, backend=backend, scale=scale)
+        matrix, backend = self.map(offset, (left.shape[2], right.shape[2])), self.serving(out.device.type)
+        kernels.tensor_add_outer_(out, *self.operands(out, left, right), matrix, backend=backend, scale=scale)
 
     def add_windows_(
         self,
@@ -45,8 +50,8 @@ class TensorProjection(Sparse, kind="tensor"):
         scale: Tensor | None,
     ) -> None:
         """As an outer product of output gradients and patches, a step for each window."""
-        matrix = self._map(offset, (left.shape[1], right.shape[1] * len(taps)))
-        left, right = self._operands(out, left, right)
+        matrix = self.map(offset, (left.shape[1], right.shape[1] * len(taps)))
+        left, right = self.operands(out, left, right)
         backend = self.serving(out.device.type)
         kernels.tensor_add_windows_(out, left, right, taps, windows, matrix, backend=backend, scale=scale)
 
@@ -54,8 +59,36 @@ class TensorProjection(Sparse, kind="tensor"):
         self, out: Tensor, values: Tensor, examples: Tensor, index: Tensor, offset: int, shape: tuple[int, int]
     ) -> None:
         """One-hot rows times values: each one its sketch, rolled."""
-        matrix, backend = self._map(offset, shape), self.serving(out.device.type)
+        matrix, backend = self.map(offset, shape), self.serving(out.device.type)
         kernels.tensor_add_at_(out, values.float(), examples, index, matrix, backend=backend)
 
-    def _map(self, offset: int, shape: tuple[int, int]) -> kernels.TensorMap:
+    def map(self, offset: int, shape: tuple[int, int]) -> kernels.TensorMap:
+        """The part of the matrix of one parameter."""
         return kernels.TensorMap(self.dim, self.seed, offset, shape)
+
+
+class _Held(HeldSketches):
+    """What is held for out (B, dim)."""
+
+    def __init__(self, projection: TensorProjection, out: Tensor) -> None:
+        self._projection, self._out = projection, out
+        self._sums = kernels.HeldSums(out, projection.serving(out.device.type), projection.seed)
+
+    def takes_rows(self, rows: Tensor, offset: int, shape: tuple[int, ...] | None) -> bool:
+        """Those of small parameters."""
+        matrix = None if shape is None or len(shape) < 2 else self._projection.map(offset, (shape[0], prod(shape[1:])))
+        return self._sums.takes_rows(rows, offset, matrix)
+
+    def takes_outer(self, left: Tensor, right: Tensor, offset: int) -> bool:
+        """Where it is small, or transforms cost less, as all layers share the way back."""
+        matrix = self._projection.map(offset, (left.shape[2], right.shape[2]))
+        return self._sums.takes_outer(*self._projection.operands(self._out, left, right), matrix)
+
+    def takes_windows(self, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, offset: int) -> bool:
+        """Where transforms cost less."""
+        matrix = self._projection.map(offset, (left.shape[1], right.shape[1] * len(taps)))
+        return self._sums.takes_windows(*self._projection.operands(self._out, left, right), taps, windows, matrix)
+
+    def finish_(self) -> None:
+        """All layers at once."""
+        self._sums.finish_()

@@ -25,6 +25,7 @@ from source_proj.trajectory.recording.progress import Progress, Seen, update_run
 from source_proj.trajectory.recording.run_files import (
     RecordedCheckpoint,
     RecordedRun,
+    capture_name,
     check_file,
     describe_state,
     moments_name,
@@ -38,7 +39,7 @@ from source_proj.trajectory.recording.schedule_watch import ScheduleWatch
 from source_proj.trajectory.stages import Stage
 from source_proj.trajectory.trajectory import Trajectory
 
-__all__ = ["Recorder", "Stateful"]
+__all__ = ["Companion", "Recorder", "Stateful"]
 
 
 class Stateful(Protocol):
@@ -49,6 +50,16 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state_dict: Any) -> Any:
         """Take the state."""
+
+
+class Companion(Protocol):
+    """What is recorded in step with a model: one more file with each checkpoint, brought back with it."""
+
+    def content(self) -> dict[str, Any]:
+        """Tensors and plain values to keep with a checkpoint."""
+
+    def restart(self, content: dict[str, Any] | None) -> None:
+        """Go on from what was kept; from nothing with None, at the beginning and after the end of a segment."""
 
 
 class Recorder:
@@ -80,6 +91,9 @@ class Recorder:
         also: what else has a ``state_dict()`` and must go on, such as a learning-rate scheduler.
         max_grad_norm: what gradients are clipped to by :func:`torch.nn.utils.clip_grad_norm_`, whose result
             :meth:`step` then wants: a clipped update goes less far, and counts as less time.
+        segment_ends: numbers of optimizer steps at which a segment ends, each recorded, where a companion counts by
+            segments. The last one ends with training, and is not among them.
+        companion: what else is kept with each checkpoint.
 
     Raises:
         TypeError: the state of a thing in ``also`` is not made of tensors and plain values.
@@ -115,12 +129,16 @@ class Recorder:
         stage: str = "train",
         also: Sequence[Stateful] = (),
         max_grad_norm: float | None = None,
+        segment_ends: Iterable[int] = (),
+        companion: Companion | None = None,
     ) -> None:
         self.dir = Path(dir).absolute()
         self._model = model
         self._optimizer = optimizer
         self._every = None if every is None else checked_count("every, in optimizer steps,", every, 1)
-        self._at = frozenset(checked_count("at, in optimizer steps,", step, 1) for step in at or ())
+        self._ends = frozenset(checked_count("segment_ends, in optimizer steps,", step, 1) for step in segment_ends)
+        self._at = self._ends | {checked_count("at, in optimizer steps,", step, 1) for step in at or ()}
+        self._companion = companion
         if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
             raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm!r}; leave it out without clipping")
         self._max_norm = max_grad_norm
@@ -167,6 +185,20 @@ class Recorder:
             OSError: the checkpoint could not be written.
             ValueError: the parameter groups have become different; or, with a checkpoint, a norm is NaN.
         """
+        self._require_ready(grad_norm)
+        norm = grad_norm.detach() if isinstance(grad_norm, Tensor) else grad_norm
+        interrupted, self._call = self._call, (norm,)
+        self._hold()
+        # Nothing new since an interrupted call: this one is its repetition, for what that could not end.
+        progress = self._counted([*(interrupted or ()), norm], skipped=interrupted is None)
+        self._watch.require_in_time(progress.steps)
+        due = progress.steps in self._at or (self._every is not None and progress.steps % self._every == 0)
+        if due and progress.pending:
+            self._write_checkpoint()
+        self._call = None
+
+    def _require_ready(self, grad_norm: float | Tensor | None) -> None:
+        """Refuse a step before anything is counted."""
         if (grad_norm is None) != (self._max_norm is None):
             given, missing = ("max_grad_norm=", "grad_norm=") if grad_norm is None else ("grad_norm=", "max_grad_norm=")
             raise TypeError(
@@ -178,16 +210,6 @@ class Recorder:
                 f"{str(self.dir)!r} holds a run of {self._progress.run.last_step} steps: call restore() before "
                 "training to go on with it, or give an empty directory"
             )
-        norm = grad_norm.detach() if isinstance(grad_norm, Tensor) else grad_norm
-        interrupted, self._call = self._call, (norm,)
-        self._hold()
-        # Nothing new since an interrupted call: this one is its repetition, for what that could not end.
-        progress = self._counted([*(interrupted or ()), norm], skipped=interrupted is None)
-        self._watch.require_in_time(progress.steps)
-        due = progress.steps in self._at or (self._every is not None and progress.steps % self._every == 0)
-        if due and progress.pending:
-            self._write_checkpoint()
-        self._call = None
 
     def restore(self) -> int:
         """Bring model, optimizer and random states back to the last checkpoint; steps after it are forgotten.
@@ -205,6 +227,8 @@ class Recorder:
         run, seen = self._settled().run, self._progress.last_seen
         if run.checkpoints:
             self._load(run)
+        elif self._companion is not None:
+            self._companion.restart(None)
         self._seen, self._call = [], None
         self._progress = Progress(run, [], seen)
         self._watch.begin()
@@ -322,9 +346,13 @@ class Recorder:
         }
         if progress.run.optimizer.preconditioned:
             contents[moments_name(step)] = second_moments(self._optimizer, self._model)
+        if self._companion is not None:
+            contents[capture_name(step)] = self._companion.content()
         self._unsure = True
-        weights, resume, *moments = write_tensors({self.dir / name: content for name, content in contents.items()})
-        checkpoint = RecordedCheckpoint(step, weights, moments[0] if moments else None, updates)
+        hashes = dict(zip(contents, write_tensors({self.dir / n: c for n, c in contents.items()}), strict=True))
+        weights, resume = hashes[weights_name(step)], hashes[resume_name(step)]
+        moments, captured = hashes.get(moments_name(step)), hashes.get(capture_name(step))
+        checkpoint = RecordedCheckpoint(step, weights, moments, updates, captured, step in self._ends)
         trained = dict.fromkeys([*progress.run.trained, *held_names(self._optimizer, self._model)])
         checkpoints = (*progress.run.checkpoints, checkpoint)
         run = replace(progress.run, trained=tuple(trained), checkpoints=checkpoints, resume=resume)
@@ -332,6 +360,8 @@ class Recorder:
         self._progress = Progress(run, [], progress.last_seen)
         self._unsure = False
         self._watch.checkpoint_written()
+        if self._companion is not None and checkpoint.ends_segment:
+            self._companion.restart(None)
         remove_unnamed(self.dir, run)
 
     def _load(self, run: RecordedRun) -> None:
@@ -341,6 +371,8 @@ class Recorder:
         file = self.dir / resume_name(run.last_step)
         check_file(file, run.resume or "")
         resume = load_tensors(file, "record anew in an empty directory")
+        if self._companion is not None:
+            self._companion.restart(None if run.checkpoints[-1].ends_segment else self._captured(run.checkpoints[-1]))
         try:
             its_states = list(resume["also"])
             if len(its_states) != len(self._also):
@@ -357,6 +389,18 @@ class Recorder:
                 "that were recorded, or record anew in an empty directory"
             ) from error
         self._model.load_state_dict(state)
+
+    def _captured(self, checkpoint: RecordedCheckpoint) -> dict[str, Any]:
+        """What the companion kept with a checkpoint."""
+        file = self.dir / capture_name(checkpoint.step)
+        if checkpoint.capture is None:
+            raise MismatchError(
+                f"{str(self.dir)!r} holds a run that was recorded without capture=: go on without, or record anew in "
+                "an empty directory"
+            )
+        check_file(file, checkpoint.capture)
+        content: dict[str, Any] = load_tensors(file, "record anew in an empty directory", mapped=True)
+        return content
 
 
 def _check_trains(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

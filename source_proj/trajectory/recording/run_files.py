@@ -6,6 +6,7 @@ A run is one directory::
     step_00000042.pt          the model's state_dict after 42 optimizer steps
     moments_00000042.pt       the second moments, by parameter name, of an optimizer that divides gradients by them
     optimizer_00000042.pt     what goes on from there: optimizer and random states, of the last checkpoint only
+    capture_00000042.pt       what a companion of the recorder kept: of the last checkpoint, and of ends of segments
     recorder.lock             empty, and locked while a Recorder writes here
 
 Files appear whole or not at all. ``trajectory.json`` comes last and alone decides what counts: whatever a kill leaves
@@ -40,6 +41,7 @@ __all__ = [
     "RecordedCheckpoint",
     "RecordedRun",
     "UpdateRun",
+    "capture_name",
     "check_file",
     "clip_factor",
     "describe_state",
@@ -53,10 +55,10 @@ __all__ = [
 
 _NAME = "trajectory.json"
 _FORMAT = "source-proj recorded run"
-_VERSION = 4
+_VERSION = 5
 _MOST_STEPS = 10_000_000  # of a run; a larger count in a foreign file would fill the memory
 _HEADER = {"format", "version"}
-_KINDS = ("step", "moments", "optimizer")
+_KINDS = ("step", "moments", "optimizer", "capture")
 
 UpdateRun = tuple[float, float, float, int]
 """Equal updates in a row: learning rate, what clipping multiplied the gradient by, time factor, and how many."""
@@ -71,6 +73,8 @@ class RecordedCheckpoint:
         weights: SHA-256 of the file with the weights.
         moments: SHA-256 of the file with the optimizer's second moments, where it has any.
         updates: those since the checkpoint before.
+        capture: SHA-256 of the file of the recorder's companion, where it has one.
+        ends_segment: whether that file stays, and the companion began anew after it.
 
     Raises:
         ValueError: a number is out of its range.
@@ -80,6 +84,8 @@ class RecordedCheckpoint:
     weights: str
     moments: str | None
     updates: tuple[UpdateRun, ...]
+    capture: str | None = None
+    ends_segment: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.step <= _MOST_STEPS:
@@ -224,6 +230,11 @@ def resume_name(step: int) -> str:
     return f"optimizer_{step:08d}.pt"
 
 
+def capture_name(step: int) -> str:
+    """Name of the file of the recorder's companion after so many steps."""
+    return f"capture_{step:08d}.pt"
+
+
 def describe_state(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
     """Say of each entry of a model's state its shape and type.
 
@@ -258,7 +269,8 @@ def write_tensors(contents: Mapping[Path, Mapping[str, Any]]) -> list[str]:
 def remove_unnamed(directory: Path, run: RecordedRun) -> None:
     """Remove recorded files that a run does not name: superseded ones, and what interruptions left."""
     names = {name(c.step) for c in run.checkpoints for name in (weights_name, moments_name)}
-    names |= {resume_name(run.last_step)}
+    names |= {resume_name(run.last_step), capture_name(run.last_step)}
+    names |= {capture_name(c.step) for c in run.checkpoints if c.ends_segment}
     partial = (file for file in walk(directory) if file.name.endswith(PARTIAL))
     for file in [*_recorded_files(directory), *partial]:
         if file.name not in names:

@@ -1,0 +1,262 @@
+"""Capture while training: from the passes of a training loop to the sums of its segments."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from source_proj._errors import GradientError, MismatchError
+from source_proj.bank.capture import processes
+from source_proj.bank.capture.law import LawOfStep, checked_law
+from source_proj.bank.capture.sums import Memory, SegmentSums
+from source_proj.gradients import ParameterSpace, nonfinite_examples
+from source_proj.gradients.training import TrainingPass, TrainingPath
+from source_proj.sketch import Sketch
+from source_proj.task import Task
+
+__all__ = ["Capture"]
+
+_ALWAYS, _SAMPLED = 3, 32  # steps that are audited: so many at first, and then one in so many
+
+
+class Capture:
+    """Captures sketched loss gradients of every example at every step that an optimizer takes.
+
+    The rows of each step are held to the law Σ_b row_b = R p.grad (times what clipping made of it): at the first steps,
+    after each resume too, and at one in 32 from then on, before the optimizer uses the gradient.
+
+    Args:
+        model: the module that is trained.
+        optimizer: its optimizer.
+        sketch: the projection.
+        task: what is trained on; says what weighs rows in the empirical Fisher.
+        folder: where sums lie that are kept on the disk.
+        parameters: globs of the parameters to attribute through; default: those that the optimizer holds.
+        examples: number of training examples N; default: one more than the largest index seen.
+        memory: "ram" or "disk", for N x k float32 sums.
+        scaler: what scales the loss, where something does.
+        clipped: whether gradients may be clipped by their norm before a step.
+
+    Attributes:
+        space: the attributed parameters.
+
+    Raises:
+        GradientError: rows can't be captured of this model; says why.
+        TypeError: an argument is of another type.
+        ValueError: the task divides by a number that is not told yet, or another argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        sketch: Sketch,
+        task: Task,
+        folder: Path,
+        *,
+        parameters: Sequence[str] | None = None,
+        examples: int | None = None,
+        memory: Memory = "ram",
+        scaler: GradScaler | None = None,
+        clipped: bool = False,
+    ) -> None:
+        if not isinstance(sketch, Sketch) or not isinstance(task, Task):
+            raise TypeError(
+                f"capture= must be a Sketch and task= a Task, got {type(sketch).__name__} and {type(task).__name__}"
+            )
+        if task.needs_normalizer:
+            raise ValueError(
+                f"{task!r} divides losses by a mean over the training set, which no step knows: give it as normalizer="
+            )
+        self.sketch, self.task = sketch, task
+        self.space = _held_space(model, optimizer, parameters)
+        self._examples, self._scaler, self._clipped = examples, scaler, clipped
+        self._parameters = self.space.parameters(model)
+        self._needs_batch = _needs_batch(task)
+        self._path = TrainingPath(model, self.space, sketch)
+        self._sums = SegmentSums(sketch.dim, examples, memory, folder, next(iter(self._parameters.values())).device)
+        self._audits: Counter[str] = Counter()
+        self._worst = 0.0
+        self._steps = 0  # of the optimizer since `restart`
+        self._law: LawOfStep | None = None
+        self._scale = 1.0
+        self._path.watched = True
+        reference = weakref.WeakMethod(self._before_step)
+
+        def before_step(*_: object) -> None:
+            alive = reference()
+            if alive is not None:
+                alive()
+
+        self._handle = optimizer.register_step_pre_hook(before_step)
+
+    def close(self) -> None:
+        """Capture no more."""
+        self._handle.remove()
+        self._path.close()
+
+    # Steps -----------------------------------------------------------------------------------------------------
+
+    def add_step(self, rate: float, ids: Any, batch: Any, clip_factor: Callable[[], float]) -> None:
+        """Add the passes since the last step to the sums of the segment.
+
+        Args:
+            rate: the step's learning rate; of a step that was skipped, 0.
+            ids: which examples the passes were of, in their order; None where the batches said so.
+            batch: the batch as the task takes it, where it weighs rows in the empirical Fisher.
+            clip_factor: says what clipping multiplied the gradient by; asked where the step is audited.
+
+        Raises:
+            GradientError: nothing was captured, or a row is not finite.
+            MismatchError: ids are not as many as examples, or the gradient was multiplied by another factor.
+            TypeError: ids are none.
+            ValueError: an id is out of range, or the task needs the batch and none was given.
+        """
+        passes, law = [each for each in self._path.passes if each.reached], self._law
+        if rate > 0:
+            if law is not None:
+                law.require_factor(clip_factor())
+            index = _index(passes, ids, self._examples)
+            rows = torch.cat([each.rows for each in passes]) * (len(index) / self._scale)
+            bad = nonfinite_examples(rows)
+            if bad:
+                raise GradientError(f"the loss gradients of ids {[int(index[b]) for b in bad][:10]} are not finite")
+            self._sums.add(index, rows, rate, self._fisher_weight(passes, batch))
+            if law is not None:
+                self._audits.update(audited_batches=1, audited_examples=len(index))
+                self._worst = max(self._worst, law.error)
+            self._audits.update(examples=len(index))
+        self.forget_passes()
+
+    def forget_passes(self) -> None:
+        """Let passes go that no step was made of."""
+        self._path.clear()
+        self._law = None
+        self._path.watched = self._steps < _ALWAYS or self._steps % _SAMPLED == 0
+
+    def _before_step(self) -> None:
+        """Hold the rows to the law before the optimizer uses the gradient."""
+        passes = [each for each in self._path.passes if each.reached]
+        self._scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
+        self._steps += 1
+        if not passes:
+            if any(p.grad is not None and bool(p.grad.any()) for p in self._parameters.values()):
+                raise GradientError(
+                    "the optimizer steps, and no pass of the model was captured since its last step: call the module "
+                    "itself, in training mode (model.train(); single modules may be in evaluation mode), not compiled"
+                )
+            return
+        if self._path.watched:
+            gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+            self._law = checked_law(passes, gradients, self.sketch, self.space, self._scale, clipped=self._clipped)
+
+    def _fisher_weight(self, passes: Sequence[TrainingPass], batch: Any) -> Tensor | None:
+        if not self._needs_batch:
+            return None
+        batches = [each.batch for each in passes if each.batch is not None] if batch is None else [batch]
+        if batch is None and len(batches) < len(passes):
+            raise ValueError(
+                f"the empirical Fisher of {self.task!r} weighs examples by what their batch holds: give the whole "
+                "step's batch, step(batch=...), as the task takes it"
+            )
+        weights = [self.task.fisher_weight(each) for each in batches]
+        return None if None in weights else torch.cat(weights)  # type: ignore[arg-type]
+
+    # What is kept ----------------------------------------------------------------------------------------------
+
+    def content(self) -> dict[str, Any]:
+        """What is kept with a checkpoint: the sums of its segment so far, and what they are of."""
+        audit = {**{name: self._audits[name] for name in _COUNTED}, "worst_error": self._worst}
+        return {**self._sums.content(), "audit": audit, "identity": self.identity()}
+
+    def restart(self, content: dict[str, Any] | None) -> None:
+        """Go on from what was kept; with None, begin a segment.
+
+        Raises:
+            MismatchError: it was captured by another sketch, task or parameters.
+        """
+        self._audits.clear()
+        self._worst = 0.0
+        if content is None:
+            self._sums.clear()
+        else:
+            own, there = self.identity(), content["identity"]
+            for name, value in own.items():
+                if there[name] != value:
+                    raise MismatchError(f"the {name} of the recorded capture is {there[name]!r}, got {value!r}")
+            self._sums.load(content)
+            self._audits.update({name: content["audit"][name] for name in _COUNTED})
+            self._worst = content["audit"]["worst_error"]
+        self.forget_passes()
+
+    def begin_session(self) -> None:
+        """Audit the coming steps, as the first ones of a process."""
+        self._steps = 0
+        self.forget_passes()
+
+    def merge(self) -> None:
+        """Add up what the processes of a distributed run captured, on the first of them; the others begin anew."""
+        self._sums.merge(processes.sum_to_first, processes.largest)
+
+    def identity(self) -> dict[str, Any]:
+        """What rows depend on besides model and data."""
+        return {"sketch": self.sketch.spec(), "task": self.task.spec(), "parameters": self.space.spec()}
+
+
+_COUNTED = ("examples", "audited_batches", "audited_examples")
+
+
+def _held_space(model: nn.Module, optimizer: torch.optim.Optimizer, parameters: Sequence[str] | None) -> ParameterSpace:
+    """The chosen parameters, of those that the optimizer holds."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    names = [name for name, p in model.named_parameters() if id(p) in held]
+    if parameters is None:
+        return ParameterSpace.of_names(model, names)
+    chosen = ParameterSpace.from_model(model, parameters)
+    foreign = [name for name in chosen.names if name not in names]
+    if foreign:
+        raise ValueError(
+            f"parameters={list(parameters)} name {foreign[:5]}, which the optimizer doesn't train: leave them out"
+        )
+    return chosen
+
+
+def _needs_batch(task: Task) -> bool:
+    """Whether the task weighs rows in the empirical Fisher by what a batch holds."""
+    try:
+        return task.fisher_weight(None) is not None
+    except (TypeError, ValueError, AttributeError):
+        return True
+
+
+def _index(passes: Sequence[TrainingPass], ids: Any, examples: int | None) -> Tensor:
+    """Which examples the passes were of, (B,) int64."""
+    sizes = [each.size for each in passes]
+    if ids is None:
+        parts = [each.index for each in passes]
+        if not parts or any(part is None for part in parts):
+            raise TypeError(
+                "which examples was the step of? Give step(ids=...), their places in the training set, in order; or "
+                "train on an IndexedDataset (of mappings where the Trainer trains, with remove_unused_columns=False)"
+            )
+        ids = torch.cat([torch.as_tensor(part).reshape(-1).cpu() for part in parts])
+    index = torch.as_tensor(ids).reshape(-1).cpu()
+    if index.is_floating_point() or index.dtype == torch.bool or index.is_complex():
+        raise TypeError(f"ids must be places in the training set, integers, got {index.dtype}")
+    if len(index) != sum(sizes):
+        raise MismatchError(
+            f"{len(index)} ids were given for a step in whose gradient are {len(sizes)} forward passes of {sizes} "
+            "examples. Where gradients are accumulated, give the ids of all passes in order; a model that runs twice "
+            "over the same examples in one step can't be captured"
+        )
+    limit = examples if examples is not None else 1 << 62
+    if len(index) and (int(index.min()) < 0 or int(index.max()) >= limit):
+        raise ValueError(f"ids must lie from 0 to {limit - 1}, got {int(index.min())} to {int(index.max())}")
+    return index.long()

@@ -1,0 +1,122 @@
+r"""The sums of one segment: each example's gradients over the steps that saw it, and their curvature.
+
+At step t, with learning rate η_t, a batch of B_t examples gives the loss gradients g_t(z). A segment keeps
+
+    Σ_t η_t g_t(z)  for each example z,    Σ_t η_t Σ_z w² g_t(z) g_t(z)ᵀ,    and    W = Σ_t η_t B_t,
+
+with w what :meth:`Task.fisher_weight` says. The row of z is N/W times its sum: an example that was seen as often as the
+others has the mean of its gradients, weighted by the learning rates, and one that was seen twice as often has twice
+that. The mean Hessian is the second sum over W.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Memory", "SegmentSums"]
+
+Memory = Literal["ram", "disk"]
+
+_BLOCK = 512  # rows whose outer products are summed at once: fewer would wait for memory, k x k numbers each time
+
+
+class SegmentSums:
+    """Sums of sketched gradients over the steps of one segment.
+
+    Args:
+        dim: numbers a row, k.
+        examples: N, where it is known; else there is room for the largest index so far.
+        memory: where the N x k float32 sums lie: in main memory, or in a file that is mapped into it.
+        folder: of that file, which has no name and goes with the process.
+        device: where curvature is summed, k x k float32.
+
+    Raises:
+        ValueError: memory is neither "ram" nor "disk".
+    """
+
+    def __init__(self, dim: int, examples: int | None, memory: Memory, folder: Path, device: torch.device) -> None:
+        if memory not in get_args(Memory):
+            raise ValueError(f"memory must be one of {', '.join(get_args(Memory))}, got {memory!r}")
+        self._dim, self._examples, self._device = dim, examples, device
+        self._memory, self._folder = memory, folder
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._count = self._examples or 0
+        self._room = self._zeros(self._count)  # of rows, more than there are
+        self._curvature = torch.zeros(self._dim, self._dim, device=self._device)
+        self._factors = torch.empty(_BLOCK, self._dim, device=self._device)
+        self._waiting = 0  # factors whose outer products are not summed yet
+        self._weight = 0.0
+
+    def add(self, index: Tensor, rows: Tensor, rate: float, fisher_weight: Tensor | None) -> None:
+        """Add a step.
+
+        Args:
+            index: which examples, (B,) int64.
+            rows: their loss gradients, (B, k) float32.
+            rate: the learning rate η.
+            fisher_weight: w, (B,); None for 1.
+        """
+        self._reserve(int(index.max()) + 1)
+        self._room.index_add_(0, index, rows.to("cpu") * rate)
+        self._weight += rate * len(index)
+        factors = rows if fisher_weight is None else rows * fisher_weight.to(rows)[:, None]
+        for part in (factors * rate**0.5).split(_BLOCK):
+            if self._waiting + len(part) > _BLOCK:
+                self._sum_waiting()
+            self._factors[self._waiting : self._waiting + len(part)] = part
+            self._waiting += len(part)
+
+    def content(self) -> dict[str, Any]:
+        """What a segment is so far: tensors that the next step changes, and numbers."""
+        self._sum_waiting()
+        return {"rows": self._room[: self._count], "curvature": self._curvature.to("cpu"), "weight": self._weight}
+
+    def load(self, content: dict[str, Any]) -> None:
+        """Go on from a content."""
+        self.clear()
+        self._reserve(len(content["rows"]))
+        self._room[: self._count] = content["rows"]
+        self._curvature.copy_(content["curvature"])
+        self._weight = float(content["weight"])
+
+    def merge(self, gathered: Callable[[Tensor], None], largest: Callable[[int], int]) -> None:
+        """Add up the sums of several processes.
+
+        Args:
+            gathered: replaces a tensor by the sum over the processes where it is wanted, and by zeros elsewhere.
+            largest: the largest of the processes' numbers.
+        """
+        self._sum_waiting()
+        self._reserve(largest(self._count))
+        weight = torch.tensor([self._weight], dtype=torch.float64)
+        for tensor in (self._room[: self._count], self._curvature, weight):
+            gathered(tensor)
+        self._weight = float(weight)
+
+    def _sum_waiting(self) -> None:
+        factors = self._factors[: self._waiting]
+        self._curvature.addmm_(factors.T, factors)
+        self._waiting = 0
+
+    def _reserve(self, count: int) -> None:
+        self._count = max(self._count, count)
+        if count > len(self._room):
+            before = self._room
+            self._room = self._zeros(max(count, min(2 * len(before), count + (1 << 16))))
+            self._room[: len(before)] = before
+
+    def _zeros(self, count: int) -> Tensor:
+        if self._memory == "ram" or not count:
+            return torch.zeros(count, self._dim)
+        with tempfile.TemporaryFile(dir=self._folder) as file:  # the map keeps what has no name any more
+            return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(count, self._dim)))

@@ -1,0 +1,145 @@
+"""From captured sums to a bank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from source_proj._errors import BankError, GradientError
+from source_proj._io.hashing import hash_float32
+from source_proj.bank.audits import encode_audit
+from source_proj.bank.bank import Bank
+from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
+from source_proj.bank.build.data import checked_ids
+from source_proj.bank.capture.capture import Capture
+from source_proj.bank.format import Settings
+from source_proj.bank.layout import PartSpec, default_shard_rows
+from source_proj.bank.read.part import Part
+from source_proj.bank.store import LocalStore
+from source_proj.trajectory import RunRecord, Stage, Trajectory
+
+__all__ = ["write_captured"]
+
+_BATCH = 64  # rows; nothing was read in batches, and shards are made of some
+
+
+def write_captured(
+    model: nn.Module,
+    capture: Capture,
+    stage: Stage,
+    contents: Sequence[dict[str, Any]],
+    path: str | Path,
+    *,
+    examples: int | None = None,
+    ids: Sequence[Any] | None = None,
+    storage: str = "int8",
+    autocast: str | None = None,
+) -> Bank:
+    """Write what was captured of a stage as a finalized bank; a killed call goes on when it is repeated.
+
+    Args:
+        model: the module that was trained; gives the order of its parameters.
+        capture: says what the rows are.
+        stage: the stage as it was recorded, cut into the segments of the capture.
+        contents: of each segment, what :meth:`Capture.content` was at its end.
+        path: the bank's folder.
+        examples: number of training examples; default: as many as there were indices.
+        ids: their ids in order; default: 0, 1, …
+        storage: the codec of the rows.
+        autocast: "bfloat16" or "float16" for the forward passes of queries.
+
+    Raises:
+        BankError: something else is at the path, or it cannot be written.
+        MismatchError: a bank of other settings or ids is there.
+        ValueError: the stage's preconditioner changes the metric of its rows.
+    """
+    if stage.preconditioner not in ("scalar", "none"):
+        raise ValueError(
+            f"preconditioner={stage.preconditioner!r} wants rows in the metric of a preconditioner that is known only "
+            "after training, and captured rows are plain gradients: take 'scalar' or 'none'"
+        )
+    store = LocalStore(path)
+    if os.path.isfile(store.root):
+        raise BankError(f"{store.root} is a file, and a bank is a folder; give another path")
+    n = max([examples or 0, *(len(content["rows"]) for content in contents)])
+    row_ids = checked_ids(ids, 0, n, stage.name)
+    trajectory = Trajectory.from_stages([stage])
+    resolved = trajectory.resolve(model, capture.space).record
+    curvature = [_curvature(content, stage.loss_scale) for content in contents]
+    hashes = [hash_float32(matrix) for matrix in curvature]
+    (record,) = resolved.stages
+    identity = capture.identity()
+    settings = Settings(
+        sketch=identity["sketch"],
+        parameters=identity["parameters"],
+        task=identity["task"],
+        trajectory=RunRecord((record.captured(hashes),), resolved.metrics),
+        storage=storage,
+        sampled_fisher=0,
+        second_derivative=False,
+        fisher_weight=False,
+        gradients="auto",
+        autocast=autocast,
+    )
+    height = default_shard_rows(n, _BATCH, settings)
+    spec = PartSpec(0, n, _BATCH, height, "string" if row_ids.dtype == object else "int64")
+    if not store.exists("zarr.json"):
+        choice = f"{len(capture.space.names)} parameters, {capture.space.size} numbers: those that were captured"
+        matrices = dict(zip(hashes, curvature, strict=True))
+        create_bank(store, store.root, settings, trajectory, {}, [(spec, row_ids)], choice, matrices)
+    bank = Bank(store.root)
+    require_same_settings(bank.path, bank.settings, settings)
+    (part,) = bank.stages[0].parts
+    require_same_part(part, spec, row_ids)
+    for segment, content in enumerate(contents):
+        for shard, arrays in _shards(part, segment, content, settings, stage.loss_scale):
+            part.commit(segment, shard, arrays)
+    bank.seal([part])
+    return bank
+
+
+def _curvature(content: dict[str, Any], loss_scale: float) -> Tensor:
+    """Ĥ (k, k), of the gradients of the mean loss."""
+    weight = _weight(content)
+    matrix: Tensor = content["curvature"].float() / (weight * loss_scale**2)
+    return (matrix + matrix.T) / 2  # symmetric to the last bit
+
+
+def _weight(content: dict[str, Any]) -> float:
+    weight = float(content["weight"])
+    if not weight > 0:
+        raise GradientError(
+            "no step of a segment was captured, or all had a learning rate of 0: record longer segments"
+        )
+    return weight
+
+
+def _shards(
+    part: Part, segment: int, content: dict[str, Any], settings: Settings, loss_scale: float
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """The arrays of each shard of a segment that is not committed yet."""
+    codec, spec = settings.codec, part.spec
+    factor = spec.n / (_weight(content) * loss_scale)
+    for shard in range(spec.n_shards):
+        if part.is_done(segment, shard):
+            continue
+        start, stop = spec.span(shard)
+        rows = torch.zeros(stop - start, settings.sketch["dim"])
+        there = content["rows"][start:stop]  # of examples behind them, none was seen
+        torch.mul(there, factor, out=rows[: len(there)])
+        codes, scale = codec.encode(rows)
+        nothing = dict.fromkeys(("examples", "audited_batches", "audited_examples"), 0)
+        audit = {**(content["audit"] if shard == 0 else {**nothing, "worst_error": 0.0}), "general": {}}
+        arrays = {
+            "rows": codes.numpy(),
+            "d1": np.ones(len(rows), np.float32),
+            "batch_hashes": np.zeros((-(-len(rows) // spec.batch_size), 32), np.uint8),
+            "audit": encode_audit(audit),
+        }
+        yield shard, arrays if scale is None else {**arrays, "scale": scale.numpy()}

@@ -1,0 +1,124 @@
+"""What the commands of ``curate`` share: who is asked, what columns say, and where a cleaning goes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from source_proj import curate
+from source_proj._io.outputs import require_free
+from source_proj.attribution.source import Source
+from source_proj.bank import open as open_bank
+from source_proj.cli.output import emit, say
+from source_proj.cli.parsing import make_task, needed
+from source_proj.cli.text import ask_about
+from source_proj.integrations.text_rows import text_rows
+
+__all__ = ["Delivery", "aggregate", "asked", "column"]
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Where a cleaning goes."""
+
+    file: Path | None
+    out: Path | None
+    list: Path | None
+    encoding: str
+    delimiter: str
+    annotated: bool
+    overwrite: bool
+    json: bool
+
+    def check(self) -> None:
+        """Refuse what cannot be written before any work is done.
+
+        Raises:
+            ValueError: one of ``--file`` and ``--out`` is missing.
+            FileExistsError: something is there that may not be overwritten.
+        """
+        if self.out is not None and self.file is None:
+            raise ValueError("--out needs --file FILE, the training set that is written without the dropped examples")
+        for path in (self.out, self.list):
+            if path is not None and not path.is_dir():
+                require_free(path, overwrite=self.overwrite)
+
+    def give(self, cleaning: curate.Cleaning) -> None:
+        """Write what was asked for, and print the rest."""
+        if self.list is not None:
+            cleaning.save(self.list, overwrite=self.overwrite)
+        if self.file is not None and self.out is not None:
+            cleaning.write(
+                self.file,
+                self.out,
+                overwrite=self.overwrite,
+                encoding=self.encoding,
+                delimiter=self.delimiter,
+                annotated=self.annotated,
+            )
+        if self.json:
+            emit(
+                {
+                    "what": cleaning.what,
+                    "selects": cleaning.selects,
+                    "kept": len(cleaning.kept),
+                    "train": len(cleaning.train_ids),
+                    "out": self.out,
+                    "list": self.list,
+                    "examples": [{"id": its_id, "reason": reason} for its_id, reason in cleaning],
+                }
+            )
+            return
+        say(str(cleaning))
+        for path in (self.out, self.list):
+            if path is not None:
+                say(f"wrote {path}")
+
+
+def asked(
+    banks: list[Path],
+    model: str | None,
+    queries: str | None,
+    dataset: Path | None,
+    task: str | None,
+    batch_size: int,
+    device: str | None,
+    progress: bool,
+) -> tuple[Source, Any]:
+    """SOURCE on the banks, and the queries that the options name."""
+    network, data, _ = ask_about(banks[0], model, queries, dataset, False)
+    source = Source(
+        [open_bank(path) for path in banks],
+        model=network,
+        task=None if task is None else make_task(task),
+        batch_size=batch_size,
+        device=device,
+        progress=progress,
+    )
+    return source, data
+
+
+def aggregate(
+    source: Source, data: Any, dataset: Path | None, group_column: str | None, weight_column: str | None
+) -> curate.Aggregate:
+    """The scores summed up, the groups and weights taken from columns of ``--dataset``."""
+    groups, weights = (
+        None if name is None else column(Path(needed(None if dataset is None else str(dataset), "--dataset")), name)
+        for name in (group_column, weight_column)
+    )
+    return curate.aggregate(source, data, groups=groups, weights=None if weights is None else [*map(float, weights)])
+
+
+def column(file: Path | None, name: str) -> list[Any]:
+    """A column of a file.
+
+    Raises:
+        ValueError: there is no such column, or a record has nothing in it.
+    """
+    if file is None:
+        raise ValueError(f"the labels are in no file: give --file FILE, whose column {name!r} holds them")
+    called, rows = text_rows(file)
+    values = [row.get(name) for row in rows]
+    if None in values:
+        place = values.index(None)
+        raise ValueError(f"example {place + 1} of {called} has no {name!r}, only {sorted(map(str, rows[place]))}")
+    return values

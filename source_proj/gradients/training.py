@@ -1,0 +1,289 @@
+"""Per-example gradients of the passes that train a model, sketched while its own backward pass runs.
+
+`HookPath` makes the passes itself. Here somebody else's training loop makes them: hooks stay on the live model, and
+every forward pass in training mode puts a tap behind each covered layer. The loop's own backward pass brings the output
+gradients to the taps, and the layers' rules turn them into rows. Row b of a pass is then what example b added to the
+gradient that the optimizer will use, in whatever unit the loss was: a mean over the batch, divided for accumulation,
+scaled for half precision. So the rows of a step sum to R p.grad, which `TrainingPath` leaves its caller to assert.
+
+That law sees layers that are missed, used elsewhere or counted twice. It doesn't see examples that depend on each other
+within the batch, whose shares of the sum are no gradients of theirs: normalisation over the batch is refused by name,
+and where autograd's graph of a new kind of pass can't be followed example by example (`layout.py`), the outputs of all
+layers must be the same for half a batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from source_proj._errors import GradientError
+from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
+from source_proj.gradients.hooks import HookPath, evaluating, uncovered
+from source_proj.gradients.layout import Call
+from source_proj.gradients.proof import WatchedSink, share_sink
+from source_proj.gradients.sink import GradientSink, SinkByParameter
+from source_proj.gradients.space import ParameterSpace
+from source_proj.gradients.suited import refuse_unsuited
+from source_proj.sketch import Sketch
+
+__all__ = ["INDEX", "TrainingPass", "TrainingPath"]
+
+INDEX = "index"
+"""Name of the batch entry that says which examples a pass is of; the model doesn't get to see it."""
+
+_APART, _APART_HALF = 1e-3, 5e-2  # relative: outputs of half a batch, in float32 and with half precision
+
+
+@dataclass(eq=False)
+class TrainingPass:
+    """One forward pass in training mode, and what its backward pass has brought so far.
+
+    Attributes:
+        size: number of examples B.
+        rows: (B, dim) float32, what each example added to R p.grad.
+        sink: adds to the rows.
+        shares: the same for each parameter apart, if that was asked for.
+        index: which examples, where the batch said so.
+        batch: the model's keyword arguments where "labels" are among them, else None.
+        reached: whether a backward pass came.
+        spacing: of the coarsest number format of its output gradients.
+    """
+
+    size: int
+    rows: Tensor
+    sink: GradientSink
+    shares: SinkByParameter | None
+    index: Tensor | Sequence[int] | None
+    batch: Mapping[str, Any] | None
+    reached: bool = False
+    spacing: float = torch.finfo(torch.float32).eps
+
+
+class TrainingPath(HookPath):
+    """Rows of the passes that train a model; ends, and leaves the model as it was, by `close`.
+
+    Passes in evaluation mode, without gradients, or during a backward pass (activation checkpointing) are none of
+    training.
+
+    Args:
+        model: the module that is trained; not compiled.
+        space: the attributed parameters, each in a module that a rule covers.
+        sketch: the projection.
+
+    Attributes:
+        passes: those since `clear`.
+        watched: whether the coming passes keep each parameter's share apart.
+
+    Raises:
+        GradientError: no rule covers some parameter's module, or the model is compiled or quantised.
+    """
+
+    def __init__(self, model: nn.Module, space: ParameterSpace, sketch: Sketch) -> None:
+        refuse_unsuited(model)
+        _refuse_compiled(model)
+        missing = uncovered(model, space)
+        if missing:
+            listed = "; ".join(f"{name}: {why}" for name, why in list(missing.items())[:10])
+            patterns = [f"!{name}" for name in list(missing)[:10]]
+            raise GradientError(
+                f"rows can't be captured of some parameters ({listed}): leave them out by parameters={patterns}, or "
+                "build the bank after training"
+            )
+        super().__init__(model, space)
+        self._space, self._sketch = space, sketch
+        self.passes: list[TrainingPass] = []
+        self.watched = False
+        self._open: TrainingPass | None = None
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._known: set[object] = set()  # kinds of batches whose graph was looked at
+        self._shared_known = False
+        self._takes_index = INDEX in inspect.signature(model.forward).parameters
+        self._mixing = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        weakly = _weak_hook(self)
+        handles = [
+            model.register_forward_pre_hook(weakly("_begin"), with_kwargs=True),
+            model.register_forward_hook(weakly("_finish"), with_kwargs=True, always_call=True),
+            *(m.register_forward_hook(weakly("_on_layer"), prepend=True, with_kwargs=True) for m in self._covered),
+        ]
+        self.close = weakref.finalize(self, _remove, handles)
+
+    def clear(self) -> None:
+        """Forget the passes so far."""
+        self.passes = []
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        changed, index = None, None
+        if INDEX in kwargs and not self._takes_index:
+            index = kwargs[INDEX]
+            kwargs = {name: value for name, value in kwargs.items() if name != INDEX}
+            changed = (args, kwargs)
+        if model.training and torch.is_grad_enabled() and not _in_backward():
+            self._begin_pass(args, kwargs, index)
+        return changed
+
+    def _begin_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any], index: Any) -> None:
+        self._refuse_mixing()
+        batch = (args, kwargs) if args and kwargs else args or kwargs
+        size = batch_size(batch) if index is None else len(index)
+        if not self._shared_known:
+            self._find_shared(args, kwargs, size)
+        device = self._parameters[self._space.names[0]].device
+        rows = torch.zeros(size, self._sketch.dim, device=device)
+        sink, shares = GradientSink(rows, self._sketch, self._space), None
+        if self.watched:
+            shares = share_sink(size, self._space, device)
+            sink = WatchedSink(sink, shares, set(self._space.names))
+        self._open = TrainingPass(size, rows, sink, shares, index, kwargs if "labels" in kwargs else None)
+        self.passes.append(self._open)
+        kind = _kind(batch)
+        self._calls = None if size == 1 or kind in self._known else []
+        self._known.add(kind)
+
+    def _finish(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        current, self._open = self._open, None
+        calls, self._calls = self._calls, None
+        if current is None:
+            return
+        if output is None:  # the forward pass raised
+            self.passes.remove(current)
+        elif calls is not None:
+            self._require_apart(calls, args, kwargs, output, current.size)
+
+    def _on_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        current = self._open
+        if current is None and _in_backward() and self.passes:  # layers that checkpointing computes once more
+            current = self.passes[-1]
+        if current is None:
+            return None
+        return self._on_output(
+            module, args, kwargs, output, size=current.size, anchor=self._anchor, sink=current.sink
+        )  # fmt: skip
+
+    def _on_gradient(self, module: nn.Module, size: int, sink: GradientSink, x: Tensor, g: Tensor) -> None:
+        for each in self.passes:
+            if each.sink is sink:
+                each.reached = True
+                each.spacing = max(each.spacing, torch.finfo(g.dtype).eps)
+                super()._on_gradient(module, size, sink, x, g)
+
+    def _refuse_mixing(self) -> None:
+        mixing = [name for name, module in self._mixing if module.training]
+        if mixing:
+            raise GradientError(
+                f"batch normalisation in training mode mixes the examples of a batch, so that no gradient is one "
+                f"example's own: {mixing[:5]}. Put these modules into evaluation mode (module.eval()) while training, "
+                "use GroupNorm or LayerNorm, or build the bank after training"
+            )
+
+    def _find_shared(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
+        """Learn which layers see no batch, from one example and from two; leaves random states and buffers alone."""
+        single, double = (take((args, kwargs), some, size) for some in ([0], [0, min(1, size - 1)]))
+        with _probing(self._model):
+            self.find_shared(_called, single, double)
+        self._shared_known = True
+
+    def _require_apart(
+        self,
+        calls: list[tuple[tuple[object, ...], Call]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        size: int,
+    ) -> None:
+        """Refuse examples that depend on each other.
+
+        Raises:
+            GradientError: the outputs of some layer are others for half of the batch.
+            Unsuited: a parameter is used outside of its layer.
+        """
+        heads: list[Tensor] = []
+        map_tensors(output, lambda tensor: heads.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        heads = [head for head in heads if head.grad_fn is not None and head.dim() and head.shape[0] == size]
+        lost = [self._structure(head, calls, size).lost for head in heads]
+        if heads and not any(lost):
+            return
+        halves = torch.arange(size).chunk(2)
+        with _probing(self._model):
+            whole = self._outputs((args, kwargs))
+            parts = [self._outputs(take((args, kwargs), half.tolist(), size)) for half in halves]
+        if any([name for name, _ in part] != [name for name, _ in whole] for part in parts):
+            raise GradientError("the layers that the model calls depend on which examples are in a batch")
+        for place, (name, there) in enumerate(whole):
+            here = torch.cat([part[place][1] for part in parts])
+            apart = _APART if there.dtype in (torch.float32, torch.float64) else _APART_HALF
+            if here.shape != there.shape or float((here - there).norm()) > apart * float(there.norm()):
+                raise GradientError(
+                    f"the output of {name!r} for an example depends on the other examples of its batch, so that no "
+                    "gradient is one example's own: rows can't be captured of this model"
+                )
+
+    def _outputs(self, batch: Batch) -> list[tuple[str, Tensor]]:
+        """Outputs of all layers that see the batch, by name, in the order of their calls."""
+        outputs: list[tuple[str, Tensor]] = []
+
+        def seen(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Tensor) -> None:
+            if module not in self._shared:
+                outputs.append((self._names[module], output.detach()))
+
+        with self._hooked(seen):
+            _called(self._model, batch)
+        return outputs
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    compiled = [name for name, module in model.named_modules() if module._compiled_call_impl is not None]
+    if compiled or hasattr(model, "_orig_mod") or isinstance(model, torch.jit.ScriptModule):
+        raise GradientError(
+            "a compiled model runs past the hooks that capture rows, or is cut at every layer by them: train the "
+            "module itself, without torch.compile, or leave capture= out and build the bank after training"
+        )
+
+
+def _remove(handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _called(model: nn.Module, batch: Batch) -> Any:
+    args, kwargs = batch
+    return model(*args, **kwargs)
+
+
+@contextmanager
+def _probing(model: nn.Module) -> Any:
+    """Run a model beside its training: in evaluation mode, without gradients, random states kept."""
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices), evaluating(model), torch.no_grad():
+        yield
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _kind(batch: Batch) -> object:
+    """What batches of one kind share: the tree, and each tensor's type and number of dimensions."""
+    return repr(map_tensors(batch, lambda t: (str(t.dtype), t.dim())))  # type: ignore[arg-type, return-value]
+
+
+def _weak_hook(path: TrainingPath) -> Callable[[str], Callable[..., Any]]:
+    """Hooks that keep nothing alive: a path that nobody holds any more ends."""
+    reference = weakref.ref(path)
+
+    def hook(name: str) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            alive = reference()
+            return None if alive is None else getattr(alive, name)(*given)
+
+        return call
+
+    return hook

@@ -1,0 +1,74 @@
+"""The Trainer's callback captures the rows of a bank while the Trainer trains."""
+
+import pytest
+import torch
+from trainer_runs import BATCH, EXAMPLES, StopAt, classifier, examples, train
+
+import source_proj as sp
+from source_proj.integrations import RecorderCallback
+
+
+def captured(directory, callback=None, **arguments):
+    callback = callback or RecorderCallback(
+        directory / "recorded", capture=sp.Sketch(64), task=sp.Classification(), segment_ends=[8], examples=EXAMPLES
+    )
+    others = arguments.pop("callbacks", [])
+    train(
+        directory / "run",
+        callbacks=[callback, *others],
+        data=sp.IndexedDataset(examples()),
+        remove_unused_columns=False,
+        **arguments,
+    )
+    return callback
+
+
+def rows_of(bank, segment):
+    return torch.cat([block.rows for block in bank.stages[0].iter_rows(segment)])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_rows_sum_to_the_gradients_that_adamw_saw(tmp_path, accumulation):
+    """Clipped at a norm below most gradients', with dropout: Σ_z row_z is the mean of the gradients before clipping."""
+    sums, weights = [torch.zeros(64) for _ in range(2)], [0.0, 0.0]
+    sketch, factors = sp.Sketch(64), []
+
+    class Watch(StopAt):
+        def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **_):
+            gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+            segment, rate = int(state.global_step >= 8), float(optimizer.param_groups[0]["lr"])
+            factors.append(min(1.0, 0.3 / (callback._norm + 1e-6)))
+            sums[segment] += rate * sketch(gradient) / factors[-1]
+            weights[segment] += rate
+
+    callback = RecorderCallback(
+        tmp_path / "recorded", capture=sketch, task=sp.Classification(), segment_ends=[8], examples=EXAMPLES
+    )
+    captured(tmp_path, callback, callbacks=[Watch(10**6)], max_grad_norm=0.3, gradient_accumulation_steps=accumulation)
+    assert min(factors) < 1
+    bank = callback.bank(storage="float32")
+    for segment in (0, 1):
+        total = rows_of(bank, segment).mean(0)
+        expected = sums[segment] / weights[segment]
+        assert torch.allclose(total, expected, atol=1e-4 * float(expected.norm()))
+    model = classifier()
+    queries = [{**each, "input_ids": torch.tensor(each["input_ids"])} for each in examples()[:2]]
+    assert sp.Source(bank, model=model, progress=False).score(queries).to_numpy().shape == (2, EXAMPLES)
+
+
+def test_a_resumed_run_has_the_rows_of_one_that_was_left_alone(tmp_path):
+    whole = captured(tmp_path / "whole").bank()
+    captured(tmp_path / "parts", callbacks=[StopAt(14)])
+    checkpoint = str(tmp_path / "parts/run/checkpoint-12")
+    resumed = captured(tmp_path / "parts", resume=checkpoint).bank()
+    for segment in (0, 1):
+        assert torch.equal(rows_of(whole, segment), rows_of(resumed, segment))
+    assert whole.trajectory.curvatures == resumed.trajectory.curvatures
+
+
+def test_examples_without_an_index_are_refused(tmp_path):
+    callback = RecorderCallback(tmp_path / "recorded", capture=sp.Sketch(64), task=sp.Classification())
+    with pytest.raises(TypeError, match="remove_unused_columns=False"):
+        train(tmp_path / "run", callbacks=[callback], per_device_train_batch_size=BATCH)
+    with pytest.raises(TypeError, match="go together"):
+        RecorderCallback(tmp_path, capture=sp.Sketch(64))
