@@ -5,7 +5,7 @@
 
 Both steps in one process and in turn, each with forward and backward pass, AdamW's update, and zero_grad; medians of
 the processor's time over the steps, which other processes disturb less than the clock. The audits of the first steps
-are over by then, that of one step in 32 is in the median's neighbourhood. "curvature" is the part that the k x k sum takes.
+are over by then, that of one step in 32 is in the median's neighbourhood. "curvature" is the part of the k x k sum.
 """
 
 import argparse
