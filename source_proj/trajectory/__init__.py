@@ -22,7 +22,8 @@ from source_proj.trajectory.options import Schedule
 from source_proj.trajectory.preconditioning import ResolvedRun
 from source_proj.trajectory.readers import register_reader
 from source_proj.trajectory.record import CheckpointRef, PreconditionerMode, RunRecord, SegmentRecord, StageRecord
-from source_proj.trajectory.recording.recorder import Recorder, Stateful
+from source_proj.trajectory.recording.companion import Stateful
+from source_proj.trajectory.recording.recorder import Recorder
 from source_proj.trajectory.segments import Segments, split_segments
 from source_proj.trajectory.stages import Stage
 from source_proj.trajectory.trained import trained_parameters

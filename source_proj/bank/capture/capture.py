@@ -244,7 +244,7 @@ def _index(passes: Sequence[TrainingPass], ids: Any, examples: int | None) -> Te
         if not parts or any(part is None for part in parts):
             raise TypeError(
                 "which examples was the step of? Give step(ids=...), their places in the training set, in order; or "
-                "train on an IndexedDataset (of mappings where the Trainer trains, with remove_unused_columns=False)"
+                "train on an IndexedDataset (for the Trainer, one of mappings, and with remove_unused_columns=False)"
             )
         ids = torch.cat([torch.as_tensor(part).reshape(-1).cpu() for part in parts])
     index = torch.as_tensor(ids).reshape(-1).cpu()

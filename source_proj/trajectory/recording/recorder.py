@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.optimizers import Options
 from source_proj.trajectory.optimizers.describe import describe_live, held_names, read_groups, second_moments
 from source_proj.trajectory.options import ReadOptions
+from source_proj.trajectory.recording.companion import Companion, Stateful, kept_content
 from source_proj.trajectory.recording.progress import Progress, Seen, update_runs, updates_of_call
 from source_proj.trajectory.recording.run_files import (
     RecordedCheckpoint,
@@ -39,27 +40,7 @@ from source_proj.trajectory.recording.schedule_watch import ScheduleWatch
 from source_proj.trajectory.stages import Stage
 from source_proj.trajectory.trajectory import Trajectory
 
-__all__ = ["Companion", "Recorder", "Stateful"]
-
-
-class Stateful(Protocol):
-    """Anything whose state can be taken and brought back."""
-
-    def state_dict(self) -> Any:
-        """Give the state."""
-
-    def load_state_dict(self, state_dict: Any) -> Any:
-        """Take the state."""
-
-
-class Companion(Protocol):
-    """What is recorded in step with a model: one more file with each checkpoint, brought back with it."""
-
-    def content(self) -> dict[str, Any]:
-        """Tensors and plain values to keep with a checkpoint."""
-
-    def restart(self, content: dict[str, Any] | None) -> None:
-        """Go on from what was kept; from nothing with None, at the beginning and after the end of a segment."""
+__all__ = ["Recorder"]
 
 
 class Recorder:
@@ -372,7 +353,7 @@ class Recorder:
         check_file(file, run.resume or "")
         resume = load_tensors(file, "record anew in an empty directory")
         if self._companion is not None:
-            self._companion.restart(None if run.checkpoints[-1].ends_segment else self._captured(run.checkpoints[-1]))
+            self._companion.restart(kept_content(self.dir, run.checkpoints[-1]))
         try:
             its_states = list(resume["also"])
             if len(its_states) != len(self._also):
@@ -389,18 +370,6 @@ class Recorder:
                 "that were recorded, or record anew in an empty directory"
             ) from error
         self._model.load_state_dict(state)
-
-    def _captured(self, checkpoint: RecordedCheckpoint) -> dict[str, Any]:
-        """What the companion kept with a checkpoint."""
-        file = self.dir / capture_name(checkpoint.step)
-        if checkpoint.capture is None:
-            raise MismatchError(
-                f"{str(self.dir)!r} holds a run that was recorded without capture=: go on without, or record anew in "
-                "an empty directory"
-            )
-        check_file(file, checkpoint.capture)
-        content: dict[str, Any] = load_tensors(file, "record anew in an empty directory", mapped=True)
-        return content
 
 
 def _check_trains(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
