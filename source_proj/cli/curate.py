@@ -316,7 +316,7 @@ def verify(
 
 
 def _asked(
-    banks: list[Path],
+    banks: list[str],
     model: str | None,
     queries: str | None,
     dataset: Path | None,
