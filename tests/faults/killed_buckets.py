@@ -2,7 +2,7 @@
 
     python tests/faults/killed_buckets.py --kills 200 --faults 200
 
-Server, builders and checks are forks of this process, which itself has no threads. Whatever was killed is started again,
+Server, builders and checks are forks of this process, which has no threads. Whatever was killed is started again,
 until the bank is whole; then its fingerprint must be that of a bank that was built at a stretch, and nothing may be
 missing, doubled or left behind. Prints a JSON report.
 """
@@ -76,7 +76,7 @@ def killed_and_whole(run: Run, url: str, draw: random.Random, duration: float) -
 
     workers, kills = [builder(0), builder(1)], 0
     for _ in range(KILLS):
-        time.sleep(draw.uniform(0, 0.7 * duration))
+        time.sleep(draw.uniform(0, 0.2 * duration))
         index = draw.randrange(2)
         os.kill(workers[index], signal.SIGKILL)
         ended = finished(workers[index])
