@@ -21,6 +21,7 @@ from source_proj.attribution.source import Segment, Source
 from source_proj.bank import Bank, StageBank, build, open
 from source_proj.bank.capture import IndexedDataset, Recorder
 from source_proj.bank.examples import Example, Examples
+from source_proj.distribute import plan
 from source_proj.sketch import Sketch
 from source_proj.task import Answer, Answers, CausalLM, Classification, Regression, Task, TokenQueries
 from source_proj.trajectory import (
@@ -98,5 +99,6 @@ __all__ = [
     "evaluate",
     "integrations",
     "open",
+    "plan",
     "report",
 ]

@@ -1,6 +1,5 @@
 """The bank as its readers see it."""
 
-import os
 import sys
 from collections.abc import Sequence
 from functools import cached_property
@@ -25,7 +24,7 @@ from source_proj.bank.read.part import Part, listed
 from source_proj.bank.read.root import find_parts, kind_of, read_root
 from source_proj.bank.read.stage_bank import StageBank
 from source_proj.bank.read.weights import Weights
-from source_proj.bank.store import LocalStore
+from source_proj.bank.store import open_store
 from source_proj.bank.verify import VerifyReport, fingerprint_of, verify
 from source_proj.sketch import Sketch
 from source_proj.task import Task
@@ -38,10 +37,10 @@ class Bank:
     """A store of sketched training gradients; made by :func:`source_proj.build`, opened by :func:`source_proj.open`.
 
     Args:
-        path: the bank's folder.
+        path: the bank's folder, or a URL: s3://bucket/bank, gs://…, az://…, memory://…, or one that fsspec reads.
 
     Attributes:
-        path: the bank's folder.
+        path: the bank's folder, or its URL.
         store: what its objects are read from and written to.
         sketch: the projection that its rows went through.
         settings: everything that the rows depend on besides the data.
@@ -56,16 +55,14 @@ class Bank:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.store = LocalStore(path)
-        self.path = self.store.root
-        if os.path.isfile(self.path):
-            raise BankError(f"{self.path} is a file, and a bank is a folder; give the folder")
+        self.store = open_store(path)
+        self.path: Path | str = self.store.folder or self.store.location()
         list_objects(self.store)  # refuses links
         self.settings, self.versions, moved, self.parameter_choice = read_root(self.store)
         self.sketch = _sketch(self.path, self.settings)
         self.metrics = Metrics(self.store, self.settings.trajectory)
         self.examples: Examples | None = None
-        self._weights = Weights(self.store, self.path, self.settings, moved)
+        self._weights = Weights(self.store, self.settings, moved)
         self.reload()
 
     def reload(self) -> None:
@@ -325,7 +322,7 @@ class Bank:
     @property
     def fits(self) -> FitCache:
         """What was computed from the bank and is kept in it: spectra, and the matrices that queries are scored by."""
-        return FitCache(self.path, self.fingerprint if self.finalized else None)
+        return FitCache(self.store.folder, self.fingerprint if self.finalized else None)
 
     def clear_fits(self) -> int:
         """Delete all fits, and return the bytes that they took; they are computed again when they are needed."""
@@ -362,7 +359,7 @@ class Bank:
 
 
 def open_bank(path: str | Path) -> Bank:
-    """Open a bank for reading; it may lie on a read-only disk.
+    """Open a bank for reading; it may lie on a read-only disk, or in a bucket: "s3://bucket/bank".
 
     Raises:
         BankError: there is no bank, or one of another version, or one whose metadata are damaged; says what was found.
@@ -370,7 +367,7 @@ def open_bank(path: str | Path) -> Bank:
     return Bank(path)
 
 
-def _sketch(path: Path, settings: Settings) -> Sketch:
+def _sketch(path: Path | str, settings: Settings) -> Sketch:
     try:
         return Sketch.from_spec(settings.sketch)
     except (ValueError, TypeError, KeyError) as error:

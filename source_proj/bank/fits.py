@@ -41,21 +41,22 @@ class FitCache:
     """The fits of one bank.
 
     Args:
-        path: the bank's folder.
+        path: the bank's folder; None for one elsewhere, whose fits are all in the user's cache.
         fingerprint: the bank's; None for an unfinished one, which has no valid fits.
 
     Raises:
         BankError: the folder of the fits is a link, which would be written through.
     """
 
-    def __init__(self, path: Path, fingerprint: str | None) -> None:
+    def __init__(self, path: Path | None, fingerprint: str | None) -> None:
         self._fingerprint = fingerprint
-        self._beside = path / "fits"
+        cache = platformdirs.user_cache_path("source-proj") / (fingerprint or "unfinished")[:32]
+        self._beside = cache if path is None else path / "fits"
         if self._beside.is_symlink():
             raise BankError(f"{self._beside} is a link, and a bank must not hold any: remove it")
         self._folders = [self._beside]
-        if fingerprint is not None:
-            self._folders.append(platformdirs.user_cache_path("source-proj") / fingerprint[:32])
+        if fingerprint is not None and path is not None:
+            self._folders.append(cache)
 
     @property
     def folder(self) -> Path:

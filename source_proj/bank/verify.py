@@ -15,7 +15,7 @@ from source_proj.bank.read.objects import list_objects, object_info
 from source_proj.bank.read.part import Part
 from source_proj.bank.read.root import find_parts, read_root
 from source_proj.bank.read.weights import Weights
-from source_proj.bank.store import LocalStore
+from source_proj.bank.store import Store, open_store
 
 __all__ = ["VerifyReport", "fingerprint_of", "verify"]
 
@@ -25,7 +25,7 @@ class VerifyReport:
     """What :func:`verify` found.
 
     Attributes:
-        path: the bank's folder.
+        path: the bank's folder, or its URL.
         problems: one line each: what is wrong, and where; none for a whole, finalized bank.
         bytes_read: bytes of all files that were read and compared.
         files: number of these files.
@@ -33,11 +33,11 @@ class VerifyReport:
             ``finalize``.
     """
 
-    path: Path
+    path: Path | str
     problems: list[str]
     bytes_read: int
     files: int
-    leftovers: list[Path] = field(default_factory=list)
+    leftovers: list[Path | str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -53,13 +53,14 @@ def verify(path: str | Path) -> VerifyReport:
     are not committed yet count as missing. Fits are compared with their digests; those of other content of the bank
     count as leftovers.
     """
-    store = LocalStore(path)
+    store = open_store(path)
+    name = store.folder or store.location()
     try:
         there = list_objects(store)
         settings = read_root(store).settings
         parts = [part for s in range(len(settings.trajectory.stages)) for part in find_parts(store, settings, s)]
     except BankError as error:
-        return VerifyReport(store.root, [str(error)], 0, 0)
+        return VerifyReport(name, [str(error)], 0, 0)
     problems = [problem for part in parts for problem in _part_problems(part)]
     problems += _weights_problems(store, settings)
     problems += _metrics_problems(store, settings)
@@ -75,8 +76,9 @@ def verify(path: str | Path) -> VerifyReport:
     problems += [f"{store.location(key)} does not belong to the bank: move it elsewhere" for key in foreign]
     sizes = [info.size for key in there if key in known and (info := object_info(store, key)) is not None]
     left += [key for key in store.leftovers() if not key.startswith("fits/")]
-    leftovers = [*(Path(store.location(key)) for key in sorted(left)), *fits.leftovers()]
-    return VerifyReport(store.root, problems, sum(sizes), len(sizes), leftovers)
+    kind = str if store.folder is None else Path
+    leftovers = [*(kind(store.location(key)) for key in sorted(left)), *fits.leftovers()]
+    return VerifyReport(name, problems, sum(sizes), len(sizes), leftovers)
 
 
 def fingerprint_of(seals: Sequence[tuple[bytes, bytes]]) -> str:
@@ -84,12 +86,12 @@ def fingerprint_of(seals: Sequence[tuple[bytes, bytes]]) -> str:
     return hashlib.sha256(b"".join(seal[0] for seal in seals)).hexdigest()
 
 
-def _fits(store: LocalStore, parts: Sequence[Part]) -> FitCache:
+def _fits(store: Store, parts: Sequence[Part]) -> FitCache:
     try:
         seals = [seal for part in parts if (seal := part.sealed()) is not None]
     except BankError:  # named by _part_problems
         seals = []
-    return FitCache(store.root, fingerprint_of(seals) if len(seals) == len(parts) else None)
+    return FitCache(store.folder, fingerprint_of(seals) if len(seals) == len(parts) else None)
 
 
 def _part_problems(part: Part) -> Iterator[str]:
@@ -118,9 +120,9 @@ def _shard_problems(part: Part, checkpoint: int, shard: int) -> Iterator[str]:
             yield str(error)
 
 
-def _weights_problems(store: LocalStore, settings: Settings) -> Iterator[str]:
+def _weights_problems(store: Store, settings: Settings) -> Iterator[str]:
     """Read the copies of weights; files elsewhere are not the bank's."""
-    weights = Weights(store, store.root, settings, {})
+    weights = Weights(store, settings, {})
     for checkpoint in settings.trajectory.checkpoints:
         if checkpoint.path is None:
             try:
@@ -129,7 +131,7 @@ def _weights_problems(store: LocalStore, settings: Settings) -> Iterator[str]:
                 yield str(error)
 
 
-def _metrics_problems(store: LocalStore, settings: Settings) -> Iterator[str]:
+def _metrics_problems(store: Store, settings: Settings) -> Iterator[str]:
     metrics = Metrics(store, settings.trajectory)
     for metric in range(len(metrics)):
         try:
@@ -138,7 +140,7 @@ def _metrics_problems(store: LocalStore, settings: Settings) -> Iterator[str]:
             yield str(error)
 
 
-def _curvature_problems(store: LocalStore, settings: Settings) -> Iterator[str]:
+def _curvature_problems(store: Store, settings: Settings) -> Iterator[str]:
     for digest in settings.trajectory.curvatures:
         try:
             read_curvature(store, digest)
@@ -146,7 +148,7 @@ def _curvature_problems(store: LocalStore, settings: Settings) -> Iterator[str]:
             yield str(error)
 
 
-def _keys(store: LocalStore, settings: Settings, parts: list[Part]) -> tuple[set[str], set[str]]:
+def _keys(store: Store, settings: Settings, parts: list[Part]) -> tuple[set[str], set[str]]:
     """Objects that were read, and objects that may be there besides: shards without a mark."""
     known = {"zarr.json"} | {f"{part.name.split('/')[0]}/zarr.json" for part in parts}
     allowed: set[str] = set()
@@ -166,7 +168,7 @@ def _keys(store: LocalStore, settings: Settings, parts: list[Part]) -> tuple[set
     return known, allowed
 
 
-def _array_keys(store: LocalStore, group: str, names: list[str]) -> set[str]:
+def _array_keys(store: Store, group: str, names: list[str]) -> set[str]:
     """The objects of a group of arrays of one axis."""
     known = {f"{group}/zarr.json"} if names else set()
     for name in names:

@@ -40,6 +40,7 @@ def _root(
 
 
 app.command("demo")(demo.demo)
+app.command("plan")(bank.plan)
 app.command("build")(bank.build)
 app.command("finalize")(bank.finalize)
 app.command("status")(cluster.show_status)

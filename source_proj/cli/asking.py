@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from source_proj.attribution.attributor import Attributor
@@ -44,7 +43,7 @@ def ask(options: Mapping[str, Any]) -> tuple[Attributor, Any]:
     Raises:
         ValueError: an option has no meaning for the method, is missing, or is said twice.
     """
-    paths: list[Path] = options["bank"]
+    paths: list[str] = options["bank"]
     target = parse_target(options["target"])
     network, queries, tokenizer = ask_about(
         paths[0],

@@ -1,7 +1,9 @@
 """``build`` and ``finalize``: fill a bank."""
 
+import inspect
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,8 +24,9 @@ from source_proj.cli.output import emit, reports_errors, say
 
 if TYPE_CHECKING:
     from source_proj.bank import Bank
+    from source_proj.distribute import Plan
 
-__all__ = ["build", "finalize"]
+__all__ = ["build", "finalize", "plan"]
 
 
 @reports_errors
@@ -194,6 +197,15 @@ def build(
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on with a bank that was begun.", rich_help_panel=RUNNING)
     ] = True,
+    plan_for: Annotated[
+        int,
+        typer.Option(
+            "--workers",
+            min=0,
+            help="Of source-proj plan: processes that will share the work.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = 0,
     trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
     progress: Progress = True,
@@ -236,40 +248,57 @@ def build(
     }
     text.require_place(bank)
     network, training_set, chosen = text.build_from(model, data, task, task_option or ())
+    recorded = make_trajectory(
+        recorder,
+        trajectory,
+        checkpoint or (),
+        lr=lr,
+        momentum=0.0 if momentum is None or hf_run is not None else momentum,
+        weight_decay=weight_decay,
+        segments=segments,
+        hf_run=hf_run,
+        hf_options={key: value for key, value in run.items() if value is not None},
+        model=network,
+    )
+    options: dict[str, Any] = {
+        "sketch": make_sketch(sketch_dim, sketch_kind, sketch_seed, sketch_nnz, sketch_backend),
+        "batch_size": batch_size,
+        "device": device or worker.device,
+        "storage": storage,
+        "parameters": text.parameters_of(network, parameters),
+        "sampled_fisher": sampled_fisher,
+        "autocast": autocast,
+        "gradients": gradients,
+        "shard_rows": shard_rows,
+    }
+    if plan_for:
+        from source_proj.distribute import plan as make_plan
+
+        _report_plan(make_plan(network, chosen, recorded, training_set, workers=plan_for, **options), json)
+        return
     made = banks.build(
         network,
         chosen,
-        make_trajectory(
-            recorder,
-            trajectory,
-            checkpoint or (),
-            lr=lr,
-            momentum=0.0 if momentum is None or hf_run is not None else momentum,
-            weight_decay=weight_decay,
-            segments=segments,
-            hf_run=hf_run,
-            hf_options={key: value for key, value in run.items() if value is not None},
-            model=network,
-        ),
+        recorded,
         training_set,
         bank,
-        sketch=make_sketch(sketch_dim, sketch_kind, sketch_seed, sketch_nnz, sketch_backend),
-        batch_size=batch_size,
-        device=device or worker.device,
-        storage=storage,
         shard=alone or worker.shard,
         takeover=takeover if alone is None else None,
         resume=resume,
         progress=progress and worker.local_index == 0,
-        parameters=text.parameters_of(network, parameters),
-        sampled_fisher=sampled_fisher,
-        autocast=autocast,
-        gradients=gradients,
-        shard_rows=shard_rows,
+        **options,
     )
     if worker.local_index == 0:
         text.write_beside(bank, context.params)
         _report(made, json)
+
+
+def plan(*args: Any, **options: Any) -> None:
+    """Say what a build with these options would cost, from a few timed batches: time, disk, memory, better sizes."""
+    build(*args, **{**options, "plan_for": options["plan_for"] or 1})
+
+
+plan.__signature__ = inspect.signature(build)  # type: ignore[attr-defined]  # its options are the build's
 
 
 @reports_errors
@@ -280,6 +309,14 @@ def finalize(bank: BankPath, json: Json = False) -> None:
     made = banks.open(bank)
     made.finalize()
     _report(made, json)
+
+
+def _report_plan(plan: "Plan", json: bool) -> None:
+    if json:
+        summary = {"seconds": plan.seconds, "seconds_each": plan.seconds_each, "dominates": plan.dominates}
+        emit({**asdict(plan), **summary})
+    else:
+        say(str(plan))
 
 
 def _report(made: "Bank", json: bool) -> None:

@@ -1,7 +1,6 @@
 """Options that several commands share, and the panels that their help is laid out in."""
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -72,9 +71,12 @@ class Most(StrEnum):
     harmful = "harmful"
 
 
-BankPath = Annotated[Path, typer.Argument(metavar="BANK", help="The bank's directory.")]
+BankPath = Annotated[
+    str, typer.Argument(metavar="BANK", help="The bank's directory, or its URL: s3://bucket/bank, gs://…, az://….")
+]
 BankPaths = Annotated[
-    list[Path], typer.Argument(metavar="BANK...", help="The bank's directory; scores are averaged over several.")
+    list[str],
+    typer.Argument(metavar="BANK...", help="The bank's directory or URL; scores are averaged over several."),
 ]
 BatchSize = Annotated[
     int,

@@ -98,12 +98,12 @@ class TextOptions:
             return given
         return trainable_parameters(network)
 
-    def require_place(self, bank: Path) -> None:
+    def require_place(self, bank: str) -> None:
         """Refuse a bank beside which the settings cannot be kept."""
         if self.given:
             TextSettings.require_place(bank)
 
-    def write_beside(self, bank: Path, options: Mapping[str, Any]) -> None:
+    def write_beside(self, bank: str, options: Mapping[str, Any]) -> None:
         """Keep the settings beside the bank, with all options of the build, if it was one from a text file."""
         if self.given:
             plain = {
@@ -113,7 +113,7 @@ class TextOptions:
 
 
 def ask_about(
-    bank: Path,
+    bank: str,
     model: str | None,
     queries: str | None,
     dataset: Path | None,
@@ -153,7 +153,7 @@ def ask_about(
     return network, TokenQueries(data, task), tokenizer
 
 
-def training_texts(bank: Path, tokenizer: Any) -> Examples | None:
+def training_texts(bank: str | Path, tokenizer: Any) -> Examples | None:
     """The training examples of a bank that was built from a text file, as people read them, if it is still there."""
     file = TextSettings.data_set(bank)
     if file is None:

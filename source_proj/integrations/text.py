@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import BankError, MismatchError
-from source_proj._io.files import write_file
+from source_proj.bank.store import Store, is_url, open_store
 from source_proj.integrations.model_task import task_for
 from source_proj.integrations.pretrained import label_numbers, load_pretrained
 from source_proj.integrations.text_rows import text_rows
@@ -48,13 +48,14 @@ class TextSettings:
     pair: str | None = None
     labels: Mapping[str, int] | None = None
 
-    def write(self, bank: Path, options: Mapping[str, Any]) -> None:
+    def write(self, bank: str | Path, options: Mapping[str, Any]) -> None:
         """Keep the settings beside a bank, with all options that it was built with."""
         content = {"text": asdict(self), "build": dict(options)}
-        write_file(_beside(bank), (json.dumps(content, indent=2) + "\n").encode())
+        store, key = _beside(bank)
+        store.put({key: (json.dumps(content, indent=2) + "\n").encode()})
 
     @staticmethod
-    def require_place(bank: Path) -> None:
+    def require_place(bank: str | Path) -> None:
         """Refuse a bank beside which no settings can be kept, before any work is done.
 
         Raises:
@@ -63,7 +64,7 @@ class TextSettings:
         _beside(bank)
 
     @classmethod
-    def read(cls, bank: Path) -> TextSettings:
+    def read(cls, bank: str | Path) -> TextSettings:
         """Read them back.
 
         Raises:
@@ -71,37 +72,44 @@ class TextSettings:
             ValueError: there are none.
             MismatchError: they are damaged.
         """
-        file = _beside(bank)
-        if not file.is_file():
-            raise ValueError(
-                f"there is no {str(file)!r}, which a build from a text file leaves: give --model and --queries"
-            )
+        store, key = _beside(bank)
+        where = store.location(key)
         try:
-            return cls(**json.loads(file.read_text(encoding="utf-8"))["text"])
+            content = store.get(key)
+        except FileNotFoundError:
+            raise ValueError(
+                f"there is no {where!r}, which a build from a text file leaves: give --model and --queries"
+            ) from None
+        try:
+            return cls(**json.loads(content)["text"])
         except (ValueError, TypeError, KeyError) as error:
-            raise MismatchError(f"{str(file)!r} is damaged ({type(error).__name__}: {error})") from error
+            raise MismatchError(f"{where!r} is damaged ({type(error).__name__}: {error})") from error
 
     @staticmethod
-    def data_set(bank: Path) -> Path | None:
+    def data_set(bank: str | Path) -> Path | None:
         """The text file that a bank was built from, if that is known and still there."""
-        file = _beside(bank)
-        if not file.is_file():
-            return None
+        store, key = _beside(bank)
         try:
-            named = Path(str(json.loads(file.read_text(encoding="utf-8"))["build"]["dataset"]))
-        except (ValueError, TypeError, KeyError):
+            named = Path(str(json.loads(store.get(key))["build"]["dataset"]))
+        except (OSError, ValueError, TypeError, KeyError):
             return None
         return named if named.suffix in _SUFFIXES and named.is_file() else None
 
 
-def _beside(bank: Path) -> Path:
-    bank = bank.absolute()
-    file = bank.with_name(f"{bank.name}.text.json")
+def _beside(bank: str | Path) -> tuple[Store, str]:
+    """The store and the key of what is kept beside a bank."""
+    if is_url(bank):
+        above, _, name = str(bank).rstrip("/").rpartition("/")
+        if above.endswith("/"):
+            raise BankError(f"{bank} is a whole bucket, and a text bank needs a place beside it: give {bank}/name")
+        return open_store(above), f"{name}.text.json"
+    folder = Path(bank).absolute()
+    store, key = open_store(folder.parent), f"{folder.name}.text.json"
     try:
-        file.is_file()
+        store.stat(key)
     except OSError as error:  # its name is longer than the bank's
-        raise BankError(f"no file can be beside the bank {bank} ({error}): give it a shorter name") from error
-    return file
+        raise BankError(f"no file can be beside the bank {folder} ({error}): give it a shorter name") from error
+    return store, key
 
 
 class TextRows:

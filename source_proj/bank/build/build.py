@@ -1,6 +1,5 @@
 """`build`: from checkpoints and data to a bank."""
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -27,7 +26,7 @@ from source_proj.bank.build.normalizer import with_normalizer
 from source_proj.bank.examples import Examples
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
-from source_proj.bank.store import LocalStore
+from source_proj.bank.store import Store, open_store
 from source_proj.gradients import ParameterSpace, private_copy
 from source_proj.sketch import Sketch
 from source_proj.task import Task
@@ -81,7 +80,7 @@ def build(
         train_set: map-style data set or DataLoader without shuffling; {stage name: data set} for several stages. A
             pandas frame of numbers with a label column, a ``datasets.Dataset``, or a ``DatasetDict`` whose splits have
             the stages' names ("train" for a run of one) are taken as they are.
-        path: the bank's folder.
+        path: the bank's folder, or a URL: s3://bucket/bank, gs://…, az://… (extra ``cloud``), memory://….
         sketch: the projection of the gradients.
         batch_size: examples a batch; a DataLoader brings its own.
         device: where the model runs; default: where it is.
@@ -125,8 +124,8 @@ def build(
     """
     require_arguments(model=model, task=task, trajectory=trajectory, sketch=sketch)
     require_device(device)
-    store = LocalStore(path)
-    path = store.root
+    store = open_store(path)
+    where = store.location()
     share, takeover = checked_shard(shard), checked_takeover(takeover)
     names = [stage.name for stage in trajectory.stages]
     sources = [BatchSource(data, batch_size) for data in _by_stage(train_set, names, "train_set")]
@@ -154,12 +153,12 @@ def build(
     try:
         if not _is_there(store, resume):
             first_parts = list(zip(specs, stage_ids, strict=True))
-            create_bank(store, path, settings, trajectory, resolved.diagonals, first_parts, choice)
+            create_bank(store, settings, trajectory, resolved.diagonals, first_parts, choice)
     except OSError as error:
-        if not os.path.exists(path / "zarr.json"):  # else another process has, and removed what it took for leftovers
-            raise BankError(f"cannot create the bank {path}: {error}; make room, or give another path") from error
+        if not store.exists("zarr.json"):  # else another process has, and removed what it took for leftovers
+            raise BankError(f"cannot create the bank {where}: {error}; make room, or give another path") from error
     bank = Bank(path)
-    require_same_settings(path, bank.settings, settings)
+    require_same_settings(where, bank.settings, settings)
     parts = [stage.parts[0] for stage in bank.stages]
     for part, spec, one in zip(parts, specs, stage_ids, strict=True):
         require_same_part(part, spec, one)
@@ -280,13 +279,11 @@ def _part_spec(source: BatchSource, ids: np.ndarray, settings: Settings, shard_r
     return PartSpec(0, source.n, source.batch_size, height, "string" if ids.dtype == object else "int64")
 
 
-def _is_there(store: LocalStore, resume: bool) -> bool:
+def _is_there(store: Store, resume: bool) -> bool:
     """Whether a bank is there already."""
-    if os.path.isfile(store.root):
-        raise BankError(f"{store.root} is a file, and a bank is a folder; give another path")
     if not resume and store.list():
         raise BankError(
-            f"{store.root} exists already, and resume=False begins a new bank: remove it, give another path, or "
+            f"{store.location()} exists already, and resume=False begins a new bank: remove it, give another path, or "
             "resume=True"
         )
     return store.exists("zarr.json")

@@ -24,7 +24,6 @@ __all__ = ["create_bank", "put_same", "require_same_part", "require_same_setting
 
 def create_bank(
     store: Store,
-    folder: Path,
     settings: Settings,
     trajectory: Trajectory,
     scales: Mapping[str, Tensor],
@@ -38,7 +37,6 @@ def create_bank(
 
     Args:
         store: where the bank shall lie.
-        folder: its folder.
         settings: its settings.
         trajectory: the run.
         scales: the metrics, by hash.
@@ -64,7 +62,7 @@ def create_bank(
         "version": VERSION,
         "settings": settings.to_json(),
         "versions": _versions(),
-        "checkpoint_paths": relative_paths(folder, settings),
+        "checkpoint_paths": relative_paths(store.folder, settings),
         "parameter_choice": parameter_choice,
     }
     store.put_if_absent({"zarr.json": group_document(attributes)})
@@ -109,7 +107,7 @@ def _require_own(
         raise BankError(f"{store.location()} is no bank: it has no zarr.json, but {names}; give another path")
 
 
-def require_same_settings(path: Path, there: Settings, here: Settings) -> None:
+def require_same_settings(path: Path | str, there: Settings, here: Settings) -> None:
     """Compare a bank's settings with those of a build.
 
     Raises:

@@ -23,14 +23,13 @@ class Weights:
 
     Args:
         store: where the bank lies.
-        folder: the bank's folder.
         settings: its settings.
         moved: where checkpoint files lay relative to the bank when it was built, by hash.
     """
 
-    def __init__(self, store: Store, folder: Path, settings: Settings, moved: Mapping[str, str]) -> None:
+    def __init__(self, store: Store, settings: Settings, moved: Mapping[str, str]) -> None:
         self._store = store
-        self._bank = folder
+        self._bank = store.location()
         self._run = settings.trajectory
         self._moved = moved
         self._files: dict[str, Checkpoint] = {}
@@ -67,8 +66,11 @@ class Weights:
 
     def _opened(self, wanted: CheckpointRef) -> Checkpoint:
         places = [Path(wanted.path or "")]
-        if wanted.hash in self._moved:  # the bank and its checkpoints may have been moved together
-            places.append(self._bank / self._moved[wanted.hash])
+        folder = self._store.folder
+        if (
+            wanted.hash in self._moved and folder is not None
+        ):  # the bank and its checkpoints may have been moved together
+            places.append(folder / self._moved[wanted.hash])
         for place in places:
             if place.is_file():
                 return Checkpoint(place.resolve(), wanted.step)
@@ -112,8 +114,10 @@ def weights_objects(trajectory: Trajectory) -> Iterator[dict[str, bytes]]:
         yield {"weights/zarr.json": group_document({})}
 
 
-def relative_paths(bank: Path, settings: Settings) -> dict[str, str]:
-    """Where checkpoint files lie relative to the bank, by hash."""
+def relative_paths(bank: Path | None, settings: Settings) -> dict[str, str]:
+    """Where checkpoint files lie relative to the bank's folder, if it has one, by hash."""
+    if bank is None:
+        return {}
     return {
         checkpoint.hash: os.path.relpath(checkpoint.path, bank.absolute())
         for checkpoint in settings.trajectory.checkpoints

@@ -2,5 +2,6 @@
 
 from source_proj.bank.store.base import ObjectInfo, Store
 from source_proj.bank.store.local import LocalStore
+from source_proj.bank.store.opened import is_url, open_store
 
-__all__ = ["LocalStore", "ObjectInfo", "Store"]
+__all__ = ["LocalStore", "ObjectInfo", "Store", "is_url", "open_store"]

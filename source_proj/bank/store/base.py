@@ -2,11 +2,23 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from source_proj._io.files import PARTIAL
 
-__all__ = ["ObjectInfo", "Store"]
+__all__ = ["ObjectInfo", "Store", "checked_key"]
+
+
+def checked_key(key: str) -> str:
+    """Return a key as given.
+
+    Raises:
+        ValueError: it is none, or leads elsewhere.
+    """
+    if any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in key.split("/")):
+        raise ValueError(f"{key!r} is no key: it must be names joined by '/'")
+    return key
 
 
 class ObjectInfo(NamedTuple):
@@ -50,7 +62,8 @@ class Store(ABC):
         """Write the objects whose keys are free. Of several writers in one instant, one is first.
 
         Returns:
-            The keys that were taken; their objects stay as they are.
+            The keys that were taken; their objects stay as they are. One whose object has just these bytes may be left
+            out: an answer to who wrote it can have been lost.
 
         Raises:
             OSError: as :meth:`put`.
@@ -93,6 +106,11 @@ class Store(ABC):
     @abstractmethod
     def location(self, key: str = "") -> str:
         """Say where an object is, for people."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The store's folder; None where it is no folder of this machine."""
+        return None
 
     def exists(self, key: str) -> bool:
         """Whether there is an object of this key."""

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from source_proj._errors import BankError
 from source_proj._io.files import copy_files, make_folders, write_files, write_new_files
-from source_proj.bank.store.base import ObjectInfo, Store
+from source_proj.bank.store.base import ObjectInfo, Store, checked_key
 
 __all__ = ["LocalStore"]
 
@@ -70,17 +70,18 @@ class LocalStore(Store):
     def location(self, key: str = "") -> str:  # noqa: D102
         return str(self.root / key)
 
+    @property
+    def folder(self) -> Path:  # noqa: D102
+        return self.root
+
     def _path(self, key: str) -> Path:
         """The file of a key.
 
         Raises:
             BankError: the way there leads over a link.
         """
-        parts = key.split("/")
-        if any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts):
-            raise ValueError(f"{key!r} is no key: it must be names joined by '/'")
         path = self.root
-        for part in parts:
+        for part in checked_key(key).split("/"):
             path = path / part
             if path.is_symlink():
                 raise _link(path)

@@ -1,0 +1,59 @@
+"""From what users call a place to its store."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from source_proj._errors import BankError
+from source_proj.bank.store.base import Store
+from source_proj.bank.store.local import LocalStore
+
+__all__ = ["is_url", "open_store"]
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[^/]*)?://")
+_URL_AS_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/[^/]")
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a place is named by a URL; anything else is a folder."""
+    return isinstance(path, str) and _URL.match(path) is not None
+
+
+def open_store(path: str | Path) -> Store:
+    """Open the store of a folder or a URL: ``s3://``, ``gs://``, ``az://``, ``memory://``, or one of fsspec to read.
+
+    Raises:
+        BankError: the place cannot be opened, is a file, or its URL holds what must not be printed.
+        ImportError: a package is missing; names the extra.
+
+    Example:
+        >>> open_store("banks/mnist").location("zarr.json").endswith("banks/mnist/zarr.json")
+        True
+    """
+    if not is_url(path):
+        if isinstance(path, Path) and _URL_AS_PATH.match(path.as_posix()):
+            raise BankError(f"{path} is a URL as a Path, which takes one of its slashes away: give it as a string")
+        return _local(Path(path))
+    url = str(path)
+    scheme = url.partition("://")[0].lower()
+    if scheme == "file":
+        return _local(Path(url.partition("://")[2]))
+    if any(sign in url for sign in "?#@"):
+        raise BankError(
+            f"the {scheme}:// URL of a bank holds a query, a fragment or a user, which would be printed: leave them "
+            "out, and give credentials by environment variables"
+        )
+    from source_proj.bank.store.objects import SCHEMES, open_object_store
+    from source_proj.bank.store.remote import open_remote_store
+
+    try:
+        return open_object_store(url) if scheme in SCHEMES else open_remote_store(url)
+    except OSError as error:
+        raise BankError(str(error)) from None
+
+
+def _local(folder: Path) -> LocalStore:
+    if folder.is_file():
+        raise BankError(f"{folder.absolute()} is a file, and a bank is a folder; give another path")
+    return LocalStore(folder)

@@ -1,0 +1,294 @@
+"""What a build will cost, before it is paid for: from a few timed batches, the sizes of the model and the data."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from source_proj.bank import Bank, build
+from source_proj.bank.build.data import BatchSource
+from source_proj.bank.format import Settings
+from source_proj.bank.layout import PartSpec, default_shard_rows, part_arrays
+from source_proj.sketch import Sketch
+from source_proj.task import Task
+from source_proj.trajectory import Trajectory
+
+__all__ = ["Plan", "plan"]
+
+_BATCHES = 4  # of a trial build, spread over the data
+_LARGEST_DIM = 8192
+_CHECKPOINTS = 6  # of the paper's runs
+_SHARDS_A_WORKER = 4  # fewer, and workers wait for the last one
+_TRIALS = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build will cost; times are of this machine and device.
+
+    Attributes:
+        examples: training examples of all stages.
+        passes: passes over a stage's data, forward and backward: one for each of its checkpoints, and one more for each
+            draw of a sampled label.
+        parameters: numbers that are attributed through.
+        workers: processes that share the work.
+        setup_seconds: what every worker does before its first row, and the sealing.
+        shard_seconds: for a shard, besides its batches: its proof, its commit.
+        batch_seconds: for a batch, median over trials.
+        batches: of all passes.
+        shards: of all passes.
+        bytes: on disk, by what they hold, before compression.
+        build_peak: bytes of memory at most while it is built, on the CPU, or the GPU if it is on one; None if unknown.
+        fit_peak: bytes of memory while Source is fitted, besides what the process has.
+        search_peak: bytes of memory while queries are scored, besides what the process has and the scores.
+        dim: suggested size of the sketch.
+        storage: suggested codec.
+        checkpoints: suggested number of checkpoints a stage.
+        shard_rows: suggested rows a shard.
+    """
+
+    examples: int
+    passes: int
+    parameters: int
+    workers: int
+    setup_seconds: float
+    shard_seconds: float
+    batch_seconds: float
+    batches: int
+    shards: int
+    bytes: Mapping[str, int]
+    build_peak: int | None
+    fit_peak: int
+    search_peak: int
+    dim: int
+    storage: str
+    checkpoints: int
+    shard_rows: int
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds of all workers together, by what takes them."""
+        return {
+            "gradients": self.batches * self.batch_seconds,
+            "shards": self.shards * self.shard_seconds,
+            "setup": self.workers * self.setup_seconds,
+        }
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all workers together."""
+        return sum(self.parts.values())
+
+    @property
+    def seconds_each(self) -> float:
+        """Seconds of each worker, if they are as fast as this one and wait for nothing."""
+        return self.seconds / self.workers
+
+    @property
+    def dominates(self) -> str:
+        """What takes most of the time."""
+        return max(self.parts, key=lambda name: self.parts[name])
+
+    def __str__(self) -> str:
+        share = self.parts[self.dominates] / self.seconds
+        peak = "unknown" if self.build_peak is None else _size(self.build_peak)
+        largest = max(self.bytes, key=lambda name: self.bytes[name])
+        total = sum(self.bytes.values())
+        return "\n".join(
+            [
+                f"{self.examples} examples, {self.parameters} parameters, {self.passes} passes, {self.workers} workers",
+                f"  time      {_time(self.seconds_each)} each, {_time(self.seconds)} in all: {share:.0%} is "
+                f"{self.dominates}",
+                f"  disk      {_size(total)}, of which {largest} {self.bytes[largest] / total:.0%}",
+                f"  memory    build {peak}; fit {_size(self.fit_peak)} and search {_size(self.search_peak)} more than "
+                "the model",
+                f"  suggested sketch of {self.dim}, {self.storage}, {self.checkpoints} checkpoints a stage, "
+                f"{self.shard_rows} rows a shard",
+            ]
+        )
+
+
+def plan(
+    model: nn.Module,
+    task: Task,
+    trajectory: Trajectory,
+    train_set: Any,
+    *,
+    sketch: Sketch = Sketch(),  # noqa: B008 (frozen)
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    storage: str = "int8",
+    workers: int = 1,
+    disk: int | None = None,
+    shard_rows: int | None = None,
+    **options: Any,
+) -> Plan:
+    """Say what a build would cost, by building banks of four batches in a temporary folder.
+
+    Args:
+        model: as for :func:`source_proj.build`, and so are the other arguments but these.
+        task: the task.
+        trajectory: the run; its checkpoints are all read.
+        train_set: the data; four batches a stage of it are read, from its beginning to its end.
+        sketch: the projection.
+        batch_size: examples a batch; a DataLoader brings its own.
+        device: where the model runs.
+        storage: how rows are stored.
+        workers: processes that will share the work.
+        disk: bytes that the bank may take, for the suggested size of the sketch.
+        shard_rows: rows a shard.
+        options: further ones of :func:`source_proj.build`, such as ``parameters=``.
+
+    Raises:
+        ValueError: ``workers`` is no positive number; and as :func:`source_proj.build`.
+    """
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise ValueError(f"workers must be a number of at least 1, got {workers!r}")
+    names = [stage.name for stage in trajectory.stages]
+    several = isinstance(train_set, Mapping) and set(train_set) == set(names)
+    data = {name: train_set[name] if several else train_set for name in names}
+    sources = {name: BatchSource(given, batch_size) for name, given in data.items()}
+
+    def trial(batches: int, shards: int) -> tuple[float, Bank]:
+        small = {name: _sample(data[name], source, batches) for name, source in sources.items()}
+        rows = {source.batch_size for source in sources.values()}
+        height = batches // shards * max(rows)
+        with TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            bank = build(
+                model, task, trajectory, small, Path(folder) / "bank", sketch=sketch, batch_size=batch_size,
+                device=device, storage=storage, shard_rows=height, **{**options, "progress": False},
+            )  # fmt: skip
+            return time.perf_counter() - start, bank
+
+    trial(1, 1)  # the first calls of everything
+    times = {kind: min(trial(*kind)[0] for _ in range(_TRIALS)) for kind in ((1, 1), (_BATCHES, 1), (_BATCHES, 2))}
+    _, bank = trial(_BATCHES, 1)
+    settings = bank.settings
+    counted = [stage.n_checkpoints for stage in bank.stages]
+    passes = sum(counted)
+    batch = max((times[_BATCHES, 1] - times[1, 1]) / (_BATCHES - 1), 0.0) / passes
+    shard = max(times[_BATCHES, 2] - times[_BATCHES, 1], 0.0) / passes
+    setup = max(times[1, 1] - passes * (batch + shard), 0.0)
+    heights = [default_shard_rows(source.n, source.batch_size, settings, shard_rows) for source in sources.values()]
+    specs = [
+        PartSpec(0, source.n, source.batch_size, height, "int64")
+        for source, height in zip(sources.values(), heights, strict=True)
+    ]
+    sizes = _bytes(settings, specs)
+    examples = sum(spec.n for spec in specs)
+    metrics = len(bank.metrics)
+    b_matrix = 4 * examples * sketch.dim * metrics
+    return Plan(
+        examples=examples,
+        passes=passes * (1 + settings.sampled_fisher),
+        parameters=sum(_numbers(settings)),
+        workers=workers,
+        setup_seconds=setup,
+        shard_seconds=shard,
+        batch_seconds=batch,
+        batches=sum(count * -(-spec.n // spec.batch_size) for count, spec in zip(counted, specs, strict=True)),
+        shards=sum(count * spec.n_shards for count, spec in zip(counted, specs, strict=True)),
+        bytes=sizes,
+        build_peak=_peak(bank, specs),
+        fit_peak=b_matrix + 5 * 8 * sketch.dim**2,
+        search_peak=2 * b_matrix,
+        dim=_suggested_dim(settings, specs, disk),
+        storage=storage,
+        checkpoints=min(_CHECKPOINTS, max(counted)),
+        shard_rows=_suggested_rows(specs, counted, workers),
+    )
+
+
+def _sample(data: Any, source: BatchSource, batches: int) -> Any:
+    """Some whole batches of a data set, spread over it."""
+    size = min(source.batch_size, source.n)
+    starts = [place * (source.n - size) // max(1, batches - 1) for place in range(batches)]
+    rows = [row for start in starts for row in range(start, start + size)]
+    given = data.dataset if isinstance(data, DataLoader) else data
+    if type(given) is TensorDataset:
+        small: Any = TensorDataset(*(tensor[rows] for tensor in given.tensors))
+    else:
+        small = Subset(given, rows)
+    if not isinstance(data, DataLoader):
+        return small
+    return DataLoader(small, source.batch_size, collate_fn=data.collate_fn, num_workers=data.num_workers)
+
+
+def _numbers(settings: Settings) -> list[int]:
+    shapes: Sequence[Sequence[int]] = settings.parameters["shapes"]
+    return [torch.Size(shape).numel() for shape in shapes]
+
+
+def _bytes(settings: Settings, specs: Sequence[PartSpec]) -> dict[str, int]:
+    """Bytes of a bank's arrays by what they hold, as they are before compression."""
+    sizes = {"rows": 0, "scalars and hashes": 0, "marks": 0}
+    for stage, spec in enumerate(specs):
+        _, _, data, marks = part_arrays(settings, stage, spec)
+        for arrays in data:
+            for name, array in arrays.items():
+                kind = "rows" if "rows" in name else "scalars and hashes"
+                sizes[kind] += torch.Size(array.shape).numel() * getattr(torch, array.dtype).itemsize
+        sizes["marks"] += sum(torch.Size(array.shape).numel() for array in marks)
+    return sizes
+
+
+def _peak(bank: Bank, specs: Sequence[PartSpec]) -> int | None:
+    """Memory that building took here, and the buffers of whole shards, two in turn and one encoded."""
+    trial = _shard_bytes(bank.settings, [stage.parts[0].spec for stage in bank.stages])
+    buffers = 3 * max(0, _shard_bytes(bank.settings, specs) - trial)
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + buffers
+
+
+def _shard_bytes(settings: Settings, specs: Sequence[PartSpec]) -> int:
+    row_bytes = settings.codec.row_bytes(int(settings.sketch["dim"])) * max(1, settings.sampled_fisher)
+    return max(spec.shard_rows for spec in specs) * row_bytes
+
+
+def _suggested_dim(settings: Settings, specs: Sequence[PartSpec], disk: int | None) -> int:
+    """The largest power of two that makes sense: scores get better with it up to here, and it must fit the disk."""
+    dim = _LARGEST_DIM
+    while dim > 2 * sum(_numbers(settings)):
+        dim //= 2
+    while disk is not None and dim > 1:
+        sized = replace(settings, sketch={**settings.sketch, "dim": dim})
+        if sum(_bytes(sized, specs).values()) <= disk:
+            break
+        dim //= 2
+    return dim
+
+
+def _suggested_rows(specs: Sequence[PartSpec], counted: Sequence[int], workers: int) -> int:
+    """Rows a shard, fewer than the default where there would be too few shards for the workers."""
+    spec = max(specs, key=lambda part: part.n)
+    wanted = max(1, _SHARDS_A_WORKER * workers // sum(counted))
+    rows = min(spec.shard_rows, -(-spec.n // wanted))
+    return max(1, rows // spec.batch_size) * spec.batch_size
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _time(seconds: float) -> str:
+    units = [(86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds")]
+    for size, name in units:
+        if seconds >= size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{1e3 * seconds:.0f} ms"
