@@ -15,6 +15,8 @@ from source_proj.attribution.spectral import Spectrum, decay_operator, response,
 class FakeStage:
     """Rows in memory, in two blocks."""
 
+    captured = False
+
     def __init__(self, n: int, k: int, checkpoints: int = 2, draws: int = 2, d2: bool = True) -> None:
         generator = torch.Generator().manual_seed(0)
         self.n, self.draws, self._d2 = n, draws, d2
