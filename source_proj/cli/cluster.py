@@ -4,14 +4,16 @@ import os
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from source_proj.cli.jobs import Command, parse_options, submit_job
 from source_proj.cli.options import BankPath, Json
 from source_proj.cli.output import emit, reports_errors, say, table
-from source_proj.distribute import Status, status
+
+if TYPE_CHECKING:
+    from source_proj.distribute import Status
 
 __all__ = ["show_status", "submit"]
 
@@ -19,6 +21,8 @@ __all__ = ["show_status", "submit"]
 @reports_errors
 def show_status(bank: BankPath, json: Json = False) -> None:
     """Say how far a build has come, from any process: rows, rate, time left, dead workers."""
+    from source_proj.distribute import status
+
     now = status(bank)
     if json:
         summary = {"rate": now.rate, "seconds_left": now.seconds_left, "dead": len(now.dead)}
@@ -74,7 +78,7 @@ def submit(
         job.results()
 
 
-def _line(now: Status) -> str:
+def _line(now: "Status") -> str:
     share = 100 * now.rows_done / now.rows
     text = f"{now.path}: {now.rows_done} of {now.rows} rows ({share:.1f} %)"
     if now.finalized:
@@ -84,7 +88,7 @@ def _line(now: Status) -> str:
     return f"{text}, {len(now.workers) - len(now.dead)} workers at work, {len(now.dead)} dead"
 
 
-def _workers(now: Status) -> str:
+def _workers(now: "Status") -> str:
     rows = [
         [f"{worker.shard[0]}/{worker.shard[1]}", worker.host, worker.pid, worker.rows, f"{worker.rate:.1f}",
          f"{worker.silent:.0f}", "dead" if worker.dead else "at work"]
