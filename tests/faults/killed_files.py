@@ -22,7 +22,7 @@ from recorded_runs import STEPS, described, train
 
 import source_proj as sp
 from source_proj import bank as banks
-from source_proj.cli.score import _write_csv, _write_npy
+from source_proj.cli.answers import _write_csv, _write_npy
 from source_proj.report import Page, write_report
 
 __all__ = ["fitted", "outputs", "recorded"]
