@@ -47,7 +47,7 @@ def main() -> None:
         ).train()  # fmt: skip
 
         rows = [{**row, "labels": row.pop("label")} for row in padded(train_set, words)]
-        follow: Any = progress(log)
+        follow = progress(log)
         bank = sp.build(
             model, task_for(model), recorder.trajectory(), rows, folder / "bank", sketch=sp.Sketch(64), batch_size=8,
             progress=follow,
