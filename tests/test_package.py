@@ -69,7 +69,7 @@ def test_the_package_and_its_help_load_no_torch():
     code = (
         "import sys, source_proj, source_proj.cli; from typer.testing import CliRunner; "
         "results = [CliRunner().invoke(source_proj.cli.app, [*name, '--help']) for name in "
-        "([], ['build'], ['score'], ['top-k'], ['inspect'], ['demo'])]; "
+        "([], ['build'], ['score'], ['top-k'], ['inspect'], ['demo'], ['status'], ['curate'])]; "
         "assert all(result.exit_code == 0 for result in results), results; "
         "print(sorted({'torch', 'numpy', 'zarr'} & set(sys.modules)))"
     )

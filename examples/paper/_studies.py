@@ -276,7 +276,7 @@ def _of_kind(bench: Bench, kind: str, dim: int) -> list[np.ndarray]:
     ]
 
 
-STUDIES = {
+STUDIES: dict[str, Callable[[Bench], Iterator[Variant]]] = {
     "a": sketch_dimension,
     "b": hessian,
     "c": damping,

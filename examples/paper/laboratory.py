@@ -43,20 +43,21 @@ def study(bench: Bench, letter: str) -> pd.DataFrame:
     """All lines of one study on one task."""
     default = None
     rows = []
-    for name, scores, *rest in STUDIES[letter](bench):
-        truth = rest[0] if rest else bench.truth
-        if len(rest) > 1:
-            compared = rest[1]
+    for variant in STUDIES[letter](bench):
+        name, scores = variant[0], variant[1]
+        truth = variant[2] if len(variant) > 2 else bench.truth
+        if len(variant) > 3:
+            compared = variant[3]
         else:
             compared = default = default or bench.scores(FISHER if letter == "h" else REFERENCE)
-        reference, found = _lds(compared, truth), _lds(scores, truth)
-        difference = compare(found, reference)
+        reference, judged = _lds(compared, truth), _lds(scores, truth)
+        difference = compare(judged, reference)
         rows.append(
-            {"task": bench.problem.name, "study": letter, "variant": name, "lds": found.value, "low": found.interval[0],
-             "high": found.interval[1], "diff": difference.value, "diff_low": difference.interval[0],
+            {"task": bench.problem.name, "study": letter, "variant": name, "lds": judged.value, "low": judged.interval[0],
+             "high": judged.interval[1], "diff": difference.value, "diff_low": difference.interval[0],
              "diff_high": difference.interval[1]}
         )  # fmt: skip
-        print(f"{bench.problem.name:20s} {letter}  {name:55s} {found.value:.3f}  {difference.value:+.3f} "
+        print(f"{bench.problem.name:20s} {letter}  {name:55s} {judged.value:.3f}  {difference.value:+.3f} "
               f"[{difference.interval[0]:+.3f}, {difference.interval[1]:+.3f}]", flush=True)  # fmt: skip
     return pd.DataFrame(rows)
 

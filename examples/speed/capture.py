@@ -40,7 +40,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm_1(x)).view(size, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(size, length, width)
         x = x + self.out(mixed)
-        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+        added: Tensor = self.down(F.gelu(self.up(self.norm_2(x))))
+        return x + added
 
 
 class Decoder(nn.Module):

@@ -50,7 +50,7 @@ def kronfluence_pass(passes: Passes) -> Callable[[], object]:
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.task import Task
 
-    class Classes(Task):
+    class Classes(Task):  # type: ignore[misc]  # untyped
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:  # noqa: ARG002
             return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
 

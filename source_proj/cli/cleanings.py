@@ -75,7 +75,7 @@ class Delivery:
 
 
 def asked(
-    banks: list[Path],
+    banks: list[str],
     model: str | None,
     queries: str | None,
     dataset: Path | None,

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -180,9 +180,11 @@ class WatchedSink(GradientSink):
         """As the sink."""
         return self._sink.accepts_half
 
-    def holding(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def holding(self) -> Iterator[None]:
         """As of the sink; the second holds nothing back."""
-        return self._sink.holding()
+        with self._sink.holding():
+            yield
 
     def _sinks(self, name: str) -> list[GradientSink]:
         return [self._sink, self._second] if name in self._watched else [self._sink]

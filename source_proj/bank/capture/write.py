@@ -92,7 +92,7 @@ def write_captured(
     if not store.exists("zarr.json"):
         choice = f"{len(capture.space.names)} parameters, {capture.space.size} numbers: those that were captured"
         matrices = dict(zip(hashes, curvature, strict=True))
-        create_bank(store, store.root, settings, trajectory, {}, [(spec, row_ids)], choice, matrices)
+        create_bank(store, settings, trajectory, {}, [(spec, row_ids)], choice, matrices)
     bank = Bank(store.root)
     require_same_settings(bank.path, bank.settings, settings)
     (part,) = bank.stages[0].parts
