@@ -1,4 +1,4 @@
-"""Generate RESULTS.md, and the table in the README, from what the tasks wrote into ``results/``.
+"""Generate RESULTS.md, and the table in the guide, from what the tasks wrote into ``results/``.
 
     python examples/paper/summary.py            # write them
     python examples/paper/summary.py --check    # exit 1 if they are not what the results say
@@ -18,12 +18,12 @@ import pandas as pd
 from _grid import ABSENT, between, bold, grid, plain, short, whole
 from _sections import changes, gains, removals, suspicions
 
-__all__ = ["main", "mark_best", "read_results", "readme_block", "results_page"]
+__all__ = ["guide_block", "main", "mark_best", "read_results", "results_page"]
 
 HERE = Path(__file__).resolve().parent
-RESULTS, README = HERE / "results", HERE.parent.parent / "README.md"
+RESULTS, GUIDE = HERE / "results", HERE.parent / "guide" / "results.md"
 BEGIN, END = "<!-- summary -->", "<!-- end -->"
-MOST = 8  # methods in the README
+MOST = 8  # methods in the guide
 TIMED = "SOURCE, time of the retraining"
 COLUMNS = [
     "task", "title", "method", "runs", "setting", "lds", "low", "high", "ceiling", "slope", "slope_low", "slope_high",
@@ -208,8 +208,8 @@ def _details(table: pd.DataFrame) -> list[str]:
     return grid(["method", "setting", "one run", "several runs", f"{source} − this, paired"], rows, left=2)
 
 
-def readme_block(table: pd.DataFrame) -> str:
-    """The README's table: tasks × methods, LDS of one run; then of several.
+def guide_block(table: pd.DataFrame) -> str:
+    """The guide's table: tasks × methods, LDS of one run; then of several.
 
     Left out are variants of SOURCE but one, what fewer than half of the tasks have, and the weakest of more than
     ``MOST``.
@@ -243,16 +243,16 @@ def _together(rows: pd.DataFrame) -> tuple[str, str]:
     return first, f"{bold(short(best['lds']), best['best'])}<br><sub>{best['method']}</sub>"
 
 
-def with_block(readme: str, block: str) -> str:
-    """The README with the block between its marks.
+def with_block(page: str, block: str) -> str:
+    """The guide's page with the block between its marks.
 
     Raises:
         ValueError: if the marks are not there.
     """
-    head, begin, rest = readme.partition(BEGIN)
+    head, begin, rest = page.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the README has no lines {BEGIN!r} and {END!r}: put them where the table belongs")
+        raise ValueError(f"the guide's page has no lines {BEGIN!r} and {END!r}: put them where the table belongs")
     return f"{head}{BEGIN}\n{block}\n{END}{tail}"
 
 
@@ -261,17 +261,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="what the tasks wrote")
     parser.add_argument("--output", type=Path, help="default: RESULTS.md beside the results' folder")
-    parser.add_argument("--readme", type=Path, help="default: this repository's, for its own results only")
+    parser.add_argument(
+        "--guide", type=Path, help="default: the guide's results.md, for this repository's results only"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something is out of date")
     options = parser.parse_args(arguments)
     results = options.results.resolve()
     output = (options.output or results.parent / "RESULTS.md").resolve()
-    readme = options.readme or (README if results == RESULTS else None)
+    guide = options.guide or (GUIDE if results == RESULTS else None)
     try:
         table, facts = read_results(results)
         wanted = {output: results_page(table, facts, results, Path(os.path.relpath(results, output.parent)).as_posix())}
-        if readme is not None:
-            wanted[readme] = with_block(readme.read_text(encoding="utf-8"), readme_block(table))
+        if guide is not None:
+            wanted[guide] = with_block(guide.read_text(encoding="utf-8"), guide_block(table))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -115,16 +115,16 @@ def test_what_is_level_with_the_best_is_marked(rows, expected):
     assert found[len(rows) :][int(np.argmin(table["lds"]))]
 
 
-README = "# Title\n\n<!-- quickstart -->\ncode\n<!-- end -->\n\n<!-- summary -->\nold\n<!-- end -->\n\nrest\n"
+PAGE = "# Title\n\n<!-- quickstart -->\ncode\n<!-- end -->\n\n<!-- summary -->\nold\n<!-- end -->\n\nrest\n"
 
 
-def test_the_readme_gets_its_block_and_keeps_the_rest(tmp_path):
+def test_the_page_gets_its_block_and_keeps_the_rest(tmp_path):
     two_tasks(tmp_path / "results")
-    readme = tmp_path / "README.md"
-    readme.write_text(README)
-    assert run(tmp_path / "results", "--readme", str(readme)) == 0
-    text = readme.read_text(encoding="utf-8")
-    head, rest = README.split("old\n")
+    page = tmp_path / "results.md"
+    page.write_text(PAGE)
+    assert run(tmp_path / "results", "--guide", str(page)) == 0
+    text = page.read_text(encoding="utf-8")
+    head, rest = PAGE.split("old\n")
     assert text.startswith(head)
     assert text.endswith(rest)
     block = text[len(head) : -len(rest)].splitlines()
@@ -133,23 +133,23 @@ def test_the_readme_gets_its_block_and_keeps_the_rest(tmp_path):
     assert block[3] == "| Mnist | .300 | **.350** | – | – | – | *.900* |"
 
 
-def test_variants_and_rare_methods_are_not_in_the_readme(tmp_path):
-    from summary import read_results, readme_block
+def test_variants_and_rare_methods_are_not_in_the_page(tmp_path):
+    from summary import guide_block, read_results
 
     for name in ("concrete", "mnist", "rte"):
         extra = [row("rare", 0.1, (0.3, 0.2, 0.4))] if name == "rte" else []
         rows = [row("SOURCE", 0.4, (0, 0, 0)), row("SOURCE, three segments", 0.3, (0.1, 0, 0.2))]
         write_task(tmp_path / "r", name, [*rows, row("TRAK", 0.2, (0.2, 0.1, 0.3)), *extra])
     table, _ = read_results(tmp_path / "r")
-    assert readme_block(table).splitlines()[0].startswith("| task | SOURCE | TRAK | several runs")
+    assert guide_block(table).splitlines()[0].startswith("| task | SOURCE | TRAK | several runs")
 
 
-def test_the_weakest_of_many_methods_are_not_in_the_readme(tmp_path):
-    from summary import MOST, read_results, readme_block
+def test_the_weakest_of_many_methods_are_not_in_the_page(tmp_path):
+    from summary import MOST, guide_block, read_results
 
     rivals = [row(f"rival {i}", 0.6 - 0.05 * i, (0, -0.1, 0.1)) for i in range(MOST + 2)]
     write_task(tmp_path / "r", "mnist", [row("SOURCE", 0.1, (0, 0, 0)), *rivals])  # SOURCE stays, however weak
-    header = readme_block(read_results(tmp_path / "r")[0]).splitlines()[0]
+    header = guide_block(read_results(tmp_path / "r")[0]).splitlines()[0]
     shown = [cell.strip() for cell in header.split("|")[2:-4]]
     assert shown == ["SOURCE"] + [f"rival {i}" for i in range(MOST)]
 
@@ -223,18 +223,18 @@ def _section(lines, title):
 
 def test_check_tells_whether_anything_is_out_of_date(tmp_path, capsys):
     two_tasks(tmp_path / "results")
-    readme = tmp_path / "README.md"
-    readme.write_text(README)
-    options = (tmp_path / "results", "--readme", str(readme))
+    page = tmp_path / "results.md"
+    page.write_text(PAGE)
+    options = (tmp_path / "results", "--guide", str(page))
     assert run(*options, "--check") == 1
     assert not (tmp_path / "RESULTS.md").exists()
-    assert readme.read_text() == README
+    assert page.read_text() == PAGE
     assert run(*options) == 0
     assert run(*options, "--check") == 0
     capsys.readouterr()
-    readme.write_text(readme.read_text(encoding="utf-8").replace(".400", ".500"), encoding="utf-8")
+    page.write_text(page.read_text(encoding="utf-8").replace(".400", ".500"), encoding="utf-8")
     assert run(*options, "--check") == 1
-    assert "README.md is not what" in capsys.readouterr().err
+    assert "results.md is not what" in capsys.readouterr().err
 
 
 def test_tasks_come_in_the_order_they_are_run(tmp_path):
@@ -247,8 +247,8 @@ def test_tasks_come_in_the_order_they_are_run(tmp_path):
 
 @pytest.mark.parametrize("fault", ["nothing", "columns", "facts", "twice", "marks"])
 def test_faults_are_named(tmp_path, capsys, fault):
-    folder, readme = tmp_path / "results", tmp_path / "README.md"
-    readme.write_text("no marks\n" if fault == "marks" else README)
+    folder, page = tmp_path / "results", tmp_path / "results.md"
+    page.write_text("no marks\n" if fault == "marks" else PAGE)
     folder.mkdir()
     if fault != "nothing":
         rows = [row("SOURCE", 0.4, (0, 0, 0))] * (2 if fault == "twice" else 1)
@@ -257,7 +257,7 @@ def test_faults_are_named(tmp_path, capsys, fault):
         )
     if fault == "facts":
         (folder / "mnist.json").unlink()
-    assert run(folder, "--readme", str(readme)) == 1
+    assert run(folder, "--guide", str(page)) == 1
     message = {
         "nothing": "run a task first", "columns": "lacks the columns ['low']", "facts": "mnist.json is missing",
         "twice": "several rows for [['SOURCE', 'single']]", "marks": "'<!-- summary -->'",

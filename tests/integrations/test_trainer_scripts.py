@@ -54,3 +54,27 @@ def test_a_frameworks_numbers_are_those_of_its_files(command, needed, further, t
     assert all(float(difference) <= LARGEST for _, difference in printed)
     assert re.search(r"^scores of 3 queries against \d+ ", done.stdout, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []  # but for temporary folders, nothing is written
+
+
+@pytest.mark.slow
+def test_progress_of_a_build_and_its_questions_reaches_a_tracker(tmp_path):
+    for module in (*HF, "datasets"):
+        if not importable(module):
+            pytest.skip(f"{module} cannot be imported")
+    search = os.pathsep.join(filter(None, [str(TRAINERS.parents[1]), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, TRAINERS / "tracked_run.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": search},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    told = re.findall(r"^(bank|queries|fit)\b.* (\S+)$", done.stdout, re.MULTILINE)
+    assert {what for what, _ in told} == {"bank", "queries", "fit"}
+    assert {what for what, share in told if float(share) == 1} == {"bank", "queries", "fit"}
+    assert all(0 < float(share) <= 1 for _, share in told)
+    assert re.search(r"^strongest score \S+$", done.stdout, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []

@@ -66,8 +66,8 @@ class Source(Attributor):
         query_gradient: where ∇m(q) is taken. ``"final"``: at the final weights, as the formula has it, one backward
             pass per query. ``"mean"``: the mean over the checkpoints of the last stage, a backward pass at each. What a
             single run's final weights say of a query is noisy; the mean is nearer to what retraining does on average,
-            and predicts it far better (README, "Measured"). Default: ``"mean"``, but ``"final"`` for an exact sketch,
-            whose scores are the formula's to the letter.
+            and predicts it far better (examples/paper/LABORATORY.md, e). Default: ``"mean"``, but ``"final"`` for an
+            exact sketch, whose scores are the formula's to the letter.
         time_scale: factor on the time of every segment. 1 predicts what leaving out a few examples does. Retraining on
             a share of the examples for as many epochs takes that share of the steps: give the share to predict it
             (measured in examples/paper/LABORATORY.md; it matters where training has not converged).
