@@ -251,22 +251,20 @@ def origins(bank: dict[str, np.ndarray], sides: list[dict[str, np.ndarray]]) -> 
     return found
 
 
-SCENARIOS: dict[str, Callable[[Run, Path, int, int], Report]] = {
-    "resumed": resumed,
-    "together": together,
-    "taken_over": taken_over,
-    "racing": racing,
-    "instants": instants,
-    "straggled": straggled,
-    "outputs": outputs,
-    "fitted": fitted,
-    "recorded": recorded,
+Scenario = Callable[[Run, Path, int, int], Report]
+
+SCENARIOS: dict[str, tuple[Scenario, int]] = {
+    "resumed": (resumed, 10),
+    "together": (together, 5),
+    "taken_over": (taken_over, 5),
+    "racing": (racing, 0),
+    "instants": (instants, 15),
+    "straggled": (straggled, 5),
+    "outputs": (outputs, 30),
+    "fitted": (fitted, 10),
+    "recorded": (recorded, 15),
 }
-SHARES = {
-    "resumed": 10, "together": 5, "racing": 0, "instants": 15, "straggled": 5,
-    "outputs": 30, "fitted": 10, "recorded": 15,
-}  # fmt: skip
-"""How many kills each makes in its turn."""
+"""What can be asked for, and how many kills of each are in a turn of all."""
 
 
 def everything(folder: Path, kills: int, seed: int) -> None:
@@ -279,7 +277,8 @@ def everything(folder: Path, kills: int, seed: int) -> None:
         place = folder / name
         shutil.rmtree(place, ignore_errors=True)  # of a turn that was stopped
         place.mkdir()
-        report = SCENARIOS[name](run, place, SHARES[name], seed + len(counts))
+        scenario, share = SCENARIOS[name]
+        report = scenario(run, place, share, seed + len(counts))
         shutil.rmtree(place)
         counts.append(int(str(report["kills"])))
         write_file(book, json.dumps(counts).encode())
@@ -300,7 +299,8 @@ def main() -> None:
     if args.scenario == "all":
         everything(args.folder.absolute(), args.kills, args.seed)
     else:
-        print(json.dumps(SCENARIOS[args.scenario](make_run(), args.folder.absolute(), args.kills, args.seed)))
+        scenario, _ = SCENARIOS[args.scenario]
+        print(json.dumps(scenario(make_run(), args.folder.absolute(), args.kills, args.seed)))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from recorded_runs import STEPS, described, train
 
 import source_proj as sp
 from source_proj import bank as banks
-from source_proj.cli.answers import _write_csv, _write_npy
+from source_proj.cli.answers import scores_writer
 from source_proj.report import Page, write_report
 
 __all__ = ["fitted", "outputs", "recorded"]
@@ -44,10 +44,15 @@ def page(values: np.ndarray, path: Path, overwrite: bool) -> None:
     write_report(Page(title=str(values[0, 0]), summary="", sections=(), unit="nats"), path, overwrite=overwrite)
 
 
+def scores_file(values: np.ndarray, path: Path, overwrite: bool) -> None:
+    """What ``score --out`` writes, by the name's ending."""
+    scores_writer(path, overwrite)(made(values))
+
+
 WRITERS: dict[str, Callable[[np.ndarray, Path, bool], object]] = {
-    "zarr": lambda values, path, overwrite: made(values).to_zarr(path, overwrite=overwrite),
-    "csv": lambda values, path, overwrite: _write_csv(made(values), path, overwrite),
-    "npy": lambda values, path, overwrite: _write_npy(made(values), path, overwrite),
+    "zarr": scores_file,
+    "csv": scores_file,
+    "npy": scores_file,
     "html": page,
 }
 
@@ -193,22 +198,26 @@ def ended(path: Path, out: Path) -> None:
 
 def caught(path: Path, fault: int) -> None:
     """Train, with an error at every so many openings and renamings, after which the recorder is called again."""
-    count, step = 0, sp.Recorder.step
+    count, recording, step = 0, False, sp.Recorder.step
 
     def failing(real: Callable[..., object], error: BaseException) -> Callable[..., object]:
         def call(*arguments: object, **options: object) -> object:
             nonlocal count
-            count += 1
-            if count % fault == fault - 1:
+            count += recording
+            if recording and count % fault == fault - 1:
                 raise error
             return real(*arguments, **options)
 
         return call
 
     def again(self: sp.Recorder, *arguments: object) -> None:
+        nonlocal recording
         for _ in range(5):
+            recording = True
             with suppress(OSError, KeyboardInterrupt):
-                return step(self, *arguments)  # type: ignore[arg-type]
+                step(self, *arguments)  # type: ignore[arg-type]
+                recording = False
+                return
         raise AssertionError("a step failed five times")
 
     Path.open = failing(Path.open, OSError(errno.ENOSPC, "No space left on device"))  # type: ignore[method-assign,assignment]
