@@ -155,7 +155,7 @@ def build(
             first_parts = list(zip(specs, stage_ids, strict=True))
             create_bank(store, settings, trajectory, resolved.diagonals, first_parts, choice)
     except OSError as error:
-        if not store.exists("zarr.json"):  # else another process has, and removed what it took for leftovers
+        if not _was_created(store):  # else another process has, and removed what it took for leftovers
             raise BankError(f"cannot create the bank {where}: {error}; make room, or give another path") from error
     bank = Bank(path)
     require_same_settings(where, bank.settings, settings)
@@ -287,3 +287,11 @@ def _is_there(store: Store, resume: bool) -> bool:
             "resume=True"
         )
     return store.exists("zarr.json")
+
+
+def _was_created(store: Store) -> bool:
+    """Whether a bank is there, as far as can be told."""
+    try:
+        return store.exists("zarr.json")
+    except OSError:
+        return False

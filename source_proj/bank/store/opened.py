@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -54,6 +55,6 @@ def open_store(path: str | Path) -> Store:
 
 
 def _local(folder: Path) -> LocalStore:
-    if folder.is_file():
+    if os.path.isfile(folder):  # a name that is too long is refused where it is used
         raise BankError(f"{folder.absolute()} is a file, and a bank is a folder; give another path")
     return LocalStore(folder)
