@@ -49,7 +49,9 @@ def test_scores_are_those_of_the_formula(captured):
     scores = torch.from_numpy(source.score(data).to_numpy()).double()
     assert torch.allclose(scores, total, rtol=1e-4, atol=1e-6 * float(total.abs().max()))
     parts = source.by_segment(features)
-    assert torch.allclose(torch.from_numpy(parts.total()).double(), total, atol=1e-5 * float(total.abs().max()))
+    assert torch.allclose(
+        torch.from_numpy(parts.total().to_numpy()).double(), total, atol=1e-5 * float(total.abs().max())
+    )
     assert source.self_influence().shape == (20,)
 
 

@@ -241,7 +241,7 @@ class Recorder(RunRecorder):
         if "segments" in options:
             raise TypeError("segments are those that were captured: give Recorder(segment_ends=...), not segments=")
         stage = self.stage(**options)
-        folder = self.dir / "bank" if path is None else Path(path)
+        folder = self.dir / "bank" if path is None else path
         if not self._follows:
             run = RecordedRun.read(self.dir)
             last = [group[-1] for group in self._groups()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from source_proj._errors import BankError, GradientError
+from source_proj._errors import GradientError
 from source_proj._io.hashing import hash_float32
 from source_proj.bank.audits import encode_audit
 from source_proj.bank.bank import Bank
@@ -21,7 +20,7 @@ from source_proj.bank.capture.capture import Capture
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
 from source_proj.bank.read.part import Part
-from source_proj.bank.store import LocalStore
+from source_proj.bank.store import open_store
 from source_proj.trajectory import RunRecord, Stage, Trajectory
 
 __all__ = ["write_captured"]
@@ -48,7 +47,7 @@ def write_captured(
         capture: says what the rows are.
         stage: the stage as it was recorded, cut into the segments of the capture.
         contents: of each segment, what :meth:`Capture.content` was at its end.
-        path: the bank's folder.
+        path: the bank's folder, or the URL of one in an object store.
         examples: number of training examples; default: as many as there were indices.
         ids: their ids in order; default: 0, 1, …
         storage: the codec of the rows.
@@ -64,9 +63,7 @@ def write_captured(
             f"preconditioner={stage.preconditioner!r} wants rows in the metric of a preconditioner that is known only "
             "after training, and captured rows are plain gradients: take 'scalar' or 'none'"
         )
-    store = LocalStore(path)
-    if os.path.isfile(store.root):
-        raise BankError(f"{store.root} is a file, and a bank is a folder; give another path")
+    store = open_store(path)
     n = max([examples or 0, *(len(content["rows"]) for content in contents)])
     row_ids = checked_ids(ids, 0, n, stage.name)
     trajectory = Trajectory.from_stages([stage])
@@ -93,7 +90,7 @@ def write_captured(
         choice = f"{len(capture.space.names)} parameters, {capture.space.size} numbers: those that were captured"
         matrices = dict(zip(hashes, curvature, strict=True))
         create_bank(store, settings, trajectory, {}, [(spec, row_ids)], choice, matrices)
-    bank = Bank(store.root)
+    bank = Bank(path)
     require_same_settings(bank.path, bank.settings, settings)
     (part,) = bank.stages[0].parts
     require_same_part(part, spec, row_ids)
