@@ -53,9 +53,9 @@ def study(bench: Bench, letter: str) -> pd.DataFrame:
         reference, judged = _lds(compared, truth), _lds(scores, truth)
         difference = compare(judged, reference)
         rows.append(
-            {"task": bench.problem.name, "study": letter, "variant": name, "lds": judged.value, "low": judged.interval[0],
-             "high": judged.interval[1], "diff": difference.value, "diff_low": difference.interval[0],
-             "diff_high": difference.interval[1]}
+            {"task": bench.problem.name, "study": letter, "variant": name, "lds": judged.value,
+             "low": judged.interval[0], "high": judged.interval[1], "diff": difference.value,
+             "diff_low": difference.interval[0], "diff_high": difference.interval[1]}
         )  # fmt: skip
         print(f"{bench.problem.name:20s} {letter}  {name:55s} {judged.value:.3f}  {difference.value:+.3f} "
               f"[{difference.interval[0]:+.3f}, {difference.interval[1]:+.3f}]", flush=True)  # fmt: skip

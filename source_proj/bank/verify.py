@@ -53,9 +53,10 @@ def verify(path: str | Path) -> VerifyReport:
     are not committed yet count as missing. Fits are compared with their digests; those of other content of the bank
     count as leftovers.
     """
-    store = open_store(path)
-    name = store.folder or store.location()
+    name = path
     try:
+        store = open_store(path)
+        name = store.folder or store.location()
         there = list_objects(store)
         settings = read_root(store).settings
         parts = [part for s in range(len(settings.trajectory.stages)) for part in find_parts(store, settings, s)]

@@ -103,6 +103,7 @@ class TrainingPath(HookPath):
         self.passes: list[TrainingPass] = []
         self.watched = False
         self._open: TrainingPass | None = None
+        self._nested = 0  # calls of the model within that pass, as another path's probes are
         self._anchor = torch.zeros((), requires_grad=True)
         self._known: set[object] = set()  # kinds of batches whose graph was looked at
         self._shared_known = False
@@ -126,7 +127,9 @@ class TrainingPath(HookPath):
             index = kwargs[INDEX]
             kwargs = {name: value for name, value in kwargs.items() if name != INDEX}
             changed = (args, kwargs)
-        if model.training and torch.is_grad_enabled() and not _in_backward():
+        if self._open is not None:
+            self._nested += 1
+        elif model.training and torch.is_grad_enabled() and not _in_backward():
             self._begin_pass(args, kwargs, index)
         return changed
 
@@ -149,6 +152,9 @@ class TrainingPath(HookPath):
         self._known.add(kind)
 
     def _finish(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._nested:
+            self._nested -= 1
+            return
         current, self._open = self._open, None
         calls, self._calls = self._calls, None
         if current is None:
@@ -159,6 +165,8 @@ class TrainingPath(HookPath):
             self._require_apart(calls, args, kwargs, output, current.size)
 
     def _on_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        if self._nested:
+            return None
         current = self._open
         if current is None and _in_backward() and self.passes:  # layers that checkpointing computes once more
             current = self.passes[-1]

@@ -93,7 +93,7 @@ def test_workers_that_are_no_number_are_refused(workers):
 
 
 def test_planned_and_real_time(tmp_path):
-    """Of one order of magnitude on any machine, however busy; examples/speed/plan.py prints the ratio."""
+    """Of one order of magnitude on any machine, however busy; prints the ratio."""
     model, trajectory = run(width=400)
     options = {"sketch": sp.Sketch(dim=512), "batch_size": 50, "shard_rows": 500}
     data = make(4000)

@@ -22,7 +22,7 @@ from recorded_runs import STEPS, described, train
 
 import source_proj as sp
 from source_proj import bank as banks
-from source_proj.cli.score import _write_csv, _write_npy
+from source_proj.cli.answers import _write_csv, _write_npy
 from source_proj.report import Page, write_report
 
 __all__ = ["fitted", "outputs", "recorded"]
@@ -81,8 +81,10 @@ def outputs(run: Run, folder: Path, kills: int, seed: int) -> Report:
             count = events_of(lambda w=write, path=path, over=over: w(NEW, path, over), path.parent)
             moments += [(name, over, event) for event in range(1, count + 1)]
             shutil.rmtree(path.parent)
-    done = 0
-    for name, over, event in draw.choices(moments, k=kills):
+    done = tried = 0
+    while done < kills:
+        name, over, event = draw.choice(moments)
+        tried += 1
         path = folder / "killed" / f"output.{name}"
         begin(path, folder / f"1.0.{name}", over)
         write = WRITERS[name]
@@ -98,7 +100,7 @@ def outputs(run: Run, folder: Path, kills: int, seed: int) -> Report:
         if written(path) != whole[name, True]:
             raise SystemExit(f"{path}, written again after a kill before event {event}, is not as it must be")
         shutil.rmtree(path.parent)
-    return {"kills": done, "banks": kills, "moments": len(moments)}
+    return {"kills": done, "banks": tried, "moments": len(moments)}
 
 
 def begin(path: Path, old: Path, over: bool) -> None:
@@ -127,9 +129,10 @@ def fitted(run: Run, folder: Path, kills: int, seed: int) -> Report:
     shutil.copytree(folder / "bank", path)
     count = events_of(lambda: score(path, folder / "counted.npy"), path / "fits")
     shutil.rmtree(path)
-    done = 0
-    for _ in range(kills):
+    done = tried = 0
+    while done < kills:
         event = draw.randint(1, count)
+        tried += 1
         shutil.copytree(folder / "bank", path)
         done += not finished(
             forked(lambda event=event: (dies_at(event, path / "fits"), score(path, folder / "never.npy")))
@@ -142,7 +145,7 @@ def fitted(run: Run, folder: Path, kills: int, seed: int) -> Report:
         if sorted(entry.name for entry in (path / "fits").iterdir()) != entries:
             raise SystemExit(f"{path}, killed before event {event}, lacks a fit or has another")
         shutil.rmtree(path)
-    return {"kills": done, "banks": kills, "moments": count}
+    return {"kills": done, "banks": tried, "moments": count}
 
 
 def score(path: Path, out: Path) -> None:
@@ -165,8 +168,9 @@ def recorded(run: Run, folder: Path, kills: int, seed: int) -> Report:
     path = folder / "killed"
     count = events_of(lambda: ended(path, folder / "counted.json"), path)
     shutil.rmtree(path)
-    done = 0
-    for turn in range(kills):
+    done = turn = 0
+    while done < kills:
+        turn += 1
         for _ in range(draw.choice([1, 1, 2])):
             event, fault = draw.randint(1, count), draw.randint(24, 90)
             done += not finished(forked(lambda event=event, fault=fault: (dies_at(event, path), caught(path, fault))))
@@ -177,7 +181,7 @@ def recorded(run: Run, folder: Path, kills: int, seed: int) -> Report:
         if left or len(list(path.glob("optimizer_*"))) != 1:
             raise SystemExit(f"{path}, turn {turn} of seed {seed}: {left or 'states of earlier steps'} left")
         shutil.rmtree(path)
-    return {"kills": done, "banks": kills, "moments": count}
+    return {"kills": done, "banks": turn, "moments": count}
 
 
 def ended(path: Path, out: Path) -> None:

@@ -14,19 +14,18 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="n
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize(("kind", "seconds"), [("bank", 8), ("fits", 4), ("run", 4), ("checkpoint", 4), ("truth", 3)])
-def test_mutants_give_the_right_answers_or_are_refused_by_name(tmp_path, kind, seconds):
+def test_mutants_give_the_right_answers_or_are_refused_by_name(tmp_path):
     path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     seed = random.randrange(1 << 30)  # others every time; the program prints it beside a mutant that fails
-    command = [sys.executable, str(HERE / "fuzz.py"), str(tmp_path), "--kind", kind, "--mutants", "200"]
+    command = [sys.executable, str(HERE / "fuzz.py"), str(tmp_path), "--mutants", "200", "--seconds", "4"]
     done = subprocess.run(
-        [*command, "--seconds", str(seconds), "--seed", str(seed)],
+        [*command, "--seed", str(seed)],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)[kind]
-    assert report["mutants"] > 0
-    assert report["wrong"] == 0
+    report = json.loads(done.stdout)
+    assert list(report) == ["bank", "fits", "run", "checkpoint", "truth"]
+    assert all(counts["mutants"] > 0 and counts["wrong"] == 0 for counts in report.values())

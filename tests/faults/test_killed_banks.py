@@ -56,3 +56,8 @@ def test_stragglers_with_other_bits_change_nothing_that_is_sealed(tmp_path):
 
 def test_workers_that_take_over_from_one_that_was_killed(tmp_path):
     run_program("taken_over", tmp_path, 5)
+
+
+@pytest.mark.parametrize(("scenario", "kills"), [("outputs", 20), ("fitted", 4), ("recorded", 4)])
+def test_outputs_fits_and_recorders_killed_before_a_file_event(tmp_path, scenario, kills):
+    assert run_program(scenario, tmp_path, kills)["moments"] > 80

@@ -182,6 +182,18 @@ def test_checkpointed_activations(tmp_path):
         other.loss(other.batches[0])
 
 
+def test_two_captures_of_one_model_do_not_disturb_each_other(tmp_path):
+    loop = Loop(tmp_path / "run")
+    other = sp.Recorder(
+        loop.model, loop.optimizer, tmp_path / "other", capture=sp.Sketch(8), task=sp.Classification()
+    )  # fmt: skip
+    for index in loop.batches:
+        loop.expect(index)
+        loop.step(index)
+        other.step(ids=index)
+    loop.check()
+
+
 # Refused by name ------------------------------------------------------------------------------------------------
 
 
