@@ -85,7 +85,7 @@ def main() -> None:
                     if benchmark.name == "mislabelling" and method in WITHOUT_SELF_INFLUENCE:
                         continue
                     score = judge(benchmark, run, make(benchmark, run, options))
-                    rows.append((benchmark.name, method, seed, round(score, 4)))
+                    rows.append((benchmark.name, method, seed, round(score, 3)))
                     print(f"{benchmark.name:16} seed {seed}  {method:36} {score:.3f}")
     options.results.parent.mkdir(parents=True, exist_ok=True)
     with options.results.open("w", newline="", encoding="utf-8") as file:

@@ -35,7 +35,7 @@ def main() -> None:
         folder, log = Path(temporary), tracker(options.tracker)
         words, model = tokenizer(closing=True), classifier()
         train_set = encoded(texts(SENTENCES, seed=0), words)
-        recorder = RecorderCallback(folder / "run", every=8)
+        recorder: Any = RecorderCallback(folder / "run", every=8)
         arguments = TrainingArguments(
             str(folder / "trainer"), num_train_epochs=2, per_device_train_batch_size=8, learning_rate=1e-2,
             logging_steps=4, report_to=[options.tracker] if options.tracker != "print" else [], disable_tqdm=True,
