@@ -117,7 +117,7 @@ class Bank:
 
     @property
     def storage(self) -> str:
-        """How rows are stored: "int8", "float16" or "float32"."""
+        """How rows are stored: the name of a codec, as ``storage=`` of :func:`source_proj.build` has it."""
         return self.settings.storage
 
     @property

@@ -16,7 +16,7 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
     /stage_<s>/part_<p>/seal            (2, 32) uint8
     /stage_<s>/part_<p>/checkpoint_<c>/ attributes: step, hash
         rows           (n, k)           sketched gradients R∇o of the outputs, encoded
-        scale          (n,)    float32  only if the codec has scales (int8, float16)
+        scale          (n,)    float32  only if the codec has scales (all but float32)
         d1             (n,)    float32  ℓ'(o)
         d2             (n,)    float32  ℓ''(o), only where settings say second_derivative
         fisher_weight  (n,)    float32  what ℓ'(o) is times in the empirical Fisher, only where settings say so
@@ -62,7 +62,9 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
 **Rows**
 
 10. Row z of ``rows`` times its scale is the sketched gradient of the output. int8 MUST lie in [-127, 127]; the fill
-    values (-128, and NaN for floating point) MUST NOT occur among rows: they show what was never written.
+    values (-128, and NaN for floating point) MUST NOT occur among rows or scales: they show what was never written.
+    int4, int2 and int1 are packed in ⌈k·b / 8⌉ bytes a row, and a row is the levels that they name, rotated back, times
+    its scale: `source_proj.bank.codecs.lloyd_max` says in which order, `source_proj.kernels.rotation` by which matrix.
 11. ``batch_hashes`` holds the SHA-256 of each batch's data, and MUST be the same at all checkpoints.
 
 20. ``audit`` holds for each shard: examples (batches of every function counted), audited_batches, audited_examples,

@@ -62,7 +62,7 @@ class ArraySpec:
 
     @property
     def fill_value(self) -> Any:
-        """What is read where nothing was written: never a value of a row."""
+        """What is read where nothing was written: never a value of a row; packed codes have scales, which show it."""
         return {"int8": -128, "float16": float("nan"), "float32": float("nan"), "string": ""}.get(self.dtype, 0)
 
     @property

@@ -162,7 +162,8 @@ def build(
         str | None, typer.Option(help="native or torch; default: the fastest present.", rich_help_panel=SKETCH)
     ] = None,
     storage: Annotated[
-        str, typer.Option(help="How rows are stored: int8, float16 or float32.", rich_help_panel=SKETCH)
+        str,
+        typer.Option(help="How rows are stored: int8, int4, int2, int1, float16 or float32.", rich_help_panel=SKETCH),
     ] = "int8",
     batch_size: BatchSize = 64,
     parameters: Annotated[

@@ -120,7 +120,7 @@ REFUSED = {
     "no settings": (without("", "settings"), "settings are None"),
     "a setting missing": (without("", "settings", "storage"), "settings are .* must be .*'storage'"),
     "a setting unknown": (attribute("", "settings", "metric", to="P"), "settings are .*'metric'"),
-    "another storage": (attribute("", "settings", "storage", to="int4"), "storage must be one of int8"),
+    "another storage": (attribute("", "settings", "storage", to="int3"), "storage must be one of int1"),
     "negative draws": (attribute("", "settings", "sampled_fisher", to=-1), "sampled_fisher must be"),
     "a sketch in words": (attribute("", "settings", "sketch", to="sparse"), "'sketch' is 'sparse'"),
     "an unknown sketch": (attribute("", "settings", "sketch", "kind", to="magic"), "magic"),

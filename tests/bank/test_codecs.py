@@ -1,5 +1,8 @@
 """Laws of every codec, and what each one says of its own error."""
 
+from functools import partial
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from source_proj.bank.codecs import Codec, EncodedRows, codec_names, find_codec
+from source_proj.bank.codecs.lloyd_max import LloydMax
 from source_proj.bank.layout import ArraySpec
 from source_proj.kernels.scoring import Strongest
 
@@ -31,7 +35,25 @@ def float16_bound(rows):
     return torch.maximum(rows.abs() * 2.0**-11, largest * 2.0**-39)
 
 
-BOUNDS = {"int8": int8_bound, "float16": float16_bound, "float32": torch.zeros_like}
+def lloyd_max_bound(codec, rows):
+    """|x| tan(c, y): an angle that no rotated row of k numbers exceeds, whatever they are; see the comments."""
+    k, levels = rows.shape[1], codec.levels
+    # <c, y> >= levels[0] |y|_1 >= levels[0] |y|, and |c| <= levels[-1] sqrt(k).
+    cosine = levels[0] / (levels[-1] * k**0.5)
+    # Where rms(y) is 1 no entry is above sqrt(k), and |c - y| is at most half a gap below the last level.
+    gaps = [2 * levels[0], *(b - a for a, b in pairwise(levels))]
+    sine = max(max(gaps) / 2, levels[0], k**0.5 - levels[-1])
+    tangent = min((1 / cosine**2 - 1) ** 0.5, sine / (1 - sine**2) ** 0.5 if sine < 1 else torch.inf)
+    size = rows.norm(dim=1, keepdim=True)
+    return (size * (tangent + 1e-5)).clamp(min=2e-36 * k**0.5).expand_as(rows)
+
+
+BOUNDS = {
+    "int8": int8_bound,
+    "float16": float16_bound,
+    "float32": torch.zeros_like,
+    **{codec.name: partial(lloyd_max_bound, codec) for codec in CODECS if isinstance(codec, LloydMax)},
+}
 """What the docstring of each codec says an entry errs by at most, of rows in float64."""
 
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=codec_names())
@@ -42,7 +64,7 @@ def random_rows(n, k, seed=0):
 
 
 def round_trip(codec: Codec, rows):
-    return codec.decode(*codec.encode(rows))
+    return codec.decode(*codec.encode(rows), rows.shape[1])
 
 
 def test_every_codec_has_a_bound():
@@ -67,13 +89,25 @@ def test_codes_are_as_the_codec_declares_them(codec, array):
     assert codes.nbytes == n * codec.row_bytes(k)
     assert (scale is not None) == codec.has_scale
     assert codec.nbytes(n, k) == codes.nbytes + (0 if scale is None else scale.nbytes)
-    fill = ArraySpec((n, codec.width(k)), codec.array_type, n).fill_value
-    assert not (codes.numpy() == fill).any()
     if codes.is_floating_point():
         assert torch.isfinite(codes).all()
     empty = codec.empty(n, k)
     assert (empty.codes.shape, empty.codes.dtype) == (codes.shape, codes.dtype)
     assert (empty.scale is None) == (scale is None)
+
+
+@every_codec
+def test_what_was_never_written_is_told_from_rows(codec):
+    """By the fill value of the codes, or where any byte can be a code, by that of the scales."""
+    codes, scale = codec.encode(random_rows(50, 20))
+    fill = ArraySpec((50, codec.width(20)), codec.array_type, 50).fill_value
+    missing = torch.full_like(codes, fill)
+    if scale is not None:
+        assert torch.isfinite(scale).all()
+        scale = torch.full_like(scale, ArraySpec((50,), "float32", 50).fill_value)
+    assert not torch.isfinite(codec.decode(missing, scale, 20)).any()
+    if codes.dtype != torch.uint8:
+        assert not (codes == fill).any()
 
 
 @every_codec
@@ -98,7 +132,7 @@ def test_batches_are_encoded_row_by_row(codec):
 def test_decoded_rows_belong_to_the_caller(codec):
     codes, scale = codec.encode(torch.ones(2, 3))
     kept = codes.clone()
-    codec.decode(codes, scale).zero_()
+    codec.decode(codes, scale, 3).zero_()
     assert torch.equal(codes, kept)
 
 
@@ -106,7 +140,7 @@ def test_decoded_rows_belong_to_the_caller(codec):
 def test_products_are_those_of_the_decoded_rows(codec):
     rows, queries = random_rows(40, 24), random_rows(3, 24, seed=1)
     encoded = codec.encode(rows)
-    decoded = codec.decode(*encoded)
+    decoded = codec.decode(*encoded, 24)
     exact = queries.double() @ decoded.double().T
     bound = 40 * torch.finfo(torch.float32).eps * (queries.abs().double() @ decoded.abs().double().T)
     products = codec.multiply(queries, *encoded)
@@ -126,9 +160,34 @@ def test_products_are_those_of_the_decoded_rows(codec):
 def test_the_size_of_a_row_costs_no_accuracy(codec, factor):
     rows = random_rows(4, 64)
     largest = rows.abs().amax()
-    plain = BOUNDS[codec.name](largest.double().reshape(1, 1)) / largest  # of the largest entry, at size 1
+    plain = BOUNDS[codec.name](rows.double()).amax() / largest  # of the largest entry, at size 1
     error = (round_trip(codec, rows * factor) - rows * factor).abs().amax(dim=1) / (rows * factor).abs().amax(dim=1)
     assert (error <= plain * (1 + 1e-4)).all()
+
+
+@every_codec
+@pytest.mark.parametrize("power", [-90, -3, 1, 100])
+def test_powers_of_two_change_the_scale_alone(codec, power):
+    rows = random_rows(5, 19)
+    codes, scale = codec.encode(rows)
+    others, scaled = codec.encode(rows * 2.0**power)
+    factor = 2.0**power if scale is None else 1
+    assert torch.equal(others.double(), codes.double() * factor)
+    assert scale is None or torch.equal(scaled, scale * 2.0**power)
+
+
+@every_codec
+def test_decoded_rows_are_encoded_to_themselves(codec):
+    once = round_trip(codec, random_rows(20, 75))
+    torch.testing.assert_close(round_trip(codec, once), once, rtol=2e-6, atol=2e-6)
+
+
+@every_codec
+def test_rows_of_zeros_stay_zero(codec):
+    rows = random_rows(3, 21)
+    rows[1] = 0
+    assert (round_trip(codec, rows)[1] == 0).all()
+    assert (round_trip(codec, rows)[0] != 0).any()
 
 
 def test_halves_round_to_even_and_zero_rows_stay_zero():
@@ -141,6 +200,6 @@ def test_names_are_listed_by_bytes_and_others_refused():
     assert [find_codec(name).name for name in codec_names()] == list(codec_names())
     sizes = [find_codec(name).row_bytes(4096) for name in codec_names()]
     assert sizes == sorted(sizes)
-    for name in ("int4", "float64", None, ["int8"], ""):
-        with pytest.raises(ValueError, match="storage must be one of int8, float16, float32, got"):
+    for name in ("int3", "float64", None, ["int8"], ""):
+        with pytest.raises(ValueError, match="storage must be one of int1, int2, int4, int8, float16, float32, got"):
             find_codec(name)

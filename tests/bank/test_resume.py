@@ -166,7 +166,7 @@ def test_a_folder_of_something_else_is_left_alone(run, tmp_path, resume):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"storage": "int4"}, "storage must be one of int8, float16, float32, got 'int4'"),
+        ({"storage": "int3"}, "storage must be one of int1, int2, int4, int8, float16, float32, got 'int3'"),
         ({"sampled_fisher": -1}, "sampled_fisher must be .* got -1"),
         ({"gradients": "magic"}, "'magic' is unknown"),
         ({"sketch": Sketch(dim=3, kind="identity")}, "identity"),

@@ -43,7 +43,8 @@ class Codec(ABC):
     compressible: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
-        _CODECS[cls.name] = cls()
+        if "name" in vars(cls):  # else it is the common part of several
+            _CODECS[cls.name] = cls()
 
     @abstractmethod
     def encode(self, rows: Tensor, sizes: Tensor | None = None) -> EncodedRows:
@@ -55,7 +56,7 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def decode(self, codes: Tensor, scale: Tensor | None) -> Tensor:
+    def decode(self, codes: Tensor, scale: Tensor | None, k: int) -> Tensor:
         """Return the rows ``(n, k)`` float32 of what :meth:`encode` made; never shares memory with it."""
 
     def width(self, k: int) -> int:

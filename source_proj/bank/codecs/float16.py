@@ -30,6 +30,6 @@ class Float16(Codec):
         scale = torch.ldexp(torch.ones_like(largest), (exponent - 15).clamp_(min=-126))
         return EncodedRows((rows / scale[:, None]).to(torch.float16), scale)
 
-    def decode(self, codes: Tensor, scale: Tensor | None) -> Tensor:  # noqa: D102
+    def decode(self, codes: Tensor, scale: Tensor | None, k: int) -> Tensor:  # noqa: ARG002, D102
         rows = codes.to(torch.float32)
         return rows if scale is None else rows.mul_(scale[:, None])

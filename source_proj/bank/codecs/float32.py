@@ -24,6 +24,6 @@ class Float32(Codec):
     def encode(self, rows: Tensor, sizes: Tensor | None = None) -> EncodedRows:  # noqa: ARG002, D102
         return EncodedRows(rows.float(), None)
 
-    def decode(self, codes: Tensor, scale: Tensor | None) -> Tensor:  # noqa: D102
+    def decode(self, codes: Tensor, scale: Tensor | None, k: int) -> Tensor:  # noqa: ARG002, D102
         rows = codes.to(torch.float32, copy=True)
         return rows if scale is None else rows.mul_(scale[:, None])

@@ -32,6 +32,6 @@ class Int8(Codec):
         divisor = torch.where(scale > 0, scale, torch.inf)[:, None]
         return EncodedRows((rows / divisor).round_().to(torch.int8), scale)
 
-    def decode(self, codes: Tensor, scale: Tensor | None) -> Tensor:  # noqa: D102
+    def decode(self, codes: Tensor, scale: Tensor | None, k: int) -> Tensor:  # noqa: ARG002, D102
         rows = codes.to(torch.float32)
         return rows if scale is None else rows.mul_(scale[:, None])

@@ -183,7 +183,8 @@ class StageBank:
         for part in self.parts:
             for shard in range(part.spec.n_shards):
                 codes = torch.from_numpy(part.read(checkpoint, rows_name, shard))
-                rows = self._settings.codec.decode(codes, self._scale(part, checkpoint, scale_name, shard))
+                scale = self._scale(part, checkpoint, scale_name, shard)
+                rows = self._settings.codec.decode(codes, scale, self._settings.sketch["dim"])
                 d1, d2, fisher_weight = torch.full((len(rows),), -1.0), None, None
                 if what == "output":
                     d1 = torch.from_numpy(part.read(checkpoint, "d1", shard))

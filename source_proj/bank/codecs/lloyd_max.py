@@ -1,0 +1,121 @@
+"""What the codecs of a few bits share: a rotation, levels of a normal, one scale, codes packed along the row."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from source_proj.bank.codecs.base import Codec, EncodedRows
+from source_proj.kernels.rotation import rotate, rotate_back
+from source_proj.kernels.scoring import Strongest, score
+
+__all__ = ["LloydMax"]
+
+_BLOCK_NUMBERS = 1 << 21  # unpacked at once: 8 MiB
+_LIMITS = torch.finfo(torch.float32)
+_SMALLEST = 128 * _LIMITS.tiny  # smaller rows would have a subnormal, hence coarse, scale
+
+
+class LloydMax(Codec):
+    r"""Each number of the rotated row becomes the nearest of 2ᵇ levels, times one scale a row.
+
+    With y = R x the row under a fixed random rotation (`source_proj.kernels.rotation`; so even a row with few entries
+    that are not zero has numbers spread as a normal's), the code of yᵢ is the nearest to yᵢ / rms(y) of the levels with
+    the least mean squared error D on a standard normal: Max, "Quantizing for minimum distortion", IRE Trans. Inf.
+    Theory 6 (1960), https://doi.org/10.1109/TIT.1960.1057548; Lloyd, "Least squares quantization in PCM", ibid. 28
+    (1982), https://doi.org/10.1109/TIT.1982.1056489.
+
+    **The scale.** Let c hold the chosen levels, and let the stored row be s·c. Split an exact query, rotated, into
+    q = (<q, y> / \|y\|²) y + p with p orthogonal to y. Under a random rotation the error c - (<c, y> / \|y\|²) y points
+    along p and against it equally often, so that <c, p> is 0 in the mean, and
+
+        E <q, s·c> = <q, y> · s <c, y> / \|y\|²,
+
+    which is <q, x> if and only if **s = \|y\|² / <c, y>**. Least squares would take s = <c, y> / \|c\|², smaller by
+    cos²(c, y), which is 1 - D for a normal: every score would shrink, a row's by its own factor. The price is length:
+    \|s·c\|² = \|x\|² / cos², so that a row errs by \|x\| √(1 / cos² - 1), about √(D / (1 - D)) of itself, and its decoded
+    square is too large by as much; in a Gram matrix of rows that is a multiple of the identity in the mean, as damping
+    is. (One rotation is drawn, for good: for one given row and query the error is a fixed number, as a sketch's is.)
+
+    A row of zeros has scale 0, and so has one of entries below 10⁻³⁵.
+
+    **Packing.** With ``per`` = 8 / b codes a byte, code j of a row is in byte j // per, from bit b (j % per) on; what
+    the last byte has left is 0. Code i is the i-th level from below.
+
+    Attributes:
+        bits: b, a divisor of 8.
+        levels: the positive half of the levels, ascending; the others are their negatives.
+    """
+
+    dtype = torch.uint8
+    array_type = "uint8"
+    bits: ClassVar[int]
+    levels: ClassVar[tuple[float, ...]]
+
+    def width(self, k: int) -> int:  # noqa: D102
+        return -(-k * self.bits // 8)
+
+    def encode(self, rows: Tensor, sizes: Tensor | None = None) -> EncodedRows:  # noqa: D102
+        largest = self.row_sizes(rows) if sizes is None else sizes
+        power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)  # max|row| / power in [1, 2)
+        power = torch.where(largest > _SMALLEST, power, torch.inf)
+        rotated = rotate(rows / power[:, None])
+        length = torch.linalg.vector_norm(rotated, dim=1, keepdim=True, dtype=torch.float64)
+        rms = (length / rows.shape[1] ** 0.5).float()
+        levels = self._levels(rows.device)
+        unit = rotated / torch.where(rms > 0, rms, torch.inf)
+        codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2, out_int32=True, right=True)
+        along = (rotated * levels[codes]).sum(1, keepdim=True, dtype=torch.float64)  # <c, y>, of positive terms
+        scale = torch.where(along > 0, length**2 / along, 0.0) * torch.where(power < torch.inf, power, 0.0)[:, None]
+        return EncodedRows(self._pack(codes), scale[:, 0].clamp(max=_LIMITS.max).float())
+
+    def decode(self, codes: Tensor, scale: Tensor | None, k: int) -> Tensor:  # noqa: D102
+        rows = rotate_back(self._unpack(codes, k))
+        return rows if scale is None else rows.mul_(scale[:, None])
+
+    def multiply(self, queries: Tensor, codes: Tensor, scale: Tensor | None) -> Tensor:  # noqa: D102
+        rotated, products = rotate(queries), torch.empty(len(queries), len(codes), device=codes.device)
+        for part, rows in self._blocks(codes, queries.shape[1]):
+            products[:, part] = score(rotated, rows, None if scale is None else scale[part])
+        return products
+
+    def search(  # noqa: D102
+        self, strongest: Strongest, queries: Tensor, codes: Tensor, scale: Tensor | None, *, first: int
+    ) -> None:
+        rotated = rotate(queries)
+        for part, rows in self._blocks(codes, queries.shape[1]):
+            strongest.add(rotated, rows, None if scale is None else scale[part], first=first + part.start)
+
+    def _blocks(self, codes: Tensor, k: int) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of rows, unpacked and not rotated back."""
+        height = max(1, _BLOCK_NUMBERS // k)
+        for start in range(0, len(codes), height):
+            part = slice(start, min(start + height, len(codes)))
+            yield part, self._unpack(codes[part], k)
+
+    def _levels(self, device: torch.device) -> Tensor:
+        """All 2ᵇ levels, ascending."""
+        return torch.tensor([*(-level for level in reversed(self.levels)), *self.levels], device=device)
+
+    def _pack(self, codes: Tensor) -> Tensor:
+        """Bytes ``(n, width)`` of codes ``(n, k)``."""
+        per = 8 // self.bits
+        padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per)).view(len(codes), -1, per).to(torch.uint8)
+        packed = padded[:, :, 0].clone()
+        for place in range(1, per):
+            packed |= padded[:, :, place] << place * self.bits
+        return packed
+
+    def _unpack(self, codes: Tensor, k: int) -> Tensor:
+        """Levels ``(n, k)`` float32 of bytes ``(n, width)``: a table says what each byte holds."""
+        rows = torch.nn.functional.embedding(codes.int(), self._table(codes.device))  # (n, width, per)
+        return rows.flatten(1)[:, :k].contiguous()
+
+    @lru_cache(maxsize=8)  # noqa: B019 (a codec lives as long as the program)
+    def _table(self, device: torch.device) -> Tensor:
+        """Levels ``(256, per)`` of each byte."""
+        shifts = torch.arange(0, 8, self.bits, device=device)
+        places = torch.arange(256, device=device)[:, None] >> shifts & (1 << self.bits) - 1
+        return self._levels(device)[places]
