@@ -4,6 +4,8 @@ from source_proj import curate, distribute, evaluate, integrations, report
 from source_proj._errors import BankError, GradientError, MismatchError, SourceProjError
 from source_proj.attribution.hits import Hit, Hits
 from source_proj.attribution.methods import (
+    ArnoldiInfluence,
+    DataInf,
     GradCos,
     GradDot,
     Hydra,
@@ -51,11 +53,13 @@ __all__ = [
     "Adamax",
     "Answer",
     "Answers",
+    "ArnoldiInfluence",
     "Bank",
     "BankError",
     "CausalLM",
     "Checkpoint",
     "Classification",
+    "DataInf",
     "Example",
     "Examples",
     "GradCos",

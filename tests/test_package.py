@@ -34,7 +34,17 @@ METHODS = {
     "evaluate": ["lds", "subset_removal", "mislabel", "leave_one_out", "GroundTruth", "compare_methods"],
     **{
         name: ["score", "top_k", "helpful", "harmful"]
-        for name in ("TracIn", "Trak", "InfluenceFunction", "GradDot", "GradCos", "Hydra", "RepSim")
+        for name in (
+            "TracIn",
+            "Trak",
+            "InfluenceFunction",
+            "ArnoldiInfluence",
+            "DataInf",
+            "GradDot",
+            "GradCos",
+            "Hydra",
+            "RepSim",
+        )
     },
 }
 

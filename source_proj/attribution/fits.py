@@ -17,7 +17,7 @@ from source_proj.attribution.moments import cross_moment, decomposed, mean_hessi
 from source_proj.attribution.spectral import DenseHessian, Hessian, Spectrum
 from source_proj.bank import Bank
 
-__all__ = ["Fit", "fitted_cross_moment", "fitted_hessian", "fitted_spectrum"]
+__all__ = ["Fit", "fitted_cross_moment", "fitted_hessian", "fitted_matrix", "fitted_spectrum"]
 
 
 class Fit(NamedTuple):
@@ -73,7 +73,7 @@ def fitted_hessian(fit: Fit) -> Hessian:
 
     @once
     def hessian() -> Tensor:
-        return _matrix(fit)
+        return fitted_matrix(fit)
 
     def sizes() -> dict[str, Tensor]:
         return {"sizes": torch.stack([hessian().double().trace(), torch.linalg.matrix_norm(hessian()).double()])}
@@ -102,7 +102,7 @@ def fitted_spectrum(fit: Fit) -> Spectrum:
         if takes_spectrum(dim, count):
             made = spectrum(stage, fit.checkpoints, dim, fit.curvature, device=fit.place)
         else:  # of the Ĥ that other functions may have asked for
-            made = decomposed(_matrix(fit))
+            made = decomposed(fitted_matrix(fit))
         return {"values": made.values, "vectors": made.vectors}
 
     return Spectrum(**fit.get("spectrum", compute))
@@ -118,8 +118,8 @@ def fitted_cross_moment(fit: Fit, metric: int) -> Tensor:
     return fit.get("crossing", compute, metric=metric)["matrix"]
 
 
-def _matrix(fit: Fit) -> Tensor:
-    """Ĥ ``(k, k)`` float32."""
+def fitted_matrix(fit: Fit) -> Tensor:
+    """Return the mean Hessian Ĥ of some checkpoints itself, ``(k, k)`` float32; raises as :func:`fitted_hessian`."""
 
     def compute() -> dict[str, Tensor]:
         stage, dim = fit.bank.stages[fit.stage], fit.bank.sketch.dim

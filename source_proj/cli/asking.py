@@ -5,7 +5,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from source_proj.attribution.attributor import Attributor
-from source_proj.attribution.methods import GradCos, GradDot, Hydra, InfluenceFunction, TracIn, Trak
+from source_proj.attribution.methods import (
+    ArnoldiInfluence,
+    DataInf,
+    GradCos,
+    GradDot,
+    Hydra,
+    InfluenceFunction,
+    TracIn,
+    Trak,
+)
 from source_proj.attribution.source import Source
 from source_proj.bank import Bank
 from source_proj.bank import open as open_bank
@@ -23,6 +32,8 @@ METHODS: dict[Method, Callable[..., Attributor]] = {
     Method.hydra: Hydra,
     Method.trak: Trak,
     Method.influence: InfluenceFunction,
+    Method.arnoldi: ArnoldiInfluence,
+    Method.datainf: DataInf,
     Method.grad_dot: GradDot,
     Method.grad_cos: GradCos,
 }
@@ -34,6 +45,8 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
     "average": bool,
     "query_gradient": str,
     "ridge": float,
+    "rank": int,
+    "damping_factor": float,
 }
 
 

@@ -45,6 +45,8 @@ class Method(StrEnum):
     hydra = "hydra"
     trak = "trak"
     influence = "influence"
+    arnoldi = "arnoldi"
+    datainf = "datainf"
     grad_dot = "grad-dot"
     grad_cos = "grad-cos"
 

@@ -113,6 +113,13 @@ QueryGradientOption = Annotated[
 RidgeOption = Annotated[
     float | None, typer.Option("--ridge", min=0, help="TRAK's, added to its eigenvalues.", rich_help_panel=METHOD)
 ]
+RankOption = Annotated[
+    int | None, typer.Option("--rank", min=1, help="Eigenvectors of arnoldi's Hessian.", rich_help_panel=METHOD)
+]
+DampingFactorOption = Annotated[
+    float | None,
+    typer.Option("--damping-factor", help="Of datainf's damping; default: the paper's 0.1.", rich_help_panel=METHOD),
+]
 CsvFile = Annotated[
     Path | None,
     typer.Option("--csv", metavar="FILE", help="Also write query_id, train_id, rank, score.", rich_help_panel=OUTPUT),
@@ -155,6 +162,8 @@ def score(
     average: AverageOption = False,
     query_gradient: QueryGradientOption = None,
     ridge: RidgeOption = None,
+    rank: RankOption = None,
+    damping_factor: DampingFactorOption = None,
     task: TaskName = None,
     trust_remote_code: TrustRemoteCode = False,
     batch_size: BatchSize = 64,
@@ -207,6 +216,8 @@ def top_k(
     average: AverageOption = False,
     query_gradient: QueryGradientOption = None,
     ridge: RidgeOption = None,
+    rank: RankOption = None,
+    damping_factor: DampingFactorOption = None,
     task: TaskName = None,
     csv: CsvFile = None,
     parquet: ParquetFile = None,

@@ -57,7 +57,7 @@ def test_scores_are_those_of_the_formula(captured):
 
 def test_what_needs_more_than_the_sums_is_refused(captured):
     model, data, bank = captured
-    for make in (sp.TracIn, sp.Trak, sp.GradDot, sp.GradCos, sp.InfluenceFunction):
+    for make in (sp.TracIn, sp.Trak, sp.GradDot, sp.GradCos, sp.InfluenceFunction, sp.ArnoldiInfluence, sp.DataInf):
         with pytest.raises(ValueError, match=f"{make.__name__} needs gradients at a checkpoint"):
             make(bank, model=model)
     for curvature in ("gauss_newton", "sampled_fisher"):

@@ -51,6 +51,18 @@ def influence(d: Dense, *, average: bool, damping: float | None) -> Tensor:
     return -d.q[3] @ torch.linalg.inv(h + (1e-2 + rho) * d.eye) @ mean.T / d.n
 
 
+def datainf(d: Dense, factor: float = 0.1) -> Tensor:
+    damping = factor * float(d.hessian([3]).trace()) / d.k + 1e-2
+    mean = sum(torch.linalg.inv(torch.outer(g, g) + damping * d.eye) for g in d.g[3]) / d.n
+    return -d.q[3] @ mean @ d.g[3].T / d.n
+
+
+def arnoldi(d: Dense, rank: int) -> Tensor:
+    values, vectors = torch.linalg.eigh(d.hessian([3]))
+    inverse = (vectors[:, -rank:] / (values[-rank:] + 1e-2)) @ vectors[:, -rank:].T
+    return -d.q[3] @ inverse @ d.g[3].T / d.n
+
+
 def trak(d: Dense, ridge: float) -> Tensor:
     kernel = d.phi[3].T @ d.phi[3] + ridge * d.n * d.eye
     return d.q[3] @ torch.linalg.inv(kernel) @ d.phi[3].T * -d.d1[3]
@@ -75,6 +87,14 @@ TABLE = {
         sp.InfluenceFunction,
         {"average": True, "query_gradient": "final"},
         lambda d: influence(d, average=True, damping=None),
+    ),
+    "datainf": (sp.DataInf, {}, datainf),
+    "datainf, damped": (sp.DataInf, {"damping_factor": 2.0}, lambda d: datainf(d, 2.0)),
+    "arnoldi": (sp.ArnoldiInfluence, {"rank": 5}, lambda d: arnoldi(d, 5)),
+    "arnoldi, every eigenvector": (
+        sp.ArnoldiInfluence,
+        {"damping": "noise"},
+        lambda d: influence(d, average=False, damping=None),
     ),
     "trak, ridge": (sp.Trak, {"ridge": 0.1}, lambda d: trak(d, 0.1)),
     "trak": (sp.Trak, {}, lambda d: trak(d, 0.0)),
@@ -117,7 +137,7 @@ def test_trak_ensembles_kernels_and_weights_separately(tmp_path):
     np.testing.assert_allclose(scores, expected, rtol=2e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("method", [sp.Trak, sp.InfluenceFunction])
+@pytest.mark.parametrize("method", [sp.Trak, sp.InfluenceFunction, sp.DataInf, sp.ArnoldiInfluence])
 def test_methods_of_one_optimum_leave_earlier_stages_alone(tmp_path, method):
     problem = two_stages()
     bank = problem.build(tmp_path / "bank")
@@ -151,3 +171,15 @@ def test_features_of_one_method_are_refused_by_another_that_needs_more(setup):
 def test_bad_ridge_is_refused(setup, ridge):
     with pytest.raises(ValueError, match="ridge must be"):
         sp.Trak(setup[1], ridge=ridge)
+
+
+@pytest.mark.parametrize("factor", [0, -0.1, float("nan"), float("inf")])
+def test_bad_damping_factor_is_refused(setup, factor):
+    with pytest.raises(ValueError, match="damping_factor must be a number > 0"):
+        sp.DataInf(setup[1], damping_factor=factor)
+
+
+def test_curvatures_that_a_bank_does_not_offer_are_refused_by_datainf(setup):
+    problem, bank = setup
+    with pytest.raises(ValueError, match="needs rows of sampled labels"):
+        sp.DataInf(bank, model=problem.model, curvature="sampled_fisher").score(problem.queries)

@@ -47,7 +47,7 @@ def test_the_runs_of_an_ensemble_are_asked_the_same(tmp_path):
 
 def test_helpful_and_harmful_of_every_method(blobs):
     problem, bank = blobs
-    for made in (sp.Source, sp.TracIn, sp.Trak, sp.InfluenceFunction, sp.GradDot, sp.GradCos, sp.Hydra):
+    for made in (sp.Source, sp.TracIn, sp.Trak, sp.InfluenceFunction, sp.DataInf, sp.GradDot, sp.GradCos, sp.Hydra):
         method = made(bank, model=problem.model, progress=False)
         scores = method.score(problem.queries)
         assert method.helpful(problem.queries, 3).ids == scores.helpful(3).ids

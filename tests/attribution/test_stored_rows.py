@@ -14,6 +14,8 @@ DIRECT = {
     "graddot": (sp.GradDot, {}),
     "trak": (sp.Trak, {"ridge": 0.1}),
     "influence": (sp.InfluenceFunction, {}),
+    "datainf": (sp.DataInf, {}),
+    "arnoldi": (sp.ArnoldiInfluence, {"rank": 5}),
 }
 METHODS = {
     **DIRECT,

@@ -164,6 +164,11 @@ def test_help_names_all_kinds_of_sketches_and_of_storage():
         (["--method", "hydra"], lambda bank, model: sp.Hydra(bank, model=model)),
         (["--query-gradient", "mean"], lambda bank, model: sp.Source(bank, model=model, query_gradient="mean")),
         (["--method", "trak"], lambda bank, model: sp.Trak(bank, model=model)),
+        (["--method", "arnoldi", "--rank", "3"], lambda bank, model: sp.ArnoldiInfluence(bank, model=model, rank=3)),
+        (
+            ["--method", "datainf", "--damping-factor", "0.5"],
+            lambda bank, model: sp.DataInf(bank, model=model, damping_factor=0.5),
+        ),
         (["--method", "grad-dot"], lambda bank, model: sp.GradDot(bank, model=model)),
         (["--method", "grad-cos"], lambda bank, model: sp.GradCos(bank, model=model)),
         (

@@ -22,6 +22,8 @@ OPTIONS = {
     "average": [None],
     "query_gradient": ["mean", "final"],
     "ridge": ["0.5"],
+    "rank": ["2"],
+    "damping_factor": ["0.2"],
 }
 MATRIX = [(method, name, value) for method in METHODS for name, values in OPTIONS.items() for value in values]
 
@@ -29,7 +31,7 @@ MATRIX = [(method, name, value) for method in METHODS for name, values in OPTION
 def test_the_matrix_has_every_option_of_every_method():
     """Arguments that the command line offers for all methods, or for none."""
     common = {"bank", "model", "task", "batch_size", "device", "progress"}
-    in_python_alone = {"cache", "time_scale", "storage"}
+    in_python_alone = {"cache", "memory", "seed", "time_scale", "storage"}
     for made in METHODS.values():
         assert set(inspect.signature(made).parameters) - common - in_python_alone <= set(OPTIONS)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from source_proj._io.progress import Progress
 from source_proj.attribution.attributor import Attributor, Term
@@ -85,9 +85,13 @@ class InfluenceFunction(Attributor):
         checkpoints = [stage.n_checkpoints - 1]
         if self.average:
             checkpoints = [c for c in range(stage.n_checkpoints) if stage.metric(c) == metric]
-        hessian = fitted_hessian(Fit(bank, last, checkpoints, self.curvature, self.device, self.cache))
-        ridge = damping_value(self.damping, hessian.trace, bank.sketch.dim, is_exact=bank.sketch.is_exact)
-        ridge += stage.record.cut(stage.n_checkpoints)[-1].decay
+        fit = Fit(bank, last, checkpoints, self.curvature, self.device, self.cache)
         given = self._query(bank, features, metric).to(self.device or "cpu")
-        query = hessian.multiply(given, ridge_inverse(ridge, hessian.dim))
+        query = self._solved(fit, given, stage.record.cut(stage.n_checkpoints)[-1].decay)
         return [Term(query.float() * (-1 / stage.n), encoded_gradients(bank, last, checkpoints, self.device))]
+
+    def _solved(self, fit: Fit, query: Tensor, decay: float) -> Tensor:
+        """Queries ``(Q, k)`` times (Ĥ + λ + ρ)⁻¹, of weight decay λ."""
+        hessian, sketch = fitted_hessian(fit), fit.bank.sketch
+        ridge = decay + damping_value(self.damping, hessian.trace, sketch.dim, is_exact=sketch.is_exact)
+        return hessian.multiply(query, ridge_inverse(ridge, hessian.dim))
