@@ -63,7 +63,7 @@ def run(pages, folder):
         arguments += [page, script]
     command = [sys.executable, "-W", "error", "-c", RUNNER, *map(str, arguments)]
     return subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600, check=False
+        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=1800, check=False
     )
 
 
