@@ -8,7 +8,7 @@ Each method's scores are a sum of terms, each the product of a query operand ``(
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from source_proj.attribution.queries import query_source, resolve_task, sketch_q
 from source_proj.attribution.query_models import QueryModels
 from source_proj.attribution.score_files import scores_facts
 from source_proj.attribution.scores import Scores
-from source_proj.attribution.streaming import checked_out, queries_per_block, stream_hits, stream_scores
+from source_proj.attribution.streaming import Term, checked_out, queries_per_block, stream_hits, stream_scores
 from source_proj.bank import Bank
 from source_proj.kernels.scoring import Strongest
 from source_proj.task import Answers, Task
@@ -40,13 +40,6 @@ _MIN_ROWS = 256
 
 Queries = Any
 """A data set, a DataLoader, inputs alone (a tensor, a tokenizer's output), or what ``sketch(queries)`` returned."""
-
-
-class Term(NamedTuple):
-    """One product of the sum: ``query`` ``(Q, k)`` times the training operand, streamed in order of rows."""
-
-    query: Tensor
-    train: Iterator[Operand]
 
 
 class Attributor(ABC):

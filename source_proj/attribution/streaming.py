@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import zarr
@@ -22,18 +22,45 @@ from source_proj._io.outputs import name_folder, require_free
 from source_proj._io.unfinished import Unfinished
 from source_proj.attribution.features import SketchedQueries
 from source_proj.attribution.hits_file import HitsFile, is_hits_folder, write_hits_parquet
+from source_proj.attribution.operands import Operand
 from source_proj.attribution.score_files import is_scores_array
+from source_proj.bank import Bank
 
-if TYPE_CHECKING:
-    from source_proj.attribution.attributor import Attributor
-
-__all__ = ["checked_out", "queries_per_block", "stream_hits", "stream_scores"]
+__all__ = ["Term", "checked_out", "queries_per_block", "stream_hits", "stream_scores"]
 
 _CHUNK = (64, 16_384)  # queries and examples of a chunk, 4 MiB
 _BLOCK_BYTES = 256 << 20  # of a block's features
 _MOST_QUERIES = 2048
 
 _FOLDERS = {"score": is_scores_array, "top_k": is_hits_folder}
+
+
+class Term(NamedTuple):
+    """One product of the sum: ``query`` ``(Q, k)`` times the training operand, streamed in order of rows."""
+
+    query: Tensor
+    train: Iterator[Operand]
+
+
+class Streamable(Protocol):
+    """What is asked of an attribution method; see `Attributor`."""
+
+    banks: tuple[Bank, ...]
+
+    @property
+    def n_rows(self) -> int: ...
+
+    def query_blocks(self, queries: Any) -> tuple[int, int, Iterator[SketchedQueries]]: ...
+
+    def all_terms(self, features: SketchedQueries) -> list[Term]: ...
+
+    def blocks(self, terms: list[Term], count: int) -> Iterator[tuple[int, int, Tensor]]: ...
+
+    def strongest_of(
+        self, terms: list[Term], count: int, k: int, *, highest: bool
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def facts_of(self, query_ids: Sequence[Any]) -> dict[str, Any]: ...
 
 
 def checked_out(out: str | Path, verb: str, *, overwrite: bool) -> Path:
@@ -57,7 +84,7 @@ def queries_per_block(batch_size: int, bytes_per_query: int) -> int:
 
 
 def stream_scores(
-    method: Attributor, queries: Any, path: Path, *, overwrite: bool
+    method: Streamable, queries: Any, path: Path, *, overwrite: bool
 ) -> tuple[zarr.Array[Any], list[Any]]:
     """Write scores ``(Q, N)`` to a zarr array; return it, and the ids of the queries."""
     count, size, blocks = method.query_blocks(queries)
@@ -81,7 +108,7 @@ def stream_scores(
     return zarr.open_array(path, mode="r"), ids
 
 
-def stream_hits(method: Attributor, queries: Any, k: int, path: Path, *, highest: bool, overwrite: bool) -> HitsFile:
+def stream_hits(method: Streamable, queries: Any, k: int, path: Path, *, highest: bool, overwrite: bool) -> HitsFile:
     """Write the k strongest examples of each query, in long form (.parquet) or as positions and scores (.zarr)."""
     count, size, blocks = method.query_blocks(queries)
     ids: list[Any] = []
@@ -112,12 +139,12 @@ def stream_hits(method: Attributor, queries: Any, k: int, path: Path, *, highest
     return HitsFile(path)
 
 
-def _description(verb: str, method: Attributor, count: int, size: int) -> dict[str, Any]:
+def _description(verb: str, method: Streamable, count: int, size: int) -> dict[str, Any]:
     banks = [bank.fingerprint for bank in method.banks]
     return {"verb": verb, "banks": banks, "queries": count, "examples": method.n_rows, "block": size}
 
 
-def _digest(method: Attributor, features: SketchedQueries, queries: Iterator[Tensor]) -> str:
+def _digest(method: Streamable, features: SketchedQueries, queries: Iterator[Tensor]) -> str:
     """SHA-256, in hex, of what a block's scores depend on besides the banks: queries as training rows meet them."""
     digest = hashlib.sha256(json.dumps([type(method).__name__, repr(features.ids)]).encode())
     for query in queries:
