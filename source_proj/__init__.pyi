@@ -2,7 +2,9 @@
 
 from source_proj import curate, distribute, evaluate, integrations, report
 from source_proj._errors import BankError, GradientError, MismatchError, SourceProjError
+from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.hits import Hit, Hits
+from source_proj.attribution.hits_file import HitsFile
 from source_proj.attribution.methods import (
     ArnoldiInfluence,
     DataInf,
@@ -16,7 +18,6 @@ from source_proj.attribution.methods import (
     empirical_influence,
 )
 from source_proj.attribution.parts import PartScores
-from source_proj.attribution.queries import QueryFeatures
 from source_proj.attribution.scores import PredictedChange, Scores
 from source_proj.attribution.self_influence import SelfInfluence
 from source_proj.attribution.source import Segment, Source
@@ -67,6 +68,7 @@ __all__ = [
     "GradientError",
     "Hit",
     "Hits",
+    "HitsFile",
     "Hydra",
     "IndexedDataset",
     "InfluenceFunction",

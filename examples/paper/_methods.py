@@ -13,6 +13,7 @@ from _problem import Problem
 import source_proj as sp
 from source_proj.attribution.curvature import default_curvature
 from source_proj.attribution.queries import sketch_queries
+from source_proj.attribution.query_models import QueryModels
 from source_proj.evaluate import Candidate, GroundTruth
 
 __all__ = ["DEFAULT", "Run", "candidates", "features_of"]
@@ -97,7 +98,7 @@ def features_of(bank: sp.Bank, problem: Problem) -> sp.QueryFeatures:
         points = [bank.checkpoint(s, c) for s, stage in enumerate(bank.stages) for c in range(stage.n_checkpoints)]
         distinct = {point.hash(): point for point in [*points, bank.final_checkpoint()]}
         known[str(bank.path)] = sketch_queries(
-            bank, problem.make_model(), problem.task, problem.queries, checkpoints=list(distinct.values()),
+            bank, QueryModels(problem.make_model()), problem.task, problem.queries, checkpoints=list(distinct.values()),
             progress=False,
         )  # fmt: skip
     return known[str(bank.path)]

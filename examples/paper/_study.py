@@ -14,9 +14,9 @@ from torch import Tensor
 
 import source_proj as sp
 from source_proj.attribution.curvature import Curvature, default_curvature, noise_floor
+from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.fits import Fit, fitted_spectrum
 from source_proj.attribution.operands import loss_gradients, mean_gradients
-from source_proj.attribution.queries import QueryFeatures
 from source_proj.attribution.spectral import Spectrum, decay_operator, response
 from source_proj.trajectory import split_segments
 

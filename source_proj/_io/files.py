@@ -19,6 +19,7 @@ __all__ = [
     "copy_files",
     "make_folders",
     "publish",
+    "sync_folder",
     "walk",
     "write_file",
     "write_files",
@@ -119,7 +120,7 @@ def publish(path: Path, fill: Callable[[Path], object]) -> bool:
     try:
         temporary.mkdir()
         fill(temporary)
-        _sync([*walk(temporary), *(Path(folder) for folder, _, _ in os.walk(temporary))])
+        sync_folder(temporary)
         os.rename(temporary, path)  # refused where a folder with content is there already
         _sync([path.parent])
     except OSError:
@@ -133,6 +134,11 @@ def publish(path: Path, fill: Callable[[Path], object]) -> bool:
         if _has_content(path):
             _remove_unpublished(path)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when a folder and all that is in it are on the disk."""
+    _sync([*walk(folder), *(Path(inner) for inner, _, _ in os.walk(folder))])
 
 
 def walk(root: Path) -> Iterator[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from source_proj._io.files import CREATING, Content, publish, write_files, write_new_files
 
-__all__ = ["require_free", "write_output", "write_output_folder", "write_outputs"]
+__all__ = ["name_folder", "require_free", "write_output", "write_output_folder", "write_outputs"]
 
 
 def require_free(path: Path, *, overwrite: bool, replaceable: Callable[[Path], bool] = Path.is_file) -> None:
@@ -89,10 +89,27 @@ def write_output_folder(
         if not publish(path, fill):
             raise _taken(path)
         return
-    whole, old = (path.with_name(f".{uuid.uuid4().hex}{CREATING}") for _ in range(2))
+    whole = path.with_name(f".{uuid.uuid4().hex}{CREATING}")
     publish(whole, fill)
     try:
-        require_free(path, overwrite=True, replaceable=replaceable)  # filling took time: what is there may have changed
+        name_folder(whole, path, overwrite=True, replaceable=replaceable)
+    finally:
+        shutil.rmtree(whole, ignore_errors=True)
+
+
+def name_folder(whole: Path, path: Path, *, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
+    """Give a folder that is whole and on the disk its name, in place of a replaceable one; see `write_output_folder`.
+
+    Raises:
+        FileExistsError: something is there that may not be overwritten; the folder stays where it is.
+        OSError: it cannot be renamed; what was there is as it was.
+    """
+    require_free(path, overwrite=overwrite, replaceable=replaceable)  # what is there may have changed meanwhile
+    if not os.path.lexists(path):
+        os.rename(whole, path)
+        return
+    old = path.with_name(f".{uuid.uuid4().hex}{CREATING}")
+    try:
         os.rename(path, old)  # a folder with content gives its name to no other
         try:
             os.rename(whole, path)
@@ -100,11 +117,10 @@ def write_output_folder(
             os.rename(old, path)
             raise
     finally:
-        for leftover in (whole, old):
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.unlink(missing_ok=True)
 
 
 def _taken(path: Path) -> FileExistsError:

@@ -7,18 +7,25 @@ Each method's scores are a sum of terms, each the product of a query operand ``(
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import torch
+import zarr
 from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj._io.progress import Progress
+from source_proj.attribution.features import QueryFeatures, SketchedQueries
 from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
+from source_proj.attribution.hits_file import HitsFile
 from source_proj.attribution.operands import Operand, aligned
-from source_proj.attribution.queries import QueryFeatures, resolve_task, sketch_queries
+from source_proj.attribution.queries import query_source, resolve_task, sketch_queries
+from source_proj.attribution.query_models import QueryModels
+from source_proj.attribution.score_files import scores_facts
 from source_proj.attribution.scores import Scores
+from source_proj.attribution.streaming import Term, checked_out, queries_per_block, stream_hits, stream_scores
 from source_proj.bank import Bank
 from source_proj.kernels.scoring import Strongest
 from source_proj.task import Answers, Task
@@ -33,13 +40,6 @@ _MIN_ROWS = 256
 
 Queries = Any
 """A data set, a DataLoader, inputs alone (a tensor, a tokenizer's output), or what ``sketch(queries)`` returned."""
-
-
-class Term(NamedTuple):
-    """One product of the sum: ``query`` ``(Q, k)`` times the training operand, streamed in order of rows."""
-
-    query: Tensor
-    train: Iterator[Operand]
 
 
 class Attributor(ABC):
@@ -99,6 +99,7 @@ class Attributor(ABC):
                     f"{self.banks[0].task_spec} and {member.task_spec}"
                 )
         self.model = model
+        self._models = None if model is None else QueryModels(model, device)
         if task is not None:
             resolve_task(self.banks[0], task)
         self._given_task = task
@@ -108,25 +109,56 @@ class Attributor(ABC):
 
     # The verbs ------------------------------------------------------------------------------------------------
 
-    def score(self, queries: Queries) -> Scores:
+    def score(self, queries: Queries, out: str | Path | None = None, *, overwrite: bool = False) -> Scores:
         """Score every training example for every query.
 
         Args:
             queries: dataset or DataLoader of queries, or what :meth:`sketch` returned. Inputs without targets are asked
                 about what the model itself says of them, where the task can tell (see :class:`Classification`).
+            out: a .zarr folder to stream the scores to, by blocks of queries, which then need not fit into memory. It
+                appears when it is whole; asking the same again after a kill goes on from the last whole block.
+            overwrite: replace an array of scores that is there.
 
         Returns:
-            Scores ``(Q, N)``: the change of the query's measurement that including the example made.
-        """
-        features = self.sketch(queries)
-        values = torch.zeros(len(features[0]), self.n_rows)
-        for start, stop, block in self._blocks(features):
-            values[:, start:stop] = block
-        return self._scores(values.numpy(), features[0])
+            Scores ``(Q, N)``: the change of the query's measurement that including the example made; with ``out`` they
+            are read from there, where they are asked for.
 
-    def top_k(self, queries: Queries, k: int) -> Hits:
-        """Return the k highest scores of each query, without ever holding Q x N numbers."""
-        return self._strongest(queries, k, highest=True)
+        Raises:
+            ValueError, FileExistsError: ``out`` has another ending, or something is there.
+        """
+        if out is not None:
+            return self._scores(
+                *stream_scores(self, queries, checked_out(out, "score", overwrite=overwrite), overwrite=overwrite)
+            )
+        features = self.sketch(queries)
+        values = torch.zeros(len(features.ids), self.n_rows)
+        for start, stop, block in self.blocks(self.all_terms(features), len(features.ids)):
+            values[:, start:stop] = block
+        return self._scores(values.numpy(), features.ids, features[0])
+
+    @overload
+    def top_k(self, queries: Queries, k: int, out: None = None, *, overwrite: bool = False) -> Hits: ...
+    @overload
+    def top_k(self, queries: Queries, k: int, out: str | Path, *, overwrite: bool = False) -> HitsFile: ...
+    def top_k(
+        self, queries: Queries, k: int, out: str | Path | None = None, *, overwrite: bool = False
+    ) -> Hits | HitsFile:
+        """Return the k highest scores of each query, without ever holding Q x N numbers.
+
+        Args:
+            queries: as for :meth:`score`.
+            k: training examples of each query.
+            out: a .parquet file (query_id, train_id, rank, score) or .zarr folder to stream them to, as for
+                :meth:`score`.
+            overwrite: replace hits that are there.
+
+        Returns:
+            :class:`Hits`; with ``out`` a :class:`HitsFile`, which reads them from there.
+        """
+        if out is None:
+            return self._strongest(queries, k, highest=True)
+        path, k = checked_out(out, "top_k", overwrite=overwrite), checked_count(k, self.n_rows)
+        return stream_hits(self, queries, k, path, highest=True, overwrite=overwrite)
 
     def bottom_k(self, queries: Queries, k: int) -> Hits:
         """Return the k lowest scores of each query, lowest first, without ever holding Q x N numbers."""
@@ -140,22 +172,54 @@ class Attributor(ABC):
         """Return the k examples that worsen each query's measurement most, following the task's own sense."""
         return self._strongest(queries, k, highest=not self.task.higher_is_better)
 
-    def sketch(self, queries: Queries) -> list[QueryFeatures]:
+    def sketch(self, queries: Queries, ids: Sequence[Any] | None = None) -> SketchedQueries:
         """Compute the queries' features, one entry per bank; every verb takes them in place of the data.
 
+        They can be saved for later, and for other machines: ``features.save(path)``, ``QueryFeatures.load(path)``.
+
+        Args:
+            queries: as for :meth:`score`.
+            ids: ids of the queries; default 0, 1, 2, …
+
         Raises:
-            ValueError: if data are given but no model was.
-            MismatchError: if given features belong to other banks.
+            ValueError: if data are given but no model was, or ids beside features, which have theirs.
+            MismatchError: if given features belong to other banks, or there are more or fewer ids than queries.
         """
+        given = self._given(queries)
+        if given is None:
+            return self._features(queries, ids, None)
+        if ids is not None:
+            raise ValueError("features have their ids from when they were sketched: leave ids out")
+        return given
+
+    def query_blocks(self, queries: Queries) -> tuple[int, int, Iterator[SketchedQueries]]:
+        """The number of queries, that of a block, and the features of block after block."""
+        given = self._given(queries)
+        points = sum(len(self._query_points(bank)) * len(self._query_metrics(bank)) for bank in self.banks)
+        width = 4 * self.banks[0].sketch.dim * points
+        if given is not None:
+            count, size = len(given.ids), queries_per_block(1, width)
+            return count, size, (given.part(start, start + size) for start in range(0, count, size))
+        source = query_source(queries, self.batch_size)
+        count, size = source.n, queries_per_block(source.batch_size, width)
+        spans = ((start, min(count, start + size)) for start in range(0, count, size))
+        return count, size, (self._features(queries, None, span) for span in spans)
+
+    def _given(self, queries: Queries) -> SketchedQueries | None:
+        """Features that were given in place of data."""
         if isinstance(queries, QueryFeatures):
             queries = [queries]
         if isinstance(queries, list) and queries and all(isinstance(given, QueryFeatures) for given in queries):
-            return self._checked(queries)
-        features: list[QueryFeatures] = []
+            return SketchedQueries(self._checked(queries))
+        return None
+
+    def _features(self, queries: Queries, ids: Sequence[Any] | None, span: tuple[int, int] | None) -> SketchedQueries:
+        """Sketch queries given as data, or a span of them."""
+        features = SketchedQueries()
         for bank in self.banks:
             answers = features[0].answers if features else None  # the runs of an ensemble are asked the same
             points, metrics = self._query_points(bank), self._query_metrics(bank)
-            features.append(self._sketch(bank, queries, points, metrics, answers))
+            features.append(self._sketch(bank, queries, points, metrics, ids, span, answers))
         return features
 
     # What a method says ----------------------------------------------------------------------------------------
@@ -220,10 +284,16 @@ class Attributor(ABC):
             train = None
         return Shown(train) if features is None else Shown(train, features.examples, features.answers)
 
-    def _scores(self, values: np.ndarray, features: QueryFeatures) -> Scores:
+    def facts_of(self, query_ids: Sequence[Any]) -> dict[str, Any]:
+        """What is written with scores and hits."""
+        return scores_facts(query_ids, self.banks[0].ids, self.unit, higher_is_better=self.task.higher_is_better)
+
+    def _scores(
+        self, values: np.ndarray | zarr.Array[Any], query_ids: Sequence[Any], features: QueryFeatures | None = None
+    ) -> Scores:
         return Scores(
             values,
-            features.ids,
+            query_ids,
             self.banks[0].ids,
             unit=self.unit,
             higher_is_better=self.task.higher_is_better,
@@ -246,31 +316,34 @@ class Attributor(ABC):
         queries: Any,
         checkpoints: Sequence[Checkpoint],
         metrics: Sequence[int],
+        ids: Sequence[Any] | None = None,
+        span: tuple[int, int] | None = None,
         answers: Answers | None = None,
     ) -> QueryFeatures:
         """Differentiate queries given as data, by the model that was given."""
-        if self.model is None:
+        if self._models is None:
             raise ValueError("scoring queries given as data needs the model: pass model= when constructing")
         return sketch_queries(
             bank,
-            self.model,
+            self._models,
             self.task,
             queries,
             checkpoints=checkpoints,
             metrics=metrics,
+            ids=ids,
             batch_size=self.batch_size,
-            device=self.device,
+            span=span,
             progress=self.progress,
             answers=answers,
         )
 
-    def _blocks(self, features: list[QueryFeatures]) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield ``(start, stop, scores (Q, stop - start))`` over all rows, in order."""
-        terms = self._all_terms(features)
-        for start, stop, active in aligned([term.train for term in terms], _height(features)):
+    def blocks(self, terms: list[Term], count: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield ``(start, stop, scores (Q, stop - start))`` of Q = count queries over all rows, in order."""
+        for start, stop, active in aligned([term.train for term in terms], _height(count)):
             yield start, stop, self._block(terms, active).cpu()
 
-    def _all_terms(self, features: list[QueryFeatures]) -> list[Term]:
+    def all_terms(self, features: SketchedQueries) -> list[Term]:
+        """The terms of all banks' scores."""
         return [term for bank, queried in zip(self.banks, features, strict=True) for term in self._terms(bank, queried)]
 
     def _block(self, terms: list[Term], active: list[tuple[int, Operand]]) -> Tensor:
@@ -281,7 +354,14 @@ class Attributor(ABC):
     def _strongest(self, queries: Queries, k: int, *, highest: bool) -> Hits:
         k = checked_count(k, self.n_rows)
         features = self.sketch(queries)
-        terms, count = self._all_terms(features), len(features[0])
+        values, where = self.strongest_of(self.all_terms(features), len(features.ids), k, highest=highest)
+        return make_hits(
+            where, values, self.banks[0].ids, features.ids, self.unit, self.task.higher_is_better,
+            self._shown(features[0]),
+        )  # fmt: skip
+
+    def strongest_of(self, terms: list[Term], count: int, k: int, *, highest: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The k strongest scores of Q = count queries, and their rows, ``(Q, k)`` float32 and int64."""
         device = terms[0].query.device
         best, done = Strongest(count, k, largest=highest, device=device), 0
 
@@ -290,7 +370,7 @@ class Attributor(ABC):
             if stop > done:
                 best.add_scores(torch.zeros(count, min(k, stop - done), device=device), first=done)
 
-        for start, stop, active in aligned([term.train for term in terms], _height(features)):
+        for start, stop, active in aligned([term.train for term in terms], _height(count)):
             pass_over(start)
             index, operand = active[0]
             if len(self.banks) == len(active) == 1 and operand.weights is None:
@@ -300,12 +380,9 @@ class Attributor(ABC):
             done = stop
         pass_over(self.n_rows)
         values, where = (result.cpu().numpy() for result in best.result())
-        return make_hits(
-            where, values, self.banks[0].ids, features[0].ids, self.unit, self.task.higher_is_better,
-            self._shown(features[0]),
-        )  # fmt: skip
+        return values, where.astype(np.int64)
 
 
-def _height(features: list[QueryFeatures]) -> int:
-    """Rows whose scores are held at once."""
-    return max(_MIN_ROWS, _BLOCK_SCORES // max(1, len(features[0])))
+def _height(count: int) -> int:
+    """Rows whose scores of so many queries are held at once."""
+    return max(_MIN_ROWS, _BLOCK_SCORES // max(1, count))

@@ -1,7 +1,6 @@
 """Queries: the gradients of their measurements, sketched like the bank's rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -10,66 +9,17 @@ from torch import Tensor, nn
 
 from source_proj._errors import GradientError, MismatchError, named_examples
 from source_proj._io.progress import Progress, progress_bar
+from source_proj.attribution.features import QueryFeatures, point_key
+from source_proj.attribution.query_models import LoadedModel, OpenModel, QueryModels
 from source_proj.bank import Bank
 from source_proj.bank.build.columns import query_split
 from source_proj.bank.build.data import BatchSource, Span, to_device
 from source_proj.bank.examples import Examples
-from source_proj.gradients import (
-    GradientEngine,
-    ParameterSpace,
-    Refuted,
-    gradient_engine,
-    nonfinite_examples,
-    private_copy,
-    require_own_weights,
-)
+from source_proj.gradients import Refuted, nonfinite_examples, require_own_weights
 from source_proj.task import Answers, Batch, Task, TokenQueries
 from source_proj.trajectory import Checkpoint
 
-__all__ = ["QueryFeatures", "point_key", "resolve_task", "sketch_queries"]
-
-
-@dataclass(frozen=True)
-class QueryFeatures:
-    """Sketched measurement gradients of Q queries: compute them once, ask many methods.
-
-    Attributes:
-        rows: by :func:`point_key`, R∇m(q) at these weights (R P^½ ∇m(q) in a metric P), each ``(Q, k)`` float32.
-        ids: Q query ids.
-        sketch: the sketch's description; a bank's must equal it.
-        answers: what the model said of the queries, where it was asked about that and not about their targets.
-        examples: how the queries are shown; None where only their features are known.
-    """
-
-    rows: dict[str, Tensor]
-    ids: list[Any]
-    sketch: dict[str, Any]
-    answers: Answers | None = None
-    examples: Examples | None = field(default=None, repr=False, compare=False)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def at(self, checkpoint: Checkpoint, metric: str | None = None) -> Tensor:
-        """Return the rows ``(Q, k)`` taken at a checkpoint, in the metric of a hash.
-
-        Raises:
-            MismatchError: if these features were not computed at that checkpoint, or not in that metric.
-        """
-        rows = self.rows.get(point_key(checkpoint, metric))
-        if rows is None:
-            known = [" in metric ".join(part[:12] for part in key.split(":")) for key in self.rows]
-            wanted = " in metric ".join(part[:12] for part in point_key(checkpoint, metric).split(":"))
-            raise MismatchError(
-                f"these query features were taken at weights {known}, and are needed at "
-                f"{wanted} (step {checkpoint.step}); compute them with the method's own sketch(queries)"
-            )
-        return rows
-
-
-def point_key(checkpoint: Checkpoint, metric: str | None) -> str:
-    """Name of a point where queries are differentiated: the weights' hash, and the metric's where there is one."""
-    return checkpoint.hash() if metric is None else f"{checkpoint.hash()}:{metric}"
+__all__ = ["checked_query_ids", "query_source", "resolve_task", "sketch_queries"]
 
 
 def resolve_task(bank: Bank, task: Task | None) -> Task:
@@ -91,7 +41,7 @@ def resolve_task(bank: Bank, task: Task | None) -> Task:
 
 def sketch_queries(
     bank: Bank,
-    model: nn.Module,
+    models: QueryModels,
     task: Task,
     queries: Any,
     *,
@@ -99,7 +49,7 @@ def sketch_queries(
     metrics: Sequence[int] | None = None,
     ids: Sequence[Any] | None = None,
     batch_size: int = 64,
-    device: torch.device | str | None = None,
+    span: Span | None = None,
     progress: Progress = True,
     answers: Answers | None = None,
 ) -> QueryFeatures:
@@ -110,7 +60,7 @@ def sketch_queries(
 
     Args:
         bank: the bank whose sketch, parameters and checkpoints are used.
-        model: a module of the architecture that the bank was built with.
+        models: a module of the architecture that the bank was built with, open for queries.
         task: gives the measurement.
         queries: map-style dataset or DataLoader; its order defines the ids unless ``ids`` are given. A pandas frame, a
             ``datasets.Dataset``, or a ``DatasetDict`` with one split beside ``train`` are taken as they are.
@@ -118,7 +68,7 @@ def sketch_queries(
         metrics: which of the bank's metrics to take them in, all from one pass; default: all of them.
         ids: ids of the queries; default 0, 1, 2, …, or "sequence/position" of :class:`TokenQueries`.
         batch_size: queries per pass; a DataLoader brings its own.
-        device: where the model runs; default: where its parameters are.
+        span: the first query and the end of those to sketch; default: all.
         progress: show a progress bar after two seconds; False for none, or a function of (description, done, total).
         answers: what queries without targets are asked about; default: what the model says of them at the final
             weights.
@@ -127,78 +77,104 @@ def sketch_queries(
         MismatchError: if the model's parameters are not the bank's, or a checkpoint changed since the build.
         GradientError: if a query's measurement or its gradient is not finite; names the query ids.
     """
-    space = ParameterSpace.from_spec(bank.space_spec)
     points = list(checkpoints) if checkpoints is not None else [bank.final_checkpoint()]
-    source = BatchSource(_rows(query_split(queries)), batch_size)
-    count = source.n
+    source = query_source(queries, batch_size)
+    query_ids = checked_query_ids(queries, ids, source.n)
+    wanted = list(range(len(bank.metrics))) if metrics is None else list(metrics)
+    features: dict[str, Tensor] = {}
+    asked = _Asked(source, task, span or (0, source.n), answers)
+    with models.borrowed() as opened:
+        if answers is None:
+            with named_examples(query_ids):
+                asked.ask(opened, bank, progress)
+        task = task.by_target()
+        for number, point in enumerate(points, start=1):
+            loaded = opened.at(bank, point)
+            place = f"queries, checkpoint {number} of {len(points)}" if len(points) > 1 else "queries"
+            with named_examples(query_ids):
+                _examine(loaded, models.model, task, asked, final=point is points[-1])
+            scales = [None if scale is None else scale.to(_device(loaded)) for scale in bank.metrics.scales(wanted)]
+            sketched = partial(_sketched, loaded, task, asked, scales, query_ids, point.step, progress, place)
+            try:
+                rows = sketched()
+            except Refuted:  # a later batch showed that earlier rows may be wrong: all again, by the general path
+                rows = sketched()
+            by_metric = zip(wanted, zip(*rows, strict=True), strict=True)
+            features |= {point_key(point, bank.metrics.hash(m)): torch.cat(r) for m, r in by_metric}
+    shown = Examples(queries) if bank.examples is None else bank.examples.like(queries)
+    start, stop = asked.span
+    if asked.span != (0, source.n):
+        shown = shown.at(range(start, stop))
+    return QueryFeatures(features, query_ids[start:stop], bank.sketch.spec(), asked.answers, shown)
+
+
+def query_source(queries: Any, batch_size: int) -> BatchSource:
+    """Queries of any kind, in batches."""
+    return BatchSource(_rows(query_split(queries)), batch_size)
+
+
+def checked_query_ids(queries: Any, ids: Sequence[Any] | None, count: int) -> list[Any]:
+    """Ids of the queries: those given, those of tokens, or else their places.
+
+    Raises:
+        MismatchError: there are more or fewer ids than queries.
+    """
     if ids is None and isinstance(queries, TokenQueries):
         ids = queries.ids
     query_ids = list(ids) if ids is not None else list(range(count))
     if len(query_ids) != count:
         raise MismatchError(f"got {len(query_ids)} query ids for {count} queries; give one id per query")
-    wanted = list(range(len(bank.metrics))) if metrics is None else list(metrics)
-    features: dict[str, Tensor] = {}
-    space.parameters(model)  # refuses another model
-    own = private_copy(model, device)
-    where = next(own.parameters()).device
-    asked = _Asked(source, task, answers)
-    if answers is None:
-        with named_examples(query_ids):
-            asked.ask(bank, own, where, progress)
-    task = task.by_target()
-    for number, point in enumerate(points, start=1):
-        point.load_into(own)
-        engine = gradient_engine(own, space, bank.sketch, method=bank.gradients, autocast=bank.autocast)
-        if point is points[0] or point is points[-1]:
-            _, _, batch = next(asked.load([(0, min(count, source.batch_size))]))
-            batch = to_device(batch, where)
-            with named_examples(query_ids):
-                if point is points[-1]:
-                    task.examine(own, batch)
-                if point is points[0]:
-                    require_own_weights(task.measurement, own, model, batch)
-        scales = [None if scale is None else scale.to(where) for scale in bank.metrics.scales(wanted)]
-        place = f"queries, checkpoint {number} of {len(points)}" if len(points) > 1 else "queries"
-        sketched = partial(_sketched, engine, task, asked, scales, query_ids, point.step, where, progress, place)
-        engine.begin(bank.sketch.seed, point.step)
-        try:
-            rows = sketched()
-        except Refuted:  # a later batch showed that earlier rows may be wrong: all again, by the general path
-            rows = sketched()
-        by_metric = zip(wanted, zip(*rows, strict=True), strict=True)
-        features |= {point_key(point, bank.metrics.hash(m)): torch.cat(r) for m, r in by_metric}
-    shown = Examples(queries) if bank.examples is None else bank.examples.like(queries)
-    return QueryFeatures(features, query_ids, bank.sketch.spec(), asked.answers, shown)
+    return query_ids
+
+
+def _examine(loaded: LoadedModel, original: nn.Module, task: Task, asked: "_Asked", *, final: bool) -> None:
+    """Look at the first batch of queries: once for a copy, and the task at every set of them."""
+    if loaded.checked and not final:
+        return
+    _, _, batch = next(asked.load(first=True))
+    batch = to_device(batch, _device(loaded))
+    if final:
+        task.examine(loaded.module, batch)
+    if not loaded.checked:
+        require_own_weights(task.measurement, loaded.module, original, batch)
+        loaded.checked = True
+
+
+def _device(loaded: LoadedModel) -> torch.device:
+    return next(loaded.module.parameters()).device
 
 
 class _Asked:
     """Queries in batches, with the model's own answers as their targets where the task asks for these."""
 
-    def __init__(self, source: BatchSource, task: Task, answers: Answers | None) -> None:
-        self._source, self._task, self.answers = source, task, answers
-        self.n = source.n
+    def __init__(self, source: BatchSource, task: Task, span: Span, answers: Answers | None) -> None:
+        self._source, self._task, self.span, self.answers = source, task, span, answers
+        self.n = span[1] - span[0]
 
-    def ask(self, bank: Bank, model: nn.Module, device: torch.device, progress: Progress) -> None:
+    def ask(self, opened: OpenModel, bank: Bank, progress: Progress) -> None:
         """Let a model answer at the bank's final weights, if the task asks for answers."""
-        whole = [(0, self.n)]
-        _, _, first = next(self._source.load([(0, 1)]))
+        start, _ = self.span
+        _, _, first = next(self._source.load([(start, start + 1)]))
         if not self._task.asks_for_answers(first):
             return
-        bank.final_checkpoint().load_into(model)
+        loaded = opened.at(bank, bank.final_checkpoint())
         parts = []
         with progress_bar(progress, "the model's own answers", self.n, "queries") as bar:
-            for start, stop, batch in self._source.load(whole):
-                parts.append(self._task.answers(model, to_device(batch, device)))
-                bar.update(stop - start)
+            for low, high, batch in self._source.load([self.span]):
+                parts.append(self._task.answers(loaded.module, to_device(batch, _device(loaded))))
+                bar.update(high - low)
         self.answers = Answers.joined(parts)
 
-    def load(self, spans: Sequence[Span]) -> Iterator[tuple[int, int, Batch]]:
-        """As :meth:`BatchSource.load`."""
-        for start, stop, batch in self._source.load(spans):
+    def load(self, *, first: bool = False) -> Iterator[tuple[int, int, Batch]]:
+        """All batches, or only the first, as :meth:`BatchSource.load` gives them."""
+        begin, end = self.span
+        for start, stop, batch in self._source.load(
+            [(begin, min(end, begin + self._source.batch_size) if first else end)]
+        ):
             if self.answers is None:
                 yield start, stop, batch
             else:
-                yield start, stop, self._task.answered(batch, self.answers.values[start:stop])
+                yield start, stop, self._task.answered(batch, self.answers.values[start - begin : stop - begin])
 
 
 class _Columns:
@@ -226,13 +202,12 @@ def _rows(queries: Any) -> Any:
 
 
 def _sketched(
-    engine: GradientEngine,
+    loaded: LoadedModel,
     task: Task,
     source: _Asked,
     scales: Sequence[Tensor | None],
     ids: Sequence[Any],
     step: int,
-    device: torch.device,
     progress: Progress,
     place: str,
 ) -> list[list[Tensor]]:
@@ -244,10 +219,12 @@ def _sketched(
     """
     rows: list[list[Tensor]] = []
     with progress_bar(progress, place, source.n, "queries") as bar:
-        for start, stop, batch in source.load([(0, source.n)]):
+        for start, stop, batch in source.load():
             with named_examples(ids[start:stop]):
-                placed = to_device(batch, device)
-                values, made = engine.sketch_scaled(task.measurement, placed, scales, "measurement", stop - start)
+                placed = to_device(batch, _device(loaded))
+                values, made = loaded.engine.sketch_scaled(
+                    task.measurement, placed, scales, "measurement", stop - start
+                )
             for what, numbers in [("measurement", [values[:, None]]), ("measurement's gradient", made)]:
                 bad = sorted({i for rows_of_batch in numbers for i in nonfinite_examples(rows_of_batch)})
                 if bad:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,19 +16,16 @@ from source_proj._io.html import facts, wrapped
 from source_proj._io.outputs import write_output_folder
 from source_proj._io.printable import printable
 from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
-from source_proj.attribution.words import plain_ids, signed
+from source_proj.attribution.score_files import is_scores_array, scores_facts, write_scores_parquet
+from source_proj.attribution.words import signed
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["FACTS", "PredictedChange", "Scores", "is_scores_array"]
+__all__ = ["PredictedChange", "Scores"]
 
 Subset = Sequence[Any] | np.ndarray | torch.Tensor
-
-FACTS = frozenset({"query_ids", "train_ids", "unit", "sign", "higher_is_better"})
-"""The names of what is written with the values, by which an array of scores is known again."""
-
 
 _SHOWN = 3  # queries, and examples of each, in a notebook
 
@@ -70,7 +65,7 @@ class Scores:
     by ``-values[q, z]``.
 
     Args:
-        values: ``(Q, N)`` scores.
+        values: ``(Q, N)`` scores; a zarr array is read where it is asked for.
         query_ids: Q ids.
         train_ids: N unique ids.
         unit: unit of the measurement, such as "logit margin".
@@ -91,7 +86,7 @@ class Scores:
 
     def __init__(
         self,
-        values: np.ndarray,
+        values: np.ndarray | zarr.Array[Any],
         query_ids: Sequence[Any],
         train_ids: Sequence[Any],
         *,
@@ -101,13 +96,13 @@ class Scores:
         additive: bool = True,
         shown: Shown | None = None,
     ) -> None:
-        values = np.asarray(values)
+        values = values if isinstance(values, zarr.Array) else np.asarray(values)
         if values.shape != (len(query_ids), len(train_ids)):
             raise ValueError(
                 f"scores of shape {values.shape} do not fit {len(query_ids)} query ids "
                 f"and {len(train_ids)} training ids"
             )
-        self.values = values
+        self._values = values
         self.query_ids = list(query_ids)
         self.train_ids = list(train_ids)
         self.unit = unit
@@ -120,7 +115,21 @@ class Scores:
     @property
     def shape(self) -> tuple[int, int]:
         """``(Q, N)``."""
-        return self.values.shape
+        queries, rows = self._values.shape
+        return queries, rows
+
+    @property
+    def values(self) -> np.ndarray:
+        """``(Q, N)``; of scores in a file, all of them are read."""
+        return self._values if isinstance(self._values, np.ndarray) else np.asarray(self._values[...])
+
+    def row_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Scores ``(q, N)`` block after block, each with the place of its first query; in memory they are one block."""
+        if isinstance(self._values, np.ndarray):
+            yield 0, self._values
+            return
+        for start in range(0, len(self), self._values.chunks[0]):
+            yield start, np.asarray(self._values[start : start + self._values.chunks[0]])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.values, dtype=dtype, copy=copy)
@@ -129,7 +138,7 @@ class Scores:
         return len(self.query_ids)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.values[index]
+        return self._values[index]
 
     def head(self, queries: int = 5, examples: int = 8) -> pd.DataFrame:
         """The first queries' scores of the first training examples, as :meth:`to_pandas` has them."""
@@ -140,7 +149,7 @@ class Scores:
         with extra("plot"):
             import matplotlib.pyplot as plt
         axes: Axes = plt.subplots(figsize=(5, 2.5))[1] if ax is None else ax
-        axes.hist(self.values[query], bins=60, color="#3a4fb0")
+        axes.hist(np.asarray(self._values[query]), bins=60, color="#3a4fb0")
         axes.set_yscale("log")
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_xlabel(f"score ({self.unit})")
@@ -252,13 +261,7 @@ class Scores:
         Raises:
             FileExistsError: something is there already that may not be overwritten.
         """
-        attributes: dict[str, Any] = {
-            "query_ids": plain_ids(self.query_ids),
-            "train_ids": plain_ids(self.train_ids),
-            "unit": self.unit,
-            "sign": "positive: including the example raised the measurement",
-            "higher_is_better": self.higher_is_better,
-        }
+        attributes = scores_facts(self.query_ids, self.train_ids, self.unit, higher_is_better=self.higher_is_better)
         values = np.ascontiguousarray(self.values)
 
         def fill(folder: Path) -> None:
@@ -267,9 +270,23 @@ class Scores:
         write_output_folder(Path(path), fill, overwrite=overwrite, replaceable=is_scores_array)
         return zarr.open_array(path, mode="r")
 
+    def to_parquet(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write a line for each score: query_id, train_id, rank (from 1, the highest first), score (``parquet`` extra).
+
+        Args:
+            path: the file, which appears when it is whole.
+            overwrite: replace a file that has this name.
+
+        Raises:
+            FileExistsError: something is there that may not be overwritten.
+        """
+        k = len(self.train_ids)
+        parts = ((start, *_strongest(values, k, highest=True)) for start, values in self.row_blocks())
+        write_scores_parquet(Path(path), parts, self.query_ids, self.train_ids, overwrite=overwrite)
+
     def _corner(self, queries: int, examples: int) -> Scores:
         return Scores(
-            self.values[:queries, :examples],
+            np.asarray(self._values[:queries, :examples]),
             self.query_ids[:queries],
             self.train_ids[:examples],
             unit=self.unit,
@@ -281,7 +298,7 @@ class Scores:
     def _repr_html_(self) -> str:
         """The most helpful examples of the first queries."""
         first = self._corner(_SHOWN, len(self.train_ids))
-        content = first.helpful(min(_SHOWN, len(self.train_ids)))._repr_html_() if self.values.size else ""
+        content = first.helpful(min(_SHOWN, len(self.train_ids)))._repr_html_() if 0 not in self.shape else ""
         return wrapped(f"{self!r}. The most helpful for the first queries:", content)
 
     def _require_additive(self, verb: str) -> None:
@@ -292,12 +309,8 @@ class Scores:
 
     def _strongest(self, k: int, *, highest: bool) -> Hits:
         k = checked_count(k, len(self.train_ids))
-        keys = -self.values if highest else self.values
-        indices = np.argpartition(keys, k - 1, axis=1)[:, :k]
-        indices.sort(axis=1)  # ties are broken by position
-        order = np.argsort(np.take_along_axis(keys, indices, axis=1), axis=1, kind="stable")
-        indices = np.take_along_axis(indices, order, axis=1)
-        best = np.take_along_axis(self.values, indices, axis=1)
+        parts = [_strongest(values, k, highest=highest) for _, values in self.row_blocks()]
+        indices, best = (np.concatenate(part) for part in zip(*parts, strict=True))
         return make_hits(indices, best, self.train_ids, self.query_ids, self.unit, self.higher_is_better, self.shown)
 
     def _indices(self, subset: Subset) -> np.ndarray:
@@ -321,25 +334,18 @@ class Scores:
         return np.array([self._positions[train_id] for train_id in chosen], dtype=np.int64)
 
     def _sum(self, indices: np.ndarray) -> np.ndarray:
-        total: np.ndarray = self.values[:, indices].sum(axis=1, dtype=np.float64)
-        return total
+        sums = [values[:, indices].sum(axis=1, dtype=np.float64) for _, values in self.row_blocks()]
+        return np.concatenate(sums)
 
 
-def is_scores_array(folder: Path) -> bool:
-    """Whether a folder is an array that :meth:`Scores.to_zarr` wrote, and holds nothing else."""
-    try:
-        metadata = json.loads((folder / "zarr.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    if not isinstance(metadata, dict) or metadata.get("node_type") != "array":
-        return False
-    attributes = metadata.get("attributes")
-    if not isinstance(attributes, dict) or set(attributes) != FACTS:
-        return False
-    return all(
-        re.fullmatch(r"zarr\.json|c(/\d+)*", path.relative_to(folder).as_posix()) and not path.is_symlink()
-        for path in folder.rglob("*")
-    )
+def _strongest(values: np.ndarray, k: int, *, highest: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and scores ``(q, k)`` of the strongest of each row."""
+    keys = -values if highest else values
+    indices = np.argpartition(keys, k - 1, axis=1)[:, :k]
+    indices.sort(axis=1)  # ties are broken by position
+    order = np.argsort(np.take_along_axis(keys, indices, axis=1), axis=1, kind="stable")
+    indices = np.take_along_axis(indices, order, axis=1)
+    return indices, np.take_along_axis(values, indices, axis=1)
 
 
 def _ids_or_mask(subset: Subset) -> list[Any] | np.ndarray:

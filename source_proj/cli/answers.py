@@ -15,7 +15,8 @@ from source_proj._errors import extra
 from source_proj._io.outputs import require_free, write_output, write_outputs
 from source_proj._io.printable import csv_cell
 from source_proj.attribution.hits import Hits
-from source_proj.attribution.scores import FACTS, Scores, is_scores_array
+from source_proj.attribution.score_files import FACTS, is_scores_array
+from source_proj.attribution.scores import Scores
 from source_proj.attribution.words import TOWARDS, explained, id_word, plain_id
 from source_proj.bank.examples import Example
 
@@ -178,7 +179,7 @@ def _write_csv(scores: Scores, out: Path, overwrite: bool) -> None:
 
 
 def _write_parquet(scores: Scores, out: Path, overwrite: bool) -> None:
-    _write_frame(_words(scores.top_k(len(scores.train_ids)).to_pandas()), out, overwrite)
+    scores.to_parquet(out, overwrite=overwrite)
 
 
 def _write_frame(frame: Any, path: Path, overwrite: bool) -> None:

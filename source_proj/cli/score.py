@@ -178,8 +178,11 @@ def score(
 
     write = scores_writer(out, overwrite)
     asked, data_of_queries = ask(context.params)
-    scores = asked.score(data_of_queries)
-    write(scores)
+    if out.suffix == ".zarr":
+        scores = asked.score(data_of_queries, out, overwrite=overwrite)
+    else:
+        scores = asked.score(data_of_queries)
+        write(scores)
     count, rows = scores.shape
     if json:
         emit({"out": out, "queries": count, "train": rows, "unit": scores.unit, "sign": SIGN, "method": method.value})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from source_proj._errors import MismatchError
 from source_proj.attribution.attributor import Attributor
-from source_proj.attribution.queries import QueryFeatures
+from source_proj.attribution.features import SketchedQueries
 from source_proj.attribution.scores import Scores
 
 if TYPE_CHECKING:
@@ -169,16 +169,12 @@ def score_blocks(scored: Attributor | Scores, queries: Any) -> tuple[int, Iterat
     return _scored_blocks(scored, scored.sketch(queries))
 
 
-def _scored_blocks(method: Attributor, features: list[QueryFeatures]) -> tuple[int, Iterator[tuple[int, np.ndarray]]]:
+def _scored_blocks(method: Attributor, features: SketchedQueries) -> tuple[int, Iterator[tuple[int, np.ndarray]]]:
     count, height = len(features[0]), max(1, _BLOCK_SCORES // method.n_rows)
 
     def blocks() -> Iterator[tuple[int, np.ndarray]]:
         for start in range(0, count, height):
-            span = slice(start, start + height)
-            part = [
-                QueryFeatures({point: rows[span] for point, rows in run.rows.items()}, run.ids[span], run.sketch)
-                for run in features
-            ]
+            part = features.part(start, start + height)
             yield start, method.score(part).values
 
     return count, blocks()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from source_proj._errors import MismatchError
+from source_proj.attribution.features import QueryFeatures, point_key
 from source_proj.attribution.hits import checked_count
-from source_proj.attribution.queries import QueryFeatures, point_key
 from source_proj.attribution.query_points import takes_mean
 from source_proj.attribution.source import Source
 from source_proj.bank import Bank

@@ -10,7 +10,7 @@ import zarr
 
 import source_proj as sp
 from source_proj._io.outputs import write_output_folder, write_outputs
-from source_proj.attribution.scores import FACTS, is_scores_array
+from source_proj.attribution.score_files import FACTS, is_scores_array
 from source_proj.report import Page, write_report
 
 OLD, NEW = np.full((3, 5), 1, np.float32), np.full((3, 5), 2, np.float32)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 
 from source_proj.attribution.attributor import Attributor, Term
+from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.operands import Operand, loss_gradients
-from source_proj.attribution.queries import QueryFeatures
 from source_proj.bank import Bank
 
 __all__ = ["GradCos"]

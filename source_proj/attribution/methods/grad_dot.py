@@ -1,8 +1,8 @@
 """GradDot: inner product of gradients at the final checkpoint."""
 
 from source_proj.attribution.attributor import Attributor, Term
+from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.operands import encoded_gradients
-from source_proj.attribution.queries import QueryFeatures
 from source_proj.bank import Bank
 
 __all__ = ["GradDot"]

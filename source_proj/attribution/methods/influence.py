@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from source_proj._io.progress import Progress
 from source_proj.attribution.attributor import Attributor, Term
 from source_proj.attribution.curvature import Curvature, Damping, check_damping, damping_value, default_curvature
+from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.fits import Fit, fitted_hessian
 from source_proj.attribution.operands import encoded_gradients
-from source_proj.attribution.queries import QueryFeatures
 from source_proj.attribution.query_points import QueryGradient, check_query_gradient, query_points
 from source_proj.attribution.spectral import ridge_inverse
 from source_proj.bank import Bank

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from source_proj._errors import MismatchError, SourceProjError
-from source_proj._io.progress import Progress
+from source_proj._io.progress import Progress, progress_bar
 from source_proj.attribution.attributor import Attributor, Queries, Term
+from source_proj.attribution.features import QueryFeatures, SketchedQueries
 from source_proj.attribution.operands import Operand
-from source_proj.attribution.queries import QueryFeatures
-from source_proj.bank import Bank, StageBank, batches
+from source_proj.attribution.queries import checked_query_ids, query_source
+from source_proj.bank import Bank, StageBank
 from source_proj.bank.build.data import BatchSource, batch_hash, to_device
 from source_proj.gradients import nonfinite_examples, private_copy, require_own_weights
 from source_proj.task import Batch, Task
@@ -115,24 +116,24 @@ class RepSim(Attributor):
         bank.final_checkpoint().load_into(model)
         return model
 
-    def sketch(self, queries: Queries) -> list[QueryFeatures]:
-        """Compute the queries' representations, one entry per bank; every verb takes them in place of the data."""
-        given = queries if isinstance(queries, list) else [queries]
-        if given and all(isinstance(entry, QueryFeatures) for entry in given):
-            return self._checked(given)
-        features = []
+    def _features(self, queries: Queries, ids: Sequence[Any] | None, span: tuple[int, int] | None) -> SketchedQueries:
+        source = query_source(queries, self.batch_size)
+        query_ids = checked_query_ids(queries, ids, source.n)
+        start, stop = span or (0, source.n)
+        features = SketchedQueries()
         for bank in self.banks:
             model = self._at_the_end(bank)
             measure = self.task.measurement
             parts: list[Tensor] = []
-            for start, batch in batches(queries, self.batch_size, device=_device(model), progress=self.progress):
-                if not parts:
-                    require_own_weights(measure, model, self._module, batch)
-                parts.append(self._represent(model, measure, batch, "queries", start))
-            rows = torch.cat(parts)
-            features.append(
-                QueryFeatures({bank.final_checkpoint().hash(): rows}, list(range(len(rows))), self._description)
-            )
+            with progress_bar(self.progress, "queries", stop - start, "queries") as bar:
+                for low, high, batch in source.load([(start, stop)]):
+                    placed = to_device(batch, _device(model))
+                    if not parts:
+                        require_own_weights(measure, model, self._module, placed)
+                    parts.append(self._represent(model, measure, placed, "queries", low))
+                    bar.update(high - low)
+            rows = {bank.final_checkpoint().hash(): torch.cat(parts)}
+            features.append(QueryFeatures(rows, query_ids[start:stop], self._description))
         return features
 
     @property

@@ -1,8 +1,8 @@
 """TracIn: inner products of gradients, summed over checkpoints."""
 
 from source_proj.attribution.attributor import Attributor, Term
+from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.operands import encoded_gradients
-from source_proj.attribution.queries import QueryFeatures
 from source_proj.bank import Bank
 from source_proj.trajectory import Checkpoint
 

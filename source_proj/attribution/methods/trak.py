@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from source_proj._io.progress import Progress
 from source_proj.attribution.attributor import Attributor, Term
+from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.fits import Fit, fitted_hessian
 from source_proj.attribution.operands import Operand, stage_start
-from source_proj.attribution.queries import QueryFeatures
 from source_proj.attribution.spectral import ridge_inverse
 from source_proj.bank import Bank
 from source_proj.task import Task

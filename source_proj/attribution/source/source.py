@@ -33,9 +33,9 @@ from source_proj._io.html import facts
 from source_proj._io.progress import Progress, shared_bar
 from source_proj.attribution.attributor import Attributor, Queries, Term
 from source_proj.attribution.curvature import Curvature, Damping, check_damping, default_curvature
+from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.hits import Shown
 from source_proj.attribution.parts import PartScores
-from source_proj.attribution.queries import QueryFeatures
 from source_proj.attribution.query_points import QueryGradient, check_query_gradient, query_points, takes_mean
 from source_proj.attribution.scores import PredictedChange, Scores
 from source_proj.attribution.self_influence import SelfInfluence

@@ -1,0 +1,178 @@
+"""What is kept of queries: the sketched gradients of their measurements, computed once and saved where that helps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from source_proj._errors import MismatchError, MissingFileError
+from source_proj._io.loading import load_safetensors
+from source_proj._io.outputs import write_output
+from source_proj.attribution.words import plain_ids
+from source_proj.bank.examples import Examples
+from source_proj.task import Answers
+from source_proj.trajectory import Checkpoint
+
+__all__ = ["QueryFeatures", "SketchedQueries", "point_key"]
+
+_FORMAT = "source-proj query features 1"
+
+
+@dataclass(frozen=True)
+class QueryFeatures:
+    """Sketched measurement gradients of Q queries: compute them once, ask many methods.
+
+    Attributes:
+        rows: by :func:`point_key`, R∇m(q) at these weights (R P^½ ∇m(q) in a metric P), each ``(Q, k)`` float32.
+        ids: Q query ids.
+        sketch: the sketch's description; a bank's must equal it.
+        answers: what the model said of the queries, where it was asked about that and not about their targets.
+        examples: how the queries are shown; None where only their features are known.
+    """
+
+    rows: dict[str, Tensor]
+    ids: list[Any]
+    sketch: dict[str, Any]
+    answers: Answers | None = None
+    examples: Examples | None = field(default=None, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def at(self, checkpoint: Checkpoint, metric: str | None = None) -> Tensor:
+        """Return the rows ``(Q, k)`` taken at a checkpoint, in the metric of a hash.
+
+        Raises:
+            MismatchError: if these features were not computed at that checkpoint, or not in that metric.
+        """
+        rows = self.rows.get(point_key(checkpoint, metric))
+        if rows is None:
+            known = [" in metric ".join(part[:12] for part in key.split(":")) for key in self.rows]
+            wanted = " in metric ".join(part[:12] for part in point_key(checkpoint, metric).split(":"))
+            raise MismatchError(
+                f"these query features were taken at weights {known}, and are needed at "
+                f"{wanted} (step {checkpoint.step}); compute them with the method's own sketch(queries)"
+            )
+        return rows
+
+    def part(self, start: int, stop: int) -> QueryFeatures:
+        """Those of the queries start to stop."""
+        places = range(start, min(stop, len(self)))
+        return QueryFeatures(
+            {point: rows[start:stop] for point, rows in self.rows.items()},
+            self.ids[start:stop],
+            self.sketch,
+            None if self.answers is None else self.answers.at(places),
+            None if self.examples is None else self.examples.at(places),
+        )
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write these features to a file; see :meth:`SketchedQueries.save`."""
+        SketchedQueries([self]).save(path, overwrite=overwrite)
+
+    @staticmethod
+    def load(path: str | Path) -> SketchedQueries:
+        """Read what :meth:`SketchedQueries.save` wrote; every verb of a method on these banks takes it for queries.
+
+        Raises:
+            MissingFileError: there is no such file.
+            MismatchError: it holds no features, or was damaged.
+        """
+        return SketchedQueries(_read(Path(path)))
+
+
+class SketchedQueries(list[QueryFeatures]):
+    """The features of some queries, one entry a bank of the method that sketched them."""
+
+    @property
+    def ids(self) -> list[Any]:
+        """Q query ids."""
+        return self[0].ids
+
+    def part(self, start: int, stop: int) -> SketchedQueries:
+        """Those of the queries start to stop."""
+        return SketchedQueries(features.part(start, stop) for features in self)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the features, ids and the model's answers to one safetensors file, whole or not at all.
+
+        Args:
+            path: the file.
+            overwrite: replace a file that has this name.
+
+        Raises:
+            FileExistsError: something is there that may not be overwritten.
+            TypeError: an id is no number, string or tuple of such.
+        """
+        tensors: dict[str, Tensor] = {}
+        for number, features in enumerate(self):
+            tensors |= {f"{number}/rows/{point}": rows.contiguous() for point, rows in features.rows.items()}
+            if features.answers is not None:
+                tensors[f"{number}/answers"] = features.answers.values.contiguous()
+                tensors[f"{number}/probabilities"] = features.answers.probabilities.contiguous()
+        paddings = [None if features.answers is None else features.answers.padding for features in self]
+        facts = json.dumps(
+            {
+                "ids": [plain_ids(features.ids) for features in self],
+                "sketches": [features.sketch for features in self],
+                "paddings": paddings,
+            }
+        )
+        metadata = {"format": _FORMAT, "facts": facts, "sha256": _digest(tensors, facts)}
+        write_output(Path(path), save(tensors, metadata), overwrite=overwrite)
+
+
+def point_key(checkpoint: Checkpoint, metric: str | None) -> str:
+    """Name of a point where queries are differentiated: the weights' hash, and the metric's where there is one."""
+    return checkpoint.hash() if metric is None else f"{checkpoint.hash()}:{metric}"
+
+
+def _read(path: Path) -> list[QueryFeatures]:
+    if not path.is_file():
+        raise MissingFileError(f"there is no file {str(path)!r}: save features there by features.save(path)")
+    tensors = load_safetensors(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("format") != _FORMAT:
+        raise MismatchError(f"{str(path)!r} holds no query features, but {metadata.get('format')!r}: save them anew")
+    if metadata["sha256"] != _digest(tensors, metadata["facts"]):
+        raise MismatchError(f"the query features {str(path)!r} are damaged: compute and save them anew")
+    facts = json.loads(metadata["facts"])
+    return [
+        QueryFeatures(
+            _rows_of(tensors, f"{number}/rows/"),
+            [_as_id(given) for given in ids],
+            sketch,
+            None
+            if padding is None
+            else Answers(tensors[f"{number}/answers"], tensors[f"{number}/probabilities"], padding),
+        )
+        for number, (ids, sketch, padding) in enumerate(
+            zip(facts["ids"], facts["sketches"], facts["paddings"], strict=True)
+        )
+    ]
+
+
+def _rows_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): rows for name, rows in tensors.items() if name.startswith(prefix)}
+
+
+def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _as_id(given: Any) -> Any:
+    return tuple(map(_as_id, given)) if isinstance(given, Sequence) and not isinstance(given, str) else given

@@ -1,0 +1,161 @@
+"""The strongest examples of many queries in a file, read query by query."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+
+from source_proj._errors import MismatchError, MissingFileError, extra
+from source_proj.attribution.hits import Hit
+from source_proj.attribution.score_files import write_scores_parquet
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["HitsFile", "is_hits_folder", "write_hits_parquet"]
+
+_FACTS = b"source-proj"  # the key of the file's facts
+
+
+class HitsFile:
+    """The k strongest examples of each query, as ``top_k(queries, k, out=path)`` wrote them; read where they are asked.
+
+    ``hits[q]`` lists the :class:`Hit` s of the query at place q, iteration yields ``(query id, hits)``.
+
+    Args:
+        path: a .parquet file in long form (query_id, train_id, rank, score), or a .zarr folder.
+
+    Attributes:
+        path: the file.
+        k: examples of each query.
+        unit: unit of the scores.
+        higher_is_better: whether a rise of the measurement is an improvement.
+
+    Raises:
+        MissingFileError: there is none.
+        MismatchError: it holds no hits.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._reader: _Parquet | _Zarr
+        if self.path.is_dir() and is_hits_folder(self.path):
+            self._reader = _Zarr(self.path)
+        elif self.path.is_file():
+            self._reader = _Parquet(self.path)
+        else:
+            raise MissingFileError(f"there are no hits at {str(path)!r}: write them by top_k(queries, k, out=path)")
+        facts = self._reader.facts
+        self.unit, self.higher_is_better = str(facts["unit"]), bool(facts["higher_is_better"])
+        self.k, self._count = self._reader.k, self._reader.count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __repr__(self) -> str:
+        return f"HitsFile({str(self.path)!r}: {len(self)} queries x {self.k} training examples, in the {self.unit})"
+
+    def __getitem__(self, query: int) -> list[Hit]:
+        if not -len(self) <= query < len(self):
+            raise IndexError(f"there are {len(self)} queries, got {query}")
+        place = query % len(self)
+        return next(hits for at, _, hits in self._reader.from_place(place) if at == place)
+
+    def __iter__(self) -> Iterator[tuple[Any, list[Hit]]]:
+        for _, query_id, hits in self._reader.from_place(0):
+            yield query_id, hits
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return one line for each query and example: query_id, train_id, rank (from 1), score (``pandas`` extra)."""
+        with extra("pandas"):
+            import pandas as pd
+        lines = [
+            (query_id, hit.id, rank, hit.score) for query_id, hits in self for rank, hit in enumerate(hits, start=1)
+        ]
+        return pd.DataFrame(lines, columns=["query_id", "train_id", "rank", "score"])
+
+
+class _Zarr:
+    """Positions and scores, and all ids in the attributes."""
+
+    def __init__(self, path: Path) -> None:
+        group = zarr.open_group(path, mode="r")
+        self.facts: dict[str, Any] = dict(group.attrs)
+        self._indices, self._scores = (zarr.open_array(path / name, mode="r") for name in ("indices", "scores"))
+        self.count, self.k = self._scores.shape
+
+    def from_place(self, first: int) -> Iterator[tuple[int, Any, list[Hit]]]:
+        """Place, id and hits of each query, from a place on."""
+        query_ids, train_ids, height = self.facts["query_ids"], self.facts["train_ids"], self._scores.chunks[0]
+        for start in range(first, self.count, height):
+            indices, scores = (np.asarray(array[start : start + height]) for array in (self._indices, self._scores))
+            for place, (where, values) in enumerate(zip(indices, scores, strict=True), start=start):
+                hits = [Hit(train_ids[i], float(score)) for i, score in zip(where, values, strict=True)]
+                yield place, query_ids[place], hits
+
+
+class _Parquet:
+    """Long form; a group of rows is a block of queries."""
+
+    def __init__(self, path: Path) -> None:
+        with extra("parquet"):
+            import pyarrow.parquet as parquet
+        try:
+            self._file = parquet.ParquetFile(path)
+        except Exception as error:  # whatever the reader makes of other files
+            raise MismatchError(f"{str(path)!r} is no Parquet file of hits ({error})") from error
+        told = (self._file.schema_arrow.metadata or {}).get(_FACTS)
+        if told is None:
+            raise MismatchError(f"{str(path)!r} was not written by top_k(queries, k, out=path)")
+        self.facts: dict[str, Any] = json.loads(told)
+        self.k, self._height = int(self.facts["k"]), int(self.facts["block"])
+        self.count = self._file.metadata.num_rows // self.k
+
+    def from_place(self, first: int) -> Iterator[tuple[int, Any, list[Hit]]]:
+        """Place, id and hits of each query, from a place on."""
+        for number in range(first // self._height, self._file.num_row_groups):
+            columns = self._file.read_row_group(number).to_pydict()
+            for line in range(0, len(columns["score"]), self.k):
+                train_ids, scores = (columns[name][line : line + self.k] for name in ("train_id", "score"))
+                place = number * self._height + line // self.k
+                yield place, columns["query_id"][line], [Hit(*hit) for hit in zip(train_ids, scores, strict=True)]
+
+
+def write_hits_parquet(
+    path: Path,
+    indices: zarr.Array[Any],
+    scores: zarr.Array[Any],
+    facts: Mapping[str, Any],
+    query_ids: Sequence[Any],
+    train_ids: Sequence[Any],
+    block: int,
+    *,
+    overwrite: bool,
+) -> None:
+    """Write hits in long form, a group of rows for each block of queries; see :class:`HitsFile`."""
+    count, k = scores.shape
+    facts = {**{name: facts[name] for name in ("unit", "sign", "higher_is_better")}, "k": k, "block": block}
+    parts = (
+        (start, *(np.asarray(array[start : start + block]) for array in (indices, scores)))
+        for start in range(0, count, block)
+    )
+    told = {_FACTS: json.dumps(facts).encode()}
+    write_scores_parquet(path, parts, query_ids, train_ids, overwrite=overwrite, told=told)
+
+
+def is_hits_folder(folder: Path) -> bool:
+    """Whether a folder holds hits that were streamed there."""
+    try:
+        document = json.loads((folder / "zarr.json").read_bytes())
+        return bool(
+            document["node_type"] == "group"
+            and {"query_ids", "train_ids", "unit", "sign", "higher_is_better"} <= set(document["attributes"])
+            and {entry.name for entry in folder.iterdir()} == {"zarr.json", "indices", "scores"}
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,128 @@
+"""Models that queries are asked of: private copies at a bank's checkpoints, kept with their proofs between calls."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from source_proj.bank import Bank
+from source_proj.gradients import GradientEngine, ParameterSpace, gradient_engine, private_copy
+from source_proj.trajectory import Checkpoint
+
+__all__ = ["LoadedModel", "OpenModel", "QueryModels"]
+
+_HELD_BYTES = 1 << 30  # of weights that an open model keeps beside those in use
+_IDLE = 4  # open models that wait for the next call
+
+
+@dataclass
+class LoadedModel:
+    """A copy of the model with a checkpoint's weights.
+
+    Attributes:
+        module: the copy.
+        engine: its engine, with the proof of all batches since it was loaded.
+        checked: whether it was seen that the copy alone is used.
+    """
+
+    module: nn.Module
+    engine: GradientEngine
+    checked: bool = False
+
+
+class OpenModel:
+    """One thread's copies of a model, a checkpoint's weights in each; the least recently used make room.
+
+    Args:
+        model: what is copied; it is only read.
+        device: where copies are; default: where the model is.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device | str | None) -> None:
+        self._model, self._device = model, device
+        self._loaded: OrderedDict[tuple[str, str], LoadedModel] = OrderedDict()
+        self.state = _state(model)
+
+    def at(self, bank: Bank, point: Checkpoint) -> LoadedModel:
+        """The model at a checkpoint of a bank, from an earlier call or loaded now.
+
+        Raises:
+            MismatchError: the model's parameters are not the bank's, or the checkpoint changed since the build.
+        """
+        key = (bank.fingerprint, point.hash())
+        if key not in self._loaded:
+            space = ParameterSpace.from_spec(bank.space_spec)
+            space.parameters(self._model)  # refuses another model
+            module = self._free_copy()
+            point.load_into(module)
+            engine = gradient_engine(module, space, bank.sketch, method=bank.gradients, autocast=bank.autocast)
+            engine.begin(bank.sketch.seed, point.step)
+            self._loaded[key] = LoadedModel(module, engine)
+        self._loaded.move_to_end(key)
+        loaded = self._loaded[key]
+        if loaded.engine.proof.general or loaded.engine.proof.refused:  # no call's path depends on those before it
+            loaded.engine.begin(bank.sketch.seed, point.step)
+        return loaded
+
+    def _free_copy(self) -> nn.Module:
+        size = sum(tensor.nbytes for tensor in [*self._model.parameters(), *self._model.buffers()])
+        if self._loaded and size * (len(self._loaded) + 1) > _HELD_BYTES:
+            return self._loaded.popitem(last=False)[1].module
+        return private_copy(self._model, self._device)
+
+
+class QueryModels:
+    """Open models of one module for any number of threads: each has its own while it asks.
+
+    A module that was changed since (trained, another flag) is copied anew.
+
+    Args:
+        model: what is asked.
+        device: where copies are; default: where the model is.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device | str | None = None) -> None:
+        self.model, self._device = model, device
+        self._idle: list[OpenModel] = []
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def borrowed(self) -> Iterator[OpenModel]:
+        """An open model that nobody else uses; after an error it is not used again."""
+        state = _state(self.model)
+        with self._lock:
+            self._idle = [opened for opened in self._idle if opened.state == state]
+            opened = self._idle.pop() if self._idle else None
+        opened = opened or OpenModel(self.model, self._device)
+        yield opened
+        with self._lock:
+            if len(self._idle) < _IDLE:
+                self._idle.append(opened)
+
+
+def _state(model: nn.Module) -> list[Any]:
+    """What shows that a module was changed: versions of its tensors, and all that its modules hold."""
+    return [
+        *(
+            (name, id(tensor), None if tensor.is_inference() else tensor._version)
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        ),
+        *((name, type(module), _plain(vars(module))) for name, module in model.named_modules()),
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor | nn.Module):
+        return id(value)
+    if isinstance(value, dict):
+        return [(str(key), _plain(entry)) for key, entry in value.items()]
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value if isinstance(value, bool | int | float | str | None) else id(value)

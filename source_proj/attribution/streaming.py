@@ -1,0 +1,185 @@
+"""Scores and hits of any number of queries, streamed to the disk by blocks of queries.
+
+Blocks are committed one by one in a folder beside the output, which gets its name when it is whole. Whoever asks the
+same again after a kill goes on from there: a block counts as done if all that its scores depend on is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import zarr
+from torch import Tensor
+from zarr.codecs import Crc32cCodec
+
+from source_proj._io.files import sync_folder
+from source_proj._io.outputs import name_folder, require_free
+from source_proj._io.unfinished import Unfinished
+from source_proj.attribution.features import SketchedQueries
+from source_proj.attribution.hits_file import HitsFile, is_hits_folder, write_hits_parquet
+from source_proj.attribution.operands import Operand
+from source_proj.attribution.score_files import is_scores_array
+from source_proj.bank import Bank
+
+__all__ = ["Term", "checked_out", "queries_per_block", "stream_hits", "stream_scores"]
+
+_CHUNK = (64, 16_384)  # queries and examples of a chunk, 4 MiB
+_BLOCK_BYTES = 256 << 20  # of a block's features
+_MOST_QUERIES = 2048
+
+_FOLDERS = {"score": is_scores_array, "top_k": is_hits_folder}
+
+
+class Term(NamedTuple):
+    """One product of the sum: ``query`` ``(Q, k)`` times the training operand, streamed in order of rows."""
+
+    query: Tensor
+    train: Iterator[Operand]
+
+
+class Streamable(Protocol):
+    """What is asked of an attribution method; see `Attributor`."""
+
+    banks: tuple[Bank, ...]
+
+    @property
+    def n_rows(self) -> int: ...
+
+    def query_blocks(self, queries: Any) -> tuple[int, int, Iterator[SketchedQueries]]: ...
+
+    def all_terms(self, features: SketchedQueries) -> list[Term]: ...
+
+    def blocks(self, terms: list[Term], count: int) -> Iterator[tuple[int, int, Tensor]]: ...
+
+    def strongest_of(
+        self, terms: list[Term], count: int, k: int, *, highest: bool
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def facts_of(self, query_ids: Sequence[Any]) -> dict[str, Any]: ...
+
+
+def checked_out(out: str | Path, verb: str, *, overwrite: bool) -> Path:
+    """The path of a verb's output, refused before any work is done for it.
+
+    Raises:
+        ValueError: its ending is none that the verb writes.
+        FileExistsError: something is there that may not be overwritten.
+    """
+    path, endings = Path(out), (".zarr",) if verb == "score" else (".parquet", ".zarr")
+    if path.suffix not in endings:
+        raise ValueError(f"out of {verb} must end in {' or '.join(endings)}, got {str(out)!r}")
+    require_free(path, overwrite=overwrite, replaceable=_FOLDERS[verb] if path.suffix == ".zarr" else Path.is_file)
+    return path
+
+
+def queries_per_block(batch_size: int, bytes_per_query: int) -> int:
+    """Queries of a block: whole batches, so that their gradients are the same as those of all at once."""
+    most = min(_MOST_QUERIES, _BLOCK_BYTES // max(1, bytes_per_query))
+    return max(1, most // batch_size) * batch_size
+
+
+def stream_scores(
+    method: Streamable, queries: Any, path: Path, *, overwrite: bool
+) -> tuple[zarr.Array[Any], list[Any]]:
+    """Write scores ``(Q, N)`` to a zarr array; return it, and the ids of the queries."""
+    count, size, blocks = method.query_blocks(queries)
+    ids: list[Any] = []
+    with Unfinished(path, _description("score", method, count, size)) as made:
+        array = _array(made.content, (count, method.n_rows), np.dtype(np.float32))
+        for number, features in enumerate(blocks):
+            ids += features.ids
+            terms = method.all_terms(features)
+            digest = _digest(method, features, (term.query for term in terms))
+            if not made.is_done(number, digest):
+                made.begin(number)
+                first = number * size
+                for start, stop, values in _wide(method.blocks(terms, len(features.ids)), len(features.ids)):
+                    array[first : first + len(values), start:stop] = values
+                _sync_rows(made.content, first, len(features.ids))
+                made.commit(number, digest)
+        array.update_attributes(method.facts_of(ids))
+        sync_folder(made.content)
+        name_folder(made.content, path, overwrite=overwrite, replaceable=is_scores_array)
+    return zarr.open_array(path, mode="r"), ids
+
+
+def stream_hits(method: Streamable, queries: Any, k: int, path: Path, *, highest: bool, overwrite: bool) -> HitsFile:
+    """Write the k strongest examples of each query, in long form (.parquet) or as positions and scores (.zarr)."""
+    count, size, blocks = method.query_blocks(queries)
+    ids: list[Any] = []
+    description = {**_description("top_k", method, count, size), "k": k, "highest": highest}
+    with Unfinished(path, description) as made:
+        group = zarr.open_group(made.content, mode="a")
+        indices = _array(made.content / "indices", (count, k), np.dtype(np.int64))
+        scores = _array(made.content / "scores", (count, k), np.dtype(np.float32))
+        for number, features in enumerate(blocks):
+            ids += features.ids
+            terms = method.all_terms(features)
+            digest = _digest(method, features, (term.query for term in terms))
+            if not made.is_done(number, digest):
+                made.begin(number)
+                rows = slice(number * size, number * size + len(features.ids))
+                values, where = method.strongest_of(terms, len(features.ids), k, highest=highest)
+                indices[rows], scores[rows] = where, values
+                for name in ("indices", "scores"):
+                    _sync_rows(made.content / name, rows.start, len(features.ids))
+                made.commit(number, digest)
+        facts = method.facts_of(ids)
+        if path.suffix == ".parquet":
+            write_hits_parquet(path, indices, scores, facts, ids, method.banks[0].ids, size, overwrite=overwrite)
+        else:
+            group.update_attributes(facts)
+            sync_folder(made.content)
+            name_folder(made.content, path, overwrite=overwrite, replaceable=is_hits_folder)
+    return HitsFile(path)
+
+
+def _description(verb: str, method: Streamable, count: int, size: int) -> dict[str, Any]:
+    banks = [bank.fingerprint for bank in method.banks]
+    return {"verb": verb, "banks": banks, "queries": count, "examples": method.n_rows, "block": size}
+
+
+def _digest(method: Streamable, features: SketchedQueries, queries: Iterator[Tensor]) -> str:
+    """SHA-256, in hex, of what a block's scores depend on besides the banks: queries as training rows meet them."""
+    digest = hashlib.sha256(json.dumps([type(method).__name__, repr(features.ids)]).encode())
+    for query in queries:
+        digest.update(query.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _array(folder: Path, shape: tuple[int, int], dtype: np.dtype[Any]) -> zarr.Array[Any]:
+    """The array in a folder, made where it is missing."""
+    if (folder / "zarr.json").is_file():
+        return zarr.open_array(folder, mode="r+")
+    chunks = (min(shape[0], _CHUNK[0]), min(shape[1], _CHUNK[1]))
+    return zarr.create_array(
+        str(folder), shape=shape, dtype=dtype, chunks=chunks, compressors=[Crc32cCodec()], fill_value=0, overwrite=True
+    )
+
+
+def _wide(blocks: Iterator[tuple[int, int, Tensor]], count: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Blocks of scores ``(Q, n)`` put together to whole chunks, so that each chunk is written once."""
+    wide, begin, end = np.empty((count, 0), np.float32), 0, 0
+    for start, stop, values in blocks:
+        if start > end:  # rows that no term covers score 0
+            wide = np.concatenate([wide, np.zeros((count, start - end), np.float32)], axis=1)
+        wide, end = np.concatenate([wide, values.numpy()], axis=1), stop
+        whole = wide.shape[1] // _CHUNK[1] * _CHUNK[1]
+        if whole:
+            yield begin, begin + whole, wide[:, :whole]
+            wide, begin = wide[:, whole:], begin + whole
+    if wide.shape[1]:
+        yield begin, end, wide
+
+
+def _sync_rows(folder: Path, first: int, count: int) -> None:
+    """Return when the chunks of some rows are on the disk."""
+    height = zarr.open_array(folder, mode="r").chunks[0]
+    for place in range(first // height, -(-(first + count) // height)):
+        if (folder / "c" / str(place)).is_dir():
+            sync_folder(folder / "c" / str(place))
