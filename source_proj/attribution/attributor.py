@@ -5,6 +5,7 @@ Each method's scores are a sum of terms, each the product of a query operand ``(
 ``score`` ever holds Q x N numbers, and averages over an ensemble of banks.
 """
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from source_proj._errors import MismatchError
 from source_proj._io.progress import Progress
 from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
-from source_proj.attribution.operands import Operand, aligned
+from source_proj.attribution.operands import Operand, aligned, picked
 from source_proj.attribution.queries import QueryFeatures, resolve_task, sketch_queries
 from source_proj.attribution.scores import Scores
 from source_proj.bank import Bank
@@ -24,7 +25,7 @@ from source_proj.kernels.scoring import Strongest
 from source_proj.task import Answers, Task
 from source_proj.trajectory import Checkpoint
 
-__all__ = ["Attributor", "Queries", "Term"]
+__all__ = ["Attributor", "Queries", "Term", "checked_rows"]
 
 _BLOCK_SCORES = 8 << 20
 """Scores held at once while streaming (32 MiB of float32)."""
@@ -123,6 +124,27 @@ class Attributor(ABC):
         for start, stop, block in self._blocks(features):
             values[:, start:stop] = block
         return self._scores(values.numpy(), features[0])
+
+    def score_rows(self, queries: Queries, rows: Sequence[int]) -> np.ndarray:
+        """Score a few training examples for every query: whom they helped and harmed, without Q x N numbers.
+
+        Args:
+            queries: as for :meth:`score`.
+            rows: positions of the training examples, n of them.
+
+        Returns:
+            ``(Q, n)`` float32, what :meth:`score` gives at these columns.
+
+        Raises:
+            ValueError: there is no training example at one of the positions.
+        """
+        features = self.sketch(queries)
+        wanted, order = checked_rows(rows, self.n_rows)
+        values = torch.zeros(len(features[0]), len(wanted))
+        terms = self._all_terms(features)
+        for start, stop, active in aligned([picked(term.train, wanted) for term in terms], _height(features)):
+            values[:, start:stop] = self._block(terms, active).cpu()
+        return values[:, order].numpy()
 
     def top_k(self, queries: Queries, k: int) -> Hits:
         """Return the k highest scores of each query, without ever holding Q x N numbers."""
@@ -304,6 +326,19 @@ class Attributor(ABC):
             where, values, self.banks[0].ids, features[0].ids, self.unit, self.task.higher_is_better,
             self._shown(features[0]),
         )  # fmt: skip
+
+
+def checked_rows(rows: Sequence[int], n: int) -> tuple[Tensor, Tensor]:
+    """Positions of training examples ``(m,)`` once each and ascending, and where each of those given stands among them.
+
+    Raises:
+        ValueError: one lies outside of 0..n-1.
+    """
+    given = torch.as_tensor([operator.index(row) for row in rows], dtype=torch.int64)
+    outside = given[(given < 0) | (given >= n)].tolist()
+    if outside:
+        raise ValueError(f"rows are positions among the {n} training examples, 0..{n - 1}, got {outside[:5]}")
+    return torch.unique(given, return_inverse=True)
 
 
 def _height(features: list[QueryFeatures]) -> int:

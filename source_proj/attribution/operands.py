@@ -18,6 +18,7 @@ __all__ = [
     "gradient_bytes",
     "loss_gradients",
     "mean_gradients",
+    "picked",
     "stage_start",
 ]
 
@@ -134,6 +135,21 @@ class HeldOperands:
                 self._used += nbytes
             held = self._held.get(key)
         return read() if held is None else iter(held)
+
+
+def picked(stream: Iterator[Operand], rows: Tensor) -> Iterator[Operand]:
+    """Some rows of a stream alone, counted by their places among those.
+
+    Args:
+        stream: operands at their rows among all stages.
+        rows: the rows wanted, ``(n,)`` int64 on the CPU, ascending.
+    """
+    for operand in stream:
+        low, high = torch.searchsorted(rows, torch.tensor([operand.start, operand.stop])).tolist()
+        if low < high:
+            own = (rows[low:high] - operand.start).to(operand.rows.device)
+            scale, weights = (None if values is None else values[own] for values in (operand.scale, operand.weights))
+            yield Operand(low, high, operand.rows[own], scale, weights, operand.codec)
 
 
 def aligned(streams: Sequence[Iterator[Operand]], height: int) -> Iterator[tuple[int, int, list[tuple[int, Operand]]]]:

@@ -1,7 +1,7 @@
 """Queries: the gradients of their measurements, sketched like the bank's rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -49,6 +49,16 @@ class QueryFeatures:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def only(self, places: Sequence[int]) -> "QueryFeatures":
+        """Those of the queries at some places."""
+        return replace(
+            self,
+            rows={key: rows[list(places)] for key, rows in self.rows.items()},
+            ids=[self.ids[place] for place in places],
+            answers=None if self.answers is None else self.answers.at(places),
+            examples=None if self.examples is None else self.examples.at(places),
+        )
 
     def at(self, checkpoint: Checkpoint, metric: str | None = None) -> Tensor:
         """Return the rows ``(Q, k)`` taken at a checkpoint, in the metric of a hash.
