@@ -18,11 +18,12 @@ from source_proj._errors import MismatchError, MissingFileError
 from source_proj._io.loading import load_safetensors
 from source_proj._io.outputs import write_output
 from source_proj.attribution.words import plain_ids
+from source_proj.bank import Bank
 from source_proj.bank.examples import Examples
 from source_proj.task import Answers
 from source_proj.trajectory import Checkpoint
 
-__all__ = ["QueryFeatures", "SketchedQueries", "point_key"]
+__all__ = ["QueryFeatures", "SketchedQueries", "checked_features", "point_key"]
 
 _FORMAT = "source-proj query features 1"
 
@@ -64,12 +65,11 @@ class QueryFeatures:
             )
         return rows
 
-    def part(self, start: int, stop: int) -> QueryFeatures:
-        """Those of the queries start to stop."""
-        places = range(start, min(stop, len(self)))
+    def only(self, places: Sequence[int]) -> QueryFeatures:
+        """Those of the queries at some places."""
         return QueryFeatures(
-            {point: rows[start:stop] for point, rows in self.rows.items()},
-            self.ids[start:stop],
+            {point: rows[list(places)] for point, rows in self.rows.items()},
+            [self.ids[place] for place in places],
             self.sketch,
             None if self.answers is None else self.answers.at(places),
             None if self.examples is None else self.examples.at(places),
@@ -100,7 +100,11 @@ class SketchedQueries(list[QueryFeatures]):
 
     def part(self, start: int, stop: int) -> SketchedQueries:
         """Those of the queries start to stop."""
-        return SketchedQueries(features.part(start, stop) for features in self)
+        return self.only(range(start, min(stop, len(self.ids))))
+
+    def only(self, places: Sequence[int]) -> SketchedQueries:
+        """Those of the queries at some places."""
+        return SketchedQueries(features.only(places) for features in self)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the features, ids and the model's answers to one safetensors file, whole or not at all.
@@ -129,6 +133,20 @@ class SketchedQueries(list[QueryFeatures]):
         )
         metadata = {"format": _FORMAT, "facts": facts, "sha256": _digest(tensors, facts)}
         write_output(Path(path), save(tensors, metadata), overwrite=overwrite)
+
+
+def checked_features(banks: Sequence[Bank], features: list[QueryFeatures]) -> list[QueryFeatures]:
+    """Refuse features of other banks.
+
+    Raises:
+        MismatchError: there are more or fewer than banks, or a sketch is another.
+    """
+    if len(features) != len(banks):
+        raise MismatchError(f"got features for {len(features)} banks, and this method averages {len(banks)}")
+    for bank, queried in zip(banks, features, strict=True):
+        if queried.sketch != bank.sketch.spec():
+            raise MismatchError(f"features of sketch {queried.sketch} do not fit the bank's {bank.sketch.spec()}")
+    return features
 
 
 def point_key(checkpoint: Checkpoint, metric: str | None) -> str:
