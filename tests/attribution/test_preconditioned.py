@@ -279,6 +279,8 @@ def test_other_methods_are_in_the_checkpoints_metrics(tmp_path):
     root, metric = p[3].sqrt(), g[3] * p[3].sqrt()
     hessian = metric.T @ metric / n
     inverse = torch.linalg.inv(hessian + 0.7 * torch.eye(problem.size))
+    ridge = 0.1 * hessian.trace() / problem.size
+    inverses = [torch.linalg.inv(torch.outer(a, a) + ridge * torch.eye(problem.size)) for a in metric]
     kernel = torch.linalg.inv((o * root).T @ (o * root) / n + 0.3 * torch.eye(problem.size))
     d1 = -(g[3].norm(dim=1) / o.norm(dim=1))  # ℓ' = -(1 - p), and g = ℓ' ∇o
     expected = {
@@ -287,6 +289,11 @@ def test_other_methods_are_in_the_checkpoints_metrics(tmp_path):
         sp.GradDot: ({}, -products[3] / n),
         sp.GradCos: ({}, -nn.functional.normalize(m[3] * root) @ nn.functional.normalize(metric).T),
         sp.InfluenceFunction: ({"damping": 0.7}, -((m[3] * root) @ inverse @ metric.T) / n),
+        sp.ArnoldiInfluence: (
+            {"damping": 0.7, "rank": problem.size},
+            -((m[3] * root) @ inverse @ metric.T) / n,
+        ),
+        sp.DataInf: ({}, -((m[3] * root) @ (sum(inverses) / n) @ metric.T) / n),
         sp.Trak: ({"ridge": 0.3}, ((m[3] * root) @ kernel @ (o * root).T) * -d1 / n),
     }
     for method, (options, scores) in expected.items():
