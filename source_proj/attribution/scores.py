@@ -142,7 +142,7 @@ class Scores:
 
     def head(self, queries: int = 5, examples: int = 8) -> pd.DataFrame:
         """The first queries' scores of the first training examples, as :meth:`to_pandas` has them."""
-        return self._corner(queries, examples).to_pandas()
+        return self.corner(queries, examples).to_pandas()
 
     def plot(self, query: int = 0, ax: Axes | None = None) -> Axes:
         """Draw how one query's scores are spread, examples counted on a log scale (needs the ``plot`` extra)."""
@@ -284,7 +284,8 @@ class Scores:
         parts = ((start, *_strongest(values, k, highest=True)) for start, values in self.row_blocks())
         write_scores_parquet(Path(path), parts, self.query_ids, self.train_ids, overwrite=overwrite)
 
-    def _corner(self, queries: int, examples: int) -> Scores:
+    def corner(self, queries: int, examples: int) -> Scores:
+        """The first queries' scores of the first training examples; of scores in a file, only these are read."""
         return Scores(
             np.asarray(self._values[:queries, :examples]),
             self.query_ids[:queries],
@@ -297,7 +298,7 @@ class Scores:
 
     def _repr_html_(self) -> str:
         """The most helpful examples of the first queries."""
-        first = self._corner(_SHOWN, len(self.train_ids))
+        first = self.corner(_SHOWN, len(self.train_ids))
         content = first.helpful(min(_SHOWN, len(self.train_ids)))._repr_html_() if 0 not in self.shape else ""
         return wrapped(f"{self!r}. The most helpful for the first queries:", content)
 

@@ -189,7 +189,8 @@ def score(
         return
     say(f"{out}: {count} queries x {rows} training examples, in units of the {scores.unit}; {SIGN}")
     k = min(_PREVIEW, rows)
-    lists = {"helpful": scores.helpful(k), "harmful": scores.harmful(k)}
+    first = scores.corner(_PREVIEW, rows)
+    lists = {"helpful": first.helpful(k), "harmful": first.harmful(k)}
     say("\n" + Answer(lists, method.value).text(queries=_PREVIEW))
 
 
