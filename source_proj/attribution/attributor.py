@@ -20,7 +20,7 @@ from source_proj._io.progress import Progress
 from source_proj.attribution.features import QueryFeatures, SketchedQueries
 from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
 from source_proj.attribution.hits_file import HitsFile
-from source_proj.attribution.operands import Operand, aligned
+from source_proj.attribution.operands import Operand, aligned, checked_rows, picked
 from source_proj.attribution.queries import query_source, resolve_task, sketch_queries
 from source_proj.attribution.query_models import QueryModels
 from source_proj.attribution.score_files import scores_facts
@@ -135,6 +135,16 @@ class Attributor(ABC):
         for start, stop, block in self.blocks(self.all_terms(features), len(features.ids)):
             values[:, start:stop] = block
         return self._scores(values.numpy(), features.ids, features[0])
+
+    def score_rows(self, queries: Queries, rows: Sequence[int]) -> np.ndarray:
+        """The scores ``(Q, n)`` float32 of the training examples at n positions; raises ValueError where none is."""
+        features = self.sketch(queries)
+        wanted, order = checked_rows(rows, self.n_rows)
+        values = torch.zeros(len(features.ids), len(wanted))
+        terms = [term._replace(train=picked(term.train, wanted)) for term in self.all_terms(features)]
+        for start, stop, block in self.blocks(terms, len(features.ids)):
+            values[:, start:stop] = block
+        return values[:, order].numpy()
 
     @overload
     def top_k(self, queries: Queries, k: int, out: None = None, *, overwrite: bool = False) -> Hits: ...

@@ -1,5 +1,6 @@
 """Training operands: banked rows as loss gradients, at their place among the rows of all stages."""
 
+import operator
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
@@ -14,10 +15,12 @@ __all__ = [
     "HeldOperands",
     "Operand",
     "aligned",
+    "checked_rows",
     "encoded_gradients",
     "gradient_bytes",
     "loss_gradients",
     "mean_gradients",
+    "picked",
     "stage_start",
 ]
 
@@ -134,6 +137,35 @@ class HeldOperands:
                 self._used += nbytes
             held = self._held.get(key)
         return read() if held is None else iter(held)
+
+
+def checked_rows(rows: Sequence[int], n: int) -> tuple[Tensor, Tensor]:
+    """Positions of training examples ``(m,)`` once each and ascending, and where each of those given stands among them.
+
+    Raises:
+        ValueError: one lies outside of 0..n-1.
+    """
+    given = torch.as_tensor([operator.index(row) for row in rows], dtype=torch.int64)
+    outside = given[(given < 0) | (given >= n)].tolist()
+    if outside:
+        raise ValueError(f"rows are positions among the {n} training examples, 0..{n - 1}, got {outside[:5]}")
+    wanted, order = torch.unique(given, return_inverse=True)
+    return wanted, order
+
+
+def picked(stream: Iterator[Operand], rows: Tensor) -> Iterator[Operand]:
+    """Some rows of a stream alone, counted by their places among those.
+
+    Args:
+        stream: operands at their rows among all stages.
+        rows: the rows wanted, ``(n,)`` int64 on the CPU, ascending.
+    """
+    for operand in stream:
+        low, high = torch.searchsorted(rows, torch.tensor([operand.start, operand.stop])).tolist()
+        if low < high:
+            own = (rows[low:high] - operand.start).to(operand.rows.device)
+            scale, weights = (None if values is None else values[own] for values in (operand.scale, operand.weights))
+            yield Operand(low, high, operand.rows[own], scale, weights, operand.codec)
 
 
 def aligned(streams: Sequence[Iterator[Operand]], height: int) -> Iterator[tuple[int, int, list[tuple[int, Operand]]]]:

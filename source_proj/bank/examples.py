@@ -154,6 +154,17 @@ class Examples:
             index -= len(part)
         raise IndexError(f"there is no example {index + len(self)} among {len(self)}")
 
+    def searched(self, index: int) -> tuple[str, str]:
+        """Text and label of the example at a place, without making its picture: what a search looks at."""
+        for part in self._parts:
+            if index < len(part):
+                base, place = _origin(part, index)
+                names = self.class_names if self.class_names is not None else getattr(base, "classes", None)
+                given, label = base.words(place) if hasattr(base, "words") else _split(part[index])
+                return self._text(given) or "", _name(label, names)
+            index -= len(part)
+        raise IndexError(f"there is no example {index + len(self)} among {len(self)}")
+
     def _show(self, data: Any, index: int, id: Any, prediction: Any) -> Example:
         base, place = _origin(data, index)
         names = self.class_names if self.class_names is not None else getattr(base, "classes", None)

@@ -1,4 +1,4 @@
-"""Command line: ``source-proj plan | build | finalize | status | submit | score | top-k | inspect | verify | demo``."""
+"""Command line: ``source-proj plan | build | status | submit | score | top-k | explore | inspect | verify | demo``."""
 
 from source_proj.cli.app import app, main
 

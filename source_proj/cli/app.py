@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from source_proj.cli import bank, cluster, curate, demo, inspect, output, score
+from source_proj.cli import bank, cluster, curate, demo, explore, inspect, output, score
 
 __all__ = ["app", "main"]
 
@@ -51,6 +51,7 @@ app.command(
 )(cluster.submit)
 app.command("score")(score.score)
 app.command("top-k")(score.top_k)
+app.command("explore")(explore.explore)
 app.add_typer(curate.app, name="curate")
 app.command("inspect")(inspect.inspect)
 app.command("verify")(inspect.verify)

@@ -4,19 +4,23 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from source_proj.attribution.operands import picked
 from source_proj.attribution.source.fitted_segments import FittedSegments
 
 __all__ = ["add_segment_parts"]
 
 
-def add_segment_parts(values: Tensor, fitted: FittedSegments, queries: Sequence[Tensor], runs: int) -> None:
+def add_segment_parts(
+    values: Tensor, fitted: FittedSegments, queries: Sequence[Tensor], runs: int, rows: Tensor | None = None
+) -> None:
     """Add one run's share of each segment's part to values.
 
     Args:
-        values: ``(L, Q, N)``.
+        values: ``(L, Q, n)``.
         fitted: the run's segments.
         queries: the queries as each segment meets them, each ``(Q, k)``.
         runs: the number of runs that scores are averaged over.
+        rows: the n training examples that are wanted, ascending; default: all.
 
     Raises:
         ValueError: the run has another number of segments than values.
@@ -27,6 +31,6 @@ def add_segment_parts(values: Tensor, fitted: FittedSegments, queries: Sequence[
             "them comparable"
         )
     for part, segment, query in zip(values, fitted.segments, queries, strict=True):
-        for operand in fitted.rows(segment):
+        for operand in fitted.rows(segment) if rows is None else picked(fitted.rows(segment), rows):
             products = operand.codec.multiply(query, operand.rows, operand.scale).cpu()
             part[:, operand.start : operand.stop].add_(products, alpha=-1 / (segment.n * runs))

@@ -22,6 +22,7 @@ A segment l takes the query's sketch in its own metric to exp(-s (Ĥ_l + λ)) û
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -35,6 +36,7 @@ from source_proj.attribution.attributor import Attributor, Queries, Term
 from source_proj.attribution.curvature import Curvature, Damping, check_damping, default_curvature
 from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.hits import Shown
+from source_proj.attribution.operands import checked_rows
 from source_proj.attribution.parts import PartScores
 from source_proj.attribution.query_points import QueryGradient, check_query_gradient, query_points, takes_mean
 from source_proj.attribution.scores import PredictedChange, Scores
@@ -248,23 +250,31 @@ class Source(Attributor):
     def _query_points(self, bank: Bank) -> list[Checkpoint]:
         return query_points(bank, self.query_gradient)
 
-    def by_segment(self, queries: Queries) -> PartScores:
+    def by_segment(self, queries: Queries, rows: Sequence[int] | None = None) -> PartScores:
         """Split each score into the parts of the segments.
 
         The part of segment l is ``-(1/N) (c_l S_{l+1} ··· S_L q̂) · ḡ_l(z)``.
 
+        Args:
+            queries: as for :meth:`score`.
+            rows: positions of the training examples wanted, in any order; default: all.
+
         Raises:
-            ValueError: the runs of an ensemble have different numbers of segments.
+            ValueError: the runs of an ensemble have different numbers of segments, or there is no such row.
         """
-        features = self.sketch(queries)
-        values = torch.zeros(len(self.segments), len(features[0]), self.n_rows)
+        features, train_ids = self.sketch(queries), self.banks[0].ids
+        wanted, order = (None, None) if rows is None else checked_rows(rows, self.n_rows)
+        values = torch.zeros(len(self.segments), len(features[0]), self.n_rows if wanted is None else len(wanted))
         for bank, queried in zip(self.banks, features, strict=True):
             fitted = self._of(bank)
-            add_segment_parts(values, fitted, self._moved(fitted, queried), len(self.banks))
+            add_segment_parts(values, fitted, self._moved(fitted, queried), len(self.banks), wanted)
         sizes = [stage.n for stage in self.banks[0].stages]
-        own = [np.repeat([segment.stage == stage for stage in range(len(sizes))], sizes) for segment in self.segments]
+        own = np.stack([np.repeat(np.arange(len(sizes)) == segment.stage, sizes) for segment in self.segments])
         shown = self._shown(features[0])
-        return self._parts(values, self.segments, features[0], self.banks[0].ids, np.stack(own), shown)
+        if rows is not None:
+            values, own, train_ids = values[:, :, order], own[:, list(rows)], [train_ids[row] for row in rows]
+            shown = replace(shown, train=None if shown.train is None else shown.train.at(rows))
+        return self._parts(values, self.segments, features[0], train_ids, own, shown)
 
     def _parts(
         self,

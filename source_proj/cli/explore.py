@@ -1,0 +1,117 @@
+"""``explore``: a page to look around in."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from source_proj.cli.options import (
+    ASKED,
+    OUTPUT,
+    RUNNING,
+    BankPaths,
+    BatchSize,
+    Device,
+    Method,
+    Model,
+    Overwrite,
+    Progress,
+    TrustRemoteCode,
+)
+from source_proj.cli.output import reports_errors, say
+from source_proj.cli.score import (
+    AverageOption,
+    CurvatureOption,
+    DampingOption,
+    Data,
+    Dataset,
+    MethodOption,
+    PerToken,
+    Picture,
+    Queries,
+    QueryGradientOption,
+    RidgeOption,
+    SegmentsOption,
+    Target,
+    TaskName,
+)
+
+__all__ = ["explore"]
+
+
+@reports_errors
+def explore(
+    context: typer.Context,
+    bank: BankPaths,
+    model: Model = None,
+    queries: Queries = None,
+    dataset: Dataset = None,
+    per_token: PerToken = False,
+    target: Target = None,
+    data: Data = None,
+    picture: Picture = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file",
+            metavar="FILE",
+            help="The training set, of which the page gives a copy without chosen examples; a bank built from a text "
+            "file knows its own.",
+            rich_help_panel=ASKED,
+        ),
+    ] = None,
+    method: MethodOption = Method.source,
+    segments: SegmentsOption = None,
+    curvature: CurvatureOption = None,
+    damping: DampingOption = None,
+    average: AverageOption = False,
+    query_gradient: QueryGradientOption = None,
+    ridge: RidgeOption = None,
+    task: TaskName = None,
+    static: Annotated[
+        Path | None,
+        typer.Option(
+            "--static",
+            metavar="FOLDER",
+            help="Write the page into a folder that opens from disk, with the strongest examples of each query, and "
+            "serve nothing.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Where to serve; 0: any.", rich_help_panel=RUNNING)
+    ] = 0,
+    trust_remote_code: TrustRemoteCode = False,
+    batch_size: BatchSize = 64,
+    device: Device = None,
+    progress: Progress = True,
+) -> None:
+    """Look around in a page: search queries and training examples, and see who helped or harmed whom."""
+    from source_proj._errors import extra
+    from source_proj.cli.asking import ask
+
+    with extra("explore"):
+        import starlette  # noqa: F401 (before any work is done)
+        import uvicorn  # noqa: F401
+    from source_proj.integrations import TextSettings
+    from source_proj.report.explore import Explorer, serve, write_static
+
+    asked, data_of_queries = ask(context.params)
+    known = file or TextSettings.data_set(bank[0])
+    documents = _documents(asked.task.name, bank[0], known, trust_remote_code) if static is None else None
+    explorer = Explorer(asked, data_of_queries, file=known, documents=documents)
+    if static is not None:
+        write_static(explorer, static, overwrite=overwrite)
+        say(f"wrote {static / 'index.html'}")
+        return
+    serve(explorer, port, lambda address: say(f"open {address} (Ctrl-C ends it)"))
+
+
+def _documents(task: str, bank: str, file: Path | None, trust_remote_code: bool) -> Any:
+    """The training set of a language model as it read it, where that is known: tokens have scores then."""
+    from source_proj.integrations import TextData, TextSettings
+
+    if task != "causal_lm" or file is None or TextSettings.data_set(bank) is None:
+        return None
+    return TextData.like(bank, file, trust_remote_code=trust_remote_code)

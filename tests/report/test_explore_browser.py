@@ -1,0 +1,136 @@
+"""The page in a real browser: search, click, keyboard, the tray; no error, no request to anywhere else."""
+
+import shutil
+import socket
+import threading
+import time
+
+import pytest
+from explored import make_explorer
+
+from source_proj.report.explore import application, write_static
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+uvicorn = pytest.importorskip("uvicorn", reason="the extra explore is not installed")
+CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path")
+
+
+@pytest.fixture(scope="module")
+def explorer(tmp_path_factory):
+    return make_explorer(tmp_path_factory.mktemp("browser"))
+
+
+@pytest.fixture(scope="module")
+def address(explorer):
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(application(explorer), log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    server.should_exit = True
+    thread.join()
+    listening.close()
+
+
+@pytest.fixture(scope="module")
+def folder(explorer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("static") / "page"
+    write_static(explorer, path)
+    return f"file://{path}/index.html"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as running:
+        opened = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(params=["served", "folder"])
+def page(request, browser, address, folder):
+    """The page, opened; at the end nothing was said on the console, and nobody else was asked."""
+    opened = browser.new_page(viewport={"width": 1280, "height": 800})
+    said, asked = [], []
+    opened.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    opened.on("pageerror", lambda error: said.append(str(error)))
+    opened.on("request", lambda sent: asked.append(sent.url))
+    start = address if request.param == "served" else folder
+    opened.goto(start)
+    opened.wait_for_selector("body[data-ready]", timeout=20000)
+    yield opened
+    assert opened.evaluate("window.owned") is None
+    opened.close()
+    assert said == []
+    own = start.removesuffix("index.html")
+    assert [url for url in asked if not url.startswith((own, "data:", "blob:"))] == []
+
+
+def test_a_click_shows_whom_an_example_helped_and_back(page):
+    page.click("#row-2")
+    page.wait_for_selector("#detail .hit")
+    assert page.text_content("#detail h2") == "Query 2"
+    page.click("#detail .helpful .hit button:has-text('Open')")
+    page.wait_for_selector("#detail h2:has-text('Training example')")
+    assert page.locator("#detail .hit").count() > 0
+    assert page.locator("#detail .timeline button").count() == 2
+    page.go_back()
+    page.wait_for_selector("#detail h2:has-text('Query 2')")
+
+
+def test_the_keyboard_alone_searches_opens_and_chooses(page):
+    page.click("#tab-train")
+    page.keyboard.press("/")
+    page.keyboard.type("fine")
+    page.wait_for_function("document.querySelector('#row-0 .line')?.textContent.includes('fine')")
+    page.wait_for_timeout(300)
+    page.keyboard.press("Enter")
+    page.keyboard.press("ArrowDown")
+    assert page.get_attribute("#rows", "aria-activedescendant") == "row-1"
+    page.keyboard.press("Space")
+    assert page.text_content("#tray-count") == "1"
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#detail h2:has-text('Training example')")
+    with page.expect_download() as download:
+        page.click("#save-csv")
+    with open(download.value.path(), encoding="utf-8") as file:
+        assert file.read().startswith("id\n\"'=id")
+
+
+def test_strange_texts_are_shown_as_text(page):
+    page.click("#row-2")
+    page.wait_for_selector("#detail h2")
+    assert "<img src=x" in page.text_content("#detail .text")
+    assert page.locator("img[src=x]").count() == 0
+
+
+@pytest.mark.parametrize("width", [360, 1280, 3840])
+def test_no_width_has_to_be_scrolled_sideways(page, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    page.click("#row-1")
+    page.wait_for_selector("#detail .hit")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_of_a_million_rows_only_those_in_sight_are_in_the_document(page):
+    page.evaluate(
+        """async () => {
+            const box = document.createElement("div");
+            box.innerHTML = "<div><div></div></div>";
+            box.style.cssText = "height: 500px; overflow: auto";
+            document.body.append(box);
+            const fetch = async (start, count) => ({ total: 1e6, examples:
+                Array.from({ length: Math.min(count, 1e6 - start) }, (_, row) => ({ place: start + row })) });
+            const nothing = () => {};
+            window.long = new VirtualList(box, { fetch, open: nothing, choose: nothing,
+                render: (option, example) => option.append(String(example.place)) });
+            await window.long.reset();
+            window.long.move(999999);
+        }"""
+    )
+    page.wait_for_function("window.long.window.lastElementChild?.textContent === '999999'")
+    assert page.evaluate("window.long.window.children.length") < 20
