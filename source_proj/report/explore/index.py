@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from source_proj._io.printable import printable
 from source_proj.attribution.words import id_word
 from source_proj.bank.examples import Examples
 
@@ -53,17 +54,24 @@ class ExampleIndex:
             if self._read is None:
                 known = [("", "")] * len(self)
                 if self.examples is not None:
-                    known = [self.examples.searched(place) for place in range(min(len(self), len(self.examples)))]
+                    count = min(len(self), len(self.examples))
+                    read = map(self.examples.searched, range(count))
+                    known = [(_shown(text), printable(label)) for text, label in read]
                     known += [("", "")] * (len(self) - len(known))
                 names = sorted({label for _, label in known} - {""}, key=_in_order)
                 place = {name: number for number, name in enumerate(names)}
                 codes = np.array([place.get(label, -1) for _, label in known], dtype=np.int32)
                 texts = [
-                    f"{id_word(its_id)} {label} {text}".casefold()
+                    f"{printable(str(id_word(its_id)))} {label} {text}".casefold()
                     for its_id, (text, label) in zip(self.ids, known, strict=True)
                 ]
                 self._read = texts, codes, names
             return self._read
+
+
+def _shown(text: str) -> str:
+    """As the page shows it, so that what is seen can be searched."""
+    return printable(text, keep="\n")
 
 
 def _in_order(label: str) -> tuple[int, int, str]:

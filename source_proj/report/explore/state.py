@@ -81,7 +81,7 @@ class Explorer:
             "train": len(self._index["train"]),
             "stages": [printable(name) for name in self._stages],
             "segments": [printable(name) for name in segments],
-            "labels": {kind: [printable(label) for label in index.labels] for kind, index in self._index.items()},
+            "labels": {kind: index.labels for kind, index in self._index.items()},
             "tokens": self._documents is not None,
             "cleans": self.file is not None and len(self._stages) == 1,
         }
