@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj._io.progress import Progress
-from source_proj.attribution.features import QueryFeatures, SketchedQueries, checked_features
+from source_proj.attribution.features import QueryFeatures, SketchedQueries
 from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
 from source_proj.attribution.hits_file import HitsFile
 from source_proj.attribution.operands import Operand, aligned, checked_rows, picked
@@ -137,24 +137,13 @@ class Attributor(ABC):
         return self._scores(values.numpy(), features.ids, features[0])
 
     def score_rows(self, queries: Queries, rows: Sequence[int]) -> np.ndarray:
-        """Score a few training examples for every query: whom they helped and harmed, without Q x N numbers.
-
-        Args:
-            queries: as for :meth:`score`.
-            rows: positions of the training examples, n of them.
-
-        Returns:
-            ``(Q, n)`` float32, what :meth:`score` gives at these columns.
-
-        Raises:
-            ValueError: there is no training example at one of the positions.
-        """
+        """The scores ``(Q, n)`` float32 of the training examples at n positions; raises ValueError where none is."""
         features = self.sketch(queries)
         wanted, order = checked_rows(rows, self.n_rows)
-        values, terms = torch.zeros(len(features.ids), len(wanted)), self.all_terms(features)
-        streams = [picked(term.train, wanted) for term in terms]
-        for start, stop, active in aligned(streams, _height(len(features.ids))):
-            values[:, start:stop] = self._block(terms, active).cpu()
+        values = torch.zeros(len(features.ids), len(wanted))
+        terms = [term._replace(train=picked(term.train, wanted)) for term in self.all_terms(features)]
+        for start, stop, block in self.blocks(terms, len(features.ids)):
+            values[:, start:stop] = block
         return values[:, order].numpy()
 
     @overload
@@ -268,9 +257,6 @@ class Attributor(ABC):
             total += features.at(point, digest)
         return total.div_(len(points))
 
-    def _checked(self, features: list[QueryFeatures]) -> list[QueryFeatures]:
-        return checked_features(self.banks, features)
-
     def _combine(self, products: list[Tensor], operands: list[Operand]) -> Tensor:  # noqa: ARG002
         """Combine all terms' products ``(Q, n)`` of a block: the sum, averaged over the banks.
 
@@ -326,6 +312,14 @@ class Attributor(ABC):
             shown=self._shown(features),
         )
 
+    def _checked(self, features: list[QueryFeatures]) -> list[QueryFeatures]:
+        if len(features) != len(self.banks):
+            raise MismatchError(f"got features for {len(features)} banks, and this method averages {len(self.banks)}")
+        for bank, queried in zip(self.banks, features, strict=True):
+            if queried.sketch != bank.sketch.spec():
+                raise MismatchError(f"features of sketch {queried.sketch} do not fit the bank's {bank.sketch.spec()}")
+        return features
+
     def _sketch(
         self,
         bank: Bank,
@@ -340,9 +334,18 @@ class Attributor(ABC):
         if self._models is None:
             raise ValueError("scoring queries given as data needs the model: pass model= when constructing")
         return sketch_queries(
-            bank, self._models, self.task, queries, checkpoints=checkpoints, metrics=metrics, ids=ids,
-            batch_size=self.batch_size, span=span, progress=self.progress, answers=answers,
-        )  # fmt: skip
+            bank,
+            self._models,
+            self.task,
+            queries,
+            checkpoints=checkpoints,
+            metrics=metrics,
+            ids=ids,
+            batch_size=self.batch_size,
+            span=span,
+            progress=self.progress,
+            answers=answers,
+        )
 
     def blocks(self, terms: list[Term], count: int) -> Iterator[tuple[int, int, Tensor]]:
         """Yield ``(start, stop, scores (Q, stop - start))`` of Q = count queries over all rows, in order."""

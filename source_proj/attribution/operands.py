@@ -149,7 +149,8 @@ def checked_rows(rows: Sequence[int], n: int) -> tuple[Tensor, Tensor]:
     outside = given[(given < 0) | (given >= n)].tolist()
     if outside:
         raise ValueError(f"rows are positions among the {n} training examples, 0..{n - 1}, got {outside[:5]}")
-    return torch.unique(given, return_inverse=True)
+    wanted, order = torch.unique(given, return_inverse=True)
+    return wanted, order
 
 
 def picked(stream: Iterator[Operand], rows: Tensor) -> Iterator[Operand]:

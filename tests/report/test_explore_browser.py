@@ -74,6 +74,7 @@ def test_a_click_shows_whom_an_example_helped_and_back(page):
     page.click("#row-2")
     page.wait_for_selector("#detail .hit")
     assert page.text_content("#detail h2") == "Query 2"
+    assert "null" not in page.text_content("#detail")
     page.click("#detail .helpful .hit button:has-text('Open')")
     page.wait_for_selector("#detail h2:has-text('Training example')")
     assert page.locator("#detail .hit").count() > 0

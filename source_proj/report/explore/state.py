@@ -12,6 +12,7 @@ from torch.utils.data import Subset
 
 from source_proj._io.printable import csv_cell, printable
 from source_proj.attribution.attributor import Attributor, Queries
+from source_proj.attribution.features import SketchedQueries
 from source_proj.attribution.source import Source
 from source_proj.attribution.words import explained, id_word, plain_id, signed
 from source_proj.bank.examples import Example
@@ -183,8 +184,8 @@ class Explorer:
             cleaning.write(self.file, out)
             return out.name, out.read_bytes()
 
-    def _only(self, query: int) -> list[Any]:
-        return [features.only([query]) for features in self._features]
+    def _only(self, query: int) -> SketchedQueries:
+        return self._features.part(query, query + 1)
 
     def _computed_strongest(self, query: int, sense: Sense, pages: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Places, scores ``(k,)`` and parts ``(k, L)`` of a query's strongest training examples."""
@@ -202,11 +203,11 @@ class Explorer:
             order = np.argsort(-scores if highest else scores, kind="stable")[: pages * PAGE]
             return order, scores[order], self._parts(self._features, [place])[:, order, 0].T
 
-    def _parts(self, features: list[Any], rows: Sequence[int]) -> np.ndarray:
+    def _parts(self, features: SketchedQueries, rows: Sequence[int]) -> np.ndarray:
         """Parts by segment ``(L, Q, n)``; of a method without segments, none."""
         if isinstance(self.method, Source):
             return self.method.by_segment(features, rows).values
-        return np.zeros((0, len(features[0]), len(rows)), dtype=np.float32)
+        return np.zeros((0, len(features.ids), len(rows)), dtype=np.float32)
 
 
 def _told(example: Example, place: int) -> dict[str, Any]:

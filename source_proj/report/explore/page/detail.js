@@ -28,7 +28,7 @@ class Detail {
     const { example, kind } = this;
     const about = [example.label ? `label ${example.label}` : "", example.predicted ? `predicted ${example.predicted}` : ""];
     const name = kind === "queries" ? "Query" : "Training example";
-    this.box.replaceChildren(
+    this.box.replaceChildren(...[
       make("h2", { tabindex: "-1" }, `${name} ${example.word}`),
       make("p", { class: "about" }, about.filter(Boolean).join(" · ")),
       make("div", { class: "asked" }, ...this.content(example)),
@@ -36,7 +36,7 @@ class Detail {
       this.timeline(),
       this.list("helpful"),
       this.list("harmful"),
-    );
+    ].filter(Boolean));
   }
 
   content(example) {
