@@ -2,7 +2,7 @@
 
     python examples/speed/storage.py        # scikit-learn's digits, about a minute; needs the extra "demo"
 
-For float32, float16 and int8 banks of the same run: bytes per row and checkpoint, the change of SOURCE's scores, and
+For banks of the same run in each codec: bytes per row and checkpoint, the change of SOURCE's scores, and
 the change that another sketch seed makes. Both changes are given as the mean absolute difference over the mean absolute
 score, and as the correlation of the scores of each query.
 """
