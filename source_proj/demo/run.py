@@ -168,8 +168,8 @@ class _Run:
     def score(self, source: Source, answers: tuple[Answer, ...]) -> tuple[Scores, PartScores]:
         queries = [answer.query for answer in answers]
         features = source.sketch(Subset(self.digits.test_set, queries))
-        features = [replace(queried, ids=queries) for queried in features]
-        return source.score(features), source.by_segment(features)
+        named = [replace(queried, ids=queries) for queried in features]
+        return source.score(named), source.by_segment(named)
 
     def check(self, scores: Scores, answer: Answer, pairs: int, remove: int) -> tuple[Removal, ...]:
         """Leave out the most helpful, the most harmful, and randomly drawn examples of the first answer."""

@@ -34,14 +34,13 @@ class LloydMax(Codec):
         E <q, s·c> = <q, y> · s <c, y> / \|y\|²,
 
     which is <q, x> if and only if **s = \|y\|² / <c, y>**. Least squares would take s = <c, y> / \|c\|², smaller by
-    cos²(c, y), which is 1 - D for a normal: every score would shrink, a row's by its own factor. The price is length:
-    \|s·c\|² = \|x\|² / cos², so that a row errs by \|x\| √(1 / cos² - 1), about √(D / (1 - D)) of itself, and its
+    cos²(c, y), which is 1 - D for a normal: every score would shrink, a row's by its own factor. The price is
+    length: \|s·c\|² = \|x\|² / cos². So a row errs by \|x\| √(1 / cos² - 1), about √(D / (1 - D)) of itself, and its
     square, decoded, is too large by as much; in a Gram matrix of rows that is a multiple of the identity in the mean,
-    as damping is. (One rotation is drawn, for good: the error of a given row and query is a fixed number, as of a
-    sketch.)
+    as damping is. (One rotation is drawn, for good: the error of a given row and query is fixed, as a sketch's is.)
 
     The rotation is worth its time: rows of a network of digits, sketched to 2,048 numbers by the sparse sketch, err by
-    .010, .13 and .57 of their squares in 4, 2 and 1 bits as these say of a normal; without it by .104, .41 and 1.38.
+    .010, .13 and .57 of their squares in 4, 2 and 1 bits, as normal rows do, and by .104, .41 and 1.38 without it.
 
     A row of zeros has scale 0, and so has one of entries below 10⁻³⁵.
 
