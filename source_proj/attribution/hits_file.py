@@ -141,7 +141,7 @@ def write_hits_parquet(
     count, k = scores.shape
     facts = {**{name: facts[name] for name in ("unit", "sign", "higher_is_better")}, "k": k, "block": block}
     parts = (
-        (start, *(np.asarray(array[start : start + block]) for array in (indices, scores)))
+        (start, np.asarray(indices[start : start + block]), np.asarray(scores[start : start + block]))
         for start in range(0, count, block)
     )
     told = {_FACTS: json.dumps(facts).encode()}
