@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -167,9 +167,8 @@ class _Run:
 
     def score(self, source: Source, answers: tuple[Answer, ...]) -> tuple[Scores, PartScores]:
         queries = [answer.query for answer in answers]
-        features = source.sketch(Subset(self.digits.test_set, queries))
-        named = [replace(queried, ids=queries) for queried in features]
-        return source.score(named), source.by_segment(named)
+        features = source.sketch(Subset(self.digits.test_set, queries), ids=queries)
+        return source.score(features), source.by_segment(features)
 
     def check(self, scores: Scores, answer: Answer, pairs: int, remove: int) -> tuple[Removal, ...]:
         """Leave out the most helpful, the most harmful, and randomly drawn examples of the first answer."""
