@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from source_proj._io.progress import Progress
 from source_proj.attribution.attributor import Attributor, Term
 from source_proj.attribution.curvature import Curvature, count_factors, iter_factors
+from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.operands import encoded_gradients
-from source_proj.attribution.queries import QueryFeatures
 from source_proj.bank import Bank, StageBank
 from source_proj.task import Task
 
