@@ -55,9 +55,10 @@ def application(explorer: Explorer) -> App:
     """
     with extra("explore"):
         from starlette.applications import Starlette
+        from starlette.requests import Request
         from starlette.routing import Route
 
-    answers = {
+    answers: dict[str, Callable[[Request], Any]] = {
         "/api/facts": lambda _: explorer.facts(),
         "/api/cleaned": partial(_cleaned, explorer),
         "/api/tokens/{query:int}/{place:int}": partial(_tokens, explorer),
