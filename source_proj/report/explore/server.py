@@ -55,6 +55,7 @@ def application(explorer: Explorer) -> App:
     """
     with extra("explore"):
         from starlette.applications import Starlette
+        from starlette.requests import Request
         from starlette.routing import Route
 
     answers: dict[str, Callable[[Request], Any]] = {
