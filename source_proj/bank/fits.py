@@ -24,7 +24,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from source_proj._errors import BankError
-from source_proj._io.files import CREATING, publish, write_file
+from source_proj._io.files import CREATING, PARTIAL, publish, write_file
 from source_proj.bank.layout import group_document
 
 __all__ = ["Arrays", "FitCache"]
@@ -107,7 +107,7 @@ class FitCache:
     def leftovers(self) -> list[Path]:
         """Folders of fits of other content of the bank, and of fits that were never finished."""
         return [
-            path for path in self._entries() if path.name.endswith(CREATING) or self._belongs_elsewhere(path)
+            path for path in self._entries() if path.name.endswith((CREATING, PARTIAL)) or self._belongs_elsewhere(path)
         ]  # fmt: skip
 
     def problems(self) -> Iterator[str]:
@@ -137,7 +137,7 @@ class FitCache:
         folder = self.folder
         _make_group(folder)
         for path in self._entries():
-            if path.name.endswith(CREATING) and time.time() - _last_change(path) > _ABANDONED:
+            if path.name.endswith((CREATING, PARTIAL)) and time.time() - _last_change(path) > _ABANDONED:
                 _remove(path)
         publish(folder / name, lambda temporary: _fill(temporary, description, arrays))
 

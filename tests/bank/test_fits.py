@@ -242,7 +242,7 @@ def test_a_fit_that_cannot_be_kept_costs_a_warning(bank, monkeypatch):
 def test_whatever_stands_where_a_fit_was(bank, place, odd):
     """Nothing waits, nothing fills the memory: the fit is made again, and the next one is read."""
     right = scores(bank)
-    (entry, *_) = entries(bank, "source")
+    (entry, *_) = entries(bank, "spectrum")
     array = next(path.parent for path in entry.rglob("zarr.json") if path.parent != entry)
     file = {"fits": bank.path / "fits/zarr.json", "entry": entry / "zarr.json", "array": array / "zarr.json"}
     path = file.get(place) or chunks(entry)[0]
@@ -257,6 +257,18 @@ def test_whatever_stands_where_a_fit_was(bank, place, odd):
         os.truncate(path, 100 << 20)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        shutil.rmtree(entries(bank, "spectrum")[0])  # so that one is made anew, and the folder of the fits is written
+        shutil.rmtree(entries(bank, "crossing")[0])  # so that one is made anew, and the folder of the fits is written
         np.testing.assert_array_equal(scores(bank), right)
     assert verify(bank.path).ok
+
+
+def test_the_rest_of_a_killed_writer_is_no_fit(bank):
+    right = scores(bank)
+    rest = bank.path / "fits" / "zarr.json.0123.partial"
+    rest.write_bytes(b"{")
+    report = verify(bank.path)
+    assert report.ok
+    assert report.leftovers == [rest]
+    np.testing.assert_array_equal(scores(bank), right)
+    sp.open(bank.path).finalize()
+    assert not rest.exists()

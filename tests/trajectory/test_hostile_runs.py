@@ -128,3 +128,14 @@ def test_other_things_in_the_place_of_moments(tmp_path, state):
     checkpoint = Checkpoint(model.state_dict(), 1, 0.1, tmp_path / "optimizer.pt")
     with pytest.raises(MismatchError, match=r"Checkpoint.*optimizer.pt"):
         list(moments(checkpoint, Adam(), model))
+
+
+def test_what_a_kill_left_goes_when_a_whole_run_is_restored(tmp_path):
+    recorded(tmp_path).close()
+    left = [tmp_path / "optimizer_00000001.pt", tmp_path / "step_00000007.pt", tmp_path / "x.0123.partial"]
+    for file in left:
+        file.write_bytes(b"half")
+    (tmp_path / "step_00000009.pt").mkdir()  # somebody's own
+    before = sorted(file.name for file in tmp_path.iterdir() if file not in left)
+    assert Recorder(*linear(), tmp_path, every=1).restore() == 2
+    assert sorted(file.name for file in tmp_path.iterdir()) == before

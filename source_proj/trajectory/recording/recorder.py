@@ -210,6 +210,7 @@ class Recorder:
             self._load(run)
         elif self._companion is not None:
             self._companion.restart(None)
+        remove_unnamed(self.dir, run)  # what a kill left, where there is no checkpoint to come
         self._seen, self._call = [], None
         self._progress = Progress(run, [], seen)
         self._watch.begin()

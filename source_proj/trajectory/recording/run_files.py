@@ -273,7 +273,7 @@ def remove_unnamed(directory: Path, run: RecordedRun) -> None:
     names |= {capture_name(c.step) for c in run.checkpoints if c.ends_segment}
     partial = (file for file in walk(directory) if file.name.endswith(PARTIAL))
     for file in [*_recorded_files(directory), *partial]:
-        if file.name not in names:
+        if file.name not in names and not (file.is_dir() and not file.is_symlink()):  # a folder is none of ours
             file.unlink(missing_ok=True)
 
 
