@@ -160,7 +160,8 @@ class Source(Attributor):
         held = all(self._of(bank).nbytes() <= self._limit for bank in self.banks)
         where = "held in memory" if held else "read from the bank each time"
         kept = sum(bank.fits.nbytes() for bank in self.banks)
-        return f"Source({self.n_rows} training examples{runs}; {self.nbytes()} bytes of rows, {where}; {kept} of fits)"
+        sizes = f"{self.nbytes()} bytes of rows, {where}; {kept} bytes of fits on disk"
+        return f"Source({self.n_rows} training examples{runs}; {sizes})"
 
     def _repr_html_(self) -> str:
         at = "mean over checkpoints" if takes_mean(self.banks[0], self.query_gradient) else "final weights"
