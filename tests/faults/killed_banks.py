@@ -36,10 +36,18 @@ LONGEST = 0.7  # of the time of a whole build, before a kill
 Report = dict[str, object]
 
 
-def require_whole(path: Path, whole: Path, *, finalize: bool = True) -> None:
-    """Hold a bank to one that was built at a stretch, and to `verify`; nothing may be left behind."""
-    if finalize:
-        banks.open(path).finalize()  # removes what killed writers left
+def require_whole(path: Path, whole: Path, *, sealed: bool = False) -> None:
+    """Hold a bank to one that was built at a stretch, and to `verify`; nothing may be left behind.
+
+    Args:
+        path: the bank.
+        whole: the other one.
+        sealed: whether its writers must have finished it by themselves. One that was killed when the bank was whole
+            already may leave temporary files all the same.
+    """
+    if sealed and not banks.open(path).finalized:
+        raise SystemExit(f"{path} was left unfinished")
+    banks.open(path).finalize()  # removes what killed writers left
     assert_same(path, whole)
     report = banks.verify(path)
     if report.problems or report.leftovers:
@@ -119,7 +127,7 @@ def taken_over(run: Run, folder: Path, kills: int, seed: int) -> Report:
         killed += killed_after(workers.pop(draw.randrange(count)), draw.uniform(0, LONGEST * duration))
         for worker in workers:
             finished(worker)
-        require_whole(path, folder / "whole", finalize=False)
+        require_whole(path, folder / "whole", sealed=True)
         shutil.rmtree(path)
         made += 1
     return {"kills": killed, "banks": made}
