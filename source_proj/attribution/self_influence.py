@@ -31,7 +31,7 @@ class SelfInfluence(np.lib.mixins.NDArrayOperatorsMixin):
 
     Example:
         >>> influence = SelfInfluence(np.array([0.1, 0.5], dtype=np.float32), ["a", "b"])
-        >>> influence.top_k(1), influence.max() == 0.5, (influence > 0.2).tolist()
+        >>> influence.top_k(1), bool(influence.max() == 0.5), (influence > 0.2).tolist()
         ([Hit(id='b', score=0.5)], True, [False, True])
     """
 

@@ -175,6 +175,11 @@ class SinkByParameter(GradientSink):
         super().__init__(torch.zeros(len(space.names), size, sketch.dim, device=device), sketch, space)
         self._at = {name: n for n, name in enumerate(space.names)}
 
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """As `GradientSink.holding`; nothing is held back, as rows of different parameters don't add up here."""
+        yield
+
     def _rows(self, name: str, start: int, count: int) -> Tensor:
         return self._out[self._at[name], start : start + count]
 

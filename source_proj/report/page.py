@@ -59,6 +59,7 @@ def make_page(
         ImportError: without Pillow (extra ``demo``).
 
     Example:
+        >>> import numpy as np
         >>> scores = Scores(np.array([[0.5, -0.25]]), ["q"], ["a", "b"], unit="logit margin")
         >>> page = make_page("Why?", scores, [("good film", 1), ("bad film", 0)], [("fine film", 1)])
         >>> [hit.example.text for hit in page.sections[0].harmful]

@@ -131,7 +131,9 @@ def test_parts_by_token_need_a_model_and_a_language(tmp_path):
     with pytest.raises(ValueError, match="pass model= when constructing"):
         sp.Source(bank).by_token(data, data)
     for stage in (1, 7, -1, "pretrain"):
-        with pytest.raises(ValueError, match=r"stage must be one of the bank's stages \['train'\], got"):
+        with pytest.raises(
+            ValueError, match=r"stage must be one of the bank's stages \['train'\], or an index into them, got"
+        ):
             sp.Source(bank, model=model).by_token(data, data, stage=stage)
 
 

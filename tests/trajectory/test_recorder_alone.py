@@ -1,6 +1,7 @@
 """One recorder at a time in a directory, schedulers that are late, and records that lie."""
 
 import gc
+import hashlib
 import json
 import subprocess
 import sys
@@ -132,8 +133,10 @@ def test_records_that_lie_are_refused_by_name(tmp_path, change, named):
     recorded(tmp_path)
     path = tmp_path / "trajectory.json"
     content = json.loads(path.read_text())
+    del content["digest"]
     change(content)
-    path.write_text(json.dumps(content))
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**content, "digest": digest}))  # of one who lies on purpose
     with pytest.raises(MismatchError, match=named):
         Trajectory.from_recorder(tmp_path)
     with pytest.raises(MismatchError, match=named):
