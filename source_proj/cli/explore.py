@@ -22,6 +22,7 @@ from source_proj.cli.output import reports_errors, say
 from source_proj.cli.score import (
     AverageOption,
     CurvatureOption,
+    DampingFactorOption,
     DampingOption,
     Data,
     Dataset,
@@ -30,6 +31,7 @@ from source_proj.cli.score import (
     Picture,
     Queries,
     QueryGradientOption,
+    RankOption,
     RidgeOption,
     SegmentsOption,
     Target,
@@ -67,6 +69,8 @@ def explore(
     average: AverageOption = False,
     query_gradient: QueryGradientOption = None,
     ridge: RidgeOption = None,
+    rank: RankOption = None,
+    damping_factor: DampingFactorOption = None,
     task: TaskName = None,
     static: Annotated[
         Path | None,

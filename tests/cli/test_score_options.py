@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import typer
 import zarr
 from command_line import ASK
 from typer.testing import CliRunner
@@ -118,3 +119,18 @@ def test_ids_of_strangers_reach_terminal_and_sheet_as_text(home, monkeypatch, tm
     with (tmp_path / "s.csv").open(newline="") as file:
         header = next(csv.reader(file))
     assert header[1:3] == ["'=cmd|0", "'\\x1b[2J1"]
+
+
+def test_every_command_that_asks_offers_every_option():
+    """`ask` reads them all: one that a command lacks would end it."""
+    for name in ("score", "top-k", "explore"):
+        offered = {option.name for option in typer.main.get_command(app).commands[name].params}
+        assert set(OPTIONS) <= offered
+
+
+def test_a_page_is_written_by_the_method_and_options_asked_for(call, tmp_path):
+    pytest.importorskip("starlette", reason="the page is served by the explore extra")
+    given = ["--method", "datainf", "--damping-factor", "0.2", "--static", tmp_path / "page"]
+    assert "index.html" in call("explore", "bank", *ASK, *given)
+    assert (tmp_path / "page" / "index.html").is_file()
+    assert "exists" in call("explore", "bank", *ASK, *given, code=2)
