@@ -1,6 +1,7 @@
 """What the commands of ``curate`` share: who is asked, what columns say, and where a cleaning goes."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from source_proj.cli.parsing import make_task, needed
 from source_proj.cli.text import ask_about
 from source_proj.integrations.text_rows import text_rows
 
-__all__ = ["Delivery", "aggregate", "asked", "column"]
+__all__ = ["Delivery", "aggregate", "asked", "column", "delivery"]
 
 
 @dataclass(frozen=True)
@@ -28,19 +29,6 @@ class Delivery:
     annotated: bool
     overwrite: bool
     json: bool
-
-    def check(self) -> None:
-        """Refuse what cannot be written before any work is done.
-
-        Raises:
-            ValueError: one of ``--file`` and ``--out`` is missing.
-            FileExistsError: something is there that may not be overwritten.
-        """
-        if self.out is not None and self.file is None:
-            raise ValueError("--out needs --file FILE, the training set that is written without the dropped examples")
-        for path in (self.out, self.list):
-            if path is not None and not path.is_dir():
-                require_free(path, overwrite=self.overwrite)
 
     def give(self, cleaning: curate.Cleaning) -> None:
         """Write what was asked for, and print the rest."""
@@ -74,25 +62,34 @@ class Delivery:
                 say(f"wrote {path}")
 
 
-def asked(
-    banks: list[str],
-    model: str | None,
-    queries: str | None,
-    dataset: Path | None,
-    task: str | None,
-    batch_size: int,
-    device: str | None,
-    progress: bool,
-) -> tuple[Source, Any]:
-    """SOURCE on the banks, and the queries that the options name."""
-    network, data, _ = ask_about(banks[0], model, queries, dataset, False)
+def delivery(options: Mapping[str, Any]) -> Delivery:
+    """Where a command's options say that its cleaning goes; refuses what cannot be written before any work is done.
+
+    Raises:
+        ValueError: one of ``--file`` and ``--out`` is missing.
+        FileExistsError: something is there that may not be overwritten.
+    """
+    chosen: dict[str, Any] = {field.name: options.get(field.name) for field in fields(Delivery)}  # clean has no --list
+    goal = Delivery(**chosen)
+    if goal.out is not None and goal.file is None:
+        raise ValueError("--out needs --file FILE, the training set that is written without the dropped examples")
+    for path in (goal.out, goal.list):
+        if path is not None and not path.is_dir():
+            require_free(path, overwrite=goal.overwrite)
+    return goal
+
+
+def asked(options: Mapping[str, Any]) -> tuple[Source, Any]:
+    """SOURCE on the banks, and the queries that a command's options name."""
+    banks, task = options["bank"], options["task"]
+    network, data, _ = ask_about(banks[0], options["model"], options["queries"], options["dataset"], False)
     source = Source(
         [open_bank(path) for path in banks],
         model=network,
         task=None if task is None else make_task(task),
-        batch_size=batch_size,
-        device=device,
-        progress=progress,
+        batch_size=options["batch_size"],
+        device=options["device"],
+        progress=options["progress"],
     )
     return source, data
 

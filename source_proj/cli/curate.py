@@ -61,6 +61,7 @@ LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Column 
 @app.command("harmful")
 @reports_errors
 def harmful(
+    context: typer.Context,
     bank: BankPaths,
     model: Model = None,
     queries: Queries = None,
@@ -85,9 +86,8 @@ def harmful(
     from source_proj import curate as library
     from source_proj.cli import cleanings
 
-    delivery = cleanings.Delivery(file, out, list, encoding, delimiter, annotated, overwrite, json)
-    delivery.check()
-    source, data = cleanings.asked(bank, model, queries, dataset, task, batch_size, device, progress)
+    delivery = cleanings.delivery(context.params)
+    source, data = cleanings.asked(context.params)
     delivery.give(
         library.harmful(
             cleanings.aggregate(source, data, dataset, group_column, weight_column), false_share=false_share
@@ -98,6 +98,7 @@ def harmful(
 @app.command("drop-worst")
 @reports_errors
 def drop_worst(
+    context: typer.Context,
     bank: BankPaths,
     n: Count,
     model: Model = None,
@@ -123,10 +124,9 @@ def drop_worst(
     from source_proj import curate as library
     from source_proj.cli import cleanings
 
-    delivery = cleanings.Delivery(file, out, list, encoding, delimiter, annotated, overwrite, json)
-    delivery.check()
+    delivery = cleanings.delivery(context.params)
     labels = None if label_column is None else cleanings.column(file, label_column)
-    source, data = cleanings.asked(bank, model, queries, dataset, task, batch_size, device, progress)
+    source, data = cleanings.asked(context.params)
     aggregated = cleanings.aggregate(source, data, dataset, group_column, weight_column)
     delivery.give(library.drop_worst(aggregated, n, labels=labels))
 
@@ -134,6 +134,7 @@ def drop_worst(
 @app.command("select")
 @reports_errors
 def select(
+    context: typer.Context,
     bank: BankPaths,
     n: Count,
     model: Model = None,
@@ -157,16 +158,16 @@ def select(
     from source_proj import curate as library
     from source_proj.cli import cleanings
 
-    delivery = cleanings.Delivery(file, out, list, encoding, delimiter, annotated, overwrite, json)
-    delivery.check()
+    delivery = cleanings.delivery(context.params)
     labels = None if label_column is None else cleanings.column(file, label_column)
-    source, data = cleanings.asked(bank, model, queries, dataset, task, batch_size, device, progress)
+    source, data = cleanings.asked(context.params)
     delivery.give(library.select(source, data, n=n, labels=labels))
 
 
 @app.command("mislabelled")
 @reports_errors
 def mislabelled(
+    context: typer.Context,
     bank: BankPaths,
     label_column: Annotated[str, typer.Option(help="Column of the labels in --file.")] = "label",
     n: Annotated[int | None, typer.Option("-n", min=1, help="How many; default: those far from their class.")] = None,
@@ -187,8 +188,7 @@ def mislabelled(
     from source_proj.bank import open as open_bank
     from source_proj.cli import cleanings
 
-    delivery = cleanings.Delivery(file, out, list, encoding, delimiter, annotated, overwrite, json)
-    delivery.check()
+    delivery = cleanings.delivery(context.params)
     labels = cleanings.column(file, label_column)
     source = Source([open_bank(path) for path in bank], device=device, progress=False)
     delivery.give(library.mislabelled(source, labels, n=n, by=by.value.replace("-", "_")))  # type: ignore[arg-type]
@@ -197,6 +197,7 @@ def mislabelled(
 @app.command("duplicates")
 @reports_errors
 def duplicates(
+    context: typer.Context,
     bank: BankPath,
     threshold: Annotated[float, typer.Option(help="Least cosine of two examples' gradients.")] = 0.98,
     file: File = None,
@@ -213,14 +214,14 @@ def duplicates(
     from source_proj.bank import open as open_bank
     from source_proj.cli import cleanings
 
-    delivery = cleanings.Delivery(file, out, list, encoding, delimiter, annotated, overwrite, json)
-    delivery.check()
+    delivery = cleanings.delivery(context.params)
     delivery.give(library.near_duplicates(open_bank(bank), threshold=threshold))
 
 
 @app.command("clean")
 @reports_errors
 def clean(
+    context: typer.Context,
     cleaning: Annotated[Path, typer.Argument(metavar="JSON", help="What --list wrote.")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The training set.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write it without the dropped examples.")],
@@ -234,8 +235,7 @@ def clean(
     from source_proj import curate as library
     from source_proj.cli import cleanings
 
-    delivery = cleanings.Delivery(file, out, None, encoding, delimiter, annotated, overwrite, json)
-    delivery.check()
+    delivery = cleanings.delivery(context.params)
     delivery.give(library.Cleaning.load(cleaning))
 
 
