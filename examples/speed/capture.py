@@ -17,47 +17,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from build import mlp
+from build import Decoder, mlp
 from torch import Tensor, nn
 
 import source_proj as sp
 from source_proj.bank.capture.sums import SegmentSums
-
-
-class Block(nn.Module):
-    """Attention and MLP of a pre-norm transformer."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Add what each of the two has to say."""
-        size, length, width = x.shape
-        q, k, v = self.qkv(self.norm_1(x)).view(size, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(size, length, width)
-        x = x + self.out(mixed)
-        added: Tensor = self.down(F.gelu(self.up(self.norm_2(x))))
-        return x + added
-
-
-class Decoder(nn.Module):
-    """GPT-2's shape at a smaller width."""
-
-    def __init__(self, width: int = 256, layers: int = 4, words: int = 2048, length: int = 128) -> None:
-        super().__init__()
-        self.words, self.places = nn.Embedding(words, width), nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*(Block(width, 4) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, words, bias=False)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits (B, T, words)."""
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        logits: Tensor = self.head(self.norm(self.blocks(self.words(input_ids) + self.places(places))))
-        return logits
 
 
 def _language(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -75,7 +39,7 @@ def cases(
     """By name: what makes the model, the batch, and its loss."""
     few, many = batch or 8, batch or 64
     return {
-        "decoder": (Decoder, torch.randint(2048, (few, 128)), _language),
+        "decoder": (Decoder, torch.randint(4096, (few, 128)), _language),
         "mlp": (mlp, torch.randn(many, 784), partial(_classes, torch.randint(10, (many,)))),
     }
 

@@ -31,9 +31,8 @@ def importable(module):
     return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("command", "needed", "further"), SCRIPTS, ids=[command for command, *_ in SCRIPTS])
-def test_a_frameworks_numbers_are_those_of_its_files(command, needed, further, tmp_path):
+def printed_by(command, needed, folder):
+    """What a script prints that is run in a folder; skips where a module that it needs is missing."""
     for module in needed:
         if not importable(module):
             pytest.skip(f"{module} cannot be imported")
@@ -41,7 +40,7 @@ def test_a_frameworks_numbers_are_those_of_its_files(command, needed, further, t
     search = os.pathsep.join(filter(None, [str(TRAINERS.parents[1]), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, TRAINERS / script, *options],
-        cwd=tmp_path,
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": search},
         capture_output=True,
         text=True,
@@ -49,32 +48,26 @@ def test_a_frameworks_numbers_are_those_of_its_files(command, needed, further, t
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    printed = re.findall(r"^(.+): .*relative difference (\S+)$", done.stdout, re.MULTILINE)
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "needed", "further"), SCRIPTS, ids=[command for command, *_ in SCRIPTS])
+def test_a_frameworks_numbers_are_those_of_its_files(command, needed, further, tmp_path):
+    printed_lines = printed_by(command, needed, tmp_path)
+    printed = re.findall(r"^(.+): .*relative difference (\S+)$", printed_lines, re.MULTILINE)
     assert {what for what, _ in printed} == COMPARED | further
     assert all(float(difference) <= LARGEST for _, difference in printed)
-    assert re.search(r"^scores of 3 queries against \d+ ", done.stdout, re.MULTILINE)
+    assert re.search(r"^scores of 3 queries against \d+ ", printed_lines, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []  # but for temporary folders, nothing is written
 
 
 @pytest.mark.slow
 def test_progress_of_a_build_and_its_questions_reaches_a_tracker(tmp_path):
-    for module in (*HF, "datasets"):
-        if not importable(module):
-            pytest.skip(f"{module} cannot be imported")
-    search = os.pathsep.join(filter(None, [str(TRAINERS.parents[1]), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, TRAINERS / "tracked_run.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": search},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    told = re.findall(r"^(bank|queries|fit)\b.* (\S+)$", done.stdout, re.MULTILINE)
+    printed_lines = printed_by("tracked_run.py", (*HF, "datasets"), tmp_path)
+    told = re.findall(r"^(bank|queries|fit)\b.* (\S+)$", printed_lines, re.MULTILINE)
     assert {what for what, _ in told} == {"bank", "queries", "fit"}
     assert {what for what, share in told if float(share) == 1} == {"bank", "queries", "fit"}
     assert all(0 < float(share) <= 1 for _, share in told)
-    assert re.search(r"^strongest score \S+$", done.stdout, re.MULTILINE)
+    assert re.search(r"^strongest score \S+$", printed_lines, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
