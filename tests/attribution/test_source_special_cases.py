@@ -112,15 +112,13 @@ def test_more_segments_converge_to_unrolling_moving_gradients(tmp_path):
     final = sp.Checkpoint({"weight": w.T.float()}, steps, lr=lr)
     qx, qy = (t.double() for t in queries.tensors)
     unrolled = ((2 * (qx @ w - qy) * qx) @ moved.T).numpy()
+    checkpoints = [sp.Checkpoint(state, i + 1, lr=lr) for i, state in enumerate(states)]
+    course = sp.Trajectory.from_stages([sp.Stage("train", checkpoints, sp.SGD(), final=final)])
+    problem = Problem(model, sp.Regression("squared"), course, TensorDataset(x, y), queries)
+    bank = problem.build(tmp_path / "bank")
     gaps = []
     for segments in (1, 4, 16, 64):
-        checkpoints = [sp.Checkpoint(state, i + 1, lr=lr) for i, state in enumerate(states)]
-        stage = sp.Stage("train", checkpoints, sp.SGD(), segments=segments, final=final)
-        problem = Problem(
-            model, sp.Regression("squared"), sp.Trajectory.from_stages([stage]), TensorDataset(x, y), queries
-        )
-        bank = problem.build(tmp_path / f"bank{segments}")
-        scores = source(problem, bank, curvature="gauss_newton", damping=None, cache=False).score(queries)
-        gaps.append(np.abs(np.asarray(scores) - unrolled).max() / np.abs(unrolled).max())
+        cut = source(problem, bank, segments=segments, curvature="gauss_newton", damping=None, cache=False)
+        gaps.append(np.abs(np.asarray(cut.score(queries)) - unrolled).max() / np.abs(unrolled).max())
     assert gaps[0] > gaps[1] > gaps[2]
     assert gaps[3] < gaps[0] / 10  # what is left is O(η): continuous time against steps

@@ -13,6 +13,7 @@ from bank_runs import N, make_run
 
 from source_proj import bank as banks
 from source_proj._errors import BankError
+from source_proj.bank.store.local import LocalStore
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +85,14 @@ def test_a_link_in_a_bank_is_refused(bank, tmp_path, name):
 
 
 def test_what_cannot_be_read_is_not_called_altered(bank, monkeypatch):
-    real, closed = Path.read_bytes, bank / "stage_0/part_0/checkpoint_1/d1/c.2"
+    real, closed = LocalStore.get, bank / "stage_0/part_0/checkpoint_1/d1/c.2"
 
-    def refusing(self):
-        if self == closed:
-            raise PermissionError(13, "Permission denied", str(self))
-        return real(self)
+    def refusing(self, key):
+        if self.location(key) == str(closed):
+            raise PermissionError(13, "Permission denied", str(closed))
+        return real(self, key)
 
-    monkeypatch.setattr(Path, "read_bytes", refusing)
+    monkeypatch.setattr(LocalStore, "get", refusing)
     (problem,) = banks.verify(bank).problems
     assert str(closed) in problem
     assert "cannot be read" in problem

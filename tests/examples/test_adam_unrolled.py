@@ -23,8 +23,9 @@ def example(unrolled):
 
 
 @pytest.mark.parametrize("segments", [1, 2, 4])
-def test_frozen_segments_agree_as_steps_shrink(unrolled, example, segments):
+def test_frozen_segments_agree_as_steps_shrink(unrolled, example, segments, monkeypatch):
     """With P and gradients held at segment means the scheme is of first order: half the steps, half the distance."""
+    monkeypatch.setattr(unrolled, "CHECKPOINTS", 8)
     scores = unrolled.source_scores(example, segments)
     gaps = [unrolled.distance(unrolled.frozen(example, segments, unrolled.LR / f), scores) for f in (4, 8, 16)]
     # The next term of the error is smaller by the step's size, so that a quarter of a half is ample.
@@ -32,7 +33,8 @@ def test_frozen_segments_agree_as_steps_shrink(unrolled, example, segments):
     assert gaps[2] / gaps[1] == pytest.approx(0.5, abs=0.125)
 
 
-def test_moving_gradients_are_approached_with_the_number_of_segments(unrolled, example):
+def test_moving_gradients_are_approached_with_the_number_of_segments(unrolled, example, monkeypatch):
+    monkeypatch.setattr(unrolled, "CHECKPOINTS", 32)
     exact = unrolled.unrolled(example, moments=False)
     gaps = [unrolled.distance(unrolled.source_scores(example, segments), exact) for segments in (1, 2, 4, 8)]
     assert sorted(gaps, reverse=True) == gaps

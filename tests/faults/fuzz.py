@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from fuzz_subjects import KINDS, Subject
 from mutations import Files, write
+from tqdm import tqdm
 
 import source_proj as sp
 from source_proj._io.files import walk
@@ -120,7 +121,7 @@ def fuzz(folder: Path, kind: str, mutants: int, seed: int, seconds: float) -> di
             raise SystemExit(f"{kind}, unmutated: {kept[-1][2]['wrong']}")
     counts = Counter(right=0, refused=0, wrong=0)
     start = time.monotonic()
-    for number in range(mutants):
+    for number in tqdm(range(mutants), kind, mininterval=10, unit=" mutants", disable=None):
         if time.monotonic() - start > seconds:
             break
         draw = random.Random(f"{seed}-{number}")
@@ -145,16 +146,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kind", choices=[*KINDS, "all"], default="all")
-    parser.add_argument("--mutants", type=int, default=2000, help="of each kind")
+    parser.add_argument("--mutants", type=int, default=2000, help="in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="for each kind")
     args = parser.parse_args()
     folder = args.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    report = {
-        kind: fuzz(folder, kind, args.mutants, args.seed, args.seconds)
-        for kind in (KINDS if args.kind == "all" else [args.kind])
-    }
+    kinds = list(KINDS) if args.kind == "all" else [args.kind]
+    each = -(-args.mutants // len(kinds))
+    report = {kind: fuzz(folder, kind, each, args.seed, args.seconds) for kind in kinds}
     print(json.dumps(report))
     raise SystemExit(any(counts["wrong"] for counts in report.values()))
 

@@ -32,24 +32,25 @@ class LocalStore(Store):
         return f"LocalStore({str(self.root)!r})"
 
     def get(self, key: str) -> bytes:  # noqa: D102
-        return self._path(key).read_bytes()
+        with open(self._file(key), "rb") as file:
+            return file.read()
 
     def put(self, contents: Mapping[str, bytes]) -> None:  # noqa: D102
         self._in_folders(write_files, contents)
 
     def put_if_absent(self, contents: Mapping[str, bytes]) -> set[str]:  # noqa: D102
-        there = {key for key in contents if os.path.lexists(self._path(key))}  # saves the writing
+        there = {key for key in contents if os.path.lexists(self._file(key))}  # saves the writing
         absent = {key: content for key, content in contents.items() if key not in there}
         return there | {self._key(path) for path in self._in_folders(write_new_files, absent)}
 
     def copy(self, sources: Mapping[str, str]) -> None:  # noqa: D102
-        self._in_folders(copy_files, {key: self._path(source) for key, source in sources.items()})
+        self._in_folders(copy_files, {key: Path(self._file(source)) for key, source in sources.items()})
 
     def keys(self, prefix: str = "") -> Iterable[str]:  # noqa: D102
-        return self._walk(self._path(prefix) if prefix else self.root)
+        return self._walk(prefix)
 
     def delete(self, key: str) -> None:  # noqa: D102
-        path = self._path(key)
+        path = Path(self._file(key))
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
         for folder in path.parents[: len(key.split("/")) - 1]:
@@ -60,7 +61,7 @@ class LocalStore(Store):
 
     def stat(self, key: str) -> ObjectInfo | None:  # noqa: D102
         try:
-            status = os.stat(self._path(key))
+            status = os.stat(self._file(key))
         except (FileNotFoundError, NotADirectoryError):
             return None
         if not stat.S_ISREG(status.st_mode):
@@ -68,22 +69,22 @@ class LocalStore(Store):
         return ObjectInfo(status.st_size, f"{status.st_ino}-{status.st_mtime_ns}-{status.st_ctime_ns}-{status.st_size}")
 
     def location(self, key: str = "") -> str:  # noqa: D102
-        return str(self.root / key)
+        return f"{self.root}{os.sep}{key}" if key else str(self.root)
 
     @property
     def folder(self) -> Path:  # noqa: D102
         return self.root
 
-    def _path(self, key: str) -> Path:
-        """The file of a key.
+    def _file(self, key: str) -> str:
+        """The file of a key, by strings: a bank asks for thousands, and path objects would take most of the time.
 
         Raises:
             BankError: the way there leads over a link.
         """
-        path = self.root
+        path = str(self.root)
         for part in checked_key(key).split("/"):
-            path = path / part
-            if path.is_symlink():
+            path = f"{path}{os.sep}{part}"
+            if os.path.islink(path):
                 raise _link(path)
         return path
 
@@ -92,7 +93,7 @@ class LocalStore(Store):
 
     def _in_folders(self, write: Callable[[Mapping[Path, _T]], _R], contents: Mapping[str, _T]) -> _R:
         """Write files, their folders being made where they are missing."""
-        paths = {self._path(key): content for key, content in contents.items()}
+        paths = {Path(self._file(key)): content for key, content in contents.items()}
         for tries_left in reversed(range(_TRIES)):
             try:
                 make_folders({path.parent for path in paths})
@@ -102,19 +103,20 @@ class LocalStore(Store):
                     raise
         raise AssertionError("unreachable")
 
-    def _walk(self, folder: Path) -> Iterator[str]:
+    def _walk(self, prefix: str) -> Iterator[str]:
         try:
-            entries = list(os.scandir(folder))
+            entries = list(os.scandir(self._file(prefix) if prefix else self.root))
         except (FileNotFoundError, NotADirectoryError):
             return
         for entry in entries:
             if entry.is_symlink():
-                raise _link(Path(entry.path))
+                raise _link(entry.path)
+            key = f"{prefix}/{entry.name}" if prefix else entry.name
             if entry.is_dir():
-                yield from self._walk(Path(entry.path))
+                yield from self._walk(key)
             else:
-                yield self._key(Path(entry.path))
+                yield key
 
 
-def _link(path: Path) -> BankError:
+def _link(path: str) -> BankError:
     return BankError(f"{path} is a link, and a bank must not hold any: put there what it leads to, or remove it")
