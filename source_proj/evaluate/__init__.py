@@ -17,6 +17,7 @@ from source_proj.evaluate.removal import (
 )
 from source_proj.evaluate.retrain import StackedState, half_subsets, retrain, stacked_outputs, train_stacked
 from source_proj.evaluate.tables import table
+from source_proj.evaluate.unrolling import ExactUnrolling
 
 __all__ = [
     "LDS",
@@ -24,6 +25,7 @@ __all__ = [
     "Candidate",
     "Comparison",
     "Difference",
+    "ExactUnrolling",
     "GroundTruth",
     "LeaveOneOut",
     "MethodResult",

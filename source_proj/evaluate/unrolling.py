@@ -1,0 +1,371 @@
+"""The derivative of a whole training run by the weight of each example: what SOURCE approximates, step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import Subset
+
+from source_proj._errors import GradientError, MismatchError
+from source_proj._io.progress import Progress, progress_bar
+from source_proj.attribution.hits import Hits
+from source_proj.attribution.queries import checked_query_ids, query_source
+from source_proj.attribution.scores import Scores
+from source_proj.bank.build.columns import examples_of
+from source_proj.bank.build.data import BatchSource, to_device
+from source_proj.gradients import private_copy
+from source_proj.task import Batch, Task
+
+__all__ = ["ExactUnrolling"]
+
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+_COUNTERS = {"step": 0.0, "mu_product": 1.0}
+"""Parts of optimizers' states that do not depend on gradients, with what they begin with."""
+
+
+class _State(NamedTuple):
+    """What a step begins with: parameters, and the optimizer's moments of each."""
+
+    parameters: list[Tensor]
+    moments: list[dict[str, Any]]
+
+
+class ExactUnrolling:
+    r"""Scores by reverse-mode differentiation through every step of a small training run.
+
+    Each step sees the gradient :math:`\frac1B \sum_{z \in B} w_z \nabla ℓ_z(θ_t)`; the score of z for query q is
+    :math:`\partial m_q(θ_T) / \partial w_z` at w = 1, moments of the optimizer included. That is SGD-influence (Hara et
+    al. 2019) for any optimizer of torch that can be differentiated, and the metagradient of Engstrom et al. (2025). It
+    judges approximations on runs small enough to be replayed: a set of queries costs some three times the run, and one
+    more backward pass a query and step; states are kept at every √T-th of T steps and made again between them.
+
+    The model runs in evaluation mode, as for a bank: without dropout, and normalised by the statistics that it has.
+
+    Args:
+        model: with the weights that training began with; a private copy runs. Use ``.double()`` for a reference.
+        task: what was minimised, and what is asked.
+        train_set: a map-style data set of N examples, a frame, or a ``datasets.Dataset``.
+        batches: the places of each step's examples in the training set, one sequence a step.
+        optimizer: function of the parameters to their optimizer, such as ``lambda p: torch.optim.AdamW(p, lr=1e-3)``.
+        lr: learning rate of each step, for all parameter groups; default: the optimizer's own.
+        ids: ids of the training examples; default 0, 1, 2, …
+        progress: show a progress bar after two seconds; False for none, or a function of (description, done, total).
+
+    Raises:
+        MismatchError: places that the training set lacks, or as many learning rates as there are no steps.
+        ValueError: no steps, an empty step, an optimizer that cannot be differentiated, or a task whose normalizer is
+            not told.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> import source_proj as sp
+        >>> _ = torch.manual_seed(0)
+        >>> data = TensorDataset(torch.randn(8, 2), torch.randn(8, 1))
+        >>> steps = [[0, 1, 2, 3], [4, 5, 6, 7]] * 3
+        >>> run = sp.evaluate.ExactUnrolling(
+        ...     nn.Linear(2, 1), sp.Regression("squared"), data, steps, lambda p: torch.optim.SGD(p, lr=0.1)
+        ... )
+        >>> run.score(data).shape
+        (8, 8)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        train_set: Any,
+        batches: Sequence[Sequence[int] | np.ndarray],
+        optimizer: OptimizerFactory,
+        *,
+        lr: Sequence[float] | None = None,
+        ids: Sequence[Any] | None = None,
+        progress: Progress = True,
+    ) -> None:
+        self._model = private_copy(model).eval()
+        self._task, self._data, self._progress = task, examples_of(train_set), progress
+        self.ids = list(range(len(self._data))) if ids is None else list(ids)
+        self._batches = [[int(place) for place in places] for places in batches]
+        _check_steps(self._batches, len(self._data), None if lr is None else len(lr), len(self.ids))
+        if task.needs_normalizer:
+            raise ValueError(f"the task {task.name!r} divides a batch's loss by a sum: give task.normalized([…])")
+        self._names = [name for name, p in self._model.named_parameters() if p.requires_grad]
+        self._start = [p.detach().clone() for p in self._model.parameters() if p.requires_grad]
+        self._stepper = _Stepper(optimizer, self._start, lr)
+        self._every = max(1, math.isqrt(len(self._batches)))
+        self._kept: dict[int, _State] = {}
+
+    def __repr__(self) -> str:
+        return f"ExactUnrolling({len(self._batches)} steps, {len(self.ids)} training examples)"
+
+    def final_weights(self) -> dict[str, Tensor]:
+        """The weights that training ends with, to compare with those of the run itself."""
+        steps = len(self._batches)
+        if steps not in self._kept:
+            state = self._stepper.begin(self._start)
+            with progress_bar(self._progress, "training again", steps, "steps") as bar:
+                for t in range(steps):
+                    if t % self._every == 0:
+                        self._kept[t] = state
+                    state = self._step(t, state)
+                    bar.update(1)
+            self._kept[steps] = state
+        return dict(zip(self._names, self._kept[steps].parameters, strict=True))
+
+    def score(self, queries: Any, *, ids: Sequence[Any] | None = None, batch_size: int = 64) -> Scores:
+        """Exact scores of queries against all training examples, ``(Q, N)``.
+
+        Args:
+            queries: map-style data set, DataLoader or frame.
+            ids: ids of the queries; default 0, 1, 2, …
+            batch_size: queries that go through the run together.
+
+        Raises:
+            GradientError: the run or its derivative is not finite.
+        """
+        final = list(self.final_weights().values())
+        source = query_source(queries, batch_size)
+        values = np.concatenate(
+            [self._backward(self._measured(final, batch)) for _, _, batch in source.load([(0, source.n)])]
+        )
+        if not np.isfinite(values).all():
+            raise GradientError("the derivative of the run is not finite: look at the learning rate, or use .double()")
+        return Scores(
+            values, checked_query_ids(queries, ids, source.n), self.ids, unit=self._task.unit,
+            higher_is_better=self._task.higher_is_better,
+        )  # fmt: skip
+
+    def top_k(self, queries: Any, k: int) -> Hits:
+        """The k examples of each query whose inclusion raised its measurement most."""
+        return self.score(queries).top_k(k)
+
+    def bottom_k(self, queries: Any, k: int) -> Hits:
+        """The k examples of each query whose inclusion lowered its measurement most."""
+        return self.score(queries).bottom_k(k)
+
+    def helpful(self, queries: Any, k: int) -> Hits:
+        """The k examples that improved each query most, in the task's own sense."""
+        return self.score(queries).helpful(k)
+
+    def harmful(self, queries: Any, k: int) -> Hits:
+        """The k examples that worsened each query most, in the task's own sense."""
+        return self.score(queries).harmful(k)
+
+    def _measured(self, final: list[Tensor], batch: Batch) -> list[Tensor]:
+        """Gradient of each query's measurement by the final weights, ``(B, *shape)`` for each parameter."""
+        task = self._task
+        batch = to_device(batch, final[0].device)
+        leaves = [p.clone().requires_grad_() for p in final]
+
+        def model(*inputs: Any, **named: Any) -> Any:
+            return functional_call(self._model, dict(zip(self._names, leaves, strict=True)), inputs, named)
+
+        if task.asks_for_answers(batch):
+            batch, task = task.answered(batch, task.answers(model, batch).values), task.by_target()
+        with _twice_differentiable():
+            values = task.measurement(model, batch)
+            identity = torch.eye(len(values), dtype=values.dtype, device=values.device)
+            return _derivatives([values], leaves, [identity])
+
+    def _backward(self, adjoint: list[Tensor]) -> np.ndarray:
+        """Carry queries' gradients ``(B, *shape)`` back through the run: by examples' weights, ``(B, N)``."""
+        count, steps = len(adjoint[0]), len(self._batches)
+        scores = torch.zeros(count, len(self.ids), dtype=torch.float64)
+        moments: list[dict[str, Tensor]] = [{} for _ in adjoint]
+        with progress_bar(self._progress, "back through the run", steps, "steps") as bar:
+            for t, state in self._states_backwards():
+                adjoint, moments, weights = self._pulled_back(t, state, adjoint, moments)
+                scores.index_add_(1, torch.tensor(self._batches[t]), weights.double().cpu())
+                bar.update(1)
+        return scores.numpy()
+
+    def _states_backwards(self) -> Iterator[tuple[int, _State]]:
+        """What each step began with, last step first."""
+        steps = len(self._batches)
+        for begin in reversed(range(0, steps, self._every)):
+            states = [self._kept[begin]]
+            for t in range(begin, min(begin + self._every, steps) - 1):
+                states.append(self._step(t, states[-1]))
+            for t in reversed(range(len(states))):
+                yield begin + t, states[t]
+
+    def _step(self, t: int, state: _State) -> _State:
+        leaves = [p.detach().clone().requires_grad_() for p in state.parameters]
+        with _twice_differentiable():
+            gradients = self._gradients(t, leaves, None)
+        with torch.no_grad():
+            return self._stepper.step(t, state, [g.detach() for g in gradients])
+
+    def _gradients(self, t: int, parameters: list[Tensor], weights: Tensor | None) -> list[Tensor]:
+        """The step's mean gradient; a function of parameters and weights where there are weights."""
+        places = self._batches[t]
+        ((_, _, batch),) = BatchSource(Subset(self._data, places), len(places)).load([(0, len(places))])
+        batch = to_device(batch, parameters[0].device)
+
+        def model(*inputs: Any, **named: Any) -> Any:
+            return functional_call(self._model, dict(zip(self._names, parameters, strict=True)), inputs, named)
+
+        output = self._task.output(model, batch)
+        slope = _slope(self._task, output, batch) / len(places)
+        slope = slope.detach() if weights is None else slope * weights
+        found = torch.autograd.grad(output, parameters, slope, create_graph=weights is not None, materialize_grads=True)
+        return list(found)
+
+    def _pulled_back(
+        self, t: int, state: _State, adjoint: list[Tensor], moments: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], list[dict[str, Tensor]], Tensor]:
+        """From the adjoint after a step to the one before it; also the derivative by the weights of its examples."""
+        parameters = [p.detach().clone().requires_grad_() for p in state.parameters]
+        weights = torch.ones(len(self._batches[t]), dtype=parameters[0].dtype, device=parameters[0].device)
+        weights.requires_grad_()
+        with _twice_differentiable():
+            gradients = self._gradients(t, parameters, weights)
+            by_parameters, by_gradients, before = self._stepper.pull_back(
+                t, state, [g.detach() for g in gradients], adjoint, moments
+            )
+            through = _derivatives(gradients, [*parameters, weights], by_gradients)
+        return [a + b for a, b in zip(by_parameters, through[:-1], strict=True)], before, through[-1]
+
+
+class _Stepper:
+    """An optimizer of torch as a function of parameters, gradients and moments."""
+
+    def __init__(self, optimizer: OptimizerFactory, start: list[Tensor], lr: Sequence[float] | None) -> None:
+        self._parameters = [nn.Parameter(p.clone()) for p in start]
+        self._optimizer, self._lr = optimizer(self._parameters), lr
+        if "differentiable" not in self._optimizer.defaults:
+            raise ValueError(
+                f"{type(self._optimizer).__name__} cannot be differentiated: give an optimizer of torch.optim that "
+                "takes differentiable=True, such as SGD, Adam or AdamW"
+            )
+        self._optimizer.defaults["differentiable"] = True
+        place = {id(p): i for i, p in enumerate(self._parameters)}
+        self._groups = []
+        for group in self._optimizer.param_groups:
+            group.update(differentiable=True, foreach=False)
+            group.update({key: False for key in ("fused", "capturable") if key in group})
+            self._groups.append([place[id(p)] for p in group["params"]])
+            if group.get("dampening"):
+                raise ValueError(f"dampening={group['dampening']} is not differentiated by torch: use dampening=0")
+        missing = len(self._parameters) - len({i for group in self._groups for i in group})
+        if missing:
+            raise MismatchError(f"the optimizer lacks {missing} of {len(place)} parameters: freeze them in the model")
+
+    def begin(self, start: list[Tensor]) -> _State:
+        """Parameters, and the moments that the optimizer begins with.
+
+        They are made by a step at which nothing moves, and not by the first one: SGD cuts its buffer off from the first
+        gradient, and Adam counts steps in float32, which would round a double run.
+        """
+        zeros = [torch.zeros_like(p) for p in start]
+        _, found = self.step(0, _State(zeros, [{} for _ in start]), zeros)
+        unknown = {
+            key
+            for parameter, own in zip(start, found, strict=True)
+            for key, value in own.items()
+            if key not in _COUNTERS and (not isinstance(value, Tensor) or value.shape != parameter.shape)
+        }
+        if unknown:
+            raise ValueError(f"{type(self._optimizer).__name__} keeps {sorted(unknown)}, whose derivative is not known")
+        return _State(
+            start, [{k: _first(k, v, p) for k, v in own.items()} for p, own in zip(start, found, strict=True)]
+        )
+
+    def step(self, t: int, state: _State, gradients: list[Tensor]) -> _State:
+        """One step; its results follow from what is given, which is left as it is."""
+        optimizer = self._optimizer
+        parameters = [p.clone() for p in state.parameters]
+        optimizer.state.clear()
+        for p, gradient, moments in zip(parameters, gradients, state.moments, strict=True):
+            p.grad = gradient
+            if moments:
+                optimizer.state[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in moments.items()}
+        for group, places in zip(optimizer.param_groups, self._groups, strict=True):
+            group["params"] = [parameters[i] for i in places]
+            if self._lr is not None:
+                group["lr"] = self._lr[t]
+        optimizer.step()
+        return _State(parameters, [dict(optimizer.state[p]) for p in parameters])
+
+    def pull_back(
+        self, t: int, state: _State, gradients: list[Tensor], adjoint: list[Tensor], moments: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]]:
+        """Adjoints ``(B, *shape)`` of a step's parameters, gradients and moments, from those of its results."""
+        leaves = _State(
+            [p.detach().clone().requires_grad_() for p in state.parameters],
+            [{k: _leaf(k, v) for k, v in own.items()} for own in state.moments],
+        )
+        asked = [g.clone().requires_grad_() for g in gradients]
+        after = self.step(t, leaves, asked)
+        outputs, cotangents = list(after.parameters), list(adjoint)
+        for made, own in zip(after.moments, moments, strict=True):
+            outputs += [made[k] for k in own]
+            cotangents += list(own.values())
+        kept = [[k for k in own if k not in _COUNTERS] for own in leaves.moments]
+        held = [own[k] for own, keys in zip(leaves.moments, kept, strict=True) for k in keys]
+        # Elementwise: 0 · ∞ arises where a second moment is zero, whose root has no slope, and its limit is zero.
+        found = [
+            torch.nan_to_num(d, nan=0.0) for d in _derivatives(outputs, [*leaves.parameters, *asked, *held], cotangents)
+        ]
+        n = len(asked)
+        rest = iter(found[2 * n :])
+        return found[:n], found[n : 2 * n], [{k: next(rest) for k in keys} for keys in kept]
+
+
+def _slope(task: Task, output: Tensor, batch: Batch) -> Tensor:
+    """The loss's derivative by the output, (B,), as a function that can itself be differentiated.
+
+    Raises:
+        ValueError: a task's ℓ' varies with the output, and its ℓ'' is not told.
+    """
+    first, second = task.loss_derivatives(output, batch)
+    if second is not None:
+        return first.detach() + second.detach() * (output - output.detach())
+    moved, _ = task.loss_derivatives(output.detach() + 1, batch)
+    if not first.requires_grad and not torch.equal(moved, first):
+        raise ValueError(f"loss_derivatives of the task {task.name!r} gives an ℓ' that varies, and no ℓ'': return both")
+    return first
+
+
+def _first(key: str, value: Any, parameter: Tensor) -> Any:
+    return torch.tensor(_COUNTERS[key], dtype=parameter.dtype) if key in _COUNTERS else value
+
+
+def _leaf(key: str, value: Any) -> Any:
+    return value if key in _COUNTERS else value.detach().clone().requires_grad_()
+
+
+def _derivatives(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+    """Vector-Jacobian products of B cotangents at once: ``(B, *shape)`` for each input."""
+    connected = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    size = len(cotangents[0])
+    if not connected:
+        return [x.new_zeros(size, *x.shape) for x in inputs]
+    found = torch.autograd.grad(
+        [o for o, _ in connected], inputs, [c for _, c in connected], is_grads_batched=True, allow_unused=True
+    )
+    return [x.new_zeros(size, *x.shape) if d is None else d for d, x in zip(found, inputs, strict=True)]
+
+
+def _twice_differentiable() -> Any:
+    """Fused attention has no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def _check_steps(batches: list[list[int]], n: int, rates: int | None, ids: int) -> None:
+    if not batches or not all(batches):
+        raise ValueError(f"batches must be one non-empty sequence of places a step, got {len(batches)} steps")
+    low, high = min(map(min, batches)), max(map(max, batches))
+    if low < 0 or high >= n:
+        raise MismatchError(f"batches name the places {low}..{high}, but the training set has 0..{n - 1}")
+    if rates is not None and rates != len(batches):
+        raise MismatchError(f"got {rates} learning rates for {len(batches)} steps: give one a step")
+    if ids != n:
+        raise MismatchError(f"got {ids} ids for {n} training examples: give one an example")
