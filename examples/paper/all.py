@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 TASKS = [
     "concrete", "concrete_noise", "concrete_linear", "concrete_linear --optimal", "pima_logistic",
     "pima_logistic --optimal", "mnist", "fashion_mnist", "fashion_mnist_noise", "rotated_mnist", "rotated_digits",
-    "cifar10", "fashion_mnist_adamw", "fashion_mnist_adamw_noise", "rte", "wikitext2",
+    "cifar10", "fashion_mnist_adamw", "fashion_mnist_adamw_noise", "rte", "wikitext2", "shakespeare",
 ]  # fmt: skip
 
 

