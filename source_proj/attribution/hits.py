@@ -238,20 +238,25 @@ def _described(example: Example) -> str:
     return "  ".join(part for part in parts if part)
 
 
-def checked_count(k: Any, n: int) -> int:
-    """Return k, the number of training examples wanted of n, as an int.
+def checked_count(count: Any, most: int, name: str = "k") -> int:
+    """Return how many training examples are wanted, as an int.
+
+    Args:
+        count: what the user gave; integers of NumPy and torch do.
+        most: how many can be had.
+        name: the user's name for it.
 
     Raises:
-        TypeError: it is no integer; NumPy's and torch's are some.
-        ValueError: it lies outside of 1..n.
+        TypeError: it is no integer.
+        ValueError: it lies outside of 1..most.
     """
     try:
-        count = operator.index(k)
+        wanted = operator.index(count)
     except TypeError:
-        raise TypeError(f"k must be an integer, the number of training examples wanted, got {k!r}") from None
-    if isinstance(k, bool) or not 1 <= count <= n:
-        raise ValueError(f"k must lie in 1..{n} (the number of training examples), got {k!r}")
-    return count
+        raise TypeError(f"{name} must be an integer, the number of training examples wanted, got {count!r}") from None
+    if isinstance(count, bool) or not 1 <= wanted <= most:
+        raise ValueError(f"{name} must lie in 1..{most} (training examples that can be taken), got {count!r}")
+    return wanted
 
 
 def make_hits(

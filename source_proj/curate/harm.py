@@ -77,7 +77,7 @@ def drop_worst(aggregated: Aggregate, n: int, *, labels: Labels | None = None) -
         ValueError: n is not in 1..N-1.
         MismatchError: labels are not one for each training example.
     """
-    count = checked_count(n, len(aggregated.train_ids) - 1)
+    count = checked_count(n, len(aggregated.train_ids) - 1, "n")
     benefit, _, _ = _over_groups(aggregated)
     order = np.argsort(benefit, kind="stable")
     chosen = order[:count]

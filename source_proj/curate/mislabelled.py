@@ -77,7 +77,7 @@ def mislabelled(source: Source, labels: Labels, *, n: int | None = None, by: By 
         chosen = np.flatnonzero(suspicion > 0.5) if is_probability else _outliers(suspicion, member)
     chosen = chosen[np.argsort(-suspicion[chosen], kind="stable")]
     if n is not None:
-        chosen = chosen[: checked_count(n, len(ids) - 1)]
+        chosen = chosen[: checked_count(n, len(ids) - 1, "n")]
     values: dict[str, np.ndarray] = {by: suspicion[chosen]}
     if rival is not None:
         values["rival"] = np.array([names[label] for label in rival[chosen]])

@@ -65,7 +65,7 @@ def select(
         TypeError: as for :func:`source_proj.curate.aggregate`.
     """
     facts = facts_of(scored)
-    count = checked_count(n, len(facts.train_ids))
+    count = checked_count(n, len(facts.train_ids), "n")
     queried, blocks = score_blocks(scored, queries)
     effects = torch.cat([torch.from_numpy(np.asarray(values)) for _, values in blocks]).float()  # (Q, N)
     benefit = effects.double().mean(0).numpy() * (1 if facts.higher_is_better else -1)

@@ -218,8 +218,25 @@ def test_mislabelled_refuses_what_it_cannot_use(run):
         curate.mislabelled(run.source, run.labels, by="loss")
     with pytest.raises(ValueError, match="all labels are 1"):
         curate.mislabelled(run.source, [1] * 44)
-    with pytest.raises(ValueError, match=r"k must lie in 1..43"):
+
+
+@pytest.mark.parametrize("n", [0, -1, 45, True, 2.5, None])
+def test_a_number_of_examples_that_cannot_be_is_refused_by_its_name(run, n):
+    error = TypeError if n in (2.5, None) else ValueError
+    with pytest.raises(error, match=rf"n must .* got {n}"):
+        curate.select(run.source, run.queries, n=n)
+    with pytest.raises(error, match=rf"n must .* got {n}"):
+        curate.drop_worst(curate.aggregate(run.source, run.queries), n)
+    if n is not None:
+        with pytest.raises(error, match=rf"n must .* got {n}"):
+            curate.mislabelled(run.source, run.labels, n=n)
+
+
+def test_one_example_at_least_is_left(run):
+    with pytest.raises(ValueError, match=r"n must lie in 1\.\.43 .* got 44"):
         curate.mislabelled(run.source, run.labels, n=44)
+    with pytest.raises(ValueError, match=r"n must lie in 1\.\.43 .* got 44"):
+        curate.drop_worst(curate.aggregate(run.source, run.queries), 44)
 
 
 @pytest.mark.parametrize("threshold", [0.9999, 0.97, 0.6])
