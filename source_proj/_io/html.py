@@ -40,9 +40,11 @@ def facts(title: object, pairs: Iterable[tuple[object, object]]) -> str:
 
 
 def tiles(contents: Iterable[tuple[str, object]]) -> str:
-    """Pieces of HTML side by side, each above a line that is escaped."""
-    style = f"{_FONT};max-width:220px;overflow-wrap:anywhere"
-    each = "".join(f'<div style="{style}">{content}<div>{escape(line)}</div></div>' for content, line in contents)
+    """Pieces of HTML side by side, each above a line that is escaped; of one width, so that rows of tiles align."""
+    pieces = list(contents)
+    width = 150 if all(content.startswith("<img") for content, _ in pieces) else 220  # words need more than pictures
+    style = f"{_FONT};flex:0 1 {width}px;overflow-wrap:anywhere"
+    each = "".join(f'<div style="{style}">{content}<div>{escape(line)}</div></div>' for content, line in pieces)
     return f'<div style="display:flex;flex-wrap:wrap;gap:6px 14px;margin:4px 0 10px">{each}</div>'
 
 

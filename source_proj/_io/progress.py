@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 from typing import Any
 
 from source_proj._io.printable import printable
@@ -70,7 +71,10 @@ def progress_bar(progress: Progress, description: str, total: int, unit: str) ->
     if callable(progress):
         yield Bar(description, total, progress)
         return
-    from tqdm.auto import tqdm  # a widget in notebooks
+    if find_spec("ipywidgets"):
+        from tqdm.auto import tqdm  # a widget in notebooks; without ipywidgets it would warn of them
+    else:
+        from tqdm import tqdm
 
     with tqdm(total=total, desc=printable(description), unit=f" {unit}", delay=2, disable=not progress) as shown:
         yield Bar(description, total, shown=shown)

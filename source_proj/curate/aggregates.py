@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from source_proj._errors import MismatchError
+from source_proj._errors import MismatchError, extra
 from source_proj.attribution.attributor import Attributor
 from source_proj.attribution.features import SketchedQueries
 from source_proj.attribution.scores import Scores
@@ -66,10 +66,8 @@ class Aggregate:
 
     def to_pandas(self) -> pd.DataFrame:
         """A row for each group and example: ``group``, ``id``, ``mean``, ``error``, ``worsened`` (``pandas`` extra)."""
-        try:
+        with extra("pandas"):
             import pandas as pd
-        except ImportError as error:
-            raise ImportError('to_pandas needs pandas: pip install "source-proj[pandas]"') from error
         count = len(self.train_ids)
         return pd.DataFrame(
             {

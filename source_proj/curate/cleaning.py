@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from source_proj._errors import MismatchError, SourceProjError
+from source_proj._errors import MismatchError, SourceProjError, extra
+from source_proj._io.html import escape, table, wrapped
 from source_proj._io.outputs import require_free, write_output
 from source_proj._io.printable import printable
+from source_proj.attribution.words import id_word
 from source_proj.curate.files import write_kept
 from source_proj.curate.kept import annotate, take
 
@@ -78,9 +80,14 @@ class Cleaning:
 
     def __str__(self) -> str:
         """The first examples and their reasons, made harmless for a terminal."""
-        lines = [repr(self), *(f"{word(its_id)}: {reason}" for its_id, reason in list(self)[:_SHOWN])]
+        lines = [repr(self), *(f"{id_word(its_id)}: {reason}" for its_id, reason in list(self)[:_SHOWN])]
         more = [] if len(self) <= _SHOWN else [f"... and {len(self) - _SHOWN} more"]
         return printable("\n".join([*lines, *more]), keep="\n")
+
+    def _repr_html_(self) -> str:
+        rows = [[escape(id_word(its_id)), escape(reason)] for its_id, reason in list(self)[:_SHOWN]]
+        left = f". The first {_SHOWN}:" if len(self) > _SHOWN else ""
+        return wrapped(f"{self!r}{left}", table(["id", "reason"], rows))
 
     # Which --------------------------------------------------------------------------------------------------------
 
@@ -233,10 +240,8 @@ class Cleaning:
 
     def to_pandas(self) -> pd.DataFrame:
         """A row for each example named: ``id``, ``position``, the numbers, ``reason`` (needs the ``pandas`` extra)."""
-        try:
+        with extra("pandas"):
             import pandas as pd
-        except ImportError as error:
-            raise ImportError('to_pandas needs pandas: pip install "source-proj[pandas]"') from error
         columns = {"position": self._positions, **self.values, "reason": self.reasons}
         frame = pd.DataFrame({name: list(np.asarray(column).tolist()) for name, column in columns.items()})
         frame.insert(0, "id", pd.Series(self.ids, dtype=object).infer_objects())
@@ -290,11 +295,6 @@ class Cleaning:
         stages = {entry[0] for entry in self.train_ids if isinstance(entry, tuple)}
         if stages:
             raise ValueError(f"the training set has the stages {sorted(stages)}: take one by of_stage(name)")
-
-
-def word(its_id: Any) -> str:
-    """An id for people: (stage, id) becomes stage/id."""
-    return "/".join(map(str, its_id)) if isinstance(its_id, tuple) else str(its_id)
 
 
 def _hashable(its_id: Any) -> Any:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from source_proj._errors import MismatchError
+from source_proj.attribution.words import id_word
 from source_proj.bank import Bank, StageBank
-from source_proj.curate.cleaning import Cleaning, word
+from source_proj.curate.cleaning import Cleaning
 
 __all__ = ["near_duplicates"]
 
@@ -90,8 +91,8 @@ def _cleaning(
             number.append(cluster)
             sizes.append(len(members))
             reasons.append(
-                f"its gradient has cosine {nearest[copy]:.4f} with that of {word(ids[partner[copy]])}; of this cluster "
-                f"of {len(members)}, {word(ids[stays])} stays"
+                f"its gradient has cosine {nearest[copy]:.4f} with that of {id_word(ids[partner[copy]])}; of this "
+                f"cluster of {len(members)}, {id_word(ids[stays])} stays"
             )
     values = {"cluster": np.array(number, np.int64), "size": np.array(sizes, np.int64), "cosine": nearest[copies]}
     return Cleaning("near-duplicates", [ids[copy] for copy in copies], reasons, values, ids)

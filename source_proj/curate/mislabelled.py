@@ -14,8 +14,9 @@ from source_proj.attribution.features import QueryFeatures, point_key
 from source_proj.attribution.hits import checked_count
 from source_proj.attribution.query_points import takes_mean
 from source_proj.attribution.source import Source
+from source_proj.attribution.words import id_word
 from source_proj.bank import Bank
-from source_proj.curate.cleaning import Cleaning, word
+from source_proj.curate.cleaning import Cleaning
 from source_proj.curate.harm import Labels
 from source_proj.task import Classification, Task
 
@@ -82,7 +83,7 @@ def mislabelled(source: Source, labels: Labels, *, n: int | None = None, by: By 
     if rival is not None:
         values["rival"] = np.array([names[label] for label in rival[chosen]])
     reasons = [
-        f"labelled {word(names[member[place]])}, {_reason(place, by, suspicion, member, names, rival)}"
+        f"labelled {id_word(names[member[place]])}, {_reason(place, by, suspicion, member, names, rival)}"
         for place in chosen.tolist()
     ]
     what = f"likely mislabelled by {by.replace('_', '-')}"
@@ -96,7 +97,7 @@ def _reason(
     own = suspicion[member == member[place]]
     rank = f"rank {1 + int((own > suspicion[place]).sum())} of {len(own)} in its class"
     if rival is not None:
-        return f"it changed the mean loss of class {word(names[rival[place]])} by {suspicion[place]:+.3g}, {rank}"
+        return f"it changed the mean loss of class {id_word(names[rival[place]])} by {suspicion[place]:+.3g}, {rank}"
     if by == "error":
         return f"its error was {suspicion[place]:.3g} on average over the checkpoints, {rank}"
     return f"it lowered its own loss by {suspicion[place]:.3g}, {rank}"

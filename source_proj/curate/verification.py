@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+from source_proj._errors import extra
+from source_proj._io.progress import Progress, progress_bar
 from source_proj.curate.cleaning import Cleaning
 
 if TYPE_CHECKING:
@@ -83,10 +84,8 @@ class Verification:
 
     def to_pandas(self) -> pd.DataFrame:
         """A row for each seed: ``seed``, ``whole``, ``cleaned``, ``random`` (needs the ``pandas`` extra)."""
-        try:
+        with extra("pandas"):
             import pandas as pd
-        except ImportError as error:
-            raise ImportError('to_pandas needs pandas: pip install "source-proj[pandas]"') from error
         return pd.DataFrame({"seed": self.seeds, "whole": self.whole, "cleaned": self.cleaned, "random": self.random})
 
 
@@ -96,7 +95,7 @@ def verify(
     evaluate: Callable[[Any], float],
     *,
     seeds: Sequence[int] = range(5),
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Verification:
     """Train with and without the examples of a cleaning, and as often on as many examples drawn at random.
 
@@ -110,7 +109,7 @@ def verify(
             seed deciding everything random in it.
         evaluate: ``evaluate(model)`` gives a number, higher is better.
         seeds: one for each model of a kind; at least five say something.
-        progress: show a progress bar after two seconds.
+        progress: show a progress bar after two seconds; False for none, or a function of (description, done, total).
 
     Raises:
         ValueError: no seed is given, one is given twice, nothing is kept, or a measure is not finite.
@@ -128,7 +127,7 @@ def verify(
     if not len(kept):
         raise ValueError(f"the cleaning keeps none of {n} examples: there is nothing to train on")
     measured = np.empty((3, len(chosen)))
-    with tqdm(total=measured.size, desc="verify", unit="model", delay=2, disable=not progress) as bar:
+    with progress_bar(progress, "verify", measured.size, "models") as bar:
         for place, seed in enumerate(chosen):
             drawn = np.sort(np.random.default_rng(seed).permutation(n)[: len(kept)])
             for kind, positions in enumerate((np.arange(n), kept, drawn)):

@@ -1,5 +1,7 @@
 """Progress as calls of the user's own function, and as nothing at all."""
 
+import pytest
+
 from source_proj._io.progress import progress_bar, shared_bar, tick
 
 
@@ -31,3 +33,14 @@ def test_work_within_work_counts_in_the_outer_bar_alone():
         tick(3)
     tick(7)
     assert calls == [("fit", 1, 4), ("fit", 4, 4)]
+
+
+@pytest.mark.parametrize("widgets", [False, True])
+def test_a_bar_warns_of_nothing_and_is_a_widget_where_there_are_some(widgets, monkeypatch, recwarn):
+    if widgets:
+        pytest.importorskip("ipywidgets")
+    else:
+        monkeypatch.setattr("source_proj._io.progress.find_spec", lambda name: None)
+    with progress_bar(True, "rows", 3, "rows") as bar:
+        bar.update(3)
+    assert [str(warning.message) for warning in recwarn] == []

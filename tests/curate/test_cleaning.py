@@ -89,6 +89,18 @@ def test_for_a_terminal_ids_and_reasons_are_harmless():
     assert many.endswith("... and 20 more")
 
 
+def test_in_a_notebook_ids_and_reasons_are_a_table_of_harmless_text():
+    shown = Cleaning("test", ["<script>\x1b"], ["as <b>\u202e"], {}, ["<script>\x1b"])._repr_html_()
+    assert "<script" not in shown
+    assert "<b>" not in shown
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+    assert "&lt;script&gt;" in shown
+    many = cleaning_of(list(range(30)), n=40)._repr_html_()
+    assert many.count("<tr>") == 1 + 10
+    assert "drops 30 of 40 examples). The first 10:" in many
+
+
 def test_stages_are_taken_one_by_one(tmp_path):
     ids = [("first", 0), ("first", 1), ("second", 0)]
     cleaning = cleaning_of([2, 1], ids=ids, n=3)

@@ -37,6 +37,12 @@ def test_three_models_a_seed_are_measured_and_paired(dropped, seeds):
     assert judged.gain_over_random == interval(judged.cleaned - judged.random)
 
 
+def test_progress_is_told_model_by_model():
+    told = []
+    verify(cleaning_of([0]), lambda kept, seed: 0.0, float, seeds=[3, 5], progress=lambda *step: told.append(step))
+    assert told == [("verify", done, 6) for done in range(1, 7)]
+
+
 @pytest.mark.parametrize("count", [*range(2, 40), 100, 1000])
 def test_the_interval_is_students(count):
     values = np.random.default_rng(count).normal(size=count)
