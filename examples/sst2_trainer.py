@@ -3,6 +3,7 @@ r"""Fine-tune a pretrained BERT-shaped model with the Trainer of transformers; a
     pip install "source-proj[hf,paper-text,demo]"
     python examples/sst2_trainer.py             # 1,500 sentences, the upper 2 of 6 layers
     python examples/sst2_trainer.py --full      # 20,000 sentences, all layers: for a GPU
+    python examples/sst2_trainer.py --keep sst2 # train only; then two commands, which it prints, show the sentences
 
 MiniLM learns from sentences of GLUE's SST-2 whether a film review is positive. The run is recorded by a callback. Of
 the reviews that the model is asked about, two that it gets wrong and two that it gets right are looked into: the
@@ -23,6 +24,7 @@ halves of RTE it is the other way round (examples/paper/LABORATORY.md, j).
 """
 
 import argparse
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -122,7 +124,10 @@ def main() -> None:
     train_set, queries = Reviews(train, tokenizer), Reviews(asked, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         print(f"fine-tuning on {len(train):,} sentences")
-        model = fine_tune(options, train_set, Path(folder) / "run")
+        model = fine_tune(options, train_set, (options.keep or Path(folder)) / "run")
+        if options.keep is not None:
+            keep(options.keep, model, tokenizer, {"train": train, "reviews": asked})
+            return
         before = margins(model, queries)
         print(f"it is right about {np.mean(before > 0):.1%} of {len(asked)} other reviews")
         trajectory = sp.Trajectory.from_hf_trainer(Path(folder) / "run", preconditioner=options.preconditioner)
@@ -161,6 +166,9 @@ def parse() -> argparse.Namespace:
         "--preconditioner", choices=("scalar", "shared"), default="shared", help="what becomes of Adam's"
     )
     parser.add_argument("--dim", type=int, default=2048, help="sketch dimension k")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="train only, and keep run, model and sentences for the command line"
+    )
     parser.add_argument("--page", type=Path, default=Path("sst2.html"), help="where the page goes")
     options = parser.parse_args()
     options.model = options.model or pretrained_folder()
@@ -201,6 +209,18 @@ def fine_tune(options: argparse.Namespace, train_set: Reviews, record: Path | No
         trainer.train()
     tuned: nn.Module = model.eval()
     return tuned
+
+
+def keep(folder: Path, model: Any, tokenizer: Any, parts: dict[str, Sentences]) -> None:
+    """Keep what the command line needs, and say which two commands show the sentences."""
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "model")
+    for name, sentences in parts.items():
+        lines = [json.dumps({"text": text, "label": CLASSES[label]}) for text, label in sentences]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    bank = folder / "bank"
+    print(f"source-proj build {bank} --hf-model {folder}/model --hf-run {folder}/run --dataset {folder}/train.jsonl")
+    print(f"source-proj top-k {bank} --dataset {folder}/reviews.jsonl -k 3    # or explore, a page")
 
 
 def margins(model: nn.Module, reviews: Reviews) -> np.ndarray:

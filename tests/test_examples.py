@@ -51,12 +51,14 @@ def test_evaluate_your_model(tmp_path):
 
 
 @pytest.mark.slow
-def test_notebook_runs_from_top_to_bottom(tmp_path):
+@pytest.mark.parametrize("name", ["tour", "pictures"])
+def test_notebook_runs_from_top_to_bottom(tmp_path, name):
     if importlib.util.find_spec("nbclient") is None:
         pytest.skip('needs the notebook extra: pip install "source-proj[notebook]"')
-    run("-m", "jupyter", "execute", EXAMPLES / "tour.ipynb", cwd=tmp_path)
+    run("-m", "jupyter", "execute", EXAMPLES / f"{name}.ipynb", cwd=tmp_path)
 
 
-def test_notebook_is_kept_without_outputs():
-    cells = json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+@pytest.mark.parametrize("name", ["tour", "pictures"])
+def test_notebook_is_kept_without_outputs(name):
+    cells = json.loads((EXAMPLES / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)

@@ -142,7 +142,8 @@ class RecorderCallback:
         inner = _innermost(optimizer)
         describe_live(inner, model)
         self._momentum = inner.param_groups[0].get("momentum")
-        self._log = CallbackLog.begin(self.dir, int(state.global_step), float(args.max_grad_norm or 0.0))
+        step, smoothing = int(state.global_step), float(args.label_smoothing_factor)
+        self._log = CallbackLog.begin(self.dir, step, float(args.max_grad_norm or 0.0), smoothing)
         self._removable = [inner.register_step_post_hook(self._see_step)]
         if self._sketch is not None and self._task is not None:
             self._begin_capture(args, int(state.global_step), model, optimizer, self._sketch, self._task)

@@ -60,6 +60,7 @@ class CallbackLog:
 
     dir: Path
     max_grad_norm: float = 0.0
+    label_smoothing: float = 0.0
     rates: dict[int, float] = field(default_factory=dict)
     norms: dict[int, float] = field(default_factory=dict)
     momenta: dict[int, float] = field(default_factory=dict)
@@ -67,7 +68,7 @@ class CallbackLog:
     captures: dict[int, tuple[str, bool]] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, dir: Path, step: int, max_grad_norm: float) -> CallbackLog:
+    def begin(cls, dir: Path, step: int, max_grad_norm: float, label_smoothing: float = 0.0) -> CallbackLog:
         """Open a directory for a run that begins, or goes on, at a step.
 
         Raises:
@@ -81,7 +82,14 @@ class CallbackLog:
                 f"the run goes on from step {step}, and {str(dir)!r} knows those up to {max(log.rates, default=0)}: "
                 "give the directory that its beginning was recorded in"
             )
-        lines.append({"begin": step, "max_grad_norm": max_grad_norm, "format": _FORMAT})
+        lines.append(
+            {
+                "begin": step,
+                "max_grad_norm": max_grad_norm,
+                "label_smoothing": label_smoothing,
+                "format": _FORMAT,
+            }
+        )
         write_files({dir / _NAME: "".join(f"{json.dumps(line)}\n" for line in lines).encode()})
         return cls.replay(dir, lines)
 
@@ -98,6 +106,7 @@ class CallbackLog:
             if "begin" in line:
                 begin = int(line["begin"])
                 log.max_grad_norm = float(line["max_grad_norm"])
+                log.label_smoothing = float(line.get("label_smoothing", 0.0))
                 for known in (log.rates, log.norms, log.momenta, log.checkpoints, log.captures):
                     for step in [step for step in known if step > begin]:
                         del known[step]

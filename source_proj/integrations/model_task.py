@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from source_proj.integrations.callback_log import CallbackLog, is_callback_dir
 from source_proj.integrations.trainer_arguments import trainer_arguments
 from source_proj.integrations.trainer_folders import trainer_folders
 from source_proj.task import CausalLM, Classification, Regression, Task
@@ -23,17 +24,15 @@ def task_for(model: nn.Module, run: str | Path | None = None) -> Task:
 
     Args:
         model: the model.
-        run: the Trainer's ``output_dir``, which says whether labels were smoothed.
+        run: the Trainer's ``output_dir``, or what a :class:`RecorderCallback` recorded, which says whether labels were
+            smoothed.
 
     Raises:
         ValueError: it is of another kind, or was trained with a loss that no built-in task has.
     """
     unwrapped: Any = model
     name = type(unwrapped.get_base_model() if hasattr(model, "get_base_model") else model).__name__
-    smoothing = 0.0
-    if run is not None:
-        last = trainer_folders(run)[0][-1]
-        smoothing = trainer_arguments(last.path).get("label_smoothing_factor", 0.0)
+    smoothing = 0.0 if run is None else _smoothing(run)
     if name.endswith("ForSequenceClassification"):
         return _classifier_task(model, smoothing)
     if name.endswith(("ForCausalLM", "LMHeadModel")):
@@ -41,6 +40,13 @@ def task_for(model: nn.Module, run: str | Path | None = None) -> Task:
             raise ValueError(f"the run smoothed its labels by {smoothing}, which CausalLM does not know: write a Task")
         return CausalLM(reduction="token", normalizer=None if _skips_first_label(model) else "labels")
     raise ValueError(f"{name} is no sequence classifier and no causal language model: give --task, --model and --data")
+
+
+def _smoothing(run: str | Path) -> float:
+    """How much a run smoothed its labels."""
+    if is_callback_dir(run):
+        return CallbackLog.open(Path(run)).label_smoothing
+    return float(trainer_arguments(trainer_folders(run)[0][-1].path).get("label_smoothing_factor", 0.0))
 
 
 def _skips_first_label(model: nn.Module) -> bool:

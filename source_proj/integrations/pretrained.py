@@ -57,7 +57,8 @@ def is_adapter(name: str) -> bool:
 def label_numbers(name: str, model: nn.Module | None = None) -> dict[str, int]:
     """Name of each class → its number, as a folder's ``config.json`` says itself; else as the model does.
 
-    transformers puts names of its own in the place of a ``label2id`` that has no ``id2label`` beside it.
+    A model that was given ``id2label`` alone writes no other. In the place of a ``label2id`` that has no ``id2label``
+    beside it, transformers puts names of its own.
 
     Raises:
         MismatchError: the file is damaged.
@@ -65,7 +66,9 @@ def label_numbers(name: str, model: nn.Module | None = None) -> dict[str, int]:
     file = Path(name) / "config.json"
     numbers = getattr(getattr(model, "config", None), "label2id", None)
     if file.is_file():
-        numbers = _json(file).get("label2id") or numbers
+        config = _json(file)
+        own = {label: number for number, label in (config.get("id2label") or {}).items()}
+        numbers = config.get("label2id") or own or numbers
     return {str(label): int(number) for label, number in (numbers or {}).items()}
 
 

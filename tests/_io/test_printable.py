@@ -20,6 +20,19 @@ def test_visible_text_stays(text):
     assert printable(text) == text
 
 
+def naive(text):
+    hidden = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+    return "".join(
+        character.encode("unicode_escape").decode() if unicodedata.category(character) in hidden else character
+        for character in text
+    )
+
+
+@given(st.text(alphabet=st.characters(codec=None), max_size=5) | st.text(alphabet="ab \n\x1b\u202e\xa0", max_size=9))
+def test_text_that_is_taken_whole_is_as_character_by_character(text):
+    assert printable(text) == naive(text)
+
+
 @given(st.sampled_from(["=", "+", "-", "@", "\t=", " =", "\r@", "|", "%"]), st.text(max_size=10))
 def test_a_cell_begins_as_no_formula(start, rest):
     cell = csv_cell(start + rest)

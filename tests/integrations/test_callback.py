@@ -1,11 +1,13 @@
 """What the callback records of a Trainer's run, beside what the Trainer itself logged and saved."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from trainer_runs import STEPS, StopAt, classifier, history, train, transformers
 
 import source_proj as sp
-from source_proj.integrations import RecorderCallback
+from source_proj.integrations import RecorderCallback, task_for
 from source_proj.integrations.callback_log import CallbackLog
 from source_proj.integrations.trainer_folders import logged
 
@@ -136,3 +138,11 @@ def test_a_cycled_momentum_is_recorded_and_else_refused(tmp_path):
         sp.Trajectory.from_hf_trainer(tmp_path / "run", model=classifier())
     again = sp.Trajectory.from_hf_trainer(tmp_path / "run", model=classifier(), momentum=momenta).stages[0]
     assert again.lr_integrals == pytest.approx(stage.lr_integrals, rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_recorded_run_tells_the_task_how_labels_were_smoothed(tmp_path, smoothing):
+    CallbackLog.begin(tmp_path / "run", 0, 1.0, smoothing)
+    model = type("BertForSequenceClassification", (torch.nn.Module,), {})()
+    model.config = SimpleNamespace(problem_type=None, num_labels=3)
+    assert task_for(model, tmp_path / "run").spec() == sp.Classification(label_smoothing=smoothing).spec()

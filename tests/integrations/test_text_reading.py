@@ -103,6 +103,18 @@ def test_names_of_classes_are_those_of_config_json(tmp_path):
         TextData(tmp_path / "d.jsonl", TextSettings(str(tmp_path / "model")), network("classification"), words)
 
 
+def test_a_model_that_was_given_names_by_number_alone_knows_them(tmp_path):
+    network("classification").save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["id2label"] = {"0": "ham", "1": "spam"}
+    config.pop("label2id", None)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    rows = [{"text": "good", "label": label} for label in ("spam", "ham", 1)]
+    settings = TextSettings(str(tmp_path / "model"))
+    data = TextData(written(tmp_path / "d.jsonl", rows), settings, network("classification"), bert_tokenizer())
+    assert [int(data[i]["labels"]) for i in range(3)] == [1, 0, 1]
+
+
 @pytest.fixture(scope="module", params=["SEQ_CLS", "CAUSAL_LM"])
 def adapter_run(request, tmp_path_factory):
     """A base model's folder, a Trainer's run of an adapter over it, and the texts of both."""

@@ -17,6 +17,7 @@ __all__ = ["HEADERS", "PAGE_FILES", "application", "page_file", "serve"]
 
 PAGE_FILES = {
     "index.html": "text/html",
+    "shared.css": "text/css",
     "explore.css": "text/css",
     "explore.js": "text/javascript",
     "list.js": "text/javascript",
@@ -43,8 +44,9 @@ App = Callable[[Any, Receive, Send], Awaitable[None]]
 
 
 def page_file(name: str) -> bytes:
-    """One of the files that the page is made of."""
-    return (files("source_proj.report.explore") / "page" / name).read_bytes()
+    """One of the files that the page is made of; the report's page has the same first rules."""
+    folder = "templates" if name == "shared.css" else "explore/page"
+    return files("source_proj.report").joinpath(folder, name).read_bytes()
 
 
 def application(explorer: Explorer) -> App:
@@ -63,6 +65,7 @@ def application(explorer: Explorer) -> App:
         "/api/cleaned": partial(_cleaned, explorer),
         "/api/tokens/{query:int}/{place:int}": partial(_tokens, explorer),
         "/api/{kind}": partial(_listed, explorer),
+        "/api/{kind}/labels": lambda request: explorer.labels(_kind(request)),
         "/api/{kind}/{place:int}": partial(_example, explorer),
         "/api/{kind}/{place:int}/{sense}": partial(_strongest, explorer),
     }

@@ -81,10 +81,13 @@ class Explorer:
             "train": len(self._index["train"]),
             "stages": [printable(name) for name in self._stages],
             "segments": [printable(name) for name in segments],
-            "labels": {kind: index.labels for kind, index in self._index.items()},
             "tokens": self._documents is not None,
             "cleans": self.file is not None and len(self._stages) == 1,
         }
+
+    def labels(self, kind: Kind) -> list[str]:
+        """The labels of a kind's examples; reads them all when first asked, which the page does not wait for."""
+        return self._index[kind].labels
 
     def listed(
         self, kind: Kind, words: str = "", label: str = "", stage: int | None = None, start: int = 0, count: int = 50

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from source_proj._io.outputs import require_free, write_outputs
 from source_proj.report.explore.server import PAGE_FILES, page_file
@@ -48,4 +48,10 @@ def _data(explorer: Explorer) -> dict[str, Any]:
     kind: Kind = "queries"
     queries = [explorer.example(kind, place) for place in range(facts["queries"])]
     known = [train[place] for place in sorted(train)]
-    return {"facts": {**facts, "tokens": False, "cleans": False}, "queries": queries, "train": known, "lists": lists}
+    return {
+        "facts": {**facts, "tokens": False, "cleans": False},
+        "labels": {name: explorer.labels(name) for name in get_args(Kind)},
+        "queries": queries,
+        "train": known,
+        "lists": lists,
+    }

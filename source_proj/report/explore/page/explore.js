@@ -9,6 +9,7 @@ const served = {
     return answer;
   },
   facts: () => served.ask("facts"),
+  labels: (kind) => served.ask(`${kind}/labels`),
   listed: (kind, { words, label, stage }, start, count) =>
     served.ask(`${kind}?${new URLSearchParams({ words, label, stage, start, count })}`),
   example: (kind, place) => served.ask(`${kind}/${place}`),
@@ -23,6 +24,7 @@ function onDisk(data) {
   const hit = (kind, place, [, score, signed, parts]) => ({ example: examples[kind].get(place), score, signed, parts });
   return {
     facts: async () => data.facts,
+    labels: async (kind) => data.labels[kind],
     async listed(kind, { words, label }, start, count) {
       const wanted = words.toLowerCase().split(/\s+/).filter(Boolean);
       const kept = data[kind].filter((example) => {
@@ -99,9 +101,16 @@ async function start() {
       tab.tabIndex = selected ? 0 : -1;
     }
     box.setAttribute("aria-labelledby", `tab-${kind}`);
-    fillSelect(label, "any label", facts.labels[kind].map((name) => [name, name]));
+    fillSelect(label, "any label", []);
     fillSelect(stage, "any stage", kind === "train" && !window.exploreData ? facts.stages.map((name, place) => [place, name]) : []);
-    return reset();
+    return reset().then(() => { offerLabels().catch(fail); });
+  }
+
+  /** What labels there are is known when all examples were read; the list is there before. */
+  async function offerLabels() {
+    const asked = kind;
+    const names = await backend.labels(asked);
+    if (asked === kind) fillSelect(label, "any label", names.map((name) => [name, name]));
   }
 
   async function follow() {
