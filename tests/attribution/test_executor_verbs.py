@@ -4,6 +4,7 @@ import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,10 +130,8 @@ def test_progress_counts_the_rows_that_workers_read(runs):
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 7, 16, 30])
 @pytest.mark.parametrize("checkpoints", [[0], [2, 0, 1]])
 def test_groups_hold_every_shard_once_and_in_order(count, checkpoints):
-    class Stage:
-        shard_spans = [(i, i + 1) for i in range(count)]
-
-    groups = shards.shard_groups(Stage(), checkpoints)
+    stage = SimpleNamespace(shard_spans=[(i, i + 1) for i in range(count)])
+    groups = shards.shard_groups(stage, checkpoints)
     flat = [(c, shard) for group in groups for c, own in group for shard in own]
     assert flat == [(c, shard) for c in checkpoints for shard in range(count)]
     assert len(groups) <= 4
@@ -151,7 +150,7 @@ def test_spans_cover_the_rows_once_and_are_short_where_results_are_large(runs, r
 
 
 def test_a_bank_is_sent_by_its_place(runs, tmp_path):
-    problem, bank = runs["one"]
+    _, bank = runs["one"]
     again = pickle.loads(pickle.dumps(bank))
     assert len(pickle.dumps(bank)) < 1000
     assert again.fingerprint == bank.fingerprint
