@@ -1,5 +1,7 @@
 """Results come in the order of tasks, whoever does them, whenever they end and however often workers are lost."""
 
+import multiprocessing
+import os
 import threading
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -69,6 +71,12 @@ def test_a_pool_that_takes_no_more_tasks_ends_in_a_clear_error():
         pass
     with pytest.raises(SourceProjError, match=r"takes no task .*make another one"):
         list(map_in_order(pool, square, range(5)))
+
+
+def test_a_pool_of_processes_that_lost_one_ends_in_a_clear_error():
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    with pool, pytest.raises(SourceProjError, match=r"takes no task \(BrokenProcessPool.* make another one"):
+        list(map_in_order(pool, os._exit, [1]))
 
 
 def test_few_tasks_are_under_way_where_results_are_large(monkeypatch):

@@ -14,7 +14,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,43 +55,67 @@ def require_same(found: Answers, expected: Answers) -> None:
             raise SystemExit(f"{name} differ from those of one process in {(found[name] != values).sum()} numbers")
 
 
-def main() -> None:
+def killed_run(client: Any, ask: Callable[[Any], Answers], moment: float, draw: random.Random) -> tuple[Answers, bool]:
+    """The answers of workers one of which is killed after a while, and whether it was while they worked."""
+    victim = draw.choice(list(client.run(os.getpid).values()))
+    finished, killed = threading.Event(), threading.Event()
+
+    def kill() -> None:
+        if not finished.wait(moment):
+            os.kill(victim, signal.SIGKILL)
+            killed.set()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        found = ask(client.get_executor())
+    finally:
+        finished.set()
+        killer.join()
+    return found, killed.is_set()
+
+
+def kill_workers(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     from distributed import Client, LocalCluster
 
+    draw = random.Random(seed)
+    alone, features = make_bank(folder)
+    expected = answers(alone, features)
+    cluster_options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    moments: list[float] = []
+    duration, runs, clusters = 0.0, 0, 0
+
+    def ask(executor: Any) -> Answers:
+        return answers(alone.replace(executor=executor), features)
+
+    while len(moments) < kills:
+        clusters += 1
+        with LocalCluster(**cluster_options, local_directory=str(folder)) as cluster, Client(cluster) as client:
+            if not duration:
+                start = time.perf_counter()
+                require_same(ask(client.get_executor()), expected)
+                duration = time.perf_counter() - start
+            while len(moments) < kills:
+                try:
+                    client.wait_for_workers(2, timeout=60)
+                except TimeoutError:  # a worker that Dask started no more: another cluster
+                    break
+                moment = draw.uniform(0, 0.8) * duration
+                found, killed = killed_run(client, ask, moment, draw)
+                require_same(found, expected)
+                moments += [round(moment, 2)] if killed else []
+                runs += 1
+    return {"kills": len(moments), "runs": runs, "clusters": clusters, "seconds": round(duration, 2),
+            "killed at": moments}  # fmt: skip
+
+
+def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    draw = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
-        alone, features = make_bank(Path(folder))
-        expected = answers(alone, features)
-        options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
-        with LocalCluster(**options, local_directory=folder) as cluster, Client(cluster) as client:
-            start = time.perf_counter()
-            require_same(answers(alone.replace(executor=client.get_executor()), features), expected)
-            duration = time.perf_counter() - start
-            moments, runs = [], 0
-            while len(moments) < arguments.kills:
-                client.wait_for_workers(2)
-                victim = draw.choice(list(client.run(os.getpid).values()))
-                moment, killed = draw.uniform(0, 0.8) * duration, threading.Event()
-                finished = threading.Event()
-
-                def kill(victim=victim, moment=moment, killed=killed, finished=finished) -> None:
-                    if not finished.wait(moment):
-                        os.kill(victim, signal.SIGKILL)
-                        killed.set()
-
-                killer = threading.Thread(target=kill)
-                killer.start()
-                found = answers(alone.replace(executor=client.get_executor()), features)
-                finished.set()
-                killer.join()
-                require_same(found, expected)
-                moments += [round(moment, 2)] if killed.is_set() else []
-                runs += 1
-    report = {"kills": len(moments), "runs": runs, "seconds": round(duration, 2), "killed at": moments}
+        report = kill_workers(Path(folder), arguments.kills, arguments.seed)
     print(json.dumps(report))
 
 
