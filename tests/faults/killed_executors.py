@@ -55,9 +55,8 @@ def require_same(found: Answers, expected: Answers) -> None:
             raise SystemExit(f"{name} differ from those of one process in {(found[name] != values).sum()} numbers")
 
 
-def killed_run(client: Any, ask: Callable[[Any], Answers], moment: float, draw: random.Random) -> tuple[Answers, bool]:
+def killed_run(victim: int, ask: Callable[[], Answers], moment: float) -> tuple[Answers, bool]:
     """The answers of workers one of which is killed after a while, and whether it was while they worked."""
-    victim = draw.choice(list(client.run(os.getpid).values()))
     finished, killed = threading.Event(), threading.Event()
 
     def kill() -> None:
@@ -68,7 +67,7 @@ def killed_run(client: Any, ask: Callable[[Any], Answers], moment: float, draw: 
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        found = ask(client.get_executor())
+        found = ask()
     finally:
         finished.set()
         killer.join()
@@ -76,37 +75,30 @@ def killed_run(client: Any, ask: Callable[[Any], Answers], moment: float, draw: 
 
 
 def kill_workers(folder: Path, kills: int, seed: int) -> dict[str, Any]:
+    """Ask clusters of two workers, one of which is killed, until there were enough kills."""
     from distributed import Client, LocalCluster
 
     draw = random.Random(seed)
     alone, features = make_bank(folder)
     expected = answers(alone, features)
-    cluster_options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
-    moments: list[float] = []
-    duration, runs, clusters = 0.0, 0, 0
-
-    def ask(executor: Any) -> Answers:
-        return answers(alone.replace(executor=executor), features)
-
+    options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    duration, moments, runs = 0.0, [], 0
     while len(moments) < kills:
-        clusters += 1
-        with LocalCluster(**cluster_options, local_directory=str(folder)) as cluster, Client(cluster) as client:
+        with LocalCluster(**options, local_directory=str(folder)) as cluster, Client(cluster) as client:
+            client.wait_for_workers(2)
+            shared = alone.replace(executor=client.get_executor())
             if not duration:
                 start = time.perf_counter()
-                require_same(ask(client.get_executor()), expected)
+                require_same(answers(shared, features), expected)
                 duration = time.perf_counter() - start
-            while len(moments) < kills:
-                try:
-                    client.wait_for_workers(2, timeout=60)
-                except TimeoutError:  # a worker that Dask started no more: another cluster
-                    break
-                moment = draw.uniform(0, 0.8) * duration
-                found, killed = killed_run(client, ask, moment, draw)
-                require_same(found, expected)
-                moments += [round(moment, 2)] if killed else []
-                runs += 1
-    return {"kills": len(moments), "runs": runs, "clusters": clusters, "seconds": round(duration, 2),
-            "killed at": moments}  # fmt: skip
+            victim = draw.choice([nanny.pid for nanny in cluster.workers.values()])
+            moment = draw.uniform(0, 0.8) * duration
+            found, killed = killed_run(victim, lambda shared=shared: answers(shared, features), moment)
+            require_same(found, expected)
+            moments += [round(moment, 2)] if killed else []
+            runs += 1
+            print(f"{len(moments)} kills in {runs} runs", file=sys.stderr, flush=True)
+    return {"kills": len(moments), "runs": runs, "seconds": round(duration, 2), "killed at": moments}
 
 
 def main() -> None:
