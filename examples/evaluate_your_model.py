@@ -1,6 +1,6 @@
 """How far can you trust attribution on your own model? Retrain it on random halves of the data, and see.
 
-Under a minute on two cores: ``python examples/evaluate_your_model.py``. The retrainings are kept in --folder, if given:
+A minute or two: ``python examples/evaluate_your_model.py``. The retrainings are kept in --folder, if given:
 the command goes on where it was stopped.
 
 The linear datamodeling score (LDS) is the rank correlation, over random halves of the training set, of each query's
@@ -68,7 +68,7 @@ def main() -> None:
         truth = sp.evaluate.GroundTruth.subsets(
             folder / "truth", len(train_set), len(queries), count=50, retrainings=2, settings={"epochs": 10}
         )
-        truth.fill(retrain, workers=2)
+        truth.fill(retrain)  # executor=: by other processes, or a cluster
         result = sp.evaluate.lds(source.score(queries), truth)
         print(result)
         # end

@@ -38,7 +38,7 @@ def test_quickstart(tmp_path):
 
 @pytest.mark.slow
 def test_evaluate_your_model(tmp_path):
-    for extra in ("sklearn", "joblib", "matplotlib"):
+    for extra in ("sklearn", "matplotlib"):
         pytest.importorskip(extra)
     script = EXAMPLES / "evaluate_your_model.py"
     first, slope, figure = run("-W", "error", script, "--folder", "kept", cwd=tmp_path).stdout.splitlines()

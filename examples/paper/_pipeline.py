@@ -6,19 +6,22 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from _methods import DEFAULT, Run, candidates
 from _problem import Problem
+from joblib.externals.loky import get_reusable_executor
 
 import source_proj as sp
 from source_proj.evaluate import Comparison, GroundTruth, compare_methods
 from source_proj.trajectory import Stage
 
-__all__ = ["banks", "ground_truth", "home", "run"]
+__all__ = ["banks", "ground_truth", "home", "retrainers", "run"]
 
 RUN_SEED = 10**8  # far from the seeds of retrainings
 
@@ -60,8 +63,22 @@ def ground_truth(problem: Problem, options: argparse.Namespace, *, of_its_own: b
         home(problem, options) / name, problem.n, len(problem.queries), count=count,
         retrainings=retrainings, seed=seed, settings=problem.settings,
     )  # fmt: skip
-    workers = int(problem.extra.get("workers", 1))
-    return truth.fill(problem.retrain, group=problem.group, workers=workers)
+    with retrainers(problem) as executor:
+        return truth.fill(problem.retrain, group=problem.group, executor=executor)
+
+
+@contextmanager
+def retrainers(problem: Problem) -> Iterator[Executor | None]:
+    """As many processes as the task's retraining profits from, which share the cores; None for this one alone."""
+    workers, threads = int(problem.extra.get("workers", 1)), torch.get_num_threads()
+    if workers == 1:
+        yield None
+        return
+    torch.set_num_threads(max(1, threads // workers))
+    try:
+        yield get_reusable_executor(workers)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def banks(problem: Problem, options: argparse.Namespace) -> list[Run]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from _bench import Bench
 from _exact import ExactSource
+from _pipeline import retrainers
 from _study import Recipe, Response, cross_scores, plain
 from torch import Tensor
 
@@ -232,7 +233,8 @@ def sampling_ratio(bench: Bench) -> Iterator[Variant]:
             bench.folder / f"retrainings-{share}", bench.problem.n, len(bench.problem.queries), count=100,
             fraction=share, retrainings=retrainings, seed=5 * 10**6, settings=bench.problem.settings,
         )  # fmt: skip
-        truth.fill(bench.problem.retrain, group=bench.problem.group, workers=int(bench.problem.extra["workers"]))
+        with retrainers(bench.problem) as executor:
+            truth.fill(bench.problem.retrain, group=bench.problem.group, executor=executor)
         for curvature in CURVATURES:
             for factor in [0.1, 0.25, 0.5, 1.0]:
                 recipe = Recipe(curvature, time=factor)

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from _methods import DEFAULT, candidates
 from _pictures import save_picture
-from _pipeline import banks, ground_truth, home
+from _pipeline import banks, ground_truth, home, retrainers
 from _problem import Examples, Problem, parser, sized
 
 from source_proj.evaluate import (
@@ -55,11 +55,12 @@ def removal(problem: Problem, options: argparse.Namespace, sizes: list[int], cou
     print(f"{problem.title}: {correct.sum()} queries, all of them predicted correctly by most networks")
     results = {}
     for name, one in scores.items():
-        results[name] = subset_removal(
-            one, base, problem.predict, sizes, correct=correct, higher_is_better=problem.task.higher_is_better,
-            path=home(problem, options) / f"removal-{''.join(filter(str.isalnum, name))}-{count}",
-            group=problem.group, workers=int(problem.extra.get("workers", 1)), settings=problem.settings,
-        )  # fmt: skip
+        with retrainers(problem) as executor:
+            results[name] = subset_removal(
+                one, base, problem.predict, sizes, correct=correct, higher_is_better=problem.task.higher_is_better,
+                path=home(problem, options) / f"removal-{''.join(filter(str.isalnum, name))}-{count}",
+                group=problem.group, executor=executor, settings=problem.settings,
+            )  # fmt: skip
         print(f"{name:32s} {results[name]}", flush=True)
     return results
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from source_proj._io.printable import printable
 
-__all__ = ["Bar", "Progress", "progress_bar", "shared_bar", "tick"]
+__all__ = ["Bar", "Progress", "progress_bar", "shared_bar", "tick", "unshared"]
 
 Progress = bool | Callable[[str, int, int], None]
 """True for a bar, False for silence, or a function of (description, done, total), for what a logger shows."""
@@ -95,6 +95,16 @@ def shared_bar(progress: Progress, description: str, total: int, unit: str) -> I
             yield
         finally:
             _shared.reset(token)
+
+
+@contextmanager
+def unshared() -> Iterator[None]:
+    """Let no caller's bar count what is done within: whoever hands the work out counts it."""
+    token = _shared.set(None)
+    try:
+        yield
+    finally:
+        _shared.reset(token)
 
 
 def tick(count: int) -> None:

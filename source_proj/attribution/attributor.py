@@ -1,8 +1,8 @@
 """What every attribution method on a bank shares: checks, queries, streamed products, the strongest examples.
 
 Each method's scores are a sum of terms, each the product of a query operand ``(Q, k)`` and a training operand
-``(N, k)``. A method says what its terms are; this base class multiplies them block by block, so that no verb but
-``score`` ever holds Q x N numbers, and averages over an ensemble of banks.
+``(N, k)``. A method says what its terms are; `products` multiplies them block by block, so that no verb but ``score``
+ever holds Q x N numbers, and averages over an ensemble of banks.
 """
 
 from abc import ABC, abstractmethod
@@ -16,27 +16,23 @@ import zarr
 from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
+from source_proj._io.executors import Executor, check_executor
 from source_proj._io.progress import Progress
 from source_proj.attribution.features import QueryFeatures, SketchedQueries
 from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
 from source_proj.attribution.hits_file import HitsFile
-from source_proj.attribution.operands import Operand, aligned, checked_rows, picked
+from source_proj.attribution.operands import Picked, checked_rows
+from source_proj.attribution.products import Products, Term, scored_blocks, strongest_rows
 from source_proj.attribution.queries import query_source, resolve_task, sketch_queries
 from source_proj.attribution.query_models import QueryModels
 from source_proj.attribution.score_files import scores_facts
 from source_proj.attribution.scores import Scores
-from source_proj.attribution.streaming import Term, checked_out, queries_per_block, stream_hits, stream_scores
+from source_proj.attribution.streaming import checked_out, queries_per_block, stream_hits, stream_scores
 from source_proj.bank import Bank
-from source_proj.kernels.scoring import Strongest
 from source_proj.task import Answers, Task
 from source_proj.trajectory import Checkpoint
 
 __all__ = ["Attributor", "Queries", "Term"]
-
-_BLOCK_SCORES = 8 << 20
-"""Scores held at once while streaming (32 MiB of float32)."""
-
-_MIN_ROWS = 256
 
 Queries = Any
 """A data set, a DataLoader, inputs alone (a tensor, a tokenizer's output), or what ``sketch(queries)`` returned."""
@@ -53,10 +49,14 @@ class Attributor(ABC):
         task: the task of the bank; needed for custom tasks only.
         batch_size: queries per backward pass.
         device: where products are computed and queries run; default: the CPU, and where the model is.
+        executor: computes what reads the whole bank: a pool of processes or threads, Dask's ``client.get_executor()``,
+            or anything else shaped like :class:`concurrent.futures.Executor` whose workers see the bank under the same
+            path or URL. The results are the bits that this process alone would make.
         progress: show progress bars for what takes over two seconds; False for none, or a function of (description,
             done, total).
 
     Raises:
+        TypeError: if the executor is none.
         MismatchError: if the banks' training ids differ, or the task is not the banks' own.
         BankError: if a bank is not finalized.
         ValueError: if rows were captured in training, and the method needs gradients at a checkpoint.
@@ -76,8 +76,10 @@ class Attributor(ABC):
         task: Task | None = None,
         batch_size: int = 64,
         device: torch.device | str | None = None,
+        executor: Executor | None = None,
         progress: Progress = True,
     ) -> None:
+        check_executor(executor)
         self.banks = tuple(bank) if isinstance(bank, Sequence) else (bank,)
         if not self.banks:
             raise ValueError("got an empty list of banks; give at least one")
@@ -105,6 +107,7 @@ class Attributor(ABC):
         self._given_task = task
         self.batch_size = batch_size
         self.device = device
+        self.executor = executor
         self.progress = progress
 
     # The verbs ------------------------------------------------------------------------------------------------
@@ -141,8 +144,8 @@ class Attributor(ABC):
         features = self.sketch(queries)
         wanted, order = checked_rows(rows, self.n_rows)
         values = torch.zeros(len(features.ids), len(wanted))
-        terms = [term._replace(train=picked(term.train, wanted)) for term in self.all_terms(features)]
-        for start, stop, block in self.blocks(terms, len(features.ids)):
+        terms = [term._replace(train=Picked(term.train, wanted)) for term in self.all_terms(features)]
+        for start, stop, block in Products(terms, len(features.ids), len(self.banks)).blocks((0, len(wanted))):
             values[:, start:stop] = block
         return values[:, order].numpy()
 
@@ -257,17 +260,6 @@ class Attributor(ABC):
             total += features.at(point, digest)
         return total.div_(len(points))
 
-    def _combine(self, products: list[Tensor], operands: list[Operand]) -> Tensor:  # noqa: ARG002
-        """Combine all terms' products ``(Q, n)`` of a block: the sum, averaged over the banks.
-
-        Where there is one bank, one term and no weights this must be the product itself: the search for the strongest
-        then takes it without making it.
-        """
-        total = products[0]
-        for product in products[1:]:
-            total += product
-        return total if len(self.banks) == 1 else total.div_(len(self.banks))
-
     # Facts -----------------------------------------------------------------------------------------------------
 
     @property
@@ -349,17 +341,11 @@ class Attributor(ABC):
 
     def blocks(self, terms: list[Term], count: int) -> Iterator[tuple[int, int, Tensor]]:
         """Yield ``(start, stop, scores (Q, stop - start))`` of Q = count queries over all rows, in order."""
-        for start, stop, active in aligned([term.train for term in terms], _height(count)):
-            yield start, stop, self._block(terms, active).cpu()
+        return scored_blocks(Products(terms, count, len(self.banks)), self.banks[0], self.executor)
 
     def all_terms(self, features: SketchedQueries) -> list[Term]:
         """The terms of all banks' scores."""
         return [term for bank, queried in zip(self.banks, features, strict=True) for term in self._terms(bank, queried)]
-
-    def _block(self, terms: list[Term], active: list[tuple[int, Operand]]) -> Tensor:
-        """Scores ``(Q, n)`` of the rows that some terms' operands share."""
-        products = [its.codec.multiply(terms[index].query, its.rows, its.scale) for index, its in active]
-        return self._combine(products, [operand for _, operand in active])
 
     def _strongest(self, queries: Queries, k: int, *, highest: bool) -> Hits:
         k = checked_count(k, self.n_rows)
@@ -372,27 +358,5 @@ class Attributor(ABC):
 
     def strongest_of(self, terms: list[Term], count: int, k: int, *, highest: bool) -> tuple[np.ndarray, np.ndarray]:
         """The k strongest scores of Q = count queries, and their rows, ``(Q, k)`` float32 and int64."""
-        device = terms[0].query.device
-        best, done = Strongest(count, k, largest=highest, device=device), 0
-
-        def pass_over(stop: int) -> None:
-            """Rows that no term covers score 0; of equal scores only the first k can be among the strongest."""
-            if stop > done:
-                best.add_scores(torch.zeros(count, min(k, stop - done), device=device), first=done)
-
-        for start, stop, active in aligned([term.train for term in terms], _height(count)):
-            pass_over(start)
-            index, operand = active[0]
-            if len(self.banks) == len(active) == 1 and operand.weights is None:
-                operand.codec.search(best, terms[index].query, operand.rows, operand.scale, first=start)
-            else:
-                best.add_scores(self._block(terms, active), first=start)
-            done = stop
-        pass_over(self.n_rows)
-        values, where = (result.cpu().numpy() for result in best.result())
-        return values, where.astype(np.int64)
-
-
-def _height(count: int) -> int:
-    """Rows whose scores of so many queries are held at once."""
-    return max(_MIN_ROWS, _BLOCK_SCORES // max(1, count))
+        products = Products(terms, count, len(self.banks))
+        return strongest_rows(products, self.banks[0], k, self.executor, highest=highest)

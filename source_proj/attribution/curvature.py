@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from source_proj.attribution.shards import ShardGroup
 from source_proj.bank import RowBlock, StageBank
 
 __all__ = [
@@ -104,7 +105,7 @@ def count_factors(stage: StageBank, checkpoints: Sequence[int], curvature: Facto
 
 def iter_factors(
     stage: StageBank,
-    checkpoints: Sequence[int],
+    shards: ShardGroup,
     curvature: Factors,
     device: torch.device | str,
     metric: int | None = None,
@@ -113,7 +114,7 @@ def iter_factors(
 
     Args:
         stage: the stage's rows.
-        checkpoints: which of its checkpoints; their factors follow each other.
+        shards: which of its shards at which checkpoints.
         curvature: which factors (see the module's text).
         device: where they are to be.
         metric: the metric that they are in; default: each checkpoint's own.
@@ -123,10 +124,8 @@ def iter_factors(
     """
     check_curvature(stage, curvature)
     what: Literal["output", "sampled_fisher"] = "sampled_fisher" if curvature == "sampled_fisher" else "output"
-    for checkpoint in checkpoints:
-        # Named only where it is another than the checkpoint's own.
-        other = {} if metric is None else {"metric": metric}
-        for block in stage.iter_rows(checkpoint, what, **other):
+    for checkpoint, own in shards:
+        for block in stage.iter_rows(checkpoint, what, metric, own):
             rows = block.rows.to(device)
             yield rows if curvature == "sampled_fisher" else rows.mul_(_weights(block, curvature).to(device)[:, None])
 

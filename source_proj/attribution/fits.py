@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from source_proj._io.executors import Executor
 from source_proj.attribution.curvature import Factors, check_curvature, count_factors
 from source_proj.attribution.moments import cross_moment, decomposed, mean_hessian, spectrum, takes_spectrum
 from source_proj.attribution.spectral import DenseHessian, Hessian, Spectrum
@@ -30,6 +31,7 @@ class Fit(NamedTuple):
         curvature: which factors.
         device: where products are computed; None for the CPU.
         cache: look for the results beside the bank, and keep them there.
+        executor: computes products over all rows; None for this process.
     """
 
     bank: Bank
@@ -38,6 +40,7 @@ class Fit(NamedTuple):
     curvature: Factors
     device: torch.device | str | None = None
     cache: bool = True
+    executor: Executor | None = None
 
     def get(self, kind: str, compute: Callable[[], dict[str, Tensor]], **settings: object) -> dict[str, Tensor]:
         """An entry's tensors on the device, from the bank's cache or computed."""
@@ -100,7 +103,7 @@ def fitted_spectrum(fit: Fit) -> Spectrum:
 
     def compute() -> dict[str, Tensor]:
         if takes_spectrum(dim, count):
-            made = spectrum(stage, fit.checkpoints, dim, fit.curvature, device=fit.place)
+            made = spectrum(stage, fit.checkpoints, dim, fit.curvature, device=fit.place, executor=fit.executor)
         else:  # of the Ĥ that other functions may have asked for
             made = decomposed(fitted_matrix(fit))
         return {"values": made.values, "vectors": made.vectors}
@@ -112,8 +115,11 @@ def fitted_cross_moment(fit: Fit, metric: int) -> Tensor:
     """Return the matrix ``(k, k)`` float64 that leads from some checkpoints' metric to an earlier one."""
 
     def compute() -> dict[str, Tensor]:
-        stage = fit.bank.stages[fit.stage]
-        return {"matrix": cross_moment(stage, fit.checkpoints, metric, fit.curvature, device=fit.place)}
+        stage, dim = fit.bank.stages[fit.stage], fit.bank.sketch.dim
+        matrix = cross_moment(
+            stage, fit.checkpoints, dim, metric, fit.curvature, device=fit.place, executor=fit.executor
+        )
+        return {"matrix": matrix}
 
     return fit.get("crossing", compute, metric=metric)["matrix"]
 
@@ -123,6 +129,7 @@ def fitted_matrix(fit: Fit) -> Tensor:
 
     def compute() -> dict[str, Tensor]:
         stage, dim = fit.bank.stages[fit.stage], fit.bank.sketch.dim
-        return {"matrix": mean_hessian(stage, fit.checkpoints, dim, fit.curvature, device=fit.place).float()}
+        matrix = mean_hessian(stage, fit.checkpoints, dim, fit.curvature, device=fit.place, executor=fit.executor)
+        return {"matrix": matrix.float()}
 
     return fit.get("hessian", compute)["matrix"]

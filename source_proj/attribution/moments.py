@@ -1,22 +1,25 @@
 """Products of banked factors, streamed over shards: Ĥ = (1/N) Σ_i a_i a_iᵀ, and the moments between two metrics.
 
-Each is a pure function of a block of rows, whose results are added up in the fixed order of blocks: products in
-float32, sums in float64, so that the error of a sum over all rows stays that of one block. Of a symmetric product
-only the blocks on and above the diagonal are computed, half of the operations.
+Each is a pure function of a block of rows, whose results are added up in a fixed order, within groups of shards and
+then over the groups: products in float32, sums in float64, so that the error of a sum over all rows stays that of one
+block. Of a symmetric product only the blocks on and above the diagonal are computed, half of the operations.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from source_proj._io.executors import Executor
 from source_proj.attribution.curvature import Factors, check_curvature, count_factors, iter_factors
+from source_proj.attribution.shards import ShardGroup, map_shards, shard_groups
 from source_proj.attribution.spectral import Spectrum
 from source_proj.bank import StageBank
 
-__all__ = ["cross_moment", "decomposed", "mean_hessian", "spectrum", "takes_spectrum"]
+__all__ = ["add_up", "cross_moment", "decomposed", "mean_hessian", "spectrum", "takes_spectrum"]
 
 Route = Literal["auto", "primal", "dual"]
 
@@ -44,6 +47,7 @@ def mean_hessian(
     curvature: Factors = "empirical_fisher",
     *,
     device: torch.device | str = "cpu",
+    executor: Executor | None = None,
 ) -> Tensor:
     """The mean Hessian Ĥ of some checkpoints of a stage, ``(k, k)`` float64, or what was captured of a segment.
 
@@ -53,19 +57,20 @@ def mean_hessian(
         dim: the sketch's dimension k.
         curvature: which factors (see `curvature`).
         device: where the products are computed.
+        executor: computes them; None for this process.
 
     Raises:
         ValueError: for a curvature that the bank's rows do not offer, or several segments that were captured apart.
     """
     if stage.captured:
         return _captured(stage, checkpoints, curvature).to(device)
-    factors = iter_factors(stage, checkpoints, curvature, device)
+    check_curvature(stage, curvature)
     bounds = [*range(0, dim, _PANEL), dim] if dim > _SMALL else [0, dim]
-    panels = add_up((upper_panels(rows, bounds) for rows in factors), len(bounds) - 1)
+    panels = _summed(executor, partial(_panels, stage, curvature, device, bounds), stage, checkpoints, dim)
     count = count_factors(stage, checkpoints, curvature)
     hessian = torch.zeros(dim, dim, dtype=torch.float64, device=device)
     for (start, stop), panel in zip(pairwise(bounds), panels, strict=bool(panels)):
-        hessian[start:stop, start:] = panel.div_(count)
+        hessian[start:stop, start:] = panel.double().div_(count)
         hessian[stop:, start:stop] = hessian[start:stop, stop:].T
     return hessian
 
@@ -80,48 +85,76 @@ def _captured(stage: StageBank, segments: Sequence[int], curvature: Factors) -> 
     return stage.captured_curvature(segments[0]).double()
 
 
+def _summed(
+    executor: Executor | None,
+    function: Callable[[ShardGroup], list[Tensor]],
+    stage: StageBank,
+    checkpoints: Sequence[int],
+    dim: int,
+) -> list[Tensor]:
+    """The sum of the matrices that a function makes of each group of shards."""
+    groups = shard_groups(stage, checkpoints)
+    return add_up(map_shards(executor, function, stage, groups, nbytes=torch.float64.itemsize * dim**2))
+
+
+def _panels(
+    stage: StageBank, curvature: Factors, device: torch.device | str, bounds: Sequence[int], shards: ShardGroup
+) -> list[Tensor]:
+    return add_up(upper_panels(rows, bounds) for rows in iter_factors(stage, shards, curvature, device))
+
+
 def upper_panels(rows: Tensor, bounds: Sequence[int]) -> list[Tensor]:
     """The part of ``rowsᵀ rows`` on and above its block diagonal, for each pair of bounds ``(width, k - start)``."""
     return [rows[:, start:stop].T @ rows[:, start:] for start, stop in pairwise(bounds)]
 
 
-def add_up(parts: Iterable[Sequence[Tensor]], length: int) -> list[Tensor]:
-    """Sum the parts of all blocks in order, in float64; an empty list for no blocks."""
+def add_up(parts: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    """Sum parts in order, in float64; one part alone as it is, and an empty list for none."""
     totals: list[Tensor] = []
     for part in parts:
-        if totals:
-            for index in range(length):
-                totals[index] += part[index]
-        else:
-            totals = [tensor.double() for tensor in part]
+        totals = [
+            total.double().add_(more) for total, more in zip(totals, part, strict=True)
+        ] if totals else list(part)  # fmt: skip
     return totals
 
 
 def cross_moment(
     stage: StageBank,
     checkpoints: Sequence[int],
+    dim: int,
     metric: int,
     curvature: Factors,
     *,
     device: torch.device | str = "cpu",
+    executor: Executor | None = None,
 ) -> Tensor:
     """C = (1/N) Σ_i (R P_m^½ a_i)(R P_l^½ a_i)ᵀ, ``(k, k)`` float64: the mean over some checkpoints in the metric l.
 
     Args:
         stage: the stage's rows.
         checkpoints: which of its checkpoints are averaged.
+        dim: the sketch's dimension k.
         metric: the metric m of earlier checkpoints.
         curvature: which factors.
         device: where the products are computed.
+        executor: computes them; None for this process.
 
     Raises:
         ValueError: for a curvature or a metric that the bank's rows do not offer.
     """
-    there, here = (iter_factors(stage, checkpoints, curvature, device, m) for m in (metric, None))
-    products = add_up(([a.T @ b] for a, b in zip(there, here, strict=True)), 1)
+    check_curvature(stage, curvature)
+    function = partial(_crossed, stage, curvature, device, metric)
+    products = _summed(executor, function, stage, checkpoints, dim)
     if not products:
         raise ValueError("a segment needs at least one checkpoint")
-    return products[0].div_(count_factors(stage, checkpoints, curvature))
+    return products[0].to(device).double().div_(count_factors(stage, checkpoints, curvature))
+
+
+def _crossed(
+    stage: StageBank, curvature: Factors, device: torch.device | str, metric: int, shards: ShardGroup
+) -> list[Tensor]:
+    there, here = (iter_factors(stage, shards, curvature, device, m) for m in (metric, None))
+    return add_up([a.T @ b] for a, b in zip(there, here, strict=True))
 
 
 def spectrum(
@@ -132,6 +165,7 @@ def spectrum(
     *,
     route: Route = "auto",
     device: torch.device | str = "cpu",
+    executor: Executor | None = None,
 ) -> Spectrum:
     """Ĥ's spectrum: arguments and errors as for :func:`mean_hessian`.
 
@@ -144,13 +178,15 @@ def spectrum(
             costs less. Both give the same functions, as f(Ĥ) = f(0) I + U (f(σ) - f(0)) Uᵀ on any orthonormal basis
             U of the range.
         device: where products and decomposition are computed.
+        executor: computes the products; None for this process. The few rows of the dual route are read here.
     """
     dual = route == "dual"
     if route == "auto":
         dual = not stage.captured and _takes_dual(dim, count_factors(stage, checkpoints, curvature))
     if not dual:
-        return decomposed(mean_hessian(stage, checkpoints, dim, curvature, device=device))
-    rows = torch.cat(list(iter_factors(stage, checkpoints, curvature, device))).double()  # (n, k)
+        return decomposed(mean_hessian(stage, checkpoints, dim, curvature, device=device, executor=executor))
+    (shards,) = shard_groups(stage, checkpoints, 1)
+    rows = torch.cat(list(iter_factors(stage, shards, curvature, device))).double()  # (n, k)
     count = len(rows)
     values, vectors = torch.linalg.eigh(rows @ rows.T / count)
     # Eigenvalues at rounding level belong to the null space; dividing by their roots would blow up noise.

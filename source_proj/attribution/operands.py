@@ -3,7 +3,8 @@
 import operator
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,13 +15,16 @@ from source_proj.bank.codecs import Codec, find_codec
 __all__ = [
     "HeldOperands",
     "Operand",
+    "Operands",
+    "Picked",
+    "RowsInMemory",
+    "StageOperands",
     "aligned",
     "checked_rows",
     "encoded_gradients",
     "gradient_bytes",
     "loss_gradients",
     "mean_gradients",
-    "picked",
     "stage_start",
 ]
 
@@ -35,7 +39,7 @@ class Operand(NamedTuple):
         stop: end of the rows.
         rows: ``(stop - start, k)`` float32, or the codes of a codec.
         scale: what each row is times, ``(stop - start,)`` float32; None for 1.
-        weights: what a method's ``_combine`` wants to know of each row; None for nothing.
+        weights: a factor of each row that is averaged over several runs by itself; None for 1.
         codec: how the rows are encoded.
     """
 
@@ -53,36 +57,119 @@ class Operand(NamedTuple):
         return Operand(start, stop, self.rows[part], scale, weights, self.codec)
 
 
+class Operands(Protocol):
+    """The training operands of a term."""
+
+    def between(self, start: int, stop: int) -> Iterator[Operand]:
+        """Those of some rows, in order."""
+
+
+@dataclass(frozen=True)
+class RowsInMemory:
+    """Operands that are there, in order of rows."""
+
+    operands: Sequence[Operand]
+
+    def between(self, start: int, stop: int) -> Iterator[Operand]:
+        """Those of some rows, in order."""
+        for operand in self.operands:
+            if operand.start < stop and start < operand.stop:
+                yield operand.cut(max(start, operand.start), min(stop, operand.stop))
+
+
+@dataclass(frozen=True)
+class StageOperands:
+    """Operands of a stage's rows that are read when they are asked for, here or in the process they were sent to.
+
+    Attributes:
+        bank: whose rows.
+        stage: index of the stage.
+        read: ``read(bank, stage, shards=)`` yields the operands of some shards.
+    """
+
+    bank: Bank
+    stage: int
+    read: Callable[..., Iterator[Operand]]
+
+    def between(self, start: int, stop: int) -> Iterator[Operand]:
+        """Those of some rows, in order."""
+        first = stage_start(self.bank, self.stage)
+        inside = [
+            number
+            for number, (low, high) in enumerate(self.bank.stages[self.stage].shard_spans)
+            if first + low < stop and start < first + high
+        ]
+        if inside:
+            for operand in self.read(self.bank, self.stage, shards=range(inside[0], inside[-1] + 1)):
+                yield operand.cut(max(start, operand.start), min(stop, operand.stop))
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Operands of some rows alone, counted by their places among those.
+
+    Attributes:
+        operands: those of all rows.
+        rows: the rows wanted, ``(n,)`` int64 on the CPU, ascending.
+    """
+
+    operands: Operands
+    rows: Tensor
+
+    def between(self, start: int, stop: int) -> Iterator[Operand]:
+        """Those of the rows at some places, in order."""
+        wanted = self.rows[start:stop]
+        if not len(wanted):
+            return
+        for operand in self.operands.between(int(wanted[0]), int(wanted[-1]) + 1):
+            low, high = torch.searchsorted(wanted, torch.tensor([operand.start, operand.stop])).tolist()
+            if low < high:
+                own = (wanted[low:high] - operand.start).to(operand.rows.device)
+                scale, weights = (
+                    None if values is None else values[own] for values in (operand.scale, operand.weights)
+                )
+                yield Operand(start + low, start + high, operand.rows[own], scale, weights, operand.codec)
+
+
 def stage_start(bank: Bank, stage: int) -> int:
     """Return the first row of a stage among the rows of all stages."""
     return sum(earlier.n for earlier in bank.stages[:stage])
 
 
 def loss_gradients(
-    bank: Bank, stage: int, checkpoint: int, device: torch.device | str | None, metric: int | None = None
+    bank: Bank,
+    stage: int,
+    checkpoint: int,
+    device: torch.device | str | None,
+    metric: int | None = None,
+    shards: range | None = None,
 ) -> Iterator[Operand]:
     """Loss gradients g = ℓ'φ of a stage's examples at one checkpoint, at their rows among all stages.
 
-    They are in the checkpoint's own metric, unless another one is named.
+    They are in the checkpoint's own metric, unless another one is named; of all shards, or of some.
     """
     start = stage_start(bank, stage)
-    for block in bank.stages[stage].iter_rows(checkpoint, metric=metric):
+    for block in bank.stages[stage].iter_rows(checkpoint, metric=metric, shards=shards):
         rows = block.rows.to(device or "cpu").mul_(block.d1.to(device or "cpu")[:, None])
         yield Operand(start + block.start, start + block.stop, rows)
 
 
 def encoded_gradients(
-    bank: Bank, stage: int, checkpoints: Sequence[int], device: torch.device | str | None
+    bank: Bank,
+    stage: int,
+    checkpoints: Sequence[int],
+    device: torch.device | str | None,
+    shards: range | None = None,
 ) -> Iterator[Operand]:
     """ḡ_l as :func:`mean_gradients`; of one checkpoint the banked rows as they are, ℓ' and the scale as one factor.
 
     What multiplies them once has no use for a float32 copy.
     """
     if len(checkpoints) > 1:
-        yield from mean_gradients(bank, stage, checkpoints, device)
+        yield from mean_gradients(bank, stage, checkpoints, device, shards=shards)
         return
     start, target = stage_start(bank, stage), device or "cpu"
-    for block in bank.stages[stage].iter_encoded(checkpoints[0]):
+    for block in bank.stages[stage].iter_encoded(checkpoints[0], shards):
         scale = block.d1 if block.scale is None else block.d1 * block.scale
         rows = block.rows.to(target)
         yield Operand(start + block.start, start + block.stop, rows, scale.to(target), codec=block.codec)
@@ -94,9 +181,10 @@ def mean_gradients(
     checkpoints: Sequence[int],
     device: torch.device | str | None,
     metric: int | None = None,
+    shards: range | None = None,
 ) -> Iterator[Operand]:
-    """ḡ_l: the loss gradients averaged over checkpoints of its stage; see `loss_gradients` for the metric."""
-    streams = [loss_gradients(bank, stage, checkpoint, device, metric) for checkpoint in checkpoints]
+    """ḡ_l: the loss gradients averaged over checkpoints of its stage; see `loss_gradients` for metric and shards."""
+    streams = [loss_gradients(bank, stage, checkpoint, device, metric, shards) for checkpoint in checkpoints]
     for blocks in zip(*streams, strict=True):
         mean = blocks[0].rows
         for block in blocks[1:]:
@@ -111,7 +199,7 @@ def gradient_bytes(bank: Bank, stage: int, checkpoints: Sequence[int]) -> int:
 
 
 class HeldOperands:
-    """Streams of operands that stay in memory, as long as they fit; what does not is read each time.
+    """Operands that stay in memory, as long as they fit; what does not is read each time.
 
     Args:
         limit: bytes that may be held.
@@ -119,24 +207,23 @@ class HeldOperands:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._held: dict[Hashable, list[Operand]] = {}
+        self._held: dict[Hashable, RowsInMemory] = {}
         self._used = 0
-        self._lock = threading.Lock()  # a stream is read once, however many threads ask
+        self._lock = threading.Lock()  # they are read once, however many threads ask
 
-    def stream(self, key: Hashable, nbytes: int, read: Callable[[], Iterator[Operand]]) -> Iterator[Operand]:
-        """The operands of a key, from memory or by reading (and then holding) them.
+    def of(self, key: Hashable, nbytes: int, operands: StageOperands) -> Operands:
+        """The operands of a key, from memory or to be read (and held, if they fit).
 
         Args:
             key: names what is read, once and for all.
             nbytes: bytes that it takes in memory.
-            read: reads it.
+            operands: reads it.
         """
         with self._lock:
             if key not in self._held and self._used + nbytes <= self._limit:
-                self._held[key] = list(read())
+                self._held[key] = RowsInMemory(list(operands.between(0, operands.bank.n_rows)))
                 self._used += nbytes
-            held = self._held.get(key)
-        return read() if held is None else iter(held)
+            return self._held.get(key, operands)
 
 
 def checked_rows(rows: Sequence[int], n: int) -> tuple[Tensor, Tensor]:
@@ -151,21 +238,6 @@ def checked_rows(rows: Sequence[int], n: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"rows are positions among the {n} training examples, 0..{n - 1}, got {outside[:5]}")
     wanted, order = torch.unique(given, return_inverse=True)
     return wanted, order
-
-
-def picked(stream: Iterator[Operand], rows: Tensor) -> Iterator[Operand]:
-    """Some rows of a stream alone, counted by their places among those.
-
-    Args:
-        stream: operands at their rows among all stages.
-        rows: the rows wanted, ``(n,)`` int64 on the CPU, ascending.
-    """
-    for operand in stream:
-        low, high = torch.searchsorted(rows, torch.tensor([operand.start, operand.stop])).tolist()
-        if low < high:
-            own = (rows[low:high] - operand.start).to(operand.rows.device)
-            scale, weights = (None if values is None else values[own] for values in (operand.scale, operand.weights))
-            yield Operand(low, high, operand.rows[own], scale, weights, operand.codec)
 
 
 def aligned(streams: Sequence[Iterator[Operand]], height: int) -> Iterator[tuple[int, int, list[tuple[int, Operand]]]]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import zarr
@@ -22,24 +22,17 @@ from source_proj._io.outputs import name_folder, require_free
 from source_proj._io.unfinished import Unfinished
 from source_proj.attribution.features import SketchedQueries
 from source_proj.attribution.hits_file import HitsFile, is_hits_folder, write_hits_parquet
-from source_proj.attribution.operands import Operand
+from source_proj.attribution.products import Term
 from source_proj.attribution.score_files import is_scores_array
 from source_proj.bank import Bank
 
-__all__ = ["Term", "checked_out", "queries_per_block", "stream_hits", "stream_scores"]
+__all__ = ["checked_out", "queries_per_block", "stream_hits", "stream_scores"]
 
 _CHUNK = (64, 16_384)  # queries and examples of a chunk, 4 MiB
 _BLOCK_BYTES = 256 << 20  # of a block's features
 _MOST_QUERIES = 2048
 
 _FOLDERS = {"score": is_scores_array, "top_k": is_hits_folder}
-
-
-class Term(NamedTuple):
-    """One product of the sum: ``query`` ``(Q, k)`` times the training operand, streamed in order of rows."""
-
-    query: Tensor
-    train: Iterator[Operand]
 
 
 class Streamable(Protocol):

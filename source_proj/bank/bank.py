@@ -1,8 +1,9 @@
 """The bank as its readers see it."""
 
+import os
 import sys
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from source_proj._errors import BankError
+from source_proj._errors import BankError, MismatchError
 from source_proj._io.html import facts
 from source_proj._io.printable import printable
 from source_proj._io.progress import Progress
@@ -35,6 +36,9 @@ __all__ = ["Bank", "open_bank"]
 
 class Bank:
     """A store of sketched training gradients; made by :func:`source_proj.build`, opened by :func:`source_proj.open`.
+
+    It is sent to another process by its place: there it is opened, once, and refused if it is not the same. What it
+    knows of examples stays behind.
 
     Args:
         path: the bank's folder, or a URL: s3://bucket/bank, gs://…, az://…, memory://…, or one that fsspec reads.
@@ -69,12 +73,16 @@ class Bank:
         """Look again which parts there are, and which of them are sealed."""
         parts_of = [find_parts(self.store, self.settings, s) for s in range(len(self.trajectory.stages))]
         self.stages: tuple[StageBank, ...] = tuple(
-            StageBank(self.settings, s, parts, self.require_finalized, self.store) for s, parts in enumerate(parts_of)
+            StageBank(self.settings, s, parts, self, self.store) for s, parts in enumerate(parts_of)
         )
         for part in self.parts:
             part.check_seal()
         self._seals = [part.sealed() for part in self.parts]
         self.__dict__.pop("ids", None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        place = os.path.abspath(self.path) if isinstance(self.path, Path) else self.path
+        return (_reopened, (place, self.fingerprint)) if self.finalized else (open_bank, (place,))
 
     def __repr__(self) -> str:
         rows = " + ".join(f"{stage.n} {stage.name!r} rows x {stage.n_checkpoints} checkpoints" for stage in self.stages)
@@ -365,6 +373,17 @@ def open_bank(path: str | Path) -> Bank:
         BankError: there is no bank, or one of another version, or one whose metadata are damaged; says what was found.
     """
     return Bank(path)
+
+
+@lru_cache(maxsize=16)  # a worker has many tasks on few banks
+def _reopened(path: str, fingerprint: str) -> Bank:
+    bank = Bank(path)
+    if bank.fingerprint != fingerprint:
+        raise MismatchError(
+            f"the bank {path} is another one here than where it was sent from ({bank.fingerprint[:12]} and "
+            f"{fingerprint[:12]}): all workers must see the same bank, and nothing may be appended meanwhile"
+        )
+    return bank
 
 
 def _sketch(path: Path | str, settings: Settings) -> Sketch:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from source_proj.attribution.source.sizes import SegmentSize, fit_peak, fitted_bytes, search_peak
 from source_proj.bank import Bank, build
 from source_proj.bank.build.data import BatchSource
 from source_proj.bank.format import Settings
@@ -46,10 +47,11 @@ class Plan:
         batch_seconds: for a batch, median over trials.
         batches: of all passes.
         shards: of all passes.
-        bytes: on disk, by what they hold, before compression.
+        bytes: on disk, by what they hold, before compression; "fits" are those that Source makes on first use.
         build_peak: bytes of memory at most while it is built, on the CPU, or the GPU if it is on one; None if unknown.
-        fit_peak: bytes of memory while Source is fitted, besides what the process has.
-        search_peak: bytes of memory while queries are scored, besides what the process has and the scores.
+        fit_peak: bytes of memory while Source is fitted, besides what the process has; whatever the examples.
+        search_peak: bytes of memory while queries are scored with Source's default ``memory``, besides what the process
+            has, the queries and their scores.
         dim: suggested size of the sketch.
         storage: suggested codec.
         checkpoints: suggested number of checkpoints a stage.
@@ -185,11 +187,9 @@ def plan(
         for source, height in zip(sources.values(), heights, strict=True)
     ]
     sizes = _bytes(settings, specs)
-    examples = sum(spec.n for spec in specs)
-    metrics = len(bank.metrics)
-    b_matrix = 4 * examples * sketch.dim * metrics
+    segments, height = _segments(bank, specs), max(heights)
     return Plan(
-        examples=examples,
+        examples=sum(spec.n for spec in specs),
         passes=passes * (1 + settings.sampled_fisher),
         parameters=sum(_numbers(settings)),
         workers=workers,
@@ -198,10 +198,10 @@ def plan(
         batch_seconds=batch,
         batches=sum(count * -(-spec.n // spec.batch_size) for count, spec in zip(counted, specs, strict=True)),
         shards=sum(count * spec.n_shards for count, spec in zip(counted, specs, strict=True)),
-        bytes=sizes,
+        bytes={**sizes, "fits": fitted_bytes(segments, sketch.dim)},
         build_peak=_peak(bank, specs),
-        fit_peak=b_matrix + 5 * 8 * sketch.dim**2,
-        search_peak=2 * b_matrix,
+        fit_peak=fit_peak(segments, sketch.dim, height),
+        search_peak=search_peak(segments, sketch.dim, height, settings.codec),
         dim=_suggested_dim(settings, specs, disk),
         storage=storage,
         checkpoints=min(_CHECKPOINTS, max(counted)),
@@ -239,6 +239,17 @@ def _bytes(settings: Settings, specs: Sequence[PartSpec]) -> dict[str, int]:
                 kind = "rows" if "rows" in name else "scalars and hashes"
                 sizes[kind] += torch.Size(array.shape).numel() * getattr(torch, array.dtype).itemsize
         sizes["marks"] += sum(torch.Size(array.shape).numel() for array in marks)
+    return sizes
+
+
+def _segments(bank: Bank, specs: Sequence[PartSpec]) -> list[SegmentSize]:
+    """The segments that the trajectory names, of all examples."""
+    sizes: list[SegmentSize] = []
+    metrics: set[int] = set()
+    for stage, spec in zip(bank.stages, specs, strict=True):
+        for cut in stage.record.cut():
+            sizes.append(SegmentSize(spec.n, len(cut.checkpoints), len(metrics - {cut.metric})))
+            metrics.add(cut.metric)
     return sizes
 
 

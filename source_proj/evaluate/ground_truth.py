@@ -1,6 +1,7 @@
 """Retraining, the judge of all attribution: paid once, kept in a zarr store, resumable and sharable."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import zarr
 from numpy.typing import ArrayLike, NDArray
 
 from source_proj._errors import MismatchError, SourceProjError
+from source_proj._io.executors import Executor, check_executor, map_in_order
 from source_proj._io.files import publish
 from source_proj._io.progress import Progress, progress_bar
 from source_proj.evaluate._truth_files import (
@@ -38,6 +40,9 @@ TrainMany = Callable[[list[NDArray[np.int64]], list[int]], ArrayLike]
 """``train(kept, seeds)``: train one model for each pair, measure the queries with each ``(len(kept), Q)``."""
 
 Cells = list[Cell]
+
+Job = tuple[Cells, list[NDArray[np.int64]], list[int]]
+"""Cells, the examples that each keeps, and the seed of each."""
 
 _STRIDE = 1_000_003  # seeds of subset j: seed + j, then again _STRIDE further for every retraining of it
 
@@ -199,7 +204,7 @@ class GroundTruth:
         train: TrainOne | TrainMany,
         *,
         group: int | None = None,
-        workers: int = 1,
+        executor: Executor | None = None,
         shard: tuple[int, int] = (0, 1),
         progress: Progress = True,
     ) -> "GroundTruth":
@@ -210,23 +215,29 @@ class GroundTruth:
                 each query's measurement ``(Q,)``. With it, ``train(kept, seeds)`` gets lists of up to that many, and
                 returns ``(len(kept), Q)``: for many small models in one tensor program (:func:`retrain`).
             group: how many models one call trains; None for one by one.
-            workers: processes of this machine that call ``train`` (more than one needs the ``parallel`` extra).
+            executor: calls ``train``: a pool of processes, Dask's ``client.get_executor()``, or anything else shaped
+                like :class:`concurrent.futures.Executor` whose workers see the store's folder. Python's own pool of
+                processes takes functions of a module only, Dask and submitit closures too.
             shard: ``(i, n)``: do the i-th of n shares only, for processes started by hand or by a launcher.
             progress: show a progress bar.
 
         Raises:
+            TypeError: if the executor is none.
             ValueError: for numbers out of range, or measurements that are not finite; names subset and seed.
             MismatchError: if ``train`` returns another shape.
+            SourceProjError: if workers are lost again and again.
         """
         index, shards = shard
         if not 0 <= index < shards:
             raise ValueError(f"shard must be (i, n) with 0 <= i < n, got {shard}")
-        if workers < 1 or (group is not None and group < 1):
-            raise ValueError(f"workers and group must be at least 1, got {workers} and {group}")
+        if group is not None and group < 1:
+            raise ValueError(f"group must be at least 1, got {group}")
+        check_executor(executor)
         todo = [cell for cell in self.missing() if (cell[0] + cell[1] * len(self.masks)) % shards == index]
         calls = [todo[start : start + (group or 1)] for start in range(0, len(todo), group or 1)]
         with progress_bar(progress, "retrain", len(todo), "models") as bar:
-            for done in self._retrain(train, calls, group is not None, workers):
+            function = partial(_retrain, train, group is not None, self.path.resolve())
+            for done in map_in_order(executor, function, self._jobs(calls)):
                 bar.update(done)
         return self
 
@@ -312,38 +323,19 @@ class GroundTruth:
         if retrainings > self.shape[1]:
             grow(self._group, self.path, retrainings)
 
-    def _retrain(
-        self, train: Callable[..., ArrayLike], calls: Sequence[Cells], grouped: bool, workers: int
-    ) -> Iterable[int]:
-        path = self.path.resolve()
-        jobs = (
-            (cells, [np.flatnonzero(self.masks[j]) for j, _ in cells], [self._seed(j, r) for j, r in cells])
-            for cells in calls
-        )
-        if workers == 1:
-            return (_retrain(train, grouped, path, *job) for job in jobs)
-        try:
-            from joblib import Parallel, delayed
-        except ImportError as error:
-            raise ImportError('several workers need joblib: pip install "source-proj[parallel]"') from error
-        parallel = Parallel(n_jobs=workers, return_as="generator", batch_size=1)
-        numbers: Iterable[int] = parallel(delayed(_retrain)(train, grouped, path, *job) for job in jobs)
-        return numbers
+    def _jobs(self, calls: Sequence[Cells]) -> Iterator[Job]:
+        for cells in calls:
+            kept, seeds = [np.flatnonzero(self.masks[j]) for j, _ in cells], [self._seed(j, r) for j, r in cells]
+            yield cells, kept, seeds
 
 
-def _retrain(
-    train: Callable[..., ArrayLike],
-    grouped: bool,
-    path: Path,
-    cells: Cells,
-    kept: list[NDArray[np.int64]],
-    seeds: list[int],
-) -> int:
+def _retrain(train: Callable[..., ArrayLike], grouped: bool, path: Path, job: Job) -> int:
     """Train, check and write; return the number of retrainings.
 
-    Where there are several workers this runs in their processes: what one has measured is on the disk, whatever happens
-    to the others or to the process that started them.
+    Where there is an executor its workers run this: what one has measured is on the disk, whatever happens to the
+    others or to the process that started them.
     """
+    cells, kept, seeds = job
     measured = np.asarray(train(kept, seeds) if grouped else [train(kept[0], seeds[0])], dtype=np.float64)
     queries = int(cast(int, opened(path)[1]["queries"]))
     if measured.shape != (len(cells), queries):

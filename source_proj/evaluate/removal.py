@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from source_proj._errors import MismatchError
+from source_proj._io.executors import Executor
 from source_proj.evaluate._counterfactual import bootstrap_weights
 from source_proj.evaluate._ranks import Floats
 from source_proj.evaluate.ground_truth import GroundTruth, TrainMany, TrainOne
@@ -94,7 +95,7 @@ def subset_removal(
     path: str | Path | None = None,
     retrainings: int = 1,
     group: int | None = None,
-    workers: int = 1,
+    executor: Executor | None = None,
     settings: Mapping[str, Any] | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -121,7 +122,7 @@ def subset_removal(
             serves one method and one list of sizes. None for a temporary one.
         retrainings: models trained for each removal, R.
         group: how many models one call of ``train`` trains; None for one by one.
-        workers: processes of this machine that call ``train`` (more than one needs the ``parallel`` extra).
+        executor: calls ``train``; see :meth:`GroundTruth.fill`.
         settings: whatever else decides the predictions, JSON-able, kept in ``path``; other ones are refused.
         bootstrap: number of resamplings of the queries; 0 for none.
         seed: where the retrainings' seeds start, and seed of the resampling.
@@ -152,7 +153,7 @@ def subset_removal(
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder) / "removal" if path is None else path
         truth = GroundTruth.of_masks(where, masks, len(base), retrainings=retrainings, seed=seed, settings=settings)
-        predicted = truth.fill(train, group=group, workers=workers, progress=progress).outcomes  # (masks, R, Q)
+        predicted = truth.fill(train, group=group, executor=executor, progress=progress).outcomes  # (masks, R, Q)
     own = predicted[row, :, queries[:, None]]  # (K, S, R): of each removal, its own query's prediction
     flipped = np.asarray((own != base[queries, None, None]).mean(axis=2))
     replicates = weights @ flipped / len(queries)

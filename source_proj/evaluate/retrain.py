@@ -8,7 +8,8 @@ Several stages are trained one after the other: ``train_stacked`` returns states
 takes as ``initial``.
 """
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from source_proj._errors import MismatchError
+from source_proj._io.executors import Executor, check_executor, map_in_order
 from source_proj._io.progress import Progress, progress_bar
 
 __all__ = ["StackedState", "half_subsets", "retrain", "stacked_outputs", "train_stacked"]
@@ -26,6 +28,11 @@ StackedState = dict[str, Tensor]
 
 LearningRate = float | Callable[[int], float]
 """A constant, or a function of the optimizer step, which counts from 0."""
+
+_GENERATOR = threading.Lock()  # torch's global one: threads that train take turns
+
+Group = tuple[list[np.ndarray], list[int], StackedState | None]
+"""Subsets, seeds and initial states of models that are trained at once."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Mean loss of ``(outputs, targets)``."""
@@ -77,12 +84,13 @@ def retrain(
     initial: StackedState | None = None,
     group: int = 8,
     evaluate: Callable[[StackedState], Tensor],
+    executor: Executor | None = None,
     progress: Progress = True,
 ) -> Tensor:
     """Train one model per (subset, seed) pair and evaluate each.
 
     Models advance in groups of ``group``; subsets of different lengths go to different groups. Apart from
-    ``evaluate``, ``group`` and ``progress`` the arguments are those of :func:`train_stacked`.
+    ``evaluate``, ``group``, ``executor`` and ``progress`` the arguments are those of :func:`train_stacked`.
 
     Args:
         make_model: builds a freshly initialised model; called under ``torch.manual_seed(seed)``.
@@ -100,6 +108,7 @@ def retrain(
         initial: weights to start from: one state dict for all, or the stacked states of all M models.
         group: models trained at once; a group's weights should fit the processor's cache.
         evaluate: maps the stacked state of a group to a tensor ``(models in group, ...)``.
+        executor: trains the groups, each by itself, as :meth:`GroundTruth.fill` says; None for this process.
         progress: show a progress bar after two seconds.
 
     Returns:
@@ -112,20 +121,31 @@ def retrain(
     if group < 1:
         raise ValueError(f"group must be at least 1 model, got {group}")
     _check_pairs(subsets, seeds)
+    check_executor(executor)
     evaluations: dict[int, Tensor] = {}
     shared = initial is not None and _is_single(make_model, initial)
     groups = list(_lockstep_groups(subsets, group))
-    with progress_bar(progress, "retrain", len(groups), "groups") as bar:
+
+    def jobs() -> Iterator[Group]:
         for positions in groups:
             own = initial if initial is None or shared else {name: value[positions] for name, value in initial.items()}
-            state = train_stacked(
-                make_model, inputs, targets, [subsets[i] for i in positions], [seeds[i] for i in positions],
-                epochs=epochs, batch_size=batch_size, lr=lr, momentum=momentum, weight_decay=weight_decay,
-                optimizer=optimizer, loss=loss, initial=own,
-            )  # fmt: skip
-            evaluations.update(zip(positions, evaluate(state), strict=True))
+            yield [subsets[i] for i in positions], [seeds[i] for i in positions], own
+
+    train = partial(
+        train_stacked, make_model, inputs, targets, epochs=epochs, batch_size=batch_size, lr=lr, momentum=momentum,
+        weight_decay=weight_decay, optimizer=optimizer, loss=loss,
+    )  # fmt: skip
+    with progress_bar(progress, "retrain", len(groups), "groups") as bar:
+        results = map_in_order(executor, partial(_evaluated, train, evaluate), jobs())
+        for positions, evaluated in zip(groups, results, strict=True):
+            evaluations.update(zip(positions, evaluated, strict=True))
             bar.update()
     return torch.stack([evaluations[i] for i in range(len(subsets))])
+
+
+def _evaluated(train: Callable[..., StackedState], evaluate: Callable[[StackedState], Tensor], group: Group) -> Tensor:
+    subsets, seeds, initial = group
+    return evaluate(train(subsets, seeds, initial=initial))
 
 
 def train_stacked(
@@ -184,7 +204,7 @@ def train_stacked(
     rate = lr if callable(lr) else lambda _step: float(lr)
     indices = torch.from_numpy(np.stack(subsets)).long()  # (M, n)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with torch.random.fork_rng():
+    with _GENERATOR, torch.random.fork_rng():
         skeleton, parameters, buffers = _initialise(make_model, seeds, initial, inputs.device)
         make = optimizer or partial(torch.optim.SGD, momentum=momentum, weight_decay=weight_decay)
         descent = make(list(parameters.values()))
@@ -213,13 +233,13 @@ def stacked_outputs(make_model: Callable[[], nn.Module], inputs: Tensor) -> Call
     """Build an ``evaluate`` for :func:`retrain`: the outputs ``(models, N, ...)`` of every model on ``inputs``."""
     with torch.random.fork_rng():
         skeleton = make_model().to(inputs.device).eval()
+    return partial(_outputs, skeleton, inputs)
 
-    def evaluate(state: StackedState) -> Tensor:
-        with torch.no_grad():
-            outputs: Tensor = vmap(lambda parameters: functional_call(skeleton, parameters, (inputs,)))(state)
-        return outputs
 
-    return evaluate
+def _outputs(skeleton: nn.Module, inputs: Tensor, state: StackedState) -> Tensor:
+    with torch.no_grad():
+        outputs: Tensor = vmap(lambda parameters: functional_call(skeleton, parameters, (inputs,)))(state)
+    return outputs
 
 
 def _initialise(

@@ -26,10 +26,15 @@ class FakeStage:
         self.fisher_weight = None
         self.sampled = torch.randn(checkpoints, n * draws, k, generator=generator)
 
-    def iter_rows(self, checkpoint, what="output"):
+    @property
+    def shard_spans(self):
+        return [(0, self.n // 2), (self.n // 2, self.n)]
+
+    def iter_rows(self, checkpoint, what="output", metric=None, shards=None):
         rows = self.rows if what == "output" else self.sampled
         half = rows.shape[1] // 2
-        for start, stop in ((0, half), (half, rows.shape[1])):
+        spans = ((0, half), (half, rows.shape[1]))
+        for start, stop in spans if shards is None else [spans[shard] for shard in shards]:
             yield SimpleNamespace(
                 start=start,
                 stop=stop,

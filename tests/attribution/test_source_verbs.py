@@ -26,8 +26,8 @@ def test_permuting_rows_permutes_scores(blobs, tmp_path):
 @pytest.mark.parametrize("height", [1, 7, 1000])
 def test_streaming_equals_sorting_all(blobs, monkeypatch, verb, height):
     problem, bank = blobs
-    monkeypatch.setattr("source_proj.attribution.attributor._MIN_ROWS", height)
-    monkeypatch.setattr("source_proj.attribution.attributor._BLOCK_SCORES", 1)
+    monkeypatch.setattr("source_proj.attribution.products._MIN_ROWS", height)
+    monkeypatch.setattr("source_proj.attribution.products._BLOCK_SCORES", 1)
     method = source(problem, bank)
     features = method.sketch(problem.queries)
     streamed, sorted_ = getattr(method, verb)(features, 5), getattr(method.score(features), verb)(5)

@@ -1,6 +1,10 @@
 import importlib
+import os
+import subprocess
+import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import source_proj as sp
+from source_proj.attribution.source.sizes import SegmentSize, fitted_bytes, search_peak
+from source_proj.bank.codecs import find_codec
 
 module = importlib.import_module("source_proj.distribute.plan")  # whose name the function has too
 
@@ -55,6 +61,61 @@ def test_what_can_be_counted_is_exact(planned, tmp_path):
     assert planned.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert planned.bytes["rows"] == 2 * N * 64
     assert planned.bytes["marks"] < bank.nbytes()["marks"] < 1.5 * planned.bytes["marks"] + 1000
+
+
+def test_fits_take_what_was_planned(planned, tmp_path):
+    """A spectrum of 64 directions; zarr adds checksums and metadata."""
+    model, trajectory = run()
+    options = {"sketch": sp.Sketch(dim=64), "batch_size": 10, "shard_rows": 50, "progress": False}
+    bank = sp.build(model, sp.Classification(), trajectory, make(), tmp_path / "bank", **options)
+    sp.Source(bank, progress=False).fit()
+    assert planned.bytes["fits"] == 8 * 64 * 65
+    assert planned.bytes["fits"] < bank.fits.nbytes() < planned.bytes["fits"] + 10_000
+
+
+def test_memory_of_fit_and_search_does_not_grow_with_the_examples():
+    few, many = ([SegmentSize(rows, 2), SegmentSize(rows, 1)] for rows in (10**5, 10**9))
+    sizes = [(fitted_bytes(own, 4096), search_peak(own, 4096, 10_000, find_codec("int8"))) for own in (few, many)]
+    assert sizes[0][0] == sizes[1][0] == 2 * 12 * 4096**2
+    assert all(peak <= 2 * 10**9 for _, peak in sizes)
+    held = [search_peak([SegmentSize(1000, 1)], 64, 100, find_codec("int8"), memory) for memory in ("1GB", 100)]
+    assert held[0] - held[1] == 1000 * 68
+
+
+PROGRAM = """
+import resource, sys
+import torch
+import source_proj as sp
+bank = sp.open(sys.argv[1])
+source = sp.Source(bank, cache=False, progress=False)
+points = {point.hash(): torch.randn(20, 1536) for point in bank.query_points()}
+features = sp.QueryFeatures(points, list(range(20)), bank.sketch.spec())
+list(bank.stages[0].iter_rows(0, shards=range(1)))
+torch.linalg.cholesky(torch.eye(8).double())
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+source.fit()
+fitted = peak() - before
+source.top_k(features, 3)
+print(fitted, peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory as Linux counts it")
+def test_planned_and_real_memory(tmp_path):
+    """Of the same size; prints the ratios."""
+    model, trajectory = run(width=100)
+    data, options = make(4000), {"sketch": sp.Sketch(dim=1536), "batch_size": 50, "shard_rows": 1000}
+    planned = sp.plan(model, sp.Classification(), trajectory, data, **options)
+    sp.build(model, sp.Classification(), trajectory, data, tmp_path / "bank", progress=False, **options)
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "bank")]
+    path = os.pathsep.join([str(Path(sp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path})
+    fitted, searched = map(int, done.stdout.split())
+    print(f"planned over real: fit {planned.fit_peak / fitted:.2f}, both {planned.search_peak / searched:.2f}")
+    assert 0.5 < planned.fit_peak / fitted < 3
+    assert searched < planned.fit_peak + planned.search_peak
 
 
 def test_a_stage_and_a_draw_are_passes_of_their_own():

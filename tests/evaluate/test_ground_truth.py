@@ -1,12 +1,13 @@
 import importlib
 import json
-import os
 import pkgutil
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ from retrainings import COUNT, QUERIES, RETRAININGS, N, open_truth, train
 import source_proj.evaluate
 from source_proj._errors import MismatchError, SourceProjError
 from source_proj.evaluate import GroundTruth, half_subsets
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "_io"))
+from lossy_executor import LossyExecutor
 
 PROGRAM = Path(__file__).with_name("retrainings.py")
 
@@ -105,32 +109,29 @@ def test_groups_change_nothing(tmp_path, group):
     assert max(sizes) == group
 
 
-def test_workers_change_nothing_and_take_a_closure(tmp_path):
-    pytest.importorskip("joblib")
-    offset, here = 10.0, os.getpid()
+@pytest.mark.parametrize("group", [None, 3])
+def test_an_executor_changes_nothing(tmp_path, group):
+    executor = LossyExecutor(0)
+    given = train if group is None else train_together
+    truth = open_truth(tmp_path / "truth").fill(given, group=group, executor=executor, progress=False)
+    np.testing.assert_array_equal(truth.outcomes, naive())
+    assert len(executor.futures) > len(executor.done)  # some were lost
 
-    def shifted(kept, seed):
-        if os.getpid() == here:
-            raise RuntimeError("this is not a process of its own")
-        return train(kept, seed) + offset
 
-    truth = open_truth(tmp_path / "truth").fill(shifted, workers=2, progress=False)
-    np.testing.assert_array_equal(truth.outcomes, naive() + offset)
+def train_together(kept, seeds):
+    return [train(*pair) for pair in zip(kept, seeds, strict=True)]
 
 
 def test_a_workers_error_reaches_the_caller_and_what_was_done_stays(tmp_path):
-    pytest.importorskip("joblib")
-
     def fails_late(kept, seed):
         if seed >= 3 * 1_000_003:
             raise RuntimeError("out of memory")
         return train(kept, seed)
 
     truth = open_truth(tmp_path / "truth")
-    with pytest.raises(RuntimeError, match="out of memory"):
-        truth.fill(fails_late, workers=2, progress=False)
-    # Jobs begin in order: when the first one failed, those before it were done, or one was with the other worker.
-    assert COUNT <= len(truth.missing()) <= COUNT + 1
+    with ThreadPoolExecutor(2) as executor, pytest.raises(RuntimeError, match="out of memory"):
+        truth.fill(fails_late, executor=executor, progress=False)
+    assert len(truth.missing()) == COUNT
 
 
 def test_the_others_of_a_group_are_kept_when_one_diverges(tmp_path):
@@ -261,12 +262,9 @@ def test_damaged_metadata_are_named(tmp_path, array, damage):
     assert str(tmp_path / "truth") in str(caught.value)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("threads", [0, 2])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_diverged_model_is_named_and_not_kept(tmp_path, workers, value):
-    if workers > 1:
-        pytest.importorskip("joblib")
-
+def test_a_diverged_model_is_named_and_not_kept(tmp_path, threads, value):
     def diverges(kept, seed):
         measured = train(kept, seed)
         if seed == 1_000_003 + 4:
@@ -274,8 +272,11 @@ def test_a_diverged_model_is_named_and_not_kept(tmp_path, workers, value):
         return measured
 
     truth = open_truth(tmp_path / "truth")
-    with pytest.raises(ValueError, match=f"subset 4 with seed 1000007 measured {value} for query 1"):
-        truth.fill(diverges, workers=workers, progress=False)
+    with (
+        ThreadPoolExecutor(threads) if threads else nullcontext() as executor,
+        pytest.raises(ValueError, match=f"subset 4 with seed 1000007 measured {value} for query 1"),
+    ):
+        truth.fill(diverges, executor=executor, progress=False)
     assert (4, 1) in truth.missing()
     assert len(truth.missing()) < COUNT * RETRAININGS
 
@@ -306,7 +307,7 @@ def test_bad_arguments_make_no_store(tmp_path, arguments, error, message):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("choice", [{"shard": (2, 2)}, {"shard": (-1, 2)}, {"workers": 0}, {"group": 0}])
+@pytest.mark.parametrize("choice", [{"shard": (2, 2)}, {"shard": (-1, 2)}, {"group": 0}])
 def test_fill_refuses(tmp_path, choice):
     with pytest.raises(ValueError, match=r"shard must be|at least 1"):
         open_truth(tmp_path / "truth").fill(train, **choice)

@@ -1,4 +1,7 @@
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,6 +10,9 @@ from torch import nn
 
 from source_proj._errors import MismatchError
 from source_proj.evaluate import half_subsets, retrain, stacked_outputs, train_stacked
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "_io"))
+from lossy_executor import LossyExecutor
 
 torch.manual_seed(0)
 X, Y = torch.randn(50, 6), torch.randint(3, (50,))
@@ -102,6 +108,16 @@ def test_two_stages_go_on_where_the_first_ended():
         middle = naive(tanh_net, SUBSETS[i], SEEDS[i], **SETTING, dtype=torch.float32).state_dict()
         end = naive(tanh_net, second[i], SEEDS[i], **SETTING, dtype=torch.float32, initial=middle)
         close(got[i], end(QUERIES).detach(), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lossy", "threads"])
+def test_an_executor_changes_no_bit(kind):
+    first = train_stacked(tanh_net, X, Y, SUBSETS, SEEDS, **SETTING)
+    arguments = (tanh_net, X, Y, SUBSETS, SEEDS)
+    options = {**SETTING, "group": 1, "initial": first, "evaluate": stacked_outputs(tanh_net, QUERIES)}
+    with ThreadPoolExecutor(3) as threads:
+        executor = threads if kind == "threads" else LossyExecutor(2)
+        assert torch.equal(retrain(*arguments, **options, executor=executor), retrain(*arguments, **options))
 
 
 def test_one_state_dict_starts_every_model():

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from source_proj._io.executors import Executor
 from source_proj._io.progress import Progress
 from source_proj.attribution.curvature import Curvature, Damping, damping_value
 from source_proj.attribution.fits import Fit, fitted_matrix
@@ -46,6 +47,7 @@ class ArnoldiInfluence(InfluenceFunction):
         query_gradient: as for :class:`~source_proj.InfluenceFunction`.
         batch_size: queries per backward pass.
         device: where products are computed and queries run.
+        executor: computes what reads the whole bank; see :class:`~source_proj.attribution.attributor.Attributor`.
         cache: keep Ĥ and its eigenpairs beside the bank.
         progress: show progress bars for what takes over two seconds; False for none, or a function of (description,
             done, total).
@@ -88,6 +90,7 @@ class ArnoldiInfluence(InfluenceFunction):
         query_gradient: QueryGradient | None = None,
         batch_size: int = 64,
         device: torch.device | str | None = None,
+        executor: Executor | None = None,
         cache: bool = True,
         progress: Progress = True,
     ) -> None:
@@ -101,6 +104,7 @@ class ArnoldiInfluence(InfluenceFunction):
             query_gradient=query_gradient,
             batch_size=batch_size,
             device=device,
+            executor=executor,
             cache=cache,
             progress=progress,
         )

@@ -7,11 +7,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from source_proj._io.executors import Executor
 from source_proj._io.progress import Progress
 from source_proj.attribution.attributor import Attributor, Term
 from source_proj.attribution.curvature import Curvature, count_factors, iter_factors
 from source_proj.attribution.features import QueryFeatures
-from source_proj.attribution.operands import encoded_gradients
+from source_proj.attribution.moments import add_up
+from source_proj.attribution.operands import StageOperands, encoded_gradients
+from source_proj.attribution.shards import ShardGroup, map_shards, shard_groups
 from source_proj.bank import Bank, StageBank
 from source_proj.task import Task
 
@@ -46,6 +49,7 @@ class DataInf(Attributor):
         damping_factor: what tr(Ĥ)/k is times in μ; a number > 0.
         batch_size: queries per backward pass.
         device: where products are computed and queries run.
+        executor: computes what reads the whole bank; see :class:`~source_proj.attribution.attributor.Attributor`.
         progress: show progress bars for what takes over two seconds; False for none, or a function of (description,
             done, total).
 
@@ -79,9 +83,12 @@ class DataInf(Attributor):
         damping_factor: float = 0.1,
         batch_size: int = 64,
         device: torch.device | str | None = None,
+        executor: Executor | None = None,
         progress: Progress = True,
     ) -> None:
-        super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
+        super().__init__(
+            bank, model=model, task=task, batch_size=batch_size, device=device, executor=executor, progress=progress
+        )
         if not 0 < damping_factor < math.inf:
             raise ValueError(f"damping_factor must be a number > 0, such as the paper's 0.1, got {damping_factor!r}")
         self.curvature: Curvature = curvature
@@ -96,22 +103,37 @@ class DataInf(Attributor):
         decay = stage.record.cut(stage.n_checkpoints)[-1].decay
         given = features.at(bank.final_checkpoint(), bank.metrics.hash(stage.metric(-1)))
         query = self._solved(given.to(self.device or "cpu").double(), stage, bank.sketch.dim, decay)
-        return [Term(query.float() * (-1 / stage.n), encoded_gradients(bank, last, checkpoints, self.device))]
+        rows = StageOperands(bank, last, partial(encoded_gradients, checkpoints=checkpoints, device=self.device))
+        return [Term(query.float() * (-1 / stage.n), rows)]
 
     def _solved(self, query: Tensor, stage: StageBank, dim: int, decay: float) -> Tensor:
         """Queries ``(Q, k)`` float64 times the mean of inverses, in two passes over the factors."""
-        checkpoints = [stage.n_checkpoints - 1]
-        factors = partial(iter_factors, stage, checkpoints, self.curvature, query.device)
-        count = count_factors(stage, checkpoints, self.curvature)
-        trace = sum(float(rows.double().square().sum()) for rows in factors()) / count
+        checkpoints, device = [stage.n_checkpoints - 1], self.device or "cpu"
+        count, groups = count_factors(stage, checkpoints, self.curvature), shard_groups(stage, checkpoints)
+        squares = partial(_squares, stage, self.curvature, device)
+        trace = sum(map_shards(self.executor, squares, stage, groups)) / count
         ridge = self.damping_factor * trace / dim + decay
         if ridge == 0:  # all gradients are 0, and so is every score
             return torch.zeros_like(query)
-        return apply_mean_inverse(query, factors(), ridge)
+        shares = partial(_shares, stage, self.curvature, device, query.cpu(), ridge)
+        parts = map_shards(self.executor, shares, stage, groups, nbytes=query.nbytes)
+        (total,) = add_up([part] for part in parts)
+        return (query - total.to(query.device) / count) / ridge
 
 
-def apply_mean_inverse(query: Tensor, factors: Iterable[Tensor], ridge: float) -> Tensor:
-    """The mean over i of (a_i a_iᵀ + μ)⁻¹, applied to each query.
+def _squares(stage: StageBank, curvature: Curvature, device: torch.device | str, shards: ShardGroup) -> float:
+    """Σ_i |a_i|² of some shards."""
+    return sum(float(rows.double().square().sum()) for rows in iter_factors(stage, shards, curvature, device))
+
+
+def _shares(
+    stage: StageBank, curvature: Curvature, device: torch.device | str, query: Tensor, ridge: float, shards: ShardGroup
+) -> Tensor:
+    return shares_along(query.to(device), iter_factors(stage, shards, curvature, device), ridge)
+
+
+def shares_along(query: Tensor, factors: Iterable[Tensor], ridge: float) -> Tensor:
+    """Σ_i a_i (a_i·q) / (μ + |a_i|²) of each query q: the sum over i of (a_i a_iᵀ + μ)⁻¹ q is (n q - this) / μ.
 
     In float64: along a gradient that all examples share, only μ/(μ + |a|²) is left of a query.
 
@@ -123,10 +145,9 @@ def apply_mean_inverse(query: Tensor, factors: Iterable[Tensor], ridge: float) -
     Returns:
         ``(Q, k)`` float64.
     """
-    shares, count = torch.zeros_like(query), 0
+    shares = torch.zeros_like(query)
     for block in factors:
         for rows in block.double().split(_ROWS):
             weights = 1 / (ridge + rows.square().sum(1))
             shares += ((query @ rows.T) * weights) @ rows  # (Q, n) (n, k)
-            count += len(rows)
-    return (query - shares / count) / ridge
+    return shares

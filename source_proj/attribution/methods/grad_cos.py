@@ -1,12 +1,13 @@
 """GradCos: cosine of gradients at the final checkpoint."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from source_proj.attribution.attributor import Attributor, Term
 from source_proj.attribution.features import QueryFeatures
-from source_proj.attribution.operands import Operand, loss_gradients
+from source_proj.attribution.operands import Operand, StageOperands, loss_gradients
 from source_proj.bank import Bank
 
 __all__ = ["GradCos"]
@@ -34,9 +35,14 @@ class GradCos(Attributor):
         for index, stage in enumerate(bank.stages):
             metric = bank.metrics.hash(stage.metric(stage.n_checkpoints - 1))
             query = features.at(bank.final_checkpoint(), metric).to(self.device or "cpu")
-            terms.append(Term(-torch.nn.functional.normalize(query), self._rows(bank, index)))
+            rows = StageOperands(bank, index, partial(_directions, device=self.device))
+            terms.append(Term(-torch.nn.functional.normalize(query), rows))
         return terms
 
-    def _rows(self, bank: Bank, stage: int) -> Iterator[Operand]:
-        for operand in loss_gradients(bank, stage, bank.stages[stage].n_checkpoints - 1, self.device):
-            yield operand._replace(rows=torch.nn.functional.normalize(operand.rows))
+
+def _directions(
+    bank: Bank, stage: int, device: torch.device | str | None, shards: range | None = None
+) -> Iterator[Operand]:
+    last = bank.stages[stage].n_checkpoints - 1
+    for operand in loss_gradients(bank, stage, last, device, shards=shards):
+        yield operand._replace(rows=torch.nn.functional.normalize(operand.rows))

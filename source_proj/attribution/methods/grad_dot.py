@@ -1,8 +1,10 @@
 """GradDot: inner product of gradients at the final checkpoint."""
 
+from functools import partial
+
 from source_proj.attribution.attributor import Attributor, Term
 from source_proj.attribution.features import QueryFeatures
-from source_proj.attribution.operands import encoded_gradients
+from source_proj.attribution.operands import StageOperands, encoded_gradients
 from source_proj.bank import Bank
 
 __all__ = ["GradDot"]
@@ -22,5 +24,6 @@ class GradDot(Attributor):
         for index, stage in enumerate(bank.stages):
             last = stage.n_checkpoints - 1
             query = features.at(bank.final_checkpoint(), bank.metrics.hash(stage.metric(last))).to(self.device or "cpu")
-            terms.append(Term(query * (-1 / stage.n), encoded_gradients(bank, index, [last], self.device)))
+            rows = StageOperands(bank, index, partial(encoded_gradients, checkpoints=[last], device=self.device))
+            terms.append(Term(query * (-1 / stage.n), rows))
         return terms

@@ -1,12 +1,13 @@
 """Hydra: training gradients along the trajectory against the query's gradient at the end."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 
 from source_proj.attribution.attributor import Attributor, Term
 from source_proj.attribution.features import QueryFeatures
-from source_proj.attribution.operands import Operand, loss_gradients
+from source_proj.attribution.operands import Operand, StageOperands, loss_gradients
 from source_proj.attribution.spectral import decay_operator, response
 from source_proj.bank import Bank
 
@@ -59,16 +60,24 @@ class Hydra(Attributor):
                 left *= float(decay_operator(time, decay)(flat))
             for metric, own in weights.items():
                 query = features.at(final, bank.metrics.hash(metric)).to(self.device or "cpu")
-                rows = self._rows(bank, index, dict(sorted(own.items())))
+                read = partial(_weighted_sums, weights=dict(sorted(own.items())), device=self.device)
+                rows = StageOperands(bank, index, read)
                 terms.append(Term(query * (-1 / stage.n), rows))
         return terms
 
-    def _rows(self, bank: Bank, stage: int, weights: Mapping[int, float]) -> Iterator[Operand]:
-        """Σ_c w_c g_c over the stage's checkpoints of one metric, so that queries meet one product and not C."""
-        streams = [loss_gradients(bank, stage, checkpoint, self.device) for checkpoint in weights]
-        first, *later = weights.values()
-        for blocks in zip(*streams, strict=True):
-            total = blocks[0].rows.mul_(first)
-            for block, weight in zip(blocks[1:], later, strict=True):
-                total.add_(block.rows, alpha=weight)
-            yield blocks[0]._replace(rows=total)
+
+def _weighted_sums(
+    bank: Bank,
+    stage: int,
+    weights: Mapping[int, float],
+    device: torch.device | str | None,
+    shards: range | None = None,
+) -> Iterator[Operand]:
+    """Σ_c w_c g_c over the stage's checkpoints of one metric, so that queries meet one product and not C."""
+    streams = [loss_gradients(bank, stage, checkpoint, device, shards=shards) for checkpoint in weights]
+    first, *later = weights.values()
+    for blocks in zip(*streams, strict=True):
+        total = blocks[0].rows.mul_(first)
+        for block, weight in zip(blocks[1:], later, strict=True):
+            total.add_(block.rows, alpha=weight)
+        yield blocks[0]._replace(rows=total)

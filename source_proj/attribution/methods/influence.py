@@ -1,16 +1,18 @@
 """Influence functions in the sketched space."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from source_proj._io.executors import Executor
 from source_proj._io.progress import Progress
 from source_proj.attribution.attributor import Attributor, Term
 from source_proj.attribution.curvature import Curvature, Damping, check_damping, damping_value, default_curvature
 from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.fits import Fit, fitted_hessian
-from source_proj.attribution.operands import encoded_gradients
+from source_proj.attribution.operands import StageOperands, encoded_gradients
 from source_proj.attribution.query_points import QueryGradient, check_query_gradient, query_points
 from source_proj.attribution.spectral import ridge_inverse
 from source_proj.bank import Bank
@@ -41,6 +43,7 @@ class InfluenceFunction(Attributor):
         query_gradient: as for :class:`~source_proj.Source`; without ``average`` the default is ``"final"``.
         batch_size: queries per backward pass.
         device: where products are computed and queries run.
+        executor: computes what reads the whole bank; see :class:`~source_proj.attribution.attributor.Attributor`.
         cache: keep Hessians' spectra or factors beside the bank.
         progress: show progress bars for what takes over two seconds; False for none, or a function of (description,
             done, total).
@@ -58,11 +61,14 @@ class InfluenceFunction(Attributor):
         query_gradient: QueryGradient | None = None,
         batch_size: int = 64,
         device: torch.device | str | None = None,
+        executor: Executor | None = None,
         cache: bool = True,
         progress: Progress = True,
     ) -> None:
         self.takes_captured = average
-        super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
+        super().__init__(
+            bank, model=model, task=task, batch_size=batch_size, device=device, executor=executor, progress=progress
+        )
         check_damping(damping)
         check_query_gradient(query_gradient)
         self.query_gradient: QueryGradient | None = query_gradient if average else query_gradient or "final"
@@ -85,10 +91,11 @@ class InfluenceFunction(Attributor):
         checkpoints = [stage.n_checkpoints - 1]
         if self.average:
             checkpoints = [c for c in range(stage.n_checkpoints) if stage.metric(c) == metric]
-        fit = Fit(bank, last, checkpoints, self.curvature, self.device, self.cache)
+        fit = Fit(bank, last, checkpoints, self.curvature, self.device, self.cache, self.executor)
         given = self._query(bank, features, metric).to(self.device or "cpu")
         query = self._solved(fit, given, stage.record.cut(stage.n_checkpoints)[-1].decay)
-        return [Term(query.float() * (-1 / stage.n), encoded_gradients(bank, last, checkpoints, self.device))]
+        rows = StageOperands(bank, last, partial(encoded_gradients, checkpoints=checkpoints, device=self.device))
+        return [Term(query.float() * (-1 / stage.n), rows)]
 
     def _solved(self, fit: Fit, query: Tensor, decay: float) -> Tensor:
         """Queries ``(Q, k)`` times (Ĥ + λ + ρ)⁻¹, of weight decay λ."""

@@ -14,7 +14,7 @@ from source_proj._errors import MismatchError, SourceProjError
 from source_proj._io.progress import Progress, progress_bar
 from source_proj.attribution.attributor import Attributor, Queries, Term
 from source_proj.attribution.features import QueryFeatures, SketchedQueries
-from source_proj.attribution.operands import Operand
+from source_proj.attribution.operands import Operand, RowsInMemory
 from source_proj.attribution.queries import checked_query_ids, query_source
 from source_proj.bank import Bank, StageBank
 from source_proj.bank.build.data import BatchSource, batch_hash, to_device
@@ -154,7 +154,7 @@ class RepSim(Attributor):
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
         rows = self._training_rows(bank)
         query = normalize(features.at(bank.final_checkpoint())).to(rows.device)
-        return [Term(query, iter([Operand(0, len(rows), rows)]))]
+        return [Term(query, RowsInMemory([Operand(0, len(rows), rows)]))]
 
     def _training_rows(self, bank: Bank) -> Tensor:
         """Representations of all stages' examples, of length 1, ``(N, h)``."""

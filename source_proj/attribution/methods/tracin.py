@@ -1,8 +1,10 @@
 """TracIn: inner products of gradients, summed over checkpoints."""
 
+from functools import partial
+
 from source_proj.attribution.attributor import Attributor, Term
 from source_proj.attribution.features import QueryFeatures
-from source_proj.attribution.operands import encoded_gradients
+from source_proj.attribution.operands import StageOperands, encoded_gradients
 from source_proj.bank import Bank
 from source_proj.trajectory import Checkpoint
 
@@ -31,7 +33,6 @@ class TracIn(Attributor):
             for checkpoint, interval in enumerate(stage.record.cut(stage.n_checkpoints)):
                 metric = bank.metrics.hash(interval.metric)
                 query = features.at(bank.checkpoint(index, checkpoint), metric).to(self.device or "cpu")
-                terms.append(
-                    Term(query * (-interval.time / stage.n), encoded_gradients(bank, index, [checkpoint], self.device))
-                )
+                read = partial(encoded_gradients, checkpoints=[checkpoint], device=self.device)
+                terms.append(Term(query * (-interval.time / stage.n), StageOperands(bank, index, read)))
         return terms

@@ -1,15 +1,17 @@
 """TRAK: a linear model in the sketched tangent features of the final checkpoint."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from source_proj._io.executors import Executor
 from source_proj._io.progress import Progress
 from source_proj.attribution.attributor import Attributor, Term
 from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.fits import Fit, fitted_hessian
-from source_proj.attribution.operands import Operand, stage_start
+from source_proj.attribution.operands import Operand, StageOperands, stage_start
 from source_proj.attribution.spectral import ridge_inverse
 from source_proj.bank import Bank
 from source_proj.task import Task
@@ -34,6 +36,7 @@ class Trak(Attributor):
         ridge: r, added to the eigenvalues of ΦᵀΦ/N.
         batch_size: queries per backward pass.
         device: where products are computed and queries run.
+        executor: computes what reads the whole bank; see :class:`~source_proj.attribution.attributor.Attributor`.
         cache: keep Hessians' spectra or factors beside the bank.
         progress: show progress bars for what takes over two seconds; False for none, or a function of (description,
             done, total).
@@ -48,10 +51,13 @@ class Trak(Attributor):
         ridge: float = 0.0,
         batch_size: int = 64,
         device: torch.device | str | None = None,
+        executor: Executor | None = None,
         cache: bool = True,
         progress: Progress = True,
     ) -> None:
-        super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
+        super().__init__(
+            bank, model=model, task=task, batch_size=batch_size, device=device, executor=executor, progress=progress
+        )
         if not ridge >= 0:
             raise ValueError(f"ridge must be a number >= 0, got {ridge!r}")
         self.ridge = ridge
@@ -62,31 +68,30 @@ class Trak(Attributor):
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
         last, stage = len(bank.stages) - 1, bank.stages[-1]
-        hessian = fitted_hessian(Fit(bank, last, [stage.n_checkpoints - 1], "features", self.device, self.cache))
+        fit = Fit(bank, last, [stage.n_checkpoints - 1], "features", self.device, self.cache, self.executor)
+        hessian = fitted_hessian(fit)
         metric = bank.metrics.hash(stage.metric(-1))
         given = features.at(bank.final_checkpoint(), metric).to(self.device or "cpu")
         query = hessian.multiply(given, ridge_inverse(self.ridge, hessian.dim))
-        return [Term(query.float() / stage.n, self._rows(bank, last))]
+        read = partial(_features, device=self.device, joined=len(self.banks) == 1)
+        return [Term(query.float() / stage.n, StageOperands(bank, last, read))]
 
-    def _rows(self, bank: Bank, stage: int) -> Iterator[Operand]:
-        """Rows φ as they are banked. Of one run, the weight and a row's scale are one factor."""
-        start, target = stage_start(bank, stage), self.device or "cpu"
-        for block in bank.stages[stage].iter_encoded(bank.stages[stage].n_checkpoints - 1):
-            scale: Tensor | None = block.scale
-            weights: Tensor | None = -block.d1
-            if len(self.banks) == 1:
-                scale, weights = -block.d1 if scale is None else -block.d1 * scale, None
-            yield Operand(
-                start + block.start,
-                start + block.stop,
-                block.rows.to(target),
-                None if scale is None else scale.to(target),
-                None if weights is None else weights.to(target),
-                block.codec,
-            )
 
-    def _combine(self, products: list[Tensor], operands: list[Operand]) -> Tensor:
-        """Average the kernels and the weights over the runs separately, as TRAK's eq. 17 does."""
-        kernel = super()._combine(products, operands)
-        weights = [operand.weights for operand in operands if operand.weights is not None]
-        return kernel.mul_(torch.stack(weights).mean(0)) if weights else kernel
+def _features(
+    bank: Bank, stage: int, device: torch.device | str | None, joined: bool, shards: range | None = None
+) -> Iterator[Operand]:
+    """Rows φ as they are banked, with the weights Q; if joined, these and a row's scale are one factor."""
+    start, target = stage_start(bank, stage), device or "cpu"
+    for block in bank.stages[stage].iter_encoded(bank.stages[stage].n_checkpoints - 1, shards):
+        scale: Tensor | None = block.scale
+        weights: Tensor | None = -block.d1
+        if joined:
+            scale, weights = -block.d1 if scale is None else -block.d1 * scale, None
+        yield Operand(
+            start + block.start,
+            start + block.stop,
+            block.rows.to(target),
+            None if scale is None else scale.to(target),
+            None if weights is None else weights.to(target),
+            block.codec,
+        )

@@ -6,20 +6,34 @@ queries.
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from source_proj._io.executors import Executor
 from source_proj.attribution.curvature import Curvature, Damping, damping_value
 from source_proj.attribution.fits import Fit, fitted_cross_moment, fitted_hessian
-from source_proj.attribution.operands import HeldOperands, Operand, encoded_gradients, gradient_bytes, mean_gradients
+from source_proj.attribution.operands import (
+    HeldOperands,
+    Operands,
+    Picked,
+    StageOperands,
+    encoded_gradients,
+    gradient_bytes,
+    mean_gradients,
+)
+from source_proj.attribution.shards import Span, map_spans, row_spans
 from source_proj.attribution.source.query_propagator import QueryPropagator, SpectralOperator
 from source_proj.attribution.source.segments import Groups, Segment
 from source_proj.attribution.spectral import Hessian, cross_operator, decay_operator, response
 from source_proj.bank import Bank
 
 __all__ = ["FittedSegments"]
+
+Block = tuple[int, int, Tensor]
+"""First row and end of some rows, and what was computed of them."""
 
 
 class FittedSegments:
@@ -33,7 +47,8 @@ class FittedSegments:
         time_scale: see :class:`Source`.
         device: where products are computed.
         cache: keep spectra beside the bank.
-        limit: bytes of rows that may be held in memory.
+        executor: reads rows and computes with them; None for this process.
+        limit: bytes of rows that may be held in memory here.
     """
 
     def __init__(
@@ -46,6 +61,7 @@ class FittedSegments:
         time_scale: float,
         device: torch.device | str | None,
         cache: bool,
+        executor: Executor | None,
         limit: int,
     ) -> None:
         self.bank = bank
@@ -53,7 +69,7 @@ class FittedSegments:
         self._curvature: Curvature = curvature
         self._damping: Damping = damping
         self._time_scale = time_scale
-        self._device, self._cache = device, cache
+        self._device, self._cache, self.executor = device, cache, executor
         self._fitting = threading.RLock()  # a fit is made once, however many threads ask
         self._held = HeldOperands(limit)
         self._segments: tuple[Segment, ...] | None = None
@@ -86,17 +102,14 @@ class FittedSegments:
                 self._moments[key] = fitted_cross_moment(self._fit_of(*key[:2]), metric)
             return self._moments[key]
 
-    def mean_gradients(self, segment: Segment) -> Iterator[Operand]:
-        """ḡ_l of the examples of a segment's stage, block by block."""
-        return mean_gradients(self.bank, segment.stage, segment.checkpoints, self._device)
-
-    def rows(self, segment: Segment) -> Iterator[Operand]:
+    def rows(self, segment: Segment) -> Operands:
         """ḡ_l: one checkpoint's rows as they are banked, or the mean of several; from memory where they fit."""
-        return self._held.stream(
-            (segment.stage, segment.checkpoints),
-            gradient_bytes(self.bank, segment.stage, segment.checkpoints),
-            lambda: encoded_gradients(self.bank, segment.stage, segment.checkpoints, self._device),
-        )
+        read = partial(encoded_gradients, checkpoints=segment.checkpoints, device=self._device)
+        operands = StageOperands(self.bank, segment.stage, read)
+        if self.executor is not None:
+            return operands
+        nbytes = gradient_bytes(self.bank, segment.stage, segment.checkpoints)
+        return self._held.of((segment.stage, segment.checkpoints), nbytes, operands)
 
     def prepare(self) -> None:
         """Fit all that queries need, once."""
@@ -172,10 +185,37 @@ class FittedSegments:
                 queried = [c for c in range(stage.n_checkpoints) if stage.metric(c) == stage.metric(queried[0])]
             for segment, operators in zip(own, self.operators(own), strict=True):
                 for metric, operator in operators.items():
-                    queries = mean_gradients(self.bank, index, queried, self._device, metric)
-                    for gradient, query in zip(self.mean_gradients(segment), queries, strict=True):
-                        part = ((gradient.rows @ operator) * query.rows).sum(1).cpu()
-                        total[gradient.start : gradient.stop].add_(part, alpha=1 / (segment.n * runs))
+                    gradients = self._gradients(index, segment.checkpoints, segment.metric)
+                    queries = self._gradients(index, queried, metric)
+                    function = partial(_own_products, self._sent(operator), gradients, queries)
+                    for start, stop, part in self._map(function, index):
+                        total[start:stop].add_(part.cpu(), alpha=1 / (segment.n * runs))
+
+    def products(self, segment: Segment, queries: Tensor, rows: Tensor | None = None) -> Iterator[Block]:
+        """Yield ``(start, stop, (Q, stop - start))``: inner products of queries and a segment's mean gradients.
+
+        Args:
+            segment: the segment.
+            queries: ``(Q, k)``.
+            rows: the training examples that are wanted, ascending, whose places are then counted; default: all.
+        """
+        if rows is not None:
+            yield from _products(queries, Picked(self.rows(segment), rows), (0, len(rows)))
+        else:
+            yield from self._map(partial(_products, self._sent(queries), self.rows(segment)), segment.stage)
+
+    def _gradients(self, stage: int, checkpoints: Sequence[int], metric: int) -> StageOperands:
+        read = partial(mean_gradients, checkpoints=checkpoints, device=self._device, metric=metric)
+        return StageOperands(self.bank, stage, read)
+
+    def _map(self, function: Callable[[Span], list[Block]], stage: int) -> Iterator[Block]:
+        """What a function makes of all spans of a stage's rows, in order."""
+        for blocks in map_spans(self.executor, function, row_spans(self.bank, [stage])):
+            yield from blocks
+
+    def _sent(self, operand: Tensor) -> Tensor:
+        """A matrix as it goes to the executor's workers, whatever device they have."""
+        return operand if self.executor is None else operand.cpu()
 
     def _fit(self) -> Iterator[Segment]:
         sketch = self.bank.sketch
@@ -194,4 +234,18 @@ class FittedSegments:
             return self._hessians[stage, checkpoints]
 
     def _fit_of(self, stage: int, checkpoints: Sequence[int]) -> Fit:
-        return Fit(self.bank, stage, checkpoints, self._curvature, self._device, self._cache)
+        return Fit(self.bank, stage, checkpoints, self._curvature, self._device, self._cache, self.executor)
+
+
+def _own_products(operator: Tensor, gradients: Operands, queries: Operands, span: Span) -> list[Block]:
+    """ḡ(z) · operator · ∇m(z) of each example z of a span."""
+    pairs = zip(gradients.between(*span), queries.between(*span), strict=True)
+    return [(own.start, own.stop, ((own.rows @ operator.to(own.rows.device)) * query.rows).sum(1))
+            for own, query in pairs]  # fmt: skip
+
+
+def _products(queries: Tensor, operands: Operands, span: Span) -> list[Block]:
+    return [
+        (its.start, its.stop, its.codec.multiply(queries.to(its.rows.device), its.rows, its.scale))
+        for its in operands.between(*span)
+    ]

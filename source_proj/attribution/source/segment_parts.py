@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from source_proj.attribution.operands import picked
 from source_proj.attribution.source.fitted_segments import FittedSegments
 
 __all__ = ["add_segment_parts"]
@@ -31,6 +30,5 @@ def add_segment_parts(
             "them comparable"
         )
     for part, segment, query in zip(values, fitted.segments, queries, strict=True):
-        for operand in fitted.rows(segment) if rows is None else picked(fitted.rows(segment), rows):
-            products = operand.codec.multiply(query, operand.rows, operand.scale).cpu()
-            part[:, operand.start : operand.stop].add_(products, alpha=-1 / (segment.n * runs))
+        for start, stop, products in fitted.products(segment, query, rows):
+            part[:, start:stop].add_(products.cpu(), alpha=-1 / (segment.n * runs))

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from source_proj._io.executors import Executor
 from source_proj._io.html import facts
 from source_proj._io.progress import Progress, shared_bar
 from source_proj.attribution.attributor import Attributor, Queries, Term
@@ -78,6 +79,9 @@ class Source(Attributor):
             queries where they do not; what is scored is the same. Default: 2 GB, and what a fit at this k takes.
         batch_size: queries per backward pass.
         device: where products are computed and queries run.
+        executor: computes what reads the whole bank, fit and verbs alike; see
+            :class:`~source_proj.attribution.attributor.Attributor`. Its workers read rows from the bank for every set
+            of queries.
         cache: keep Hessians' spectra or factors beside the bank (in the user's cache folder where it is read-only).
         progress: show progress bars for what takes over two seconds; False for none, or a function of (description,
             done, total).
@@ -122,10 +126,13 @@ class Source(Attributor):
         memory: int | str | None = None,
         batch_size: int = 64,
         device: torch.device | str | None = None,
+        executor: Executor | None = None,
         cache: bool = True,
         progress: Progress = True,
     ) -> None:
-        super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
+        super().__init__(
+            bank, model=model, task=task, batch_size=batch_size, device=device, executor=executor, progress=progress
+        )
         self._options: dict[str, Any] = {
             "model": model,
             "task": task,
@@ -137,6 +144,7 @@ class Source(Attributor):
             "memory": memory,
             "batch_size": batch_size,
             "device": device,
+            "executor": executor,
             "cache": cache,
             "progress": progress,
         }
@@ -157,7 +165,7 @@ class Source(Attributor):
 
     def __repr__(self) -> str:
         runs = "" if len(self.banks) == 1 else f"; {len(self.banks)} runs"
-        held = all(self._of(bank).nbytes() <= self._limit for bank in self.banks)
+        held = self.executor is None and all(self._of(bank).nbytes() <= self._limit for bank in self.banks)
         where = "held in memory" if held else "read from the bank each time"
         kept = sum(bank.fits.nbytes() for bank in self.banks)
         sizes = f"{self.nbytes()} bytes of rows, {where}; {kept} bytes of fits on disk"
@@ -224,6 +232,7 @@ class Source(Attributor):
             time_scale=self.time_scale,
             device=self.device,
             cache=self.cache,
+            executor=self.executor,
             limit=self._limit,
         )
         return self._fitted.setdefault(bank.fingerprint, fitted)  # of several threads' the first

@@ -1,9 +1,9 @@
 """The rows of a stage, as everything that reads them sees them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -63,8 +63,21 @@ class EncodedBlock:
     codec: Codec
 
 
+class Owner(Protocol):
+    """The bank that a stage is of."""
+
+    @property
+    def stages(self) -> "tuple[StageBank, ...]":
+        """Its stages."""
+
+    def require_finalized(self) -> None:
+        """Refuse to go on with an unfinished bank."""
+
+
 class StageBank:
     """The rows of one stage of training.
+
+    It is sent to another process as its bank is: by the bank's place.
 
     Attributes:
         name: the stage's name.
@@ -73,17 +86,18 @@ class StageBank:
         parts: its parts, in order of rows.
     """
 
-    def __init__(
-        self, settings: Settings, index: int, parts: Sequence[Part], require: Callable[[], None], store: Store
-    ) -> None:
+    def __init__(self, settings: Settings, index: int, parts: Sequence[Part], bank: Owner, store: Store) -> None:
         self._store = store
         self._settings = settings
         self._index = index
-        self._require_finalized = require
+        self._bank = bank
         self.record = settings.trajectory.stages[index]
         self.name = self.record.name
         self.draws = settings.sampled_fisher
         self.parts = tuple(parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _stage_of, (self._bank, self._index)
 
     def __repr__(self) -> str:
         return f"StageBank({self.name!r}: {self.n} rows x {self.n_checkpoints} checkpoints)"
@@ -96,7 +110,20 @@ class StageBank:
     @cached_property
     def ids(self) -> list[Any]:
         """Ids of the training examples."""
-        return [one for part in self.parts for one in part.ids]
+        return [row_id for part in self.parts for row_id in part.ids]
+
+    @cached_property
+    def shard_spans(self) -> list[tuple[int, int]]:
+        """First row and end of each shard, in order, counted within the stage."""
+        return [
+            (part.spec.start + start, part.spec.start + stop)
+            for part, shard in self._shards
+            for start, stop in [part.spec.span(shard)]
+        ]
+
+    @cached_property
+    def _shards(self) -> list[tuple[Part, int]]:
+        return [(part, shard) for part in self.parts for shard in range(part.spec.n_shards)]
 
     @property
     def n_checkpoints(self) -> int:
@@ -115,7 +142,7 @@ class StageBank:
             BankError: the bank is not finalized, or the matrix is missing or damaged.
             ValueError: the stage was not captured.
         """
-        self._require_finalized()
+        self._bank.require_finalized()
         if self.record.capture is None:
             raise ValueError(f"stage {self.name!r} was not captured in training: make its curvature of its rows")
         return read_curvature(self._store, self.record.capture.curvature[segment])
@@ -124,20 +151,23 @@ class StageBank:
         """Index of the metric that a checkpoint's rows are in; 0 in a bank of plain gradients."""
         return self.record.metrics[checkpoint]
 
-    def iter_rows(self, checkpoint: int, what: What = "output", metric: int | None = None) -> Iterator[RowBlock]:
+    def iter_rows(
+        self, checkpoint: int, what: What = "output", metric: int | None = None, shards: range | None = None
+    ) -> Iterator[RowBlock]:
         """Yield the rows at one checkpoint, a block per shard, always in the same order.
 
         Args:
             checkpoint: index of the checkpoint; negative ones count from the last.
             what: "output" for gradients of the task's output, "sampled_fisher" for those of sampled labels.
             metric: the metric of the rows; default: the checkpoint's own. Those of earlier checkpoints are there too.
+            shards: which of :attr:`shard_spans`; default: all.
 
         Raises:
             BankError: the bank is not finalized, or a shard is missing or damaged; says which.
             IndexError: there is no such checkpoint.
             ValueError: there are no sampled-Fisher rows, or none in this metric.
         """
-        self._require_finalized()
+        self._bank.require_finalized()
         if not -self.n_checkpoints <= checkpoint < self.n_checkpoints:
             raise IndexError(f"stage {self.name!r} has {self.n_checkpoints} checkpoints, got index {checkpoint}")
         if what not in ("output", "sampled_fisher"):
@@ -151,52 +181,61 @@ class StageBank:
                 f"checkpoint {place} of stage {self.name!r} has rows in its own metric {own}, and in those of earlier "
                 f"checkpoints, {crossed}; got {metric}"
             )
-        return self._blocks(place, what, None if metric == own else metric)
+        return self._blocks(place, what, None if metric == own else metric, shards)
 
-    def iter_encoded(self, checkpoint: int) -> Iterator[EncodedBlock]:
+    def iter_encoded(self, checkpoint: int, shards: range | None = None) -> Iterator[EncodedBlock]:
         """Yield the output rows at one checkpoint, in its own metric and not decoded: a block per shard, in order.
+
+        Args:
+            checkpoint: as for :meth:`iter_rows`.
+            shards: as for :meth:`iter_rows`.
 
         Raises:
             BankError, IndexError: as :meth:`iter_rows`.
         """
-        self._require_finalized()
+        self._bank.require_finalized()
         if not -self.n_checkpoints <= checkpoint < self.n_checkpoints:
             raise IndexError(f"stage {self.name!r} has {self.n_checkpoints} checkpoints, got index {checkpoint}")
         index = checkpoint % self.n_checkpoints
-        for part in self.parts:
-            for shard in range(part.spec.n_shards):
-                start, stop = (part.spec.start + end for end in part.spec.span(shard))
-                yield EncodedBlock(
-                    start,
-                    stop,
-                    torch.from_numpy(part.read(index, "rows", shard)),
-                    self._scale(part, index, "scale", shard),
-                    torch.from_numpy(part.read(index, "d1", shard)),
-                    self._settings.codec,
-                )
-                tick(stop - start)
+        for part, shard in self._chosen(shards):
+            start, stop = (part.spec.start + end for end in part.spec.span(shard))
+            yield EncodedBlock(
+                start,
+                stop,
+                torch.from_numpy(part.read(index, "rows", shard)),
+                self._scale(part, index, "scale", shard),
+                torch.from_numpy(part.read(index, "d1", shard)),
+                self._settings.codec,
+            )
+            tick(stop - start)
 
-    def _blocks(self, checkpoint: int, what: What, metric: int | None) -> Iterator[RowBlock]:
+    def _chosen(self, shards: range | None) -> list[tuple[Part, int]]:
+        return self._shards if shards is None else [self._shards[number] for number in shards]
+
+    def _blocks(self, checkpoint: int, what: What, metric: int | None, shards: range | None) -> Iterator[RowBlock]:
         prefix, factor = ("", 1) if what == "output" else ("fisher_", self.draws)
         names = [f"{prefix}rows", f"{prefix}scale"]
         rows_name, scale_name = names if metric is None else [crossing_name(name, metric) for name in names]
-        for part in self.parts:
-            for shard in range(part.spec.n_shards):
-                codes = torch.from_numpy(part.read(checkpoint, rows_name, shard))
-                scale = self._scale(part, checkpoint, scale_name, shard)
-                rows = self._settings.codec.decode(codes, scale, self._settings.sketch["dim"])
-                d1, d2, fisher_weight = torch.full((len(rows),), -1.0), None, None
-                if what == "output":
-                    d1 = torch.from_numpy(part.read(checkpoint, "d1", shard))
-                    if self._settings.second_derivative:
-                        d2 = torch.from_numpy(part.read(checkpoint, "d2", shard))
-                    if self._settings.fisher_weight:
-                        fisher_weight = torch.from_numpy(part.read(checkpoint, "fisher_weight", shard))
-                start, stop = (factor * (part.spec.start + end) for end in part.spec.span(shard))
-                yield RowBlock(start, stop, rows, d1, d2, fisher_weight)
-                tick(stop - start)
+        for part, shard in self._chosen(shards):
+            codes = torch.from_numpy(part.read(checkpoint, rows_name, shard))
+            scale = self._scale(part, checkpoint, scale_name, shard)
+            rows = self._settings.codec.decode(codes, scale, self._settings.sketch["dim"])
+            d1, d2, fisher_weight = torch.full((len(rows),), -1.0), None, None
+            if what == "output":
+                d1 = torch.from_numpy(part.read(checkpoint, "d1", shard))
+                if self._settings.second_derivative:
+                    d2 = torch.from_numpy(part.read(checkpoint, "d2", shard))
+                if self._settings.fisher_weight:
+                    fisher_weight = torch.from_numpy(part.read(checkpoint, "fisher_weight", shard))
+            start, stop = (factor * (part.spec.start + end) for end in part.spec.span(shard))
+            yield RowBlock(start, stop, rows, d1, d2, fisher_weight)
+            tick(stop - start)
 
     def _scale(self, part: Part, checkpoint: int, name: str, shard: int) -> Tensor | None:
         if not self._settings.codec.has_scale:
             return None
         return torch.from_numpy(part.read(checkpoint, name, shard))
+
+
+def _stage_of(bank: Owner, index: int) -> StageBank:
+    return bank.stages[index]
