@@ -76,7 +76,8 @@ async function start() {
       const image = picture(example);
       option.classList.toggle("plain", !image);
       const known = inWords(example);
-      const lines = [known || example.word, [`id ${example.word}`, example.label ? `label ${example.label}` : ""].filter(Boolean).join(" · ")];
+      const names = [example.label ? `label ${example.label}` : "", `id ${example.word}`].filter(Boolean);
+      const lines = known ? [known, names.reverse().join(" · ")] : names;
       if (image) option.append(image);
       option.append(make("span", {}, ...lines.map((line) => make("span", { class: "line" }, line))));
       if (kind === "train" && tray.has(example)) option.append(make("span", { title: "in the tray" }, "✓"));
