@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from source_proj._io.executors import Executor
 from source_proj.attribution.attributor import Attributor
 from source_proj.attribution.methods import (
     ArnoldiInfluence,
@@ -50,8 +51,12 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def ask(options: Mapping[str, Any]) -> tuple[Attributor, Any]:
+def ask(options: Mapping[str, Any], executor: Executor | None = None) -> tuple[Attributor, Any]:
     """The method that a command's options describe, and its queries; its banks know how their examples are shown.
+
+    Args:
+        options: those of the command, by name.
+        executor: what the method gives its work to; None for this process.
 
     Raises:
         ValueError: an option has no meaning for the method, is missing, or is said twice.
@@ -76,6 +81,7 @@ def ask(options: Mapping[str, Any]) -> tuple[Attributor, Any]:
         task=_task(banks[0], options["task"], target),
         batch_size=options["batch_size"],
         device=options["device"],
+        executor=executor,
         progress=options["progress"],
         **_method_options(method, options),
     ), queries

@@ -17,6 +17,7 @@ __all__ = [
     "BankPaths",
     "BatchSize",
     "Curvature",
+    "Dask",
     "Device",
     "Json",
     "Method",
@@ -26,6 +27,7 @@ __all__ = [
     "Progress",
     "QueryGradient",
     "TrustRemoteCode",
+    "Workers",
 ]
 
 ASKED = "What is asked"
@@ -86,6 +88,21 @@ BatchSize = Annotated[
 ]
 Device = Annotated[
     str | None, typer.Option("--device", help="Where to compute, such as cpu or cuda.", rich_help_panel=RUNNING)
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers", min=1, metavar="N", help="Processes of this machine that share the bank.", rich_help_panel=RUNNING
+    ),
+]
+Dask = Annotated[
+    str | None,
+    typer.Option(
+        "--dask",
+        metavar="ADDRESS",
+        help="A Dask scheduler whose workers share the bank: tcp://host:8786.",
+        rich_help_panel=RUNNING,
+    ),
 ]
 Json = Annotated[
     bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.", rich_help_panel=OUTPUT)

@@ -12,6 +12,7 @@ from source_proj.cli.options import (
     BankPaths,
     BatchSize,
     Curvature,
+    Dask,
     Device,
     Json,
     Method,
@@ -21,6 +22,7 @@ from source_proj.cli.options import (
     Progress,
     QueryGradient,
     TrustRemoteCode,
+    Workers,
 )
 from source_proj.cli.output import emit, reports_errors, say
 
@@ -168,6 +170,8 @@ def score(
     trust_remote_code: TrustRemoteCode = False,
     batch_size: BatchSize = 64,
     device: Device = None,
+    workers: Workers = None,
+    dask: Dask = None,
     progress: Progress = True,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -175,9 +179,11 @@ def score(
     """Write the scores of all training examples for all queries, and show the first queries' strongest."""
     from source_proj.cli.answers import SIGN, Answer, scores_writer
     from source_proj.cli.asking import ask
+    from source_proj.cli.executors import executor_of
 
     write = scores_writer(out, overwrite)
-    asked, data_of_queries = ask(context.params)
+    executor = context.with_resource(executor_of(context.params))
+    asked, data_of_queries = ask(context.params, executor)
     if out.suffix == ".zarr":
         scores = asked.score(data_of_queries, out, overwrite=overwrite)
     else:
@@ -229,6 +235,8 @@ def top_k(
     trust_remote_code: TrustRemoteCode = False,
     batch_size: BatchSize = 64,
     device: Device = None,
+    workers: Workers = None,
+    dask: Dask = None,
     progress: Progress = True,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -236,11 +244,13 @@ def top_k(
     """Show the training examples that helped and harmed each query most, with what is known of them."""
     from source_proj.cli.answers import Answer, checked_files
     from source_proj.cli.asking import ask
+    from source_proj.cli.executors import executor_of
 
     if most is not None and lowest:
         raise ValueError("--most and --lowest choose differently: leave one of them out")
     files = checked_files(context.params, overwrite)
-    asked, data_of_queries = ask(context.params)
+    executor = context.with_resource(executor_of(context.params))
+    asked, data_of_queries = ask(context.params, executor)
     features = asked.sketch(data_of_queries)
     if lowest:
         lists = {"lowest": asked.bottom_k(features, k)}

@@ -3,17 +3,21 @@
 import csv
 import inspect
 import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import typer
 import zarr
 from command_line import ASK
 from typer.testing import CliRunner
 
 import source_proj as sp
-from source_proj.cli import app
+from source_proj.cli import app, executors
 from source_proj.cli.asking import METHODS
 
 OPTIONS = {
@@ -31,7 +35,7 @@ MATRIX = [(method, name, value) for method in METHODS for name, values in OPTION
 
 def test_the_matrix_has_every_option_of_every_method():
     """Arguments that the command line offers for all methods, or for none."""
-    common = {"bank", "model", "task", "batch_size", "device", "progress"}
+    common = {"bank", "model", "task", "batch_size", "device", "executor", "progress"}
     in_python_alone = {"cache", "memory", "seed", "time_scale", "storage"}
     for made in METHODS.values():
         assert set(inspect.signature(made).parameters) - common - in_python_alone <= set(OPTIONS)
@@ -45,6 +49,44 @@ def test_an_option_works_where_the_method_has_it_and_is_refused_elsewhere(call, 
     said = call("top-k", "bank", *ASK, "--method", method.value, "-k", "1", *given, code=0 if has else 2)
     if not has:
         assert f"{flag} has no meaning for --method {method.value}" in said
+
+
+class FakeClient:
+    """Dask's, as far as the command line knows it."""
+
+    def __init__(self, address, timeout):
+        if address != "tcp://scheduler:8786":
+            raise OSError("nobody there")
+
+    def __enter__(self):
+        self.threads = ThreadPoolExecutor(2)
+        return self
+
+    def __exit__(self, *error):
+        self.threads.shutdown()
+
+    def get_executor(self):
+        return self.threads
+
+
+@pytest.mark.parametrize("given", [["--workers", "1"], ["--workers", "2"], ["--dask", "tcp://scheduler:8786"]])
+def test_workers_change_no_score(call, tmp_path, monkeypatch, given):
+    asked, original = [], executors.ProcessPoolExecutor
+    monkeypatch.setattr(executors, "ProcessPoolExecutor", lambda n, context: asked.append(n) or ThreadPoolExecutor(n))
+    monkeypatch.setitem(sys.modules, "distributed", SimpleNamespace(Client=FakeClient))
+    threads = torch.get_num_threads()
+    call("score", "bank", *ASK, "-o", tmp_path / "alone.npy")
+    call("score", "bank", *ASK, "-o", tmp_path / "shared.npy", *given)
+    np.testing.assert_allclose(content(tmp_path / "shared.npy"), content(tmp_path / "alone.npy"), rtol=1e-5, atol=1e-7)
+    assert asked == ([2] if given == ["--workers", "2"] else [])
+    assert (original, threads) == (ProcessPoolExecutor, torch.get_num_threads())
+
+
+def test_workers_that_are_not_there_are_named(call, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", SimpleNamespace(Client=FakeClient))
+    command = ["top-k", "bank", *ASK, "--dask", "tcp://nowhere:1"]
+    assert "no Dask scheduler answers at --dask 'tcp://nowhere:1': nobody there" in call(*command, code=2)
+    assert "--workers and --dask name different workers" in call(*command, "--workers", "2", code=2)
 
 
 @pytest.mark.parametrize("ending", ["npy", "zarr", "csv", "parquet"])
