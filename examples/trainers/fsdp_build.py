@@ -34,6 +34,7 @@ class Layer(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, width) → the same."""
         parts = self.qkv(self.norm(x)).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, 16)).transpose(1, 2) for part in parts)  # heads of 16
         attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -93,7 +94,7 @@ def main() -> None:
     tokens = torch.randint(0, VOCABULARY, (args.examples, args.tokens), generator=generator)
     data = TensorDataset(tokens, tokens)
     run = sp.Trajectory([sp.Checkpoint(decoder(args.layers, args.width, seed=1).state_dict(), step=100, lr=0.1)])
-    options = {"sketch": sp.Sketch(dim=1024), "batch_size": args.batch_size, "parameters": ["*"]}
+    options: Any = {"sketch": sp.Sketch(dim=1024), "batch_size": args.batch_size, "parameters": ["*"]}
     options |= {"shard_rows": 2 * args.batch_size, "storage": "float32", "progress": False}
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(folder)

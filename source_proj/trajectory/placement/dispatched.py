@@ -61,8 +61,8 @@ class Dispatched(Placement):
     def running(self, names: Collection[str]) -> Iterator[Live]:
         """Within, each call of a module notes the parameters that it is given."""
         if self.is_whole:
-            with super().running(names) as live:
-                yield live
+            with super().running(names) as all_of:
+                yield all_of
             return
         if not self._checked >= set(names):  # a look at all weights, which may lie in files
             self._refuse_tied(set(names))
