@@ -18,6 +18,7 @@ from source_proj.bank.examples import Examples
 from source_proj.gradients import Refuted, nonfinite_examples, require_own_weights
 from source_proj.task import Answers, Batch, Task, TokenQueries
 from source_proj.trajectory import Checkpoint
+from source_proj.trajectory.placement import placement_of
 
 __all__ = ["checked_query_ids", "query_source", "resolve_task", "sketch_queries"]
 
@@ -141,7 +142,7 @@ def _examine(loaded: LoadedModel, original: nn.Module, task: Task, asked: "_Aske
 
 
 def _device(loaded: LoadedModel) -> torch.device:
-    return next(loaded.module.parameters()).device
+    return placement_of(loaded.module).device
 
 
 class _Asked:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from source_proj.bank import Bank
 from source_proj.gradients import GradientEngine, ParameterSpace, gradient_engine, private_copy
 from source_proj.trajectory import Checkpoint
+from source_proj.trajectory.placement import placement_of
 
 __all__ = ["LoadedModel", "OpenModel", "QueryModels"]
 
@@ -72,6 +73,9 @@ class OpenModel:
         return loaded
 
     def _free_copy(self) -> nn.Module:
+        if not placement_of(self._model).is_copied:  # the model itself, at one checkpoint at a time
+            self._loaded.clear()
+            return self._model
         size = sum(tensor.nbytes for tensor in [*self._model.parameters(), *self._model.buffers()])
         if self._loaded and size * (len(self._loaded) + 1) > _HELD_BYTES:
             return self._loaded.popitem(last=False)[1].module
@@ -81,7 +85,8 @@ class OpenModel:
 class QueryModels:
     """Open models of one module for any number of threads: each has its own while it asks.
 
-    A module that was changed since (trained, another flag) is copied anew.
+    A module that was changed since (trained, another flag) is copied anew. One that is sharded over processes cannot be
+    copied: all of its processes ask the same together, and its weights come back afterwards.
 
     Args:
         model: what is asked.
@@ -101,9 +106,11 @@ class QueryModels:
             self._idle = [opened for opened in self._idle if opened.state == state]
             opened = self._idle.pop() if self._idle else None
         opened = opened or OpenModel(self.model, self._device)
-        yield opened
+        placement = placement_of(self.model)
+        with placement.kept():
+            yield opened
         with self._lock:
-            if len(self._idle) < _IDLE:
+            if placement.is_copied and len(self._idle) < _IDLE:
                 self._idle.append(opened)
 
 

@@ -30,6 +30,7 @@ from source_proj.bank.verify import VerifyReport, fingerprint_of, verify
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint, RunRecord
+from source_proj.trajectory.placement import placement_of
 
 __all__ = ["Bank", "open_bank"]
 
@@ -324,7 +325,8 @@ class Bank:
             known = printable(f"these {part.spec.n} examples are in {part.location} already")
             tqdm.write(f"nothing appended: {known}; give ids of their own to add them twice", file=sys.stderr)
         if shard is None:
-            self.seal([part])
+            placement_of(model).lockstep.from_leader(lambda: self.seal([part]))
+            self.reload()
         return added
 
     @property

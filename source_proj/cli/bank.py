@@ -222,6 +222,7 @@ def build(
     from source_proj.cli.text import TextOptions
     from source_proj.distribute import this_worker
     from source_proj.distribute.launch import parse_shard
+    from source_proj.trajectory.placement import placement_of
 
     chosen_steps, worker = parse_steps(steps), this_worker()
     alone = None if shard is None else parse_shard(shard, "--shard")
@@ -277,13 +278,18 @@ def build(
 
         _report_plan(make_plan(network, chosen, recorded, training_set, workers=plan_for, **options), json)
         return
+    placement = placement_of(network)
+    if placement.lockstep.size > 1:  # together they are one worker, each where its slices are
+        options["device"], share = device, None
+    else:
+        share = worker.shard
     made = banks.build(
         network,
         chosen,
         recorded,
         training_set,
         bank,
-        shard=alone or worker.shard,
+        shard=alone or share,
         takeover=takeover if alone is None else None,
         resume=resume,
         progress=progress and worker.local_index == 0,

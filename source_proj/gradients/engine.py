@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,21 +14,25 @@ from torch import Tensor, nn
 from source_proj._errors import GradientError, MismatchError, SourceProjError
 from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
 from source_proj.gradients.general import Autocast, Function, GeneralPath, first_line, weighted_gradient
-from source_proj.gradients.hooks import HookPath, Structure, Unsuited, evaluating, requiring_only, uncovered
+from source_proj.gradients.hooks import HookPath, Structure, Unsuited, evaluating, uncovered
 from source_proj.gradients.proof import (
     Audit,
+    Expected,
     Proof,
     Refuted,
     WatchedSink,
     audited,
+    dependent,
     gradient_sink,
     law_weights,
     share_sink,
 )
 from source_proj.gradients.sink import GradientSink, SinkByParameter
 from source_proj.gradients.space import ParameterSpace
+from source_proj.gradients.spread import DeviceSink, SpreadSink
 from source_proj.gradients.suited import refuse_unsuited
 from source_proj.sketch import Sketch
+from source_proj.trajectory.placement import placement_of
 
 __all__ = ["METHODS", "GradientEngine", "gradient_engine"]
 
@@ -102,17 +106,22 @@ class GradientEngine:
         self, model: nn.Module, space: ParameterSpace, sketch: Sketch, method: str, autocast: str | None
     ) -> None:
         refuse_unsuited(model)
+        self._placement = placement_of(model)
+        self._lockstep = self._placement.lockstep
         self._model = model
         self._space = space
         self._sketch = sketch
-        self._may_change = method == "auto"
+        self._may_change = method == "auto" and self._placement.is_whole
         self._dtype = None if autocast is None else _AUTOCAST[autocast]
-        self._general = GeneralPath(model, space)
+        self._general = GeneralPath(self._placement, space)
         self._hooks: HookPath | None = None
+        self._devices = self._placement.devices(space.names)
         self._shared_known = False
         self._why_general = "asked for"
         if method != "general":
             self._try_hooks()
+        elif not self._placement.is_whole:
+            raise GradientError(f"the model is {self._placement.kind}, which hooks alone can serve, not {method!r}")
         self.method = "general" if self._hooks is None else "hooks"
         self.begin(0)
 
@@ -204,13 +213,12 @@ class GradientEngine:
 
     def is_detached(self, function: Function, batch: Batch) -> bool:
         """Whether function(model, batch) has no graph that leads to any parameter of the model, attributed or not."""
-        parameters = {name: p for name, p in self._model.named_parameters() if p.is_floating_point()}
-        differentiable = requiring_only(self._model, parameters)
+        parameters = [name for name, p in self._model.named_parameters() if p.is_floating_point()]
         with (
             torch.inference_mode(False),
+            self._placement.running(parameters),
             torch.enable_grad(),
             evaluating(self._model),
-            differentiable,
             self._autocast()(),
         ):
             return not function(self._model, map_tensors(batch, Tensor.detach)).requires_grad
@@ -220,24 +228,26 @@ class GradientEngine:
         if missing:
             self._leave_hooks("; ".join(f"{name}: {why}" for name, why in list(missing.items())[:10]))
         else:
-            self._hooks = HookPath(self._model, self._space)
+            self._hooks = HookPath(self._placement, self._space)
 
     def _leave_hooks(self, why: str, cause: Exception | None = None) -> None:
         if not self._may_change:
             if isinstance(cause, TypeError | ValueError):
                 raise cause
-            raise GradientError(
-                f"the hook path cannot serve this model ({why}); use method 'auto' or 'general'"
-            ) from cause
+            remedy = "use method 'auto' or 'general'"
+            if not self._placement.is_whole:
+                remedy = f"as it is {self._placement.kind}, leave these parameters out by parameters=['!name', ...]"
+            raise GradientError(f"the hook path cannot serve this model ({why}); {remedy}") from cause
         self._why_general = why
 
     def _by_hooks(self, hooks: HookPath, work: _Work) -> tuple[Tensor, list[Tensor]]:
         proof, names = self._proof, self._space.names
-        if not self._shared_known:
+        together = self._lockstep  # what one of the processes must run, all run
+        if together.any(not self._shared_known):
             single, double = (take(work.batch, some, work.size) for some in ([0], [0, min(1, work.size - 1)]))
             hooks.find_shared(work.function, single, double)
             self._shared_known = True
-        due = proof.is_due(work.name, work.number)
+        due = together.any(proof.is_due(work.name, work.number))
         watched = set(names) if due else proof.unproven(work.name, names)
         structures: list[Structure] = []
 
@@ -248,14 +258,17 @@ class GradientEngine:
 
         outs, shares, sink = self._sinks(work, watched)
         values = hooks.add_to(sink, work.function, work.batch, work.size, self._autocast(), admit)
+        sink.gather()
         (structure,) = structures
         signature = structure.signature if structure.lost is None else None
         audit = None
         touched = shares.touched() if shares is not None else set()
-        if due or signature is None or not proof.covers(work.name, signature, touched):
-            if shares is None or watched != set(names):
-                shares = share_sink(work.size, self._space, self._device())
-                hooks.add_to(shares, work.function, work.batch, work.size, self._autocast())
+        if together.any(due or signature is None or not proof.covers(work.name, signature, touched)):
+            if together.any(shares is None or watched != set(names)):
+                _, shares, sink = self._sinks(replace(work, scales=[]), set(names))
+                hooks.add_to(sink, work.function, work.batch, work.size, self._autocast())
+                sink.gather()
+            assert shares is not None
             audit = self._audit(work, values, outs, shares)
             if audit is not None and not audit.passed:
                 self._refute(structure, audit)
@@ -284,6 +297,7 @@ class GradientEngine:
         due = proof.is_due(work.name, work.number) or not proof.covers(work.name, (work.size > 1,), set())
         outs, shares, sink = self._sinks(work, set(self._space.names) if due else set())
         values = self._general.add_to(sink, work.function, work.batch, work.size, self._autocast())
+        sink.gather()
         if not bool(torch.isfinite(values).all()):
             with torch.no_grad():  # under vmap the function could not say what is wrong
                 work.function(self._model, work.batch)
@@ -291,7 +305,9 @@ class GradientEngine:
         if due and shares is not None and work.name != SAMPLED:  # rows of one example each, and others drawn than here
             audit = self._audit(work, values, outs, shares)
             if audit is not None and not audit.passed:
-                raise GradientError(_dependent(work, audit) if isfinite(audit.error) else _OVERFLOW)
+                raise GradientError(
+                    dependent(work.name, work.batch, work.size, audit) if isfinite(audit.error) else _OVERFLOW
+                )
             if audit is not None:
                 proof.add(work.name, (work.size > 1,), audit)
         self.method = "general"
@@ -299,13 +315,24 @@ class GradientEngine:
         return values, outs
 
     def _sinks(self, work: _Work, watched: set[str]) -> tuple[list[Tensor], SinkByParameter | None, GradientSink]:
-        device = self._device()
+        """Rows for each scale, shares of the watched parameters, and the sink that adds to both."""
+        first = self._device()
+        parts = {device: self._sinks_on(device, work, watched) for device in [first, *self._devices]}
+        outs, shares, sink = parts[first]
+        if len(parts) > 1:
+            sums = {d: [*rows, *([part.sums] if part else [])] for d, (rows, part, _) in parts.items()}
+            sink = SpreadSink({d: DeviceSink(each, sums[d]) for d, (_, _, each) in parts.items()})
+        return outs, shares, sink
+
+    def _sinks_on(
+        self, device: torch.device, work: _Work, watched: set[str]
+    ) -> tuple[list[Tensor], SinkByParameter | None, GradientSink]:
         outs = [torch.zeros(work.size, self._sketch.dim, device=device) for _ in work.scales]
+        shares = share_sink(work.size, self._space, device) if watched else None
+        if shares is not None and not outs:
+            return outs, shares, shares
         sink = gradient_sink(outs, self._sketch, self._space, work.scales)
-        if not watched:
-            return outs, None, sink
-        shares = share_sink(work.size, self._space, device)
-        return outs, shares, WatchedSink(sink, shares, watched)
+        return outs, shares, sink if shares is None else WatchedSink(sink, shares, watched)
 
     def _audit(self, work: _Work, values: Tensor, outs: list[Tensor], shares: SinkByParameter) -> Audit | None:
         """Assert the law for a batch; None where it says nothing, since something is not finite."""
@@ -313,44 +340,45 @@ class GradientEngine:
             return None
         coarsest = self._coarsest()
         weights = law_weights(self._proof.draw(work.name, work.number), outs[0], evened=coarsest < 1e-4)
-        plain, gradient = self._plain(work, weights)
-        audit = audited(weights, outs, shares, gradient, self._sketch, self._space, work.scales, coarsest)
+        expected = Expected(outs, self._sketch, self._space, work.scales)
+        plain = self._plain(work, weights, expected)
+        audit = audited(weights, outs, shares, expected, coarsest)
         tolerance = max(1e-2, 8 * coarsest)
         if not torch.allclose(values, plain.to(values.device), rtol=tolerance, atol=tolerance / 100):
             return replace(audit, passed=False, values_differ=True)
         return audit
 
-    def _plain(self, work: _Work, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Values and ∇ Σ w f by plain backward passes over two halves, which agree with the whole if examples do.
+    def _plain(self, work: _Work, weights: Tensor, expected: Expected) -> Tensor:
+        """Values, and ∇ Σ w f by plain backward passes over two halves, which agree with the whole if examples do.
 
         Drawn labels are taken whole: halves draw others now and then, where a draw is within rounding of a step.
         """
         order = torch.randperm(work.size, generator=torch.Generator().manual_seed(work.number))
-        whole = work.size == 1 or work.name == SAMPLED
+        whole = work.name == SAMPLED or not self._lockstep.any(work.size > 1)
         halves = [torch.arange(work.size)] if whole else [half.sort().values for half in order.chunk(2)]
+        if len(halves) < 2 and not whole:  # one example here, where other processes have two passes to make
+            halves.append(halves[0])
         values = torch.zeros(work.size, device=self._device())
-        total: dict[str, Tensor] = {}
-        for half in halves:
-            batch = work.batch if whole else take(work.batch, half.tolist(), work.size)
-            part, gradient = weighted_gradient(
-                self._model, self._space, work.function, batch, weights[half], self._autocast()
-            )
+        for number, half in enumerate(halves):
+            batch = work.batch if len(half) == work.size else take(work.batch, half.tolist(), work.size)
+            again = number > 0 and work.size == 1
+            part = weighted_gradient(
+                self._placement, self._space, work.function, batch, weights[half] * (not again), self._autocast(),
+                expected.add,
+            )  # fmt: skip
             values[half.to(values.device)] = part.to(values)
-            for name, g in gradient.items():
-                total[name] = total[name] + g if name in total else g
-        return values, total
+        return values
 
     def _coarsest(self) -> float:
         """The relative spacing of the coarsest number format of a pass."""
-        formats = {p.dtype for p in self._space.parameters(self._model).values()}
-        spacing = max(torch.finfo(dtype).eps for dtype in formats | ({self._dtype} if self._dtype else set()))
+        spacing = max(self._placement.spacing(self._space.names), torch.finfo(self._dtype or torch.float64).eps)
         return max(spacing, _TF32 if self._device().type == "cuda" and torch.backends.cudnn.allow_tf32 else 0.0)
 
     def _autocast(self) -> Autocast:
         return nullcontext if self._dtype is None else partial(torch.autocast, self._device().type, self._dtype)
 
     def _device(self) -> torch.device:
-        return self._model.get_parameter(self._space.names[0]).device
+        return self._placement.device
 
 
 @dataclass(frozen=True)
@@ -363,22 +391,3 @@ class _Work:
     scales: list[Tensor | None]
     name: str
     number: int
-
-
-def _dependent(work: _Work, audit: Audit) -> str:
-    """What to say when rows made one example at a time are not those of the batch."""
-    what = "its value" if audit.values_differ else "its gradient"
-    rows: list[str] = []
-    if isinstance(work.batch, Mapping):
-        rows = [str(k) for k, v in work.batch.items() if isinstance(v, Tensor) and v.shape[:1] == (work.size,)]
-    shared = (
-        f", or one of the entries {rows} is shared by all examples and happens to have {work.size} rows (give"
-        if (len(rows) > 1)
-        else ", or a tensor that is shared by all examples happens to have as many rows (give"
-    )
-    return (
-        f"an example's rows must not depend on the other examples of its batch, and {what} does: {work.name} of "
-        f"{work.size} examples at once and of each alone disagree (error {audit.error:.1e}, parameters "
-        f"{audit.wrong[:10]}). Either the model mixes its examples (statistics over the batch, attention between "
-        f"examples, no_grad for some of them) or draws random numbers{shared} it another shape or batch size)"
-    )

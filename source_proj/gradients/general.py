@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -15,6 +16,8 @@ from source_proj._errors import ExampleError, GradientError, SourceProjError
 from source_proj.gradients.batches import Batch, per_example_tensors, take
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
+from source_proj.trajectory.placement import Placement
+from source_proj.trajectory.placement.base import Live
 
 __all__ = ["REENTRANT", "Autocast", "Function", "GeneralPath", "checked_values", "first_line", "weighted_gradient"]
 
@@ -50,13 +53,13 @@ class GeneralPath:
     backward pass of its own: slower, the same gradients; `note` then says why.
 
     Args:
-        model: in evaluation mode by the time of the call.
+        placement: of the model, in evaluation mode by the time of the call.
         space: the attributed parameters.
     """
 
-    def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
+    def __init__(self, placement: Placement, space: ParameterSpace) -> None:
         self.note = ""
-        self._model = model
+        self._placement, self._model = placement, placement.model
         self._space = space
         self._chunk = max(1, _CHUNK_BYTES // (4 * space.size))
         self._loops = False
@@ -94,7 +97,9 @@ class GeneralPath:
         for b in examples:
             example = take(batch, [b], size)
             try:
-                value, gradients = weighted_gradient(self._model, self._space, function, example, alone, autocast)
+                gradients: dict[str, Tensor] = {}
+                keep = gradients.__setitem__  # of a whole model, each comes once
+                value = weighted_gradient(self._placement, self._space, function, example, alone, autocast, keep)
             except ExampleError as problem:
                 raise ExampleError([b], problem.what) from None
             yield b, value, {name: gradient.unsqueeze(0) for name, gradient in gradients.items()}
@@ -125,34 +130,56 @@ class GeneralPath:
 
 
 def weighted_gradient(
-    model: nn.Module, space: ParameterSpace, function: Function, batch: Batch, weights: Tensor, autocast: Autocast
-) -> tuple[Tensor, dict[str, Tensor]]:
+    placement: Placement,
+    space: ParameterSpace,
+    function: Function,
+    batch: Batch,
+    weights: Tensor,
+    autocast: Autocast,
+    receive: Callable[[str, Tensor], None],
+) -> Tensor:
     """Plain backward pass: the values f (B,), and ∇ Σ_b w_b f_b of the parameters that it reaches.
+
+    Args:
+        placement: of the model.
+        space: the attributed parameters.
+        function: (model, batch) → (B,).
+        batch: the examples.
+        weights: w (B,).
+        autocast: context of the forward pass.
+        receive: gets the name and the gradient of each parameter as soon as it is there, several times where the
+            parameter is several tensors to autograd: their sum counts. None is kept, so that the pass needs no memory
+            for them all.
 
     Raises:
         GradientError: a reentrant checkpoint is in the way.
     """
-    parameters = space.parameters(model)
-    wanted = {name: p.requires_grad for name, p in parameters.items()}
-    try:
-        for p in parameters.values():
-            p.requires_grad_(True)
+    model = placement.model
+    with placement.running(space.names) as live:
         with torch.enable_grad(), autocast():
             values = checked_values(function(model, batch), len(weights)).float()
-        if not values.requires_grad:
-            return values, {}
-        total = (values * weights.to(values.device)).sum()
-        try:
-            gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-        except RuntimeError as problem:
-            if "use_reentrant=True" in str(problem):
-                raise GradientError(REENTRANT) from problem
-            raise
+        if values.requires_grad:
+            _backward((values * weights.to(values.device)).sum(), live, receive)
+    return values.detach()
+
+
+def _backward(total: Tensor, live: Live, receive: Callable[[str, Tensor], None]) -> None:
+    def received(name: str, gradient: Tensor) -> Tensor:
+        receive(name, gradient.to_dense() if gradient.is_sparse else gradient)
+        return gradient if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
+
+    tensors = [(name, tensor) for name, several in live.items() for tensor in several]
+    handles = [tensor.register_hook(partial(received, name)) for name, tensor in tensors]
+    try:
+        # Asked for by name and not accumulated: FSDP would reduce them over processes that see other examples.
+        torch.autograd.grad(total, [tensor for _, tensor in tensors], allow_unused=True)
+    except RuntimeError as problem:
+        if "use_reentrant=True" in str(problem):
+            raise GradientError(REENTRANT) from problem
+        raise
     finally:
-        for name, p in parameters.items():
-            p.requires_grad_(wanted[name])
-    reached = {name: gradient for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
-    return values.detach(), {name: g.to_dense() if g.is_sparse else g for name, g in reached.items()}
+        for handle in handles:
+            handle.remove()
 
 
 def checked_values(values: Tensor, size: int) -> Tensor:

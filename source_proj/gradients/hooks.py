@@ -18,7 +18,7 @@ per-example gradient of its parameters, which goes straight into the sketch, and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -33,8 +33,10 @@ from source_proj.gradients.layout import Call, Node, label, walk, where_examples
 from source_proj.gradients.rules import Rule, rule_for
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
+from source_proj.trajectory.placement import Placement
+from source_proj.trajectory.placement.base import Live
 
-__all__ = ["HookPath", "Structure", "Unsuited", "evaluating", "requiring_only", "uncovered"]
+__all__ = ["HookPath", "Structure", "Unsuited", "evaluating", "uncovered"]
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,15 @@ class HookPath:
     """Per-example gradients by layer rules.
 
     Args:
-        model: in evaluation mode by the time of the call; every attributed parameter's module must have a rule.
+        placement: of the model, in evaluation mode by the time of the call; every attributed parameter's module must
+            have a rule.
         space: the attributed parameters.
     """
 
-    def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
-        self._model = model
-        self._parameters = space.parameters(model)
+    def __init__(self, placement: Placement, space: ParameterSpace) -> None:
+        self._placement = placement
+        self._model = model = placement.model
+        self._attributed = space.names
         self._covered, _ = _owners(model, space)
         self._names = {module: name for name, module in model.named_modules() if module in self._covered}
         self._shared: set[nn.Module] = set()
@@ -157,11 +161,11 @@ class HookPath:
         seen = partial(self._on_output, size=size, anchor=anchor, sink=sink)
         self._calls = []
         try:
-            with requiring_only(self._model, self._parameters), self._hooked(seen), torch.enable_grad():
+            with self._placement.running(self._attributed) as live, self._hooked(seen), torch.enable_grad():
                 with autocast():
                     values = checked_values(function(self._model, batch), size)
                 calls, self._calls = self._calls, None  # recomputed layers of a checkpoint call the hooks once more
-                admit(self._structure(values, calls, size))
+                admit(self._structure(values, calls, size, live))
                 if values.requires_grad:  # else it reaches no attributed parameter
                     with sink.holding():
                         torch.autograd.grad(values.sum(), [anchor], allow_unused=True)
@@ -252,17 +256,20 @@ class HookPath:
         if g.numel() == 0:
             return
         rule, names = self._covered[module]
+        x = x.to(g.device)  # accelerate moves inputs after the hooks have seen them
         if not sink.accepts_half:
             x, g = (x.float() if x.is_floating_point() else x), g.float()
         rule.add(module, names, x, g, sink, size)
 
-    def _structure(self, values: Tensor, calls: list[tuple[tuple[object, ...], Call]], size: int) -> Structure:
+    def _structure(
+        self, values: Tensor, calls: list[tuple[tuple[object, ...], Call]], size: int, live: Live
+    ) -> Structure:
         """What autograd's graph says about a batch."""
         shapes = tuple(shape for shape, _ in calls)
         if values.grad_fn is None:
             return Structure((*shapes, size == 1), None)
         taps = {call.tap: call for _, call in calls}
-        attributed = {id(p): name for name, p in self._parameters.items()}
+        attributed = {id(p): name for name, several in live.items() for p in several}
         interior = {node: shape[0] for shape, call in calls for node in call.interior}
 
         def edges(node: Node) -> Iterator[Node]:
@@ -305,27 +312,48 @@ def _expanded(tensor: Tensor, size: int, unsqueeze: bool | None = None) -> Tenso
 
 
 @contextmanager
-def requiring_only(model: nn.Module, attributed: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Only attributed parameters require a gradient, so that the graph shows where they are used."""
-    before = {p: p.requires_grad for p in model.parameters()}
-    wanted = {id(p) for p in attributed.values()}
-    for p in before:
-        p.requires_grad_(id(p) in wanted)
-    try:
-        yield
-    finally:
-        for p, requires_grad in before.items():
-            p.requires_grad_(requires_grad)
-
-
-@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode again afterwards."""
+    """Evaluation mode, and each module's own mode again afterwards; layers of transformers go on checkpointing."""
     training = [module for module in model.modules() if module.training]
     if training:  # it takes as long as a small layer
         model.eval()
     try:
-        yield
+        with ExitStack() as stack:
+            for module in training:
+                if _checkpoints_activations(module):
+                    stack.enter_context(_training_outside(module))
+            yield
     finally:
         for module in training:
             module.training = True
+
+
+def _checkpoints_activations(module: nn.Module) -> bool:
+    """Whether a layer of transformers is told to, in the way that autograd can follow."""
+    known = any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
+    function = getattr(module, "_gradient_checkpointing_func", None) if known else None
+    return (
+        getattr(module, "gradient_checkpointing", False)
+        and getattr(function, "keywords", {}).get("use_reentrant", True) is False
+    )
+
+
+@contextmanager
+def _training_outside(layer: Any) -> Iterator[None]:
+    """Let a layer checkpoint, which it does in training mode alone, and evaluate what it checkpoints."""
+    checkpoint = layer._gradient_checkpointing_func
+
+    def evaluated(function: Callable[..., Any], *args: Any) -> Any:
+        layer.training = False
+        try:
+            return function(*args)
+        finally:
+            layer.training = True
+
+    layer._gradient_checkpointing_func = lambda function, *args: checkpoint(partial(evaluated, function), *args)
+    layer.training = True
+    try:
+        yield
+    finally:
+        layer._gradient_checkpointing_func = checkpoint
+        layer.training = False

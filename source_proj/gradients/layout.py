@@ -212,6 +212,13 @@ def _cut(_node: Node, children: list[_Child], shape: Shape, _size: int) -> int:
     return position
 
 
+def _passed(_node: Node, children: list[_Child], _shape: Shape, _size: int) -> int:
+    """A node that FSDP puts behind the inputs of a module, all of which hold the examples in one dim."""
+    if len({child.position for child in children}) > 1:
+        raise _Lost
+    return children[0].position
+
+
 def _multiplied(node: Node, children: list[_Child], shape: Shape, size: int) -> int:
     """A product of matrices: by a weight, or as many as there are examples; values may route what is summed over."""
     if len(shape) == 2 and node.next_functions[-1][0] is not None:
@@ -265,6 +272,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(["Slice", "Split", "SplitWithSizes", "Cat", "ConstantPadNd", "Unfold"], _cut),
     **dict.fromkeys(["Mm", "Addmm", "Bmm", "Baddbmm"], _multiplied),
     "Index": _indexed,
+    "RegisterPostBackwardFunction": _passed,
     **dict.fromkeys(["Convolution", "MkldnnConvolution", "CudnnConvolution", "Linear", "MkldnnLinear"], _same),
     **dict.fromkeys(["NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm"], _same),
     **dict.fromkeys(["NativeBatchNorm", "CudnnBatchNorm", "MkldnnRnnLayer"], _same),

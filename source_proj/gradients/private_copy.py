@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from source_proj._errors import GradientError, MismatchError, SourceProjError
 from source_proj.gradients.batches import Batch, take
 from source_proj.gradients.general import Function
+from source_proj.trajectory.placement import Placement, placement_of
 
 __all__ = ["private_copy", "require_own_weights"]
 
@@ -25,7 +26,8 @@ _COPYING = threading.Lock()  # a lazy module changes while it is copied
 def private_copy(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
     """Copy a model with its weights, buffers, flags and hooks; the model itself is only read.
 
-    An attribute that cannot be copied (a lock, an open file) is shared with the original; weights never are.
+    An attribute that cannot be copied (a lock, an open file) is shared with the original; weights never are. A model
+    that is sharded over processes is not copied: the model itself is returned, and `Placement.kept` is for its weights.
 
     Args:
         model: any module.
@@ -33,7 +35,18 @@ def private_copy(model: nn.Module, device: torch.device | str | None = None) -> 
 
     Raises:
         GradientError: the model cannot be copied; says why.
+        ValueError: a device for a model whose modules are on devices of their own.
     """
+    placement = placement_of(model)
+    if device is not None and type(placement) is not Placement:
+        if torch.empty(0, device=device).device != torch.empty(0, device=placement.device).device:
+            raise ValueError(
+                f"device {str(device)!r} was given for a model that is {placement.kind} and runs on "
+                f"{str(placement.device)!r}: leave device out"
+            )
+        device = None
+    if not placement.is_copied:
+        return model
     with _COPYING:
         memo: dict[int, Any] = {
             id(value): value.detach().clone()  # as weight_norm keeps one; deepcopy refuses what has a graph
@@ -101,6 +114,8 @@ def require_own_weights(function: Function, own: nn.Module, original: nn.Module,
         GradientError: it does; names them.
         MismatchError: the model cannot take the batch at all.
     """
+    if own is original:  # one that is not copied
+        return
     with torch.no_grad(), _Watch(original) as watch:
         try:
             function(own, take(batch, [0]))

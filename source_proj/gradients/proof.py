@@ -25,11 +25,22 @@ import torch
 from torch import Tensor
 
 from source_proj._errors import GradientError
+from source_proj.gradients.batches import Batch
 from source_proj.gradients.sink import GradientSink, ScaledSink, SinkByParameter
 from source_proj.gradients.space import ParameterSpace
 from source_proj.sketch import Sketch
 
-__all__ = ["Audit", "Proof", "Refuted", "WatchedSink", "audited", "gradient_sink", "law_weights", "share_sink"]
+__all__ = [
+    "Audit",
+    "Expected",
+    "Proof",
+    "Refuted",
+    "WatchedSink",
+    "audited",
+    "gradient_sink",
+    "law_weights",
+    "share_sink",
+]
 
 # The law is about structure, not rounding: what is missed or mixed up is off by its whole size. Right rows agree to
 # about 1e-6 in float32. The floor is for parameters whose gradient is zero but for rounding, as that of key biases.
@@ -247,15 +258,32 @@ def law_weights(draw: int, rows: Tensor, evened: bool) -> Tensor:
     return signs * exponents.exp2()
 
 
+class Expected:
+    """What rows must sum to: sketches of ∇ Σ_b w_b f_b, parameter by parameter as they come.
+
+    Args:
+        like: for each metric, rows (B, k) on the device of the sums.
+        sketch: the projection R.
+        space: the attributed parameters.
+        scales: the metrics' diagonals.
+    """
+
+    def __init__(
+        self, like: Sequence[Tensor], sketch: Sketch, space: ParameterSpace, scales: Sequence[Tensor | None]
+    ) -> None:
+        self.device = like[0].device
+        self.sums = [torch.zeros(1, sketch.dim, device=self.device) for _ in like]
+        self.shares = share_sink(1, space, self.device)
+        self._sink = gradient_sink(self.sums, sketch, space, scales)
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Add a parameter's gradient, or a part of it."""
+        for sink in (self._sink, self.shares):
+            sink.add(name, gradient.to(self.device).unsqueeze(0))
+
+
 def audited(
-    weights: Tensor,
-    rows: Sequence[Tensor],
-    shares: SinkByParameter,
-    gradient: Mapping[str, Tensor],
-    sketch: Sketch,
-    space: ParameterSpace,
-    scales: Sequence[Tensor | None],
-    coarsest: float,
+    weights: Tensor, rows: Sequence[Tensor], shares: SinkByParameter, expected: Expected, coarsest: float
 ) -> Audit:
     """Compare the weighted sums of rows, and of each parameter's share, with the gradient of the weighted sum.
 
@@ -263,25 +291,15 @@ def audited(
         weights: w (B,).
         rows: for each metric (B, k).
         shares: of each parameter, from the same layers.
-        gradient: ∇ Σ_b w_b f_b, of the parameters that it reaches.
-        sketch: the projection R.
-        space: the attributed parameters.
-        scales: the metrics' diagonals.
+        expected: of the same weights.
         coarsest: the relative spacing of the coarsest number format that took part.
     """
-    device = rows[0].device
-    weights = weights.to(device)
-    sums = [torch.zeros(1, sketch.dim, device=device) for _ in rows]
-    expected = gradient_sink(sums, sketch, space, scales)
-    expected_shares = share_sink(1, space, device)
-    for name, g in gradient.items():
-        expected.add(name, g.unsqueeze(0))
-        expected_shares.add(name, g.unsqueeze(0))
-    errors = [_relative(weights, r, s[0]) for r, s in zip(rows, sums, strict=True)]
+    weights = weights.to(expected.device)
+    errors = [_relative(weights, r, s[0]) for r, s in zip(rows, expected.sums, strict=True)]
     error = float(torch.tensor(errors, dtype=torch.float64).max())  # NaN if any is
     tolerance = max(_TOLERANCE, _ROUNDINGS * coarsest)
-    wrong = shares.differing(expected_shares, weights, max(_BY_PARAMETER, tolerance), max(_FLOOR, tolerance / 10))
-    touched = shares.touched() | expected_shares.touched()
+    wrong = shares.differing(expected.shares, weights, max(_BY_PARAMETER, tolerance), max(_FLOOR, tolerance / 10))
+    touched = shares.touched() | expected.shares.touched()
     return Audit(error, wrong, touched, passed=error <= tolerance and not wrong)
 
 
@@ -290,3 +308,22 @@ def _relative(weights: Tensor, rows: Tensor, expected: Tensor) -> float:
     terms = weights[:, None] * rows
     size = max(float(terms.norm()), float(expected.norm()))
     return float((terms.sum(0) - expected).norm()) / size if size else 0.0
+
+
+def dependent(name: str, batch: Batch, size: int, audit: Audit) -> str:
+    """What to say when rows made one example at a time are not those of the batch."""
+    what = "its value" if audit.values_differ else "its gradient"
+    rows: list[str] = []
+    if isinstance(batch, Mapping):
+        rows = [str(k) for k, v in batch.items() if isinstance(v, Tensor) and v.shape[:1] == (size,)]
+    shared = (
+        f", or one of the entries {rows} is shared by all examples and happens to have {size} rows (give"
+        if (len(rows) > 1)
+        else ", or a tensor that is shared by all examples happens to have as many rows (give"
+    )
+    return (
+        f"an example's rows must not depend on the other examples of its batch, and {what} does: {name} of "
+        f"{size} examples at once and of each alone disagree (error {audit.error:.1e}, parameters "
+        f"{audit.wrong[:10]}). Either the model mixes its examples (statistics over the batch, attention between "
+        f"examples, no_grad for some of them) or draws random numbers{shared} it another shape or batch size)"
+    )

@@ -151,7 +151,7 @@ _POSITIONAL = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 def rule_for(module: nn.Module) -> Rule | str:
     """The rule that covers this module, or the reason why none does."""
     kind = type(module)
-    if "forward" in vars(module):
+    if "forward" in vars(module) and not _is_dispatched(module):
         return f"{kind.__name__} has a forward of its own on the instance"
     for base, apply in _RULES.items():
         if isinstance(module, base) and kind.forward is base.forward:
@@ -190,6 +190,12 @@ def _is_named_rms_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     named = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
     return named and isinstance(weight, Tensor) and weight.dim() == 1 and _epsilon(module) is not None
+
+
+def _is_dispatched(module: nn.Module) -> bool:
+    """Whether accelerate moves inputs, and weights, before it calls the forward of the module's class."""
+    before = vars(module).get("_old_forward")
+    return hasattr(module, "_hf_hook") and getattr(before, "__func__", None) is type(module).forward
 
 
 def _epsilon(module: nn.Module) -> float | None:

@@ -43,6 +43,9 @@ class GradientSink:
         finally:
             self._held = None
 
+    def gather(self) -> None:
+        """Bring together what several devices hold."""
+
     def _held_for(self, piece: Tensor) -> HeldSketches | None:
         """What may hold back a piece of the whole batch."""
         return self._held if piece.shape[0] == self._out.shape[0] else None
@@ -182,6 +185,11 @@ class SinkByParameter(GradientSink):
 
     def _rows(self, name: str, start: int, count: int) -> Tensor:
         return self._out[self._at[name], start : start + count]
+
+    @property
+    def sums(self) -> Tensor:
+        """Of each parameter, its rows (parameters, B, dim)."""
+        return self._out
 
     def totals(self) -> tuple[Tensor, Tensor]:
         """Of each parameter, the sum over examples (parameters, dim), and the sum of the squares (parameters,)."""

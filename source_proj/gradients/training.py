@@ -34,6 +34,7 @@ from source_proj.gradients.sink import GradientSink, SinkByParameter
 from source_proj.gradients.space import ParameterSpace
 from source_proj.gradients.suited import refuse_unsuited
 from source_proj.sketch import Sketch
+from source_proj.trajectory.placement import placement_of
 
 __all__ = ["INDEX", "TrainingPass", "TrainingPath"]
 
@@ -98,7 +99,14 @@ class TrainingPath(HookPath):
                 f"rows can't be captured of some parameters ({listed}): leave them out by parameters={patterns}, or "
                 "build the bank after training"
             )
-        super().__init__(model, space)
+        placement = placement_of(model)
+        if not placement.is_whole:
+            raise GradientError(
+                f"the model is {placement.kind}, and rows are captured of whole models alone: leave capture= out and "
+                "build the bank after training"
+            )
+        super().__init__(placement, space)
+        self._live = {name: [p] for name, p in space.parameters(model).items()}
         self._space, self._sketch = space, sketch
         self.passes: list[TrainingPass] = []
         self.watched = False
@@ -139,7 +147,7 @@ class TrainingPath(HookPath):
         size = batch_size(batch) if index is None else len(index)
         if not self._shared_known:
             self._find_shared(args, kwargs, size)
-        device = self._parameters[self._space.names[0]].device
+        device = self._placement.device
         rows = torch.zeros(size, self._sketch.dim, device=device)
         sink, shares = GradientSink(rows, self._sketch, self._space), None
         if self.watched:
@@ -216,7 +224,7 @@ class TrainingPath(HookPath):
         heads: list[Tensor] = []
         map_tensors(output, lambda tensor: heads.append(tensor) or tensor)  # type: ignore[func-returns-value]
         heads = [head for head in heads if head.grad_fn is not None and head.dim() and head.shape[0] == size]
-        lost = [self._structure(head, calls, size).lost for head in heads]
+        lost = [self._structure(head, calls, size, self._live).lost for head in heads]
         if heads and not any(lost):
             return
         halves = torch.arange(size).chunk(2)

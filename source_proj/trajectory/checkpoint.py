@@ -18,6 +18,7 @@ from source_proj._io.hashing import hash_file
 from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.layouts import averaged_keys, is_count, listed, model_state, unwrapped_names
 from source_proj.trajectory.optimizers.describe import kept_state
+from source_proj.trajectory.placement import placement_of
 from source_proj.trajectory.state_files import checked_path, read_state, state_files
 
 __all__ = ["Checkpoint"]
@@ -140,7 +141,8 @@ class Checkpoint:
         Raises:
             MismatchError: as for :meth:`applied_to`.
         """
-        _load(model, self._state_of(model))
+        placement_of(model).load(lambda: self._state_of(model))
+        _evaluate(model)
 
     def parameters_of(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's parameters that the state has, by name; of an adapter's file its own ones alone.
@@ -185,7 +187,8 @@ class Checkpoint:
         own_buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]  # also those of no state_dict
         own_flags = [(module, module.training) for module in model.modules()]
         try:
-            _load(model, state)
+            model.load_state_dict(state)
+            _evaluate(model)
             yield model
         finally:
             model.load_state_dict(own_state)
@@ -196,8 +199,7 @@ class Checkpoint:
                 module.training = flag
 
 
-def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    model.load_state_dict(state)
+def _evaluate(model: nn.Module) -> None:
     for module in model.modules():
         module.training = False  # not eval(): an overridden train() may do more than set the flag
 
@@ -248,7 +250,7 @@ def matched_state(state: Mapping[str, Tensor], model: nn.Module, source: str) ->
         )
     for name, value in full.items():
         twin = first_of[id(own[name])]
-        if twin != name and not torch.equal(value, full[twin]):
+        if value is not full[twin] and not torch.equal(value, full[twin]):
             raise MismatchError(f"{source}: {twin} and {name} are tied in the model, but hold different values here")
     return full
 
@@ -277,7 +279,7 @@ def adapted_state(adapter: Mapping[str, Tensor], model: nn.Module, source: str) 
         MismatchError: the model has no such entry, or several.
     """
     places = _places(adapter, model, source)
-    full = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    full = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     return full | {places[name]: value for name, value in adapter.items()}
 
 

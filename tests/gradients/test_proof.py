@@ -17,7 +17,7 @@ import source_proj as sp
 from source_proj._errors import GradientError
 from source_proj.gradients import ParameterSpace, Refuted, gradient_engine, proof
 from source_proj.gradients.layout import Call, label, walk, where_examples_are_lost
-from source_proj.gradients.proof import audited, law_weights, share_sink
+from source_proj.gradients.proof import Expected, audited, law_weights, share_sink
 from source_proj.sketch import Sketch
 
 
@@ -42,7 +42,10 @@ def test_the_law_stops_every_kind_of_mistake(size: int, draw: int, wrong: int, s
     shares = share_sink(size, space, torch.device("cpu"))
     shares.add("a", rows[:, :7])
     shares.add("b", rows[:, 7:])
-    audit = audited(weights, [rows], shares, {"a": total[:7], "b": total[7:]}, sketch, space, [None], 1e-7)
+    expected = Expected([rows], sketch, space, [None])
+    expected.add("a", total[:7])
+    expected.add("b", total[7:])
+    audit = audited(weights, [rows], shares, expected, 1e-7)
     assert audit.passed is not mistaken
     assert audit.error < 1e-5 or mistaken
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from source_proj._errors import MismatchError, SourceProjError
+from source_proj._errors import GradientError, MismatchError, SourceProjError
 from source_proj._io.progress import Progress, progress_bar
 from source_proj.attribution.attributor import Attributor, Queries, Term
 from source_proj.attribution.features import QueryFeatures, SketchedQueries
@@ -20,6 +20,7 @@ from source_proj.bank import Bank, StageBank
 from source_proj.bank.build.data import BatchSource, batch_hash, to_device
 from source_proj.gradients import nonfinite_examples, private_copy, require_own_weights
 from source_proj.task import Batch, Task
+from source_proj.trajectory.placement import placement_of
 
 __all__ = ["RepSim"]
 
@@ -111,7 +112,16 @@ class RepSim(Attributor):
         return _last_input(model, self._candidates, self.task.output, batch)[0]
 
     def _at_the_end(self, bank: Bank) -> nn.Module:
-        """A copy of the model with a bank's final weights."""
+        """A copy of the model with a bank's final weights.
+
+        Raises:
+            GradientError: the model cannot be copied.
+        """
+        placement = placement_of(self._module)
+        if not placement.is_copied:
+            raise GradientError(
+                f"RepSim reads representations from a copy of the model, and it is {placement.kind}: give a whole model"
+            )
         model = private_copy(self._module, self.device)
         bank.final_checkpoint().load_into(model)
         return model
@@ -215,7 +225,7 @@ def _sources(bank: Bank, train_set: Any) -> list[BatchSource]:
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return placement_of(model).device
 
 
 def _candidates(model: nn.Module, layer: str | None) -> list[str]:

@@ -21,6 +21,7 @@ from source_proj.bank.read.part import Part, listed, part_name, part_objects
 from source_proj.bank.store import Store
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint
+from source_proj.trajectory.placement import placement_of
 
 __all__ = ["append_rows"]
 
@@ -88,16 +89,9 @@ def append_rows(
         height = default_shard_rows(source.n, source.batch_size, settings, shard_rows)
         require_same_part(part, _spec(part.spec.start, source, wanted, height), wanted)
     checkpoints = [checkpoint(stage, index) for index in range(part.n_checkpoints)]
-    fill(
-        [Work(stage, part, source, checkpoints)],
-        settings,
-        model,
-        task,
-        metrics,
-        shard=shard,
-        device=device,
-        progress=progress,
-    )
+    works = [Work(stage, part, source, checkpoints)]
+    with placement_of(model).kept():
+        fill(works, settings, model, task, metrics, shard=shard, device=device, progress=progress)
     return part
 
 

@@ -26,12 +26,14 @@ from source_proj.bank.build.normalizer import with_normalizer
 from source_proj.bank.examples import Examples
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
+from source_proj.bank.read.part import Part
 from source_proj.bank.store import Store, open_store
 from source_proj.gradients import ParameterSpace, private_copy
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 from source_proj.task.base import checked_pair
 from source_proj.trajectory import Trajectory, trained_parameters
+from source_proj.trajectory.placement import placement_of, refuse_parallelism
 from source_proj.trajectory.state_order import check_state_order, unnamed_alike
 
 __all__ = ["build"]
@@ -122,11 +124,15 @@ def build(
         ...     [(block.start, block.stop, block.rows.shape) for block in bank.stages[0].iter_rows(0)]
         [(0, 5, torch.Size([5, 16]))]
     """
+    refuse_parallelism(model)
     require_arguments(model=model, task=task, trajectory=trajectory, sketch=sketch)
     require_device(device)
+    placement = placement_of(model)
+    lockstep = placement.lockstep
     store = open_store(path)
     where = store.location()
     share, takeover = checked_shard(shard), checked_takeover(takeover)
+    lockstep.require_same((where, shard, takeover), "path, shard and takeover")
     names = [stage.name for stage in trajectory.stages]
     sources = [BatchSource(data, batch_size) for data in _by_stage(train_set, names, "train_set")]
     given_ids = _by_stage(ids, names, "ids")
@@ -134,49 +140,81 @@ def build(
     _check_loss(task, trajectory)
     task = with_normalizer(task, sources, names)
     second_derivative, fisher_weight = _columns(task, sources[0], stage_ids[0])
-    space, choice = _chosen(model, trajectory, parameters, progress is True)
-    resolved = trajectory.resolve(model, space)
-    _check_orders(task, model, trajectory, sources, device)
-    settings = Settings(
-        sketch=sketch.spec(),
-        parameters=space.spec(),
-        task=task.spec(),
-        trajectory=resolved.record,
-        storage=storage,
-        sampled_fisher=sampled_fisher,
-        second_derivative=second_derivative,
-        fisher_weight=fisher_weight,
-        gradients=gradients,
-        autocast=autocast,
-    )
-    specs = [_part_spec(source, one, settings, shard_rows) for source, one in zip(sources, stage_ids, strict=True)]
-    try:
-        if not _is_there(store, resume):
-            first_parts = list(zip(specs, stage_ids, strict=True))
-            create_bank(store, settings, trajectory, resolved.diagonals, first_parts, choice)
-    except OSError as error:
-        if not _was_created(store):  # else another process has, and removed what it took for leftovers
-            raise BankError(f"cannot create the bank {where}: {error}; make room, or give another path") from error
-    bank = Bank(path)
-    require_same_settings(where, bank.settings, settings)
-    parts = [stage.parts[0] for stage in bank.stages]
-    for part, spec, one in zip(parts, specs, stage_ids, strict=True):
-        require_same_part(part, spec, one)
-    works = [
-        Work(index, part, source, stage.checkpoints)
-        for index, (part, source, stage) in enumerate(zip(parts, sources, trajectory.stages, strict=True))
-    ]
-    _examine(task, model, trajectory, sources, device)
-    claims = None if takeover is None else Claims(store, takeover, share)
-    with claims or nullcontext():
-        fill(works, settings, model, task, bank.metrics, shard=shard, device=device, progress=progress, claims=claims)
-        if claims is not None:
-            claims.once("seal", lambda: bank.seal(parts), lambda: all(part.sealed() is not None for part in parts))
-            bank.reload()
-        elif shard is None:
-            bank.seal(parts)
+    space, choice = lockstep.from_leader(lambda: _chosen(model, trajectory, parameters, progress is True))
+
+    def create() -> Settings:
+        resolved = trajectory.resolve(model, space)
+        settings = Settings(
+            sketch=sketch.spec(),
+            parameters=space.spec(),
+            task=task.spec(),
+            trajectory=resolved.record,
+            storage=storage,
+            sampled_fisher=sampled_fisher,
+            second_derivative=second_derivative,
+            fisher_weight=fisher_weight,
+            gradients=gradients,
+            autocast=autocast,
+        )
+        _begin(store, settings, trajectory, resolved.diagonals, _parts(settings), choice, resume=resume)
+        return settings
+
+    def _parts(settings: Settings) -> list[tuple[PartSpec, np.ndarray]]:
+        specs = [_part_spec(source, own, settings, shard_rows) for source, own in zip(sources, stage_ids, strict=True)]
+        return list(zip(specs, stage_ids, strict=True))
+
+    with placement.kept():
+        _check_orders(task, model, trajectory, sources, device)
+        settings = lockstep.from_leader(create)
+        bank = Bank(path)
+        require_same_settings(where, bank.settings, settings)
+        parts = [stage.parts[0] for stage in bank.stages]
+        for part, (spec, own) in zip(parts, _parts(settings), strict=True):
+            require_same_part(part, spec, own)
+        works = [
+            Work(index, part, source, stage.checkpoints)
+            for index, (part, source, stage) in enumerate(zip(parts, sources, trajectory.stages, strict=True))
+        ]
+        _examine(task, model, trajectory, sources, device)
+        claims = None if takeover is None or not lockstep.leads else Claims(store, takeover, share)
+        with claims or nullcontext():
+            fill(
+                works, settings, model, task, bank.metrics, shard=shard, device=device, progress=progress, claims=claims
+            )
+            lockstep.from_leader(lambda: _finish(bank, parts, claims, all_made=shard is None))
+    if takeover is not None or shard is None:
+        bank.reload()
     bank.examples = Examples(dict(zip(names, _by_stage(train_set, names, "train_set"), strict=True)))
     return bank
+
+
+def _begin(
+    store: Store,
+    settings: Settings,
+    trajectory: Trajectory,
+    diagonals: Mapping[str, torch.Tensor],
+    parts: Sequence[tuple[PartSpec, np.ndarray]],
+    choice: str,
+    *,
+    resume: bool,
+) -> None:
+    """Create the bank, unless it is there."""
+    try:
+        if not _is_there(store, resume):
+            create_bank(store, settings, trajectory, diagonals, parts, choice)
+    except OSError as error:
+        if not _was_created(store):  # else another process has, and removed what it took for leftovers
+            raise BankError(
+                f"cannot create the bank {store.location()}: {error}; make room, or give another path"
+            ) from error
+
+
+def _finish(bank: Bank, parts: Sequence[Part], claims: Claims | None, *, all_made: bool) -> None:
+    """Declare the parts complete, if they are or others will make them so."""
+    if claims is not None:
+        claims.once("seal", lambda: bank.seal(parts), lambda: all(part.sealed() is not None for part in parts))
+    elif all_made:
+        bank.seal(parts)
 
 
 def _check_loss(task: Task, trajectory: Trajectory) -> None:
@@ -206,9 +244,15 @@ def _check_orders(
         alike = unnamed_alike(stage, model)
         if alike is None:
             continue
+        if not placement_of(model).is_whole:
+            raise MismatchError(
+                f"the optimizer's state of stage {stage.name!r} names no parameters, and several have one shape, whose "
+                f"order cannot be checked on a model that is {placement_of(model).kind}: save the state of an "
+                "optimizer made from model.named_parameters()"
+            )
         private = private_copy(model, device)
         alike[0].load_into(private)
-        where = next(private.parameters()).device
+        where = placement_of(private).device
         ends = [source.n * place // _LOOKED_AT for place in range(_LOOKED_AT + 1)]
         spans = [(begin, min(begin + _LOOKED_AT, end)) for begin, end in pairwise(ends) if begin < end]
         batches = (to_device(batch, where) for _, _, batch in source.load(spans))
@@ -227,7 +271,7 @@ def _examine(
         return
     private = private_copy(model, device)
     trajectory.final.load_into(private)
-    where = next(private.parameters()).device
+    where = placement_of(private).device
     for source in sources:
         _, _, batch = next(iter(source.load([(0, min(source.n, source.batch_size))])))
         task.examine(private, to_device(batch, where))

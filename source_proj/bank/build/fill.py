@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import numpy as np
@@ -13,6 +13,7 @@ from source_proj._errors import MismatchError
 from source_proj._io.progress import Bar, Progress, progress_bar
 from source_proj.bank.build.claims import Claims
 from source_proj.bank.build.data import Batch, BatchSource, batch_hash
+from source_proj.bank.build.rounds import loaded_in_rounds
 from source_proj.bank.build.row_encoder import BatchLocation, RowEncoder
 from source_proj.bank.format import Settings
 from source_proj.bank.read.metrics import Metrics
@@ -20,6 +21,7 @@ from source_proj.bank.read.part import Part
 from source_proj.gradients import ParameterSpace, Refuted
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint
+from source_proj.trajectory.placement import Lockstep, placement_of
 
 __all__ = ["Work", "checked_shard", "fill"]
 
@@ -43,9 +45,9 @@ class Work:
 
 @dataclass(frozen=True)
 class _Pass:
-    """One worker's shards of one part at one checkpoint."""
+    """One worker's shards of one part, the work-th of all, at one checkpoint."""
 
-    work: Work
+    work: int
     checkpoint: int
     todo: list[int]
     done: list[int]
@@ -88,6 +90,8 @@ def fill(
     With claims, a shard of which another worker is at work is left out, and after its own share a worker makes whatever
     nobody who lives has claimed, the last shards first, until all shards are committed.
 
+    The processes of a sharded model are one worker: the first of them decides what is made, and they make it together.
+
     Raises:
         GradientError: a gradient is not finite; names the stage, the checkpoint and the ids. Nothing of its shard is
             committed.
@@ -97,40 +101,42 @@ def fill(
     passes = list(_passes(works, *checked_shard(shard)))
     space = ParameterSpace.from_spec(settings.parameters)
     space.parameters(model)  # refuses another model
-    checks = _checks(passes)
-    total = sum(_rows(run.work.part, run.todo) for run in passes)
+    lockstep = placement_of(model).lockstep
+    checks = _checks(works, passes)
+    total = sum(_rows(works[run.work].part, run.todo) for run in passes)
     total += sum(_rows(work.part, shards) for work, shards in checks)
-    with progress_bar(progress, "bank", total, "rows") as bar:
-        _check_committed(checks, bar)
+    with progress_bar(progress if lockstep.leads else False, "bank", total, "rows") as bar:
+        lockstep.from_leader(lambda: _check_committed(checks, bar))
         rest = iter(()) if claims is None else _rest(works, claims)
-        passes_to_come = chain((run for run in passes if run.todo), rest)
-        first = next(passes_to_come, None)
+        to_come = lockstep.followed(chain((run for run in passes if run.todo), rest))
+        first = next(to_come, None)
         if first is None:
             return
         rows = RowEncoder(model, task, space, settings, device, metrics)
         with _Committer(claims) as committer:
-            for run in chain([first], passes_to_come):
-                _run(run, rows, committer, bar, claims)
+            for run in chain([first], to_come):
+                _run(run, works[run.work], rows, committer, bar, claims, lockstep)
+        lockstep.barrier()  # all are committed
 
 
 def _passes(works: Sequence[Work], index: int, count: int) -> Iterator[_Pass]:
     number = 0
-    for work in works:
+    for place, work in enumerate(works):
         for checkpoint in range(work.part.n_checkpoints):
             shards = range(work.part.spec.n_shards)
             mine = [shard for shard in shards if (number + shard) % count == index]
             number += len(shards)
             committed = work.part.done(checkpoint)
             todo = [shard for shard in mine if not committed[shard]]
-            yield _Pass(work, checkpoint, todo, [shard for shard in mine if committed[shard]])
+            yield _Pass(place, checkpoint, todo, [shard for shard in mine if committed[shard]])
 
 
 def _rest(works: Sequence[Work], claims: Claims) -> Iterator[_Pass]:
     """Passes over what others have not committed, until there is nothing left; waits while others are at work."""
     while True:
         passes = [
-            _Pass(work, checkpoint, todo, [])
-            for work in reversed(works)
+            _Pass(place, checkpoint, todo, [])
+            for place, work in reversed(list(enumerate(works)))
             for checkpoint in reversed(range(work.part.n_checkpoints))
             if (todo := _uncommitted(work.part, checkpoint))
         ]
@@ -152,11 +158,11 @@ def _rows(part: Part, shards: Sequence[int]) -> int:
     return sum(stop - start for start, stop in map(part.spec.span, shards))
 
 
-def _checks(passes: Sequence[_Pass]) -> list[tuple[Work, list[int]]]:
+def _checks(works: Sequence[Work], passes: Sequence[_Pass]) -> list[tuple[Work, list[int]]]:
     """Committed shards whose data no pass to come compares anyway."""
     checks = []
-    for work in {id(run.work): run.work for run in passes}.values():
-        own = [run for run in passes if run.work is work]
+    for place, work in enumerate(works):
+        own = [run for run in passes if run.work == place]
         coming = {shard for run in own for shard in run.todo}
         checks.append((work, sorted({shard for run in own for shard in run.done} - coming)))
     return checks
@@ -174,50 +180,64 @@ def _check_committed(checks: Sequence[tuple[Work, list[int]]], bar: Bar) -> None
             work.part.check_data(shard, _as_array(hashes))
 
 
-def _run(run: _Pass, rows: RowEncoder, committer: "_Committer", bar: Bar, claims: Claims | None) -> None:
-    part, checkpoint = run.work.part, run.work.checkpoints[run.checkpoint]
+def _run(
+    run: _Pass,
+    work: Work,
+    rows: RowEncoder,
+    committer: "_Committer",
+    bar: Bar,
+    claims: Claims | None,
+    lockstep: Lockstep,
+) -> None:
+    part, checkpoint = work.part, work.checkpoints[run.checkpoint]
     todo = iter(run.todo) if claims is None else claims.take(part, run.checkpoint, run.todo)
-    first = next(todo, None)
+    first = lockstep.from_leader(lambda: next(todo, None))
     if first is None:
         return
-    expected = part.hashes[run.checkpoint]
-    if checkpoint.hash() != expected:
-        raise MismatchError(
-            f"{checkpoint!r} of stage {part.stage_name!r} changed since the bank was begun: its hash was "
-            f"{expected[:16]}, and is {checkpoint.hash()[:16]}; put the original back"
-        )
+    lockstep.from_leader(lambda: _require_unchanged(part, run.checkpoint, checkpoint))
     bar.describe(f"bank, {part.stage_name}, step {checkpoint.step}")
     rows.load(checkpoint)
-    loaded = run.work.source.load(part.spec.span(shard) for shard in chain([first], todo))
     buffer = committer.buffer(part, run.checkpoint)
-    for start, stop, batch in loaded:
+    for loaded in loaded_in_rounds(work.source, part.spec, chain([first], todo), lockstep):
+        start, stop = loaded.start, loaded.stop
         shard = start // part.spec.shard_rows
         begin, end = part.spec.span(shard)
+        place = BatchLocation(part, work.stage, run.checkpoint, start, stop)
+        if not loaded.kept:  # a pass that others need
+            rows(place, loaded.batch)
+            continue
         if start == begin:
-            rows.begin(run.work.stage, run.checkpoint, shard)
+            rows.begin(work.stage, run.checkpoint, shard)
         try:
-            _put(run, rows, buffer, start, stop, batch)
+            _put(place, rows, buffer, loaded.batch)
         except Refuted:  # the rows of this shard, none of which is committed, are made again by the general path
             buffer.clear()
-            for again, until, earlier in run.work.source.load([(begin, stop)]):
-                _put(run, rows, buffer, again, until, earlier)
-        bar.expect(bar.done + stop - start)  # those of another worker's share come on top of what was to do
-        bar.update(stop - start)
+            for again, until, earlier in work.source.load([(begin, stop)]):
+                _put(replace(place, start=again, stop=until), rows, buffer, earlier)
+        bar.expect(bar.done + loaded.rows)  # those of another worker's share come on top of what was to do
+        bar.update(loaded.rows)
         if claims is not None:
-            claims.beat(stop - start)
+            claims.beat(loaded.rows)
         if stop == end:
-            rows.require_graph(BatchLocation(part, run.work.stage, run.checkpoint, start, stop))
+            rows.require_graph(place)
             buffer.audit = rows.audit()
             committer.commit(part, run.checkpoint, shard, buffer)
             buffer = committer.buffer(part, run.checkpoint)
     committer.wait()
 
 
-def _put(run: _Pass, rows: RowEncoder, buffer: "_Buffer", start: int, stop: int, batch: Batch) -> None:
+def _require_unchanged(part: Part, index: int, checkpoint: Checkpoint) -> None:
+    expected = part.hashes[index]
+    if checkpoint.hash() != expected:
+        raise MismatchError(
+            f"{checkpoint!r} of stage {part.stage_name!r} changed since the bank was begun: its hash was "
+            f"{expected[:16]}, and is {checkpoint.hash()[:16]}; put the original back"
+        )
+
+
+def _put(place: BatchLocation, rows: RowEncoder, buffer: "_Buffer", batch: Batch) -> None:
     """Make a batch's rows and put them into the buffer of their shard."""
-    part = run.work.part
-    place = BatchLocation(part, run.work.stage, run.checkpoint, start, stop)
-    buffer.put(start % part.spec.shard_rows, rows(place, batch), batch_hash(batch))
+    buffer.put(place.start % place.part.spec.shard_rows, rows(place, batch), batch_hash(batch))
 
 
 @dataclass

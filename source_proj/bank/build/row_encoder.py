@@ -28,6 +28,7 @@ from source_proj.gradients.batches import batch_size, per_example_tensors
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint
+from source_proj.trajectory.placement import placement_of
 
 __all__ = ["BatchLocation", "RowEncoder"]
 
@@ -87,7 +88,8 @@ class RowEncoder:
         self._original: nn.Module | None = model  # until the first batch has shown that the copy alone is used
         self._task = task
         self._settings = settings
-        self._device = next(self._model.parameters()).device
+        self._placement = placement_of(self._model)
+        self._device = self._placement.device
         self._metrics = metrics
         self._detached = True  # whether no output since `begin` led back to the model
         self._scales: dict[int, Tensor | None] = {}  # on the device, of one checkpoint's metrics
@@ -153,8 +155,10 @@ class RowEncoder:
             )
         with named_examples(place.ids):
             values, (rows, *others) = self._engine.sketch_scaled(self._task.output, batch, scales, size=size)
-        if self._detached:  # rows of zeros may be right, if an example has no label, say
-            self._detached = not rows.any() and self._engine.is_detached(self._task.output, batch)
+        silent = self._detached and not bool(rows.any())
+        self._detached = silent  # rows of zeros may be right, if an example has no label, say
+        if self._placement.lockstep.any(silent):
+            self._detached = self._engine.is_detached(self._task.output, batch) and silent
         encoded = self._encoded("", rows, place, "the gradient of the output")
         for metric, other in zip(names, others, strict=True):
             encoded |= self._encoded("", other, place, "the gradient of the output", metric)

@@ -1,0 +1,8 @@
+"""Where a model's parameters are: whole on one device, over several, or sharded over processes."""
+
+from source_proj.trajectory.placement.base import Placement
+from source_proj.trajectory.placement.chosen import placement_of
+from source_proj.trajectory.placement.lockstep import Lockstep
+from source_proj.trajectory.placement.refused import refuse_parallelism
+
+__all__ = ["Lockstep", "Placement", "placement_of", "refuse_parallelism"]

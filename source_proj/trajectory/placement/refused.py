@@ -1,0 +1,65 @@
+"""Ways of splitting a model through which no process sees an example's whole gradient; refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from source_proj._errors import SourceProjError
+
+__all__ = ["refuse_parallelism", "refuse_placements"]
+
+_REMEDY = "shard the plain model by torch.distributed.fsdp.fully_shard alone, or give it a device_map"
+
+
+def refuse_parallelism(model: object) -> None:
+    """Refuse pipeline schedules, FSDP1, DeepSpeed's ZeRO 3, and the tensor parallelism of Megatron and transformers.
+
+    Raises:
+        SourceProjError: names what it is, and the remedy.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else [model]
+    for module in modules:
+        kind = type(module)
+        if kind.__module__.startswith("torch.distributed.pipelining"):
+            raise SourceProjError(
+                f"{kind.__name__} is a pipeline schedule of torch.distributed.pipelining, of which a process runs one "
+                f"stage alone: {_REMEDY}"
+            )
+        if kind.__name__ == "FullyShardedDataParallel":
+            raise SourceProjError(
+                f"the model is wrapped by FSDP1 ({kind.__name__}), whose flat parameters are no layer's own: {_REMEDY}"
+            )
+    if isinstance(model, nn.Module):
+        for name, parameter in model.named_parameters():
+            if hasattr(parameter, "ds_id"):
+                raise SourceProjError(f"parameter {name!r} is partitioned by DeepSpeed's ZeRO stage 3: {_REMEDY}")
+            if getattr(parameter, "tensor_model_parallel", False):
+                raise SourceProjError(f"parameter {name!r} is split by Megatron's tensor parallelism: {_REMEDY}")
+        size = getattr(model, "_tp_size", None)
+        if isinstance(size, int) and size > 1:
+            raise SourceProjError(
+                f"the model is split by transformers' tensor parallelism (tp_plan, {size} processes): {_REMEDY}"
+            )
+
+
+def refuse_placements(name: str, parameter: Any, *, of_fsdp: bool) -> None:
+    """Refuse a DTensor that is split otherwise than by FSDP.
+
+    Args:
+        name: the parameter's.
+        parameter: a DTensor.
+        of_fsdp: whether it lies in a module that was given to ``fully_shard``.
+
+    Raises:
+        SourceProjError: names the parameter, its placements and the dimensions of its mesh.
+    """
+    split = [placement for placement in parameter.placements if not placement.is_replicate()]
+    if len(split) > of_fsdp:
+        mesh = parameter.device_mesh
+        raise SourceProjError(
+            f"parameter {name!r} is split by tensor or expert parallelism (placements {tuple(parameter.placements)} on "
+            f"the mesh dimensions {mesh.mesh_dim_names or mesh.ndim}), so that no process has a layer's whole "
+            f"gradient: {_REMEDY}"
+        )
