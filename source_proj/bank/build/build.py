@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from source_proj._errors import BankError, MismatchError, named_examples
+from source_proj._io.executors import Executor, check_executor
 from source_proj._io.printable import printable
 from source_proj._io.progress import Progress
 from source_proj.bank.bank import Bank
@@ -23,6 +25,7 @@ from source_proj.bank.build.create import create_bank, require_same_part, requir
 from source_proj.bank.build.data import BatchSource, checked_ids, to_device
 from source_proj.bank.build.fill import Work, checked_shard, fill
 from source_proj.bank.build.normalizer import with_normalizer
+from source_proj.bank.build.shares import fill_by, require_whole
 from source_proj.bank.examples import Examples
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
@@ -62,6 +65,7 @@ def build(
     autocast: str | None = None,
     gradients: str = "auto",
     shard_rows: int | None = None,
+    executor: Executor | None = None,
 ) -> Bank:
     """Sketch the training gradients of every checkpoint into a bank: one forward and backward pass over the data each.
 
@@ -100,6 +104,8 @@ def build(
         autocast: "bfloat16" or "float16" for the forward pass.
         gradients: "auto", "hooks" or "general"; see :func:`source_proj.gradients.gradient_engine`.
         shard_rows: rows a shard, a multiple of the batch size; default: as many as make 16 MiB, 4,096 at most.
+        executor: makes the rows: anything shaped like :class:`concurrent.futures.Executor`, whose workers get the
+            model, the run and the data, and reach ``path``. The bits are those of this process.
 
     Returns:
         The bank; finalized, unless ``shard`` was given without ``takeover``.
@@ -127,6 +133,8 @@ def build(
     refuse_parallelism(model)
     require_arguments(model=model, task=task, trajectory=trajectory, sketch=sketch)
     require_device(device)
+    check_executor(executor)
+    require_whole(executor, shard, takeover)
     placement = placement_of(model)
     lockstep = placement.lockstep
     store = open_store(path)
@@ -178,9 +186,18 @@ def build(
         _examine(task, model, trajectory, sources, device)
         claims = None if takeover is None or not lockstep.leads else Claims(store, takeover, share)
         with claims or nullcontext():
-            fill(
-                works, settings, model, task, bank.metrics, shard=shard, device=device, progress=progress, claims=claims
-            )
+            if executor is not None:
+                whole = partial(
+                    build, model, task, trajectory, train_set, path, sketch=sketch, batch_size=batch_size,
+                    device=device, storage=storage, ids=ids, parameters=parameters, sampled_fisher=sampled_fisher,
+                    autocast=autocast, gradients=gradients, shard_rows=shard_rows,
+                )  # fmt: skip
+                fill_by(executor, whole, max(part.spec.n_shards for part in parts), progress)
+            else:
+                fill(
+                    works, settings, model, task, bank.metrics, shard=shard, device=device, progress=progress,
+                    claims=claims,
+                )  # fmt: skip
             lockstep.from_leader(lambda: _finish(bank, parts, claims, all_made=shard is None))
     if takeover is not None or shard is None:
         bank.reload()

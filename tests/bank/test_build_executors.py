@@ -1,0 +1,56 @@
+"""A build on executors: the bits of one process, whoever makes a share and whenever, and however often it is lost."""
+
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+from bank_runs import assert_same, make_run
+from lossy_executor import LossyExecutor
+
+from source_proj import bank as banks
+from source_proj._errors import BankError, GradientError, SourceProjError
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_order_and_lost_workers_change_no_bit(tmp_path, seed):
+    run = make_run()
+    run.build(tmp_path / "alone", sampled_fisher=1)
+    executor = LossyExecutor(seed)
+    bank = run.build(tmp_path / "shared", sampled_fisher=1, executor=executor)
+    assert len(executor.done) == bank.stages[0].parts[0].spec.n_shards
+    assert_same(tmp_path / "alone", tmp_path / "shared")
+    assert banks.verify(tmp_path / "shared").ok
+
+
+def test_pools_of_threads_and_of_processes(tmp_path):
+    run = make_run()
+    run.build(tmp_path / "alone")
+    with ThreadPoolExecutor(3) as threads, ProcessPoolExecutor(2, get_context("spawn")) as processes:
+        for name, executor in [("threads", threads), ("processes", processes)]:
+            run.build(tmp_path / name, executor=executor)
+            assert_same(tmp_path / "alone", tmp_path / name)
+
+
+def test_a_build_that_lost_its_workers_goes_on(tmp_path):
+    run = make_run()
+    run.build(tmp_path / "alone")
+    with pytest.raises(SourceProjError, match="did not end a task in 4 attempts"):
+        run.build(tmp_path / "shared", executor=LossyExecutor(0, losses=4))
+    with pytest.raises(BankError):
+        next(banks.open(tmp_path / "shared").stages[0].iter_rows(0))
+    run.build(tmp_path / "shared")
+    assert_same(tmp_path / "alone", tmp_path / "shared")
+
+
+def test_what_a_worker_finds_wrong_is_said_as_here(tmp_path):
+    run = make_run()
+    run.data.tensors[0][7] = float("nan")
+    with pytest.raises(GradientError, match=r"\[7\]"):
+        run.build(tmp_path / "bank", executor=LossyExecutor(0))
+
+
+@pytest.mark.parametrize("share", [{"shard": (0, 2)}, {"takeover": 300.0}])
+def test_a_share_is_no_whole(tmp_path, share):
+    with pytest.raises(ValueError, match="executor= makes the shares of a build itself, got shard="):
+        make_run().build(tmp_path / "bank", executor=LossyExecutor(0), **share)
+    assert not (tmp_path / "bank").exists()
