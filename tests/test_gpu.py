@@ -86,3 +86,21 @@ def test_halves_go_to_the_gpus_sketch_as_they_are(problem, autocast):
     # Halves have 8 bits of mantissa, and some roundings follow one another.
     assert (found - expected).norm() <= (0.05 if autocast else 1e-5) * expected.norm()
     assert not autocast or not torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_on_two_devices_has_the_rows_of_one(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.LayerNorm(8), torch.nn.Linear(8, 3))
+    run = sp.Trajectory([sp.Checkpoint(model.state_dict(), step=10, lr=0.1)])
+    data = torch.utils.data.TensorDataset(torch.randn(11, 6), torch.arange(11) % 3)
+    options = {"sketch": sp.Sketch(dim=64), "batch_size": 4, "storage": "float32", "parameters": ["*"]}
+    options |= {"progress": False, "gradients": "hooks"}
+    whole = sp.build(model, sp.Classification(), run, data, tmp_path / "whole", **options)
+    places = {"0": 0, "1": 0, "2": "cpu", "3": "cpu"}
+    spread = accelerate.dispatch_model(model, places, main_device=0, force_hooks=True)
+    bank = sp.build(spread, sp.Classification(), run, data, tmp_path / "bank", **options)
+    rows, expected = (torch.cat([b.rows for b in each.stages[0].iter_rows(0)]) for each in (bank, whole))
+    assert (rows - expected).norm() <= 1e-5 * expected.norm()

@@ -1,21 +1,17 @@
 """Any executor gives the bits of one process, whatever the order of completion and whichever workers are lost."""
 
 import pickle
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from lossy_executor import LossyExecutor
 from preconditioned import adam_run
 from problems import classification, two_stages
 
 import source_proj as sp
 from source_proj.attribution import products, shards
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "_io"))
-from lossy_executor import LossyExecutor
 
 METHODS = {
     "source": (sp.Source, {"cache": False}),

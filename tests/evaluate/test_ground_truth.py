@@ -13,14 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from lossy_executor import LossyExecutor
 from retrainings import COUNT, QUERIES, RETRAININGS, N, open_truth, train
 
 import source_proj.evaluate
 from source_proj._errors import MismatchError, SourceProjError
 from source_proj.evaluate import GroundTruth, half_subsets
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "_io"))
-from lossy_executor import LossyExecutor
 
 PROGRAM = Path(__file__).with_name("retrainings.py")
 

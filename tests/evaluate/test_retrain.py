@@ -1,18 +1,14 @@
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lossy_executor import LossyExecutor
 from torch import nn
 
 from source_proj._errors import MismatchError
 from source_proj.evaluate import half_subsets, retrain, stacked_outputs, train_stacked
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "_io"))
-from lossy_executor import LossyExecutor
 
 torch.manual_seed(0)
 X, Y = torch.randn(50, 6), torch.randint(3, (50,))
