@@ -33,7 +33,7 @@ from torch.utils.data import default_collate
 from source_proj._io.executors import Executor
 from source_proj._io.html import facts
 from source_proj._io.progress import Progress, shared_bar
-from source_proj.attribution.attributor import Attributor, Queries, Term
+from source_proj.attribution.attributor import Queries, Term
 from source_proj.attribution.curvature import Curvature, Damping, check_damping, default_curvature
 from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.hits import Shown
@@ -44,6 +44,7 @@ from source_proj.attribution.scores import PredictedChange, Scores
 from source_proj.attribution.self_influence import SelfInfluence
 from source_proj.attribution.source.fitted_segments import FittedSegments
 from source_proj.attribution.source.memory import parse_memory
+from source_proj.attribution.source.reranking import Reranking
 from source_proj.attribution.source.segment_parts import add_segment_parts
 from source_proj.attribution.source.segments import Segment, StageSegments, stage_groups
 from source_proj.bank import Bank
@@ -53,7 +54,7 @@ from source_proj.trajectory import Checkpoint
 __all__ = ["Source"]
 
 
-class Source(Attributor):
+class Source(Reranking):
     """SOURCE, segmented stationary unrolling (https://arxiv.org/abs/2405.12186), on a bank of sketched gradients.
 
     Args:
