@@ -13,6 +13,7 @@ import argparse
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,13 +81,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = recorded(model, train, given.epochs, Path(folder))
         size = sum(parameter.numel() for parameter in model.parameters())
-        options = {"batch_size": 64, "progress": False}
-        whole = sp.build(
-            model, sp.Classification(), run, train, f"{folder}/exact", sketch=sp.Sketch(size, "identity"),
-            storage="float32", **options,
-        )  # fmt: skip
+        build = partial(sp.build, model, sp.Classification(), run, train, batch_size=64, progress=False)
+        whole = build(f"{folder}/exact", sketch=sp.Sketch(size, "identity"), storage="float32")
         for dim in given.dims:
-            bank = sp.build(model, sp.Classification(), run, train, f"{folder}/{dim}", sketch=sp.Sketch(dim), **options)
+            bank = build(f"{folder}/{dim}", sketch=sp.Sketch(dim))
             source = sp.Source(bank, model=model, progress=False)
             exact = sp.Source(
                 whole, model=model, damping=source.segments[0].damping, query_gradient="mean", progress=False

@@ -114,6 +114,13 @@ def test_top_k_prints_the_strongest(call, scores):
         assert [int(entry[2]) for entry in rest[3:5]] == scores.harmful(2).ids[query]
 
 
+def test_inspect_says_how_far_scores_can_be_trusted(call):
+    found = call("inspect", "bank", "--fidelity", "--json")["fidelity"]
+    assert len(found["correlation"]) == len(found["leakage"]) > 0
+    assert f"effective dimension {found['effective_dimension']:.0f};" in call("inspect", "bank", "--fidelity")
+    assert "fidelity" not in call("inspect", "bank", "--json")
+
+
 def test_top_k_corrects_scores_by_whole_gradients(call):
     asked = ("-k", "2", "--rerank", "8", "--data", "mine:train_set")
     found = call("top-k", "bank", *ASK, *asked, "--json")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from source_proj._errors import MismatchError
 from source_proj.attribution.full_gradients import FullRows, TrainingGradients, sketched_rows
-from source_proj.attribution.operands import picked, stage_start
+from source_proj.attribution.operands import Picked, stage_start
 from source_proj.attribution.source.fitted_segments import FittedSegments
 from source_proj.attribution.source.segments import Segment
 from source_proj.attribution.spectral import response
@@ -73,9 +73,8 @@ def segment_corrections(
         return torch.zeros(places.shape, dtype=torch.float64)
     candidates, index = torch.unique(places[own]), torch.zeros_like(places)
     index[own] = torch.searchsorted(candidates, places[own])
-    banked = torch.cat(
-        [rows.decoded(fitted.bank.sketch.dim) for rows in picked(fitted.rows(segment), candidates)]
-    ).cpu()
+    chosen = Picked(fitted.rows(segment), candidates).between(0, len(candidates))
+    banked = torch.cat([part.decoded(fitted.bank.sketch.dim) for part in chosen]).cpu()
     apply = response(segment.time, segment.decay, segment.damping)
     unexplained = queries.moved.double().cpu() / float(apply(torch.zeros(1, dtype=torch.float64)))
     whole = _WholeRows(fitted, segment, gradients, candidates)
