@@ -47,11 +47,14 @@ enum {
   SCORE_COLUMNS = 256, /* of a piece of rows that stays in the first-level cache */
   SCORE_FEW = 32,     /* queries of sp_score and sp_best at most */
   SCORE_CHUNK = 64,   /* rows whose scores it holds at once */
+  CODES_CHUNK = 256,  /* numbers that are encoded at once */
+  CODES_LANES = 16,   /* interleaved sums of a row */
+  CODES_NEAR = 16,    /* neighbours that a rotation adds in registers */
 };
 enum { FLOAT32, FLOAT16, INT8 }; /* types of stored rows */
 typedef float four __attribute__((vector_size(16)));
 
-EXPORT const int sp_version = 7; /* of the functions' signatures: a library of another version is not used */
+EXPORT const int sp_version = 8; /* of the functions' signatures: a library of another version is not used */
 EXPORT const int sp_outer_copies = OUTER_COPIES;
 EXPORT const int sp_score_few = SCORE_FEW;
 EXPORT int sp_highest_level = 2; /* tests lower it to reach the code for other processors */
@@ -237,6 +240,19 @@ DISPATCH(sp_best,
           int64_t dim, int type, int64_t first, float sign, int64_t *bad),
          (value, row, filled, threshold, keep, queries, query_stride, count, rows, row_stride, scale, n, dim, type,
           first, sign, bad))
+
+DISPATCH(sp_rotate,
+         (float *out, float *work, const float *rows, int64_t row_stride, int64_t n, int64_t k, const float *signs,
+          const int64_t *order, int back),
+         (out, work, rows, row_stride, n, k, signs, order, back))
+DISPATCH(sp_encode,
+         (uint8_t * out, int64_t out_stride, double *length, double *along, const float *rows, int64_t row_stride,
+          int64_t n, int64_t k, int bits, const float *edges, const float *levels),
+         (out, out_stride, length, along, rows, row_stride, n, k, bits, edges, levels))
+DISPATCH(sp_unpack,
+         (float *out, int64_t out_stride, const uint8_t *codes, int64_t code_stride, int64_t n, int64_t k, int bits,
+          const float *table),
+         (out, out_stride, codes, code_stride, n, k, bits, table))
 
 EXPORT int64_t sp_outer_work(void) { return (int64_t)(LEFT_WORK + RIGHT_WORK) * sp_lanes(); } /* in numbers */
 

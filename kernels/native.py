@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import torch
 from torch import Tensor
 
-__all__ = ["NativeMap", "aligned_scratch", "native_library", "run_jobs", "share_rows"]
+__all__ = ["NativeMap", "aligned_scratch", "native_library", "require_library", "run_jobs", "share_rows"]
 
-_VERSION = 7
+_VERSION = 8
 _ALIGNMENT = 64  # bytes, as the widest vectors want it
 _WORTH_THREADS = 100_000  # nanoseconds of work below which waking another thread costs more than it saves
 
@@ -96,6 +96,9 @@ _SIGNATURES = {
         *(_i64, _i64, _int, _i64, _float, _pointer),
     ],
     "sp_merge": [*(_pointer, _pointer, _pointer, _pointer, _i64, _i64), *(_pointer, _pointer, _pointer, _i64)],
+    "sp_rotate": [_pointer, _pointer, _pointer, _i64, _i64, _i64, _pointer, _pointer, _int],
+    "sp_encode": [*(_pointer, _i64, _pointer, _pointer, _pointer, _i64), *(_i64, _i64, _int, _pointer, _pointer)],
+    "sp_unpack": [_pointer, _i64, _pointer, _i64, _i64, _i64, _int, _pointer],
     "sp_outer_lanes": [
         *(_pointer, _pointer, _pointer, _i64, _i64, _pointer, _i64, _i64),
         *(_int, _i64, _i64, _i64, _u64, _map, _pointer),
@@ -123,6 +126,18 @@ def native_library() -> ctypes.CDLL | None:
         function = getattr(library, name)
         function.argtypes, function.restype = types, None
     library.sp_outer_work.restype = _i64
+    return library
+
+
+def require_library() -> ctypes.CDLL:
+    """The compiled kernels.
+
+    Raises:
+        RuntimeError: they are not there.
+    """
+    library = native_library()
+    if library is None:
+        raise RuntimeError("the compiled kernels are not there; use backend 'torch'")
     return library
 
 

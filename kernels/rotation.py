@@ -11,21 +11,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .backends import choose_backend
+from .native import require_library, share_rows
 from .philox import philox4x32, sign_bits
 
 __all__ = ["rotate", "rotate_back"]
 
+_BACKENDS = ("native", "torch")
+_NANOSECONDS = 1.0  # a number
 _STREAM = 0x526F7461  # a counter of these signs alone
 
 
-def rotate(vectors: Tensor) -> Tensor:
-    """R v of vectors ``(n, k)`` float32.
+def rotate(vectors: Tensor, *, backend: str | None = None) -> Tensor:
+    """R v of vectors ``(n, k)`` float32, by the backend "native" or "torch": the same bits.
+
+    Raises:
+        ValueError: the backend is not present.
 
     Example:
         >>> vectors = torch.eye(3)
         >>> torch.allclose(rotate(vectors) @ rotate(vectors).T, vectors)
         True
     """
+    if choose_backend(backend, vectors.device.type, _BACKENDS, "rotations") == "native":
+        return _rotate_native(vectors, back=False)
     signs = _signs(vectors.shape[1]).to(vectors.device)
     once = _hadamard(vectors * signs)
     if not _is_sum(len(signs)):
@@ -33,13 +42,32 @@ def rotate(vectors: Tensor) -> Tensor:
     return _hadamard(once[:, _order(len(signs)).to(vectors.device)] * signs)
 
 
-def rotate_back(vectors: Tensor) -> Tensor:
+def rotate_back(vectors: Tensor, *, backend: str | None = None) -> Tensor:
     """Rᵀ v of vectors ``(n, k)`` float32: undoes :func:`rotate`."""
+    if choose_backend(backend, vectors.device.type, _BACKENDS, "rotations") == "native":
+        return _rotate_native(vectors, back=True)
     signs = _signs(vectors.shape[1]).to(vectors.device)
     once = _hadamard(vectors) * signs
     if not _is_sum(len(signs)):
         return once
     return _hadamard(once[:, _order(len(signs)).argsort().to(vectors.device)]) * signs
+
+
+def _rotate_native(vectors: Tensor, *, back: bool) -> Tensor:
+    vectors, (n, k), library = vectors.float().contiguous(), vectors.shape, require_library()
+    out, signs = torch.empty(n, k), _signs(k)
+    order = (_order(k).argsort() if back else _order(k)) if _is_sum(k) else None
+
+    def some(first: int, last: int) -> None:
+        work = torch.empty(k)
+        library.sp_rotate(
+            out.data_ptr() + 4 * k * first, work.data_ptr(), vectors.data_ptr() + 4 * k * first, k, last - first, k,
+            signs.data_ptr(), None if order is None else order.data_ptr(), int(back),
+        )  # fmt: skip
+
+    if n and k:
+        share_rows(n, some, _NANOSECONDS * vectors.numel())
+    return out
 
 
 def _is_sum(k: int) -> bool:

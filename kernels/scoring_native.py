@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .native import aligned_scratch, native_library, run_jobs
+from .native import aligned_scratch, require_library, run_jobs
 from .scoring_torch import nan_error
 
 __all__ = ["StrongestNative", "score_native", "takes_product"]
@@ -48,7 +48,7 @@ def score_native(queries: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
     queries, rows, scale = _last_contiguous(queries), _last_contiguous(rows), _contiguous(scale)
 
     def some(first: int, last: int) -> None:
-        _library().sp_score(
+        require_library().sp_score(
             out.data_ptr() + 4 * first,
             n,
             queries.data_ptr(),
@@ -98,7 +98,7 @@ class StrongestNative:
 
         def some(job: int) -> None:
             a, b = pairs[job]
-            _library().sp_best(
+            require_library().sp_best(
                 *own[job].arguments,
                 queries.data_ptr(),
                 queries.stride(0),
@@ -130,7 +130,7 @@ class StrongestNative:
 
         def some(job: int) -> None:
             query = starts[job]
-            _library().sp_keep(
+            require_library().sp_keep(
                 *self._heaps.arguments_from(query),
                 _address(scores, query),
                 scores.stride(0),
@@ -171,7 +171,7 @@ class _Heaps:
         return self.arguments_from(0)
 
     def merge(self, other: "_Heaps") -> None:
-        _library().sp_merge(*self.arguments, len(self.filled), *other.arguments[:3], other.k)
+        require_library().sp_merge(*self.arguments, len(self.filled), *other.arguments[:3], other.k)
 
 
 def _blocks(rows: Tensor, count: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -213,10 +213,3 @@ def _last_contiguous(x: Tensor) -> Tensor:
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
-
-
-def _library() -> ctypes.CDLL:
-    library = native_library()
-    if library is None:
-        raise RuntimeError("the compiled kernels are not there; use backend 'torch'")
-    return library

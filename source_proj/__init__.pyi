@@ -18,7 +18,8 @@ from source_proj.attribution.methods import (
     empirical_influence,
 )
 from source_proj.attribution.parts import PartScores
-from source_proj.attribution.scores import PredictedChange, Scores
+from source_proj.attribution.predicted_change import PredictedChange
+from source_proj.attribution.scores import Scores
 from source_proj.attribution.self_influence import SelfInfluence
 from source_proj.attribution.source import Segment, Source
 from source_proj.bank import Bank, StageBank, build, open

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["Hit", "Hits", "Shown", "checked_count", "make_hits"]
+__all__ = ["Hit", "Hits", "Reranked", "Shown", "checked_count", "make_hits"]
 
 _QUERIES = 5  # shown in a notebook or a terminal
 _ENTRIES = 5
@@ -50,6 +50,35 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class Reranked:
+    """How hits were ordered by scores that whole gradients corrected.
+
+    Attributes:
+        candidates: M, the training examples whose whole gradients were made for each query.
+        passes: backward passes of training examples that this took.
+        recall: of each query, the share of its examples that are also among the bank's own, ``(Q,)`` float64.
+    """
+
+    candidates: int
+    passes: int
+    recall: np.ndarray
+
+    def at(self, queries: slice) -> Reranked:
+        """The same of some of the queries."""
+        return replace(self, recall=self.recall[queries])
+
+    def facts(self) -> dict[str, Any]:
+        """The same as JSON can hold it."""
+        return {"candidates": self.candidates, "passes": self.passes, "recall": self.recall.tolist()}
+
+    def __str__(self) -> str:
+        return (
+            f"reranked among {self.candidates} by whole gradients ({self.passes} backward passes); recall of the "
+            f"bank's own list {self.recall.mean():.2f}"
+        )
+
+
+@dataclass(frozen=True)
 class Hits:
     """The strongest training examples of each query, best first.
 
@@ -64,6 +93,7 @@ class Hits:
         unit: unit of the scores.
         higher_is_better: whether a rise of the measurement is an improvement; "helpful" follows it.
         shown: what else is known of the examples.
+        reranked: how scores were corrected; None where they are the bank's.
     """
 
     ids: list[list[Any]]
@@ -73,6 +103,7 @@ class Hits:
     unit: str
     higher_is_better: bool = True
     shown: Shown = field(default=Shown(), repr=False, compare=False)
+    reranked: Reranked | None = field(default=None, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[tuple[Any, list[Hit]]]:
         """Yield ``(query id, [(training id, score), ...])`` for each query."""
@@ -99,6 +130,7 @@ class Hits:
                 indices=self.indices[query],
                 query_ids=self.query_ids[query],
                 shown=replace(shown, queries=queries, answers=answers),
+                reranked=None if self.reranked is None else self.reranked.at(query),
             )
         return [Hit(i, float(s)) for i, s in zip(self.ids[query], self.scores[query], strict=True)]
 
@@ -178,7 +210,7 @@ class Hits:
 
     def __str__(self) -> str:
         """The first queries and their examples, a line each."""
-        lines = [explained(self.unit)]
+        lines = [explained(self.unit), *([] if self.reranked is None else [str(self.reranked)])]
         for query in range(min(len(self), _QUERIES)):
             lines += ["", *self.lines(query)]
         if len(self) > _QUERIES:

@@ -50,6 +50,10 @@ class Operand(NamedTuple):
     weights: Tensor | None = None
     codec: Codec = _PLAIN
 
+    def decoded(self, k: int) -> Tensor:
+        """The rows ``(stop - start, k)`` float32, times their scale."""
+        return self.codec.decode(self.rows, self.scale, k)
+
     def cut(self, start: int, stop: int) -> "Operand":
         """Return the part between two absolute rows."""
         part = slice(start - self.start, stop - self.start)

@@ -53,6 +53,7 @@ def sketch_queries(
     span: Span | None = None,
     progress: Progress = True,
     answers: Answers | None = None,
+    exact: bool = False,
 ) -> QueryFeatures:
     """Sketch the gradient of every query's measurement at checkpoints of the bank (default: the final weights).
 
@@ -73,6 +74,7 @@ def sketch_queries(
         progress: show a progress bar after two seconds; False for none, or a function of (description, done, total).
         answers: what queries without targets are asked about; default: what the model says of them at the final
             weights.
+        exact: take the gradients themselves, ``(Q, d)``, and not their sketches.
 
     Raises:
         MismatchError: if the model's parameters are not the bank's, or a checkpoint changed since the build.
@@ -90,7 +92,7 @@ def sketch_queries(
                 asked.ask(opened, bank, progress)
         task = task.by_target()
         for number, point in enumerate(points, start=1):
-            loaded = opened.at(bank, point)
+            loaded = opened.at(bank, point, exact=exact)
             place = f"queries, checkpoint {number} of {len(points)}" if len(points) > 1 else "queries"
             with named_examples(query_ids):
                 _examine(loaded, models.model, task, asked, final=point is points[-1])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from source_proj.bank import Bank
 from source_proj.gradients import GradientEngine, ParameterSpace, gradient_engine, private_copy
+from source_proj.sketch import Sketch
 from source_proj.trajectory import Checkpoint
 from source_proj.trajectory.placement import placement_of
 
@@ -48,22 +49,28 @@ class OpenModel:
 
     def __init__(self, model: nn.Module, device: torch.device | str | None) -> None:
         self._model, self._device = model, device
-        self._loaded: OrderedDict[tuple[str, str], LoadedModel] = OrderedDict()
+        self._loaded: OrderedDict[tuple[str, str, bool], LoadedModel] = OrderedDict()
         self.state = _state(model)
 
-    def at(self, bank: Bank, point: Checkpoint) -> LoadedModel:
+    def at(self, bank: Bank, point: Checkpoint, *, exact: bool = False) -> LoadedModel:
         """The model at a checkpoint of a bank, from an earlier call or loaded now.
+
+        Args:
+            bank: whose sketch and parameters are used.
+            point: whose weights are loaded.
+            exact: for gradients of all d coordinates, and not their sketches.
 
         Raises:
             MismatchError: the model's parameters are not the bank's, or the checkpoint changed since the build.
         """
-        key = (bank.fingerprint, point.hash())
+        key = (bank.fingerprint, point.hash(), exact)
         if key not in self._loaded:
             space = ParameterSpace.from_spec(bank.space_spec)
             space.parameters(self._model)  # refuses another model
             module = self._free_copy()
             point.load_into(module)
-            engine = gradient_engine(module, space, bank.sketch, method=bank.gradients, autocast=bank.autocast)
+            sketch = Sketch(space.size, "identity") if exact else bank.sketch
+            engine = gradient_engine(module, space, sketch, method=bank.gradients, autocast=bank.autocast)
             engine.begin(bank.sketch.seed, point.step)
             self._loaded[key] = LoadedModel(module, engine)
         self._loaded.move_to_end(key)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,49 +13,24 @@ import torch
 import zarr
 
 from source_proj._errors import extra
-from source_proj._io.html import facts, wrapped
+from source_proj._io.html import wrapped
 from source_proj._io.outputs import write_output_folder
 from source_proj._io.printable import printable
 from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
+from source_proj.attribution.predicted_change import PredictedChange
 from source_proj.attribution.score_files import is_scores_array, scores_facts, write_scores_parquet
-from source_proj.attribution.words import signed
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["PredictedChange", "Scores"]
+    from source_proj.attribution.source.fidelity import Fidelity
+
+__all__ = ["Scores"]
 
 Subset = Sequence[Any] | np.ndarray | torch.Tensor
 
 _SHOWN = 3  # queries, and examples of each, in a notebook
-
-
-@dataclass(frozen=True)
-class PredictedChange:
-    """The predicted change of each query's measurement when a subset is removed from training.
-
-    Attributes:
-        values: change of each query's measurement, ``(Q,)`` float64, in ``unit``.
-        unit: unit of the measurement.
-        normalization: which retraining this predicts: ``"fixed 1/N"`` (the removed examples' gradients vanish, all
-            other weights stay) or ``"renormalized"`` (the mean is taken over the fewer examples that stay).
-        n_removed: number of removed examples.
-    """
-
-    values: np.ndarray
-    unit: str
-    normalization: str
-    n_removed: int
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self.values, dtype=dtype, copy=copy)
-
-    def _repr_html_(self) -> str:
-        title = f"Without {self.n_removed} training examples ({self.normalization}), change of the {self.unit}"
-        values = [(f"query at place {place}", signed(float(value))) for place, value in enumerate(self.values[:10])]
-        more = len(self.values) - len(values)
-        return facts(title, [*values, *([("", f"… and {more} more")] if more else [])])
 
 
 class Scores:
@@ -111,6 +87,23 @@ class Scores:
         self.additive = additive
         self.shown = shown or Shown()
         self._positions: dict[Any, int] | None = None
+        self._estimate: Callable[[], Fidelity] | None = None
+
+    def attach_fidelity(self, estimate: Callable[[], Fidelity]) -> None:
+        """Say how the fidelity of these scores is estimated, once somebody asks."""
+        self._estimate = cache(estimate)
+
+    @property
+    def fidelity(self) -> Fidelity | None:
+        """What each query's scores are expected to keep of those without a sketch, estimated when first asked.
+
+        None where that is not known: of scores from a file, and of other methods than :class:`Source`.
+        """
+        return None if self._estimate is None else self._estimate()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what would take the whole method along."""
+        return {**self.__dict__, "_estimate": None}
 
     @property
     def shape(self) -> tuple[int, int]:

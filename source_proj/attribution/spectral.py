@@ -29,6 +29,7 @@ __all__ = [
     "Spectrum",
     "cross_operator",
     "decay_operator",
+    "effective_dimension",
     "response",
     "ridge_inverse",
 ]
@@ -278,3 +279,15 @@ def ridge_inverse(ridge: float, dim: int) -> SpectralFunction:
         )
 
     return SpectralFunction(function, (ridge,) if ridge > 0 else ())
+
+
+def effective_dimension(hessian: Hessian, ridge: float) -> float:
+    """Tr Ĥ(Ĥ + λ)⁻¹, how many directions the rows tell from noise; the rank where λ is 0."""
+    ridge = max(ridge, hessian.trace / hessian.dim * torch.finfo(torch.float32).eps)
+    if isinstance(hessian, Spectrum):
+        return float((hessian.values / (hessian.values + ridge)).sum())
+    if isinstance(hessian, DenseHessian) and ridge > 0:
+        lower = hessian.factor(ridge, torch.float32)
+        inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+        return max(0.0, hessian.dim - ridge * float(inverse.square().sum(dtype=torch.float64)))
+    return 0.0

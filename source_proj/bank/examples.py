@@ -100,6 +100,9 @@ class Examples:
         columns: names of the numbers of a row; default: 0, 1, …
         tokenizer: whose ``decode`` makes a text of ``input_ids``.
 
+    Attributes:
+        sources: the data sets or DataLoaders that were given, one a stage.
+
     Example:
         >>> shown = Examples([("good film", 1), ("bad film", 0)], class_names=["no", "yes"]).show(0, id="a")
         >>> shown.text, shown.label
@@ -116,6 +119,7 @@ class Examples:
         tokenizer: Any = None,
     ) -> None:
         parts = list(data.values()) if isinstance(data, Mapping) and not _is_columns(data) else [data]
+        self.sources: list[Any] = parts
         self._parts: list[Any] = [part.dataset if isinstance(part, DataLoader) else part for part in parts]
         self.picture, self.class_names, self.columns, self.tokenizer = picture, class_names, columns, tokenizer
 

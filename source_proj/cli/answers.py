@@ -43,6 +43,7 @@ class Answer:
         """Lines for people; of the first queries only, where a number is given."""
         hits = self.any
         lines = [f"{explained(hits.unit)}; +: including the example raised it"]
+        lines += [f"{name}: {listed.reranked}" for name, listed in self.lists.items() if listed.reranked is not None]
         for query in range(len(hits) if queries is None else min(queries, len(hits))):
             lines.append("")
             for place, (name, listed) in enumerate(self.lists.items()):
@@ -55,6 +56,7 @@ class Answer:
         """Everything, as JSON can hold it; "train" holds the highest scores, or the list that was asked for."""
         hits = self.any
         up = TOWARDS[hits.higher_is_better]
+        reranked = {name: listed.reranked.facts() for name, listed in self.lists.items() if listed.reranked is not None}
         main = self.lists.get("lowest") or (self.lists[up] if len(self.lists) > 1 else hits)
         queries = []
         for query in range(len(hits)):
@@ -64,7 +66,8 @@ class Answer:
                  "train": _entries(main, query), **(lists if len(lists) > 1 else {})}
             )  # fmt: skip
         return {"unit": hits.unit, "unit_in_words": explained(hits.unit), "sign": SIGN,
-                "higher_is_better": hits.higher_is_better, "method": self.method, "queries": queries}  # fmt: skip
+                "higher_is_better": hits.higher_is_better, "method": self.method,
+                **({"reranked": reranked} if reranked else {}), "queries": queries}  # fmt: skip
 
     def write(self, files: Mapping[str, Path], overwrite: bool) -> None:
         """Write the files that were asked for, by kind: "csv", "parquet", "html"."""

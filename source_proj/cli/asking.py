@@ -2,10 +2,12 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from source_proj._io.executors import Executor
 from source_proj.attribution.attributor import Attributor
+from source_proj.attribution.hits import Hits
 from source_proj.attribution.methods import (
     ArnoldiInfluence,
     DataInf,
@@ -25,7 +27,7 @@ from source_proj.cli.parsing import load_object, make_task, parse_damping, parse
 from source_proj.cli.text import ask_about, training_texts
 from source_proj.task import Task
 
-__all__ = ["METHODS", "ask"]
+__all__ = ["METHODS", "ask", "verbs_of"]
 
 METHODS: dict[Method, Callable[..., Attributor]] = {
     Method.source: Source,
@@ -85,6 +87,22 @@ def ask(options: Mapping[str, Any], executor: Executor | None = None) -> tuple[A
         progress=options["progress"],
         **_method_options(method, options),
     ), queries
+
+
+def verbs_of(method: Attributor, queries: Any, k: int, rerank: int | None) -> dict[str, Callable[[], Hits]]:
+    """What lists the k strongest examples, by the lists' names; with corrected scores where M is given.
+
+    Raises:
+        ValueError: the method corrects no scores.
+    """
+    if rerank is None:
+        features = method.sketch(queries)
+        plain = {"helpful": method.helpful, "harmful": method.harmful, "lowest": method.bottom_k}
+        return {name: partial(verb, features, k) for name, verb in plain.items()}
+    if not isinstance(method, Source):
+        raise ValueError(f"--rerank has no meaning for {type(method).__name__}; leave it out, or take --method source")
+    corrected = {"helpful": method.helpful, "harmful": method.harmful, "lowest": method.bottom_k}
+    return {name: partial(verb, queries, k, rerank=rerank) for name, verb in corrected.items()}
 
 
 def _method_options(method: Method, options: Mapping[str, Any]) -> dict[str, Any]:

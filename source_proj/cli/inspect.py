@@ -1,9 +1,10 @@
 """``inspect``, ``verify`` and ``clean``: look into a bank, and tidy it up."""
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,12 +19,23 @@ __all__ = ["clean", "inspect", "verify"]
 _LISTED = 8  # missing shards spelled out for people
 
 
+Fidelity = Annotated[
+    bool,
+    typer.Option(
+        "--fidelity",
+        help="Also fit source, and estimate how far scores of a sketch of this size can be trusted, by some training "
+        "examples' own losses.",
+    ),
+]
+
+
 @reports_errors
-def inspect(bank: BankPath, json: Json = False) -> None:
+def inspect(bank: BankPath, fidelity: Fidelity = False, json: Json = False) -> None:
     """Show what is in a bank, also while it is being built."""
     from source_proj.bank import open as open_bank
 
-    facts = _facts(open_bank(bank))
+    opened = open_bank(bank)
+    facts = {**_facts(opened), **({"fidelity": _fidelity(opened)} if fidelity else {})}
     if json:
         emit(facts)
     else:
@@ -91,6 +103,18 @@ def _facts(bank: "Bank") -> dict[str, Any]:
     }
 
 
+def _fidelity(bank: "Bank") -> dict[str, Any]:
+    from source_proj.attribution.source import Source
+
+    estimate = Source(bank, progress=False).fidelity()
+    return {
+        "correlation": estimate.correlation.tolist(),
+        "leakage": estimate.leakage.tolist(),
+        "effective_dimension": estimate.effective_dimension,
+        "sufficient_dim": estimate.sufficient_dim,
+    }
+
+
 def _stage(stage: "StageBank") -> dict[str, Any]:
     from source_proj.bank.audits import total
     from source_proj.trajectory.record import write_optimizer
@@ -128,6 +152,8 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     yield f"{facts['bank']}: {state}"
     yield f"  rows        {facts['rows']} training examples, {facts['storage']}"
     yield f"  sketch      {_sketch(facts)}"
+    if "fidelity" in facts:
+        yield f"  fidelity    {_trusted(facts['fidelity'])}"
     yield f"  task        {_options(facts['task'])}"
     yield f"  parameters  {facts['parameter_choice']}"
     yield f"  size        {size / 1e6:.1f} MB{f' ({sizes})' if sizes else ''}"
@@ -171,6 +197,14 @@ def _sketch(facts: dict[str, Any]) -> str:
     if sketch["kind"] != "identity" and sketch["dim"] > sum(sizes):
         words += f" (only {sum(sizes)} parameters: --sketch-kind identity is exact and smaller)"
     return words
+
+
+def _trusted(fidelity: dict[str, Any]) -> str:
+    median = statistics.median(fidelity["correlation"])
+    return (
+        f"effective dimension {fidelity['effective_dimension']:.0f}; scores of training examples' own losses correlate "
+        f"by about {median:.2f} with those without a sketch; k = {fidelity['sufficient_dim']} would do for .90"
+    )
 
 
 def _options(spec: dict[str, Any]) -> str:

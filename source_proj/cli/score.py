@@ -219,6 +219,16 @@ def top_k(
     lowest: Annotated[
         bool, typer.Option("--lowest", help="The lowest scores, whatever their sense.", rich_help_panel=ASKED)
     ] = False,
+    rerank: Annotated[
+        int | None,
+        typer.Option(
+            "--rerank",
+            metavar="M",
+            min=1,
+            help="Correct the scores of M examples per query by their whole gradients, made anew from --data (source).",
+            rich_help_panel=ASKED,
+        ),
+    ] = None,
     method: MethodOption = Method.source,
     segments: SegmentsOption = None,
     curvature: CurvatureOption = None,
@@ -243,7 +253,7 @@ def top_k(
 ) -> None:
     """Show the training examples that helped and harmed each query most, with what is known of them."""
     from source_proj.cli.answers import Answer, checked_files
-    from source_proj.cli.asking import ask
+    from source_proj.cli.asking import ask, verbs_of
     from source_proj.cli.executors import executor_of
 
     if most is not None and lowest:
@@ -251,12 +261,9 @@ def top_k(
     files = checked_files(context.params, overwrite)
     executor = context.with_resource(executor_of(context.params))
     asked, data_of_queries = ask(context.params, executor)
-    features = asked.sketch(data_of_queries)
-    if lowest:
-        lists = {"lowest": asked.bottom_k(features, k)}
-    else:
-        verbs = {"helpful": asked.helpful, "harmful": asked.harmful}
-        lists = {name: verbs[name](features, k) for name in verbs if most is None or name == most.value}
+    verbs = verbs_of(asked, data_of_queries, k, rerank)
+    wanted = ["lowest"] if lowest else ["helpful", "harmful"] if most is None else [most.value]
+    lists = {name: verbs[name]() for name in wanted}
     answer = Answer(lists, method.value)
     answer.write(files, overwrite)
     if json:

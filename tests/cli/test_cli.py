@@ -114,6 +114,27 @@ def test_top_k_prints_the_strongest(call, scores):
         assert [int(entry[2]) for entry in rest[3:5]] == scores.harmful(2).ids[query]
 
 
+def test_inspect_says_how_far_scores_can_be_trusted(call):
+    found = call("inspect", "bank", "--fidelity", "--json")["fidelity"]
+    assert len(found["correlation"]) == len(found["leakage"]) > 0
+    assert f"effective dimension {found['effective_dimension']:.0f};" in call("inspect", "bank", "--fidelity")
+    assert "fidelity" not in call("inspect", "bank", "--json")
+
+
+def test_top_k_corrects_scores_by_whole_gradients(call):
+    asked = ("-k", "2", "--rerank", "8", "--data", "mine:train_set")
+    found = call("top-k", "bank", *ASK, *asked, "--json")
+    import mine
+
+    source = sp.Source(sp.open("bank"), model=mine.model(), progress=False)
+    hits = source.top_k(mine.queries(), 2, rerank=8, train=mine.train_set())
+    assert [[entry["id"] for entry in query["train"]] for query in found["queries"]] == hits.ids
+    assert found["reranked"]["helpful"] == hits.reranked.facts()
+    assert "recall of the bank's own list" in call("top-k", "bank", *ASK, *asked)
+    assert "--rerank has no meaning for TracIn" in call("top-k", "bank", *ASK, *asked, "--method", "tracin", code=2)
+    assert "train=" in call("top-k", "bank", *ASK, *asked[:4], code=2)
+
+
 def test_top_k_writes_tables_and_a_page(call, tmp_path, scores):
     files = {kind: tmp_path / f"answer.{kind}" for kind in ("csv", "parquet", "html")}
     asked = [word for kind, path in files.items() for word in (f"--{kind}", path)]

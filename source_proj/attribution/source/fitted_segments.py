@@ -8,13 +8,14 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from source_proj._io.executors import Executor
 from source_proj.attribution.curvature import Curvature, Damping, damping_value
-from source_proj.attribution.fits import Fit, fitted_cross_moment, fitted_hessian
+from source_proj.attribution.fits import Fit, fitted_cross_moment, fitted_hessian, fitted_matrix
 from source_proj.attribution.operands import (
     HeldOperands,
     Operands,
@@ -27,10 +28,62 @@ from source_proj.attribution.operands import (
 from source_proj.attribution.shards import Span, map_spans, row_spans
 from source_proj.attribution.source.query_propagator import QueryPropagator, SpectralOperator
 from source_proj.attribution.source.segments import Groups, Segment
-from source_proj.attribution.spectral import Hessian, cross_operator, decay_operator, response
+from source_proj.attribution.spectral import (
+    Hessian,
+    Spectrum,
+    cross_operator,
+    decay_operator,
+    effective_dimension,
+    response,
+)
 from source_proj.bank import Bank
 
-__all__ = ["FittedSegments"]
+__all__ = ["FittedSegments", "walk_back"]
+
+
+class SegmentOperators(Protocol):
+    """What a query goes through in a segment."""
+
+    def hessian(self, segment: Segment) -> Hessian:
+        """Ĥ_l."""
+
+    def cross_moment(self, segment: Segment, metric: int) -> Tensor:
+        """C from a segment's metric to an earlier one, ``(k, k)`` float64."""
+
+
+def walk_back(
+    operators: SegmentOperators, segments: Sequence[Segment], query: QueryPropagator
+) -> Iterator[tuple[int, dict[int, Tensor]]]:
+    """Carry a query back through consecutive segments, the last one first.
+
+    Yields:
+        Position of a segment, and c_l(Ĥ_l) of what :class:`QueryPropagator` carries in the segment's metric, as its
+        ``through`` returns it.
+    """
+    for index in reversed(range(len(segments))):
+        segment = segments[index]
+        hessian = operators.hessian(segment)
+        yield (
+            index,
+            query.through(
+                SpectralOperator(hessian, response(segment.time, segment.decay, segment.damping)), segment.metric
+            ),
+        )
+        earlier = {before.metric for before in segments[:index]}
+        if earlier:
+            kept = SpectralOperator(hessian, decay_operator(segment.time, segment.decay))
+            cross = cross_operator(segment.time, segment.decay)
+            crossed = {
+                metric: SpectralOperator(hessian, cross, operators.cross_moment(segment, metric))
+                for metric in sorted(earlier - {segment.metric})
+            }
+            query.step(
+                segment.metric,
+                math.exp(-segment.time * segment.decay),
+                kept if segment.metric in earlier else None,
+                crossed,
+            )
+
 
 Block = tuple[int, int, Tensor]
 """First row and end of some rows, and what was computed of them."""
@@ -76,6 +129,7 @@ class FittedSegments:
         self._prepared = False
         self._hessians: dict[tuple[int, tuple[int, ...]], Hessian] = {}
         self._moments: dict[tuple[int, tuple[int, ...], int], Tensor] = {}
+        self._dimensions: dict[Segment, float] = {}
 
     @property
     def is_fitted(self) -> bool:
@@ -94,6 +148,10 @@ class FittedSegments:
         """Ĥ_l."""
         return self._hessian(segment.stage, segment.checkpoints)
 
+    def matrix(self, segment: Segment) -> Tensor:
+        """Ĥ_l itself, ``(k, k)`` float32."""
+        return fitted_matrix(self._fit_of(segment.stage, segment.checkpoints))
+
     def cross_moment(self, segment: Segment, metric: int) -> Tensor:
         """C from a segment's metric to an earlier one, ``(k, k)`` float64."""
         key = (segment.stage, segment.checkpoints, metric)
@@ -101,6 +159,19 @@ class FittedSegments:
             if key not in self._moments:
                 self._moments[key] = fitted_cross_moment(self._fit_of(*key[:2]), metric)
             return self._moments[key]
+
+    def effective_dimension(self, segment: Segment) -> float:
+        """Tr Ĥ(Ĥ + λ)⁻¹, λ the segment's weight decay and damping."""
+        with self._fitting:
+            if segment not in self._dimensions:
+                self._dimensions[segment] = effective_dimension(self.hessian(segment), segment.decay + segment.damping)
+            return self._dimensions[segment]
+
+    def described_dimension(self, segment: Segment, before: str) -> str:
+        """The effective dimension in words, after some others; nothing where it would have to be computed first."""
+        if segment not in self._dimensions and not isinstance(self.hessian(segment), Spectrum):
+            return ""
+        return f"{before}effective dimension {self.effective_dimension(segment):.0f} of {self.bank.sketch.dim}"
 
     def rows(self, segment: Segment) -> Operands:
         """ḡ_l: one checkpoint's rows as they are banked, or the mean of several; from memory where they fit."""
@@ -126,7 +197,7 @@ class FittedSegments:
     def moved(self, queries: Mapping[int, Tensor]) -> list[Tensor]:
         """c_l(Ĥ_l) S_{l+1} ··· S_L q̂ for each segment l, ``(Q, k)`` float32, of queries by metric."""
         placed = {metric: rows.to(self._device or "cpu") for metric, rows in queries.items()}
-        by_segment = [carried for _, carried in self.walk_back(self.segments, QueryPropagator.of(placed))]
+        by_segment = [carried for _, carried in walk_back(self, self.segments, QueryPropagator.of(placed))]
         return [rows.float() for (rows,) in (carried.values() for carried in reversed(by_segment))]
 
     def operators(self, segments: Sequence[Segment]) -> list[dict[int, Tensor]]:
@@ -136,39 +207,8 @@ class FittedSegments:
         segment's own metric, after the later segments. With one metric T is S_{l+1} ··· S_L.
         """
         identity = QueryPropagator.identity({segment.metric for segment in segments})
-        by_metric = [matrices for _, matrices in self.walk_back(segments, identity)]
+        by_metric = [matrices for _, matrices in walk_back(self, segments, identity)]
         return [{m: matrix.float() for m, matrix in matrices.items()} for matrices in reversed(by_metric)]
-
-    def walk_back(self, segments: Sequence[Segment], query: QueryPropagator) -> Iterator[tuple[int, dict[int, Tensor]]]:
-        """Carry a query back through consecutive segments, the last one first.
-
-        Yields:
-            Position of a segment, and c_l(Ĥ_l) of what :class:`QueryPropagator` carries in the segment's metric, as its
-            ``through`` returns it.
-        """
-        for index in reversed(range(len(segments))):
-            segment = segments[index]
-            hessian = self.hessian(segment)
-            yield (
-                index,
-                query.through(
-                    SpectralOperator(hessian, response(segment.time, segment.decay, segment.damping)), segment.metric
-                ),
-            )
-            earlier = {before.metric for before in segments[:index]}
-            if earlier:
-                kept = SpectralOperator(hessian, decay_operator(segment.time, segment.decay))
-                cross = cross_operator(segment.time, segment.decay)
-                crossed = {
-                    metric: SpectralOperator(hessian, cross, self.cross_moment(segment, metric))
-                    for metric in sorted(earlier - {segment.metric})
-                }
-                query.step(
-                    segment.metric,
-                    math.exp(-segment.time * segment.decay),
-                    kept if segment.metric in earlier else None,
-                    crossed,
-                )
 
     def add_self_influence(self, total: Tensor, *, mean: bool, runs: int) -> None:
         """Add what each example did to its own loss to total ``(N,)``.

@@ -33,15 +33,17 @@ from torch.utils.data import default_collate
 from source_proj._io.executors import Executor
 from source_proj._io.html import facts
 from source_proj._io.progress import Progress, shared_bar
-from source_proj.attribution.attributor import Attributor, Queries, Term
+from source_proj.attribution.attributor import Queries, Term
 from source_proj.attribution.curvature import Curvature, Damping, check_damping, default_curvature
 from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.hits import Shown
 from source_proj.attribution.operands import checked_rows
 from source_proj.attribution.parts import PartScores
+from source_proj.attribution.predicted_change import PredictedChange
 from source_proj.attribution.query_points import QueryGradient, check_query_gradient, query_points, takes_mean
-from source_proj.attribution.scores import PredictedChange, Scores
+from source_proj.attribution.scores import Scores
 from source_proj.attribution.self_influence import SelfInfluence
+from source_proj.attribution.source.diagnosing import Diagnosing
 from source_proj.attribution.source.fitted_segments import FittedSegments
 from source_proj.attribution.source.memory import parse_memory
 from source_proj.attribution.source.segment_parts import add_segment_parts
@@ -53,7 +55,7 @@ from source_proj.trajectory import Checkpoint
 __all__ = ["Source"]
 
 
-class Source(Attributor):
+class Source(Diagnosing):
     """SOURCE, segmented stationary unrolling (https://arxiv.org/abs/2405.12186), on a bank of sketched gradients.
 
     Args:
@@ -169,6 +171,9 @@ class Source(Attributor):
         where = "held in memory" if held else "read from the bank each time"
         kept = sum(bank.fits.nbytes() for bank in self.banks)
         sizes = f"{self.nbytes()} bytes of rows, {where}; {kept} bytes of fits on disk"
+        fitted = self._fitted.get(self.banks[0].fingerprint)
+        if fitted is not None and fitted.is_fitted:
+            sizes += fitted.described_dimension(fitted.segments[-1], "; ")
         return f"Source({self.n_rows} training examples{runs}; {sizes})"
 
     def _repr_html_(self) -> str:
@@ -184,7 +189,11 @@ class Source(Attributor):
         fitted = self._fitted.get(self.banks[0].fingerprint)
         if fitted is not None and fitted.is_fitted:  # showing computes nothing
             pairs += [
-                (each.name, f"time {each.time:.3g}, tr(H) {each.trace:.3g}, damping {each.damping:.3g}")
+                (
+                    each.name,
+                    f"time {each.time:.3g}, tr(H) {each.trace:.3g}, damping {each.damping:.3g}"
+                    f"{fitted.described_dimension(each, ', ')}",
+                )
                 for each in fitted.segments
             ]
         return facts("Source", pairs)

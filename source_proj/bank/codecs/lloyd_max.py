@@ -1,19 +1,19 @@
 """What the codecs of a few bits share: a rotation, levels of a normal, one scale, codes packed along the row."""
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from source_proj.bank.codecs.base import Codec, EncodedRows
+from source_proj.kernels.codes import encode_rows, unpack_rows
 from source_proj.kernels.rotation import rotate, rotate_back
 from source_proj.kernels.scoring import Strongest, score
 
 __all__ = ["LloydMax"]
 
-_BLOCK_NUMBERS = 1 << 21  # unpacked at once: 8 MiB
+_BLOCK_NUMBERS = 1 << 18  # unpacked at once: 1 MiB, which stays in the second-level cache
 _LIMITS = torch.finfo(torch.float32)
 _SMALLEST = 128 * _LIMITS.tiny  # smaller rows would have a subnormal, hence coarse, scale
 
@@ -64,18 +64,13 @@ class LloydMax(Codec):
         largest = self.row_sizes(rows) if sizes is None else sizes
         power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)  # max|row| / power in [1, 2)
         power = torch.where(largest > _SMALLEST, power, torch.inf)
-        rotated = rotate(rows / power[:, None])
-        length = torch.linalg.vector_norm(rotated, dim=1, keepdim=True, dtype=torch.float64)
-        rms = (length / rows.shape[1] ** 0.5).float()
-        levels = self._levels(rows.device)
-        unit = rotated / torch.where(rms > 0, rms, torch.inf)
-        codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2, out_int32=True, right=True)
-        along = (rotated * levels[codes]).sum(1, keepdim=True, dtype=torch.float64)  # <c, y>, of positive terms
-        scale = torch.where(along > 0, length**2 / along, 0.0) * torch.where(power < torch.inf, power, 0.0)[:, None]
-        return EncodedRows(self._pack(codes), scale[:, 0].clamp(max=_LIMITS.max).float())
+        packed = encode_rows(rotate(rows / power[:, None]), self._levels)
+        along = packed.along  # of positive terms
+        scale = torch.where(along > 0, packed.length**2 / along, 0.0) * torch.where(power < torch.inf, power, 0.0)
+        return EncodedRows(packed.codes, scale.clamp(max=_LIMITS.max).float())
 
     def decode(self, codes: Tensor, scale: Tensor | None, k: int) -> Tensor:  # noqa: D102
-        rows = rotate_back(self._unpack(codes, k))
+        rows = rotate_back(unpack_rows(codes, k, self._levels))
         return rows if scale is None else rows.mul_(scale[:, None])
 
     def multiply(self, queries: Tensor, codes: Tensor, scale: Tensor | None) -> Tensor:  # noqa: D102
@@ -96,29 +91,9 @@ class LloydMax(Codec):
         height = max(1, _BLOCK_NUMBERS // k)
         for start in range(0, len(codes), height):
             part = slice(start, min(start + height, len(codes)))
-            yield part, self._unpack(codes[part], k)
+            yield part, unpack_rows(codes[part], k, self._levels, kept=False)
 
-    def _levels(self, device: torch.device) -> Tensor:
+    @property
+    def _levels(self) -> tuple[float, ...]:
         """All 2ᵇ levels, ascending."""
-        return torch.tensor([*(-level for level in reversed(self.levels)), *self.levels], device=device)
-
-    def _pack(self, codes: Tensor) -> Tensor:
-        """Bytes ``(n, width)`` of codes ``(n, k)``."""
-        per = 8 // self.bits
-        padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per)).view(len(codes), -1, per).to(torch.uint8)
-        packed = padded[:, :, 0].clone()
-        for place in range(1, per):
-            packed |= padded[:, :, place] << place * self.bits
-        return packed
-
-    def _unpack(self, codes: Tensor, k: int) -> Tensor:
-        """Levels ``(n, k)`` float32 of bytes ``(n, width)``: a table says what each byte holds."""
-        rows = torch.nn.functional.embedding(codes.int(), self._table(codes.device))  # (n, width, per)
-        return rows.flatten(1)[:, :k].contiguous()
-
-    @lru_cache(maxsize=8)  # noqa: B019 (a codec lives as long as the program)
-    def _table(self, device: torch.device) -> Tensor:
-        """Levels ``(256, per)`` of each byte."""
-        shifts = torch.arange(0, 8, self.bits, device=device)
-        places = torch.arange(256, device=device)[:, None] >> shifts & (1 << self.bits) - 1
-        return self._levels(device)[places]
+        return (*(-level for level in reversed(self.levels)), *self.levels)

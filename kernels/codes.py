@@ -1,0 +1,131 @@
+"""Codes of 4, 2 or 1 bits: which levels rows are nearest to, packed, and back.
+
+Row r, of k numbers and of the root mean square m, has for its number i the code of the level nearest to row[i] / m, the
+higher one where two are as near. With ``per`` = 8 / bits codes a byte, code j is in byte j // per, from bit
+bits (j % per) on; what the last byte has left is 0.
+
+Compiled code serves the CPU, torch every device. Codes and unpacked levels are the same; the sums of a row, taken in
+float64, differ by their rounding.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import choose_backend
+from .native import aligned_scratch, require_library, share_rows
+
+__all__ = ["PackedRows", "encode_rows", "unpack_rows"]
+
+_BACKENDS = ("native", "torch")
+_NANOSECONDS = (2.0, 0.15)  # a number, to encode and to unpack
+
+
+class PackedRows(NamedTuple):
+    """Rows as codes of levels.
+
+    Attributes:
+        codes: ``(n, ⌈k bits / 8⌉)`` uint8.
+        length: √(Σ row²), ``(n,)`` float64.
+        along: Σ row · level, ``(n,)`` float64, not negative.
+    """
+
+    codes: Tensor
+    length: Tensor
+    along: Tensor
+
+
+def encode_rows(rows: Tensor, levels: tuple[float, ...], *, backend: str | None = None) -> PackedRows:
+    """Encode rows ``(n, k)`` float32 by 2, 4 or 16 ascending levels.
+
+    Args:
+        rows: finite numbers.
+        levels: of numbers whose root mean square is 1.
+        backend: "native", "torch", or None for the fastest on this device.
+
+    Raises:
+        ValueError: the backend is not present.
+
+    Example:
+        >>> encode_rows(torch.tensor([[1.0, -1.0, 1.0]]), (-0.8, 0.8)).codes.tolist()
+        [[5]]
+    """
+    bits = len(levels).bit_length() - 1
+    numbers = torch.tensor(levels, device=rows.device)
+    edges = (numbers[1:] + numbers[:-1]) / 2
+    if choose_backend(backend, rows.device.type, _BACKENDS, "codes") == "native":
+        return _encode_native(rows.contiguous(), numbers, edges, bits)
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+    rms = (length / rows.shape[1] ** 0.5).float()
+    codes = torch.bucketize(rows / torch.where(rms > 0, rms, torch.inf), edges, out_int32=True, right=True)
+    along = (rows * numbers[codes]).sum(1, dtype=torch.float64)
+    per = 8 // bits
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per)).view(len(codes), -1, per).to(torch.uint8)
+    packed = padded[:, :, 0].clone()
+    for place in range(1, per):
+        packed |= padded[:, :, place] << place * bits
+    return PackedRows(packed, length[:, 0], along)
+
+
+def unpack_rows(
+    codes: Tensor, k: int, levels: tuple[float, ...], *, backend: str | None = None, kept: bool = True
+) -> Tensor:
+    """Levels ``(n, k)`` float32 of packed codes; arguments and errors as for :func:`encode_rows`.
+
+    Args:
+        codes: the codes.
+        k: numbers a row.
+        levels: as they were encoded by.
+        backend: as for :func:`encode_rows`.
+        kept: False for rows that are read before this thread unpacks others: their memory may be used again.
+
+    Example:
+        >>> unpack_rows(torch.tensor([[5]], dtype=torch.uint8), 3, (-0.5, 0.5)).tolist()
+        [[0.5, -0.5, 0.5]]
+    """
+    table = _table(levels, codes.device)
+    if choose_backend(backend, codes.device.type, _BACKENDS, "codes") == "torch":
+        rows = torch.nn.functional.embedding(codes.int(), table)  # (n, width, per)
+        return rows.flatten(1)[:, :k].contiguous()
+    codes, library = codes.contiguous(), require_library()
+    size = len(codes) * k
+    out = (torch.empty(size) if kept else aligned_scratch("codes", size)).view(len(codes), k)
+    width, bits = codes.shape[1], 8 // table.shape[1]
+
+    def some(first: int, last: int) -> None:
+        library.sp_unpack(
+            out.data_ptr() + 4 * k * first, k, codes.data_ptr() + width * first, width, last - first, k, bits,
+            table.data_ptr(),
+        )  # fmt: skip
+
+    if out.numel():
+        share_rows(len(codes), some, _NANOSECONDS[1] * out.numel())
+    return out
+
+
+def _encode_native(rows: Tensor, levels: Tensor, edges: Tensor, bits: int) -> PackedRows:
+    (n, k), library = rows.shape, require_library()
+    codes = torch.empty(n, -(-k * bits // 8), dtype=torch.uint8)
+    length, along = torch.empty(n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
+
+    def some(first: int, last: int) -> None:
+        library.sp_encode(
+            codes.data_ptr() + codes.shape[1] * first, codes.shape[1], length.data_ptr() + 8 * first,
+            along.data_ptr() + 8 * first, rows.data_ptr() + 4 * k * first, k, last - first, k, bits,
+            edges.data_ptr(), levels.data_ptr(),
+        )  # fmt: skip
+
+    if n:
+        share_rows(n, some, _NANOSECONDS[0] * rows.numel())
+    return PackedRows(codes, length, along)
+
+
+@lru_cache(maxsize=16)
+def _table(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    """Levels ``(256, per)`` of each byte."""
+    bits = len(levels).bit_length() - 1
+    shifts = torch.arange(0, 8, bits, device=device)
+    places = torch.arange(256, device=device)[:, None] >> shifts & (1 << bits) - 1
+    return torch.tensor(levels, device=device)[places]

@@ -1,0 +1,189 @@
+r"""How far a sketch's scores can be trusted, without scores that have no sketch.
+
+Any half of the columns of R, times √2, is itself a sketch, of k/2 numbers; and the two halves err independently of each
+other, as they share no column. So their scores of the same examples correlate by
+
+    r = T / (T + V),    T the variance of the scores over examples, V that of the errors of k/2 numbers,
+
+and as the errors of k numbers have half of V, what the whole sketch's scores correlate with those that have no sketch
+(at the same damping) is, by Spearman and Brown's formula for a test made of two halves,
+
+    √(2r / (1 + r)).
+
+Halves are made of Ĥ, its moments and the rows that are there already: Ĥ₁ = 2 Ĥ[I, I] of the columns I. With fewer
+factors of Ĥ than k/2 errors no longer halve where k doubles, and the estimate is too low.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from source_proj.attribution.moments import decomposed
+from source_proj.attribution.operands import Picked
+from source_proj.attribution.source.fitted_segments import FittedSegments, walk_back
+from source_proj.attribution.source.query_propagator import QueryPropagator
+from source_proj.attribution.source.segments import Segment
+from source_proj.attribution.spectral import DenseHessian, Hessian, Spectrum, ridge_inverse
+
+__all__ = ["Fidelity", "estimated_fidelity"]
+
+_EXAMPLES = 1024  # whose scores are correlated
+_WEAK, _GOOD = 0.7, 0.9  # correlations: where one is warned, and what the k that would do reaches
+_LEAST = 0.1  # of correlations, below which an estimate says nothing of their size
+_SPECTRAL = 1024  # columns up to which a half is decomposed
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What the scores of some queries are expected to keep of those without a sketch.
+
+    Attributes:
+        query_ids: Q ids.
+        correlation: expected correlation over training examples with the scores that have no sketch, at the same
+            damping, ``(Q,)`` float64; 1 for an exact sketch.
+        leakage: λ ûᵀ(Ĥ + λ)⁻¹û / û² in the last segment, the share of the query outside the range of the sketched rows,
+            ``(Q,)`` float64; λ is weight decay and damping.
+        effective_dimension: tr Ĥ(Ĥ + λ)⁻¹ of the last segment.
+        dim: k.
+    """
+
+    query_ids: list[Any]
+    correlation: np.ndarray
+    leakage: np.ndarray
+    effective_dimension: float
+    dim: int
+
+    @property
+    def sufficient_dim(self) -> int:
+        """The k at which the median query's correlation would be .9, as errors fall with 1/k; a power of two.
+
+        It is k itself where that is reached already, and the least that is known where halves hardly agree.
+        """
+        median = float(np.median(self.correlation))
+        if median >= _GOOD:
+            return self.dim
+        ratio = (1 / max(median, _LEAST) ** 2 - 1) / (1 / _GOOD**2 - 1)
+        return int(1 << math.ceil(math.log2(self.dim * ratio)))
+
+    @property
+    def warning(self) -> str | None:
+        """What to say of a k that is too small; None where it isn't."""
+        median = float(np.median(self.correlation))
+        if median >= _WEAK:
+            return None
+        return (
+            f"the sketch of {self.dim} numbers is too small for these queries: their scores correlate by about "
+            f"{median:.2f} with those without a sketch; build a bank with Sketch(dim={self.sufficient_dim}), or rerank"
+        )
+
+    def __repr__(self) -> str:
+        low, median = float(self.correlation.min()), float(np.median(self.correlation))
+        return (
+            f"Fidelity({len(self.correlation)} queries: correlation with unsketched scores about {median:.2f}, "
+            f"at least {low:.2f}; effective dimension {self.effective_dimension:.0f} of {self.dim}; "
+            f"leakage {float(np.median(self.leakage)):.2f})"
+        )
+
+
+def estimated_fidelity(
+    runs: Sequence[FittedSegments],
+    queries: Sequence[Mapping[int, Tensor]],
+    query_ids: Sequence[Any],
+    apart: Tensor | None = None,
+) -> Fidelity:
+    """The fidelity of some queries' scores.
+
+    Costs the factors of two halves of Ĥ for each segment, a fourth of a fit, and a read of the bank's rows.
+
+    Args:
+        runs: fitted segments, of each bank that scores are averaged over.
+        queries: for each bank, the queries' sketches ``(Q, k)`` by metric.
+        query_ids: Q ids.
+        apart: training examples that are left out of the correlation, as they are queries.
+    """
+    last, dim = runs[0].segments[-1], runs[0].bank.sketch.dim
+    ridge, rows = last.decay + last.damping, queries[0][last.metric].double()
+    inverted = runs[0].hessian(last).multiply(rows, ridge_inverse(ridge, dim)).double().cpu()
+    squares = (rows**2).sum(1).clamp(min=torch.finfo(torch.float64).tiny)
+    leakage = (ridge * (inverted * rows.cpu()).sum(1) / squares.cpu()).clamp(0, 1)
+    correlation = np.ones(len(query_ids))
+    if not runs[0].bank.sketch.is_exact and dim > 1:
+        correlation = _correlation(runs, queries, apart)
+    return Fidelity(list(query_ids), correlation, leakage.numpy(), runs[0].effective_dimension(last), dim)
+
+
+def _correlation(
+    runs: Sequence[FittedSegments], queries: Sequence[Mapping[int, Tensor]], apart: Tensor | None
+) -> np.ndarray:
+    n, dim = runs[0].bank.n_rows, runs[0].bank.sketch.dim
+    examples = torch.linspace(0, n - 1, min(n, _EXAMPLES)).long().unique()
+    if apart is not None:
+        examples = examples[~torch.isin(examples, apart)]
+    order = torch.randperm(dim, generator=torch.Generator().manual_seed(0))
+    columns = [order[: dim // 2].sort().values, order[dim // 2 : dim // 2 * 2].sort().values]
+    scores = [torch.zeros(len(next(iter(queries[0].values()))), len(examples), dtype=torch.float64) for _ in columns]
+    for fitted, sketches in zip(runs, queries, strict=True):
+        moved = [_half_moved(fitted, half, sketches) for half in columns]
+        for index, segment in enumerate(fitted.segments):
+            for operand in Picked(fitted.rows(segment), examples).between(0, len(examples)):
+                rows = operand.decoded(dim).double().cpu()
+                for half, carried, total in zip(columns, moved, scores, strict=True):
+                    part = math.sqrt(2) * rows[:, half]
+                    total[:, operand.start : operand.stop] -= carried[index] @ part.T / segment.n
+    first, second = (total - total.mean(1, keepdim=True) for total in scores)
+    products = (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1)).clamp(min=1e-300)
+    halves = products.clamp(min=0)
+    correlation: np.ndarray = (2 * halves / (1 + halves)).sqrt().numpy()
+    return correlation
+
+
+def _half_moved(fitted: FittedSegments, columns: Tensor, sketches: Mapping[int, Tensor]) -> list[Tensor]:
+    """Queries as each segment meets them, in half a sketch: ``(Q, k/2)`` float64."""
+    halves = {metric: math.sqrt(2) * rows[:, columns].double() for metric, rows in sketches.items()}
+    walked = walk_back(_Half(fitted, columns), fitted.segments, QueryPropagator.of(halves))
+    return [rows.double().cpu() for (rows,) in (carried.values() for _, carried in walked)][::-1]
+
+
+class _Half:
+    """A bank's segments with some of the columns of its sketch."""
+
+    def __init__(self, whole: FittedSegments, columns: Tensor) -> None:
+        self._whole, self._columns = whole, columns
+
+    def hessian(self, segment: Segment) -> Hessian:
+        """2 Ĥ of the columns."""
+        whole = self._whole.hessian(segment)
+        if isinstance(whole, Spectrum):
+            factor = math.sqrt(2) * whole.vectors[self._columns.to(whole.vectors.device)] * whole.values.sqrt()
+            return _of_factor(factor.cpu())
+        matrix = 2 * self._whole.matrix(segment).cpu()[self._columns][:, self._columns].double()
+        if len(matrix) <= _SPECTRAL:
+            return decomposed(matrix)
+
+        @cache
+        def lower(shift: float, dtype: torch.dtype) -> Tensor:
+            shifted = matrix.to(dtype, copy=True)
+            shifted.diagonal().add_(shift)
+            made: Tensor = torch.linalg.cholesky(shifted)
+            return made
+
+        norm = float(torch.linalg.matrix_norm(matrix))
+        return DenseHessian(len(matrix), float(matrix.trace()), norm, lower, lambda: decomposed(matrix))
+
+    def cross_moment(self, segment: Segment, metric: int) -> Tensor:
+        """2 C of the columns."""
+        return 2 * self._whole.cross_moment(segment, metric).cpu()[self._columns][:, self._columns]
+
+
+def _of_factor(factor: Tensor) -> Spectrum:
+    """The spectrum of A Aᵀ, of A ``(k/2, r)``."""
+    if factor.shape[1] >= len(factor):
+        return decomposed(factor @ factor.T)
+    vectors, roots, _ = torch.linalg.svd(factor, full_matrices=False)
+    return Spectrum(roots**2, vectors)
