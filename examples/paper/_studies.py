@@ -77,7 +77,8 @@ def hessian(bench: Bench) -> Iterator[Variant]:
     for multiple in [1.0, 2.0]:
         respond = plain(multiple)
         yield f"empirical Fisher, {multiple:g} tr(H)/k", bench.scores(Recipe("empirical_fisher", respond=respond))
-        yield f"Gauss-Newton, {multiple:g} tr(H)/k", bench.scores(Recipe("gauss_newton", respond=respond))
+        if bench.bank(0).settings.second_derivative:
+            yield f"Gauss-Newton, {multiple:g} tr(H)/k", bench.scores(Recipe("gauss_newton", respond=respond))
         for draws in [1, 4]:
             recipe = Recipe("sampled_fisher", respond=respond)
             yield f"sampled Fisher, {draws} per row, {multiple:g} tr(H)/k", bench.scores(recipe, fisher=draws)
