@@ -90,7 +90,7 @@ def build(
         sketch: the projection of the gradients.
         batch_size: examples a batch; a DataLoader brings its own.
         device: where the model runs; default: where it is.
-        storage: "int8", "int4", "int2", "int1" (one scale a row), "float16" or "float32". Signs alone, "int1", err less
+        storage: "int8", "int4", "int2", "int1" (one scale a row), "float16" or "float32". "int1" errs less
             than the sketch does only where k is at most a quarter of the examples.
         shard: (i, n) to do the i-th of n workers' share, counted from 0.
         takeover: seconds without progress of another worker after which its shards are taken over; more than a batch

@@ -225,7 +225,7 @@ class Recorder(RunRecorder):
 
         Args:
             path: the bank's folder; default: "bank" in this run's directory.
-            storage: "int8", "int4", "int2", "int1" (one scale a row), "float16" or "float32". Signs alone, "int1", err less
+            storage: "int8", "int4", "int2", "int1" (one scale a row), "float16" or "float32". "int1" errs less
                 than the sketch does only where k is at most a quarter of the examples.
             ids: ids of the examples, in order of their places; default: the places themselves.
             autocast: "bfloat16" or "float16" for the forward passes of queries.
