@@ -26,7 +26,7 @@ def matrix_of(values: torch.Tensor, seed: int) -> torch.Tensor:
     return (basis * values.double()) @ basis.T
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(k=st.integers(1, 40), share=st.floats(0, 1), name=st.sampled_from(sorted(SPECTRA)), seed=st.integers(0, 2**31))
 def test_a_whole_krylov_space_is_the_decomposition(k, share, name, seed):
     rank = max(1, round(share * k))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from problems import classification, two_stages
 from torch import nn
@@ -231,7 +231,6 @@ def test_rep_sim_refuses_layers_that_cannot_serve(tmp_path):
 # Empirical influence -------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(m=st.integers(2, 12), n=st.integers(1, 8), q=st.integers(1, 4), r=st.integers(1, 3), seed=st.integers(0, 2**16))
 def test_empirical_influence_is_its_definition(m, n, q, r, seed):
     rng = np.random.default_rng(seed)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from source_proj.attribution.methods.data_inf import shares_along
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 20),
     dim=st.integers(1, 12),

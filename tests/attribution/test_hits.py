@@ -17,7 +17,7 @@ def scores(seed=0, queries=3, n=8, **options):
     return Scores(values, [f"q{i}" for i in range(queries)], [f"z{i}" for i in range(n)], unit="u", **options)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 999), k=st.integers(1, 8), up=st.booleans())
 def test_helpful_and_harmful_follow_the_sense_of_the_measurement(seed, k, up):
     every = scores(seed, higher_is_better=up)

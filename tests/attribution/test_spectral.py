@@ -56,7 +56,7 @@ FUNCTIONS = {
 }
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     kind=st.sampled_from(sorted(FUNCTIONS)),
     seed=st.integers(0, 2**16),

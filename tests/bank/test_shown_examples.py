@@ -14,7 +14,7 @@ from source_proj import Example, Examples
 pytest.importorskip("PIL")
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(size=st.integers(1, 6), data=st.data())
 def test_places_are_those_of_the_data_set_through_subsets_and_stages(size, data):
     labels = data.draw(st.lists(st.integers(0, 9), min_size=size, max_size=size))
@@ -70,7 +70,7 @@ def test_rows_texts_files_and_tokens():
     assert Examples([item], tokenizer=Words()).said([5, 6]) == "w5 w6"
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.text(), st.text())
 def test_what_strangers_wrote_is_text_in_html(text, name):
     class Reader(HTMLParser):

@@ -57,7 +57,6 @@ def engine_rows(model: nn.Module, space: ParameterSpace, batches: list[tuple[Any
 
 @settings(
     max_examples=EXAMPLES or 200,
-    deadline=None,
     derandomize=not EXAMPLES,
     suppress_health_check=[HealthCheck.too_slow],
 )

@@ -72,7 +72,7 @@ def drawn_batches(seed, steps):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@settings(max_examples=3, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=3, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(seed=st.integers(0, 2**31), steps=st.integers(1, 12), scheduled=st.booleans())
 def test_scores_are_the_slope_of_retraining(name, seed, steps, scheduled):
     model, train, queries = classification(seed)

@@ -20,9 +20,8 @@ def run(*arguments, **environment):
     return subprocess.run(command, env=kept | environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("capability", ["80", "90"])
-def test_shapes_that_matter_compile_well(capability, tmp_path):
-    done = run("--capability", capability, "--only", "bfloat16", TRITON_CACHE_DIR=str(tmp_path))
+def test_shapes_that_matter_compile_well(tmp_path):
+    done = run("--capability", "90", "--only", "bfloat16", TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     found = {}
     for line in done.stdout.splitlines()[2:]:

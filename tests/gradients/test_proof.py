@@ -21,7 +21,7 @@ from source_proj.gradients.proof import Expected, audited, law_weights, share_si
 from source_proj.sketch import Sketch
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(size=st.integers(1, 40), draw=st.integers(0, 2**62), wrong=st.integers(0, 4), spread=st.floats(0, 3))
 def test_the_law_stops_every_kind_of_mistake(size: int, draw: int, wrong: int, spread: float) -> None:
     torch.manual_seed(draw % 2**31)

@@ -34,7 +34,7 @@ def made(size):
     return DeviceSink(sink, [rows, shares.sums])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(size=st.integers(1, 4), seed=st.integers(0, 2**31), count=st.integers(1, 3), passes=st.integers(1, 2))
 def test_sums_are_those_of_one_device(size, seed, count, passes):
     generator = torch.Generator().manual_seed(seed)

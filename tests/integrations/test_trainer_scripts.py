@@ -1,6 +1,6 @@
 """The examples of trainers run: what a bank makes of a run's files equals the framework's own numbers."""
 
-import functools
+import importlib.util
 import os
 import re
 import subprocess
@@ -25,17 +25,11 @@ SCRIPTS = [
 ]
 
 
-@functools.cache
-def importable(module):
-    """Whether a process of its own imports it: some of them replace things when they are imported."""
-    return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
-
-
 def printed_by(command, needed, folder):
     """What a script prints that is run in a folder; skips where a module that it needs is missing."""
     for module in needed:
-        if not importable(module):
-            pytest.skip(f"{module} cannot be imported")
+        if importlib.util.find_spec(module) is None:  # not imported: some of them replace things when they are
+            pytest.skip(f"{module} is not installed")
     script, *options = command.split()
     search = os.pathsep.join(filter(None, [str(TRAINERS.parents[1]), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(

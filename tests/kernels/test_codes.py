@@ -30,7 +30,7 @@ def normal(n, k, seed=0):
 
 @every_size
 @every_backend
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(array=ROWS)
 def test_codes_and_sums_are_those_of_the_definition(bits, backend, array):
     levels = np.array(LEVELS[bits], np.float32)

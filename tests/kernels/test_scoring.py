@@ -142,7 +142,7 @@ def test_the_strongest_are_those_of_the_scores(count, dtype, backend, level, at_
         np.testing.assert_array_equal(values, expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     count=st.integers(0, 36),
     sizes=st.lists(st.integers(0, 90), min_size=1, max_size=4),

@@ -70,7 +70,7 @@ def test_same_integers_on_every_backend(start, count, k, level, at_level):
 
 
 @given(start=st.integers(0, 2**62), k=st.integers(1, 5000), seed=st.integers(0, 2**64 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_block_is_a_permutation(start, k, seed):
     start -= start % k
     columns, _ = sparse_map(start, start + k, dim=k, seed=seed)

@@ -13,6 +13,7 @@ from source_proj.sketch.projections import projection_class
 SHAPE = (12, 25)  # of the one parameter that most vectors here are gradients of
 D = SHAPE[0] * SHAPE[1]
 OFFSETS = [0, 1000, 2**31 - 100, 2**40 + 7]
+FEW_OFFSETS = OFFSETS[2:]
 
 
 def bit(i, column, tag, seed):

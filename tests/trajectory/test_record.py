@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -62,7 +62,6 @@ def runs(draw):
     return RunRecord(tuple(draw(stages(name, len(digests))) for name in names), tuple(digests))
 
 
-@settings(deadline=None)
 @given(runs())
 def test_what_is_written_is_read_back(run):
     content = json.loads(json.dumps(run.to_json(), allow_nan=False))
@@ -70,7 +69,6 @@ def test_what_is_written_is_read_back(run):
     assert RunRecord.from_json(content).to_json() == run.to_json() == content
 
 
-@settings(deadline=None)
 @given(runs(), st.data())
 def test_times_and_decays_of_any_cut(run, data):
     """Against sums over the intervals between checkpoints, one at a time."""
@@ -94,7 +92,6 @@ def test_times_and_decays_of_any_cut(run, data):
         assert segment.metric == stage.metrics[group[0]]
 
 
-@settings(deadline=None)
 @given(runs())
 def test_crossed_metrics_are_the_earlier_ones(run):
     earlier = []
