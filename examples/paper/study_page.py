@@ -42,6 +42,7 @@ TASKS = {
     "fashion_mnist_adamw_noise": "Fashion-MNIST-N, AdamW",
     "rte": "RTE",
     "wikitext2": "WikiText-2",
+    "shakespeare": "Shakespeare",
 }
 
 

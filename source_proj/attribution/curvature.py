@@ -39,8 +39,11 @@ Factors = Literal["empirical_fisher", "sampled_fisher", "gauss_newton", "feature
 Damping = float | Literal["noise"] | None
 
 
-def default_curvature(task: Mapping[str, Any], *, captured: bool = False) -> Curvature:
+def default_curvature(task: Mapping[str, Any], *, captured: bool = False, draws: int = 0) -> Curvature:
     """The curvature for a bank's task, by its description: Gauss-Newton for regression, else empirical Fisher.
+
+    Where a language model's bank has rows of sampled labels, they are what it is made of: one draw a row predicts
+    retraining better by .027 [.017, .038] on Shakespeare at equal k (examples/paper/LABORATORY.md, study b).
 
     Rows that were captured in training have the empirical Fisher that was captured with them.
 
@@ -50,7 +53,10 @@ def default_curvature(task: Mapping[str, Any], *, captured: bool = False) -> Cur
     """
     if captured:
         return "empirical_fisher"
-    return "gauss_newton" if task["name"] == "regression" and "class" not in task else "empirical_fisher"
+    builtin = None if "class" in task else task["name"]
+    if builtin == "causal_lm" and draws:
+        return "sampled_fisher"
+    return "gauss_newton" if builtin == "regression" else "empirical_fisher"
 
 
 def noise_floor(trace: float, dim: int, *, is_exact: bool) -> float:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from problems import Problem, classification, naive_source, regression, source
+from torch import nn
 from torch.utils.data import Subset
 
 import source_proj as sp
@@ -144,6 +145,25 @@ def test_the_default_curvature_is_the_tasks(tmp_path, method, problem, named):
     )
     np.testing.assert_array_equal(default, same)
     assert not np.allclose(default, other, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", [sp.Source, sp.InfluenceFunction])
+@pytest.mark.parametrize(("draws", "named"), [(0, "empirical_fisher"), (1, "sampled_fisher")])
+def test_a_language_models_curvature_is_of_sampled_labels_where_it_has_them(tmp_path, method, draws, named):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
+    tokens = torch.randint(7, (9, 5))
+    run = sp.Trajectory([sp.Checkpoint(model.state_dict(), step=5, lr=0.1)])
+    data = [{"input": row, "labels": row} for row in tokens]
+    bank = sp.build(
+        model, sp.CausalLM(), run, data, tmp_path / "bank", sketch=sp.Sketch(16), sampled_fisher=draws, progress=False
+    )
+    default, chosen = (
+        method(bank, model=model, progress=False, **choice).score(data[:2]).to_numpy()
+        for choice in ({}, {"curvature": named})
+    )
+    np.testing.assert_array_equal(default, chosen)
+    assert method(bank, model=model, progress=False).curvature == named
 
 
 @pytest.mark.parametrize("curvature", ["empirical_fisher", "gauss_newton", "sampled_fisher"])

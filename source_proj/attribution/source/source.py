@@ -65,7 +65,8 @@ class Source(Diagnosing):
         segments: how checkpoints fall into segments: a number, explicit lists of checkpoint indices, or a mapping
             from stage names to either; default: as the trajectory had it.
         curvature: ``"empirical_fisher"``, ``"gauss_newton"`` or ``"sampled_fisher"``; default: Gauss-Newton for
-            :class:`Regression`, empirical Fisher for every other task.
+            :class:`Regression`; the sampled Fisher for :class:`CausalLM` where the bank has its rows; else the
+            empirical one.
         damping: added to the eigenvalues inside c: ``"noise"`` takes ρ = tr(Ĥ)/k, the sketch's own noise (0 for an
             exact sketch); a number is used as it is; None switches damping off.
         query_gradient: where ∇m(q) is taken. ``"final"``: at the final weights, as the formula has it, one backward
@@ -158,7 +159,9 @@ class Source(Diagnosing):
         self.memory = parse_memory(memory)
         self.query_gradient: QueryGradient | None = query_gradient
         self.curvature: Curvature = curvature or default_curvature(
-            self.banks[0].task_spec, captured=self.banks[0].captured
+            self.banks[0].task_spec,
+            captured=self.banks[0].captured,
+            draws=min(bank.settings.sampled_fisher for bank in self.banks),
         )
         self.damping: Damping = damping
         self.cache = cache
