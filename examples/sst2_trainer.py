@@ -3,7 +3,8 @@ r"""Fine-tune a pretrained BERT-shaped model with the Trainer of transformers; a
     pip install "source-proj[hf,paper-text,demo]"
     python examples/sst2_trainer.py             # 1,500 sentences, the upper 2 of 6 layers
     python examples/sst2_trainer.py --full      # 20,000 sentences, all layers: for a GPU
-    python examples/sst2_trainer.py --keep sst2 # train only; then two commands, which it prints, show the sentences
+    python examples/sst2_trainer.py --keep sst2 # train only; then two commands, which it prints, show the sentences,
+                                                # in the terminal or in a page
 
 MiniLM learns from sentences of GLUE's SST-2 whether a film review is positive. The run is recorded by a callback. Of
 the reviews that the model is asked about, two that it gets wrong and two that it gets right are looked into: the
@@ -212,7 +213,7 @@ def fine_tune(options: argparse.Namespace, train_set: Reviews, record: Path | No
 
 
 def keep(folder: Path, model: Any, tokenizer: Any, parts: dict[str, Sentences]) -> None:
-    """Keep what the command line needs, and say which two commands show the sentences."""
+    """Keep what the command line needs, and say which commands show the sentences."""
     for part in (model, tokenizer):
         part.save_pretrained(folder / "model")
     for name, sentences in parts.items():
@@ -220,7 +221,8 @@ def keep(folder: Path, model: Any, tokenizer: Any, parts: dict[str, Sentences]) 
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     bank = folder / "bank"
     print(f"source-proj build {bank} --hf-model {folder}/model --hf-run {folder}/run --dataset {folder}/train.jsonl")
-    print(f"source-proj top-k {bank} --dataset {folder}/reviews.jsonl -k 3    # or explore, a page")
+    print(f"source-proj top-k {bank} --dataset {folder}/reviews.jsonl -k 3")
+    print(f"source-proj explore {bank} --dataset {folder}/reviews.jsonl    # the same in a page")
 
 
 def margins(model: nn.Module, reviews: Reviews) -> np.ndarray:

@@ -27,7 +27,7 @@ from source_proj.attribution.queries import query_source, resolve_task, sketch_q
 from source_proj.attribution.query_models import QueryModels
 from source_proj.attribution.score_files import scores_facts
 from source_proj.attribution.scores import Scores
-from source_proj.attribution.streaming import checked_out, queries_per_block, stream_hits, stream_scores
+from source_proj.attribution.streaming import QueryBlocks, checked_out, queries_per_block, stream_hits, stream_scores
 from source_proj.bank import Bank
 from source_proj.task import Answers, Task
 from source_proj.trajectory import Checkpoint
@@ -131,7 +131,7 @@ class Attributor(ABC):
         """
         if out is not None:
             return self._scores(
-                *stream_scores(self, queries, checked_out(out, "score", overwrite=overwrite), overwrite=overwrite)
+                *stream_scores(self, queries, checked_out(out, "scores", overwrite=overwrite), overwrite=overwrite)
             )
         features = self.sketch(queries)
         values = torch.zeros(len(features.ids), self.n_rows)
@@ -168,22 +168,37 @@ class Attributor(ABC):
         Returns:
             :class:`Hits`; with ``out`` a :class:`HitsFile`, which reads them from there.
         """
-        if out is None:
-            return self._strongest(queries, k, highest=True)
-        path, k = checked_out(out, "top_k", overwrite=overwrite), checked_count(k, self.n_rows)
-        return stream_hits(self, queries, k, path, highest=True, overwrite=overwrite)
+        return self._listed(queries, k, out, highest=True, overwrite=overwrite)
 
-    def bottom_k(self, queries: Queries, k: int) -> Hits:
-        """Return the k lowest scores of each query, lowest first, without ever holding Q x N numbers."""
-        return self._strongest(queries, k, highest=False)
+    @overload
+    def bottom_k(self, queries: Queries, k: int, out: None = None, *, overwrite: bool = False) -> Hits: ...
+    @overload
+    def bottom_k(self, queries: Queries, k: int, out: str | Path, *, overwrite: bool = False) -> HitsFile: ...
+    def bottom_k(
+        self, queries: Queries, k: int, out: str | Path | None = None, *, overwrite: bool = False
+    ) -> Hits | HitsFile:
+        """Return the k lowest scores of each query, lowest first; arguments as for :meth:`top_k`."""
+        return self._listed(queries, k, out, highest=False, overwrite=overwrite)
 
-    def helpful(self, queries: Queries, k: int) -> Hits:
-        """Return the k examples that improve each query's measurement most, following the task's own sense."""
-        return self._strongest(queries, k, highest=self.task.higher_is_better)
+    @overload
+    def helpful(self, queries: Queries, k: int, out: None = None, *, overwrite: bool = False) -> Hits: ...
+    @overload
+    def helpful(self, queries: Queries, k: int, out: str | Path, *, overwrite: bool = False) -> HitsFile: ...
+    def helpful(
+        self, queries: Queries, k: int, out: str | Path | None = None, *, overwrite: bool = False
+    ) -> Hits | HitsFile:
+        """Return the k examples that improve each query most, in the task's own sense; see :meth:`top_k`."""
+        return self._listed(queries, k, out, highest=self.task.higher_is_better, overwrite=overwrite)
 
-    def harmful(self, queries: Queries, k: int) -> Hits:
-        """Return the k examples that worsen each query's measurement most, following the task's own sense."""
-        return self._strongest(queries, k, highest=not self.task.higher_is_better)
+    @overload
+    def harmful(self, queries: Queries, k: int, out: None = None, *, overwrite: bool = False) -> Hits: ...
+    @overload
+    def harmful(self, queries: Queries, k: int, out: str | Path, *, overwrite: bool = False) -> HitsFile: ...
+    def harmful(
+        self, queries: Queries, k: int, out: str | Path | None = None, *, overwrite: bool = False
+    ) -> Hits | HitsFile:
+        """Return the k examples that worsen each query most, in the task's own sense; see :meth:`top_k`."""
+        return self._listed(queries, k, out, highest=not self.task.higher_is_better, overwrite=overwrite)
 
     def sketch(self, queries: Queries, ids: Sequence[Any] | None = None) -> SketchedQueries:
         """Compute the queries' features, one entry per bank; every verb takes them in place of the data.
@@ -200,23 +215,24 @@ class Attributor(ABC):
         """
         given = self._given(queries)
         if given is None:
-            return self._features(queries, ids, None)
+            return self._features(queries, ids, None, self.progress)
         if ids is not None:
             raise ValueError("features have their ids from when they were sketched: leave ids out")
         return given
 
-    def query_blocks(self, queries: Queries) -> tuple[int, int, Iterator[SketchedQueries]]:
-        """The number of queries, that of a block, and the features of block after block."""
+    def query_blocks(self, queries: Queries) -> QueryBlocks:
+        """The queries' features, block by block."""
         given = self._given(queries)
-        points = sum(len(self._query_points(bank)) * len(self._query_metrics(bank)) for bank in self.banks)
-        width = 4 * self.banks[0].sketch.dim * points
+        points = [len(self._query_points(bank)) for bank in self.banks]
+        metrics = [len(self._query_metrics(bank)) for bank in self.banks]
+        width = 4 * self.banks[0].sketch.dim * sum(p * m for p, m in zip(points, metrics, strict=True))
         if given is not None:
-            count, size = len(given.ids), queries_per_block(1, width)
-            return count, size, (given.part(start, start + size) for start in range(0, count, size))
+            return QueryBlocks(len(given.ids), queries_per_block(1, width), 0, lambda span, _: given.part(*span))
         source = query_source(queries, self.batch_size)
-        count, size = source.n, queries_per_block(source.batch_size, width)
-        spans = ((start, min(count, start + size)) for start in range(0, count, size))
-        return count, size, (self._features(queries, None, span) for span in spans)
+        size = queries_per_block(source.batch_size, width)
+        return QueryBlocks(
+            source.n, size, sum(points), lambda span, progress: self._features(queries, None, span, progress)
+        )
 
     def _given(self, queries: Queries) -> SketchedQueries | None:
         """Features that were given in place of data."""
@@ -226,13 +242,15 @@ class Attributor(ABC):
             return SketchedQueries(self._checked(queries))
         return None
 
-    def _features(self, queries: Queries, ids: Sequence[Any] | None, span: tuple[int, int] | None) -> SketchedQueries:
+    def _features(
+        self, queries: Queries, ids: Sequence[Any] | None, span: tuple[int, int] | None, progress: Progress
+    ) -> SketchedQueries:
         """Sketch queries given as data, or a span of them."""
         features = SketchedQueries()
         for bank in self.banks:
             answers = features[0].answers if features else None  # the runs of an ensemble are asked the same
             points, metrics = self._query_points(bank), self._query_metrics(bank)
-            features.append(self._sketch(bank, queries, points, metrics, ids, span, answers))
+            features.append(self._sketch(bank, queries, points, metrics, ids, span, answers, progress))
         return features
 
     # What a method says ----------------------------------------------------------------------------------------
@@ -321,6 +339,7 @@ class Attributor(ABC):
         ids: Sequence[Any] | None = None,
         span: tuple[int, int] | None = None,
         answers: Answers | None = None,
+        progress: Progress | None = None,
     ) -> QueryFeatures:
         """Differentiate queries given as data, by the model that was given."""
         if self._models is None:
@@ -335,7 +354,7 @@ class Attributor(ABC):
             ids=ids,
             batch_size=self.batch_size,
             span=span,
-            progress=self.progress,
+            progress=self.progress if progress is None else progress,
             answers=answers,
         )
 
@@ -347,8 +366,14 @@ class Attributor(ABC):
         """The terms of all banks' scores."""
         return [term for bank, queried in zip(self.banks, features, strict=True) for term in self._terms(bank, queried)]
 
-    def _strongest(self, queries: Queries, k: int, *, highest: bool) -> Hits:
+    def _listed(
+        self, queries: Queries, k: int, out: str | Path | None, *, highest: bool, overwrite: bool
+    ) -> Hits | HitsFile:
+        """The k highest or lowest scores of each query, streamed where ``out`` says so."""
+        path = None if out is None else checked_out(out, "hits", overwrite=overwrite)
         k = checked_count(k, self.n_rows)
+        if path is not None:
+            return stream_hits(self, queries, k, path, highest=highest, overwrite=overwrite)
         features = self.sketch(queries)
         values, where = self.strongest_of(self.all_terms(features), len(features.ids), k, highest=highest)
         return make_hits(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from zarr.codecs import Crc32cCodec
 
 from source_proj._io.files import sync_folder
 from source_proj._io.outputs import name_folder, require_free
+from source_proj._io.progress import Bar, Progress, progress_bar
 from source_proj._io.unfinished import Unfinished
 from source_proj.attribution.features import SketchedQueries
 from source_proj.attribution.hits_file import HitsFile, is_hits_folder, write_hits_parquet
@@ -26,24 +28,42 @@ from source_proj.attribution.products import Term
 from source_proj.attribution.score_files import is_scores_array
 from source_proj.bank import Bank
 
-__all__ = ["checked_out", "queries_per_block", "stream_hits", "stream_scores"]
+__all__ = ["QueryBlocks", "checked_out", "queries_per_block", "stream_hits", "stream_scores"]
 
 _CHUNK = (64, 16_384)  # queries and examples of a chunk, 4 MiB
 _BLOCK_BYTES = 256 << 20  # of a block's features
 _MOST_QUERIES = 2048
 
-_FOLDERS = {"score": is_scores_array, "top_k": is_hits_folder}
+_FOLDERS = {"scores": is_scores_array, "hits": is_hits_folder}
+
+
+@dataclass(frozen=True)
+class QueryBlocks:
+    """The features of any number of queries, block by block.
+
+    Attributes:
+        count: Q, the number of queries.
+        size: queries of a block.
+        passes: passes over a block's queries that making its features takes; 0 where they were given.
+        features: makes those of a span of queries, and tells what it does as a :data:`Progress` does.
+    """
+
+    count: int
+    size: int
+    passes: int
+    features: Callable[[tuple[int, int], Progress], SketchedQueries]
 
 
 class Streamable(Protocol):
     """What is asked of an attribution method; see `Attributor`."""
 
     banks: tuple[Bank, ...]
+    progress: Progress
 
     @property
     def n_rows(self) -> int: ...
 
-    def query_blocks(self, queries: Any) -> tuple[int, int, Iterator[SketchedQueries]]: ...
+    def query_blocks(self, queries: Any) -> QueryBlocks: ...
 
     def all_terms(self, features: SketchedQueries) -> list[Term]: ...
 
@@ -56,17 +76,17 @@ class Streamable(Protocol):
     def facts_of(self, query_ids: Sequence[Any]) -> dict[str, Any]: ...
 
 
-def checked_out(out: str | Path, verb: str, *, overwrite: bool) -> Path:
-    """The path of a verb's output, refused before any work is done for it.
+def checked_out(out: str | Path, what: str, *, overwrite: bool) -> Path:
+    """The path that "scores" or "hits" are streamed to, refused before any work is done for them.
 
     Raises:
-        ValueError: its ending is none that the verb writes.
+        ValueError: they are not written to such an ending.
         FileExistsError: something is there that may not be overwritten.
     """
-    path, endings = Path(out), (".zarr",) if verb == "score" else (".parquet", ".zarr")
+    path, endings = Path(out), (".zarr",) if what == "scores" else (".parquet", ".zarr")
     if path.suffix not in endings:
-        raise ValueError(f"out of {verb} must end in {' or '.join(endings)}, got {str(out)!r}")
-    require_free(path, overwrite=overwrite, replaceable=_FOLDERS[verb] if path.suffix == ".zarr" else Path.is_file)
+        raise ValueError(f"out of {what} must end in {' or '.join(endings)}, got {str(out)!r}")
+    require_free(path, overwrite=overwrite, replaceable=_FOLDERS[what] if path.suffix == ".zarr" else Path.is_file)
     return path
 
 
@@ -80,11 +100,12 @@ def stream_scores(
     method: Streamable, queries: Any, path: Path, *, overwrite: bool
 ) -> tuple[zarr.Array[Any], list[Any]]:
     """Write scores ``(Q, N)`` to a zarr array; return it, and the ids of the queries."""
-    count, size, blocks = method.query_blocks(queries)
+    blocks = method.query_blocks(queries)
+    count, size = blocks.count, blocks.size
     ids: list[Any] = []
-    with Unfinished(path, _description("score", method, count, size)) as made:
+    with Unfinished(path, _description("scores", method, count, size)) as made:
         array = _array(made.content, (count, method.n_rows), np.dtype(np.float32))
-        for number, features in enumerate(blocks):
+        for number, features in enumerate(_features(blocks, method.progress)):
             ids += features.ids
             terms = method.all_terms(features)
             digest = _digest(method, features, (term.query for term in terms))
@@ -103,14 +124,15 @@ def stream_scores(
 
 def stream_hits(method: Streamable, queries: Any, k: int, path: Path, *, highest: bool, overwrite: bool) -> HitsFile:
     """Write the k strongest examples of each query, in long form (.parquet) or as positions and scores (.zarr)."""
-    count, size, blocks = method.query_blocks(queries)
+    blocks = method.query_blocks(queries)
+    count, size = blocks.count, blocks.size
     ids: list[Any] = []
-    description = {**_description("top_k", method, count, size), "k": k, "highest": highest}
+    description = {**_description("hits", method, count, size), "k": k, "highest": highest}
     with Unfinished(path, description) as made:
         group = zarr.open_group(made.content, mode="a")
         indices = _array(made.content / "indices", (count, k), np.dtype(np.int64))
         scores = _array(made.content / "scores", (count, k), np.dtype(np.float32))
-        for number, features in enumerate(blocks):
+        for number, features in enumerate(_features(blocks, method.progress)):
             ids += features.ids
             terms = method.all_terms(features)
             digest = _digest(method, features, (term.query for term in terms))
@@ -132,9 +154,40 @@ def stream_hits(method: Streamable, queries: Any, k: int, path: Path, *, highest
     return HitsFile(path)
 
 
-def _description(verb: str, method: Streamable, count: int, size: int) -> dict[str, Any]:
+def _features(blocks: QueryBlocks, progress: Progress) -> Iterator[SketchedQueries]:
+    """Features of block after block; a bar for all queries counts a block when the next one is asked for."""
+    with progress_bar(progress, "queries", blocks.count, "queries") as bar:
+        for start in range(0, blocks.count, blocks.size):
+            stop = min(blocks.count, start + blocks.size)
+            yield blocks.features((start, stop), _Passes(bar, start, stop, blocks.passes))
+            bar.update(stop - bar.done)
+
+
+class _Passes:
+    """Moves the bar of all queries while a block's are passed over; the last share of the way is left for its scores.
+
+    Args:
+        bar: counts queries.
+        start: first query of the block.
+        stop: its end.
+        passes: over its queries.
+    """
+
+    def __init__(self, bar: Bar, start: int, stop: int, passes: int) -> None:
+        self._bar, self._start, self._stop, self._passes = bar, start, stop, passes
+        self._whole = 0  # passes that are over
+
+    def __call__(self, _: str, done: int, total: int) -> None:
+        way = min(self._whole + done / total, self._passes) / (self._passes + 1)
+        self._whole += done == total
+        steps = self._start + int(way * (self._stop - self._start)) - self._bar.done
+        if steps > 0:  # a pass that is made again moves nothing
+            self._bar.update(steps)
+
+
+def _description(what: str, method: Streamable, count: int, size: int) -> dict[str, Any]:
     banks = [bank.fingerprint for bank in method.banks]
-    return {"verb": verb, "banks": banks, "queries": count, "examples": method.n_rows, "block": size}
+    return {"what": what, "banks": banks, "queries": count, "examples": method.n_rows, "block": size}
 
 
 def _digest(method: Streamable, features: SketchedQueries, queries: Iterator[Tensor]) -> str:

@@ -33,7 +33,7 @@ class Problem:
 
 
 def source(problem: Problem, bank: sp.Bank, **options) -> sp.Source:
-    return sp.Source(bank, model=problem.model, progress=False, **options)
+    return sp.Source(bank, model=problem.model, **{"progress": False, **options})
 
 
 def classification(n: int = 40, *, checkpoints: int = 4, segments: object = 2, seed: int = 0) -> Problem:

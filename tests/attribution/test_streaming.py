@@ -59,6 +59,59 @@ def test_streamed_hits_are_those_in_memory(blobs, tmp_path, few_queries, ending)
     assert table["rank"].tolist() == [1, 2, 3, 4, 5] * 7
 
 
+@pytest.mark.parametrize("verb", ["bottom_k", "helpful", "harmful"])
+def test_every_list_is_streamed_by_its_own_sense(blobs, tmp_path, few_queries, verb):
+    method, queries = asked(blobs)
+    features = method.sketch(queries)
+    list_of = getattr(method, verb)
+    hits = list_of(features, 4, out=tmp_path / "hits.parquet")
+    assert list(hits) == [hit for start in range(0, 7, 2) for hit in list_of(features.part(start, start + 2), 4)]
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        list_of(features, 4, out=tmp_path / "hits.parquet")
+    assert len(list_of(features, 3, out=tmp_path / "hits.parquet", overwrite=True)[0]) == 3
+
+
+@pytest.mark.parametrize("given", ["labelled", "unlabelled", "features"])
+@pytest.mark.parametrize("query_gradient", ["final", "mean"])
+def test_one_bar_counts_the_queries_of_all_blocks(blobs, tmp_path, few_queries, given, query_gradient):
+    problem, bank = blobs
+    told = []
+    method = source(
+        problem, bank, batch_size=1, query_gradient=query_gradient, progress=lambda *step: told.append(step)
+    ).fit()
+    inputs = problem.queries.tensors[0]
+    queries = {"labelled": problem.queries, "unlabelled": inputs, "features": method.sketch(problem.queries)}[given]
+    for verb in (
+        lambda: method.score(queries, out=tmp_path / "s.zarr"),
+        lambda: method.top_k(queries, 3, tmp_path / "h.zarr"),
+    ):
+        told.clear()
+        verb()
+        assert {(description, total) for description, _, total in told} == {("queries", 7)}
+        counts = [done for _, done, _ in told]
+        assert counts == sorted(set(counts))
+        assert counts[-1] == 7
+        if given == "features" or query_gradient == "final":
+            assert {2, 4, 6} <= set(counts)
+
+
+@pytest.mark.parametrize("sizes", [(5, 10), (1, 1), (100,)])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_block_moves_the_bar_while_it_is_passed_over(sizes, passes):
+    told = []
+    blocks = streaming.QueryBlocks(sum(sizes), max(sizes), passes, lambda span, progress: progress)
+    for made, progress in enumerate(streaming._features(blocks, lambda *step: told.append(step[1]))):
+        size = min(max(sizes), sum(sizes) - made * max(sizes))
+        for _ in range(passes):
+            for done in range(1, size + 1):
+                progress("queries", done, size)
+        told_at = told[-1] if told else 0
+        assert told_at == made * max(sizes) + passes * size // (passes + 1)
+        progress("queries", 1, size)  # a pass more than was known
+        assert (told[-1] if told else 0) == told_at
+    assert told[-1] == sum(sizes)
+
+
 def test_a_killed_stream_goes_on(blobs, tmp_path, few_queries, monkeypatch):
     method, queries = asked(blobs)
     method.score(queries, out=tmp_path / "whole.zarr")

@@ -1,6 +1,5 @@
 """The page in a real browser: search, click, keyboard, the tray; no error, no request to anywhere else."""
 
-import shutil
 import socket
 import threading
 import time
@@ -10,10 +9,7 @@ from explored import make_explorer
 
 from source_proj.report.explore import application, write_static
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="the extra explore is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path")
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +37,6 @@ def folder(explorer, tmp_path_factory):
     path = tmp_path_factory.mktemp("static") / "page"
     write_static(explorer, path)
     return f"file://{path}/index.html"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(params=["served", "folder"])

@@ -126,7 +126,9 @@ class RepSim(Attributor):
         bank.final_checkpoint().load_into(model)
         return model
 
-    def _features(self, queries: Queries, ids: Sequence[Any] | None, span: tuple[int, int] | None) -> SketchedQueries:
+    def _features(
+        self, queries: Queries, ids: Sequence[Any] | None, span: tuple[int, int] | None, progress: Progress
+    ) -> SketchedQueries:
         source = query_source(queries, self.batch_size)
         query_ids = checked_query_ids(queries, ids, source.n)
         start, stop = span or (0, source.n)
@@ -135,7 +137,7 @@ class RepSim(Attributor):
             model = self._at_the_end(bank)
             measure = self.task.measurement
             parts: list[Tensor] = []
-            with progress_bar(self.progress, "queries", stop - start, "queries") as bar:
+            with progress_bar(progress, "queries", stop - start, "queries") as bar:
                 for low, high, batch in source.load([(start, stop)]):
                     placed = to_device(batch, _device(model))
                     if not parts:

@@ -57,33 +57,18 @@ class Reranking(Attributor):
         self,
         queries: Queries,
         k: int,
-        out: None = None,
+        out: None = ...,
         *,
-        overwrite: bool = False,
-        rerank: int | None = None,
-        train: Any = None,
+        overwrite: bool = ...,
+        rerank: int | None = ...,
+        train: Any = ...,
     ) -> Hits: ...
     @overload
+    def top_k(self, queries: Queries, k: int, out: str | Path, *, overwrite: bool = ...) -> HitsFile: ...
     def top_k(
-        self,
-        queries: Queries,
-        k: int,
-        out: str | Path,
-        *,
-        overwrite: bool = False,
-        rerank: int | None = None,
-        train: Any = None,
-    ) -> HitsFile: ...
-    def top_k(
-        self,
-        queries: Queries,
-        k: int,
-        out: str | Path | None = None,
-        *,
-        overwrite: bool = False,
-        rerank: int | None = None,
-        train: Any = None,
-    ) -> Hits | HitsFile:
+        self, queries: Queries, k: int, out: str | Path | None = None, *, overwrite: bool = False,
+        rerank: int | None = None, train: Any = None,
+    ) -> Hits | HitsFile:  # fmt: skip
         """Return the k highest scores of each query, without ever holding Q x N numbers.
 
         **Reranking.** With ``rerank=M`` the bank's scores choose M training examples of each query, whose gradients are
@@ -109,31 +94,84 @@ class Reranking(Attributor):
             ValueError: k or M is out of range, or what reranking needs is missing; says what to pass.
             MismatchError: ``train`` is not what the bank was built from.
         """
-        if out is None:
-            return self._listed(queries, k, True, rerank, train)
-        if rerank is not None or train is not None:
-            raise ValueError(
-                f"reranked hits are not streamed to out={str(out)!r}: leave out= or rerank= and train= out"
-            )
-        return super().top_k(queries, k, out, overwrite=overwrite)
+        return self._ordered_anew(queries, k, out, True, overwrite, rerank, train)
 
-    def bottom_k(self, queries: Queries, k: int, *, rerank: int | None = None, train: Any = None) -> Hits:
-        """Return the k lowest scores of each query, lowest first; other arguments as for :meth:`top_k`."""
-        return self._listed(queries, k, False, rerank, train)
+    @overload
+    def bottom_k(
+        self,
+        queries: Queries,
+        k: int,
+        out: None = ...,
+        *,
+        overwrite: bool = ...,
+        rerank: int | None = ...,
+        train: Any = ...,
+    ) -> Hits: ...
+    @overload
+    def bottom_k(self, queries: Queries, k: int, out: str | Path, *, overwrite: bool = ...) -> HitsFile: ...
+    def bottom_k(
+        self, queries: Queries, k: int, out: str | Path | None = None, *, overwrite: bool = False,
+        rerank: int | None = None, train: Any = None,
+    ) -> Hits | HitsFile:  # fmt: skip
+        """Return the k lowest scores of each query, lowest first; arguments as for :meth:`top_k`."""
+        return self._ordered_anew(queries, k, out, False, overwrite, rerank, train)
 
-    def helpful(self, queries: Queries, k: int, *, rerank: int | None = None, train: Any = None) -> Hits:
-        """Return the k examples that improve each query's measurement most; other arguments as for :meth:`top_k`."""
-        return self._listed(queries, k, self.task.higher_is_better, rerank, train)
+    @overload
+    def helpful(
+        self,
+        queries: Queries,
+        k: int,
+        out: None = ...,
+        *,
+        overwrite: bool = ...,
+        rerank: int | None = ...,
+        train: Any = ...,
+    ) -> Hits: ...
+    @overload
+    def helpful(self, queries: Queries, k: int, out: str | Path, *, overwrite: bool = ...) -> HitsFile: ...
+    def helpful(
+        self, queries: Queries, k: int, out: str | Path | None = None, *, overwrite: bool = False,
+        rerank: int | None = None, train: Any = None,
+    ) -> Hits | HitsFile:  # fmt: skip
+        """Return the k examples that improve each query most, in the task's own sense; see :meth:`top_k`."""
+        return self._ordered_anew(queries, k, out, self.task.higher_is_better, overwrite, rerank, train)
 
-    def harmful(self, queries: Queries, k: int, *, rerank: int | None = None, train: Any = None) -> Hits:
-        """Return the k examples that worsen each query's measurement most; other arguments as for :meth:`top_k`."""
-        return self._listed(queries, k, not self.task.higher_is_better, rerank, train)
+    @overload
+    def harmful(
+        self,
+        queries: Queries,
+        k: int,
+        out: None = ...,
+        *,
+        overwrite: bool = ...,
+        rerank: int | None = ...,
+        train: Any = ...,
+    ) -> Hits: ...
+    @overload
+    def harmful(self, queries: Queries, k: int, out: str | Path, *, overwrite: bool = ...) -> HitsFile: ...
+    def harmful(
+        self, queries: Queries, k: int, out: str | Path | None = None, *, overwrite: bool = False,
+        rerank: int | None = None, train: Any = None,
+    ) -> Hits | HitsFile:  # fmt: skip
+        """Return the k examples that worsen each query most, in the task's own sense; see :meth:`top_k`."""
+        return self._ordered_anew(queries, k, out, not self.task.higher_is_better, overwrite, rerank, train)
 
-    def _listed(self, queries: Queries, k: int, highest: bool, rerank: int | None, train: Any) -> Hits:
+    def _ordered_anew(
+        self,
+        queries: Queries,
+        k: int,
+        out: str | Path | None,
+        highest: bool,
+        overwrite: bool,
+        rerank: int | None,
+        train: Any,
+    ) -> Hits | HitsFile:
         if rerank is None:
             if train is not None:
                 raise ValueError("train= is read where scores are reranked: give rerank= too, or leave train= out")
-            return self._strongest(queries, k, highest=highest)
+            return self._listed(queries, k, out, highest=highest, overwrite=overwrite)
+        if out is not None:
+            raise ValueError(f"reranked hits are not streamed to out={str(out)!r}: leave out= or rerank= out")
         k, models = checked_count(k, self.n_rows), self._require_rerankable(queries, rerank, k)
         parts = training_parts(self.banks[0], train)
         features = self.sketch(queries)

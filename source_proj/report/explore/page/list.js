@@ -29,7 +29,7 @@ function inWords(example) {
 
 /** A list of any length of which only the rows in sight are in the document. */
 class VirtualList {
-  static ROW = 56;
+  static ROW = 74;
   static TALLEST = 8e6; // pixels: browsers lay out no element of a hundred million
   static SPAN = 100;
 
