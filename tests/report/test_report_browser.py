@@ -8,23 +8,7 @@ from torch.utils.data import TensorDataset
 import source_proj as sp
 from source_proj.report import make_page, write_report
 
-WORDS = [
-    "a",
-    "film",
-    "that",
-    "knows",
-    "what",
-    "it",
-    "wants",
-    "and",
-    "says",
-    "so",
-    "without",
-    "one",
-    "word",
-    "too",
-    "many",
-]
+WORDS = ["a", "film", "that", "knows", "what", "it", "wants", "says", "so", "without", "one", "word", "too", "many"]
 
 
 def texts(count, seed):
