@@ -62,7 +62,8 @@ def encode_rows(rows: Tensor, levels: tuple[float, ...], *, backend: str | None 
     codes = torch.bucketize(rows / torch.where(rms > 0, rms, torch.inf), edges, out_int32=True, right=True)
     along = (rows * numbers[codes]).sum(1, dtype=torch.float64)
     per = 8 // bits
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per)).view(len(codes), -1, per).to(torch.uint8)
+    width = -(-codes.shape[1] // per)
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per)).view(len(codes), width, per).to(torch.uint8)
     packed = padded[:, :, 0].clone()
     for place in range(1, per):
         packed |= padded[:, :, place] << place * bits

@@ -5,6 +5,7 @@ import traceback
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -76,6 +77,7 @@ def map_in_order(
 
     Raises:
         SourceProjError: workers are lost again and again, or the executor takes no more tasks.
+        TypeError: the function cannot be sent to processes.
 
     Example:
         >>> from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +90,8 @@ def map_in_order(
         return
     most = min(max(_HELD_BYTES // max(1, nbytes), _IN_FLIGHT[0]), _IN_FLIGHT[-1])
     call, threads = uuid.uuid4().hex, torch.get_num_threads()
+    if isinstance(executor, ProcessPoolExecutor):
+        function = _Packed(function)
     waiting: deque[_Submitted] = deque()
     try:
         for number, task in enumerate(tasks):
@@ -100,6 +104,27 @@ def map_in_order(
     finally:
         for submitted in waiting:
             submitted.future.cancel()
+
+
+class _Packed:
+    """A function that is read where its errors are caught: a process that cannot read a task dies, and its pool too.
+
+    Raises:
+        TypeError: it cannot be sent.
+    """
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        try:
+            self._content = pickle.dumps(function)
+        except Exception as error:
+            raise TypeError(
+                f"what processes are to do cannot be sent to them ({type(error).__name__}: {error}): models, tasks and "
+                "data must be made of classes and functions of a module, without lambdas; or give a "
+                "ThreadPoolExecutor, or Dask"
+            ) from error
+
+    def __call__(self, task: Any) -> Any:
+        return pickle.loads(self._content)(task)
 
 
 class _Submitted:

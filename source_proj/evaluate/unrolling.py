@@ -61,6 +61,7 @@ class ExactUnrolling:
 
     Raises:
         MismatchError: places that the training set lacks, or as many learning rates as there are no steps.
+        TypeError: a training set that is no map, or places that are no integers.
         ValueError: no steps, an empty step, an optimizer that cannot be differentiated, or a task whose normalizer is
             not told.
 
@@ -91,8 +92,13 @@ class ExactUnrolling:
     ) -> None:
         self._model = private_copy(model).eval()
         self._task, self._data, self._progress = task, examples_of(train_set), progress
+        if not hasattr(self._data, "__getitem__"):
+            raise TypeError(
+                f"train_set must be a map-style data set, whose examples the batches name by places, got a "
+                f"{type(train_set).__name__}: give the data set itself, such as loader.dataset"
+            )
         self.ids = list(range(len(self._data))) if ids is None else list(ids)
-        self._batches = [[int(place) for place in places] for places in batches]
+        self._batches = [_places(step, places) for step, places in enumerate(batches)]
         _check_steps(self._batches, len(self._data), None if lr is None else len(lr), len(self.ids))
         if task.needs_normalizer:
             raise ValueError(f"the task {task.name!r} divides a batch's loss by a sum: give task.normalized([…])")
@@ -357,6 +363,17 @@ def _derivatives(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[T
 def _twice_differentiable() -> Any:
     """Fused attention has no second derivative."""
     return sdpa_kernel(SDPBackend.MATH)
+
+
+def _places(step: int, places: Any) -> list[int]:
+    array = np.asarray(places)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TypeError(
+            f"batches must hold one sequence of places a step, integers from 0 on, got {array.tolist()!r:.60} at step "
+            f"{step}"
+        )
+    found: list[int] = array.tolist()
+    return found
 
 
 def _check_steps(batches: list[list[int]], n: int, rates: int | None, ids: int) -> None:

@@ -79,6 +79,25 @@ def test_a_pool_of_processes_that_lost_one_ends_in_a_clear_error():
         list(map_in_order(pool, os._exit, [1]))
 
 
+class Unreadable:
+    """Is sent, and refuses where it is read."""
+
+    def __reduce__(self):
+        return refuse_three, (3,)
+
+
+def test_what_a_process_cannot_read_is_raised_and_leaves_the_pool_alive():
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with pytest.raises(KeyError, match="three"):
+            list(map_in_order(pool, Unreadable(), [1]))
+        assert list(map_in_order(pool, square, [2])) == [4]
+
+
+def test_what_cannot_be_sent_to_processes_is_refused_by_its_name():
+    with ProcessPoolExecutor(1) as pool, pytest.raises(TypeError, match=r"cannot be sent .*lambda.*ThreadPoolExecutor"):
+        list(map_in_order(pool, lambda number: number, [1]))
+
+
 def test_few_tasks_are_under_way_where_results_are_large(monkeypatch):
     monkeypatch.setattr(executors, "_HELD_BYTES", 100)
     submitted = []

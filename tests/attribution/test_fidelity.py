@@ -153,6 +153,15 @@ def test_a_small_sketch_is_warned_of(tmp_path):
         assert f"effective dimension {fidelity.effective_dimension:.0f} of 8" in shown
 
 
+def test_a_single_number_is_not_trusted_and_runs_may_differ_in_size(tmp_path):
+    problem = wide(1.0, n=24)
+    one, small, large = (problem.build(tmp_path / str(k), sketch=sp.Sketch(k)) for k in (1, 7, 16))
+    with pytest.warns(UserWarning, match="the sketch of 1 numbers is too small"):
+        assert (source(problem, one).fidelity(problem.queries).correlation == 0).all()
+    with warnings.catch_warnings(action="ignore"):
+        assert source(problem, [large, small]).fidelity(problem.queries).correlation.max() > 0
+
+
 def test_scores_from_elsewhere_have_none(tmp_path):
     problem = classification(16)
     bank = problem.build(tmp_path / "bank", sketch=sp.Sketch(32))

@@ -1,5 +1,6 @@
 """A build on executors: the bits of one process, whoever makes a share and whenever, and however often it is lost."""
 
+import os
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
@@ -40,6 +41,23 @@ def test_a_build_that_lost_its_workers_goes_on(tmp_path):
         next(banks.open(tmp_path / "shared").stages[0].iter_rows(0))
     run.build(tmp_path / "shared")
     assert_same(tmp_path / "alone", tmp_path / "shared")
+
+
+def test_a_relative_path_is_the_callers_wherever_workers_are(tmp_path, monkeypatch):
+    run = make_run()
+    run.build(tmp_path / "alone")
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=os.chdir, initargs=("/",)) as pool:
+        monkeypatch.chdir(tmp_path)
+        run.build("shared", executor=pool)
+    assert_same(tmp_path / "alone", tmp_path / "shared")
+
+
+def test_workers_that_do_not_reach_the_bank_say_so():
+    with (
+        ProcessPoolExecutor(1, get_context("spawn")) as pool,
+        pytest.raises(BankError, match=r"finds no bank at memory://.*threads only"),
+    ):
+        make_run().build("memory://executors/bank", executor=pool)
 
 
 def test_what_a_worker_finds_wrong_is_said_as_here(tmp_path):

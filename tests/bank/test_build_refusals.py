@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from source_proj import bank as banks
-from source_proj._errors import GradientError, MismatchError
+from source_proj._errors import GradientError, MismatchError, SourceProjError
 from source_proj.task import Classification, Task
 from source_proj.trajectory import Checkpoint, Trajectory
 
@@ -68,6 +68,15 @@ def test_a_collate_that_drops_examples_is_refused(run, tmp_path):
 def test_a_model_of_another_architecture_is_refused(run, tmp_path):
     with pytest.raises(MismatchError, match="shape"):
         run.build(tmp_path / "bank", model=nn.Sequential(nn.Linear(6, 11), nn.ReLU(), nn.Linear(11, 3)))
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_a_model_without_data_is_refused(run, tmp_path, device):
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(6, 3))
+    with pytest.raises(SourceProjError, match=r"parameter '0.weight' .* device 'meta'.*to_empty"):
+        run.build(tmp_path / "bank", model=empty, device=device)
+    assert not (tmp_path / "bank").exists()
 
 
 def test_a_checkpoint_that_changes_during_the_build_is_noticed(run, tmp_path):

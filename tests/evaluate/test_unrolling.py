@@ -9,7 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import source_proj as sp
 from source_proj._errors import MismatchError
@@ -175,6 +175,9 @@ def test_verbs_are_those_of_scores():
         ({"batches": []}, ValueError, "got 0 steps"),
         ({"batches": [[0], []]}, ValueError, "non-empty"),
         ({"batches": [[0, N]]}, MismatchError, r"places 0\.\.9, but the training set has 0\.\.8"),
+        ({"batches": [0, 1]}, TypeError, "one sequence of places a step.* got 0 at step 0"),
+        ({"batches": [[0], [0.5]]}, TypeError, r"integers from 0 on, got \[0\.5\] at step 1"),
+        ({"batches": [np.arange(N) < 2]}, TypeError, "got .True, True"),
         ({"lr": [0.1]}, MismatchError, "1 learning rates for 2 steps"),
         ({"ids": ["a"]}, MismatchError, "1 ids for 9"),
         ({"optimizer": lambda p: torch.optim.LBFGS(p)}, ValueError, "LBFGS cannot be differentiated"),
@@ -187,6 +190,12 @@ def test_what_cannot_be_replayed_is_refused(change, error, message):
     given = {"batches": [[0, 1], [2, 3]], "optimizer": OPTIMIZERS["sgd"], **change}
     with pytest.raises(error, match=message):
         ExactUnrolling(model, sp.Classification(), train, **given)
+
+
+def test_a_loader_is_no_training_set():
+    model, train, _ = classification(0)
+    with pytest.raises(TypeError, match=r"map-style .* got a DataLoader: .* loader\.dataset"):
+        ExactUnrolling(model, sp.Classification(), DataLoader(train), [[0]], OPTIMIZERS["sgd"])
 
 
 def test_a_run_that_explodes_is_named():

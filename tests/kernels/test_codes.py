@@ -88,6 +88,14 @@ def test_strided_rows_are_read_as_they_are():
     assert torch.equal(rotate(rows), rotate(rows.contiguous()))
 
 
+@every_size
+@every_backend
+def test_no_rows_are_no_codes(bits, backend):
+    packed = encode_rows(torch.zeros(0, 11), LEVELS[bits], backend=backend)
+    assert packed.codes.shape == (0, -(-11 * bits // 8))
+    assert unpack_rows(packed.codes, 11, LEVELS[bits], backend=backend).shape == (0, 11)
+
+
 def test_unknown_backends_are_refused():
     with pytest.raises(ValueError, match="backend 'triton' cannot serve codes"):
         encode_rows(normal(2, 8), LEVELS[2], backend="triton")

@@ -46,7 +46,7 @@ class Fidelity:
     Attributes:
         query_ids: Q ids.
         correlation: expected correlation over training examples with the scores that have no sketch, at the same
-            damping, ``(Q,)`` float64; 1 for an exact sketch.
+            damping, ``(Q,)`` float64; 1 for an exact sketch, 0 for one of a single number, which has no halves.
         leakage: λ ûᵀ(Ĥ + λ)⁻¹û / û² in the last segment, the share of the query outside the range of the sketched rows,
             ``(Q,)`` float64; λ is weight decay and damping.
         effective_dimension: tr Ĥ(Ĥ + λ)⁻¹ of the last segment.
@@ -113,22 +113,24 @@ def estimated_fidelity(
     squares = (rows**2).sum(1).clamp(min=torch.finfo(torch.float64).tiny)
     leakage = (ridge * (inverted * rows.cpu()).sum(1) / squares.cpu()).clamp(0, 1)
     correlation = np.ones(len(query_ids))
-    if not runs[0].bank.sketch.is_exact and dim > 1:
-        correlation = _correlation(runs, queries, apart)
+    if not runs[0].bank.sketch.is_exact:
+        halved = min(run.bank.sketch.dim for run in runs) > 1
+        correlation = _correlation(runs, queries, apart) if halved else np.zeros(len(query_ids))
     return Fidelity(list(query_ids), correlation, leakage.numpy(), runs[0].effective_dimension(last), dim)
 
 
 def _correlation(
     runs: Sequence[FittedSegments], queries: Sequence[Mapping[int, Tensor]], apart: Tensor | None
 ) -> np.ndarray:
-    n, dim = runs[0].bank.n_rows, runs[0].bank.sketch.dim
+    n = runs[0].bank.n_rows
     examples = torch.linspace(0, n - 1, min(n, _EXAMPLES)).long().unique()
     if apart is not None:
         examples = examples[~torch.isin(examples, apart)]
-    order = torch.randperm(dim, generator=torch.Generator().manual_seed(0))
-    columns = [order[: dim // 2].sort().values, order[dim // 2 : dim // 2 * 2].sort().values]
-    scores = [torch.zeros(len(next(iter(queries[0].values()))), len(examples), dtype=torch.float64) for _ in columns]
+    shape = len(next(iter(queries[0].values()))), len(examples)
+    scores = [torch.zeros(shape, dtype=torch.float64) for _ in range(2)]
     for fitted, sketches in zip(runs, queries, strict=True):
+        dim = fitted.bank.sketch.dim
+        columns = _halves(dim)
         moved = [_half_moved(fitted, half, sketches) for half in columns]
         for index, segment in enumerate(fitted.segments):
             for operand in Picked(fitted.rows(segment), examples).between(0, len(examples)):
@@ -141,6 +143,12 @@ def _correlation(
     halves = products.clamp(min=0)
     correlation: np.ndarray = (2 * halves / (1 + halves)).sqrt().numpy()
     return correlation
+
+
+def _halves(dim: int) -> list[Tensor]:
+    """Two sets of dim // 2 columns that share none."""
+    order = torch.randperm(dim, generator=torch.Generator().manual_seed(0))
+    return [order[: dim // 2].sort().values, order[dim // 2 : dim // 2 * 2].sort().values]
 
 
 def _half_moved(fitted: FittedSegments, columns: Tensor, sketches: Mapping[int, Tensor]) -> list[Tensor]:

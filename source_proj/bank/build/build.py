@@ -135,8 +135,8 @@ def build(
     require_arguments(model=model, task=task, trajectory=trajectory, sketch=sketch)
     require_device(device)
     check_executor(executor)
-    require_whole(executor, shard, takeover)
     placement = placement_of(model)
+    require_whole(executor, shard, takeover, placement)
     lockstep = placement.lockstep
     store = open_store(path)
     where = store.location()
@@ -189,11 +189,11 @@ def build(
         with claims or nullcontext():
             if executor is not None:
                 whole = partial(
-                    build, model, task, trajectory, train_set, path, sketch=sketch, batch_size=batch_size,
+                    build, model, task, trajectory, train_set, sketch=sketch, batch_size=batch_size,
                     device=device, storage=storage, ids=ids, parameters=parameters, sampled_fisher=sampled_fisher,
                     autocast=autocast, gradients=gradients, shard_rows=shard_rows,
                 )  # fmt: skip
-                fill_by(executor, whole, max(part.spec.n_shards for part in parts), progress)
+                fill_by(executor, whole, where, max(part.spec.n_shards for part in parts), progress)
             else:
                 fill(
                     works, settings, model, task, bank.metrics, shard=shard, device=device, progress=progress,
