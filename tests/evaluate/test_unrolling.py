@@ -155,6 +155,18 @@ def test_source_comes_near_it_with_small_steps_and_many_checkpoints(tmp_path):
     assert max(gaps) < 0.1  # checkpoints at ends of four steps, time in place of steps
 
 
+def test_a_double_model_takes_single_data():
+    model, train, queries = classification(0)
+    single, asked = (TensorDataset(x.float(), y) for x, y in (train.tensors, queries.tensors))
+    rounded, asked_too = (TensorDataset(x.double(), y) for x, y in (single.tensors, asked.tensors))
+    steps = [[0, 1, 2], [3, 4, 5, 6, 7, 8]]
+    scores, twins = (
+        np.asarray(ExactUnrolling(model, sp.Classification(), d, steps, OPTIMIZERS["adamw"], progress=False).score(q))
+        for d, q in ((single, asked), (rounded, asked_too))
+    )
+    np.testing.assert_array_equal(scores, twins)
+
+
 def test_verbs_are_those_of_scores():
     model, train, queries = classification(0)
     run = ExactUnrolling(
