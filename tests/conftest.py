@@ -6,7 +6,7 @@ import sys
 import torch
 from hypothesis import settings
 
-settings.register_profile("untimed")  # what takes its time on a busy machine is right all the same
+settings.register_profile("untimed", deadline=None)  # what takes its time on a busy machine is right all the same
 settings.load_profile("untimed")
 
 if not torch.cuda.is_available():  # before triton is imported: its kernels then run on the CPU, in the interpreter
