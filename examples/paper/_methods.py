@@ -120,7 +120,7 @@ def _source(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
             _made(problem, "SOURCE, ignoring Adam", "as if by SGD", ignored, sp.Source, **mean),
             _made(problem, "SOURCE, Adam's metric", 'preconditioner="shared"', inside, sp.Source, **mean),
         ]
-    if len(_curvatures(problem)) > 1:  # what the defaults were before the laboratory
+    if len(_curvatures(whole)) > 1:  # what the defaults were before the laboratory
         plain: dict[str, Any] = {"curvature": "empirical_fisher"}
         found += [
             _made(problem, "SOURCE, empirical Fisher", "defaults but that", whole, sp.Source, **plain, **mean),
@@ -153,7 +153,7 @@ def _influence(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
     for method, banks, place, dampings in contests:
         average = method != final
         choices: dict[str, Any] = {"average": average, "query_gradient": "mean" if average else "final"}
-        for damping, curvature in itertools.product(dampings, _curvatures(problem)):
+        for damping, curvature in itertools.product(dampings, _curvatures(banks)):
             setting = f"damping {'tr(H)/k' if damping == 'noise' else damping}{place}"
             setting += ", empirical Fisher" if curvature else ""
             choices |= {"damping": damping, "curvature": curvature}
@@ -161,9 +161,9 @@ def _influence(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
     return found
 
 
-def _curvatures(problem: Problem) -> list[str | None]:
+def _curvatures(banks: Sequence[sp.Bank]) -> list[str | None]:
     """The default, and the empirical Fisher where that is another."""
-    return [None, "empirical_fisher"] if default_curvature(problem.task.spec()) != "empirical_fisher" else [None]
+    return [None, "empirical_fisher"] if default_curvature(banks) != "empirical_fisher" else [None]
 
 
 def _trak(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:

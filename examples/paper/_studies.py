@@ -66,7 +66,7 @@ def _by_gram_matrices(bench: Bench) -> Iterator[Variant]:
 def _given_floor(bench: Bench, multiple: float) -> Response:
     bank = bench.bank(0)
     floors = [
-        fitted_hessian(Fit(bank, i, range(stage.n_checkpoints), default_curvature(bank.task_spec))).trace / bench.dim
+        fitted_hessian(Fit(bank, i, range(stage.n_checkpoints), default_curvature([bank]))).trace / bench.dim
         for i, stage in enumerate(bank.stages)
     ]
     return lambda time, decay, _floor, _values: response(time, decay, multiple * floors[0])

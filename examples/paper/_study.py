@@ -159,7 +159,7 @@ def _segments(bank: sp.Bank, recipe: Recipe) -> list[Segment]:
 
 @lru_cache(maxsize=6)
 def _spectrum(bank: sp.Bank, stage: int, checkpoints: tuple[int, ...], curvature: Curvature | None) -> Spectrum:
-    return fitted_spectrum(Fit(bank, stage, checkpoints, curvature or default_curvature(bank.task_spec)))
+    return fitted_spectrum(Fit(bank, stage, checkpoints, curvature or default_curvature([bank])))
 
 
 def cross_scores(first: sp.Bank, second: sp.Bank, features: Sequence[QueryFeatures], multiple: float) -> np.ndarray:

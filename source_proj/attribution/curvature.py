@@ -11,14 +11,14 @@ The products of these factors are in `moments`, and functions of Ĥ in `spectral
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from source_proj.attribution.shards import ShardGroup
-from source_proj.bank import RowBlock, StageBank
+from source_proj.bank import Bank, RowBlock, StageBank
 
 __all__ = [
     "Curvature",
@@ -39,10 +39,10 @@ Factors = Literal["empirical_fisher", "sampled_fisher", "gauss_newton", "feature
 Damping = float | Literal["noise"] | None
 
 
-def default_curvature(task: Mapping[str, Any], *, captured: bool = False, draws: int = 0) -> Curvature:
-    """The curvature for a bank's task, by its description: Gauss-Newton for regression, else empirical Fisher.
+def default_curvature(banks: Sequence[Bank]) -> Curvature:
+    """The curvature for the task of some banks: Gauss-Newton for regression, else empirical Fisher.
 
-    Where a language model's bank has rows of sampled labels, they are what it is made of: one draw a row predicts
+    Where a language model's banks have rows of sampled labels, they are what it is made of: one draw a row predicts
     retraining better by .027 [.017, .038] on Shakespeare at equal k (examples/paper/LABORATORY.md, study b).
 
     Rows that were captured in training have the empirical Fisher that was captured with them.
@@ -51,8 +51,9 @@ def default_curvature(task: Mapping[str, Any], *, captured: bool = False, draws:
     residual, which says nothing of the loss's curvature: on all four regression tasks of examples/paper retraining is
     predicted better without it. For classification the order is the reverse (examples/paper/LABORATORY.md, study b).
     """
-    if captured:
+    if banks[0].captured:
         return "empirical_fisher"
+    task, draws = banks[0].task_spec, min(bank.settings.sampled_fisher for bank in banks)
     builtin = None if "class" in task else task["name"]
     if builtin == "causal_lm" and draws:
         return "sampled_fisher"

@@ -73,11 +73,7 @@ class InfluenceFunction(Attributor):
         check_query_gradient(query_gradient)
         self.query_gradient: QueryGradient | None = query_gradient if average else query_gradient or "final"
         self.average = average
-        self.curvature: Curvature = curvature or default_curvature(
-            self.banks[0].task_spec,
-            captured=self.banks[0].captured,
-            draws=min(bank.settings.sampled_fisher for bank in self.banks),
-        )
+        self.curvature: Curvature = curvature or default_curvature(self.banks)
         self.damping: Damping = damping
         self.cache = cache
 

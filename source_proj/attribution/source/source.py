@@ -158,11 +158,7 @@ class Source(Diagnosing):
         self.time_scale = float(time_scale)
         self.memory = parse_memory(memory)
         self.query_gradient: QueryGradient | None = query_gradient
-        self.curvature: Curvature = curvature or default_curvature(
-            self.banks[0].task_spec,
-            captured=self.banks[0].captured,
-            draws=min(bank.settings.sampled_fisher for bank in self.banks),
-        )
+        self.curvature: Curvature = curvature or default_curvature(self.banks)
         self.damping: Damping = damping
         self.cache = cache
         self._groups = [stage_groups(own, segments) for own in self.banks]
