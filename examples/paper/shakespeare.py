@@ -12,12 +12,10 @@ from dataclasses import asdict
 from functools import partial
 
 import _above  # noqa: F401
-import numpy as np
-import torch
 from _data import load_shakespeare
 from _problem import Problem, Sizes, parser, sized
-from _text import Recipe, Rows, Training, chosen_device
-from wikitext2 import Decoder, mean_loss
+from _text import Recipe, Training, chosen_device
+from wikitext2 import Decoder, mean_loss, stretches
 
 import source_proj as sp
 
@@ -31,8 +29,8 @@ def problem(options: argparse.Namespace) -> Problem:
     letters = sorted(set(plays))
     numbers = {letter: number for number, letter in enumerate(letters)}
     cut = len(plays) * 9 // 10
-    train, places = _stretches(plays[:cut], numbers, tokens, n)
-    queries, asked = _stretches(plays[cut:], numbers, tokens, n_queries)
+    train, places = stretches(plays[:cut], numbers, tokens, n)
+    queries, asked = stretches(plays[cut:], numbers, tokens, n_queries)
     model = {"vocabulary": len(letters), "tokens": tokens, "width": width, "layers": layers, "heads": width // 16}
     make_model, task = partial(Decoder, **model), sp.CausalLM()
     training = Training(
@@ -52,14 +50,6 @@ def problem(options: argparse.Namespace) -> Problem:
         layer="head", cheap=False, panel="text", show=show,
         extra={"workers": 2, "accuracy": training.perplexity},
     )  # fmt: skip
-
-
-def _stretches(text: str, numbers: dict[str, int], tokens: int, count: int) -> tuple[Rows, list[int]]:
-    """Draw stretches that do not overlap, in order of the text; also where each begins."""
-    whole = len(text) // tokens
-    drawn = np.sort(np.random.default_rng(0).permutation(whole)[:count]) * tokens
-    ids = torch.tensor([[numbers[letter] for letter in text[start : start + tokens]] for start in drawn])
-    return Rows({"input_ids": ids, "labels": ids}), drawn.tolist()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 
 import source_proj as sp
 
-__all__ = ["Decoder", "load_words", "mean_loss", "problem"]
+__all__ = ["Decoder", "load_words", "mean_loss", "problem", "stretches"]
 
 SOURCE = (
     "https://raw.githubusercontent.com/pytorch/examples/77f55b912142e11fcfdf5b530231fb9c52f181e8/"
@@ -122,8 +123,8 @@ def problem(options: argparse.Namespace) -> Problem:
     words, articles = load_words(options.data, "valid")
     asked, asked_articles = load_words(options.data, "test")
     numbers = _vocabulary(words, vocabulary)
-    train, chosen = _stretches(words, numbers, tokens, n)
-    queries, chosen_queries = _stretches(asked, numbers, tokens, n_queries)
+    train, chosen = stretches(words, numbers, tokens, n)
+    queries, chosen_queries = stretches(asked, numbers, tokens, n_queries)
     model = {"vocabulary": len(numbers), "tokens": tokens, "width": width, "layers": layers, "heads": width // 16}
     task = sp.CausalLM()
     make_model = partial(Decoder, **model)
@@ -166,11 +167,11 @@ def _vocabulary(words: list[str], size: int) -> dict[str, int]:
     return {word: number for number, word in enumerate(["<unk>", *common[: size - 1]])}
 
 
-def _stretches(words: list[str], numbers: dict[str, int], tokens: int, count: int) -> tuple[Rows, list[int]]:
-    """Cut a text into stretches and draw some, in order of the text; also the position of each one's first word."""
+def stretches(words: Sequence[str], numbers: dict[str, int], tokens: int, count: int) -> tuple[Rows, list[int]]:
+    """Cut a text of words, or of letters, into stretches and draw some, in its order; also where each begins."""
     whole = len(words) // tokens
     if count > whole:
-        raise ValueError(f"the text has {whole} stretches of {tokens} words, but {count} are wanted")
+        raise ValueError(f"the text has {whole} stretches of {tokens} tokens, but {count} are wanted")
     drawn = np.sort(np.random.default_rng(0).permutation(whole)[:count])
     ids = torch.tensor([numbers.get(word, 0) for word in words[: whole * tokens]]).reshape(whole, tokens)[drawn]
     return Rows({"input_ids": ids, "labels": ids}), [int(i) * tokens for i in drawn]

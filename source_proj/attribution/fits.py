@@ -15,7 +15,7 @@ from torch import Tensor
 from source_proj._io.executors import Executor
 from source_proj.attribution.curvature import Factors, check_curvature, count_factors
 from source_proj.attribution.moments import cross_moment, decomposed, mean_hessian, spectrum, takes_spectrum
-from source_proj.attribution.spectral import DenseHessian, Hessian, Spectrum
+from source_proj.attribution.spectral import DenseHessian, Hessian, Spectrum, shifted_factor
 from source_proj.bank import Bank
 
 __all__ = ["Fit", "fitted_cross_moment", "fitted_hessian", "fitted_matrix", "fitted_spectrum"]
@@ -83,9 +83,7 @@ def fitted_hessian(fit: Fit) -> Hessian:
 
     def factor(shift: float, dtype: torch.dtype) -> Tensor:
         def compute() -> dict[str, Tensor]:
-            shifted = hessian().to(dtype, copy=True)
-            shifted.diagonal().add_(shift)
-            lower = torch.linalg.cholesky(shifted)
+            lower = shifted_factor(hessian(), shift, dtype)
             if fit.cache:  # where it can be read again
                 hessian.cache_clear()
             return {"lower": lower}

@@ -32,6 +32,7 @@ __all__ = [
     "effective_dimension",
     "response",
     "ridge_inverse",
+    "shifted_factor",
 ]
 
 _TOLERANCE = 1e-6  # of max g: what a polynomial may err by, of the order of a float32 solution's rounding
@@ -262,6 +263,14 @@ def cross_operator(time: float, decay: float) -> SpectralFunction:
 def _forgetting(time: float) -> tuple[float, ...]:
     """Shifts for exp(-s σ): the lowest degrees are found between 2/s and 8/s, whatever σ there are."""
     return (8 / time, 4 / time, 2 / time) if time > 0 else ()
+
+
+def shifted_factor(matrix: Tensor, shift: float, dtype: torch.dtype) -> Tensor:
+    """The lower Cholesky factor ``(k, k)`` of Ĥ + μ."""
+    shifted = matrix.to(dtype, copy=True)
+    shifted.diagonal().add_(shift)
+    lower: Tensor = torch.linalg.cholesky(shifted)
+    return lower
 
 
 def ridge_inverse(ridge: float, dim: int) -> SpectralFunction:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +19,9 @@ from source_proj.attribution.hits import Hits
 from source_proj.attribution.queries import checked_query_ids, query_source
 from source_proj.attribution.scores import Scores
 from source_proj.bank.build.columns import examples_of
-from source_proj.bank.build.data import BatchSource
+from source_proj.bank.build.data import BatchSource, to_device
 from source_proj.gradients import private_copy
-from source_proj.task import Batch, Task
+from source_proj.task import Batch, Model, Task
 
 __all__ = ["ExactUnrolling"]
 
@@ -164,15 +164,20 @@ class ExactUnrolling:
         """The k examples that worsened each query most, in the task's own sense."""
         return self.score(queries).harmful(k)
 
+    def _placed(self, batch: Batch) -> Batch:
+        """The batch where the weights are, in their precision: data are seldom in float64."""
+        return to_device(batch, self._start[0].device, self._start[0].dtype)
+
+    def _with(self, parameters: list[Tensor]) -> Model:
+        """The model with other weights."""
+        named = dict(zip(self._names, parameters, strict=True))
+        return lambda *inputs, **keywords: functional_call(self._model, named, inputs, keywords)
+
     def _measured(self, final: list[Tensor], batch: Batch) -> list[Tensor]:
         """Gradient of each query's measurement by the final weights, ``(B, *shape)`` for each parameter."""
         task = self._task
-        batch = _like(final[0], batch)
         leaves = [p.clone().requires_grad_() for p in final]
-
-        def model(*inputs: Any, **named: Any) -> Any:
-            return functional_call(self._model, dict(zip(self._names, leaves, strict=True)), inputs, named)
-
+        batch, model = self._placed(batch), self._with(leaves)
         if task.asks_for_answers(batch):
             batch, task = task.answered(batch, task.answers(model, batch).values), task.by_target()
         with _twice_differentiable():
@@ -213,12 +218,8 @@ class ExactUnrolling:
         """The step's mean gradient; a function of parameters and weights where there are weights."""
         places = self._batches[t]
         ((_, _, batch),) = BatchSource(Subset(self._data, places), len(places)).load([(0, len(places))])
-        batch = _like(parameters[0], batch)
-
-        def model(*inputs: Any, **named: Any) -> Any:
-            return functional_call(self._model, dict(zip(self._names, parameters, strict=True)), inputs, named)
-
-        output = self._task.output(model, batch)
+        batch = self._placed(batch)
+        output = self._task.output(self._with(parameters), batch)
         slope = _slope(self._task, output, batch) / len(places)
         slope = slope.detach() if weights is None else slope * weights
         found = torch.autograd.grad(output, parameters, slope, create_graph=weights is not None, materialize_grads=True)
@@ -358,18 +359,6 @@ def _derivatives(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[T
         [o for o, _ in connected], inputs, [c for _, c in connected], is_grads_batched=True, allow_unused=True
     )
     return [x.new_zeros(size, *x.shape) if d is None else d for d, x in zip(found, inputs, strict=True)]
-
-
-def _like(parameter: Tensor, batch: Batch) -> Batch:
-    """The batch on a parameter's device, its numbers of the parameter's precision: data are seldom in float64."""
-    if isinstance(batch, Tensor):
-        return batch.to(parameter) if batch.is_floating_point() else batch.to(parameter.device)
-    if isinstance(batch, Mapping):
-        return {key: _like(parameter, value) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        values = [_like(parameter, value) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-    return batch
 
 
 def _twice_differentiable() -> Any:

@@ -17,7 +17,7 @@ factors of Ĥ than k/2 errors no longer halve where k doubles, and the estimate 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from source_proj.attribution.operands import Picked
 from source_proj.attribution.source.fitted_segments import FittedSegments, walk_back
 from source_proj.attribution.source.query_propagator import QueryPropagator
 from source_proj.attribution.source.segments import Segment
-from source_proj.attribution.spectral import DenseHessian, Hessian, Spectrum, ridge_inverse
+from source_proj.attribution.spectral import DenseHessian, Hessian, Spectrum, ridge_inverse, shifted_factor
 
 __all__ = ["Fidelity", "estimated_fidelity"]
 
@@ -174,15 +174,9 @@ class _Half:
         if len(matrix) <= _SPECTRAL:
             return decomposed(matrix)
 
-        @cache
-        def lower(shift: float, dtype: torch.dtype) -> Tensor:
-            shifted = matrix.to(dtype, copy=True)
-            shifted.diagonal().add_(shift)
-            made: Tensor = torch.linalg.cholesky(shifted)
-            return made
-
         norm = float(torch.linalg.matrix_norm(matrix))
-        return DenseHessian(len(matrix), float(matrix.trace()), norm, lower, lambda: decomposed(matrix))
+        shifted = cache(partial(shifted_factor, matrix))
+        return DenseHessian(len(matrix), float(matrix.trace()), norm, shifted, lambda: decomposed(matrix))
 
     def cross_moment(self, segment: Segment, metric: int) -> Tensor:
         """2 C of the columns."""

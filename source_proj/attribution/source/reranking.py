@@ -32,6 +32,11 @@ class _Ordered(NamedTuple):
     recall: np.ndarray
 
 
+def _wanted(k: int, rerank: int) -> int:
+    """How many of M candidates are of the wanted end."""
+    return max(k, (rerank + 1) // 2)
+
+
 def _ordered(corrected: np.ndarray, places: np.ndarray, k: int, highest: bool) -> _Ordered:
     """Order candidates ``(Q, m)``, which come in the bank's order; of equal scores the lower place is the stronger."""
     order = np.lexsort((places, -corrected if highest else corrected), axis=1)[:, :k]
@@ -186,7 +191,7 @@ class Reranking(Attributor):
                 corrected[start:stop] += self._corrections(
                     bank, part, queries, (start, stop), torch.from_numpy(places[start:stop]), models, read
                 ) / len(self.banks)
-        wanted = max(k, (rerank + 1) // 2)
+        wanted = _wanted(k, rerank)
         hits = _ordered(corrected[:, :wanted].float().numpy(), places[:, :wanted], k, highest)
         count = sum(read.count for read in gradients)
         return replace(
@@ -217,11 +222,10 @@ class Reranking(Attributor):
 
     def _chosen(self, features: SketchedQueries, k: int, rerank: int, highest: bool) -> tuple[np.ndarray, np.ndarray]:
         """Scores and places ``(Q, M)`` of the strongest by the bank, those of the wanted end first and in order."""
-        count = len(features.ids)
-        wanted = max(k, (rerank + 1) // 2)
-        values, places = self.strongest_of(self.all_terms(features), count, wanted, highest=highest)
+        count, terms, wanted = len(features.ids), self.all_terms(features), _wanted(k, rerank)
+        values, places = self.strongest_of(terms, count, wanted, highest=highest)
         if rerank > wanted:
-            others = self.strongest_of(self.all_terms(features), count, rerank - wanted, highest=not highest)
+            others = self.strongest_of(terms, count, rerank - wanted, highest=not highest)
             values, places = (np.concatenate(pair, axis=1) for pair in zip((values, places), others, strict=True))
         return values, places
 

@@ -143,16 +143,16 @@ def dataset_size(data: Any) -> int:
     return BatchSource(data).n
 
 
-def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """The batch with every tensor on a device; what is no tensor stays."""
+def to_device(batch: Batch, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+    """The batch with every tensor on a device, and of a type if it is of floats; what is no tensor stays."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return batch.to(device, dtype if batch.is_floating_point() else None, non_blocking=True)
     if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        return {key: to_device(value, device, dtype) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
+        return type(batch)(*(to_device(value, device, dtype) for value in batch))
     if isinstance(batch, tuple | list):
-        return type(batch)(to_device(value, device) for value in batch)
+        return type(batch)(to_device(value, device, dtype) for value in batch)
     return batch.to(device) if hasattr(batch, "to") else batch
 
 
