@@ -249,6 +249,8 @@ class Bank:
         for key in self.store.leftovers():
             if key.startswith(tuple(done)) and not key.startswith("fits/"):  # others may be at work on those
                 self.store.delete(key)
+        if self.finalized:
+            self.store.sweep("claims")
         self.fits.remove_stale()
 
     def append(

@@ -119,6 +119,7 @@ from typing import Any
 
 from source_proj._errors import BankError
 from source_proj.bank.codecs import Codec, find_codec
+from source_proj.sketch import Sketch
 from source_proj.trajectory import RunRecord
 
 __all__ = ["FORMAT", "VERSION", "Settings", "canonical", "sha256"]
@@ -187,6 +188,7 @@ class Settings:
             if not isinstance(entries[name], Mapping):
                 raise BankError(f"its setting {name!r} is {entries[name]!r}, and must be an object")
         try:
+            Sketch.require_spec(entries["sketch"])
             return cls(**{**entries, "trajectory": RunRecord.from_json(entries["trajectory"])})
         except (TypeError, ValueError) as error:
             raise BankError(f"its settings are malformed: {error}") from error

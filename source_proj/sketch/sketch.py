@@ -89,8 +89,7 @@ class Sketch:
     def __post_init__(self) -> None:
         for name in ("dim", "seed", "nnz"):
             object.__setattr__(self, name, integer(name, getattr(self, name)))
-        if not 1 <= self.dim < 1 << 31:
-            raise ValueError(f"dim is {self.dim}; give a number of columns from 1 to 2^31 - 1")
+        _require_dim(self.dim)
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed is {self.seed}; give a number from 0 to 2^64 - 1")
         if not 1 <= self.nnz < 1 << 16:
@@ -141,6 +140,21 @@ class Sketch:
             spec |= {"backend": self.backend, "multiprocessors": self.multiprocessors}
         return spec
 
+    @staticmethod
+    def require_spec(spec: Mapping[str, Any]) -> None:
+        """Refuse what is no `spec`, whether or not its matrix can be made here.
+
+        Raises:
+            ValueError: an entry is missing or unknown, or dim is out of range.
+            TypeError: dim is no integer.
+        """
+        expected = {"kind", "dim", "seed", "nnz", "backend"}
+        if spec.get("backend", _PORTABLE) != _PORTABLE:
+            expected.add("multiprocessors")
+        if set(spec) != expected:
+            raise ValueError(f"sketch spec has entries {sorted(spec)}; expected {sorted(expected)}")
+        _require_dim(integer("dim", spec["dim"]))
+
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> "Sketch":
         """The sketch of a `spec`, served by the fastest backend present.
@@ -148,11 +162,7 @@ class Sketch:
         Raises:
             ValueError: an entry is missing or unknown, or names a backend whose matrix cannot be made here.
         """
-        expected = {"kind", "dim", "seed", "nnz", "backend"}
-        if spec.get("backend", _PORTABLE) != _PORTABLE:
-            expected.add("multiprocessors")
-        if set(spec) != expected:
-            raise ValueError(f"sketch spec has entries {sorted(spec)}; expected {sorted(expected)}")
+        cls.require_spec(spec)
         if "multiprocessors" in spec:
             integer("multiprocessors", spec["multiprocessors"])  # None would mean those of this device
         return cls(**{**spec, "backend": None if spec["backend"] == _PORTABLE else spec["backend"]})
@@ -352,3 +362,8 @@ class Sketch:
         check_out(out, self.dim)
         if out.shape[0] != rows.shape[0]:
             raise ValueError(f"out has {out.shape[0]} examples, but {name} is {tuple(rows.shape)}")
+
+
+def _require_dim(dim: int) -> None:
+    if not 1 <= dim < 1 << 31:
+        raise ValueError(f"dim is {dim}; give a number of columns from 1 to 2^31 - 1")

@@ -123,6 +123,9 @@ REFUSED = {
     "another storage": (attribute("", "settings", "storage", to="int3"), "storage must be one of int1"),
     "negative draws": (attribute("", "settings", "sampled_fisher", to=-1), "sampled_fisher must be"),
     "a sketch in words": (attribute("", "settings", "sketch", to="sparse"), "'sketch' is 'sparse'"),
+    "a sketch without dim": (without("", "settings", "sketch", "dim"), "sketch spec has entries"),
+    "a sketch of no columns": (attribute("", "settings", "sketch", "dim", to=0), "dim is 0; give a number of columns"),
+    "a sketch's dim in words": (attribute("", "settings", "sketch", "dim", to="32"), "dim is '32'; give an integer"),
     "an unknown sketch": (attribute("", "settings", "sketch", "kind", to="magic"), "magic"),
     "a trajectory without stages": (attribute("", "settings", "trajectory", to={}), "trajectory lacks 'stages'"),
     "a trajectory of no stages": (

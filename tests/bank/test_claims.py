@@ -206,6 +206,20 @@ def test_a_full_disk_is_named(begun, monkeypatch):
             list(claims.take(begun.parts[0], 0, [1]))
 
 
+def test_folders_that_a_killed_worker_left_empty_are_removed(run, whole, tmp_path):
+    """Plain zarr would warn of them; one that holds something stays."""
+    bank = run.build(tmp_path / "bank")
+    (tmp_path / "bank" / "claims" / "stage_0" / "part_0" / "3").mkdir(parents=True)
+    bank.finalize()
+    assert not (tmp_path / "bank" / "claims").exists()
+    assert_same(tmp_path / "bank", whole)
+    kept = tmp_path / "bank" / "claims" / "stage_0" / "note"
+    (kept.parent / "empty").mkdir(parents=True)
+    kept.write_text("a stranger's")
+    bank.finalize()
+    assert [path.name for path in (tmp_path / "bank" / "claims").rglob("*")] == ["stage_0", "note"]
+
+
 @pytest.mark.parametrize("takeover", [0, -1, float("inf"), float("nan"), True, "300"])
 def test_a_takeover_that_is_no_time_is_refused(run, tmp_path, takeover):
     with pytest.raises(ValueError, match="takeover must be a positive number of seconds"):

@@ -120,6 +120,9 @@ class Store(ABC):
         """Keys below a key, in order, but not the temporary ones, which end in `PARTIAL`; raises as :meth:`keys`."""
         return sorted(key for key in self.keys(prefix) if not key.endswith(PARTIAL))
 
+    def sweep(self, prefix: str) -> None:  # noqa: B027 (most stores have no folders)
+        """Remove what is no object below a key: folders that writers left empty, killed or still at work."""
+
     def leftovers(self, prefix: str = "") -> Sequence[str]:
         """The temporary ones: writers at work have them, or killed ones left them; raises as :meth:`keys`."""
         return sorted(key for key in self.keys(prefix) if key.endswith(PARTIAL))

@@ -59,6 +59,11 @@ class LocalStore(Store):
             except OSError:  # it holds something
                 return
 
+    def sweep(self, prefix: str) -> None:  # noqa: D102
+        for folder, _, _ in os.walk(self._file(prefix), topdown=False):
+            with contextlib.suppress(OSError):  # it holds something
+                os.rmdir(folder)
+
     def stat(self, key: str) -> ObjectInfo | None:  # noqa: D102
         try:
             status = os.stat(self._file(key))
