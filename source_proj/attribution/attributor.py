@@ -370,10 +370,11 @@ class Attributor(ABC):
         self, queries: Queries, k: int, out: str | Path | None, *, highest: bool, overwrite: bool
     ) -> Hits | HitsFile:
         """The k highest or lowest scores of each query, streamed where ``out`` says so."""
-        path = None if out is None else checked_out(out, "hits", overwrite=overwrite)
+        if out is not None:
+            path = checked_out(out, "hits", overwrite=overwrite)
+            stream_hits(self, queries, k, path, highest=highest, overwrite=overwrite)
+            return HitsFile(path)
         k = checked_count(k, self.n_rows)
-        if path is not None:
-            return stream_hits(self, queries, k, path, highest=highest, overwrite=overwrite)
         features = self.sketch(queries)
         values, where = self.strongest_of(self.all_terms(features), len(features.ids), k, highest=highest)
         return make_hits(

@@ -12,12 +12,12 @@ import zarr
 
 from source_proj._errors import MismatchError, MissingFileError, extra
 from source_proj.attribution.hits import Hit
-from source_proj.attribution.score_files import write_scores_parquet
+from source_proj.attribution.score_files import write_scores_csv, write_scores_parquet
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["HitsFile", "is_hits_folder", "write_hits_parquet"]
+__all__ = ["HitsFile", "is_hits_folder", "write_hits"]
 
 _FACTS = b"source-proj"  # the key of the file's facts
 
@@ -126,7 +126,7 @@ class _Parquet:
                 yield place, columns["query_id"][line], [Hit(*hit) for hit in zip(train_ids, scores, strict=True)]
 
 
-def write_hits_parquet(
+def write_hits(
     path: Path,
     indices: zarr.Array[Any],
     scores: zarr.Array[Any],
@@ -137,13 +137,16 @@ def write_hits_parquet(
     *,
     overwrite: bool,
 ) -> None:
-    """Write hits in long form, a group of rows for each block of queries; see :class:`HitsFile`."""
+    """Write hits in long form, as .csv, or as .parquet with a group of rows for each block of queries."""
     count, k = scores.shape
-    facts = {**{name: facts[name] for name in ("unit", "sign", "higher_is_better")}, "k": k, "block": block}
     parts = (
         (start, np.asarray(indices[start : start + block]), np.asarray(scores[start : start + block]))
         for start in range(0, count, block)
     )
+    if path.suffix == ".csv":
+        write_scores_csv(path, parts, query_ids, train_ids, overwrite=overwrite)
+        return
+    facts = {**{name: facts[name] for name in ("unit", "sign", "higher_is_better")}, "k": k, "block": block}
     told = {_FACTS: json.dumps(facts).encode()}
     write_scores_parquet(path, parts, query_ids, train_ids, overwrite=overwrite, told=told)
 

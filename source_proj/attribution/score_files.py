@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -12,9 +14,12 @@ import numpy as np
 
 from source_proj._errors import extra
 from source_proj._io.outputs import write_output
+from source_proj._io.printable import csv_cell
 from source_proj.attribution.words import id_word, plain_ids
 
-__all__ = ["FACTS", "is_scores_array", "long_form", "scores_facts", "write_scores_parquet"]
+__all__ = ["FACTS", "is_scores_array", "long_form", "scores_facts", "write_scores_csv", "write_scores_parquet"]
+
+_COLUMNS = ["query_id", "train_id", "rank", "score"]
 
 FACTS = frozenset({"query_ids", "train_ids", "unit", "sign", "higher_is_better"})
 """The names of what is written with the values, by which an array of scores is known again."""
@@ -60,7 +65,7 @@ def long_form(query_ids: Sequence[Any], train_ids: Sequence[Any], told: dict[byt
         return pyarrow.int64() if numbers else pyarrow.string()
 
     types = [type_of(query_ids), type_of(train_ids), pyarrow.int64(), pyarrow.float32()]
-    return pyarrow.schema(list(zip(["query_id", "train_id", "rank", "score"], types, strict=True)), metadata=told)
+    return pyarrow.schema(list(zip(_COLUMNS, types, strict=True)), metadata=told)
 
 
 def write_scores_parquet(
@@ -105,5 +110,30 @@ def write_scores_parquet(
                     values.reshape(-1).astype(np.float32, copy=False),
                 ]
                 writer.write_table(pyarrow.table(columns, schema=schema), row_group_size=max(1, count * k))
+
+    write_output(path, write, overwrite=overwrite)
+
+
+def write_scores_csv(
+    path: Path,
+    parts: Iterable[tuple[int, np.ndarray, np.ndarray]],
+    query_ids: Sequence[Any],
+    train_ids: Sequence[Any],
+    *,
+    overwrite: bool,
+) -> None:
+    """Write ranked examples in long form for a spreadsheet; arguments as for :func:`write_scores_parquet`."""
+
+    def write(file: BinaryIO) -> None:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        lines = csv.writer(text)
+        lines.writerow(_COLUMNS)
+        for start, where, values in parts:
+            for place, (row, scores) in enumerate(zip(where.tolist(), values, strict=True), start=start):
+                query = csv_cell(id_word(query_ids[place]))
+                for rank, (train, score) in enumerate(zip(row, scores, strict=True), start=1):
+                    lines.writerow([query, csv_cell(id_word(train_ids[train])), rank, score])
+        text.flush()
+        text.detach()
 
     write_output(path, write, overwrite=overwrite)

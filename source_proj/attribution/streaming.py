@@ -18,12 +18,14 @@ import zarr
 from torch import Tensor
 from zarr.codecs import Crc32cCodec
 
+from source_proj._errors import extra
 from source_proj._io.files import sync_folder
 from source_proj._io.outputs import name_folder, require_free
 from source_proj._io.progress import Bar, Progress, progress_bar
 from source_proj._io.unfinished import Unfinished
 from source_proj.attribution.features import SketchedQueries
-from source_proj.attribution.hits_file import HitsFile, is_hits_folder, write_hits_parquet
+from source_proj.attribution.hits import checked_count
+from source_proj.attribution.hits_file import is_hits_folder, write_hits
 from source_proj.attribution.products import Term
 from source_proj.attribution.score_files import is_scores_array
 from source_proj.bank import Bank
@@ -35,6 +37,7 @@ _BLOCK_BYTES = 256 << 20  # of a block's features
 _MOST_QUERIES = 2048
 
 _FOLDERS = {"scores": is_scores_array, "hits": is_hits_folder}
+_ENDINGS = {"scores": (".zarr",), "hits": (".parquet", ".zarr")}
 
 
 @dataclass(frozen=True)
@@ -76,16 +79,26 @@ class Streamable(Protocol):
     def facts_of(self, query_ids: Sequence[Any]) -> dict[str, Any]: ...
 
 
-def checked_out(out: str | Path, what: str, *, overwrite: bool) -> Path:
+def checked_out(out: str | Path, what: str, *, overwrite: bool, more: tuple[str, ...] = ()) -> Path:
     """The path that "scores" or "hits" are streamed to, refused before any work is done for them.
+
+    Args:
+        out: the path.
+        what: one of the two.
+        overwrite: replace what is there.
+        more: endings besides those that can be read back.
 
     Raises:
         ValueError: they are not written to such an ending.
         FileExistsError: something is there that may not be overwritten.
+        ImportError: without pyarrow (extra ``parquet``), where it is needed.
     """
-    path, endings = Path(out), (".zarr",) if what == "scores" else (".parquet", ".zarr")
+    path, endings = Path(out), (*_ENDINGS[what], *more)
     if path.suffix not in endings:
         raise ValueError(f"out of {what} must end in {' or '.join(endings)}, got {str(out)!r}")
+    if path.suffix == ".parquet":
+        with extra("parquet"):
+            import pyarrow  # noqa: F401 (which writes at the end)
     require_free(path, overwrite=overwrite, replaceable=_FOLDERS[what] if path.suffix == ".zarr" else Path.is_file)
     return path
 
@@ -122,9 +135,13 @@ def stream_scores(
     return zarr.open_array(path, mode="r"), ids
 
 
-def stream_hits(method: Streamable, queries: Any, k: int, path: Path, *, highest: bool, overwrite: bool) -> HitsFile:
-    """Write the k strongest examples of each query, in long form (.parquet) or as positions and scores (.zarr)."""
-    blocks = method.query_blocks(queries)
+def stream_hits(method: Streamable, queries: Any, k: int, path: Path, *, highest: bool, overwrite: bool) -> int:
+    """Write the k strongest examples of each query, in long form (.parquet, .csv) or as positions and scores (.zarr).
+
+    Returns:
+        Q, the number of queries.
+    """
+    k, blocks = checked_count(k, method.n_rows), method.query_blocks(queries)
     count, size = blocks.count, blocks.size
     ids: list[Any] = []
     description = {**_description("hits", method, count, size), "k": k, "highest": highest}
@@ -145,13 +162,13 @@ def stream_hits(method: Streamable, queries: Any, k: int, path: Path, *, highest
                     _sync_rows(made.content / name, rows.start, len(features.ids))
                 made.commit(number, digest)
         facts = method.facts_of(ids)
-        if path.suffix == ".parquet":
-            write_hits_parquet(path, indices, scores, facts, ids, method.banks[0].ids, size, overwrite=overwrite)
-        else:
+        if path.suffix == ".zarr":
             group.update_attributes(facts)
             sync_folder(made.content)
             name_folder(made.content, path, overwrite=overwrite, replaceable=is_hits_folder)
-    return HitsFile(path)
+        else:
+            write_hits(path, indices, scores, facts, ids, method.banks[0].ids, size, overwrite=overwrite)
+    return count
 
 
 def _features(blocks: QueryBlocks, progress: Progress) -> Iterator[SketchedQueries]:

@@ -1,4 +1,4 @@
-"""Answers of ``score`` and ``top-k``: lines for a terminal, JSON, a page, and tables of one line a score."""
+"""Answers of ``score`` and ``top-k``: lines for a terminal, JSON, a page, and files of scores."""
 
 import csv
 import functools
@@ -11,7 +11,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from source_proj._errors import extra
 from source_proj._io.outputs import require_free, write_output, write_outputs
 from source_proj._io.printable import csv_cell
 from source_proj.attribution.hits import Hits
@@ -20,11 +19,9 @@ from source_proj.attribution.scores import Scores
 from source_proj.attribution.words import TOWARDS, explained, id_word, plain_id
 from source_proj.bank.examples import Example
 
-__all__ = ["SIGN", "Answer", "checked_files", "scores_writer"]
+__all__ = ["SIGN", "Answer", "require_folder", "scores_writer"]
 
 SIGN = "positive: including the example raised the measurement"
-
-_COLUMNS = ["query_id", "train_id", "rank", "score"]
 
 
 @dataclass(frozen=True)
@@ -69,33 +66,8 @@ class Answer:
                 "higher_is_better": hits.higher_is_better, "method": self.method,
                 **({"reranked": reranked} if reranked else {}), "queries": queries}  # fmt: skip
 
-    def write(self, files: Mapping[str, Path], overwrite: bool) -> None:
-        """Write the files that were asked for, by kind: "csv", "parquet", "html"."""
-        writers = {"csv": self._write_csv, "parquet": self._write_parquet, "html": self._write_html}
-        for kind, path in files.items():
-            writers[kind](path, overwrite)
-
-    def _write_csv(self, path: Path, overwrite: bool) -> None:
-        def write(file: BinaryIO) -> None:
-            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-            lines = csv.writer(text)
-            lines.writerow([*_COLUMNS, "most"])
-            for name, hits in self.lists.items():
-                for query_id, entries in hits:
-                    for rank, (train_id, value) in enumerate(entries, start=1):
-                        lines.writerow([csv_cell(id_word(query_id)), csv_cell(id_word(train_id)), rank, value, name])
-            text.flush()
-            text.detach()
-
-        write_output(path, write, overwrite=overwrite)
-
-    def _write_parquet(self, path: Path, overwrite: bool) -> None:
-        with extra("pandas"):
-            import pandas as pd
-        frames = [_words(hits.to_pandas()).assign(most=name) for name, hits in self.lists.items()]
-        _write_frame(pd.concat(frames, ignore_index=True), path, overwrite)
-
-    def _write_html(self, path: Path, overwrite: bool) -> None:
+    def write_html(self, path: Path, overwrite: bool) -> None:
+        """Write a page of all queries."""
         from source_proj.report import make_hits_page, write_report
 
         page = make_hits_page(
@@ -104,19 +76,14 @@ class Answer:
         write_report(page, path, overwrite=overwrite)
 
 
-def checked_files(options: Mapping[str, Any], overwrite: bool) -> dict[str, Path]:
-    """The files that were asked for, by kind; refused before any work is done for them.
+def require_folder(flag: str, path: Path) -> None:
+    """Refuse a path whose folder is not there, before any work is done for it.
 
     Raises:
-        FileNotFoundError: a folder is not there.
-        FileExistsError: something is in the way.
+        FileNotFoundError: it is not.
     """
-    files = {kind: options[kind] for kind in ("csv", "parquet", "html") if options[kind] is not None}
-    for kind, path in files.items():
-        if not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"--{kind} {str(path)!r}: the directory {str(path.parent)!r} does not exist")
-        require_free(path, overwrite=overwrite)
-    return files
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{flag} {str(path)!r}: the directory {str(path.parent)!r} does not exist")
 
 
 def scores_writer(out: Path, overwrite: bool) -> Callable[[Scores], None]:
@@ -124,8 +91,7 @@ def scores_writer(out: Path, overwrite: bool) -> Callable[[Scores], None]:
     writers = {".npy": _write_npy, ".zarr": _write_zarr, ".csv": _write_csv, ".parquet": _write_parquet}
     if out.suffix not in writers:
         raise ValueError(f"--out must end in one of {', '.join(writers)}, got {str(out)!r}")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out {str(out)!r}: the directory {str(out.parent)!r} does not exist")
+    require_folder("--out", out)
     replaceable = is_scores_array if out.suffix == ".zarr" else _replaceable
     for path in [out, *([_facts_path(out)] if out.suffix == ".npy" else [])]:
         require_free(path, overwrite=overwrite, replaceable=replaceable)
@@ -183,17 +149,6 @@ def _write_csv(scores: Scores, out: Path, overwrite: bool) -> None:
 
 def _write_parquet(scores: Scores, out: Path, overwrite: bool) -> None:
     scores.to_parquet(out, overwrite=overwrite)
-
-
-def _write_frame(frame: Any, path: Path, overwrite: bool) -> None:
-    with extra("parquet"):
-        import pyarrow  # noqa: F401 (pandas writes with it, and would name no extra)
-    write_output(path, lambda file: frame.to_parquet(file, index=False), overwrite=overwrite)
-
-
-def _words(frame: Any) -> Any:
-    """A frame whose ids are single values: (stage, id) becomes stage/id."""
-    return frame.assign(query_id=frame["query_id"].map(id_word), train_id=frame["train_id"].map(id_word))
 
 
 def _entries(hits: Hits, query: int) -> list[dict[str, Any]]:

@@ -19,15 +19,17 @@ from source_proj.attribution.methods import (
     Trak,
 )
 from source_proj.attribution.source import Source
+from source_proj.attribution.streaming import checked_out, stream_hits
 from source_proj.bank import Bank
 from source_proj.bank import open as open_bank
 from source_proj.bank.examples import Examples
+from source_proj.cli.answers import SIGN, require_folder
 from source_proj.cli.options import Method
 from source_proj.cli.parsing import load_object, make_task, parse_damping, parse_picture, parse_segments, parse_target
 from source_proj.cli.text import ask_about, training_texts
 from source_proj.task import Task
 
-__all__ = ["METHODS", "ask", "verbs_of"]
+__all__ = ["METHODS", "ask", "check_one_list", "stream_list", "verbs_of"]
 
 METHODS: dict[Method, Callable[..., Attributor]] = {
     Method.source: Source,
@@ -103,6 +105,31 @@ def verbs_of(method: Attributor, queries: Any, k: int, rerank: int | None) -> di
         raise ValueError(f"--rerank has no meaning for {type(method).__name__}; leave it out, or take --method source")
     corrected = {"helpful": method.helpful, "harmful": method.harmful, "lowest": method.bottom_k}
     return {name: partial(verb, queries, k, rerank=rerank) for name, verb in corrected.items()}
+
+
+def check_one_list(options: Mapping[str, Any]) -> None:
+    """Refuse what cannot be streamed by ``top-k --out``, before any work is done for it.
+
+    Raises:
+        ValueError: no list is named, or an option of answers in memory is given; or as `checked_out`.
+        FileExistsError, FileNotFoundError, ImportError: as `checked_out`.
+    """
+    if options["most"] is None and not options["lowest"]:
+        raise ValueError("--out holds one list: say --most helpful, --most harmful or --lowest")
+    for name in ("html", "rerank"):
+        if options[name] is not None:
+            raise ValueError(f"--{name} keeps all queries in memory, and --out streams them: leave one of them out")
+    require_folder("--out", options["out"])
+    checked_out(options["out"], "hits", overwrite=options["overwrite"], more=(".csv",))
+
+
+def stream_list(method: Attributor, queries: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Stream the list that was named to ``--out``; return what is to be said of it."""
+    named, k, out = "lowest" if options["lowest"] else options["most"].value, options["k"], options["out"]
+    highest = named != "lowest" and (named == "helpful") == method.task.higher_is_better
+    count = stream_hits(method, queries, k, out, highest=highest, overwrite=options["overwrite"])
+    return {"out": out, "queries": count, "k": k, "list": named, "unit": method.unit, "sign": SIGN,
+            "higher_is_better": method.task.higher_is_better, "method": options["method"].value}  # fmt: skip
 
 
 def _method_options(method: Method, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -122,12 +122,16 @@ DampingFactorOption = Annotated[
     float | None,
     typer.Option("--damping-factor", help="Of datainf's damping; default: the paper's 0.1.", rich_help_panel=METHOD),
 ]
-CsvFile = Annotated[
+HitsOut = Annotated[
     Path | None,
-    typer.Option("--csv", metavar="FILE", help="Also write query_id, train_id, rank, score.", rich_help_panel=OUTPUT),
-]
-ParquetFile = Annotated[
-    Path | None, typer.Option("--parquet", metavar="FILE", help="The same as Parquet.", rich_help_panel=OUTPUT)
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="FILE",
+        help="Stream one list (--most or --lowest) of any number of queries to .parquet or .csv (query_id, train_id, "
+        "rank, score), or .zarr; after a kill the same command goes on.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 HtmlFile = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.", rich_help_panel=OUTPUT)
@@ -239,8 +243,7 @@ def top_k(
     rank: RankOption = None,
     damping_factor: DampingFactorOption = None,
     task: TaskName = None,
-    csv: CsvFile = None,
-    parquet: ParquetFile = None,
+    out: HitsOut = None,
     html: HtmlFile = None,
     trust_remote_code: TrustRemoteCode = False,
     batch_size: BatchSize = 64,
@@ -252,20 +255,32 @@ def top_k(
     json: Json = False,
 ) -> None:
     """Show the training examples that helped and harmed each query most, with what is known of them."""
-    from source_proj.cli.answers import Answer, checked_files
-    from source_proj.cli.asking import ask, verbs_of
+    from source_proj._io.outputs import require_free
+    from source_proj.cli.answers import SIGN, Answer, require_folder
+    from source_proj.cli.asking import ask, check_one_list, stream_list, verbs_of
     from source_proj.cli.executors import executor_of
 
     if most is not None and lowest:
         raise ValueError("--most and --lowest choose differently: leave one of them out")
-    files = checked_files(context.params, overwrite)
+    if out is not None:
+        check_one_list(context.params)
+    if html is not None:
+        require_folder("--html", html)
+        require_free(html, overwrite=overwrite)
     executor = context.with_resource(executor_of(context.params))
     asked, data_of_queries = ask(context.params, executor)
+    if out is not None:
+        facts = stream_list(asked, data_of_queries, context.params)
+        if json:
+            emit(facts)
+        else:
+            say(f"{out}: {facts['queries']} queries x {k} training examples, in units of the {facts['unit']}; {SIGN}")
+        return
     verbs = verbs_of(asked, data_of_queries, k, rerank)
     wanted = ["lowest"] if lowest else ["helpful", "harmful"] if most is None else [most.value]
-    lists = {name: verbs[name]() for name in wanted}
-    answer = Answer(lists, method.value)
-    answer.write(files, overwrite)
+    answer = Answer({name: verbs[name]() for name in wanted}, method.value)
+    if html is not None:
+        answer.write_html(html, overwrite)
     if json:
         emit(answer.as_json())
     else:

@@ -17,6 +17,8 @@ from command_line import ASK
 from typer.testing import CliRunner
 
 import source_proj as sp
+from source_proj.attribution import streaming
+from source_proj.attribution.attributor import Attributor
 from source_proj.cli import app, executors
 from source_proj.cli.asking import METHODS
 
@@ -100,6 +102,57 @@ def test_a_file_is_replaced_only_when_it_is_said(call, tmp_path, ending):
     assert not np.array_equal(content(out), first)
 
 
+@pytest.mark.parametrize("ending", ["parquet", "csv", "zarr"])
+@pytest.mark.parametrize("chosen", [["--most", "helpful"], ["--most", "harmful"], ["--lowest"]])
+def test_a_streamed_list_is_the_one_in_memory(call, tmp_path, scores, monkeypatch, ending, chosen):
+    monkeypatch.setattr(streaming, "_MOST_QUERIES", 2)
+    out, k = tmp_path / f"hits.{ending}", 5
+    told = call("top-k", "bank", *ASK, *chosen, "-k", k, "--batch-size", "2", "-o", out, "--json")
+    named = chosen[-1].removeprefix("--")
+    assert (told["queries"], told["k"], told["list"], told["unit"]) == (3, k, named, scores.unit)
+    held = {"helpful": scores.helpful, "harmful": scores.harmful, "lowest": scores.bottom_k}[named](k)
+    frame = pd.read_csv(out) if ending == "csv" else sp.HitsFile(out).to_pandas()
+    assert frame[["query_id", "train_id", "rank"]].equals(held.to_pandas()[["query_id", "train_id", "rank"]])
+    np.testing.assert_allclose(frame["score"], held.scores.ravel(), rtol=1e-4)
+    assert "exists" in call("top-k", "bank", *ASK, *chosen, "-o", out, code=2)
+    assert "3 queries x 2 " in call("top-k", "bank", *ASK, *chosen, "-k", "2", "-o", out, "--overwrite")
+
+
+def test_a_killed_list_goes_on_where_it_was(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "_MOST_QUERIES", 1)
+    made, search = [], Attributor.strongest_of
+
+    def dying(self, terms, count, k, *, highest):
+        if len(made) == 2:
+            raise OSError("the disk is gone")
+        made.append(count)
+        return search(self, terms, count, k, highest=highest)
+
+    asked = ["top-k", "bank", *ASK, "--most", "helpful", "-k", "4", "--batch-size", "1", "-o", tmp_path / "hits.csv"]
+    call(*asked[:-1], tmp_path / "whole.csv")
+    with monkeypatch.context() as patched:
+        patched.setattr(Attributor, "strongest_of", dying)
+        assert "the disk is gone" in call(*asked, code=1)
+        assert not (tmp_path / "hits.csv").exists()
+        with pytest.raises(AssertionError, match="the disk is gone"):
+            call(*asked)  # the third query is all that is left
+        made.clear()
+        call(*asked)
+    assert made == [1]
+    assert (tmp_path / "hits.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_what_cannot_be_streamed_is_refused_before_any_work(call, tmp_path):
+    asked = ["top-k", "bank", *ASK, "-o", tmp_path / "hits.parquet"]
+    assert "--out holds one list" in call(*asked, code=2)
+    assert "--html keeps all queries in memory" in call(*asked, "--lowest", "--html", tmp_path / "p.html", code=2)
+    assert "--rerank keeps all queries" in call(*asked, "--lowest", "--rerank", "9", code=2)
+    assert ".parquet or .zarr or .csv" in call(*asked[:-1], tmp_path / "hits.npy", "--lowest", code=2)
+    assert "does not exist" in call(*asked[:-1], tmp_path / "absent" / "hits.csv", "--lowest", code=2)
+    assert "k must lie in 1..40" in call(*asked, "--lowest", "-k", "41", code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_of_ids_beside_is_not_replaced_either(call, tmp_path):
     (tmp_path / "scores.npy.json").write_text('{"mine": 1}')
     for options in ([], ["--overwrite"]):
@@ -161,6 +214,8 @@ def test_ids_of_strangers_reach_terminal_and_sheet_as_text(home, monkeypatch, tm
     with (tmp_path / "s.csv").open(newline="") as file:
         header = next(csv.reader(file))
     assert header[1:3] == ["'=cmd|0", "'\\x1b[2J1"]
+    CliRunner().invoke(app, ["top-k", str(tmp_path / "bank"), *ASK, "--lowest", "-o", str(tmp_path / "hits.csv")])
+    assert set(pd.read_csv(tmp_path / "hits.csv")["train_id"].str[:3]) <= {"'=c", "'\\x"}
 
 
 def test_every_command_that_asks_offers_every_option():
