@@ -3,7 +3,7 @@
 A bank of made-up texts is built and served, and opened in Chromium (from the path) by Playwright. Printed are the bytes
 that the page loads, and seconds: the server's own work, Chromium's first paint and first contentful paint, until the
 list is filled, until one row's lists of helpful and harmful examples are there, until the last row is in sight, and
-until a search among all texts is answered (the first reads them all).
+until a search among all texts is answered, first with what was read until then, and at last with everything.
 """
 
 import argparse
@@ -90,6 +90,10 @@ def look(page: Page, address: str) -> None:
         with timed(search):
             page.fill("#search", words)
             page.wait_for_selector(f"#count:not(:has-text('{total}'))", timeout=120_000)
+            page.wait_for_selector("#rows .option .line")
+        print(f"{'':>24}  {page.text_content('#count')}")
+        with timed("all of it"):
+            page.wait_for_selector("#count[aria-busy=false]", timeout=600_000)
         total = page.text_content("#count")
     print(f"{'rows in the document':>24}  {page.locator('#rows .option').count()}")
 

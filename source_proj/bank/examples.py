@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,16 +158,14 @@ class Examples:
             index -= len(part)
         raise IndexError(f"there is no example {index + len(self)} among {len(self)}")
 
-    def searched(self, index: int) -> tuple[str, str]:
-        """Text and label of the example at a place, without making its picture: what a search looks at."""
+    def searched(self) -> Iterator[tuple[str, str]]:
+        """Text and label of each example in order, without making its picture: what a search looks at."""
         for part in self._parts:
-            if index < len(part):
+            for index in range(len(part)):
                 base, place = _origin(part, index)
                 names = self.class_names if self.class_names is not None else getattr(base, "classes", None)
                 given, label = base.words(place) if hasattr(base, "words") else _split(part[index])
-                return self._text(given) or "", _name(label, names)
-            index -= len(part)
-        raise IndexError(f"there is no example {index + len(self)} among {len(self)}")
+                yield self._text(given) or "", _name(label, names)
 
     def _show(self, data: Any, index: int, id: Any, prediction: Any) -> Example:
         base, place = _origin(data, index)
@@ -263,10 +261,11 @@ def _row(value: Any, columns: Sequence[str] | None) -> tuple[tuple[str, str], ..
 
 
 def _name(label: Any, class_names: ClassNames | None) -> str:
-    if hasattr(label, "item") and math.prod(label.shape) == 1:
-        label = label.item()
-    if label is None or np.ndim(label) > 0:  # of a sequence, its tokens are the labels
-        return ""
+    if not isinstance(label, int | str):  # which most are, and a search reads them all
+        if hasattr(label, "item") and math.prod(label.shape) == 1:
+            label = label.item()
+        if label is None or np.ndim(label) > 0:  # of a sequence, its tokens are the labels
+            return ""
     if class_names is None or isinstance(label, str):
         return f"{label:.4g}" if isinstance(label, float) else str(label)
     try:

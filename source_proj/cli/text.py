@@ -19,7 +19,9 @@ from source_proj.integrations.trainer_data import check_training_set
 from source_proj.integrations.trainer_folders import trainer_folders
 from source_proj.task import CausalLM, Task, TokenQueries
 
-__all__ = ["TextOptions", "ask_about", "training_texts"]
+__all__ = ["TextOptions", "ask_about", "ask_about_own", "training_texts"]
+
+_OWN_QUERIES = 200  # examples of a bank's own file that stand in for queries
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,33 @@ def ask_about(
     if not isinstance(task, CausalLM):
         raise ValueError(f"--per-token belongs to language models, and the bank's task is {task.name}: leave it out")
     return network, TokenQueries(data, task), tokenizer
+
+
+def ask_about_own(bank: str, trust_remote_code: bool = False) -> tuple[nn.Module, Any, Any, list[Any]]:
+    """The model, queries, tokenizer and the queries' ids where none were named: examples of the bank's own file.
+
+    There are at most 200 of them, evenly spread.
+
+    Raises:
+        ValueError: the bank knows no file, or it has changed; says what to give.
+    """
+    file, ids = TextSettings.data_set(bank), open_bank(bank).ids
+    if file is None:
+        raise ValueError(
+            f"{bank} does not know its training set's file, from which examples could be asked about: give --dataset "
+            "FILE (a bank of texts), or --model and --queries"
+        )
+    rows = TextRows(file, TextSettings.read(bank)).rows
+    if len(rows) != len(ids):
+        raise ValueError(
+            f"{str(file)!r} holds {len(rows)} examples and the bank {len(ids)}: it has changed; give the queries by "
+            "--dataset FILE"
+        )
+    places = [place * len(rows) // min(_OWN_QUERIES, len(rows)) for place in range(min(_OWN_QUERIES, len(rows)))]
+    settings = TextSettings.read(bank)
+    network, tokenizer = load_pretrained(settings.model, trust_remote_code=trust_remote_code)
+    data = TextData([rows[place] for place in places], settings, network, tokenizer)
+    return network, data, tokenizer, [ids[place] for place in places]
 
 
 def training_texts(bank: str | Path, tokenizer: Any) -> Examples | None:

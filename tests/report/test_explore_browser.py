@@ -124,3 +124,37 @@ def test_of_a_million_rows_only_those_in_sight_are_in_the_document(page):
     )
     page.wait_for_selector("#long :text-is('999999')")
     assert page.evaluate("window.long.window.children.length") < 20
+
+
+def test_a_search_that_goes_on_fills_the_list_and_moves_nothing(browser, address):
+    """Answers as of a server that still reads; the list grows to the last of them, and keeps what is in sight."""
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    known = {"total": 30, "read": 0.25}
+
+    def answer(route):
+        if "words=slow" not in route.request.url:
+            route.continue_()
+            return
+        asked = dict(part.split("=") for part in route.request.url.partition("?")[2].split("&"))
+        places = range(int(asked["start"]), min(int(asked["start"]) + int(asked["count"]), known["total"]))
+        examples = [{"place": place, "id": place, "word": str(place), "text": f"text {place}"} for place in places]
+        route.fulfill(json={**known, "examples": examples})
+
+    page.route("**/api/train?*", answer)
+    page.goto(address)
+    page.wait_for_selector("body[data-ready]", timeout=20000)
+    page.click("#tab-train")
+    page.fill("#search", "slow")
+    page.wait_for_selector("#count:has-text('30 training examples so far, 25 % searched')")
+    page.evaluate("document.getElementById('rows').scrollTop = 740")
+    page.wait_for_selector("#rows :text-is('text 10')")
+    known.update(total=250, read=1)
+    page.wait_for_selector("#count[aria-busy=false]:has-text('250 training examples')")
+    assert page.evaluate("document.getElementById('rows').scrollTop") == 740
+    page.locator("#rows").press("End")
+    page.wait_for_selector("#rows :text-is('text 249')")
+    page.locator("#rows").press("Home")
+    for _ in range(35):
+        page.locator("#rows").press("ArrowDown")
+    page.wait_for_selector("#rows .active :text-is('text 35')")
+    page.close()

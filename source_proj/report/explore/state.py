@@ -94,16 +94,18 @@ class Explorer:
     ) -> dict[str, Any]:
         """The examples of a kind that hold words, have a label and are of a stage: how many, and some of them.
 
+        While they are read for the first time, those found so far, and the share of all that was looked at ("read").
+
         Raises:
             ValueError: start or count is out of range.
         """
         if start < 0 or not 0 <= count <= _SPAN:
             raise ValueError(f"start must be at least 0 and count 0..{_SPAN}, got {start} and {count}")
-        places = self._index[kind].search(words, label, stage)
-        return {
-            "total": len(places),
-            "examples": [self.example(kind, int(place)) for place in places[start : start + count]],
-        }
+        found = self._index[kind].search(words, label, stage, start + count)
+        examples = [self.example(kind, place) for place in found.places[start : start + count]]
+        for index in self._index.values():  # the first list is there: what is searched next is read meanwhile
+            index.begin()
+        return {"total": len(found.places), "read": found.read, "examples": examples}
 
     def example(self, kind: Kind, place: int) -> dict[str, Any]:
         """One example as the page shows it.

@@ -64,10 +64,21 @@ async function start() {
   document.getElementById("facts").textContent =
     `${facts.queries.toLocaleString("en")} queries, ${facts.train.toLocaleString("en")} training examples, ${facts.method}; ${facts.unit_in_words}${kept}`;
 
+  const asked = (first, size) => backend.listed(kind, { words: search.value, label: label.value, stage: stage.value }, first, size);
+  let reading = false;
+
+  /** How many there are; of examples that are read for the first time, how many so far. */
+  function tell({ total, read }) {
+    reading = read < 1;
+    count.setAttribute("aria-busy", String(reading));
+    const share = reading ? ` so far, ${Math.floor(100 * read)} % searched` : "";
+    count.textContent = `${total.toLocaleString("en")} ${kind === "queries" ? "queries" : "training examples"}${share}`;
+  }
+
   const list = new VirtualList(box, {
     async fetch(first, size) {
-      const answer = await backend.listed(kind, { words: search.value, label: label.value, stage: stage.value }, first, size);
-      count.textContent = `${answer.total.toLocaleString("en")} ${kind === "queries" ? "queries" : "training examples"}`;
+      const answer = await asked(first, size);
+      tell(answer);
       return answer;
     },
     open: (example) => { location.hash = `${kind}/${example.place}`; },
@@ -89,9 +100,32 @@ async function start() {
     count.classList.add("wrong");
   }
 
-  function reset() {
+  async function reset() {
     count.classList.remove("wrong");
-    return list.reset().catch(fail);
+    try {
+      await list.reset();
+      goOn();
+    } catch (error) {
+      fail(error);
+    }
+  }
+
+  /** A search finds more while the examples are read: the list grows, and nothing in sight moves. */
+  let following = 0;
+  function goOn() {
+    clearTimeout(following);
+    const version = list.version;
+    if (reading) following = setTimeout(async () => {
+      try {
+        const answer = await asked(0, 0);
+        if (version !== list.version) return;
+        tell(answer);
+        list.grow(answer.total);
+        goOn();
+      } catch (error) {
+        fail(error);
+      }
+    }, 500);
   }
 
   function choose(other) {
@@ -109,9 +143,9 @@ async function start() {
 
   /** What labels there are is known when all examples were read; the list is there before. */
   async function offerLabels() {
-    const asked = kind;
-    const names = await backend.labels(asked);
-    if (asked === kind) fillSelect(label, "any label", names.map((name) => [name, name]));
+    const its = kind;
+    const names = await backend.labels(its);
+    if (its === kind) fillSelect(label, "any label", names.map((name) => [name, name]));
   }
 
   async function follow() {

@@ -57,9 +57,22 @@ class VirtualList {
     this.spans = new Map([[0, first.examples]]);
     this.total = first.total;
     this.active = 0;
-    this.spacer.style.height = `${Math.min(this.total * VirtualList.ROW, VirtualList.TALLEST)}px`;
+    this.stretch();
     this.box.scrollTop = 0;
     this.draw();
+  }
+
+  /** There are more rows at the end. */
+  grow(total) {
+    if (total === this.total) return;
+    if (this.total % VirtualList.SPAN) this.spans.delete(Math.floor(this.total / VirtualList.SPAN)); // it was not full
+    this.total = total;
+    this.stretch();
+    this.draw();
+  }
+
+  stretch() {
+    this.spacer.style.height = `${Math.min(this.total * VirtualList.ROW, VirtualList.TALLEST)}px`;
   }
 
   at(row) {
