@@ -26,7 +26,7 @@ from source_proj.bank.examples import Examples
 from source_proj.cli.answers import SIGN, require_folder
 from source_proj.cli.options import Method
 from source_proj.cli.parsing import load_object, make_task, parse_damping, parse_picture, parse_segments, parse_target
-from source_proj.cli.text import ask_about, training_texts
+from source_proj.cli.text import ask_about, own_queries, training_texts
 from source_proj.task import Task
 
 __all__ = ["METHODS", "ask", "check_one_list", "stream_list", "verbs_of"]
@@ -55,23 +55,26 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def ask(options: Mapping[str, Any], executor: Executor | None = None) -> tuple[Attributor, Any]:
+def ask(options: Mapping[str, Any], executor: Executor | None = None, *, own: bool = False) -> tuple[Attributor, Any]:
     """The method that a command's options describe, and its queries; its banks know how their examples are shown.
 
     Args:
         options: those of the command, by name.
         executor: what the method gives its work to; None for this process.
+        own: where no queries are named, ask about examples of the bank's own file.
 
     Raises:
         ValueError: an option has no meaning for the method, is missing, or is said twice.
     """
     paths: list[str] = options["bank"]
     target = parse_target(options["target"])
+    named = not own or any(options[name] for name in ("model", "queries", "dataset", "per_token"))
+    rows, ids = (options["dataset"], None) if named else own_queries(paths[0])
     network, queries, tokenizer = ask_about(
         paths[0],
         options["model"],
         options["queries"],
-        options["dataset"],
+        rows,
         options["per_token"],
         options["trust_remote_code"],
         own_answers=target == "predicted",
@@ -79,7 +82,7 @@ def ask(options: Mapping[str, Any], executor: Executor | None = None) -> tuple[A
     banks = [open_bank(path) for path in paths]
     banks[0].examples = _examples(options, tokenizer)
     method = options["method"]
-    return METHODS[method](
+    made = METHODS[method](
         banks,
         model=network,
         task=_task(banks[0], options["task"], target),
@@ -88,7 +91,8 @@ def ask(options: Mapping[str, Any], executor: Executor | None = None) -> tuple[A
         executor=executor,
         progress=options["progress"],
         **_method_options(method, options),
-    ), queries
+    )
+    return made, queries if ids is None else made.sketch(queries, ids)
 
 
 def verbs_of(method: Attributor, queries: Any, k: int, rerank: int | None) -> dict[str, Callable[[], Hits]]:

@@ -91,7 +91,10 @@ def explore(
     device: Device = None,
     progress: Progress = True,
 ) -> None:
-    """Look around in a page: search queries and training examples, and see who helped or harmed whom."""
+    """Look around in a page: search queries and training examples, and see who helped or harmed whom.
+
+    A bank that was built from a text file needs no more: 200 of its own examples, evenly spread, are asked about then.
+    """
     from source_proj._errors import extra
     from source_proj.cli.asking import ask
 
@@ -101,7 +104,7 @@ def explore(
     from source_proj.integrations import TextSettings
     from source_proj.report.explore import Explorer, serve, write_static
 
-    asked, data_of_queries = ask(context.params)
+    asked, data_of_queries = ask(context.params, own=True)
     known = file or TextSettings.data_set(bank[0])
     documents = _documents(asked.task.name, bank[0], known, trust_remote_code) if static is None else None
     explorer = Explorer(asked, data_of_queries, file=known, documents=documents)

@@ -19,7 +19,7 @@ from source_proj.integrations.trainer_data import check_training_set
 from source_proj.integrations.trainer_folders import trainer_folders
 from source_proj.task import CausalLM, Task, TokenQueries
 
-__all__ = ["TextOptions", "ask_about", "ask_about_own", "training_texts"]
+__all__ = ["TextOptions", "ask_about", "own_queries", "training_texts"]
 
 _OWN_QUERIES = 200  # examples of a bank's own file that stand in for queries
 
@@ -118,7 +118,7 @@ def ask_about(
     bank: str,
     model: str | None,
     queries: str | None,
-    dataset: Path | None,
+    dataset: Path | list[Mapping[str, Any]] | None,
     per_token: bool,
     trust_remote_code: bool = False,
     own_answers: bool = False,
@@ -155,10 +155,8 @@ def ask_about(
     return network, TokenQueries(data, task), tokenizer
 
 
-def ask_about_own(bank: str, trust_remote_code: bool = False) -> tuple[nn.Module, Any, Any, list[Any]]:
-    """The model, queries, tokenizer and the queries' ids where none were named: examples of the bank's own file.
-
-    There are at most 200 of them, evenly spread.
+def own_queries(bank: str) -> tuple[list[Mapping[str, Any]], list[Any]]:
+    """Rows and ids of examples of a bank's own file, evenly spread, in the place of queries that nobody named.
 
     Raises:
         ValueError: the bank knows no file, or it has changed; says what to give.
@@ -166,20 +164,17 @@ def ask_about_own(bank: str, trust_remote_code: bool = False) -> tuple[nn.Module
     file, ids = TextSettings.data_set(bank), open_bank(bank).ids
     if file is None:
         raise ValueError(
-            f"{bank} does not know its training set's file, from which examples could be asked about: give --dataset "
-            "FILE (a bank of texts), or --model and --queries"
+            f"{bank} does not know its training set's file, whose examples could be asked about: give --model and "
+            "--queries, or --dataset FILE to a bank that was built from texts"
         )
     rows = TextRows(file, TextSettings.read(bank)).rows
     if len(rows) != len(ids):
         raise ValueError(
-            f"{str(file)!r} holds {len(rows)} examples and the bank {len(ids)}: it has changed; give the queries by "
-            "--dataset FILE"
+            f"{str(file)!r} holds {len(rows)} examples and {bank} {len(ids)}: give queries by --dataset FILE"
         )
-    places = [place * len(rows) // min(_OWN_QUERIES, len(rows)) for place in range(min(_OWN_QUERIES, len(rows)))]
-    settings = TextSettings.read(bank)
-    network, tokenizer = load_pretrained(settings.model, trust_remote_code=trust_remote_code)
-    data = TextData([rows[place] for place in places], settings, network, tokenizer)
-    return network, data, tokenizer, [ids[place] for place in places]
+    count = min(_OWN_QUERIES, len(rows))
+    places = [place * len(rows) // count for place in range(count)]
+    return [rows[place] for place in places], [ids[place] for place in places]
 
 
 def training_texts(bank: str | Path, tokenizer: Any) -> Examples | None:

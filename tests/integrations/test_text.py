@@ -11,7 +11,7 @@ from trainer_runs import transformers
 from typer.testing import CliRunner
 
 import source_proj as sp
-from source_proj.cli import app
+from source_proj.cli import app, text
 from source_proj.integrations import TextData, TextSettings, load_pretrained, task_for
 
 WORDS = ["good", "bad", "film", "book", "was", "the", "a", "not", "very", "plain"]
@@ -257,3 +257,26 @@ def test_only_a_model_of_transformers_is_loaded(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
     with pytest.raises(ValueError, match="which transformers does not have"):
         load_pretrained(str(tmp_path))
+
+
+def test_a_page_needs_no_more_than_the_bank(run, tmp_path, monkeypatch):
+    pytest.importorskip("starlette", reason="the page is served by the explore extra")
+    monkeypatch.setattr(text, "_OWN_QUERIES", 5)
+    _, directory = run
+    file = directory / "own.jsonl"
+    file.write_bytes((directory / "train.jsonl").read_bytes())
+    build(directory, tmp_path / "bank", file="own.jsonl")
+    call("explore", tmp_path / "bank", "--static", tmp_path / "page", "--no-progress")
+    data = json.loads((tmp_path / "page" / "data.js").read_text().removeprefix("window.exploreData = ")[:-2])
+    assert [query["id"] for query in data["queries"]] == [0, 4, 8, 12, 16]
+    assert [query["text"] for query in data["queries"]] == [TEXTS[place] for place in (0, 4, 8, 12, 16)]
+    model, words = load_pretrained(str(directory / "run" / "checkpoint-8"))
+    asked = TextData(directory / "train.jsonl", TextSettings.read(tmp_path / "bank"), model, words)
+    source = sp.Source(sp.open(tmp_path / "bank"), model=model, progress=False)
+    best = source.helpful(torch.utils.data.Subset(asked, [0, 4, 8, 12, 16]), 1)
+    assert [lists["helpful"][0][0] for lists in data["lists"]] == best.indices[:, 0].tolist()
+    file.write_bytes(file.read_bytes() + file.read_bytes().splitlines(keepends=True)[0])
+    assert "holds 21 examples" in call("explore", tmp_path / "bank", "--static", tmp_path / "other", code=2)
+    file.unlink()
+    said = call("explore", tmp_path / "bank", "--static", tmp_path / "other", code=2)
+    assert "give --model and --queries, or --dataset FILE" in said
