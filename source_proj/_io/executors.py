@@ -161,6 +161,11 @@ class _Submitted:
         try:
             return self._executor.submit(self._work, f"{self._name}-{attempt}")
         except Exception as error:
+            if any(word in str(error) for word in ("shutdown", "closed")):  # pools say the one, Dask's client the other
+                raise SourceProjError(
+                    f"the executor {self._executor!r} was shut down before ({error}): ask while it is open, inside its "
+                    "with block, or give another one by executor="
+                ) from error
             raise self._lost("takes no task", error) from error
 
     def _lost(self, what: str, error: Exception) -> SourceProjError:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,22 +20,11 @@ from source_proj.attribution.queries import checked_query_ids, query_source
 from source_proj.attribution.scores import Scores
 from source_proj.bank.build.columns import examples_of
 from source_proj.bank.build.data import BatchSource, to_device
+from source_proj.evaluate._stepper import OptimizerFactory, State, Stepper, derivatives
 from source_proj.gradients import private_copy
 from source_proj.task import Batch, Model, Task
 
 __all__ = ["ExactUnrolling"]
-
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-
-_COUNTERS = {"step": 0.0, "mu_product": 1.0}
-"""Parts of optimizers' states that do not depend on gradients, with what they begin with."""
-
-
-class _State(NamedTuple):
-    """What a step begins with: parameters, and the optimizer's moments of each."""
-
-    parameters: list[Tensor]
-    moments: list[dict[str, Any]]
 
 
 class ExactUnrolling:
@@ -62,8 +51,8 @@ class ExactUnrolling:
     Raises:
         MismatchError: places that the training set lacks, or as many learning rates as there are no steps.
         TypeError: a training set that is no map, or places that are no integers.
-        ValueError: no steps, an empty step, an optimizer that cannot be differentiated, or a task whose normalizer is
-            not told.
+        ValueError: no steps, an empty step, an optimizer that cannot be differentiated or has other parameters than
+            those that it was given, or a task whose normalizer is not told.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -104,9 +93,9 @@ class ExactUnrolling:
             raise ValueError(f"the task {task.name!r} divides a batch's loss by a sum: give task.normalized([…])")
         self._names = [name for name, p in self._model.named_parameters() if p.requires_grad]
         self._start = [p.detach().clone() for p in self._model.parameters() if p.requires_grad]
-        self._stepper = _Stepper(optimizer, self._start, lr)
+        self._stepper = Stepper(optimizer, self._start, lr)
         self._every = max(1, math.isqrt(len(self._batches)))
-        self._kept: dict[int, _State] = {}
+        self._kept: dict[int, State] = {}
 
     def __repr__(self) -> str:
         return f"ExactUnrolling({len(self._batches)} steps, {len(self.ids)} training examples)"
@@ -134,13 +123,20 @@ class ExactUnrolling:
             batch_size: queries that go through the run together.
 
         Raises:
-            GradientError: the run or its derivative is not finite.
+            GradientError: the run or its derivative is not finite, gradients of embeddings are sparse, or a layer
+                cannot be differentiated twice.
         """
         final = list(self.final_weights().values())
         source = query_source(queries, batch_size)
-        values = np.concatenate(
-            [self._backward(self._measured(final, batch)) for _, _, batch in source.load([(0, source.n)])]
-        )
+        try:
+            values = np.concatenate(
+                [self._backward(self._measured(final, batch)) for _, _, batch in source.load([(0, source.n)])]
+            )
+        except NotImplementedError as error:  # torch's own, of an operation
+            raise GradientError(
+                f"the model cannot be differentiated twice ({error}): replace that layer, such as an EmbeddingBag by "
+                "an Embedding and a mean"
+            ) from error
         if not np.isfinite(values).all():
             raise GradientError("the derivative of the run is not finite: look at the learning rate, or use .double()")
         return Scores(
@@ -183,7 +179,7 @@ class ExactUnrolling:
         with _twice_differentiable():
             values = task.measurement(model, batch)
             identity = torch.eye(len(values), dtype=values.dtype, device=values.device)
-            return _derivatives([values], leaves, [identity])
+            return derivatives([values], leaves, [identity])
 
     def _backward(self, adjoint: list[Tensor]) -> np.ndarray:
         """Carry queries' gradients ``(B, *shape)`` back through the run: by examples' weights, ``(B, N)``."""
@@ -197,7 +193,7 @@ class ExactUnrolling:
                 bar.update(1)
         return scores.numpy()
 
-    def _states_backwards(self) -> Iterator[tuple[int, _State]]:
+    def _states_backwards(self) -> Iterator[tuple[int, State]]:
         """What each step began with, last step first."""
         steps = len(self._batches)
         for begin in reversed(range(0, steps, self._every)):
@@ -207,7 +203,7 @@ class ExactUnrolling:
             for t in reversed(range(len(states))):
                 yield begin + t, states[t]
 
-    def _step(self, t: int, state: _State) -> _State:
+    def _step(self, t: int, state: State) -> State:
         leaves = [p.detach().clone().requires_grad_() for p in state.parameters]
         with _twice_differentiable():
             gradients = self._gradients(t, leaves, None)
@@ -222,11 +218,19 @@ class ExactUnrolling:
         output = self._task.output(self._with(parameters), batch)
         slope = _slope(self._task, output, batch) / len(places)
         slope = slope.detach() if weights is None else slope * weights
-        found = torch.autograd.grad(output, parameters, slope, create_graph=weights is not None, materialize_grads=True)
-        return list(found)
+        gradients = torch.autograd.grad(
+            output, parameters, slope, create_graph=weights is not None, materialize_grads=True
+        )
+        sparse = [name for name, g in zip(self._names, gradients, strict=True) if g.layout is not torch.strided]
+        if sparse:
+            raise GradientError(
+                f"the gradients of {sparse[:5]} are sparse, which torch does not differentiate again: make the "
+                "embedding with sparse=False, or freeze it"
+            )
+        return list(gradients)
 
     def _pulled_back(
-        self, t: int, state: _State, adjoint: list[Tensor], moments: list[dict[str, Tensor]]
+        self, t: int, state: State, adjoint: list[Tensor], moments: list[dict[str, Tensor]]
     ) -> tuple[list[Tensor], list[dict[str, Tensor]], Tensor]:
         """From the adjoint after a step to the one before it; also the derivative by the weights of its examples."""
         parameters = [p.detach().clone().requires_grad_() for p in state.parameters]
@@ -237,93 +241,8 @@ class ExactUnrolling:
             by_parameters, by_gradients, before = self._stepper.pull_back(
                 t, state, [g.detach() for g in gradients], adjoint, moments
             )
-            through = _derivatives(gradients, [*parameters, weights], by_gradients)
+            through = derivatives(gradients, [*parameters, weights], by_gradients)
         return [a + b for a, b in zip(by_parameters, through[:-1], strict=True)], before, through[-1]
-
-
-class _Stepper:
-    """An optimizer of torch as a function of parameters, gradients and moments."""
-
-    def __init__(self, optimizer: OptimizerFactory, start: list[Tensor], lr: Sequence[float] | None) -> None:
-        self._parameters = [nn.Parameter(p.clone()) for p in start]
-        self._optimizer, self._lr = optimizer(self._parameters), lr
-        if "differentiable" not in self._optimizer.defaults:
-            raise ValueError(
-                f"{type(self._optimizer).__name__} cannot be differentiated: give an optimizer of torch.optim that "
-                "takes differentiable=True, such as SGD, Adam or AdamW"
-            )
-        self._optimizer.defaults["differentiable"] = True
-        place = {id(p): i for i, p in enumerate(self._parameters)}
-        self._groups = []
-        for group in self._optimizer.param_groups:
-            group.update(differentiable=True, foreach=False)
-            group.update({key: False for key in ("fused", "capturable") if key in group})
-            self._groups.append([place[id(p)] for p in group["params"]])
-            if group.get("dampening"):
-                raise ValueError(f"dampening={group['dampening']} is not differentiated by torch: use dampening=0")
-        missing = len(self._parameters) - len({i for group in self._groups for i in group})
-        if missing:
-            raise MismatchError(f"the optimizer lacks {missing} of {len(place)} parameters: freeze them in the model")
-
-    def begin(self, start: list[Tensor]) -> _State:
-        """Parameters, and the moments that the optimizer begins with.
-
-        They are made by a step at which nothing moves, and not by the first one: SGD cuts its buffer off from the first
-        gradient, and Adam counts steps in float32, which would round a double run.
-        """
-        zeros = [torch.zeros_like(p) for p in start]
-        _, found = self.step(0, _State(zeros, [{} for _ in start]), zeros)
-        unknown = {
-            key
-            for parameter, own in zip(start, found, strict=True)
-            for key, value in own.items()
-            if key not in _COUNTERS and (not isinstance(value, Tensor) or value.shape != parameter.shape)
-        }
-        if unknown:
-            raise ValueError(f"{type(self._optimizer).__name__} keeps {sorted(unknown)}, whose derivative is not known")
-        return _State(
-            start, [{k: _first(k, v, p) for k, v in own.items()} for p, own in zip(start, found, strict=True)]
-        )
-
-    def step(self, t: int, state: _State, gradients: list[Tensor]) -> _State:
-        """One step; its results follow from what is given, which is left as it is."""
-        optimizer = self._optimizer
-        parameters = [p.clone() for p in state.parameters]
-        optimizer.state.clear()
-        for p, gradient, moments in zip(parameters, gradients, state.moments, strict=True):
-            p.grad = gradient
-            if moments:
-                optimizer.state[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in moments.items()}
-        for group, places in zip(optimizer.param_groups, self._groups, strict=True):
-            group["params"] = [parameters[i] for i in places]
-            if self._lr is not None:
-                group["lr"] = self._lr[t]
-        optimizer.step()
-        return _State(parameters, [dict(optimizer.state[p]) for p in parameters])
-
-    def pull_back(
-        self, t: int, state: _State, gradients: list[Tensor], adjoint: list[Tensor], moments: list[dict[str, Tensor]]
-    ) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]]:
-        """Adjoints ``(B, *shape)`` of a step's parameters, gradients and moments, from those of its results."""
-        leaves = _State(
-            [p.detach().clone().requires_grad_() for p in state.parameters],
-            [{k: _leaf(k, v) for k, v in own.items()} for own in state.moments],
-        )
-        asked = [g.clone().requires_grad_() for g in gradients]
-        after = self.step(t, leaves, asked)
-        outputs, cotangents = list(after.parameters), list(adjoint)
-        for made, own in zip(after.moments, moments, strict=True):
-            outputs += [made[k] for k in own]
-            cotangents += list(own.values())
-        kept = [[k for k in own if k not in _COUNTERS] for own in leaves.moments]
-        held = [own[k] for own, keys in zip(leaves.moments, kept, strict=True) for k in keys]
-        # Elementwise: 0 · ∞ arises where a second moment is zero, whose root has no slope, and its limit is zero.
-        found = [
-            torch.nan_to_num(d, nan=0.0) for d in _derivatives(outputs, [*leaves.parameters, *asked, *held], cotangents)
-        ]
-        n = len(asked)
-        rest = iter(found[2 * n :])
-        return found[:n], found[n : 2 * n], [{k: next(rest) for k in keys} for keys in kept]
 
 
 def _slope(task: Task, output: Tensor, batch: Batch) -> Tensor:
@@ -339,26 +258,6 @@ def _slope(task: Task, output: Tensor, batch: Batch) -> Tensor:
     if not first.requires_grad and not torch.equal(moved, first):
         raise ValueError(f"loss_derivatives of the task {task.name!r} gives an ℓ' that varies, and no ℓ'': return both")
     return first
-
-
-def _first(key: str, value: Any, parameter: Tensor) -> Any:
-    return torch.tensor(_COUNTERS[key], dtype=parameter.dtype) if key in _COUNTERS else value
-
-
-def _leaf(key: str, value: Any) -> Any:
-    return value if key in _COUNTERS else value.detach().clone().requires_grad_()
-
-
-def _derivatives(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
-    """Vector-Jacobian products of B cotangents at once: ``(B, *shape)`` for each input."""
-    connected = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-    size = len(cotangents[0])
-    if not connected:
-        return [x.new_zeros(size, *x.shape) for x in inputs]
-    found = torch.autograd.grad(
-        [o for o, _ in connected], inputs, [c for _, c in connected], is_grads_batched=True, allow_unused=True
-    )
-    return [x.new_zeros(size, *x.shape) if d is None else d for d, x in zip(found, inputs, strict=True)]
 
 
 def _twice_differentiable() -> Any:

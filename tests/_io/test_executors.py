@@ -66,11 +66,12 @@ def test_workers_that_are_always_lost_end_in_a_clear_error():
     assert len({name for _, name in executor.attempts if name.rpartition("-")[0].endswith("-0")}) == 4
 
 
-def test_a_pool_that_takes_no_more_tasks_ends_in_a_clear_error():
-    with ThreadPoolExecutor(1) as pool:
-        pass
-    with pytest.raises(SourceProjError, match=r"takes no task .*make another one"):
-        list(map_in_order(pool, square, range(5)))
+@pytest.mark.parametrize("pool", [ThreadPoolExecutor, ProcessPoolExecutor])
+def test_a_pool_that_was_shut_down_is_named(pool):
+    executor = pool(1)
+    executor.shutdown()
+    with pytest.raises(SourceProjError, match=r"was shut down before.*while it is open"):
+        list(map_in_order(executor, abs, [1]))
 
 
 def test_a_pool_of_processes_that_lost_one_ends_in_a_clear_error():

@@ -162,6 +162,17 @@ def test_a_single_number_is_not_trusted_and_runs_may_differ_in_size(tmp_path):
         assert source(problem, [large, small]).fidelity(problem.queries).correlation.max() > 0
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_too_few_examples_to_correlate_over_are_refused(tmp_path, n):
+    problem = wide(1.0, n=n)
+    method = source(problem, problem.build(tmp_path / "bank", sketch=sp.Sketch(8)), damping=0.01)
+    for asked in ((problem.queries,), ()):
+        with pytest.raises(sp.BankError, match=f"of the {n} in .* at least 3 are needed"):
+            method.fidelity(*asked)
+    exact = source(problem, problem.build(tmp_path / "exact", sketch=sp.Sketch(kind="identity")), damping=0.01)
+    assert (exact.fidelity(problem.queries).correlation == 1).all()
+
+
 def test_scores_from_elsewhere_have_none(tmp_path):
     problem = classification(16)
     bank = problem.build(tmp_path / "bank", sketch=sp.Sketch(32))

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from source_proj._errors import GradientError
 from source_proj.bank.codecs import Codec, EncodedRows, codec_names, find_codec
 from source_proj.bank.codecs.lloyd_max import LloydMax
 from source_proj.bank.layout import ArraySpec
@@ -126,6 +127,17 @@ def test_batches_are_encoded_row_by_row(codec):
         assert torch.equal(codes[0], whole.codes[i])
         assert torch.equal(codes[0], known.codes[i])
         assert (scale is None and whole.scale is None) or scale[0] == whole.scale[i] == known.scale[i]
+
+
+@every_codec
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("known", [False, True])
+def test_a_row_that_is_not_finite_is_refused_by_name(codec, wrong, known):
+    rows = random_rows(40, 7)
+    rows[17, 3] = rows[39, 6] = wrong
+    with pytest.raises(GradientError, match=rf"rows \[17, 39\] of the 40 to be stored as {codec.name}"):
+        codec.encode(rows, codec.row_sizes(rows) if known else None)
+    codec.encode(rows[:17])
 
 
 @every_codec

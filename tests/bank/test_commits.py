@@ -13,6 +13,7 @@ from bank_runs import BATCH, SHARD, N, assert_same, content, make_adam_run, make
 from source_proj import bank as banks
 from source_proj._errors import BankError, MismatchError
 from source_proj._io import files
+from source_proj.bank.build import append as appending
 from source_proj.bank.read.part import Part
 from source_proj.bank.store import LocalStore
 
@@ -208,6 +209,29 @@ def test_ids_of_their_own_append_the_same_examples_twice(run, built, tmp_path):
     bank = append(path, run, make_data(30, seed=1), ids=range(1000, 1030))
     assert bank.n_rows == N + 60
     assert torch.equal(rows(bank, 0)[N : N + 30], rows(bank, 0)[N + 30 :])
+
+
+@pytest.mark.parametrize("given", ["the same number", "fewer", "own ids"])
+@pytest.mark.parametrize("moment", ["before", "while"])
+def test_who_comes_second_is_told_that_another_appends(run, built, tmp_path, monkeypatch, given, moment):
+    """The other one begins before this append looks, or after it looked and before it writes."""
+    path = shutil.copytree(built, tmp_path / "bank")
+    ids = [f"name {place}" for place in range(30)] if given == "own ids" else None
+    mine, named = make_data(29 if given == "fewer" else 30, seed=2), appending.part_objects
+
+    def late(*arguments):
+        monkeypatch.undo()
+        append(path, run, make_data(30, seed=1), shard=(0, 2))
+        return named(*arguments)
+
+    if moment == "before":
+        append(path, run, make_data(30, seed=1), shard=(0, 2))
+    else:
+        monkeypatch.setattr(appending, "part_objects", late)
+    with pytest.raises(MismatchError, match=r"begun by another append.*wait until it is done and append again"):
+        append(path, run, mine, ids=ids)
+    append(path, run, make_data(30, seed=1))
+    assert append(path, run, mine, ids=ids).n_rows == N + 30 + len(mine)
 
 
 # Exchanged shards ------------------------------------------------------------------------------------------------

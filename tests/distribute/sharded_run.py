@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.multiprocessing import start_processes
 from torch.utils.checkpoint import checkpoint
@@ -121,6 +121,7 @@ def refusals(folder: Path, rank: int, size: int) -> None:
         refusal(lambda: build(sharded(), folder / "refused", shard=(rank, size))),
         refusal(lambda: build(sharded(), folder / "refused", gradients="general")),
         refusal(lambda: build(split_by_tensors(), folder / "refused")),
+        refusal(lambda: build(replicated(), folder / "refused")),
     ]
     (folder / f"refusals_{size}.{rank}.json").write_text(json.dumps(said))
 
@@ -142,6 +143,11 @@ def split_by_tensors() -> nn.Module:
     for block in model.blocks:
         fully_shard(block, mesh=mesh["data"])
     return fully_shard(model, mesh=mesh["data"])
+
+
+def replicated() -> nn.Module:
+    """A model whose parameters are DTensors that every process holds whole."""
+    return distribute_module(decoder(0), init_device_mesh("cpu", (dist.get_world_size(),)))
 
 
 def main() -> None:

@@ -45,9 +45,10 @@ def test_the_processes_of_one_model_build_the_bank_of_one_process(home, processe
             assert facts["held"] <= facts["whole"] * (1.1 / processes)  # slices of short dims are rounded up
     refused = [json.loads((home / f"refusals_{processes}.{rank}.json").read_text()) for rank in range(processes)]
     for words in refused:
-        shares, general, split = words
+        shares, general, split, replicated = words
         assert "act as one, and must be given the same path, shard and takeover" in shares
         assert "sharded over processes (FSDP2), which hooks alone can serve, not 'general'" in general
         assert "tensor or expert parallelism" in split
         assert "blocks.0" in split
         assert "fully_shard alone" in split
+        assert "is a DTensor that every process holds whole (placements (Replicate(),))" in replicated

@@ -210,6 +210,38 @@ def test_a_loader_is_no_training_set():
         ExactUnrolling(model, sp.Classification(), DataLoader(train), [[0]], OPTIMIZERS["sgd"])
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_are_refused_with_what_to_do(kind):
+    train = TensorDataset(torch.arange(6)[:, None], torch.arange(6) % 2)
+
+    def run(**options):
+        model = nn.Sequential(kind(6, 3, **options), nn.Flatten(), nn.Linear(3, 2))
+        return ExactUnrolling(model, sp.Classification(), train, [[0, 1], [2, 3]], OPTIMIZERS["sgd"], progress=False)
+
+    with pytest.raises(sp.GradientError, match=r"of \['0\.weight'\] are sparse.*sparse=False"):
+        run(sparse=True).score(train)
+    if kind is nn.Embedding:
+        assert run(sparse=False).score(train).values.any()
+    else:
+        with pytest.raises(sp.GradientError, match=r"cannot be differentiated twice.*embedding_bag"):
+            run(sparse=False).score(train)
+
+
+def test_an_optimizer_of_other_parameters_is_refused_and_left_as_it_is():
+    model, train, _ = classification(0)
+    own = torch.optim.SGD(model.parameters(), lr=0.1)
+    for optimizer, error, message in (
+        (lambda _: own, ValueError, "4 parameters of the SGD are not among those that optimizer= was called with"),
+        (own, TypeError, r"got a SGD that has its own: give lambda parameters: torch\.optim\.SGD"),
+        (lambda _: None, TypeError, "a function of parameters to an optimizer of torch.optim, got None"),
+        ("sgd", TypeError, "got 'sgd'"),
+    ):
+        with pytest.raises(error, match=message):
+            ExactUnrolling(model, sp.Classification(), train, [[0, 1]], optimizer)
+    assert own.defaults["differentiable"] is False
+    assert own.param_groups[0]["differentiable"] is False
+
+
 def test_a_run_that_explodes_is_named():
     model, train, queries = classification(0)
     run = ExactUnrolling(

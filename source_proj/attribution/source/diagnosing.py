@@ -37,6 +37,9 @@ class Diagnosing(Reranking):
 
         Args:
             queries: as for :meth:`score`; None for some training examples' own losses, which need no model.
+
+        Raises:
+            BankError: the bank holds too few training examples to correlate over.
         """
         runs, apart = [self._of(bank) for bank in self.banks], None
         if queries is None:

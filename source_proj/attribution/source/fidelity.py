@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from source_proj._errors import BankError
 from source_proj.attribution.moments import decomposed
 from source_proj.attribution.operands import Picked
 from source_proj.attribution.source.fitted_segments import FittedSegments, walk_back
@@ -34,6 +35,7 @@ from source_proj.attribution.spectral import DenseHessian, Hessian, Spectrum, ri
 __all__ = ["Fidelity", "estimated_fidelity"]
 
 _EXAMPLES = 1024  # whose scores are correlated
+_LEAST_EXAMPLES = 3  # two always correlate by 1 or -1
 _WEAK, _GOOD = 0.7, 0.9  # correlations: where one is warned, and what the k that would do reaches
 _LEAST = 0.1  # of correlations, below which an estimate says nothing of their size
 _SPECTRAL = 1024  # columns up to which a half is decomposed
@@ -106,6 +108,9 @@ def estimated_fidelity(
         queries: for each bank, the queries' sketches ``(Q, k)`` by metric.
         query_ids: Q ids.
         apart: training examples that are left out of the correlation, as they are queries.
+
+    Raises:
+        BankError: there are too few training examples to correlate over.
     """
     last, dim = runs[0].segments[-1], runs[0].bank.sketch.dim
     ridge, rows = last.decay + last.damping, queries[0][last.metric].double()
@@ -126,6 +131,12 @@ def _correlation(
     examples = torch.linspace(0, n - 1, min(n, _EXAMPLES)).long().unique()
     if apart is not None:
         examples = examples[~torch.isin(examples, apart)]
+    if len(examples) < _LEAST_EXAMPLES:
+        raise BankError(
+            f"the fidelity of scores is their correlation over training examples, and of the {n} in "
+            f"{runs[0].bank.path} there are {len(examples)} to correlate over: at least {_LEAST_EXAMPLES} are needed, "
+            "and some dozens for a number to rely on; a bank of so few needs no sketch, as by Sketch(kind='identity')"
+        )
     shape = len(next(iter(queries[0].values()))), len(examples)
     scores = [torch.zeros(shape, dtype=torch.float64) for _ in range(2)]
     for fitted, sketches in zip(runs, queries, strict=True):

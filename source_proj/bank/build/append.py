@@ -17,7 +17,7 @@ from source_proj.bank.build.fill import Work, checked_shard, fill
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
 from source_proj.bank.read.metrics import Metrics
-from source_proj.bank.read.part import Part, listed, part_name, part_objects
+from source_proj.bank.read.part import OtherDataError, Part, listed, part_name, part_objects
 from source_proj.bank.store import Store
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint
@@ -79,19 +79,24 @@ def append_rows(
     given: list[Any] | None = None
     if ids is not None:
         given = checked_ids(ids, 0, source.n, parts[0].stage_name).tolist()  # read once: they may be a generator
-    part = _begun(parts, source, given)
+    part, own = _begun(parts, source, given), False
     if part is None:
         _require_sealed(store, parts)
-        part = _created(store, settings, stage, parts, source, given, shard_rows)
+        part, own = _created(store, settings, stage, parts, source, given, shard_rows)
     else:
         expected = part.ids if given is None else given
         wanted = checked_ids(expected, 0, len(expected), part.stage_name)
         height = default_shard_rows(source.n, source.batch_size, settings, shard_rows)
-        require_same_part(part, _spec(part.spec.start, source, wanted, height), wanted)
+        _require_same(part, _spec(part.spec.start, source, wanted, height), wanted)
     checkpoints = [checkpoint(stage, index) for index in range(part.n_checkpoints)]
     works = [Work(stage, part, source, checkpoints)]
-    with placement_of(model).kept():
-        fill(works, settings, model, task, metrics, shard=shard, device=device, progress=progress)
+    try:
+        with placement_of(model).kept():
+            fill(works, settings, model, task, metrics, shard=shard, device=device, progress=progress)
+    except OtherDataError as error:
+        if own:
+            raise
+        raise _of_another(part, error) from error
     return part
 
 
@@ -106,6 +111,25 @@ def _begun(parts: Sequence[Part], source: BatchSource, ids: Sequence[Any] | None
         if part.sealed() is not None and (_holds(part, source) if ids is None else list(ids) == part.ids):
             return part
     return next((part for part in appended if part.sealed() is None), None)
+
+
+def _require_same(part: Part, spec: PartSpec, ids: np.ndarray) -> None:
+    """Refuse to go on with what another append began.
+
+    Raises:
+        MismatchError: it did; says what to do.
+    """
+    try:
+        require_same_part(part, spec, ids)
+    except MismatchError as error:
+        raise _of_another(part, error) from error
+
+
+def _of_another(part: Part, error: Exception) -> MismatchError:
+    return MismatchError(
+        f"{part.location} was begun by another append, of other examples: if another process is at it now, wait "
+        f"until it is done and append again; if it was killed, give its own examples first, which finishes it ({error})"
+    )
 
 
 def _holds(part: Part, source: BatchSource) -> bool:
@@ -135,25 +159,27 @@ def _created(
     source: BatchSource,
     ids: Sequence[Any] | None,
     shard_rows: int | None,
-) -> Part:
+) -> tuple[Part, bool]:
+    """The next part, and whether it was made here: another process may have been first."""
     start = sum(part.spec.n for part in parts)
-    known = {one for part in parts for one in part.ids}
+    known = {known_id for part in parts for known_id in part.ids}
     new = checked_ids(ids, _next_id(parts) if ids is None else start, source.n, parts[0].stage_name)
-    twice = [one for one in new.tolist() if one in known]
+    twice = [new_id for new_id in new.tolist() if new_id in known]
     if twice:
         raise ValueError(f"the ids {twice[:5]} are in stage {parts[0].stage_name!r} already; give new ones")
     spec = _spec(start, source, new, default_shard_rows(source.n, source.batch_size, settings, shard_rows))
     *content, (group, attributes) = part_objects(settings, stage, len(parts), spec, new).items()
+    own = False
     try:
         if put_same(store, dict(content), part_name(stage, len(parts))):
-            store.put_if_absent({group: attributes})
+            own = not store.put_if_absent({group: attributes})
     except OSError as error:
         raise BankError(
             f"cannot append to the bank {store.location()}: {error}; make room, then append again"
         ) from error  # fmt: skip
     part = Part(store, stage, len(parts), settings)
-    require_same_part(part, spec, new)  # another worker may have made it
-    return part
+    _require_same(part, spec, new)
+    return part, own
 
 
 def _spec(start: int, source: BatchSource, ids: np.ndarray, height: int) -> PartSpec:
@@ -162,7 +188,7 @@ def _spec(start: int, source: BatchSource, ids: np.ndarray, height: int) -> Part
 
 def _next_id(parts: Sequence[Part]) -> int:
     """The first integer after all ids."""
-    known = [one for part in parts for one in part.ids]
-    if any(isinstance(one, str) for one in known):
+    known = [known_id for part in parts for known_id in part.ids]
+    if any(isinstance(known_id, str) for known_id in known):
         raise ValueError(f"stage {parts[0].stage_name!r} has ids that are strings; give ids for the new examples too")
     return int(max(known)) + 1

@@ -6,6 +6,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from source_proj._errors import GradientError
 from source_proj.kernels.scoring import Strongest, score
 
 __all__ = ["Codec", "EncodedRows", "codec_names", "find_codec"]
@@ -46,14 +47,28 @@ class Codec(ABC):
         if "name" in vars(cls):  # else it is the common part of several
             _CODECS[cls.name] = cls()
 
-    @abstractmethod
     def encode(self, rows: Tensor, sizes: Tensor | None = None) -> EncodedRows:
         """Encode finite rows ``(n, k)`` float32, each by itself.
 
         Args:
             rows: the rows.
             sizes: :meth:`row_sizes` of the rows, where it is known: saves a pass over them.
+
+        Raises:
+            GradientError: an entry is NaN or infinite; names the row.
         """
+        sizes = self.row_sizes(rows) if sizes is None else sizes
+        if not torch.isfinite(sizes).all():
+            bad = (~torch.isfinite(sizes)).nonzero()[:, 0].tolist()
+            raise GradientError(
+                f"rows {bad[:10]} of the {len(rows)} to be stored as {self.name} have entries that are NaN or "
+                "infinite: look at these examples and at the weights, or switch autocast off"
+            )
+        return self._encode(rows, sizes)
+
+    @abstractmethod
+    def _encode(self, rows: Tensor, sizes: Tensor) -> EncodedRows:
+        """Encode rows whose sizes ``(n,)`` are finite."""
 
     @abstractmethod
     def decode(self, codes: Tensor, scale: Tensor | None, k: int) -> Tensor:

@@ -24,10 +24,9 @@ class Float16(Codec):
     dtype = torch.float16
     array_type = "float16"
 
-    def encode(self, rows: Tensor, sizes: Tensor | None = None) -> EncodedRows:  # noqa: D102
-        largest = self.row_sizes(rows) if sizes is None else sizes
-        exponent = torch.frexp(largest).exponent  # max|row| in [2^(e-1), 2^e)
-        scale = torch.ldexp(torch.ones_like(largest), (exponent - 15).clamp_(min=-126))
+    def _encode(self, rows: Tensor, sizes: Tensor) -> EncodedRows:
+        exponent = torch.frexp(sizes).exponent  # max|row| in [2^(e-1), 2^e)
+        scale = torch.ldexp(torch.ones_like(sizes), (exponent - 15).clamp_(min=-126))
         return EncodedRows((rows / scale[:, None]).to(torch.float16), scale)
 
     def decode(self, codes: Tensor, scale: Tensor | None, k: int) -> Tensor:  # noqa: ARG002, D102

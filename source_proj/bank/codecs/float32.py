@@ -21,7 +21,7 @@ class Float32(Codec):
     array_type = "float32"
     has_scale = False
 
-    def encode(self, rows: Tensor, sizes: Tensor | None = None) -> EncodedRows:  # noqa: ARG002, D102
+    def _encode(self, rows: Tensor, sizes: Tensor) -> EncodedRows:  # noqa: ARG002
         return EncodedRows(rows.float(), None)
 
     def decode(self, codes: Tensor, scale: Tensor | None, k: int) -> Tensor:  # noqa: ARG002, D102

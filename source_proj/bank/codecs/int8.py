@@ -26,9 +26,8 @@ class Int8(Codec):
     array_type = "int8"
     compressible = True
 
-    def encode(self, rows: Tensor, sizes: Tensor | None = None) -> EncodedRows:  # noqa: D102
-        largest = self.row_sizes(rows) if sizes is None else sizes
-        scale = torch.where(largest > _SMALLEST, largest / 127, 0.0)
+    def _encode(self, rows: Tensor, sizes: Tensor) -> EncodedRows:
+        scale = torch.where(sizes > _SMALLEST, sizes / 127, 0.0)
         divisor = torch.where(scale > 0, scale, torch.inf)[:, None]
         return EncodedRows((rows / divisor).round_().to(torch.int8), scale)
 

@@ -60,10 +60,9 @@ class LloydMax(Codec):
     def width(self, k: int) -> int:  # noqa: D102
         return -(-k * self.bits // 8)
 
-    def encode(self, rows: Tensor, sizes: Tensor | None = None) -> EncodedRows:  # noqa: D102
-        largest = self.row_sizes(rows) if sizes is None else sizes
-        power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)  # max|row| / power in [1, 2)
-        power = torch.where(largest > _SMALLEST, power, torch.inf)
+    def _encode(self, rows: Tensor, sizes: Tensor) -> EncodedRows:
+        power = torch.ldexp(torch.ones_like(sizes), torch.frexp(sizes).exponent - 1)  # max|row| / power in [1, 2)
+        power = torch.where(sizes > _SMALLEST, power, torch.inf)
         packed = encode_rows(rotate(rows / power[:, None]), self._levels)
         along = packed.along  # of positive terms
         scale = torch.where(along > 0, packed.length**2 / along, 0.0) * torch.where(power < torch.inf, power, 0.0)

@@ -26,7 +26,11 @@ from source_proj.bank.read.objects import (
 )
 from source_proj.bank.store import Store
 
-__all__ = ["Part", "listed", "part_objects"]
+__all__ = ["OtherDataError", "Part", "listed", "part_objects"]
+
+
+class OtherDataError(MismatchError):
+    """Batches are other ones than those that were banked."""
 
 
 class Part:
@@ -245,7 +249,7 @@ class Part:
         start = self.spec.span(shard)[0] + batch * self.spec.batch_size
         stop = min(self.spec.n, start + self.spec.batch_size)
         now = "now" if checkpoint in (-1, other) else f"at the checkpoint of step {self.steps[checkpoint]}"
-        raise MismatchError(
+        raise OtherDataError(
             f"the data of stage {self.stage_name!r} differ in {len(different)} of {len(hashes)} batches of shard "
             f"{shard}, first in that of ids {self.ids[start]!r} to {self.ids[stop - 1]!r}: hash "
             f"{hashes[batch].tobytes().hex()[:16]} {now}, {stored[batch].tobytes().hex()[:16]} at that of step "

@@ -45,7 +45,7 @@ def refuse_parallelism(model: object) -> None:
 
 
 def refuse_placements(name: str, parameter: Any, *, of_fsdp: bool) -> None:
-    """Refuse a DTensor that is split otherwise than by FSDP.
+    """Refuse a DTensor that is not split, or otherwise than by FSDP.
 
     Args:
         name: the parameter's.
@@ -56,6 +56,12 @@ def refuse_placements(name: str, parameter: Any, *, of_fsdp: bool) -> None:
         SourceProjError: names the parameter, its placements and the dimensions of its mesh.
     """
     split = [placement for placement in parameter.placements if not placement.is_replicate()]
+    if not split and not of_fsdp:
+        raise SourceProjError(
+            f"parameter {name!r} is a DTensor that every process holds whole (placements "
+            f"{tuple(parameter.placements)}), whose gradients are DTensors too: give the plain model, with "
+            f"parameter.to_local() in its place, or {_REMEDY}"
+        )
     if len(split) > of_fsdp:
         mesh = parameter.device_mesh
         raise SourceProjError(

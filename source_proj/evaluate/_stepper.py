@@ -1,0 +1,152 @@
+"""One step of an optimizer of torch as a function that can be differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from source_proj._errors import MismatchError
+
+__all__ = ["OptimizerFactory", "State", "Stepper", "derivatives"]
+
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+_COUNTERS = {"step": 0.0, "mu_product": 1.0}
+"""Parts of optimizers' states that do not depend on gradients, with what they begin with."""
+
+
+class State(NamedTuple):
+    """What a step begins with: parameters, and the optimizer's moments of each."""
+
+    parameters: list[Tensor]
+    moments: list[dict[str, Any]]
+
+
+class Stepper:
+    """An optimizer of torch as a function of parameters, gradients and moments."""
+
+    def __init__(self, optimizer: OptimizerFactory, start: list[Tensor], lr: Sequence[float] | None) -> None:
+        self._parameters = [nn.Parameter(p.clone()) for p in start]
+        self._optimizer, self._lr = _made(optimizer, self._parameters), lr
+        if "differentiable" not in self._optimizer.defaults:
+            raise ValueError(
+                f"{type(self._optimizer).__name__} cannot be differentiated: give an optimizer of torch.optim that "
+                "takes differentiable=True, such as SGD, Adam or AdamW"
+            )
+        place = {id(p): i for i, p in enumerate(self._parameters)}
+        foreign = sum(id(p) not in place for group in self._optimizer.param_groups for p in group["params"])
+        if foreign:
+            raise ValueError(
+                f"{foreign} parameters of the {type(self._optimizer).__name__} are not among those that optimizer= was "
+                "called with: make it from its argument, as lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+            )
+        self._optimizer.defaults["differentiable"] = True
+        self._groups = []
+        for group in self._optimizer.param_groups:
+            group.update(differentiable=True, foreach=False)
+            group.update({key: False for key in ("fused", "capturable") if key in group})
+            self._groups.append([place[id(p)] for p in group["params"]])
+            if group.get("dampening"):
+                raise ValueError(f"dampening={group['dampening']} is not differentiated by torch: use dampening=0")
+        missing = len(self._parameters) - len({i for group in self._groups for i in group})
+        if missing:
+            raise MismatchError(f"the optimizer lacks {missing} of {len(place)} parameters: freeze them in the model")
+
+    def begin(self, start: list[Tensor]) -> State:
+        """Parameters, and the moments that the optimizer begins with.
+
+        They are made by a step at which nothing moves, and not by the first one: SGD cuts its buffer off from the first
+        gradient, and Adam counts steps in float32, which would round a double run.
+        """
+        zeros = [torch.zeros_like(p) for p in start]
+        _, found = self.step(0, State(zeros, [{} for _ in start]), zeros)
+        unknown = {
+            key
+            for parameter, own in zip(start, found, strict=True)
+            for key, value in own.items()
+            if key not in _COUNTERS and (not isinstance(value, Tensor) or value.shape != parameter.shape)
+        }
+        if unknown:
+            raise ValueError(f"{type(self._optimizer).__name__} keeps {sorted(unknown)}, whose derivative is not known")
+        return State(start, [{k: _first(k, v, p) for k, v in own.items()} for p, own in zip(start, found, strict=True)])
+
+    def step(self, t: int, state: State, gradients: list[Tensor]) -> State:
+        """One step; its results follow from what is given, which is left as it is."""
+        optimizer = self._optimizer
+        parameters = [p.clone() for p in state.parameters]
+        optimizer.state.clear()
+        for p, gradient, moments in zip(parameters, gradients, state.moments, strict=True):
+            p.grad = gradient
+            if moments:
+                optimizer.state[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in moments.items()}
+        for group, places in zip(optimizer.param_groups, self._groups, strict=True):
+            group["params"] = [parameters[i] for i in places]
+            if self._lr is not None:
+                group["lr"] = self._lr[t]
+        optimizer.step()
+        return State(parameters, [dict(optimizer.state[p]) for p in parameters])
+
+    def pull_back(
+        self, t: int, state: State, gradients: list[Tensor], adjoint: list[Tensor], moments: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]]:
+        """Adjoints ``(B, *shape)`` of a step's parameters, gradients and moments, from those of its results."""
+        leaves = State(
+            [p.detach().clone().requires_grad_() for p in state.parameters],
+            [{k: _leaf(k, v) for k, v in own.items()} for own in state.moments],
+        )
+        asked = [g.clone().requires_grad_() for g in gradients]
+        after = self.step(t, leaves, asked)
+        outputs, cotangents = list(after.parameters), list(adjoint)
+        for made, own in zip(after.moments, moments, strict=True):
+            outputs += [made[k] for k in own]
+            cotangents += list(own.values())
+        kept = [[k for k in own if k not in _COUNTERS] for own in leaves.moments]
+        held = [own[k] for own, keys in zip(leaves.moments, kept, strict=True) for k in keys]
+        # Elementwise: 0 · ∞ arises where a second moment is zero, whose root has no slope, and its limit is zero.
+        found = [
+            torch.nan_to_num(d, nan=0.0) for d in derivatives(outputs, [*leaves.parameters, *asked, *held], cotangents)
+        ]
+        n = len(asked)
+        rest = iter(found[2 * n :])
+        return found[:n], found[n : 2 * n], [{k: next(rest) for k in keys} for keys in kept]
+
+
+def _made(optimizer: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of parameters.
+
+    Raises:
+        TypeError: what was given makes none.
+    """
+    if isinstance(optimizer, torch.optim.Optimizer):
+        name = type(optimizer).__name__
+        raise TypeError(
+            f"optimizer must be a function of parameters, got a {name} that has its own: give lambda parameters: "
+            f"torch.optim.{name}(parameters, …)"
+        )
+    made = optimizer(parameters) if callable(optimizer) else optimizer
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a function of parameters to an optimizer of torch.optim, got {made!r}")
+    return made
+
+
+def _first(key: str, value: Any, parameter: Tensor) -> Any:
+    return torch.tensor(_COUNTERS[key], dtype=parameter.dtype) if key in _COUNTERS else value
+
+
+def _leaf(key: str, value: Any) -> Any:
+    return value if key in _COUNTERS else value.detach().clone().requires_grad_()
+
+
+def derivatives(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+    """Vector-Jacobian products of B cotangents at once: ``(B, *shape)`` for each input."""
+    connected = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    size = len(cotangents[0])
+    if not connected:
+        return [x.new_zeros(size, *x.shape) for x in inputs]
+    found = torch.autograd.grad(
+        [o for o, _ in connected], inputs, [c for _, c in connected], is_grads_batched=True, allow_unused=True
+    )
+    return [x.new_zeros(size, *x.shape) if d is None else d for d, x in zip(found, inputs, strict=True)]
