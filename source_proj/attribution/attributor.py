@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from source_proj._errors import MismatchError
 from source_proj._io.executors import Executor, check_executor
 from source_proj._io.progress import Progress
-from source_proj.attribution.features import QueryFeatures, SketchedQueries
+from source_proj.attribution.features import QueryFeatures, SketchedQueries, checked_features
 from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
 from source_proj.attribution.hits_file import HitsFile
 from source_proj.attribution.operands import Picked, checked_rows
@@ -239,7 +239,7 @@ class Attributor(ABC):
         if isinstance(queries, QueryFeatures):
             queries = [queries]
         if isinstance(queries, list) and queries and all(isinstance(given, QueryFeatures) for given in queries):
-            return SketchedQueries(self._checked(queries))
+            return checked_features(queries, [self._sketch_spec(bank) for bank in self.banks])
         return None
 
     def _features(
@@ -322,13 +322,9 @@ class Attributor(ABC):
             shown=self._shown(features),
         )
 
-    def _checked(self, features: list[QueryFeatures]) -> list[QueryFeatures]:
-        if len(features) != len(self.banks):
-            raise MismatchError(f"got features for {len(features)} banks, and this method averages {len(self.banks)}")
-        for bank, queried in zip(self.banks, features, strict=True):
-            if queried.sketch != bank.sketch.spec():
-                raise MismatchError(f"features of sketch {queried.sketch} do not fit the bank's {bank.sketch.spec()}")
-        return features
+    def _sketch_spec(self, bank: Bank) -> dict[str, Any]:
+        """What features of queries to a bank must be of."""
+        return bank.sketch.spec()
 
     def _sketch(
         self,

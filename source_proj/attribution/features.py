@@ -18,7 +18,6 @@ from source_proj._errors import MismatchError, MissingFileError
 from source_proj._io.loading import load_safetensors
 from source_proj._io.outputs import write_output
 from source_proj.attribution.words import plain_ids
-from source_proj.bank import Bank
 from source_proj.bank.examples import Examples
 from source_proj.task import Answers
 from source_proj.trajectory import Checkpoint
@@ -135,18 +134,21 @@ class SketchedQueries(list[QueryFeatures]):
         write_output(Path(path), save(tensors, metadata), overwrite=overwrite)
 
 
-def checked_features(banks: Sequence[Bank], features: list[QueryFeatures]) -> list[QueryFeatures]:
-    """Refuse features of other banks.
+def checked_features(features: list[QueryFeatures], sketches: Sequence[Mapping[str, Any]]) -> SketchedQueries:
+    """Features of given sketches, one for each bank that a method averages.
 
     Raises:
         MismatchError: there are more or fewer than banks, or a sketch is another.
     """
-    if len(features) != len(banks):
-        raise MismatchError(f"got features for {len(features)} banks, and this method averages {len(banks)}")
-    for bank, queried in zip(banks, features, strict=True):
-        if queried.sketch != bank.sketch.spec():
-            raise MismatchError(f"features of sketch {queried.sketch} do not fit the bank's {bank.sketch.spec()}")
-    return features
+    if len(features) != len(sketches):
+        raise MismatchError(f"got features for {len(features)} banks, and this method averages {len(sketches)}")
+    for queried, sketch in zip(features, sketches, strict=True):
+        if queried.sketch != sketch:
+            raise MismatchError(
+                f"features of {queried.sketch} do not fit the bank's {sketch}: compute them by this method's own "
+                "sketch(queries)"
+            )
+    return SketchedQueries(features)
 
 
 def point_key(checkpoint: Checkpoint, metric: str | None) -> str:

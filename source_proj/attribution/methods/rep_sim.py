@@ -152,16 +152,8 @@ class RepSim(Attributor):
     def _description(self) -> dict[str, Any]:
         return {"representation": self.layer}
 
-    def _checked(self, features: list[QueryFeatures]) -> list[QueryFeatures]:
-        if len(features) != len(self.banks):
-            raise MismatchError(f"got features for {len(features)} banks, and this method averages {len(self.banks)}")
-        for queried in features:
-            if queried.sketch != self._description:
-                raise MismatchError(
-                    f"got features {queried.sketch}, and this method compares {self._description}; compute them "
-                    "with its own sketch(queries)"
-                )
-        return features
+    def _sketch_spec(self, bank: Bank) -> dict[str, Any]:  # noqa: ARG002 (of all banks the same)
+        return self._description
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
         rows = self._training_rows(bank)

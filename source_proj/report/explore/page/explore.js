@@ -63,6 +63,7 @@ async function start() {
   const kept = window.exploreData ? "; in this folder, the training examples that are among the strongest of a query" : "";
   document.getElementById("facts").textContent =
     `${facts.queries.toLocaleString("en")} queries, ${facts.train.toLocaleString("en")} training examples, ${facts.method}; ${facts.unit_in_words}${kept}`;
+  document.body.dataset.told = "true";
 
   const asked = (first, size) => backend.listed(kind, { words: search.value, label: label.value, stage: stage.value }, first, size);
   let reading = false;
