@@ -1,14 +1,10 @@
 """Runs that are killed and go on end as if nothing had been."""
 
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from killed_programs import kill_at_random
 from recorded_runs import described, same, train
 
 
@@ -39,16 +35,8 @@ signal.pause()
 
 def test_killed_at_random_moments(tmp_path, uninterrupted):
     """SIGKILL in the middle of anything; each new process goes on; the last one comes to the same end."""
-    chance = random.Random(0)
     program = PROGRAM.format(here=str(Path(__file__).parent), directory=str(tmp_path / "run"))
-    for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(chance.uniform(0.02, 0.25))
-        process.kill()
-        process.stdout.close()
-        assert process.wait() == -signal.SIGKILL
+    kill_at_random(program, 4, within=(0.02, 0.25))
     recorder, model, _ = train(tmp_path / "run")
     assert same(model.state_dict(), uninterrupted[1])
     assert described(recorder.trajectory(segments=3), tmp_path / "run") == uninterrupted[0]

@@ -1,17 +1,13 @@
 """Captured runs that are killed, go on, or are of several processes end with the rows of one that was left alone."""
 
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from captured_runs import Twin, batches_of, data_for, example_gradients, loss_of, mlp, rows_of, size_of, train
+from killed_programs import kill_at_random
 from torch import nn
 
 import source_proj as sp
@@ -59,16 +55,8 @@ signal.pause()
 
 def test_killed_at_random_moments(tmp_path, uninterrupted):
     """SIGKILL in the middle of anything; each new process goes on; the last one ends with the same rows and weights."""
-    chance = random.Random(0)
     program = PROGRAM.format(here=str(Path(__file__).parent), directory=str(tmp_path / "run"))
-    for _ in range(2):
-        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(chance.uniform(0.05, 0.5))
-        process.kill()
-        process.stdout.close()
-        assert process.wait() == -signal.SIGKILL
+    kill_at_random(program, 2, within=(0.05, 0.5))
     assert same(train(tmp_path / "run", **SETTING), uninterrupted)
 
 
