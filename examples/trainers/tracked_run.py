@@ -32,7 +32,8 @@ def main() -> None:
     parser.add_argument("--tracker", choices=TRACKERS, default="print", help="where numbers go")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder, log = Path(temporary), tracker(options.tracker)
+        folder = Path(temporary)
+        os.environ.setdefault("WANDB_MODE", "offline")
         words, model = tokenizer(closing=True), classifier()
         train_set = encoded(texts(SENTENCES, seed=0), words)
         recorder: Any = RecorderCallback(folder / "run", every=8)
@@ -47,6 +48,7 @@ def main() -> None:
         ).train()  # fmt: skip
 
         rows = [{**row, "labels": row.pop("label")} for row in padded(train_set, words)]
+        log = tracker(options.tracker)  # after training, at whose end the Trainer closes trackio's run
         follow = progress(log)
         bank = sp.build(
             model, task_for(model), recorder.trajectory(), rows, folder / "bank", sketch=sp.Sketch(64), batch_size=8,
@@ -61,7 +63,6 @@ def tracker(name: str) -> Log:
     if name == "wandb":
         import wandb
 
-        os.environ.setdefault("WANDB_MODE", "offline")
         log: Log = wandb.init(project="source-proj").log
         return log
     if name == "trackio":
