@@ -50,11 +50,12 @@ enum {
   CODES_CHUNK = 256,  /* numbers that are encoded at once */
   CODES_LANES = 16,   /* interleaved sums of a row */
   CODES_NEAR = 16,    /* neighbours that a rotation adds in registers */
+  NEAR = 1024,        /* points of a transform that stay in the first-level cache beside their sums and twiddles */
 };
 enum { FLOAT32, FLOAT16, INT8 }; /* types of stored rows */
 typedef float four __attribute__((vector_size(16)));
 
-EXPORT const int sp_version = 8; /* of the functions' signatures: a library of another version is not used */
+EXPORT const int sp_version = 9; /* of the functions' signatures: a library of another version is not used */
 EXPORT const int sp_outer_copies = OUTER_COPIES;
 EXPORT const int sp_score_few = SCORE_FEW;
 EXPORT int sp_highest_level = 2; /* tests lower it to reach the code for other processors */
@@ -208,21 +209,22 @@ DISPATCH(sp_windows_lanes,
           const float *scale),
          (sums, work, left_work, right_work, left, left_b, left_o, right, right_b, plane, taps, windows, lanes, o, l, c,
           j, start, of, scale))
+DISPATCH(sp_spectral_table, (float *to, const float *w, int64_t k), (to, w, k))
 DISPATCH(sp_spectral_outer,
-         (void *sums, void *work, int fresh, const float *left, int64_t left_b, int64_t left_t, const float *right,
+         (float *sums, float *work, int fresh, const float *left, int64_t left_b, int64_t left_t, const float *right,
           int64_t right_b, int64_t right_t, int64_t first, int64_t last, int64_t steps, int64_t o, int64_t i,
           const spec *of, const float *w),
          (sums, work, fresh, left, left_b, left_t, right, right_b, right_t, first, last, steps, o, i, of, w))
 DISPATCH(sp_spectral_windows,
-         (void *sums, void *work, int fresh, const float *left, int64_t left_b, int64_t l, const float *right,
+         (float *sums, float *work, int fresh, const float *left, int64_t left_b, int64_t l, const float *right,
           int64_t right_b, int64_t plane, const int32_t *taps, const int32_t *windows, int64_t first, int64_t last,
           int64_t o, int64_t begin, int64_t end, int64_t c, int64_t j, const spec *of, const float *w),
          (sums, work, fresh, left, left_b, l, right, right_b, plane, taps, windows, first, last, o, begin, end, c, j, of,
           w))
 DISPATCH(sp_finish,
-         (float *out, int64_t out_stride, void *sums, void *work, const float *rows, int64_t row_stride,
-          const uint32_t *table, int64_t count, int64_t first, int64_t last, int64_t k, const float *w),
-         (out, out_stride, sums, work, rows, row_stride, table, count, first, last, k, w))
+         (float *out, int64_t out_stride, float *sums, const float *rows, int64_t row_stride, const uint32_t *table,
+          int64_t count, int64_t first, int64_t last, int64_t k, const float *w),
+         (out, out_stride, sums, rows, row_stride, table, count, first, last, k, w))
 DISPATCH(sp_gather_lanes,
          (float *out, int64_t out_stride, const void *sums, int64_t parts, int lanes, int64_t k, float scale),
          (out, out_stride, sums, parts, lanes, k, scale))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["NativeMap", "aligned_scratch", "native_library", "require_library", "run_jobs", "share_rows"]
 
-_VERSION = 8
+_VERSION = 9
 _ALIGNMENT = 64  # bytes, as the widest vectors want it
 _WORTH_THREADS = 100_000  # nanoseconds of work below which waking another thread costs more than it saves
 
@@ -82,10 +82,8 @@ _SIGNATURES = {
         *(_pointer, _pointer, _int, _pointer, _i64, _i64, _pointer, _i64, _i64, _pointer, _pointer),
         *(_i64, _i64, _i64, _i64, _i64, _i64, _i64, _map, _pointer),
     ],
-    "sp_finish": [
-        *(_pointer, _i64, _pointer, _pointer, _pointer, _i64, _pointer, _i64),
-        *(_i64, _i64, _i64, _pointer),
-    ],
+    "sp_spectral_table": [_pointer, _pointer, _i64],
+    "sp_finish": [*(_pointer, _i64, _pointer, _pointer, _i64), *(_pointer, _i64, _i64, _i64, _i64, _pointer)],
     "sp_score": [_pointer, _i64, _pointer, _i64, _i64, _pointer, _i64, _pointer, _i64, _i64, _int],
     "sp_keep": [
         *(_pointer, _pointer, _pointer, _pointer, _i64),

@@ -3,77 +3,112 @@
  * Let x be the left factor's sketch and y the right one's, and z = x + iy. The circular convolution x * y, which is the
  * sketch of their outer product, is half the imaginary part of z * z: so one complex transform a step serves both
  * factors, Z^2 is summed over the steps, and one inverse transform gives the sum. The order of the frequencies does not
- * matter to squares: the transform forward leaves them in the order of reversed digits, the inverse takes them so.
+ * matter to squares: the transform forward leaves them in an order of its own, the inverse takes them so.
  * The smaller one of x and y would drown in the other one's rounding, hence both are first brought to one size by powers
- * of two whose product is one. z and the sum hold pairs (real, imaginary) of vectors.
+ * of two whose product is one.
+ *
+ * One example at a time, so that what is transformed stays in the nearest caches. z and the sums hold pairs (real,
+ * imaginary) of vectors, of LANES neighbouring points each. Levels of butterflies over vectors cut the points into
+ * blocks of 8 to 32; LANES blocks are then transposed, so that each has a lane, and transformed together.
  */
 
-/* Four numbers a quarter of n apart, given as pairs a to d, after the first butterflies; w1 to w3 are the twiddles. */
-#define SPLIT(z, z1, z2, z3, j, a, b, c, d)                                                                     \
+#define SHORTEST (LANES > 8 ? LANES : 8) /* points of the blocks that are transposed, or twice as many */
+
+/* Four points a quarter of a block apart, given as pairs a to d, after its first butterflies; w holds three twiddles. */
+#define SPLIT(z0, z1, z2, z3, a, b, c, d, w)                                                                    \
   do {                                                                                                          \
-    const float *const w1 = w + (j) * step, *const w2 = w1 + (j) * step, *const w3 = w2 + (j) * step;            \
     const floats sr = a[0] + c[0], si = a[1] + c[1], dr = a[0] - c[0], di = a[1] - c[1];                         \
     const floats tr = b[0] + d[0], ti = b[1] + d[1], er = b[0] - d[0], ei = b[1] - d[1];                         \
     const floats pr = dr + ei, pi = di - er, qr = sr - tr, qi = si - ti, rr = dr - ei, ri = di + er;             \
-    z[j] = sr + tr, z[(j) + 1] = si + ti;                                                                        \
-    z1[j] = pr * w1[0] - pi * w1[1], z1[(j) + 1] = pr * w1[1] + pi * w1[0];                                      \
-    z2[j] = qr * w2[0] - qi * w2[1], z2[(j) + 1] = qr * w2[1] + qi * w2[0];                                      \
-    z3[j] = rr * w3[0] - ri * w3[1], z3[(j) + 1] = rr * w3[1] + ri * w3[0];                                      \
+    (z0)[0] = sr + tr, (z0)[1] = si + ti;                                                                        \
+    (z1)[0] = pr * (w)[0] - pi * (w)[1], (z1)[1] = pr * (w)[1] + pi * (w)[0];                                    \
+    (z2)[0] = qr * (w)[2] - qi * (w)[3], (z2)[1] = qr * (w)[3] + qi * (w)[2];                                    \
+    (z3)[0] = rr * (w)[4] - ri * (w)[5], (z3)[1] = rr * (w)[5] + ri * (w)[4];                                    \
   } while (0)
 
-/* The first butterflies of n = 4 quarter numbers; step is k / n, and w[t] = exp(-2 pi i t / k). */
-INLINE void VARIANT(split)(floats *z, int64_t quarter, int64_t step, const float *w) {
-  floats *const z1 = z + 2 * quarter, *const z2 = z1 + 2 * quarter, *const z3 = z2 + 2 * quarter;
-  for (int64_t j = 0; j < 2 * quarter; j += 2) {
-    const floats a[2] = {z[j], z[j + 1]}, b[2] = {z1[j], z1[j + 1]};
-    const floats c[2] = {z2[j], z2[j + 1]}, d[2] = {z3[j], z3[j + 1]};
-    SPLIT(z, z1, z2, z3, j, a, b, c, d);
-  }
+/* What undoes it, in place, but for a factor of four. */
+#define JOIN_FOUR(z0, z1, z2, z3, w)                                                                            \
+  do {                                                                                                          \
+    const floats ar = (z1)[0] * (w)[0] + (z1)[1] * (w)[1], ai = (z1)[1] * (w)[0] - (z1)[0] * (w)[1];             \
+    const floats br = (z2)[0] * (w)[2] + (z2)[1] * (w)[3], bi = (z2)[1] * (w)[2] - (z2)[0] * (w)[3];             \
+    const floats cr = (z3)[0] * (w)[4] + (z3)[1] * (w)[5], ci = (z3)[1] * (w)[4] - (z3)[0] * (w)[5];             \
+    const floats sr = (z0)[0] + br, si = (z0)[1] + bi, dr = (z0)[0] - br, di = (z0)[1] - bi;                     \
+    const floats tr = ar + cr, ti = ai + ci, er = ar - cr, ei = ai - ci;                                         \
+    (z0)[0] = sr + tr, (z0)[1] = si + ti;                                                                        \
+    (z1)[0] = dr - ei, (z1)[1] = di + er;                                                                        \
+    (z2)[0] = sr - tr, (z2)[1] = si - ti;                                                                        \
+    (z3)[0] = dr + ei, (z3)[1] = di - er;                                                                        \
+  } while (0)
+
+/* Points of the blocks that are transposed. */
+INLINE int64_t VARIANT(shortest)(int64_t k) {
+  while (k >= 4 * SHORTEST) k /= 4;
+  return k;
 }
 
-/* One side of a step: its numbers with their signs, interleaved, nothing behind them, and which of them each column of
- * each block holds; `count` where none. */
+/* The twiddles in the order in which they are used, 2 k numbers, from w[t] = exp(-2 pi i t / k): of each level of n
+ * points from 2 (k - n) on, three pairs of vectors for LANES points of a quarter; then those of the short blocks. */
+static void VARIANT(sp_spectral_table)(float *to, const float *w, int64_t k) {
+  const int64_t m = VARIANT(shortest)(k);
+  for (int64_t n = k; n > m; n /= 4)
+    for (int64_t j = 0; j < n / 4; j += LANES)
+      for (int64_t r = 1; r < 4; r++, to += 2 * LANES)
+        for (int64_t l = 0; l < LANES; l++) {
+          const float *const from = w + 2 * r * (j + l) * (k / n);
+          to[l] = from[0], to[LANES + l] = from[1];
+        }
+  for (int64_t t = 0; t < m; t++) to[2 * t] = w[2 * t * (k / m)], to[2 * t + 1] = w[2 * t * (k / m) + 1];
+}
+
+/* A transform's tables. */
 typedef struct {
-  const floats *x;
-  const int32_t *inverse;
-  int64_t blocks;
-} VARIANT(side);
+  const float *w;
+  int64_t k, m; /* points, and those of the short blocks */
+} VARIANT(plan);
 
-INLINE floats VARIANT(column)(const VARIANT(side) * of, int64_t c, int64_t k) {
-  floats sum = of->x[of->inverse[c]];
-  for (int64_t b = 1; b < of->blocks; b++) sum += of->x[of->inverse[b * k + c]];
-  return sum;
+INLINE VARIANT(plan) VARIANT(open_plan)(const float *w, int64_t k) {
+  const VARIANT(plan) p = {w, k, VARIANT(shortest)(k)};
+  return p;
 }
 
-/* The first butterflies of all k numbers, straight from the two sides. */
-INLINE void VARIANT(split_sides)(floats *z, const VARIANT(side) * left, const VARIANT(side) * right, int64_t k,
-                                 const float *w) {
-  const int64_t quarter = k / 4, step = 1;
-  floats *const z1 = z + 2 * quarter, *const z2 = z1 + 2 * quarter, *const z3 = z2 + 2 * quarter;
-  for (int64_t c = 0; c < quarter; c++) {
-    floats v[4][2];
-    UNROLL for (int m = 0; m < 4; m++) {
-      v[m][0] = VARIANT(column)(left, c + m * quarter, k);
-      v[m][1] = VARIANT(column)(right, c + m * quarter, k);
-    }
-    SPLIT(z, z1, z2, z3, 2 * c, v[0], v[1], v[2], v[3]);
+INLINE const floats *VARIANT(level_of)(const VARIANT(plan) * p, int64_t n) {
+  return (const floats *)(p->w + 2 * (p->k - n));
+}
+
+/* The first butterflies of n points. */
+INLINE void VARIANT(split_level)(floats *to, const floats *from, int64_t n, const floats *w) {
+  const int64_t quarter = n / 2 / LANES;
+  for (int64_t j = 0; j < quarter; j += 2, w += 6, from += 2, to += 2) {
+    const floats a[2] = {from[0], from[1]}, b[2] = {from[quarter], from[quarter + 1]};
+    const floats c[2] = {from[2 * quarter], from[2 * quarter + 1]}, d[2] = {from[3 * quarter], from[3 * quarter + 1]};
+    SPLIT(to, to + quarter, to + 2 * quarter, to + 3 * quarter, a, b, c, d, w);
   }
 }
 
-/* What undoes `split`, but for a factor of four. */
-INLINE void VARIANT(join)(floats *z, int64_t quarter, int64_t step, const float *w) {
+INLINE void VARIANT(join_level)(floats *z, int64_t n, const floats *w) {
+  const int64_t quarter = n / 2 / LANES;
+  for (int64_t j = 0; j < quarter; j += 2, w += 6, z += 2)
+    JOIN_FOUR(z, z + quarter, z + 2 * quarter, z + 3 * quarter, w);
+}
+
+/* The same where each lane has n = 4 quarter points of its own; w[t] = exp(-2 pi i t / (n step)). */
+INLINE void VARIANT(split_short)(floats *z, int64_t quarter, int64_t step, const float *w) {
   floats *const z1 = z + 2 * quarter, *const z2 = z1 + 2 * quarter, *const z3 = z2 + 2 * quarter;
   for (int64_t j = 0; j < 2 * quarter; j += 2) {
     const float *const w1 = w + j * step, *const w2 = w1 + j * step, *const w3 = w2 + j * step;
-    const floats ar = z1[j] * w1[0] + z1[j + 1] * w1[1], ai = z1[j + 1] * w1[0] - z1[j] * w1[1];
-    const floats br = z2[j] * w2[0] + z2[j + 1] * w2[1], bi = z2[j + 1] * w2[0] - z2[j] * w2[1];
-    const floats cr = z3[j] * w3[0] + z3[j + 1] * w3[1], ci = z3[j + 1] * w3[0] - z3[j] * w3[1];
-    const floats sr = z[j] + br, si = z[j + 1] + bi, dr = z[j] - br, di = z[j + 1] - bi;
-    const floats tr = ar + cr, ti = ai + ci, er = ar - cr, ei = ai - ci;
-    z[j] = sr + tr, z[j + 1] = si + ti;
-    z1[j] = dr - ei, z1[j + 1] = di + er;
-    z2[j] = sr - tr, z2[j + 1] = si - ti;
-    z3[j] = dr + ei, z3[j + 1] = di - er;
+    const float twiddles[6] = {w1[0], w1[1], w2[0], w2[1], w3[0], w3[1]};
+    const floats a[2] = {z[j], z[j + 1]}, b[2] = {z1[j], z1[j + 1]};
+    const floats c[2] = {z2[j], z2[j + 1]}, d[2] = {z3[j], z3[j + 1]};
+    SPLIT(z + j, z1 + j, z2 + j, z3 + j, a, b, c, d, twiddles);
+  }
+}
+
+INLINE void VARIANT(join_short)(floats *z, int64_t quarter, int64_t step, const float *w) {
+  floats *const z1 = z + 2 * quarter, *const z2 = z1 + 2 * quarter, *const z3 = z2 + 2 * quarter;
+  for (int64_t j = 0; j < 2 * quarter; j += 2) {
+    const float *const w1 = w + j * step, *const w2 = w1 + j * step, *const w3 = w2 + j * step;
+    const float twiddles[6] = {w1[0], w1[1], w2[0], w2[1], w3[0], w3[1]};
+    JOIN_FOUR(z + j, z1 + j, z2 + j, z3 + j, twiddles);
   }
 }
 
@@ -82,7 +117,7 @@ INLINE void VARIANT(add_square_of)(floats *sum, floats re, floats im) {
   sum[1] += 2 * re * im;
 }
 
-/* The last butterflies, of four numbers or of two, whose squares are added to sum. */
+/* The last butterflies, of four points or of two, whose squares are added to sum. */
 INLINE void VARIANT(add_last)(const floats *z, floats *sum, int64_t n) {
   if (n == 2) {
     VARIANT(add_square_of)(sum, z[0] + z[2], z[1] + z[3]);
@@ -105,185 +140,248 @@ INLINE void VARIANT(join_first)(floats *z, int64_t n) {
     return;
   }
   const float unit[2] = {1, 0};
-  VARIANT(join)(z, 1, 0, unit);
+  VARIANT(join_short)(z, 1, 0, unit);
 }
 
-/* sum += (the transform of z)^2, for n numbers, 4 or more a power of two, the first butterflies of which are done; z is
- * overwritten. Depth first: a block stays in the first-level cache once it fits. */
-static void VARIANT(add_squares_of_transform)(floats *z, floats *sum, int64_t n, int64_t step, const float *w) {
-  const int64_t quarter = n / 4;
-  for (int64_t b = 0; b < 8 * quarter; b += 2 * quarter)
-    if (quarter > 4) {
-      VARIANT(split)(z + b, quarter / 4, 4 * step, w);
-      VARIANT(add_squares_of_transform)(z + b, sum + b, quarter, 4 * step, w);
-    } else {
-      VARIANT(add_last)(z + b, sum + b, quarter);
+/* Turns LANES blocks of m points, one after the other, into m pairs of vectors, with a lane for each; or back. */
+INLINE void VARIANT(turn_blocks)(floats *to, const floats *from, int64_t m, int back) {
+  const int64_t across = m / LANES;
+  for (int64_t c = 0; c < across; c++)
+    for (int part = 0; part < 2; part++) {
+      floats v[LANES];
+      UNROLL for (int l = 0; l < LANES; l++) v[l] = from[2 * (back ? c * LANES + l : l * across + c) + part];
+      VARIANT(transpose)(v);
+      UNROLL for (int l = 0; l < LANES; l++) to[2 * (back ? l * across + c : c * LANES + l) + part] = v[l];
     }
 }
 
-/* k times the inverse transform, in place. */
-static void VARIANT(invert)(floats *z, int64_t n, int64_t step, const float *w) {
-  const int64_t quarter = n / 4;
-  for (int64_t b = 0; b < 8 * quarter; b += 2 * quarter)
-    if (quarter > 4)
-      VARIANT(invert)(z + b, quarter, 4 * step, w);
+/* sum += (the transform of each of LANES blocks of m points)^2. */
+INLINE void VARIANT(add_squares_of_blocks)(const floats *z, floats *sum, int64_t m, const float *w) {
+  floats turned[4 * SHORTEST];
+  VARIANT(turn_blocks)(turned, z, m, 0);
+  VARIANT(split_short)(turned, m / 4, 1, w);
+  if (m == 32)
+    for (int64_t b = 0; b < 64; b += 16) VARIANT(split_short)(turned + b, 2, 4, w);
+  const int64_t last = m == 32 ? 2 : m / 4;
+  for (int64_t b = 0; b < 2 * m; b += 2 * last) VARIANT(add_last)(turned + b, sum + b, last);
+}
+
+INLINE void VARIANT(invert_blocks)(floats *sum, int64_t m, const float *w) {
+  floats turned[4 * SHORTEST];
+  memcpy(turned, sum, (size_t)(2 * m) * sizeof *sum);
+  const int64_t last = m == 32 ? 2 : m / 4;
+  for (int64_t b = 0; b < 2 * m; b += 2 * last) VARIANT(join_first)(turned + b, last);
+  if (m == 32)
+    for (int64_t b = 0; b < 64; b += 16) VARIANT(join_short)(turned + b, 2, 4, w);
+  VARIANT(join_short)(turned, m / 4, 1, w);
+  VARIANT(turn_blocks)(sum, turned, m, 1);
+}
+
+/* sum += (the transform of n of the points)^2, by way of z; from may be z. Depth first, until a block is so short that it
+ * stays in the first-level cache whatever the order. */
+static void VARIANT(add_squares_of_transform)(const VARIANT(plan) * p, const floats *from, floats *z, floats *sum,
+                                              int64_t n) {
+  const float *const ends = p->w + 2 * (p->k - p->m);
+  if (n > NEAR) {
+    const int64_t quarter = n / 2 / LANES;
+    VARIANT(split_level)(z, from, n, VARIANT(level_of)(p, n));
+    for (int64_t b = 0; b < 4 * quarter; b += quarter)
+      VARIANT(add_squares_of_transform)(p, z + b, z + b, sum + b, n / 4);
+    return;
+  }
+  for (int64_t size = n; size > p->m; size /= 4)
+    for (int64_t b = 0; b < 2 * n / LANES; b += 2 * size / LANES)
+      VARIANT(split_level)(z + b, size == n ? from : z + b, size, VARIANT(level_of)(p, size));
+  for (int64_t b = 0; b < 2 * n / LANES; b += 2 * p->m)
+    if (p->m == SHORTEST)
+      VARIANT(add_squares_of_blocks)(z + b, sum + b, SHORTEST, ends);
     else
-      VARIANT(join_first)(z + b, quarter);
-  VARIANT(join)(z, quarter, step, w);
+      VARIANT(add_squares_of_blocks)(z + b, sum + b, 2 * SHORTEST, ends);
 }
 
-/* For each lane the exponent, four times over, of a number between the norm of x and twice or so that: the norm is at
- * most the root of the largest entry times the sum. Zero where all are. */
-INLINE void VARIANT(sizes)(int exponent[LANES], const floats *x, int64_t count) {
+/* k times the inverse transform, in place. */
+static void VARIANT(invert)(const VARIANT(plan) * p, floats *sum, int64_t n) {
+  const float *const ends = p->w + 2 * (p->k - p->m);
+  if (n > NEAR) {
+    const int64_t quarter = n / 2 / LANES;
+    for (int64_t b = 0; b < 4 * quarter; b += quarter) VARIANT(invert)(p, sum + b, n / 4);
+    VARIANT(join_level)(sum, n, VARIANT(level_of)(p, n));
+    return;
+  }
+  for (int64_t b = 0; b < 2 * n / LANES; b += 2 * p->m)
+    if (p->m == SHORTEST)
+      VARIANT(invert_blocks)(sum + b, SHORTEST, ends);
+    else
+      VARIANT(invert_blocks)(sum + b, 2 * SHORTEST, ends);
+  for (int64_t size = 4 * p->m; size <= n; size *= 4)
+    for (int64_t b = 0; b < 2 * n / LANES; b += 2 * size / LANES)
+      VARIANT(join_level)(sum + b, size, VARIANT(level_of)(p, size));
+}
+
+/* The exponent, four times over, of a number between the norm of x and twice or so that: the norm is at most the root of
+ * the largest entry times the sum. Zero where x is. */
+INLINE int VARIANT(size_of)(const float *x, int64_t count) {
   floats most = {0}, total = {0};
+  for (int64_t e = 0; e < count; e += LANES) {
+    floats v = {0};
+    if (e + LANES <= count)
+      v = *(const floats_u *)(x + e);
+    else
+      memcpy(&v, x + e, (size_t)(count - e) * sizeof *x);
+    v = (floats)((words)v & ~NEGATIVE);
+    const words larger = (words)(v > most);
+    most = (floats)(((words)v & larger) | ((words)most & ~larger));
+    total += v;
+  }
+  float peak = 0, sum = 0;
+  uint32_t bits[2];
+  for (int l = 0; l < LANES; l++) peak = most[l] > peak ? most[l] : peak, sum += total[l];
+  memcpy(bits, &peak, sizeof peak), memcpy(bits + 1, &sum, sizeof sum);
+  return (int)(bits[0] >> 23) + (int)(bits[1] >> 23 & 255);
+}
+
+INLINE float VARIANT(power_of_two)(int exponent) {
+  const uint32_t bits = (uint32_t)(127 + exponent) << 23;
+  float power;
+  memcpy(&power, &bits, sizeof power);
+  return power;
+}
+
+/* Where each entry of a side belongs among the pairs of vectors, `part` 1 for imaginary ones, with its sign. */
+INLINE void VARIANT(places)(uint32_t *to, const uint32_t *table, int64_t count, uint32_t part) {
   for (int64_t e = 0; e < count; e++) {
-    const floats size = (floats)((words)x[e] & ~NEGATIVE);
-    const words larger = (words)(size > most);
-    most = (floats)(((words)size & larger) | ((words)most & ~larger));
-    total += size;
-  }
-  for (int l = 0; l < LANES; l++) exponent[l] = (int)(((words)most)[l] >> 23) + (int)(((words)total)[l] >> 23 & 255);
-}
-
-/* Powers of two whose product is one and which bring x and y to one size; zeros where x or y is zero. */
-INLINE void VARIANT(balance)(floats *of_x, floats *of_y, const floats *x, int64_t o, const floats *y, int64_t i) {
-  int x_size[LANES], y_size[LANES];
-  words a, b;
-  VARIANT(sizes)(x_size, x, o);
-  VARIANT(sizes)(y_size, y, i);
-  for (int l = 0; l < LANES; l++) {
-    const int far = (y_size[l] - x_size[l]) / 4, shift = far < -126 ? -126 : far > 126 ? 126 : far;
-    const int there = x_size[l] && y_size[l];
-    a[l] = there ? (uint32_t)(127 + shift) << 23 : 0;
-    b[l] = there ? (uint32_t)(127 - shift) << 23 : 0;
-  }
-  *of_x = (floats)a, *of_y = (floats)b;
-}
-
-/* Which of count entries each of k columns holds, for every block of them. */
-INLINE void VARIANT(invert_table)(int32_t *inverse, const uint32_t *table, int64_t count, int64_t k) {
-  for (int64_t start = 0; start < count; start += k, inverse += k) {
-    for (int64_t c = 0; c < k; c++) inverse[c] = (int32_t)count;
-    for (int64_t e = start; e < smaller(count, start + k); e++) inverse[table[e] & ~NEGATIVE] = (int32_t)e;
+    const uint32_t column = table[e] & ~NEGATIVE;
+    to[e] = (column + column / LANES * LANES + part * LANES) | (table[e] & NEGATIVE);
   }
 }
 
-INLINE void VARIANT(sign_and_scale)(floats *x, int64_t count, floats scale, const uint32_t *table) {
-  for (int64_t e = 0; e < count; e++) x[e] = (floats)((words)(x[e] * scale) ^ ((words){0} + (table[e] & NEGATIVE)));
-  x[count] = (floats){0};
+/* Puts the entries of one block in their places, or adds them there. */
+INLINE void VARIANT(put)(float *to, const float *x, const uint32_t *at, int64_t count, float scale, int add) {
+  enum { RUN = 16 };
+  for (int64_t e = 0; e < count; e += RUN) {
+    float value[RUN];
+    const int64_t run = smaller(RUN, count - e);
+    if (run == RUN)
+      UNROLL for (int h = 0; h < RUN; h += LANES)
+        *(words_u *)(value + h) =
+            (words)(*(const floats_u *)(x + e + h) * scale) ^ (*(const words_u *)(at + e + h) & NEGATIVE);
+    else
+      for (int64_t h = 0; h < run; h++) value[h] = at[e + h] & NEGATIVE ? -(x[e + h] * scale) : x[e + h] * scale;
+    if (add)
+      for (int64_t h = 0; h < run; h++) to[at[e + h] & ~NEGATIVE] += value[h];
+    else if (run == RUN)
+      UNROLL for (int h = 0; h < RUN; h++) to[at[e + h] & ~NEGATIVE] = value[h];
+    else
+      for (int64_t h = 0; h < run; h++) to[at[e + h] & ~NEGATIVE] = value[h];
+  }
 }
 
-/* What a call sums over its steps: z and sum have k pairs of vectors, the inverse tables whole blocks of entries. */
+/* The sketch of one side: a first block writes all that the others add to. */
+INLINE void VARIANT(put_side)(float *to, const float *x, const uint32_t *at, int64_t count, int64_t k, float scale) {
+  VARIANT(put)(to, x, at, smaller(count, k), scale, 0);
+  for (int64_t e = k; e < count; e += k) VARIANT(put)(to, x + e, at + e, smaller(count - e, k), scale, 1);
+}
+
+/* What a call sums over its steps: `given`, z and sum have k pairs of numbers; all but the places of entries stay zero
+ * in `given`. */
 typedef struct {
-  const spec *of;
-  const float *w;
+  VARIANT(plan) plan;
+  float *given;
   floats *z, *sum;
-  int32_t *left, *right;
+  uint32_t *left, *right;
   int64_t o, i;
 } VARIANT(spectrum);
 
 /* Where a call's work space holds all but the sums; `rest` is what follows. */
-INLINE VARIANT(spectrum) VARIANT(open_spectrum)(void *work, int64_t o, int64_t i, const spec *of, const float *w,
-                                                floats **rest) {
-  const int64_t k = of->k, left = (o + k - 1) / k * k, right = (i + k - 1) / k * k;
-  VARIANT(spectrum) s = {of, w, work, 0, 0, 0, o, i};
-  s.left = (int32_t *)(s.z + 2 * k), s.right = s.left + left;
-  *rest = s.z + 2 * k + (left + right + LANES - 1) / LANES;
-  VARIANT(invert_table)(s.left, of->left, o, k);
-  VARIANT(invert_table)(s.right, of->right, i, k);
+INLINE VARIANT(spectrum) VARIANT(open_spectrum)(float *work, int64_t o, int64_t i, const spec *of, const float *w,
+                                                float **rest) {
+  const int64_t k = of->k;
+  uint32_t *const left = (uint32_t *)(work + 4 * k);
+  const VARIANT(spectrum) s = {VARIANT(open_plan)(w, k), work, (floats *)(work + 2 * k), 0, left, left + o, o, i};
+  memset(work, 0, (size_t)(2 * k) * sizeof *work);
+  VARIANT(places)(s.left, of->left, o, 0);
+  VARIANT(places)(s.right, of->right, i, 1);
+  *rest = work + 4 * k + o + i;
   return s;
 }
 
-/* Turns to the sums of the group of examples that begins with b; fresh ones hold nothing yet. */
-INLINE void VARIANT(turn_to)(VARIANT(spectrum) * s, void *sums, int64_t b, int fresh) {
-  const int64_t size = 2 * (int64_t)s->of->k;
-  s->sum = (floats *)sums + b / LANES * size;
-  if (fresh) memset(s->sum, 0, (size_t)size * sizeof *s->sum);
+/* Turns to the sums of example b; fresh ones hold nothing yet. */
+INLINE void VARIANT(turn_to)(VARIANT(spectrum) * s, float *sums, int64_t b, int fresh) {
+  s->sum = (floats *)(sums + b * 2 * s->plan.k);
+  if (fresh) memset(s->sum, 0, (size_t)(2 * s->plan.k) * sizeof *sums);
 }
 
-/* Adds one step's factors x and y, given interleaved with room for one vector more; they are overwritten. */
-INLINE void VARIANT(add_step)(const VARIANT(spectrum) * s, floats *x, floats *y) {
-  const int64_t k = s->of->k;
-  floats scale[2];
-  VARIANT(balance)(scale, scale + 1, x, s->o, y, s->i);
-  VARIANT(sign_and_scale)(x, s->o, scale[0], s->of->left);
-  VARIANT(sign_and_scale)(y, s->i, scale[1], s->of->right);
-  const VARIANT(side) left = {x, s->left, (s->o + k - 1) / k}, right = {y, s->right, (s->i + k - 1) / k};
-  VARIANT(split_sides)(s->z, &left, &right, k, s->w);
-  VARIANT(add_squares_of_transform)(s->z, s->sum, k, 1, s->w);
+/* Adds one step's factors x and y. */
+INLINE void VARIANT(add_step)(const VARIANT(spectrum) * s, const float *x, const float *y) {
+  const int64_t k = s->plan.k;
+  const int x_size = VARIANT(size_of)(x, s->o), y_size = VARIANT(size_of)(y, s->i);
+  const int far = (y_size - x_size) / 4, shift = far < -126 ? -126 : far > 126 ? 126 : far;
+  const int there = x_size && y_size;
+  VARIANT(put_side)(s->given, x, s->left, s->o, k, there ? VARIANT(power_of_two)(shift) : 0);
+  VARIANT(put_side)(s->given, y, s->right, s->i, k, there ? VARIANT(power_of_two)(-shift) : 0);
+  VARIANT(add_squares_of_transform)(&s->plan, (const floats *)s->given, s->z, s->sum, k);
 }
 
-/* sums[group] += the transform of R vec(sum_t left[b][t] (x) right[b][t]) for the examples b in [first, last), of which
- * LANES make a group and first begins one, of a tensor map over k columns, a power of two from 8 on. A group's sums are
- * 2 k vectors; fresh ones are overwritten. work has room for 2 k + o + i + 3 vectors, and for a number for each entry of
- * the whole blocks of k that o and i fill. */
-static void VARIANT(sp_spectral_outer)(void *sums, void *work, int fresh, const float *left, int64_t left_b,
+/* sums[b] += the transform of R vec(sum_t left[b][t] (x) right[b][t]) for the examples b in [first, last), of a tensor
+ * map over k columns, a power of two from 256 on. An example's sums are 2 k numbers; fresh ones are overwritten. work has
+ * room for 4 k + o + i numbers; w is of sp_spectral_table. */
+static void VARIANT(sp_spectral_outer)(float *sums, float *work, int fresh, const float *left, int64_t left_b,
                                        int64_t left_t, const float *right, int64_t right_b, int64_t right_t,
                                        int64_t first, int64_t last, int64_t steps, int64_t o, int64_t i, const spec *of,
                                        const float *w) {
-  floats *x;
-  VARIANT(spectrum) s = VARIANT(open_spectrum)(work, o, i, of, w, &x);
-  floats *const y = x + o + 1;
-  for (int64_t b = first; b < last; b += LANES) {
-    const int lanes = (int)smaller(LANES, last - b);
+  float *rest;
+  VARIANT(spectrum) s = VARIANT(open_spectrum)(work, o, i, of, w, &rest);
+  for (int64_t b = first; b < last; b++) {
     VARIANT(turn_to)(&s, sums, b, fresh);
-    for (int64_t t = 0; t < steps; t++) {
-      VARIANT(interleave)(x, 1, 1, left + b * left_b + t * left_t, left_b, lanes, o);
-      VARIANT(interleave)(y, 1, 1, right + b * right_b + t * right_t, right_b, lanes, i);
-      VARIANT(add_step)(&s, x, y);
-    }
+    for (int64_t t = 0; t < steps; t++)
+      VARIANT(add_step)(&s, left + b * left_b + t * left_t, right + b * right_b + t * right_t);
   }
 }
 
-/* The same for the windows [begin, end) of l windows of a convolution, as sp_windows_lanes; work has room for
- * o (end - begin) + c plane vectors more. */
-static void VARIANT(sp_spectral_windows)(void *sums, void *work, int fresh, const float *left, int64_t left_b,
+/* The same for the windows [begin, end) of l windows of a convolution, as sp_windows_lanes; work has room for c j more
+ * numbers, and for end - begin times o, rounded up to whole vectors. */
+static void VARIANT(sp_spectral_windows)(float *sums, float *work, int fresh, const float *left, int64_t left_b,
                                          int64_t l, const float *right, int64_t right_b, int64_t plane,
                                          const int32_t *taps, const int32_t *windows, int64_t first, int64_t last,
                                          int64_t o, int64_t begin, int64_t end, int64_t c, int64_t j, const spec *of,
                                          const float *w) {
-  floats *x;
-  VARIANT(spectrum) s = VARIANT(open_spectrum)(work, o, c * j, of, w, &x);
-  floats *const y = x + o + 1, *const panel = y + c * j + 1, *const planes = panel + o * (end - begin);
-  for (int64_t b = first; b < last; b += LANES) {
-    const int lanes = (int)smaller(LANES, last - b);
+  const int64_t across = (o + LANES - 1) / LANES;
+  floats *const panel = (floats *)work; /* of all windows, their numbers beside each other */
+  float *y;
+  VARIANT(spectrum) s = VARIANT(open_spectrum)(work + across * LANES * (end - begin), o, c * j, of, w, &y);
+  for (int64_t b = first; b < last; b++) {
     VARIANT(turn_to)(&s, sums, b, fresh);
-    for (int64_t r = 0; r < o; r++)
-      VARIANT(interleave)(panel + r, 1, o, left + b * left_b + r * l + begin, left_b, lanes, end - begin);
-    VARIANT(interleave)(planes, 1, 1, right + b * right_b, right_b, lanes, c * plane);
+    for (int64_t r = 0; r < o; r += LANES)
+      VARIANT(interleave)(panel + r / LANES, 1, across, left + b * left_b + r * l + begin, l,
+                          (int)smaller(LANES, o - r), end - begin);
     for (int64_t t = begin; t < end; t++) {
-      memcpy(x, panel + (t - begin) * o, (size_t)o * sizeof *x);
-      for (int64_t channel = 0; channel < c; channel++)
-        for (int64_t tap = 0; tap < j; tap++) y[channel * j + tap] = planes[channel * plane + taps[tap] + windows[t]];
-      VARIANT(add_step)(&s, x, y);
+      const float *at = right + b * right_b + windows[t];
+      for (int64_t channel = 0; channel < c; channel++, at += plane)
+        for (int64_t tap = 0; tap < j; tap++) y[channel * j + tap] = at[taps[tap]];
+      VARIANT(add_step)(&s, (const float *)(panel + (t - begin) * across), y);
     }
   }
 }
 
 /* out[b] += half the imaginary part of the inverse transform of the sums of the examples b in [first, last), as above,
- * which are overwritten, unless they are null; and count numbers rows[b], each with its entry of a table. work has room
- * for k + PIECE vectors. */
-static void VARIANT(sp_finish)(float *out, int64_t out_stride, void *sums, void *work, const float *rows,
-                               int64_t row_stride, const uint32_t *table, int64_t count, int64_t first, int64_t last,
-                               int64_t k, const float *w) {
-  floats *const piece = work;
+ * which are overwritten, unless they are null; and count numbers rows[b], each with its entry of a table. */
+static void VARIANT(sp_finish)(float *out, int64_t out_stride, float *sums, const float *rows, int64_t row_stride,
+                               const uint32_t *table, int64_t count, int64_t first, int64_t last, int64_t k,
+                               const float *w) {
   const float scale = 0.5f / (float)k;
-  for (int64_t b = first; b < last; b += LANES) {
-    const int lanes = (int)smaller(LANES, last - b);
-    floats *const sum = sums ? (floats *)sums + b / LANES * 2 * k : piece + PIECE;
+  for (int64_t b = first; b < last; b++) {
+    float *const to = out + b * out_stride;
     if (sums) {
-      VARIANT(invert)(sum, k, 1, w);
-      for (int64_t c = 0; c < k; c++) sum[c] = sum[2 * c + 1] * scale;
-    } else {
-      memset(sum, 0, (size_t)k * sizeof *sum);
+      const VARIANT(plan) p = VARIANT(open_plan)(w, k);
+      floats *const sum = (floats *)(sums + b * 2 * k);
+      VARIANT(invert)(&p, sum, k);
+      for (int64_t c = 0; c < k / LANES; c++) *(floats_u *)(to + c * LANES) += sum[2 * c + 1] * scale;
     }
-    for (int64_t p = 0; p < count; p += PIECE) {
-      const int64_t width = smaller(PIECE, count - p);
-      VARIANT(interleave)(piece, 1, 1, rows + b * row_stride + p, row_stride, lanes, width);
-      for (int64_t x = 0; x < width; x++) VARIANT(add_vector)(sum, &piece[x], table[p + x]);
-    }
-    VARIANT(sp_gather_lanes)(out + b * out_stride, out_stride, sum, 1, lanes, k, 1);
+    const float *const row = rows + b * row_stride;
+    for (int64_t x = 0; x < count; x++) to[table[x] & ~NEGATIVE] += table[x] & NEGATIVE ? -row[x] : row[x];
   }
 }
 
 #undef SPLIT
+#undef JOIN_FOUR
+#undef SHORTEST

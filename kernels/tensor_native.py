@@ -1,8 +1,8 @@
 """Launches the compiled kernels of the tensor map (`tensor_map.py`) by the cheaper of its two routes.
 
 * outer: the kernels of the sparse map, which take a tensor map's tables as well (`sparse_native.py`);
-* spectral: for k a power of two, one complex transform of length k for every step and one back, a group of examples
-  interleaved as for the outer products (`native_spectral.c`). The way back is linear, so all layers share one.
+* spectral: for k a power of two, one complex transform of length k for every step and one back, an example at a time
+  (`native_spectral.c`). The way back is linear, so all layers share one.
 """
 
 import functools
@@ -38,10 +38,10 @@ __all__ = [
     "spectral_is_cheaper",
 ]
 
-_FEWEST, _MOST = 3, 16  # powers of two between which k has a transform here
+_FEWEST, _MOST = 8, 16  # powers of two between which k has a transform here
 _JOBS = 8  # that a large sum is split into, at least
 _PART_STEPS = 16  # of a part at least: each has sums of its own
-_PIECE = 512  # coordinates that native.c interleaves at once
+_SHARE = 8  # examples that a thread takes at once
 HELD = 1 << 24  # numbers of sums that are held at one time
 # Nanoseconds for a group of lanes: a step of a transform for each k log2 k, for each entry of the factors, and to
 # begin; a coordinate of an outer product, and each of its steps; the latter two for an example on its own
@@ -92,13 +92,13 @@ class NativeSpectra:
 
     def __init__(self, out: Tensor) -> None:
         self._out = out
-        self._sums: Tensor | None = None  # for each group 2 k vectors
+        self._sums: Tensor | None = None  # of each example k pairs
 
     def add_outer(self, left: Tensor, right: Tensor, matrix: TensorMap) -> None:
         """Add R vec(sum_t left_t (x) right_t), for left (B, T, o) and right (B, T, i)."""
         (batch, steps, o), i, dim = left.shape, right.shape[2], matrix.dim
         left, right, native = last_contiguous(left), last_contiguous(right), _native(matrix)
-        step, work = -(-steps // _parts(batch, steps)), _work(o, i, dim)
+        step, work = -(-steps // _parts(batch, steps)), 4 * dim + o + i
 
         def add(sums: Tensor, fresh: bool, first: int, last: int, part: int) -> None:
             begin = part * step
@@ -118,7 +118,7 @@ class NativeSpectra:
                 o,
                 i,
                 native,
-                _twiddles(dim).data_ptr(),
+                _twiddles(dim, _width()).data_ptr(),
             )
 
         self._add(-(-steps // step), _nanoseconds(batch, steps, dim), add)
@@ -129,7 +129,7 @@ class NativeSpectra:
         left, right, native = left.contiguous(), right.contiguous(), _native(matrix)
         taps, windows = taps.int().contiguous(), windows.int().contiguous()
         step = -(-count // _parts(batch, count))
-        work = _work(o, c * j, dim) + (o * step + c * plane) * _width()
+        work = 4 * dim + o + 2 * c * j + (o + _width()) * step
 
         def add(sums: Tensor, fresh: bool, first: int, last: int, part: int) -> None:
             loaded_library().sp_spectral_windows(
@@ -152,7 +152,7 @@ class NativeSpectra:
                 c,
                 j,
                 native,
-                _twiddles(dim).data_ptr(),
+                _twiddles(dim, _width()).data_ptr(),
             )
 
         self._add(-(-count // step), _nanoseconds(batch, count, dim), add)
@@ -170,7 +170,6 @@ class NativeSpectra:
                 self._out.data_ptr(),
                 self._out.stride(0),
                 None if sums is None else sums.data_ptr(),
-                aligned_scratch("finish", (dim + _PIECE) * _width()).data_ptr(),
                 rows.data_ptr(),
                 rows.stride(0),
                 None if table is None else table.data_ptr(),
@@ -178,7 +177,7 @@ class NativeSpectra:
                 first,
                 last,
                 dim,
-                _twiddles(dim).data_ptr() if sums is not None else None,
+                _twiddles(dim, _width()).data_ptr() if sums is not None else None,
             )
 
         run_jobs([partial(finish, *some) for some in self._shares()], _nanoseconds(batch, 1, dim))
@@ -196,15 +195,15 @@ class NativeSpectra:
             self._sums.add_(own)
 
     def _shares(self) -> list[tuple[int, int]]:
-        """Ranges of examples, of whole groups."""
+        """Ranges of examples."""
         batch = len(self._out)
-        share = batch if torch.get_num_threads() == 1 else _width()
+        share = batch if torch.get_num_threads() == 1 else _SHARE
         return [(first, min(first + share, batch)) for first in range(0, batch, share)]
 
 
 def numbers_held(batch: int, dim: int) -> int:
     """How many numbers the sums of so many examples are."""
-    return -(-batch // _width()) * _width() * 2 * dim
+    return batch * 2 * dim
 
 
 def add_tensor_outer_native_(
@@ -242,20 +241,14 @@ def add_tensor_windows_native_(
 
 
 def _rounds(batch: int, steps: int, dim: int) -> Iterator[slice]:
-    """Whole groups of examples whose sums, of all parts, may be held at once."""
-    count = max(1, HELD // (numbers_held(_width(), dim) * _parts(batch, steps))) * _width()
+    """Examples whose sums, of all parts, may be held at once."""
+    count = max(1, HELD // (numbers_held(1, dim) * _parts(batch, steps)))
     return (slice(start, start + count) for start in range(0, batch, count))
 
 
 def _parts(batch: int, steps: int) -> int:
     """How many parts the steps are split into, by shapes alone."""
-    groups = -(-batch // _width())
-    return max(1, min(-(-_JOBS // groups), steps // _PART_STEPS))
-
-
-def _work(o: int, i: int, dim: int) -> int:
-    """Numbers of work space that the transforms of factors (o,) and (i,) take."""
-    return (2 * dim + o + i + 3) * _width() + (-(-o // dim) - (-i // dim)) * dim
+    return max(1, min(-(-_JOBS // batch), steps // _PART_STEPS))
 
 
 def _nanoseconds(batch: int, steps: int, dim: int) -> float:
@@ -268,10 +261,13 @@ def _native(matrix: TensorMap) -> NativeMap:
 
 
 @functools.lru_cache(maxsize=16)
-def _twiddles(dim: int) -> Tensor:
-    """exp(-2 pi i t / k) for t < k, (k, 2) float32, each rounded once."""
+def _twiddles(dim: int, lanes: int) -> Tensor:
+    """exp(-2 pi i t / k), each rounded once, in the order in which the transforms use them."""
     angles = torch.arange(dim, dtype=torch.float64) * (-2 * torch.pi / dim)
-    return torch.stack([angles.cos(), angles.sin()], dim=1).float().contiguous()
+    twiddles = torch.stack([angles.cos(), angles.sin()], dim=1).float().contiguous()  # (k, 2)
+    table = torch.empty(2 * dim)
+    loaded_library().sp_spectral_table(table.data_ptr(), twiddles.data_ptr(), dim)
+    return table
 
 
 def _width() -> int:
