@@ -139,7 +139,7 @@ INLINE int64_t apart(const map *m, uint64_t i) {
 #pragma GCC target("avx2,fma")
 #endif
 #define LANES 8
-#define ACROSS 2
+#define ACROSS 3
 #include "native_lanes.c"
 #undef LANES
 #undef ACROSS

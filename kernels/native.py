@@ -13,10 +13,20 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import torch
 from torch import Tensor
 
-__all__ = ["NativeMap", "aligned_scratch", "native_library", "require_library", "run_jobs", "share_rows"]
+__all__ = [
+    "NativeMap",
+    "aligned_scratch",
+    "give_back",
+    "native_library",
+    "require_library",
+    "run_jobs",
+    "share_rows",
+    "taken",
+]
 
 _VERSION = 9
 _ALIGNMENT = 64  # bytes, as the widest vectors want it
+_SPARE, _MOST_SPARE = 2, 1 << 22  # pieces of memory that `taken` finds again, and their numbers at most
 _WORTH_THREADS = 100_000  # nanoseconds of work below which waking another thread costs more than it saves
 
 _pointer, _int, _i64, _u32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
@@ -149,11 +159,29 @@ def aligned_scratch(name: str, count: int) -> Tensor:
     """
     kept: Tensor | None = getattr(_local, name, None)
     if kept is None or kept.numel() < count:
-        memory = torch.empty(count + _ALIGNMENT // 4, dtype=torch.float32)
-        skip = -memory.data_ptr() % _ALIGNMENT // 4
-        kept = memory[skip : skip + count]
+        kept = _aligned(count)
         setattr(_local, name, kept)
     return kept[:count]
+
+
+def taken(count: int) -> Tensor:
+    """Memory as of `aligned_scratch`, but the caller's alone until it calls `give_back`."""
+    spare: list[Tensor] = getattr(_local, "spare", [])
+    fits = [n for n, memory in enumerate(spare) if memory.numel() >= count]
+    return spare.pop(fits[0]) if fits else _aligned(count)
+
+
+def give_back(memory: Tensor) -> None:
+    """Let the next caller of `taken` in this thread have this; a few are kept."""
+    spare: list[Tensor] = getattr(_local, "spare", [])
+    if memory.numel() <= _MOST_SPARE:
+        _local.spare = [memory, *spare][:_SPARE]
+
+
+def _aligned(count: int) -> Tensor:
+    memory = torch.empty(count + _ALIGNMENT // 4, dtype=torch.float32)
+    skip = -memory.data_ptr() % _ALIGNMENT // 4
+    return memory[skip : skip + count]
 
 
 _pool: ThreadPoolExecutor | None = None

@@ -3,10 +3,9 @@
 Two routes, chosen by shapes and the processor, never by the number of threads, which therefore changes no bit of a sum:
 
 * lanes: a group of examples interleaved (16 with AVX-512, 8 with AVX2, else 4), summed into a buffer of its own that is
-  then added to the output. Measured on Zen 5, per coordinate of a whole group: for outer products of T steps
-  1.2 + 0.17 T ns (with AVX2 and its 8 lanes, 1.2 + 0.2 T ns), for convolutions 1.2 + 0.15 T ns; on Zen 4: 3.3 ns for
-  given rows out of main memory, 2.7 ns with 8 lanes, either full or not.
-* rows: one example after the other, 0.35 ns per coordinate of each; outer products become tiles before, 0.02 T ns.
+  then added to the output. Given rows out of main memory cost, on Zen 4, 3.3 ns a coordinate of a group, 2.7 ns with 8
+  lanes, either full or not; outer products and convolutions what `product_costs` says.
+* rows: one example after the other; outer products become tiles before, and convolutions columns before those.
 
 Hence the lanes serve groups that are full enough, unless there are too few coordinates to pay for the buffer. Where
 there are fewer groups than `_JOBS`, each is split into parts with buffers of their own, which are added in order.
@@ -15,6 +14,7 @@ there are fewer groups than `_JOBS`, each is split into parts with buffers of th
 import ctypes
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ __all__ = [
     "address",
     "last_contiguous",
     "loaded_library",
+    "product_nanoseconds",
     "sparse_map_native",
     "sum_lanes_",
 ]
@@ -46,6 +47,22 @@ _WINDOW_WORK = (8192, 65536)  # vectors of work space for the two sides of a con
 _BUFFERS = 1 << 24  # numbers in the buffers of parts at one time
 _OUTER_COPIES = 64  # largest nnz of sp_outer_lanes
 _FULL_ENOUGH = {16: 8, 8: 6, 4: 5}  # fewest given rows that are interleaved, by lanes: never only four
+
+
+class _Costs(NamedTuple):
+    """Nanoseconds of a coordinate of a product, and of each step: of a group in lanes, and of an example alone."""
+
+    lanes: float
+    lanes_step: float
+    alone: float
+    alone_step: float
+
+
+# By lanes, measured beside each other: 16 on Zen 5 with AVX-512, 8 on Zen 3 with AVX2, one busy core each. Lanes win on
+# convolutions by far, whose columns are never made: 128 channels to 128 on 16 x 16 positions, 16 examples, took 19 ms
+# with 8 lanes, and 106 ms by columns.
+_OUTER = {16: _Costs(1.2, 0.17, 0.35, 0.02), 8: _Costs(3.9, 0.38, 1.5, 0.085), 4: _Costs(1.2, 0.2, 0.35, 0.02)}
+_WINDOWS = {16: _Costs(1.2, 0.15, 0.35, 0.033), 8: _Costs(2.5, 0.24, 1.5, 0.15), 4: _Costs(1.2, 0.2, 0.35, 0.033)}
 
 # sum(buffer, first example, examples, part): the interleaved sum of one part of one group
 _Sum = Callable[[Tensor, int, int, int], None]
@@ -99,7 +116,7 @@ def add_outer_native_(
     work = (1 + steps // 8) * o * i
     pays = work >= dim and dim <= _LANES_DIM and nnz <= _OUTER_COPIES
     width = loaded_library().sp_lanes()
-    laned = _in_lanes(batch, width, _full_enough_outer(width, steps)) if pays else 0
+    laned = _in_lanes(batch, width, _full_enough_product(_OUTER[width], steps)) if pays else 0
     if laned:
         groups = -(-laned // width)
         parts = max(1, min(-(-_JOBS // groups), work // (_PART * 4 * dim), o // _PART_ROWS))
@@ -149,7 +166,7 @@ def add_windows_native_(
     work = (1 + count // 8) * o * c * j
     pays = work >= dim and dim <= _LANES_DIM and nnz <= _OUTER_COPIES
     width = loaded_library().sp_lanes()
-    laned = _in_lanes(batch, width, _full_enough_outer(width, count)) if pays else 0
+    laned = _in_lanes(batch, width, _full_enough_product(_WINDOWS[width], count)) if pays else 0
     if laned:
         groups = -(-laned // width)
         parts = max(1, min(-(-_JOBS // groups), work // (_PART * 4 * dim), o // _WINDOW_ROWS))
@@ -220,10 +237,18 @@ def _in_lanes(batch: int, width: int, full_enough: int) -> int:
     return batch if rest >= full_enough else batch - rest
 
 
-def _full_enough_outer(width: int, steps: int) -> int:
-    """From how many examples on a group costs less in lanes than as tiles, by the estimates above."""
-    step = 0.17 if width == 16 else 0.2
-    return int((1.2 + step * steps) / (0.35 + 0.02 * steps)) + 1
+def _full_enough_product(costs: _Costs, steps: int) -> int:
+    """From how many examples on a group costs less in lanes than each alone."""
+    return int((costs.lanes + costs.lanes_step * steps) / (costs.alone + costs.alone_step * steps)) + 1
+
+
+def product_nanoseconds(batch: int, steps: int, o: int, i: int, *, windows: bool) -> float:
+    """What an outer product of so many steps costs, or a convolution of so many windows, of (o, i) coordinates."""
+    width = loaded_library().sp_lanes()
+    costs = (_WINDOWS if windows else _OUTER)[width]
+    laned = _in_lanes(batch, width, _full_enough_product(costs, steps))
+    group, alone = costs.lanes + costs.lanes_step * steps, costs.alone + costs.alone_step * steps
+    return (-(-laned // width) * group + (batch - laned) * alone) * o * i
 
 
 def sum_lanes_(out: Tensor, parts: int, nnz: int, nanoseconds: float, add: _Sum) -> None:

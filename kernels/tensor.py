@@ -123,7 +123,7 @@ def tensor_add_windows_(
     if backend == "native":
         if spectral is None:
             (batch, o, count), i = left.shape, matrix.shape[1]
-            spectral = scale is None and spectral_is_cheaper(batch, count, o, i, matrix.dim)
+            spectral = scale is None and spectral_is_cheaper(batch, count, o, i, matrix.dim, windows=True)
         add_tensor_windows_native_(out, left, right, taps, windows, matrix, spectral=spectral, scale=scale)
         return
     for some, columns in _columns(right, taps, windows, backend):

@@ -52,7 +52,7 @@ class HeldSums:
         (batch, o, count), i = left.shape, matrix.shape[1]
         if not isinstance(self._spectra, NativeSpectra) or not self._may_transform:
             return False
-        if not spectral_is_cheaper(batch, count, o, i, matrix.dim, shared=True):
+        if not spectral_is_cheaper(batch, count, o, i, matrix.dim, shared=True, windows=True):
             return False
         self._spectra.add_windows(left, right, taps, windows, matrix)
         return True

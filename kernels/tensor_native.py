@@ -13,7 +13,7 @@ from math import log2
 import torch
 from torch import Tensor
 
-from .native import NativeMap, aligned_scratch, run_jobs
+from .native import NativeMap, aligned_scratch, give_back, run_jobs, taken
 from .small_rows import SmallRows, table_of
 from .sparse_native import (
     add_at_native_,
@@ -23,6 +23,7 @@ from .sparse_native import (
     address,
     last_contiguous,
     loaded_library,
+    product_nanoseconds,
 )
 from .tensor_map import TensorMap
 
@@ -43,29 +44,28 @@ _JOBS = 8  # that a large sum is split into, at least
 _PART_STEPS = 16  # of a part at least: each has sums of its own
 _SHARE = 8  # examples that a thread takes at once
 HELD = 1 << 24  # numbers of sums that are held at one time
-# Nanoseconds for a group of lanes: a step of a transform for each k log2 k, for each entry of the factors, and to
-# begin; a coordinate of an outer product, and each of its steps; the latter two for an example on its own
-# (`sparse_native.py`). The first three were measured beside the others, on a busy machine, which slowed both alike.
-_TRANSFORM, _ENTRY, _BEGIN = 0.6, 2.0, 1500.0
-_COORDINATE, _STEP = 1.2, 0.17
-_COORDINATE_ALONE, _STEP_ALONE = 0.35, 0.02
+# Nanoseconds of a step of an example's transform: for each k log2 k, each entry of the factors (of windows, which are
+# gathered), and to begin. By lanes, beside the products' of `sparse_native.py`; those for 16 and 4 are scaled.
+_TRANSFORM, _BEGIN = {16: 0.038, 8: 0.09, 4: 0.08}, 100.0
+_ENTRY, _WINDOW_ENTRY = 1.0, 2.3
 
 # add(sums, whether they are fresh, first example, last, part): adds a part of the steps of some examples
 _Add = Callable[[Tensor, bool, int, int, int], None]
 
 
-def spectral_is_cheaper(batch: int, steps: int, o: int, i: int, dim: int, *, shared: bool = False) -> bool:
+def spectral_is_cheaper(
+    batch: int, steps: int, o: int, i: int, dim: int, *, shared: bool = False, windows: bool = False
+) -> bool:
     """Whether the transforms of so many steps cost less than the outer products of (o, i) coordinates.
 
-    With `shared`, the way back costs nothing: other layers take it as well.
+    With `shared`, the way back costs nothing: other layers take it as well; with `windows`, the steps are those of a
+    convolution.
     """
     if not has_transform(dim):
         return False
-    groups, rest = divmod(batch, _width())
-    group = (steps + (not shared)) * _TRANSFORM * dim * log2(dim) + steps * (_BEGIN + _ENTRY * (o + i))
-    laned = (_COORDINATE + _STEP * steps) * o * i
-    alone = rest * (_COORDINATE_ALONE + _STEP_ALONE * steps) * o * i
-    return (groups + bool(rest)) * group < groups * laned + min(laned, alone)
+    entries = (_WINDOW_ENTRY if windows else _ENTRY) * (o + i)
+    example = (steps + (not shared)) * _TRANSFORM[_width()] * dim * log2(dim) + steps * (_BEGIN + entries)
+    return batch * example < product_nanoseconds(batch, steps, o, i, windows=windows)
 
 
 def has_transform(dim: int) -> bool:
@@ -181,18 +181,21 @@ class NativeSpectra:
             )
 
         run_jobs([partial(finish, *some) for some in self._shares()], _nanoseconds(batch, 1, dim))
+        if sums is not None:
+            give_back(sums)
 
     def _add(self, parts: int, nanoseconds: float, add: _Add) -> None:
         """Each part but the first has sums of its own, which are added in order: no thread changes a bit."""
         fresh, size = self._sums is None, numbers_held(*self._out.shape)
         if self._sums is None:
-            self._sums = torch.empty(size)
-        sums = [self._sums, *(torch.empty(size) for _ in range(parts - 1))]
+            self._sums = taken(size)
+        sums = [self._sums, *(taken(size) for _ in range(parts - 1))]
         jobs = [partial(add, own, fresh or part > 0, *some, part) for part, own in enumerate(sums)
                 for some in self._shares()]  # fmt: skip
         run_jobs(jobs, nanoseconds)
         for own in sums[1:]:
-            self._sums.add_(own)
+            self._sums[:size].add_(own[:size])
+            give_back(own)
 
     def _shares(self) -> list[tuple[int, int]]:
         """Ranges of examples."""
@@ -252,7 +255,7 @@ def _parts(batch: int, steps: int) -> int:
 
 
 def _nanoseconds(batch: int, steps: int, dim: int) -> float:
-    return batch * (steps + 1) * _TRANSFORM * dim * log2(dim) / 16
+    return batch * (steps + 1) * _TRANSFORM[_width()] * dim * log2(dim)
 
 
 def _native(matrix: TensorMap) -> NativeMap:
@@ -261,8 +264,8 @@ def _native(matrix: TensorMap) -> NativeMap:
 
 
 @functools.lru_cache(maxsize=16)
-def _twiddles(dim: int, lanes: int) -> Tensor:
-    """exp(-2 pi i t / k), each rounded once, in the order in which the transforms use them."""
+def _twiddles(dim: int, lanes: int) -> Tensor:  # noqa: ARG001, the order follows from them
+    """exp(-2 pi i t / k), each rounded once, in the order in which the transforms over so many lanes use them."""
     angles = torch.arange(dim, dtype=torch.float64) * (-2 * torch.pi / dim)
     twiddles = torch.stack([angles.cos(), angles.sin()], dim=1).float().contiguous()  # (k, 2)
     table = torch.empty(2 * dim)

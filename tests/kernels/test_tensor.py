@@ -90,13 +90,14 @@ def test_same_integers_by_the_compiled_code(o, i, k, level, at_level):
 
 
 SHAPES = [
-    (1, 1, 5, 7, 16),
-    (16, 1, 33, 50, 64),
-    (17, 5, 130, 30, 64),  # parts; a group that one example is in
-    (20, 40, 9, 270, 128),  # blocks of a side; parts of the steps
+    (1, 1, 5, 7, 256),
+    (16, 1, 33, 50, 1024),
+    (17, 5, 130, 30, 256),  # parts; a group that one example is in
+    (2, 40, 9, 600, 256),  # blocks of a side; parts of the steps
     (9, 33, 6, 1050, 512),
-    (33, 2, 3, 2, 8),
-    (5, 3, 40, 30, 32),
+    (3, 2, 3, 2, 2048),
+    (2, 3, 40, 30, 8192),  # more than the first-level cache holds
+    (2, 1, 40, 30, 16384),
 ]
 
 
@@ -118,7 +119,7 @@ def test_factors_of_any_size_keep_their_precision(left_size, right_size, backend
     at_level(level)
     left, right = left_size * normal(16, 4, 12), right_size * normal(16, 4, 20, seed=1)
     left[:, 1], right[:, 2] = 0, torch.eye(20)[3] * right_size
-    matrix, out = TensorMap(32, 2, 0, (12, 20)), torch.zeros(16, 32)
+    matrix, out = TensorMap(256, 2, 0, (12, 20)), torch.zeros(16, 256)
     tensor_add_outer_(out, left, right, matrix, backend=backend, spectral=spectral)
     size = products(left.abs(), right.abs()).norm(dim=1)
     assert ((out - products(left, right) @ dense(matrix).T).norm(dim=1) <= 1e-6 * size).all()
@@ -130,8 +131,8 @@ def test_an_example_that_is_not_finite_spoils_no_other(backend, level, spectral,
     left, right = normal(18, 3, 12), normal(18, 3, 20)
     left[4, 1, 2], right[7, 0, 3], right[9, 2, 19] = torch.nan, torch.inf, torch.nan
     left[9] = 0  # nothing times what is not a number is not a number
-    out = torch.zeros(18, 32)
-    tensor_add_outer_(out, left, right, TensorMap(32, 0, 0, (12, 20)), backend=backend, spectral=spectral)
+    out = torch.zeros(18, 256)
+    tensor_add_outer_(out, left, right, TensorMap(256, 0, 0, (12, 20)), backend=backend, spectral=spectral)
     assert [b for b in range(18) if not out[b].isfinite().all()] == [4, 7, 9]
 
 
@@ -160,7 +161,7 @@ def test_windows_are_an_outer_product_with_patches(
     left, right = normal(batch, o, windows), normal(batch, c, plane, seed=1)
     tap, window = torch.arange(taps) % (plane // 2), torch.arange(windows) * 5 % (plane - plane // 2)
     patches = right[:, :, tap[:, None] + window].flatten(1, 2).transpose(1, 2)  # (B, L, c J)
-    matrix, out = TensorMap(64, 3, 77, (o, c * taps)), torch.zeros(batch, 64)
+    matrix, out = TensorMap(256, 3, 77, (o, c * taps)), torch.zeros(batch, 256)
     tensor_add_windows_(out, left, right, tap, window, matrix, backend=backend, spectral=spectral)
     left = left.transpose(1, 2)
     size = products(left.abs(), patches.abs()).norm(dim=1)
@@ -199,10 +200,10 @@ def test_pieces_of_steps_sum_to_the_whole_on_both_routes():
 @native
 @pytest.mark.parametrize("spectral", [False, True])
 def test_threads_and_memory_change_no_sum(spectral, monkeypatch):
-    left, right, matrix = normal(33, 50, 40), normal(33, 50, 30, seed=1), TensorMap(64, 1, 0, (40, 30))
+    left, right, matrix = normal(33, 50, 40), normal(33, 50, 30, seed=1), TensorMap(256, 1, 0, (40, 30))
 
     def sums():
-        out = torch.zeros(33, 64)
+        out = torch.zeros(33, 256)
         tensor_add_outer_(out, left, right, matrix, backend="native", spectral=spectral)
         return out
 
@@ -224,4 +225,5 @@ def test_the_route_is_the_cheaper_one_and_needs_a_transform():
     assert cheaper(16, 64, 1024, 1024, 4096)
     assert not cheaper(16, 64, 32, 32, 4096)
     assert not cheaper(16, 64, 1024, 1024, 4095)
+    assert not cheaper(16, 64, 1024, 1024, 128)
     assert not cheaper(16, 64, 1024, 1024, 2**20)
