@@ -99,6 +99,7 @@ class NativeSpectra:
         (batch, steps, o), i, dim = left.shape, right.shape[2], matrix.dim
         left, right, native = last_contiguous(left), last_contiguous(right), _native(matrix)
         step, work = -(-steps // _parts(batch, steps)), 4 * dim + o + i
+        twiddles = _twiddles(dim, _width())  # held here: threads that ask at once for the first time get their own
 
         def add(sums: Tensor, fresh: bool, first: int, last: int, part: int) -> None:
             begin = part * step
@@ -118,7 +119,7 @@ class NativeSpectra:
                 o,
                 i,
                 native,
-                _twiddles(dim, _width()).data_ptr(),
+                twiddles.data_ptr(),
             )
 
         self._add(-(-steps // step), _nanoseconds(batch, steps, dim), add)
@@ -128,7 +129,7 @@ class NativeSpectra:
         (batch, o, count), (_, c, plane), dim, j = left.shape, right.shape, matrix.dim, len(taps)
         left, right, native = left.contiguous(), right.contiguous(), _native(matrix)
         taps, windows = taps.int().contiguous(), windows.int().contiguous()
-        step = -(-count // _parts(batch, count))
+        step, twiddles = -(-count // _parts(batch, count)), _twiddles(dim, _width())
         work = 4 * dim + o + 2 * c * j + (o + _width()) * step
 
         def add(sums: Tensor, fresh: bool, first: int, last: int, part: int) -> None:
@@ -152,7 +153,7 @@ class NativeSpectra:
                 c,
                 j,
                 native,
-                _twiddles(dim, _width()).data_ptr(),
+                twiddles.data_ptr(),
             )
 
         self._add(-(-count // step), _nanoseconds(batch, count, dim), add)
@@ -164,6 +165,7 @@ class NativeSpectra:
             return
         sums, self._sums, (batch, dim) = self._sums, None, self._out.shape
         rows, table = (self._out, None) if given is None else (given[0], table_of(given[1]))
+        twiddles = None if sums is None else _twiddles(dim, _width())
 
         def finish(first: int, last: int) -> None:
             loaded_library().sp_finish(
@@ -177,7 +179,7 @@ class NativeSpectra:
                 first,
                 last,
                 dim,
-                _twiddles(dim, _width()).data_ptr() if sums is not None else None,
+                None if twiddles is None else twiddles.data_ptr(),
             )
 
         run_jobs([partial(finish, *some) for some in self._shares()], _nanoseconds(batch, 1, dim))

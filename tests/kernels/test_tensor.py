@@ -1,5 +1,7 @@
 """The tensor map: blocks are permutations, and every route on every backend gives the sketch of the gradient."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from source_proj.kernels import TensorMap, available_backends, sparse_native, tensor, tensor_native
-from source_proj.kernels.native import native_library
+from source_proj.kernels.native import native_library, run_jobs
 from source_proj.kernels.tensor import tensor_add_, tensor_add_at_, tensor_add_outer_, tensor_add_windows_
 
 CPU = torch.device("cpu")
@@ -217,6 +219,32 @@ def test_threads_and_memory_change_no_sum(spectral, monkeypatch):
     assert torch.equal(sums(), usual)
     monkeypatch.setattr(tensor_native, "_PART_STEPS", 1)
     assert (sums() - usual).norm() <= 1e-6 * usual.norm()
+
+
+@native
+def test_tables_of_a_transform_outlive_all_threads_that_use_them(monkeypatch):
+    """Asked for in each thread, the loser's of a race for the cache was freed before the kernel had read it."""
+    tables, seen, made = [], [], tensor_native._twiddles.__wrapped__
+
+    def uncached(*shape):
+        table = made(*shape)
+        tables.append(weakref.ref(table))
+        return table
+
+    def watched(jobs, nanoseconds):
+        seen.append([table() is not None for table in tables])
+        run_jobs(jobs, nanoseconds)
+        assert len(tables) == len(seen[-1])
+
+    monkeypatch.setattr(tensor_native, "_twiddles", uncached)
+    monkeypatch.setattr(tensor_native, "run_jobs", watched)
+    left, right, matrix = normal(20, 2, 40), normal(20, 2, 30), TensorMap(256, 1, 0, (40, 30))
+    tensor_add_outer_(torch.zeros(20, 256), left, right, matrix, backend="native", spectral=True)
+    windows = torch.arange(2)
+    args = left.transpose(1, 2), right.transpose(1, 2), torch.zeros(1, dtype=torch.int64), windows
+    tensor_add_windows_(torch.zeros(20, 256), *args, matrix, backend="native", spectral=True)
+    assert len(seen) == 4  # a way there and a way back of each
+    assert all(alive and alive[-1] for alive in seen)
 
 
 @native
