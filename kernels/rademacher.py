@@ -3,6 +3,10 @@
 The sign of entry (column c, coordinate i) is bit c % 128 of the 128 bits of Philox counter
 (low i, high i, c // 128, tag) under the key of the seed; a set bit means -1. Other tags give other matrices.
 Achlioptas, "Database-friendly random projections" (2003).
+
+float32 rows are multiplied and summed in float32. Measured against float64, 2^18 coordinates, normal or heavy-tailed
+(log-normal sizes), k = 256: an error of 9e-6 of a row's norm. fast-jl rounds entries to half precision (`fast_jl.py`),
+which alone makes 2e-4.
 """
 
 import numpy as np
