@@ -1,4 +1,4 @@
-"""Codes of 4, 2 or 1 bits: which levels rows are nearest to, packed, and back.
+"""Codes of 4, 2 or 1 bits: which levels rows are nearest to, packed, and back; `scoring` multiplies them as they are.
 
 Row r, of k numbers and of the root mean square m, has for its number i the code of the level nearest to row[i] / m, the
 higher one where two are as near. With ``per`` = 8 / bits codes a byte, code j is in byte j // per, from bit
@@ -8,6 +8,8 @@ Compiled code serves the CPU, torch every device. Codes and unpacked levels are 
 float64, differ by their rounding.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,14 +19,77 @@ from torch import Tensor
 from .backends import choose_backend
 from .native import aligned_scratch, require_library, share_rows
 
-__all__ = ["PackedRows", "encode_rows", "unpack_rows"]
+__all__ = ["Encoding", "PackedRows", "encode_rows", "unpack_rows"]
 
 _BACKENDS = ("native", "torch")
 _NANOSECONDS = (2.0, 0.15)  # a number, to encode and to unpack
 
 
-class PackedRows(NamedTuple):
-    """Rows as codes of levels.
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows of k levels each, packed.
+
+    Attributes:
+        codes: ``(n, ⌈k bits / 8⌉)`` uint8.
+        k: numbers a row.
+        levels: the 2, 4 or 16 levels that they name, ascending.
+
+    Raises:
+        ValueError: the codes have another width or type, or there is another number of levels.
+
+    Example:
+        >>> rows = PackedRows(torch.tensor([[5], [6]], dtype=torch.uint8), 3, (-0.5, 0.5))
+        >>> len(rows), rows.shape, rows[1:].unpacked().tolist()
+        (2, (2, 3), [[-0.5, 0.5, 0.5]])
+    """
+
+    codes: Tensor
+    k: int
+    levels: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.levels) not in (2, 4, 16):
+            raise ValueError(f"levels must be 2, 4 or 16 (of 1, 2 or 4 bits), got {len(self.levels)}")
+        width = -(-self.k * self.bits // 8)
+        if self.codes.dtype != torch.uint8 or self.codes.shape[1:] != (width,):
+            raise ValueError(
+                f"codes of {self.k} numbers of {self.bits} bits must be uint8 of shape (n, {width}), "
+                f"got {self.codes.dtype} of shape {tuple(self.codes.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, rows: slice) -> "PackedRows":
+        return replace(self, codes=self.codes[rows])
+
+    @property
+    def bits(self) -> int:
+        """Bits of a number."""
+        return len(self.levels).bit_length() - 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and numbers of each."""
+        return len(self), self.k
+
+    @property
+    def device(self) -> torch.device:
+        """Of the codes."""
+        return self.codes.device
+
+    def unpacked(self, *, kept: bool = True) -> Tensor:
+        """The levels ``(n, k)`` float32; see :func:`unpack_rows`."""
+        return unpack_rows(self.codes, self.k, self.levels, kept=kept)
+
+    def blocks(self, height: int) -> Iterator[tuple[int, Tensor]]:
+        """Start and levels of so many rows at a time, each in memory that the next one may use again."""
+        for start in range(0, len(self), height):
+            yield start, self[start : start + height].unpacked(kept=False)
+
+
+class Encoding(NamedTuple):
+    """What became of rows.
 
     Attributes:
         codes: ``(n, ⌈k bits / 8⌉)`` uint8.
@@ -37,7 +102,7 @@ class PackedRows(NamedTuple):
     along: Tensor
 
 
-def encode_rows(rows: Tensor, levels: tuple[float, ...], *, backend: str | None = None) -> PackedRows:
+def encode_rows(rows: Tensor, levels: tuple[float, ...], *, backend: str | None = None) -> Encoding:
     """Encode rows ``(n, k)`` float32 by 2, 4 or 16 ascending levels.
 
     Args:
@@ -67,7 +132,7 @@ def encode_rows(rows: Tensor, levels: tuple[float, ...], *, backend: str | None 
     packed = padded[:, :, 0].clone()
     for place in range(1, per):
         packed |= padded[:, :, place] << place * bits
-    return PackedRows(packed, length[:, 0], along)
+    return Encoding(packed, length[:, 0], along)
 
 
 def unpack_rows(
@@ -106,7 +171,7 @@ def unpack_rows(
     return out
 
 
-def _encode_native(rows: Tensor, levels: Tensor, edges: Tensor, bits: int) -> PackedRows:
+def _encode_native(rows: Tensor, levels: Tensor, edges: Tensor, bits: int) -> Encoding:
     (n, k), library = rows.shape, require_library()
     codes = torch.empty(n, -(-k * bits // 8), dtype=torch.uint8)
     length, along = torch.empty(n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
@@ -120,7 +185,7 @@ def _encode_native(rows: Tensor, levels: Tensor, edges: Tensor, bits: int) -> Pa
 
     if n:
         share_rows(n, some, _NANOSECONDS[0] * rows.numel())
-    return PackedRows(codes, length, along)
+    return Encoding(codes, length, along)
 
 
 @lru_cache(maxsize=16)

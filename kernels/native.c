@@ -47,12 +47,14 @@ enum {
   SCORE_COLUMNS = 256, /* of a piece of rows that stays in the first-level cache */
   SCORE_FEW = 32,     /* queries of sp_score and sp_best at most */
   SCORE_CHUNK = 64,   /* rows whose scores it holds at once */
+  LINE = 64,          /* bytes of packed rows that are lined up at once */
+  NIBBLE_VECTORS = 4, /* of rows that meet a table while it is in registers */
   CODES_CHUNK = 256,  /* numbers that are encoded at once */
   CODES_LANES = 16,   /* interleaved sums of a row */
   CODES_NEAR = 16,    /* neighbours that a rotation adds in registers */
   NEAR = 1024,        /* points of a transform that stay in the first-level cache beside their sums and twiddles */
 };
-enum { FLOAT32, FLOAT16, INT8 }; /* types of stored rows */
+enum { FLOAT32, FLOAT16, INT8, CODES }; /* types of stored rows */
 typedef float four __attribute__((vector_size(16)));
 
 EXPORT const int sp_version = 9; /* of the functions' signatures: a library of another version is not used */
@@ -255,6 +257,32 @@ DISPATCH(sp_unpack,
          (float *out, int64_t out_stride, const uint8_t *codes, int64_t code_stride, int64_t n, int64_t k, int bits,
           const float *table),
          (out, out_stride, codes, code_stride, n, k, bits, table))
+
+/* For each half byte of packed codes, and each of its 16 values, the sum of the products of the numbers that it holds:
+ * out[q] of shape (out_stride / 16, 16), numbers beyond k being 0; with AVX2 alone, as four planes of its bytes. Not
+ * VARIANT: its bits are the same at every level.
+ */
+EXPORT void sp_nibbles(float *out, int64_t out_stride, const float *queries, int64_t query_stride, int64_t count,
+                       int64_t k, int bits, const float *levels) {
+  const int per = 4 / bits, planes = sp_level() == 1;
+  float held[4][16]; /* number j of a half byte */
+  for (int j = 0; j < per; j++)
+    for (int value = 0; value < 16; value++) held[j][value] = levels[value >> bits * j & ((1 << bits) - 1)];
+  for (int64_t q = 0; q < count; q++, out += out_stride, queries += query_stride)
+    for (int64_t nibble = 0; nibble < out_stride / 16; nibble++) {
+      float sum[16] = {0};
+      for (int j = 0; j < per; j++) {
+        const int64_t column = nibble * per + j;
+        const float x = column < k ? queries[column] : 0;
+        for (int value = 0; value < 16; value++) sum[value] += x * held[j][value];
+      }
+      char *to = (char *)(out + 16 * nibble);
+      if (planes)
+        for (int i = 0; i < 64; i++) to[i % 4 * 16 + i / 4] = ((const char *)sum)[i];
+      else
+        memcpy(to, sum, sizeof sum);
+    }
+}
 
 EXPORT int64_t sp_outer_work(void) { return (int64_t)(LEFT_WORK + RIGHT_WORK) * sp_lanes(); } /* in numbers */
 

@@ -107,6 +107,7 @@ _SIGNATURES = {
     "sp_rotate": [_pointer, _pointer, _pointer, _i64, _i64, _i64, _pointer, _pointer, _int],
     "sp_encode": [*(_pointer, _i64, _pointer, _pointer, _pointer, _i64), *(_i64, _i64, _int, _pointer, _pointer)],
     "sp_unpack": [_pointer, _i64, _pointer, _i64, _i64, _i64, _int, _pointer],
+    "sp_nibbles": [_pointer, _i64, _pointer, _i64, _i64, _i64, _int, _pointer],
     "sp_outer_lanes": [
         *(_pointer, _pointer, _pointer, _i64, _i64, _pointer, _i64, _i64),
         *(_int, _i64, _i64, _i64, _u64, _map, _pointer),

@@ -1,7 +1,7 @@
 /* Inner products of queries with stored rows, and the search for the best; a part of native_lanes.c, compiled for each
  * number of LANES.
  *
- * Rows are float32, float16 or int8 and become float32 in registers. An inner product is LANES interleaved sums over
+ * Rows are float32, float16 or int8 and become float32 in registers, or packed codes (native_nibbles.c). An inner product is LANES interleaved sums over
  * the columns in order, folded at the end: its bits depend on its own row and query alone, not on tiles or threads.
  */
 
@@ -134,14 +134,17 @@ INLINE void VARIANT(score_rows)(float *out, int64_t out_stride, const float *que
 }
 
 /* out[q][r] = scale[r] queries[q] . rows[r]; for at most SCORE_FEW queries; strides of out and
- * queries in numbers, of rows in bytes.
+ * queries in numbers, of rows in bytes. Of packed codes dim is
+ * the bytes of a row, and queries are what sp_nibbles makes of them.
  */
 static void VARIANT(sp_score)(float *out, int64_t out_stride, const float *queries, int64_t query_stride,
                               int64_t count, const void *rows, int64_t row_stride, const float *scale, int64_t n,
                               int64_t dim, int type) {
 #define ROWS_OF(type) \
   VARIANT(score_rows)(out, out_stride, queries, query_stride, count, rows, row_stride, scale, n, dim, type)
-  if (type == INT8)
+  if (type == CODES)
+    VARIANT(score_nibbles)(out, out_stride, queries, query_stride, count, rows, row_stride, scale, n, dim);
+  else if (type == INT8)
     ROWS_OF(INT8);
   else if (type == FLOAT16)
     ROWS_OF(FLOAT16);

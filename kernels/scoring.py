@@ -1,14 +1,15 @@
 """Inner products of queries with stored rows, and each query's strongest rows without the matrix of all products.
 
-Rows ``(n, k)`` are float32, float16, or int8, with or without one float32 scale a row; score(q, r) = scale_r · q·row_r,
-summed in float32. `Strongest` streams over rows and keeps k of them for each query. Of equal scores the lower row is
-the stronger one, for the lowest as for the highest, so that what is kept is unique: it depends on neither the backend
-nor the order in which rows arrive. A score of NaN has no place in an order and is refused; infinite scores have one.
+Rows ``(n, k)`` are float32, float16, int8, or packed codes of levels (`codes.PackedRows`), with or without one float32
+scale a row; score(q, r) = scale_r · q·row_r, summed in float32. `Strongest` streams over rows and keeps k of them for
+each query. Of equal scores the lower row is the stronger one, for the lowest as for the highest, so that what is kept
+is unique: it depends on neither the backend nor the order in which rows arrive. A score of NaN has no place in an order
+and is refused; infinite scores have one.
 
 Backends, all of which apply the same definitions, so that they differ by the rounding of a sum alone:
 
-* native: few queries are multiplied by compiled code that reads each row once, converts it in registers and forgets
-  a score at once unless it is among the best; many are multiplied by torch, blocks of rows being converted into
+* native: few queries are multiplied by compiled code that reads each row once, converts it in registers (or looks codes
+  up in a query's table of sums) and forgets a score at once unless it is among the best; many are multiplied by torch, blocks of rows being converted into
   memory that stays in the cache, and compiled code scans the products. `takes_product` draws the line.
 * triton: the same for GPUs, in `triton_scoring`.
 * torch: blocks of products and torch's own search; the plain reference on any device.
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from .native import native_library
 from .scoring_native import StrongestNative, score_native
-from .scoring_torch import StrongestTorch, check_operands, score_torch
+from .scoring_torch import Rows, StrongestTorch, check_operands, score_torch
 
 __all__ = ["ScoringBackend", "Strongest", "bottom_k", "score", "scoring_backend", "scoring_backends", "top_k"]
 
@@ -72,14 +73,12 @@ def scoring_backend(backend: ScoringBackend | None, device: str) -> ScoringBacke
     )
 
 
-def score(
-    queries: Tensor, rows: Tensor, scale: Tensor | None = None, *, backend: ScoringBackend | None = None
-) -> Tensor:
+def score(queries: Tensor, rows: Rows, scale: Tensor | None = None, *, backend: ScoringBackend | None = None) -> Tensor:
     """Scores of all queries with all rows.
 
     Args:
         queries: ``(Q, k)`` float32.
-        rows: ``(n, k)`` float32, float16 or int8, on the queries' device.
+        rows: ``(n, k)`` float32, float16, int8 or packed, on the queries' device.
         scale: a factor for each row, ``(n,)`` float32, or None for 1.
         backend: "native", "triton" or "torch"; default: the fastest one that is present.
 
@@ -150,7 +149,7 @@ class Strongest:
         else:
             self._kept = StrongestTorch(count, k, largest, torch.device(device))
 
-    def add(self, queries: Tensor, rows: Tensor, scale: Tensor | None = None, *, first: int = 0) -> None:
+    def add(self, queries: Tensor, rows: Rows, scale: Tensor | None = None, *, first: int = 0) -> None:
         """Offer rows ``first``, ``first`` + 1, … with the scores that `score` would give them.
 
         Raises:
@@ -185,7 +184,7 @@ class Strongest:
 
 
 def top_k(
-    queries: Tensor, rows: Tensor, k: int, scale: Tensor | None = None, *, backend: ScoringBackend | None = None
+    queries: Tensor, rows: Rows, k: int, scale: Tensor | None = None, *, backend: ScoringBackend | None = None
 ) -> tuple[Tensor, Tensor]:
     """The k highest scores of each query, highest first, and their rows: ``(Q, k)`` float32 and int64.
 
@@ -200,14 +199,14 @@ def top_k(
 
 
 def bottom_k(
-    queries: Tensor, rows: Tensor, k: int, scale: Tensor | None = None, *, backend: ScoringBackend | None = None
+    queries: Tensor, rows: Rows, k: int, scale: Tensor | None = None, *, backend: ScoringBackend | None = None
 ) -> tuple[Tensor, Tensor]:
     """The k lowest scores of each query, lowest first, and their rows; as `top_k` otherwise."""
     return _strongest(queries, rows, k, scale, backend, largest=False)
 
 
 def _strongest(
-    queries: Tensor, rows: Tensor, k: int, scale: Tensor | None, backend: ScoringBackend | None, *, largest: bool
+    queries: Tensor, rows: Rows, k: int, scale: Tensor | None, backend: ScoringBackend | None, *, largest: bool
 ) -> tuple[Tensor, Tensor]:
     if not 1 <= k <= len(rows):
         raise ValueError(f"k must lie in 1..{len(rows)} (the number of rows), got {k}")

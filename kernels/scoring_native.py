@@ -8,62 +8,105 @@ import ctypes
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .native import aligned_scratch, require_library, run_jobs
-from .scoring_torch import nan_error
+from .codes import PackedRows
+from .native import aligned_scratch, require_library, run_jobs, share_rows
+from .scoring_torch import Rows, nan_error
 
 __all__ = ["StrongestNative", "score_native", "takes_product"]
 
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 2, torch.uint8: 3}  # the last are packed codes
 _FEW = 32  # queries: SCORE_FEW of native.c
+_FEW_OF_CODES = {1: _FEW, 2: 16, 4: 8}  # queries of packed codes, by bits
+_TABLES = 4 << 20  # bytes of several queries' tables: these stay in the last-level cache
 _NUMBERS = 1 << 21  # of a block of rows in float32: 8 MiB, which stay in the last-level cache
 _BLOCK_SCORES = 1 << 21  # of its product with the queries, likewise
 _HEIGHT = (64, 2048)  # rows of a block, at least and at most
 _JOB_BYTES = 4 << 20  # of rows, the least that is worth a job
 
 
-def takes_product(count: int) -> bool:
+class _Few(NamedTuple):
+    """What the compiled code takes: queries or their tables, rows or their codes, both contiguous along a row."""
+
+    queries: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, queries: Tensor, rows: Rows) -> "_Few":
+        if isinstance(rows, PackedRows):
+            return cls(_nibble_sums(queries, rows), _last_contiguous(rows.codes))
+        return cls(_last_contiguous(queries), _last_contiguous(rows))
+
+
+def _nibble_sums(queries: Tensor, rows: PackedRows) -> Tensor:
+    """For each half byte of the rows, the 16 sums that it can make with a query: ``(Q, table size)``."""
+    queries, levels, stride = _last_contiguous(queries), torch.tensor(rows.levels), _table_size(rows)
+    tables = torch.empty(len(queries), stride)
+
+    def some(first: int, last: int) -> None:
+        require_library().sp_nibbles(
+            _address(tables, first), stride, _address(queries, first), queries.stride(0), last - first, rows.k,
+            rows.bits, levels.data_ptr(),
+        )  # fmt: skip
+
+    share_rows(len(queries), some, 0.5 * tables.numel())
+    return tables
+
+
+def takes_product(count: int, rows: Rows) -> bool:
     """Whether so many queries are multiplied by torch's product of blocks, and not by dot products in registers.
 
     Measured at k = 4,096 on one core of Zen 4, where a large product runs at 99 GFLOP/s: with 32 queries the dot
     products run at 82 (float32) to 104 (int8), and torch's product of a block at 75 to 80; with 64 queries it reaches
     85 to 91, and the dot products would read queries from the second-level cache too often.
+
+    Packed codes are looked up in tables of each query, which takes time by their bytes and the queries alone: with
+    AVX2, 8 queries are 1.5 (4 bits), 3 (2) and 6 (1) times as fast as the product of unpacked blocks, 16 queries .8,
+    1.5 and 2.7 times.
     """
-    return count > _FEW
+    if isinstance(rows, Tensor):
+        return count > _FEW
+    return count > max(1, min(_FEW_OF_CODES[rows.bits], _TABLES // (4 * _table_size(rows))))
 
 
-def score_native(queries: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
+def _table_size(rows: PackedRows) -> int:
+    """Numbers of a query's table: 16 for each half byte of the rows' words of 32 bits."""
+    return -(-rows.codes.shape[1] // 4) * 8 * 16
+
+
+def score_native(queries: Tensor, rows: Rows, scale: Tensor | None) -> Tensor:
     """scale_r · q·row_r for all queries and rows: ``(Q, n)`` float32."""
-    (count, dim), n = queries.shape, len(rows)
+    count, n = len(queries), len(rows)
     out = torch.empty(count, n)
     if not out.numel():
         return out
-    if takes_product(count):
+    if takes_product(count, rows):
         for start, stop, part in _blocks(rows, count):
             torch.mm(queries, part.T, out=out[:, start:stop])
         return out if scale is None else out.mul_(scale)
-    queries, rows, scale = _last_contiguous(queries), _last_contiguous(rows), _contiguous(scale)
+    (taken, stored), scale = _Few.of(queries, rows), _contiguous(scale)
 
     def some(first: int, last: int) -> None:
         require_library().sp_score(
             out.data_ptr() + 4 * first,
             n,
-            queries.data_ptr(),
-            queries.stride(0),
+            taken.data_ptr(),
+            taken.stride(0),
             count,
-            _address(rows, first),
-            rows.stride(0) * rows.element_size(),
+            _address(stored, first),
+            stored.stride(0) * stored.element_size(),
             _address(scale, first),
             last - first,
-            dim,
-            _TYPES[rows.dtype],
+            stored.shape[1],
+            _TYPES[stored.dtype],
         )
 
-    bounds = _shares(rows)
-    run_jobs([partial(some, *pair) for pair in pairwise(bounds)], _nanoseconds(count, rows))
+    bounds = _shares(stored)
+    run_jobs([partial(some, *pair) for pair in pairwise(bounds)], _nanoseconds(count, stored))
     return out
 
 
@@ -77,15 +120,15 @@ class StrongestNative:
         self._k, self._sign = k, 1.0 if largest else -1.0
         self._heaps = _Heaps(count, k, -torch.inf)
 
-    def add(self, queries: Tensor, rows: Tensor, scale: Tensor | None, first: int) -> None:
+    def add(self, queries: Tensor, rows: Rows, scale: Tensor | None, first: int) -> None:
         """Offer rows."""
-        if takes_product(len(queries)):
+        if takes_product(len(queries), rows):
             for start, stop, part in _blocks(rows, len(queries)):
                 block = aligned_scratch("scores", len(queries) * len(part)).view(len(queries), len(part))
                 torch.mm(queries, part.T, out=block)
                 self.add_scores(block, None if scale is None else scale[start:stop], first + start)
             return
-        self._add_few(_last_contiguous(queries), _last_contiguous(rows), _contiguous(scale), first)
+        self._add_few(*_Few.of(queries, rows), _contiguous(scale), first)
 
     def _add_few(self, queries: Tensor, rows: Tensor, scale: Tensor | None, first: int) -> None:
         """Each job has heaps of its own, which take no score that the common ones would refuse."""
@@ -174,10 +217,13 @@ class _Heaps:
         require_library().sp_merge(*self.arguments, len(self.filled), *other.arguments[:3], other.k)
 
 
-def _blocks(rows: Tensor, count: int) -> Iterator[tuple[int, int, Tensor]]:
+def _blocks(rows: Rows, count: int) -> Iterator[tuple[int, int, Tensor]]:
     """Blocks of rows as float32; where they must be converted, all in the same memory."""
     dim = rows.shape[1]
     height = min(max(_NUMBERS // max(1, dim), _HEIGHT[0]), max(_BLOCK_SCORES // count, _HEIGHT[0]), _HEIGHT[1])
+    if isinstance(rows, PackedRows):
+        yield from ((start, start + len(part), part) for start, part in rows.blocks(height))
+        return
     for start in range(0, len(rows), height):
         part = rows[start : start + height]
         if rows.dtype != torch.float32:

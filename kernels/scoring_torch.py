@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor
 
-__all__ = ["StrongestTorch", "check_operands", "nan_error", "score_torch", "strongest_columns"]
+from .codes import PackedRows
+
+__all__ = ["Rows", "StrongestTorch", "check_operands", "nan_error", "score_torch", "strongest_columns"]
+
+Rows = Tensor | PackedRows
+"""Stored rows ``(n, k)``: numbers, or packed codes of levels."""
 
 _TYPES = (torch.float32, torch.float16, torch.int8)
 _BLOCK = 1 << 22  # scores of a block, and numbers of its rows in float32: 16 MiB each
@@ -11,19 +16,19 @@ _CHUNK = 128  # scores whose maximum stands for them
 _LONG = 4  # times k chunks make a row long
 
 
-def check_operands(queries: Tensor, rows: Tensor, scale: Tensor | None) -> None:
+def check_operands(queries: Tensor, rows: Rows, scale: Tensor | None) -> None:
     """Refuse what cannot be multiplied.
 
     Raises:
         ValueError: for shapes or devices that do not fit.
         TypeError: for types that are not among those of `score`.
     """
-    if queries.ndim != 2 or rows.ndim != 2 or queries.shape[1] != rows.shape[1]:
+    if queries.ndim != 2 or len(rows.shape) != 2 or queries.shape[1] != rows.shape[1]:
         raise ValueError(f"queries (Q, k) and rows (n, k) must fit, got {tuple(queries.shape)} and {tuple(rows.shape)}")
-    if scale is not None and scale.shape != rows.shape[:1]:
+    if scale is not None and scale.shape != (len(rows),):
         raise ValueError(f"scale must have one entry for each of {len(rows)} rows, got shape {tuple(scale.shape)}")
-    if rows.dtype not in _TYPES:
-        raise TypeError(f"rows must be one of {_TYPES}, got {rows.dtype}")
+    if isinstance(rows, Tensor) and rows.dtype not in _TYPES:
+        raise TypeError(f"rows must be packed or one of {_TYPES}, got {rows.dtype}")
     for name, one in (("queries", queries), ("scale", scale)):
         if one is not None and one.dtype != torch.float32:
             raise TypeError(f"{name} must be float32, got {one.dtype}")
@@ -36,9 +41,14 @@ def nan_error(row: int) -> ValueError:
     return ValueError(f"a score of row {row} is NaN, which has no place in an order; look for NaN or infinite operands")
 
 
-def score_torch(queries: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
+def score_torch(queries: Tensor, rows: Rows, scale: Tensor | None) -> Tensor:
     """scale_r · q·row_r for all queries and rows: ``(Q, n)`` float32."""
-    scores = queries @ rows.to(torch.float32).T
+    if isinstance(rows, PackedRows):
+        height = max(1, _BLOCK // max(1, rows.k))
+        parts = [queries @ block.T for _, block in rows.blocks(height)]
+        scores = torch.cat(parts, dim=1) if parts else queries.new_empty(len(queries), 0)
+    else:
+        scores = queries @ rows.to(torch.float32).T
     return scores if scale is None else scores.mul_(scale)
 
 
@@ -76,7 +86,7 @@ class StrongestTorch:
         self._values = torch.empty(count, 0, device=device)
         self._rows = torch.empty(count, 0, dtype=torch.int64, device=device)
 
-    def add(self, queries: Tensor, rows: Tensor, scale: Tensor | None, first: int) -> None:
+    def add(self, queries: Tensor, rows: Rows, scale: Tensor | None, first: int) -> None:
         """Offer rows, block by block."""
         height, largest = self._height(queries, rows.shape[1]), []
         for start in range(0, len(rows), height):
@@ -102,12 +112,12 @@ class StrongestTorch:
         """How many rows are scored at once."""
         return max(1, _BLOCK // max(len(queries), dim))
 
-    def _scores(self, queries: Tensor, rows: Tensor, scale: Tensor | None, start: int, height: int) -> Tensor:
+    def _scores(self, queries: Tensor, rows: Rows, scale: Tensor | None, start: int, height: int) -> Tensor:
         """Scores of the rows start to start + height."""
         part = slice(start, start + height)
         return self._score(queries, rows[part], None if scale is None else scale[part])
 
-    def _score(self, queries: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
+    def _score(self, queries: Tensor, rows: Rows, scale: Tensor | None) -> Tensor:
         return score_torch(queries, rows, scale)
 
     def _offer(self, scores: Tensor, first: int) -> Tensor:

@@ -3,7 +3,8 @@
 For up to sixteen queries a kernel reads each row once and multiplies it by all of them, in float32, at the speed of
 memory. For more the vendor's product of a block of rows serves, in full float32 precision (never TF32, unless torch is
 told so): float32 rows as they are; int8 and float16 rows as halves, which hold them exactly, by three halves that sum
-to a query, whose products tensor cores sum in float32, far faster than float32 products could be.
+to a query, whose products tensor cores sum in float32, far faster than float32 products could be. Packed codes have
+kernels of their own (`triton_codes`).
 
 The search scores blocks of rows, and forgets a block but for its best before the next: no Q x N matrix is ever there.
 With TRITON_INTERPRET=1 set before this module is imported the kernels run on the CPU, for tests.
@@ -14,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .scoring_torch import StrongestTorch, score_torch
+from .codes import PackedRows
+from .scoring_torch import Rows, StrongestTorch, score_torch
 from .tiles import product_of_halves
+from .triton_codes import score_packed
 from .triton_device import ceil_div, interpreted, on_device
 
 __all__ = ["StrongestTriton", "score_triton"]
@@ -64,8 +67,10 @@ def _score_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + q[:, None].to(tl.int64) * n + r[None, :], scores, mask=(q < count)[:, None] & (r < n)[None, :])
 
 
-def score_triton(queries: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
+def score_triton(queries: Tensor, rows: Rows, scale: Tensor | None) -> Tensor:
     """scale_r · q·row_r for all queries and rows: ``(Q, n)`` float32."""
+    if isinstance(rows, PackedRows):
+        return score_packed(queries, rows, scale)
     out = torch.empty(len(queries), len(rows), device=rows.device)
     if len(queries) <= _FEW:
         if out.numel():
@@ -133,5 +138,5 @@ class StrongestTriton(StrongestTorch):
         height = max(1, _BLOCK // len(queries))
         return height - (height % _CONVERTED if height > _CONVERTED else 0)
 
-    def _score(self, queries: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
+    def _score(self, queries: Tensor, rows: Rows, scale: Tensor | None) -> Tensor:
         return score_triton(queries, rows, scale)

@@ -39,15 +39,17 @@ class Bench:
         return sum(p.numel() for p in self.problem.make_model().parameters())
 
     def bank(
-        self, run: int, *, dim: int | None = None, seed: int | None = None, fisher: int = 0, kind: str = "sparse"
-    ) -> sp.Bank:
+        self, run: int, *, dim: int | None = None, seed: int | None = None, fisher: int = 0, kind: str = "sparse",
+        storage: str = "int8",
+    ) -> sp.Bank:  # fmt: skip
         """The bank of a run; ``dim=0`` is no sketch at all."""
         dim = self.dim if dim is None else dim
         seed = run if seed is None else seed
         exact = dim == 0 or dim >= self.size
         sketch = sp.Sketch(self.size, "identity") if exact else sp.Sketch(dim, kind, seed=seed)
-        path = self.folder / "laboratory" / f"{run}-{'exact' if exact else dim}-{seed}-{fisher}-{kind}"
-        storage = "float32" if exact else "int8"
+        codec = "" if exact or storage == "int8" else f"-{storage}"
+        path = self.folder / "laboratory" / f"{run}-{'exact' if exact else dim}-{seed}-{fisher}-{kind}{codec}"
+        storage = "float32" if exact else storage
         return self._build(run, self.trajectories[run], path, sketch, storage=storage, sampled_fisher=fisher)
 
     def recorded_often(self) -> list[sp.Bank]:
@@ -80,6 +82,15 @@ class Bench:
             path = self.folder / "laboratory" / f"{run}-{dim}-{mode}-{cut}"
             bank = self._build(run, sp.Trajectory.from_stages(stages), path, sp.Sketch(dim, "sparse", seed=run))
             source = sp.Source(bank, segments=segments, query_gradient="mean", time_scale=time, progress=False)
+            found.append(np.asarray(source.score(self.features(bank)))[:, : self.problem.n])
+        return found
+
+    def in_storage(self, storage: str, dim: int) -> list[np.ndarray]:
+        """Scores of each run by the library itself, of rows in another codec."""
+        found = []
+        for run in range(self.runs):
+            bank = self.bank(run, dim=dim, storage=storage)
+            source = sp.Source(bank, progress=False)
             found.append(np.asarray(source.score(self.features(bank)))[:, : self.problem.n])
         return found
 

@@ -15,11 +15,15 @@ from torch import Tensor
 from source_proj.attribution.curvature import Curvature, default_curvature
 from source_proj.attribution.fits import Fit, fitted_hessian
 from source_proj.attribution.spectral import response
+from source_proj.bank.codecs import find_codec
 from source_proj.evaluate import GroundTruth
 from source_proj.trajectory import PreconditionerMode
 
-__all__ = ["FISHER", "REFERENCE", "STUDIES"]
+__all__ = ["FISHER", "REFERENCE", "ROW_BYTES", "STORAGES", "STUDIES"]
 
+ROW_BYTES = (512, 1024, 2048, 4096)
+STORAGES = ("float32", "int8", "int4", "int2", "int1")
+_MOST_NUMBERS = 1 << 14  # of a row: Ĥ takes 2 GB
 CURVATURES: tuple[Curvature, ...] = ("empirical_fisher", "gauss_newton")
 
 REFERENCE = Recipe()
@@ -271,6 +275,15 @@ def sketch_kind(bench: Bench) -> Iterator[Variant]:
             yield f"rademacher, k = {dim:,}", _of_kind(bench, "rademacher", dim), bench.truth, sparse
 
 
+def bytes_a_row(bench: Bench) -> Iterator[Variant]:
+    """(l) Numbers or bits, in as many bytes a row and checkpoint?"""
+    for size in ROW_BYTES:
+        for storage in STORAGES:
+            dim = size * 4096 // find_codec(storage).row_bytes(4096)
+            if dim < bench.size and dim <= _MOST_NUMBERS:
+                yield f"{size:,} bytes, {storage}, k = {dim:,}", bench.in_storage(storage, dim)
+
+
 def _of_kind(bench: Bench, kind: str, dim: int) -> list[np.ndarray]:
     return [
         bench.one(bench.bank(run, dim=dim, seed=seed + run, kind=kind), REFERENCE)
@@ -291,4 +304,5 @@ STUDIES: dict[str, Callable[[Bench], Iterator[Variant]]] = {
     "i": sampling_ratio,
     "j": adam_metric,
     "k": sketch_kind,
+    "l": bytes_a_row,
 }

@@ -1,66 +1,30 @@
 """Scores and the strongest rows, on every backend, against numpy in float64 and a plain sort."""
 
 import ctypes
-import functools
 import importlib
-import importlib.util
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scoring_backends import (
+    BACKENDS,
+    Strongest,
+    bottom_k,
+    exact_and_bound,
+    interpreted,
+    naive_strongest,
+    native,
+    score,
+    top_k,
+)
 
-from source_proj.kernels import scoring, scoring_native, scoring_torch
+from source_proj.kernels import scoring_native, scoring_torch
 from source_proj.kernels.native import native_library
 from source_proj.kernels.scoring import scoring_backend, scoring_backends
 
 TYPES = (torch.float32, torch.float16, torch.int8)
-EPS = torch.finfo(torch.float32).eps
-
-native = pytest.mark.skipif(native_library() is None, reason="the compiled kernels were not built")
-interpreted = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-BACKENDS = [
-    pytest.param("torch", None, id="torch"),
-    *(pytest.param("native", level, id=f"native-{level}", marks=native) for level in (0, 1, 2)),
-    pytest.param("triton", None, id="triton", marks=interpreted),
-]
-
-
-def place(backend):
-    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-
-
-def moved(values, device):
-    return [one.to(device) if isinstance(one, torch.Tensor) else one for one in values]
-
-
-def at_its_place(function):
-    """The function for tensors in main memory, wherever the backend works."""
-
-    @functools.wraps(function)
-    def wrapped(*given_, backend=None):
-        found = function(*moved(given_, place(backend)), backend=backend)
-        return found.cpu() if isinstance(found, torch.Tensor) else tuple(moved(found, "cpu"))
-
-    return wrapped
-
-
-score, top_k, bottom_k = (at_its_place(f) for f in (scoring.score, scoring.top_k, scoring.bottom_k))
-
-
-class Strongest(scoring.Strongest):
-    """For tensors in main memory, wherever the backend works."""
-
-    def __init__(self, count, k, *, largest=True, backend=None):
-        super().__init__(count, k, largest=largest, device=place(backend), backend=backend)
-        self._place = place(backend)
-
-    def add(self, *given_, first=0):
-        super().add(*moved(given_, self._place), first=first)
-
-    def result(self):
-        return moved(super().result(), "cpu")
 
 
 def operands(count, n, dim, dtype, *, scaled=True, seed=0):
@@ -71,20 +35,6 @@ def operands(count, n, dim, dtype, *, scaled=True, seed=0):
     else:
         rows = torch.randn(n, dim, generator=generator).to(dtype)
     return queries, rows, torch.rand(n, generator=generator) if scaled else None
-
-
-def exact_and_bound(queries, rows, scale):
-    """Scores in float64, and what rounding of a float32 sum in any order, and of the scale, can change."""
-    q, r = queries.double().numpy(), rows.double().numpy()
-    s = 1.0 if scale is None else scale.double().numpy()
-    return q @ r.T * s, (queries.shape[1] + 1) * EPS * (np.abs(q) @ np.abs(r).T) * np.abs(s)
-
-
-def naive_strongest(scores, k, *, largest):
-    """The k strongest of each row of a matrix, by sorting (score, row) pairs one query at a time."""
-    rows = [sorted(range(scores.shape[1]), key=lambda r: (-q[r] if largest else q[r], r))[:k] for q in scores]
-    rows = np.array(rows, dtype=np.int64).reshape(len(scores), k)
-    return np.take_along_axis(np.asarray(scores), rows, axis=1), rows
 
 
 def whole(count, n, dim, dtype, *, seed=0):
@@ -307,8 +257,8 @@ def test_threads_change_no_bit(count, dtype, monkeypatch):
 @native
 def test_few_queries_are_as_many_as_the_compiled_code_takes():
     assert ctypes.c_int.in_dll(native_library(), "sp_score_few").value == scoring_native._FEW
-    assert not scoring_native.takes_product(scoring_native._FEW)
-    assert scoring_native.takes_product(scoring_native._FEW + 1)
+    assert not scoring_native.takes_product(scoring_native._FEW, torch.ones(1, 1))
+    assert scoring_native.takes_product(scoring_native._FEW + 1, torch.ones(1, 1))
 
 
 @native
@@ -317,7 +267,7 @@ def test_both_routes_of_the_compiled_code_agree(dtype, monkeypatch):
     queries, rows, scale = operands(9, 300, 50, dtype)
     few = scoring_native.StrongestNative(9, 4, True)
     few.add(queries, rows, scale, 0)
-    monkeypatch.setattr(scoring_native, "takes_product", lambda _: True)
+    monkeypatch.setattr(scoring_native, "takes_product", lambda *_: True)
     monkeypatch.setattr(scoring_native, "_HEIGHT", (7, 64))
     many = scoring_native.StrongestNative(9, 4, True)
     many.add(queries, rows, scale, 0)
@@ -335,7 +285,7 @@ def test_refusals():
         score(queries[:, :2], rows)
     with pytest.raises(ValueError, match="one entry for each of 5 rows"):
         score(queries, rows, scale[:4])
-    with pytest.raises(TypeError, match=r"rows must be one of .* got torch.int32"):
+    with pytest.raises(TypeError, match=r"rows must be packed or one of .* got torch.int32"):
         score(queries, rows.int())
     with pytest.raises(TypeError, match=r"queries must be float32, got torch\.float64"):
         score(queries.double(), rows)

@@ -1,19 +1,17 @@
 """What the codecs of a few bits share: a rotation, levels of a normal, one scale, codes packed along the row."""
 
-from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from source_proj.bank.codecs.base import Codec, EncodedRows
-from source_proj.kernels.codes import encode_rows, unpack_rows
+from source_proj.kernels.codes import PackedRows, encode_rows, unpack_rows
 from source_proj.kernels.rotation import rotate, rotate_back
 from source_proj.kernels.scoring import Strongest, score
 
 __all__ = ["LloydMax"]
 
-_BLOCK_NUMBERS = 1 << 18  # unpacked at once: 1 MiB, which stays in the second-level cache
 _LIMITS = torch.finfo(torch.float32)
 _SMALLEST = 128 * _LIMITS.tiny  # smaller rows would have a subnormal, hence coarse, scale
 
@@ -73,24 +71,12 @@ class LloydMax(Codec):
         return rows if scale is None else rows.mul_(scale[:, None])
 
     def multiply(self, queries: Tensor, codes: Tensor, scale: Tensor | None) -> Tensor:  # noqa: D102
-        rotated, products = rotate(queries), torch.empty(len(queries), len(codes), device=codes.device)
-        for part, rows in self._blocks(codes, queries.shape[1]):
-            products[:, part] = score(rotated, rows, None if scale is None else scale[part])
-        return products
+        return score(rotate(queries), PackedRows(codes, queries.shape[1], self._levels), scale)
 
     def search(  # noqa: D102
         self, strongest: Strongest, queries: Tensor, codes: Tensor, scale: Tensor | None, *, first: int
     ) -> None:
-        rotated = rotate(queries)
-        for part, rows in self._blocks(codes, queries.shape[1]):
-            strongest.add(rotated, rows, None if scale is None else scale[part], first=first + part.start)
-
-    def _blocks(self, codes: Tensor, k: int) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of rows, unpacked and not rotated back."""
-        height = max(1, _BLOCK_NUMBERS // k)
-        for start in range(0, len(codes), height):
-            part = slice(start, min(start + height, len(codes)))
-            yield part, unpack_rows(codes[part], k, self._levels, kept=False)
+        strongest.add(rotate(queries), PackedRows(codes, queries.shape[1], self._levels), scale, first=first)
 
     @property
     def _levels(self) -> tuple[float, ...]:
