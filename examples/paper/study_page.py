@@ -1,5 +1,7 @@
 """Write the tables of the accuracy laboratory into LABORATORY.md, between its two marks, from results/laboratory.
 
+The figure of study (l) is drawn beside them.
+
     python examples/paper/study_page.py            # write them
     python examples/paper/study_page.py --check    # exit 1 if they are not what the results say
 
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from _bytes import draw_bytes
 from _grid import ABSENT, bold, grid, short
 
 __all__ = ["main", "tables"]
@@ -30,6 +33,7 @@ TITLES = {
     "i": "Time scale at other sampling ratios",
     "j": "Adam's metric, segments and time",
     "k": "The sketch's kind at equal dimension",
+    "l": "Numbers against bits, at equal bytes",
 }
 TASKS = {
     "fashion_mnist": "Fashion-MNIST",
@@ -95,7 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
     options = parser.parse_args(arguments)
     drift = RESULTS / "drift.csv"
-    found = tables(pd.read_csv(RESULTS / "studies.csv"), pd.read_csv(drift) if drift.exists() else None)
+    studies = pd.read_csv(RESULTS / "studies.csv")
+    found = tables(studies, pd.read_csv(drift) if drift.exists() else None)
     text = PAGE.read_text(encoding="utf-8")
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
@@ -107,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{PAGE} is not what {RESULTS} says: run python examples/paper/study_page.py", file=sys.stderr)
         return int(page != text)
     PAGE.write_text(page, encoding="utf-8")
+    draw_bytes(studies, TASKS, RESULTS / "bytes.png")
     return 0
 
 

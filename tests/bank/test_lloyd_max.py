@@ -11,6 +11,7 @@ from bank_runs import N, make_data, make_run
 from source_proj import bank as banks
 from source_proj._errors import GradientError
 from source_proj.bank.codecs import Int1, Int2, Int4
+from source_proj.bank.read import stage_bank
 from source_proj.kernels.rotation import rotate
 from source_proj.sketch import Sketch
 from source_proj.task import Task
@@ -158,6 +159,19 @@ def test_banks_are_built_verified_appended_and_read(run, codec, tmp_path):
     assert bank.verify().ok
     for decoded, plain in zip(bank.stages[0].iter_rows(1), exact.stages[0].iter_rows(1), strict=True):
         assert torch.equal(decoded.rows, round_trip(codec, plain.rows))
+
+
+@pytest.mark.parametrize("what", ["output", "sampled_fisher"])
+def test_a_shard_of_many_numbers_is_decoded_in_parts(what, run, tmp_path, monkeypatch):
+    bank = run.build(tmp_path / "bank", storage="int2", sampled_fisher=2, sketch=Sketch(dim=20, seed=5))
+    whole = list(bank.stages[0].iter_rows(1, what))
+    monkeypatch.setattr(stage_bank, "DECODED_NUMBERS", 7 * 20 + 3)
+    parts = list(bank.stages[0].iter_rows(1, what))
+    assert max(len(part.rows) for part in parts) == 7
+    assert [part.stop for part in parts[:-1]] == [part.start for part in parts[1:]]
+    assert all(part.stop - part.start == len(part.rows) == len(part.d1) for part in parts)
+    for name in ("rows", "d1") if what == "sampled_fisher" else ("rows", "d1", "d2"):
+        assert torch.equal(*(torch.cat([getattr(block, name) for block in blocks]) for blocks in (whole, parts)))
 
 
 @every_codec

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from source_proj.attribution.moments import takes_spectrum
 from source_proj.attribution.source.memory import parse_memory
 from source_proj.bank.codecs import Codec, find_codec
+from source_proj.bank.read.stage_bank import DECODED_NUMBERS
 
 __all__ = ["SegmentSize", "fit_peak", "fitted_bytes", "search_peak"]
 
@@ -56,13 +57,13 @@ def fitted_bytes(segments: Sequence[SegmentSize], dim: int) -> int:
 
 
 def fit_peak(segments: Sequence[SegmentSize], dim: int, shard_rows: int) -> int:
-    """Bytes of memory while Source is fitted: some k x k matrices, and a shard's rows as they are read and decoded.
+    """Bytes of memory while Source is fitted: some k x k matrices, and a block of rows as they are read and decoded.
 
     With Source's own damping; without any, the spectrum of a large Ĥ may be needed, which takes more.
     """
     decomposed = any(segment.decomposed(dim) for segment in segments)
     matrices = _SPECTRUM_MATRICES if decomposed else _FACTOR_MATRICES
-    return matrices * _DOUBLE * dim**2 + 2 * _SINGLE * shard_rows * dim
+    return matrices * _DOUBLE * dim**2 + 2 * _SINGLE * min(shard_rows * dim, max(dim, DECODED_NUMBERS))
 
 
 def search_peak(

@@ -16,14 +16,16 @@ from source_proj.bank.read.curvature import read_curvature
 from source_proj.bank.read.part import Part
 from source_proj.bank.store import Store
 
-__all__ = ["EncodedBlock", "RowBlock", "StageBank"]
+__all__ = ["DECODED_NUMBERS", "EncodedBlock", "RowBlock", "StageBank"]
 
 What = Literal["output", "sampled_fisher"]
+
+DECODED_NUMBERS = 1 << 24  # of a block, 64 MiB in float32: those of a shard's rows of one byte a number
 
 
 @dataclass(frozen=True, eq=False)
 class RowBlock:
-    """Rows of one shard, decoded; the tensors are the caller's own.
+    """Rows of one shard, or some of them, decoded; the tensors are the caller's own.
 
     Attributes:
         start: first row, counted within the stage; of sampled-Fisher rows, draw j of row z is row z·draws + j.
@@ -156,6 +158,8 @@ class StageBank:
     ) -> Iterator[RowBlock]:
         """Yield the rows at one checkpoint, a block per shard, always in the same order.
 
+        Several blocks where a shard's rows would take more than 64 MiB in float32, as codes of a few bits do.
+
         Args:
             checkpoint: index of the checkpoint; negative ones count from the last.
             what: "output" for gradients of the task's output, "sampled_fisher" for those of sampled labels.
@@ -219,22 +223,31 @@ class StageBank:
         for part, shard in self._chosen(shards):
             codes = torch.from_numpy(part.read(checkpoint, rows_name, shard))
             scale = self._scale(part, checkpoint, scale_name, shard)
-            rows = self._settings.codec.decode(codes, scale, self._settings.sketch["dim"])
-            d1, d2, fisher_weight = torch.full((len(rows),), -1.0), None, None
+            d1, d2, fisher_weight = torch.full((len(codes),), -1.0), None, None
             if what == "output":
                 d1 = torch.from_numpy(part.read(checkpoint, "d1", shard))
                 if self._settings.second_derivative:
                     d2 = torch.from_numpy(part.read(checkpoint, "d2", shard))
                 if self._settings.fisher_weight:
                     fisher_weight = torch.from_numpy(part.read(checkpoint, "fisher_weight", shard))
-            start, stop = (factor * (part.spec.start + end) for end in part.spec.span(shard))
-            yield RowBlock(start, stop, rows, d1, d2, fisher_weight)
-            tick(stop - start)
+            first, stop = (factor * (part.spec.start + end) for end in part.spec.span(shard))
+            dim = self._settings.sketch["dim"]
+            height = max(1, DECODED_NUMBERS // dim)
+            for start in range(0, len(codes), height):
+                own = slice(start, start + height)
+                rows = self._settings.codec.decode(codes[own], _part(scale, own), dim)
+                end = first + start + len(rows)
+                yield RowBlock(first + start, end, rows, d1[own], _part(d2, own), _part(fisher_weight, own))
+            tick(stop - first)
 
     def _scale(self, part: Part, checkpoint: int, name: str, shard: int) -> Tensor | None:
         if not self._settings.codec.has_scale:
             return None
         return torch.from_numpy(part.read(checkpoint, name, shard))
+
+
+def _part(values: Tensor | None, rows: slice) -> Tensor | None:
+    return None if values is None else values[rows]
 
 
 def _stage_of(bank: Owner, index: int) -> StageBank:
