@@ -13,8 +13,8 @@ Studies: (a) sketch dimension, up to no sketch where that fits; (b) which Hessia
 checkpoints; (e) averaging query gradients over the last checkpoints; (f) time scale and weight decay; (g) runs against
 dimension at equal bytes; (h) two half-sketches against a whole one; (i) the time scale at other sampling ratios (only
 where asked for: it retrains); (j) what becomes of Adam's metric, on tasks that AdamW trained (where asked for); (k) the
-sketch's kind at equal dimension (where asked for), each line against the sparse map's; (l) numbers against bits, at equal
-bytes a row (where asked for):
+sketch's kind at equal dimension (where asked for), each line against the sparse map's; (l) numbers against bits, at
+equal bytes a row (where asked for):
 
     python examples/paper/laboratory.py --tasks fashion_mnist_adamw,rte,wikitext2 --studies f,j
     python examples/paper/laboratory.py --tasks pima_logistic,mnist,concrete,fashion_mnist,rotated_mnist --studies k

@@ -2,6 +2,7 @@
 
     python examples/speed/score.py                     # 1,000 queries x 100,000 rows, k = 4,096; about 6 GB, minutes
     python examples/speed/score.py --rows 20000 --queries 200
+    python examples/speed/score.py --codecs            # the search in rows of each codec in memory, no bank; a minute
 
 The bank is a real one, of a linear model on generated features. Each timing is the median of interleaved repetitions
 in this one process. For each number of queries the bound is what the machine cannot beat: one read of the held rows at
@@ -24,6 +25,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import source_proj as sp
+from source_proj.bank.codecs import find_codec
+from source_proj.kernels.scoring import Strongest
+
+CODECS = ("float32", "float16", "int8", "int4", "int2", "int1")
 
 
 class Generated(Dataset[Any]):
@@ -117,6 +122,41 @@ def time_queries(bank: sp.Bank, model: nn.Module, count: int, repetitions: int) 
             )
 
 
+def time_codecs(n: int, k: int, repetitions: int) -> None:
+    """The ten strongest of random rows in memory, by codec, against one read of their bytes at the speed of a sum."""
+    counts = (1, 4, 16, 64)
+    rows = {name: random_rows(name, n, k) for name in CODECS}
+    queries = torch.randn(max(counts), k)
+    read = rows["float32"][0].view(-1)
+    for count in counts:
+        searches = [partial(search, name, queries[:count], *rows[name]) for name in CODECS]
+        bandwidth, *times = interleaved(repetitions, read.sum, *searches)
+        speed = read.nbytes / bandwidth
+        print(f"{count} queries: memory {speed / 1e9:.1f} GB/s")
+        for name, spent in zip(CODECS, times, strict=True):
+            nbytes = find_codec(name).nbytes(n, k)
+            print(
+                f"  {name:8s} {nbytes / 2**20:6.0f} MiB of rows   top_k(10) {spent * 1e3:8.1f} ms: "
+                f"{n / spent / 1e6:6.2f} million rows/s, {nbytes / spent / 1e9:5.1f} GB/s, "
+                f"{nbytes / spent / speed:4.0%} of memory's",
+                flush=True,
+            )
+
+
+def random_rows(name: str, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales."""
+    codec = find_codec(name)
+    codes, scale = codec.empty(n, k)
+    for part in codes.split(1024):
+        part.copy_(torch.randn(part.shape) if codec.dtype.is_floating_point else torch.randint(1, 255, part.shape))
+    return codes, torch.rand(n) if scale is None else scale.uniform_()
+
+
+def search(name: str, queries: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """Find each query's ten strongest rows."""
+    find_codec(name).search(Strongest(len(queries), 10), queries, codes, scale, first=0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
@@ -124,10 +164,14 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=4096)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--bank", type=Path, help="keep the bank here, and use it if it is there")
+    parser.add_argument("--codecs", action="store_true", help="time the codecs alone")
     args = parser.parse_args()
     torch.manual_seed(0)
     model = nn.Linear(args.dim, 1, bias=False)
     print(f"{torch.get_num_threads()} threads, {args.rows} rows, k = {args.dim}, torch {torch.__version__}")
+    if args.codecs:
+        time_codecs(args.rows, args.dim, args.repetitions)
+        return
     with tempfile.TemporaryDirectory() as folder:
         path = args.bank or Path(folder) / "bank"
         trajectory = sp.Trajectory([sp.Checkpoint(model.state_dict(), 1000, lr=0.01)])
