@@ -23,7 +23,7 @@ __all__ = ["FISHER", "REFERENCE", "ROW_BYTES", "STORAGES", "STUDIES"]
 
 ROW_BYTES = (512, 1024, 2048, 4096)
 STORAGES = ("float32", "int8", "int4", "int2", "int1")
-_MOST_NUMBERS = 1 << 14  # of a row: Ĥ takes 2 GB
+_MOST_WORK = 3e12  # rows times k² of a sketch: minutes of a CPU for Ĥ
 CURVATURES: tuple[Curvature, ...] = ("empirical_fisher", "gauss_newton")
 
 REFERENCE = Recipe()
@@ -277,10 +277,11 @@ def sketch_kind(bench: Bench) -> Iterator[Variant]:
 
 def bytes_a_row(bench: Bench) -> Iterator[Variant]:
     """(l) Numbers or bits, in as many bytes a row and checkpoint?"""
+    rows = sum(bench.problem.n * len(stage.checkpoints) for stage in bench.trajectories[0].stages)
     for size in ROW_BYTES:
         for storage in STORAGES:
             dim = size * 4096 // find_codec(storage).row_bytes(4096)
-            if dim < bench.size and dim <= _MOST_NUMBERS:
+            if 2 * dim < bench.size and rows * dim**2 < _MOST_WORK:
                 yield f"{size:,} bytes, {storage}, k = {dim:,}", bench.in_storage(storage, dim)
 
 
