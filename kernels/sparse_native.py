@@ -244,7 +244,7 @@ def _full_enough_product(costs: _Costs, steps: int) -> int:
 
 def product_nanoseconds(batch: int, steps: int, o: int, i: int, *, windows: bool) -> float:
     """What an outer product of so many steps costs, or a convolution of so many windows, of (o, i) coordinates."""
-    width = loaded_library().sp_lanes()
+    width: int = loaded_library().sp_lanes()
     costs = (_WINDOWS if windows else _OUTER)[width]
     laned = _in_lanes(batch, width, _full_enough_product(costs, steps))
     group, alone = costs.lanes + costs.lanes_step * steps, costs.alone + costs.alone_step * steps

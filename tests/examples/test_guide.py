@@ -58,7 +58,7 @@ def run(pages, folder):
     """Run the code of pages, each in a folder of its own, in one process: torch is imported once."""
     arguments = []
     for page in pages:
-        script = folder / f"{page.stem}.py"
+        script = folder / f"page_{page.stem}.py"  # a page called random is no module of that name
         script.write_text(code_of(page.read_text(encoding="utf-8")), encoding="utf-8")
         arguments += [page, script]
     command = [sys.executable, "-W", "error", "-c", RUNNER, *map(str, arguments)]

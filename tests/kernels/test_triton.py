@@ -83,7 +83,6 @@ def test_rows_at_their_own_offsets(dtype, nnz, monkeypatch):
     assert same(kernels.sparse_add_at_, *given, dim=64, batch=4, seed=1, nnz=nnz)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     ("batch", "steps", "o", "i", "dim"),
     [
@@ -95,7 +94,10 @@ def test_rows_at_their_own_offsets(dtype, nnz, monkeypatch):
         (2, 4, 3, 4, 4096),  # less than a block
     ],
 )
-@pytest.mark.parametrize(("tile", "rows"), [(50, 1), (500, 256), (1 << 26, 256)])  # 50: less than a row of some
+@pytest.mark.parametrize(
+    ("tile", "rows", "dtype"),  # 50: less than a row of some; the interpreter takes its time: there in one type
+    [(50, 1, torch.float32), *((500, 256, dtype) for dtype in TYPES), (1 << 26, 256, torch.bfloat16)],
+)
 def test_layers(batch, steps, o, i, dim, tile, rows, dtype, monkeypatch):
     monkeypatch.setattr(triton_outer, "_FEWEST", tile)
     monkeypatch.setattr(triton_outer, "_MOST", tile)
