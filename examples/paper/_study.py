@@ -20,7 +20,18 @@ from source_proj.attribution.operands import loss_gradients, mean_gradients
 from source_proj.attribution.spectral import Spectrum, decay_operator, response
 from source_proj.trajectory import split_segments
 
-__all__ = ["Recipe", "Response", "cross_scores", "drift", "fit_scores", "floor_of", "plain"]
+__all__ = [
+    "Recipe",
+    "Response",
+    "Segment",
+    "cross_scores",
+    "drift",
+    "fit_scores",
+    "floor_of",
+    "plain",
+    "query_gradients",
+    "segments_of",
+]
 
 Response = Callable[[float, float, float, Tensor], Callable[[Tensor], Tensor]]
 """Function of (time s, decay λ, noise floor tr(Ĥ)/k, Ĥ's eigenvalues) to the function that takes c's place."""
@@ -76,8 +87,8 @@ def floor_of(bank: sp.Bank, spectrum: Spectrum) -> float:
 
 def fit_scores(bank: sp.Bank, features: QueryFeatures, recipe: Recipe, rows: int) -> np.ndarray:
     """Scores ``(Q, rows)`` of the first rows, those of the first stage."""
-    segments = _segments(bank, recipe)
-    query = _query(bank, features, recipe)
+    segments = segments_of(bank, recipe)
+    query = query_gradients(bank, features, recipe)
     values = torch.zeros(len(query), rows)
     for segment in reversed(segments):
         own = recipe.respond(
@@ -122,7 +133,8 @@ def drift(bank: sp.Bank) -> list[dict[str, object]]:
     return rows
 
 
-def _query(bank: sp.Bank, features: QueryFeatures, recipe: Recipe) -> Tensor:
+def query_gradients(bank: sp.Bank, features: QueryFeatures, recipe: Recipe) -> Tensor:
+    """Gradients ``(Q, k)`` of the queries, averaged over the checkpoints that the recipe names."""
     if recipe.query == 0:
         return features.at(bank.final_checkpoint(), bank.metrics.hash(bank.stages[-1].metric(-1)))
     stage = len(bank.stages) - 1
@@ -137,7 +149,8 @@ def _used(bank: sp.Bank, stage: int, recipe: Recipe) -> list[int]:
     return sorted({c % count for c in recipe.checkpoints or range(count) if -count <= c < count})
 
 
-def _segments(bank: sp.Bank, recipe: Recipe) -> list[Segment]:
+def segments_of(bank: sp.Bank, recipe: Recipe) -> list[Segment]:
+    """The segments that the recipe cuts a run into, first to last."""
     found = []
     for index, stage in enumerate(bank.stages):
         used = _used(bank, index, recipe)
@@ -174,7 +187,7 @@ def cross_scores(first: sp.Bank, second: sp.Bank, features: Sequence[QueryFeatur
 
 
 def _crossed(a: sp.Bank, b: sp.Bank, fa: QueryFeatures, fb: QueryFeatures, multiple: float) -> np.ndarray:
-    stage, (segment,) = a.stages[0], _segments(a, Recipe("empirical_fisher"))  # of the a_i below
+    stage, (segment,) = a.stages[0], segments_of(a, Recipe("empirical_fisher"))  # of the a_i below
     function = plain(multiple)(segment.time, segment.decay, segment.floor, segment.spectrum.values)
     zero = function(torch.zeros(1, dtype=torch.float64))
 
@@ -183,8 +196,8 @@ def _crossed(a: sp.Bank, b: sp.Bank, fa: QueryFeatures, fb: QueryFeatures, multi
         return (function(safe) - zero) / safe
 
     count = stage.n * stage.n_checkpoints
-    inner = segment.spectrum.multiply(_query(a, fa, Recipe()), slope).float()
-    carried = float(zero) * _query(b, fb, Recipe())
+    inner = segment.spectrum.multiply(query_gradients(a, fa, Recipe()), slope).float()
+    carried = float(zero) * query_gradients(b, fb, Recipe())
     for checkpoint in range(stage.n_checkpoints):
         for own, other in zip(
             loss_gradients(a, 0, checkpoint, None), loss_gradients(b, 0, checkpoint, None), strict=True

@@ -14,7 +14,8 @@ checkpoints; (e) averaging query gradients over the last checkpoints; (f) time s
 dimension at equal bytes; (h) two half-sketches against a whole one; (i) the time scale at other sampling ratios (only
 where asked for: it retrains); (j) what becomes of Adam's metric, on tasks that AdamW trained (where asked for); (k) the
 sketch's kind at equal dimension (where asked for), each line against the sparse map's; (l) numbers against bits, at
-equal bytes a row (where asked for):
+equal bytes a row (where asked for); (m) damping chosen from the bank alone (where asked for); (n) segments with and
+without a sketch (where asked for), each line against one segment:
 
     python examples/paper/laboratory.py --tasks fashion_mnist_adamw,rte,wikitext2 --studies f,j
     python examples/paper/laboratory.py --tasks pima_logistic,mnist,concrete,fashion_mnist,rotated_mnist --studies k

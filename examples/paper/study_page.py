@@ -34,6 +34,8 @@ TITLES = {
     "j": "Adam's metric, segments and time",
     "k": "The sketch's kind at equal dimension",
     "l": "Numbers against bits, at equal bytes",
+    "m": "Damping chosen without retraining",
+    "n": "Segments without a sketch",
 }
 TASKS = {
     "fashion_mnist": "Fashion-MNIST",
