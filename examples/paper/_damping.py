@@ -1,4 +1,4 @@
-"""Study (l): damping chosen by what the bank itself holds, without retraining."""
+"""Study (m): damping chosen by what the bank itself holds, without retraining."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,7 +22,7 @@ Choice = tuple[str, list[np.ndarray]]
 
 
 def without_retraining(bench: Bench) -> Iterator[Choice]:
-    """(l) A damping from held-out rows, or from what agrees between checkpoints or sketches, against tr(Ĥ)/k."""
+    """(m) A damping from held-out rows, or from what agrees between checkpoints or sketches, against tr(Ĥ)/k."""
     yield "tr(H)/k", bench.scores(Recipe())
     for name, losses in [("likelihood", held_out_likelihood), ("quadratic objective", held_out_objective)]:
         yield f"held-out rows, {name}", _chosen(bench, name, losses)
@@ -106,7 +106,7 @@ def _by_half_sketches(bench: Bench) -> list[np.ndarray]:
 
 
 def _agreeing(bench: Bench, bank: sp.Bank, multiple: float) -> Response:
-    """The response times the share of a mean gradient that both halves of the run have, by eigenvalue, for rows and queries.
+    """The response times the shares of mean gradients that both halves of the run have, by eigenvalue: rows', queries'.
 
     Where truth and noise do not correlate, the best linear estimate of a coordinate is its mean times this share.
     """

@@ -26,9 +26,10 @@ Layers = Mapping[str, Rows]
 
 
 @dataclass(frozen=True)
-class _Stage:
-    """A stage's training gradients, and the spectrum of their Gram matrix over n: that of H, but for zeros."""
+class _Segment:
+    """A segment's training gradients, and the spectrum of their Gram matrix over their number: that of H, but zeros."""
 
+    first_stage: bool
     layers: Layers
     n: int
     time: float
@@ -38,7 +39,7 @@ class _Stage:
 
 
 class ExactSource:
-    """SOURCE with one segment a stage, the empirical Fisher and mean query gradients, at some of the checkpoints.
+    """SOURCE with the empirical Fisher and mean query gradients, at some of the checkpoints.
 
     Args:
         model: of linear layers alone.
@@ -46,56 +47,68 @@ class ExactSource:
         trajectory: the run.
         data: training set of each stage.
         queries: the queries.
-        checkpoints: which of each stage's are used, negative ones from the last; time goes by between them as well.
+        checkpoints: which of each stage's are used, ascending; time goes by between them as well.
+        segments: how many each stage is cut into, each of as many checkpoints.
     """
 
     def __init__(
         self, model: nn.Module, task: sp.Task, trajectory: sp.Trajectory, data: Mapping[str, Any], queries: Any,
-        checkpoints: Sequence[int],
+        checkpoints: Sequence[int], segments: int = 1,
     ) -> None:  # fmt: skip
-        self._stages = []
-        for stage in trajectory.stages:
-            used = [stage.checkpoints[c] for c in checkpoints]
-            layers = rows_of(model, task, used, data[stage.name], training=True)
-            first = next(iter(layers.values())).inputs
-            gram = _products(layers, layers).div_(first.shape[0] * first.shape[1])
-            # Eigenvalues are right to float32 rounding of the largest one, which damping and finite time hide.
-            values, vectors = torch.linalg.eigh(gram)
+        self._segments: list[_Segment] = []
+        for index, stage in enumerate(trajectory.stages):
+            integrals = [0.0, *stage.describe().lr_integrals]
             (whole,) = stage.describe().cut(1)
-            self._stages.append(_Stage(layers, first.shape[1], whole.time, whole.decay, values.clamp_(min=0), vectors))
+            begin = 0.0
+            for group in np.array_split(np.array(checkpoints), segments):
+                end = integrals[-1] if group[-1] == checkpoints[-1] else integrals[group[-1] + 1]
+                layers = rows_of(model, task, [stage.checkpoints[c] for c in group], data[stage.name], training=True)
+                time = whole.time * (end - begin) / integrals[-1]
+                self._segments.append(_fitted(layers, time, whole.decay, first_stage=index == 0))
+                begin = end
         asked = rows_of(model, task, [trajectory.stages[-1].checkpoints[c] for c in checkpoints], queries)
-        self._count = next(iter(asked.values())).inputs.shape[1]  # Q
-        self._queries = [_mean(_products(asked, stage.layers), self._count) for stage in self._stages]  # ∇m·a
-        self._between = [
-            _products(later.layers, earlier.layers)
-            for earlier, later in zip(self._stages, self._stages[1:], strict=False)
-        ]
-        if len(self._stages) > 2:
-            raise ValueError(f"two stages at most, got {len(self._stages)}")
+        count = next(iter(asked.values())).inputs.shape[1]  # Q
+        self._queries = [_mean(_products(asked, segment.layers), count) for segment in self._segments]  # ∇m·a
+        self._between = {
+            (late, early): _products(self._segments[late].layers, self._segments[early].layers)
+            for late in range(len(self._segments)) for early in range(late)
+        }  # fmt: skip
 
     def scores(self, damping: float | None) -> np.ndarray:
         """Scores ``(Q, N)`` of the first stage's examples; in c, tr(H)/``damping`` is added to H: None for nothing."""
-        inner = self._queries[0]  # of what reaches the first stage's end with its gradients, (Q, C N)
-        if len(self._stages) == 2:
-            last = self._stages[1]
-            kept = decay_operator(last.time, last.decay)
-            inner = float(kept(torch.zeros(1))) * inner + _coefficients(self._queries[1], last, kept) @ self._between[0]
-        first = self._stages[0]
-        ridge = 0.0 if damping is None else float(first.values.sum()) / damping
-        respond = response(first.time, first.decay, ridge)
-        # The Gram matrix of the first stage with itself is V diag(n σ) Vᵀ.
-        own = (inner @ first.vectors) * respond(first.values.double()).float() @ first.vectors.T
-        scores: np.ndarray = (-own.unflatten(1, (-1, first.n)).mean(1) / first.n).numpy()
+        inner = list(self._queries)  # of what reaches each segment's end with its gradients, (Q, C n)
+        total = torch.zeros(())
+        for late in range(len(self._segments) - 1, -1, -1):
+            segment = self._segments[late]
+            if segment.first_stage:
+                ridge = 0.0 if damping is None else float(segment.values.sum()) / damping
+                respond = response(segment.time, segment.decay, ridge)
+                # The Gram matrix of a segment with itself is V diag(n σ) Vᵀ.
+                own = (inner[late] @ segment.vectors) * respond(segment.values.double()).float() @ segment.vectors.T
+                total = total - own.unflatten(1, (-1, segment.n)).mean(1) / segment.n
+            kept = decay_operator(segment.time, segment.decay)
+            at_zero, weights = float(kept(torch.zeros(1))), _coefficients(inner[late], segment, kept)
+            for early in range(late):
+                inner[early] = at_zero * inner[early] + weights @ self._between[late, early]
+        scores: np.ndarray = total.numpy()
         return scores
 
 
-def _coefficients(inner: Tensor, stage: _Stage, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Z with f(H) q = f(0) q + Z a, for the inner products of q with the stage's gradients a."""
-    sigma = stage.values.double()
+def _fitted(layers: Layers, time: float, decay: float, *, first_stage: bool) -> _Segment:
+    first = next(iter(layers.values())).inputs
+    gram = _products(layers, layers).div_(first.shape[0] * first.shape[1])
+    # Eigenvalues are right to float32 rounding of the largest one, which damping and finite time hide.
+    values, vectors = torch.linalg.eigh(gram)
+    return _Segment(first_stage, layers, first.shape[1], time, decay, values.clamp_(min=0), vectors)
+
+
+def _coefficients(inner: Tensor, segment: _Segment, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Z with f(H) q = f(0) q + Z a, for the inner products of q with the segment's gradients a."""
+    sigma = segment.values.double()
     at_zero = function(torch.zeros(1, dtype=torch.float64))
     floor = torch.finfo(torch.float32).eps * float(sigma.max())
     slope = torch.where(sigma > floor, (function(sigma) - at_zero) / sigma.clamp(min=floor), 0).float()
-    return (inner @ stage.vectors) * (slope / len(sigma)) @ stage.vectors.T
+    return (inner @ segment.vectors) * (slope / len(sigma)) @ segment.vectors.T
 
 
 def _products(left: Layers, right: Layers) -> Tensor:

@@ -63,6 +63,8 @@ def measure(rows: int, dim: int, checkpoints: int, inputs: int, queries: int, fo
     searched = cpu_seconds(lambda: source.top_k(features, 10))
     again = cpu_seconds(lambda: source.top_k(features, 10))
     print(f"{'':10s}top_k of {queries} queries {searched:.2f} s, again {again:.2f} s; peak {peak_gigabytes():.2f} GB")
+    scored = cpu_seconds(lambda: source.score(features, out=folder / "scores.zarr"))
+    print(f"{'':10s}score of {queries} queries to zarr {scored:.2f} s; peak {peak_gigabytes():.2f} GB", flush=True)
 
 
 def main() -> None:

@@ -209,9 +209,10 @@ def test_ekfac_source_does_not_depend_on_batches(monkeypatch):
     np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5 * np.abs(whole).max())
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-@pytest.mark.parametrize("dim", [None, 20])
-def test_source_by_gram_matrices_is_source_without_a_sketch(tmp_path, stages, dim):
+@pytest.mark.parametrize(
+    ("stages", "segments", "dim"), [(1, 1, None), (1, 1, 20), (2, 1, 20), (1, 2, None), (2, 2, None)]
+)
+def test_source_by_gram_matrices_is_source_without_a_sketch(tmp_path, stages, segments, dim):
     """Inner products of gradients are all that SOURCE needs: against a bank of the gradients themselves."""
     from _exact import ExactSource
 
@@ -219,7 +220,7 @@ def test_source_by_gram_matrices_is_source_without_a_sketch(tmp_path, stages, di
     rates = [0.05] * run.stages[0].checkpoints[1].step
     course = sp.Trajectory.from_stages(
         [
-            replace(stage, checkpoints=stage.checkpoints[:2], segments=1, lr_schedule=rates)
+            replace(stage, checkpoints=stage.checkpoints[:2], segments=segments, lr_schedule=rates)
             for stage in run.stages[:stages]
         ]
     )
@@ -233,7 +234,7 @@ def test_source_by_gram_matrices_is_source_without_a_sketch(tmp_path, stages, di
     trace = sp.Source(bank, **options).segments[0].trace
     damping = 0.0 if dim is None else trace / dim
     expected = sp.Source(bank, damping=damping, **options).score(queries).to_numpy()[:, : len(data["first"])]
-    scores = ExactSource(model, sp.Classification(), course, data, queries, [0, 1]).scores(dim)
+    scores = ExactSource(model, sp.Classification(), course, data, queries, [0, 1], segments).scores(dim)
     np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
