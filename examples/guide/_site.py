@@ -25,7 +25,7 @@ CHAPTERS = {
         "commands.md", "trainer.md", "language.md", "curation.md", "capture.md", "workloads.md", "cluster.md",
         "conventions.md",
     ],
-    "Measured": ["results.md", "../paper/RESULTS.md", "../paper/LABORATORY.md"],
+    "Measured": ["results.md", "../paper/RESULTS.md", "../paper/LABORATORY.md", "../paper/STUDIES.md"],
     "Inside": [
         "method.md", "architecture.md", "format.md", "security.md", "decisions/README.md",
         "../../.github/CONTRIBUTING.md",

@@ -1,11 +1,11 @@
-"""Write the tables of the accuracy laboratory into LABORATORY.md, between its two marks, from results/laboratory.
+"""Write the tables of the accuracy laboratory into STUDIES.md, between its two marks, from results/laboratory.
 
 The figure of study (l) is drawn beside them.
 
     python examples/paper/study_page.py            # write them
     python examples/paper/study_page.py --check    # exit 1 if they are not what the results say
 
-The sentences around the tables are written by hand; the numbers never are.
+What was found in them is told by hand, in LABORATORY.md; the numbers of the tables never are.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from _grid import ABSENT, bold, grid, short
 __all__ = ["main", "tables"]
 
 HERE = Path(__file__).resolve().parent
-RESULTS, PAGE = HERE / "results" / "laboratory", HERE / "LABORATORY.md"
+RESULTS, PAGE = HERE / "results" / "laboratory", HERE / "STUDIES.md"
 BEGIN, END = "<!-- studies -->", "<!-- end -->"
 TITLES = {
     "a": "Sketch dimension",
