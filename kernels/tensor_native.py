@@ -88,9 +88,17 @@ class NativeSpectra:
 
     Args:
         out: (B, k) float32.
+
+    Raises:
+        ValueError: k has no transform here; see `has_transform`.
     """
 
     def __init__(self, out: Tensor) -> None:
+        if not has_transform(out.shape[1]):
+            raise ValueError(
+                f"compiled transforms are of a power of two from {1 << _FEWEST} to {1 << _MOST} numbers, got "
+                f"{out.shape[1]}; spectral=False takes the outer route"
+            )
         self._out = out
         self._sums: Tensor | None = None  # of each example k pairs
 

@@ -39,4 +39,6 @@ def csv_cell(value: object) -> object:
     if not isinstance(value, str):
         return value
     text = printable(value)
-    return f"'{text}" if text.lstrip()[:1] in ("=", "+", "-", "@", "\\", "|", "%") else text
+    # Full-width signs as well: some spreadsheets read them as the narrow ones.
+    first = unicodedata.normalize("NFKC", text.lstrip()[:1])
+    return f"'{text}" if first in ("=", "+", "-", "@", "\\", "|", "%") else text

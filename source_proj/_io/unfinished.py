@@ -38,16 +38,26 @@ class Unfinished:
         return self.folder / "content"
 
     def __enter__(self) -> Unfinished:
-        if self.folder.exists() and not (self.folder / "lock").is_file():
+        if self._is_foreign():
             raise FileExistsError(f"{self.folder} is in the way, and no output in the making: remove it")
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._lock.acquire():
             raise FileExistsError(f"another process is writing in {self.folder}: wait for it, or give another path")
-        if self._begun() != self._description:
-            self._clear()
-            write_file(self.folder / "begun.json", json.dumps(self._description).encode())
-        (self.folder / "blocks").mkdir(exist_ok=True)
+        try:
+            if self._begun() != self._description:
+                self._clear()
+                write_file(self.folder / "begun.json", json.dumps(self._description).encode())
+            (self.folder / "blocks").mkdir(exist_ok=True)
+        except BaseException:
+            self._lock.release()
+            raise
         return self
+
+    def _is_foreign(self) -> bool:
+        """Whether something has the folder's name; it may be empty, as a process leaves it that is killed here."""
+        if not self.folder.exists() or (self.folder / "lock").is_file():
+            return False
+        return not self.folder.is_dir() or any(self.folder.iterdir())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -33,7 +33,9 @@ def test_text_that_is_taken_whole_is_as_character_by_character(text):
     assert printable(text) == naive(text)
 
 
-@given(st.sampled_from(["=", "+", "-", "@", "\t=", " =", "\r@", "|", "%"]), st.text(max_size=10))
+@given(
+    st.sampled_from(["=", "+", "-", "@", "\t=", " =", "\r@", "|", "%", "＝", "＋", "－", " ＠"]), st.text(max_size=10)
+)
 def test_a_cell_begins_as_no_formula(start, rest):
     cell = csv_cell(start + rest)
     assert cell[0] in "'\\"  # an apostrophe, or the escape of a control character

@@ -255,3 +255,12 @@ def test_the_route_is_the_cheaper_one_and_needs_a_transform():
     assert not cheaper(16, 64, 1024, 1024, 4095)
     assert not cheaper(16, 64, 1024, 1024, 128)
     assert not cheaper(16, 64, 1024, 1024, 2**20)
+
+
+@native
+@pytest.mark.parametrize("dim", [1, 5, 8, 128, 255, 257, 2**17])
+def test_a_route_that_has_no_transform_is_refused(dim):
+    left, right, out = normal(2, 1, 3), normal(2, 1, 5), torch.zeros(2, dim)
+    with pytest.raises(ValueError, match=f"a power of two from 256 to 65536 numbers, got {dim}"):
+        tensor_add_outer_(out, left, right, TensorMap(dim, 0, 0, (3, 5)), backend="native", spectral=True)
+    assert not out.any()

@@ -79,6 +79,13 @@ def test_what_is_not_there_is_refused(client, path, status):
     assert client.ask(path)[0] == status
 
 
+@pytest.mark.parametrize("name", ["start", "count", "stage"])
+def test_what_is_no_number_is_named(client, name):
+    status, *_, body = client.ask(f"/api/train?{name}=abc")
+    assert status == 400
+    assert f"{name} must be a whole number, got 'abc'" in json.loads(body)["error"]
+
+
 @pytest.mark.parametrize(
     "host", [None, "evil.example", "evil.example:8000", "127.0.0.1", "127.0.0.1:8001", "localhost.evil:8000"]
 )

@@ -107,9 +107,9 @@ def _listed(explorer: Explorer, request: "Request") -> Any:
         _kind(request),
         asked.get("words", ""),
         asked.get("label", ""),
-        int(stage) if stage else None,
-        int(asked.get("start", 0)),
-        int(asked.get("count", 50)),
+        _number("stage", stage) if stage else None,
+        _number("start", asked.get("start", 0)),
+        _number("count", asked.get("count", 50)),
     )
 
 
@@ -120,7 +120,7 @@ def _example(explorer: Explorer, request: "Request") -> Any:
 def _strongest(explorer: Explorer, request: "Request") -> Any:
     sense = _one_of(request.path_params["sense"], "helpful", "harmful")
     return explorer.strongest(
-        _kind(request), request.path_params["place"], sense, int(request.query_params.get("page", 0))
+        _kind(request), request.path_params["place"], sense, _number("page", request.query_params.get("page", 0))
     )
 
 
@@ -132,9 +132,16 @@ def _cleaned(explorer: Explorer, request: "Request") -> Any:
     from starlette.responses import Response
 
     places = request.query_params.get("places", "")
-    name, content = explorer.cleaned(int(place) for place in places.split(",") if place)
+    name, content = explorer.cleaned(_number("places", place) for place in places.split(",") if place)
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
     return Response(content, media_type="application/octet-stream", headers=headers)
+
+
+def _number(name: str, text: str | int) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name} must be a whole number, got {text!r}") from None
 
 
 def _kind(request: "Request") -> Kind:
