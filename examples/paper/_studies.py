@@ -311,12 +311,9 @@ def segments_without_a_sketch(bench: Bench) -> Iterator[Variant]:
         scores = [[source.scores(damping) for source in sources] for sources in exact]
         for number, cut in zip(numbers, scores, strict=True):
             yield f"no sketch, {name}, {number} segments", cut, bench.truth, scores[0]
-    for dim in (bench.dim, 2 * bench.dim):
-        scores = [
-            bench.scores(Recipe("empirical_fisher", segments=number, checkpoints=used), dim=dim) for number in numbers
-        ]
-        for number, cut in zip(numbers, scores, strict=True):
-            yield f"k = {dim:,}, damping tr(H)/k, {number} segments", cut, bench.truth, scores[0]
+    scores = [bench.scores(Recipe("empirical_fisher", segments=number, checkpoints=used)) for number in numbers]
+    for number, cut in zip(numbers, scores, strict=True):
+        yield f"k = {bench.dim:,}, damping tr(H)/k, {number} segments", cut, bench.truth, scores[0]
 
 
 STUDIES: dict[str, Callable[[Bench], Iterator[Variant]]] = {
