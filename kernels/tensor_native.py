@@ -73,6 +73,14 @@ def has_transform(dim: int) -> bool:
     return dim & (dim - 1) == 0 and 1 << _FEWEST <= dim <= 1 << _MOST
 
 
+def _require_transform(dim: int) -> None:
+    if not has_transform(dim):
+        raise ValueError(
+            f"compiled transforms are of a power of two from {1 << _FEWEST} to {1 << _MOST} numbers, got {dim}; "
+            "spectral=False takes the outer route"
+        )
+
+
 def add_tensor_native_(out: Tensor, rows: Tensor, offset: int, matrix: TensorMap) -> None:
     """Add R[:, offset : offset + n] rows (B, n), coordinates of the parameter, to out (B, k)."""
     add_native_(out, rows, offset, _native(matrix))
@@ -88,22 +96,15 @@ class NativeSpectra:
 
     Args:
         out: (B, k) float32.
-
-    Raises:
-        ValueError: k has no transform here; see `has_transform`.
     """
 
     def __init__(self, out: Tensor) -> None:
-        if not has_transform(out.shape[1]):
-            raise ValueError(
-                f"compiled transforms are of a power of two from {1 << _FEWEST} to {1 << _MOST} numbers, got "
-                f"{out.shape[1]}; spectral=False takes the outer route"
-            )
         self._out = out
         self._sums: Tensor | None = None  # of each example k pairs
 
     def add_outer(self, left: Tensor, right: Tensor, matrix: TensorMap) -> None:
         """Add R vec(sum_t left_t (x) right_t), for left (B, T, o) and right (B, T, i)."""
+        _require_transform(matrix.dim)
         (batch, steps, o), i, dim = left.shape, right.shape[2], matrix.dim
         left, right, native = last_contiguous(left), last_contiguous(right), _native(matrix)
         step, work = -(-steps // _parts(batch, steps)), 4 * dim + o + i
@@ -134,6 +135,7 @@ class NativeSpectra:
 
     def add_windows(self, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, matrix: TensorMap) -> None:
         """Add R vec(G), G[b, o, c, j] = sum_l left[b, o, l] right[b, c, taps[j] + windows[l]]."""
+        _require_transform(matrix.dim)
         (batch, o, count), (_, c, plane), dim, j = left.shape, right.shape, matrix.dim, len(taps)
         left, right, native = left.contiguous(), right.contiguous(), _native(matrix)
         taps, windows = taps.int().contiguous(), windows.int().contiguous()
