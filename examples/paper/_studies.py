@@ -55,17 +55,22 @@ def sketch_dimension(bench: Bench) -> Iterator[Variant]:
 
 def _by_gram_matrices(bench: Bench) -> Iterator[Variant]:
     """Against no sketch where the gradients themselves are too large to hold: two checkpoints of each stage."""
-    problem, sets = bench.problem, dict(bench.problem.train_sets)
     count = min(len(stage.checkpoints) for stage in bench.trajectories[0].stages)
     used = (count // 2 - 1, count - 1)
-    sets = sets if len(sets) > 1 else {bench.trajectories[0].stages[0].name: next(iter(sets.values()))}
-    exact = [
-        ExactSource(problem.make_model(), problem.task, one, sets, problem.queries, used) for one in bench.trajectories
-    ]
+    exact = _without_a_sketch(bench, used)
     for dim in [1024, 2048, 4096]:
         yield f"k = {dim:,}, damping tr(H)/k, 2 checkpoints", bench.scores(Recipe(checkpoints=used), dim=dim)
         yield f"no sketch, damping tr(H)/{dim:,}, 2 checkpoints", [one.scores(dim) for one in exact]
     yield "no sketch, no damping, 2 checkpoints", [one.scores(None) for one in exact]
+
+
+def _without_a_sketch(bench: Bench, used: tuple[int, ...], segments: int = 1) -> list[ExactSource]:
+    problem, sets = bench.problem, dict(bench.problem.train_sets)
+    sets = sets if len(sets) > 1 else {bench.trajectories[0].stages[0].name: next(iter(sets.values()))}
+    return [
+        ExactSource(problem.make_model(), problem.task, run, sets, problem.queries, used, segments)
+        for run in bench.trajectories
+    ]
 
 
 def _given_floor(bench: Bench, multiple: float) -> Response:
@@ -296,17 +301,11 @@ def _of_kind(bench: Bench, kind: str, dim: int) -> list[np.ndarray]:
 
 def segments_without_a_sketch(bench: Bench) -> Iterator[Variant]:
     """(n) Do segments lose because a sketch lifts null directions of Ĥ? Each line against one segment of its kind."""
-    problem, sets = bench.problem, dict(bench.problem.train_sets)
-    sets = sets if len(sets) > 1 else {bench.trajectories[0].stages[0].name: next(iter(sets.values()))}
     count = min(len(stage.checkpoints) for stage in bench.trajectories[0].stages)
     # A Gram matrix of more rows takes too long to decompose.
-    used = tuple(range(count)) if problem.n * count <= 12_000 else (count // 2 - 1, count - 1)
+    used = tuple(range(count)) if bench.problem.n * count <= 12_000 else (count // 2 - 1, count - 1)
     numbers = [number for number in (1, 2, 3, 6) if len(used) % number == 0]
-    exact = [
-        [ExactSource(problem.make_model(), problem.task, run, sets, problem.queries, used, number)
-         for run in bench.trajectories]
-        for number in numbers
-    ]  # fmt: skip
+    exact = [_without_a_sketch(bench, used, number) for number in numbers]
     for damping, name in [(None, "no damping"), (bench.dim, f"damping tr(H)/{bench.dim:,}")]:
         scores = [[source.scores(damping) for source in sources] for sources in exact]
         for number, cut in zip(numbers, scores, strict=True):

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -78,3 +79,16 @@ def naive_strongest(scores, k, *, largest):
     rows = [sorted(range(scores.shape[1]), key=lambda r: (-q[r] if largest else q[r], r))[:k] for q in scores]
     rows = np.array(rows, dtype=np.int64).reshape(len(scores), k)
     return np.take_along_axis(np.asarray(scores), rows, axis=1), rows
+
+
+def assert_strongest(kept, scores, k, *, largest):
+    """What was kept, values and rows, are the k strongest of each row of a matrix."""
+    values, rows = naive_strongest(scores, k, largest=largest)
+    np.testing.assert_array_equal(kept[1], rows)
+    np.testing.assert_array_equal(kept[0], values)
+
+
+def spans(sizes):
+    """Slices of rows that follow each other, so many in each."""
+    bounds = np.cumsum([0, *sizes]).tolist()
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 from scoring_backends import (
     BACKENDS,
     Strongest,
+    assert_strongest,
     bottom_k,
     exact_and_bound,
-    naive_strongest,
     native,
     score,
+    spans,
     top_k,
 )
 
@@ -98,9 +99,7 @@ def test_ties_go_to_the_lower_row(count, n, kept, verb, bits, backend, level, at
     queries, rows, scale = whole(count, n, 5, bits)
     exact, _ = exact_and_bound(queries, decoded(rows), scale)
     values, found = verb(queries, rows, kept, scale, backend=backend)
-    expected, where = naive_strongest(exact, kept, largest=verb is top_k)
-    np.testing.assert_array_equal(values, expected)
-    np.testing.assert_array_equal(found, where)
+    assert_strongest((values, found), exact, kept, largest=verb is top_k)
 
 
 @settings(max_examples=40)
@@ -117,16 +116,14 @@ def test_ties_go_to_the_lower_row(count, n, kept, verb, bits, backend, level, at
 def test_streamed_blocks_in_any_order_equal_one_sort(backend, count, sizes, k, kept, bits, largest, seed):
     queries, rows, scale = whole(count, sum(sizes), k, bits, seed=seed)
     best = Strongest(count, kept, largest=largest, backend=backend)
-    bounds = np.cumsum([0, *sizes])
-    for index in np.random.default_rng(seed).permutation(len(sizes)):
-        part = slice(bounds[index], bounds[index + 1])
-        best.add(queries, rows[part], scale[part], first=int(bounds[index]))
+    parts = spans(sizes)
+    for index in np.random.default_rng(seed).permutation(len(parts)):
+        part = parts[index]
+        best.add(queries, rows[part], scale[part], first=part.start)
     values, found = best.result()
     exact, _ = exact_and_bound(queries, decoded(rows), scale)
     there = min(kept, sum(sizes)) if count else found.shape[1]
-    expected, where = naive_strongest(exact, there, largest=largest)
-    np.testing.assert_array_equal(found, where)
-    np.testing.assert_array_equal(values, expected)
+    assert_strongest((values, found), exact, there, largest=largest)
 
 
 @every_backend

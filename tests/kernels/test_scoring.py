@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from scoring_backends import (
     BACKENDS,
     Strongest,
+    assert_strongest,
     bottom_k,
     exact_and_bound,
     interpreted,
-    naive_strongest,
     native,
     score,
+    spans,
     top_k,
 )
 
@@ -72,9 +73,7 @@ def test_ties_go_to_the_lower_row(count, n, k, largest, dtype, backend, level, a
     queries, rows, scale = whole(count, n, 5, dtype)
     exact, _ = exact_and_bound(queries, rows, scale)
     values, found = (top_k if largest else bottom_k)(queries, rows, k, scale, backend=backend)
-    expected, where = naive_strongest(exact, k, largest=largest)
-    np.testing.assert_array_equal(values, expected)
-    np.testing.assert_array_equal(found, where)
+    assert_strongest((values, found), exact, k, largest=largest)
 
 
 @pytest.mark.parametrize(("backend", "level"), BACKENDS)
@@ -87,9 +86,7 @@ def test_the_strongest_are_those_of_the_scores(count, dtype, backend, level, at_
     scores = score(queries, rows, scale, backend=backend)
     for verb, largest in ((top_k, True), (bottom_k, False)):
         values, found = verb(queries, rows, 6, scale, backend=backend)
-        expected, where = naive_strongest(scores.numpy(), 6, largest=largest)
-        np.testing.assert_array_equal(found, where)
-        np.testing.assert_array_equal(values, expected)
+        assert_strongest((values, found), scores.numpy(), 6, largest=largest)
 
 
 @settings(max_examples=60)
@@ -109,19 +106,16 @@ def test_streamed_blocks_in_any_order_equal_one_sort(
 ):  # fmt: skip
     queries, rows, scale = whole(count, sum(sizes), dim, dtype, seed=seed)
     best = Strongest(count, k, largest=largest, backend=backend)
-    bounds = np.cumsum([0, *sizes])
-    for index in reversed(range(len(sizes))) if backwards else range(len(sizes)):
-        part = slice(bounds[index], bounds[index + 1])
+    parts = list(enumerate(spans(sizes)))
+    for index, part in reversed(parts) if backwards else parts:
         if index % 2:
-            best.add_scores(score(queries, rows[part], scale[part]), first=int(bounds[index]))
+            best.add_scores(score(queries, rows[part], scale[part]), first=part.start)
         else:
-            best.add(queries, rows[part], scale[part], first=int(bounds[index]))
+            best.add(queries, rows[part], scale[part], first=part.start)
     values, found = best.result()
     exact, _ = exact_and_bound(queries, rows, scale)
     kept = min(k, sum(sizes)) if count else found.shape[1]
-    expected, where = naive_strongest(exact, kept, largest=largest)
-    np.testing.assert_array_equal(found, where)
-    np.testing.assert_array_equal(values, expected)
+    assert_strongest((values, found), exact, kept, largest=largest)
 
 
 @interpreted
@@ -132,10 +126,7 @@ def test_triton_streams_blocks_shorter_than_k(k):
     for start, stop in ((0, 2), (2, 90), (90, 150)):
         best.add(queries, rows[start:stop], scale[start:stop], first=start)
         scores = exact_and_bound(queries, rows[:stop], scale[:stop])[0]
-        expected, where = naive_strongest(scores, min(k, stop), largest=True)
-        values, found = best.result()
-        np.testing.assert_array_equal(found, where)
-        np.testing.assert_array_equal(values, expected)
+        assert_strongest(best.result(), scores, min(k, stop), largest=True)
 
 
 @pytest.mark.parametrize(("backend", "level"), BACKENDS)
@@ -311,9 +302,7 @@ def test_the_torch_reference_streams_blocks(block, monkeypatch):
     monkeypatch.setattr(scoring_torch, "_BLOCK", block)
     queries, rows, scale = whole(4, 60, 5, torch.int8)
     values, found = top_k(queries, rows, 8, scale, backend="torch")
-    expected, where = naive_strongest(exact_and_bound(queries, rows, scale)[0], 8, largest=True)
-    np.testing.assert_array_equal(found, where)
-    np.testing.assert_array_equal(values, expected)
+    assert_strongest((values, found), exact_and_bound(queries, rows, scale)[0], 8, largest=True)
 
 
 @interpreted
