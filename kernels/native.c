@@ -49,6 +49,8 @@ enum {
   SCORE_CHUNK = 64,   /* rows whose scores it holds at once */
   LINE = 64,          /* bytes of packed rows that are lined up at once */
   NIBBLE_VECTORS = 4, /* of rows that meet a table while it is in registers */
+  GRAM = 192,         /* columns on a side of a block of a Gram matrix: whole panels at every number of LANES */
+  GRAM_STEPS = 128,   /* rows whose products are summed in registers; two panels of them fit the first-level cache */
   CODES_CHUNK = 256,  /* numbers that are encoded at once */
   CODES_LANES = 16,   /* interleaved sums of a row */
   CODES_NEAR = 16,    /* neighbours that a rotation adds in registers */
@@ -57,9 +59,11 @@ enum {
 enum { FLOAT32, FLOAT16, INT8, CODES }; /* types of stored rows */
 typedef float four __attribute__((vector_size(16)));
 
-EXPORT const int sp_version = 10; /* of the functions' signatures: a library of another version is not used */
+EXPORT const int sp_version = 11; /* of the functions' signatures: a library of another version is not used */
 EXPORT const int sp_outer_copies = OUTER_COPIES;
 EXPORT const int sp_score_few = SCORE_FEW;
+EXPORT const int sp_gram_side = GRAM;
+EXPORT const int sp_gram_steps = GRAM_STEPS;
 EXPORT int sp_highest_level = 2; /* tests lower it to reach the code for other processors */
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -234,6 +238,10 @@ DISPATCH(sp_score,
          (float *out, int64_t out_stride, const float *queries, int64_t query_stride, int64_t count, const void *rows,
           int64_t row_stride, const float *scale, int64_t n, int64_t dim, int type),
          (out, out_stride, queries, query_stride, count, rows, row_stride, scale, n, dim, type))
+DISPATCH(sp_gram,
+         (float *out, int64_t out_stride, const void *left, int64_t high, const void *right, int64_t wide,
+          const float *factor, int64_t n, int type, float *work),
+         (out, out_stride, left, high, right, wide, factor, n, type, work))
 DISPATCH(sp_keep,
          (float *value, int64_t *row, int64_t *filled, float *threshold, int64_t keep, const float *scores,
           int64_t stride, const float *scale, int64_t queries, int64_t n, int64_t first, float sign, int64_t *bad),

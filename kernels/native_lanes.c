@@ -388,6 +388,7 @@ static void VARIANT(sp_gather_lanes)(float *out, int64_t out_stride, const void 
 #include "native_spectral.c"
 #include "native_nibbles.c"
 #include "native_scoring.c"
+#include "native_gram.c"
 #include "native_codes.c"
 
 #undef floats

@@ -12,24 +12,26 @@ The products of these factors are in `moments`, and functions of Ĥ in `spectral
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from source_proj.attribution.shards import ShardGroup
-from source_proj.bank import Bank, RowBlock, StageBank
+from source_proj.bank import Bank, EncodedBlock, RowBlock, StageBank
 
 __all__ = [
     "Curvature",
     "Damping",
     "Factors",
+    "StoredFactors",
     "check_curvature",
     "check_damping",
     "count_factors",
     "damping_value",
     "default_curvature",
     "iter_factors",
+    "iter_stored_factors",
     "noise_floor",
 ]
 
@@ -130,18 +132,67 @@ def iter_factors(
         ValueError: for a curvature or a metric that the bank's rows do not offer.
     """
     check_curvature(stage, curvature)
-    what: Literal["output", "sampled_fisher"] = "sampled_fisher" if curvature == "sampled_fisher" else "output"
     for checkpoint, own in shards:
-        for block in stage.iter_rows(checkpoint, what, metric, own):
-            rows = block.rows.to(device)
-            yield rows if curvature == "sampled_fisher" else rows.mul_(_weights(block, curvature).to(device)[:, None])
+        for block in stage.iter_rows(checkpoint, _rows_of(curvature), metric, own):
+            rows, weights = block.rows.to(device), _weights(block, curvature)
+            yield rows if weights is None else rows.mul_(weights.to(device)[:, None])
 
 
-def _weights(block: RowBlock, curvature: Factors) -> Tensor:
+class StoredFactors(NamedTuple):
+    """Factors a_i = w_i rows_i.
+
+    Attributes:
+        rows: ``(n, k)`` float32, float16 or int8.
+        weights: w, ``(n,)`` float32; None for 1.
+    """
+
+    rows: Tensor
+    weights: Tensor | None
+
+
+def iter_stored_factors(
+    stage: StageBank, shards: ShardGroup, curvature: Factors, device: torch.device | str
+) -> Iterator[StoredFactors]:
+    """Yield what :func:`iter_factors` does as it is stored, without a float32 copy; packed codes decoded.
+
+    Args:
+        stage: the stage's rows.
+        shards: which of its shards at which checkpoints.
+        curvature: which factors (see the module's text).
+        device: where they are to be.
+
+    Raises:
+        ValueError: for a curvature that the bank's rows do not offer.
+    """
+    check_curvature(stage, curvature)
+    for checkpoint, own in shards:
+        for block in stage.iter_encoded(checkpoint, own, _rows_of(curvature)):
+            if block.codec.packed:
+                for piece in block.decoded(stage.dim):
+                    yield _stored(piece.rows, _weights(piece, curvature), device)
+            else:
+                yield _stored(block.rows, _product(_weights(block, curvature), block.scale), device)
+
+
+def _stored(rows: Tensor, weights: Tensor | None, device: torch.device | str) -> StoredFactors:
+    return StoredFactors(rows.to(device), None if weights is None else weights.to(device))
+
+
+def _rows_of(curvature: Factors) -> Literal["output", "sampled_fisher"]:
+    return "sampled_fisher" if curvature == "sampled_fisher" else "output"
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """A times b, where None is 1."""
+    return b if a is None else a if b is None else a * b
+
+
+def _weights(block: RowBlock | EncodedBlock, curvature: Factors) -> Tensor | None:
+    """What rows are times to be factors, ``(n,)``; None for 1."""
     if curvature == "empirical_fisher":
         return block.d1 if block.fisher_weight is None else block.d1 * block.fisher_weight
-    if curvature == "features":
-        return torch.ones_like(block.d1)
+    if curvature in ("features", "sampled_fisher"):
+        return None
     if block.d2 is None:
         raise ValueError(
             "curvature 'gauss_newton' needs the second derivative of the loss in the output, and this bank's task has "

@@ -1,7 +1,7 @@
-"""Hessians and moments of a bank, kept in it: at most two k x k arrays for each segment, or n x k for n factors < k.
+"""Hessians and moments of a bank, kept in it: at most two halves of k x k arrays for each segment, or n x k for n < k.
 
-Of a small k the eigendecomposition is kept. Of a large one, Ĥ in float32 and the Cholesky factor that queries need; Ĥ
-itself is read again only for another factor.
+Of a small k the eigendecomposition is kept. Of a large one, Ĥ in float32 and the Cholesky factor that queries need, of
+either the half that says all; Ĥ itself is read again only for another factor.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ from source_proj.attribution.curvature import Factors, check_curvature, count_fa
 from source_proj.attribution.moments import cross_moment, decomposed, mean_hessian, spectrum, takes_spectrum
 from source_proj.attribution.spectral import DenseHessian, Hessian, Spectrum, shifted_factor
 from source_proj.bank import Bank
+from source_proj.kernels.gram import mirrored, packed_upper, unpacked_upper
 
 __all__ = ["Fit", "fitted_cross_moment", "fitted_hessian", "fitted_matrix", "fitted_spectrum"]
 
@@ -79,16 +80,22 @@ def fitted_hessian(fit: Fit) -> Hessian:
         return fitted_matrix(fit)
 
     def sizes() -> dict[str, Tensor]:
-        return {"sizes": torch.stack([hessian().double().trace(), torch.linalg.matrix_norm(hessian()).double()])}
+        trace = hessian().diagonal().sum(dtype=torch.float64)
+        return {"sizes": torch.stack([trace, torch.linalg.matrix_norm(hessian()).double()])}
 
     def factor(shift: float, dtype: torch.dtype) -> Tensor:
         def compute() -> dict[str, Tensor]:
             lower = shifted_factor(hessian(), shift, dtype)
             if fit.cache:  # where it can be read again
                 hessian.cache_clear()
-            return {"lower": lower}
+            return {"upper": packed_upper(lower.mT)}
 
-        return fit.get("factor", compute, shift=shift, dtype=str(dtype))["lower"]
+        packed = fit.get("factor", compute, shift=shift, dtype=str(dtype))["upper"]
+        upper = packed.new_zeros(dim, dim)
+        for panel in unpacked_upper(packed, dim):
+            start = dim - panel.shape[1]
+            upper[start : start + len(panel), start:] = panel
+        return upper.mT
 
     trace, norm = fit.get("sizes", sizes)["sizes"].tolist()
     return DenseHessian(dim, trace, norm, once(factor), lambda: fitted_spectrum(fit))
@@ -124,10 +131,12 @@ def fitted_cross_moment(fit: Fit, metric: int) -> Tensor:
 
 def fitted_matrix(fit: Fit) -> Tensor:
     """Return the mean Hessian Ĥ of some checkpoints itself, ``(k, k)`` float32; raises as :func:`fitted_hessian`."""
+    stage, dim, single = fit.bank.stages[fit.stage], fit.bank.sketch.dim, torch.float32
 
     def compute() -> dict[str, Tensor]:
-        stage, dim = fit.bank.stages[fit.stage], fit.bank.sketch.dim
-        matrix = mean_hessian(stage, fit.checkpoints, dim, fit.curvature, device=fit.place, executor=fit.executor)
-        return {"matrix": matrix.float()}
+        matrix = mean_hessian(
+            stage, fit.checkpoints, dim, fit.curvature, dtype=single, device=fit.place, executor=fit.executor
+        )
+        return {"upper": packed_upper(matrix)}
 
-    return fit.get("hessian", compute)["matrix"]
+    return mirrored(unpacked_upper(fit.get("hessian", compute)["upper"], dim))

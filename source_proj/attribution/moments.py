@@ -7,24 +7,29 @@ block. Of a symmetric product only the blocks on and above the diagonal are comp
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from source_proj._io.executors import Executor
-from source_proj.attribution.curvature import Factors, check_curvature, count_factors, iter_factors
+from source_proj.attribution.curvature import (
+    Factors,
+    check_curvature,
+    count_factors,
+    iter_factors,
+    iter_stored_factors,
+)
 from source_proj.attribution.shards import ShardGroup, map_shards, shard_groups
 from source_proj.attribution.spectral import Spectrum
 from source_proj.bank import StageBank
+from source_proj.kernels.gram import gram_panels, mirrored
 
 __all__ = ["add_up", "cross_moment", "decomposed", "mean_hessian", "spectrum", "takes_spectrum"]
 
 Route = Literal["auto", "primal", "dual"]
 
 _SMALL = 1024  # up to this k an eigendecomposition takes a fraction of a second
-_PANEL = 512  # columns of a block of a symmetric product
 
 
 def takes_spectrum(dim: int, count: int) -> bool:
@@ -46,16 +51,18 @@ def mean_hessian(
     dim: int,
     curvature: Factors = "empirical_fisher",
     *,
+    dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
     executor: Executor | None = None,
 ) -> Tensor:
-    """The mean Hessian Ĥ of some checkpoints of a stage, ``(k, k)`` float64, or what was captured of a segment.
+    """The mean Hessian Ĥ of some checkpoints of a stage, ``(k, k)``, or what was captured of a segment.
 
     Args:
         stage: the stage's rows.
         checkpoints: which of its checkpoints are averaged.
         dim: the sketch's dimension k.
         curvature: which factors (see `curvature`).
+        dtype: what the sums, which are float64, are rounded to.
         device: where the products are computed.
         executor: computes them; None for this process.
 
@@ -63,16 +70,12 @@ def mean_hessian(
         ValueError: for a curvature that the bank's rows do not offer, or several segments that were captured apart.
     """
     if stage.captured:
-        return _captured(stage, checkpoints, curvature).to(device)
+        return _captured(stage, checkpoints, curvature).to(device, dtype)
     check_curvature(stage, curvature)
-    bounds = [*range(0, dim, _PANEL), dim] if dim > _SMALL else [0, dim]
-    panels = _summed(executor, partial(_panels, stage, curvature, device, bounds), stage, checkpoints, dim)
+    panels = _summed(executor, partial(_panels, stage, curvature, device), stage, checkpoints, dim)
     count = count_factors(stage, checkpoints, curvature)
-    hessian = torch.zeros(dim, dim, dtype=torch.float64, device=device)
-    for (start, stop), panel in zip(pairwise(bounds), panels, strict=bool(panels)):
-        hessian[start:stop, start:] = panel.double().div_(count)
-        hessian[stop:, start:stop] = hessian[start:stop, stop:].T
-    return hessian
+    means = [panel.to(device).double().div_(count).to(dtype) for panel in panels]
+    return mirrored(means) if means else torch.zeros(dim, dim, dtype=dtype, device=device)
 
 
 def _captured(stage: StageBank, segments: Sequence[int], curvature: Factors) -> Tensor:
@@ -82,7 +85,7 @@ def _captured(stage: StageBank, segments: Sequence[int], curvature: Factors) -> 
             f"the rows of stage {stage.name!r} were captured by segments, and the segments {list(segments)} can't be "
             "joined afterwards: leave segments= out, or record with other segment_ends="
         )
-    return stage.captured_curvature(segments[0]).double()
+    return stage.captured_curvature(segments[0])
 
 
 def _summed(
@@ -97,15 +100,8 @@ def _summed(
     return add_up(map_shards(executor, function, stage, groups, nbytes=torch.float64.itemsize * dim**2))
 
 
-def _panels(
-    stage: StageBank, curvature: Factors, device: torch.device | str, bounds: Sequence[int], shards: ShardGroup
-) -> list[Tensor]:
-    return add_up(upper_panels(rows, bounds) for rows in iter_factors(stage, shards, curvature, device))
-
-
-def upper_panels(rows: Tensor, bounds: Sequence[int]) -> list[Tensor]:
-    """The part of ``rowsᵀ rows`` on and above its block diagonal, for each pair of bounds ``(width, k - start)``."""
-    return [rows[:, start:stop].T @ rows[:, start:] for start, stop in pairwise(bounds)]
+def _panels(stage: StageBank, curvature: Factors, device: torch.device | str, shards: ShardGroup) -> list[Tensor]:
+    return add_up(gram_panels(*factors) for factors in iter_stored_factors(stage, shards, curvature, device))
 
 
 def add_up(parts: Iterable[Sequence[Tensor]]) -> list[Tensor]:

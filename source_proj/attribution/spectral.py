@@ -150,7 +150,7 @@ class DenseHessian:
             return self.spectrum().multiply(rows, function)
         condition = self.norm / series.shift + 1
         factor = self.factor(series.shift, torch.float32 if condition <= _SINGLE_CONDITION else torch.float64)
-        moved = [series.apply(factor, chunk.to(factor)) for chunk in rows.split(_CHUNK)]
+        moved = [series.apply(factor, chunk.to(factor)) for chunk in rows.split(_CHUNK) if len(chunk)]
         return torch.cat(moved) if moved else rows.to(factor)
 
     def apply(self, function: SpectralFunction) -> Tensor:

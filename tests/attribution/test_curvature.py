@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from source_proj.attribution.curvature import check_damping, damping_value, noise_floor
 from source_proj.attribution.moments import spectrum
 from source_proj.attribution.spectral import Spectrum, decay_operator, response, ridge_inverse
+from source_proj.bank.codecs import find_codec
 
 
 class FakeStage:
@@ -39,10 +40,15 @@ class FakeStage:
                 start=start,
                 stop=stop,
                 rows=rows[checkpoint, start:stop].clone(),
+                scale=None,
+                codec=find_codec("float32"),
                 d1=self.d1[checkpoint, start:stop],
                 d2=self.d2[checkpoint, start:stop] if self._d2 else None,
                 fisher_weight=None if self.fisher_weight is None else self.fisher_weight[checkpoint, start:stop],
             )
+
+    def iter_encoded(self, checkpoint, shards=None, what="output", metric=None):
+        return self.iter_rows(checkpoint, what, metric, shards)
 
     def hessian(self, curvature):
         if curvature == "sampled_fisher":

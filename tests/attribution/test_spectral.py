@@ -115,7 +115,6 @@ def test_an_ill_conditioned_factor_is_double():
 @pytest.mark.parametrize("curvature", ["empirical_fisher", "sampled_fisher"])
 def test_panels_make_the_whole_product(monkeypatch, n, curvature):
     monkeypatch.setattr(moments, "_SMALL", 4)
-    monkeypatch.setattr(moments, "_PANEL", 5)
     stage = FakeStage(n, 17)
     found = mean_hessian(stage, [0, 1], 17, curvature)
     torch.testing.assert_close(found, stage.hessian(curvature), rtol=1e-5, atol=1e-5)
@@ -132,7 +131,6 @@ def test_source_by_factors_equals_source_by_spectra(tmp_path, monkeypatch, optio
     features = expected.sketch(problem.queries)
     scores, own = expected.score(features).to_numpy(), expected.self_influence()
     monkeypatch.setattr(moments, "_SMALL", 4)
-    monkeypatch.setattr(moments, "_PANEL", 7)
     method = sp.Source(bank, cache=cache, **options)
     found = method.score(features).to_numpy()
     assert isinstance(method._of(bank).hessian(method.segments[0]), DenseHessian)

@@ -1,5 +1,7 @@
 """Scoring from rows as they are stored, held in memory or read each time."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -53,10 +55,10 @@ def decoded_copy(monkeypatch):
     """Let banks hand out float32 copies where they would hand out rows as they are stored."""
     original = sp.StageBank.iter_encoded
 
-    def decoded(self, checkpoint, shards=None):
-        for block in original(self, checkpoint, shards):
+    def decoded(self, checkpoint, *which):
+        for block in original(self, checkpoint, *which):
             rows = block.codec.decode(block.rows, block.scale, 24)
-            yield type(block)(block.start, block.stop, rows, None, block.d1, find_codec("float32"))
+            yield replace(block, rows=rows, scale=None, codec=find_codec("float32"))
 
     monkeypatch.setattr(sp.StageBank, "iter_encoded", decoded)
 
@@ -141,15 +143,16 @@ def test_held_rows_are_read_once_and_others_each_time(banks, monkeypatch):
     reads = []
     original = sp.StageBank.iter_encoded
 
-    def counted(self, checkpoint, shards=None):
+    def counted(self, checkpoint, *which):
         reads.append(checkpoint)
-        return original(self, checkpoint, shards)
+        return original(self, checkpoint, *which)
 
     monkeypatch.setattr(sp.StageBank, "iter_encoded", counted)
     for memory, expected in (("1MB", [0, 1, 2, 3]), (64, [0, 1, 2, 3] * 3)):
-        reads.clear()
         method = sp.Source(by_storage["int8"], model=problem.model, progress=False, segments=4, memory=memory)
         features = method.sketch(problem.queries)
+        method.fit()
+        reads.clear()
         for _ in range(3):
             method.top_k(features, 2)
         assert reads == expected

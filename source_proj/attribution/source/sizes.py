@@ -7,6 +7,7 @@ from source_proj.attribution.moments import takes_spectrum
 from source_proj.attribution.source.memory import parse_memory
 from source_proj.bank.codecs import Codec, find_codec
 from source_proj.bank.read.stage_bank import DECODED_NUMBERS
+from source_proj.kernels.gram import packed_upper_size
 
 __all__ = ["SegmentSize", "fit_peak", "fitted_bytes", "search_peak"]
 
@@ -40,18 +41,18 @@ class SegmentSize(NamedTuple):
 
 
 def fitted_bytes(segments: Sequence[SegmentSize], dim: int) -> int:
-    """Bytes on disk of Source's fits: of each segment a spectrum, or Ĥ and a factor of it, never more than 12 k².
+    """Bytes on disk of Source's fits: of each segment a spectrum, or half of Ĥ and of a factor of it, some 6 k².
 
     Example:
-        >>> fitted_bytes([SegmentSize(10**6, 2)], dim=4096) == 12 * 4096**2
-        True
+        >>> fitted_bytes([SegmentSize(10**6, 2)], dim=4096) / 4096**2
+        6.556640625
     """
     total = 0
     for segment in segments:
         if segment.decomposed(dim):
             total += _DOUBLE * min(dim, segment.factors) * (dim + 1)
         else:  # Ĥ in single precision, and a factor that may need double
-            total += (_SINGLE + _DOUBLE) * dim**2
+            total += (_SINGLE + _DOUBLE) * packed_upper_size(dim)
         total += segment.crossed * _DOUBLE * dim**2
     return total
 

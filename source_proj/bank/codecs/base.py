@@ -34,6 +34,7 @@ class Codec(ABC):
         dtype: torch's type of the codes.
         array_type: zarr's name of this type.
         has_scale: whether every row has a float32 scale.
+        packed: whether codes are bits of a byte, and not numbers.
         compressible: whether zstd makes the codes of trained networks so much smaller that it pays.
     """
 
@@ -41,6 +42,7 @@ class Codec(ABC):
     dtype: ClassVar[torch.dtype]
     array_type: ClassVar[str]
     has_scale: ClassVar[bool] = True
+    packed: ClassVar[bool] = False
     compressible: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:

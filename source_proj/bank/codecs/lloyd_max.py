@@ -52,6 +52,7 @@ class LloydMax(Codec):
 
     dtype = torch.uint8
     array_type = "uint8"
+    packed = True
     bits: ClassVar[int]
     levels: ClassVar[tuple[float, ...]]
 

@@ -46,15 +46,17 @@ class RowBlock:
 
 @dataclass(frozen=True, eq=False)
 class EncodedBlock:
-    """Output rows of one shard as they are stored; the tensors are the caller's own.
+    """Rows of one shard as they are stored; the tensors are the caller's own.
 
     Attributes:
-        start: first row, counted within the stage.
+        start: first row, counted as in :class:`RowBlock`.
         stop: end of the rows.
         rows: ``(n, codec.width(k))`` codes.
         scale: what they are times to be sketched gradients, ``(n,)`` float32; None for 1.
-        d1: ℓ' of each row, ``(n,)`` float32.
+        d1: as in :class:`RowBlock`.
         codec: how they are encoded.
+        d2: as in :class:`RowBlock`.
+        fisher_weight: as in :class:`RowBlock`.
     """
 
     start: int
@@ -63,6 +65,19 @@ class EncodedBlock:
     scale: Tensor | None
     d1: Tensor
     codec: Codec
+    d2: Tensor | None = None
+    fisher_weight: Tensor | None = None
+
+    def decoded(self, dim: int) -> Iterator[RowBlock]:
+        """Yield the rows ``(n, k)`` decoded: in pieces of at most 64 MiB, as codes of a few bits need."""
+        height = max(1, DECODED_NUMBERS // dim)
+        for start in range(0, len(self.rows), height):
+            own = slice(start, start + height)
+            rows = self.codec.decode(self.rows[own], _part(self.scale, own), dim)
+            first = self.start + start
+            yield RowBlock(
+                first, first + len(rows), rows, self.d1[own], _part(self.d2, own), _part(self.fisher_weight, own)
+            )  # fmt: skip
 
 
 class Owner(Protocol):
@@ -108,6 +123,11 @@ class StageBank:
     def n(self) -> int:
         """Number of training examples."""
         return sum(part.spec.n for part in self.parts)
+
+    @property
+    def dim(self) -> int:
+        """Numbers of a row, the sketch's k."""
+        return int(self._settings.sketch["dim"])
 
     @cached_property
     def ids(self) -> list[Any]:
@@ -171,6 +191,23 @@ class StageBank:
             IndexError: there is no such checkpoint.
             ValueError: there are no sampled-Fisher rows, or none in this metric.
         """
+        for block in self.iter_encoded(checkpoint, shards, what, metric):
+            yield from block.decoded(self.dim)
+
+    def iter_encoded(
+        self, checkpoint: int, shards: range | None = None, what: What = "output", metric: int | None = None
+    ) -> Iterator[EncodedBlock]:
+        """Yield the rows at one checkpoint as they are stored: a block per shard, in order.
+
+        Args:
+            checkpoint: as for :meth:`iter_rows`.
+            shards: as for :meth:`iter_rows`.
+            what: as for :meth:`iter_rows`.
+            metric: as for :meth:`iter_rows`.
+
+        Raises:
+            BankError, IndexError, ValueError: as :meth:`iter_rows`.
+        """
         self._bank.require_finalized()
         if not -self.n_checkpoints <= checkpoint < self.n_checkpoints:
             raise IndexError(f"stage {self.name!r} has {self.n_checkpoints} checkpoints, got index {checkpoint}")
@@ -185,60 +222,29 @@ class StageBank:
                 f"checkpoint {place} of stage {self.name!r} has rows in its own metric {own}, and in those of earlier "
                 f"checkpoints, {crossed}; got {metric}"
             )
-        return self._blocks(place, what, None if metric == own else metric, shards)
-
-    def iter_encoded(self, checkpoint: int, shards: range | None = None) -> Iterator[EncodedBlock]:
-        """Yield the output rows at one checkpoint, in its own metric and not decoded: a block per shard, in order.
-
-        Args:
-            checkpoint: as for :meth:`iter_rows`.
-            shards: as for :meth:`iter_rows`.
-
-        Raises:
-            BankError, IndexError: as :meth:`iter_rows`.
-        """
-        self._bank.require_finalized()
-        if not -self.n_checkpoints <= checkpoint < self.n_checkpoints:
-            raise IndexError(f"stage {self.name!r} has {self.n_checkpoints} checkpoints, got index {checkpoint}")
-        index = checkpoint % self.n_checkpoints
         for part, shard in self._chosen(shards):
-            start, stop = (part.spec.start + end for end in part.spec.span(shard))
-            yield EncodedBlock(
-                start,
-                stop,
-                torch.from_numpy(part.read(index, "rows", shard)),
-                self._scale(part, index, "scale", shard),
-                torch.from_numpy(part.read(index, "d1", shard)),
-                self._settings.codec,
-            )
-            tick(stop - start)
+            block = self._block(part, place, shard, what, None if metric == own else metric)
+            yield block
+            tick(block.stop - block.start)
 
     def _chosen(self, shards: range | None) -> list[tuple[Part, int]]:
         return self._shards if shards is None else [self._shards[number] for number in shards]
 
-    def _blocks(self, checkpoint: int, what: What, metric: int | None, shards: range | None) -> Iterator[RowBlock]:
+    def _block(self, part: Part, checkpoint: int, shard: int, what: What, metric: int | None) -> EncodedBlock:
         prefix, factor = ("", 1) if what == "output" else ("fisher_", self.draws)
         names = [f"{prefix}rows", f"{prefix}scale"]
         rows_name, scale_name = names if metric is None else [crossing_name(name, metric) for name in names]
-        for part, shard in self._chosen(shards):
-            codes = torch.from_numpy(part.read(checkpoint, rows_name, shard))
-            scale = self._scale(part, checkpoint, scale_name, shard)
-            d1, d2, fisher_weight = torch.full((len(codes),), -1.0), None, None
-            if what == "output":
-                d1 = torch.from_numpy(part.read(checkpoint, "d1", shard))
-                if self._settings.second_derivative:
-                    d2 = torch.from_numpy(part.read(checkpoint, "d2", shard))
-                if self._settings.fisher_weight:
-                    fisher_weight = torch.from_numpy(part.read(checkpoint, "fisher_weight", shard))
-            first, stop = (factor * (part.spec.start + end) for end in part.spec.span(shard))
-            dim = self._settings.sketch["dim"]
-            height = max(1, DECODED_NUMBERS // dim)
-            for start in range(0, len(codes), height):
-                own = slice(start, start + height)
-                rows = self._settings.codec.decode(codes[own], _part(scale, own), dim)
-                end = first + start + len(rows)
-                yield RowBlock(first + start, end, rows, d1[own], _part(d2, own), _part(fisher_weight, own))
-            tick(stop - first)
+        codes = torch.from_numpy(part.read(checkpoint, rows_name, shard))
+        d1, d2, fisher_weight = torch.full((len(codes),), -1.0), None, None
+        if what == "output":
+            d1 = torch.from_numpy(part.read(checkpoint, "d1", shard))
+            if self._settings.second_derivative:
+                d2 = torch.from_numpy(part.read(checkpoint, "d2", shard))
+            if self._settings.fisher_weight:
+                fisher_weight = torch.from_numpy(part.read(checkpoint, "fisher_weight", shard))
+        first, stop = (factor * (part.spec.start + end) for end in part.spec.span(shard))
+        scale = self._scale(part, checkpoint, scale_name, shard)
+        return EncodedBlock(first, stop, codes, scale, d1, self._settings.codec, d2, fisher_weight)
 
     def _scale(self, part: Part, checkpoint: int, name: str, shard: int) -> Tensor | None:
         if not self._settings.codec.has_scale:

@@ -1,0 +1,126 @@
+"""Gram matrices of stored rows, Σ_i f_i² rows_iᵀ rows_i: what a Hessian is made of.
+
+Rows ``(n, k)`` are float32, float16 or int8, with or without a float32 factor f a row. Products are summed in float32.
+Of the symmetric matrix only the part on and above the diagonal is made, half of the operations, in panels of `HEIGHT`
+rows: panel p has the columns from p · `HEIGHT` on, and what lies in it below the diagonal is of no meaning.
+
+Backends, which differ by the rounding of a sum alone:
+
+* native: converts rows as they are packed for the registers, skips what lies below the diagonal, and leaves a block of
+  the result in the cache while all rows pass by.
+* torch: the library's product of converted rows, a panel at a time; the plain reference on any device.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .backends import choose_backend
+from .native import give_back, require_library, run_jobs, taken
+
+__all__ = ["HEIGHT", "gram_panels", "mirrored", "packed_upper", "packed_upper_size", "unpacked_upper"]
+
+HEIGHT = 384  # rows of a panel: whole blocks of the compiled code
+
+_SIDE, _STEPS = 192, 128  # of a block: GRAM and GRAM_STEPS of native.c
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
+
+
+def gram_panels(rows: Tensor, factor: Tensor | None = None, *, backend: str | None = None) -> list[Tensor]:
+    """The upper part of Σ_i f_i² rows_iᵀ rows_i, in panels.
+
+    Args:
+        rows: ``(n, k)`` float32, float16 or int8.
+        factor: f, ``(n,)`` float32, or None for 1.
+        backend: "native" or "torch"; default: the faster one that is present.
+
+    Returns:
+        float32 panels ``(HEIGHT, k)``, ``(HEIGHT, k - HEIGHT)``, …; the last one has the rows that are left.
+
+    Raises:
+        ValueError: the backend cannot serve on this device.
+        TypeError: the types are others.
+
+    Example:
+        >>> gram_panels(torch.tensor([[1, 2], [0, 3]], dtype=torch.int8), torch.tensor([2.0, 1.0]))[0].triu().tolist()
+        [[4.0, 8.0], [0.0, 25.0]]
+    """
+    if rows.dtype not in _TYPES or (factor is not None and factor.dtype != torch.float32):
+        raise TypeError(
+            f"rows must be float32, float16 or int8 and their factors float32, got {rows.dtype} and "
+            f"{None if factor is None else factor.dtype}"
+        )
+    chosen = choose_backend(backend, rows.device.type, ("native", "torch"), "Gram matrices")
+    return _native(rows, factor) if chosen == "native" else _torch(rows, factor)
+
+
+def mirrored(panels: Sequence[Tensor]) -> Tensor:
+    """The symmetric matrix ``(k, k)`` of its panels, of their type."""
+    dim = panels[0].shape[1]
+    matrix = panels[0].new_empty(dim, dim)
+    for start, panel in zip(range(0, dim, HEIGHT), panels, strict=True):
+        stop = start + len(panel)
+        square = panel[:, : len(panel)]
+        matrix[start:stop, start:stop] = square.triu() + square.triu(1).T
+        matrix[start:stop, stop:] = panel[:, len(panel) :]
+        matrix[stop:, start:stop] = panel[:, len(panel) :].T
+    return matrix
+
+
+def packed_upper(matrix: Tensor) -> Tensor:
+    """The panels of a matrix ``(k, k)`` without gaps, one-dimensional: little more than half of it."""
+    return torch.cat([matrix[start : start + HEIGHT, start:].flatten() for start in range(0, len(matrix), HEIGHT)])
+
+
+def packed_upper_size(dim: int) -> int:
+    """Numbers of `packed_upper`.
+
+    >>> packed_upper_size(3), packed_upper_size(384 + 1)
+    (9, 147841)
+    """
+    return sum(min(HEIGHT, dim - start) * (dim - start) for start in range(0, dim, HEIGHT))
+
+
+def unpacked_upper(packed: Tensor, dim: int) -> list[Tensor]:
+    """The panels of a matrix ``(k, k)`` that `packed_upper` made one-dimensional; they share its memory."""
+    shapes = [(min(HEIGHT, dim - start), dim - start) for start in range(0, dim, HEIGHT)]
+    parts = packed.split([high * wide for high, wide in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _torch(rows: Tensor, factor: Tensor | None) -> list[Tensor]:
+    plain = rows.float() if factor is None else rows.float().mul(factor[:, None])
+    dim = plain.shape[1]
+    return [plain[:, start : start + HEIGHT].T @ plain[:, start:] for start in range(0, dim, HEIGHT)]
+
+
+def _native(rows: Tensor, factor: Tensor | None) -> list[Tensor]:
+    n, dim = rows.shape
+    panels = [torch.empty(min(HEIGHT, dim - start), dim - start) for start in range(0, dim, HEIGHT)]
+    strips = [rows[:, start : start + _SIDE].contiguous() for start in range(0, dim, _SIDE)]
+    factor = None if factor is None else factor.contiguous()
+
+    def make(row: int, column: int) -> None:
+        """The block of a strip's columns with those of one at its place or after it."""
+        left, right = strips[row], strips[column]
+        panel, (above, start) = panels[row * _SIDE // HEIGHT], divmod(row * _SIDE, HEIGHT)
+        work = taken(_SIDE * (_SIDE + 2 * _STEPS))
+        require_library().sp_gram(
+            panel.data_ptr() + 4 * (start * panel.stride(0) + column * _SIDE - above * HEIGHT),
+            panel.stride(0),
+            left.data_ptr(),
+            left.shape[1],
+            right.data_ptr(),
+            right.shape[1],
+            None if factor is None else factor.data_ptr(),
+            n,
+            _TYPES[rows.dtype],
+            work.data_ptr(),
+        )
+        give_back(work)
+
+    blocks = [(row, column) for row in range(len(strips)) for column in range(row, len(strips))]
+    run_jobs([partial(make, *block) for block in blocks], 0.012 * n * dim**2)
+    return panels
