@@ -20,11 +20,11 @@ from torch import Tensor
 from .backends import choose_backend
 from .native import give_back, require_library, run_jobs, taken
 
-__all__ = ["HEIGHT", "gram_panels", "mirrored", "packed_upper", "packed_upper_size", "unpacked_upper"]
+__all__ = ["HEIGHT", "gram_panels", "mirrored", "packed", "packed_size", "unpacked", "upper_panels"]
 
 HEIGHT = 384  # rows of a panel: whole blocks of the compiled code
 
-_SIDE, _STEPS = 192, 128  # of a block: GRAM and GRAM_STEPS of native.c
+_SIDE, _STEPS = 192, 64  # of a block: GRAM and GRAM_STEPS of native.c
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
 
 
@@ -69,58 +69,66 @@ def mirrored(panels: Sequence[Tensor]) -> Tensor:
     return matrix
 
 
-def packed_upper(matrix: Tensor) -> Tensor:
-    """The panels of a matrix ``(k, k)`` without gaps, one-dimensional: little more than half of it."""
-    return torch.cat([matrix[start : start + HEIGHT, start:].flatten() for start in range(0, len(matrix), HEIGHT)])
+def upper_panels(matrix: Tensor) -> list[Tensor]:
+    """The panels of a matrix ``(k, k)``, which share its memory."""
+    return [matrix[start : start + HEIGHT, start:] for start in range(0, len(matrix), HEIGHT)]
 
 
-def packed_upper_size(dim: int) -> int:
-    """Numbers of `packed_upper`.
+def packed(panels: Sequence[Tensor]) -> Tensor:
+    """The panels of a matrix one after the other, one-dimensional: little more than half of it."""
+    return torch.cat([panel.flatten() for panel in panels])
 
-    >>> packed_upper_size(3), packed_upper_size(384 + 1)
+
+def packed_size(dim: int) -> int:
+    """Numbers that `packed` has of a matrix ``(k, k)``.
+
+    >>> packed_size(3), packed_size(384 + 1)
     (9, 147841)
     """
-    return sum(min(HEIGHT, dim - start) * (dim - start) for start in range(0, dim, HEIGHT))
+    return sum(high * wide for high, wide in _shapes(dim))
 
 
-def unpacked_upper(packed: Tensor, dim: int) -> list[Tensor]:
-    """The panels of a matrix ``(k, k)`` that `packed_upper` made one-dimensional; they share its memory."""
-    shapes = [(min(HEIGHT, dim - start), dim - start) for start in range(0, dim, HEIGHT)]
-    parts = packed.split([high * wide for high, wide in shapes])
+def unpacked(values: Tensor, dim: int) -> list[Tensor]:
+    """The panels that `packed` put together; they share its memory."""
+    shapes = _shapes(dim)
+    parts = values.split([high * wide for high, wide in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _shapes(dim: int) -> list[tuple[int, int]]:
+    return [(min(HEIGHT, dim - start), dim - start) for start in range(0, dim, HEIGHT)]
 
 
 def _torch(rows: Tensor, factor: Tensor | None) -> list[Tensor]:
     plain = rows.float() if factor is None else rows.float().mul(factor[:, None])
-    dim = plain.shape[1]
-    return [plain[:, start : start + HEIGHT].T @ plain[:, start:] for start in range(0, dim, HEIGHT)]
+    return [plain[:, start : start + HEIGHT].T @ plain[:, start:] for start in range(0, plain.shape[1], HEIGHT)]
 
 
 def _native(rows: Tensor, factor: Tensor | None) -> list[Tensor]:
     n, dim = rows.shape
-    panels = [torch.empty(min(HEIGHT, dim - start), dim - start) for start in range(0, dim, HEIGHT)]
+    panels = [torch.empty(shape) for shape in _shapes(dim)]
     strips = [rows[:, start : start + _SIDE].contiguous() for start in range(0, dim, _SIDE)]
     factor = None if factor is None else factor.contiguous()
 
-    def make(row: int, column: int) -> None:
-        """The block of a strip's columns with those of one at its place or after it."""
-        left, right = strips[row], strips[column]
-        panel, (above, start) = panels[row * _SIDE // HEIGHT], divmod(row * _SIDE, HEIGHT)
-        work = taken(_SIDE * (_SIDE + 2 * _STEPS))
-        require_library().sp_gram(
-            panel.data_ptr() + 4 * (start * panel.stride(0) + column * _SIDE - above * HEIGHT),
-            panel.stride(0),
-            left.data_ptr(),
-            left.shape[1],
-            right.data_ptr(),
-            right.shape[1],
-            None if factor is None else factor.data_ptr(),
-            n,
-            _TYPES[rows.dtype],
-            work.data_ptr(),
-        )
+    def make(row: int) -> None:
+        """The blocks of a strip's columns with those at its place and after it."""
+        left, work, library = strips[row], taken(_SIDE * (_SIDE + 2 * _STEPS)), require_library()
+        above, start = divmod(row * _SIDE, HEIGHT)
+        panel = panels[above][start:, start:]
+        for place, right in enumerate(strips[row:]):
+            library.sp_gram(
+                panel.data_ptr() + 4 * place * _SIDE,
+                panel.stride(0),
+                left.data_ptr(),
+                left.shape[1],
+                right.data_ptr(),
+                right.shape[1],
+                None if factor is None else factor.data_ptr(),
+                n,
+                _TYPES[rows.dtype],
+                work.data_ptr(),
+            )
         give_back(work)
 
-    blocks = [(row, column) for row in range(len(strips)) for column in range(row, len(strips))]
-    run_jobs([partial(make, *block) for block in blocks], 0.012 * n * dim**2)
+    run_jobs([partial(make, row) for row in range(len(strips))], 0.012 * n * dim**2)
     return panels

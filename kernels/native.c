@@ -50,7 +50,7 @@ enum {
   LINE = 64,          /* bytes of packed rows that are lined up at once */
   NIBBLE_VECTORS = 4, /* of rows that meet a table while it is in registers */
   GRAM = 192,         /* columns on a side of a block of a Gram matrix: whole panels at every number of LANES */
-  GRAM_STEPS = 128,   /* rows whose products are summed in registers; two panels of them fit the first-level cache */
+  GRAM_STEPS = 64,    /* rows whose products are summed in registers; two panels of them fit the first-level cache */
   CODES_CHUNK = 256,  /* numbers that are encoded at once */
   CODES_LANES = 16,   /* interleaved sums of a row */
   CODES_NEAR = 16,    /* neighbours that a rotation adds in registers */

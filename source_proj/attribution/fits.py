@@ -14,10 +14,10 @@ from torch import Tensor
 
 from source_proj._io.executors import Executor
 from source_proj.attribution.curvature import Factors, check_curvature, count_factors
-from source_proj.attribution.moments import cross_moment, decomposed, mean_hessian, spectrum, takes_spectrum
+from source_proj.attribution.moments import cross_moment, decomposed, mean_panels, spectrum, takes_spectrum
 from source_proj.attribution.spectral import DenseHessian, Hessian, Spectrum, shifted_factor
 from source_proj.bank import Bank
-from source_proj.kernels.gram import mirrored, packed_upper, unpacked_upper
+from source_proj.kernels.gram import mirrored, packed, unpacked, upper_panels
 
 __all__ = ["Fit", "fitted_cross_moment", "fitted_hessian", "fitted_matrix", "fitted_spectrum"]
 
@@ -88,13 +88,12 @@ def fitted_hessian(fit: Fit) -> Hessian:
             lower = shifted_factor(hessian(), shift, dtype)
             if fit.cache:  # where it can be read again
                 hessian.cache_clear()
-            return {"upper": packed_upper(lower.mT)}
+            return {"upper": packed(upper_panels(lower.mT))}
 
-        packed = fit.get("factor", compute, shift=shift, dtype=str(dtype))["upper"]
-        upper = packed.new_zeros(dim, dim)
-        for panel in unpacked_upper(packed, dim):
-            start = dim - panel.shape[1]
-            upper[start : start + len(panel), start:] = panel
+        values = fit.get("factor", compute, shift=shift, dtype=str(dtype))["upper"]
+        upper = values.new_zeros(dim, dim)
+        for into, panel in zip(upper_panels(upper), unpacked(values, dim), strict=True):
+            into.copy_(panel)
         return upper.mT
 
     trace, norm = fit.get("sizes", sizes)["sizes"].tolist()
@@ -131,12 +130,10 @@ def fitted_cross_moment(fit: Fit, metric: int) -> Tensor:
 
 def fitted_matrix(fit: Fit) -> Tensor:
     """Return the mean Hessian Ĥ of some checkpoints itself, ``(k, k)`` float32; raises as :func:`fitted_hessian`."""
-    stage, dim, single = fit.bank.stages[fit.stage], fit.bank.sketch.dim, torch.float32
+    stage, dim = fit.bank.stages[fit.stage], fit.bank.sketch.dim
 
     def compute() -> dict[str, Tensor]:
-        matrix = mean_hessian(
-            stage, fit.checkpoints, dim, fit.curvature, dtype=single, device=fit.place, executor=fit.executor
-        )
-        return {"upper": packed_upper(matrix)}
+        panels = mean_panels(stage, fit.checkpoints, dim, fit.curvature, device=fit.place, executor=fit.executor)
+        return {"upper": packed([panel.float() for panel in panels])}
 
-    return mirrored(unpacked_upper(fit.get("hessian", compute)["upper"], dim))
+    return mirrored(unpacked(fit.get("hessian", compute)["upper"], dim))

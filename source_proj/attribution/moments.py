@@ -23,9 +23,9 @@ from source_proj.attribution.curvature import (
 from source_proj.attribution.shards import ShardGroup, map_shards, shard_groups
 from source_proj.attribution.spectral import Spectrum
 from source_proj.bank import StageBank
-from source_proj.kernels.gram import gram_panels, mirrored
+from source_proj.kernels.gram import gram_panels, mirrored, upper_panels
 
-__all__ = ["add_up", "cross_moment", "decomposed", "mean_hessian", "spectrum", "takes_spectrum"]
+__all__ = ["add_up", "cross_moment", "decomposed", "mean_hessian", "mean_panels", "spectrum", "takes_spectrum"]
 
 Route = Literal["auto", "primal", "dual"]
 
@@ -51,31 +51,46 @@ def mean_hessian(
     dim: int,
     curvature: Factors = "empirical_fisher",
     *,
-    dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
     executor: Executor | None = None,
 ) -> Tensor:
-    """The mean Hessian Ĥ of some checkpoints of a stage, ``(k, k)``, or what was captured of a segment.
+    """The mean Hessian Ĥ of some checkpoints of a stage, ``(k, k)`` float64; see :func:`mean_panels`."""
+    panels = mean_panels(stage, checkpoints, dim, curvature, device=device, executor=executor)
+    return mirrored([panel.double() for panel in panels])
+
+
+def mean_panels(
+    stage: StageBank,
+    checkpoints: Sequence[int],
+    dim: int,
+    curvature: Factors = "empirical_fisher",
+    *,
+    device: torch.device | str = "cpu",
+    executor: Executor | None = None,
+) -> list[Tensor]:
+    """The upper part of the mean Hessian Ĥ of some checkpoints, or what was captured of a segment, in panels.
 
     Args:
         stage: the stage's rows.
         checkpoints: which of its checkpoints are averaged.
         dim: the sketch's dimension k.
         curvature: which factors (see `curvature`).
-        dtype: what the sums, which are float64, are rounded to.
         device: where the products are computed.
         executor: computes them; None for this process.
+
+    Returns:
+        Panels as of :func:`~source_proj.kernels.gram.gram_panels`: float64 sums, or float32 as they were captured.
 
     Raises:
         ValueError: for a curvature that the bank's rows do not offer, or several segments that were captured apart.
     """
     if stage.captured:
-        return _captured(stage, checkpoints, curvature).to(device, dtype)
+        return upper_panels(_captured(stage, checkpoints, curvature).to(device))
     check_curvature(stage, curvature)
     panels = _summed(executor, partial(_panels, stage, curvature, device), stage, checkpoints, dim)
     count = count_factors(stage, checkpoints, curvature)
-    means = [panel.to(device).double().div_(count).to(dtype) for panel in panels]
-    return mirrored(means) if means else torch.zeros(dim, dim, dtype=dtype, device=device)
+    nothing = [] if panels else upper_panels(torch.zeros(dim, dim, device=device))
+    return [panel.to(device).double().div_(count) for panel in panels] or nothing
 
 
 def _captured(stage: StageBank, segments: Sequence[int], curvature: Factors) -> Tensor:

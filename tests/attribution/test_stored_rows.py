@@ -8,6 +8,7 @@ import torch
 from problems import classification, two_stages
 
 import source_proj as sp
+from source_proj.attribution.moments import mean_hessian
 from source_proj.bank.codecs import codec_names, find_codec
 
 STORAGES = codec_names()
@@ -61,6 +62,25 @@ def decoded_copy(monkeypatch):
             yield replace(block, rows=rows, scale=None, codec=find_codec("float32"))
 
     monkeypatch.setattr(sp.StageBank, "iter_encoded", decoded)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("curvature", ["empirical_fisher", "gauss_newton", "features"])
+def test_hessians_of_stored_rows_are_those_of_decoded_ones(banks, curvature, storage):
+    """To float32's rounding of a sum: n + 3 roundings of its terms' sizes."""
+    stage = banks[1][storage].stages[0]
+    blocks = [block for checkpoint in range(4) for block in stage.iter_rows(checkpoint)]
+    weights = {
+        "empirical_fisher": [block.d1.double() for block in blocks],
+        "gauss_newton": [block.d2.double().sqrt() for block in blocks],
+        "features": [torch.ones(len(block.rows), dtype=torch.float64) for block in blocks],
+    }[curvature]
+    factors = torch.cat([block.rows.double() * own[:, None] for block, own in zip(blocks, weights, strict=True)])
+    hessian = mean_hessian(stage, range(4), 24, curvature)
+    sizes = factors.abs().T @ factors.abs() / len(factors)
+    error = (hessian - factors.T @ factors / len(factors)).abs()
+    assert bool((error <= (len(factors) + 3) * torch.finfo(torch.float32).eps * sizes).all())
+    assert torch.equal(hessian, hessian.T)
 
 
 @pytest.mark.parametrize("storage", STORAGES)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scoring_backends import native
 
 from source_proj.kernels import gram
-from source_proj.kernels.gram import HEIGHT, gram_panels, mirrored, packed_upper, packed_upper_size, unpacked_upper
+from source_proj.kernels.gram import HEIGHT, gram_panels, mirrored, packed, packed_size, unpacked, upper_panels
 from source_proj.kernels.native import native_library
 
 EPS = torch.finfo(torch.float32).eps
@@ -98,10 +98,9 @@ def test_rows_may_lie_apart():
 @pytest.mark.parametrize("dim", [1, 5, 384, 385, 900])
 def test_the_upper_part_says_all(dim):
     matrix = torch.randn(dim, dim, generator=torch.Generator().manual_seed(0)).triu()
-    packed = packed_upper(matrix)
-    assert packed.shape == (packed_upper_size(dim),)
-    panels = unpacked_upper(packed, dim)
-    assert torch.equal(mirrored(panels), matrix + matrix.triu(1).T)
+    values = packed(upper_panels(matrix))
+    assert values.shape == (packed_size(dim),)
+    assert torch.equal(mirrored(unpacked(values, dim)), matrix + matrix.triu(1).T)
 
 
 @native

@@ -7,7 +7,7 @@ from source_proj.attribution.moments import takes_spectrum
 from source_proj.attribution.source.memory import parse_memory
 from source_proj.bank.codecs import Codec, find_codec
 from source_proj.bank.read.stage_bank import DECODED_NUMBERS
-from source_proj.kernels.gram import packed_upper_size
+from source_proj.kernels.gram import packed_size
 
 __all__ = ["SegmentSize", "fit_peak", "fitted_bytes", "search_peak"]
 
@@ -52,7 +52,7 @@ def fitted_bytes(segments: Sequence[SegmentSize], dim: int) -> int:
         if segment.decomposed(dim):
             total += _DOUBLE * min(dim, segment.factors) * (dim + 1)
         else:  # Ĥ in single precision, and a factor that may need double
-            total += (_SINGLE + _DOUBLE) * packed_upper_size(dim)
+            total += (_SINGLE + _DOUBLE) * packed_size(dim)
         total += segment.crossed * _DOUBLE * dim**2
     return total
 
