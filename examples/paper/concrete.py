@@ -65,6 +65,7 @@ def concrete_problem(
         settings={"task": name, **run.settings()},
         sizes=sizes,
         kronecker=True,
+        peers=True,
         extra={"accuracy": run.accuracy, "record_more": run.record_more, "workers": 2},
         **rest,
     )
