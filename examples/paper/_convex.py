@@ -45,7 +45,8 @@ def convex_problem(
     run = StackedRun(make_model, {"train": stage}, queries, measure, optimizer=descent, loss=loss, group=50)
     sizes = sized(options, Sizes(100, 20, 5), Sizes(100, 8, 3), Sizes(12, 2, 2))
     common: dict[str, Any] = {
-        "peers": True, "task": task, "make_model": make_model, "train_sets": {"train": train_set}, "queries": queries, "sizes": sizes,
+        "task": task, "make_model": make_model, "train_sets": {"train": train_set}, "queries": queries, "sizes": sizes,
+        "peers": True,
     }  # fmt: skip
     if not optimal:
         return Problem(

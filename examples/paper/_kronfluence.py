@@ -11,6 +11,7 @@ Needs the extra ``kronecker``: pip install "source-proj[kronecker]".
 """
 
 import copy
+import gc
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 import source_proj as sp
 from source_proj.evaluate import Candidate
 
-__all__ = ["DAMPINGS", "DEFAULT", "Damping", "Influence", "ekfac_influence", "installed", "peers"]
+__all__ = ["DAMPINGS", "DEFAULT", "HEURISTIC", "Damping", "Influence", "ekfac_influence", "installed", "peers"]
 
 _BATCH = 256
 _NAME = "EK-FAC influence functions"
@@ -50,7 +51,8 @@ class Damping(NamedTuple):
 
 
 DEFAULT = Damping(1e-8, relative=False)  # what kronfluence takes where it is told nothing
-DAMPINGS = [DEFAULT, *map(Damping, (0.001, 0.01, 0.1, 1.0, 10.0))]  # 0.1 is its heuristic, and Grosse et al.'s
+HEURISTIC = Damping(0.1)  # what it calls its heuristic, and Grosse et al. have
+DAMPINGS = [DEFAULT, HEURISTIC, *map(Damping, (0.001, 0.01, 1.0, 10.0))]
 
 
 class Influence(NamedTuple):
@@ -78,7 +80,7 @@ def peers(
     queries: Any,
     dampings: Sequence[Damping] = DAMPINGS,
 ) -> list[Candidate]:
-    """Averaged over checkpoints and at the last one, at the first damping and at the best of all: four methods.
+    """At the last checkpoint, and averaged over all, at their best damping; averaged also at the library's two own.
 
     Args:
         make_model: builds the architecture.
@@ -86,7 +88,7 @@ def peers(
         trajectories: the runs, of one stage each.
         train_set: map-style data set, N examples.
         queries: map-style data set, Q examples.
-        dampings: the default, then what else is tried.
+        dampings: the library's default and heuristic, then what else competes.
     """
 
     @cache
@@ -98,12 +100,17 @@ def peers(
     def scores(kind: str, number: int) -> list[np.ndarray]:
         return [getattr(run(index)[number], kind) for index in range(len(trajectories))]
 
-    found = []
-    for kind, method in [("averaged", f"{_NAME}, averaged"), ("final", _NAME)]:
-        for number, damping in enumerate(dampings):
-            found.append(Candidate(method, str(damping), partial(scores, kind, number)))
-        found.append(Candidate(f"{method}, default damping", str(dampings[0]), partial(scores, kind, 0)))
-    return found
+    averaged = f"{_NAME}, averaged"
+    told = [(averaged, "averaged"), (_NAME, "final")]
+    own = [(f"{averaged}, default damping", 0), (f"{averaged}, heuristic damping", 1)]
+    return [
+        *(
+            Candidate(method, str(damping), partial(scores, kind, number))
+            for method, kind in told
+            for number, damping in enumerate(dampings)
+        ),
+        *(Candidate(method, str(dampings[number]), partial(scores, "averaged", number)) for method, number in own),
+    ]
 
 
 def ekfac_influence(
@@ -178,7 +185,7 @@ def _at_checkpoint(
     own = prepare_model(nn.Sequential(own) if isinstance(own, nn.Linear) else own, adapter)
     on_cpu = next(own.parameters()).device.type == "cpu"
     found = []
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _quick_collections():
         # What a newer torch calls deprecated in the library; nothing to act upon here.
         warnings.filterwarnings("ignore", message=r".*torch\.cuda\.amp", category=FutureWarning)
         analyzer = Analyzer("ekfac", own, adapter, cpu=on_cpu, disable_tqdm=not progress, output_dir=folder)
@@ -204,6 +211,16 @@ def _heuristic(damping: Damping) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _quick_collections() -> Iterator[None]:
+    """Spare all that is there: the library collects garbage after every pass, at up to half a second each time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def _fisher_loss(task: sp.Task, fisher: Fisher, seed: int) -> Callable[[nn.Module, Any], Tensor]:
     """A function of (model, batch) to (B,) whose gradients' mean outer product is the Fisher: see ``fisher_weight``."""
     if fisher == "sampled":
@@ -217,9 +234,7 @@ def _fisher_loss(task: sp.Task, fisher: Fisher, seed: int) -> Callable[[nn.Modul
     return empirical
 
 
-def _check(
-    model: nn.Module, checkpoints: Sequence[sp.Checkpoint], fisher: str, dampings: Sequence[Damping]
-) -> None:
+def _check(model: nn.Module, checkpoints: Sequence[sp.Checkpoint], fisher: str, dampings: Sequence[Damping]) -> None:
     if not any(isinstance(module, nn.Linear | nn.Conv2d) for module in model.modules()):
         raise ValueError(f"EK-FAC covers nn.Linear and nn.Conv2d, and {type(model).__name__} has neither")
     if not checkpoints:

@@ -212,10 +212,7 @@ def merge(problem: Problem, found: Comparison, path: Path) -> None:
     """
     new, old = _table(problem, found), pd.read_csv(path)
     same = ["runs", "lds", "ceiling"]
-    here, there = (
-        table.loc[table["method"] == DEFAULT, same].set_index("runs").sort_index()
-        for table in (new, old)
-    )
+    here, there = (table.loc[table["method"] == DEFAULT, same].set_index("runs").sort_index() for table in (new, old))
     if not np.allclose(here, there, atol=_LEVEL, rtol=0, equal_nan=True):
         raise ValueError(
             f"{path} is of other retrainings or defaults: there SOURCE has\n{there}\nand here\n{here}\n"

@@ -182,8 +182,8 @@ def test_labels_are_sampled_by_the_seed():
 
 
 @needs_kronfluence
-def test_peers_are_two_methods_at_their_default_and_at_their_best(monkeypatch):
-    """Factors are fitted once a run, whatever is asked of them; the default is one of those that compete."""
+def test_peers_are_two_methods_at_their_best_and_the_better_at_the_librarys_own_dampings(monkeypatch):
+    """Factors are fitted once a run, whatever is asked of them; the library's own dampings compete too."""
     import _kronfluence
 
     model, run, train, queries = mlp_run()
@@ -197,10 +197,12 @@ def test_peers_are_two_methods_at_their_default_and_at_their_best(monkeypatch):
     scores = {(one.method, one.setting): one.scores() for one in own}
     assert len(calls) == 2
     assert all(len(runs) == 2 and runs[0].shape == (5, 11) for runs in scores.values())
-    for method in ("EK-FAC influence functions", "EK-FAC influence functions, averaged"):
-        first, second = (scores[method, str(damping)][0] for damping in dampings)
-        np.testing.assert_array_equal(scores[f"{method}, default damping", str(dampings[0])][0], first)
-        assert not np.allclose(first, second)
+    averaged = "EK-FAC influence functions, averaged"
+    for name, damping in zip(("default", "heuristic"), dampings, strict=True):
+        own = scores[f"{averaged}, {name} damping", str(damping)]
+        np.testing.assert_array_equal(own, scores[averaged, str(damping)])
+        assert not np.allclose(own, scores["EK-FAC influence functions", str(damping)])
+    assert not np.allclose(*(scores[averaged, str(damping)] for damping in dampings))
 
 
 def test_tasks_go_on_without_the_library(monkeypatch, capsys):
