@@ -3,8 +3,8 @@
     python examples/paper/peer_cost.py                        # Fashion-MNIST, some minutes
     python examples/paper/peer_cost.py --task concrete
 
-kronfluence fits factors at every checkpoint, and passes over the training set again for each set of queries, which is
-what a second damping takes. The bank is built and fitted once; a set of queries costs their own gradients and a product.
+kronfluence fits factors at every checkpoint, and passes over the training set for each set of queries, which is what
+a second damping takes. The bank is built and fitted once; a set of queries costs their own gradients and a product.
 """
 
 import importlib
