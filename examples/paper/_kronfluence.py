@@ -184,7 +184,7 @@ def _at_checkpoint(
     # A layer that is itself the whole model would be wrapped around itself.
     own = prepare_model(nn.Sequential(own) if isinstance(own, nn.Linear) else own, adapter)
     on_cpu = next(own.parameters()).device.type == "cpu"
-    found = []
+    by_damping = []
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _quick_collections():
         # What a newer torch calls deprecated in the library; nothing to act upon here.
         warnings.filterwarnings("ignore", message=r".*torch\.cuda\.amp", category=FutureWarning)
@@ -200,8 +200,8 @@ def _at_checkpoint(
                     per_device_query_batch_size=min(len(queries), batch_size), per_device_train_batch_size=batch_size,
                 )  # fmt: skip
             scores = analyzer.load_pairwise_scores(f"scores-{number}")["all_modules"]  # (Q, N) ∇mᵀ (H + ρ)⁻¹ g
-            found.append(-scores.float().cpu().numpy() / np.float32(len(train_set)))
-    return found
+            by_damping.append(-scores.float().cpu().numpy() / np.float32(len(train_set)))
+    return by_damping
 
 
 @contextmanager

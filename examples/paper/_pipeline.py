@@ -197,20 +197,20 @@ def chosen(every: Sequence[Candidate], begin: str) -> list[Candidate]:
     Raises:
         ValueError: there are none.
     """
-    found = [candidate for candidate in every if candidate.method.startswith(begin) and candidate.method != DEFAULT]
-    if not found:
+    wanted = [candidate for candidate in every if candidate.method.startswith(begin) and candidate.method != DEFAULT]
+    if not wanted:
         names = list(dict.fromkeys(candidate.method for candidate in every))
         raise ValueError(f"no method begins with {begin!r}; there are {names}")
-    return [every[0], *found]
+    return [every[0], *wanted]
 
 
-def merge(problem: Problem, found: Comparison, path: Path) -> None:
+def merge(problem: Problem, comparison: Comparison, path: Path) -> None:
     """Put rows of some methods into the table that is there, in place of theirs, or behind the others.
 
     Raises:
         ValueError: the table was measured with other retrainings, or other defaults of SOURCE.
     """
-    new, old = _table(problem, found), pd.read_csv(path)
+    new, old = _table(problem, comparison), pd.read_csv(path)
     same = ["runs", "lds", "ceiling"]
     here, there = (table.loc[table["method"] == DEFAULT, same].set_index("runs").sort_index() for table in (new, old))
     if not np.allclose(here, there, atol=_LEVEL, rtol=0, equal_nan=True):
@@ -223,9 +223,9 @@ def merge(problem: Problem, found: Comparison, path: Path) -> None:
     table.to_csv(path, index=False, float_format="%.4f")
 
 
-def _table(problem: Problem, found: Comparison) -> pd.DataFrame:
+def _table(problem: Problem, comparison: Comparison) -> pd.DataFrame:
     """The comparison's table with the task's name and title before it."""
-    table: pd.DataFrame = found.table()
+    table: pd.DataFrame = comparison.table()
     table.insert(0, "title", problem.title)
     table.insert(0, "task", problem.name)
     return table

@@ -54,31 +54,31 @@ def load_pacs(folder: Path, side: int = SIDE) -> dict[str, Pictures]:
         write_whole(archive, content)
     content = archive.read_bytes()
     names = _named(content, str(archive))
-    found = {}
+    pictures = {}
     with zipfile.ZipFile(io.BytesIO(content)) as files:
         for manner, own in names.items():
             pixels = []
             for name, _ in own:
                 with Image.open(io.BytesIO(files.read(name))) as image:
                     pixels.append(np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BOX)))
-            found[manner] = np.stack(pixels), np.array([kind for _, kind in own])
-    return found
+            pictures[manner] = np.stack(pixels), np.array([kind for _, kind in own])
+    return pictures
 
 
 def _named(content: bytes, origin: str) -> dict[str, list[tuple[str, int]]]:
     """Each manner's files and their kinds."""
     if not zipfile.is_zipfile(io.BytesIO(content)):
         raise ValueError(f"{origin} is no zip archive, but begins with {content[:40]!r}; put PACS.zip in its place")
-    found: dict[str, list[tuple[str, int]]] = {manner: [] for manner in KNOWN}
+    names: dict[str, list[tuple[str, int]]] = {manner: [] for manner in KNOWN}
     with zipfile.ZipFile(io.BytesIO(content)) as files:
         for name in sorted(files.namelist()):
             place = name.split("/")[-3:]
-            if len(place) == 3 and place[0] in found and place[1] in KINDS and place[2]:
-                found[place[0]].append((name, KINDS.index(place[1])))
-    counts = {manner: len(own) for manner, own in found.items()}
+            if len(place) == 3 and place[0] in names and place[1] in KINDS and place[2]:
+                names[place[0]].append((name, KINDS.index(place[1])))
+    counts = {manner: len(own) for manner, own in names.items()}
     if counts != KNOWN:
         raise ValueError(f"{origin} is not the known PACS: it has {counts} pictures, expected {KNOWN}")
-    return found
+    return names
 
 
 def problem(options: argparse.Namespace) -> Problem:
@@ -120,7 +120,7 @@ def problem(options: argparse.Namespace) -> Problem:
 
 def _drawn(parts: list[Pictures], count: int) -> Pictures:
     """Some of all, in random order."""
-    pixels, kinds = (np.concatenate(one) for one in zip(*parts, strict=True))
+    pixels, kinds = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     if count > len(pixels):
         raise ValueError(f"there are {len(pixels)} pictures, but {count} are wanted")
     order = np.random.default_rng(0).permutation(len(pixels))[:count]
@@ -133,7 +133,7 @@ def _part(pictures: Pictures, part: slice) -> Pictures:
 
 def _tensors(pictures: Pictures) -> TensorDataset:
     """Images ``(n, 3, side, side)`` from -1 to 1, and kinds."""
-    pixels, kinds = (torch.from_numpy(one) for one in pictures)
+    pixels, kinds = (torch.from_numpy(array) for array in pictures)
     return TensorDataset(pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1, kinds)
 
 

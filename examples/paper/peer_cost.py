@@ -32,9 +32,9 @@ def seconds(function: Callable[[], object]) -> float:
 
 def main() -> None:
     """Time both, and print a table."""
-    found = parser(__doc__ or "")
-    found.add_argument("--task", default="fashion_mnist", help="name of a task's file")
-    options = found.parse_args()
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--task", default="fashion_mnist", help="name of a task's file")
+    options = arguments.parse_args()
     problem = importlib.import_module(options.task).problem(options)
     run = problem.record(RUN_SEED, home(problem, options) / "run-0")
     (train_set,) = problem.train_sets.values()
@@ -52,7 +52,7 @@ def main() -> None:
     print(f"{problem.title}: {problem.n:,} examples, {len(checkpoints)} checkpoints, {len(problem.queries)} queries, "
           f"{torch.get_num_threads()} threads; CPU seconds")  # fmt: skip
     rows = [
-        [f"bank, k = {problem.sizes.dim:,}", *(f"{one:.1f}" for one in ours)],
+        [f"bank, k = {problem.sizes.dim:,}", *(f"{time_:.1f}" for time_ in ours)],
         ["kronfluence, EK-FAC", f"{peers[0] - queried:.1f}", "–", f"{queried:.1f}"],
     ]
     print("\n".join(grid(["", "build, or factors", "fit", "a set of queries"], rows)))

@@ -180,10 +180,10 @@ def _parse(content: bytes, split: str, corpus: Corpus, origin: str) -> list[Pair
     first, second = corpus.columns
     pairs = [Pair(row[first], row[second], LABELS.index(row["label"])) for row in rows]
     count, entailed = corpus.known[split]
-    found = len(pairs), sum(pair.label == 0 for pair in pairs)
-    if found != (count, found[1] if entailed is None else entailed):
+    counts = len(pairs), sum(pair.label == 0 for pair in pairs)
+    if counts != (count, counts[1] if entailed is None else entailed):
         raise ValueError(
-            f"{origin} is not the known {corpus.name} {split} split: it has {found[0]} pairs, {found[1]} of them "
+            f"{origin} is not the known {corpus.name} {split} split: it has {counts[0]} pairs, {counts[1]} of them "
             f"entailment; expected {count} and {entailed or 'any number'}. Delete the file"
         )
     return pairs

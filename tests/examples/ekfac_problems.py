@@ -72,7 +72,7 @@ def loss_gradients(model, task, checkpoint, data):
 def dense(factors):
     """Block-diagonal H of a list of layers' factors."""
     blocks = []
-    for one in factors:
-        q = torch.kron(one.outputs, one.inputs).double()
-        blocks.append((q * one.values.flatten()) @ q.T)
+    for layer in factors:
+        q = torch.kron(layer.outputs, layer.inputs).double()
+        blocks.append((q * layer.values.flatten()) @ q.T)
     return torch.block_diag(*blocks)

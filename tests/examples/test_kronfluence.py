@@ -32,7 +32,7 @@ def dense_influence(model, task, checkpoint, train, queries, inverse):
 
 def layer_gradients(model, function, batches):
     """Per-example gradients of every layer that EK-FAC covers, by one backward pass an example: {name: (B, d)}."""
-    layers = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear | nn.Conv2d)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     rows = {name: [] for name in layers}
     for batch in batches:
         model.zero_grad()
@@ -49,7 +49,7 @@ def subject(kind):
         from wikitext2 import Decoder
 
         tokens = torch.randint(7, (9, 5))
-        rows = [{"input_ids": one, "labels": one} for one in tokens]
+        rows = [{"input_ids": stretch, "labels": stretch} for stretch in tokens]
         batches = [{name: value[None] for name, value in row.items()} for row in rows]
         return Decoder(vocabulary=7, tokens=5, width=16, layers=1, heads=1), sp.CausalLM(), rows, batches
     model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 16, 3))
@@ -67,7 +67,7 @@ def test_much_damping_leaves_inner_products_over_each_layers_mean_eigenvalue(kin
     model, task, rows, batches = subject(kind)
     train, queries = Subset(rows, range(6)), Subset(rows, range(6, 9))
     large = 1e7
-    (found,) = ekfac_influence(
+    (scores,) = ekfac_influence(
         model, task, [sp.Checkpoint(model.state_dict(), 1)], train, queries, dampings=[Damping(large, relative)],
         fisher="empirical", batch_size=4,
     )  # fmt: skip
@@ -84,7 +84,7 @@ def test_much_damping_leaves_inner_products_over_each_layers_mean_eigenvalue(kin
     for name, g in trained.items():
         mean = (weight * g).square().mean() if relative else 1.0
         expected -= asked[name] @ g.T / (6 * large * mean)
-    np.testing.assert_allclose(found.final, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    np.testing.assert_allclose(scores.final, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 @needs_kronfluence
@@ -112,11 +112,11 @@ def test_scores_predict_what_leaving_an_example_out_does():
         raised.append(errors(optimum) - errors(solved(keep)))
     checkpoint = sp.Checkpoint({"weight": optimum.T.float()}, 1)
     data, queries = TensorDataset(x.float(), y.float()), TensorDataset(x_queries.float(), y_queries.float())
-    (found,) = ekfac_influence(
+    (scores,) = ekfac_influence(
         nn.Linear(3, 1, bias=False), sp.Regression("absolute"), [checkpoint, checkpoint], data, queries,
         dampings=[Damping(1e-3)],
     )  # fmt: skip
-    correlation = np.corrcoef(found.averaged.ravel(), torch.stack(raised, 1).numpy().ravel())[0, 1]
+    correlation = np.corrcoef(scores.averaged.ravel(), torch.stack(raised, 1).numpy().ravel())[0, 1]
     assert correlation > 0.95
     assert sp.Task.higher_is_better  # and so for margins and likelihoods, positive is helpful
 
@@ -133,20 +133,20 @@ def test_ekfac_influence_is_the_dense_inverse_on_our_factors(value, relative, bi
     before = {name: value.clone() for name, value in model.state_dict().items()}
     points, expected = run.stages[0].checkpoints[:2], []
     for point in points:
-        factors = [Factors.of(one) for one in rows_of(model, task, [point], data, training=True).values()]
+        factors = [Factors.of(rows) for rows in rows_of(model, task, [point], data, training=True).values()]
         damped = [
             Factors(f.outputs, f.inputs, 1 / (f.values + value * (float(f.values.mean()) if relative else 1)))
             for f in factors
         ]
         expected.append(dense_influence(model, task, point, data, queries, dense(damped)))
-    other, found = ekfac_influence(
+    other, scores = ekfac_influence(
         model, task, points, data, queries, dampings=[Damping(0.7), Damping(value, relative)], fisher="empirical",
         batch_size=4,
     )  # fmt: skip
-    assert not np.allclose(other.final, found.final, rtol=1e-2, atol=0)
+    assert not np.allclose(other.final, scores.final, rtol=1e-2, atol=0)
     size = np.abs(expected).max()
-    np.testing.assert_allclose(found.final, expected[-1], rtol=1e-3, atol=1e-4 * size)
-    np.testing.assert_allclose(found.averaged, np.mean(expected, 0), rtol=1e-3, atol=1e-4 * size)
+    np.testing.assert_allclose(scores.final, expected[-1], rtol=1e-3, atol=1e-4 * size)
+    np.testing.assert_allclose(scores.averaged, np.mean(expected, 0), rtol=1e-3, atol=1e-4 * size)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
 
@@ -160,10 +160,10 @@ def test_ekfac_influence_is_exact_where_the_eigenbasis_is():
     g = loss_gradients(model, task, checkpoint, data)
     inverse = torch.linalg.inv(g.T @ g / len(data) + 0.3 * torch.eye(3))
     expected = dense_influence(model, task, checkpoint, data, queries, inverse)
-    (found,) = ekfac_influence(
+    (scores,) = ekfac_influence(
         model, task, [checkpoint], data, queries, dampings=[Damping(0.3, relative=False)], fisher="empirical"
     )
-    np.testing.assert_allclose(found.final, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(scores.final, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
 
 
 @needs_kronfluence
@@ -194,7 +194,7 @@ def test_peers_are_two_methods_at_their_best_and_the_better_at_the_librarys_own_
     )
     dampings = _kronfluence.DAMPINGS[:2]
     own = _kronfluence.peers(lambda: model, sp.Classification(), [course, course], train["first"], queries, dampings)
-    scores = {(one.method, one.setting): one.scores() for one in own}
+    scores = {(peer.method, peer.setting): peer.scores() for peer in own}
     assert len(calls) == 2
     assert all(len(runs) == 2 and runs[0].shape == (5, 11) for runs in scores.values())
     averaged = "EK-FAC influence functions, averaged"

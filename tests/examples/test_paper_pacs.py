@@ -45,9 +45,9 @@ def test_pictures_come_by_manner_and_kind(data):
     import pacs
 
     folder, colours = data
-    found = pacs.load_pacs(folder, side=8)
-    assert list(found) == list(pacs.KNOWN)
-    for manner, (pixels, kinds) in found.items():
+    pictures = pacs.load_pacs(folder, side=8)
+    assert list(pictures) == list(pacs.KNOWN)
+    for manner, (pixels, kinds) in pictures.items():
         assert pixels.shape == (pacs.KNOWN[manner], 8, 8, 3)
         for image, kind, (colour, number) in zip(pixels, kinds, colours[manner], strict=True):
             assert np.abs(image.astype(int) - colour).max() == 0
@@ -72,8 +72,8 @@ def test_a_recorded_run_of_two_stages_is_what_retraining_gives(data, tmp_path):
     problem = pacs.problem(argparse.Namespace(data=data[0], full=False, quick=True, device="cpu"))
     assert list(problem.train_sets) == ["pictures", "sketches"]
     sketches = {tuple(colour) for colour, _ in data[1]["sketch"]}
-    pictures = [tuple(int(c) for c in problem.show("pictures", i)[0][0, 0]) for i in range(problem.n)]
-    assert not sketches & set(pictures)
+    seen = [tuple(int(c) for c in problem.show("pictures", i)[0][0, 0]) for i in range(problem.n)]
+    assert not sketches & set(seen)
     asked = [tuple(int(c) for c in problem.show("queries", i)[0][0, 0]) for i in range(len(problem.queries))]
     assert sketches >= set(asked)
     model = problem.make_model()
