@@ -52,7 +52,7 @@ class Damping(NamedTuple):
 
 DEFAULT = Damping(1e-8, relative=False)  # what kronfluence takes where it is told nothing
 HEURISTIC = Damping(0.1)  # what it calls its heuristic, and Grosse et al. have
-DAMPINGS = [DEFAULT, HEURISTIC, *map(Damping, (0.001, 0.01, 1.0, 10.0))]
+DAMPINGS = [DEFAULT, HEURISTIC, *map(Damping, (0.001, 0.01, 1.0, 10.0, 100.0, 1000.0))]
 
 
 class Influence(NamedTuple):
