@@ -46,11 +46,13 @@ def compare(problem: Problem, options: argparse.Namespace) -> Comparison:
     wanted = candidates(problem, runs, extra)
     if options.methods:
         wanted = chosen(wanted, options.methods)
+        if not options.quick:  # before the others are scored, which may take hours
+            check_same(problem, compare_methods(wanted[:1], truth.masks, truth.outcomes), table_of(problem, options))
     found = compare_methods(wanted, truth.masks, truth.outcomes)
     _report(lap, "fits and scores")
     print("\n" + found.table().round(3).to_string(columns=["method", "runs", "setting", "lds", "low", "high", "slope"]))
     if options.methods and not options.quick:
-        merge(problem, found, Path(options.results) / f"{problem.name}.csv")
+        merge(problem, found, table_of(problem, options))
     elif not options.quick:
         write(problem, options, found, truth, runs, time.perf_counter() - started)
     return found
@@ -204,23 +206,40 @@ def chosen(every: Sequence[Candidate], begin: str) -> list[Candidate]:
     return [every[0], *wanted]
 
 
+def table_of(problem: Problem, options: argparse.Namespace) -> Path:
+    """Where a task's table is."""
+    return Path(options.results) / f"{problem.name}.csv"
+
+
 def merge(problem: Problem, comparison: Comparison, path: Path) -> None:
     """Put rows of some methods into the table that is there, in place of theirs, or behind the others.
 
     Raises:
+        ValueError: see :func:`check_same`.
+    """
+    check_same(problem, comparison, path)
+    new, old = _table(problem, comparison), pd.read_csv(path)
+    rows = new[new["method"] != DEFAULT]
+    table = pd.concat([old[~old["method"].isin(rows["method"])], rows])
+    table.to_csv(path, index=False, float_format="%.4f")
+
+
+def check_same(problem: Problem, comparison: Comparison, path: Path) -> None:
+    """Compare SOURCE with what the table that is there says of it.
+
+    Raises:
         ValueError: the table was measured with other retrainings, or other defaults of SOURCE.
     """
-    new, old = _table(problem, comparison), pd.read_csv(path)
     same = ["runs", "lds", "ceiling"]
-    here, there = (table.loc[table["method"] == DEFAULT, same].set_index("runs").sort_index() for table in (new, old))
+    here, there = (
+        table.loc[table["method"] == DEFAULT, same].set_index("runs").sort_index()
+        for table in (_table(problem, comparison), pd.read_csv(path))
+    )
     if not np.allclose(here, there, atol=_LEVEL, rtol=0, equal_nan=True):
         raise ValueError(
             f"{path} is of other retrainings or defaults: there SOURCE has\n{there}\nand here\n{here}\n"
             "Run the task without --methods"
         )
-    rows = new[new["method"] != DEFAULT]
-    table = pd.concat([old[~old["method"].isin(rows["method"])], rows])
-    table.to_csv(path, index=False, float_format="%.4f")
 
 
 def _table(problem: Problem, comparison: Comparison) -> pd.DataFrame:
