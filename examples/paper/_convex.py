@@ -46,6 +46,7 @@ def convex_problem(
     sizes = sized(options, Sizes(100, 20, 5), Sizes(100, 8, 3), Sizes(12, 2, 2))
     common: dict[str, Any] = {
         "task": task, "make_model": make_model, "train_sets": {"train": train_set}, "queries": queries, "sizes": sizes,
+        "peers": True,
     }  # fmt: skip
     if not optimal:
         return Problem(

@@ -92,6 +92,7 @@ def image_problem(
         panel=panel,
         show=shower({**sets, "queries": queries}, NAMES[dataset]),
         kronecker=kronecker,
+        peers=len(sets) == 1,
         cheap=cheap,
         extra={"accuracy": run.accuracy, "record_more": run.record_more, "workers": 2},
     )

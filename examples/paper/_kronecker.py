@@ -1,6 +1,6 @@
-"""EK-FAC references for models of ``nn.Linear`` layers: influence functions, and SOURCE as its paper computes it.
+"""An EK-FAC reference for models of ``nn.Linear`` layers: SOURCE as its paper computes it.
 
-Both work on all parameters, without a sketch, so that a comparison shows what the sketch costs and what EK-FAC's
+It works on all parameters, without a sketch, so that a comparison shows what the sketch costs and what EK-FAC's
 approximation does. EK-FAC (George et al., https://arxiv.org/abs/1806.03884) takes a layer's Hessian for
 
     H = (Q_S ⊗ Q_A) diag(Λ) (Q_S ⊗ Q_A)ᵀ,    Λ = mean of (Q_Sᵀ s)² ⊗ (Q_Aᵀ a)²
@@ -11,9 +11,6 @@ Labels are drawn from the model's prediction for s (``fisher="sampled"``, the tr
 data's own (``"empirical"``).
 """
 
-import copy
-import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -28,7 +25,9 @@ from source_proj.attribution.spectral import decay_operator, response
 from source_proj.bank import batches, dataset_size
 from source_proj.gradients.batches import batch_size as size_of
 
-__all__ = ["Factors", "Rows", "ekfac_influence", "ekfac_source", "linear_layers", "rows_of"]
+__all__ = [
+    "Factors", "Fisher", "Rows", "ekfac_source", "linear_layers", "rows_of", "sampled_likelihood", "training_loss",
+]  # fmt: skip
 
 Fisher = Literal["sampled", "empirical"]
 Function = Callable[[nn.Module, Any], Tensor]
@@ -72,87 +71,6 @@ class Factors:
         q_a, q_s = (torch.linalg.eigh((one.T @ one).double() / len(one))[1].to(one) for one in (a, s))
         # s aᵀ has rank one, so its rotated square is the product of the squares of its rotated halves.
         return cls(q_s, q_a, ((s @ q_s).square().T @ (a @ q_a).square()).double() / len(a))
-
-
-# Influence functions, by kronfluence ---------------------------------------------------------------------------------
-
-
-def ekfac_influence(
-    model: nn.Module,
-    task: sp.Task,
-    checkpoint_state: Mapping[str, Tensor],
-    train_set: Any,
-    queries: Any,
-    *,
-    weight_decay: float = 0.0,
-    dampings: Sequence[float | None] = (None,),
-    fisher: Fisher = "sampled",
-    batch_size: int = _BATCH,
-    seed: int = 0,
-    progress: bool = False,
-) -> list[np.ndarray]:
-    """EK-FAC influence functions (Grosse et al., https://arxiv.org/abs/2308.03296) at one checkpoint, by kronfluence.
-
-        score(q, z) = -(1/N) ∇m(q)ᵀ (H + λ + ρ)⁻¹ g(z)
-
-    Args:
-        model: the architecture, all of whose parameters are those of linear layers.
-        task: gives loss and measurement.
-        checkpoint_state: the weights, as of ``model.state_dict()``.
-        train_set: map-style data set, N examples.
-        queries: map-style data set, Q examples.
-        weight_decay: λ; used with a number as damping.
-        dampings: values of ρ; None for the library's own choice, a tenth of the mean of each layer's Λ in place of
-            λ + ρ. The factors are the same for all.
-        fisher: where labels come from.
-        batch_size: examples a pass.
-        seed: of the sampled labels.
-        progress: show the library's progress bars.
-
-    Returns:
-        For each damping the scores ``(Q, N)`` float32, in the measurement's unit.
-    """
-    for damping in dampings:
-        _check(model, fisher, damping)
-    try:
-        from kronfluence.analyzer import Analyzer, prepare_model
-        from kronfluence.arguments import FactorArguments, ScoreArguments
-        from kronfluence.task import Task
-    except ImportError as error:
-        raise ImportError('ekfac_influence needs kronfluence: pip install "source-proj[kronecker]"') from error
-    generator = torch.Generator().manual_seed(seed)
-
-    class Adapter(Task):  # type: ignore[misc]  # kronfluence has no types
-        """The task as kronfluence asks for it: summed over a batch."""
-
-        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            return (_sampled(task, generator) if sample else _loss(task))(model, batch).sum()
-
-        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            return task.measurement(model, batch).sum()
-
-    own = copy.deepcopy(model)  # kronfluence wraps a model's layers in place
-    own.load_state_dict(dict(checkpoint_state))
-    adapter = Adapter()
-    # A layer that is itself the whole model would be wrapped around itself.
-    own = prepare_model(nn.Sequential(own) if isinstance(own, nn.Linear) else own, adapter)
-    on_cpu = next(own.parameters()).device.type == "cpu"
-    factors = FactorArguments(strategy="ekfac", use_empirical_fisher=fisher == "empirical")
-    found = []
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # What a newer torch calls deprecated in the library; nothing to act upon here.
-        warnings.filterwarnings("ignore", message=r".*torch\.cuda\.amp", category=FutureWarning)
-        analyzer = Analyzer("ekfac", own, adapter, cpu=on_cpu, disable_tqdm=not progress, output_dir=folder)
-        analyzer.fit_all_factors("factors", train_set, per_device_batch_size=batch_size, factor_args=factors)
-        for number, damping in enumerate(dampings):
-            scores = ScoreArguments(damping_factor=None if damping is None else damping + weight_decay)
-            analyzer.compute_pairwise_scores(
-                f"scores-{number}", "factors", queries, train_set, score_args=scores,
-                per_device_query_batch_size=min(len(queries), batch_size), per_device_train_batch_size=batch_size,
-            )  # fmt: skip
-            own_scores = analyzer.load_pairwise_scores(f"scores-{number}")["all_modules"]  # (Q, N) ∇mᵀ (H + …)⁻¹ g
-            found.append(-own_scores.float().cpu().numpy() / np.float32(len(train_set)))
-    return found
 
 
 # SOURCE, in the eigenbases -------------------------------------------------------------------------------------------
@@ -253,7 +171,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     known = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
     others = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
     if others or not layers:
-        raise ValueError(f"the EK-FAC references are for models of nn.Linear layers alone; got parameters {others[:5]}")
+        raise ValueError(f"EK-FAC SOURCE is for models of nn.Linear layers alone; got parameters {others[:5]}")
     return layers
 
 
@@ -270,7 +188,7 @@ def rows_of(
 ) -> dict[str, Rows]:
     """Inputs and gradients of every layer at every checkpoint: of the loss if ``training``, else of the measurement."""
     layers = linear_layers(model)
-    function = _loss(task) if training else task.measurement
+    function = training_loss(task) if training else task.measurement
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     found: dict[str, list[list[Tensor]]] = {name: [[], [], []] for name in layers}
@@ -280,7 +198,7 @@ def rows_of(
                 inputs, gradients = _backward(model, layers, function, batch)
                 drawn = gradients
                 if fisher == "sampled":
-                    drawn = _backward(model, layers, _sampled(task, generator), batch)[1]
+                    drawn = _backward(model, layers, sampled_likelihood(task, generator), batch)[1]
                 for name in layers:
                     for parts, part in zip(found[name], (inputs[name], gradients[name], drawn[name]), strict=True):
                         parts.append(part)
@@ -300,8 +218,8 @@ def _backward(
             a = given[0].detach()
             if name in inputs or a.ndim != 2:
                 raise ValueError(
-                    f"layer {name!r} is called twice, or with an input of shape {tuple(a.shape)}; the EK-FAC "
-                    "references are for layers that are called once, with (batch, features)"
+                    f"layer {name!r} is called twice, or with an input of shape {tuple(a.shape)}; EK-FAC SOURCE is "
+                    "for layers that are called once, with (batch, features)"
                 )
             inputs[name] = a if layer.bias is None else torch.cat([a, a.new_ones(len(a), 1)], dim=1)
             outputs[name] = output
@@ -319,7 +237,7 @@ def _backward(
     return inputs, dict(zip(outputs, torch.autograd.grad(total, list(outputs.values())), strict=True))
 
 
-def _loss(task: sp.Task) -> Function:
+def training_loss(task: sp.Task) -> Function:
     """A function of (model, batch) to (B,) with the training loss's gradient: ℓ'(o) · o."""
 
     def function(model: nn.Module, batch: Any) -> Tensor:
@@ -329,7 +247,7 @@ def _loss(task: sp.Task) -> Function:
     return function
 
 
-def _sampled(task: sp.Task, generator: torch.Generator) -> Function:
+def sampled_likelihood(task: sp.Task, generator: torch.Generator) -> Function:
     """Log-likelihood (B,) of labels drawn from the model's prediction."""
 
     def function(model: nn.Module, batch: Any) -> Tensor:

@@ -3,8 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from importlib.util import find_spec
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,6 +72,8 @@ def candidates(problem: Problem, runs: Sequence[Run], extra_truth: GroundTruth |
         found.append(Candidate("Empirical influence", f"{count} retrainings of its own", lambda: influence))
     if problem.kronecker:
         found += _kronecker(problem, runs)
+    if problem.peers:
+        found += _peers(problem, runs)
     return found
 
 
@@ -206,51 +207,40 @@ def _places(problem: Problem, runs: Sequence[Run]) -> list[tuple[str, list[sp.Ba
 
 
 def _kronecker(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
-    """EK-FAC references: influence functions at the end, and SOURCE as the paper instantiates it."""
+    """EK-FAC SOURCE, as the paper instantiates it."""
     import _kronecker as reference
 
-    distinct = list({id(run.trajectory): run for run in runs}.values())
     model = problem.make_model()
-
-    settings: list[float | None] = [None, 1e-2, 1e-1]
-
-    @cache
-    def influences() -> list[list[np.ndarray]]:
-        """By run, then by damping: the factors are the same for all."""
-        data, stage = next(iter(problem.train_sets.values())), distinct[0].trajectory.stages[0]
-        return [
-            reference.ekfac_influence(
-                model, problem.task, run.trajectory.final.load(), data, problem.queries,
-                weight_decay=stage.optimizer.weight_decay, dampings=settings,
-            )
-            for run in distinct
-        ]  # fmt: skip
-
-    def influence(number: int) -> list[np.ndarray]:
-        return [by_damping[number] for by_damping in influences()]
 
     def source(mean_query: bool) -> list[np.ndarray]:
         return [
             reference.ekfac_source(
-                model, problem.task, _whole(run.trajectory), dict(problem.train_sets), problem.queries,
+                model, problem.task, _whole(trajectory), dict(problem.train_sets), problem.queries,
                 mean_query=mean_query,
             )
-            for run in distinct
+            for trajectory in _distinct(runs)
         ]  # fmt: skip
 
-    several = len(problem.train_sets) > 1
-    found = []
-    if find_spec("kronfluence") is None:
-        print('EK-FAC influence functions are left out: they need pip install "source-proj[kronecker]"')
-    elif not several:  # an influence function sees one optimum
-        found += [
-            Candidate("EK-FAC influence functions", f"damping {one or '0.1 mean eigenvalue'}", partial(influence, i))
-            for i, one in enumerate(settings)
-        ]
-    return found + [
+    return [
         Candidate(name, "a segment a stage", partial(source, mean_query))
         for name, mean_query in [("EK-FAC SOURCE", False), ("EK-FAC SOURCE, mean query gradient", True)]
     ]
+
+
+def _peers(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
+    """EK-FAC influence functions by kronfluence, where it is there."""
+    import _kronfluence as reference
+
+    if not reference.installed():
+        print('EK-FAC influence functions are left out: they need pip install "source-proj[kronecker]"')
+        return []
+    (train_set,) = problem.train_sets.values()
+    return reference.peers(problem.make_model, problem.task, _distinct(runs), train_set, problem.queries)
+
+
+def _distinct(runs: Sequence[Run]) -> list[sp.Trajectory]:
+    """The runs' trajectories, each once, however many sketches it has."""
+    return list({id(run.trajectory): run.trajectory for run in runs}.values())
 
 
 def _whole(trajectory: sp.Trajectory) -> sp.Trajectory:

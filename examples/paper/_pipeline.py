@@ -6,24 +6,27 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from _methods import DEFAULT, Run, candidates
 from _problem import Problem
 from joblib.externals.loky import get_reusable_executor
 
 import source_proj as sp
-from source_proj.evaluate import Comparison, GroundTruth, compare_methods
+from source_proj.evaluate import Candidate, Comparison, GroundTruth, compare_methods
 from source_proj.trajectory import Stage
 
 __all__ = ["banks", "ground_truth", "home", "retrainers", "run"]
 
 RUN_SEED = 10**8  # far from the seeds of retrainings
+_LEVEL = 5e-4  # LDS by which two processors differ on the same retrainings
 
 
 def run(make_problem: Callable[[argparse.Namespace], Problem], parser: argparse.ArgumentParser) -> Comparison:
@@ -37,13 +40,20 @@ def compare(problem: Problem, options: argparse.Namespace) -> Comparison:
     started = time.perf_counter()
     truth = ground_truth(problem, options)
     lap = _report(started, f"{problem.title}: {truth.shape[0]} subsets x {truth.shape[1]} retrainings")
-    extra = ground_truth(problem, options, of_its_own=True) if problem.cheap else None
+    extra = ground_truth(problem, options, of_its_own=True) if problem.cheap and not options.methods else None
     runs = banks(problem, options)
     lap = _report(lap, f"{len(runs)} runs and their banks")
-    found = compare_methods(candidates(problem, runs, extra), truth.masks, truth.outcomes)
+    wanted = candidates(problem, runs, extra)
+    if options.methods:
+        wanted = chosen(wanted, options.methods)
+        if not options.quick:  # before the others are scored, which may take hours
+            check_same(problem, compare_methods(wanted[:1], truth.masks, truth.outcomes), table_of(problem, options))
+    found = compare_methods(wanted, truth.masks, truth.outcomes)
     _report(lap, "fits and scores")
     print("\n" + found.table().round(3).to_string(columns=["method", "runs", "setting", "lds", "low", "high", "slope"]))
-    if not options.quick:
+    if options.methods and not options.quick:
+        merge(problem, found, table_of(problem, options))
+    elif not options.quick:
         write(problem, options, found, truth, runs, time.perf_counter() - started)
     return found
 
@@ -157,10 +167,7 @@ def write(
 
     folder = Path(options.results)
     folder.mkdir(parents=True, exist_ok=True)
-    table = found.table()
-    table.insert(0, "title", problem.title)
-    table.insert(0, "task", problem.name)
-    table.to_csv(folder / f"{problem.name}.csv", index=False, float_format="%.4f")
+    _table(problem, found).to_csv(folder / f"{problem.name}.csv", index=False, float_format="%.4f")
     facts = {
         "title": problem.title,
         "notes": list(problem.notes),
@@ -184,6 +191,63 @@ def write(
     if problem.panel is not None:
         named = [DEFAULT, "TRAK", "TracIn", "Influence functions", "RepSim"]
         write_panels(problem, {name: found[name].scores for name in named}, folder)
+
+
+def chosen(every: Sequence[Candidate], begin: str) -> list[Candidate]:
+    """Those whose method's name begins so, behind SOURCE's defaults.
+
+    Raises:
+        ValueError: there are none.
+    """
+    wanted = [candidate for candidate in every if candidate.method.startswith(begin) and candidate.method != DEFAULT]
+    if not wanted:
+        names = list(dict.fromkeys(candidate.method for candidate in every))
+        raise ValueError(f"no method begins with {begin!r}; there are {names}")
+    return [every[0], *wanted]
+
+
+def table_of(problem: Problem, options: argparse.Namespace) -> Path:
+    """Where a task's table is."""
+    return Path(options.results) / f"{problem.name}.csv"
+
+
+def merge(problem: Problem, comparison: Comparison, path: Path) -> None:
+    """Put rows of some methods into the table that is there, in place of theirs, or behind the others.
+
+    Raises:
+        ValueError: see :func:`check_same`.
+    """
+    check_same(problem, comparison, path)
+    new, old = _table(problem, comparison), pd.read_csv(path)
+    rows = new[new["method"] != DEFAULT]
+    table = pd.concat([old[~old["method"].isin(rows["method"])], rows])
+    table.to_csv(path, index=False, float_format="%.4f")
+
+
+def check_same(problem: Problem, comparison: Comparison, path: Path) -> None:
+    """Compare SOURCE with what the table that is there says of it.
+
+    Raises:
+        ValueError: the table was measured with other retrainings, or other defaults of SOURCE.
+    """
+    same = ["runs", "lds", "ceiling"]
+    here, there = (
+        table.loc[table["method"] == DEFAULT, same].set_index("runs").sort_index()
+        for table in (_table(problem, comparison), pd.read_csv(path))
+    )
+    if not np.allclose(here, there, atol=_LEVEL, rtol=0, equal_nan=True):
+        raise ValueError(
+            f"{path} is of other retrainings or defaults: there SOURCE has\n{there}\nand here\n{here}\n"
+            "Run the task without --methods"
+        )
+
+
+def _table(problem: Problem, comparison: Comparison) -> pd.DataFrame:
+    """The comparison's table with the task's name and title before it."""
+    table: pd.DataFrame = comparison.table()
+    table.insert(0, "title", problem.title)
+    table.insert(0, "task", problem.name)
+    return table
 
 
 def _report(since: float, what: str) -> float:

@@ -74,7 +74,8 @@ class Problem:
         noisy: which training examples had their label flipped or replaced, bool ``(N,)``; None where none had.
         panel: how to show an example: ``"image"``, ``"text"``, or None.
         show: ``show(stage_or_"queries", index)`` gives an image ``(H, W[, 3])`` or a string, and its label's name.
-        kronecker: whether to compute the EK-FAC references, for small models of linear layers.
+        kronecker: whether to compute EK-FAC SOURCE, for small models of linear layers.
+        peers: whether to compute kronfluence's EK-FAC influence functions: for small models, trained in one stage.
         cheap: whether retraining is so cheap that empirical influence gets retrainings of its own.
         extra: further facts, by name: "workers", processes that retrain; "accuracy", ``accuracy(seed, folder)`` says
             how good a recorded run is; "record_more", ``record_more(seed, folder, checkpoints)`` records the same run
@@ -99,6 +100,7 @@ class Problem:
     panel: str | None = None
     show: Callable[[str, int], tuple[Any, str]] | None = None
     kronecker: bool = False
+    peers: bool = False
     cheap: bool = True
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -119,6 +121,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     found.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="tables and figures")
     found.add_argument("--full", action="store_true", help="the paper's size, for a GPU or much patience")
     found.add_argument("--quick", action="store_true", help="a miniature, to see it work; not kept with the results")
+    found.add_argument("--methods", help="only those that begin so: their rows go into the table that is there")
     found.add_argument("--device", help="where models are trained and scored; default: a GPU where there is one")
     return found
 

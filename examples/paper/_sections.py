@@ -7,7 +7,10 @@ from typing import Any
 import pandas as pd
 from _grid import ABSENT, between, bold, grid, plain, short
 
-__all__ = ["STEPS", "changes", "gains", "removals", "suspicions"]
+__all__ = ["PEER", "STEPS", "changes", "gains", "removals", "standings", "suspicions"]
+
+PEER = "EK-FAC influence functions, averaged"
+STANDARD = ["Influence functions, averaged", PEER]  # at their best damping: what SOURCE's defaults have to reach
 
 STEPS = {  # method: what it is called among the steps
     "Influence functions": "influence functions",
@@ -21,6 +24,35 @@ CHANGES = {  # method: what its defaults are called among the laboratory's chang
     "+ mean query gradient": ["SOURCE, empirical Fisher", "SOURCE"],
     "+ Gauss-Newton for regression": ["SOURCE"],
 }
+
+
+def standings(single: pd.DataFrame) -> list[str]:
+    """A section on whether SOURCE's defaults are ahead of the strongest rivals, by paired intervals."""
+    rows = []
+    for _, own in single.groupby("task", sort=False):
+        source, by_method = own["method"].iloc[0], own.set_index("method")
+        rivals = by_method[~by_method.index.str.contains(source, regex=False)]
+        if rivals.empty:
+            continue
+        cells = [_standing(rivals.loc[name]) if name in rivals.index else ABSENT for name in STANDARD]
+        best = rivals.loc[rivals["lds"].idxmax()]
+        rows.append([str(own["title"].iloc[0]), *cells, f"{_standing(best)}<br><sub>{best.name}</sub>"])
+    text = (
+        "Whether SOURCE with its defaults, one run, is ahead of the same run's influence functions that average over "
+        "its checkpoints as SOURCE does: in the bank, and with all of the network's gradients by kronfluence's EK-FAC; "
+        "then of the best of all rivals. Each has its best damping. The number is SOURCE's LDS minus theirs; *level* "
+        "means that its paired interval reaches 0."
+    )
+    header = ["task", *STANDARD, "best rival"]
+    return ["", "## Who is ahead", "", text, "", *grid(header, rows)] if rows else []
+
+
+def _standing(row: Any) -> str:
+    """Ahead, level or behind, from SOURCE's side."""
+    verdict = "ahead" if row["diff_low"] > 0 else "behind" if row["diff_high"] < 0 else "level"
+    return (
+        f"{bold(verdict, verdict == 'ahead')} {short(row['diff'])}{between(row['diff_low'], row['diff_high'], short)}"
+    )
 
 
 def gains(single: pd.DataFrame) -> list[str]:

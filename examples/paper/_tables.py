@@ -1,7 +1,9 @@
-"""Concrete and Pima: tables of numbers, standardised."""
+"""Concrete, Pima and Parkinsons: tables of numbers, standardised."""
 
 import argparse
 import hashlib
+import io
+import zipfile
 from pathlib import Path
 
 import _above  # noqa: F401
@@ -10,9 +12,9 @@ import torch
 from _data import download, write_whole
 from torch.utils.data import TensorDataset
 
-__all__ = ["concrete", "pima", "split_table"]
+__all__ = ["concrete", "parkinsons", "pima", "split_table"]
 
-FILES = {  # public copies of the UCI data sets, with the sum of the file
+FILES = {  # public copies of the UCI data sets, some of them within a zip, with the sum of the file
     "uci_concrete/concrete.data": (
         "https://raw.githubusercontent.com/pomonam/kronfluence/main/examples/uci/data/concrete.data",
         "11c479fc4c8c79aab632fb1f79871c3a17b5e3bce3632f4f66db97f73dce7a36",
@@ -20,6 +22,10 @@ FILES = {  # public copies of the UCI data sets, with the sum of the file
     "pima_diabetes/pima-indians-diabetes.csv": (
         "https://raw.githubusercontent.com/jbrownlee/Datasets/master/pima-indians-diabetes.csv",
         "6bfe5d0f379d17a0e0819b996407e3c09bf80febd4287f2ed212190dfff154af",
+    ),
+    "uci_parkinsons/parkinsons_updrs.data": (
+        "https://archive.ics.uci.edu/static/public/189/parkinsons+telemonitoring.zip",
+        "f2c7d5025dec4e92e7feae367a5f7ccf58789a10ac6b54bdf15976c599f9dd39",
     ),
 }
 
@@ -32,6 +38,18 @@ def concrete(options: argparse.Namespace) -> np.ndarray:
 def pima(options: argparse.Namespace) -> np.ndarray:
     """768 rows: eight inputs and whether diabetes was found."""
     return np.loadtxt(_file(options.data, "pima_diabetes/pima-indians-diabetes.csv"), delimiter=",", dtype=np.float64)
+
+
+def parkinsons(options: argparse.Namespace) -> np.ndarray:
+    """5,875 recordings: age, sex, day and 16 measures of the voice, and the total UPDRS, how severe the disease is.
+
+    Left out are the patient's number, and the motor UPDRS, which is most of the total.
+    """
+    rows = np.loadtxt(
+        _file(options.data, "uci_parkinsons/parkinsons_updrs.data"), np.float64, delimiter=",", skiprows=1
+    )
+    age_sex_day, voice, total = rows[:, 1:4], rows[:, 6:], rows[:, 5:6]
+    return np.hstack([age_sex_day, voice, total])
 
 
 def split_table(
@@ -55,7 +73,8 @@ def split_table(
 def _file(folder: Path, name: str) -> Path:
     path, (url, known) = folder / name, FILES[name]
     if not path.exists():
-        write_whole(path, download(url, path))
+        content = download(url, path)
+        write_whole(path, zipfile.ZipFile(io.BytesIO(content)).read(path.name) if url.endswith(".zip") else content)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != known:
         raise ValueError(f"{path} is not the known {name}: sha256 {found}, expected {known}; delete the file")

@@ -15,9 +15,9 @@ from _problem import parser
 
 HERE = Path(__file__).parent
 TASKS = [
-    "concrete", "concrete_noise", "concrete_linear", "concrete_linear --optimal", "pima_logistic",
+    "concrete", "concrete_noise", "concrete_linear", "concrete_linear --optimal", "parkinsons", "pima_logistic",
     "pima_logistic --optimal", "mnist", "fashion_mnist", "fashion_mnist_noise", "rotated_mnist", "rotated_digits",
-    "cifar10", "fashion_mnist_adamw", "fashion_mnist_adamw_noise", "rte", "wikitext2", "shakespeare",
+    "pacs", "cifar10", "fashion_mnist_adamw", "fashion_mnist_adamw_noise", "rte", "qnli", "wikitext2", "shakespeare",
 ]  # fmt: skip
 
 

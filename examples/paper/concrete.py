@@ -21,7 +21,7 @@ import source_proj as sp
 def problem(options: argparse.Namespace) -> Problem:
     """Make the task."""
     train_set, queries = data(options)
-    return concrete_problem(options, "concrete", "Concrete", train_set, queries, epochs=20)
+    return table_problem(options, "concrete", "Concrete", train_set, queries, epochs=20)
 
 
 def data(options: argparse.Namespace) -> tuple[TensorDataset, TensorDataset]:
@@ -41,15 +41,16 @@ def replace_targets(train_set: TensorDataset, share: float) -> tuple[TensorDatas
     return TensorDataset(inputs, replaced), noisy
 
 
-def concrete_problem(
+def table_problem(
     options: argparse.Namespace, name: str, title: str, train_set: TensorDataset, queries: TensorDataset, *,
     epochs: int, **rest: Any,
 ) -> Problem:  # fmt: skip
-    """What Concrete and Concrete-N share."""
+    """What regressions on a table share."""
+    inputs = train_set.tensors[0].shape[1]
     stage = StageSetting(train_set, epochs=epochs, batch=32, lr=0.03, checkpoints=6)
     descent = partial(torch.optim.SGD, weight_decay=1e-5)
     run = StackedRun(
-        mlp(8, 128, 128, 1), {"train": stage}, queries, absolute_error, optimizer=descent, loss=mse, group=50
+        mlp(inputs, 128, 128, 1), {"train": stage}, queries, absolute_error, optimizer=descent, loss=mse, group=50
     )
     sizes = sized(options, Sizes(100, 20, 5, 4096), Sizes(100, 8, 3, 2048), Sizes(12, 2, 2, 256, (128,)))
     return Problem(
@@ -65,6 +66,7 @@ def concrete_problem(
         settings={"task": name, **run.settings()},
         sizes=sizes,
         kronecker=True,
+        peers=True,
         extra={"accuracy": run.accuracy, "record_more": run.record_more, "workers": 2},
         **rest,
     )

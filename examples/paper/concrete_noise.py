@@ -7,14 +7,14 @@ import argparse
 
 from _pipeline import run
 from _problem import Problem, parser
-from concrete import concrete_problem, data, replace_targets
+from concrete import data, replace_targets, table_problem
 
 
 def problem(options: argparse.Namespace) -> Problem:
     """Make the task."""
     clean, queries = data(options)
     train_set, noisy = replace_targets(clean, 0.3)
-    return concrete_problem(
+    return table_problem(
         options, "concrete_noise", "Concrete-N", train_set, queries, epochs=5, noisy=noisy,
         notes=("30 % of the training targets are exchanged among each other; five epochs, not converged",),
     )  # fmt: skip

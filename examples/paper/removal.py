@@ -106,7 +106,7 @@ def main() -> None:
         problem = importlib.import_module(name).problem(options)
         if name == "fashion_mnist" and not (options.full or options.quick):
             problem = importlib.import_module(name).problem(options, small=True)
-        problem = dataclasses.replace(problem, kronecker=False)
+        problem = dataclasses.replace(problem, kronecker=False, peers=False)
         sizes = sized(options, [10, 50, 100, 200, 500, 1000], SIZES.get(name, SIZES["fashion_mnist"]), [5, 20])
         results = removal(problem, options, sizes, options.count or sized(options, 100, 40, 6))
         if not options.quick:

@@ -15,6 +15,7 @@ import argparse
 import csv
 import io
 import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,10 +32,8 @@ from torch.nn.functional import cross_entropy, gelu, normalize, scaled_dot_produ
 
 import source_proj as sp
 
-__all__ = ["Encoder", "Pair", "encode", "load_pairs", "pretrained_folder", "problem"]
+__all__ = ["RTE", "Corpus", "Encoder", "Pair", "encode", "load_pairs", "pair_problem", "pretrained_folder", "problem"]
 
-SOURCE = "https://dl.fbaipublicfiles.com/glue/data/RTE.zip"
-KNOWN = {"train": (2490, 1249), "dev": (277, 146)}  # pairs, and those labelled "entailment"
 LABELS = ("entailment", "not_entailment")
 WIDTH, HEADS, LAYERS = 384, 12, 6
 COSINE_MEDIAN, COSINE_SLOPE = 0.68, 4.0  # the slope makes initial margins about one apart
@@ -138,27 +137,54 @@ class Pair:
     label: int
 
 
-def load_pairs(folder: Path, split: str) -> list[Pair]:
-    """Read a split ("train" or "dev") of RTE; where it is missing, both are downloaded from GLUE's source."""
-    path = folder / "glue_rte" / f"{split}.tsv"
+@dataclass(frozen=True)
+class Corpus:
+    """A task of GLUE that asks of two sentences whether one follows from the other.
+
+    Attributes:
+        name: as in GLUE.
+        url: of an archive of its splits.
+        columns: names of the two sentences.
+        known: pairs of each split, and those labelled "entailment" where that is known.
+    """
+
+    name: str
+    url: str
+    columns: tuple[str, str]
+    known: Mapping[str, tuple[int, int | None]]
+
+
+RTE = Corpus(
+    "RTE",
+    "https://dl.fbaipublicfiles.com/glue/data/RTE.zip",
+    ("sentence1", "sentence2"),
+    {"train": (2490, 1249), "dev": (277, 146)},
+)
+
+
+def load_pairs(folder: Path, split: str, corpus: Corpus) -> list[Pair]:
+    """Read a split ("train" or "dev"); where it is missing, all are downloaded from GLUE's source."""
+    path = folder / f"glue_{corpus.name.lower()}" / f"{split}.tsv"
     if not path.exists():
-        archive = zipfile.ZipFile(io.BytesIO(download(SOURCE, path)))
-        contents = {name: archive.read(f"RTE/{name}.tsv") for name in KNOWN}
+        archive = zipfile.ZipFile(io.BytesIO(download(corpus.url, path)))
+        contents = {name: archive.read(f"{corpus.name}/{name}.tsv") for name in corpus.known}
         for name, content in contents.items():
-            _parse(content, name, f"{SOURCE}:RTE/{name}.tsv")
+            _parse(content, name, corpus, f"{corpus.url}:{corpus.name}/{name}.tsv")
         for name, content in contents.items():
             write_whole(path.with_name(f"{name}.tsv"), content)
-    return _parse(path.read_bytes(), split, str(path))
+    return _parse(path.read_bytes(), split, corpus, str(path))
 
 
-def _parse(content: bytes, split: str, origin: str) -> list[Pair]:
+def _parse(content: bytes, split: str, corpus: Corpus, origin: str) -> list[Pair]:
     rows = csv.DictReader(io.StringIO(content.decode(), newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
-    pairs = [Pair(row["sentence1"], row["sentence2"], LABELS.index(row["label"])) for row in rows]
-    found = len(pairs), sum(pair.label == 0 for pair in pairs)
-    if found != KNOWN[split]:
+    first, second = corpus.columns
+    pairs = [Pair(row[first], row[second], LABELS.index(row["label"])) for row in rows]
+    count, entailed = corpus.known[split]
+    counts = len(pairs), sum(pair.label == 0 for pair in pairs)
+    if counts != (count, counts[1] if entailed is None else entailed):
         raise ValueError(
-            f"{origin} is not the known RTE {split} split: it has {found[0]} pairs, {found[1]} of them entailment; "
-            f"expected {KNOWN[split][0]} and {KNOWN[split][1]}. Delete the file"
+            f"{origin} is not the known {corpus.name} {split} split: it has {counts[0]} pairs, {counts[1]} of them "
+            f"entailment; expected {count} and {entailed or 'any number'}. Delete the file"
         )
     return pairs
 
@@ -207,11 +233,16 @@ def encode(pairs: list[Pair], tokens: int, first: int) -> Rows:
 
 def problem(options: argparse.Namespace) -> Problem:
     """The task, by the command line's options."""
-    n, n_queries, tokens = sized(options, (2490, 277, 128), (400, 100, 48), (24, 6, 32))
+    return pair_problem(options, RTE, (2490, 277, 128))
+
+
+def pair_problem(options: argparse.Namespace, corpus: Corpus, full: tuple[int, int, int]) -> Problem:
+    """What RTE and QNLI share; ``full`` has their training pairs, queries and tokens at the paper's size."""
+    n, n_queries, tokens = sized(options, full, (400, 100, 48), (24, 6, 32))
     first = sized(options, 0, 5, 5)
     recipe = sized(options, Recipe(3, 32, 5e-5), Recipe(3, 16, 2e-4), Recipe(2, 8, 2e-4))
     pairs, asked = (
-        _drawn(load_pairs(options.data, split), tokens, count, whole=not options.full)
+        _drawn(load_pairs(options.data, split, corpus), tokens, count, whole=not options.full)
         for split, count in (("train", n), ("dev", n_queries))
     )
     train, queries = encode(pairs, tokens, first), encode(asked, tokens, first)
@@ -223,19 +254,20 @@ def problem(options: argparse.Namespace) -> Problem:
         return f"{pair.first}\n{pair.second}", LABELS[pair.label]
 
     notes: tuple[str, ...] = (
-        f"{len(train)} training pairs, {len(queries)} queries, {tokens} tokens. The paper fine-tunes BERT on 2,490 "
-        "pairs; this is MiniLM, of 6 layers, 384 wide, which encodes the sentences apart. Its classifier starts as "
-        "their cosine, and runs differ in the order of batches alone.",
+        f"{len(train)} training pairs, {len(queries)} queries, {tokens} tokens. The paper fine-tunes BERT on "
+        f"{full[0]:,} pairs; this is MiniLM, of 6 layers, 384 wide, which encodes the sentences apart. Its "
+        "classifier starts as their cosine, and runs differ in the order of batches alone.",
     )
     if first:
         notes += (
             f"Trained and attributed: the last {LAYERS - first} of its layers and the classifier; the outputs of the "
             "layers below are computed once. Only pairs that fit whole are used.",
         )
+    name = corpus.name.lower()
     return Problem(
-        name="rte", title="RTE", task=task, make_model=make_model, train_sets={"train": train}, queries=queries,
+        name=name, title=corpus.name, task=task, make_model=make_model, train_sets={"train": train}, queries=queries,
         record=training.record, retrain=training.retrain, predict=training.predict, group=4,
-        settings={"task": "rte", "n": n, "queries": n_queries, "tokens": tokens, "first": first,
+        settings={"task": name, "n": n, "queries": n_queries, "tokens": tokens, "first": first,
                   "start": [COSINE_MEDIAN, COSINE_SLOPE], **asdict(recipe)},
         sizes=sized(options, Sizes(), Sizes(100, 2, 3, 2048), Sizes(4, 2, 2, 64, (32,))),
         notes=notes, layer="classifier", cheap=False, panel="text", show=show,

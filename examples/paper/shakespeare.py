@@ -47,7 +47,7 @@ def problem(options: argparse.Namespace) -> Problem:
         settings={"task": "shakespeare", "n": n, "queries": n_queries, "recipe": asdict(recipe), **model},
         sizes=sized(options, Sizes(), Sizes(100, 1, 2, 2048), Sizes(4, 2, 2, 64, (32,))),
         notes=(f"{n:,} stretches of {tokens} characters of the first nine tenths; queries are of the last.",),
-        layer="head", cheap=False, panel="text", show=show,
+        layer="head", peers=True, cheap=False, panel="text", show=show,
         extra={"workers": 2, "accuracy": training.perplexity},
     )  # fmt: skip
 

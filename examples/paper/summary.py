@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 from _grid import ABSENT, between, bold, grid, plain, short, whole
-from _sections import changes, gains, removals, suspicions
+from _sections import PEER, changes, gains, removals, standings, suspicions
 
 __all__ = ["guide_block", "main", "mark_best", "read_results", "results_page"]
 
@@ -148,6 +148,7 @@ def results_page(table: pd.DataFrame, facts: dict[str, dict[str, Any]], folder: 
             *methods_by_tasks(slopes, lambda row: plain(row.slope) + between(row.slope_low, row.slope_high, plain)),
         ]
     lines += [
+        *standings(single),
         *gains(single),
         *changes(single),
         *removals(folder / "removal", f"{link}/removal"),
@@ -211,16 +212,16 @@ def _details(table: pd.DataFrame) -> list[str]:
 def guide_block(table: pd.DataFrame) -> str:
     """The guide's table: tasks × methods, LDS of one run; then of several.
 
-    Left out are variants of SOURCE but one, what fewer than half of the tasks have, and the weakest of more than
-    ``MOST``.
+    Left out are variants of SOURCE but one, what fewer than half of the tasks have (but for the strongest peer), and
+    the weakest of more than ``MOST``.
     """
     single, multiple = (table[table["runs"] == kind] for kind in ("single", "multiple"))
     tasks = single.drop_duplicates("task").set_index("task")
     counts = single["method"].value_counts()
     source = single["method"].iloc[0]
     common = [name for name in ranking(single) if 2 * counts[name] >= len(tasks) and not name.startswith(f"{source},")]
-    first = [name for name in (source, TIMED) if name in counts]
-    methods = [*first, *(name for name in common[:MOST] if name != source)]
+    first = [name for name in (source, TIMED, PEER) if name in counts]
+    methods = [*first, *(name for name in common[:MOST] if name not in first)]
     wide = across(single, lambda row: bold(short(row.lds), row.best), methods)
     rows = []
     for task in wide.columns:

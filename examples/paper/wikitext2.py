@@ -147,7 +147,7 @@ def problem(options: argparse.Namespace) -> Problem:
             f"Words beyond the {len(numbers)} most frequent are <unk>. The paper fine-tunes GPT-2; this decoder of "
             f"{layers} layers, {width} wide, is trained from scratch.",
         ),
-        layer="head", cheap=False, panel="text", show=show,
+        layer="head", peers=True, cheap=False, panel="text", show=show,
         extra={"workers": 2, "accuracy": training.perplexity},
     )  # fmt: skip
 

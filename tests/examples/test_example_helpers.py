@@ -70,7 +70,10 @@ LOADERS = {
     "uci_concrete/concrete.data": ("_tables", lambda m, data: m.concrete(argparse.Namespace(data=data))),
     "pima_diabetes/pima-indians-diabetes.csv": ("_tables", lambda m, data: m.pima(argparse.Namespace(data=data))),
     "cifar10/cifar-10-python.tar.gz": ("cifar10", lambda m, data: m.load_cifar(data / "cifar10", full=True)),
-    "glue_rte/dev.tsv": ("rte", lambda m, data: m.load_pairs(data, "dev")),
+    "uci_parkinsons/parkinsons_updrs.data": ("_tables", lambda m, data: m.parkinsons(argparse.Namespace(data=data))),
+    "pacs/PACS.zip": ("pacs", lambda m, data: m.load_pacs(data)),
+    "glue_rte/dev.tsv": ("rte", lambda m, data: m.load_pairs(data, "dev", m.RTE)),
+    "glue_qnli/train.tsv": ("qnli", lambda m, data: import_module("rte").load_pairs(data, "train", m.QNLI)),
     "wikitext2/valid.txt": ("wikitext2", lambda m, data: m.load_words(data, "valid")),
 }
 

@@ -1,7 +1,5 @@
-"""The EK-FAC references of the paper comparison against dense matrices and plain autograd."""
+"""EK-FAC SOURCE of the paper comparison against dense matrices and plain autograd."""
 
-import importlib.util
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -9,92 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ekfac_problems import dense, gradients, linears, loss_gradients, mlp_run, orthogonal_regression
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import source_proj as sp
-from source_proj.gradients import ParameterSpace, gradient_engine
 
 PAPER = Path(__file__).parents[2] / "examples" / "paper"
-needs_kronfluence = pytest.mark.skipif(
-    importlib.util.find_spec("kronfluence") is None, reason='needs the extra: pip install "source-proj[kronecker]"'
-)
 
 
 @pytest.fixture(autouse=True)
 def _examples_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(PAPER))
-
-
-# Problems ------------------------------------------------------------------------------------------------------------
-
-
-def mlp_run(*, bias=True, inplace=False):
-    """A classifier in two stages: the first in two segments of two checkpoints, the second in one."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5, bias=bias), nn.ReLU(inplace=inplace), nn.Linear(5, 3))
-
-    def data(n):
-        return TensorDataset(torch.randn(n, 4), torch.arange(n) % 3)
-
-    def checkpoints(n, lr):
-        states = [{k: v + 0.3 * torch.randn_like(v) for k, v in model.state_dict().items()} for _ in range(n)]
-        return [sp.Checkpoint(state, 10 * (i + 1), lr=lr) for i, state in enumerate(states)]
-
-    optimizer = sp.SGD(momentum=0.5, weight_decay=0.02)
-    stages = [
-        sp.Stage("first", checkpoints(4, 0.1), optimizer, segments=2),
-        sp.Stage("second", checkpoints(2, 0.05), optimizer),
-    ]
-    return model, sp.Trajectory.from_stages(stages), {"first": data(11), "second": data(6)}, data(5)
-
-
-def orthogonal_regression(n=40, d=3):
-    """Least squares whose inputs are multiples of d orthogonal directions: EK-FAC's basis is then the Fisher's own."""
-    torch.manual_seed(1)
-    basis = torch.linalg.qr(torch.randn(d, d))[0]
-    which = torch.arange(n) % d
-    x = basis[which] * (torch.rand(n, 1) + 0.5) * (1 + which[:, None])
-    data = TensorDataset(x, torch.randn(n, 1))
-    return nn.Linear(d, 1, bias=False), data, TensorDataset(torch.randn(4, d), torch.randn(4, 1)), basis
-
-
-# Naive twins ---------------------------------------------------------------------------------------------------------
-
-
-def gradients(model, checkpoint, function, data):
-    """Per-example gradients as rows in float64, each layer's ``[W | b]`` one after another in row-major order."""
-    space = ParameterSpace.from_model(model)
-    engine = gradient_engine(model, space, sp.Sketch(space.size, "identity"), method="general")
-    with checkpoint.applied_to(model):
-        rows = engine.sketch(function, list(data.tensors))[1]
-    parts = dict(zip(space.names, rows.split([model.get_parameter(n).numel() for n in space.names], 1), strict=True))
-    layers = []
-    for name, layer in linears(model):
-        prefix = f"{name}." if name else ""
-        weight = parts[f"{prefix}weight"].unflatten(1, tuple(layer.weight.shape))
-        bias = [] if layer.bias is None else [parts[f"{prefix}bias"][..., None]]
-        layers.append(torch.cat([weight, *bias], 2).flatten(1))
-    return torch.cat(layers, 1).double()
-
-
-def linears(model):
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-
-
-def loss_gradients(model, task, checkpoint, data):
-    with checkpoint.applied_to(model), torch.no_grad():
-        d1 = task.loss_derivatives(task.output(model, list(data.tensors)), list(data.tensors))[0]
-    return gradients(model, checkpoint, task.output, data) * d1[:, None]
-
-
-def dense(factors):
-    """Block-diagonal H of a list of layers' factors."""
-    blocks = []
-    for one in factors:
-        q = torch.kron(one.outputs, one.inputs).double()
-        blocks.append((q * one.values.flatten()) @ q.T)
-    return torch.block_diag(*blocks)
 
 
 def dense_source(model, task, run, train, queries, hessians, damping, mean_query=False):
@@ -256,70 +180,11 @@ def test_ekfac_source_is_source_where_the_eigenbasis_is_exact(tmp_path, measurem
     np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
 
 
-# Influence functions -------------------------------------------------------------------------------------------------
-
-
-def dense_influence(model, task, checkpoint, train, queries, inverse):
-    g = loss_gradients(model, task, checkpoint, train)
-    return -(gradients(model, checkpoint, task.measurement, queries) @ inverse @ g.T / len(train)).numpy()
-
-
-@needs_kronfluence
-@pytest.mark.parametrize("damping", [None, 0.3])
-@pytest.mark.parametrize("bias", [False, True])
-def test_ekfac_influence_is_the_dense_inverse_on_our_factors(damping, bias):
-    from _kronecker import Factors, ekfac_influence, rows_of
-
-    model, run, train, queries = mlp_run(bias=bias)
-    task, data = sp.Classification(), train["first"]
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    rows = rows_of(model, task, [run.final], data, training=True)
-    factors = [Factors.of(one) for one in rows.values()]
-    ridge = [float(one.values.mean()) / 10 if damping is None else damping + 0.02 for one in factors]
-    damped = [Factors(f.outputs, f.inputs, 1 / (f.values + r)) for f, r in zip(factors, ridge, strict=True)]
-    expected = dense_influence(model, task, run.final, data, queries, dense(damped))
-    other, scores = ekfac_influence(
-        model, task, run.final.load(), data, queries, weight_decay=0.02, dampings=[0.7, damping], fisher="empirical",
-        batch_size=4,
-    )  # fmt: skip
-    assert not np.allclose(other, scores, rtol=1e-2, atol=0)
-    np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
-
-
-@needs_kronfluence
-def test_ekfac_influence_is_exact_where_the_eigenbasis_is():
-    from _kronecker import ekfac_influence
-
-    model, data, queries, _ = orthogonal_regression()
-    task, checkpoint = sp.Regression("absolute"), sp.Checkpoint(model.state_dict(), 1)
-    g = loss_gradients(model, task, checkpoint, data)
-    inverse = torch.linalg.inv(g.T @ g / len(data) + 0.3 * torch.eye(3))
-    expected = dense_influence(model, task, checkpoint, data, queries, inverse)
-    (scores,) = ekfac_influence(
-        model, task, model.state_dict(), data, queries, weight_decay=0.1, dampings=[0.2], fisher="empirical"
-    )
-    np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
-
-
-@needs_kronfluence
-def test_ekfac_influence_samples_labels_by_its_seed():
-    from _kronecker import ekfac_influence
-
-    model, run, train, queries = mlp_run()
-    given = (model, sp.Classification(), run.final.load(), train["first"], queries)
-    first, again, other = (ekfac_influence(*given, dampings=[0.1], seed=seed)[0] for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
-    assert not np.array_equal(first, other)
-    assert not np.array_equal(first, ekfac_influence(*given, dampings=[0.1], fisher="empirical")[0])
-
-
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_ekfac_does_not_cover_is_refused(monkeypatch):
-    from _kronecker import ekfac_influence, ekfac_source
+def test_what_ekfac_source_does_not_cover_is_refused():
+    from _kronecker import ekfac_source
 
     model, run, train, queries = mlp_run()
     task = sp.Classification()
@@ -334,6 +199,3 @@ def test_what_ekfac_does_not_cover_is_refused(monkeypatch):
     tokens = TensorDataset(torch.randn(5, 2, 4), torch.arange(5) % 3)
     with pytest.raises(ValueError, match=r"layer '0' is called twice, or with an input of shape \(5, 2, 4\)"):
         ekfac_source(model, task, run, train, tokens)
-    monkeypatch.setitem(sys.modules, "kronfluence.analyzer", None)
-    with pytest.raises(ImportError, match=r"source-proj\[kronecker\]"):
-        ekfac_influence(model, task, run.final.load(), train["first"], queries)

@@ -171,6 +171,30 @@ def test_the_steps_to_the_gain_are_shown_where_all_are_there(tmp_path):
     assert "Where the gain comes from" not in alone
 
 
+def test_who_is_ahead_is_told_by_paired_intervals(tmp_path):
+    from _sections import PEER
+    from summary import guide_block, read_results, results_page
+
+    ahead, level, behind = (0.05, 0.01, 0.09), (-0.01, -0.03, 0.01), (-0.1, -0.2, -0.01)
+    averaged = "Influence functions, averaged"
+    source, variant = row("SOURCE", 0.4, (0, 0, 0)), row("SOURCE, three segments", 0.9, (-0.5, -0.6, -0.4))
+    folder = tmp_path / "r"
+    write_task(folder, "concrete", [source, row(averaged, 0.35, ahead), row(PEER, 0.41, level)])
+    write_task(folder, "mnist", [source, variant, row("TRAK", 0.5, behind)])
+    write_task(folder, "rte", [source, variant])  # none to compare with
+    table, facts = read_results(folder)
+    lines = results_page(table, facts, folder, "r").splitlines()
+    assert _section(lines, "Who is ahead") == [
+        "| Concrete | **ahead** .050<br><sub>.010 to .090</sub> | level −.010<br><sub>−.030 to .010</sub> "
+        f"| level −.010<br><sub>−.030 to .010</sub><br><sub>{PEER}</sub> |",
+        "| Mnist | – | – | behind −.100<br><sub>−.200 to −.010</sub><br><sub>TRAK</sub> |",
+    ]
+    guide = guide_block(table).splitlines()
+    assert guide[0].startswith(f"| task | SOURCE | {PEER} | several runs")  # though one task in three has it
+    assert guide[2].startswith("| Concrete | **.400** | **.410** |")
+    assert guide[3].startswith("| Mnist | .400 | – |")
+
+
 def test_changed_defaults_are_shown_of_tasks_that_have_them_all(tmp_path):
     from summary import read_results, results_page
 

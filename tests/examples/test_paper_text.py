@@ -3,6 +3,7 @@ import hashlib
 import importlib.util
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,24 +51,26 @@ def write_shakespeare(folder, monkeypatch):
     monkeypatch.setitem(_data.SHA256, "tiny_shakespeare/input.txt", hashlib.sha256(text.encode()).hexdigest())
 
 
-def write_rte(folder, monkeypatch):
-    import rte
-
+def write_pairs(folder, monkeypatch, name):
+    module = importlib.import_module(name)
+    corpus = replace(getattr(module, name.upper()), known={"train": (30, 15), "dev": (30, None)})
     rng = np.random.default_rng(0)
-    (folder / "glue_rte").mkdir(parents=True)
+    (folder / f"glue_{name}").mkdir(parents=True)
     for split in ("train", "dev"):
-        lines = ["index\tsentence1\tsentence2\tlabel"]
+        lines = ["\t".join(["index", *corpus.columns, "label"])]
         for number in range(30):
             who, what = rng.choice(["Ann", "Bob", 'The "chief'], 1)[0], rng.choice(["sings", "left", "won"], 1)[0]
-            lines.append(f"{number}\t{who} {what} today.\t{who} {what}.\t{rte.LABELS[number % 2]}")
-        (folder / "glue_rte" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
-    monkeypatch.setattr(rte, "KNOWN", {"train": (30, 15), "dev": (30, 15)})
+            label = ["entailment", "not_entailment"][number % 2]
+            lines.append(f"{number}\t{who} {what} today.\t{who} {what}.\t{label}")
+        (folder / f"glue_{name}" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(module, name.upper(), corpus)
 
 
 @pytest.fixture
 def make_problem(tmp_path, monkeypatch):
     def make(name):
-        write = {"wikitext2": write_wikitext, "shakespeare": write_shakespeare, "rte": write_rte}[name]
+        own = {"wikitext2": write_wikitext, "shakespeare": write_shakespeare}
+        write = own.get(name, partial(write_pairs, name=name))
         write(tmp_path / "data", monkeypatch)
         options = argparse.Namespace(data=tmp_path / "data", full=False, quick=True, device="cpu")
         return importlib.import_module(name).problem(options)
@@ -75,7 +78,7 @@ def make_problem(tmp_path, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [*TASKS, pytest.param("qnli", marks=needs_minilm)])
 def test_a_problem_is_whole(make_problem, name):
     problem = make_problem(name)
     model = problem.make_model()
@@ -201,19 +204,31 @@ def test_learning_rates_rise_and_fall():
     assert asdict(recipe)["beta2"] == 0.999
 
 
-def test_foreign_data_is_refused(make_problem, tmp_path, monkeypatch):
-    import rte
+def test_foreign_data_is_refused(make_problem, tmp_path):
     import wikitext2
 
     make_problem("wikitext2")
-    write_rte(tmp_path / "data", monkeypatch)
     (tmp_path / "data" / "wikitext2" / "valid.txt").write_text("other words")
     with pytest.raises(ValueError, match=r"not the known wikitext2/valid\.txt"):
         wikitext2.load_words(tmp_path / "data", "valid")
-    assert rte.load_pairs(tmp_path / "data", "dev")[1].label == 1
-    monkeypatch.setattr(rte, "KNOWN", {"dev": (277, 146)})
-    with pytest.raises(ValueError, match="has 30 pairs, 15 of them entailment; expected 277 and 146"):
-        rte.load_pairs(tmp_path / "data", "dev")
+
+
+@pytest.mark.parametrize("name", ["rte", "qnli"])
+def test_pairs_are_read_by_their_columns_and_foreign_ones_refused(tmp_path, monkeypatch, name):
+    from rte import load_pairs
+
+    module = importlib.import_module(name)
+    official = getattr(module, name.upper())
+    write_pairs(tmp_path, monkeypatch, name)
+    pair = load_pairs(tmp_path, "dev", getattr(module, name.upper()))[1]
+    assert (pair.first, pair.second) == (f"{pair.second[:-1]} today.", pair.second)
+    assert pair.label == 1
+    count, _ = official.known["dev"]
+    with pytest.raises(ValueError, match=f"has 30 pairs, 15 of them entailment; expected {count} and"):
+        load_pairs(tmp_path, "dev", official)
+    wrong = replace(official, known={"dev": (30, 14)})
+    with pytest.raises(ValueError, match="expected 30 and 14"):
+        load_pairs(tmp_path, "dev", wrong)
 
 
 def test_words_know_their_article(make_problem):
