@@ -115,12 +115,17 @@ def add_spectra_triton_(spectrum: Tensor, left: Tensor, right: Tensor, matrix: T
     For left (B, T, o) and right (B, T, i) in half precision, of any strides, and k of `SPLITS`.
     """
     (batch, steps, _), (first, second) = left.shape, SPLITS[matrix.dim]
-    parts = max(1, min(ceil_div(_PROGRAMS, batch), steps // _FEWEST_STEPS))
+    parts = max(1, min(_PROGRAMS // batch, steps // _FEWEST_STEPS))  # one wave of programs: a second would wait
     parts = ceil_div(steps, ceil_div(steps, parts))
     partials = torch.empty(parts, batch, first, second, 2, device=spectrum.device)
-    _fill(partials, left, right, matrix)
+    _fill(partials, _in_order(left), _in_order(right), matrix)
     sums = torch.view_as_complex(partials.sum(0) if parts > 1 else partials[0])
     spectrum.view(batch, second, first).add_(sums.transpose(1, 2))  # frequency f1 + L f2
+
+
+def _in_order(factor: Tensor) -> Tensor:
+    """The factor with each step's entries side by side: read across steps it took ten times as long."""
+    return factor if factor.stride(2) == 1 else factor.contiguous()
 
 
 @on_device

@@ -55,7 +55,8 @@ def test_rules_ask_for_them(module, monkeypatch):
     """The rows of a model whose norms the kernels sum are those of torch's own sums."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 2), module, torch.nn.Flatten(), torch.nn.Linear(60, 4)).eval()
-    batch = (torch.randn(6, 2, 5, 6), torch.arange(6) % 4)
+    model = model.to(DEVICE)
+    batch = (torch.randn(6, 2, 5, 6, device=DEVICE), torch.arange(6, device=DEVICE) % 4)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter))
