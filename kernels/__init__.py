@@ -3,6 +3,8 @@
 from .backends import BACKENDS, available_backends, choose_backend
 from .fast_jl import fast_jl_add_, fast_jl_add_at_, fast_jl_add_outer_, require_fast_jl
 from .kronecker import kronecker_add_, kronecker_add_outer_, kronecker_split
+from .likelihood import label_likelihood
+from .norms import channel_sums, row_sums
 from .philox import philox4x32
 from .rademacher import rademacher_add_, sign_tile
 from .sparse import sparse_add_, sparse_add_at_, sparse_add_outer_, sparse_add_windows_
@@ -17,6 +19,7 @@ __all__ = [
     "HeldSums",
     "TensorMap",
     "available_backends",
+    "channel_sums",
     "choose_backend",
     "fast_jl_add_",
     "fast_jl_add_at_",
@@ -24,10 +27,12 @@ __all__ = [
     "kronecker_add_",
     "kronecker_add_outer_",
     "kronecker_split",
+    "label_likelihood",
     "outer_tiles",
     "philox4x32",
     "rademacher_add_",
     "require_fast_jl",
+    "row_sums",
     "scaled",
     "sign_tile",
     "signs_negative",

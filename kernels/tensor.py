@@ -5,8 +5,6 @@ the product and maps them; *spectral* convolves the two factors' sketches in the
 product, O(o + i + k log k) a step in place of O(o i). Unless one is asked for, shapes and device choose the cheaper.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,8 +18,8 @@ from .tensor_native import (
     add_tensor_windows_native_,
     spectral_is_cheaper,
 )
-from .tensor_spectral import TorchSpectra
-from .tiles import outer_tiles, scaled, window_columns
+from .tensor_spectral import TorchSpectra, columns_of
+from .tiles import outer_tiles, scaled
 
 __all__ = ["tensor_add_", "tensor_add_at_", "tensor_add_outer_", "tensor_add_windows_"]
 
@@ -126,17 +124,9 @@ def tensor_add_windows_(
             spectral = scale is None and spectral_is_cheaper(batch, count, o, i, matrix.dim, windows=True)
         add_tensor_windows_native_(out, left, right, taps, windows, matrix, spectral=spectral, scale=scale)
         return
-    for some, columns in _columns(right, taps, windows, backend):
+    for some, columns in columns_of(right, taps, windows, backend):
         turned = left[some].transpose(1, 2)
         tensor_add_outer_(out[some], turned, columns, matrix, backend=backend, scale=scale, spectral=spectral)
-
-
-def _columns(right: Tensor, taps: Tensor, windows: Tensor, backend: str) -> Iterator[tuple[slice, Tensor]]:
-    if backend != "triton":
-        return window_columns(right, taps, windows)
-    from .triton_outer import window_columns_triton
-
-    return window_columns_triton(right, taps, windows)
 
 
 def _add_reference_(out: Tensor, rows: Tensor, offset: int, matrix: TensorMap, *, ordered: bool) -> None:

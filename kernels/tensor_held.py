@@ -50,12 +50,15 @@ class HeldSums:
     def takes_windows(self, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, matrix: TensorMap) -> bool:
         """Keep a convolution's gradient, as `tensor_add_windows_` adds it; False where that costs less."""
         (batch, o, count), i = left.shape, matrix.shape[1]
-        if not isinstance(self._spectra, NativeSpectra) or not self._may_transform:
+        if not self._may_transform:
             return False
-        if not spectral_is_cheaper(batch, count, o, i, matrix.dim, shared=True, windows=True):
-            return False
-        self._spectra.add_windows(left, right, taps, windows, matrix)
-        return True
+        if isinstance(self._spectra, NativeSpectra):
+            pays = spectral_is_cheaper(batch, count, o, i, matrix.dim, shared=True, windows=True)
+        else:
+            pays = is_spectral(self._backend, left.transpose(1, 2), i, matrix.dim)
+        if pays:
+            self._spectra.add_windows(left, right, taps, windows, matrix)
+        return pays
 
     def finish_(self) -> None:
         """Add all that is kept."""
@@ -77,7 +80,7 @@ def is_spectral(backend: str, left: Tensor, i: int, dim: int, *, shared: bool = 
     batch, steps, o = left.shape
     if backend == "native":
         return spectral_is_cheaper(batch, steps, o, i, dim, shared=shared)
-    return spectral_pays(backend, steps, o, i, dim, half=left.dtype != torch.float32)
+    return spectral_pays(backend, batch, steps, o, i, dim, half=left.dtype != torch.float32)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

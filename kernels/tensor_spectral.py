@@ -4,7 +4,8 @@ With x and y the sketches of the two factors and z = x + iy, the circular convol
 of z * z: one complex transform a step, squares summed over the steps, one transform back for all layers.
 """
 
-from math import log2
+from collections.abc import Iterator
+from math import ceil, log2
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from .tensor_balance import balanced
 from .tensor_map import TensorMap
+from .tiles import window_columns
 
-__all__ = ["TorchSpectra", "spectral_pays"]
+__all__ = ["TorchSpectra", "columns_of", "spectral_pays"]
 
 _HELD = 1 << 24  # complex numbers that are held at once
 
@@ -23,41 +25,44 @@ class _Costs(NamedTuple):
 
     Attributes:
         transform: of a step's transform, for each of its k log2 k.
-        transform_begin: in steps, what an example's transforms cost besides.
-        outer_begin: in steps, what making, reading and mapping every coordinate of an outer product costs.
+        block: of a step's factor, for each k entries of it, over those of the transform.
+        made: what making and reading a coordinate of an outer product costs.
+        mapped: what mapping one costs where the rows of the product fill their blocks of k.
+        launches: of a batch's transforms, beyond those of its outer products.
     """
 
     transform: float
-    transform_begin: int
-    outer_begin: int
+    block: float
+    made: float
+    mapped: float
+    launches: float
 
 
-# Measured on one H200, k = 4,096, microseconds per example by the outer product / by transforms: float32, 128 steps,
-# width 768: 39 / 138, 2,048: 66 / 130, 4,096: 183 / 136; 512 steps: 39 / 139, 128 / 155, 434 / 169 (eight examples,
-# whose launches are most of what transforms cost). Tensor cores multiply half precision so fast that an outer product
-# costs what its coordinates cost: GPT-2's layers of 512 steps took 26 by it, and 83 by transforms.
 _COSTS = {
-    ("triton", False): _Costs(40.0, 200, 150),
-    ("triton", True): _Costs(800.0, 200, 5000),
-    ("torch", False): _Costs(6.0, 1, 20),
-    ("torch", True): _Costs(6.0, 1, 20),
+    ("triton", False): _Costs(40.0, 0.0, 150.0, 0.0, 3e9),
+    ("triton", True): _Costs(115.0, 0.2, 400.0, 370.0, 2e9),
+    ("torch", False): _Costs(6.0, 0.0, 20.0, 0.0, 0.0),
+    ("torch", True): _Costs(6.0, 0.0, 20.0, 0.0, 0.0),
 }
 
 
-def spectral_pays(backend: str, steps: int, o: int, i: int, dim: int, *, half: bool) -> bool:
-    """Whether the transforms of so many steps cost less than the outer product of (o, i) coordinates.
+def spectral_pays(backend: str, batch: int, steps: int, o: int, i: int, dim: int, *, half: bool) -> bool:
+    """Whether the transforms of so many steps cost less than the outer products of (o, i) coordinates.
 
     Args:
         backend: "triton" or "torch".
-        steps: number of steps T.
+        batch: examples B.
+        steps: of an example, T.
         o: length of the left factor.
         i: length of the right factor.
         dim: k.
         half: whether the factors are of half precision.
     """
-    costs = _COSTS[backend, half]
-    by_transforms = (steps + costs.transform_begin) * costs.transform * dim * log2(max(dim, 2))
-    return by_transforms < (steps + costs.outer_begin) * o * i
+    costs, blocks = _COSTS[backend, half], ceil(o / dim) + ceil(i / dim)
+    step = costs.transform * dim * log2(max(dim, 2)) * (1 + costs.block * (blocks - 2))
+    filled = max(o / (ceil(o / dim) * dim), i / (ceil(i / dim) * dim))
+    coordinate = steps + costs.made + costs.mapped / filled
+    return batch * steps * step + costs.launches < batch * o * i * coordinate
 
 
 class TorchSpectra:
@@ -72,23 +77,44 @@ class TorchSpectra:
         self._out, self._backend = out, backend
         self._spectrum: Tensor | None = None
 
-    def add_outer(self, left: Tensor, right: Tensor, matrix: TensorMap) -> None:
-        """Add R vec(sum_t left_t (x) right_t), for left (B, T, o) and right (B, T, i)."""
+    def add_windows(self, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, matrix: TensorMap) -> None:
+        """Add a convolution's gradient, as `tensor_add_windows_` does."""
+        for some, columns in columns_of(right, taps, windows, self._backend):
+            self.add_outer(left[some].transpose(1, 2), columns, matrix, some)
+
+    def add_outer(self, left: Tensor, right: Tensor, matrix: TensorMap, some: slice = slice(None)) -> None:
+        """Add R vec(sum_t left_t (x) right_t), for left (b, T, o) and right (b, T, i) of some examples."""
         if self._spectrum is None:
             self._spectrum = torch.zeros(self._out.shape, dtype=torch.complex64, device=self._out.device)
+        spectrum = self._spectrum[some]
+        if self._backend == "triton" and left.dtype == right.dtype != torch.float32:
+            from .triton_spectral import SPLITS, add_spectra_triton_
+
+            if matrix.dim in SPLITS:
+                add_spectra_triton_(spectrum, left, right, matrix)
+                return
         (batch, steps, _), dim = left.shape, matrix.dim
         examples, run = max(1, _HELD // (steps * dim)), max(1, min(steps, _HELD // dim))
         for b in range(0, batch, examples):
             for t in range(0, steps, run):
                 own, part = slice(b, b + examples), slice(t, t + run)
                 z = _factors(left[own, part], right[own, part], matrix, self._backend)
-                self._spectrum[own] += _sum_of_squares(torch.fft.fft(z), self._backend)
+                spectrum[own] += _sum_of_squares(torch.fft.fft(z), self._backend)
 
     def finish_(self) -> None:
         """Transform back, all layers at once."""
         if self._spectrum is not None:
             self._out.add_(torch.fft.ifft(self._spectrum).imag, alpha=0.5)
             self._spectrum = None
+
+
+def columns_of(right: Tensor, taps: Tensor, windows: Tensor, backend: str) -> Iterator[tuple[slice, Tensor]]:
+    """Some examples, and their columns right[b, c, taps[j] + windows[l]] as (b, L, C J)."""
+    if backend != "triton":
+        return window_columns(right, taps, windows)
+    from .triton_outer import window_columns_triton
+
+    return window_columns_triton(right, taps, windows)
 
 
 def _factors(left: Tensor, right: Tensor, matrix: TensorMap, backend: str) -> Tensor:

@@ -21,7 +21,8 @@ _local = threading.local()
 def outer_tiles(left: Tensor, right: Tensor, elements: int, least_rows: int = 1) -> Iterator[tuple[slice, int, Tensor]]:
     """Tiles of G_b = sum_t left_t (x) right_t for left (B, T, o) and right (B, T, i), each flattened in C order.
 
-    Tiles are float32; on CUDA devices the operands may be halves, whose products are summed in float32.
+    Tiles are float32; on CUDA devices the operands may be halves, whose products are summed in float32. Those of
+    bfloat16 are then rounded to it, as the operands themselves were: reading and writing them takes the time.
 
     Yields (examples, first coordinate, tile (examples, coordinates)). A tile is a view of one buffer of about the given
     number of elements (more only where a single row of G is longer) and of at least so many rows of G, which the next
@@ -42,8 +43,11 @@ def outer_tiles(left: Tensor, right: Tensor, elements: int, least_rows: int = 1)
             rows = left[some, :, row : row + height]
             own = rows.shape[2]
             piece = _aligned(rows).transpose(1, 2)  # (b, h, T)
-            tile = _buffer(count * piece.shape[1] * i, left).view(count, piece.shape[1], i)
-            if left.dtype == torch.float32:
+            narrow = left.is_cuda and left.dtype == torch.bfloat16
+            numbers = count * piece.shape[1] * i
+            tile = left.new_empty(numbers) if narrow else _buffer(numbers, left)
+            tile = tile.view(count, piece.shape[1], i)
+            if left.dtype == torch.float32 or narrow:
                 torch.bmm(piece, right[some], out=tile)
             else:
                 product_of_halves(piece, right[some], tile)
@@ -81,7 +85,8 @@ def _aligned(rows: Tensor) -> Tensor:
 
     For others the vendor's products are three times slower: GPT-2's 50,257 tokens are such a case.
     """
-    if not rows.is_cuda or rows.dtype == torch.float32 or rows.stride(1) % _ALIGNMENT == 0:
+    lines = rows.stride(2) if rows.stride(1) == 1 else rows.stride(1)
+    if not rows.is_cuda or rows.dtype == torch.float32 or lines % _ALIGNMENT == 0:
         return rows
     b, steps, h = rows.shape
     found = rows.new_empty(b, steps, -(-h // _ALIGNMENT) * _ALIGNMENT)

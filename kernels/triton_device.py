@@ -25,7 +25,9 @@ __all__ = [
     "negative_words",
     "on_device",
     "product",
+    "signed_by",
     "signed_each",
+    "source_of_columns",
     "split_seed",
 ]
 
@@ -140,6 +142,28 @@ def add_block(
     example = tl.arange(0, signed.shape[0])[:, None] * WIDTH
     source = tl.reshape(example + source[None, :], (signed.shape[0] * WIDTH,))
     return sums + tl.reshape(tl.gather(flat, source, 0), signed.shape)
+
+
+@triton.jit
+def signed_by(x, entry, row):
+    """X float32 with the product of the signs in bit 31 of two entries of a tensor map's tables."""
+    flip = (entry ^ row).to(tl.uint32, bitcast=True) >> 31 << 31
+    return (x.to(tl.uint32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
+
+
+@functools.lru_cache(maxsize=1 << 13)  # tables are kept by their maps, and so are these
+def source_of_columns(entries: Tensor, dim: int) -> Tensor:
+    """For each block and column the entry of the block that goes there, 0 to k - 1, (blocks k,) int32."""
+    blocks = []
+    for start in range(0, len(entries), dim):
+        columns = (entries[start : start + dim] & 0x7FFFFFFF).long()
+        inverse = torch.full((dim,), dim, dtype=torch.int32, device=entries.device)
+        inverse[columns] = torch.arange(len(columns), dtype=torch.int32, device=entries.device)
+        # Columns that no entry has take those entries of the block that are not there.
+        holes = inverse == dim
+        inverse[holes] = torch.arange(len(columns), dim, dtype=torch.int32, device=entries.device)
+        blocks.append(inverse)
+    return torch.cat(blocks)
 
 
 @triton.jit

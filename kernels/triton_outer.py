@@ -28,7 +28,7 @@ from .triton_sparse import MOST_COLUMNS, add_rank_one_triton_, add_rows_triton_
 
 __all__ = ["add_outer_triton_", "add_windows_triton_", "window_columns_triton"]
 
-_FEWEST, _MOST = 1 << 24, 1 << 27  # numbers of a tile of gradients, 64 to 512 MiB: below, launches take the time
+_FEWEST, _MOST = 1 << 26, 1 << 27  # numbers of a tile of gradients: below, launches take the time
 _LEAST_ROWS = 256  # of a weight in a tile: products of fewer are slow
 _COLUMNS = 1 << 26  # numbers of the columns of a convolution that are held at once
 _MOST_ONCE = 1 << 31  # coordinates that 32 bits can count
@@ -89,23 +89,30 @@ def _places(taps: bytes, windows: bytes, device: str) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _columns_kernel(
-    made, right, taps, windows, channels, n_taps, count, batch_stride, channel_stride, stride, BLOCK: tl.constexpr
-):
-    """One channel of one example: n_taps rows of count numbers."""
-    example, channel = (tl.program_id(0) // channels).to(tl.int64), tl.program_id(0) % channels
-    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = index < n_taps * count
-    place = tl.load(taps + index // count, mask=there, other=0) + tl.load(windows + index % count, mask=there, other=0)
-    x = tl.load(right + example * batch_stride + channel * channel_stride + place * stride, mask=there, other=0.0)
-    tl.store(made + tl.program_id(0).to(tl.int64) * n_taps * count + index, x, mask=there)
+    made, right, taps, windows, channels, n_taps, count, batch_stride, channel_stride, stride,
+    CHANNELS: tl.constexpr, TAPS: tl.constexpr, WINDOWS: tl.constexpr,
+):  # fmt: skip
+    """Some channels of one example: n_taps rows of count numbers for each."""
+    example = tl.program_id(0).to(tl.int64)
+    flat = tl.arange(0, CHANNELS * TAPS)
+    channel, tap = tl.program_id(1) * CHANNELS + flat // TAPS, flat % TAPS
+    window = tl.program_id(2) * WINDOWS + tl.arange(0, WINDOWS)
+    known, there = (channel < channels) & (tap < n_taps), window < count
+    first = example * batch_stride + channel * channel_stride + tl.load(taps + tap, mask=tap < n_taps, other=0) * stride
+    place = first[:, None] + (tl.load(windows + window, mask=there, other=0) * stride)[None, :]
+    both = known[:, None] & there[None, :]
+    row = (example * channels + channel) * n_taps + tap
+    tl.store(made + row[:, None] * count + window[None, :], tl.load(right + place, mask=both, other=0.0), mask=both)
 
 
 @on_device
 def _fill_columns(made: Tensor, right: Tensor, taps: Tensor, windows: Tensor) -> None:
-    (batch, channels, _), numbers = right.shape, len(taps) * len(windows)
-    block = 1 << 16 if interpreted() else 1024  # the interpreter's time goes by programs
-    block = min(block, triton.next_power_of_2(numbers))
-    _columns_kernel[(batch * channels, ceil_div(numbers, block))](
-        made, right, taps, windows, channels, len(taps), len(windows), *right.stride(), BLOCK=block,
-        enable_fp_fusion=True,
+    batch, channels, _ = right.shape
+    tile = 1 << 16 if interpreted() else 4096  # the interpreter's time goes by programs
+    across = min(tile, triton.next_power_of_2(len(windows)))
+    down = triton.next_power_of_2(len(taps))
+    together = max(1, min(tile // across // down, triton.next_power_of_2(channels)))
+    _columns_kernel[(batch, ceil_div(channels, together), ceil_div(len(windows), across))](
+        made, right, taps, windows, channels, len(taps), len(windows), *right.stride(), CHANNELS=together, TAPS=down,
+        WINDOWS=across, enable_fp_fusion=True,
     )  # fmt: skip

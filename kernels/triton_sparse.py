@@ -38,9 +38,9 @@ __all__ = ["MOST_COLUMNS", "add_at_triton_", "add_rank_one_triton_", "add_rows_t
 
 MOST_COLUMNS = 8192  # whose sums stay in a program's registers
 _TILE = 1024
-_PROGRAMS = 1024  # about as many as fill a large GPU several times
+_PROGRAMS = 528  # four for each processor of a large GPU
 _FEWEST_BLOCKS = 8  # of a range: its sums are written and read once more
-_ROWS_AT_ONCE = 64  # rows of one example that a program of the scattered kernel adds, at least
+_ROWS_AT_ONCE = 16  # rows of one example that a program of the scattered kernel adds, at least
 
 
 @functools.lru_cache(maxsize=1 << 14)  # a range for each tile of a model: few bytes each, and worse than none if short

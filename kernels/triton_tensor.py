@@ -9,8 +9,6 @@ No atomics; how a sum is cut depends on shapes alone, so neither the device nor 
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +17,15 @@ from torch import Tensor
 from .tensor_balance import balanced
 from .tensor_map import TensorMap
 from .tiles import factors_of_one_type, outer_tiles
-from .triton_device import add_partials_, ceil_div, columns_width, interpreted, on_device
+from .triton_device import (
+    add_partials_,
+    ceil_div,
+    columns_width,
+    interpreted,
+    on_device,
+    signed_by,
+    source_of_columns,
+)
 from .triton_sparse import MOST_COLUMNS
 
 __all__ = [
@@ -31,18 +37,11 @@ __all__ = [
 ]
 
 _TILE = 1024  # columns of a program that owns a piece of them
-_PROGRAMS = 1024  # about as many as fill a large GPU several times
+_PROGRAMS = 528  # four for each processor of a large GPU
 _FEWEST_ROWS = 8  # of a range: its sums are written and read once more
-_ROWS_AT_ONCE = 64  # rows of one example that a program of the scattered kernel adds, at least
-_FEWEST, _MOST = 1 << 24, 1 << 27  # numbers of a tile of gradients, 64 to 512 MiB: below, launches take the time
+_ROWS_AT_ONCE = 16  # rows of one example that a program of the scattered kernel adds, at least
+_FEWEST, _MOST = 1 << 26, 1 << 27  # numbers of a tile of gradients: below, launches take the time
 _LEAST_ROWS = 256  # of a weight in a tile: products of fewer are slow
-
-
-@triton.jit
-def _signed(x, entry, row):
-    """X float32 with the product of the signs in bit 31 of two entries of tables."""
-    flip = (entry ^ row).to(tl.uint32, bitcast=True) >> 31 << 31
-    return (x.to(tl.uint32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -86,7 +85,7 @@ def _narrow_kernel(
             x = tl.load(base + place[None, :] * column_stride, mask=both, other=0.0).to(tl.float32)
             if SCALED:
                 x *= tl.load(scales + place, mask=there, other=0.0)[None, :]
-            x = _signed(x, tl.load(entries + first + column, mask=inside, other=0)[None, :], own)
+            x = signed_by(x, tl.load(entries + first + column, mask=inside, other=0)[None, :], own)
             source = tl.load(inverse + first + turned, mask=column < K, other=0)
             source = tl.reshape(flat_example + source[None, :], (EXAMPLES * WIDTH,))
             sums += tl.reshape(tl.gather(tl.reshape(x, (EXAMPLES * WIDTH,)), source, 0), (EXAMPLES, WIDTH))
@@ -132,7 +131,7 @@ def _wide_kernel(
             x = tl.load(rows + example * row_stride + place * column_stride, mask=there, other=0.0).to(tl.float32)
             if SCALED:
                 x *= tl.load(scales + place, mask=there, other=0.0)
-            sums += _signed(x, tl.load(entries + entry, mask=inside, other=0), own)
+            sums += signed_by(x, tl.load(entries + entry, mask=inside, other=0), own)
     tl.store(partials + (part.to(tl.int64) * batch + example) * dim + column, sums, mask=column < dim)
 
 
@@ -180,7 +179,7 @@ def _add_lines_(out: Tensor, rows: Tensor, start: int, lines: Tensor, entries: T
     per_part = max(min(fewest, last - first), ceil_div(last - first, max(1, _PROGRAMS // groups)))
     parts = ceil_div(last - first, per_part)
     partials = torch.empty(parts, batch, dim, device=out.device)
-    given = (partials, rows, partials if scale is None else scale, lines, entries, _inverse(entries, dim), batch)
+    given = (partials, rows, partials if scale is None else scale, lines, entries, source_of_columns(entries, dim), batch)
     cut = (start, count, length, *rows.stride(), first, last - first, per_part)
     if wide:
         _wide_kernel[(batch, ceil_div(dim, _TILE), parts)](
@@ -193,21 +192,6 @@ def _add_lines_(out: Tensor, rows: Tensor, start: int, lines: Tensor, entries: T
             num_warps=max(4, min(16, width * examples // 512)), enable_fp_fusion=True,
         )  # fmt: skip
     add_partials_(out, partials, 1.0)
-
-
-@functools.lru_cache(maxsize=1 << 13)  # tables are kept by their maps, and so are these
-def _inverse(entries: Tensor, dim: int) -> Tensor:
-    """For each block and column the entry of the block that goes there, 0 to k - 1, (blocks k,) int32."""
-    blocks = []
-    for start in range(0, len(entries), dim):
-        columns = (entries[start : start + dim] & 0x7FFFFFFF).long()
-        inverse = torch.full((dim,), dim, dtype=torch.int32, device=entries.device)
-        inverse[columns] = torch.arange(len(columns), dtype=torch.int32, device=entries.device)
-        # Columns that no entry has take those entries of the block that are not there.
-        holes = inverse == dim
-        inverse[holes] = torch.arange(len(columns), dim, dtype=torch.int32, device=entries.device)
-        blocks.append(inverse)
-    return torch.cat(blocks)
 
 
 @triton.jit
@@ -242,7 +226,7 @@ def _at_kernel(
                 there = place < min(first + dim, length)
                 entry = tl.load(entries + place, mask=there, other=0)
                 at = values + row * row_stride + place.to(tl.int64) * column_stride
-                x = _signed(tl.load(at, mask=there, other=0.0).to(tl.float32), entry, own)
+                x = signed_by(tl.load(at, mask=there, other=0.0).to(tl.float32), entry, own)
                 column = ((entry & 0x7FFFFFFF).to(tl.int64) + (own & 0x7FFFFFFF)) % dim
                 tl.store(sums + column, tl.load(sums + column, mask=there, other=0.0) + x, mask=there)
                 tl.debug_barrier()
@@ -274,7 +258,7 @@ def _side(x, entries, inverse, step, length, stride_b, stride_t, stride, steps, 
         entry = first + tl.load(inverse + first + column, mask=column < dim, other=0)
         there = (column < dim) & (entry < length)
         value = tl.load(base + entry.to(tl.int64) * stride, mask=there, other=0.0).to(tl.float32)
-        total += _signed(value, tl.load(entries + entry, mask=there, other=0), 0)
+        total += signed_by(value, tl.load(entries + entry, mask=there, other=0), 0)
     return total
 
 
@@ -323,7 +307,7 @@ def _fill_factors(z: Tensor, left: Tensor, right: Tensor, matrix: TensorMap) -> 
     block = min(1 << 13 if interpreted() else _TILE, triton.next_power_of_2(dim))
     _factors_kernel[(len(left) * steps, ceil_div(dim, block))](
         z, left, right, *(scale.contiguous() for scale in balanced(left, right)), *tables,
-        *(_inverse(table, dim) for table in tables), left.shape[2], right.shape[2], *left.stride(), *right.stride(),
+        *(source_of_columns(table, dim) for table in tables), left.shape[2], right.shape[2], *left.stride(), *right.stride(),
         steps, dim, BLOCK=block, enable_fp_fusion=True,
     )  # fmt: skip
 

@@ -133,6 +133,21 @@ def gpt2() -> nn.Module:
     return Decoder(50257, 768, 12, 12, 512)
 
 
+class Stack(nn.Module):
+    """Four layers of width 4,096 over positions, and a small head over their mean; 67 million parameters."""
+
+    def __init__(self, width: int = 4096, layers: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        for layer in self.layers:
+            x = F.gelu(layer(x))
+        logits: Tensor = self.head(x.mean(1))
+        return logits
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model with its batches, its task and the loss that plain training takes the mean of."""
@@ -187,6 +202,7 @@ SUBJECTS = {
     "decoder": Subject(Decoder, sentences(4096, 128), 32, sp.CausalLM(), token_loss),
     "minilm": Subject(minilm, padded, 32, sp.Classification(), hf_class_loss),
     "decoder-hf": Subject(gpt2_of_transformers, sentences(4096, 128), 32, sp.CausalLM(), hf_token_loss),
+    "stack": Subject(Stack, classified(128, 4096), 16, sp.Classification(), class_loss),
     "gpt2": Subject(gpt2, sentences(50257, 512), 16, sp.CausalLM(), token_loss),
 }
 

@@ -2,10 +2,11 @@
 
     python examples/speed/capture.py                       # a decoder of GPT-2's shape, small, and an MLP: minutes
     python examples/speed/capture.py --models mlp --dim 1024 --steps 30
+    python examples/speed/capture.py --device cuda --autocast bfloat16 --models gpt2 stack --sketch tensor
 
-Both steps in one process and in turn, each with forward and backward pass, AdamW's update, and zero_grad; medians of
-the processor's time over the last two thirds of the steps, which other processes disturb less than the clock, and
-which are past the audits of the first steps. "curvature" is the part that the k x k sum takes.
+Both steps in one process and in turn, each with forward and backward pass, AdamW's update, and zero_grad; medians over
+the last two thirds of the steps, which are past the audits of the first ones: of the processor's time on a CPU, which
+other processes disturb less than the clock, and of the clock on a GPU. "curvature" is the part that the k x k sum takes.
 """
 
 import argparse
@@ -13,15 +14,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from build import Decoder, mlp
+from build import Decoder, Stack, gpt2, mlp
 from torch import Tensor, nn
 
 import source_proj as sp
 from source_proj.bank.capture.sums import SegmentSums
+from source_proj.sketch.projections import kinds
 
 
 def _language(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -30,49 +33,65 @@ def _language(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def _classes(labels: Tensor, model: nn.Module, inputs: Tensor) -> Tensor:
-    return F.cross_entropy(model(inputs), labels)
+    return F.cross_entropy(model(inputs), labels.to(inputs.device))
 
 
-def cases(
-    batch: int | None,
-) -> dict[str, tuple[Callable[[], nn.Module], Tensor, Callable[[nn.Module, Tensor], Tensor]]]:
-    """By name: what makes the model, the batch, and its loss."""
-    few, many = batch or 8, batch or 64
-    return {
-        "decoder": (Decoder, torch.randint(4096, (few, 128)), _language),
-        "mlp": (mlp, torch.randn(many, 784), partial(_classes, torch.randint(10, (many,)))),
-    }
+MODELS = ("decoder", "mlp", "gpt2", "stack")
+Loss = Callable[[nn.Module, Tensor], Tensor]
 
 
-def measure(name: str, dim: int, steps: int, batch: int | None) -> None:
+def case(name: str, batch: int | None) -> tuple[Callable[[], nn.Module], Tensor, Loss]:
+    """What makes a model of `MODELS`, a batch for it, and its loss."""
+    if name in ("decoder", "gpt2"):
+        make, words, length = (Decoder, 4096, 128) if name == "decoder" else (gpt2, 50257, 512)
+        return make, torch.randint(words, (batch or 8, length)), _language
+    make, shape = (mlp, (784,)) if name == "mlp" else (Stack, (128, 4096))
+    data = torch.randn(batch or 64, *shape)
+    return make, data, partial(_classes, torch.randint(10, (len(data),)))
+
+
+def now(device: torch.device) -> float:
+    """Seconds of the processor; on a GPU of the clock, when it has done its work."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def measure(name: str, a: argparse.Namespace) -> None:
     """Print medians of one model."""
     torch.manual_seed(0)
-    make, data, loss_of = cases(batch)[name]
-    models = [make(), make()]
+    make, data, loss_of = case(name, a.batch)
+    data, device = data.to(a.device), a.device
+    models = [make().to(device), make().to(device)]
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4) for model in models]
-    task = sp.CausalLM(reduction="sum") if name == "decoder" else sp.Classification()
+    autocast = partial(torch.autocast, device.type, getattr(torch, a.autocast)) if a.autocast else nullcontext
+    task = sp.CausalLM(reduction="sum") if loss_of is _language else sp.Classification()
+    sketch = sp.Sketch(a.dim, a.sketch)
     with tempfile.TemporaryDirectory() as folder:
-        recorder = sp.Recorder(models[1], optimizers[1], folder, capture=sp.Sketch(dim), task=task, examples=len(data))
+        recorder = sp.Recorder(models[1], optimizers[1], folder, capture=sketch, task=task, examples=len(data))
         times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(steps):
+        for _ in range(a.steps):
             for which in (0, 1):
-                began = time.process_time()
+                began = now(device)
                 optimizers[which].zero_grad()
-                torch.autograd.backward(loss_of(models[which], data))
+                with autocast():
+                    loss = loss_of(models[which], data)
+                torch.autograd.backward(loss)
                 optimizers[which].step()
                 if which:
                     recorder.step(ids=range(len(data)))
-                times[which].append(time.process_time() - began)
-        sums = SegmentSums(dim, len(data), "ram", recorder.dir, torch.device("cpu"))
-        rows, began = torch.randn(len(data), dim), time.process_time()
-        for _ in range(steps):
+                times[which].append(now(device) - began)
+        sums = SegmentSums(a.dim, len(data), "ram", recorder.dir, device)
+        rows, began = torch.randn(len(data), a.dim, device=device), now(device)
+        for _ in range(a.steps):
             sums.add(torch.arange(len(data)), rows, 0.1, None)
-        curvature = (time.process_time() - began) / steps
+        curvature = (now(device) - began) / a.steps
         recorder.close()
-    plain, captured = (statistics.median(own[steps // 3 :]) for own in times)
+    plain, captured = (statistics.median(own[a.steps // 3 :]) for own in times)
     size = sum(p.numel() for p in models[0].parameters())
     print(
-        f"{name}: {size / 1e6:.2f} million parameters, batch {len(data)}, k = {dim}: "
+        f"{name}: {size / 1e6:.2f} million parameters, batch {len(data)}, {a.sketch}, k = {a.dim}: "
         f"{plain * 1e3:.1f} ms a step alone, {captured * 1e3:.1f} ms captured, {captured / plain - 1:+.0%}; "
         f"curvature {curvature / plain:.0%}"
     )
@@ -81,14 +100,17 @@ def measure(name: str, dim: int, steps: int, batch: int | None) -> None:
 def main() -> None:
     """Measure the models of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["decoder", "mlp"], choices=list(cases(None)))
+    parser.add_argument("--models", nargs="+", default=["decoder", "mlp"], choices=MODELS)
     parser.add_argument("--dim", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch", type=int)
+    parser.add_argument("--batch", type=int, help="examples of a batch: 8 sequences, or 64 others")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--autocast", choices=("bfloat16", "float16"))
+    parser.add_argument("--sketch", choices=kinds(), default="sparse", help="kind of sketch")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.models:
-        measure(name, options.dim, options.steps, options.batch)
+        measure(name, options)
 
 
 if __name__ == "__main__":

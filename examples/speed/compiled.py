@@ -175,12 +175,27 @@ def sparse_launches(dim: int, dtype: torch.dtype) -> list[Callable[[], None]]:
     return [rows, step, columns, embedding, dense]
 
 
+def norm_launches(dtype: torch.dtype) -> list[Callable[[], None]]:
+    """Sums of a layer norm of GPT-2 and of a batch norm of ResNet."""
+    from source_proj.kernels.triton_norms import channel_sums_triton, row_sums_triton
+
+    def along() -> None:
+        x, g = (torch.zeros(16, 512, 768, dtype=dtype) for _ in range(2))
+        row_sums_triton(x, g, 1e-5, centred=True)
+
+    def channels() -> None:
+        x, g = (torch.zeros(16, 128, 1024, dtype=dtype) for _ in range(2))
+        channel_sums_triton(x, g, torch.zeros(128), torch.ones(128))
+
+    return [along, channels]
+
+
 def launches(dim: int) -> dict[str, Callable[[], None]]:
     """The shapes that matter, of float32 and bfloat16, by name."""
     return {
         f"{launch.__name__} {name}": launch
         for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
-        for launch in (*sparse_launches(dim, dtype), *tensor_launches(dim, dtype))
+        for launch in (*sparse_launches(dim, dtype), *tensor_launches(dim, dtype), *norm_launches(dtype))
     }
 
 

@@ -275,7 +275,7 @@ _RULES: dict[str, _Rule] = {
     "RegisterPostBackwardFunction": _passed,
     **dict.fromkeys(["Convolution", "MkldnnConvolution", "CudnnConvolution", "Linear", "MkldnnLinear"], _same),
     **dict.fromkeys(["NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm"], _same),
-    **dict.fromkeys(["NativeBatchNorm", "CudnnBatchNorm", "MkldnnRnnLayer"], _same),
+    **dict.fromkeys(["NativeBatchNorm", "CudnnBatchNorm", "MkldnnRnnLayer", "LabelLikelihood"], _same),
 }
 _LAYERS = (
     *("ScaledDotProduct", "MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "Upsample"),

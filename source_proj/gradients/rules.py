@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from source_proj import kernels
 from source_proj.gradients import convolution
 from source_proj.gradients.convolution import as_multiplied
 from source_proj.gradients.sink import GradientSink
@@ -103,20 +104,39 @@ def _affine(
         sink.add(names["bias"], summed(g))
 
 
+def _add_sums(names: Names, sums: tuple[Tensor, Tensor], sink: GradientSink) -> None:
+    """What a kernel summed for the weight and the bias."""
+    for local, total in zip(("weight", "bias"), sums, strict=True):
+        if local in names:
+            sink.add(names[local], total)
+
+
+def _along_rows(
+    names: Names, shape: list[int], eps: float, x: Tensor, g: Tensor, sink: GradientSink, *, centred: bool
+) -> None:
+    """Layers that normalise along the last dims, of this shape."""
+    sums = kernels.row_sums(x, g, len(shape), eps, centred=centred)
+    if sums is not None:
+        _add_sums(names, sums, sink)
+    elif centred:
+        _affine(names, lambda x: F.layer_norm(x, shape, eps=eps), x, g, sink, len(shape))
+    else:
+        _affine(names, lambda x: F.rms_norm(x, shape, eps=eps), x, g, sink, len(shape))
+
+
 def _layer_norm(module: nn.LayerNorm, names: Names, x: Tensor, g: Tensor, sink: GradientSink) -> None:
-    shape = list(module.normalized_shape)
-    _affine(names, lambda x: F.layer_norm(x, shape, eps=module.eps), x, g, sink, len(shape))
+    _along_rows(names, list(module.normalized_shape), module.eps, x, g, sink, centred=True)
 
 
 def _rms_norm(module: nn.RMSNorm, names: Names, x: Tensor, g: Tensor, sink: GradientSink) -> None:
-    shape = list(module.normalized_shape)
-    _affine(names, lambda x: F.rms_norm(x, shape, eps=module.eps), x, g, sink, len(shape))
+    eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
+    _along_rows(names, list(module.normalized_shape), eps, x, g, sink, centred=False)
 
 
 def _named_rms_norm(module: nn.Module, names: Names, x: Tensor, g: Tensor, sink: GradientSink) -> None:
     """Those of transformers; where y = (1 + weight) · x̂ the gradient is the same."""
-    shape, eps = list(cast(Tensor, module.weight).shape), _epsilon(module)
-    _affine(names, lambda x: F.rms_norm(x, shape, eps=eps), x, g, sink, 1)
+    shape, eps = list(cast(Tensor, module.weight).shape), cast(float, _epsilon(module))
+    _along_rows(names, shape, eps, x, g, sink, centred=False)
 
 
 def _group_norm(module: nn.GroupNorm, names: Names, x: Tensor, g: Tensor, sink: GradientSink) -> None:
@@ -128,6 +148,10 @@ def _batch_norm(
 ) -> None:
     """In evaluation mode x̂ = (x − running mean)/√(running variance + ε): no example sees another."""
     mean, variance = (cast(Tensor, statistic).float() for statistic in (module.running_mean, module.running_var))
+    sums = kernels.channel_sums(x, g, mean, variance, module.eps)
+    if sums is not None:
+        _add_sums(names, sums, sink)
+        return
     _affine(names, lambda x: F.batch_norm(x, mean, variance, eps=module.eps), x, g, sink, 0)
 
 

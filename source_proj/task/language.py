@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
+from source_proj import kernels
 from source_proj.task.answers import Answers, continued, greedy, has_targets
 from source_proj.task.base import Derivatives, Task, checked_normalizer
 from source_proj.task.batch import Batch, Model, Uniform, class_indices, draw, first_examples, forward, split
@@ -106,8 +107,8 @@ class CausalLM(Task):
         if self.chunk is not None:
             total, counted = self._by_chunks(model, batch, self.chunk, None)
             return total / self._length(counted)
-        logp, labels, counted = self._tokens(model, batch)
-        return self._total(logp, labels, counted) / self._length(counted)
+        logits, labels, counted = self._tokens(model, batch)
+        return _summed(_picked(logits, labels), counted) / self._length(counted)
 
     def loss_derivatives(self, output: Tensor, batch: Batch) -> Derivatives:  # noqa: D102
         ones = torch.ones_like(output.detach())
@@ -183,8 +184,10 @@ class CausalLM(Task):
         if self.chunk is not None:
             total, counted = self._by_chunks(model, batch, self.chunk, uniform)
         else:
-            logp, _, counted = self._tokens(model, batch)
-            total = self._total(logp, draw(logp, uniform(logp.shape[1])), counted)
+            logits, labels, counted = self._tokens(model, batch)
+            logp = _log_probabilities(logits, labels.shape[1])
+            drawn = draw(logp, uniform(labels.shape[1]))
+            total = _summed(_picked(logits, drawn, logp), counted)
         return total / (math.sqrt(self._mean_tokens()) if self.reduction == "token" else self._length(counted).sqrt())
 
     def _options(self) -> dict[str, Any]:
@@ -233,15 +236,10 @@ class CausalLM(Task):
         return torch.where(counted, labels, 0), counted
 
     def _tokens(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities (B, T, V), labels (B, T) safe to gather with, and whether each counts."""
+        """Logits (B, T, V), labels (B, S) of the first S positions, safe to gather with, and whether each counts."""
         _require_decoder_inputs(model, batch)
         logits, labels = forward(model, batch, None)
-        labels, counted = self._aligned(labels, logits)
-        return log_softmax(logits[:, : labels.shape[1]], dim=-1), labels, counted
-
-    def _total(self, logp: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
-        picked = logp.gather(2, labels[..., None]).squeeze(2)  # (B, T)
-        return torch.where(counted, picked, 0.0).sum(-1)
+        return logits, *self._aligned(labels, logits)
 
     def _length(self, counted: Tensor) -> Tensor:
         length = counted.sum(-1).clamp(min=1).float()
@@ -266,6 +264,27 @@ def _require_decoder_inputs(model: Model, batch: Batch) -> None:
 
 def _likelihood(head: Head, hidden: Tensor, labels: Tensor, counted: Tensor, numbers: Tensor | None = None) -> Tensor:
     """Log-likelihood (B,) of the counted labels of some tokens, or of tokens drawn with numbers (B, T) in [0, 1)."""
-    logp = log_softmax(head(hidden).float(), dim=-1)  # (B, T, vocabulary)
-    labels = labels if numbers is None else draw(logp, numbers)
-    return torch.where(counted, logp.gather(2, labels[..., None]).squeeze(2), 0.0).sum(-1)
+    logits = head(hidden)
+    if numbers is None:
+        return _summed(_picked(logits, labels), counted)
+    logp = _log_probabilities(logits, labels.shape[1])
+    return _summed(_picked(logits, draw(logp, numbers), logp), counted)
+
+
+def _log_probabilities(logits: Tensor, steps: int) -> Tensor:
+    """Of the first positions, (B, steps, V), in float32 at least."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return log_softmax(logits[:, :steps], dim=-1, dtype=wide)
+
+
+def _picked(logits: Tensor, labels: Tensor, logp: Tensor | None = None) -> Tensor:
+    """Log-likelihood of each label (B, S) under logits (B, T, V); logp, where that is known already."""
+    fused = kernels.label_likelihood(logits, labels)
+    if fused is not None:
+        return fused
+    logp = _log_probabilities(logits, labels.shape[1]) if logp is None else logp
+    return logp.gather(2, labels[..., None]).squeeze(2)
+
+
+def _summed(picked: Tensor, counted: Tensor) -> Tensor:
+    return torch.where(counted, picked, 0.0).sum(-1)

@@ -68,6 +68,21 @@ def test_outer_products_by_transforms(batch, steps, o, i, k, dtype):
     assert ((got.cpu() - expected).norm(dim=1) <= 1e-6 * size).all()
 
 
+@pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
+@pytest.mark.parametrize(("k", "o", "i"), [(1024, 300, 1500), (2048, 40, 700), (4096, 4097, 30), (8192, 9, 8)])
+def test_transforms_of_halves_round_no_more_than_halves_do(k, o, i, dtype):
+    """One kernel makes them; zeros, and factors of very different sizes, are no trouble to it."""
+    generator = torch.Generator().manual_seed(k)
+    left, right = (torch.randn(2, 3, n, generator=generator) for n in (o, i))
+    left[0, 1], right[1, 2] = 0, 0
+    left, right = (1e-3 * left).to(DEVICE, dtype), (100 * right).to(DEVICE, dtype)
+    matrix = TensorMap(k, 7, 2**33 + 5, (o, i))
+    expected, got = torch.zeros(2, k), torch.ones(2, k, device=DEVICE)
+    tensor_add_outer_(expected, left.float().cpu(), right.float().cpu(), matrix, spectral=False)
+    tensor_add_outer_(got, left, right, matrix, backend="triton", spectral=True)
+    assert ((got.cpu() - 1 - expected).norm(dim=1) <= 2e-3 * expected.norm(dim=1)).all()
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_given_rows_from_the_middle_of_one_to_that_of_another(dtype, width):
     matrix, rows = TensorMap(40, 1, 2**40, (30, 70)), whole(5, 1500)
