@@ -149,7 +149,10 @@ class DenseHessian:
         if series is None:
             return self.spectrum().multiply(rows, function)
         condition = self.norm / series.shift + 1
-        factor = self.factor(series.shift, torch.float32 if condition <= _SINGLE_CONDITION else torch.float64)
+        try:
+            factor = self.factor(series.shift, torch.float32 if condition <= _SINGLE_CONDITION else torch.float64)
+        except torch.linalg.LinAlgError:  # the shift is lost in the rounding of Ĥ's own sums
+            return self.spectrum().multiply(rows, function)
         moved = [series.apply(factor, chunk.to(factor)) for chunk in rows.split(_CHUNK) if len(chunk)]
         return torch.cat(moved) if moved else rows.to(factor)
 

@@ -152,8 +152,8 @@ def build(
         int, typer.Option(min=1, help="Numbers kept per example and checkpoint.", rich_help_panel=SKETCH)
     ] = 4096,
     sketch_kind: Annotated[
-        str, typer.Option(help="sparse, tensor, rademacher, kronecker, identity or fast_jl.", rich_help_panel=SKETCH)
-    ] = "sparse",
+        str, typer.Option(help="tensor, sparse, rademacher, kronecker, identity or fast_jl.", rich_help_panel=SKETCH)
+    ] = "tensor",
     sketch_seed: Annotated[int, typer.Option(help="Seed of the projection.", rich_help_panel=SKETCH)] = 0,
     sketch_nnz: Annotated[
         int, typer.Option(help="Non-zeros per coordinate of the sparse projection.", rich_help_panel=SKETCH)

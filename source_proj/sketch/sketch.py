@@ -53,14 +53,14 @@ class Sketch:
 
     Args:
         dim: numbers per sketch, k; inner products err by about sqrt(1/k) of the norms.
-        kind: ``"sparse"``: block-permutation CountSketch (`source_proj.kernels.sparse`), O(d) per gradient;
-            ``"rademacher"``: dense signs, O(d k); ``"kronecker"``: two-sided per matrix parameter, cheapest for huge
-            linear layers and less faithful; ``"tensor"``: TensorSketch per matrix parameter, as faithful as the sparse
-            map, and of large layers without their weight gradients, fastest where dim is a power of two (vectors of
-            these two go through the sparse map); ``"identity"``: no projection, dim is then the number of parameters,
-            or more, which leaves columns of zeros.
+        kind: ``"tensor"``: TensorSketch per matrix parameter (`kernels/tensor_map.py`), of large layers without their
+            weight gradients, fastest where dim is a power of two; vectors go through the sparse map. ``"sparse"``:
+            block-permutation CountSketch (`kernels/sparse_map.py`), O(d) per gradient, as faithful. ``"rademacher"``:
+            dense signs, O(d k). ``"kronecker"``: two-sided per matrix parameter, cheapest for huge linear layers and
+            less faithful. ``"identity"``: no projection, dim is then the number of parameters, or more, which leaves
+            columns of zeros.
         seed: which matrix, in [0, 2^64). One seed for all that is compared; ensemble members take different ones.
-        nnz: nonzeros per column of R for the sparse map; more than one serves gradients with few huge entries.
+        nnz: nonzeros per column of R, for ``"sparse"``; more than one serves gradients with few huge entries.
         backend: ``"native"`` (CPU), ``"triton"`` (GPU), ``"torch"``, or None for the fastest present, none of which
             changes the matrix; or, for ``"rademacher"`` on CUDA devices, ``"fast-jl"``, which has a matrix of its own
             (`kernels/fast_jl.py`).
@@ -80,7 +80,7 @@ class Sketch:
     """
 
     dim: int = 4096
-    kind: str = "sparse"
+    kind: str = "tensor"
     seed: int = 0
     nnz: int = 1
     backend: str | None = None
@@ -133,7 +133,7 @@ class Sketch:
         With backend ``"fast-jl"`` that is its name, and one more entry says for how many multiprocessors.
 
         >>> Sketch(dim=8).spec()
-        {'kind': 'sparse', 'dim': 8, 'seed': 0, 'nnz': 1, 'backend': 'portable'}
+        {'kind': 'tensor', 'dim': 8, 'seed': 0, 'nnz': 1, 'backend': 'portable'}
         """
         spec = {"kind": self.kind, "dim": self.dim, "seed": self.seed, "nnz": self.nnz, "backend": _PORTABLE}
         if not self._projection.is_portable:
