@@ -6,7 +6,9 @@ from .kronecker import kronecker_add_, kronecker_add_outer_, kronecker_split
 from .likelihood import label_likelihood
 from .norms import channel_sums, row_sums
 from .philox import philox4x32
+from .products_native import HeldProducts
 from .rademacher import rademacher_add_, sign_tile
+from .small_rows import Piece
 from .sparse import sparse_add_, sparse_add_at_, sparse_add_outer_, sparse_add_windows_
 from .sparse_map import signs_negative, sparse_map
 from .tensor import tensor_add_, tensor_add_at_, tensor_add_outer_, tensor_add_windows_
@@ -16,7 +18,9 @@ from .tiles import outer_tiles, scaled, window_columns
 
 __all__ = [
     "BACKENDS",
+    "HeldProducts",
     "HeldSums",
+    "Piece",
     "TensorMap",
     "available_backends",
     "channel_sums",

@@ -41,6 +41,8 @@ enum {
   RIGHT_WORK = 4096,  /* and of right; together they fit the second-level cache beside the sums */
   WINDOW_STEPS = 128, /* windows of a convolution that are summed in registers */
   WINDOW_TABLE = 1024, /* entries of its table; ROWS panels of the steps share the first-level cache with it */
+  PANEL = 16,         /* examples whose entries lie beside each other in rank-one products: a line of the caches */
+  PANEL_COLUMNS = 128, /* whose sums are turned at once, and then lie in runs of lines */
   OUTER_COPIES = 64,  /* the largest nnz of an outer product or a convolution */
   SCORE_ROWS = 4,     /* of a register tile of scores */
   SCORE_QUERIES = 4,  /* likewise */
@@ -208,6 +210,11 @@ DISPATCH(sp_outer_lanes,
           int64_t right_t, int lanes, int64_t steps, int64_t o, int64_t i, uint64_t start, const spec *of,
           const float *scale),
          (sums, work, left, left_b, left_t, right, right_b, right_t, lanes, steps, o, i, start, of, scale))
+DISPATCH(sp_products,
+         (float *out, int64_t out_stride, void *work, const float *const *factors, const int64_t *strides,
+          const int64_t *counts, int64_t number, int64_t doubled, int64_t first, int64_t last, const uint32_t *pairs,
+          const uint32_t *starts, int64_t k),
+         (out, out_stride, work, factors, strides, counts, number, doubled, first, last, pairs, starts, k))
 DISPATCH(sp_windows_lanes,
          (void *sums, void *work, int64_t left_work, int64_t right_work, const float *left, int64_t left_b,
           int64_t left_o, const float *right, int64_t right_b, int64_t plane, const int32_t *taps,
@@ -227,10 +234,8 @@ DISPATCH(sp_spectral_windows,
           int64_t o, int64_t begin, int64_t end, int64_t c, int64_t j, const spec *of, const float *w),
          (sums, work, fresh, left, left_b, l, right, right_b, plane, taps, windows, first, last, o, begin, end, c, j, of,
           w))
-DISPATCH(sp_finish,
-         (float *out, int64_t out_stride, float *sums, const float *rows, int64_t row_stride, const uint32_t *table,
-          int64_t count, int64_t first, int64_t last, int64_t k, const float *w),
-         (out, out_stride, sums, rows, row_stride, table, count, first, last, k, w))
+DISPATCH(sp_finish, (float *out, int64_t out_stride, float *sums, int64_t first, int64_t last, int64_t k, const float *w),
+         (out, out_stride, sums, first, last, k, w))
 DISPATCH(sp_gather_lanes,
          (float *out, int64_t out_stride, const void *sums, int64_t parts, int lanes, int64_t k, float scale),
          (out, out_stride, sums, parts, lanes, k, scale))

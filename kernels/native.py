@@ -93,7 +93,10 @@ _SIGNATURES = {
         *(_i64, _i64, _i64, _i64, _i64, _i64, _i64, _map, _pointer),
     ],
     "sp_spectral_table": [_pointer, _pointer, _i64],
-    "sp_finish": [*(_pointer, _i64, _pointer, _pointer, _i64), *(_pointer, _i64, _i64, _i64, _i64, _pointer)],
+    "sp_finish": [_pointer, _i64, _pointer, _i64, _i64, _i64, _pointer],
+    "sp_products": [
+        *(_pointer, _i64, _pointer, _pointer, _pointer, _pointer, _i64, _i64, _i64, _i64, _pointer, _pointer, _i64),
+    ],
     "sp_score": [_pointer, _i64, _pointer, _i64, _i64, _pointer, _i64, _pointer, _i64, _i64, _int],
     "sp_gram": [*(_pointer, _i64, _pointer, _i64, _pointer, _i64), *(_pointer, _i64, _int, _pointer)],
     "sp_keep": [

@@ -364,21 +364,16 @@ static void VARIANT(sp_spectral_windows)(float *sums, float *work, int fresh, co
 }
 
 /* out[b] += half the imaginary part of the inverse transform of the sums of the examples b in [first, last), as above,
- * which are overwritten, unless they are null; and count numbers rows[b], each with its entry of a table. */
-static void VARIANT(sp_finish)(float *out, int64_t out_stride, float *sums, const float *rows, int64_t row_stride,
-                               const uint32_t *table, int64_t count, int64_t first, int64_t last, int64_t k,
+ * which are overwritten. */
+static void VARIANT(sp_finish)(float *out, int64_t out_stride, float *sums, int64_t first, int64_t last, int64_t k,
                                const float *w) {
+  const VARIANT(plan) p = VARIANT(open_plan)(w, k);
   const float scale = 0.5f / (float)k;
   for (int64_t b = first; b < last; b++) {
     float *const to = out + b * out_stride;
-    if (sums) {
-      const VARIANT(plan) p = VARIANT(open_plan)(w, k);
-      floats *const sum = (floats *)(sums + b * 2 * k);
-      VARIANT(invert)(&p, sum, k);
-      for (int64_t c = 0; c < k / LANES; c++) *(floats_u *)(to + c * LANES) += sum[2 * c + 1] * scale;
-    }
-    const float *const row = rows + b * row_stride;
-    for (int64_t x = 0; x < count; x++) to[table[x] & ~NEGATIVE] += table[x] & NEGATIVE ? -row[x] : row[x];
+    floats *const sum = (floats *)(sums + b * 2 * k);
+    VARIANT(invert)(&p, sum, k);
+    for (int64_t c = 0; c < k / LANES; c++) *(floats_u *)(to + c * LANES) += sum[2 * c + 1] * scale;
   }
 }
 

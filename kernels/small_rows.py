@@ -5,36 +5,35 @@ than the sums. So their rows are put beside each other, with one table of column
 """
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .sparse_map import sparse_map
 from .tensor_map import TensorMap
 
-__all__ = ["MOST_COORDINATES", "Piece", "SmallRows", "add_by_table_", "table_of"]
+__all__ = ["MOST_COORDINATES", "Piece", "SmallRows", "add_by_table_", "columns_of"]
 
 MOST_COORDINATES = 1 << 12  # of a small parameter
-_NEGATIVE = np.uint32(1 << 31)
 _GATHERED = 1 << 24  # numbers that are gathered at once
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Coordinates [start, start + count) of the sparse map of this size and seed, or of the tensor map of a parameter.
+class Piece(NamedTuple):
+    """Coordinates [start, start + size) of the sparse map of this size and seed, or of the tensor map of a parameter.
 
-    Args:
+    Attributes:
         start: absolute coordinate of the first.
-        count: how many.
+        size: how many.
         dim: columns, k.
         seed: which matrix.
         matrix: the tensor map of the parameter that they are of; None for the sparse map.
     """
 
     start: int
-    count: int
+    size: int
     dim: int
     seed: int
     matrix: TensorMap | None = None
@@ -65,18 +64,12 @@ class SmallRows:
         return rows, pieces
 
 
-@functools.lru_cache(maxsize=64)
-def table_of(pieces: tuple[Piece, ...]) -> Tensor:
-    """For each coordinate, int32: bits 0 to 30 are its column, bit 31 is set where its sign is -1."""
-    packed = []
-    for piece in pieces:
-        stop = piece.start + piece.count
-        if piece.matrix is None:
-            columns, negative = sparse_map(piece.start, stop, dim=piece.dim, seed=piece.seed)
-        else:
-            columns, negative = piece.matrix.columns(piece.start, stop)
-        packed.append(columns.astype(np.uint32) | np.where(negative, _NEGATIVE, np.uint32(0)))
-    return torch.from_numpy(np.concatenate(packed).view(np.int32))
+def columns_of(piece: Piece) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Columns, and whether the sign is -1, of a piece's coordinates."""
+    stop = piece.start + piece.size
+    if piece.matrix is None:
+        return sparse_map(piece.start, stop, dim=piece.dim, seed=piece.seed)
+    return piece.matrix.columns(piece.start, stop)
 
 
 def add_by_table_(out: Tensor, rows: Tensor, pieces: tuple[Piece, ...]) -> None:
@@ -92,12 +85,11 @@ def add_by_table_(out: Tensor, rows: Tensor, pieces: tuple[Piece, ...]) -> None:
 @functools.lru_cache(maxsize=64)
 def _by_column(pieces: tuple[Piece, ...], dim: int, device: str) -> tuple[Tensor, Tensor]:
     """Index (J, k) of the coordinates in each column, the number of them where there are fewer; and signs (J, k)."""
-    table = table_of(pieces).numpy().view(np.uint32)
-    columns = (table & ~_NEGATIVE).astype(np.int64)
+    columns, negative = (np.concatenate(parts) for parts in zip(*map(columns_of, pieces), strict=True))
     order = np.argsort(columns, kind="stable")
     counts = np.bincount(columns, minlength=dim)
     place = np.arange(len(columns)) - np.repeat(np.cumsum(counts) - counts, counts)
     index = np.full((int(counts.max()), dim), len(columns))
     index[place, columns[order]] = order
-    signs = np.where(np.append(table, np.uint32(0))[index] & _NEGATIVE, np.float32(-1), np.float32(1))
+    signs = np.where(np.append(negative, False)[index], np.float32(-1), np.float32(1))
     return torch.from_numpy(index).to(device), torch.from_numpy(signs).to(device)

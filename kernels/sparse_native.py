@@ -11,7 +11,6 @@ Hence the lanes serve groups that are full enough, unless there are too few coor
 there are fewer groups than `_JOBS`, each is split into parts with buffers of their own, which are added in order.
 """
 
-import ctypes
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .native import NativeMap, aligned_scratch, native_library, run_jobs, share_rows
+from .native import NativeMap, aligned_scratch, require_library, run_jobs, share_rows
 from .tiles import outer_tiles, scaled, window_columns
 
 __all__ = [
@@ -30,7 +29,6 @@ __all__ = [
     "add_windows_native_",
     "address",
     "last_contiguous",
-    "loaded_library",
     "product_nanoseconds",
     "sparse_map_native",
     "sum_lanes_",
@@ -73,7 +71,7 @@ def sparse_map_native(
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """The same as `sparse_map`, by the compiled code that the sums use."""
     table = np.empty(max(stop - start, 0), np.uint32)
-    loaded_library().sp_table(table.ctypes.data, start, table.size, NativeMap(dim, seed), copy)
+    require_library().sp_table(table.ctypes.data, start, table.size, NativeMap(dim, seed), copy)
     return (table & ~_NEGATIVE).astype(np.int64), (table & _NEGATIVE) != 0
 
 
@@ -82,7 +80,7 @@ def add_native_(out: Tensor, rows: Tensor, offset: int, matrix: NativeMap) -> No
     (batch, count), dim, nnz = rows.shape, out.shape[1], matrix.nnz
     if rows.stride(1) != 1 and count > 1:
         rows = rows.contiguous()
-    width = loaded_library().sp_lanes()
+    width = require_library().sp_lanes()
     pays = count >= dim and dim <= _LANES_DIM
     laned = _in_lanes(batch, width, _FULL_ENOUGH[width]) if pays else 0
     if laned:
@@ -92,7 +90,7 @@ def add_native_(out: Tensor, rows: Tensor, offset: int, matrix: NativeMap) -> No
 
         def add(sums: Tensor, first: int, lanes: int, part: int) -> None:
             start = part * step
-            loaded_library().sp_add_lanes(
+            require_library().sp_add_lanes(
                 sums.data_ptr(),
                 address(rows, first, start),
                 rows.stride(0),
@@ -115,7 +113,7 @@ def add_outer_native_(
     left, right = last_contiguous(left), last_contiguous(right)
     work = (1 + steps // 8) * o * i
     pays = work >= dim and dim <= _LANES_DIM and nnz <= _OUTER_COPIES
-    width = loaded_library().sp_lanes()
+    width = require_library().sp_lanes()
     laned = _in_lanes(batch, width, _full_enough_product(_OUTER[width], steps)) if pays else 0
     if laned:
         groups = -(-laned // width)
@@ -124,9 +122,9 @@ def add_outer_native_(
 
         def add(sums: Tensor, first: int, lanes: int, part: int) -> None:
             row = part * height
-            loaded_library().sp_outer_lanes(
+            require_library().sp_outer_lanes(
                 sums.data_ptr(),
-                aligned_scratch("work", loaded_library().sp_outer_work()).data_ptr(),
+                aligned_scratch("work", require_library().sp_outer_work()).data_ptr(),
                 address(left, first, row),
                 left.stride(0),
                 left.stride(1),
@@ -165,7 +163,7 @@ def add_windows_native_(
     taps, windows = taps.int().contiguous(), windows.int().contiguous()
     work = (1 + count // 8) * o * c * j
     pays = work >= dim and dim <= _LANES_DIM and nnz <= _OUTER_COPIES
-    width = loaded_library().sp_lanes()
+    width = require_library().sp_lanes()
     laned = _in_lanes(batch, width, _full_enough_product(_WINDOWS[width], count)) if pays else 0
     if laned:
         groups = -(-laned // width)
@@ -175,7 +173,7 @@ def add_windows_native_(
 
         def add(sums: Tensor, first: int, lanes: int, part: int) -> None:
             row = part * height
-            loaded_library().sp_windows_lanes(
+            require_library().sp_windows_lanes(
                 sums.data_ptr(),
                 aligned_scratch("windows", (left_work + right_work) * width).data_ptr(),
                 left_work,
@@ -211,7 +209,7 @@ def add_at_native_(out: Tensor, rows: Tensor, examples: Tensor, offsets: Tensor,
     examples, offsets = examples.contiguous(), offsets.contiguous()
 
     def some(first: int, last: int) -> None:
-        loaded_library().sp_add_at(
+        require_library().sp_add_at(
             out.data_ptr(),
             out.stride(0),
             rows.data_ptr(),
@@ -244,7 +242,7 @@ def _full_enough_product(costs: _Costs, steps: int) -> int:
 
 def product_nanoseconds(batch: int, steps: int, o: int, i: int, *, windows: bool) -> float:
     """What an outer product of so many steps costs, or a convolution of so many windows, of (o, i) coordinates."""
-    width: int = loaded_library().sp_lanes()
+    width: int = require_library().sp_lanes()
     costs = (_WINDOWS if windows else _OUTER)[width]
     laned = _in_lanes(batch, width, _full_enough_product(costs, steps))
     group, alone = costs.lanes + costs.lanes_step * steps, costs.alone + costs.alone_step * steps
@@ -253,7 +251,7 @@ def product_nanoseconds(batch: int, steps: int, o: int, i: int, *, windows: bool
 
 def sum_lanes_(out: Tensor, parts: int, nnz: int, nanoseconds: float, add: _Sum) -> None:
     """Add the sums of all parts of all groups of sixteen examples to out; nanoseconds are those of one example."""
-    (batch, dim), width = out.shape, loaded_library().sp_lanes()
+    (batch, dim), width = out.shape, require_library().sp_lanes()
     if parts == 1:
 
         def whole(first: int) -> None:
@@ -281,7 +279,7 @@ def sum_lanes_(out: Tensor, parts: int, nnz: int, nanoseconds: float, add: _Sum)
 
 def _gather_(out: Tensor, sums: Tensor, parts: int, nnz: int) -> None:
     lanes, dim = out.shape
-    loaded_library().sp_gather_lanes(out.data_ptr(), out.stride(0), sums.data_ptr(), parts, lanes, dim, nnz**-0.5)
+    require_library().sp_gather_lanes(out.data_ptr(), out.stride(0), sums.data_ptr(), parts, lanes, dim, nnz**-0.5)
 
 
 def _add_rows_(out: Tensor, rows: Tensor, offset: int, matrix: NativeMap) -> None:
@@ -289,7 +287,7 @@ def _add_rows_(out: Tensor, rows: Tensor, offset: int, matrix: NativeMap) -> Non
     batch, count = rows.shape
 
     def some(first: int, last: int) -> None:
-        loaded_library().sp_add_rows(
+        require_library().sp_add_rows(
             address(out, first, 0),
             out.stride(0),
             address(rows, first, 0),
@@ -316,11 +314,3 @@ def address(x: Tensor, first: int, column: int) -> int:
 
 def _scale_address(scale: Tensor | None, first: int) -> int | None:
     return None if scale is None else scale.data_ptr() + 4 * first
-
-
-def loaded_library() -> ctypes.CDLL:
-    """The compiled kernels, or an error where they are not."""
-    library = native_library()
-    if library is None:
-        raise RuntimeError("the compiled kernels are not there; use backend 'torch'")
-    return library

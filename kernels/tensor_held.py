@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from .products_native import HeldProducts, held_nanoseconds
 from .small_rows import MOST_COORDINATES, Piece, SmallRows, add_by_table_
 from .tensor_map import TensorMap
-from .tensor_native import HELD, NativeSpectra, has_transform, numbers_held, spectral_is_cheaper
+from .tensor_native import HELD, NativeSpectra, has_transform, numbers_held, spectral_is_cheaper, spectral_nanoseconds
 from .tensor_spectral import TorchSpectra, spectral_pays
 
 __all__ = ["HeldSums", "is_spectral"]
@@ -25,21 +26,27 @@ class HeldSums:
     def __init__(self, out: Tensor, backend: str, seed: int) -> None:
         self._out, self._backend, self._seed = out, backend, seed
         self._small = SmallRows()
+        self._products = HeldProducts(out) if backend == "native" else None
         self._spectra = NativeSpectra(out) if backend == "native" else TorchSpectra(out, backend)
         batch, dim = out.shape
         self._may_transform = backend != "native" or (has_transform(dim) and numbers_held(batch, dim) <= HELD)
 
     def takes_rows(self, rows: Tensor, start: int, matrix: TensorMap | None = None) -> bool:
         """Keep rows (B, n) of a small parameter, under the sparse map or a tensor map; False where it is not small."""
+        piece = Piece(start, rows.shape[1], self._out.shape[1], self._seed, matrix)
+        if self._products is not None:
+            return self._products.takes_rows(rows, piece)
         if rows.shape[1] > MOST_COORDINATES:
             return False
-        self._small.take(rows, Piece(start, rows.shape[1], self._out.shape[1], self._seed, matrix))
+        self._small.take(rows, piece)
         if len(self._small) > _MOST_ROWS:
             self._add_small_()
         return True
 
     def takes_outer(self, left: Tensor, right: Tensor, matrix: TensorMap) -> bool:
         """Keep sum_t left_t (x) right_t, as `tensor_add_outer_` adds it; False where that costs less."""
+        if self._takes_product(left, right, matrix):
+            return True
         if matrix.shape[0] * matrix.shape[1] <= MOST_COORDINATES:
             return self.takes_rows(_product(left.float(), right.float()), matrix.offset, matrix)
         if not self._may_transform or not is_spectral(self._backend, left, right.shape[2], matrix.dim, shared=True):
@@ -62,16 +69,25 @@ class HeldSums:
 
     def finish_(self) -> None:
         """Add all that is kept."""
-        if isinstance(self._spectra, NativeSpectra):
-            self._spectra.finish_(self._small)
-            return
+        if self._products is not None:
+            self._products.finish_()
         self._add_small_()
         self._spectra.finish_()
 
+    def _takes_product(self, left: Tensor, right: Tensor, matrix: TensorMap) -> bool:
+        """Keep the product of one step with those of other layers, where no transform costs less."""
+        batch, steps, o = left.shape
+        if not isinstance(self._spectra, NativeSpectra) or self._products is None or steps > 1:
+            return False
+        if self._may_transform:
+            i, begun = right.shape[2], self._spectra.begun
+            if spectral_nanoseconds(batch, 1, o + i, matrix.dim, shared=begun) < held_nanoseconds(batch, o, i):
+                return False
+        piece = Piece(matrix.offset, matrix.shape[0] * matrix.shape[1], matrix.dim, self._seed, matrix)
+        return self._products.takes_product(left[:, 0], right[:, 0], piece)
+
     def _add_small_(self) -> None:
-        if isinstance(self._spectra, NativeSpectra):
-            NativeSpectra(self._out).finish_(self._small)
-        elif (given := self._small.give()) is not None:
+        if (given := self._small.give()) is not None:
             add_by_table_(self._out, *given)
 
 

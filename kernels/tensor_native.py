@@ -8,13 +8,12 @@
 import functools
 from collections.abc import Callable, Iterator
 from functools import partial
-from math import log2
+from math import inf, log2
 
 import torch
 from torch import Tensor
 
-from .native import NativeMap, aligned_scratch, give_back, run_jobs, taken
-from .small_rows import SmallRows, table_of
+from .native import NativeMap, aligned_scratch, give_back, require_library, run_jobs, taken
 from .sparse_native import (
     add_at_native_,
     add_native_,
@@ -22,7 +21,6 @@ from .sparse_native import (
     add_windows_native_,
     address,
     last_contiguous,
-    loaded_library,
     product_nanoseconds,
 )
 from .tensor_map import TensorMap
@@ -37,6 +35,7 @@ __all__ = [
     "has_transform",
     "numbers_held",
     "spectral_is_cheaper",
+    "spectral_nanoseconds",
 ]
 
 _FEWEST, _MOST = 8, 16  # powers of two between which k has a transform here
@@ -61,11 +60,18 @@ def spectral_is_cheaper(
     With `shared`, the way back costs nothing: other layers take it as well; with `windows`, the steps are those of a
     convolution.
     """
+    alternative = product_nanoseconds(batch, steps, o, i, windows=windows)
+    return spectral_nanoseconds(batch, steps, o + i, dim, shared=shared, windows=windows) < alternative
+
+
+def spectral_nanoseconds(
+    batch: int, steps: int, entries: int, dim: int, *, shared: bool, windows: bool = False
+) -> float:
+    """What the transforms of so many steps cost, whose two factors have so many entries; infinite for other k."""
     if not has_transform(dim):
-        return False
-    entries = (_WINDOW_ENTRY if windows else _ENTRY) * (o + i)
-    example = (steps + (not shared)) * _TRANSFORM[_width()] * dim * log2(dim) + steps * (_BEGIN + entries)
-    return batch * example < product_nanoseconds(batch, steps, o, i, windows=windows)
+        return inf
+    placed = (_WINDOW_ENTRY if windows else _ENTRY) * entries
+    return batch * ((steps + (not shared)) * _TRANSFORM[_width()] * dim * log2(dim) + steps * (_BEGIN + placed))
 
 
 def has_transform(dim: int) -> bool:
@@ -112,7 +118,7 @@ class NativeSpectra:
 
         def add(sums: Tensor, fresh: bool, first: int, last: int, part: int) -> None:
             begin = part * step
-            loaded_library().sp_spectral_outer(
+            require_library().sp_spectral_outer(
                 sums.data_ptr(),
                 aligned_scratch("spectral", work).data_ptr(),
                 fresh,
@@ -143,7 +149,7 @@ class NativeSpectra:
         work = 4 * dim + o + 2 * c * j + (o + _width()) * step
 
         def add(sums: Tensor, fresh: bool, first: int, last: int, part: int) -> None:
-            loaded_library().sp_spectral_windows(
+            require_library().sp_spectral_windows(
                 sums.data_ptr(),
                 aligned_scratch("spectral", work).data_ptr(),
                 fresh,
@@ -168,33 +174,31 @@ class NativeSpectra:
 
         self._add(-(-count // step), _nanoseconds(batch, count, dim), add)
 
-    def finish_(self, small: SmallRows | None = None) -> None:
-        """Transform back, all layers at once, and add what small parameters there are."""
-        given = None if small is None else small.give()
-        if self._sums is None and given is None:
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything to transform back."""
+        return self._sums is not None
+
+    def finish_(self) -> None:
+        """Transform back, all layers at once."""
+        if self._sums is None:
             return
         sums, self._sums, (batch, dim) = self._sums, None, self._out.shape
-        rows, table = (self._out, None) if given is None else (given[0], table_of(given[1]))
-        twiddles = None if sums is None else _twiddles(dim, _width())
+        twiddles = _twiddles(dim, _width())
 
         def finish(first: int, last: int) -> None:
-            loaded_library().sp_finish(
+            require_library().sp_finish(
                 self._out.data_ptr(),
                 self._out.stride(0),
-                None if sums is None else sums.data_ptr(),
-                rows.data_ptr(),
-                rows.stride(0),
-                None if table is None else table.data_ptr(),
-                0 if table is None else len(table),
+                sums.data_ptr(),
                 first,
                 last,
                 dim,
-                None if twiddles is None else twiddles.data_ptr(),
+                twiddles.data_ptr(),
             )
 
         run_jobs([partial(finish, *some) for some in self._shares()], _nanoseconds(batch, 1, dim))
-        if sums is not None:
-            give_back(sums)
+        give_back(sums)
 
     def _add(self, parts: int, nanoseconds: float, add: _Add) -> None:
         """Each part but the first has sums of its own, which are added in order: no thread changes a bit."""
@@ -281,10 +285,10 @@ def _twiddles(dim: int, lanes: int) -> Tensor:  # noqa: ARG001, the order follow
     angles = torch.arange(dim, dtype=torch.float64) * (-2 * torch.pi / dim)
     twiddles = torch.stack([angles.cos(), angles.sin()], dim=1).float().contiguous()  # (k, 2)
     table = torch.empty(2 * dim)
-    loaded_library().sp_spectral_table(table.data_ptr(), twiddles.data_ptr(), dim)
+    require_library().sp_spectral_table(table.data_ptr(), twiddles.data_ptr(), dim)
     return table
 
 
 def _width() -> int:
-    lanes: int = loaded_library().sp_lanes()
+    lanes: int = require_library().sp_lanes()
     return lanes

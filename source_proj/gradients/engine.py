@@ -15,6 +15,7 @@ from source_proj._errors import GradientError, MismatchError, SourceProjError
 from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
 from source_proj.gradients.general import Autocast, Function, GeneralPath, first_line, weighted_gradient
 from source_proj.gradients.hooks import HookPath, Structure, Unsuited, evaluating, uncovered
+from source_proj.gradients.memory import RowMemory
 from source_proj.gradients.proof import (
     Audit,
     Expected,
@@ -114,6 +115,7 @@ class GradientEngine:
         self._may_change = method == "auto" and self._placement.is_whole
         self._dtype = None if autocast is None else _AUTOCAST[autocast]
         self._general = GeneralPath(self._placement, space)
+        self._memory = RowMemory()
         self._hooks: HookPath | None = None
         self._devices = self._placement.devices(space.names)
         self._shared_known = False
@@ -327,7 +329,7 @@ class GradientEngine:
     def _sinks_on(
         self, device: torch.device, work: _Work, watched: set[str]
     ) -> tuple[list[Tensor], SinkByParameter | None, GradientSink]:
-        outs = [torch.zeros(work.size, self._sketch.dim, device=device) for _ in work.scales]
+        outs = [self._memory.zeros(work.size, self._sketch.dim, device) for _ in work.scales]
         shares = share_sink(work.size, self._space, device) if watched else None
         if shares is not None and not outs:
             return outs, shares, shares

@@ -89,6 +89,7 @@ def where_examples_are_lost(order: Sequence[Node], calls: Sequence[Call], root: 
         size: B, at least 2: one example cannot be mistaken for another.
     """
     positions: dict[Node, int] = {call.tap: 0 for call in calls}
+    shapes: dict[Node, Shape] = {}
     inputs = {call.tap: call.inputs for call in calls}
     for node in order:
         if node in inputs:
@@ -96,20 +97,22 @@ def where_examples_are_lost(order: Sequence[Node], calls: Sequence[Call], root: 
                 return "a layer that has other than the examples in front"
             continue
         try:
-            positions[node] = _position(node, positions, size)
+            positions[node] = _position(node, positions, shapes, size)
         except _Lost:
             return label(node)
     return None if positions[root] == 0 else label(root)
 
 
-def _position(node: Node, positions: dict[Node, int], size: int) -> int:
+def _position(node: Node, positions: dict[Node, int], shapes: dict[Node, Shape], size: int) -> int:
     children = [
-        _Child(positions[child], _shape(child, output)) for child, output in node.next_functions if child in positions
+        _Child(positions[child], shapes[child] if output == 0 and child in shapes else _shape(child, output))
+        for child, output in node.next_functions
+        if child in positions
     ]
     rule = _rule_for(label(node))
     if rule is None or not children:
         raise _Lost
-    shape = _shape(node, 0)
+    shape = shapes[node] = _shape(node, 0)
     position = rule(node, children, shape, size)
     if not 0 <= position < len(shape) or shape[position] % size:
         raise _Lost

@@ -56,13 +56,18 @@ def _positions(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
 
 
+def _summed(g: Tensor) -> Tensor:
+    """(B, T, n) → the sums over positions (B, n), float32."""
+    return g[:, 0].float() if g.shape[1] == 1 else g.sum(1, dtype=torch.float32)
+
+
 def _linear(_module: nn.Linear, names: Names, x: Tensor, g: Tensor, sink: GradientSink) -> None:
     """∂/∂W = Σ_t g_t ⊗ x_t, ∂/∂b = Σ_t g_t."""
     g = _positions(g)
     if "weight" in names:
         sink.outer(names["weight"], g, as_multiplied(_positions(x), g))
     if "bias" in names:
-        sink.add(names["bias"], g.sum(1, dtype=torch.float32))
+        sink.add(names["bias"], _summed(g))
 
 
 def _transposed_linear(_module: nn.Module, names: Names, x: Tensor, g: Tensor, sink: GradientSink) -> None:
@@ -71,7 +76,7 @@ def _transposed_linear(_module: nn.Module, names: Names, x: Tensor, g: Tensor, s
     if "weight" in names:
         sink.outer(names["weight"], as_multiplied(_positions(x), g), g)
     if "bias" in names:
-        sink.add(names["bias"], g.sum(1, dtype=torch.float32))
+        sink.add(names["bias"], _summed(g))
 
 
 def _embedding(module: nn.Embedding, names: Names, x: Tensor, g: Tensor, sink: GradientSink) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from source_proj.gradients.space import ParameterSpace
-from source_proj.sketch import Sketch
+from source_proj.sketch import Sketch, without_autocast
 from source_proj.sketch.projections import HeldSketches
 
 __all__ = ["GradientSink", "ScaledSink", "SinkByParameter"]
@@ -30,6 +30,7 @@ class GradientSink:
         self._sketch = sketch
         self._offsets = space.offsets
         self._shapes = dict(zip(space.names, space.shapes, strict=True))
+        self._accepts_half = sketch.accepts_half(out.device.type)
         self._held: HeldSketches | None = None
 
     @contextmanager
@@ -37,9 +38,10 @@ class GradientSink:
         """Within, pieces that are cheaper together may be held back; at the end all are added."""
         self._held = self._sketch.hold(self._out)
         try:
-            yield
-            if self._held is not None:
-                self._held.finish_()
+            with without_autocast():
+                yield
+                if self._held is not None:
+                    self._held.finish_()
         finally:
             self._held = None
 
@@ -48,7 +50,7 @@ class GradientSink:
 
     def _held_for(self, piece: Tensor) -> HeldSketches | None:
         """What may hold back a piece of the whole batch."""
-        return self._held if piece.shape[0] == self._out.shape[0] else None
+        return self._held if piece.shape[0] == self._out.shape[0] and piece.numel() else None
 
     def _rows(self, _name: str, start: int, count: int) -> Tensor:
         """Where the named parameter's piece for some examples is added to."""
@@ -62,28 +64,31 @@ class GradientSink:
     @property
     def accepts_half(self) -> bool:
         """Whether factors of half precision are best left as they are: tensor cores sum their products in float32."""
-        return self._sketch.accepts_half(self._out.device.type)
+        return self._accepts_half
 
     def add(self, name: str, rows: Tensor, start: int = 0) -> None:
         """The gradients (n, …) of the whole parameter for the examples start … start + n."""
-        flat = rows.reshape(len(rows), -1)
-        out = self._rows(name, start, len(rows))
-        self._sketch.add_(out, flat, self._offsets[name], self._shapes[name], self._held_for(rows))
+        flat, held = rows.reshape(len(rows), -1), self._held_for(rows)
+        offset, shape = self._offsets[name], self._shapes[name]
+        if held is None or not held.takes_rows(flat, offset, shape):
+            self._sketch.add_(self._rows(name, start, len(rows)), flat, offset, shape)
 
     def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0, scale: Tensor | None = None) -> None:
         """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i).
 
         With a scale (o · i,), each coordinate times its entry.
         """
-        rows, held = self._rows(name, start, len(left)), self._held_for(left)
-        self._sketch.add_outer_(rows, left, right, self._offsets[name], scale, held)
+        offset, held = self._offsets[name], self._held_for(left) if scale is None else None
+        if held is None or not held.takes_outer(left, right, offset):
+            self._sketch.add_outer_(self._rows(name, start, len(left)), left, right, offset, scale)
 
     def windows(
         self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, scale: Tensor | None = None
     ) -> None:
         """The gradient of a convolution's weight (o, c, J); arguments as in `Sketch.add_windows_`."""
-        rows, offset = self._rows(name, 0, len(left)), self._offsets[name]
-        self._sketch.add_windows_(rows, left, right, taps, windows, offset, scale, self._held_for(left))
+        offset, held = self._offsets[name], self._held_for(left) if scale is None else None
+        if held is None or not held.takes_windows(left, right, taps, windows, offset):
+            self._sketch.add_windows_(self._rows(name, 0, len(left)), left, right, taps, windows, offset, scale)
 
     def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
         """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""

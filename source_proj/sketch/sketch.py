@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ParamSpec
 
@@ -23,10 +23,20 @@ from source_proj.sketch.checks import (
 )
 from source_proj.sketch.projections import HeldSketches, Projection, projection_class
 
-__all__ = ["Sketch"]
+__all__ = ["Sketch", "without_autocast"]
 
 _PORTABLE = "portable"  # in a spec: the matrix that every backend makes
 _Arguments = ParamSpec("_Arguments")
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """In full precision also where the caller's model runs under autocast."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _plain(method: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
@@ -34,10 +44,7 @@ def _plain(method: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
 
     @functools.wraps(method)
     def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
-        with torch.no_grad(), ExitStack() as stack:
-            for device in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
+        with torch.no_grad(), without_autocast():
             method(*args, **kwargs)
 
     return wrapped
@@ -197,7 +204,6 @@ class Sketch:
         rows: Tensor,
         offset: int = 0,
         shape: tuple[int, ...] | None = None,
-        held: HeldSketches | None = None,
     ) -> None:
         """Add R[:, offset : offset + n] rows to out, in place.
 
@@ -207,7 +213,6 @@ class Sketch:
             offset: absolute coordinate of the first column of rows.
             shape: for ``"kronecker"`` and ``"tensor"``, that of the one parameter whose flattened gradients the rows
                 are; without it, and for shapes of fewer than two axes, the rows go through the sparse map.
-            held: of the same out (`hold`): what it takes is added when it is finished, and must not change until then.
 
         Raises:
             ValueError: shapes, devices or coordinates do not fit.
@@ -220,14 +225,14 @@ class Sketch:
             raise ValueError(f"shape {tuple(shape)} has {math.prod(shape)} coordinates, but rows have {count}")
         if not batch or not count:
             return
-        if held is None or not held.takes_rows(rows, offset, shape):
-            self._projection.add_(out, rows, offset, shape)
+        self._projection.add_(out, rows, offset, shape)
 
     def hold(self, out: Tensor) -> HeldSketches | None:
-        """What takes sketches of all layers for out (B, dim), to be given as `held`, until its `finish_`.
+        """What may take gradients of all layers for out (B, dim) in place of `add_`, `add_outer_`, `add_windows_`.
 
-        Some are cheaper together: with ``"tensor"`` all layers share a transform, and small parameters a call. None
-        where nothing is gained.
+        Some are cheaper together: with ``"tensor"`` all layers share a transform; on a CPU small parameters, and
+        products of one step, share a call. Its methods say whether they took what they were given, which must fit and
+        must not change until `finish_` adds it; neither autograd nor autocast may be on. None where nothing is gained.
         """
         check_out(out, self.dim)
         return self._projection.hold(out)
@@ -240,7 +245,6 @@ class Sketch:
         right: Tensor,
         offset: int,
         scale: Tensor | None = None,
-        held: HeldSketches | None = None,
     ) -> None:
         """Add R vec(sum_t left_t (x) right_t) to out, in place, without making the B x d matrix.
 
@@ -253,7 +257,6 @@ class Sketch:
             right: (B, T, i).
             offset: absolute coordinate of the weight's first entry.
             scale: (o i,) float32, what each coordinate counts times, a metric's diagonal; None for ones.
-            held: of the same out (`hold`): what it takes is added when it is finished.
 
         Raises:
             ValueError: shapes, devices or coordinates do not fit.
@@ -268,8 +271,7 @@ class Sketch:
         scale = checked_scale(scale, count, out)
         if 0 in (*left.shape, *right.shape):
             return
-        if held is None or scale is not None or not held.takes_outer(left, right, offset):
-            self._projection.add_outer_(out, left, right, offset, scale)
+        self._projection.add_outer_(out, left, right, offset, scale)
 
     @_plain
     def add_windows_(
@@ -281,7 +283,6 @@ class Sketch:
         windows: Tensor,
         offset: int,
         scale: Tensor | None = None,
-        held: HeldSketches | None = None,
     ) -> None:
         """Add R vec(G), G[o, c, j] = sum_l left[o, l] right[c, taps[j] + windows[l]], to out, in place.
 
@@ -296,7 +297,6 @@ class Sketch:
             windows: (L,) integers, the offset of each output position, where the taps are.
             offset: absolute coordinate of the weight's first entry.
             scale: (o c J,) float32, what each coordinate counts times, a metric's diagonal; None for ones.
-            held: of the same out (`hold`): what it takes is added when it is finished.
 
         Raises:
             ValueError: shapes, devices or coordinates do not fit, or a window reaches out of its channel.
@@ -310,8 +310,7 @@ class Sketch:
         scale = checked_scale(scale, count, out)
         if 0 in (*left.shape, *right.shape, len(taps)):
             return
-        if held is None or scale is not None or not held.takes_windows(left, right, taps, windows, offset):
-            self._projection.add_windows_(out, left, right, taps, windows, offset, scale)
+        self._projection.add_windows_(out, left, right, taps, windows, offset, scale)
 
     @_plain
     def add_at_(

@@ -8,6 +8,7 @@ from source_proj.kernels import (
     HeldSums,
     TensorMap,
     available_backends,
+    products_native,
     sparse_add_,
     tensor_add_outer_,
     tensor_held,
@@ -68,6 +69,7 @@ def test_whole_numbers_of_small_parameters_are_mapped_to_the_bit(backend, monkey
     rows = [torch.randint(-9, 10, (17, n), generator=generator).float() for n in (700, 1, 64, 129)]
     expected, out = torch.zeros(17, 64), torch.zeros(17, 64)
     monkeypatch.setattr(tensor_held, "_MOST_ROWS", 17 * 750)  # added in between, too
+    monkeypatch.setattr(products_native, "_MOST_ENTRIES", 750)
     held = HeldSums(out, backend, seed=5)
     for n, piece in enumerate(rows):
         sparse_add_(expected, piece, 1000 * n + 7, seed=5)

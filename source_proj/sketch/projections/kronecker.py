@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from source_proj import kernels
-from source_proj.sketch.projections.base import Projection
+from source_proj.sketch.projections.base import HeldSketches, Projection
 from source_proj.sketch.projections.sparse import Sparse
 
 __all__ = ["Kronecker"]
@@ -20,6 +20,10 @@ class Kronecker(Sparse, kind="kronecker"):
 
     fusing_backends = ()
     half_backends = ()
+
+    def hold(self, out: Tensor) -> HeldSketches | None:
+        """Nothing: what the sparse map holds are products of its own."""
+        return Projection.hold(self, out)
 
     def add_(self, out: Tensor, rows: Tensor, offset: int, shape: tuple[int, ...] | None) -> None:
         """Parameters of two axes or more as matrices, (first axis, all others)."""

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from source_proj import kernels
-from source_proj.sketch.projections.base import Projection
+from source_proj.sketch.projections.base import HeldSketches, Projection
 
 __all__ = ["Sparse"]
 
@@ -16,6 +16,12 @@ class Sparse(Projection, kind="sparse"):
     has_nnz = True
     fusing_backends: ClassVar[tuple[str, ...]] = ("native", "triton")
     half_backends: ClassVar[tuple[str, ...]] = ("triton",)
+
+    def hold(self, out: Tensor) -> HeldSketches | None:
+        """For small parameters and products of one step: one call for all layers."""
+        if self.nnz > 1 or self.serving(out.device.type) != "native":
+            return None
+        return _Held(self, out)
 
     def _options(self, out: Tensor) -> dict[str, Any]:
         return {"seed": self.seed, "nnz": self.nnz, "backend": self.serving(out.device.type)}
@@ -53,3 +59,40 @@ class Sparse(Projection, kind="sparse"):
         if self.serving(out.device.type) in self.half_backends:
             return left, right
         return left.float(), right.float()
+
+
+class _Held(HeldSketches):
+    """What is held for out (B, dim)."""
+
+    def __init__(self, projection: Sparse, out: Tensor) -> None:
+        self._projection = projection
+        self._products = kernels.HeldProducts(out)
+
+    def takes_rows(self, rows: Tensor, offset: int, shape: tuple[int, ...] | None) -> bool:  # noqa: ARG002
+        """Those of small parameters."""
+        return self._products.takes_rows(rows, self._piece(offset, rows.shape[1]))
+
+    def takes_outer(self, left: Tensor, right: Tensor, offset: int) -> bool:
+        """Of one step."""
+        if left.shape[1] > 1:
+            return False
+        piece = self._piece(offset, left.shape[2] * right.shape[2])
+        return self._products.takes_product(left[:, 0].float(), right[:, 0].float(), piece)
+
+    def takes_windows(
+        self,
+        left: Tensor,  # noqa: ARG002
+        right: Tensor,  # noqa: ARG002
+        taps: Tensor,  # noqa: ARG002
+        windows: Tensor,  # noqa: ARG002
+        offset: int,  # noqa: ARG002
+    ) -> bool:
+        """None: a convolution has many steps."""
+        return False
+
+    def finish_(self) -> None:
+        """All at once."""
+        self._products.finish_()
+
+    def _piece(self, offset: int, count: int) -> kernels.Piece:
+        return kernels.Piece(offset, count, self._projection.dim, self._projection.seed)

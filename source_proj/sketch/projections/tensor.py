@@ -71,8 +71,10 @@ class _Held(HeldSketches):
     """What is held for out (B, dim)."""
 
     def __init__(self, projection: TensorProjection, out: Tensor) -> None:
-        self._projection, self._out = projection, out
-        self._sums = kernels.HeldSums(out, projection.serving(out.device.type), projection.seed)
+        self._projection = projection
+        backend = projection.serving(out.device.type)
+        self._sums = kernels.HeldSums(out, backend, projection.seed)
+        self._takes_half = backend in projection.half_backends
 
     def takes_rows(self, rows: Tensor, offset: int, shape: tuple[int, ...] | None) -> bool:
         """Those of small parameters."""
@@ -82,13 +84,16 @@ class _Held(HeldSketches):
     def takes_outer(self, left: Tensor, right: Tensor, offset: int) -> bool:
         """Where it is small, or transforms cost less, as all layers share the way back."""
         matrix = self._projection.map(offset, (left.shape[2], right.shape[2]))
-        return self._sums.takes_outer(*self._projection.operands(self._out, left, right), matrix)
+        return self._sums.takes_outer(*self._operands(left, right), matrix)
 
     def takes_windows(self, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, offset: int) -> bool:
         """Where transforms cost less."""
         matrix = self._projection.map(offset, (left.shape[1], right.shape[1] * len(taps)))
-        return self._sums.takes_windows(*self._projection.operands(self._out, left, right), taps, windows, matrix)
+        return self._sums.takes_windows(*self._operands(left, right), taps, windows, matrix)
 
     def finish_(self) -> None:
         """All layers at once."""
         self._sums.finish_()
+
+    def _operands(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        return (left, right) if self._takes_half else (left.float(), right.float())

@@ -77,15 +77,19 @@ class Placement:
 @contextmanager
 def requiring_only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Only the named parameters require a gradient."""
-    before = {name: p.requires_grad for name, p in model.named_parameters()}
     wanted = set(names)
-    for name, p in model.named_parameters():
+    changed = {name: p for name, p in model.named_parameters() if p.requires_grad != (name in wanted)}
+    if not changed:  # to go through all parameters takes as long as a small layer
+        yield
+        return
+    for name, p in changed.items():
         p.requires_grad_(name in wanted)
     try:
         yield
     finally:
         for name, p in model.named_parameters():  # others than before, where accelerate makes them anew
-            p.requires_grad_(before[name])
+            if name in changed:
+                p.requires_grad_(name not in wanted)
 
 
 def entries_to_load(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
