@@ -9,7 +9,7 @@ __all__ = ["label_likelihood"]
 
 
 def label_likelihood(logits: Tensor, labels: Tensor) -> Tensor | None:
-    """log p(label) (B, S) float32 at the first S positions of logits (B, T, V), for labels (B, S) int64, 0 to V - 1.
+    """Log p(label) (B, S) float32 at the first S positions of logits (B, T, V), for labels (B, S) int64, 0 to V - 1.
 
     Differentiable once by the logits. None where no kernel serves: on a CPU, under vmap, or for logits that do not lie
     side by side.

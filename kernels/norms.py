@@ -30,8 +30,8 @@ def row_sums(x: Tensor, g: Tensor, axes: int, eps: float, *, centred: bool) -> t
         return None
     from .triton_norms import row_sums_triton
 
-    rows = (t.reshape(len(t), -1, prod(shape)) for t in (x, g))
-    weight, bias = row_sums_triton(*rows, eps, centred=centred)
+    flat = (len(x), -1, prod(shape))
+    weight, bias = row_sums_triton(x.reshape(flat), g.reshape(flat), eps, centred=centred)
     return weight.unflatten(1, shape), bias.unflatten(1, shape)
 
 
@@ -52,7 +52,8 @@ def channel_sums(x: Tensor, g: Tensor, mean: Tensor, variance: Tensor, eps: floa
         return None
     from .triton_norms import channel_sums_triton
 
-    return channel_sums_triton(*(t.reshape(*t.shape[:2], -1) for t in (x, g)), mean, torch.rsqrt(variance + eps))
+    flat = (*x.shape[:2], -1)
+    return channel_sums_triton(x.reshape(flat), g.reshape(flat), mean, torch.rsqrt(variance + eps))
 
 
 def _has_kernel(x: Tensor) -> bool:

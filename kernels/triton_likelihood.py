@@ -71,7 +71,7 @@ class LabelLikelihood(torch.autograd.Function):
         return values
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, of_values: Tensor) -> tuple[Tensor, None]:
         logits, labels, totals = ctx.saved_tensors
         gradients = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -80,7 +80,7 @@ class LabelLikelihood(torch.autograd.Function):
 
 
 def label_likelihood_triton(logits: Tensor, labels: Tensor) -> Tensor:
-    """log p(label) (B, S) float32 at the first S positions of logits (B, T, V), for labels (B, S) int64.
+    """Log p(label) (B, S) float32 at the first S positions of logits (B, T, V), for labels (B, S) int64.
 
     Differentiable once by the logits, which are of any floating-point type and contiguous along V.
     """
@@ -110,4 +110,4 @@ def _fill_back(gradients: Tensor, of_values: Tensor, totals: Tensor, logits: Ten
 
 def _block(width: int) -> int:
     most = 1 << 16 if interpreted() else _BLOCK  # the interpreter's time goes by programs
-    return min(most, triton.next_power_of_2(width))
+    return min(most, 1 << (width - 1).bit_length())

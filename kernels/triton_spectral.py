@@ -27,6 +27,7 @@ __all__ = ["SPLITS", "add_spectra_triton_"]
 SPLITS = {1024: (32, 32), 2048: (32, 64), 4096: (64, 64), 8192: (64, 128)}
 """Each k that there is a kernel for, and its L and M."""
 
+_WARPS = {1024: 4, 2048: 4, 4096: 4, 8192: 8}
 _PROGRAMS = 264  # two for each processor of a large GPU: there is room for no more
 _FEWEST_STEPS = 8  # of a program: its sums are written and read once more
 
@@ -135,7 +136,8 @@ def _fill(partials: Tensor, left: Tensor, right: Tensor, matrix: TensorMap) -> N
     (o, i), steps = matrix.shape, left.shape[1]
     _spectra_kernel[(batch, parts)](
         partials, left, right, *sources, *_waves(first, second, str(partials.device)), o, i, *left.stride(),
-        *right.stride(), batch, steps, ceil_div(steps, parts), L=first, M=second, num_warps=4 if matrix.dim <= 4096 else 8, enable_fp_fusion=True,
+        *right.stride(), batch, steps, ceil_div(steps, parts), L=first, M=second, num_warps=_WARPS[matrix.dim],
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -150,7 +152,7 @@ def _signed_sources(entries: Tensor, dim: int) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _waves(first: int, second: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Halves, cosines and sines: (3, L, L), (3, L, M) of the turns between, and (3, M, M); the sines once more, negative."""
+    """Cosines, sines and negative sines in halves: (3, L, L), (3, L, M) of the turns between, and (3, M, M)."""
 
     def circle(rows: int, columns: int, whole: int) -> Tensor:
         # Reduced as integers, so that no angle loses digits.

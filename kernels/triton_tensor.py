@@ -179,7 +179,15 @@ def _add_lines_(out: Tensor, rows: Tensor, start: int, lines: Tensor, entries: T
     per_part = max(min(fewest, last - first), ceil_div(last - first, max(1, _PROGRAMS // groups)))
     parts = ceil_div(last - first, per_part)
     partials = torch.empty(parts, batch, dim, device=out.device)
-    given = (partials, rows, partials if scale is None else scale, lines, entries, source_of_columns(entries, dim), batch)
+    given = (
+        partials,
+        rows,
+        partials if scale is None else scale,
+        lines,
+        entries,
+        source_of_columns(entries, dim),
+        batch,
+    )
     cut = (start, count, length, *rows.stride(), first, last - first, per_part)
     if wide:
         _wide_kernel[(batch, ceil_div(dim, _TILE), parts)](
@@ -307,7 +315,8 @@ def _fill_factors(z: Tensor, left: Tensor, right: Tensor, matrix: TensorMap) -> 
     block = min(1 << 13 if interpreted() else _TILE, triton.next_power_of_2(dim))
     _factors_kernel[(len(left) * steps, ceil_div(dim, block))](
         z, left, right, *(scale.contiguous() for scale in balanced(left, right)), *tables,
-        *(source_of_columns(table, dim) for table in tables), left.shape[2], right.shape[2], *left.stride(), *right.stride(),
+        *(source_of_columns(table, dim) for table in tables), left.shape[2], right.shape[2], *left.stride(),
+        *right.stride(),
         steps, dim, BLOCK=block, enable_fp_fusion=True,
     )  # fmt: skip
 

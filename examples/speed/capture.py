@@ -6,7 +6,7 @@
 
 Both steps in one process and in turn, each with forward and backward pass, AdamW's update, and zero_grad; medians over
 the last two thirds of the steps, which are past the audits of the first ones: of the processor's time on a CPU, which
-other processes disturb less than the clock, and of the clock on a GPU. "curvature" is the part that the k x k sum takes.
+other processes disturb less than the clock, and of the clock on a GPU. "curvature" is what the k x k sum takes.
 """
 
 import argparse

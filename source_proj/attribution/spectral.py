@@ -151,7 +151,7 @@ class DenseHessian:
         condition = self.norm / series.shift + 1
         try:
             factor = self.factor(series.shift, torch.float32 if condition <= _SINGLE_CONDITION else torch.float64)
-        except torch.linalg.LinAlgError:  # the shift is lost in the rounding of Ĥ's own sums
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the shift is lost in the rounding of Ĥ's own sums
             return self.spectrum().multiply(rows, function)
         moved = [series.apply(factor, chunk.to(factor)) for chunk in rows.split(_CHUNK) if len(chunk)]
         return torch.cat(moved) if moved else rows.to(factor)
