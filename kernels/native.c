@@ -61,7 +61,7 @@ enum {
 enum { FLOAT32, FLOAT16, INT8, CODES }; /* types of stored rows */
 typedef float four __attribute__((vector_size(16)));
 
-EXPORT const int sp_version = 11; /* of the functions' signatures: a library of another version is not used */
+EXPORT const int sp_version = 12; /* of the functions' signatures: a library of another version is not used */
 EXPORT const int sp_outer_copies = OUTER_COPIES;
 EXPORT const int sp_score_few = SCORE_FEW;
 EXPORT const int sp_gram_side = GRAM;

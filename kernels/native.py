@@ -24,7 +24,7 @@ __all__ = [
     "taken",
 ]
 
-_VERSION = 11
+_VERSION = 12
 _ALIGNMENT = 64  # bytes, as the widest vectors want it
 _SPARE, _MOST_SPARE = 2, 1 << 22  # pieces of memory that `taken` finds again, and their numbers at most
 _WORTH_THREADS = 100_000  # nanoseconds of work below which waking another thread costs more than it saves
