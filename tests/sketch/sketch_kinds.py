@@ -76,9 +76,9 @@ def tensor(sketch, offset, shape):
 
 # For each row: its options, and R[:, offset : offset + prod(shape)] entry by entry from the definition.
 KINDS = {
-    "sparse": ({"dim": 64}, sparse),
-    "sparse, two nonzeros": ({"dim": 64, "nnz": 2}, sparse),
-    "sparse, k > d": ({"dim": 1000}, sparse),
+    "sparse": ({"kind": "sparse", "dim": 64}, sparse),
+    "sparse, two nonzeros": ({"kind": "sparse", "dim": 64, "nnz": 2}, sparse),
+    "sparse, k > d": ({"kind": "sparse", "dim": 1000}, sparse),
     "rademacher": ({"dim": 64, "kind": "rademacher"}, rademacher),
     "rademacher, ragged": ({"dim": 70, "kind": "rademacher"}, rademacher),
     "kronecker": ({"dim": 64, "kind": "kronecker"}, kronecker),
