@@ -357,7 +357,7 @@ def main() -> None:
     parser.add_argument("--autocast", choices=("bfloat16", "float16"))
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--sketch", nargs="+", choices=kinds(), default=["sparse"], help="kinds of sketches")
+    parser.add_argument("--sketch", nargs="+", choices=kinds(), default=["tensor"], help="kinds of sketches")
     parser.add_argument("--vmap", action=argparse.BooleanOptionalAction, default=True, help="time vmap(grad), too")
     parser.add_argument("--peak", choices=(PLAIN, *kinds()), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

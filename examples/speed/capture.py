@@ -2,7 +2,7 @@
 
     python examples/speed/capture.py                       # a decoder of GPT-2's shape, small, and an MLP: minutes
     python examples/speed/capture.py --models mlp --dim 1024 --steps 30
-    python examples/speed/capture.py --device cuda --autocast bfloat16 --models gpt2 stack --sketch tensor
+    python examples/speed/capture.py --device cuda --autocast bfloat16 --models gpt2 stack
 
 Both steps in one process and in turn, each with forward and backward pass, AdamW's update, and zero_grad; medians over
 the last two thirds of the steps, which are past the audits of the first ones: of the processor's time on a CPU, which
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="examples of a batch: 8 sequences, or 64 others")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--autocast", choices=("bfloat16", "float16"))
-    parser.add_argument("--sketch", choices=kinds(), default="sparse", help="kind of sketch")
+    parser.add_argument("--sketch", choices=kinds(), default="tensor", help="kind of sketch")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.models:

@@ -50,7 +50,7 @@ def test_is_the_sketch_of_the_gradient(batch, o, c, taps, windows, plane, nnz, b
     arguments = problem(batch, o, c, taps, windows, plane)
     scale = torch.rand(o * c * taps, generator=torch.Generator().manual_seed(3)) if scaled else None
     times = 1 if scale is None else scale
-    expected, sketch = gradient(*arguments) * times, Sketch(96, seed=2, nnz=nnz, backend="torch")
+    expected, sketch = gradient(*arguments) * times, Sketch(96, "sparse", seed=2, nnz=nnz, backend="torch")
     out = torch.ones(batch, 96)
     sparse_add_windows_(out, *arguments, 2**31 - 50, seed=2, nnz=nnz, backend=backend, scale=scale)
     wanted = 1 + sketch(expected, 2**31 - 50)

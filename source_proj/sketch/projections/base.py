@@ -84,7 +84,10 @@ class Projection(ABC):
 
     def __post_init__(self) -> None:
         if self.nnz > 1 and not self.has_nnz:
-            raise ValueError(f"nnz is {self.nnz}, but kind {self.kind!r} has no choice of nonzeros; leave nnz at 1")
+            raise ValueError(
+                f"nnz is {self.nnz}, but kind {self.kind!r} has no choice of nonzeros: give kind='sparse', "
+                "or leave nnz at 1"
+            )
         self._check_backend()
 
     def _check_backend(self) -> None:
