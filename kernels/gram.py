@@ -106,7 +106,7 @@ def _torch(rows: Tensor, factor: Tensor | None) -> list[Tensor]:
 
 def _native(rows: Tensor, factor: Tensor | None) -> list[Tensor]:
     n, dim = rows.shape
-    panels = [torch.empty(shape) for shape in _shapes(dim)]
+    panels = [torch.zeros(shape) for shape in _shapes(dim)]  # what no block is written to is stored, too
     strips = [rows[:, start : start + _SIDE].contiguous() for start in range(0, dim, _SIDE)]
     factor = None if factor is None else factor.contiguous()
 

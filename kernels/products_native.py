@@ -80,7 +80,7 @@ class HeldProducts:
     def finish_(self) -> None:
         """Add all that is kept."""
         factors = [*self._left, *self._right, *self._rows]
-        if not factors:
+        if not factors or not len(self._out):
             return
         (batch, dim), doubled, out, entries = self._out.shape, len(self._left), self._out, self._entries
         shapes = tuple((x.shape[1], y.shape[1]) for x, y in zip(self._left, self._right, strict=True))

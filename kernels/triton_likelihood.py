@@ -21,7 +21,7 @@ _BLOCK = 4096  # logits that a program reads at once
 
 
 @triton.jit
-def _forward_kernel(values, totals, logits, labels, width, stride_b, stride_t, steps, BLOCK: tl.constexpr):
+def _forward_kernel(values, highests, totals, logits, labels, width, stride_b, stride_t, steps, BLOCK: tl.constexpr):
     """Of one position: the largest logit and the sum of exponentials in one go."""
     row = tl.program_id(0).to(tl.int64)
     own = logits + row // steps * stride_b + row % steps * stride_t
@@ -37,14 +37,26 @@ def _forward_kernel(values, totals, logits, labels, width, stride_b, stride_t, s
         most = higher
     highest = tl.max(most, 0)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
-    log_total = shift + tl.log(tl.sum(total * tl.exp(most - shift), 0))
+    log_total = tl.log(tl.sum(total * tl.exp(most - shift), 0))
+    tl.store(highests + row, shift)  # apart: their sum would round the logarithm away where logits are large
     tl.store(totals + row, log_total)
-    tl.store(values + row, tl.load(own + tl.load(labels + row)).to(tl.float32) - log_total)
+    tl.store(values + row, tl.load(own + tl.load(labels + row)).to(tl.float32) - shift - log_total)
 
 
 @triton.jit
 def _backward_kernel(
-    gradients, of_values, totals, logits, labels, width, stride_b, stride_t, steps, of_logits, BLOCK: tl.constexpr
+    gradients,
+    of_values,
+    highests,
+    totals,
+    logits,
+    labels,
+    width,
+    stride_b,
+    stride_t,
+    steps,
+    of_logits,
+    BLOCK: tl.constexpr,
 ):
     """The gradient of one position's logits; none of the positions behind the labels."""
     row, step = tl.program_id(0).to(tl.int64) // of_logits, tl.program_id(0) % of_logits
@@ -55,7 +67,7 @@ def _backward_kernel(
         at = row * steps + step
         x = tl.load(logits + row * stride_b + step * stride_t + column, mask=there, other=0.0).to(tl.float32)
         hit = (column == tl.load(labels + at)).to(tl.float32)
-        gradient = tl.load(of_values + at) * (hit - tl.exp(x - tl.load(totals + at)))
+        gradient = tl.load(of_values + at) * (hit - tl.exp(x - tl.load(highests + at) - tl.load(totals + at)))
     tl.store(gradients + (row * of_logits + step) * width + column, gradient, mask=there)
 
 
@@ -65,17 +77,17 @@ class LabelLikelihood(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         values = torch.empty(labels.shape, device=logits.device)
-        totals = torch.empty_like(values)
-        _fill(values, totals, logits, labels)
-        ctx.save_for_backward(logits, labels, totals)
+        highests, totals = torch.empty_like(values), torch.empty_like(values)
+        _fill(values, highests, totals, logits, labels)
+        ctx.save_for_backward(logits, labels, highests, totals)
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_values: Tensor) -> tuple[Tensor, None]:
-        logits, labels, totals = ctx.saved_tensors
+        logits, labels, highests, totals = ctx.saved_tensors
         gradients = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        _fill_back(gradients, of_values.contiguous(), totals, logits, labels)
+        _fill_back(gradients, of_values.contiguous(), highests, totals, logits, labels)
         return gradients, None
 
 
@@ -89,22 +101,24 @@ def label_likelihood_triton(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @on_device
-def _fill(values: Tensor, totals: Tensor, logits: Tensor, labels: Tensor) -> None:
+def _fill(values: Tensor, highests: Tensor, totals: Tensor, logits: Tensor, labels: Tensor) -> None:
     width, steps = logits.shape[2], labels.shape[1]
     if values.numel():
         _forward_kernel[(values.numel(),)](
-            values, totals, logits, labels, width, logits.stride(0), logits.stride(1), steps,
+            values, highests, totals, logits, labels, width, logits.stride(0), logits.stride(1), steps,
             BLOCK=_block(width), num_warps=8,
         )  # fmt: skip
 
 
 @on_device
-def _fill_back(gradients: Tensor, of_values: Tensor, totals: Tensor, logits: Tensor, labels: Tensor) -> None:
+def _fill_back(
+    gradients: Tensor, of_values: Tensor, highests: Tensor, totals: Tensor, logits: Tensor, labels: Tensor
+) -> None:
     (batch, positions, width), block = logits.shape, _block(logits.shape[2])
     if gradients.numel():
         _backward_kernel[(batch * positions, -(-width // block))](
-            gradients, of_values, totals, logits, labels, width, logits.stride(0), logits.stride(1), labels.shape[1],
-            positions, BLOCK=block, num_warps=8,
+            gradients, of_values, highests, totals, logits, labels, width, logits.stride(0), logits.stride(1),
+            labels.shape[1], positions, BLOCK=block, num_warps=8,
         )  # fmt: skip
 
 

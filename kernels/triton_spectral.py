@@ -6,8 +6,8 @@ on tensor cores; and adds z^2 to sums in registers, as `tensor_spectral.py` expl
 nothing is written.
 
 With k = L M, entry j1 M + j2 and frequency f1 + L f2: a product with the L x L matrix along j1, a turn by
-exp(-2 pi i f1 j2 / k), and one with the M x M matrix along j2. Both sketches are first divided by their largest entry,
-so that all numbers fit half precision, which rounds each to 2^-11: less than the factors' own type does, or as much.
+exp(-2 pi i f1 j2 / k), and one with the M x M matrix along j2. Both sketches are first divided by their norms,
+so that neither drowns in the other's rounding, and all numbers fit half precision, which rounds each to 2^-11.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
@@ -47,9 +47,14 @@ def _sketch(base, sources, length, stride, K: tl.constexpr):
 
 @triton.jit
 def _halved(x, L: tl.constexpr, M: tl.constexpr):
-    """X (K,) over its largest entry, as (L, M) in half precision; and that entry."""
+    """X (K,) over its norm, as (L, M) in half precision; and that norm.
+
+    By its largest entry alone a factor of one spike would drown in the rounding of one that is spread.
+    """
     most = tl.max(tl.abs(x), 0)
-    return tl.reshape((x / tl.where(most > 0.0, most, 1.0)).to(tl.float16), (L, M)), most
+    x /= tl.where(most > 0.0, most, 1.0)
+    norm = tl.sqrt(tl.sum(x * x, 0))
+    return tl.reshape((x / tl.where(norm > 0.0, norm, 1.0)).to(tl.float16), (L, M)), most * norm
 
 
 @triton.jit
@@ -91,8 +96,8 @@ def _spectra_kernel(
     left += example * left_b + begin.to(tl.int64) * left_t
     right += example * right_b + begin.to(tl.int64) * right_t
     for _ in range(begin, min(steps, begin + per_part)):
-        x, most_x = _halved(_sketch(left, left_sources, o, left_stride, L * M), L, M)
-        y, most_y = _halved(_sketch(right, right_sources, i, right_stride, L * M), L, M)
+        x, norm_x = _halved(_sketch(left, left_sources, o, left_stride, L * M), L, M)
+        y, norm_y = _halved(_sketch(right, right_sources, i, right_stride, L * M), L, M)
         left += left_t
         right += right_t
         re = tl.dot(sine, y, tl.dot(cosine, x))
@@ -102,7 +107,7 @@ def _spectra_kernel(
         turned_im = (im * turn_cosine - re * turn_sine).to(tl.float16)
         re = tl.dot(turned_im, other_sine, tl.dot(turned_re, other_cosine))
         im = tl.dot(turned_re, minus_other, tl.dot(turned_im, other_cosine))
-        weight = most_x * most_y
+        weight = norm_x * norm_y
         re_sum += weight * (re * re - im * im)
         im_sum += (2.0 * weight) * (re * im)
     to = partials + 2 * ((part.to(tl.int64) * batch + example) * L * M + place)

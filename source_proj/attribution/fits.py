@@ -4,6 +4,7 @@ Of a small k the eigendecomposition is kept. Of a large one, Ĥ in float32 and t
 either the half that says all; Ĥ itself is read again only for another factor.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache as once
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from source_proj.attribution.moments import cross_moment, decomposed, mean_panel
 from source_proj.attribution.spectral import DenseHessian, Hessian, Spectrum, shifted_factor
 from source_proj.bank import Bank
 from source_proj.kernels.gram import mirrored, packed, unpacked, upper_panels
+
+_ROUNDING = 4e-7  # of Ĥ's norm: what its sums in single precision err by, and a few times more
 
 __all__ = ["Fit", "fitted_cross_moment", "fitted_hessian", "fitted_matrix", "fitted_spectrum"]
 
@@ -84,6 +87,15 @@ def fitted_hessian(fit: Fit) -> Hessian:
         return {"sizes": torch.stack([trace, torch.linalg.matrix_norm(hessian()).double()])}
 
     def factor(shift: float, dtype: torch.dtype) -> Tensor:
+        if shift < (resolved := _ROUNDING * norm):
+            warnings.warn(
+                f"a damping, or an inverse of time, of {shift:.2g} is less than the sums of Ĥ resolve, about "
+                f"{resolved:.2g}: in directions of small eigenvalues scores are rounding. Give damping={resolved:.1g} "
+                "or more",
+                UserWarning,
+                stacklevel=2,
+            )
+
         def compute() -> dict[str, Tensor]:
             lower = shifted_factor(hessian(), shift, dtype)
             if fit.cache:  # where it can be read again

@@ -152,7 +152,7 @@ def build(
         int, typer.Option(min=1, help="Numbers kept per example and checkpoint.", rich_help_panel=SKETCH)
     ] = 4096,
     sketch_kind: Annotated[
-        str, typer.Option(help="tensor, sparse, rademacher, kronecker, identity or fast_jl.", rich_help_panel=SKETCH)
+        str, typer.Option(help="tensor, sparse, rademacher, kronecker or identity.", rich_help_panel=SKETCH)
     ] = "tensor",
     sketch_seed: Annotated[int, typer.Option(help="Seed of the projection.", rich_help_panel=SKETCH)] = 0,
     sketch_nnz: Annotated[

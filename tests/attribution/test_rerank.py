@@ -77,7 +77,7 @@ def _factors(bank: sp.Bank, segment, checkpoint: int) -> torch.Tensor:
 
 
 def sketched(problem: Problem, folder, seed: int = 3, **options) -> sp.Bank:
-    return problem.build(folder, sketch=sp.Sketch(max(3, problem.size // 2), seed=seed), **options)
+    return problem.build(folder, sketch=sp.Sketch(max(3, problem.size // 2), "sparse", seed=seed), **options)
 
 
 @every_run

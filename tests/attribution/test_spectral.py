@@ -170,3 +170,11 @@ def test_few_rows_are_decomposed_by_their_gram_matrix(tmp_path, monkeypatch):
     monkeypatch.setattr(moments, "_SMALL", 4)
     assert isinstance(fitted_hessian(Fit(bank, 0, [0], "empirical_fisher")), Spectrum)
     assert isinstance(fitted_hessian(Fit(bank, 0, [0, 1], "empirical_fisher")), DenseHessian)
+
+
+def test_damping_that_sums_do_not_resolve_is_warned_of(tmp_path, monkeypatch):
+    problem = classification(n=30)
+    bank = problem.build(tmp_path / "bank", sp.Sketch(dim=12))
+    monkeypatch.setattr(moments, "_SMALL", 4)
+    with pytest.warns(UserWarning, match=r"damping, .* of 1e-14 is less than the sums of Ĥ resolve.*Give damping="):
+        sp.InfluenceFunction(bank, damping=1e-14, model=problem.model, progress=False).score(problem.queries)

@@ -35,7 +35,9 @@ def all_rows(bank, checkpoint, what="output", metric=None):
 
 
 @pytest.mark.parametrize("gradients", ["hooks", "general"])
-@pytest.mark.parametrize("sketch", [Sketch(dim=D, kind="identity"), Sketch(dim=16), Sketch(dim=16, kind="rademacher")])
+@pytest.mark.parametrize(
+    "sketch", [Sketch(dim=D, kind="identity"), Sketch(dim=16, kind="sparse"), Sketch(dim=16, kind="rademacher")]
+)
 def test_rows_are_sketches_of_scaled_gradients(run, tmp_path, gradients, sketch):
     """R P^½ ∇o in the own metric, and in those of earlier segments."""
     exact = {"sketch": Sketch(dim=D, kind="identity"), "storage": "float32"}

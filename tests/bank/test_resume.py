@@ -81,8 +81,8 @@ def other_trajectory(**changes):
 OTHER = [
     ({"sketch": Sketch(dim=33, seed=5)}, r"sketch\.dim is 32 there and 33 here"),
     ({"sketch": replace(SKETCH, seed=6)}, r"sketch\.seed is 5 there and 6 here"),
-    ({"sketch": replace(SKETCH, nnz=2)}, r"sketch\.nnz is 1 there and 2 here"),
-    ({"sketch": replace(SKETCH, kind="rademacher")}, r"sketch\.kind is 'sparse' there and 'rademacher' here"),
+    ({"sketch": replace(SKETCH, kind="sparse")}, r"sketch\.kind is 'tensor' there and 'sparse' here"),
+    ({"sketch": replace(SKETCH, kind="rademacher")}, r"sketch\.kind is 'tensor' there and 'rademacher' here"),
     ({"storage": "float16"}, "storage is 'int8' there and 'float16' here"),
     ({"gradients": "general"}, "gradients is 'auto' there and 'general' here"),
     ({"autocast": "bfloat16"}, "autocast is None there and 'bfloat16' here"),

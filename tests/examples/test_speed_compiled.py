@@ -35,15 +35,16 @@ def test_shapes_that_matter_compile_well(tmp_path):
         ("embedding", "at_kernel"),
         ("dense", "dense_kernel"),
         ("tensor", "narrow_kernel"),
-        ("transforms", "factors_kernel"),
-        ("transforms", "squares_kernel"),
+        ("transforms", "spectra_kernel"),
         ("table", "at_kernel"),
+        ("along", "rows_kernel"),
+        ("channels", "channels_kernel"),
     }
     for (launch, _), (spills, resident, wide, tensor) in found.items():
-        assert spills == 0
+        assert spills <= (32 if launch == "transforms" else 0)  # sums of a whole spectrum fill the registers
         assert resident > 0
-        assert wide > 0 or launch in ("step", "columns", "transforms")  # whose inputs are found number by number
-        assert (tensor > 0) == (launch == "dense")
+        assert wide > 0 or launch in ("step", "columns")  # whose inputs are found number by number
+        assert (tensor > 0) == (launch in ("dense", "transforms"))
 
 
 def test_the_interpreter_is_refused():

@@ -200,7 +200,7 @@ def test_every_way_of_a_convolution_gives_the_same_gradient(data: st.DataObject)
         patch.setattr(convolution_rule, "_windows_are_cheaper", lambda *_: False)
         patch.setattr(convolution_rule, "_GROUPS_BYTES", 1000)
         assert_close(dense_rows(module, x, g_function), expected)
-    space, sketch = ParameterSpace.from_model(module), Sketch(dim=64, seed=5)
+    space, sketch = ParameterSpace.from_model(module), Sketch(dim=64, kind="sparse", seed=5)
     rows = gradient_engine(module, space, sketch, "hooks").sketch(g_function, x)[1]
     scale = expected.norm(dim=1, keepdim=True)
     assert_close(rows / scale, sketch(expected / scale))

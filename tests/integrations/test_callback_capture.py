@@ -10,7 +10,11 @@ from source_proj.integrations import RecorderCallback
 
 def captured(directory, callback=None, **arguments):
     callback = callback or RecorderCallback(
-        directory / "recorded", capture=sp.Sketch(64), task=sp.Classification(), segment_ends=[8], examples=EXAMPLES
+        directory / "recorded",
+        capture=sp.Sketch(64, "sparse"),
+        task=sp.Classification(),
+        segment_ends=[8],
+        examples=EXAMPLES,
     )
     others = arguments.pop("callbacks", [])
     train(
@@ -31,7 +35,7 @@ def rows_of(bank, segment):
 def test_rows_sum_to_the_gradients_that_adamw_saw(tmp_path, accumulation):
     """Clipped at a norm below most gradients', with dropout: Σ_z row_z is the mean of the gradients before clipping."""
     sums, weights = [torch.zeros(64) for _ in range(2)], [0.0, 0.0]
-    sketch, factors = sp.Sketch(64), []
+    sketch, factors = sp.Sketch(64, "sparse"), []
 
     class Watch(StopAt):
         def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **_):

@@ -45,7 +45,7 @@ def fitted_bytes(segments: Sequence[SegmentSize], dim: int) -> int:
 
     Example:
         >>> fitted_bytes([SegmentSize(10**6, 2)], dim=4096) / 4096**2
-        6.556640625
+        6.55078125
     """
     total = 0
     for segment in segments:

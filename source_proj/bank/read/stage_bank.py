@@ -191,8 +191,8 @@ class StageBank:
             IndexError: there is no such checkpoint.
             ValueError: there are no sampled-Fisher rows, or none in this metric.
         """
-        for block in self.iter_encoded(checkpoint, shards, what, metric):
-            yield from block.decoded(self.dim)
+        encoded = self.iter_encoded(checkpoint, shards, what, metric)  # refuses at once
+        return (rows for block in encoded for rows in block.decoded(self.dim))
 
     def iter_encoded(
         self, checkpoint: int, shards: range | None = None, what: What = "output", metric: int | None = None
