@@ -222,8 +222,11 @@ class StageBank:
                 f"checkpoint {place} of stage {self.name!r} has rows in its own metric {own}, and in those of earlier "
                 f"checkpoints, {crossed}; got {metric}"
             )
+        return self._blocks(shards, place, what, None if metric == own else metric)
+
+    def _blocks(self, shards: range | None, checkpoint: int, what: What, metric: int | None) -> Iterator[EncodedBlock]:
         for part, shard in self._chosen(shards):
-            block = self._block(part, place, shard, what, None if metric == own else metric)
+            block = self._block(part, checkpoint, shard, what, metric)
             yield block
             tick(block.stop - block.start)
 
