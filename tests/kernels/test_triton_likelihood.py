@@ -38,6 +38,13 @@ def test_values_and_gradients(batch, steps, positions, width, dtype):
     assert not found[:, steps:].any()
 
 
+def test_double_precision_is_left_to_torch(monkeypatch):
+    monkeypatch.setattr(likelihood, "available_backends", lambda device: ("triton",))
+    labels = torch.zeros(1, 2, dtype=torch.int64, device=DEVICE)
+    assert likelihood.label_likelihood(torch.zeros(1, 2, 3, dtype=torch.float64), labels) is None
+    assert likelihood.label_likelihood(torch.zeros(1, 2, 3, device=DEVICE), labels) is not None
+
+
 def test_classes_that_are_impossible_and_logits_of_a_view():
     logits = torch.tensor([[[0.0, float("-inf"), 1.0, 9.0], [2.0, float("-inf"), float("-inf"), 9.0]]], device=DEVICE)
     labels = torch.tensor([[2, 0]], device=DEVICE)
