@@ -30,7 +30,10 @@ from torch import Tensor
 from .philox import philox4x32
 from .sparse_map import signs_negative
 
-__all__ = ["TAG_RANK", "TAG_SIDES", "TensorMap"]
+__all__ = ["SPLITS", "TAG_RANK", "TAG_SIDES", "TensorMap"]
+
+SPLITS = {1024: (32, 32), 2048: (32, 64), 4096: (64, 64), 8192: (64, 128)}
+"""Each k whose halves one kernel of `triton_spectral` transforms, and the two factors that it does so by."""
 
 TAG_SIDES = 0x53494445
 TAG_RANK = 0x52414E4B

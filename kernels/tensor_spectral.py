@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .tensor_balance import balanced
-from .tensor_map import TensorMap
+from .tensor_map import SPLITS, TensorMap
 from .tiles import window_columns
 
 __all__ = ["TorchSpectra", "columns_of", "spectral_pays"]
@@ -44,6 +44,7 @@ _COSTS = {
     ("torch", False): _Costs(6.0, 0.0, 20.0, 0.0, 0.0),
     ("torch", True): _Costs(6.0, 0.0, 20.0, 0.0, 0.0),
 }
+_WITHOUT_KERNEL = _Costs(800.0, 0.0, 5000.0, 0.0, 6e10)  # halves on a GPU by the library's transforms
 
 
 def spectral_pays(backend: str, batch: int, steps: int, o: int, i: int, dim: int, *, half: bool) -> bool:
@@ -58,7 +59,8 @@ def spectral_pays(backend: str, batch: int, steps: int, o: int, i: int, dim: int
         dim: k.
         half: whether the factors are of half precision.
     """
-    costs, blocks = _COSTS[backend, half], ceil(o / dim) + ceil(i / dim)
+    costs = _WITHOUT_KERNEL if backend == "triton" and half and dim not in SPLITS else _COSTS[backend, half]
+    blocks = ceil(o / dim) + ceil(i / dim)
     step = costs.transform * dim * log2(max(dim, 2)) * (1 + costs.block * (blocks - 2))
     filled = max(o / (ceil(o / dim) * dim), i / (ceil(i / dim) * dim))
     coordinate = steps + costs.made + costs.mapped / filled
@@ -87,12 +89,11 @@ class TorchSpectra:
         if self._spectrum is None:
             self._spectrum = torch.zeros(self._out.shape, dtype=torch.complex64, device=self._out.device)
         spectrum = self._spectrum[some]
-        if self._backend == "triton" and left.dtype == right.dtype != torch.float32:
-            from .triton_spectral import SPLITS, add_spectra_triton_
+        if self._backend == "triton" and left.dtype == right.dtype != torch.float32 and matrix.dim in SPLITS:
+            from .triton_spectral import add_spectra_triton_
 
-            if matrix.dim in SPLITS:
-                add_spectra_triton_(spectrum, left, right, matrix)
-                return
+            add_spectra_triton_(spectrum, left, right, matrix)
+            return
         (batch, steps, _), dim = left.shape, matrix.dim
         examples, run = max(1, _HELD // (steps * dim)), max(1, min(steps, _HELD // dim))
         for b in range(0, batch, examples):

@@ -19,13 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tensor_map import TensorMap
+from .tensor_map import SPLITS, TensorMap
 from .triton_device import ceil_div, on_device, source_of_columns
 
-__all__ = ["SPLITS", "add_spectra_triton_"]
-
-SPLITS = {1024: (32, 32), 2048: (32, 64), 4096: (64, 64), 8192: (64, 128)}
-"""Each k that there is a kernel for, and its L and M."""
+__all__ = ["add_spectra_triton_"]
 
 _WARPS = {1024: 4, 2048: 4, 4096: 4, 8192: 8}
 _PROGRAMS = 264  # two for each processor of a large GPU: there is room for no more
