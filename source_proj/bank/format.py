@@ -1,4 +1,4 @@
-"""The bank's format, version 2.
+"""The bank's format, version 3.
 
 A bank is a folder, or what else a store (`source_proj.bank.store`) makes of a place, that holds one zarr v3 group,
 readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST NOT and MAY are those of RFC 2119.
@@ -23,7 +23,7 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
         batch_hashes   (m, 32) uint8    m = ⌈n / batch_size⌉
         audit          (⌈n / shard_rows⌉, 1024) uint8: JSON of what was audited of a shard, with spaces behind
         fisher_rows    (n·D, k)         sketched gradients of sampled labels, draw j of row i at i·D + j; only if D > 0
-        fisher_scale   (n·D,)  float32  only if D > 0 and the codec has scales
+        fisher_scale   (n·D,)  float32  only if D > 0 and their codec has scales
         <name>_metric_<m>               rows, scale, fisher_rows and fisher_scale once more, in each metric m that is
                                         crossed from here (18)
         committed      (⌈n / shard_rows⌉, A, 32) uint8: the commit marks; A counts the arrays above that are there
@@ -31,7 +31,7 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
 
 **Root**
 
-1. ``format`` MUST be "source-proj bank", ``version`` MUST be 2; a reader MUST refuse anything else, and say what
+1. ``format`` MUST be "source-proj bank", ``version`` MUST be 3; a reader MUST refuse anything else, and say what
    it found.
 2. ``settings`` MUST hold exactly: sketch, parameters, task, trajectory, storage (the name of a codec of
    `source_proj.bank.codecs`), sampled_fisher (D, the number of draws), second_derivative, fisher_weight, gradients,
@@ -65,6 +65,7 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
     values (-128, and NaN for floating point) MUST NOT occur among rows or scales: they show what was never written.
     int4, int2 and int1 are packed in ⌈k·b / 8⌉ bytes a row, and a row is the levels that they name, rotated back, times
     its scale: `source_proj.bank.codecs.lloyd_max` says in which order, `source_proj.kernels.rotation` by which matrix.
+    ``fisher_rows`` MUST be int4 where storage is int8, else as storage says.
 11. ``batch_hashes`` holds the SHA-256 of each batch's data, and MUST be the same at all checkpoints.
 
 20. ``audit`` holds for each shard: examples (batches of every function counted), audited_batches, audited_examples,
@@ -125,7 +126,9 @@ from source_proj.trajectory import RunRecord
 __all__ = ["FORMAT", "VERSION", "Settings", "canonical", "sha256"]
 
 FORMAT = "source-proj bank"
-VERSION = 2
+VERSION = 3
+
+_OF_SAMPLED = {"int8": "int4"}
 
 _LISTED = 5
 
@@ -197,6 +200,17 @@ class Settings:
     def codec(self) -> Codec:
         """How rows are stored."""
         return find_codec(self.storage)
+
+    @property
+    def sampled_codec(self) -> Codec:
+        """How rows of sampled labels are stored: coarser, as their errors average out in the curvature they are for."""
+        return find_codec(_OF_SAMPLED.get(self.storage, self.storage))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the larger of an example's two arrays at a checkpoint: its row, and its rows of sampled labels."""
+        k = int(self.sketch["dim"])
+        return max(self.codec.row_bytes(k), self.sampled_fisher * self.sampled_codec.row_bytes(k))
 
     def to_json(self) -> dict[str, Any]:
         """The ``settings`` attribute."""

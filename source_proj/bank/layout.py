@@ -20,6 +20,7 @@ from zarr.storage import MemoryStore
 
 from source_proj._errors import BankError
 from source_proj.bank.audits import AUDIT_BYTES
+from source_proj.bank.codecs import Codec
 from source_proj.bank.format import Settings
 
 __all__ = [
@@ -242,8 +243,7 @@ def default_shard_rows(n: int, batch_size: int, settings: Settings, wanted: int 
             f"shard_rows must be a multiple of the batch size {batch_size}, got {wanted}; "
             f"give {max(1, wanted // batch_size) * batch_size}"
         )
-    row_bytes = settings.codec.row_bytes(settings.sketch["dim"]) * max(1, settings.sampled_fisher)
-    rows = wanted or max(1, min(_SHARD_ROWS, _SHARD_BYTES // row_bytes) // batch_size) * batch_size
+    rows = wanted or max(1, min(_SHARD_ROWS, _SHARD_BYTES // settings.row_bytes) // batch_size) * batch_size
     return min(rows, -(-n // batch_size) * batch_size)
 
 
@@ -268,7 +268,7 @@ def crossing_name(name: str, metric: int) -> str:
 def _checkpoint_arrays(settings: Settings, part: PartSpec, crossed: Sequence[int]) -> dict[str, ArraySpec]:
     n, height, draws = part.n, part.shard_rows, settings.sampled_fisher
     numbers = ArraySpec((n,), "float32", height)
-    data = {"rows": _rows(settings, n, height)}
+    data = {"rows": _rows(settings, settings.codec, n, height)}
     if settings.codec.has_scale:
         data["scale"] = numbers
     data["d1"] = numbers
@@ -279,8 +279,8 @@ def _checkpoint_arrays(settings: Settings, part: PartSpec, crossed: Sequence[int
     data["batch_hashes"] = ArraySpec((-(-n // part.batch_size), 32), "uint8", height // part.batch_size)
     data["audit"] = ArraySpec((part.n_shards, AUDIT_BYTES), "uint8", 1)
     if draws:
-        data["fisher_rows"] = _rows(settings, n * draws, height * draws)
-        if settings.codec.has_scale:
+        data["fisher_rows"] = _rows(settings, settings.sampled_codec, n * draws, height * draws)
+        if settings.sampled_codec.has_scale:
             data["fisher_scale"] = ArraySpec((n * draws,), "float32", height * draws)
     again = [name for name in ("rows", "scale", "fisher_rows", "fisher_scale") if name in data]
     return data | {crossing_name(name, metric): data[name] for metric in crossed for name in again}
@@ -311,9 +311,8 @@ def _without_attributes(document: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key != "attributes"}
 
 
-def _rows(settings: Settings, n: int, height: int) -> ArraySpec:
+def _rows(settings: Settings, codec: Codec, n: int, height: int) -> ArraySpec:
     k = int(settings.sketch["dim"])
-    codec = settings.codec
     inner = _inner(n, height, codec.row_bytes(k))
     return ArraySpec((n, codec.width(k)), codec.array_type, height, inner, codec.compressible)
 

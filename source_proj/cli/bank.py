@@ -171,8 +171,14 @@ def build(
         typer.Option(metavar="GLOB", help="Parameters to attribute through; !GLOB leaves out.", rich_help_panel=SKETCH),
     ] = None,
     sampled_fisher: Annotated[
-        int, typer.Option(min=0, help="Draws of labels for the sampled Fisher.", rich_help_panel=SKETCH)
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            show_default="1 for language models, else 0",
+            rich_help_panel=SKETCH,
+            help="Draws of labels for the sampled Fisher.",
+        ),
+    ] = None,
     autocast: Annotated[
         str | None, typer.Option(help="bfloat16 or float16 for the forward pass.", rich_help_panel=SKETCH)
     ] = None,

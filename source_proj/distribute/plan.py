@@ -268,8 +268,7 @@ def _peak(bank: Bank, specs: Sequence[PartSpec]) -> int | None:
 
 
 def _shard_bytes(settings: Settings, specs: Sequence[PartSpec]) -> int:
-    row_bytes = settings.codec.row_bytes(int(settings.sketch["dim"])) * max(1, settings.sampled_fisher)
-    return max(spec.shard_rows for spec in specs) * row_bytes
+    return max(spec.shard_rows for spec in specs) * settings.row_bytes
 
 
 def _suggested_dim(settings: Settings, specs: Sequence[PartSpec], disk: int | None) -> int:

@@ -161,6 +161,11 @@ class Task:
         """The task whose measurement is of the targets that a batch has."""
         return self
 
+    @property
+    def sampled_draws(self) -> int:
+        """Draws of labels an example that a bank is built with unless it is told another number."""
+        return 0
+
     def sampled_output(self, model: Model, batch: Batch, uniform: Uniform) -> Tensor:
         """Log-likelihood of labels drawn, without gradient, from the model's own prediction, (B,).
 

@@ -175,6 +175,11 @@ class CausalLM(Task):
         labels = split(batch, None)[1]
         return (labels[:, 1 if self.shift else 0 :] != self.ignore_index).sum(-1).float()
 
+    @property
+    def sampled_draws(self) -> int:
+        """One: the sampled Fisher predicts retraining better than the empirical one, and needs labels drawn."""
+        return 1 if self._is_builtin() else 0  # where the likelihood is another, so is the Fisher
+
     def sampled_output(self, model: Model, batch: Batch, uniform: Uniform) -> Tensor:
         """Log-likelihood of drawn tokens, times the root of what each token's counts for in the loss.
 

@@ -148,7 +148,7 @@ def test_the_default_curvature_is_the_tasks(tmp_path, method, problem, named):
 
 
 @pytest.mark.parametrize("method", [sp.Source, sp.InfluenceFunction])
-@pytest.mark.parametrize(("draws", "named"), [(0, "empirical_fisher"), (1, "sampled_fisher")])
+@pytest.mark.parametrize(("draws", "named"), [(0, "empirical_fisher"), (1, "sampled_fisher"), (None, "sampled_fisher")])
 def test_a_language_models_curvature_is_of_sampled_labels_where_it_has_them(tmp_path, method, draws, named):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from source_proj import bank as banks
 from source_proj._errors import BankError
+from source_proj.bank.format import VERSION
 
 PART = "stage_0/part_0"
 DATA = f"{PART}/checkpoint_1"
@@ -113,7 +114,10 @@ REFUSED = {
     # 1: name and version
     "another format": (attribute("", "format", to="other"), r"'other', not 'source-proj bank'"),
     "no format": (without("", "format"), r"None, not 'source-proj bank'"),
-    "a later version": (attribute("", "version", to=3), "format version 3, and this package reads 2"),
+    "a later version": (
+        attribute("", "version", to=VERSION + 1),
+        f"format version {VERSION + 1}, and this package reads {VERSION}",
+    ),
     "a version in words": (attribute("", "version", to="1"), "format version '1'"),
     "a version that is true": (attribute("", "version", to=True), "format version True"),
     # 2: settings

@@ -148,3 +148,11 @@ def test_draws_are_reproducible_and_carry_no_gradient():
     assert torch.equal(first, Classification().sampled_output(identity, batch, uniforms(5)))
     (gradient,) = torch.autograd.grad(first.sum(), logits)
     torch.testing.assert_close(gradient.sum(-1), torch.zeros(5), atol=1e-6, rtol=0)  # one-hot minus softmax
+
+
+def test_labels_are_drawn_by_default_for_language_models_of_our_own_likelihood_alone():
+    class Another(CausalLM):
+        pass
+
+    tasks = (Classification(), Regression(), CausalLM(), CausalLM(reduction="sum"), Another())
+    assert [task.sampled_draws for task in tasks] == [0, 0, 1, 1, 0]

@@ -61,7 +61,7 @@ def build(
     progress: Progress = True,
     ids: Any = None,
     parameters: Sequence[str] | None = None,
-    sampled_fisher: int = 0,
+    sampled_fisher: int | None = None,
     autocast: str | None = None,
     gradients: str = "auto",
     shard_rows: int | None = None,
@@ -101,7 +101,9 @@ def build(
         parameters: globs of the parameters to attribute through, "!glob" to leave out; ``["*"]`` for all. Default:
             those that training moved, see :func:`source_proj.trajectory.trained_parameters`; ``bank.parameter_choice``
             says which these are, and so does a line where some are left out.
-        sampled_fisher: draws of labels from the model's prediction per example, each one backward pass more.
+        sampled_fisher: draws of labels from the model's prediction per example, for the curvature of that name, each
+            one pass more and rows of half an int8 row's bytes. Default: 1 for :class:`CausalLM`, of which it predicts
+            retraining better; else 0.
         autocast: "bfloat16" or "float16" for the forward pass.
         gradients: "auto", "hooks" or "general"; see :func:`source_proj.gradients.gradient_engine`.
         shard_rows: rows a shard, a multiple of the batch size; default: as many as make 16 MiB, 4,096 at most.
@@ -148,6 +150,7 @@ def build(
     stage_ids = [checked_ids(one, 0, s.n, name) for one, s, name in zip(given_ids, sources, names, strict=True)]
     _check_loss(task, trajectory)
     task = with_normalizer(task, sources, names)
+    sampled_fisher = task.sampled_draws if sampled_fisher is None else sampled_fisher
     second_derivative, fisher_weight = _columns(task, sources[0], stage_ids[0])
     space, choice = lockstep.from_leader(lambda: _chosen(model, trajectory, parameters, progress is True))
 

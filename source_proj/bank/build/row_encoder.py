@@ -183,7 +183,7 @@ class RowEncoder:
     ) -> dict[str, Tensor]:
         """Encode rows ``(B, k)``, or ``(B, D, k)`` with draw j of example b in row b·D + j."""
         flat = rows.flatten(0, -2)
-        codec = self._settings.codec
+        codec = self._settings.sampled_codec if prefix else self._settings.codec
         sizes = codec.row_sizes(flat)
         place.require_finite(sizes.reshape(len(rows), -1).amax(dim=1), what)
         values, scale = codec.encode(flat, sizes)

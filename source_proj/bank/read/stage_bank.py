@@ -234,25 +234,23 @@ class StageBank:
         return self._shards if shards is None else [self._shards[number] for number in shards]
 
     def _block(self, part: Part, checkpoint: int, shard: int, what: What, metric: int | None) -> EncodedBlock:
-        prefix, factor = ("", 1) if what == "output" else ("fisher_", self.draws)
+        settings = self._settings
+        prefix, factor, codec = (
+            ("", 1, settings.codec) if what == "output" else ("fisher_", self.draws, settings.sampled_codec)
+        )
         names = [f"{prefix}rows", f"{prefix}scale"]
         rows_name, scale_name = names if metric is None else [crossing_name(name, metric) for name in names]
         codes = torch.from_numpy(part.read(checkpoint, rows_name, shard))
         d1, d2, fisher_weight = torch.full((len(codes),), -1.0), None, None
         if what == "output":
             d1 = torch.from_numpy(part.read(checkpoint, "d1", shard))
-            if self._settings.second_derivative:
+            if settings.second_derivative:
                 d2 = torch.from_numpy(part.read(checkpoint, "d2", shard))
-            if self._settings.fisher_weight:
+            if settings.fisher_weight:
                 fisher_weight = torch.from_numpy(part.read(checkpoint, "fisher_weight", shard))
         first, stop = (factor * (part.spec.start + end) for end in part.spec.span(shard))
-        scale = self._scale(part, checkpoint, scale_name, shard)
-        return EncodedBlock(first, stop, codes, scale, d1, self._settings.codec, d2, fisher_weight)
-
-    def _scale(self, part: Part, checkpoint: int, name: str, shard: int) -> Tensor | None:
-        if not self._settings.codec.has_scale:
-            return None
-        return torch.from_numpy(part.read(checkpoint, name, shard))
+        scale = torch.from_numpy(part.read(checkpoint, scale_name, shard)) if codec.has_scale else None
+        return EncodedBlock(first, stop, codes, scale, d1, codec, d2, fisher_weight)
 
 
 def _part(values: Tensor | None, rows: slice) -> Tensor | None:
