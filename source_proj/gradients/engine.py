@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from math import isfinite
 
 import torch
@@ -13,19 +11,17 @@ from torch import Tensor, nn
 
 from source_proj._errors import GradientError, MismatchError, SourceProjError
 from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
-from source_proj.gradients.general import Autocast, Function, GeneralPath, first_line, weighted_gradient
+from source_proj.gradients.general import Function, Functions, GeneralPath, first_line
 from source_proj.gradients.hooks import HookPath, Structure, Unsuited, evaluating, uncovered
+from source_proj.gradients.law import SAMPLED, Law, Work
 from source_proj.gradients.memory import RowMemory
 from source_proj.gradients.proof import (
     Audit,
-    Expected,
     Proof,
     Refuted,
     WatchedSink,
-    audited,
     dependent,
     gradient_sink,
-    law_weights,
     share_sink,
 )
 from source_proj.gradients.sink import GradientSink, SinkByParameter
@@ -37,7 +33,6 @@ from source_proj.trajectory.placement import placement_of
 
 __all__ = ["METHODS", "GradientEngine", "gradient_engine"]
 
-SAMPLED = "sampled_output"  # the function that draws labels
 METHODS = ("auto", "hooks", "general")
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,7 +40,6 @@ _OVERFLOW = (
     "the sum of a batch's gradients is not finite (overflow), though each of them is: look at the size of inputs "
     "and weights"
 )
-_TF32 = 2.0**-10  # cuDNN's convolutions of float32
 
 
 def gradient_engine(
@@ -113,7 +107,7 @@ class GradientEngine:
         self._space = space
         self._sketch = sketch
         self._may_change = method == "auto" and self._placement.is_whole
-        self._dtype = None if autocast is None else _AUTOCAST[autocast]
+        self._law = Law(self._placement, space, sketch, None if autocast is None else _AUTOCAST[autocast])
         self._general = GeneralPath(self._placement, space)
         self._memory = RowMemory()
         self._hooks: HookPath | None = None
@@ -194,16 +188,44 @@ class GradientEngine:
             MismatchError: a diagonal has another length than the space.
             TypeError, GradientError: as for `sketch`.
         """
+        (found,) = self.sketch_together([(name, function)], _alone(function), batch, scales, size)
+        return found
+
+    def sketch_together(
+        self,
+        functions: Sequence[tuple[str, Function]],
+        together: Functions,
+        batch: Batch,
+        scales: Sequence[Tensor | None],
+        size: int | None = None,
+    ) -> list[tuple[Tensor, list[Tensor]]]:
+        """What `sketch_scaled` gives of each of several functions, from one forward pass where hooks can serve.
+
+        Args:
+            functions: each with its name, as for `sketch_scaled`.
+            together: (model, batch) → the values of all functions, in their order, of one forward pass.
+            batch: as for `sketch`.
+            scales: as for `sketch_scaled`.
+            size: as for `sketch`.
+
+        Returns:
+            for each function its values and rows.
+
+        Raises:
+            MismatchError, TypeError, GradientError: as for `sketch_scaled`.
+        """
         for scale in scales:
             if scale is not None and tuple(scale.shape) != (self._space.size,):
                 raise MismatchError(f"a scale has shape {tuple(scale.shape)}; the space has {self._space.size}")
+        if len(functions) > 1 and not self._placement.is_whole:  # sharded weights are gathered for one backward pass
+            return [self.sketch_scaled(each, batch, scales, name, size) for name, each in functions]
         batch = map_tensors(batch, Tensor.detach)
         size = batch_size(batch) if size is None else size
-        work = _Work(function, batch, size, list(scales), name, self._proof.next_batch(name))
+        works = [Work(each, batch, size, list(scales), name, self._proof.next_batch(name)) for name, each in functions]
         with torch.inference_mode(False), torch.enable_grad(), evaluating(self._model):
             if self._hooks is not None and not self._proof.general:
                 try:
-                    return self._by_hooks(self._hooks, work)
+                    return self._by_hooks(self._hooks, works, together)
                 except Unsuited as problem:
                     self._leave_hooks(str(problem))
                 except (SourceProjError, MemoryError, torch.OutOfMemoryError):
@@ -211,7 +233,7 @@ class GradientEngine:
                 except Exception as problem:
                     # The general path raises it again, if the model and not the hooks are to blame.
                     self._leave_hooks(f"{type(problem).__name__}: {first_line(problem)}", problem)
-            return self._by_general(work)
+            return [self._by_general(work) for work in works]
 
     def is_detached(self, function: Function, batch: Batch) -> bool:
         """Whether function(model, batch) has no graph that leads to any parameter of the model, attributed or not."""
@@ -221,7 +243,7 @@ class GradientEngine:
             self._placement.running(parameters),
             torch.enable_grad(),
             evaluating(self._model),
-            self._autocast()(),
+            self._law.autocast()(),
         ):
             return not function(self._model, map_tensors(batch, Tensor.detach)).requires_grad
 
@@ -242,43 +264,58 @@ class GradientEngine:
             raise GradientError(f"the hook path cannot serve this model ({why}); {remedy}") from cause
         self._why_general = why
 
-    def _by_hooks(self, hooks: HookPath, work: _Work) -> tuple[Tensor, list[Tensor]]:
-        proof, names = self._proof, self._space.names
-        together = self._lockstep  # what one of the processes must run, all run
-        if together.any(not self._shared_known):
-            single, double = (take(work.batch, some, work.size) for some in ([0], [0, min(1, work.size - 1)]))
-            hooks.find_shared(work.function, single, double)
+    def _by_hooks(
+        self, hooks: HookPath, works: Sequence[Work], together: Functions
+    ) -> list[tuple[Tensor, list[Tensor]]]:
+        proof, lockstep = self._proof, self._lockstep  # what one of the processes must run, all run
+        batch, size = works[0].batch, works[0].size
+        if lockstep.any(not self._shared_known):
+            single, double = (take(batch, some, size) for some in ([0], [0, min(1, size - 1)]))
+            hooks.find_shared(works[0].function, single, double)
             self._shared_known = True
-        due = together.any(proof.is_due(work.name, work.number))
-        watched = set(names) if due else proof.unproven(work.name, names)
+        passes = [self._begun(work) for work in works]
         structures: list[Structure] = []
 
-        def admit(structure: Structure) -> None:
-            if structure.signature in proof.refused:
-                raise Unsuited(proof.refused[structure.signature])
-            structures.append(structure)
+        def admit(found: list[Structure]) -> None:
+            for structure in found:
+                if structure.signature in proof.refused:
+                    raise Unsuited(proof.refused[structure.signature])
+            structures.extend(found)
 
-        outs, shares, sink = self._sinks(work, watched)
-        values = hooks.add_to(sink, work.function, work.batch, work.size, self._autocast(), admit)
-        sink.gather()
-        (structure,) = structures
-        signature = structure.signature if structure.lost is None else None
-        audit = None
-        touched = shares.touched() if shares is not None else set()
-        if together.any(due or signature is None or not proof.covers(work.name, signature, touched)):
-            if together.any(shares is None or watched != set(names)):
-                _, shares, sink = self._sinks(replace(work, scales=[]), set(names))
-                hooks.add_to(sink, work.function, work.batch, work.size, self._autocast())
-                sink.gather()
-            assert shares is not None
-            audit = self._audit(work, values, outs, shares)
-            if audit is not None and not audit.passed:
-                self._refute(structure, audit)
-            if audit is not None:
-                proof.add(work.name, signature, audit)
+        values = hooks.add_to([each.sink for each in passes], together, batch, size, self._law.autocast(), admit)
+        for each in passes:
+            each.sink.gather()
+        made = zip(passes, values, structures, strict=True)
+        audits = [self._proven(hooks, each, value, structure) for each, value, structure in made]
         self.method = "hooks"
-        proof.note(work.size, None, audit)
-        return values, outs
+        for audit in audits:
+            proof.note(size, None, audit)
+        return [(value, each.outs) for value, each in zip(values, passes, strict=True)]
+
+    def _begun(self, work: Work) -> _Pass:
+        """What a batch's gradients go to: the rows, and each parameter's own share where the law is due or new."""
+        due = self._lockstep.any(self._proof.is_due(work.name, work.number))
+        watched = set(self._space.names) if due else self._proof.unproven(work.name, self._space.names)
+        return _Pass(work, due, watched, *self._sinks(work, watched))
+
+    def _proven(self, hooks: HookPath, made: _Pass, values: Tensor, structure: Structure) -> Audit | None:
+        """Assert the law where it is due, or where the batch went through the layers as none did before."""
+        proof, lockstep, work, shares = self._proof, self._lockstep, made.work, made.shares
+        signature = structure.signature if structure.lost is None else None
+        touched = shares.touched() if shares is not None else set()
+        if not lockstep.any(made.due or signature is None or not proof.covers(work.name, signature, touched)):
+            return None
+        if lockstep.any(shares is None or made.watched != set(self._space.names)):
+            _, shares, sink = self._sinks(replace(work, scales=[]), set(self._space.names))
+            hooks.add_to([sink], _alone(work.function), work.batch, work.size, self._law.autocast())
+            sink.gather()
+        assert shares is not None
+        audit = self._law.audit(proof, work, values, made.outs, shares)
+        if audit is not None and not audit.passed:
+            self._refute(structure, audit)
+        if audit is not None:
+            proof.add(work.name, signature, audit)
+        return audit
 
     def _refute(self, structure: Structure, audit: Audit) -> None:
         where = f"parameters {audit.wrong[:10]}" if audit.wrong else "the rows' weighted sum"
@@ -294,18 +331,18 @@ class GradientEngine:
             raise Refuted(f"{why}; rows that were given before rest on the same proof: make them again")
         raise Unsuited(why)
 
-    def _by_general(self, work: _Work) -> tuple[Tensor, list[Tensor]]:
+    def _by_general(self, work: Work) -> tuple[Tensor, list[Tensor]]:
         proof = self._proof
         due = proof.is_due(work.name, work.number) or not proof.covers(work.name, (work.size > 1,), set())
         outs, shares, sink = self._sinks(work, set(self._space.names) if due else set())
-        values = self._general.add_to(sink, work.function, work.batch, work.size, self._autocast())
+        values = self._general.add_to(sink, work.function, work.batch, work.size, self._law.autocast())
         sink.gather()
         if not bool(torch.isfinite(values).all()):
             with torch.no_grad():  # under vmap the function could not say what is wrong
                 work.function(self._model, work.batch)
         audit = None
         if due and shares is not None and work.name != SAMPLED:  # rows of one example each, and others drawn than here
-            audit = self._audit(work, values, outs, shares)
+            audit = self._law.audit(proof, work, values, outs, shares)
             if audit is not None and not audit.passed:
                 raise GradientError(
                     dependent(work.name, work.batch, work.size, audit) if isfinite(audit.error) else _OVERFLOW
@@ -316,7 +353,7 @@ class GradientEngine:
         proof.note(work.size, self.reason, audit)
         return values, outs
 
-    def _sinks(self, work: _Work, watched: set[str]) -> tuple[list[Tensor], SinkByParameter | None, GradientSink]:
+    def _sinks(self, work: Work, watched: set[str]) -> tuple[list[Tensor], SinkByParameter | None, GradientSink]:
         """Rows for each scale, shares of the watched parameters, and the sink that adds to both."""
         first = self._device()
         parts = {device: self._sinks_on(device, work, watched) for device in [first, *self._devices]}
@@ -327,7 +364,7 @@ class GradientEngine:
         return outs, shares, sink
 
     def _sinks_on(
-        self, device: torch.device, work: _Work, watched: set[str]
+        self, device: torch.device, work: Work, watched: set[str]
     ) -> tuple[list[Tensor], SinkByParameter | None, GradientSink]:
         outs = [self._memory.zeros(work.size, self._sketch.dim, device) for _ in work.scales]
         shares = share_sink(work.size, self._space, device) if watched else None
@@ -336,60 +373,21 @@ class GradientEngine:
         sink = gradient_sink(outs, self._sketch, self._space, work.scales)
         return outs, shares, sink if shares is None else WatchedSink(sink, shares, watched)
 
-    def _audit(self, work: _Work, values: Tensor, outs: list[Tensor], shares: SinkByParameter) -> Audit | None:
-        """Assert the law for a batch; None where it says nothing, since something is not finite."""
-        if not bool(torch.isfinite(values).all()) or not all(bool(torch.isfinite(rows).all()) for rows in outs):
-            return None
-        coarsest = self._coarsest()
-        weights = law_weights(self._proof.draw(work.name, work.number), outs[0], evened=coarsest < 1e-4)
-        expected = Expected(outs, self._sketch, self._space, work.scales)
-        plain = self._plain(work, weights, expected)
-        audit = audited(weights, outs, shares, expected, coarsest)
-        tolerance = max(1e-2, 8 * coarsest)
-        if not torch.allclose(values, plain.to(values.device), rtol=tolerance, atol=tolerance / 100):
-            return replace(audit, passed=False, values_differ=True)
-        return audit
-
-    def _plain(self, work: _Work, weights: Tensor, expected: Expected) -> Tensor:
-        """Values, and ∇ Σ w f by plain backward passes over two halves, which agree with the whole if examples do.
-
-        Drawn labels are taken whole: halves draw others now and then, where a draw is within rounding of a step.
-        """
-        order = torch.randperm(work.size, generator=torch.Generator().manual_seed(work.number))
-        whole = work.name == SAMPLED or not self._lockstep.any(work.size > 1)
-        halves = [torch.arange(work.size)] if whole else [half.sort().values for half in order.chunk(2)]
-        if len(halves) < 2 and not whole:  # one example here, where other processes have two passes to make
-            halves.append(halves[0])
-        values = torch.zeros(work.size, device=self._device())
-        for number, half in enumerate(halves):
-            batch = work.batch if len(half) == work.size else take(work.batch, half.tolist(), work.size)
-            again = number > 0 and work.size == 1
-            part = weighted_gradient(
-                self._placement, self._space, work.function, batch, weights[half] * (not again), self._autocast(),
-                expected.add,
-            )  # fmt: skip
-            values[half.to(values.device)] = part.to(values)
-        return values
-
-    def _coarsest(self) -> float:
-        """The relative spacing of the coarsest number format of a pass."""
-        spacing = max(self._placement.spacing(self._space.names), torch.finfo(self._dtype or torch.float64).eps)
-        return max(spacing, _TF32 if self._device().type == "cuda" and torch.backends.cudnn.allow_tf32 else 0.0)
-
-    def _autocast(self) -> Autocast:
-        return nullcontext if self._dtype is None else partial(torch.autocast, self._device().type, self._dtype)
-
     def _device(self) -> torch.device:
         return self._placement.device
 
 
 @dataclass(frozen=True)
-class _Work:
-    """One batch of one function."""
+class _Pass:
+    """One batch of one function on its way: whether the law is due, whose shares are kept apart, and where all goes."""
 
-    function: Function
-    batch: Batch
-    size: int
-    scales: list[Tensor | None]
-    name: str
-    number: int
+    work: Work
+    due: bool
+    watched: set[str]
+    outs: list[Tensor]
+    shares: SinkByParameter | None
+    sink: GradientSink
+
+
+def _alone(function: Function) -> Functions:
+    return lambda model, batch: (function(model, batch),)

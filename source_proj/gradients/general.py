@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import TypeAlias
@@ -19,9 +19,19 @@ from source_proj.gradients.space import ParameterSpace
 from source_proj.trajectory.placement import Placement
 from source_proj.trajectory.placement.base import Live
 
-__all__ = ["REENTRANT", "Autocast", "Function", "GeneralPath", "checked_values", "first_line", "weighted_gradient"]
+__all__ = [
+    "REENTRANT",
+    "Autocast",
+    "Function",
+    "Functions",
+    "GeneralPath",
+    "checked_values",
+    "first_line",
+    "weighted_gradient",
+]
 
 Function: TypeAlias = Callable[[nn.Module, Batch], Tensor]
+Functions: TypeAlias = Callable[[nn.Module, Batch], Sequence[Tensor]]
 Autocast: TypeAlias = Callable[[], AbstractContextManager[object]]
 _Some: TypeAlias = tuple[int, Tensor, dict[str, Tensor]]  # first example, values (n,), gradients {name: (n, *shape)}
 

@@ -1,4 +1,4 @@
-"""The hook path: per-example gradients of a whole batch from one forward and one backward pass.
+"""The hook path: per-example gradients of a whole batch from one forward pass and a backward pass a function.
 
 Torch computes no batch weight gradient during the pass, as only the taps are asked for. A tap behind each covered
 layer keeps the layer's input x; when the gradient g of its output arrives, the layer's rule turns (x, g) into the
@@ -17,7 +17,7 @@ per-example gradient of its parameters, which goes straight into the sketch, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from source_proj._errors import GradientError
 from source_proj.gradients.batches import Batch
-from source_proj.gradients.general import REENTRANT, Autocast, Function, checked_values
+from source_proj.gradients.general import REENTRANT, Autocast, Function, Functions, checked_values
 from source_proj.gradients.layout import Call, Node, label, walk, where_examples_are_lost
 from source_proj.gradients.rules import Rule, rule_for
 from source_proj.gradients.sink import GradientSink
@@ -135,22 +135,22 @@ class HookPath:
 
     def add_to(
         self,
-        sink: GradientSink,
-        function: Function,
+        sinks: Sequence[GradientSink],
+        functions: Functions,
         batch: Batch,
         size: int,
         autocast: Autocast,
-        admit: Callable[[Structure], None] = lambda _: None,
-    ) -> Tensor:
-        """Hand every layer's share of ∇function to `sink`; returns the values (B,).
+        admit: Callable[[list[Structure]], None] = lambda _: None,
+    ) -> list[Tensor]:
+        """Hand every layer's share of each function's gradient to its sink; returns the functions' values (B,).
 
         Args:
-            sink: takes the gradients.
-            function: (model, batch) → (B,).
+            sinks: take the gradients, one a function.
+            functions: (model, batch) → (B,) for each function, by one forward pass or several.
             batch: the examples.
             size: their number B.
             autocast: context of the forward pass.
-            admit: sees the batch's structure before the backward pass, and may raise.
+            admit: sees the batch's structure for each function before the backward passes, and may raise.
 
         Raises:
             Unsuited: a layer's output does not have the examples in front, or a parameter is used outside of its layer.
@@ -158,20 +158,23 @@ class HookPath:
                 hides layers.
         """
         anchor = torch.zeros((), requires_grad=True)
-        seen = partial(self._on_output, size=size, anchor=anchor, sink=sink)
+        turn: list[GradientSink] = []  # its last is that of the backward pass under way
+        seen = partial(self._on_output, size=size, anchor=anchor, taker=lambda: turn[-1])
         self._calls = []
         try:
             with self._placement.running(self._attributed) as live, self._hooked(seen), torch.enable_grad():
                 with autocast():
-                    values = checked_values(function(self._model, batch), size)
+                    values = [checked_values(each, size) for each in functions(self._model, batch)]
                 calls, self._calls = self._calls, None  # recomputed layers of a checkpoint call the hooks once more
-                admit(self._structure(values, calls, size, live))
-                if values.requires_grad:  # else it reaches no attributed parameter
+                admit([self._structure(each, calls, size, live) for each in values])
+                parts = [(each, sink) for each, sink in zip(values, sinks, strict=True) if each.requires_grad]
+                for number, (each, sink) in enumerate(parts, start=1):  # others reach no attributed parameter
+                    turn.append(sink)
                     with sink.holding():
-                        torch.autograd.grad(values.sum(), [anchor], allow_unused=True)
+                        torch.autograd.grad(each.sum(), [anchor], allow_unused=True, retain_graph=number < len(parts))
         finally:
             self._calls = None
-        return values.detach().float()
+        return [each.detach().float() for each in values]
 
     def find_shared(self, function: Function, single: Batch, double: Batch) -> None:
         """Learn which layers see no batch: their output is of the same shape for one example and for two.
@@ -226,7 +229,7 @@ class HookPath:
         *,
         size: int,
         anchor: Tensor,
-        sink: GradientSink,
+        taker: Callable[[], GradientSink],
     ) -> Tensor | None:
         if not torch.is_grad_enabled():  # the model itself wants no gradient here
             return None
@@ -242,7 +245,7 @@ class HookPath:
                 f"the output of {name!r} has shape {tuple(output.shape)} in a batch of {size} examples; "
                 "examples must come first"
             )
-        listener = partial(self._on_gradient, module, size, sink)
+        listener = partial(self._on_gradient, module, size, taker)
         apply = cast(Callable[..., Tensor], _Tap.apply)  # some versions of torch leave it untyped
         tapped = apply(output, anchor, x.detach(), listener, name)
         if self._calls is not None:
@@ -252,9 +255,12 @@ class HookPath:
             self._calls.append(((name, kind, output.dim()), call))
         return tapped
 
-    def _on_gradient(self, module: nn.Module, size: int, sink: GradientSink, x: Tensor, g: Tensor) -> None:
+    def _on_gradient(
+        self, module: nn.Module, size: int, taker: Callable[[], GradientSink], x: Tensor, g: Tensor
+    ) -> None:
         if g.numel() == 0:
             return
+        sink = taker()
         rule, names = self._covered[module]
         x = x.to(g.device)  # accelerate moves inputs after the hooks have seen them
         if not sink.accepts_half:

@@ -181,15 +181,17 @@ class TrainingPath(HookPath):
         if current is None:
             return None
         return self._on_output(
-            module, args, kwargs, output, size=current.size, anchor=self._anchor, sink=current.sink
+            module, args, kwargs, output, size=current.size, anchor=self._anchor, taker=lambda: current.sink
         )  # fmt: skip
 
-    def _on_gradient(self, module: nn.Module, size: int, sink: GradientSink, x: Tensor, g: Tensor) -> None:
+    def _on_gradient(
+        self, module: nn.Module, size: int, taker: Callable[[], GradientSink], x: Tensor, g: Tensor
+    ) -> None:
         for each in self.passes:
-            if each.sink is sink:
+            if each.sink is taker():
                 each.reached = True
                 each.spacing = max(each.spacing, torch.finfo(g.dtype).eps)
-                super()._on_gradient(module, size, sink, x, g)
+                super()._on_gradient(module, size, taker, x, g)
 
     def _refuse_mixing(self) -> None:
         mixing = [name for name, module in self._mixing if module.training]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Self
 
 from torch import Tensor
 
 from source_proj.task.answers import Answers
-from source_proj.task.batch import Batch, Model, Uniform
+from source_proj.task.batch import Batch, Model, Uniform, forwarded_once
 
 __all__ = ["Derivatives", "Task", "checked_normalizer", "checked_pair"]
 
@@ -160,6 +161,16 @@ class Task:
     def by_target(self) -> Self:
         """The task whose measurement is of the targets that a batch has."""
         return self
+
+    @property
+    def forwards_once(self) -> bool:
+        """Whether :meth:`output_and_samples` runs the model once for all of them."""
+        return self._is_builtin()
+
+    def output_and_samples(self, model: Model, batch: Batch, uniforms: Sequence[Uniform]) -> tuple[Tensor, ...]:
+        """The output, and a sampled output for each source of numbers, (B,) each; of one forward pass if built in."""
+        with forwarded_once() if self.forwards_once else nullcontext():
+            return self.output(model, batch), *(self.sampled_output(model, batch, uniform) for uniform in uniforms)
 
     @property
     def sampled_draws(self) -> int:

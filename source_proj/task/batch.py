@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from inspect import signature
 from typing import Any
 
@@ -21,6 +22,8 @@ __all__ = [
     "draw",
     "first_examples",
     "forward",
+    "forwarded_once",
+    "given_once",
     "logits_of",
     "split",
     "weights",
@@ -66,6 +69,31 @@ def first_examples(batch: Batch, count: int) -> Batch:
     return batch[:count] if isinstance(batch, Tensor) and batch.ndim else batch
 
 
+_GIVEN: ContextVar[dict[object, tuple[Any, Any]] | None] = ContextVar("_GIVEN", default=None)
+
+
+@contextmanager
+def forwarded_once() -> Iterator[None]:
+    """Within, a model that is run again on the very same inputs is not: what it gave is given again, with its graph."""
+    token = _GIVEN.set({})
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
+def given_once(module: Model, inputs: Any, run: Callable[[], Any]) -> Any:
+    """What a module gives for inputs, or gave for them within :func:`forwarded_once`."""
+    given = _GIVEN.get()
+    if given is None:
+        return run()
+    parts = tuple((name, id(value)) for name, value in inputs.items()) if isinstance(inputs, Mapping) else id(inputs)
+    key = (id(module), parts, torch.is_grad_enabled())
+    if key not in given:
+        given[key] = run(), inputs  # held with their values, so that no others take their numbers
+    return given[key][0]
+
+
 def forward(model: Model, batch: Batch, sample_weight: str | int | None) -> tuple[Tensor, Tensor]:
     """Run the model; return its logits or predictions, in float32 at least, and the labels."""
     inputs, labels, _ = split(batch, sample_weight)
@@ -97,7 +125,9 @@ def logits_of(model: Model, inputs: Any, by_name: bool) -> Tensor:
 def _called(model: Model, inputs: Any, by_name: bool) -> Any:
     """Call the model, and say more of inputs that it cannot take."""
     try:
-        return model(**without_cache(model, inputs)) if by_name else model(inputs)
+        return given_once(
+            model, inputs, lambda: model(**without_cache(model, inputs)) if by_name else model(inputs)
+        )  # fmt: skip
     except (AttributeError, TypeError, RuntimeError) as error:
         slips = _slips(model, inputs if by_name else {"the input": inputs}, by_name)
         if not slips or isinstance(error, torch.OutOfMemoryError):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from source_proj.task.batch import Model, without_cache
+from source_proj.task.batch import Model, given_once, without_cache
 
 __all__ = ["Head", "check_head", "hidden_and_head", "sum_over_chunks"]
 
@@ -31,7 +31,7 @@ def hidden_and_head(model: Model, inputs: Mapping[str, Any]) -> tuple[Tensor, He
             f"CausalLM(chunk=...) needs a model of transformers, with base_model and get_output_embeddings(), got "
             f"{type(model).__name__}: leave chunk= out"
         )
-    hidden: Tensor = body(**without_cache(body, inputs))[0]
+    hidden: Tensor = given_once(body, inputs, lambda: body(**without_cache(body, inputs)))[0]
     return hidden, head
 
 

@@ -91,7 +91,9 @@ def test_an_input_modified_after_the_layer_saw_it_is_an_error() -> None:
     space = ParameterSpace.from_model(model)
     target = sink.GradientSink(torch.zeros(2, 16), Sketch(dim=16), space)
     with pytest.raises(GradientError, match="input of 'b' was modified in place"):
-        HookPath(placement_of(model), space).add_to(target, margin, images(2, side=2), 2, nullcontext)
+        HookPath(placement_of(model), space).add_to(
+            [target], lambda m, b: (margin(m, b),), images(2, side=2), 2, nullcontext
+        )
     with pytest.raises((GradientError, RuntimeError), match="modified by an inplace operation"):
         dense_rows(Spoiled(), images(2, side=2), method="general")  # plain autograd cannot differentiate it either
 

@@ -25,6 +25,8 @@ from source_proj.gradients import (
     require_own_weights,
 )
 from source_proj.gradients.batches import batch_size, per_example_tensors
+from source_proj.gradients.general import Function
+from source_proj.gradients.law import SAMPLED
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint
@@ -154,7 +156,7 @@ class RowEncoder:
                 f"{size} were asked for: collate_fn must neither drop nor add examples"
             )
         with named_examples(place.ids):
-            values, (rows, *others) = self._engine.sketch_scaled(self._task.output, batch, scales, size=size)
+            (values, (rows, *others)), *sampled = self._sketched(place, batch, scales)
         silent = self._detached and not bool(rows.any())
         self._detached = silent  # rows of zeros may be right, if an example has no label, say
         if self._placement.lockstep.any(silent):
@@ -163,9 +165,11 @@ class RowEncoder:
         for metric, other in zip(names, others, strict=True):
             encoded |= self._encoded("", other, place, "the gradient of the output", metric)
         encoded |= self._derivatives(place, values, batch)
-        if self._settings.sampled_fisher:
-            for at, sampled in zip([None, *names], self._sampled(place, batch, scales), strict=True):
-                encoded |= self._encoded("fisher_", sampled, place, "the gradient of a sampled label's likelihood", at)
+        if sampled:
+            draws = zip(*(of_metric for _, of_metric in sampled), strict=True)  # for each metric, those of each draw
+            for at, several in zip([None, *names], draws, strict=True):
+                stacked = torch.stack(several, dim=1)  # (B, D, k)
+                encoded |= self._encoded("fisher_", stacked, place, "the gradient of a sampled label's likelihood", at)
         return encoded
 
     def _metrics_of(self, place: BatchLocation) -> list[int]:
@@ -206,24 +210,36 @@ class RowEncoder:
             place.require_finite(numbers, {"d1": "ℓ'", "d2": "ℓ''"}.get(name, "the empirical Fisher's weight"))
         return given
 
-    def _sampled(self, place: BatchLocation, batch: Batch, scales: Sequence[Tensor | None]) -> list[Tensor]:
-        """Gradients ``(B, D, k)`` of the log-likelihoods of D labels drawn for each example, in each metric."""
+    def _sketched(
+        self, place: BatchLocation, batch: Batch, scales: Sequence[Tensor | None]
+    ) -> list[tuple[Tensor, list[Tensor]]]:
+        """Values and rows, in each metric, of the output and of the likelihoods of labels that are drawn."""
+        size, engine, task = place.stop - place.start, self._engine, self._task.of_stage(place.stage)
+        if not self._settings.sampled_fisher:
+            return [engine.sketch_scaled(task.output, batch, scales, size=size)]
         first = place.part.spec.start
         positions = torch.arange(first + place.start, first + place.stop, device=self._device)
         seed: int = self._settings.sketch["seed"]
-        task = self._task.of_stage(place.stage)
 
-        def function(draw: int, model: nn.Module, both: tuple[Batch, Tensor]) -> Tensor:
+        def uniforms(positions: Tensor, draw: int) -> Uniforms:
+            return Uniforms(positions, seed=seed, stage=place.stage, checkpoint=place.checkpoint, draw=draw)
+
+        def output(model: nn.Module, both: tuple[Batch, Tensor]) -> Tensor:
+            return task.output(model, both[0])
+
+        def likelihood(draw: int, model: nn.Module, both: tuple[Batch, Tensor]) -> Tensor:
             # Positions travel with the batch: the general path calls this for one example at a time.
-            uniform = Uniforms(both[1], seed=seed, stage=place.stage, checkpoint=place.checkpoint, draw=draw)
-            return task.sampled_output(model, both[0], uniform)
+            return task.sampled_output(model, both[0], uniforms(both[1], draw))
+
+        def together(model: nn.Module, both: tuple[Batch, Tensor]) -> tuple[Tensor, ...]:
+            return task.output_and_samples(model, both[0], [uniforms(both[1], draw) for draw in draws])
 
         draws = range(self._settings.sampled_fisher)
-        size = len(positions)
-
-        def rows(draw: int) -> list[Tensor]:
-            chosen = partial(function, draw)
-            return self._engine.sketch_scaled(chosen, (batch, positions), scales, "sampled_output", size)[1]
-
-        by_draw = [rows(draw) for draw in draws]
-        return [torch.stack(of_metric, dim=1) for of_metric in zip(*by_draw, strict=True)]
+        functions: list[tuple[str, Function]] = [
+            ("output", output),
+            *((SAMPLED, partial(likelihood, draw)) for draw in draws),
+        ]
+        both = batch, positions
+        if task.forwards_once:
+            return engine.sketch_together(functions, together, both, scales, size)
+        return [engine.sketch_scaled(function, both, scales, name, size) for name, function in functions]

@@ -1,0 +1,116 @@
+"""The law, asserted for whole batches: rows against plain autograd's gradient of a random combination of examples."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from source_proj.gradients.batches import Batch, take
+from source_proj.gradients.general import Autocast, Function, weighted_gradient
+from source_proj.gradients.proof import Audit, Expected, Proof, audited, law_weights
+from source_proj.gradients.sink import SinkByParameter
+from source_proj.gradients.space import ParameterSpace
+from source_proj.sketch import Sketch
+from source_proj.trajectory.placement import Placement
+
+__all__ = ["SAMPLED", "Law", "Work"]
+
+SAMPLED = "sampled_output"  # the function that draws labels
+_TF32 = 2.0**-10  # cuDNN's convolutions of float32
+
+
+@dataclass(frozen=True)
+class Work:
+    """One batch of one function.
+
+    Attributes:
+        function: (model, batch) → (B,).
+        batch: the examples.
+        size: their number B.
+        scales: each diagonal matrix that gradients are multiplied by, None for the identity.
+        name: which function it is.
+        number: of the batch among those of this function.
+    """
+
+    function: Function
+    batch: Batch
+    size: int
+    scales: list[Tensor | None]
+    name: str
+    number: int
+
+
+class Law:
+    """Audits of batches.
+
+    Args:
+        placement: of the model.
+        space: the attributed parameters.
+        sketch: the projection.
+        dtype: of the forward pass under autocast; None without.
+    """
+
+    def __init__(self, placement: Placement, space: ParameterSpace, sketch: Sketch, dtype: torch.dtype | None) -> None:
+        self._placement = placement
+        self._space = space
+        self._sketch = sketch
+        self._dtype = dtype
+
+    def autocast(self) -> Autocast:
+        """The context of a forward pass."""
+        return nullcontext if self._dtype is None else partial(torch.autocast, self._placement.device.type, self._dtype)
+
+    def audit(
+        self, proof: Proof, work: Work, values: Tensor, outs: list[Tensor], shares: SinkByParameter
+    ) -> Audit | None:
+        """Assert the law for a batch; None where it says nothing, since something is not finite.
+
+        Args:
+            proof: whose scope the batch is in.
+            work: the batch.
+            values: of the function, (B,).
+            outs: the rows (B, dim) for each scale.
+            shares: each parameter's share of the same gradients.
+        """
+        if not bool(torch.isfinite(values).all()) or not all(bool(torch.isfinite(rows).all()) for rows in outs):
+            return None
+        coarsest = self._coarsest()
+        weights = law_weights(proof.draw(work.name, work.number), outs[0], evened=coarsest < 1e-4)
+        expected = Expected(outs, self._sketch, self._space, work.scales)
+        plain = self._plain(work, weights, expected)
+        audit = audited(weights, outs, shares, expected, coarsest)
+        tolerance = max(1e-2, 8 * coarsest)
+        if not torch.allclose(values, plain.to(values.device), rtol=tolerance, atol=tolerance / 100):
+            return replace(audit, passed=False, values_differ=True)
+        return audit
+
+    def _plain(self, work: Work, weights: Tensor, expected: Expected) -> Tensor:
+        """Values, and ∇ Σ w f by plain backward passes over two halves, which agree with the whole if examples do.
+
+        Drawn labels are taken whole: halves draw others now and then, where a draw is within rounding of a step.
+        """
+        order = torch.randperm(work.size, generator=torch.Generator().manual_seed(work.number))
+        whole = work.name == SAMPLED or not self._placement.lockstep.any(work.size > 1)
+        halves = [torch.arange(work.size)] if whole else [half.sort().values for half in order.chunk(2)]
+        if len(halves) < 2 and not whole:  # one example here, where other processes have two passes to make
+            halves.append(halves[0])
+        values = torch.zeros(work.size, device=self._placement.device)
+        for number, half in enumerate(halves):
+            batch = work.batch if len(half) == work.size else take(work.batch, half.tolist(), work.size)
+            again = number > 0 and work.size == 1
+            part = weighted_gradient(
+                self._placement, self._space, work.function, batch, weights[half] * (not again), self.autocast(),
+                expected.add,
+            )  # fmt: skip
+            values[half.to(values.device)] = part.to(values)
+        return values
+
+    def _coarsest(self) -> float:
+        """The relative spacing of the coarsest number format of a pass."""
+        spacing = max(self._placement.spacing(self._space.names), torch.finfo(self._dtype or torch.float64).eps)
+        convolves = self._placement.device.type == "cuda" and torch.backends.cudnn.allow_tf32
+        return max(spacing, _TF32 if convolves else 0.0)
