@@ -2,11 +2,11 @@
 
 import os
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
 
 import pytest
 from bank_runs import assert_same, make_run
 from lossy_executor import LossyExecutor
+from preloaded import preloaded
 
 from source_proj import bank as banks
 from source_proj._errors import BankError, GradientError, SourceProjError
@@ -27,7 +27,7 @@ def sampled(tmp_path_factory):
 @pytest.fixture(scope="module")
 def elsewhere():
     """A pool of one process that works in another directory."""
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=os.chdir, initargs=("/",)) as pool:
+    with ProcessPoolExecutor(1, preloaded(), initializer=os.chdir, initargs=("/",)) as pool:
         yield pool
 
 
@@ -42,7 +42,7 @@ def test_any_order_and_lost_workers_change_no_bit(sampled, tmp_path, seed):
 
 def test_pools_of_threads_and_of_processes(alone, tmp_path):
     run = make_run()
-    with ThreadPoolExecutor(3) as threads, ProcessPoolExecutor(2, get_context("spawn")) as processes:
+    with ThreadPoolExecutor(3) as threads, ProcessPoolExecutor(2, preloaded()) as processes:
         for name, executor in [("threads", threads), ("processes", processes)]:
             run.build(tmp_path / name, executor=executor)
             assert_same(alone, tmp_path / name)

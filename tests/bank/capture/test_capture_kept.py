@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from captured_runs import Twin, batches_of, data_for, example_gradients, loss_of, mlp, rows_of, size_of, train
 from killed_programs import kill_at_random
+from preloaded import preloaded
 from torch import nn
 
 import source_proj as sp
@@ -135,7 +136,8 @@ def session(rank, folder, until):
 
 def test_two_processes_capture_what_one_would_have(tmp_path):
     """Each its own half of every batch, stopped between checkpoints and taken up again."""
-    torch.multiprocessing.spawn(worker, (tmp_path,), nprocs=2)
+    preloaded()
+    torch.multiprocessing.start_processes(worker, (tmp_path,), nprocs=2, start_method="forkserver")
     bank = sp.open(tmp_path / "run" / "bank")
     torch.manual_seed(0)
     model = mlp()
