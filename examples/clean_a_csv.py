@@ -23,7 +23,7 @@ def train(kept: Tensor, seed: int, record: bool = False) -> nn.Module:
 
 
 model, table = train(torch.arange(len(train_set)), seed=0, record=True), pd.read_csv("train.csv")
-bank = sp.build(model, sp.Classification(), sp.Trajectory.from_recorder("run"), table, "bank")
+bank = sp.build(model, sp.Classification(), sp.Trajectory.from_recorder("run"), table, "bank", sketch=sp.Sketch(1024))
 cleaning = sp.curate.mislabelled(sp.Source(bank), table["label"])
 cleaning.write("train.csv", "train-clean.csv")
 print(sp.curate.verify(cleaning, train, lambda m: (m(test_set[:, :-1]).argmax(1) == test_set[:, -1]).float().mean()))

@@ -51,15 +51,14 @@ TASKS = {
 
 def differences(problem: Problem, folder, dim: int) -> tuple[float, float]:
     """The mean over queries and sketches of estimated minus true correlation, and its standard error over sketches."""
-    exact = problem.build(folder / "exact")
-    values = []
+    exact = source(problem, problem.build(folder / "exact"), damping=0.01, query_gradient="mean")
+    truth, values = exact.score(problem.queries).values, []
     for seed in range(SEEDS):
         method = source(problem, problem.build(folder / str(seed), sketch=sp.Sketch(dim, seed=seed)), damping=0.01)
-        truth = source(problem, exact, damping=0.01, query_gradient="mean").score(problem.queries)
         scores = method.score(problem.queries)
         with warnings.catch_warnings(action="ignore"):
             estimated = scores.fidelity.correlation
-        values.append((estimated - correlation(scores.values, truth.values)).mean())
+        values.append((estimated - correlation(scores.values, truth)).mean())
     return float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(SEEDS)
 
 

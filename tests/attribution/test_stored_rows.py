@@ -118,22 +118,28 @@ def test_the_strongest_are_those_of_all_scores(staged, name, queries, monkeypatc
             assert hits.ids == [[bank.ids[i] for i in row] for row in order]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_ensembles_stream_what_they_score(tmp_path, name):
-    problems = [classification(seed=0), classification(seed=1)]
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory):
+    """Two runs on one training set, and their banks."""
+    problems, folder = [classification(seed=0), classification(seed=1)], tmp_path_factory.mktemp("ensemble")
     problems[1].train = problems[0].train
-    both = [
-        p.build(tmp_path / str(i), sp.Sketch(dim=16, seed=i), storage=storage)
-        for i, (p, storage) in enumerate(zip(problems, ("int8", "float16"), strict=True))
+    return problems[0], [
+        problem.build(folder / str(i), sp.Sketch(dim=16, seed=i), storage=storage)
+        for i, (problem, storage) in enumerate(zip(problems, ("int8", "float16"), strict=True))
     ]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_ensembles_stream_what_they_score(ensemble, name):
+    problem, both = ensemble
     method, options = METHODS[name]
-    one = method(both, model=problems[0].model, progress=False, **options)
-    features = one.sketch(problems[0].queries)
+    one = method(both, model=problem.model, progress=False, **options)
+    features = one.sketch(problem.queries)
     scores = np.asarray(one.score(features))
     hits = one.top_k(features, 5)
     np.testing.assert_array_equal(hits.indices, np.argsort(-scores, axis=1, kind="stable")[:, :5])
     if name != "trak":  # which averages kernels and weights separately
-        singles = [method(bank, model=problems[0].model, progress=False, **options) for bank in both]
+        singles = [method(bank, model=problem.model, progress=False, **options) for bank in both]
         mean = sum(np.asarray(s.score([f])) for s, f in zip(singles, features, strict=True)) / 2
         close(scores, mean)
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import source_proj as sp
 
-THREADS, SCORES = 16, 1000
+THREADS, SCORES = 16, 400
 
 
 def queries_of(problem: Problem, seed: int) -> TensorDataset:

@@ -1,10 +1,8 @@
 """Builds that stop and go on, and what they refuse to go on with."""
 
-import os
-import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -203,36 +201,28 @@ def test_a_shard_without_mark_is_made_anew(run, built, tmp_path):
     assert_same(path, built.path)
 
 
-LIMITED = """
-import resource, sys
-sys.path[:0] = [{here!r}, {root!r}]
-import torch
-torch.set_num_threads(1)
-from bank_runs import make_run
-from source_proj._errors import BankError
-from source_proj.sketch import Sketch
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
-try:
-    make_run().build({path!r}, sketch=Sketch(dim=2048, seed=5), storage="float32")
-except BankError as error:
-    print(error)
-    raise SystemExit(3)
-"""
+@contextmanager
+def files_limited_to(nbytes):
+    """Larger files cannot be written, as on a full disk."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
 @pytest.mark.parametrize(("limit", "named"), [(100, "cannot create the bank"), (100_000, "cannot write shard 0")])
 def test_a_full_disk_leaves_a_bank_to_go_on_with(run, tmp_path, limit, named):
     # Rows of 24 x 2048 float32 fill 196,608 bytes; the metadata of each array a good kilobyte.
-    path = tmp_path / "bank"
-    here = Path(__file__).parent
-    script = LIMITED.format(here=str(here), root=str(here.parents[1]), limit=limit, path=str(path))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=os.environ)
-    assert done.returncode == 3, done.stderr
-    assert named in done.stdout
+    path, options = tmp_path / "bank", {"sketch": Sketch(dim=2048, seed=5), "storage": "float32"}
+    with files_limited_to(limit), pytest.raises(BankError, match=named):
+        run.build(path, **options)
     assert not list(tmp_path.rglob("*.partial"))
     assert not list(tmp_path.glob(".bank*"))
-    options = {"sketch": Sketch(dim=2048, seed=5), "storage": "float32"}
     run.build(path, **options)
     run.build(tmp_path / "other", **options)
     assert_same(path, tmp_path / "other")

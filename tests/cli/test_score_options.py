@@ -102,8 +102,9 @@ def test_a_file_is_replaced_only_when_it_is_said(call, tmp_path, ending):
     assert not np.array_equal(content(out), first)
 
 
-@pytest.mark.parametrize("ending", ["parquet", "csv", "zarr"])
-@pytest.mark.parametrize("chosen", [["--most", "helpful"], ["--most", "harmful"], ["--lowest"]])
+@pytest.mark.parametrize(
+    ("ending", "chosen"), [("parquet", ["--most", "helpful"]), ("csv", ["--most", "harmful"]), ("zarr", ["--lowest"])]
+)
 def test_a_streamed_list_is_the_one_in_memory(call, tmp_path, scores, monkeypatch, ending, chosen):
     monkeypatch.setattr(streaming, "_MOST_QUERIES", 2)
     out, k = tmp_path / f"hits.{ending}", 5

@@ -1,6 +1,6 @@
 """Rows against one autograd pass per example, for models that hypothesis puts together.
 
-A few hundred in every run. Thousands, by one command:
+A hundred in every run. Thousands, by one command:
 
     DIFFERENTIAL_EXAMPLES=5000 python -m pytest tests/differential/test_random_models.py
 """
@@ -56,7 +56,7 @@ def engine_rows(model: nn.Module, space: ParameterSpace, batches: list[tuple[Any
 
 
 @settings(
-    max_examples=EXAMPLES or 200,
+    max_examples=EXAMPLES or 100,
     derandomize=not EXAMPLES,
     suppress_health_check=[HealthCheck.too_slow],
 )

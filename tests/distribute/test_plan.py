@@ -52,23 +52,26 @@ def planned(tmp_path_factory):
     return made
 
 
-def test_what_can_be_counted_is_exact(planned, tmp_path):
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory):
     model, trajectory = run()
     options = {"sketch": sp.Sketch(dim=64), "batch_size": 10, "shard_rows": 50, "progress": False}
-    bank = sp.build(model, sp.Classification(), trajectory, make(), tmp_path / "bank", **options)
+    return sp.build(
+        model, sp.Classification(), trajectory, make(), tmp_path_factory.mktemp("built") / "bank", **options
+    )
+
+
+def test_what_can_be_counted_is_exact(planned, bank):
     assert (planned.examples, planned.passes) == (N, 2)
     assert planned.batches == 2 * 40
     assert planned.shards == sum(part.spec.n_shards * part.n_checkpoints for part in bank.parts) == 16
-    assert planned.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert planned.parameters == sum(parameter.numel() for parameter in run()[0].parameters())
     assert planned.bytes["rows"] == 2 * N * 64
     assert planned.bytes["marks"] < bank.nbytes()["marks"] < 1.5 * planned.bytes["marks"] + 1000
 
 
-def test_fits_take_what_was_planned(planned, tmp_path):
+def test_fits_take_what_was_planned(planned, bank):
     """A spectrum of 64 directions; zarr adds checksums and metadata."""
-    model, trajectory = run()
-    options = {"sketch": sp.Sketch(dim=64), "batch_size": 10, "shard_rows": 50, "progress": False}
-    bank = sp.build(model, sp.Classification(), trajectory, make(), tmp_path / "bank", **options)
     sp.Source(bank, progress=False).fit()
     assert planned.bytes["fits"] == 8 * 64 * 65
     assert planned.bytes["fits"] < bank.fits.nbytes() < planned.bytes["fits"] + 10_000

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +14,15 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "speed" / "compiled.py"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def run(*arguments, **environment):
+def run(*arguments, cache):
     """The script in a process of its own, where Triton's interpreter is off: it is on or off for a whole process."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "error", SCRIPT, *arguments]
-    return subprocess.run(command, env=kept | environment, capture_output=True, text=True)
+    return subprocess.run(command, env={**kept, "TRITON_CACHE_DIR": str(cache)}, capture_output=True, text=True)
 
 
 def test_shapes_that_matter_compile_well(tmp_path):
-    done = run("--capability", "90", "--only", "bfloat16", TRITON_CACHE_DIR=str(tmp_path))
+    done = run("--capability", "90", "--only", "bfloat16", cache=tmp_path)
     assert done.returncode == 0, done.stderr
     found = {}
     for line in done.stdout.splitlines()[2:]:
@@ -47,7 +48,9 @@ def test_shapes_that_matter_compile_well(tmp_path):
         assert (tensor > 0) == (launch in ("dense", "transforms"))
 
 
-def test_the_interpreter_is_refused():
-    done = run(TRITON_INTERPRET="1")
-    assert done.returncode == 2
-    assert "TRITON_INTERPRET is 1" in done.stderr
+def test_the_interpreter_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT))["main"]([])
+    assert ended.value.code == 2
+    assert "TRITON_INTERPRET is 1" in capsys.readouterr().err

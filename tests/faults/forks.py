@@ -17,6 +17,8 @@ import source_proj.gradients  # noqa: F401
 
 __all__ = ["dies_at", "events_of", "finished", "forked", "killed_after", "timed"]
 
+os.fsync = lambda descriptor: None  # guards against power failures, which no kill is; on a busy disk it takes seconds
+
 EVENTS = {"open", "os.rename", "os.mkdir", "os.link", "os.remove", "os.rmdir", "shutil.rmtree"}
 
 

@@ -1,6 +1,7 @@
 """Builds and appends in processes that are stopped and killed; a program, so that importing is done once.
 
     python tests/faults/killed_banks.py all FOLDER --kills 1000
+    python tests/faults/killed_banks.py resumed=12,instants=10 FOLDER
 
 Every writer runs in a fork of this process. Prints a JSON report; what is not as it must be ends the program. "all"
 keeps its counts in the folder, and goes on from there when it is called again.
@@ -295,20 +296,34 @@ def everything(folder: Path, kills: int, seed: int) -> None:
     print(json.dumps({"kills": sum(counts), **each}), flush=True)
 
 
+def several(folder: Path, wanted: dict[str, int], seed: int) -> None:
+    """Each scenario with so many kills, in a folder of its own; the report of one that failed is its error."""
+    reports: dict[str, Report] = {}
+    for name, kills in wanted.items():
+        place = folder / name
+        place.mkdir()
+        try:
+            reports[name] = SCENARIOS[name][0](make_run(), place, kills, seed)
+        except (Exception, SystemExit) as error:
+            reports[name] = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(reports))
+    raise SystemExit(any("error" in report for report in reports.values()))
+
+
 def main() -> None:
-    """Run one scenario, or all of them with as many kills together."""
+    """Run some scenarios, or all of them with as many kills together."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("scenario", choices=[*SCENARIOS, "all"])
+    parser.add_argument("scenarios", help=f"all, or some with their kills: resumed=12,racing=0; of {[*SCENARIOS]}")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=20, help="of all together")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.scenario == "all":
+    if args.scenarios == "all":
         everything(args.folder.absolute(), args.kills, args.seed)
     else:
-        scenario, _ = SCENARIOS[args.scenario]
-        print(json.dumps(scenario(make_run(), args.folder.absolute(), args.kills, args.seed)))
+        wanted = dict(scenario.split("=") for scenario in args.scenarios.split(","))
+        several(args.folder.absolute(), {name: int(kills) for name, kills in wanted.items()}, args.seed)
 
 
 if __name__ == "__main__":

@@ -13,51 +13,73 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 HERE = Path(__file__).parent
 
 
-def run_program(scenario, folder, kills, seed=0):
-    """The program holds every bank to one that was built at a stretch, and fails if it differs."""
+KILLS = {
+    "resumed": 12,
+    "together": 4,
+    "racing": 0,
+    "instants": 10,
+    "straggled": 3,
+    "taken_over": 2,
+    "outputs": 12,
+    "fitted": 2,
+    "recorded": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Of all scenarios in one process, whose imports take longer than most of them.
+
+    The program holds every bank to one that was built at a stretch, and reports an error if it differs.
+    """
     path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-W", "error", str(HERE / "killed_banks.py"), scenario, str(folder)]
+    scenarios = ",".join(f"{name}={kills}" for name, kills in KILLS.items())
+    command = [sys.executable, "-W", "error", str(HERE / "killed_banks.py"), scenarios]
     done = subprocess.run(
-        [*command, "--kills", str(kills), "--seed", str(seed)],
+        [*command, str(tmp_path_factory.mktemp("killed")), "--seed", "1"],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": path},
     )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["kills"] >= kills
+    assert done.stdout, done.stderr
+    return {name: {**report, "stderr": done.stderr} for name, report in json.loads(done.stdout).items()}
+
+
+def whole(reports, scenario):
+    report = reports[scenario]
+    assert "error" not in report, f"{report['error']}: {report['stderr']}"
+    assert report["kills"] >= KILLS[scenario]
     return report
 
 
-def test_builds_killed_at_random_moments(tmp_path):
-    report = run_program("resumed", tmp_path, 12)
+def test_builds_killed_at_random_moments(reports):
+    report = whole(reports, "resumed")
     assert len(set(report["killed"])) >= 4  # at different moments of the build
 
 
-def test_two_builders_of_one_bank_one_of_them_killed(tmp_path):
-    report = run_program("together", tmp_path, 4, seed=1)
+def test_two_builders_of_one_bank_one_of_them_killed(reports):
+    report = whole(reports, "together")
     assert any("lacks shard 0" in refusal for refusal in report["refusals"])
     assert not any("shard 1 " in refusal for refusal in report["refusals"])  # the other builder's
 
 
-def test_builders_that_begin_at_one_moment(tmp_path):
-    assert run_program("racing", tmp_path, 0)["banks"] == 3
+def test_builders_that_begin_at_one_moment(reports):
+    assert whole(reports, "racing")["banks"] == 3
 
 
-def test_builds_and_appends_killed_before_a_file_event(tmp_path):
-    report = run_program("instants", tmp_path, 10)
-    assert report["moments"] > 300
+def test_builds_and_appends_killed_before_a_file_event(reports):
+    assert whole(reports, "instants")["moments"] > 300
 
 
-def test_stragglers_with_other_bits_change_nothing_that_is_sealed(tmp_path):
-    run_program("straggled", tmp_path, 3)
+def test_stragglers_with_other_bits_change_nothing_that_is_sealed(reports):
+    whole(reports, "straggled")
 
 
-def test_workers_that_take_over_from_one_that_was_killed(tmp_path):
-    run_program("taken_over", tmp_path, 2)
+def test_workers_that_take_over_from_one_that_was_killed(reports):
+    whole(reports, "taken_over")
 
 
-@pytest.mark.parametrize(("scenario", "kills"), [("outputs", 12), ("fitted", 2), ("recorded", 2)])
-def test_outputs_fits_and_recorders_killed_before_a_file_event(tmp_path, scenario, kills):
-    assert run_program(scenario, tmp_path, kills)["moments"] > 40
+@pytest.mark.parametrize("scenario", ["outputs", "fitted", "recorded"])
+def test_outputs_fits_and_recorders_killed_before_a_file_event(reports, scenario):
+    assert whole(reports, scenario)["moments"] > 40

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from trainer_runs import STEPS, StopAt, classifier, history, train, transformers
+from trainer_runs import STEPS, StopAt, classifier, copied, history, train, transformers
 
 import source_proj as sp
 from source_proj.integrations import RecorderCallback, task_for
@@ -18,6 +18,14 @@ def recorded(directory, **arguments):
     )
     train(directory / "run", callbacks=[callback, *arguments.pop("callbacks", ())], **arguments)
     return callback
+
+
+@pytest.fixture(scope="module")
+def saved_at_three(tmp_path_factory):
+    """A run whose weights were saved at the third step."""
+    folder = tmp_path_factory.mktemp("at three")
+    recorded(folder, at=[3])
+    return folder / "recorded"
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -71,8 +79,8 @@ def test_goes_on_where_a_run_is_resumed(tmp_path):
         )
 
 
-def test_a_line_that_a_kill_cut_short_does_not_count(tmp_path):
-    callback = recorded(tmp_path, at=[3])
+def test_a_line_that_a_kill_cut_short_does_not_count(saved_at_three, tmp_path):
+    callback = RecorderCallback(copied(saved_at_three, tmp_path / "recorded"))
     expected = callback.trajectory().stages[0].describe()
     file = tmp_path / "recorded" / "updates.jsonl"
     whole = file.read_text()
@@ -83,23 +91,22 @@ def test_a_line_that_a_kill_cut_short_does_not_count(tmp_path):
         callback.trajectory()
 
 
-def test_changed_weights_are_refused(tmp_path):
-    callback = recorded(tmp_path, at=[3])
+def test_changed_weights_are_refused(saved_at_three, tmp_path):
+    callback = RecorderCallback(copied(saved_at_three, tmp_path / "recorded"))
     torch.save({}, tmp_path / "recorded" / "step_00000003.pt")
     with pytest.raises(sp.MismatchError, match=r"step_00000003.pt' was changed"):
         callback.trajectory()
 
 
-def test_refuses_what_it_cannot_do(tmp_path):
+def test_refuses_what_it_cannot_do(saved_at_three, tmp_path):
     with pytest.raises(ValueError, match="at least 1, got 0"):
         RecorderCallback(tmp_path, every=0)
     with pytest.raises(FileNotFoundError, match=r"holds no updates.jsonl"):
         RecorderCallback(tmp_path / "none").trajectory()
     with pytest.raises(AttributeError, match="no attribute 'off_train'"):
         _ = RecorderCallback(tmp_path).off_train
-    callback = recorded(tmp_path, at=[3])
     with pytest.raises(ValueError, match="leave optimizer=, learning_rate="):
-        sp.Trajectory.from_hf_trainer(callback.dir, learning_rate=0.1)
+        sp.Trajectory.from_hf_trainer(saved_at_three, learning_rate=0.1)
 
 
 def test_leaves_no_hook_behind(tmp_path):

@@ -30,11 +30,10 @@ def project(limit):
         assert columns % 512 == 0
         assert 0 <= seed < 2**32
         assert 0 < len(x) <= limit  # larger batches are none of the adapter's business
-        x = x.half().float()
-        (used,) = (x != 0).any(dim=0).nonzero(as_tuple=True)
-        words = philox4x32(used.numpy()[:, None], x.shape[1], np.arange(columns // 128), tiles, seed=seed)
+        used = np.flatnonzero(x.numpy().any(axis=0))  # few of a block's million
+        words = philox4x32(used[:, None], x.shape[1], np.arange(columns // 128), tiles, seed=seed)
         bits = sign_bits(words.reshape(len(used), columns // 32))
-        return x[:, used] @ torch.from_numpy(1 - 2 * bits.astype(np.float32))
+        return x[:, used].half().float() @ torch.from_numpy(1 - 2 * bits.astype(np.float32))
 
     return function
 
@@ -91,10 +90,10 @@ def test_entries_are_signs_of_each_blocks_own_matrix(there):
         assert torch.equal(project(32)(padded, DIM, seed, SMS) * DIM**-0.5, matrix[:, here].T)
 
 
-@pytest.mark.parametrize("offset", [0, 7, BLOCK - 30, 2**40 + 7])
+@pytest.mark.parametrize("offset", [0, 7, BLOCK - 15, 2**40 + 7])
 def test_is_its_dense_matrix(there, offset):
-    sketch, x = jl(), normal(3, 64)
-    expected = x.double() @ sketch.matrix(offset, offset + 64).T.double()
+    sketch, x = jl(), normal(3, 32)
+    expected = x.double() @ sketch.matrix(offset, offset + 32).T.double()
     assert close(sketch(x, offset), expected, x)
     assert sketch(x, offset).dtype == torch.float32
 
@@ -119,18 +118,18 @@ def test_seeds_and_multiprocessors_give_other_matrices(install):
     found = []
     for seed, multiprocessors in ((0, 132), (1, 132), (0, 108)):
         install(stand_in(), multiprocessors)
-        found.append(jl(seed=seed).matrix(0, 64))
+        found.append(jl(seed=seed).matrix(0, 32))
     for one, other in ((0, 1), (0, 2), (1, 2)):
         agreement = float((found[one] * found[other]).sum() * DIM / found[one].numel())
         assert abs(agreement) <= 5 / found[one].numel() ** 0.5
-    portable = Sketch(DIM, "rademacher").matrix(0, 64)
+    portable = Sketch(DIM, "rademacher").matrix(0, 32)
     assert not torch.equal(found[0], portable)
 
 
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-9, 1.0, 1e6, 1e36])
 def test_gradients_out_of_the_range_of_float16_are_kept(there, scale):
-    x = normal(2, 50) * scale
-    expected = x.double() @ jl().matrix(0, 50).T.double()
+    x = normal(2, 30) * scale
+    expected = x.double() @ jl().matrix(0, 30).T.double()
     got = jl()(x).double()
     # 2^-149 is the step of float32 itself, which matters for the first scale.
     assert bool(((got - expected).abs() <= (HALF + 1e-5) * x.double().abs().sum(1, True) * DIM**-0.5 + 2**-149).all())

@@ -39,15 +39,16 @@ def same(add, *operands, matrix, batch, dtype=torch.float32, **options):
 
 
 @pytest.fixture(params=[False, True], ids=["narrow", "wide"])
-def width(request, monkeypatch):
+def wide(request, monkeypatch):
     """Both kernels: with all sums of an example in one program, and with a piece of them in each."""
     if request.param:
         monkeypatch.setattr(triton_tensor, "MOST_COLUMNS", 4)
+    return request.param
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize(("batch", "steps", "o", "i", "k"), SHAPES)
-def test_outer_products_by_rows(batch, steps, o, i, k, dtype, width):
+@pytest.mark.parametrize("number", range(len(SHAPES)))
+def test_outer_products_by_rows(number, wide):
+    (batch, steps, o, i, k), dtype = SHAPES[number], TYPES[(number + wide) % 3]
     matrix = TensorMap(k, 7, 2**33 + 5, (o, i))
     left, right, scale = whole(batch, steps, o), whole(batch, steps, i, seed=1), whole(o * i, seed=2)
     for own in (None, scale):
@@ -84,8 +85,8 @@ def test_transforms_of_halves_round_no_more_than_halves_do(k, o, i, dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_given_rows_from_the_middle_of_one_to_that_of_another(dtype, width):
-    matrix, rows = TensorMap(40, 1, 2**40, (30, 70)), whole(5, 1500)
+def test_given_rows_from_the_middle_of_one_to_that_of_another(dtype, wide):
+    matrix, rows = TensorMap(40, 1, 2**40, (12, 70)), whole(5, 600)
     before = whole(5, 40, seed=9)
     expected, got = before.clone(), before.to(DEVICE)
     tensor_add_(expected, rows, 2**40 + 95, matrix)

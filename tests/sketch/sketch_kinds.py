@@ -10,7 +10,7 @@ from source_proj import kernels
 from source_proj.sketch import Sketch
 from source_proj.sketch.projections import projection_class
 
-SHAPE = (12, 25)  # of the one parameter that most vectors here are gradients of
+SHAPE = (9, 16)  # of the one parameter that most vectors here are gradients of: more than a group of 128 signs
 D = SHAPE[0] * SHAPE[1]
 OFFSETS = [0, 1000, 2**31 - 100, 2**40 + 7]
 FEW_OFFSETS = OFFSETS[2:]
@@ -85,15 +85,16 @@ KINDS = {
     "kronecker, prime": ({"dim": 61, "kind": "kronecker"}, kronecker),
     "tensor": ({"dim": 64, "kind": "tensor"}, tensor),
     "tensor, ragged": ({"dim": 7, "kind": "tensor"}, tensor),
+    "tensor, prime": ({"dim": 13, "kind": "tensor"}, tensor),
     "identity": ({"dim": 2000, "kind": "identity"}, identity),
 }
 TAKE_WHOLE_PARAMETERS = ("kronecker", "tensor")  # kinds whose matrix depends on a parameter's shape
-INTERPRETED = (
-    "sparse",
-    "sparse, two nonzeros",
-    "rademacher, ragged",
-    "tensor, ragged",
-)  # Triton's interpreter takes its time
+INTERPRETED = {  # Triton's interpreter takes its time: some kinds alone, and pieces at one offset each
+    "sparse": FEW_OFFSETS[0],
+    "sparse, two nonzeros": FEW_OFFSETS[1],
+    "rademacher, ragged": FEW_OFFSETS[0],
+    "tensor, prime": FEW_OFFSETS[1],
+}
 
 
 def backends(name):

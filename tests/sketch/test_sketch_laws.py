@@ -7,6 +7,7 @@ import pytest
 import torch
 from sketch_kinds import (
     FEW_OFFSETS,
+    INTERPRETED,
     KINDS,
     OFFSETS,
     SHAPE,
@@ -37,8 +38,9 @@ def test_equals_the_naive_dense_matrix(name, backend, offset):
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_same_bits_of_the_matrix_on_every_backend(name, offset):
+    able = [backend for backend in backends(name) if backend != "triton" or offset in FEW_OFFSETS]
     offset = usable(make(name), offset)
-    first, *others = [make(name, backend, seed=5).matrix(offset, offset + D, SHAPE) for backend in backends(name)]
+    first, *others = [make(name, backend, seed=5).matrix(offset, offset + D, SHAPE) for backend in able]
     for other in others:
         assert torch.equal(first, other)
 
@@ -56,8 +58,8 @@ def test_linear(name, backend):
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_pieces_sum_to_the_whole(name, backend, offset):
     """By layer with a shape each, by batch, and for all but Kronecker, which takes whole parameters, by chunk."""
-    if backend == "triton" and offset not in FEW_OFFSETS:
-        pytest.skip("Triton's interpreter is slow: fewer offsets")
+    if backend == "triton" and offset != INTERPRETED[name]:
+        pytest.skip("Triton's interpreter is slow: one offset")
     sketch = make(name, backend, seed=1)
     offset = usable(sketch, offset, 2 * D)
     x = normal(37, 2 * D)
@@ -79,6 +81,8 @@ def test_pieces_sum_to_the_whole(name, backend, offset):
 @pytest.mark.parametrize(("batch", "steps"), [(1, 5), (3, 1), (16, 1), (19, 40)])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_outer_products_equal_the_gradient(name, backend, batch, steps, scaled):
+    if backend == "triton" and scaled == (batch in (1, 16)):
+        pytest.skip("Triton's interpreter is slow: half of the cases")
     sketch = make(name, backend)
     left, right = normal(batch, steps, SHAPE[0]), normal(batch, steps, SHAPE[1], seed=1)
     gradient = left.transpose(1, 2) @ right
@@ -95,7 +99,8 @@ def test_outer_products_equal_the_gradient(name, backend, batch, steps, scaled):
 @over_sketches
 def test_rows_of_a_table_equal_its_gradient(name, backend):
     sketch, shape = make(name, backend), (30, 10)
-    values, examples, index = normal(50, 10), torch.arange(50) * 3 % 4, torch.arange(50) * 7 % 30
+    number = torch.arange(24)
+    values, examples, index = normal(24, 10), number * 3 % 4, number % 5 * 7  # some rows of an example twice
     out = torch.zeros(4, sketch.dim)
     sketch.add_at_(out, values, examples, index, 600, shape)
     table = torch.zeros(4, *shape)

@@ -23,20 +23,17 @@ def test_stopped_without_a_word_and_continued(tmp_path, uninterrupted):
     assert described(recorder.trajectory(segments=3), tmp_path) == uninterrupted[0]
 
 
-PROGRAM = """
+IMPORTS = f"""
 import signal, sys
-sys.path.insert(0, {here!r})
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 from recorded_runs import train
-print("ready", flush=True)
-train({directory!r}, pause=0.01)
-signal.pause()
 """
 
 
 def test_killed_at_random_moments(tmp_path, uninterrupted):
     """SIGKILL in the middle of anything; each new process goes on; the last one comes to the same end."""
-    program = PROGRAM.format(here=str(Path(__file__).parent), directory=str(tmp_path / "run"))
-    kill_at_random(program, 4, within=(0.02, 0.25))
+    work = f"train({str(tmp_path / 'run')!r}, pause=0.01)\nsignal.pause()"
+    kill_at_random(IMPORTS, work, 4, within=(0.02, 0.25))
     recorder, model, _ = train(tmp_path / "run")
     assert same(model.state_dict(), uninterrupted[1])
     assert described(recorder.trajectory(segments=3), tmp_path / "run") == uninterrupted[0]

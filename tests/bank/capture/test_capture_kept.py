@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from captured_runs import Twin, batches_of, data_for, example_gradients, loss_of, mlp, rows_of, size_of, train
 from killed_programs import kill_at_random
+from preloaded import preloaded
 from torch import nn
 
 import source_proj as sp
@@ -40,23 +41,19 @@ def test_a_run_that_is_left_and_taken_up_again(tmp_path, uninterrupted):
     assert same(recorder, uninterrupted)
 
 
-PROGRAM = """
+IMPORTS = f"""
 import signal, sys, time
-sys.path.insert(0, {here!r})
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 torch.set_num_threads(1)
 from captured_runs import train
-print("ready", flush=True)
-train({directory!r}, pause=lambda: time.sleep(0.01), steps=40, every=4, segment_ends=[16], examples=12)
-print("done", flush=True)
-signal.pause()
 """
 
 
 def test_killed_at_random_moments(tmp_path, uninterrupted):
     """SIGKILL in the middle of anything; each new process goes on; the last one ends with the same rows and weights."""
-    program = PROGRAM.format(here=str(Path(__file__).parent), directory=str(tmp_path / "run"))
-    kill_at_random(program, 2, within=(0.05, 0.5))
+    work = f"train({str(tmp_path / 'run')!r}, pause=lambda: time.sleep(0.01), **{SETTING!r})\nsignal.pause()"
+    kill_at_random(IMPORTS, work, 2, within=(0.05, 0.5))
     assert same(train(tmp_path / "run", **SETTING), uninterrupted)
 
 
@@ -103,8 +100,14 @@ def test_a_capture_of_another_sketch_or_none_is_not_gone_on_with(tmp_path):
         again.restore()
 
 
-def worker(rank, folder, until):
+def worker(rank, folder):
+    """Train until step 5 and stop, then go on from what the files hold."""
     torch.set_num_threads(1)
+    for until in (5, 8):
+        session(rank, folder, until)
+
+
+def session(rank, folder, until):
     store = dist.FileStore(str(folder / f"store-{until}"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     torch.manual_seed(rank)  # DDP gives all the first one's weights
@@ -126,14 +129,15 @@ def worker(rank, folder, until):
     if until == 8:
         bank = recorder.bank(storage="float32")
         assert bank.finalized
+    recorder.close()
     dist.barrier()
     dist.destroy_process_group()
 
 
 def test_two_processes_capture_what_one_would_have(tmp_path):
     """Each its own half of every batch, stopped between checkpoints and taken up again."""
-    for until in (5, 8):
-        torch.multiprocessing.spawn(worker, (tmp_path, until), nprocs=2)
+    preloaded()
+    torch.multiprocessing.start_processes(worker, (tmp_path,), nprocs=2, start_method="forkserver")
     bank = sp.open(tmp_path / "run" / "bank")
     torch.manual_seed(0)
     model = mlp()
