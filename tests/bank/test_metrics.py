@@ -61,7 +61,7 @@ def test_rows_are_sketches_of_scaled_gradients(run, plain, tmp_path, gradients, 
     """R P^½ ∇o in the own metric, and in those of earlier segments."""
     bank = run.build(tmp_path / "bank", sketch=sketch, storage="float32", gradients=gradients)
     matrix = sketch.matrix(0, D)
-    scales = [bank.metrics.scale(metric) for metric in range(2)]
+    scales = [bank.metrics.scale(metric).diagonal for metric in range(2)]
     for checkpoint, metrics in enumerate([[0], [0], [1, 0], [1, 0]]):
         assert bank.stages[0].metric(checkpoint) == metrics[0]
         for metric in metrics:
@@ -83,7 +83,7 @@ def test_a_metric_is_the_mean_over_its_checkpoints(run, built):
             checkpoint = run.trajectory.stages[0].checkpoints[c]
             v = torch.cat([entry["exp_avg_sq"].flatten() for entry in checkpoint.optimizer_state["state"].values()])
             found += 1 / ((v.double() / (1 - 0.999**checkpoint.step)).sqrt() + 1e-8) / 2
-        torch.testing.assert_close(built.metrics.scale(metric).double(), found.sqrt(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(built.metrics.scale(metric).diagonal.double(), found.sqrt(), rtol=1e-6, atol=0)
 
 
 def test_a_shared_metric_crosses_nothing(tmp_path):
