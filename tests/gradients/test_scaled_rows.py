@@ -110,7 +110,5 @@ def test_scales_of_other_parameters_are_refused() -> None:
     space, other = ParameterSpace.from_model(model), ParameterSpace.from_model(nn.Linear(2, 3))
     engine = gradient_engine(model, space, Sketch(8))
     scale = Scale(torch.ones(other.size), other)
-    with pytest.raises(
-        MismatchError, match="a scale is of 2 parameters of 9 entries; the space has other ones, 2 of 8"
-    ):
+    with pytest.raises(MismatchError, match=r"a scale is of 2 parameters of 9 entries; .* other ones, 2 of 8"):
         engine.sketch_scaled(lambda m, x: m(x).sum(1), torch.ones(1, 3), [scale])
