@@ -235,19 +235,10 @@ def print_peak(name: str, way: str, size: int, autocast: str | None) -> None:
 
 def peak_bytes(name: str, way: str, size: int, threads: int, autocast: str | None) -> int:
     """What `print_peak` prints."""
-    command = [
-        sys.executable,
-        __file__,
-        "--threads",
-        str(threads),
-        "--batch",
-        str(size),
-        "--models",
-        name,
-        "--peak",
-        way,
-    ]
-    command += ["--autocast", autocast] if autocast else []
+    options = {"threads": threads, "batch": size, "models": name, "peak": way} | (
+        {"autocast": autocast} if autocast else {}
+    )
+    command = [sys.executable, __file__, *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
