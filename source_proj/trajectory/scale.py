@@ -162,8 +162,9 @@ def best_factors(p: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def ordered_sum(x: Tensor) -> Tensor:
     """Sums over the first axis, which no machine or number of threads rounds otherwise: halves are added to halves."""
     while len(x) > 1:
-        half = len(x) // 2
-        x = torch.cat([x[:half] + x[half : 2 * half], x[2 * half :]])
+        half, rest = len(x) // 2, x[len(x) // 2 * 2 :]
+        x = x[:half] + x[half : 2 * half]
+        x = torch.cat([x, rest]) if len(rest) else x
     return x[0] if len(x) else x.sum(0)
 
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj.gradients import ParameterSpace, gradient_engine
+from source_proj.kernels.native import native_library
 from source_proj.kernels.tensor_held import is_spectral
+from source_proj.kernels.tensor_native import spectral_is_cheaper
 from source_proj.sketch import Sketch
 from source_proj.trajectory import Scale
 
@@ -81,6 +83,7 @@ class Layers(nn.Module):
         return self.back(hidden).sum((1, 2)) + self.filters(hidden.transpose(1, 2)).square().sum((1, 2))
 
 
+@pytest.mark.skipif(native_library() is None, reason="the compiled kernels were not built")
 @given(width=st.sampled_from([160, 192, 320]), steps=st.integers(3, 9), seed=st.integers(0, 2**20))
 @settings(max_examples=4, deadline=None)
 def test_factored_metrics_take_the_transforms(width: int, steps: int, seed: int) -> None:
@@ -90,6 +93,7 @@ def test_factored_metrics_take_the_transforms(width: int, steps: int, seed: int)
     ids = torch.randint(0, 7, (3, steps))
     sketch = Sketch(256, seed=seed)
     assert is_spectral("native", torch.zeros(3, steps, width), width, 256, shared=True)
+    assert spectral_is_cheaper(3, (steps - 1) // 2, 130, 3 * width, 256, shared=True, windows=True)
     scale = random_scale(space, torch.Generator().manual_seed(seed), factored=True)
     rows = []
     for method in ("hooks", "general"):
