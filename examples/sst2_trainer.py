@@ -164,7 +164,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
     parser.add_argument("--removed", type=int, help="sentences left out for the check (default: 5 %% of them)")
     parser.add_argument(
-        "--preconditioner", choices=("scalar", "shared"), default="shared", help="what becomes of Adam's"
+        "--preconditioner", choices=("scalar", "factored", "shared"), default="shared", help="what becomes of Adam's"
     )
     parser.add_argument("--dim", type=int, default=2048, help="sketch dimension k")
     parser.add_argument(

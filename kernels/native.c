@@ -61,7 +61,7 @@ enum {
 enum { FLOAT32, FLOAT16, INT8, CODES }; /* types of stored rows */
 typedef float four __attribute__((vector_size(16)));
 
-EXPORT const int sp_version = 12; /* of the functions' signatures: a library of another version is not used */
+EXPORT const int sp_version = 13; /* of the functions' signatures: a library of another version is not used */
 EXPORT const int sp_outer_copies = OUTER_COPIES;
 EXPORT const int sp_score_few = SCORE_FEW;
 EXPORT const int sp_gram_side = GRAM;
@@ -231,9 +231,10 @@ DISPATCH(sp_spectral_outer,
 DISPATCH(sp_spectral_windows,
          (float *sums, float *work, int fresh, const float *left, int64_t left_b, int64_t l, const float *right,
           int64_t right_b, int64_t plane, const int32_t *taps, const int32_t *windows, int64_t first, int64_t last,
-          int64_t o, int64_t begin, int64_t end, int64_t c, int64_t j, const spec *of, const float *w),
-         (sums, work, fresh, left, left_b, l, right, right_b, plane, taps, windows, first, last, o, begin, end, c, j, of,
-          w))
+          int64_t o, int64_t begin, int64_t end, int64_t c, int64_t j, const float *scale, const spec *of,
+          const float *w),
+         (sums, work, fresh, left, left_b, l, right, right_b, plane, taps, windows, first, last, o, begin, end, c, j,
+          scale, of, w))
 DISPATCH(sp_finish, (float *out, int64_t out_stride, float *sums, int64_t first, int64_t last, int64_t k, const float *w),
          (out, out_stride, sums, first, last, k, w))
 DISPATCH(sp_gather_lanes,

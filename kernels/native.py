@@ -24,7 +24,7 @@ __all__ = [
     "taken",
 ]
 
-_VERSION = 12
+_VERSION = 13
 _ALIGNMENT = 64  # bytes, as the widest vectors want it
 _SPARE, _MOST_SPARE = 2, 1 << 22  # pieces of memory that `taken` finds again, and their numbers at most
 _WORTH_THREADS = 100_000  # nanoseconds of work below which waking another thread costs more than it saves
@@ -90,7 +90,7 @@ _SIGNATURES = {
     ],
     "sp_spectral_windows": [
         *(_pointer, _pointer, _int, _pointer, _i64, _i64, _pointer, _i64, _i64, _pointer, _pointer),
-        *(_i64, _i64, _i64, _i64, _i64, _i64, _i64, _map, _pointer),
+        *(_i64, _i64, _i64, _i64, _i64, _i64, _i64, _pointer, _map, _pointer),
     ],
     "sp_spectral_table": [_pointer, _pointer, _i64],
     "sp_finish": [_pointer, _i64, _pointer, _i64, _i64, _i64, _pointer],

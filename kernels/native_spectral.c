@@ -338,13 +338,14 @@ static void VARIANT(sp_spectral_outer)(float *sums, float *work, int fresh, cons
   }
 }
 
-/* The same for the windows [begin, end) of l windows of a convolution, as sp_windows_lanes; work has room for c j more
- * numbers, and for end - begin times o, rounded up to whole vectors. */
+/* The same for the windows [begin, end) of l windows of a convolution, as sp_windows_lanes, column e of its gradient
+ * times scale[e] unless that is null; work has room for c j more numbers, and for end - begin times o, rounded up to
+ * whole vectors. */
 static void VARIANT(sp_spectral_windows)(float *sums, float *work, int fresh, const float *left, int64_t left_b,
                                          int64_t l, const float *right, int64_t right_b, int64_t plane,
                                          const int32_t *taps, const int32_t *windows, int64_t first, int64_t last,
-                                         int64_t o, int64_t begin, int64_t end, int64_t c, int64_t j, const spec *of,
-                                         const float *w) {
+                                         int64_t o, int64_t begin, int64_t end, int64_t c, int64_t j,
+                                         const float *scale, const spec *of, const float *w) {
   const int64_t across = (o + LANES - 1) / LANES;
   floats *const panel = (floats *)work; /* of all windows, their numbers beside each other */
   float *y;
@@ -358,6 +359,8 @@ static void VARIANT(sp_spectral_windows)(float *sums, float *work, int fresh, co
       const float *at = right + b * right_b + windows[t];
       for (int64_t channel = 0; channel < c; channel++, at += plane)
         for (int64_t tap = 0; tap < j; tap++) y[channel * j + tap] = at[taps[tap]];
+      if (scale)
+        for (int64_t e = 0; e < c * j; e++) y[e] *= scale[e];
       VARIANT(add_step)(&s, (const float *)(panel + (t - begin) * across), y);
     }
   }

@@ -54,8 +54,19 @@ class HeldSums:
         self._spectra.add_outer(left, right, matrix)
         return True
 
-    def takes_windows(self, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, matrix: TensorMap) -> bool:
-        """Keep a convolution's gradient, as `tensor_add_windows_` adds it; False where that costs less."""
+    def takes_windows(
+        self,
+        left: Tensor,
+        right: Tensor,
+        taps: Tensor,
+        windows: Tensor,
+        matrix: TensorMap,
+        scale: Tensor | None = None,
+    ) -> bool:
+        """Keep a convolution's gradient, as `tensor_add_windows_` adds it; False where that costs less.
+
+        With a scale (c J,), each column of the gradient times its entry.
+        """
         (batch, o, count), i = left.shape, matrix.shape[1]
         if not self._may_transform:
             return False
@@ -64,7 +75,7 @@ class HeldSums:
         else:
             pays = is_spectral(self._backend, left.transpose(1, 2), i, matrix.dim)
         if pays:
-            self._spectra.add_windows(left, right, taps, windows, matrix)
+            self._spectra.add_windows(left, right, taps, windows, matrix, scale)
         return pays
 
     def finish_(self) -> None:

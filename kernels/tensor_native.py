@@ -139,12 +139,21 @@ class NativeSpectra:
 
         self._add(-(-steps // step), _nanoseconds(batch, steps, dim), add)
 
-    def add_windows(self, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, matrix: TensorMap) -> None:
-        """Add R vec(G), G[b, o, c, j] = sum_l left[b, o, l] right[b, c, taps[j] + windows[l]]."""
+    def add_windows(
+        self,
+        left: Tensor,
+        right: Tensor,
+        taps: Tensor,
+        windows: Tensor,
+        matrix: TensorMap,
+        scale: Tensor | None = None,
+    ) -> None:
+        """Add R vec(G), G[b, o, c, j] = scale[c, j] sum_l left[b, o, l] right[b, c, taps[j] + windows[l]]."""
         _require_transform(matrix.dim)
         (batch, o, count), (_, c, plane), dim, j = left.shape, right.shape, matrix.dim, len(taps)
         left, right, native = left.contiguous(), right.contiguous(), _native(matrix)
         taps, windows = taps.int().contiguous(), windows.int().contiguous()
+        scale = None if scale is None else scale.contiguous()
         step, twiddles = -(-count // _parts(batch, count)), _twiddles(dim, _width())
         work = 4 * dim + o + 2 * c * j + (o + _width()) * step
 
@@ -168,6 +177,7 @@ class NativeSpectra:
                 min(part * step + step, count),
                 c,
                 j,
+                None if scale is None else scale.data_ptr(),
                 native,
                 twiddles.data_ptr(),
             )

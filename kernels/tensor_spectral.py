@@ -79,10 +79,19 @@ class TorchSpectra:
         self._out, self._backend = out, backend
         self._spectrum: Tensor | None = None
 
-    def add_windows(self, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, matrix: TensorMap) -> None:
-        """Add a convolution's gradient, as `tensor_add_windows_` does."""
+    def add_windows(
+        self,
+        left: Tensor,
+        right: Tensor,
+        taps: Tensor,
+        windows: Tensor,
+        matrix: TensorMap,
+        scale: Tensor | None = None,
+    ) -> None:
+        """Add a convolution's gradient, as `tensor_add_windows_` does; with a scale (c J,), its columns times that."""
         for some, columns in columns_of(right, taps, windows, self._backend):
-            self.add_outer(left[some].transpose(1, 2), columns, matrix, some)
+            scaled = columns if scale is None else columns * scale.to(columns.dtype)
+            self.add_outer(left[some].transpose(1, 2), scaled, matrix, some)
 
     def add_outer(self, left: Tensor, right: Tensor, matrix: TensorMap, some: slice = slice(None)) -> None:
         """Add R vec(sum_t left_t (x) right_t), for left (b, T, o) and right (b, T, i) of some examples."""

@@ -77,7 +77,7 @@ class Bench:
         found = []
         for run, trajectory in enumerate(self.trajectories):
             # Only a metric a segment depends on how a stage is cut.
-            cut = segments if mode == "per_segment" else 1
+            cut = segments if mode.endswith("per_segment") else 1
             stages = [replace(stage, preconditioner=mode, segments=cut) for stage in trajectory.stages]
             path = self.folder / "laboratory" / f"{run}-{dim}-{mode}-{cut}"
             bank = self._build(run, sp.Trajectory.from_stages(stages), path, sp.Sketch(dim, "sparse", seed=run))

@@ -253,20 +253,32 @@ def sampling_ratio(bench: Bench) -> Iterator[Variant]:
 
 
 def adam_metric(bench: Bench) -> Iterator[Variant]:
-    """(j) What becomes of Adam's preconditioner, by segments and time; and of a sketch four times as large."""
+    """(j) What becomes of Adam's preconditioner, by segments and time; and of a sketch four times as large.
+
+    Each line against the exact metric, shared by the stage.
+    """
     cuts: list[tuple[PreconditionerMode, int]] = [
         ("shared", 1),
+        ("factored", 1),
         ("scalar", 1),
         ("none", 1),
         ("shared", 3),
         ("per_segment", 3),
+        ("factored_per_segment", 3),
     ]
+    exact = bench.in_metric("shared", 1)
     for (metric, number), factor in product(cuts, [1.0, 0.5]):
-        yield f"{metric}, {number} segments, time x {factor:g}", bench.in_metric(metric, number, factor)
+        scores = bench.in_metric(metric, number, factor)
+        yield f"{metric}, {number} segments, time x {factor:g}", scores, bench.truth, exact
     larger, rows = 4 * bench.dim, bench.problem.n * len(bench.trajectories[0].stages[0].checkpoints)
     if rows < larger:  # the rows' own Gram matrix is decomposed then: a matrix of the sketch's size would take too long
-        for metric, number in cuts[:3]:
-            yield f"{metric}, 1 segments, k = {larger:,}", bench.in_metric(metric, number, dim=larger)
+        for metric, number in cuts[:4]:
+            yield (
+                f"{metric}, 1 segments, k = {larger:,}",
+                bench.in_metric(metric, number, dim=larger),
+                bench.truth,
+                exact,
+            )
 
 
 def sketch_kind(bench: Bench) -> Iterator[Variant]:

@@ -4,12 +4,14 @@
     python examples/speed/build.py --models resnet9 --batch 32 --repetitions 9
     python examples/speed/build.py --models minilm decoder-hf  # models of transformers: the extra hf
     python examples/speed/build.py --sketch sparse tensor      # kinds of sketches beside each other
+    python examples/speed/build.py --metric exact factored     # Adam's metric beside none
     python examples/speed/build.py --device cuda --autocast bfloat16 --models resnet9 gpt2
 
 Ways through the same batch, in one process, each timed in turn, medians over the repetitions:
 
 * plain: forward and backward of the mean loss, as in training (BatchNorm in evaluation mode);
-* sketch: values and sketched per-example gradients by the hook path, for each kind of sketch;
+* sketch: values and sketched per-example gradients by the hook path, for each kind of sketch, and with ``--metric`` in
+  a metric of random numbers too: one for each weight (exact), or two vectors for each matrix (factored);
 * vmap: per-example gradients by `vmap(grad)`, then a dense Rademacher projection, which is what TRAK does. On a CPU
   this takes minutes per batch, so gradients are timed on a few examples and the projection on a slice of the
   coordinates, and both are scaled up.
@@ -27,6 +29,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +42,13 @@ import source_proj as sp
 from source_proj.bank.build.data import to_device
 from source_proj.gradients import ParameterSpace, gradient_engine
 from source_proj.sketch.projections import kinds
+from source_proj.trajectory import Scale
 
 from _bounds import Way, interleaved, seconds  # isort: skip
 
 DIM = 4096
 PLAIN = "plain"
+METRICS = ("exact", "factored")
 CPU = torch.device("cpu")
 VMAP_EXAMPLES = 2
 PROJECTED = 1 << 17  # coordinates on which the dense projection is timed
@@ -230,19 +235,10 @@ def print_peak(name: str, way: str, size: int, autocast: str | None) -> None:
 
 def peak_bytes(name: str, way: str, size: int, threads: int, autocast: str | None) -> int:
     """What `print_peak` prints."""
-    command = [
-        sys.executable,
-        __file__,
-        "--threads",
-        str(threads),
-        "--batch",
-        str(size),
-        "--models",
-        name,
-        "--peak",
-        way,
-        *(["--autocast", autocast] if autocast else []),
-    ]
+    options = {"threads": threads, "batch": size, "models": name, "peak": way} | (
+        {"autocast": autocast} if autocast else {}
+    )
+    command = [sys.executable, __file__, *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
@@ -256,18 +252,24 @@ def peak_on_gpu(function: Callable[[], None], device: torch.device) -> int:
 
 
 class Passes:
-    """A model, one batch and an engine for each kind of sketch, made the same way every time."""
+    """A model, one batch and an engine for each sketching way, made the same way every time.
+
+    A way is a kind of sketch, or a kind and a metric: "tensor", "tensor-factored".
+    """
 
     def __init__(
-        self, subject: Subject, size: int, device: torch.device, autocast: str | None, kinds: list[str]
+        self, subject: Subject, size: int, device: torch.device, autocast: str | None, sketches: list[str]
     ) -> None:
         torch.manual_seed(0)
         self.subject, self.device = subject, device
         self.model = subject.model().eval().to(device)
         self.space = ParameterSpace.from_model(self.model)
         self.engines = {
-            kind: gradient_engine(self.model, self.space, sp.Sketch(DIM, kind), autocast=autocast) for kind in kinds
+            way: gradient_engine(self.model, self.space, sp.Sketch(DIM, way.split("-")[0]), autocast=autocast)
+            for way in sketches
         }
+        metrics = {way.partition("-")[2] for way in sketches}
+        self.scales = {metric: random_scale(self.space, metric, device) for metric in metrics}
         self.batch = to_device(subject.batch(size), device)
         self.autocast = partial(torch.autocast, device.type, getattr(torch, autocast)) if autocast else nullcontext
 
@@ -277,13 +279,23 @@ class Passes:
             loss = self.subject.loss(self.model, self.batch)
         loss.backward()
 
-    def sketch(self, kind: str) -> None:  # noqa: D102
+    def sketch(self, way: str) -> None:  # noqa: D102
         self.model.zero_grad(set_to_none=True)
-        self.engines[kind].sketch(self.subject.task.output, self.batch)
+        scales = [self.scales[way.partition("-")[2]]]
+        self.engines[way].sketch_scaled(self.subject.task.output, self.batch, scales)
 
     def ways(self) -> dict[str, Callable[[], None]]:
-        """The passes that are compared: plain, and one for each kind."""
-        return {PLAIN: self.plain, **{kind: partial(self.sketch, kind) for kind in self.engines}}
+        """The passes that are compared: plain, and the sketching ones."""
+        return {PLAIN: self.plain, **{way: partial(self.sketch, way) for way in self.engines}}
+
+
+def random_scale(space: ParameterSpace, metric: str, device: torch.device) -> Scale | None:
+    """A metric of random numbers; None without one."""
+    if not metric:
+        return None
+    factored = metric == "factored"
+    sizes = [s[0] + prod(s[1:]) if factored and len(s) > 1 else prod(s) for s in space.shapes]
+    return Scale(torch.rand(sum(sizes), device=device) + 0.5, space, factored=factored)
 
 
 def machine(device: torch.device, autocast: str | None) -> tuple[float, float]:
@@ -320,7 +332,8 @@ def vmap_seconds(passes: Passes, size: int) -> float:
 
 def measure(name: str, size: int, a: argparse.Namespace, rate: float, bandwidth: float) -> None:
     """Print one model's ratios."""
-    passes = Passes(SUBJECTS[name], size, a.device, a.autocast, a.sketch)
+    sketches = [f"{kind}{metric}" for kind in a.sketch for metric in ("", *(f"-{metric}" for metric in a.metric))]
+    passes = Passes(SUBJECTS[name], size, a.device, a.autocast, sketches)
     d, ways = passes.space.size, passes.ways()
     with FlopCounterMode(display=False) as counter:
         passes.plain()
@@ -337,11 +350,11 @@ def measure(name: str, size: int, a: argparse.Namespace, rate: float, bandwidth:
         f"  plain forward + backward      {plain * 1e3:9.1f} ms  {counter.get_total_flops() / plain / 1e9:.0f} GFLOP/s"
     )
     print(f"    physical bound of a pass    {bound * 1e3:9.1f} ms")
-    for kind, sketch in times.items():
-        print(f"  sketching pass, {kind:12}  {sketch * 1e3:9.1f} ms  {sketch / plain:.2f} of plain, ", end="")
+    for way, sketch in times.items():
+        print(f"  sketching pass, {way:15} {sketch * 1e3:9.1f} ms  {sketch / plain:.2f} of plain, ", end="")
         print(f"{sketch / size / d * 1e9:.2f} ns per coordinate and example, {sketch / bound:.2f} of the bound")
-        peak = memory[kind] / 2**20
-        print(f"    peak memory                 {peak:9.0f} MiB {memory[kind] / memory[PLAIN]:.2f} of plain")
+        peak = memory[way] / 2**20
+        print(f"    peak memory                 {peak:9.0f} MiB {memory[way] / memory[PLAIN]:.2f} of plain")
     if a.vmap:
         slow = vmap_seconds(passes, size)
         print(f"  vmap(grad) + dense projection {slow * 1e3:9.0f} ms  {slow / plain:.0f} of plain")
@@ -358,8 +371,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--sketch", nargs="+", choices=kinds(), default=["tensor"], help="kinds of sketches")
+    parser.add_argument("--metric", nargs="+", choices=METRICS, default=[], help="metrics beside the plain gradients")
     parser.add_argument("--vmap", action=argparse.BooleanOptionalAction, default=True, help="time vmap(grad), too")
-    parser.add_argument("--peak", choices=(PLAIN, *kinds()), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", metavar="WAY", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     sizes = {name: arguments.batch or SUBJECTS[name].size for name in arguments.models}

@@ -16,6 +16,8 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_float32(values: Tensor) -> str:
-    """SHA-256 of float32 numbers, little-endian on every machine."""
-    return hashlib.sha256(values.contiguous().numpy().astype("<f4", copy=False).data).hexdigest()
+def hash_float32(values: Tensor, kind: str = "") -> str:
+    """SHA-256 of float32 numbers, little-endian on every machine, after a word for what they are."""
+    digest = hashlib.sha256(kind.encode())
+    digest.update(values.contiguous().numpy().astype("<f4", copy=False).data)
+    return digest.hexdigest()

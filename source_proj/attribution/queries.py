@@ -17,7 +17,7 @@ from source_proj.bank.build.data import BatchSource, Span, to_device
 from source_proj.bank.examples import Examples
 from source_proj.gradients import Refuted, nonfinite_examples, require_own_weights
 from source_proj.task import Answers, Batch, Task, TokenQueries
-from source_proj.trajectory import Checkpoint
+from source_proj.trajectory import Checkpoint, Scale
 from source_proj.trajectory.placement import placement_of
 
 __all__ = ["checked_query_ids", "query_source", "resolve_task", "sketch_queries"]
@@ -208,7 +208,7 @@ def _sketched(
     loaded: LoadedModel,
     task: Task,
     source: _Asked,
-    scales: Sequence[Tensor | None],
+    scales: Sequence[Scale | None],
     ids: Sequence[Any],
     step: int,
     progress: Progress,

@@ -65,7 +65,7 @@ class Bank:
         list_objects(self.store)  # refuses links
         self.settings, self.versions, moved, self.parameter_choice = read_root(self.store)
         self.sketch = _sketch(self.path, self.settings)
-        self.metrics = Metrics(self.store, self.settings.trajectory)
+        self.metrics = Metrics(self.store, self.settings)
         self.examples: Examples | None = None
         self._weights = Weights(self.store, self.settings, moved)
         self.reload()

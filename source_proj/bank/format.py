@@ -8,7 +8,7 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
     /                                   attributes: format, version, settings, versions, checkpoint_paths,
                                         parameter_choice
     /weights/<hash>                     uint8: safetensors file of a checkpoint that was given as a dict
-    /metrics/<hash>                     float32: diagonal of P^½ of a metric; only where optimizers were preconditioned
+    /metrics/<hash>                     float32: P^½ of a metric (18); only where optimizers were preconditioned
     /curvature/<hash>                   float32: Ĥ of a captured segment, k · k; only where rows were captured
     /stage_<s>/                         attributes: name
     /stage_<s>/part_<p>/                attributes: start, n, batch_size, shard_rows, id_type
@@ -76,7 +76,10 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
 
 18. A preconditioned optimizer's rows are R P^½ ∇o for a diagonal P. ``metrics`` of the ``trajectory`` lists the
     metrics, null for the identity, else a hash: the SHA-256, in hex, of the diagonal of P^½ in the order of
-    ``parameters`` (little-endian float32). ``metrics`` of each stage holds the index of each checkpoint's metric.
+    ``parameters`` (little-endian float32). ``metrics`` of each stage holds the index of each checkpoint's metric. Those
+    of a stage whose ``preconditioner`` is "factored" or "factored_per_segment" hold, for each parameter of two axes or
+    more, p (the first axis) and then q (all others, C order), whose outer product is the diagonal's part; their hash is
+    that of the word "factored" (ASCII) followed by the numbers.
 19. A checkpoint crosses the metrics of earlier ones (of its own and earlier stages) that are not its own, and MUST hold
     its rows in these too.
 

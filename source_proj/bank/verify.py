@@ -133,7 +133,7 @@ def _weights_problems(store: Store, settings: Settings) -> Iterator[str]:
 
 
 def _metrics_problems(store: Store, settings: Settings) -> Iterator[str]:
-    metrics = Metrics(store, settings.trajectory)
+    metrics = Metrics(store, settings)
     for metric in range(len(metrics)):
         try:
             metrics.scale(metric)
@@ -162,7 +162,7 @@ def _keys(store: Store, settings: Settings, parts: list[Part]) -> tuple[set[str]
             for shard in range(part.spec.n_shards):
                 of_shard = known if part.is_done(checkpoint, shard) else allowed
                 of_shard |= {part.key(checkpoint, name, shard) for name in (*part.data(checkpoint), "committed")}
-    known |= _array_keys(store, "metrics", list(settings.trajectory.diagonals))
+    known |= _array_keys(store, "metrics", settings.trajectory.scales)
     known |= _array_keys(store, "curvature", settings.trajectory.curvatures)
     copies = [checkpoint.hash for checkpoint in settings.trajectory.checkpoints if checkpoint.path is None]
     known |= _array_keys(store, "weights", copies)

@@ -143,7 +143,10 @@ def build(
     ] = None,
     preconditioner: Annotated[
         str | None,
-        typer.Option(help="scalar, shared, per_segment or none: Adam's P, with --hf-run.", rich_help_panel=TRAINED),
+        typer.Option(
+            help="scalar, factored, shared, per_segment, factored_per_segment or none: Adam's P, with --hf-run.",
+            rich_help_panel=TRAINED,
+        ),
     ] = None,
     segments: Annotated[
         int | None, typer.Option(min=1, help="Segments of training; score can change it.", rich_help_panel=TRAINED)

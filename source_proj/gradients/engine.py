@@ -9,7 +9,7 @@ from math import isfinite
 import torch
 from torch import Tensor, nn
 
-from source_proj._errors import GradientError, MismatchError, SourceProjError
+from source_proj._errors import GradientError, SourceProjError
 from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
 from source_proj.gradients.general import Function, Functions, GeneralPath, first_line
 from source_proj.gradients.hooks import HookPath, Structure, Unsuited, evaluating, uncovered
@@ -29,6 +29,7 @@ from source_proj.gradients.space import ParameterSpace
 from source_proj.gradients.spread import DeviceSink, SpreadSink
 from source_proj.gradients.suited import refuse_unsuited
 from source_proj.sketch import Sketch
+from source_proj.trajectory import Scale
 from source_proj.trajectory.placement import placement_of
 
 __all__ = ["METHODS", "GradientEngine", "gradient_engine"]
@@ -168,7 +169,7 @@ class GradientEngine:
         self,
         function: Function,
         batch: Batch,
-        scales: Sequence[Tensor | None],
+        scales: Sequence[Scale | None],
         name: str = "output",
         size: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
@@ -177,7 +178,7 @@ class GradientEngine:
         Args:
             function: as for `sketch`.
             batch: as for `sketch`.
-            scales: each D's diagonal (d,) float32 in the coordinates of the space; None for the identity.
+            scales: each D, of the parameters of the space and on the model's device; None for the identity.
             name: which function it is; each is proven by itself.
             size: as for `sketch`.
 
@@ -185,7 +186,7 @@ class GradientEngine:
             values (B,), and for each D rows (B, dim) float32, rows[b] = R D ∇ function(model, batch)[b].
 
         Raises:
-            MismatchError: a diagonal has another length than the space.
+            MismatchError: a scale is of other parameters than the space.
             TypeError, GradientError: as for `sketch`.
         """
         (found,) = self.sketch_together([(name, function)], _alone(function), batch, scales, size)
@@ -196,7 +197,7 @@ class GradientEngine:
         functions: Sequence[tuple[str, Function]],
         together: Functions,
         batch: Batch,
-        scales: Sequence[Tensor | None],
+        scales: Sequence[Scale | None],
         size: int | None = None,
     ) -> list[tuple[Tensor, list[Tensor]]]:
         """What `sketch_scaled` gives of each of several functions, from one forward pass where hooks can serve.
@@ -215,8 +216,8 @@ class GradientEngine:
             MismatchError, TypeError, GradientError: as for `sketch_scaled`.
         """
         for scale in scales:
-            if scale is not None and tuple(scale.shape) != (self._space.size,):
-                raise MismatchError(f"a scale has shape {tuple(scale.shape)}; the space has {self._space.size}")
+            if scale is not None:
+                scale.require(self._space)
         if len(functions) > 1 and not self._placement.is_whole:  # sharded weights are gathered for one backward pass
             return [self.sketch_scaled(each, batch, scales, name, size) for name, each in functions]
         batch = map_tensors(batch, Tensor.detach)

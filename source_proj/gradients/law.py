@@ -15,6 +15,7 @@ from source_proj.gradients.proof import Audit, Expected, Proof, audited, law_wei
 from source_proj.gradients.sink import SinkByParameter
 from source_proj.gradients.space import ParameterSpace
 from source_proj.sketch import Sketch
+from source_proj.trajectory import Scale
 from source_proj.trajectory.placement import Placement
 
 __all__ = ["SAMPLED", "Law", "Work"]
@@ -39,7 +40,7 @@ class Work:
     function: Function
     batch: Batch
     size: int
-    scales: list[Tensor | None]
+    scales: list[Scale | None]
     name: str
     number: int
 

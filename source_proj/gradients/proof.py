@@ -26,9 +26,10 @@ from torch import Tensor
 
 from source_proj._errors import GradientError
 from source_proj.gradients.batches import Batch
-from source_proj.gradients.sink import GradientSink, ScaledSink, SinkByParameter
+from source_proj.gradients.sink import GradientSink, ScaledSink, SinkByParameter, SinkOfMetrics
 from source_proj.gradients.space import ParameterSpace
 from source_proj.sketch import Sketch
+from source_proj.trajectory import Scale
 
 __all__ = [
     "Audit",
@@ -205,17 +206,15 @@ class WatchedSink(GradientSink):
         for sink in self._sinks(name):
             sink.add(name, rows, start)
 
-    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0, scale: Tensor | None = None) -> None:
+    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0) -> None:
         """As `GradientSink.outer`."""
         for sink in self._sinks(name):
-            sink.outer(name, left, right, start, scale)
+            sink.outer(name, left, right, start)
 
-    def windows(
-        self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, scale: Tensor | None = None
-    ) -> None:
+    def windows(self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor) -> None:
         """As `GradientSink.windows`."""
         for sink in self._sinks(name):
-            sink.windows(name, left, right, taps, windows, scale)
+            sink.windows(name, left, right, taps, windows)
 
     def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
         """As `GradientSink.scatter`."""
@@ -224,12 +223,14 @@ class WatchedSink(GradientSink):
 
 
 def gradient_sink(
-    outs: list[Tensor], sketch: Sketch, space: ParameterSpace, scales: Sequence[Tensor | None]
+    outs: list[Tensor], sketch: Sketch, space: ParameterSpace, scales: Sequence[Scale | None]
 ) -> GradientSink:
     """A sink for rows R D g, for one or several diagonal matrices D."""
-    if len(outs) == 1 and scales[0] is None:
-        return GradientSink(outs[0], sketch, space)
-    return ScaledSink(outs, sketch, space, [None if s is None else s.to(outs[0]) for s in scales])
+    sinks = [
+        GradientSink(out, sketch, space) if scale is None else ScaledSink(out, sketch, space, scale.to(out.device))
+        for out, scale in zip(outs, scales, strict=True)
+    ]
+    return sinks[0] if len(sinks) == 1 else SinkOfMetrics(sinks, outs, sketch, space)
 
 
 def share_sink(size: int, space: ParameterSpace, device: torch.device) -> SinkByParameter:
@@ -265,11 +266,11 @@ class Expected:
         like: for each metric, rows (B, k) on the device of the sums.
         sketch: the projection R.
         space: the attributed parameters.
-        scales: the metrics' diagonals.
+        scales: of the metrics.
     """
 
     def __init__(
-        self, like: Sequence[Tensor], sketch: Sketch, space: ParameterSpace, scales: Sequence[Tensor | None]
+        self, like: Sequence[Tensor], sketch: Sketch, space: ParameterSpace, scales: Sequence[Scale | None]
     ) -> None:
         self.device = like[0].device
         self.sums = [torch.zeros(1, sketch.dim, device=self.device) for _ in like]

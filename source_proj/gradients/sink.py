@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from math import prod
 
 import torch
 from torch import Tensor
@@ -12,8 +11,9 @@ from torch import Tensor
 from source_proj.gradients.space import ParameterSpace
 from source_proj.sketch import Sketch, without_autocast
 from source_proj.sketch.projections import HeldSketches
+from source_proj.trajectory import Scale
 
-__all__ = ["GradientSink", "ScaledSink", "SinkByParameter"]
+__all__ = ["GradientSink", "ScaledSink", "SinkByParameter", "SinkOfMetrics"]
 
 
 class GradientSink:
@@ -73,22 +73,17 @@ class GradientSink:
         if held is None or not held.takes_rows(flat, offset, shape):
             self._sketch.add_(self._rows(name, start, len(rows)), flat, offset, shape)
 
-    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0, scale: Tensor | None = None) -> None:
-        """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i).
-
-        With a scale (o · i,), each coordinate times its entry.
-        """
-        offset, held = self._offsets[name], self._held_for(left) if scale is None else None
+    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0) -> None:
+        """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i)."""
+        offset, held = self._offsets[name], self._held_for(left)
         if held is None or not held.takes_outer(left, right, offset):
-            self._sketch.add_outer_(self._rows(name, start, len(left)), left, right, offset, scale)
+            self._sketch.add_outer_(self._rows(name, start, len(left)), left, right, offset)
 
-    def windows(
-        self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, scale: Tensor | None = None
-    ) -> None:
+    def windows(self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor) -> None:
         """The gradient of a convolution's weight (o, c, J); arguments as in `Sketch.add_windows_`."""
-        offset, held = self._offsets[name], self._held_for(left) if scale is None else None
+        offset, held = self._offsets[name], self._held_for(left)
         if held is None or not held.takes_windows(left, right, taps, windows, offset):
-            self._sketch.add_windows_(self._rows(name, 0, len(left)), left, right, taps, windows, offset, scale)
+            self._sketch.add_windows_(self._rows(name, 0, len(left)), left, right, taps, windows, offset)
 
     def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
         """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""
@@ -100,73 +95,98 @@ class GradientSink:
 
 
 class ScaledSink(GradientSink):
-    """Adds R D g to the sketched rows, for one or several diagonal matrices D: gradients in other metrics.
+    """Adds R D g to the sketched rows, for a diagonal matrix D: gradients in another metric.
+
+    Where D is p ⊗ q of a matrix, its gradient's factors are scaled by p and q, and go the way of plain ones.
 
     Args:
-        outs: for each D, (B, dim) float32 rows, added to.
+        out: (B, dim) float32 rows, added to.
         sketch: the projection R.
         space: where each parameter lies.
-        scales: for each D, its diagonal (d,) float32 on the rows' device; None for the identity.
+        scale: D, on the rows' device.
+    """
+
+    def __init__(self, out: Tensor, sketch: Sketch, space: ParameterSpace, scale: Scale) -> None:
+        super().__init__(out, sketch, space)
+        self._scale = scale
+
+    def add(self, name: str, rows: Tensor, start: int = 0) -> None:
+        """The gradients (n, …) of the whole parameter for the examples start … start + n."""
+        super().add(name, rows.reshape(len(rows), -1) * self._scale.of(name), start)
+
+    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0) -> None:
+        """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i)."""
+        factors = self._scale.factors(name)
+        if factors is not None:
+            super().outer(name, _scaled(left, factors[0]), _scaled(right, factors[1]), start)
+            return
+        rows = self._rows(name, start, len(left))
+        self._sketch.add_outer_(rows, left, right, self._offsets[name], self._scale.of(name))
+
+    def windows(self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor) -> None:
+        """The gradient of a convolution's weight (o, c, J); arguments as in `Sketch.add_windows_`."""
+        factors, offset, held = self._scale.factors(name), self._offsets[name], self._held_for(left)
+        rows = self._rows(name, 0, len(left))
+        if factors is not None and held is not None:
+            by_rows = _scaled(left, factors[0][:, None])
+            if held.takes_windows(by_rows, right.to(by_rows.dtype), taps, windows, offset, factors[1]):
+                return
+        self._sketch.add_windows_(rows, left, right, taps, windows, offset, self._scale.of(name))
+
+    def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
+        """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""
+        super().scatter(name, index, values * self._scale.rows(name, index.long()))
+
+
+class SinkOfMetrics(GradientSink):
+    """Hands everything to the sinks of several metrics.
+
+    Args:
+        sinks: one for each.
+        outs: the rows of each.
+        sketch: the projection R.
+        space: where each parameter lies.
     """
 
     def __init__(
-        self, outs: Sequence[Tensor], sketch: Sketch, space: ParameterSpace, scales: Sequence[Tensor | None]
+        self, sinks: Sequence[GradientSink], outs: Sequence[Tensor], sketch: Sketch, space: ParameterSpace
     ) -> None:
         super().__init__(outs[0], sketch, space)
-        self._each = [GradientSink(out, sketch, space) for out in outs]
-        self._scales = list(scales)
+        self._sinks = sinks
 
     @contextmanager
     def holding(self) -> Iterator[None]:
         """As `GradientSink.holding`, in each metric."""
         with ExitStack() as stack:
-            for sink in self._each:
+            for sink in self._sinks:
                 stack.enter_context(sink.holding())
             yield
 
-    def _pairs(self, name: str) -> Iterator[tuple[GradientSink, Tensor | None]]:
-        """The sink of each metric, and the metric's entries of a parameter."""
-        begin = self._offsets[name]
-        end = begin + prod(self._shapes[name])
-        for sink, scale in zip(self._each, self._scales, strict=True):
-            yield sink, None if scale is None else scale[begin:end]
-
     def add(self, name: str, rows: Tensor, start: int = 0) -> None:
-        """The gradients (n, …) of the whole parameter for the examples start … start + n."""
-        flat = rows.reshape(len(rows), -1)
-        for sink, scale in self._pairs(name):
-            sink.add(name, flat if scale is None else flat * scale, start)
+        """As `GradientSink.add`."""
+        for sink in self._sinks:
+            sink.add(name, rows, start)
 
-    def outer(
-        self,
-        name: str,
-        left: Tensor,
-        right: Tensor,
-        start: int = 0,
-        scale: Tensor | None = None,  # noqa: ARG002
-    ) -> None:
-        """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i)."""
-        for sink, own in self._pairs(name):
-            sink.outer(name, left, right, start, own)
+    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0) -> None:
+        """As `GradientSink.outer`."""
+        for sink in self._sinks:
+            sink.outer(name, left, right, start)
 
-    def windows(
-        self,
-        name: str,
-        left: Tensor,
-        right: Tensor,
-        taps: Tensor,
-        windows: Tensor,
-        scale: Tensor | None = None,  # noqa: ARG002
-    ) -> None:
-        """The gradient of a convolution's weight (o, c, J); arguments as in `Sketch.add_windows_`."""
-        for sink, own in self._pairs(name):
-            sink.windows(name, left, right, taps, windows, own)
+    def windows(self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor) -> None:
+        """As `GradientSink.windows`."""
+        for sink in self._sinks:
+            sink.windows(name, left, right, taps, windows)
 
     def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
-        """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""
-        for sink, scale in self._pairs(name):
-            table = None if scale is None else scale.view(self._shapes[name])
-            sink.scatter(name, index, values if table is None else values * table[index.long()])
+        """As `GradientSink.scatter`."""
+        for sink in self._sinks:
+            sink.scatter(name, index, values)
+
+
+def _scaled(factor: Tensor, by: Tensor) -> Tensor:
+    """A factor scaled, in its own precision where that has room: float16 has none for P^½."""
+    scaled = factor * by
+    return scaled.to(factor.dtype) if factor.dtype == torch.bfloat16 else scaled
 
 
 class SinkByParameter(GradientSink):

@@ -61,15 +61,13 @@ class SpreadSink(GradientSink):
         """As `GradientSink.add`."""
         self._at(rows).add(name, rows, start)
 
-    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0, scale: Tensor | None = None) -> None:
+    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0) -> None:
         """As `GradientSink.outer`."""
-        self._at(left).outer(name, left, right, start, scale)
+        self._at(left).outer(name, left, right, start)
 
-    def windows(
-        self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, scale: Tensor | None = None
-    ) -> None:
+    def windows(self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor) -> None:
         """As `GradientSink.windows`."""
-        self._at(left).windows(name, left, right, taps, windows, scale)
+        self._at(left).windows(name, left, right, taps, windows)
 
     def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
         """As `GradientSink.scatter`."""

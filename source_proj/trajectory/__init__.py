@@ -24,6 +24,7 @@ from source_proj.trajectory.readers import register_reader
 from source_proj.trajectory.record import CheckpointRef, PreconditionerMode, RunRecord, SegmentRecord, StageRecord
 from source_proj.trajectory.recording.companion import Stateful
 from source_proj.trajectory.recording.recorder import Recorder
+from source_proj.trajectory.scale import Scale
 from source_proj.trajectory.segments import Segments, split_segments
 from source_proj.trajectory.stages import Stage
 from source_proj.trajectory.trained import trained_parameters
@@ -48,6 +49,7 @@ __all__ = [
     "Recorder",
     "ResolvedRun",
     "RunRecord",
+    "Scale",
     "Schedule",
     "ScheduleFreeAdamW",
     "ScheduleFreeSGD",

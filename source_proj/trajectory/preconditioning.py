@@ -3,71 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import prod
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
-from source_proj._io.hashing import hash_float32
 from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.optimizers import Moments, PreconditionedOptimizer, moments
-from source_proj.trajectory.record import RunRecord, StageRecord
+from source_proj.trajectory.record import FACTORED, PER_SEGMENT, RunRecord, StageRecord
+from source_proj.trajectory.scale import Coordinates, Scale, best_factors
 from source_proj.trajectory.stages import Stage
 
-__all__ = ["Coordinates", "ResolvedRun", "resolve_run"]
+__all__ = ["ResolvedRun", "resolve_run"]
 
 _DIGITS = 12  # of numbers in a record: sums may round differently elsewhere, and records are compared
 
 
-class Coordinates(Protocol):
-    """The attributed parameters laid end to end, as :class:`source_proj.gradients.ParameterSpace` has them."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Full parameter names."""
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """One shape per name."""
-
-    @property
-    def offsets(self) -> Mapping[str, int]:
-        """First coordinate of each parameter."""
-
-    @property
-    def size(self) -> int:
-        """Number d of coordinates."""
-
-
 class ResolvedRun(NamedTuple):
-    """A run's record, and the diagonals that it names.
+    """A run's record, and the scales that it names.
 
     Attributes:
         record: what a bank keeps of the trajectory.
-        diagonals: diagonal of P^½ ``(d,)`` float32, by its hash.
+        scales: P^½ of each metric but the identity, by its hash.
     """
 
     record: RunRecord
-    diagonals: dict[str, Tensor]
+    scales: dict[str, Scale]
 
 
 class _Metrics:
-    """The metrics of a run in order of their first use, the diagonal of P^½ for each; None for the identity."""
+    """The metrics of a run in order of their first use, the scale P^½ of each; None for the identity."""
 
     def __init__(self) -> None:
         self.hashes: list[str | None] = []
-        self.diagonals: dict[str, Tensor] = {}
+        self.scales: dict[str, Scale] = {}
 
-    def index(self, diagonal: Tensor | None) -> int:
-        digest = None if diagonal is None else hash_float32(diagonal)
+    def index(self, scale: Scale | None) -> int:
+        digest = None if scale is None else scale.hash
         if digest not in self.hashes:
             self.hashes.append(digest)
-        if diagonal is not None and digest is not None:
-            self.diagonals[digest] = diagonal
+        if scale is not None and digest is not None:
+            self.scales[digest] = scale
         return self.hashes.index(digest)
 
 
@@ -75,21 +55,21 @@ def resolve_run(stages: Sequence[Stage], model: nn.Module, space: Coordinates) -
     """Read the optimizer states of a run, and say which metric each checkpoint is in; see `Trajectory.resolve`."""
     metrics = _Metrics()
     records = tuple(_resolved(stage, model, space, metrics) for stage in stages)
-    return ResolvedRun(RunRecord(records, tuple(metrics.hashes)), metrics.diagonals)
+    return ResolvedRun(RunRecord(records, tuple(metrics.hashes)), metrics.scales)
 
 
 def _resolved(stage: Stage, model: nn.Module, space: Coordinates, metrics: _Metrics) -> StageRecord:
     record = stage.describe()
     optimizer = record.optimizer  # the decay divided by the loss scale
     mode, count = stage.preconditioner, len(stage.checkpoints)
-    if isinstance(optimizer, PreconditionedOptimizer) and mode in ("shared", "per_segment"):
+    if isinstance(optimizer, PreconditionedOptimizer) and mode not in ("scalar", "none"):
         record = replace(record, preconditioner=mode)
-        groups = stage.segment_indices if mode == "per_segment" else [list(range(count))]
+        groups = stage.segment_indices if mode in PER_SEGMENT else [list(range(count))]
         own: list[int] = []
         decays: list[float] = []
         for group in groups:
-            diagonal, decay = _metric(stage, group, optimizer, model, space)
-            own += [metrics.index(diagonal)] * len(group)
+            scale, decay = _metric(stage, group, optimizer, model, space)
+            own += [metrics.index(scale)] * len(group)
             decays += [decay] * len(group)
         return replace(record, metrics=tuple(own), decays=tuple(decays))
     if isinstance(optimizer, PreconditionedOptimizer):
@@ -113,8 +93,8 @@ def _with_state(checkpoints: Sequence[Checkpoint], what: str) -> list[Checkpoint
 
 def _metric(
     stage: Stage, group: Sequence[int], optimizer: PreconditionedOptimizer, model: nn.Module, space: Coordinates
-) -> tuple[Tensor, float]:
-    """The square root of the mean P, and the one number λ̄ that stands for weight decay."""
+) -> tuple[Scale, float]:
+    """The square root of the mean P, factored or not, and the one number λ̄ that stands for weight decay."""
     p, v, decay = (torch.zeros(space.size, dtype=torch.float64) for _ in range(3))
     checkpoints = [stage.checkpoints[c] for c in group]
     with_state = _with_state(checkpoints, f"the segment of {checkpoints}")
@@ -126,7 +106,21 @@ def _metric(
             decay[place] += own.decay.flatten() / divisor
     if not p.any():
         raise MismatchError(f"the optimizer states of {checkpoints} move none of the attributed parameters")
-    return p.sqrt().float(), _mean(decay, p * v)
+    decay_mean = _mean(decay, p * v)
+    if stage.preconditioner not in FACTORED:
+        return Scale(p.sqrt().float(), space), decay_mean
+    return Scale(torch.cat(list(_factored(p, v, space))).sqrt().float(), space, factored=True), decay_mean
+
+
+def _factored(p: Tensor, v: Tensor, space: Coordinates) -> Iterator[Tensor]:
+    """P of each parameter: the two factors of each matrix one after the other, vectors whole."""
+    for name, shape in zip(space.names, space.shapes, strict=True):
+        begin = space.offsets[name]
+        own = slice(begin, begin + prod(shape))
+        if len(shape) < 2:
+            yield p[own]
+        else:
+            yield from best_factors(p[own].view(shape[0], prod(shape[1:])), v[own].view(shape[0], prod(shape[1:])))
 
 
 def _divisors(stage: Stage, checkpoints: Sequence[Checkpoint]) -> list[float]:

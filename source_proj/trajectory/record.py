@@ -18,6 +18,8 @@ from source_proj.trajectory.optimizers import Optimizer
 from source_proj.trajectory.segments import Segments, split_segments
 
 __all__ = [
+    "FACTORED",
+    "PER_SEGMENT",
     "CaptureRecord",
     "CheckpointRef",
     "PreconditionerMode",
@@ -27,8 +29,14 @@ __all__ = [
     "read_optimizer",
 ]
 
-PreconditionerMode = Literal["shared", "per_segment", "scalar", "none"]
+PreconditionerMode = Literal["shared", "per_segment", "factored", "factored_per_segment", "scalar", "none"]
 """What becomes of a preconditioner; see :class:`Stage`."""
+
+FACTORED: frozenset[PreconditionerMode] = frozenset({"factored", "factored_per_segment"})
+"""With two vectors in place of P of each matrix."""
+
+PER_SEGMENT: frozenset[PreconditionerMode] = frozenset({"per_segment", "factored_per_segment"})
+"""With a P for each segment."""
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -246,7 +254,7 @@ class StageRecord:
             raise ValueError(
                 f"the segment {list(group)} of stage {self.name!r} joins checkpoints whose rows are in different "
                 f"metrics, {metrics}: keep the bank's segments {[list(own) for own in self.segments]} or cut them "
-                "further, or build with preconditioner='shared'"
+                f"further, or build with preconditioner={'factored' if self.preconditioner in FACTORED else 'shared'!r}"
             )
         return metrics[0]
 
@@ -302,8 +310,7 @@ class RunRecord:
 
     Args:
         stages: in order of training.
-        metrics: the metrics that rows are in, by the hash of the diagonal of P^½ (:func:`hash_float32`); None for the
-            identity.
+        metrics: the metrics that rows are in, by the hash of P^½ (:class:`Scale`); None for the identity.
 
     Raises:
         ValueError: there is no stage, names or metrics repeat, or a checkpoint's metric is not listed.
@@ -333,9 +340,13 @@ class RunRecord:
         return self.stages[-1].final
 
     @property
-    def diagonals(self) -> list[str]:
+    def scales(self) -> list[str]:
         """Hashes of the metrics that are no identity."""
         return [digest for digest in self.metrics if digest is not None]
+
+    def is_factored(self, metric: int) -> bool:
+        """Whether a metric's P has two vectors in place of each matrix."""
+        return any(stage.preconditioner in FACTORED and metric in stage.metrics for stage in self.stages)
 
     @property
     def curvatures(self) -> list[str]:

@@ -54,7 +54,10 @@ class Stage:
         preconditioner: what becomes of P of :class:`Adam` or :class:`RMSprop`, a mean over checkpoints.
             ``"scalar"``: a number in place of P, which scales the time and keeps what P does to the trace of the
             Hessian, Σ P v̂ / Σ v̂. ``"shared"``: one P for the stage. ``"per_segment"``: one for each segment, the
-            formula to the letter, and the bank holds rows for going from one to the other. ``"none"``: P is ignored,
+            formula to the letter, and the bank holds rows for going from one to the other. ``"factored"`` and
+            ``"factored_per_segment"``: the same with an outer product of two vectors in place of P of each matrix
+            (first axis, all others), as Adafactor has of v̂, so that a layer's gradient is sketched without being formed
+            and a metric is as small as its vectors; other parameters keep their P. ``"none"``: P is ignored,
             and no optimizer state is read; the time scale is then of unknown size. SGD has none in any case. The
             number is the default: gradients in the metric of P spread over more coordinates and want a larger sketch,
             and with one of some thousands the number predicts retraining better on most tasks

@@ -12,9 +12,10 @@ from source_proj._io.html import facts
 from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.optimizers import SGD, Optimizer
 from source_proj.trajectory.options import ReadOptions, Schedule, StageOptions
-from source_proj.trajectory.preconditioning import Coordinates, ResolvedRun, resolve_run
+from source_proj.trajectory.preconditioning import ResolvedRun, resolve_run
 from source_proj.trajectory.readers import stage_reader
 from source_proj.trajectory.record import PreconditionerMode
+from source_proj.trajectory.scale import Coordinates
 from source_proj.trajectory.segments import Segments
 from source_proj.trajectory.stages import Stage
 

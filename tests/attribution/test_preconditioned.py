@@ -47,20 +47,41 @@ def assert_equal_scores(found, expected):
     np.testing.assert_allclose(np.asarray(found), expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["shared", "per_segment"])
+def factored(problem, checkpoints):
+    """Of each matrix a ⊗ b, such that Σ P v of its rows and columns is kept: columns and rows in turn, five times."""
+    p = preconditioner(problem, checkpoints)
+    v = torch.stack([second_moments(c, names_of(problem), ADAM["betas"][1]) for c in checkpoints]).mean(0)
+    parts, begin = [], 0
+    for parameter in problem.model.parameters():
+        own = slice(begin, begin + parameter.numel())
+        begin = own.stop
+        if parameter.ndim < 2:
+            parts.append(p[own])
+            continue
+        matrix, weight = (x[own].view(parameter.shape).numpy() for x in (p, v))
+        a = matrix.mean(1)
+        for _ in range(5):
+            b = (weight * matrix).sum(0) / (weight * a[:, None]).sum(0)
+            a = (weight * matrix).sum(1) / (weight * b).sum(1)
+        parts.append(torch.from_numpy(np.outer(a, b)).flatten())
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("mode", ["shared", "per_segment", "factored", "factored_per_segment"])
 @pytest.mark.parametrize("segments", [1, 2, 3])
 def test_scores_equal_the_dense_formula(tmp_path, mode, segments):
     """Law 4: several metrics with R = I equal S = exp(-s (P H + λ)) and its integral in the full space."""
     problem = adam_run(preconditioner=mode, segments=segments)
     stage = problem.trajectory.stages[0]
-    shared = preconditioner(problem, stage.checkpoints)
+    diagonal = factored if mode.startswith("factored") else preconditioner
+    one_for_all = mode in ("shared", "factored")
     dense, before = [], 0
     for group in stage.segment_indices:
-        p = shared if mode == "shared" else preconditioner(problem, [stage.checkpoints[c] for c in group])
+        p = diagonal(problem, stage.checkpoints if one_for_all else [stage.checkpoints[c] for c in group])
         dense.append(dense_segment(problem, stage, group, problem.train, 0, p, 0.3, before))
         before = stage.checkpoints[group[-1]].step
     bank = problem.build(tmp_path / "bank")
-    assert len(bank.metrics) == (1 if mode == "shared" else segments)
+    assert len(bank.metrics) == (1 if one_for_all else segments)
     method = source(problem, bank)
     expected = dense_scores(dense, query_gradients(problem), len(problem.train))
     assert_equal_scores(method.score(problem.queries), expected)
@@ -118,6 +139,27 @@ def test_adam_with_the_identity_is_sgd(tmp_path):
         bank = problem.build(tmp_path / name)
         scores[name] = np.asarray(source(problem, bank).score(problem.queries))
     np.testing.assert_array_equal(scores["adam"], scores["sgd"])
+
+
+@pytest.mark.parametrize(("exact", "by_factors"), [("shared", "factored"), ("per_segment", "factored_per_segment")])
+def test_factors_of_a_preconditioner_of_rank_one_are_the_preconditioner(tmp_path, exact, by_factors):
+    """Second moments that are outer products, and stay what they are but for their size: the two modes agree."""
+    problem = adam_run()
+    generator = torch.Generator().manual_seed(4)
+    sides = [torch.randn(n, generator=generator).exp() for n in (4, 5, 3, 4)]
+    means = [torch.outer(*sides[:2]), torch.ones(4), torch.outer(*sides[2:]), torch.ones(3)]
+    states = []
+    for number, c in enumerate(problem.trajectory.stages[0].checkpoints, start=1):
+        entries = {key: {"exp_avg_sq": number * mean} for key, mean in enumerate(means)}
+        groups = c.optimizer_state["param_groups"]
+        states.append(sp.Checkpoint(c.load(), c.step, LR, {"state": entries, "param_groups": groups}))
+    adam = sp.Adam(betas=(0.9, 0.0), eps=0.0, weight_decay=0.3)
+    scores = {}
+    for mode in (exact, by_factors):
+        problem.trajectory = sp.Trajectory(states, adam, segments=2, preconditioner=mode)
+        bank = problem.build(tmp_path / mode, sketch=sp.Sketch(32))
+        scores[mode] = np.asarray(source(problem, bank).score(problem.queries))
+    assert_equal_scores(scores[by_factors], scores[exact])
 
 
 @pytest.mark.parametrize("curvature", ["gauss_newton", "sampled_fisher"])

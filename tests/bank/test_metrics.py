@@ -15,6 +15,7 @@ from bank_runs import BATCH, N, assert_same, content, make_adam_run, make_data, 
 
 from source_proj import bank as banks
 from source_proj._errors import BankError, MismatchError
+from source_proj.bank.layout import flat_objects, metric_array
 from source_proj.sketch import Sketch
 
 D = 6 * 10 + 10 + 10 * 3 + 3
@@ -61,7 +62,7 @@ def test_rows_are_sketches_of_scaled_gradients(run, plain, tmp_path, gradients, 
     """R P^½ ∇o in the own metric, and in those of earlier segments."""
     bank = run.build(tmp_path / "bank", sketch=sketch, storage="float32", gradients=gradients)
     matrix = sketch.matrix(0, D)
-    scales = [bank.metrics.scale(metric) for metric in range(2)]
+    scales = [bank.metrics.scale(metric).diagonal for metric in range(2)]
     for checkpoint, metrics in enumerate([[0], [0], [1, 0], [1, 0]]):
         assert bank.stages[0].metric(checkpoint) == metrics[0]
         for metric in metrics:
@@ -83,11 +84,57 @@ def test_a_metric_is_the_mean_over_its_checkpoints(run, built):
             checkpoint = run.trajectory.stages[0].checkpoints[c]
             v = torch.cat([entry["exp_avg_sq"].flatten() for entry in checkpoint.optimizer_state["state"].values()])
             found += 1 / ((v.double() / (1 - 0.999**checkpoint.step)).sqrt() + 1e-8) / 2
-        torch.testing.assert_close(built.metrics.scale(metric).double(), found.sqrt(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(built.metrics.scale(metric).diagonal.double(), found.sqrt(), rtol=1e-6, atol=0)
 
 
-def test_a_shared_metric_crosses_nothing(tmp_path):
-    bank = make_adam_run("shared").build(tmp_path / "bank", sampled_fisher=1)
+@pytest.mark.parametrize("gradients", ["hooks", "general"])
+@pytest.mark.parametrize("kind", ["identity", "tensor"])
+def test_rows_of_factored_metrics(tmp_path, kind, gradients):
+    """R P^½ ∇o with two vectors in place of each matrix, which is what the bank keeps; crossed as others are."""
+    plain = make_adam_run("none").build(tmp_path / "plain", sketch=Sketch(D, "identity"), storage="float32")
+    sketch = Sketch(D, kind) if kind == "identity" else Sketch(64, kind)
+    run = make_adam_run("factored_per_segment")
+    bank = run.build(tmp_path / "bank", sketch=sketch, storage="float32", gradients=gradients)
+    assert [len(bank.metrics.scale(metric).values) for metric in range(2)] == [(10 + 6) + 10 + (3 + 10) + 3] * 2
+    begins = [0, 60, 70, 100, D]
+    shapes = [(10, 6), (10,), (3, 10), (3,)]
+    matrix = torch.cat([sketch.matrix(begins[n], begins[n + 1], shape) for n, shape in enumerate(shapes)], dim=1)
+    for checkpoint, metrics in enumerate([[0], [0], [1, 0], [1, 0]]):
+        for metric in metrics:
+            values = bank.metrics.scale(metric).values.split([10, 6, 10, 3, 10, 3])
+            whole = [torch.outer(*values[:2]).flatten(), values[2], torch.outer(*values[3:5]).flatten(), values[5]]
+            expected = (rows(plain, checkpoint) * torch.cat(whole)) @ matrix.T
+            made = all_rows(bank, checkpoint, metric=metric)
+            torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert banks.verify(bank.path).ok
+
+
+def test_factors_that_were_altered_or_are_of_others_are_refused(tmp_path):
+    bank = make_adam_run("factored").build(tmp_path / "bank")
+    path, digest = bank.path, bank.metrics.hash(0)
+    array = zarr.open_array(path / "metrics" / digest, mode="r+")
+    whole = np.asarray(array[...])
+    array[...] = whole * np.float32(2)
+    with pytest.raises(BankError, match="was altered"):
+        banks.open(path).metrics.scale(0)
+    shutil.rmtree(path / "metrics" / digest)
+    (path / "metrics" / digest).mkdir()
+    for key, value in flat_objects(f"metrics/{digest}", metric_array(len(whole) - 1), whole[1:]).items():
+        (path / key).write_bytes(value)
+    with pytest.raises(BankError, match=r"is not of the bank's parameters: a scale has \(41,\) numbers; .* has 42"):
+        banks.Metrics(bank.store, bank.settings).scale(0)
+    assert not banks.verify(path).ok
+
+
+def test_segments_across_factored_metrics_name_the_factored_remedy(tmp_path):
+    bank = make_adam_run("factored_per_segment").build(tmp_path / "bank")
+    with pytest.raises(ValueError, match=r"joins checkpoints .* or build with preconditioner='factored'$"):
+        bank.trajectory.stages[0].cut(1)
+
+
+@pytest.mark.parametrize("mode", ["shared", "factored"])
+def test_a_shared_metric_crosses_nothing(tmp_path, mode):
+    bank = make_adam_run(mode).build(tmp_path / "bank", sampled_fisher=1)
     assert len(bank.metrics) == 1
     assert bank.nbytes()["crossings"] == 0
     assert not any("_metric_" in name for name in content(bank.path))
@@ -163,9 +210,10 @@ def test_appended_rows_are_in_the_same_metrics(run, tmp_path):
     [
         (make_adam_run(seed=1), r"trajectory\.metrics\[0\] is '\w+' there and '\w+' here"),
         (make_adam_run("shared"), r"trajectory\..* is .* there and .* here"),
+        (make_adam_run("factored_per_segment"), r"trajectory\..* is .* there and .* here"),
         (make_run(4), r"trajectory\..* is .* there and .* here"),
     ],
-    ids=["moments", "kind", "optimizer"],
+    ids=["moments", "kind", "factors", "optimizer"],
 )
 def test_other_metrics_are_refused(built, other, named):
     with pytest.raises(MismatchError, match=named):

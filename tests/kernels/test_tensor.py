@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from source_proj.kernels import TensorMap, available_backends, sparse_native, tensor, tensor_native
 from source_proj.kernels.native import native_library, run_jobs
 from source_proj.kernels.tensor import tensor_add_, tensor_add_at_, tensor_add_outer_, tensor_add_windows_
+from source_proj.kernels.tensor_spectral import TorchSpectra
 
 CPU = torch.device("cpu")
 BACKENDS = [name for name in available_backends() if name != "triton"]  # smaller cases: test_triton_tensor.py
@@ -168,6 +169,20 @@ def test_windows_are_an_outer_product_with_patches(
     left = left.transpose(1, 2)
     size = products(left.abs(), patches.abs()).norm(dim=1)
     assert ((out - products(left, patches) @ dense(matrix).T).norm(dim=1) <= 1e-6 * size).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("batch", "o", "c", "taps", "windows"), [(3, 100, 40, 9, 4), (9, 33, 70, 5, 20)])
+def test_columns_of_windows_are_scaled_before_the_transforms(batch, o, c, taps, windows, backend):
+    left, right, scale = normal(batch, o, windows), normal(batch, c, 30, seed=1), normal(c * taps, seed=2)
+    tap, window, matrix = torch.arange(taps) * 2, torch.arange(windows) % 13, TensorMap(256, 2, 77, (o, c * taps))
+    patches = right[:, :, tap.unsqueeze(1) + window].flatten(1, 2).transpose(1, 2)
+    out = torch.zeros(batch, 256)
+    spectra = tensor_native.NativeSpectra(out) if backend == "native" else TorchSpectra(out, backend)
+    spectra.add_windows(left, right, tap, window, matrix, scale)
+    spectra.finish_()
+    gradients = products(left.transpose(1, 2), patches * scale)
+    assert ((out - gradients @ dense(matrix).T).norm(dim=1) <= 2e-6 * gradients.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -119,7 +119,7 @@ def clipped_run():
         ]
     )
     resolved = run.resolve(model, ParameterSpace.from_model(model))
-    assert sorted(resolved.diagonals) == sorted(resolved.record.diagonals)
+    assert sorted(resolved.scales) == sorted(resolved.record.scales)
     return json.loads(json.dumps(resolved.record.to_json()))
 
 

@@ -35,7 +35,7 @@ from source_proj.gradients import ParameterSpace, private_copy
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 from source_proj.task.base import checked_pair
-from source_proj.trajectory import Trajectory, trained_parameters
+from source_proj.trajectory import Scale, Trajectory, trained_parameters
 from source_proj.trajectory.placement import placement_of, refuse_parallelism
 from source_proj.trajectory.state_order import check_state_order, unnamed_alike
 
@@ -168,7 +168,7 @@ def build(
             gradients=gradients,
             autocast=autocast,
         )
-        _begin(store, settings, trajectory, resolved.diagonals, _parts(settings), choice, resume=resume)
+        _begin(store, settings, trajectory, resolved.scales, _parts(settings), choice, resume=resume)
         return settings
 
     def _parts(settings: Settings) -> list[tuple[PartSpec, np.ndarray]]:
@@ -213,7 +213,7 @@ def _begin(
     store: Store,
     settings: Settings,
     trajectory: Trajectory,
-    diagonals: Mapping[str, torch.Tensor],
+    scales: Mapping[str, Scale],
     parts: Sequence[tuple[PartSpec, np.ndarray]],
     choice: str,
     *,
@@ -222,7 +222,7 @@ def _begin(
     """Create the bank, unless it is there."""
     try:
         if not _is_there(store, resume):
-            create_bank(store, settings, trajectory, diagonals, parts, choice)
+            create_bank(store, settings, trajectory, scales, parts, choice)
     except OSError as error:
         if not _was_created(store):  # else another process has, and removed what it took for leftovers
             raise BankError(

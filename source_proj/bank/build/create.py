@@ -17,7 +17,7 @@ from source_proj.bank.read.metrics import metrics_objects
 from source_proj.bank.read.part import Part, part_objects
 from source_proj.bank.read.weights import relative_paths, weights_objects
 from source_proj.bank.store import Store
-from source_proj.trajectory import Trajectory
+from source_proj.trajectory import Scale, Trajectory
 
 __all__ = ["create_bank", "put_same", "require_same_part", "require_same_settings"]
 
@@ -26,7 +26,7 @@ def create_bank(
     store: Store,
     settings: Settings,
     trajectory: Trajectory,
-    scales: Mapping[str, Tensor],
+    scales: Mapping[str, Scale],
     parts: Sequence[tuple[PartSpec, np.ndarray]],
     parameter_choice: str,
     curvature: Mapping[str, Tensor] = MappingProxyType({}),

@@ -29,7 +29,7 @@ from source_proj.gradients.general import Function
 from source_proj.gradients.law import SAMPLED
 from source_proj.sketch import Sketch
 from source_proj.task import Task
-from source_proj.trajectory import Checkpoint
+from source_proj.trajectory import Checkpoint, Scale
 from source_proj.trajectory.placement import placement_of
 
 __all__ = ["BatchLocation", "RowEncoder"]
@@ -94,7 +94,7 @@ class RowEncoder:
         self._device = self._placement.device
         self._metrics = metrics
         self._detached = True  # whether no output since `begin` led back to the model
-        self._scales: dict[int, Tensor | None] = {}  # on the device, of one checkpoint's metrics
+        self._scales: dict[int, Scale | None] = {}  # on the device, of one checkpoint's metrics
         self._engine = gradient_engine(
             self._model, space, Sketch.from_spec(settings.sketch), method=settings.gradients, autocast=settings.autocast
         )
@@ -211,7 +211,7 @@ class RowEncoder:
         return given
 
     def _sketched(
-        self, place: BatchLocation, batch: Batch, scales: Sequence[Tensor | None]
+        self, place: BatchLocation, batch: Batch, scales: Sequence[Scale | None]
     ) -> list[tuple[Tensor, list[Tensor]]]:
         """Values and rows, in each metric, of the output and of the likelihoods of labels that are drawn."""
         size, engine, task = place.stop - place.start, self._engine, self._task.of_stage(place.stage)

@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
 
-from source_proj._errors import BankError
-from source_proj._io.hashing import hash_float32
+from source_proj._errors import BankError, MismatchError
+from source_proj.bank.format import Settings
 from source_proj.bank.layout import flat_objects, group_document, metric_array
 from source_proj.bank.read.objects import read_flat
 from source_proj.bank.store import Store
-from source_proj.trajectory import RunRecord
+from source_proj.gradients import ParameterSpace
+from source_proj.trajectory import Scale
 
 __all__ = ["Metrics", "metrics_objects"]
 
@@ -31,23 +31,24 @@ class Metrics:
 
     Args:
         store: where the bank lies.
-        run: the bank's record of the run.
+        settings: the bank's.
     """
 
-    def __init__(self, store: Store, run: RunRecord) -> None:
+    def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
-        self._hashes = run.metrics
-        self._read: dict[int, Tensor] = {}
+        self._run = settings.trajectory
+        self._space = ParameterSpace.from_spec(settings.parameters)
+        self._read: dict[int, Scale] = {}
 
     def __len__(self) -> int:
-        return len(self._hashes)
+        return len(self._run.metrics)
 
     def hash(self, metric: int) -> str | None:
-        """Hash of a metric's diagonal; None for the identity."""
-        return self._hashes[metric]
+        """Hash of a metric's scale; None for the identity."""
+        return self._run.metrics[metric]
 
-    def scale(self, metric: int) -> Tensor | None:
-        """The diagonal of P^½ ``(d,)`` float32 in the coordinates of the bank's parameters; None for the identity.
+    def scale(self, metric: int) -> Scale | None:
+        """P^½ of the bank's parameters; None for the identity.
 
         Raises:
             BankError: it is missing or damaged.
@@ -56,21 +57,28 @@ class Metrics:
         if digest is None:
             return None
         if metric not in self._read:
-            folder = self._store.location(f"metrics/{digest}")
-            values = read_flat(self._store, f"metrics/{digest}", metric_array)
-            if hash_float32(torch.from_numpy(values)) != digest:
-                raise BankError(f"the metric in {folder} was altered: its hash is another; build the bank anew")
-            self._read[metric] = torch.from_numpy(values)
+            self._read[metric] = self._checked(digest, self._run.is_factored(metric))
         return self._read[metric]
 
-    def scales(self, metrics: Sequence[int]) -> list[Tensor | None]:
+    def _checked(self, digest: str, factored: bool) -> Scale:
+        folder = self._store.location(f"metrics/{digest}")
+        values = torch.from_numpy(read_flat(self._store, f"metrics/{digest}", metric_array))
+        try:
+            scale = Scale(values, self._space, factored=factored)
+        except MismatchError as error:
+            raise BankError(f"the metric in {folder} is not of the bank's parameters: {error}; build it anew") from None
+        if scale.hash != digest:
+            raise BankError(f"the metric in {folder} was altered: its hash is another; build the bank anew")
+        return scale
+
+    def scales(self, metrics: Sequence[int]) -> list[Scale | None]:
         """`scale` of several."""
         return [self.scale(metric) for metric in metrics]
 
 
-def metrics_objects(scales: Mapping[str, Tensor]) -> Iterator[dict[str, bytes]]:
-    """The square roots of the diagonals, by hash, as the objects to write."""
+def metrics_objects(scales: Mapping[str, Scale]) -> Iterator[dict[str, bytes]]:
+    """The scales, by hash, as the objects to write."""
     for digest, scale in scales.items():
-        yield flat_objects(f"metrics/{digest}", metric_array(len(scale)), scale.numpy())
+        yield flat_objects(f"metrics/{digest}", metric_array(len(scale.values)), scale.values.numpy())
     if scales:
         yield {"metrics/zarr.json": group_document({})}

@@ -35,8 +35,16 @@ class HeldSketches(ABC):
         """An outer product as of `Projection.add_outer_`."""
 
     @abstractmethod
-    def takes_windows(self, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, offset: int) -> bool:
-        """A convolution's gradient as of `Projection.add_windows_`."""
+    def takes_windows(
+        self,
+        left: Tensor,
+        right: Tensor,
+        taps: Tensor,
+        windows: Tensor,
+        offset: int,
+        scale: Tensor | None = None,
+    ) -> bool:
+        """A convolution's gradient as of `Projection.add_windows_`, its columns (c, j) times a scale (c J,)."""
 
     @abstractmethod
     def finish_(self) -> None:

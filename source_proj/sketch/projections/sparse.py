@@ -86,6 +86,7 @@ class _Held(HeldSketches):
         taps: Tensor,  # noqa: ARG002
         windows: Tensor,  # noqa: ARG002
         offset: int,  # noqa: ARG002
+        scale: Tensor | None = None,  # noqa: ARG002
     ) -> bool:
         """None: a convolution has many steps."""
         return False

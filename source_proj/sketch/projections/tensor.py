@@ -86,10 +86,18 @@ class _Held(HeldSketches):
         matrix = self._projection.map(offset, (left.shape[2], right.shape[2]))
         return self._sums.takes_outer(*self._operands(left, right), matrix)
 
-    def takes_windows(self, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor, offset: int) -> bool:
+    def takes_windows(
+        self,
+        left: Tensor,
+        right: Tensor,
+        taps: Tensor,
+        windows: Tensor,
+        offset: int,
+        scale: Tensor | None = None,
+    ) -> bool:
         """Where transforms cost less."""
         matrix = self._projection.map(offset, (left.shape[1], right.shape[1] * len(taps)))
-        return self._sums.takes_windows(*self._operands(left, right), taps, windows, matrix)
+        return self._sums.takes_windows(*self._operands(left, right), taps, windows, matrix, scale)
 
     def finish_(self) -> None:
         """All layers at once."""
