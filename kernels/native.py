@@ -15,6 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "NativeMap",
+    "NativeProduct",
     "aligned_scratch",
     "give_back",
     "native_library",
@@ -24,7 +25,7 @@ __all__ = [
     "taken",
 ]
 
-_VERSION = 12
+_VERSION = 13
 _ALIGNMENT = 64  # bytes, as the widest vectors want it
 _SPARE, _MOST_SPARE = 2, 1 << 22  # pieces of memory that `taken` finds again, and their numbers at most
 _WORTH_THREADS = 100_000  # nanoseconds of work below which waking another thread costs more than it saves
@@ -69,6 +70,32 @@ class NativeMap(ctypes.Structure):
         self._kept = left, right  # as long as the addresses are in use
 
 
+class NativeProduct(ctypes.Structure):
+    """An outer product sum_t left_t (x) right_t under a map, as native.c takes it.
+
+    Args:
+        left: (B, T, o) float32, its last axis contiguous.
+        right: (B, T, i) likewise.
+        matrix: the map of its coordinates.
+    """
+
+    _fields_ = (
+        ("left", _pointer), ("right", _pointer), ("left_b", _i64), ("left_t", _i64), ("right_b", _i64),
+        ("right_t", _i64), ("steps", _i64), ("o", _i64), ("i", _i64), ("matrix", NativeMap),
+    )  # fmt: skip
+
+    steps: int
+    o: int
+    i: int
+
+    def __init__(self, left: Tensor, right: Tensor, matrix: NativeMap) -> None:
+        (_, steps, o), i = left.shape, right.shape[2]
+        super().__init__(
+            *(left.data_ptr(), right.data_ptr(), *left.stride()[:2], *right.stride()[:2], steps, o, i, matrix),
+        )
+        self.kept = left, right, matrix  # as long as the addresses are in use
+
+
 _map = ctypes.POINTER(NativeMap)
 _SIGNATURES = {
     "sp_table": [_pointer, _u64, _i64, _map, _u32],
@@ -93,7 +120,7 @@ _SIGNATURES = {
         *(_i64, _i64, _i64, _i64, _i64, _i64, _i64, _map, _pointer),
     ],
     "sp_spectral_table": [_pointer, _pointer, _i64],
-    "sp_finish": [_pointer, _i64, _pointer, _i64, _i64, _i64, _pointer],
+    "sp_finish": [*(_pointer, _i64, _pointer, _pointer, _pointer, _i64), *(_i64, _i64, _i64, _pointer)],
     "sp_products": [
         *(_pointer, _i64, _pointer, _pointer, _pointer, _pointer, _i64, _i64, _i64, _i64, _pointer, _pointer, _i64),
     ],

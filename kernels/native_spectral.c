@@ -364,16 +364,28 @@ static void VARIANT(sp_spectral_windows)(float *sums, float *work, int fresh, co
 }
 
 /* out[b] += half the imaginary part of the inverse transform of the sums of the examples b in [first, last), as above,
- * which are overwritten. */
-static void VARIANT(sp_finish)(float *out, int64_t out_stride, float *sums, int64_t first, int64_t last, int64_t k,
-                               const float *w) {
+ * and of `number` more products, all of one k. Given sums are overwritten. Without them (null) the products' own are held
+ * for TOGETHER examples at a time, in the second-level cache; work has room for 2 k TOGETHER numbers and for those of the
+ * largest product. */
+static void VARIANT(sp_finish)(float *out, int64_t out_stride, float *sums, float *work, const product *products,
+                               int64_t number, int64_t first, int64_t last, int64_t k, const float *w) {
   const VARIANT(plan) p = VARIANT(open_plan)(w, k);
   const float scale = 0.5f / (float)k;
-  for (int64_t b = first; b < last; b++) {
-    float *const to = out + b * out_stride;
-    floats *const sum = (floats *)(sums + b * 2 * k);
-    VARIANT(invert)(&p, sum, k);
-    for (int64_t c = 0; c < k / LANES; c++) *(floats_u *)(to + c * LANES) += sum[2 * c + 1] * scale;
+  for (int64_t begin = first; begin < last; begin += TOGETHER) {
+    const int64_t there = smaller(TOGETHER, last - begin);
+    float *const held = sums ? sums + begin * 2 * k : work;
+    for (int64_t n = 0; n < number; n++) {
+      const product *const x = products + n;
+      VARIANT(sp_spectral_outer)(held, work + 2 * k * TOGETHER, !sums && n == 0, x->left + begin * x->left_b, x->left_b,
+                                 x->left_t, x->right + begin * x->right_b, x->right_b, x->right_t, 0, there, x->steps,
+                                 x->o, x->i, &x->of, w);
+    }
+    for (int64_t b = 0; b < there; b++) {
+      float *const to = out + (begin + b) * out_stride;
+      floats *const sum = (floats *)(held + b * 2 * k);
+      VARIANT(invert)(&p, sum, k);
+      for (int64_t c = 0; c < k / LANES; c++) *(floats_u *)(to + c * LANES) += sum[2 * c + 1] * scale;
+    }
   }
 }
 

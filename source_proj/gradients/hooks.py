@@ -171,7 +171,8 @@ class HookPath:
                 for number, (each, sink) in enumerate(parts, start=1):  # others reach no attributed parameter
                     turn.append(sink)
                     with sink.holding():
-                        torch.autograd.grad(each.sum(), [anchor], allow_unused=True, retain_graph=number < len(parts))
+                        ones, more = torch.ones_like(each), number < len(parts)
+                        torch.autograd.grad(each, [anchor], ones, allow_unused=True, retain_graph=more)
         finally:
             self._calls = None
         return [each.detach().float() for each in values]
@@ -278,36 +279,37 @@ class HookPath:
         attributed = {id(p): name for name, several in live.items() for p in several}
         interior = {node: shape[0] for shape, call in calls for node in call.interior}
 
-        def edges(node: Node) -> Iterator[Node]:
-            if node in taps:
-                inputs = taps[node].inputs
-                if inputs is not None:
-                    yield inputs
-                return
-            for child, _ in node.next_functions:
-                used = interior.get(child) or attributed.get(id(getattr(child, "variable", None)))
+        def edges(node: Node) -> list[Node]:
+            call = taps.get(node)
+            if call is not None:
+                return [] if call.inputs is None else [call.inputs]
+            children = [child for child, _ in node.next_functions if child is not None]
+            for child in children:
+                used = interior.get(child)
+                if used is None and label(child) == "AccumulateGrad":
+                    used = attributed.get(id(child.variable))
                 if used is not None:
                     raise Unsuited(f"{used!r} is used outside of its module's forward")
-                if child is not None:
-                    yield child
+            return children
 
         order = walk([values.grad_fn], edges)
-        labels = tuple(label(node) for node in order)
+        labels = tuple(map(label, order))
         if "CheckpointFunction" in labels:
             raise GradientError(REENTRANT)
         lost = None if size == 1 else where_examples_are_lost(order, list(taps.values()), values.grad_fn, size)
         return Structure((*shapes, size == 1, hash(labels)), lost)
 
 
-def _interior(node: Node, expanded: Node, inputs: Node) -> frozenset[Node]:
+def _interior(node: Node, expanded: Node, inputs: Node) -> set[Node]:
     """The nodes of a layer: between its input and its output, the parameters' own included."""
-    if node is None:
-        return frozenset()
-
-    def edges(node: Node) -> Iterator[Node]:
-        return (child for child, _ in node.next_functions if child is not None and child is not inputs)
-
-    return frozenset(walk([expanded, node], edges))
+    interior: set[Node] = set()
+    stack = [expanded, node]
+    while stack:
+        node = stack.pop()
+        if node is not None and node is not inputs and node not in interior:
+            interior.add(node)
+            stack.extend(child for child, _ in node.next_functions)
+    return interior
 
 
 def _expanded(tensor: Tensor, size: int, unsqueeze: bool | None = None) -> Tensor:
