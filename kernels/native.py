@@ -9,22 +9,27 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "PANEL",
+    "Addition",
     "NativeMap",
     "NativeProduct",
     "aligned_scratch",
     "give_back",
     "native_library",
     "require_library",
+    "run_additions",
     "run_jobs",
     "share_rows",
     "taken",
 ]
 
+PANEL = 16  # examples whose rows are added to by all before the next ones: they stay in the second-level cache
 _VERSION = 13
 _ALIGNMENT = 64  # bytes, as the widest vectors want it
 _SPARE, _MOST_SPARE = 2, 1 << 22  # pieces of memory that `taken` finds again, and their numbers at most
@@ -255,6 +260,36 @@ def run_jobs(jobs: Sequence[Callable[[], None]], nanoseconds: float) -> None:
         wait(helpers)
     for helper in helpers:
         helper.result()
+
+
+class Addition(NamedTuple):
+    """What adds something to rows [first, last) of an output, taking so long for all rows.
+
+    Attributes:
+        add: called with first and last.
+        nanoseconds: about.
+        memory: that it reads, of `taken`; given back in the end.
+    """
+
+    add: Callable[[int, int], None]
+    nanoseconds: float
+    memory: Tensor | None = None
+
+
+def run_additions(rows: int, *additions: Addition | None) -> None:
+    """Run all that there are on all rows, one after the other on the same few rows; see `run_jobs`."""
+    present = [addition for addition in additions if addition is not None]
+
+    def some(first: int) -> None:
+        for addition in present:
+            addition.add(first, min(first + PANEL, rows))
+
+    if present:
+        jobs = [functools.partial(some, first) for first in range(0, rows, PANEL)]
+        run_jobs(jobs, sum(addition.nanoseconds for addition in present))
+    for addition in present:
+        if addition.memory is not None:
+            give_back(addition.memory)
 
 
 def share_rows(rows: int, some: Callable[[int, int], None], nanoseconds: float) -> None:

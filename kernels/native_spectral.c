@@ -218,6 +218,29 @@ static void VARIANT(invert)(const VARIANT(plan) * p, floats *sum, int64_t n) {
       VARIANT(join_level)(sum + b, size, VARIANT(level_of)(p, size));
 }
 
+/* out += scale times the imaginary part of k times the inverse transform; sum is overwritten. The last butterflies of more
+ * than NEAR points make imaginary parts alone. */
+static void VARIANT(add_inverse)(const VARIANT(plan) * p, float *out, floats *sum, float scale) {
+  const int64_t k = p->k, quarter = k / 2 / LANES;
+  if (k <= NEAR) {
+    VARIANT(invert)(p, sum, k);
+    for (int64_t c = 0; c < k / LANES; c++) *(floats_u *)(out + c * LANES) += sum[2 * c + 1] * scale;
+    return;
+  }
+  for (int64_t b = 0; b < 4 * quarter; b += quarter) VARIANT(invert)(p, sum + b, k / 4);
+  const floats *w = VARIANT(level_of)(p, k), *z0 = sum, *z1 = z0 + quarter, *z2 = z1 + quarter, *z3 = z2 + quarter;
+  for (int64_t j = 0; j < quarter; j += 2, w += 6, out += LANES) {
+    const floats ar = z1[j] * w[0] + z1[j + 1] * w[1], ai = z1[j + 1] * w[0] - z1[j] * w[1];
+    const floats bi = z2[j + 1] * w[2] - z2[j] * w[3];
+    const floats cr = z3[j] * w[4] + z3[j + 1] * w[5], ci = z3[j + 1] * w[4] - z3[j] * w[5];
+    const floats si = z0[j + 1] + bi, di = z0[j + 1] - bi, ti = ai + ci, er = ar - cr;
+    *(floats_u *)out += (si + ti) * scale;
+    *(floats_u *)(out + k / 4) += (di + er) * scale;
+    *(floats_u *)(out + k / 2) += (si - ti) * scale;
+    *(floats_u *)(out + k / 2 + k / 4) += (di - er) * scale;
+  }
+}
+
 /* The exponent, four times over, of a number between the norm of x and twice or so that: the norm is at most the root of
  * the largest entry times the sum. Zero where x is. */
 INLINE int VARIANT(size_of)(const float *x, int64_t count) {
@@ -380,12 +403,8 @@ static void VARIANT(sp_finish)(float *out, int64_t out_stride, float *sums, floa
                                  x->left_t, x->right + begin * x->right_b, x->right_b, x->right_t, 0, there, x->steps,
                                  x->o, x->i, &x->of, w);
     }
-    for (int64_t b = 0; b < there; b++) {
-      float *const to = out + (begin + b) * out_stride;
-      floats *const sum = (floats *)(held + b * 2 * k);
-      VARIANT(invert)(&p, sum, k);
-      for (int64_t c = 0; c < k / LANES; c++) *(floats_u *)(to + c * LANES) += sum[2 * c + 1] * scale;
-    }
+    for (int64_t b = 0; b < there; b++)
+      VARIANT(add_inverse)(&p, out + (begin + b) * out_stride, (floats *)(held + b * 2 * k), scale);
   }
 }
 

@@ -13,7 +13,17 @@ from math import inf, log2
 import torch
 from torch import Tensor
 
-from .native import NativeMap, NativeProduct, aligned_scratch, give_back, require_library, run_jobs, taken
+from .native import (
+    Addition,
+    NativeMap,
+    NativeProduct,
+    aligned_scratch,
+    give_back,
+    require_library,
+    run_additions,
+    run_jobs,
+    taken,
+)
 from .sparse_native import (
     add_at_native_,
     add_native_,
@@ -188,14 +198,19 @@ class NativeSpectra:
 
     def finish_(self) -> None:
         """Transform back, all layers at once."""
+        run_additions(len(self._out), self.addition())
+
+    def addition(self) -> Addition | None:
+        """What transforms back and adds all that is kept, and is not kept any more; None where there is nothing."""
         if not self.begun:
-            return
+            return None
         out, sums, kept, (batch, dim) = self._out, self._sums, self._kept, self._out.shape
+        self._sums, self._kept = None, []
         products = (NativeProduct * len(kept))(*kept)
         work = numbers_held(_TOGETHER, dim) + max((4 * dim + x.o + x.i for x in kept), default=0)
         twiddles = _twiddles(dim, _width())
 
-        def finish(first: int, last: int) -> None:
+        def add(first: int, last: int) -> None:
             require_library().sp_finish(
                 out.data_ptr(),
                 out.stride(0),
@@ -209,11 +224,7 @@ class NativeSpectra:
                 twiddles.data_ptr(),
             )
 
-        nanoseconds = _nanoseconds(batch, sum(x.steps for x in kept), dim)
-        run_jobs([partial(finish, *some) for some in self._shares()], nanoseconds)
-        self._sums, self._kept = None, []
-        if sums is not None:
-            give_back(sums)
+        return Addition(add, _nanoseconds(batch, sum(x.steps for x in kept), dim), sums)
 
     def _add(self, parts: int, nanoseconds: float, add: _Add) -> None:
         """Each part but the first has sums of its own, which are added in order: no thread changes a bit."""

@@ -235,7 +235,7 @@ class HookPath:
         if not torch.is_grad_enabled():  # the model itself wants no gradient here
             return None
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        node, inputs = output.grad_fn, x.grad_fn
+        inputs = x.grad_fn
         if module in self._shared:
             unbatched = output.dim()
             output = _expanded(output, size)
@@ -252,8 +252,7 @@ class HookPath:
         if self._calls is not None:
             rows = output.shape[0] // size
             kind = "shared" if module in self._shared else "ragged or flat" if rows != 1 else "batch"
-            call = Call(tapped.grad_fn, inputs, _interior(node, output.grad_fn, inputs))
-            self._calls.append(((name, kind, output.dim()), call))
+            self._calls.append(((name, kind, output.dim()), Call(tapped.grad_fn, inputs)))
         return tapped
 
     def _on_gradient(
@@ -263,7 +262,8 @@ class HookPath:
             return
         sink = taker()
         rule, names = self._covered[module]
-        x = x.to(g.device)  # accelerate moves inputs after the hooks have seen them
+        if x.device != g.device:  # accelerate moves inputs after the hooks have seen them
+            x = x.to(g.device)
         if not sink.accepts_half:
             x, g = (x.float() if x.is_floating_point() else x), g.float()
         rule.add(module, names, x, g, sink, size)
@@ -277,7 +277,6 @@ class HookPath:
             return Structure((*shapes, size == 1), None)
         taps = {call.tap: call for _, call in calls}
         attributed = {id(p): name for name, several in live.items() for p in several}
-        interior = {node: shape[0] for shape, call in calls for node in call.interior}
 
         def edges(node: Node) -> list[Node]:
             call = taps.get(node)
@@ -285,10 +284,8 @@ class HookPath:
                 return [] if call.inputs is None else [call.inputs]
             children = [child for child, _ in node.next_functions if child is not None]
             for child in children:
-                used = interior.get(child)
-                if used is None and label(child) == "AccumulateGrad":
-                    used = attributed.get(id(child.variable))
-                if used is not None:
+                if label(child) == "AccumulateGrad" and id(child.variable) in attributed:
+                    used = attributed[id(child.variable)]
                     raise Unsuited(f"{used!r} is used outside of its module's forward")
             return children
 
@@ -298,18 +295,6 @@ class HookPath:
             raise GradientError(REENTRANT)
         lost = None if size == 1 else where_examples_are_lost(order, list(taps.values()), values.grad_fn, size)
         return Structure((*shapes, size == 1, hash(labels)), lost)
-
-
-def _interior(node: Node, expanded: Node, inputs: Node) -> set[Node]:
-    """The nodes of a layer: between its input and its output, the parameters' own included."""
-    interior: set[Node] = set()
-    stack = [expanded, node]
-    while stack:
-        node = stack.pop()
-        if node is not None and node is not inputs and node not in interior:
-            interior.add(node)
-            stack.extend(child for child, _ in node.next_functions)
-    return interior
 
 
 def _expanded(tensor: Tensor, size: int, unsqueeze: bool | None = None) -> Tensor:

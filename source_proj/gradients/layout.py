@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
@@ -33,12 +33,10 @@ class Call(NamedTuple):
     Attributes:
         tap: the node behind its output.
         inputs: the node that made its input, None where no graph leads there.
-        interior: the nodes of the layer itself.
     """
 
     tap: Node
     inputs: Node | None
-    interior: Set[Node]
 
 
 class _Child(NamedTuple):

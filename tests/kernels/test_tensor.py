@@ -238,9 +238,9 @@ def test_tables_of_a_transform_outlive_all_threads_that_use_them(monkeypatch):
 
     monkeypatch.setattr(tensor_native, "_twiddles", uncached)
     monkeypatch.setattr(tensor_native, "run_jobs", watched)
-    left, right, matrix = normal(20, 2, 40), normal(20, 2, 30), TensorMap(256, 1, 0, (40, 30))
+    left, right, matrix = normal(20, 8, 40), normal(20, 8, 30), TensorMap(256, 1, 0, (40, 30))
     tensor_add_outer_(torch.zeros(20, 256), left, right, matrix, backend="native", spectral=True)
-    windows = torch.arange(2)
+    windows = torch.arange(8)
     args = left.transpose(1, 2), right.transpose(1, 2), torch.zeros(1, dtype=torch.int64), windows
     tensor_add_windows_(torch.zeros(20, 256), *args, matrix, backend="native", spectral=True)
     assert len(seen) == 4  # a way there and a way back of each
