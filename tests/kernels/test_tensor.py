@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from source_proj.kernels import TensorMap, available_backends, sparse_native, tensor, tensor_native
+from source_proj.kernels import native as native_module
 from source_proj.kernels.native import native_library, run_jobs
 from source_proj.kernels.tensor import tensor_add_, tensor_add_at_, tensor_add_outer_, tensor_add_windows_
 
@@ -237,7 +238,8 @@ def test_tables_of_a_transform_outlive_all_threads_that_use_them(monkeypatch):
         assert len(tables) == len(seen[-1])
 
     monkeypatch.setattr(tensor_native, "_twiddles", uncached)
-    monkeypatch.setattr(tensor_native, "run_jobs", watched)
+    for module in (tensor_native, native_module):  # the way there, and the way back
+        monkeypatch.setattr(module, "run_jobs", watched)
     left, right, matrix = normal(20, 8, 40), normal(20, 8, 30), TensorMap(256, 1, 0, (40, 30))
     tensor_add_outer_(torch.zeros(20, 256), left, right, matrix, backend="native", spectral=True)
     windows = torch.arange(8)
