@@ -56,12 +56,13 @@ enum {
   CODES_CHUNK = 256,  /* numbers that are encoded at once */
   CODES_LANES = 16,   /* interleaved sums of a row */
   CODES_NEAR = 16,    /* neighbours that a rotation adds in registers */
+  TOGETHER = 4,       /* examples whose sums of spectra stay in the second-level cache */
   NEAR = 1024,        /* points of a transform that stay in the first-level cache beside their sums and twiddles */
 };
 enum { FLOAT32, FLOAT16, INT8, CODES }; /* types of stored rows */
 typedef float four __attribute__((vector_size(16)));
 
-EXPORT const int sp_version = 13; /* of the functions' signatures: a library of another version is not used */
+EXPORT const int sp_version = 14; /* of the functions' signatures: a library of another version is not used */
 EXPORT const int sp_outer_copies = OUTER_COPIES;
 EXPORT const int sp_score_few = SCORE_FEW;
 EXPORT const int sp_gram_side = GRAM;
@@ -93,6 +94,14 @@ typedef struct {
   const uint32_t *left, *right; /* column, and NEGATIVE where the sign is -1; null for the sparse map */
   uint32_t k, nnz;
 } spec;
+
+/* An outer product sum_t left[b][t] (x) right[b][t] under a map; strides are those from example to example and from step
+ * to step. NativeProduct of native.py. */
+typedef struct {
+  const float *left, *right;
+  int64_t left_b, left_t, right_b, right_t, steps, o, i;
+  spec of;
+} product;
 
 /* One copy of a map, and the permutation of the block of the sparse map that was looked at last. */
 typedef struct {
@@ -235,8 +244,10 @@ DISPATCH(sp_spectral_windows,
           const float *w),
          (sums, work, fresh, left, left_b, l, right, right_b, plane, taps, windows, first, last, o, begin, end, c, j,
           scale, of, w))
-DISPATCH(sp_finish, (float *out, int64_t out_stride, float *sums, int64_t first, int64_t last, int64_t k, const float *w),
-         (out, out_stride, sums, first, last, k, w))
+DISPATCH(sp_finish,
+         (float *out, int64_t out_stride, float *sums, float *work, const product *products, int64_t number,
+          int64_t first, int64_t last, int64_t k, const float *w),
+         (out, out_stride, sums, work, products, number, first, last, k, w))
 DISPATCH(sp_gather_lanes,
          (float *out, int64_t out_stride, const void *sums, int64_t parts, int lanes, int64_t k, float scale),
          (out, out_stride, sums, parts, lanes, k, scale))

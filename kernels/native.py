@@ -9,22 +9,28 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "PANEL",
+    "Addition",
     "NativeMap",
+    "NativeProduct",
     "aligned_scratch",
     "give_back",
     "native_library",
     "require_library",
+    "run_additions",
     "run_jobs",
     "share_rows",
     "taken",
 ]
 
-_VERSION = 13
+PANEL = 16  # examples whose rows are added to by all before the next ones: they stay in the second-level cache
+_VERSION = 14
 _ALIGNMENT = 64  # bytes, as the widest vectors want it
 _SPARE, _MOST_SPARE = 2, 1 << 22  # pieces of memory that `taken` finds again, and their numbers at most
 _WORTH_THREADS = 100_000  # nanoseconds of work below which waking another thread costs more than it saves
@@ -69,6 +75,32 @@ class NativeMap(ctypes.Structure):
         self._kept = left, right  # as long as the addresses are in use
 
 
+class NativeProduct(ctypes.Structure):
+    """An outer product sum_t left_t (x) right_t under a map, as native.c takes it.
+
+    Args:
+        left: (B, T, o) float32, its last axis contiguous.
+        right: (B, T, i) likewise.
+        matrix: the map of its coordinates.
+    """
+
+    _fields_ = (
+        ("left", _pointer), ("right", _pointer), ("left_b", _i64), ("left_t", _i64), ("right_b", _i64),
+        ("right_t", _i64), ("steps", _i64), ("o", _i64), ("i", _i64), ("matrix", NativeMap),
+    )  # fmt: skip
+
+    steps: int
+    o: int
+    i: int
+
+    def __init__(self, left: Tensor, right: Tensor, matrix: NativeMap) -> None:
+        (_, steps, o), i = left.shape, right.shape[2]
+        super().__init__(
+            *(left.data_ptr(), right.data_ptr(), *left.stride()[:2], *right.stride()[:2], steps, o, i, matrix),
+        )
+        self.kept = left, right, matrix  # as long as the addresses are in use
+
+
 _map = ctypes.POINTER(NativeMap)
 _SIGNATURES = {
     "sp_table": [_pointer, _u64, _i64, _map, _u32],
@@ -93,7 +125,7 @@ _SIGNATURES = {
         *(_i64, _i64, _i64, _i64, _i64, _i64, _i64, _pointer, _map, _pointer),
     ],
     "sp_spectral_table": [_pointer, _pointer, _i64],
-    "sp_finish": [_pointer, _i64, _pointer, _i64, _i64, _i64, _pointer],
+    "sp_finish": [*(_pointer, _i64, _pointer, _pointer, _pointer, _i64), *(_i64, _i64, _i64, _pointer)],
     "sp_products": [
         *(_pointer, _i64, _pointer, _pointer, _pointer, _pointer, _i64, _i64, _i64, _i64, _pointer, _pointer, _i64),
     ],
@@ -228,6 +260,36 @@ def run_jobs(jobs: Sequence[Callable[[], None]], nanoseconds: float) -> None:
         wait(helpers)
     for helper in helpers:
         helper.result()
+
+
+class Addition(NamedTuple):
+    """What adds something to rows [first, last) of an output, taking so long for all rows.
+
+    Attributes:
+        add: called with first and last.
+        nanoseconds: about.
+        memory: that it reads, of `taken`; given back in the end.
+    """
+
+    add: Callable[[int, int], None]
+    nanoseconds: float
+    memory: Tensor | None = None
+
+
+def run_additions(rows: int, *additions: Addition | None) -> None:
+    """Run all that there are on all rows, one after the other on the same few rows; see `run_jobs`."""
+    present = [addition for addition in additions if addition is not None]
+
+    def some(first: int) -> None:
+        for addition in present:
+            addition.add(first, min(first + PANEL, rows))
+
+    if present:
+        jobs = [functools.partial(some, first) for first in range(0, rows, PANEL)]
+        run_jobs(jobs, sum(addition.nanoseconds for addition in present))
+    for addition in present:
+        if addition.memory is not None:
+            give_back(addition.memory)
 
 
 def share_rows(rows: int, some: Callable[[int, int], None], nanoseconds: float) -> None:

@@ -386,6 +386,7 @@ static void VARIANT(sp_gather_lanes)(float *out, int64_t out_stride, const void 
 
 #include "native_products.c"
 #include "native_windows.c"
+#include "native_transforms.c"
 #include "native_spectral.c"
 #include "native_nibbles.c"
 #include "native_scoring.c"

@@ -10,19 +10,17 @@ products in lanes that are added to their columns take 4.3 (`sparse_native.py`).
 
 import ctypes
 import functools
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .native import aligned_scratch, require_library, run_jobs
+from .native import PANEL, Addition, aligned_scratch, require_library, run_additions
 from .small_rows import MOST_COORDINATES, Piece, columns_of
 
 __all__ = ["HeldProducts", "held_nanoseconds"]
 
-_PANEL = 16  # examples whose numbers lie beside each other
 _MOST_ENTRIES = 1 << 13  # of factors at one time: 512 KB for a panel, the second-level cache
 _MOST_PRODUCTS = 1 << 20  # coordinates of products in all: their list takes four bytes each
 _MOST_COLUMNS = 1 << 16  # each is written for every panel
@@ -79,21 +77,25 @@ class HeldProducts:
 
     def finish_(self) -> None:
         """Add all that is kept."""
+        run_additions(len(self._out), self.addition())
+
+    def addition(self) -> Addition | None:
+        """What adds all that is kept, and is not kept any more; None where there is nothing."""
         factors = [*self._left, *self._right, *self._rows]
         if not factors or not len(self._out):
-            return
+            return None
         (batch, dim), doubled, out, entries = self._out.shape, len(self._left), self._out, self._entries
         shapes = tuple((x.shape[1], y.shape[1]) for x, y in zip(self._left, self._right, strict=True))
         listed = _listed(shapes, tuple(self._products), tuple(self._vectors), dim)
-        pointers = (ctypes.c_void_p * len(factors))(*(x.data_ptr() for x in factors))
-        strides = (ctypes.c_int64 * len(factors))(*(x.stride(0) for x in factors))
-        counts = (ctypes.c_int64 * len(factors))(*(x.shape[1] for x in factors))
+        pointers = (ctypes.c_void_p * len(factors))(*[x.data_ptr() for x in factors])
+        strides = (ctypes.c_int64 * len(factors))(*[x.stride(0) for x in factors])
+        counts = (ctypes.c_int64 * len(factors))(*[x.shape[1] for x in factors])
 
         def add(first: int, last: int) -> None:
             require_library().sp_products(
                 out.data_ptr(),
                 out.stride(0),
-                aligned_scratch("products", _PANEL * entries).data_ptr(),
+                aligned_scratch("products", PANEL * entries).data_ptr(),
                 pointers,
                 strides,
                 counts,
@@ -106,11 +108,9 @@ class HeldProducts:
                 dim,
             )
 
-        share = batch if torch.get_num_threads() == 1 else _PANEL
-        jobs = [partial(add, first, min(first + share, batch)) for first in range(0, batch, share)]
-        run_jobs(jobs, _nanoseconds(batch, len(listed.pairs)))
         self._left, self._right, self._rows, self._products, self._vectors = [], [], [], [], []
         self._entries = _FIRST
+        return Addition(add, _nanoseconds(batch, len(listed.pairs)))
 
     def _make_room(self, entries: int) -> None:
         if self._entries + entries > _MOST_ENTRIES:
@@ -124,7 +124,7 @@ def held_nanoseconds(batch: int, o: int, i: int) -> float:
 
 
 def _nanoseconds(batch: int, pairs: int) -> float:
-    return -(-batch // _PANEL) * pairs * _PRODUCT[require_library().sp_lanes()]
+    return -(-batch // PANEL) * pairs * _PRODUCT[require_library().sp_lanes()]
 
 
 def _contiguous(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .native import run_additions
 from .products_native import HeldProducts, held_nanoseconds
 from .small_rows import MOST_COORDINATES, Piece, SmallRows, add_by_table_
 from .tensor_map import TensorMap
@@ -80,22 +81,23 @@ class HeldSums:
 
     def finish_(self) -> None:
         """Add all that is kept."""
-        if self._products is not None:
-            self._products.finish_()
+        if isinstance(self._spectra, NativeSpectra) and self._products is not None:
+            run_additions(len(self._out), self._products.addition(), self._spectra.addition())
+            return
         self._add_small_()
         self._spectra.finish_()
 
     def _takes_product(self, left: Tensor, right: Tensor, matrix: TensorMap) -> bool:
         """Keep the product of one step with those of other layers, where no transform costs less."""
-        batch, steps, o = left.shape
+        (batch, steps, o), i = left.shape, right.shape[2]
         if not isinstance(self._spectra, NativeSpectra) or self._products is None or steps > 1:
             return False
         if self._may_transform:
-            i, begun = right.shape[2], self._spectra.begun
-            if spectral_nanoseconds(batch, 1, o + i, matrix.dim, shared=begun) < held_nanoseconds(batch, o, i):
+            spectral = spectral_nanoseconds(batch, 1, o + i, matrix.dim, shared=self._spectra.begun)
+            if spectral < held_nanoseconds(batch, o, i):
                 return False
-        piece = Piece(matrix.offset, matrix.shape[0] * matrix.shape[1], matrix.dim, self._seed, matrix)
-        return self._products.takes_product(left[:, 0], right[:, 0], piece)
+        piece = Piece(matrix.offset, o * i, matrix.dim, self._seed, matrix)
+        return self._products.takes_product(left.squeeze(1), right.squeeze(1), piece)
 
     def _add_small_(self) -> None:
         if (given := self._small.give()) is not None:

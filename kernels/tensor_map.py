@@ -20,7 +20,7 @@ permutations would not do: their sums collide along diagonals.)
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,11 +43,10 @@ _NEGATIVE = np.uint32(1 << 31)
 _HALF = np.uint64(32)
 
 
-@dataclass(frozen=True)
-class TensorMap:
+class TensorMap(NamedTuple):
     """The part of a tensor sketch's matrix that belongs to one parameter.
 
-    Args:
+    Attributes:
         dim: columns, k.
         seed: which matrix.
         offset: absolute coordinate of the parameter's first entry.

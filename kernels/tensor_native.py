@@ -13,7 +13,17 @@ from math import inf, log2
 import torch
 from torch import Tensor
 
-from .native import NativeMap, aligned_scratch, give_back, require_library, run_jobs, taken
+from .native import (
+    Addition,
+    NativeMap,
+    NativeProduct,
+    aligned_scratch,
+    give_back,
+    require_library,
+    run_additions,
+    run_jobs,
+    taken,
+)
 from .sparse_native import (
     add_at_native_,
     add_native_,
@@ -42,6 +52,7 @@ _FEWEST, _MOST = 8, 16  # powers of two between which k has a transform here
 _JOBS = 8  # that a large sum is split into, at least
 _PART_STEPS = 16  # of a part at least: each has sums of its own
 _SHARE = 8  # examples that a thread takes at once
+_TOGETHER = 4  # of native.c
 HELD = 1 << 24  # numbers of sums that are held at one time
 # Nanoseconds of a step of an example's transform: for each k log2 k, each entry of the factors (of windows, which are
 # gathered), and to begin. By lanes, beside the products' of `sparse_native.py`; those for 16 and 4 are scaled.
@@ -100,6 +111,8 @@ def add_tensor_at_native_(out: Tensor, values: Tensor, examples: Tensor, index: 
 class NativeSpectra:
     """Sums of products in the frequency domain, for all layers of a batch, until `finish_` adds them to out.
 
+    Products of few steps are kept as they are, as sums of all examples would take more memory.
+
     Args:
         out: (B, k) float32.
     """
@@ -107,12 +120,16 @@ class NativeSpectra:
     def __init__(self, out: Tensor) -> None:
         self._out = out
         self._sums: Tensor | None = None  # of each example k pairs
+        self._kept: list[NativeProduct] = []
 
     def add_outer(self, left: Tensor, right: Tensor, matrix: TensorMap) -> None:
-        """Add R vec(sum_t left_t (x) right_t), for left (B, T, o) and right (B, T, i)."""
+        """Add R vec(sum_t left_t (x) right_t), for left (B, T, o) and right (B, T, i), unchanged until `finish_`."""
         _require_transform(matrix.dim)
         (batch, steps, o), i, dim = left.shape, right.shape[2], matrix.dim
         left, right, native = last_contiguous(left), last_contiguous(right), _native(matrix)
+        if steps * (o + i) <= numbers_held(1, dim):
+            self._kept.append(NativeProduct(left, right, native))
+            return
         step, work = -(-steps // _parts(batch, steps)), 4 * dim + o + i
         twiddles = _twiddles(dim, _width())  # held here: threads that ask at once for the first time get their own
 
@@ -187,28 +204,37 @@ class NativeSpectra:
     @property
     def begun(self) -> bool:
         """Whether there is anything to transform back."""
-        return self._sums is not None
+        return self._sums is not None or bool(self._kept)
 
     def finish_(self) -> None:
         """Transform back, all layers at once."""
-        if self._sums is None:
-            return
-        sums, self._sums, (batch, dim) = self._sums, None, self._out.shape
+        run_additions(len(self._out), self.addition())
+
+    def addition(self) -> Addition | None:
+        """What transforms back and adds all that is kept, and is not kept any more; None where there is nothing."""
+        if not self.begun:
+            return None
+        out, sums, kept, (batch, dim) = self._out, self._sums, self._kept, self._out.shape
+        self._sums, self._kept = None, []
+        products = (NativeProduct * len(kept))(*kept)
+        work = numbers_held(_TOGETHER, dim) + max((4 * dim + x.o + x.i for x in kept), default=0)
         twiddles = _twiddles(dim, _width())
 
-        def finish(first: int, last: int) -> None:
+        def add(first: int, last: int) -> None:
             require_library().sp_finish(
-                self._out.data_ptr(),
-                self._out.stride(0),
-                sums.data_ptr(),
+                out.data_ptr(),
+                out.stride(0),
+                None if sums is None else sums.data_ptr(),
+                aligned_scratch("spectral", work).data_ptr(),
+                products,
+                len(kept),
                 first,
                 last,
                 dim,
                 twiddles.data_ptr(),
             )
 
-        run_jobs([partial(finish, *some) for some in self._shares()], _nanoseconds(batch, 1, dim))
-        give_back(sums)
+        return Addition(add, _nanoseconds(batch, sum(x.steps for x in kept), dim), sums)
 
     def _add(self, parts: int, nanoseconds: float, add: _Add) -> None:
         """Each part but the first has sums of its own, which are added in order: no thread changes a bit."""

@@ -357,7 +357,7 @@ class GradientEngine:
     def _sinks(self, work: Work, watched: set[str]) -> tuple[list[Tensor], SinkByParameter | None, GradientSink]:
         """Rows for each scale, shares of the watched parameters, and the sink that adds to both."""
         first = self._device()
-        parts = {device: self._sinks_on(device, work, watched) for device in [first, *self._devices]}
+        parts = {device: self._sinks_on(device, work, watched) for device in dict.fromkeys([first, *self._devices])}
         outs, shares, sink = parts[first]
         if len(parts) > 1:
             sums = {d: [*rows, *([part.sums] if part else [])] for d, (rows, part, _) in parts.items()}

@@ -171,7 +171,8 @@ class HookPath:
                 for number, (each, sink) in enumerate(parts, start=1):  # others reach no attributed parameter
                     turn.append(sink)
                     with sink.holding():
-                        torch.autograd.grad(each.sum(), [anchor], allow_unused=True, retain_graph=number < len(parts))
+                        ones, more = torch.ones_like(each), number < len(parts)
+                        torch.autograd.grad(each, [anchor], ones, allow_unused=True, retain_graph=more)
         finally:
             self._calls = None
         return [each.detach().float() for each in values]
@@ -234,7 +235,7 @@ class HookPath:
         if not torch.is_grad_enabled():  # the model itself wants no gradient here
             return None
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        node, inputs = output.grad_fn, x.grad_fn
+        inputs = x.grad_fn
         if module in self._shared:
             unbatched = output.dim()
             output = _expanded(output, size)
@@ -251,8 +252,7 @@ class HookPath:
         if self._calls is not None:
             rows = output.shape[0] // size
             kind = "shared" if module in self._shared else "ragged or flat" if rows != 1 else "batch"
-            call = Call(tapped.grad_fn, inputs, _interior(node, output.grad_fn, inputs))
-            self._calls.append(((name, kind, output.dim()), call))
+            self._calls.append(((name, kind, output.dim()), Call(tapped.grad_fn, inputs)))
         return tapped
 
     def _on_gradient(
@@ -262,7 +262,8 @@ class HookPath:
             return
         sink = taker()
         rule, names = self._covered[module]
-        x = x.to(g.device)  # accelerate moves inputs after the hooks have seen them
+        if x.device != g.device:  # accelerate moves inputs after the hooks have seen them
+            x = x.to(g.device)
         if not sink.accepts_half:
             x, g = (x.float() if x.is_floating_point() else x), g.float()
         rule.add(module, names, x, g, sink, size)
@@ -276,38 +277,24 @@ class HookPath:
             return Structure((*shapes, size == 1), None)
         taps = {call.tap: call for _, call in calls}
         attributed = {id(p): name for name, several in live.items() for p in several}
-        interior = {node: shape[0] for shape, call in calls for node in call.interior}
 
-        def edges(node: Node) -> Iterator[Node]:
-            if node in taps:
-                inputs = taps[node].inputs
-                if inputs is not None:
-                    yield inputs
-                return
-            for child, _ in node.next_functions:
-                used = interior.get(child) or attributed.get(id(getattr(child, "variable", None)))
-                if used is not None:
+        def edges(node: Node) -> list[Node]:
+            call = taps.get(node)
+            if call is not None:
+                return [] if call.inputs is None else [call.inputs]
+            children = [child for child, _ in node.next_functions if child is not None]
+            for child in children:
+                if label(child) == "AccumulateGrad" and id(child.variable) in attributed:
+                    used = attributed[id(child.variable)]
                     raise Unsuited(f"{used!r} is used outside of its module's forward")
-                if child is not None:
-                    yield child
+            return children
 
         order = walk([values.grad_fn], edges)
-        labels = tuple(label(node) for node in order)
+        labels = tuple(map(label, order))
         if "CheckpointFunction" in labels:
             raise GradientError(REENTRANT)
         lost = None if size == 1 else where_examples_are_lost(order, list(taps.values()), values.grad_fn, size)
         return Structure((*shapes, size == 1, hash(labels)), lost)
-
-
-def _interior(node: Node, expanded: Node, inputs: Node) -> frozenset[Node]:
-    """The nodes of a layer: between its input and its output, the parameters' own included."""
-    if node is None:
-        return frozenset()
-
-    def edges(node: Node) -> Iterator[Node]:
-        return (child for child, _ in node.next_functions if child is not None and child is not inputs)
-
-    return frozenset(walk([expanded, node], edges))
 
 
 def _expanded(tensor: Tensor, size: int, unsqueeze: bool | None = None) -> Tensor:

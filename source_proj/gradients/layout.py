@@ -33,12 +33,10 @@ class Call(NamedTuple):
     Attributes:
         tap: the node behind its output.
         inputs: the node that made its input, None where no graph leads there.
-        interior: the nodes of the layer itself.
     """
 
     tap: Node
     inputs: Node | None
-    interior: frozenset[Node]
 
 
 class _Child(NamedTuple):
@@ -55,18 +53,17 @@ _Rule: TypeAlias = Callable[[Node, list[_Child], Shape, int], int]
 
 def walk(roots: Iterable[Node], edges: Callable[[Node], Iterable[Node]]) -> list[Node]:
     """All nodes that edges lead to, each behind those that it leads to."""
-    order: list[Node] = []
+    order: dict[Node, None] = {}
     seen: set[Node] = set()
-    stack: list[tuple[Node, bool]] = [(root, False) for root in roots]
+    stack = list(roots)
     while stack:
-        node, expanded = stack.pop()
-        if expanded:
-            order.append(node)
-        elif node not in seen:
+        node = stack[-1]
+        if node in seen:
+            order[stack.pop()] = None  # a node that is there already keeps its place
+        else:
             seen.add(node)
-            stack.append((node, True))
-            stack.extend((child, False) for child in edges(node))
-    return order
+            stack.extend(edges(node))
+    return list(order)
 
 
 def label(node: Node) -> str:
@@ -278,7 +275,7 @@ _RULES: dict[str, _Rule] = {
     "RegisterPostBackwardFunction": _passed,
     **dict.fromkeys(["Convolution", "MkldnnConvolution", "CudnnConvolution", "Linear", "MkldnnLinear"], _same),
     **dict.fromkeys(["NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm"], _same),
-    **dict.fromkeys(["NativeBatchNorm", "CudnnBatchNorm", "MkldnnRnnLayer", "LabelLikelihood"], _same),
+    **dict.fromkeys(["NativeBatchNorm", "CudnnBatchNorm", "MkldnnRnnLayer", "LabelLikelihood", "LabelMargin"], _same),
 }
 _LAYERS = (
     *("ScaledDotProduct", "MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "Upsample"),
@@ -286,6 +283,7 @@ _LAYERS = (
 )
 
 
+@functools.lru_cache(maxsize=1 << 10)
 def _rule_for(operation: str) -> _Rule | None:
     if operation.startswith(_LAYERS):
         return _same

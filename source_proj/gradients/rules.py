@@ -53,7 +53,9 @@ class Rule:
 
 def _positions(tensor: Tensor) -> Tensor:
     """(B, …, n) → (B, T, n): all that lies between examples and features is one axis of positions."""
-    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+    if tensor.dim() == 2:
+        return tensor.unsqueeze(1)
+    return tensor if tensor.dim() == 3 else tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
 
 
 def _summed(g: Tensor) -> Tensor:

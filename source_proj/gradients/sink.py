@@ -68,22 +68,22 @@ class GradientSink:
 
     def add(self, name: str, rows: Tensor, start: int = 0) -> None:
         """The gradients (n, …) of the whole parameter for the examples start … start + n."""
-        flat, held = rows.reshape(len(rows), -1), self._held_for(rows)
+        flat, held = rows if rows.dim() == 2 else rows.reshape(rows.shape[0], -1), self._held_for(rows)
         offset, shape = self._offsets[name], self._shapes[name]
         if held is None or not held.takes_rows(flat, offset, shape):
-            self._sketch.add_(self._rows(name, start, len(rows)), flat, offset, shape)
+            self._sketch.add_(self._rows(name, start, rows.shape[0]), flat, offset, shape)
 
     def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0) -> None:
         """The gradient Σ_t left_t ⊗ right_t of a whole matrix (o, i), from left (n, T, o) and right (n, T, i)."""
         offset, held = self._offsets[name], self._held_for(left)
         if held is None or not held.takes_outer(left, right, offset):
-            self._sketch.add_outer_(self._rows(name, start, len(left)), left, right, offset)
+            self._sketch.add_outer_(self._rows(name, start, left.shape[0]), left, right, offset)
 
     def windows(self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor) -> None:
         """The gradient of a convolution's weight (o, c, J); arguments as in `Sketch.add_windows_`."""
         offset, held = self._offsets[name], self._held_for(left)
         if held is None or not held.takes_windows(left, right, taps, windows, offset):
-            self._sketch.add_windows_(self._rows(name, 0, len(left)), left, right, taps, windows, offset)
+            self._sketch.add_windows_(self._rows(name, 0, left.shape[0]), left, right, taps, windows, offset)
 
     def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
         """The gradient of a table (V, D) whose row index[b, t] receives values[b, t]: (B, T) and (B, T, D)."""

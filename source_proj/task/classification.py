@@ -26,6 +26,7 @@ from source_proj.task.batch import (
     weights,
 )
 from source_proj.task.labels import refuse_foreign_labels
+from source_proj.task.margin import label_margin
 
 __all__ = ["Classification"]
 
@@ -168,10 +169,7 @@ class Classification(Task):
 
     def _margin(self, model: Model, batch: Batch) -> Tensor:
         """Margin of the batch's labels, (B,)."""
-        logits, labels = self._logits(model, batch)
-        is_label = torch.arange(logits.shape[-1], device=logits.device) == labels[:, None]  # (B, C)
-        others = logits.masked_fill(is_label, -math.inf)
-        return logits.gather(1, labels[:, None]).squeeze(1) - others.logsumexp(-1)
+        return label_margin(*self._logits(model, batch))
 
     def sampled_output(self, model: Model, batch: Batch, uniform: Uniform) -> Tensor:  # noqa: D102
         logp = log_softmax(self._logits(model, batch)[0], dim=-1)

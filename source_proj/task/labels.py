@@ -19,15 +19,17 @@ def refuse_foreign_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     Raises:
         ExampleError: a label is negative or too large; names examples and values.
     """
-    foreign = (labels < 0) | (labels >= logits.shape[1])  # (B,)
+    classes = logits.shape[1]
     try:
-        places = foreign.nonzero()[:, 0].tolist()
+        first, last = torch.stack(labels.aminmax()).tolist() if len(labels) else (0, 0)
     except RuntimeError:
+        foreign = (labels < 0) | (labels >= classes)  # (B,)
         return logits.masked_fill(foreign[:, None], float("nan")), torch.where(foreign, 0, labels)
-    if places:
+    if first < 0 or last >= classes:
+        places = ((labels < 0) | (labels >= classes)).nonzero()[:, 0].tolist()
         raise ExampleError(
             places,
-            f"the labels of {{examples}} are {labels[places[:10]].tolist()}, and the model has {logits.shape[1]} "
+            f"the labels of {{examples}} are {labels[places[:10]].tolist()}, and the model has {classes} "
             "classes, from 0 on: leave these examples out, or mend their labels (-100 means no label elsewhere, and "
             "such an example has no gradient here)",
         )

@@ -70,7 +70,7 @@ def test_reasons_name_the_parameter() -> None:
         if case.name in ("raw-parameter", "data-dependent"):
             assert "scale: no rule covers" in engine.reason
         if case.name == "functional-head":
-            assert "'wte' is used outside of its module's forward" in engine.reason
+            assert "'wte.weight' is used outside of its module's forward" in engine.reason
         if case.name == "data-dependent":
             assert "vmap failed" in engine.reason
 

@@ -9,6 +9,7 @@ from torch import nn
 from source_proj import CausalLM, Classification, Regression, Sketch
 from source_proj.gradients import ParameterSpace, gradient_engine
 from source_proj.gradients.law import SAMPLED
+from source_proj.trajectory import Scale
 
 VOCABULARY, WIDTH = 11, 6
 
@@ -62,7 +63,7 @@ def test_rows_are_those_of_each_function_alone(make, method, n, draws, seed):
     model, task, batch = make(n)
     u = torch.rand(draws, n, 64)
     space = ParameterSpace.from_model(model)
-    scales = [None, torch.rand(space.size)]
+    scales = [None, Scale(torch.rand(space.size), space)]
     both = batch, torch.arange(n)
 
     def uniforms(where, draw):

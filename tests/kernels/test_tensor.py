@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from source_proj.kernels import TensorMap, available_backends, sparse_native, tensor, tensor_native
+from source_proj.kernels import native as native_module
 from source_proj.kernels.native import native_library, run_jobs
 from source_proj.kernels.tensor import tensor_add_, tensor_add_at_, tensor_add_outer_, tensor_add_windows_
 from source_proj.kernels.tensor_spectral import TorchSpectra
@@ -252,10 +253,11 @@ def test_tables_of_a_transform_outlive_all_threads_that_use_them(monkeypatch):
         assert len(tables) == len(seen[-1])
 
     monkeypatch.setattr(tensor_native, "_twiddles", uncached)
-    monkeypatch.setattr(tensor_native, "run_jobs", watched)
-    left, right, matrix = normal(20, 2, 40), normal(20, 2, 30), TensorMap(256, 1, 0, (40, 30))
+    for module in (tensor_native, native_module):  # the way there, and the way back
+        monkeypatch.setattr(module, "run_jobs", watched)
+    left, right, matrix = normal(20, 8, 40), normal(20, 8, 30), TensorMap(256, 1, 0, (40, 30))
     tensor_add_outer_(torch.zeros(20, 256), left, right, matrix, backend="native", spectral=True)
-    windows = torch.arange(2)
+    windows = torch.arange(8)
     args = left.transpose(1, 2), right.transpose(1, 2), torch.zeros(1, dtype=torch.int64), windows
     tensor_add_windows_(torch.zeros(20, 256), *args, matrix, backend="native", spectral=True)
     assert len(seen) == 4  # a way there and a way back of each

@@ -13,7 +13,9 @@ from source_proj.kernels import (
     tensor_add_outer_,
     tensor_held,
 )
+from source_proj.kernels.native import native_library
 from source_proj.kernels.small_rows import Piece, add_by_table_
+from source_proj.kernels.tensor_native import NativeSpectra
 
 BACKENDS_HERE = [name for name in BACKENDS if name in available_backends("cpu")]
 OUTERS = [
@@ -62,6 +64,23 @@ def test_held_sums_are_those_of_each_layer(backend, batch, k):
     assert ((out - expected).norm(dim=1) <= 2e-6 * expected.norm(dim=1)).all()
     held.finish_()  # nothing is left
     assert ((out - expected).norm(dim=1) <= 2e-6 * expected.norm(dim=1)).all()
+
+
+@pytest.mark.skipif(native_library() is None, reason="the compiled kernels were not built")
+@pytest.mark.parametrize("k", [256, 1024, 2048, 4096])
+@pytest.mark.parametrize("steps", [(1,), (1, 2), (40,), (1, 40, 2)])
+def test_products_that_are_kept_share_the_way_back_of_those_that_are_summed(k, steps):
+    """Those of 40 steps are summed at once, as so many factors would take more memory than the sums."""
+    out = normal(19, k + 3, seed=50)[:, :k]  # rows that do not follow each other, and hold something
+    expected, spectra = out.clone(), NativeSpectra(out)
+    for n, count in enumerate(steps):
+        left, right = normal(19, count, 150, seed=n), normal(19, count, 90, seed=9 + n)
+        matrix = TensorMap(k, 3, 2**33 + n * 13_500, (150, 90))
+        spectra.add_outer(left, right, matrix)
+        tensor_add_outer_(expected, left, right, matrix, spectral=False)
+    for _ in range(2):  # nothing is left for the second time
+        spectra.finish_()
+        assert ((out - expected).norm(dim=1) <= 2e-6 * expected.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS_HERE)

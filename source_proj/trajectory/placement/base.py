@@ -64,8 +64,7 @@ class Placement:
 
         Gives the parameters as autograd has them, once the forward pass is over.
         """
-        present = dict(self.model.named_parameters(remove_duplicate=False))
-        with requiring_only(self.model, names):
+        with requiring_only(self.model, names) as present:
             yield {name: [present[name]] for name in names}
 
     @contextmanager
@@ -75,21 +74,20 @@ class Placement:
 
 
 @contextmanager
-def requiring_only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Only the named parameters require a gradient."""
-    wanted = set(names)
-    changed = {name: p for name, p in model.named_parameters() if p.requires_grad != (name in wanted)}
-    if not changed:  # to go through all parameters takes as long as a small layer
-        yield
-        return
-    for name, p in changed.items():
-        p.requires_grad_(name in wanted)
+def requiring_only(model: nn.Module, names: Collection[str]) -> Iterator[dict[str, nn.Parameter]]:
+    """Only the named parameters require a gradient; gives all parameters, each by all of its names."""
+    present = dict(model.named_parameters(remove_duplicate=False))  # once: it takes as long as a small layer
+    wanted = {id(present[name]) for name in names}
+    before = {name: p.requires_grad for name, p in present.items() if p.requires_grad != (id(p) in wanted)}
+    for name, flag in before.items():
+        present[name].requires_grad_(not flag)
     try:
-        yield
+        yield present
     finally:
-        for name, p in model.named_parameters():  # others than before, where accelerate makes them anew
-            if name in changed:
-                p.requires_grad_(name not in wanted)
+        if before:
+            for name, p in model.named_parameters(remove_duplicate=False):  # others, where accelerate makes them anew
+                if name in before:
+                    p.requires_grad_(before[name])
 
 
 def entries_to_load(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
