@@ -125,25 +125,34 @@ def _dropped(problem: Problem, run: sp.Trajectory, seed: int, *, share: float) -
 
 
 def _thinned(kind: Kind) -> Kind:
-    return lambda problem, run, seed: kind(problem, every_other(run), seed)
+    def with_half(problem: Problem, run: sp.Trajectory, seed: int) -> Member:
+        member = kind(problem, run, seed)
+        return Member(member.model, every_other(member.trajectory))  # noise is that of the whole run
+
+    return with_half
 
 
 def displaced(
     run: sp.Trajectory, model: nn.Module, seed: int, *, scale: float, low_rank: bool = True, anew: bool = False
 ) -> sp.Trajectory:
-    """A run whose checkpoints all lie beside its own by one draw of :func:`noise` (a stage).
+    """A run whose checkpoints all lie beside its own by one draw of :func:`noise`, a stage.
 
     Args:
         run: the recorded run.
         model: names the parameters; buffers stay as they are.
         seed: of the draw.
-        scale: times which the noise is taken.
+        scale: factor on the noise of the last half of a stage's checkpoints (of two at least).
         low_rank: as in :func:`noise`.
         anew: draw for each checkpoint.
+
+    Raises:
+        ValueError: a stage has one checkpoint, which shows no spread.
     """
     generator = torch.Generator().manual_seed(seed)
     stages = []
     for stage in run.stages:
+        if len(stage.checkpoints) < 2:
+            raise ValueError(f"stage {stage.name!r} has one checkpoint, and noise is of two or more: record more")
         last = stage.checkpoints[-max(2, len(stage.checkpoints) // 2) :]
         weights = [point.parameters_of(model) for point in last]
 

@@ -79,6 +79,11 @@ def test_a_members_checkpoints_lie_beside_the_runs_by_one_draw(members):
     assert not torch.allclose(changes(run, members.displaced(run, model, 8, scale=1.0))[0]["0.bias"], first["0.bias"])
 
 
+def test_noise_of_one_checkpoint_is_refused(members):
+    with pytest.raises(ValueError, match="record more"):
+        members.displaced(recorded(mlp(), 1), mlp(), 0, scale=1.0)
+
+
 def test_noise_anew_differs_between_checkpoints_and_the_run_keeps_its_times(members):
     run = recorded(mlp())
     moved = members.displaced(run, mlp(), 7, scale=1.0, anew=True)
