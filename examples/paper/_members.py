@@ -39,40 +39,29 @@ Kind = Callable[[Problem, sp.Trajectory, int], Member]
 """A member of (task, run, seed)."""
 
 
+class Line(NamedTuple):
+    """A line of the study: how many members of which kind, and the share of a run's checkpoints that each has."""
+
+    name: str
+    members: int
+    kind: Kind | None = None  # None: runs that were trained
+    share: float = 1.0
+
+
 def cheap_members(bench: Bench) -> Iterator[Variant]:
     """(o) Noise on the weights, or dropout masks, in the place of runs; all lines in as many bytes as the first.
 
     Members with half of the checkpoints each also take as many passes in all; those with all of them take a run's
-    passes each.
+    passes each. Large models are asked for the main lines alone.
     """
-    whole, half, quarter = bench.dim, bench.dim // 2, bench.dim // 4
     own = _Ensembles(bench)
-    first = own.of_each_run(_unchanged, 1, whole)
-    kinds: dict[str, Kind] = {
-        "sketches": _unchanged,
-        **{f"with noise x {scale:g}": partial(_noisy, scale=scale) for scale in (0.5, 1.0, 2.0)},
-        "with diagonal noise x 1": partial(_noisy, scale=1.0, low_rank=False),
-        **{f"masks, p = {share:g}": partial(_dropped, share=share) for share in (0.05, 0.1, 0.2)},
-    }
-    sketches, *cheap = "sketches", "with noise x 1", "masks, p = 0.1"
-
-    def lines() -> Iterator[tuple[str, list[np.ndarray]]]:
-        yield f"1 run, k = {whole:,}", first
-        anew = partial(_noisy, scale=1.0, anew=True)
-        yield f"1 run with noise x 1 anew at each checkpoint, k = {whole:,}", own.of_each_run(anew, 1, whole)
-        for name, kind in kinds.items():
-            yield f"2 {name}, k = {half:,}", own.of_each_run(kind, 2, half)
-        yield f"2 runs, k = {half:,}", own.of_runs(2, half)
-        for name in (sketches, *cheap):
-            yield f"4 {name}, k = {quarter:,}", own.of_each_run(kinds[name], 4, quarter)
-        yield f"4 runs, k = {quarter:,}", own.of_runs(4, quarter)
-        for name in cheap:
-            thinned = own.of_each_run(_thinned(kinds[name]), 2, whole)
-            yield f"half the checkpoints each: 2 {name}, k = {whole:,}", thinned
-        yield f"half the checkpoints each: 2 runs, k = {whole:,}", own.of_runs(2, whole, _thinned(_unchanged))
-
-    for name, scores in lines():
-        yield name, scores, bench.truth, first
+    first = own.of_each_run(_unchanged, 1, bench.dim)
+    yield f"1 run, k = {bench.dim:,}", first, bench.truth, first
+    for name, count, kind, share in [*_MAIN, *(_FURTHER if bench.size <= _SMALL else [])]:
+        dim = round(bench.dim / (count * share))
+        part = (lambda kind: kind) if share == 1 else _thinned
+        scores = own.of_runs(count, dim, part(_unchanged)) if kind is None else own.of_each_run(part(kind), count, dim)
+        yield f"{name}, k = {dim:,}", scores, bench.truth, first
 
 
 class _Ensembles(NamedTuple):
@@ -84,12 +73,12 @@ class _Ensembles(NamedTuple):
         """Of each run, scores by ``count`` of its members."""
         return [self._scores([(run, number) for number in range(count)], kind, dim) for run in range(self.bench.runs)]
 
-    def of_runs(self, count: int, dim: int, kind: Kind | None = None) -> list[np.ndarray]:
-        """Scores by ``count`` runs together, for each such group of runs."""
+    def of_runs(self, count: int, dim: int, kind: Kind) -> list[np.ndarray]:
+        """Scores by ``count`` runs together, one member each, for each such group of runs."""
         runs = max(count, self.bench.runs)
         several = _Ensembles(replace(self.bench, runs=runs))
         groups = [range(start, start + count) for start in range(0, runs - count + 1, count)]
-        return [several._scores([(run, 0) for run in group], kind or _unchanged, dim) for group in groups]
+        return [several._scores([(run, 0) for run in group], kind, dim) for group in groups]
 
     def _scores(self, members: Sequence[tuple[int, int]], kind: Kind, dim: int) -> np.ndarray:
         problem, banks, features = self.bench.problem, [], []
@@ -249,3 +238,28 @@ def every_other(run: sp.Trajectory) -> sp.Trajectory:
         kept = [points[len(points) * (i + 1) // count - 1] for i in range(count)]
         stages.append(replace(stage, checkpoints=kept))
     return sp.Trajectory.from_stages(stages)
+
+
+_SWAG, _MASK = partial(_noisy, scale=1.0), partial(_dropped, share=0.1)
+_SMALL = 20_000  # parameters
+_MAIN = [
+    Line("2 sketches", 2, _unchanged),
+    Line("2 with noise x 1", 2, _SWAG),
+    Line("2 runs", 2),
+    Line("2 masks, p = 0.05", 2, partial(_dropped, share=0.05)),
+    Line("half the checkpoints each: 2 with noise x 1", 2, _SWAG, 0.5),
+    Line("half the checkpoints each: 2 runs", 2, None, 0.5),
+    Line("4 sketches", 4, _unchanged),
+    Line("4 with noise x 1", 4, _SWAG),
+    Line("4 runs", 4),
+]
+_FURTHER = [
+    Line("1 run with noise x 1 anew at each checkpoint", 1, partial(_noisy, scale=1.0, anew=True)),
+    Line("2 with noise x 0.5", 2, partial(_noisy, scale=0.5)),
+    Line("2 with noise x 2", 2, partial(_noisy, scale=2.0)),
+    Line("2 with diagonal noise x 1", 2, partial(_noisy, scale=1.0, low_rank=False)),
+    Line("2 masks, p = 0.1", 2, _MASK),
+    Line("2 masks, p = 0.2", 2, partial(_dropped, share=0.2)),
+    Line("half the checkpoints each: 2 masks, p = 0.1", 2, _MASK, 0.5),
+    Line("4 masks, p = 0.1", 4, _MASK),
+]
