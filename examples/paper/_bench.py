@@ -50,7 +50,7 @@ class Bench:
         codec = "" if exact or storage == "int8" else f"-{storage}"
         path = self.folder / "laboratory" / f"{run}-{'exact' if exact else dim}-{seed}-{fisher}-{kind}{codec}"
         storage = "float32" if exact else storage
-        return self._build(run, self.trajectories[run], path, sketch, storage=storage, sampled_fisher=fisher)
+        return self.build(self.trajectories[run], path, sketch, storage=storage, sampled_fisher=fisher)
 
     def recorded_often(self) -> list[sp.Bank]:
         """Banks of the same runs with twelve checkpoints a stage."""
@@ -58,15 +58,14 @@ class Bench:
         found = []
         for run in range(self.runs):
             trajectory = record(RUN_SEED + run, self.folder / "laboratory" / f"run-{run}-12", 12)
-            found.append(self._build(run, trajectory, self.folder / "laboratory" / f"{run}-{self.dim}-12"))
+            path = self.folder / "laboratory" / f"{run}-{self.dim}-12"
+            found.append(self.build(trajectory, path, sp.Sketch(self.dim, "sparse", seed=run)))
         return found
 
-    def _build(
-        self, run: int, trajectory: sp.Trajectory, path: Path, sketch: sp.Sketch | None = None, **rest: Any
-    ) -> sp.Bank:
+    def build(self, trajectory: sp.Trajectory, path: str | Path, sketch: sp.Sketch, **rest: Any) -> sp.Bank:
+        """The bank of a trajectory of this task's model on its training sets."""
         sets = dict(self.problem.train_sets)
         data: Any = sets if len(sets) > 1 or "train" not in sets else sets["train"]
-        sketch = sketch or sp.Sketch(self.dim, "sparse", seed=run)
         return sp.build(self.problem.make_model(), self.problem.task, trajectory, data, path, sketch=sketch, **rest)
 
     def in_metric(
@@ -80,7 +79,7 @@ class Bench:
             cut = segments if mode.endswith("per_segment") else 1
             stages = [replace(stage, preconditioner=mode, segments=cut) for stage in trajectory.stages]
             path = self.folder / "laboratory" / f"{run}-{dim}-{mode}-{cut}"
-            bank = self._build(run, sp.Trajectory.from_stages(stages), path, sp.Sketch(dim, "sparse", seed=run))
+            bank = self.build(sp.Trajectory.from_stages(stages), path, sp.Sketch(dim, "sparse", seed=run))
             source = sp.Source(bank, segments=segments, query_gradient="mean", time_scale=time, progress=False)
             found.append(np.asarray(source.score(self.features(bank)))[:, : self.problem.n])
         return found

@@ -9,6 +9,7 @@ import torch
 from _bench import Bench
 from _damping import without_retraining
 from _exact import ExactSource
+from _members import cheap_members
 from _pipeline import retrainers
 from _study import Recipe, Response, cross_scores, plain
 from torch import Tensor
@@ -342,4 +343,5 @@ STUDIES: dict[str, Callable[[Bench], Iterator[Variant]]] = {
     "l": bytes_a_row,
     "m": without_retraining,
     "n": segments_without_a_sketch,
+    "o": cheap_members,
 }

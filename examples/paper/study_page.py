@@ -36,6 +36,7 @@ TITLES = {
     "l": "Numbers against bits, at equal bytes",
     "m": "Damping chosen without retraining",
     "n": "Segments without a sketch",
+    "o": "Members without training, at equal bytes",
 }
 TASKS = {
     "fashion_mnist": "Fashion-MNIST",

@@ -20,7 +20,7 @@ from _data import download, write_whole
 from _problem import Problem, Sizes, parser, sized
 from _text import Recipe, Rows, Training, chosen_device
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import source_proj as sp
 
@@ -79,7 +79,11 @@ class Block(nn.Module):
         self.before_attention = nn.LayerNorm(width)
         self.query, self.key, self.value, self.joined = (nn.Linear(width, width) for _ in range(4))
         self.before_perceptron = nn.LayerNorm(width)
-        self.expand, self.contract = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.expand, self.activation, self.contract = (
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            nn.Linear(4 * width, width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, T, width)`` to the same."""
@@ -89,7 +93,7 @@ class Block(nn.Module):
         )
         y = scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, width / heads)
         x = x + self.joined(y.transpose(1, 2).flatten(2))
-        mixed: Tensor = x + self.contract(gelu(self.expand(self.before_perceptron(x))))
+        mixed: Tensor = x + self.contract(self.activation(self.expand(self.before_perceptron(x))))
         return mixed
 
 
