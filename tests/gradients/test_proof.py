@@ -17,18 +17,19 @@ import source_proj as sp
 from source_proj._errors import GradientError
 from source_proj.gradients import ParameterSpace, Refuted, gradient_engine, proof
 from source_proj.gradients.layout import Call, label, walk, where_examples_are_lost
-from source_proj.gradients.proof import Expected, audited, law_weights, share_sink
+from source_proj.gradients.proof import _TOLERANCE, Expected, audited, law_weights, share_sink
 from source_proj.sketch import Sketch
 
 
 @settings(max_examples=60)
 @given(size=st.integers(1, 40), draw=st.integers(0, 2**62), wrong=st.integers(0, 4), spread=st.floats(0, 3))
-def test_the_law_stops_every_kind_of_mistake(size: int, draw: int, wrong: int, spread: float) -> None:
+def test_the_law_stops_every_kind_of_mistake_that_it_can_resolve(
+    size: int, draw: int, wrong: int, spread: float
+) -> None:
     torch.manual_seed(draw % 2**31)
     space = ParameterSpace(("a", "b"), ((7,), (9,)))
     gradients = torch.randn(size, 16) * 10 ** (torch.rand(size, 1) * -spread)
     rows, sketch = gradients.clone(), Sketch(kind="identity", dim=16)
-    mistaken = wrong > 0 and (wrong != 1 or size > 1)
     if wrong == 1 and size > 1:
         rows[[0, -1]] = rows[[-1, 0]]  # two examples change places
     elif wrong == 2:
@@ -46,8 +47,27 @@ def test_the_law_stops_every_kind_of_mistake(size: int, draw: int, wrong: int, s
     expected.add("a", total[:7])
     expected.add("b", total[7:])
     audit = audited(weights, [rows], shares, expected, 1e-7)
-    assert audit.passed is not mistaken
-    assert audit.error < 1e-5 or mistaken
+    # Of two examples that change places their weights may, after evening, be nearly equal.
+    terms = weights[:, None] * rows
+    seen = float((weights @ (rows - gradients)).norm() / max(terms.norm(), total.norm()))
+    if seen > 1.1 * _TOLERANCE:
+        assert not audit.passed
+        assert audit.error == pytest.approx(seen, rel=1e-2)
+    elif torch.equal(rows, gradients):
+        assert audit.passed
+        assert audit.error < 1e-5
+
+
+@pytest.mark.parametrize("size", [2, 8, 64])
+def test_two_examples_that_change_places_are_seen(size: int) -> None:
+    unseen, draws = 0, 400
+    for draw in range(draws):
+        gradients = torch.randn(size, 16, generator=torch.Generator().manual_seed(draw))
+        rows = gradients.roll(1, 0) if size == 2 else gradients[[-1, *range(1, size - 1), 0]]
+        weights = law_weights(draw, rows, evened=True)
+        terms = weights[:, None] * rows
+        unseen += bool((terms.sum(0) - weights @ gradients).norm() <= _TOLERANCE * terms.norm())
+    assert unseen <= 0.02 * draws  # .4 % of 3,000 for 64 examples
 
 
 def test_errors_name_the_parameter() -> None:
