@@ -38,8 +38,8 @@ class Plan:
 
     Attributes:
         examples: training examples of all stages.
-        passes: passes over a stage's data, forward and backward: one for each of its checkpoints, and one more for each
-            draw of a sampled label.
+        passes: passes over a stage's data: one for each of its checkpoints, and one more for each draw of a sampled
+            label, which is a backward pass alone where the task is built in.
         parameters: numbers that are attributed through.
         workers: processes that share the work.
         setup_seconds: what every worker does before its first row, and the sealing.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from source_proj._errors import GradientError, SourceProjError
 from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
 from source_proj.gradients.general import Function, Functions, GeneralPath, first_line
-from source_proj.gradients.hooks import HookPath, Structure, Unsuited, evaluating, uncovered
+from source_proj.gradients.hooks import HookPath, Structure, Unsuited, alone, evaluating, uncovered
 from source_proj.gradients.law import SAMPLED, Law, Work
 from source_proj.gradients.memory import RowMemory
 from source_proj.gradients.proof import (
@@ -34,6 +34,7 @@ from source_proj.trajectory.placement import placement_of
 
 __all__ = ["METHODS", "GradientEngine", "gradient_engine"]
 
+_NOT_OF_HOOKS = (SourceProjError, MemoryError, torch.OutOfMemoryError)
 METHODS = ("auto", "hooks", "general")
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -189,7 +190,7 @@ class GradientEngine:
             MismatchError: a scale is of other parameters than the space.
             TypeError, GradientError: as for `sketch`.
         """
-        (found,) = self.sketch_together([(name, function)], _alone(function), batch, scales, size)
+        (found,) = self.sketch_together([(name, function)], alone(function), batch, scales, size)
         return found
 
     def sketch_together(
@@ -218,7 +219,8 @@ class GradientEngine:
         for scale in scales:
             if scale is not None:
                 scale.require(self._space)
-        if len(functions) > 1 and not self._placement.is_whole:  # sharded weights are gathered for one backward pass
+        # Sharded weights are gathered for one backward pass.
+        if len(functions) > 1 and (self._proof.apart or not self._placement.is_whole):
             return [self.sketch_scaled(each, batch, scales, name, size) for name, each in functions]
         batch = map_tensors(batch, Tensor.detach)
         size = batch_size(batch) if size is None else size
@@ -227,13 +229,14 @@ class GradientEngine:
             if self._hooks is not None and not self._proof.general:
                 try:
                     return self._by_hooks(self._hooks, works, together)
-                except Unsuited as problem:
-                    self._leave_hooks(str(problem))
-                except (SourceProjError, MemoryError, torch.OutOfMemoryError):
-                    raise
                 except Exception as problem:
+                    if isinstance(problem, _NOT_OF_HOOKS) and not isinstance(problem, Unsuited):
+                        raise
+                    if len(functions) > 1:  # some backward passes can be made once only: a forward pass for each
+                        self._proof.apart = True
+                        return self.sketch_together(functions, together, batch, scales, size)
                     # The general path raises it again, if the model and not the hooks are to blame.
-                    self._leave_hooks(f"{type(problem).__name__}: {first_line(problem)}", problem)
+                    self._leave_hooks(problem)
             return [self._by_general(work) for work in works]
 
     def is_detached(self, function: Function, batch: Batch) -> bool:
@@ -255,14 +258,16 @@ class GradientEngine:
         else:
             self._hooks = HookPath(self._placement, self._space)
 
-    def _leave_hooks(self, why: str, cause: Exception | None = None) -> None:
+    def _leave_hooks(self, cause: str | Exception) -> None:
+        why = str(cause) if isinstance(cause, str | Unsuited) else f"{type(cause).__name__}: {first_line(cause)}"
         if not self._may_change:
             if isinstance(cause, TypeError | ValueError):
                 raise cause
             remedy = "use method 'auto' or 'general'"
             if not self._placement.is_whole:
                 remedy = f"as it is {self._placement.kind}, leave these parameters out by parameters=['!name', ...]"
-            raise GradientError(f"the hook path cannot serve this model ({why}); {remedy}") from cause
+            refusal = GradientError(f"the hook path cannot serve this model ({why}); {remedy}")
+            raise refusal from (None if isinstance(cause, str) else cause)
         self._why_general = why
 
     def _by_hooks(
@@ -287,7 +292,7 @@ class GradientEngine:
         for each in passes:
             each.sink.gather()
         made = zip(passes, values, structures, strict=True)
-        audits = [self._proven(hooks, each, value, structure) for each, value, structure in made]
+        audits = [self._proven(hooks, *each, shared=len(works) > 1) for each in made]
         self.method = "hooks"
         for audit in audits:
             proof.note(size, None, audit)
@@ -299,7 +304,9 @@ class GradientEngine:
         watched = set(self._space.names) if due else self._proof.unproven(work.name, self._space.names)
         return _Pass(work, due, watched, *self._sinks(work, watched))
 
-    def _proven(self, hooks: HookPath, made: _Pass, values: Tensor, structure: Structure) -> Audit | None:
+    def _proven(
+        self, hooks: HookPath, made: _Pass, values: Tensor, structure: Structure, *, shared: bool
+    ) -> Audit | None:
         """Assert the law where it is due, or where the batch went through the layers as none did before."""
         proof, lockstep, work, shares = self._proof, self._lockstep, made.work, made.shares
         signature = structure.signature if structure.lost is None else None
@@ -308,26 +315,27 @@ class GradientEngine:
             return None
         if lockstep.any(shares is None or made.watched != set(self._space.names)):
             _, shares, sink = self._sinks(replace(work, scales=[]), set(self._space.names))
-            hooks.add_to([sink], _alone(work.function), work.batch, work.size, self._law.autocast())
+            hooks.add_to([sink], alone(work.function), work.batch, work.size, self._law.autocast())
             sink.gather()
         assert shares is not None
         audit = self._law.audit(proof, work, values, made.outs, shares)
         if audit is not None and not audit.passed:
-            self._refute(structure, audit)
+            self._refute(structure, audit, shared=shared)
         if audit is not None:
             proof.add(work.name, signature, audit)
         return audit
 
-    def _refute(self, structure: Structure, audit: Audit) -> None:
+    def _refute(self, structure: Structure, audit: Audit, *, shared: bool) -> None:
         where = f"parameters {audit.wrong[:10]}" if audit.wrong else "the rows' weighted sum"
         after = f", and {structure.lost} loses sight of the examples" if structure.lost else ""
         distance = f"{audit.error:.1e}" if isfinite(audit.error) else "what is not finite (overflow)"
         why = f"rules and plain autograd disagree on {where} by {distance}{after}"
-        if structure.lost is not None:  # no other batch rests on this one's proof
+        if structure.lost is not None and not shared:  # no other batch rests on this one's proof
             self._proof.refused[structure.signature] = why
             raise Unsuited(why)
-        self._leave_hooks(why)
-        served, self._proof = self._proof.served, self._proof.restarted()
+        if not shared:
+            self._leave_hooks(why)
+        served, self._proof = self._proof.served, self._proof.restarted(general=not shared)
         if served:
             raise Refuted(f"{why}; rows that were given before rest on the same proof: make them again")
         raise Unsuited(why)
@@ -388,7 +396,3 @@ class _Pass:
     outs: list[Tensor]
     shares: SinkByParameter | None
     sink: GradientSink
-
-
-def _alone(function: Function) -> Functions:
-    return lambda model, batch: (function(model, batch),)

@@ -36,7 +36,7 @@ from source_proj.gradients.space import ParameterSpace
 from source_proj.trajectory.placement import Placement
 from source_proj.trajectory.placement.base import Live
 
-__all__ = ["HookPath", "Structure", "Unsuited", "evaluating", "uncovered"]
+__all__ = ["HookPath", "Structure", "Unsuited", "alone", "evaluating", "uncovered"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,11 @@ def _saved(ctx: Any) -> Tensor:
             "replace the in-place operation"
         ) from problem
     return x
+
+
+def alone(function: Function) -> Functions:
+    """One function as several."""
+    return lambda model, batch: (function(model, batch),)
 
 
 def uncovered(model: nn.Module, space: ParameterSpace) -> dict[str, str]:

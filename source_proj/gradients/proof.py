@@ -102,6 +102,7 @@ class Proof:
     Attributes:
         refused: structures that cannot be followed, and of which a batch failed; and why.
         general: the rest of the scope goes by the general path.
+        apart: in the rest of the scope each function has a forward pass of its own.
         served: batches that rest on this proof were given.
     """
 
@@ -113,6 +114,7 @@ class Proof:
         self._worst = 0.0
         self.refused: dict[tuple[object, ...], str] = {}
         self.general = False
+        self.apart = False
         self.served = False
 
     def next_batch(self, name: str) -> int:
@@ -156,10 +158,10 @@ class Proof:
             self._audited_examples += size
             self._worst = max(self._worst, audit.error)
 
-    def restarted(self) -> Proof:
-        """The proof of the same scope made again by the general path; why stays noted."""
+    def restarted(self, *, general: bool) -> Proof:
+        """The proof of the same scope made again: by the general path, or with functions apart."""
         again = Proof(*self._key)
-        again.general = True
+        again.general, again.apart = general, not general
         return again
 
     def summary(self) -> dict[str, object]:

@@ -23,7 +23,7 @@ def label_margin(logits: Tensor, labels: Tensor) -> Tensor:
         tensor([3.])
     """
     label = labels[:, None]
-    if torch._C._functorch.is_functorch_wrapped_tensor(logits):
+    if torch.compiler.is_compiling() or any(map(torch._C._functorch.is_functorch_wrapped_tensor, (logits, labels))):
         return _margin(logits, label)
     return cast(Tensor, LabelMargin.apply(logits, label))  # type: ignore[no-untyped-call]
 
@@ -34,7 +34,14 @@ class LabelMargin(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, label: Tensor) -> Tensor:
         ctx.save_for_backward(logits, label)
+        ctx.save_for_forward(logits, label)
         return _margin(logits, label)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        """The tangent of the label's logit, less the others' mean by softmax."""
+        logits, label = ctx.saved_tensors
+        return tangent.gather(1, label).squeeze(1) - (_others(logits, label).softmax(1) * tangent).sum(1)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:

@@ -128,7 +128,7 @@ def test_a_stage_and_a_draw_are_passes_of_their_own():
     planned = sp.plan(model, sp.Classification(), trajectory, data, sketch=sp.Sketch(dim=8), sampled_fisher=2)
     assert planned.passes == 3 * 3
     assert planned.batches == 3 * 20
-    assert planned.bytes["rows"] == 3 * N * 8 * 3
+    assert planned.bytes["rows"] == 3 * N * (8 + 2 * 4)  # int8, and each draw in four bits
 
 
 def test_time_is_that_of_its_parts(planned):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from source_proj import CausalLM, Classification, Regression, Sketch
-from source_proj.gradients import ParameterSpace, gradient_engine
+from source_proj.gradients import ParameterSpace, Refuted, gradient_engine
 from source_proj.gradients.law import SAMPLED
 from source_proj.trajectory import Scale
 
@@ -113,3 +113,65 @@ def test_likelihoods_of_ones_own_are_passes_of_their_own():
     assert model.calls == 2
     torch.testing.assert_close(first, task.output(model, batch))
     assert sampled.shape == (3,)
+
+
+class Overwriting(torch.autograd.Function):
+    """The square, whose backward pass overwrites what it kept, as fused kernels do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.kept = x.clone()
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.kept.mul_(2).mul_(g)
+
+
+class Forgetting(Overwriting):
+    """One that lets it go."""
+
+    @staticmethod
+    def backward(ctx, g):
+        kept, ctx.kept = ctx.kept, None
+        return 2 * kept * g
+
+
+@pytest.mark.parametrize("function", [Overwriting, Forgetting])
+@pytest.mark.parametrize("late", [False, True])
+def test_backward_passes_that_can_be_made_once_get_forward_passes_of_their_own(function, late):
+    """From the first batch on, or from where a branch is taken that a later batch takes."""
+
+    class Squared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 7), nn.Linear(7, 4)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(function.apply(x) if not late or x.detach().abs().max() > 50 else x.square())
+
+    torch.manual_seed(0)
+    model, task, u = Squared(), Classification(), torch.rand(3, 8)
+    space = ParameterSpace.from_model(model)
+    functions = [
+        ("output", lambda m, b: task.output(m, b[0])),
+        (SAMPLED, lambda m, b: task.sampled_output(m, b[0], lambda n: u[b[1]][:, :n])),
+    ]
+    engine, alone = (gradient_engine(model, space, Sketch(32), method) for method in ("hooks", "general"))
+    for factor in [1, 100]:
+        batch = (factor * torch.randn(3, 5), torch.tensor([0, 3, 1])), torch.arange(3)
+
+        def rows(batch=batch):
+            return engine.sketch_together(
+                functions, lambda m, b: task.output_and_samples(m, b[0], [lambda n: u[b[1]][:, :n]]), batch, [None]
+            )
+
+        try:
+            found = rows()
+        except Refuted:
+            found = rows()
+        assert engine.method == "hooks"
+        for (name, each), (_, (made,)) in zip(functions, found, strict=True):
+            _, (expected,) = alone.sketch_scaled(each, batch, [None], name)
+            torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

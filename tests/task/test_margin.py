@@ -7,6 +7,7 @@ from torch.func import grad, vmap
 from source_proj.task.margin import label_margin
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")  # of torch's own forward mode
 @pytest.mark.parametrize("classes", [2, 7])
 def test_margins_and_their_gradients(classes):
     generator = torch.Generator().manual_seed(classes)
@@ -15,11 +16,13 @@ def test_margins_and_their_gradients(classes):
     p = logits.softmax(1).gather(1, labels[:, None])[:, 0]
     torch.testing.assert_close(label_margin(logits, labels), (p / (1 - p)).log())
     logits.requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: label_margin(z, labels), logits)
+    assert torch.autograd.gradcheck(lambda z: label_margin(z, labels), logits, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(lambda z: label_margin(z, labels), logits)
     (expected,) = torch.autograd.grad(label_margin(logits, labels).sum(), logits)
     each = vmap(grad(lambda z, y: label_margin(z[None], y[None])[0]))(logits.detach(), labels)
     torch.testing.assert_close(each, expected)
+    by_label = vmap(lambda y: label_margin(logits[:1], y[None])[0])(torch.arange(classes))
+    torch.testing.assert_close(by_label, torch.cat([label_margin(logits[:1], y[None]) for y in torch.arange(classes)]))
 
 
 def test_a_label_that_is_certain_in_float32_keeps_its_digits():

@@ -101,9 +101,9 @@ def build(
         parameters: globs of the parameters to attribute through, "!glob" to leave out; ``["*"]`` for all. Default:
             those that training moved, see :func:`source_proj.trajectory.trained_parameters`; ``bank.parameter_choice``
             says which these are, and so does a line where some are left out.
-        sampled_fisher: draws of labels from the model's prediction per example, for the curvature of that name, each
-            one pass more and rows of half an int8 row's bytes. Default: 1 for :class:`CausalLM`, of which it predicts
-            retraining better; else 0.
+        sampled_fisher: draws of labels from the model's prediction per example, for the curvature of that name: each
+            takes a backward pass more, and half an int8 row's bytes. Default: 1 for :class:`CausalLM`, of which it
+            predicts retraining better; else 0.
         autocast: "bfloat16" or "float16" for the forward pass.
         gradients: "auto", "hooks" or "general"; see :func:`source_proj.gradients.gradient_engine`.
         shard_rows: rows a shard, a multiple of the batch size; default: as many as make 16 MiB, 4,096 at most.
