@@ -14,8 +14,8 @@ The command fails if the scores of a passage's tokens do not sum to the passage'
 passage's surroundings, often the same scene, do not rank above the rest.
 
 Expect words, not themes: the top stretch shares tokens or turns with the passage ("the Roman state, whose course" and
-"Whose house, whose bed", say), and is from anywhere. A stretch near the passage outranks another in 57 % of cases, where
-chance gives 50 %. By default all takes a minute and a half of one core.
+"Whose house, whose bed", say), and is from anywhere. A stretch near the passage outranks another in 57 % of cases,
+where chance gives 50 %. By default all takes a minute and a half of one core.
 """
 
 import argparse
