@@ -20,9 +20,9 @@ from source_proj.attribution.spectral import DenseHessian, Hessian, Spectrum, sh
 from source_proj.bank import Bank
 from source_proj.kernels.gram import mirrored, packed, unpacked, upper_panels
 
-_ROUNDING = 4e-7  # of Ĥ's norm: what its sums in single precision err by, and a few times more
-
 __all__ = ["Fit", "fitted_cross_moment", "fitted_hessian", "fitted_matrix", "fitted_spectrum"]
+
+_ROUNDING = 4e-7  # of Ĥ's norm: what its sums in single precision err by, and a few times more
 
 
 class Fit(NamedTuple):
