@@ -44,7 +44,8 @@ class Run(NamedTuple):
     Attributes:
         trajectory: as recorded.
         bank: of all stages.
-        plain: the same, told as a run of SGD, as the rivals have it; ``bank`` itself for SGD.
+        larger: the same with four times the sketch, by default in as many bytes; None where the model is no larger.
+        plain: as ``bank``, told as a run of SGD, as the rivals have it; ``bank`` itself for SGD.
         metric: the same in the metric of the preconditioner; None for SGD.
         first: of the first stage alone, queried at the end of that stage; the same as ``plain`` for one stage.
         carried: of the first stage alone, queried at the final weights: the later stages are ignored.
@@ -54,6 +55,7 @@ class Run(NamedTuple):
 
     trajectory: sp.Trajectory
     bank: sp.Bank
+    larger: sp.Bank | None
     plain: sp.Bank
     metric: sp.Bank | None
     first: sp.Bank
@@ -115,6 +117,10 @@ def _source(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
         _made(problem, "SOURCE, time of the retraining", "time_scale=0.5", whole, sp.Source, time_scale=0.5, **mean),
         _made(problem, "SOURCE, query at the end", "defaults but that", whole, sp.Source, query_gradient="final"),
     ]
+    larger = [run.larger for run in runs if run.larger]
+    if larger:
+        setting = f"k={larger[0].sketch.dim}, {larger[0].storage}"
+        found.append(_made(problem, "SOURCE, four times the sketch", setting, larger, sp.Source, **mean))
     if runs[0].metric is not None:  # trained with Adam
         ignored, inside = [run.plain for run in runs], [run.metric for run in runs if run.metric]
         found += [

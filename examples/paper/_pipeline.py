@@ -26,6 +26,7 @@ from source_proj.trajectory import Stage
 __all__ = ["banks", "ground_truth", "home", "retrainers", "run"]
 
 RUN_SEED = 10**8  # far from the seeds of retrainings
+_LARGER = 4  # times the dimension, which takes the same bytes in a quarter of the bits
 _LEVEL = 5e-4  # LDS by which two processors differ on the same retrainings
 
 
@@ -137,7 +138,8 @@ def _build(
         carried = build("carried", sp.Trajectory.from_stages([_ending_at(stage, trajectory)]), dim, only_first=True)
     averaged = build("averaged", trajectory.average_parameters(), dim)
     smaller = tuple(build("first", alone, k, only_first=True) for k in problem.sizes.smaller if k < min(dim, size))
-    return Run(trajectory, whole, plain, metric, first, carried, averaged, smaller)
+    larger = build("bank", trajectory, _LARGER * dim) if _LARGER * dim < size else None
+    return Run(trajectory, whole, larger, plain, metric, first, carried, averaged, smaller)
 
 
 def _altered(trajectory: sp.Trajectory, **changes: Any) -> sp.Trajectory:

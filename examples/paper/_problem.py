@@ -37,7 +37,7 @@ class Sizes:
         subsets: random subsets of the training set that are retrained, M.
         retrainings: models trained on each, R.
         runs: training runs that are attributed; the multiple-run column averages over them.
-        dim: sketch dimension k.
+        dim: sketch dimension k; the library's default, where the machine allows it.
         smaller: other dimensions that TRAK may choose from.
         sketches: sketch seeds for each run.
     """
@@ -45,7 +45,7 @@ class Sizes:
     subsets: int = 100
     retrainings: int = 3
     runs: int = 3
-    dim: int = 2048
+    dim: int = 4096
     smaller: tuple[int, ...] = (512,)
     sketches: int = 1
 

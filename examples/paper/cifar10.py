@@ -255,7 +255,7 @@ def problem(options: argparse.Namespace) -> Problem:
         },
         sizes=sized(
             options,
-            Sizes(100, 5, 5, 8192, (2048,)), Sizes(100, 2, 3, 2048, (512,)), Sizes(6, 2, 2, 128, (64,)),
+            Sizes(100, 5, 5, 8192, (2048,)), Sizes(100, 2, 3), Sizes(6, 2, 2, 128, (64,)),
         ),
         notes=(
             f"{n:,} training images and {n_queries} others as queries; {width} with group instead of batch "

@@ -52,7 +52,7 @@ def table_problem(
     run = StackedRun(
         mlp(inputs, 128, 128, 1), {"train": stage}, queries, absolute_error, optimizer=descent, loss=mse, group=50
     )
-    sizes = sized(options, Sizes(100, 20, 5, 4096), Sizes(100, 8, 3, 2048), Sizes(12, 2, 2, 256, (128,)))
+    sizes = sized(options, Sizes(100, 20, 5), Sizes(100, 8, 3), Sizes(12, 2, 2, 256, (128,)))
     return Problem(
         name=name,
         title=title,

@@ -24,7 +24,7 @@ def problem(options: argparse.Namespace, small: bool = False) -> Problem:
         options,
         Sizes(100, 6, 5, 16384, (4096, 1024)),
         # Four banks: two runs with two sketch seeds each are what the other published numbers of this task have.
-        Sizes(100, 2, 3, 2048) if small else Sizes(100, 6, 2, 4096, (512,), sketches=2),
+        Sizes(100, 2, 3) if small else Sizes(100, 6, 2, sketches=2),
         Sizes(12, 2, 2, 256, (128,)),
     )
     return image_problem(

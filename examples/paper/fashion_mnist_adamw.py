@@ -22,7 +22,7 @@ def problem(options: argparse.Namespace) -> Problem:
     """Make the task."""
     train_set, queries = draw(options, "fashion_mnist", *sized(options, (60000, 500), (6000, 200), (600, 40)))
     stage = StageSetting(train_set, epochs=sized(options, 20, 20, 4), batch=64, lr=1e-3, checkpoints=6)
-    sizes = sized(options, Sizes(100, 6, 5, 16384, (4096,)), Sizes(100, 3, 2, 2048), Sizes(12, 2, 2, 256, (128,)))
+    sizes = sized(options, Sizes(100, 6, 5, 16384, (4096,)), Sizes(100, 3, 2), Sizes(12, 2, 2, 256, (128,)))
     return image_problem(
         "fashion_mnist_adamw", "Fashion-MNIST, AdamW", "fashion_mnist", {"train": stage}, queries, widths=(256, 128),
         optimizer=ADAMW, sizes=sizes, notes=("Trained with AdamW; the paper has SGD here.",), cheap=False,

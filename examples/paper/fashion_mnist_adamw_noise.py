@@ -17,7 +17,7 @@ def problem(options: argparse.Namespace) -> Problem:
     clean, queries = draw(options, "fashion_mnist", *sized(options, (60000, 500), (6000, 200), (600, 40)))
     train_set, noisy = replace_labels(clean, 0.3)
     stage = StageSetting(train_set, epochs=3, batch=64, lr=1e-3, checkpoints=3)
-    sizes = sized(options, Sizes(100, 6, 5, 16384, (4096,)), Sizes(100, 3, 2, 2048), Sizes(12, 2, 2, 256, (128,)))
+    sizes = sized(options, Sizes(100, 6, 5, 16384, (4096,)), Sizes(100, 3, 2), Sizes(12, 2, 2, 256, (128,)))
     notes = ("30 % of the training labels are wrong; three epochs of AdamW, not converged; the paper has SGD here.",)
     return image_problem(
         "fashion_mnist_adamw_noise", "Fashion-MNIST-N, AdamW", "fashion_mnist", {"train": stage}, queries,

@@ -16,7 +16,7 @@ def problem(options: argparse.Namespace) -> Problem:
     clean, queries = draw(options, "fashion_mnist", *sized(options, (60000, 500), (6000, 200), (600, 40)))
     train_set, noisy = replace_labels(clean, 0.3)
     stage = StageSetting(train_set, epochs=3, batch=64, lr=0.03, checkpoints=3)
-    sizes = sized(options, Sizes(100, 6, 5, 16384, (4096,)), Sizes(100, 4, 3, 2048), Sizes(12, 2, 2, 256, (128,)))
+    sizes = sized(options, Sizes(100, 6, 5, 16384, (4096,)), Sizes(100, 4, 3), Sizes(12, 2, 2, 256, (128,)))
     return image_problem(
         "fashion_mnist_noise", "Fashion-MNIST-N", "fashion_mnist", {"train": stage}, queries, widths=(256, 128),
         sizes=sizes, noisy=noisy, notes=("30 % of the training labels are wrong; three epochs, not converged",),

@@ -109,7 +109,7 @@ def problem(options: argparse.Namespace) -> Problem:
         name="pacs", title="PACS", task=sp.Classification(), make_model=make, train_sets=data, queries=queries,
         record=trained.record, retrain=trained.retrain, predict=trained.predict, group=1,
         settings={"task": "pacs", "side": SIDE, **trained.settings()},
-        sizes=sized(options, Sizes(100, 5, 5, 8192), Sizes(100, 2, 3, 2048), Sizes(4, 2, 2, 64, (32,))),
+        sizes=sized(options, Sizes(100, 5, 5, 8192), Sizes(100, 2, 3), Sizes(4, 2, 2, 64, (32,))),
         notes=(
             f"{n:,} photographs, paintings and cartoons (attributed), then {n_sketches:,} sketches, all of {SIDE} "
             "pixels a side; a ResNet of three stages from scratch, where the paper has a larger one.",

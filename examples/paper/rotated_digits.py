@@ -44,7 +44,7 @@ def problem(options: argparse.Namespace) -> Problem:
         name="rotated_digits", title="Rotated digits", task=sp.Classification(), make_model=run.make_model,
         train_sets=sets, queries=queries, record=run.record, retrain=run.retrain, predict=run.predict, group=100,
         settings={"task": "rotated_digits", **run.settings()},
-        sizes=sized(options, Sizes(100, 8, 5, 4096), Sizes(100, 8, 3, 2048), Sizes(12, 2, 2, 256, (128,))),
+        sizes=sized(options, Sizes(100, 8, 5), Sizes(100, 8, 3), Sizes(12, 2, 2, 256, (128,))),
         notes=("900 upright digits (attributed), then 300 others rotated by 30 degrees",), panel="image", show=show,
         kronecker=True, extra={"accuracy": run.accuracy, "record_more": run.record_more, "workers": 2},
     )  # fmt: skip

@@ -31,7 +31,7 @@ def problem(options: argparse.Namespace) -> Problem:
         "upright": StageSetting(first, epochs=sized(options, 15, 15, 4), batch=64, lr=0.03, checkpoints=4),
         "rotated": StageSetting(second, epochs=sized(options, 10, 10, 3), batch=64, lr=0.01, checkpoints=4),
     }
-    sizes = sized(options, Sizes(100, 6, 5, 16384, (4096,)), Sizes(100, 4, 3, 4096), Sizes(12, 2, 2, 256, (128,)))
+    sizes = sized(options, Sizes(100, 6, 5, 16384, (4096,)), Sizes(100, 4, 3), Sizes(12, 2, 2, 256, (128,)))
     notes = (f"{n_upright:,} upright digits (attributed), then {n_rotated:,} others rotated by 45 degrees",)
     return image_problem(
         "rotated_mnist",

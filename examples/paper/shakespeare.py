@@ -45,7 +45,7 @@ def problem(options: argparse.Namespace) -> Problem:
         name="shakespeare", title="Shakespeare, by characters", task=task, make_model=make_model,
         train_sets={"train": train}, queries=queries, record=training.record, retrain=training.retrain, group=4,
         settings={"task": "shakespeare", "n": n, "queries": n_queries, "recipe": asdict(recipe), **model},
-        sizes=sized(options, Sizes(), Sizes(100, 1, 2, 2048), Sizes(4, 2, 2, 64, (32,))),
+        sizes=sized(options, Sizes(), Sizes(100, 1, 2), Sizes(4, 2, 2, 64, (32,))),
         notes=(f"{n:,} stretches of {tokens} characters of the first nine tenths; queries are of the last.",),
         layer="head", peers=True, cheap=False, panel="text", show=show,
         extra={"workers": 2, "accuracy": training.perplexity},

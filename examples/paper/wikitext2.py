@@ -145,7 +145,7 @@ def problem(options: argparse.Namespace) -> Problem:
         name="wikitext2", title="WikiText-2", task=task, make_model=make_model, train_sets={"train": train},
         queries=queries, record=training.record, retrain=training.retrain, group=4,
         settings={"task": "wikitext2", "n": n, "queries": n_queries, "recipe": asdict(recipe), **model},
-        sizes=sized(options, Sizes(), Sizes(100, 2, 3, 2048), Sizes(4, 2, 2, 64, (32,))),
+        sizes=sized(options, Sizes(), Sizes(100, 2, 3), Sizes(4, 2, 2, 64, (32,))),
         notes=(
             f"{len(train)} stretches of {tokens} words of the validation split; the training split is not used.",
             f"Words beyond the {len(numbers)} most frequent are <unk>. The paper fine-tunes GPT-2; this decoder of "

@@ -126,14 +126,35 @@ from source_proj.bank.codecs import Codec, find_codec
 from source_proj.sketch import Sketch
 from source_proj.trajectory import RunRecord
 
-__all__ = ["FORMAT", "VERSION", "Settings", "canonical", "sha256"]
+__all__ = ["FORMAT", "VERSION", "Settings", "canonical", "sha256", "storage_of"]
 
 FORMAT = "source-proj bank"
 VERSION = 3
 
 _OF_SAMPLED = {"int8": "int4"}
+_WIDEST = {"int8": 4096, "int4": 8192}  # numbers a row in 4,096 bytes
 
 _LISTED = 5
+
+
+def storage_of(storage: str | None, sketch: Mapping[str, Any]) -> str:
+    """The name of a codec, by default the one of most bits that keeps a row in 4,096 bytes, or int2.
+
+    In as many bytes, more numbers of fewer bits predict retraining better (examples/paper/LABORATORY.md, study l): a row
+    of k <= 4,096 is int8, up to 8,192 it is int4, and beyond int2. Rows that are not projected are int8.
+
+    Args:
+        storage: a codec's name, or None for the default.
+        sketch: ``Sketch.spec()``.
+
+    Example:
+        >>> [storage_of(None, Sketch(dim).spec()) for dim in (4096, 8192, 16384)]
+        ['int8', 'int4', 'int2']
+    """
+    if storage is not None:
+        return storage
+    exact = sketch["kind"] == "identity"
+    return next((name for name, most in _WIDEST.items() if exact or sketch["dim"] <= most), "int2")
 
 
 @dataclass(frozen=True)

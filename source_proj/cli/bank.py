@@ -165,9 +165,13 @@ def build(
         str | None, typer.Option(help="native or torch; default: the fastest present.", rich_help_panel=SKETCH)
     ] = None,
     storage: Annotated[
-        str,
-        typer.Option(help="How rows are stored: int8, int4, int2, int1, float16 or float32.", rich_help_panel=SKETCH),
-    ] = "int8",
+        str | None,
+        typer.Option(
+            show_default="int8, int4 above 4096 numbers, int2 above 8192",
+            rich_help_panel=SKETCH,
+            help="How rows are stored: int8, int4, int2, int1, float16 or float32.",
+        ),
+    ] = None,
     batch_size: BatchSize = 64,
     parameters: Annotated[
         list[str] | None,

@@ -128,7 +128,7 @@ def plan(
     sketch: Sketch = Sketch(),  # noqa: B008 (frozen)
     batch_size: int = 64,
     device: torch.device | str | None = None,
-    storage: str = "int8",
+    storage: str | None = None,
     workers: int = 1,
     disk: int | None = None,
     shard_rows: int | None = None,
@@ -144,7 +144,7 @@ def plan(
         sketch: the projection.
         batch_size: examples a batch; a DataLoader brings its own.
         device: where the model runs.
-        storage: how rows are stored.
+        storage: how rows are stored; default: by k.
         workers: processes that will share the work.
         disk: bytes that the bank may take, for the suggested size of the sketch.
         shard_rows: rows a shard.
@@ -203,7 +203,7 @@ def plan(
         fit_peak=fit_peak(segments, sketch.dim, height),
         search_peak=search_peak(segments, sketch.dim, height, settings.codec),
         dim=_suggested_dim(settings, specs, disk),
-        storage=storage,
+        storage=settings.storage,
         checkpoints=min(_CHECKPOINTS, max(counted)),
         shard_rows=_suggested_rows(specs, counted, workers),
     )

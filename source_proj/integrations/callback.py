@@ -97,7 +97,7 @@ class RecorderCallback:
         self,
         path: str | Path | None = None,
         *,
-        storage: str = "int8",
+        storage: str | None = None,
         ids: Sequence[Any] | None = None,
         autocast: str | None = None,
         preconditioner: PreconditionerMode = "scalar",

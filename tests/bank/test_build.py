@@ -320,6 +320,14 @@ def test_sampled_rows_are_stored_as_the_format_says(run, tmp_path, storage):
     assert shard.nbytes == len(shard) * codec.row_bytes(expected.shape[1])
 
 
+@pytest.mark.parametrize(("dim", "storage"), [(4096, "int8"), (4097, "int4"), (8193, "int2")])
+def test_larger_sketches_have_fewer_bits_a_number(run, tmp_path, dim, storage):
+    bank = run.build(tmp_path / "bank", sketch=Sketch(dim, seed=5))
+    assert bank.storage == storage
+    assert_same(bank.path, run.build(tmp_path / "named", sketch=Sketch(dim, seed=5), storage=storage).path)
+    assert rows(bank, 0).shape == (90, dim)
+
+
 def test_without_sampled_rows_there_are_none_to_read(built):
     with pytest.raises(ValueError, match="sampled_fisher=1"):
         built.stages[0].iter_rows(0, "sampled_fisher")

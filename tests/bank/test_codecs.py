@@ -14,8 +14,10 @@ from hypothesis.extra import numpy as hnp
 from source_proj._errors import GradientError
 from source_proj.bank.codecs import Codec, EncodedRows, codec_names, find_codec
 from source_proj.bank.codecs.lloyd_max import LloydMax
+from source_proj.bank.format import storage_of
 from source_proj.bank.layout import ArraySpec
 from source_proj.kernels.scoring import Strongest
+from source_proj.sketch import Sketch
 
 CODECS = [find_codec(name) for name in codec_names()]
 ROWS = hnp.arrays(
@@ -215,3 +217,16 @@ def test_names_are_listed_by_bytes_and_others_refused():
     for name in ("int3", "float64", None, ["int8"], ""):
         with pytest.raises(ValueError, match="storage must be one of int1, int2, int4, int8, float16, float32, got"):
             find_codec(name)
+
+
+@given(st.integers(1, 1 << 15), st.sampled_from(["tensor", "sparse", "rademacher", "kronecker"]))
+def test_by_default_rows_have_the_most_bits_that_fit_into_4096_bytes(k, kind):
+    """Of int8, int4 and int2; two bits where none does."""
+    chosen, room = find_codec(storage_of(None, Sketch(k, kind).spec())), 4096
+    fitting = [codec for codec in map(find_codec, ("int8", "int4", "int2")) if codec.row_bytes(k) <= room]
+    assert chosen is (fitting[0] if fitting else find_codec("int2"))
+
+
+def test_rows_without_a_projection_are_int8_by_default_and_a_name_is_taken_as_it_is():
+    assert storage_of(None, Sketch(1 << 20, "identity").spec()) == "int8"
+    assert [storage_of(name, Sketch(1 << 14).spec()) for name in codec_names()] == list(codec_names())

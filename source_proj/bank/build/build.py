@@ -27,7 +27,7 @@ from source_proj.bank.build.fill import Work, checked_shard, fill
 from source_proj.bank.build.normalizer import with_normalizer
 from source_proj.bank.build.shares import fill_by, require_whole
 from source_proj.bank.examples import Examples
-from source_proj.bank.format import Settings
+from source_proj.bank.format import Settings, storage_of
 from source_proj.bank.layout import PartSpec, default_shard_rows
 from source_proj.bank.read.part import Part
 from source_proj.bank.store import Store, open_store
@@ -54,7 +54,7 @@ def build(
     sketch: Sketch = Sketch(),  # noqa: B008 (frozen)
     batch_size: int = 64,
     device: torch.device | str | None = None,
-    storage: str = "int8",
+    storage: str | None = None,
     shard: tuple[int, int] | None = None,
     takeover: float | None = None,
     resume: bool = True,
@@ -90,8 +90,9 @@ def build(
         sketch: the projection of the gradients.
         batch_size: examples a batch; a DataLoader brings its own.
         device: where the model runs; default: where it is.
-        storage: "int8", "int4", "int2", "int1" (one scale a row), "float16" or "float32". "int1" errs less
-            than the sketch does only where k is at most a quarter of the examples.
+        storage: "int8", "int4", "int2", "int1" (one scale a row), "float16" or "float32". Default: what keeps a
+            row in 4,096 bytes, int8 for k <= 4,096, int4 up to 8,192, int2 beyond; int8 where nothing is projected.
+            "int1" errs less than the sketch does only where k is at most a quarter of the examples.
         shard: (i, n) to do the i-th of n workers' share, counted from 0.
         takeover: seconds without progress of another worker after which its shards are taken over; more than a batch
             takes, and the loading of a checkpoint. None: other workers' shards are left alone.
@@ -161,7 +162,7 @@ def build(
             parameters=space.spec(),
             task=task.spec(),
             trajectory=resolved.record,
-            storage=storage,
+            storage=storage_of(storage, sketch.spec()),
             sampled_fisher=sampled_fisher,
             second_derivative=second_derivative,
             fisher_weight=fisher_weight,

@@ -216,7 +216,7 @@ class Recorder(RunRecorder):
         self,
         path: str | Path | None = None,
         *,
-        storage: str = "int8",
+        storage: str | None = None,
         ids: Sequence[Any] | None = None,
         autocast: str | None = None,
         **options: Unpack[ReadOptions],
@@ -225,8 +225,7 @@ class Recorder(RunRecorder):
 
         Args:
             path: the bank's folder; default: "bank" in this run's directory.
-            storage: "int8", "int4", "int2", "int1" (one scale a row), "float16" or "float32". "int1" errs less
-                than the sketch does only where k is at most a quarter of the examples.
+            storage: how rows are stored, by the name of a codec; default: by k, see :func:`source_proj.build`.
             ids: ids of the examples, in order of their places; default: the places themselves.
             autocast: "bfloat16" or "float16" for the forward passes of queries.
             **options: ``preconditioner`` ("scalar" or "none"), ``loss_reduction``, ``batch_size``, ``accumulation``, as

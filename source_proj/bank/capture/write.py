@@ -17,7 +17,7 @@ from source_proj.bank.bank import Bank
 from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
 from source_proj.bank.build.data import checked_ids
 from source_proj.bank.capture.capture import Capture
-from source_proj.bank.format import Settings
+from source_proj.bank.format import Settings, storage_of
 from source_proj.bank.layout import PartSpec, default_shard_rows
 from source_proj.bank.read.part import Part
 from source_proj.bank.store import open_store
@@ -37,7 +37,7 @@ def write_captured(
     *,
     examples: int | None = None,
     ids: Sequence[Any] | None = None,
-    storage: str = "int8",
+    storage: str | None = None,
     autocast: str | None = None,
 ) -> Bank:
     """Write what was captured of a stage as a finalized bank; a killed call goes on when it is repeated.
@@ -50,7 +50,7 @@ def write_captured(
         path: the bank's folder, or the URL of one in an object store.
         examples: number of training examples; default: as many as there were indices.
         ids: their ids in order; default: 0, 1, …
-        storage: the codec of the rows.
+        storage: the codec of the rows; default: by k, see :func:`source_proj.bank.format.storage_of`.
         autocast: "bfloat16" or "float16" for the forward passes of queries.
 
     Raises:
@@ -77,7 +77,7 @@ def write_captured(
         parameters=identity["parameters"],
         task=identity["task"],
         trajectory=RunRecord((record.captured(hashes),), resolved.metrics),
-        storage=storage,
+        storage=storage_of(storage, identity["sketch"]),
         sampled_fisher=0,
         second_derivative=False,
         fisher_weight=False,
