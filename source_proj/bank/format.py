@@ -140,8 +140,8 @@ _LISTED = 5
 def storage_of(storage: str | None, sketch: Mapping[str, Any]) -> str:
     """The name of a codec, by default the one of most bits that keeps a row in 4,096 bytes, or int2.
 
-    In as many bytes, more numbers of fewer bits predict retraining better (examples/paper/LABORATORY.md, study l): a row
-    of k <= 4,096 is int8, up to 8,192 it is int4, and beyond int2. Rows that are not projected are int8.
+    In as many bytes, more numbers of fewer bits predict retraining better (examples/paper/LABORATORY.md, study l): a
+    row of k <= 4,096 is int8, up to 8,192 it is int4, and beyond int2. Rows that are not projected are int8.
 
     Args:
         storage: a codec's name, or None for the default.
