@@ -1,7 +1,8 @@
-"""Hessians and moments of a bank, kept in it: at most two halves of k x k arrays for each segment, or n x k for n < k.
+"""Hessians and moments of a bank, kept in it: at most two halves of k x k arrays for each segment.
 
 Of a small k the eigendecomposition is kept. Of a large one, Ĥ in float32 and the Cholesky factor that queries need, of
-either the half that says all; Ĥ itself is read again only for another factor.
+either the half that says all; Ĥ itself is read again only for another factor. Where there are fewer rows than columns,
+a factor of their Gram matrix alone is kept, and the rows are read again.
 """
 
 import warnings
@@ -15,7 +16,16 @@ from torch import Tensor
 
 from source_proj._io.executors import Executor
 from source_proj.attribution.curvature import Factors, check_curvature, count_factors
-from source_proj.attribution.moments import cross_moment, decomposed, mean_panels, spectrum, takes_spectrum
+from source_proj.attribution.gram_hessian import GramHessian, gram_matrix
+from source_proj.attribution.moments import (
+    cross_moment,
+    decomposed,
+    factor_rows,
+    mean_panels,
+    spectrum,
+    takes_gram,
+    takes_spectrum,
+)
 from source_proj.attribution.spectral import DenseHessian, Hessian, Spectrum, shifted_factor
 from source_proj.bank import Bank
 from source_proj.kernels.gram import mirrored, packed, unpacked, upper_panels
@@ -75,26 +85,20 @@ def fitted_hessian(fit: Fit) -> Hessian:
     """
     stage, dim = fit.bank.stages[fit.stage], fit.bank.sketch.dim
     check_curvature(stage, fit.curvature)
-    if takes_spectrum(dim, count_factors(stage, fit.checkpoints, fit.curvature)):
+    if takes_spectrum(dim):
         return fitted_spectrum(fit)
+    if not stage.captured and takes_gram(dim, count_factors(stage, fit.checkpoints, fit.curvature)):
+        return _gram_hessian(fit)
 
     @once
     def hessian() -> Tensor:
         return fitted_matrix(fit)
 
     def sizes() -> dict[str, Tensor]:
-        trace = hessian().diagonal().sum(dtype=torch.float64)
-        return {"sizes": torch.stack([trace, torch.linalg.matrix_norm(hessian()).double()])}
+        return _sizes(hessian())
 
     def factor(shift: float, dtype: torch.dtype) -> Tensor:
-        if shift < (resolved := _ROUNDING * norm):
-            warnings.warn(
-                f"a damping, or an inverse of time, of {shift:.2g} is less than the sums of Ĥ resolve, about "
-                f"{resolved:.2g}: in directions of small eigenvalues scores are rounding. Give damping={resolved:.1g} "
-                "or more",
-                UserWarning,
-                stacklevel=2,
-            )
+        _warn_if_lost(shift, norm)
 
         def compute() -> dict[str, Tensor]:
             lower = shifted_factor(hessian(), shift, dtype)
@@ -102,14 +106,64 @@ def fitted_hessian(fit: Fit) -> Hessian:
                 hessian.cache_clear()
             return {"upper": packed(upper_panels(lower.mT))}
 
-        values = fit.get("factor", compute, shift=shift, dtype=str(dtype))["upper"]
-        upper = values.new_zeros(dim, dim)
-        for into, panel in zip(upper_panels(upper), unpacked(values, dim), strict=True):
-            into.copy_(panel)
-        return upper.mT
+        return _lower(fit.get("factor", compute, shift=shift, dtype=str(dtype))["upper"], dim)
 
     trace, norm = fit.get("sizes", sizes)["sizes"].tolist()
     return DenseHessian(dim, trace, norm, once(factor), lambda: fitted_spectrum(fit))
+
+
+def _gram_hessian(fit: Fit) -> GramHessian:
+    """Ĥ by the Gram matrix of its factors, which is made again for every Cholesky factor that is not kept."""
+    stage, dim = fit.bank.stages[fit.stage], fit.bank.sketch.dim
+    count = count_factors(stage, fit.checkpoints, fit.curvature)
+
+    @once
+    def rows() -> Tensor:
+        return factor_rows(stage, fit.checkpoints, fit.curvature, device=fit.place)
+
+    @once
+    def gram() -> Tensor:
+        return gram_matrix(rows())
+
+    def factor(shift: float) -> Tensor:
+        _warn_if_lost(shift, norm)
+
+        def compute() -> dict[str, Tensor]:
+            lower = shifted_factor(gram(), shift, torch.float64)
+            if fit.cache:
+                gram.cache_clear()
+            return {"upper": packed(upper_panels(lower.mT))}
+
+        return _lower(fit.get("gram_factor", compute, shift=shift)["upper"], count)
+
+    trace, norm = fit.get("gram_sizes", lambda: _sizes(gram()))["sizes"].tolist()
+    return GramHessian(dim, trace, norm, rows, once(factor), lambda: fitted_spectrum(fit))
+
+
+def _sizes(matrix: Tensor) -> dict[str, Tensor]:
+    """Trace and Frobenius norm, which Ĥ and its Gram matrix share."""
+    trace = matrix.diagonal().sum(dtype=torch.float64)
+    return {"sizes": torch.stack([trace, torch.linalg.matrix_norm(matrix).double()])}
+
+
+def _lower(packed_upper: Tensor, dim: int) -> Tensor:
+    """The triangle ``(dim, dim)`` whose transpose was packed."""
+    upper = packed_upper.new_zeros(dim, dim)
+    for into, panel in zip(upper_panels(upper), unpacked(packed_upper, dim), strict=True):
+        into.copy_(panel)
+    return upper.mT
+
+
+def _warn_if_lost(shift: float, norm: float) -> None:
+    """Say so where a shift is less than what single-precision sums of a matrix of this norm err by."""
+    if shift < (resolved := _ROUNDING * norm):
+        warnings.warn(
+            f"a damping, or an inverse of time, of {shift:.2g} is less than the sums of Ĥ resolve, about "
+            f"{resolved:.2g}: in directions of small eigenvalues scores are rounding. Give damping={resolved:.1g} "
+            "or more",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def fitted_spectrum(fit: Fit) -> Spectrum:
@@ -118,7 +172,7 @@ def fitted_spectrum(fit: Fit) -> Spectrum:
     count = count_factors(stage, fit.checkpoints, fit.curvature)
 
     def compute() -> dict[str, Tensor]:
-        if takes_spectrum(dim, count):
+        if takes_spectrum(dim) or takes_gram(dim, count):
             made = spectrum(stage, fit.checkpoints, dim, fit.curvature, device=fit.place, executor=fit.executor)
         else:  # of the Ĥ that other functions may have asked for
             made = decomposed(fitted_matrix(fit))

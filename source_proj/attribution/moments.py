@@ -20,29 +20,41 @@ from source_proj.attribution.curvature import (
     iter_factors,
     iter_stored_factors,
 )
+from source_proj.attribution.gram_hessian import gram_spectrum
 from source_proj.attribution.shards import ShardGroup, map_shards, shard_groups
 from source_proj.attribution.spectral import Spectrum
 from source_proj.bank import StageBank
 from source_proj.kernels.gram import gram_panels, mirrored, upper_panels
 
-__all__ = ["add_up", "cross_moment", "decomposed", "mean_hessian", "mean_panels", "spectrum", "takes_spectrum"]
+__all__ = [
+    "add_up",
+    "cross_moment",
+    "decomposed",
+    "factor_rows",
+    "mean_hessian",
+    "mean_panels",
+    "spectrum",
+    "takes_gram",
+    "takes_spectrum",
+]
 
 Route = Literal["auto", "primal", "dual"]
 
 _SMALL = 1024  # up to this k an eigendecomposition takes a fraction of a second
 
 
-def takes_spectrum(dim: int, count: int) -> bool:
-    """Whether Ĥ's eigenvectors are computed at once: for a small k, and for factors much fewer than k."""
-    return dim <= _SMALL or _takes_dual(dim, count)
+def takes_spectrum(dim: int) -> bool:
+    """Whether Ĥ's eigenvectors are computed at once."""
+    return dim <= _SMALL
 
 
-def _takes_dual(dim: int, count: int) -> bool:
-    """Whether the Gram matrix of the factors ``(n, n)`` is decomposed instead of Ĥ.
+def takes_gram(dim: int, count: int) -> bool:
+    """Whether the Gram matrix of the factors ``(n, n)`` stands in for Ĥ.
 
-    That is 2 k n² + 25 n³ operations; beside it, k² n + k³/3 are what a Cholesky factor takes.
+    That is 2 k n² + n³/3 operations for a Cholesky factor instead of k² n + k³/3, and for each query 4 k n + 2 n²
+    instead of 2 k². Rows captured in training have no factors.
     """
-    return count < dim if dim <= _SMALL else 4 * count <= dim
+    return 4 * count <= 3 * dim
 
 
 def mean_hessian(
@@ -193,17 +205,20 @@ def spectrum(
     """
     dual = route == "dual"
     if route == "auto":
-        dual = not stage.captured and _takes_dual(dim, count_factors(stage, checkpoints, curvature))
+        count = count_factors(stage, checkpoints, curvature)
+        dual = not stage.captured and (count < dim if takes_spectrum(dim) else takes_gram(dim, count))
     if not dual:
         return decomposed(mean_hessian(stage, checkpoints, dim, curvature, device=device, executor=executor))
+    return gram_spectrum(factor_rows(stage, checkpoints, curvature, device=device).double())
+
+
+def factor_rows(
+    stage: StageBank, checkpoints: Sequence[int], curvature: Factors, *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The rows A ``(n, k)`` float32 of which Ĥ is AᵀA: all factors, over the root of their number."""
     (shards,) = shard_groups(stage, checkpoints, 1)
-    rows = torch.cat(list(iter_factors(stage, shards, curvature, device))).double()  # (n, k)
-    count = len(rows)
-    values, vectors = torch.linalg.eigh(rows @ rows.T / count)
-    # Eigenvalues at rounding level belong to the null space; dividing by their roots would blow up noise.
-    kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
-    values, vectors = values[kept], vectors[:, kept]
-    return Spectrum(values, rows.T @ (vectors / (values * count).sqrt()))
+    rows = torch.cat(list(iter_factors(stage, shards, curvature, device)))
+    return rows.div_(max(1, len(rows)) ** 0.5)
 
 
 def decomposed(hessian: Tensor) -> Spectrum:

@@ -1,7 +1,7 @@
 """Functions of a Hessian: what a segment adds, forgets and carries into another metric.
 
 Every verb needs f(Ĥ) on a few rows only, so that Ĥ's k eigenvectors are seldom worth their price (some 25 k³
-operations). Two ways to the same numbers:
+operations). Ways to the same numbers, of which `gram_hessian` has a third, for few rows:
 
 * :class:`Spectrum`: eigenvalues and eigenvectors in float64, for a small k, few rows, or an f that has a jump.
 * :class:`DenseHessian`: one Cholesky factor (k³/3 operations) of Ĥ + μ. With T = μ (Ĥ + μ)⁻¹, whose eigenvalues
@@ -23,8 +23,10 @@ from numpy.polynomial import chebyshev
 from torch import Tensor
 
 __all__ = [
+    "ROWS_AT_ONCE",
     "DenseHessian",
     "Hessian",
+    "Series",
     "SpectralFunction",
     "Spectrum",
     "cross_operator",
@@ -33,12 +35,15 @@ __all__ = [
     "response",
     "ridge_inverse",
     "shifted_factor",
+    "shortest_series",
 ]
+
+ROWS_AT_ONCE = 4096
+"""Rows that are solved for at once."""
 
 _TOLERANCE = 1e-6  # of max g: what a polynomial may err by, of the order of a float32 solution's rounding
 _DEGREES = range(33)
 _SINGLE_CONDITION = 1e4  # of Ĥ + μ, up to which a factor in float32 is exact enough
-_CHUNK = 4096  # rows that are solved for at once
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,9 @@ class Hessian(Protocol):
 
     def apply(self, function: SpectralFunction) -> Tensor:
         """Return the matrix f(Ĥ), ``(k, k)``: for more than k rows the cheaper way."""
+
+    def effective_dimension(self, ridge: float) -> float:
+        """Tr Ĥ(Ĥ + λ)⁻¹, for λ > 0."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,10 @@ class Spectrum:
         rest = function(self.values.new_zeros(1))
         return rest * rows + (inside * (function(self.values) - rest)) @ self.vectors.T
 
+    def effective_dimension(self, ridge: float) -> float:
+        """Tr Ĥ(Ĥ + λ)⁻¹, for λ > 0."""
+        return float((self.values / (self.values + ridge)).sum())
+
 
 @dataclass(frozen=True)
 class DenseHessian:
@@ -153,12 +165,18 @@ class DenseHessian:
             factor = self.factor(series.shift, torch.float32 if condition <= _SINGLE_CONDITION else torch.float64)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the shift is lost in the rounding of Ĥ's own sums
             return self.spectrum().multiply(rows, function)
-        moved = [series.apply(factor, chunk.to(factor)) for chunk in rows.split(_CHUNK) if len(chunk)]
+        moved = [series.apply(factor, chunk.to(factor)) for chunk in rows.split(ROWS_AT_ONCE) if len(chunk)]
         return torch.cat(moved) if moved else rows.to(factor)
 
     def apply(self, function: SpectralFunction) -> Tensor:
         """Return the matrix f(Ĥ), ``(k, k)``."""
         return self.multiply(torch.eye(self.dim), function)
+
+    def effective_dimension(self, ridge: float) -> float:
+        """Tr Ĥ(Ĥ + λ)⁻¹, for λ > 0."""
+        lower = self.factor(ridge, torch.float32)
+        inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+        return max(0.0, self.dim - ridge * float(inverse.square().sum(dtype=torch.float64)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +206,15 @@ class Series:
         slope, offset = self._map
         errors = np.abs(chebyshev.chebval(slope * grid + offset, self.coefficients) - wanted)
         return float(errors.max() / max(np.abs(wanted).max(), np.finfo(np.float64).tiny))
+
+    def at_zero(self) -> "tuple[float, Series]":
+        """f(0), and the series of (f(σ) - f(0))/σ, which is -t q(t)/μ with q(t) = (t g(t) - g(1))/(t - 1)."""
+        slope, offset = self._map
+        whole = chebyshev.chebmul(self.coefficients, [-offset / slope, 1 / slope])  # t g(t), of a·t + b
+        value = float(chebyshev.chebval(1.0, whole))
+        whole[0] -= value
+        quotient = slope * chebyshev.chebdiv(whole, [-1.0, 1.0])[0]
+        return value, Series(self.shift, self.lowest, -quotient / self.shift)
 
     def apply(self, factor: Tensor, rows: Tensor) -> Tensor:
         """``rows @ f(Ĥ)`` by Clenshaw's recurrence, one solution with the factor of Ĥ + μ a degree."""
@@ -296,10 +323,4 @@ def ridge_inverse(ridge: float, dim: int) -> SpectralFunction:
 def effective_dimension(hessian: Hessian, ridge: float) -> float:
     """Tr Ĥ(Ĥ + λ)⁻¹, how many directions the rows tell from noise; the rank where λ is 0."""
     ridge = max(ridge, hessian.trace / hessian.dim * torch.finfo(torch.float32).eps)
-    if isinstance(hessian, Spectrum):
-        return float((hessian.values / (hessian.values + ridge)).sum())
-    if isinstance(hessian, DenseHessian) and ridge > 0:
-        lower = hessian.factor(ridge, torch.float32)
-        inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
-        return max(0.0, hessian.dim - ridge * float(inverse.square().sum(dtype=torch.float64)))
-    return 0.0
+    return hessian.effective_dimension(ridge) if ridge > 0 else 0.0

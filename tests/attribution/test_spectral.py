@@ -1,5 +1,8 @@
 """Functions of a Hessian by a Cholesky factor against dense float64 ones, and moments against plain sums."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -10,12 +13,14 @@ from test_curvature import FakeStage
 import source_proj as sp
 from source_proj.attribution import moments
 from source_proj.attribution.fits import Fit, fitted_hessian
+from source_proj.attribution.gram_hessian import GramHessian, gram_hessian
 from source_proj.attribution.moments import mean_hessian
 from source_proj.attribution.spectral import (
     DenseHessian,
     Spectrum,
     cross_operator,
     decay_operator,
+    effective_dimension,
     response,
     ridge_inverse,
     shortest_series,
@@ -78,6 +83,44 @@ def test_a_factor_gives_the_functions_of_the_dense_matrix(kind, seed, slope, sca
     largest = float(FUNCTIONS[kind](time, decay, damping)(torch.zeros(1, dtype=torch.float64)))
     assume(largest > torch.finfo(torch.float32).tiny)  # below, float32 has fewer digits
     assert float((found - expected).norm()) <= 2e-5 * largest * float(rows.norm())
+
+
+@settings(max_examples=40)
+@given(
+    kind=st.sampled_from([*sorted(FUNCTIONS), "cross"]),
+    seed=st.integers(0, 2**16),
+    n=st.integers(1, DIM - 1),
+    slope=st.floats(0, 3),
+    scale=st.floats(1e-3, 1e3),
+    reach=st.floats(1e-3, 1e3),
+    decay=st.floats(0, 0.1),
+)
+def test_the_gram_matrix_of_few_rows_gives_the_functions_of_the_dense_one(kind, seed, n, slope, scale, reach, decay):
+    """For any rows fewer than columns, of eigenvalues over many magnitudes; relative to what f is at most."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(DIM, n, dtype=torch.float64, generator=generator)).Q
+    values = scale * torch.arange(1, n + 1, dtype=torch.float64) ** -slope
+    factors = ((left * values.sqrt()) @ right.T).float()
+    dense_one = factors.double().T @ factors.double()
+    damping, time, decay = float(values.sum()) / DIM, reach * DIM / float(values.sum()), decay * scale
+    rows = torch.randn(5, DIM, generator=generator)
+    if kind == "cross":
+        function, zero, eye = cross_operator(time, decay), torch.zeros_like(dense_one), torch.eye(DIM).double()
+        # (exp(-sĤ) - 1)/Ĥ, where Ĥ has no inverse: minus the integral of exp(-uĤ) from 0 to s
+        blocks = torch.cat([torch.cat([-dense_one, eye], 1), torch.cat([zero, zero], 1)])
+        whole = -math.exp(-time * decay) * torch.matrix_exp(time * blocks)[:DIM, DIM:]
+    else:
+        function, whole = FUNCTIONS[kind](time, decay, damping), naive(dense_one, kind, time, decay, damping)
+    largest = abs(float(function(torch.zeros(1, dtype=torch.float64))))
+    assume(largest > torch.finfo(torch.float32).tiny)
+    hessian = gram_hessian(factors)
+    found = hessian.multiply(rows, function)
+    assert float((found - rows.double() @ whole).norm()) <= 2e-5 * largest * float(rows.norm())
+    assert float((hessian.apply(function) - whole).norm()) <= 2e-5 * largest * DIM
+    assert hessian.trace == pytest.approx(float(dense_one.trace()), rel=1e-5)
+    expected = float((torch.linalg.eigvalsh(dense_one) / (torch.linalg.eigvalsh(dense_one) + damping)).sum())
+    assert effective_dimension(hessian, damping) == pytest.approx(expected, rel=1e-4)
 
 
 def test_infinite_time_takes_one_solution():
@@ -165,12 +208,40 @@ def test_ridges_and_their_absence_by_factors(tmp_path, monkeypatch):
         assert abs(found - scores).max() <= 1e-4 * abs(scores).max()
 
 
-def test_few_rows_are_decomposed_by_their_gram_matrix(tmp_path, monkeypatch):
+def test_few_rows_are_fitted_by_their_gram_matrix(tmp_path, monkeypatch):
     problem = classification(n=6)
     bank = problem.build(tmp_path / "bank", sp.Sketch(dim=30))
     monkeypatch.setattr(moments, "_SMALL", 4)
-    assert isinstance(fitted_hessian(Fit(bank, 0, [0], "empirical_fisher")), Spectrum)
-    assert isinstance(fitted_hessian(Fit(bank, 0, [0, 1], "empirical_fisher")), DenseHessian)
+    assert isinstance(fitted_hessian(Fit(bank, 0, [0], "empirical_fisher")), GramHessian)
+    assert isinstance(fitted_hessian(Fit(bank, 0, range(4), "empirical_fisher")), DenseHessian)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("options", [{}, {"segments": 2}, {"damping": 0.01}, {"damping": None}, {"time_scale": 1e4}])
+@pytest.mark.parametrize("preconditioner", ["scalar", "per_segment"])
+def test_source_by_gram_matrices_equals_source_by_spectra(tmp_path, monkeypatch, options, cache, preconditioner):
+    """Of few rows and a large k, with several segments and metrics; a second Source finds the factors in the bank."""
+    problem = classification(n=6)
+    trajectory = sp.Trajectory.from_stages(
+        [dataclasses.replace(stage, preconditioner=preconditioner) for stage in problem.trajectory.stages]
+    )
+    problem = dataclasses.replace(problem, trajectory=trajectory)
+    bank = problem.build(tmp_path / "bank", sp.Sketch(dim=40))
+    options = {"model": problem.model, "progress": False, **options}
+    expected = sp.Source(bank, cache=False, **options)
+    features = expected.sketch(problem.queries)
+    scores, own = expected.score(features).to_numpy(), expected.self_influence()
+    monkeypatch.setattr(moments, "_SMALL", 4)
+    method = sp.Source(bank, cache=cache, **options)
+    found = method.score(features).to_numpy()
+    assert all(isinstance(method._of(bank).hessian(segment), GramHessian) for segment in method.segments)
+    assert abs(found - scores).max() <= 2e-5 * abs(scores).max()
+    assert abs(method.self_influence() - own).max() <= 2e-5 * abs(own).max()
+    again = sp.Source(sp.open(bank.path), cache=cache, **options).score(features).to_numpy()
+    assert (again == found).all()
+    if cache and options.get("damping", 1) is not None:
+        names = {path.name.split("-")[0] for path in bank.fits.folder.iterdir() if path.is_dir()}
+        assert names - {"crossing"} == {"gram_factor", "gram_sizes"}
 
 
 def test_damping_that_sums_do_not_resolve_is_warned_of(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from source_proj._errors import BankError
+from source_proj.attribution.gram_hessian import GramHessian, gram_hessian
 from source_proj.attribution.moments import decomposed
 from source_proj.attribution.operands import Picked
 from source_proj.attribution.source.fitted_segments import FittedSegments, walk_back
@@ -181,6 +182,8 @@ class _Half:
         if isinstance(whole, Spectrum):
             factor = math.sqrt(2) * whole.vectors[self._columns.to(whole.vectors.device)] * whole.values.sqrt()
             return _of_factor(factor.cpu())
+        if isinstance(whole, GramHessian):
+            return gram_hessian(math.sqrt(2) * whole.rows()[:, self._columns.to(whole.rows().device)].cpu())
         matrix = 2 * self._whole.matrix(segment).cpu()[self._columns][:, self._columns].double()
         if len(matrix) <= _SPECTRAL:
             return decomposed(matrix)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from source_proj.attribution.moments import takes_spectrum
+from source_proj.attribution.moments import takes_gram, takes_spectrum
 from source_proj.attribution.source.memory import parse_memory
 from source_proj.bank.codecs import Codec, find_codec
 from source_proj.bank.read.stage_bank import DECODED_NUMBERS
@@ -35,13 +35,15 @@ class SegmentSize(NamedTuple):
         """Factors of its Ĥ, one for each example and checkpoint."""
         return self.rows * self.checkpoints
 
-    def decomposed(self, dim: int) -> bool:
-        """Whether the eigenvectors of its Ĥ are computed at once."""
-        return takes_spectrum(dim, self.factors)
+    def takes_gram(self, dim: int) -> bool:
+        """Whether a Gram matrix stands in for its Ĥ, whose eigenvectors are not computed at once."""
+        return not takes_spectrum(dim) and takes_gram(dim, self.factors)
 
 
 def fitted_bytes(segments: Sequence[SegmentSize], dim: int) -> int:
     """Bytes on disk of Source's fits: of each segment a spectrum, or half of Ĥ and of a factor of it, some 6 k².
+
+    Where there are fewer factors than columns, half of a factor of their Gram matrix.
 
     Example:
         >>> fitted_bytes([SegmentSize(10**6, 2)], dim=4096) / 4096**2
@@ -49,8 +51,10 @@ def fitted_bytes(segments: Sequence[SegmentSize], dim: int) -> int:
     """
     total = 0
     for segment in segments:
-        if segment.decomposed(dim):
+        if takes_spectrum(dim):
             total += _DOUBLE * min(dim, segment.factors) * (dim + 1)
+        elif segment.takes_gram(dim):
+            total += _DOUBLE * packed_size(segment.factors)
         else:  # Ĥ in single precision, and a factor that may need double
             total += (_SINGLE + _DOUBLE) * packed_size(dim)
         total += segment.crossed * _DOUBLE * dim**2
@@ -62,9 +66,15 @@ def fit_peak(segments: Sequence[SegmentSize], dim: int, shard_rows: int) -> int:
 
     With Source's own damping; without any, the spectrum of a large Ĥ may be needed, which takes more.
     """
-    decomposed = any(segment.decomposed(dim) for segment in segments)
-    matrices = _SPECTRUM_MATRICES if decomposed else _FACTOR_MATRICES
-    return matrices * _DOUBLE * dim**2 + 2 * _SINGLE * min(shard_rows * dim, max(dim, DECODED_NUMBERS))
+    block = 2 * _SINGLE * min(shard_rows * dim, max(dim, DECODED_NUMBERS))
+    if takes_spectrum(dim):
+        return _SPECTRUM_MATRICES * _DOUBLE * dim**2 + block
+    by_gram = [segment for segment in segments if segment.takes_gram(dim)]
+    # Their factors are kept in memory, which is twice as much while they are joined.
+    rows = sum(_SINGLE * dim * segment.factors for segment in by_gram)
+    rows += max((_SINGLE * dim * segment.factors for segment in by_gram), default=0)
+    sides = [segment.factors if segment.takes_gram(dim) else dim for segment in segments]
+    return _FACTOR_MATRICES * _DOUBLE * max(sides, default=dim) ** 2 + rows + block
 
 
 def search_peak(

@@ -1,0 +1,111 @@
+"""Functions of a Hessian of few rows, by their Gram matrix.
+
+With Ĥ = AᵀA of n rows A ``(n, k)``, whose Gram matrix is G = AAᵀ,
+
+    f(Ĥ) = f(0) I + Aᵀ h(G) A,    h(σ) = (f(σ) - f(0))/σ,
+
+as both sides are f(0) on what A maps to 0, and f(σ) on Aᵀv for an eigenvector v of G. So n x n matrices do where k x k
+ones would be larger: 2 k n² operations instead of k² n for the products, n³/3 instead of k³/3 for a Cholesky factor.
+
+f is the series of `spectral`, a polynomial p in t = μ/(σ + μ), so that h is one as well: h = -t q(t)/μ with
+q(t) = (p(t) - p(1))/(t - 1), which division of polynomials gives without the cancellation that small σ would have.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from source_proj.attribution.spectral import (
+    ROWS_AT_ONCE,
+    SpectralFunction,
+    Spectrum,
+    shifted_factor,
+    shortest_series,
+)
+
+__all__ = ["GramHessian", "gram_hessian", "gram_matrix", "gram_spectrum"]
+
+
+@dataclass(frozen=True)
+class GramHessian:
+    """Ĥ = AᵀA by Cholesky factors of AAᵀ + μ, each made when a function first asks for it.
+
+    Attributes:
+        dim: k.
+        trace: tr(Ĥ).
+        norm: an upper bound of Ĥ's largest eigenvalue, such as its Frobenius norm.
+        rows: gives A ``(n, k)`` float32.
+        factor: gives the lower Cholesky factor ``(n, n)`` float64 of AAᵀ + μ.
+        spectrum: gives Ĥ's eigendecomposition, for functions with a jump.
+
+    Example:
+        >>> from source_proj.attribution.spectral import decay_operator
+        >>> hessian = gram_hessian(torch.tensor([[1.0, 0.0, 0.0]]))
+        >>> hessian.multiply(torch.ones(1, 3), decay_operator(1.0, 0.0))
+        tensor([[0.3679, 1.0000, 1.0000]])
+    """
+
+    dim: int
+    trace: float
+    norm: float
+    rows: Callable[[], Tensor]
+    factor: Callable[[float], Tensor]
+    spectrum: Callable[[], Spectrum]
+
+    def multiply(self, rows: Tensor, function: SpectralFunction) -> Tensor:
+        """Return ``rows @ f(Ĥ)``, ``(n, k)``: 4 n k operations a row, and 2 n² a degree of the polynomial."""
+        series = shortest_series(function, self.norm)
+        if series is None:
+            return self.spectrum().multiply(rows, function)
+        try:
+            factor = self.factor(series.shift)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the shift is lost in the rounding of the sums
+            return self.spectrum().multiply(rows, function)
+        own, (rest, inner) = self.rows(), series.at_zero()
+        moved = []
+        for chunk in rows.to(own).split(ROWS_AT_ONCE):
+            # In double precision, as what large eigenvalues add is a difference of larger numbers.
+            inside = inner.apply(factor, (chunk @ own.T).double())
+            moved.append(torch.addmm(chunk, inside.to(own), own, beta=rest))
+        return torch.cat(moved)
+
+    def apply(self, function: SpectralFunction) -> Tensor:
+        """Return the matrix f(Ĥ), ``(k, k)``."""
+        return self.multiply(torch.eye(self.dim), function)
+
+    def effective_dimension(self, ridge: float) -> float:
+        """Tr Ĥ(Ĥ + λ)⁻¹, for λ > 0."""
+        lower = self.factor(ridge)
+        inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+        return max(0.0, len(lower) - ridge * float(inverse.square().sum()))
+
+
+def gram_hessian(rows: Tensor) -> GramHessian:
+    """Ĥ = AᵀA of rows A ``(n, k)`` that are in memory."""
+    gram = gram_matrix(rows)
+    norm = float(torch.linalg.matrix_norm(gram))
+
+    @cache
+    def factor(shift: float) -> Tensor:
+        return shifted_factor(gram, shift, torch.float64)
+
+    return GramHessian(
+        rows.shape[1], float(gram.trace()), norm, lambda: rows, factor, lambda: gram_spectrum(rows.double())
+    )
+
+
+def gram_matrix(rows: Tensor) -> Tensor:
+    """AAᵀ of rows A ``(n, k)``, ``(n, n)`` float64, of products in the rows' type."""
+    return (rows @ rows.T).double()
+
+
+def gram_spectrum(rows: Tensor) -> Spectrum:
+    """The spectrum of AᵀA, of rows A ``(n, k)`` float64."""
+    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    # Eigenvalues at rounding level belong to the null space; dividing by their roots would blow up noise.
+    kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
+    values, vectors = values[kept], vectors[:, kept]
+    return Spectrum(values, rows.T @ (vectors / values.sqrt()))
