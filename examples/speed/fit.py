@@ -5,9 +5,9 @@
 
 Each line is a bank of a small MLP on generated data, built and fitted in this process. Times are CPU time of all
 threads, which a busy machine changes least. The bound is Ĥ itself: N C k² multiplications and additions (half of a
-full product, as Ĥ is symmetric), and the k³/3 of its Cholesky factor, at the speed of a large float32 product; where
-eigenvectors are computed instead (k up to 1,024, or few rows), the bound does not count them. Peaks are the process's
-resident memory.
+full product, as Ĥ is symmetric), and the k³/3 of its Cholesky factor, at the speed of a large float32 product; of fewer
+rows than columns, N C and k exchanged. Eigenvectors, which are computed for k up to 1,024, are not in the bound. Peaks
+are the process's resident memory.
 """
 
 import argparse
@@ -53,7 +53,8 @@ def measure(rows: int, dim: int, checkpoints: int, inputs: int, queries: int, fo
     source = sp.Source(bank, model=model, progress=False)
     fitted = cpu_seconds(source.fit)
     peak, rate = peak_gigabytes(), product_rate()
-    bound = (rows * checkpoints * dim**2 + dim**3 / 3) / rate
+    few, many = sorted((rows * checkpoints, dim))
+    bound = (many * few**2 + few**3 / 3) / rate
     banked = sum(size for kind, size in bank.nbytes().items() if kind != "fits")
     print(
         f"{rows:8d} rows x {checkpoints}, k = {dim:6d}: build {built:7.1f} s, fit {fitted:7.1f} s, "

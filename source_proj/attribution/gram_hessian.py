@@ -5,7 +5,7 @@ With Ĥ = AᵀA of n rows A ``(n, k)``, whose Gram matrix is G = AAᵀ,
     f(Ĥ) = f(0) I + Aᵀ h(G) A,    h(σ) = (f(σ) - f(0))/σ,
 
 as both sides are f(0) on what A maps to 0, and f(σ) on Aᵀv for an eigenvector v of G. So n x n matrices do where k x k
-ones would be larger: 2 k n² operations instead of k² n for the products, n³/3 instead of k³/3 for a Cholesky factor.
+ones would be larger: k n² operations instead of k² n for the products, n³/3 instead of k³/3 for a Cholesky factor.
 
 f is the series of `spectral`, a polynomial p in t = μ/(σ + μ), so that h is one as well: h = -t q(t)/μ with
 q(t) = (p(t) - p(1))/(t - 1), which division of polynomials gives without the cancellation that small σ would have.
@@ -25,6 +25,7 @@ from source_proj.attribution.spectral import (
     shifted_factor,
     shortest_series,
 )
+from source_proj.kernels.gram import HEIGHT, mirrored
 
 __all__ = ["GramHessian", "gram_hessian", "gram_matrix", "gram_spectrum"]
 
@@ -98,13 +99,14 @@ def gram_hessian(rows: Tensor) -> GramHessian:
 
 
 def gram_matrix(rows: Tensor) -> Tensor:
-    """AAᵀ of rows A ``(n, k)``, ``(n, n)`` float64, of products in the rows' type."""
-    return (rows @ rows.T).double()
+    """AAᵀ of rows A ``(n, k)``, ``(n, n)`` float64, of products in the rows' type, half of which are computed."""
+    starts = range(0, len(rows), HEIGHT)
+    return mirrored([rows[start : start + HEIGHT] @ rows[start:].T for start in starts]).double()
 
 
 def gram_spectrum(rows: Tensor) -> Spectrum:
     """The spectrum of AᵀA, of rows A ``(n, k)`` float64."""
-    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    values, vectors = torch.linalg.eigh(gram_matrix(rows))
     # Eigenvalues at rounding level belong to the null space; dividing by their roots would blow up noise.
     kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
     values, vectors = values[kept], vectors[:, kept]

@@ -51,7 +51,7 @@ def takes_spectrum(dim: int) -> bool:
 def takes_gram(dim: int, count: int) -> bool:
     """Whether the Gram matrix of the factors ``(n, n)`` stands in for Ĥ.
 
-    That is 2 k n² + n³/3 operations for a Cholesky factor instead of k² n + k³/3, and for each query 4 k n + 2 n²
+    That is k n² + n³/3 operations for a Cholesky factor instead of k² n + k³/3, and for each query 4 k n + 2 n²
     instead of 2 k². Rows captured in training have no factors.
     """
     return 4 * count <= 3 * dim
