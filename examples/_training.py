@@ -37,8 +37,12 @@ def record_training(
     batch_size: int,
     seed: int,
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    captures: bool = False,
 ) -> None:
-    """Train with shuffled batches that follow from the seed; a killed run goes on from its last checkpoint."""
+    """Train with shuffled batches that follow from the seed; a killed run goes on from its last checkpoint.
+
+    A recorder that captures is told which examples a batch has.
+    """
     inputs, targets = data.tensors
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(data), generator=generator) for _ in range(epochs)]
@@ -48,7 +52,7 @@ def record_training(
         optimizer.zero_grad()
         torch.autograd.backward(loss(model(inputs[batch]), targets[batch]))
         optimizer.step()
-        recorder.step()
+        recorder.step(ids=batch if captures else None)
     model.eval()
 
 

@@ -44,6 +44,10 @@ class StageSetting:
         """Optimizer steps on the whole set."""
         return self.epochs * -(-len(self.data) // self.batch)
 
+    def recorded(self) -> list[int]:
+        """Steps at which a checkpoint is recorded."""
+        return [round(self.steps() * (i + 1) / self.checkpoints) for i in range(self.checkpoints)]
+
 
 @dataclass(frozen=True)
 class StackedRun:
@@ -121,14 +125,30 @@ class StackedRun:
         stages = []
         for index, (name, stage) in enumerate(self.stages.items()):
             optimizer = self.optimizer(model.parameters(), lr=stage.lr)
-            at = [round(stage.steps() * (i + 1) / stage.checkpoints) for i in range(stage.checkpoints)]
-            recorder = sp.Recorder(model, optimizer, folder / name, at=at, stage=name)
+            recorder = sp.Recorder(model, optimizer, folder / name, at=stage.recorded(), stage=name)
             record_training(
                 model, optimizer, stage.data, recorder, epochs=stage.epochs, batch_size=stage.batch,
                 seed=seed + index * 10**9, loss=self.loss,
             )  # fmt: skip
             stages.append(recorder.stage())
         return sp.Trajectory.from_stages(stages)
+
+    def captured(self, task: sp.Task, seed: int, folder: Path, sketch: sp.Sketch) -> sp.Bank:
+        """Train on everything as :meth:`record` does, in one stage, and give the bank that was captured meanwhile."""
+        (stage,) = self.stages.values()
+        torch.manual_seed(seed)
+        model = self.make_model()
+        optimizer = self.optimizer(model.parameters(), lr=stage.lr)
+        recorder = sp.Recorder(
+            model, optimizer, folder, at=stage.recorded(), capture=sketch, task=task, examples=len(stage.data)
+        )
+        record_training(
+            model, optimizer, stage.data, recorder, epochs=stage.epochs, batch_size=stage.batch, seed=seed,
+            loss=self.loss, captures=True,
+        )  # fmt: skip
+        bank = recorder.bank()
+        recorder.close()
+        return bank
 
     def record_more(self, seed: int, folder: Path, checkpoints: int) -> sp.Trajectory:
         """Record the same run with another number of checkpoints a stage."""

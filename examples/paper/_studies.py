@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import torch
 from _bench import Bench
+from _captured import captured_rows
 from _damping import without_retraining
 from _exact import ExactSource
 from _members import cheap_members
@@ -344,4 +345,5 @@ STUDIES: dict[str, Callable[[Bench], Iterator[Variant]]] = {
     "m": without_retraining,
     "n": segments_without_a_sketch,
     "o": cheap_members,
+    "p": captured_rows,
 }

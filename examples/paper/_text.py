@@ -115,6 +115,17 @@ class Training:
             recorder.step()
         return recorder.trajectory()
 
+    def captured(self, seed: int, folder: Path, sketch: sp.Sketch) -> sp.Bank:
+        """Train on everything as :meth:`record` does, and give the bank that was captured meanwhile."""
+        model, optimizer = self._start(seed)
+        at, rows = self._checkpoint_steps(), self.rows.to(self.device)
+        recorder = sp.Recorder(model, optimizer, folder, at=at, capture=sketch, task=self.task, examples=len(rows))
+        for batch in self._updates(model, optimizer, rows, torch.arange(len(rows)), seed, recorder.restore()):
+            recorder.step(ids=batch, batch=rows[batch.to(self.device)])
+        bank = recorder.bank()
+        recorder.close()
+        return bank
+
     def accuracy(self, seed: int, folder: Path) -> str:
         """Say how often a recorded run's final model is right about training set and queries."""
         model = self._final(seed, folder)
@@ -156,8 +167,8 @@ class Training:
 
     def _updates(
         self, model: nn.Module, optimizer: torch.optim.AdamW, rows: Rows, subset: Tensor, seed: int, done: int = 0
-    ) -> Iterator[None]:
-        """Train, but for the updates that are done already; yields after every update."""
+    ) -> Iterator[Tensor]:
+        """Train, but for the updates that are done already; yields the places of its rows after every update."""
         recipe, generator = self.recipe, torch.Generator().manual_seed(seed)
         orders = [torch.randperm(len(subset), generator=generator) for _ in range(recipe.epochs)]
         batches = [subset[batch] for order in orders for batch in torch.split(order, recipe.batch_size)]
@@ -168,7 +179,7 @@ class Training:
             labels = inputs.pop("labels")
             torch.autograd.backward(self.loss(model(**inputs), labels))
             optimizer.step()
-            yield
+            yield batch
 
     def _checkpoint_steps(self) -> list[int]:
         total = self.recipe.steps(len(self.rows))

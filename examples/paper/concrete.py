@@ -67,7 +67,12 @@ def table_problem(
         sizes=sizes,
         kronecker=True,
         peers=True,
-        extra={"accuracy": run.accuracy, "record_more": run.record_more, "workers": 2},
+        extra={
+            "accuracy": run.accuracy,
+            "record_more": run.record_more,
+            "captured": partial(run.captured, sp.Regression()),
+            "workers": 2,
+        },
         **rest,
     )
 

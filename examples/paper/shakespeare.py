@@ -48,7 +48,7 @@ def problem(options: argparse.Namespace) -> Problem:
         sizes=sized(options, Sizes(), Sizes(100, 1, 2), Sizes(4, 2, 2, 64, (32,))),
         notes=(f"{n:,} stretches of {tokens} characters of the first nine tenths; queries are of the last.",),
         layer="head", peers=True, cheap=False, panel="text", show=show,
-        extra={"workers": 2, "accuracy": training.perplexity},
+        extra={"workers": 2, "accuracy": training.perplexity, "captured": training.captured},
     )  # fmt: skip
 
 

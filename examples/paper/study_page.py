@@ -37,6 +37,7 @@ TITLES = {
     "m": "Damping chosen without retraining",
     "n": "Segments without a sketch",
     "o": "Members without training, at equal bytes",
+    "p": "Rows captured while training",
 }
 TASKS = {
     "fashion_mnist": "Fashion-MNIST",

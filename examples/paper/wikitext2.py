@@ -152,7 +152,7 @@ def problem(options: argparse.Namespace) -> Problem:
             f"{layers} layers, {width} wide, is trained from scratch.",
         ),
         layer="head", peers=True, cheap=False, panel="text", show=show,
-        extra={"workers": 2, "accuracy": training.perplexity},
+        extra={"workers": 2, "accuracy": training.perplexity, "captured": training.captured},
     )  # fmt: skip
 
 

@@ -1,0 +1,44 @@
+"""Study (p): the bank that training itself leaves, against banks of the same runs' checkpoints."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from _bench import Bench
+from _pipeline import RUN_SEED
+from _problem import Problem
+
+import source_proj as sp
+from source_proj.evaluate import GroundTruth
+
+__all__ = ["Captures", "captured_rows"]
+
+Captures = Callable[[int, Path, sp.Sketch], sp.Bank]
+"""``extra["captured"]`` of a problem: trains with a seed in a folder, capturing by a sketch, and gives the bank."""
+
+
+def captured_rows(bench: Bench) -> Iterator[tuple[str, list[np.ndarray], GroundTruth, list[np.ndarray]]]:
+    """(p) Rows summed at every step, which cost no pass, or rows of the checkpoints? Each against these.
+
+    Runs, sketches and query gradients are the same. Where labels are drawn for the Fisher by default, both are shown.
+    """
+    captured: Captures = bench.problem.extra["captured"]
+    for dim in (bench.dim, 2 * bench.dim):
+        count = len(bench.trajectories[0].stages[0].checkpoints)
+        first = [_scores(bench.problem, bench.bank(run, dim=dim, kind="tensor")) for run in range(bench.runs)]
+        yield f"{count} checkpoints, k = {dim:,}", first, bench.truth, first
+        if draws := bench.problem.task.sampled_draws:
+            banks = [bench.bank(run, dim=dim, kind="tensor", fisher=draws) for run in range(bench.runs)]
+            sampled = [_scores(bench.problem, bank) for bank in banks]
+            yield f"{count} checkpoints, sampled Fisher, k = {dim:,}", sampled, bench.truth, first
+        rows = []
+        for run in range(bench.runs):
+            folder = bench.folder / "laboratory" / f"captured-{run}-{dim}"
+            rows.append(_scores(bench.problem, captured(RUN_SEED + run, folder, sp.Sketch(dim, seed=run))))
+        yield f"captured at every step, k = {dim:,}", rows, bench.truth, first
+
+
+def _scores(problem: Problem, bank: sp.Bank) -> np.ndarray:
+    """By the library's defaults."""
+    source = sp.Source(bank, model=problem.make_model(), progress=False)
+    return np.asarray(source.score(problem.queries))[:, : problem.n]
