@@ -54,6 +54,17 @@ def test_a_recorded_run_is_what_retraining_on_everything_gives(tmp_path, optimiz
     assert not np.allclose(again[1], measured, atol=1e-2)
 
 
+@pytest.mark.parametrize("optimizer", [ADAMW, partial(torch.optim.SGD, momentum=0.9, weight_decay=0.1)])
+def test_a_captured_run_is_the_recorded_one(tmp_path, optimizer):
+    """Study (p) compares rows of one run: capturing changes no weight."""
+    run = stacked_run(optimizer)
+    bank = run.captured(sp.Classification(), 3, tmp_path / "captured", sp.Sketch(16))
+    recorded = run.record(3, tmp_path / "recorded")
+    assert (bank.stages[0].n, bank.stages[0].n_checkpoints, len(bank.query_points())) == (30, 1, 3)
+    weights = bank.final_checkpoint().load()
+    assert all(torch.equal(weights[name], value) for name, value in recorded.final.load().items())
+
+
 def test_optimizers_have_caches_of_their_own():
     adamw, sgd = (stacked_run(one).settings() for one in (ADAMW, torch_sgd()))
     assert adamw != sgd
