@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,33 @@ class Training:
         """Train one model a pair of subset and seed; measurements ``(len(kept), Q)``."""
         return self._after_each(kept, seeds, self.task.measurement)
 
+    def repeat(self, kept: Sequence[np.ndarray], seed: int) -> np.ndarray:
+        """Measurements ``(len(kept), Q)`` after the run of a seed, each time with some rows of every batch left out.
+
+        What is left of a batch counts for as much as before: the loss is still divided by the whole batch's size.
+        """
+        rows, queries = self.rows.to(self.device), self.queries.to(self.device)
+        answers = []
+        for subset in kept:
+            model, optimizer = self._start(seed)
+            of_all = torch.zeros(len(rows), dtype=torch.bool)
+            of_all[torch.as_tensor(subset).long()] = True
+            for _ in self._updates(model, optimizer, rows, torch.arange(len(rows)), seed, kept=of_all):
+                pass
+            answers.append(_answers(model, queries, self.task.measurement))
+        return np.stack(answers)
+
+    def unrolled(self, seed: int) -> sp.evaluate.ExactUnrolling:
+        """The run of a seed, to be differentiated step by step."""
+        model, _ = self._start(seed)
+        recipe, n = self.recipe, len(self.rows)
+        batches = [batch.tolist() for batch in self._batches(torch.arange(n), seed)]
+        adamw = partial(
+            torch.optim.AdamW, lr=recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay
+        )  # fmt: skip
+        rates = recipe.rates(n)
+        return sp.evaluate.ExactUnrolling(model, self.task, self.rows, batches, adamw, lr=rates, progress=False)
+
     def predict(self, kept: Sequence[np.ndarray], seeds: Sequence[int]) -> np.ndarray:
         """Train as ``retrain`` does; predicted classes ``(len(kept), Q)``."""
         return self._after_each(kept, seeds, _classes)
@@ -166,20 +194,33 @@ class Training:
         )
 
     def _updates(
-        self, model: nn.Module, optimizer: torch.optim.AdamW, rows: Rows, subset: Tensor, seed: int, done: int = 0
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.AdamW,
+        rows: Rows,
+        subset: Tensor,
+        seed: int,
+        done: int = 0,
+        kept: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Train, but for the updates that are done already; yields the places of its rows after every update."""
-        recipe, generator = self.recipe, torch.Generator().manual_seed(seed)
-        orders = [torch.randperm(len(subset), generator=generator) for _ in range(recipe.epochs)]
-        batches = [subset[batch] for order in orders for batch in torch.split(order, recipe.batch_size)]
-        for rate, batch in islice(zip(recipe.rates(len(subset)), batches, strict=True), done, None):
+        batches = self._batches(subset, seed)
+        for rate, batch in islice(zip(self.recipe.rates(len(subset)), batches, strict=True), done, None):
             optimizer.param_groups[0]["lr"] = rate
             optimizer.zero_grad()
-            inputs = rows[batch.to(self.device)]
-            labels = inputs.pop("labels")
-            torch.autograd.backward(self.loss(model(**inputs), labels))
+            there = batch if kept is None else batch[kept[batch]]
+            if len(there):
+                inputs = rows[there.to(self.device)]
+                labels = inputs.pop("labels")
+                torch.autograd.backward(self.loss(model(**inputs), labels) * (len(there) / len(batch)))
             optimizer.step()
             yield batch
+
+    def _batches(self, subset: Tensor, seed: int) -> list[Tensor]:
+        """Of a run, the places of each update's rows."""
+        generator = torch.Generator().manual_seed(seed)
+        orders = [torch.randperm(len(subset), generator=generator) for _ in range(self.recipe.epochs)]
+        return [subset[batch] for order in orders for batch in torch.split(order, self.recipe.batch_size)]
 
     def _checkpoint_steps(self) -> list[int]:
         total = self.recipe.steps(len(self.rows))

@@ -1,22 +1,24 @@
 """WikiText-2: which stretches of text taught a small language model the words of another?
 
 A GPT-shaped decoder is trained on stretches of the validation split with AdamW; stretches of the test split are asked
-for their mean token log-likelihood.
+for their mean token log-likelihood. With ``--full`` it is GPT-2, fine-tuned on the training split (``_gpt2.py``).
 """
 
 import argparse
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import _above  # noqa: F401
 import numpy as np
 import torch
 from _data import download, write_whole
+from _gpt2 import GPT2, TOKENS, gpt2_training
 from _problem import Problem, Sizes, parser, sized
 from _text import Recipe, Rows, Training, chosen_device
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import source_proj as sp
 
-__all__ = ["Decoder", "load_words", "mean_loss", "problem", "stretches"]
+__all__ = ["Decoder", "Setting", "decoder", "gpt2", "load_words", "mean_loss", "problem", "stretches", "with_weights"]
 
 SOURCE = (
     "https://raw.githubusercontent.com/pytorch/examples/77f55b912142e11fcfdf5b530231fb9c52f181e8/"
@@ -119,20 +121,59 @@ def load_words(folder: Path, split: str) -> tuple[list[str], list[str]]:
     return words, articles
 
 
+class Setting(NamedTuple):
+    """A model and its texts.
+
+    Attributes:
+        training: model, data and recipe.
+        settings: what decides the outcomes.
+        show: text of an example of ``"queries"`` or of a training stage, and what it is called.
+        notes: sentences for the table's head.
+    """
+
+    training: Training
+    settings: dict[str, Any]
+    show: Callable[[str, int], tuple[str, str]]
+    notes: tuple[str, ...]
+
+
 def problem(options: argparse.Namespace) -> Problem:
     """The task, by the command line's options."""
-    n, n_queries, tokens = sized(options, (4000, 400, 48), (600, 100, 48), (24, 6, 12))
-    vocabulary, width, layers = sized(options, (8000, 256, 4), (2000, 96, 2), (50, 16, 1))
-    recipe = sized(options, Recipe(8, 16, 1e-3), Recipe(8, 16, 2e-3), Recipe(2, 8, 2e-3))
+    training, settings, show, notes = gpt2(options) if options.full else decoder(options)
+    return Problem(
+        name="wikitext2", title="WikiText-2", task=training.task, make_model=training.make_model,
+        train_sets={"train": training.rows}, queries=training.queries, record=training.record,
+        retrain=training.retrain, group=4, settings={"task": "wikitext2", **settings},
+        sizes=sized(options, Sizes(100, 1, 5), Sizes(100, 2, 3), Sizes(4, 2, 2, 64, (32,))), notes=notes,
+        layer="lm_head" if options.full else "head", peers=not options.full, cheap=False, panel="text", show=show,
+        extra={"workers": 1 if options.full else 2, "accuracy": training.perplexity, "captured": training.captured},
+    )  # fmt: skip
+
+
+def gpt2(options: argparse.Namespace) -> Setting:
+    """GPT-2, fine-tuned on the training split as the paper does."""
+    training, settings, text = gpt2_training(options, mean_loss)
+
+    def show(stage: str, index: int) -> tuple[str, str]:
+        return text(stage, index), f"chunk {index:,}"
+
+    notes = (f"{len(training.rows):,} chunks of {TOKENS} tokens; GPT-2, fine-tuned, without dropout.",)
+    return Setting(training, settings, show, notes)
+
+
+def decoder(options: argparse.Namespace) -> Setting:
+    """A small decoder, trained from scratch on the validation split."""
+    n, n_queries, tokens = sized(options, None, (600, 100, 48), (24, 6, 12))
+    vocabulary, width, layers = sized(options, None, (2000, 96, 2), (50, 16, 1))
+    recipe = sized(options, None, Recipe(8, 16, 2e-3), Recipe(2, 8, 2e-3))
     words, articles = load_words(options.data, "valid")
     asked, asked_articles = load_words(options.data, "test")
     numbers = _vocabulary(words, vocabulary)
     train, chosen = stretches(words, numbers, tokens, n)
     queries, chosen_queries = stretches(asked, numbers, tokens, n_queries)
     model = {"vocabulary": len(numbers), "tokens": tokens, "width": width, "layers": layers, "heads": width // 16}
-    task = sp.CausalLM()
-    make_model = partial(Decoder, **model)
-    training = Training(make_model, train, queries, task, mean_loss, recipe, chosen_device(options.device))
+    device = chosen_device(options.device)
+    training = Training(partial(Decoder, **model), train, queries, sp.CausalLM(), mean_loss, recipe, device)
 
     def show(stage: str, index: int) -> tuple[str, str]:
         text, titles, starts = (
@@ -141,19 +182,18 @@ def problem(options: argparse.Namespace) -> Problem:
         start = starts[index]
         return " ".join(text[start : start + tokens]), titles[start]
 
-    return Problem(
-        name="wikitext2", title="WikiText-2", task=task, make_model=make_model, train_sets={"train": train},
-        queries=queries, record=training.record, retrain=training.retrain, group=4,
-        settings={"task": "wikitext2", "n": n, "queries": n_queries, "recipe": asdict(recipe), **model},
-        sizes=sized(options, Sizes(), Sizes(100, 2, 3), Sizes(4, 2, 2, 64, (32,))),
-        notes=(
-            f"{len(train)} stretches of {tokens} words of the validation split; the training split is not used.",
-            f"Words beyond the {len(numbers)} most frequent are <unk>. The paper fine-tunes GPT-2; this decoder of "
-            f"{layers} layers, {width} wide, is trained from scratch.",
-        ),
-        layer="head", peers=True, cheap=False, panel="text", show=show,
-        extra={"workers": 2, "accuracy": training.perplexity, "captured": training.captured},
-    )  # fmt: skip
+    notes = (
+        f"{len(train)} stretches of {tokens} words of the validation split; the training split is not used.",
+        f"Words beyond the {len(numbers)} most frequent are <unk>. The paper fine-tunes GPT-2; this decoder of "
+        f"{layers} layers, {width} wide, is trained from scratch.",
+    )
+    return Setting(training, {"n": n, "queries": n_queries, "recipe": asdict(recipe), **model}, show, notes)
+
+
+def with_weights(options: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The same options, and which GPT-2 ``--full`` takes."""
+    options.add_argument("--weights", default=GPT2, help="GPT-2 of --full: a folder, or its name")
+    return options
 
 
 def _check(content: bytes, split: str, origin: str) -> None:
@@ -189,4 +229,4 @@ def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
 if __name__ == "__main__":
     from _pipeline import run
 
-    run(problem, parser(__doc__ or ""))
+    run(problem, with_weights(parser(__doc__ or "")))
