@@ -42,7 +42,8 @@ def test_the_unrolled_run_is_the_recorded_one(tmp_path):
     run = decoder_run()
     recorded, replayed = run.record(3, tmp_path).final.load(), run.unrolled(3).final_weights()
     for name, weights in replayed.items():
-        torch.testing.assert_close(weights, recorded[name], rtol=1e-5, atol=1e-6)
+        # A key's bias has no gradient but rounding, of which Adam makes steps as large as of any.
+        torch.testing.assert_close(weights, recorded[name], rtol=1e-5, atol=run.recipe.lr / 50)
 
 
 def test_a_repetition_lacks_its_rows_and_nothing_else():
