@@ -1,6 +1,5 @@
 import argparse
 import importlib.util
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -113,38 +112,3 @@ def only(board, names):
                 yield candidate
 
     return chosen
-
-
-def test_gpt2_is_told_apart_by_its_weights(tmp_path, monkeypatch):
-    """The setting of --full, with a tiny GPT-2 of the same class and two splits of a few lines."""
-    transformers = pytest.importorskip("transformers")
-    import datasets
-    import wikitext2
-
-    config = transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=8, n_layer=1, n_head=2)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "weights")
-    lines = [" ".join(str(number) for number in range(start, start + 20)) for start in range(20)]
-    splits = {split: datasets.Dataset.from_dict({"text": lines}) for split in ("train", "validation")}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_: splits)
-
-    class Numbers:
-        def __call__(self, text):
-            return {"input_ids": [int(word) for word in text.split()]}
-
-        def decode(self, ids):
-            return " ".join(str(int(number)) for number in ids)
-
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_: Numbers())
-    monkeypatch.setattr("_gpt2.TOKENS", 16)
-    options = argparse.Namespace(full=True, quick=False, device="cpu", weights=str(tmp_path / "weights"))
-    setting = wikitext2.gpt2(options)
-    assert len(setting.training.rows) == len(lines) * 20 // 16
-    assert setting.show("queries", 1)[0].split()[:4] == ["16", "17", "18", "19"]
-    assert setting.settings["weights"] == str(tmp_path / "weights")
-    short = replace(setting.training, recipe=replace(setting.training.recipe, epochs=1))
-    bank = sp.build(
-        short.make_model(), short.task, short.record(0, tmp_path / "run"), short.rows, tmp_path / "bank",
-        sketch=sp.Sketch(32), progress=False,
-    )  # fmt: skip
-    scores = sp.Source(bank, model=short.make_model(), progress=False).score(short.queries)
-    assert np.isfinite(np.asarray(scores)).all()

@@ -1,13 +1,17 @@
-"""The two examples with models of transformers, small and on made-up texts."""
+"""The examples with models of transformers, small and on made-up texts."""
 
+import argparse
 import gzip
 import hashlib
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+import source_proj as sp
 
 for extra in ("transformers", "accelerate"):
     pytest.importorskip(extra, reason=f"needs {extra}: install source-proj[hf]")
@@ -21,7 +25,8 @@ OPINIONS = (["bad", "dull", "awful"], ["good", "fine", "superb"])
 
 @pytest.fixture(autouse=True)
 def _examples_importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    for folder in (EXAMPLES, EXAMPLES / "paper"):
+        monkeypatch.syspath_prepend(str(folder))
 
 
 def made_up_reviews(count, seed):
@@ -184,3 +189,39 @@ def test_sentences_come_out_of_their_archive_once(tmp_path, monkeypatch):
     assert gzip.decompress((tmp_path / "data" / "glue_sst2" / "train.tsv.gz").read_bytes()) == content
     archive.unlink()
     assert _data.load_sentences(tmp_path / "data", "train") == expected
+
+
+def test_gpt2_is_told_apart_by_its_weights(tmp_path, monkeypatch):
+    """The setting of --full, with a tiny GPT-2 of the same class and two splits of a few lines."""
+    import transformers
+    import wikitext2
+
+    datasets = pytest.importorskip("datasets", reason="needs datasets: install source-proj[datasets]")
+
+    config = transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "weights")
+    lines = [" ".join(str(number) for number in range(start, start + 20)) for start in range(20)]
+    splits = {split: datasets.Dataset.from_dict({"text": lines}) for split in ("train", "validation")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: splits)
+
+    class Numbers:
+        def __call__(self, text):
+            return {"input_ids": [int(word) for word in text.split()]}
+
+        def decode(self, ids):
+            return " ".join(str(int(number)) for number in ids)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_: Numbers())
+    monkeypatch.setattr("_gpt2.TOKENS", 16)
+    options = argparse.Namespace(full=True, quick=False, device="cpu", weights=str(tmp_path / "weights"))
+    setting = wikitext2.gpt2(options)
+    assert len(setting.training.rows) == len(lines) * 20 // 16
+    assert setting.show("queries", 1)[0].split()[:4] == ["16", "17", "18", "19"]
+    assert setting.settings["weights"] == str(tmp_path / "weights")
+    short = replace(setting.training, recipe=replace(setting.training.recipe, epochs=1))
+    bank = sp.build(
+        short.make_model(), short.task, short.record(0, tmp_path / "run"), short.rows, tmp_path / "bank",
+        sketch=sp.Sketch(32), progress=False,
+    )  # fmt: skip
+    scores = sp.Source(bank, model=short.make_model(), progress=False).score(short.queries)
+    assert np.isfinite(np.asarray(scores)).all()
