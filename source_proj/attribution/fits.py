@@ -98,7 +98,14 @@ def fitted_hessian(fit: Fit) -> Hessian:
         return _sizes(hessian())
 
     def factor(shift: float, dtype: torch.dtype) -> Tensor:
-        _warn_if_lost(shift, norm)
+        if shift < (resolved := _ROUNDING * norm):
+            warnings.warn(
+                f"a damping, or an inverse of time, of {shift:.2g} is less than the sums of Ĥ resolve, about "
+                f"{resolved:.2g}: in directions of small eigenvalues scores are rounding. Give damping={resolved:.1g} "
+                "or more",
+                UserWarning,
+                stacklevel=2,
+            )
 
         def compute() -> dict[str, Tensor]:
             lower = shifted_factor(hessian(), shift, dtype)
@@ -109,7 +116,7 @@ def fitted_hessian(fit: Fit) -> Hessian:
         return _lower(fit.get("factor", compute, shift=shift, dtype=str(dtype))["upper"], dim)
 
     trace, norm = fit.get("sizes", sizes)["sizes"].tolist()
-    return DenseHessian(dim, trace, norm, once(factor), lambda: fitted_spectrum(fit))
+    return DenseHessian(dim, trace, norm, once(factor), once(lambda: fitted_spectrum(fit)))
 
 
 def _gram_hessian(fit: Fit) -> GramHessian:
@@ -122,22 +129,20 @@ def _gram_hessian(fit: Fit) -> GramHessian:
         return factor_rows(stage, fit.checkpoints, fit.curvature, device=fit.place)
 
     @once
-    def gram() -> Tensor:
-        return gram_matrix(rows())
+    def gram(dtype: torch.dtype) -> Tensor:
+        return gram_matrix(rows(), dtype)
 
-    def factor(shift: float) -> Tensor:
-        _warn_if_lost(shift, norm)
-
+    def factor(shift: float, dtype: torch.dtype) -> Tensor:
         def compute() -> dict[str, Tensor]:
-            lower = shifted_factor(gram(), shift, torch.float64)
+            lower = shifted_factor(gram(dtype), shift, torch.float64)
             if fit.cache:
                 gram.cache_clear()
             return {"upper": packed(upper_panels(lower.mT))}
 
-        return _lower(fit.get("gram_factor", compute, shift=shift)["upper"], count)
+        return _lower(fit.get("gram_factor", compute, shift=shift, dtype=str(dtype))["upper"], count)
 
-    trace, norm = fit.get("gram_sizes", lambda: _sizes(gram()))["sizes"].tolist()
-    return GramHessian(dim, trace, norm, rows, once(factor), lambda: fitted_spectrum(fit))
+    trace, norm = fit.get("gram_sizes", lambda: _sizes(gram(torch.float32)))["sizes"].tolist()
+    return GramHessian(dim, trace, norm, rows, once(factor), once(lambda: fitted_spectrum(fit)))
 
 
 def _sizes(matrix: Tensor) -> dict[str, Tensor]:
@@ -152,18 +157,6 @@ def _lower(packed_upper: Tensor, dim: int) -> Tensor:
     for into, panel in zip(upper_panels(upper), unpacked(packed_upper, dim), strict=True):
         into.copy_(panel)
     return upper.mT
-
-
-def _warn_if_lost(shift: float, norm: float) -> None:
-    """Say so where a shift is less than what single-precision sums of a matrix of this norm err by."""
-    if shift < (resolved := _ROUNDING * norm):
-        warnings.warn(
-            f"a damping, or an inverse of time, of {shift:.2g} is less than the sums of Ĥ resolve, about "
-            f"{resolved:.2g}: in directions of small eigenvalues scores are rounding. Give damping={resolved:.1g} "
-            "or more",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def fitted_spectrum(fit: Fit) -> Spectrum:

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from source_proj.attribution.spectral import (
     ROWS_AT_ONCE,
+    SINGLE_CONDITION,
     SpectralFunction,
     Spectrum,
+    inverse_trace,
     shifted_factor,
     shortest_series,
 )
@@ -39,7 +41,7 @@ class GramHessian:
         trace: tr(Ĥ).
         norm: an upper bound of Ĥ's largest eigenvalue, such as its Frobenius norm.
         rows: gives A ``(n, k)`` float32.
-        factor: gives the lower Cholesky factor ``(n, n)`` float64 of AAᵀ + μ.
+        factor: gives the lower Cholesky factor ``(n, n)`` float64 of AAᵀ + μ, of products in the type asked for.
         spectrum: gives Ĥ's eigendecomposition, for functions with a jump.
 
     Example:
@@ -53,7 +55,7 @@ class GramHessian:
     trace: float
     norm: float
     rows: Callable[[], Tensor]
-    factor: Callable[[float], Tensor]
+    factor: Callable[[float, torch.dtype], Tensor]
     spectrum: Callable[[], Spectrum]
 
     def multiply(self, rows: Tensor, function: SpectralFunction) -> Tensor:
@@ -61,14 +63,15 @@ class GramHessian:
         series = shortest_series(function, self.norm)
         if series is None:
             return self.spectrum().multiply(rows, function)
+        # What large eigenvalues add is a difference of numbers that are f(0)/f(σ) times as large.
+        dtype = torch.float32 if self.norm / series.shift + 1 <= SINGLE_CONDITION else torch.float64
         try:
-            factor = self.factor(series.shift)
+            factor = self.factor(series.shift, dtype)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the shift is lost in the rounding of the sums
             return self.spectrum().multiply(rows, function)
-        own, (rest, inner) = self.rows(), series.at_zero()
+        own, (rest, inner) = self.rows().to(dtype), series.at_zero()
         moved = []
         for chunk in rows.to(own).split(ROWS_AT_ONCE):
-            # In double precision, as what large eigenvalues add is a difference of larger numbers.
             inside = inner.apply(factor, (chunk @ own.T).double())
             moved.append(torch.addmm(chunk, inside.to(own), own, beta=rest))
         return torch.cat(moved)
@@ -79,34 +82,38 @@ class GramHessian:
 
     def effective_dimension(self, ridge: float) -> float:
         """Tr Ĥ(Ĥ + λ)⁻¹, for λ > 0."""
-        lower = self.factor(ridge)
-        inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
-        return max(0.0, len(lower) - ridge * float(inverse.square().sum()))
+        try:
+            lower = self.factor(ridge, torch.float64)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            return self.spectrum().effective_dimension(ridge)
+        return max(0.0, len(lower) - ridge * inverse_trace(lower))
 
 
 def gram_hessian(rows: Tensor) -> GramHessian:
     """Ĥ = AᵀA of rows A ``(n, k)`` that are in memory."""
-    gram = gram_matrix(rows)
-    norm = float(torch.linalg.matrix_norm(gram))
+    gram = gram_matrix(rows, torch.float64)
 
     @cache
-    def factor(shift: float) -> Tensor:
+    def factor(shift: float, _dtype: torch.dtype) -> Tensor:
         return shifted_factor(gram, shift, torch.float64)
 
-    return GramHessian(
-        rows.shape[1], float(gram.trace()), norm, lambda: rows, factor, lambda: gram_spectrum(rows.double())
-    )
+    @cache
+    def spectrum() -> Spectrum:
+        return gram_spectrum(rows.double())
+
+    norm = float(torch.linalg.matrix_norm(gram))
+    return GramHessian(rows.shape[1], float(gram.trace()), norm, lambda: rows, factor, spectrum)
 
 
-def gram_matrix(rows: Tensor) -> Tensor:
-    """AAᵀ of rows A ``(n, k)``, ``(n, n)`` float64, of products in the rows' type, half of which are computed."""
-    starts = range(0, len(rows), HEIGHT)
+def gram_matrix(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """AAᵀ of rows A ``(n, k)``, ``(n, n)`` float64, of products in a type, half of which are computed."""
+    rows, starts = rows.to(dtype), range(0, len(rows), HEIGHT)
     return mirrored([rows[start : start + HEIGHT] @ rows[start:].T for start in starts]).double()
 
 
 def gram_spectrum(rows: Tensor) -> Spectrum:
     """The spectrum of AᵀA, of rows A ``(n, k)`` float64."""
-    values, vectors = torch.linalg.eigh(gram_matrix(rows))
+    values, vectors = torch.linalg.eigh(gram_matrix(rows, torch.float64))
     # Eigenvalues at rounding level belong to the null space; dividing by their roots would blow up noise.
     kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
     values, vectors = values[kept], vectors[:, kept]

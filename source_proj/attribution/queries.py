@@ -15,7 +15,7 @@ from source_proj.bank import Bank
 from source_proj.bank.build.columns import query_split
 from source_proj.bank.build.data import BatchSource, Span, to_device
 from source_proj.bank.examples import Examples
-from source_proj.gradients import Refuted, nonfinite_examples, require_own_weights
+from source_proj.gradients import Refuted, nonfinite_examples, require_own_weights, require_takes
 from source_proj.task import Answers, Batch, Task, TokenQueries
 from source_proj.trajectory import Checkpoint, Scale
 from source_proj.trajectory.placement import placement_of
@@ -164,7 +164,12 @@ class _Asked:
         parts = []
         with progress_bar(progress, "the model's own answers", self.n, "queries") as bar:
             for low, high, batch in self._source.load([self.span]):
-                parts.append(self._task.answers(loaded.module, to_device(batch, _device(loaded))))
+                batch = to_device(batch, _device(loaded))
+                try:
+                    parts.append(self._task.answers(loaded.module, batch))
+                except (RuntimeError, IndexError):
+                    require_takes(self._task.answers, loaded.module, batch)
+                    raise
                 bar.update(high - low)
         self.answers = Answers.joined(parts)
 
@@ -225,9 +230,13 @@ def _sketched(
         for start, stop, batch in source.load():
             with named_examples(ids[start:stop]):
                 placed = to_device(batch, _device(loaded))
-                values, made = loaded.engine.sketch_scaled(
-                    task.measurement, placed, scales, "measurement", stop - start
-                )
+                try:
+                    values, made = loaded.engine.sketch_scaled(
+                        task.measurement, placed, scales, "measurement", stop - start
+                    )
+                except (RuntimeError, IndexError):
+                    require_takes(task.measurement, loaded.module, placed)
+                    raise
             for what, numbers in [("measurement", [values[:, None]]), ("measurement's gradient", made)]:
                 bad = sorted({i for rows_of_batch in numbers for i in nonfinite_examples(rows_of_batch)})
                 if bad:

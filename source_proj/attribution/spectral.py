@@ -14,7 +14,7 @@ operations). Ways to the same numbers, of which `gram_hessian` has a third, for 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +24,7 @@ from torch import Tensor
 
 __all__ = [
     "ROWS_AT_ONCE",
+    "SINGLE_CONDITION",
     "DenseHessian",
     "Hessian",
     "Series",
@@ -32,6 +33,7 @@ __all__ = [
     "cross_operator",
     "decay_operator",
     "effective_dimension",
+    "inverse_trace",
     "response",
     "ridge_inverse",
     "shifted_factor",
@@ -40,10 +42,12 @@ __all__ = [
 
 ROWS_AT_ONCE = 4096
 """Rows that are solved for at once."""
+SINGLE_CONDITION = 1e4
+"""Of Ĥ + μ, up to which single precision is exact enough."""
 
 _TOLERANCE = 1e-6  # of max g: what a polynomial may err by, of the order of a float32 solution's rounding
 _DEGREES = range(33)
-_SINGLE_CONDITION = 1e4  # of Ĥ + μ, up to which a factor in float32 is exact enough
+_KEPT = 256  # functions and their series: some for each segment of a few banks
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ class DenseHessian:
             return self.spectrum().multiply(rows, function)
         condition = self.norm / series.shift + 1
         try:
-            factor = self.factor(series.shift, torch.float32 if condition <= _SINGLE_CONDITION else torch.float64)
+            factor = self.factor(series.shift, torch.float32 if condition <= SINGLE_CONDITION else torch.float64)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the shift is lost in the rounding of Ĥ's own sums
             return self.spectrum().multiply(rows, function)
         moved = [series.apply(factor, chunk.to(factor)) for chunk in rows.split(ROWS_AT_ONCE) if len(chunk)]
@@ -174,9 +178,11 @@ class DenseHessian:
 
     def effective_dimension(self, ridge: float) -> float:
         """Tr Ĥ(Ĥ + λ)⁻¹, for λ > 0."""
-        lower = self.factor(ridge, torch.float32)
-        inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
-        return max(0.0, self.dim - ridge * float(inverse.square().sum(dtype=torch.float64)))
+        try:
+            lower = self.factor(ridge, torch.float32)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            return self.spectrum().effective_dimension(ridge)
+        return max(0.0, self.dim - ridge * inverse_trace(lower))
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,8 +242,12 @@ class Series:
         return inverse(total).T
 
 
+@lru_cache(_KEPT)
 def shortest_series(function: SpectralFunction, norm: float) -> Series | None:
-    """The series of the lowest degree that is f on [0, norm] to rounding, over f's shifts; None where none is."""
+    """The series of the lowest degree that is f on [0, norm] to rounding, over f's shifts; None where none is.
+
+    The search takes longer than a query, so that it is remembered, and the functions are the same objects each time.
+    """
     for degree in _DEGREES:
         for shift in function.shifts:
             lowest = shift / (norm + shift)
@@ -257,6 +267,7 @@ def _quotient(function: Callable[[Tensor], Tensor], shift: float, places: np.nda
     return values
 
 
+@lru_cache(_KEPT)
 def response(time: float, decay: float, damping: float) -> SpectralFunction:
     """c(σ) = (1 - exp(-s x)) / x with x = σ + λ + ρ, and its limit s at x = 0 (eq. 20 and 21 of arXiv 2405.12186).
 
@@ -275,11 +286,13 @@ def response(time: float, decay: float, damping: float) -> SpectralFunction:
     return SpectralFunction(function, tuple(shift for shift in (decay + damping, *_forgetting(time)) if shift > 0))
 
 
+@lru_cache(_KEPT)
 def decay_operator(time: float, decay: float) -> SpectralFunction:
     """exp(-s (σ + λ)): what a segment forgets of what came before it (eq. 16 of arXiv 2405.12186)."""
     return SpectralFunction(lambda eigenvalues: torch.exp(-time * (eigenvalues + decay)), _forgetting(time))
 
 
+@lru_cache(_KEPT)
 def cross_operator(time: float, decay: float) -> SpectralFunction:
     """exp(-s λ) (exp(-s σ) - 1)/σ, and its limit -s exp(-s λ) at σ = 0.
 
@@ -295,6 +308,12 @@ def _forgetting(time: float) -> tuple[float, ...]:
     return (8 / time, 4 / time, 2 / time) if time > 0 else ()
 
 
+def inverse_trace(lower: Tensor) -> float:
+    """Tr (L Lᵀ)⁻¹ of a Cholesky factor L ``(n, n)``."""
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+    return float(inverse.square().sum(dtype=torch.float64))
+
+
 def shifted_factor(matrix: Tensor, shift: float, dtype: torch.dtype) -> Tensor:
     """The lower Cholesky factor ``(k, k)`` of Ĥ + μ."""
     shifted = matrix.to(dtype, copy=True)
@@ -303,6 +322,7 @@ def shifted_factor(matrix: Tensor, shift: float, dtype: torch.dtype) -> Tensor:
     return lower
 
 
+@lru_cache(_KEPT)
 def ridge_inverse(ridge: float, dim: int) -> SpectralFunction:
     """1 / (σ + ridge); without a ridge, the inverse on the range of Ĥ and 0 on its null space.
 

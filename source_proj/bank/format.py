@@ -186,6 +186,7 @@ class Settings:
     autocast: str | None
 
     def __post_init__(self) -> None:
+        find_codec(self.storage)
         for name, value in vars(self).copy().items():
             if name == "trajectory":
                 continue
@@ -195,7 +196,6 @@ class Settings:
             except (TypeError, ValueError) as error:
                 raise TypeError(f"{name} {value!r} cannot be written down as JSON: {error}") from error
             object.__setattr__(self, name, plain)
-        find_codec(self.storage)
         draws = self.sampled_fisher
         if isinstance(draws, bool) or not isinstance(draws, int) or draws < 0:
             raise ValueError(f"sampled_fisher must be a number of draws, 0 or more, got {draws!r}")

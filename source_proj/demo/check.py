@@ -24,6 +24,7 @@ class Removal:
         predicted: predicted change.
         changes: actual change of each matched pair of runs.
         expects_nothing: whether it is a control, of which no more than the predicted change is expected.
+        claims: how many are checked beside each other, of all of which together 95 % shall be sure.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Removal:
     predicted: float
     changes: tuple[float, ...]
     expects_nothing: bool = False
+    claims: int = 1
 
     @property
     def actual(self) -> float:
@@ -44,20 +46,27 @@ class Removal:
         return math.sqrt(variance / len(self.changes))
 
     @property
-    def holds(self) -> bool:
-        """Whether the claim held: a change of the predicted sign, beyond two standard errors.
+    def noise(self) -> float:
+        """What the mean may be off by: half of its interval, by Student's t and with Bonferroni's correction."""
+        from scipy.stats import t
 
-        For a control: the actual change lies within two standard errors of the predicted one.
+        return float(t.ppf(1 - 0.05 / (2 * self.claims), len(self.changes) - 1)) * self.error
+
+    @property
+    def holds(self) -> bool:
+        """Whether the claim held: a change of the predicted sign, beyond the noise.
+
+        For a control: the actual change is the predicted one, but for the noise.
         """
         if self.expects_nothing:
-            return abs(self.actual - self.predicted) <= 2 * self.error
-        return self.actual * self.predicted > 0 and abs(self.actual) > 2 * self.error
+            return abs(self.actual - self.predicted) <= self.noise
+        return self.actual * self.predicted > 0 and abs(self.actual) > self.noise
 
 
 def verdict(removal: Removal) -> str:
     """Say what the comparison shows, sign and size apart, also when the claim fails.
 
-    The size holds where the actual change lies within two standard errors of the predicted one.
+    The size holds where the actual change is the predicted one, but for the noise of retraining.
 
     Example:
         >>> verdict(Removal("without 20", 20, -2.0, (-1.0, -1.1, -0.9)))
@@ -70,13 +79,13 @@ def verdict(removal: Removal) -> str:
         'FAILS: no change beyond the noise of retraining; predicted -2.00, came +0.267 ± 0.684.'
     """
     numbers = f"predicted {signed(removal.predicted)}, came {signed(removal.actual)} ± {signed(removal.error)[1:] or 0}"
-    close = abs(removal.actual - removal.predicted) <= 2 * removal.error
+    close = abs(removal.actual - removal.predicted) <= removal.noise
     if removal.expects_nothing:
         said = ("Holds", "within") if close else ("FAILS", "beyond")
         return f"{said[0]}: {said[1]} the noise of retraining; {numbers}."
     if removal.holds:
         return f"{'Sign and size hold' if close else 'Sign holds, size does not'}: {numbers}."
-    if abs(removal.actual) <= 2 * removal.error:
+    if abs(removal.actual) <= removal.noise:
         return f"FAILS: no change beyond the noise of retraining; {numbers}."
     return f"Sign FAILS: {numbers}."
 

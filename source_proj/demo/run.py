@@ -179,10 +179,10 @@ class _Run:
             f"without {remove} drawn at random": drawn.tolist(),
         }
         changes = retrain_without(self.digits, answer.query, groups, pairs=pairs, progress=self.progress)
+        predicted = {name: float(scores.predict_removal(group).values[0]) for name, group in groups.items()}
         control = next(reversed(groups))
         return tuple(
-            Removal(name, remove, float(scores.predict_removal(group).values[0]), changes[name], name == control)
-            for name, group in groups.items()
+            Removal(name, remove, predicted[name], changes[name], name == control, len(groups)) for name in groups
         )
 
 

@@ -14,10 +14,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from source_proj._io.progress import progress_bar
+from source_proj.attribution.curvature import default_curvature
 from source_proj.attribution.source.sizes import SegmentSize, fit_peak, fitted_bytes, search_peak
 from source_proj.bank import Bank, build
 from source_proj.bank.build.data import BatchSource
-from source_proj.bank.format import Settings
+from source_proj.bank.format import Settings, storage_of
 from source_proj.bank.layout import PartSpec, default_shard_rows, part_arrays
 from source_proj.sketch import Sketch
 from source_proj.task import Task
@@ -26,10 +28,11 @@ from source_proj.trajectory import Trajectory
 __all__ = ["Plan", "plan"]
 
 _BATCHES = 4  # of a trial build, spread over the data
-_LARGEST_DIM = 8192
+_LARGEST_DIM = 8192  # beyond, fits take longer than most builds
 _CHECKPOINTS = 6  # of the paper's runs
 _SHARDS_A_WORKER = 4  # fewer, and workers wait for the last one
-_TRIALS = 3
+_KINDS = ((1, 1), (_BATCHES, 2), (_BATCHES, 1))  # batches and shards of trial builds
+_TRIALS, _PATIENCE = 3, 2.0  # of a kind, and seconds after which one is enough: noise is of short ones
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Plan:
         shards: of all passes.
         bytes: on disk, by what they hold, before compression; "fits" are those that Source makes on first use.
         build_peak: bytes of memory at most while it is built, on the CPU, or the GPU if it is on one; None if unknown.
-        fit_peak: bytes of memory while Source is fitted, besides what the process has; whatever the examples.
+        fit_peak: bytes of memory while Source is fitted, besides what the process has.
         search_peak: bytes of memory while queries are scored with Source's default ``memory``, besides what the process
             has, the queries and their scores.
         dim: suggested size of the sketch.
@@ -172,9 +175,16 @@ def plan(
             )  # fmt: skip
             return time.perf_counter() - start, bank
 
-    trial(1, 1)  # the first calls of everything
-    times = {kind: min(trial(*kind)[0] for _ in range(_TRIALS)) for kind in ((1, 1), (_BATCHES, 1), (_BATCHES, 2))}
-    _, bank = trial(_BATCHES, 1)
+    times: dict[tuple[int, int], float] = {}
+    with progress_bar(options.get("progress", True), "plan", 1 + len(_KINDS), "builds") as bar:
+        trial(1, 1)  # the first calls of everything
+        bar.update(1)
+        for kind in _KINDS:
+            tried = [trial(*kind)]
+            while len(tried) < _TRIALS and sum(seconds for seconds, _ in tried) < _PATIENCE:
+                tried.append(trial(*kind))
+            times[kind], bank = min(seconds for seconds, _ in tried), tried[0][1]
+            bar.update(1)
     settings = bank.settings
     counted = [stage.n_checkpoints for stage in bank.stages]
     passes = sum(counted)
@@ -188,6 +198,7 @@ def plan(
     ]
     sizes = _bytes(settings, specs)
     segments, height = _segments(bank, specs), max(heights)
+    suggested = _suggested(settings, specs, storage, disk)
     return Plan(
         examples=sum(spec.n for spec in specs),
         passes=passes * (1 + settings.sampled_fisher),
@@ -202,8 +213,8 @@ def plan(
         build_peak=_peak(bank, specs),
         fit_peak=fit_peak(segments, sketch.dim, height),
         search_peak=search_peak(segments, sketch.dim, height, settings.codec),
-        dim=_suggested_dim(settings, specs, disk),
-        storage=settings.storage,
+        dim=suggested.sketch["dim"],
+        storage=suggested.storage,
         checkpoints=min(_CHECKPOINTS, max(counted)),
         shard_rows=_suggested_rows(specs, counted, workers),
     )
@@ -246,9 +257,10 @@ def _segments(bank: Bank, specs: Sequence[PartSpec]) -> list[SegmentSize]:
     """The segments that the trajectory names, of all examples."""
     sizes: list[SegmentSize] = []
     metrics: set[int] = set()
+    draws = bank.settings.sampled_fisher if default_curvature([bank]) == "sampled_fisher" else 1
     for stage, spec in zip(bank.stages, specs, strict=True):
         for cut in stage.record.cut():
-            sizes.append(SegmentSize(spec.n, len(cut.checkpoints), len(metrics - {cut.metric})))
+            sizes.append(SegmentSize(spec.n, len(cut.checkpoints), len(metrics - {cut.metric}), draws))
             metrics.add(cut.metric)
     return sizes
 
@@ -271,17 +283,17 @@ def _shard_bytes(settings: Settings, specs: Sequence[PartSpec]) -> int:
     return max(spec.shard_rows for spec in specs) * settings.row_bytes
 
 
-def _suggested_dim(settings: Settings, specs: Sequence[PartSpec], disk: int | None) -> int:
+def _suggested(settings: Settings, specs: Sequence[PartSpec], storage: str | None, disk: int | None) -> Settings:
     """The largest power of two that makes sense: scores get better with it up to here, and it must fit the disk."""
     dim = _LARGEST_DIM
     while dim > 2 * sum(_numbers(settings)):
         dim //= 2
-    while disk is not None and dim > 1:
-        sized = replace(settings, sketch={**settings.sketch, "dim": dim})
-        if sum(_bytes(sized, specs).values()) <= disk:
-            break
+    while True:
+        sketch = {**settings.sketch, "dim": dim}
+        sized = replace(settings, sketch=sketch, storage=storage_of(storage, sketch))
+        if dim == 1 or disk is None or sum(_bytes(sized, specs).values()) <= disk:
+            return sized
         dim //= 2
-    return dim
 
 
 def _suggested_rows(specs: Sequence[PartSpec], counted: Sequence[int], workers: int) -> int:

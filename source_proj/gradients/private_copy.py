@@ -6,7 +6,7 @@ the caller's module, they would give wrong numbers to every other thread that us
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from source_proj.gradients.batches import Batch, take
 from source_proj.gradients.general import Function
 from source_proj.trajectory.placement import Placement, placement_of
 
-__all__ = ["private_copy", "require_own_weights"]
+__all__ = ["private_copy", "require_own_weights", "require_takes"]
 
 _COPYING = threading.Lock()  # a lazy module changes while it is copied
 
@@ -116,24 +116,39 @@ def require_own_weights(function: Function, own: nn.Module, original: nn.Module,
     """
     if own is original:  # one that is not copied
         return
-    with torch.no_grad(), _Watch(original) as watch:
-        try:
-            function(own, take(batch, [0]))
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, IndexError) as error:
-            if isinstance(error, SourceProjError):
-                raise
-            raise MismatchError(
-                f"the model {type(own).__name__} cannot take the first example ({str(error).splitlines()[0]}): its "
-                "input must be as in training, of the same shape and type"
-            ) from error
+    with _Watch(original) as watch:
+        require_takes(function, own, batch)
     if watch.seen:
         raise GradientError(
             f"the model's weights {sorted(watch.seen)[:5]} were used otherwise than through the model that the task "
             "is given: a function within the model, or the task, holds on to the module that it was made with (a "
             "closure, a lambda, a global name). Let it use the module that it is called with"
         )
+
+
+def require_takes(function: Callable[[nn.Module, Batch], object], model: nn.Module, batch: Batch) -> None:
+    """Refuse a batch that a model cannot take: what torch says of it names neither.
+
+    Args:
+        function: of (model, batch).
+        model: the model.
+        batch: tried with its first example.
+
+    Raises:
+        MismatchError: the model cannot take it.
+    """
+    try:
+        with torch.no_grad():
+            function(model, take(batch, [0]))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        if isinstance(error, SourceProjError):
+            raise
+        raise MismatchError(
+            f"the model {type(model).__name__} cannot take the first example ({str(error).splitlines()[0]}): its "
+            "input must be as in training, of the same shape and type"
+        ) from error
 
 
 class _Watch(TorchFunctionMode):

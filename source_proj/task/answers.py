@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from source_proj._errors import MismatchError
 from source_proj.task.batch import Batch, Model, logits_of, without_cache
 
 __all__ = ["Answer", "Answers", "continued", "greedy", "has_targets", "inputs_of", "with_labels"]
@@ -120,9 +121,15 @@ def greedy(model: Model, batch: Batch, count: int, padding: int) -> Answers:
             )  # fmt: skip
         else:
             whole = prompt
-            for _ in range(room):
+            for done in range(room):
                 inputs = {"input_ids": whole} if by_name else whole
-                whole = torch.cat([whole, logits_of(model, inputs, by_name)[:, -1:].argmax(-1)], dim=1)
+                try:
+                    logits = logits_of(model, inputs, by_name)
+                except (RuntimeError, IndexError) as error:
+                    if not done:
+                        raise
+                    raise MismatchError(_too_long(model, prompt, done, count, error)) from error
+                whole = torch.cat([whole, logits[:, -1:].argmax(-1)], dim=1)
         said = whole[0, prompt.shape[1] :]
         inputs = without_cache(model, {"input_ids": whole}) if by_name else whole
         logp = logits_of(model, inputs, by_name)[0, prompt.shape[1] - 1 : -1].log_softmax(-1)
@@ -130,6 +137,15 @@ def greedy(model: Model, batch: Batch, count: int, padding: int) -> Answers:
         likelihoods.append(logp.gather(1, said[:, None]).mean() if len(said) else torch.zeros((), device=device))
     values = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
     return Answers(values, torch.stack(likelihoods).exp(), padding)
+
+
+def _too_long(model: Model, prompt: Tensor, done: int, count: int, error: Exception) -> str:
+    given = prompt.shape[1]
+    return (
+        f"the model {type(model).__name__} takes {given + done - 1} tokens ({str(error).splitlines()[0]}), and a query "
+        f"of {given} without labels is asked about {count} more that the model goes on with: give shorter queries, "
+        "fewer by CausalLM(max_new_tokens=...), or pairs (tokens, tokens) to ask about the texts themselves"
+    )
 
 
 def continued(batch: Batch, values: Tensor, padding: int, shift: bool) -> Batch:

@@ -150,7 +150,7 @@ def _slips(model: Model, inputs: Mapping[str, Any], by_name: bool) -> list[str]:
                 "of rows that are Python lists: give rows as tensors, torch.tensor(row)"
             )
         elif isinstance(value, Tensor) and value.dtype == torch.float64 and torch.float64 not in formats:
-            found.append(f"{name!r} is float64, and the model is {sorted(map(str, formats))}: give row.float()")
+            found.append(f"{name!r} is float64, and the model is {sorted(map(str, formats))}: make it float32")
     return found
 
 

@@ -149,10 +149,15 @@ class Classification(Task):
         """The target class of each query, and the probability that the model gives it.
 
         Raises:
-            ValueError: the target is none of the model's classes.
+            ValueError: the target is none of the model's classes, or the queries are no batch.
         """
         with torch.no_grad():
             logits = logits_of(model, inputs_of(batch, self.sample_weight), isinstance(batch, Mapping))
+        if logits.ndim < 2:
+            raise ValueError(
+                f"the model answers with shape {tuple(logits.shape)}, and the logits of a batch are (B, C): give "
+                "queries as a batch, a single input as input[None]"
+            )
         if isinstance(self.target, int) and self.target >= logits.shape[-1]:
             raise ValueError(f"target={self.target} is none of the model's {logits.shape[-1]} classes, from 0 on")
         chosen = logits.argmax(-1)

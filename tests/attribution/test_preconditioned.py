@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import source_proj as sp
+from source_proj.attribution import moments
 
 
 def source(problem, bank, **options):
@@ -188,6 +189,21 @@ def test_self_influence_is_the_score_of_the_own_loss(tmp_path):
         own = torch.stack([per_example(problem.model, state, loss, problem.train) for state in states]).mean(0)
         expected = np.diagonal(dense_scores(dense, -own, len(problem.train)))
         assert_equal_scores(source(problem, bank, query_gradient=kind).self_influence(), expected)
+
+
+@pytest.mark.parametrize("mode", ["per_segment", "factored_per_segment"])
+@pytest.mark.parametrize("dim", [16, 400])
+def test_metrics_are_crossed_alike_by_spectra_and_by_factors(tmp_path, monkeypatch, mode, dim):
+    """Self-influence multiplies whole matrices: of columns at the smaller k, by few rows' Gram matrices at the larger."""
+    problem = adam_run(preconditioner=mode)
+    bank = problem.build(tmp_path / "bank", sp.Sketch(dim, seed=1))
+    options = {"model": problem.model, "progress": False, "cache": False}
+    expected = sp.Source(bank, **options)
+    scores, own = expected.score(problem.queries).to_numpy(), expected.self_influence()
+    monkeypatch.setattr(moments, "_SMALL", 4)
+    found = sp.Source(bank, **options)
+    assert abs(found.score(problem.queries).to_numpy() - scores).max() <= 5e-5 * abs(scores).max()
+    assert abs(found.self_influence() - own).max() <= 5e-5 * abs(own).max()
 
 
 @pytest.mark.parametrize("maker", ["amsgrad", "rmsprop", "centered", "coupled", "named"])

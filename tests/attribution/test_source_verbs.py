@@ -209,6 +209,9 @@ def test_a_number_out_of_range_is_refused(blobs, k):
 def test_queries_of_another_width_are_refused_by_name(blobs):
     problem, bank = blobs
     narrow = TensorDataset(torch.randn(3, 4), torch.zeros(3, dtype=torch.long))
-    for method in (source(problem, bank), sp.RepSim(bank, model=problem.model, train_set=problem.train)):
+    asked = source(problem, bank)
+    asked.score(problem.queries)  # the model that is kept open has been looked at then
+    rep_sim = sp.RepSim(bank, model=problem.model, train_set=problem.train)
+    for method, queries in [(asked, narrow), (source(problem, bank), narrow), (rep_sim, narrow), (asked, narrow[:][0])]:
         with pytest.raises(sp.MismatchError, match=r"Sequential cannot take the first example .*as in training"):
-            method.score(narrow)
+            method.score(queries)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
@@ -237,6 +238,9 @@ def test_source_by_gram_matrices_equals_source_by_spectra(tmp_path, monkeypatch,
     assert all(isinstance(method._of(bank).hessian(segment), GramHessian) for segment in method.segments)
     assert abs(found - scores).max() <= 2e-5 * abs(scores).max()
     assert abs(method.self_influence() - own).max() <= 2e-5 * abs(own).max()
+    assert method.fidelity(features).effective_dimension == pytest.approx(
+        expected.fidelity(features).effective_dimension, rel=1e-4
+    )
     again = sp.Source(sp.open(bank.path), cache=cache, **options).score(features).to_numpy()
     assert (again == found).all()
     if cache and options.get("damping", 1) is not None:
@@ -250,3 +254,33 @@ def test_damping_that_sums_do_not_resolve_is_warned_of(tmp_path, monkeypatch):
     hessian = fitted_hessian(Fit(bank, 0, [0], "empirical_fisher"))
     with pytest.warns(UserWarning, match=r"damping, .* of 1e-14 is less than the sums of Ĥ resolve.*Give damping="):
         hessian.multiply(torch.ones(1, 12), ridge_inverse(1e-14, 12))
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 1e-5, 1e-7, 1e-9])
+def test_small_ridges_are_exact_where_there_are_few_rows(tmp_path, monkeypatch, ridge):
+    """Even below what sums in single precision resolve, of which there is no need to warn."""
+    problem = classification(n=6)
+    bank = problem.build(tmp_path / "bank", sp.Sketch(dim=80))
+    options = {"model": problem.model, "progress": False, "cache": False, "ridge": ridge}
+    expected = sp.Trak(bank, **options).score(problem.queries).to_numpy()
+    monkeypatch.setattr(moments, "_SMALL", 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = sp.Trak(bank, **options).score(problem.queries).to_numpy()
+    assert abs(found - expected).max() <= 1e-4 * abs(expected).max()
+
+
+@pytest.mark.parametrize("n", [20, 200])
+def test_the_rank_is_the_effective_dimension_of_an_unregularised_hessian(n):
+    """Where no factor can be had of a shift that rounding loses, eigenvalues are counted."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randn(n, 3, generator=generator) @ torch.randn(3, 40, generator=generator)
+    gram = gram_hessian(factors)
+    whole = factors.double().T @ factors.double()
+
+    def factor(shift, dtype):
+        return torch.linalg.cholesky((whole + shift * torch.eye(40)).to(dtype))
+
+    dense_one = DenseHessian(40, gram.trace, gram.norm, factor, lambda: moments.decomposed(whole))
+    for hessian in (gram, dense_one):
+        assert effective_dimension(hessian, 0.0) == pytest.approx(3, abs=0.05)

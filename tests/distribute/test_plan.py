@@ -168,3 +168,35 @@ def test_planned_and_real_time(tmp_path):
     ratio = planned.seconds / (time.perf_counter() - start)
     print(f"planned over real time: {ratio:.2f}; {asdict(planned)}")
     assert 0.1 < ratio < 10
+
+
+@pytest.mark.parametrize("storage", [None, "int8"])
+def test_sizes_and_storage_that_are_suggested_belong_together(storage):
+    """The codec is what a build of the suggested sketch takes, and the disk is asked about both."""
+    model, trajectory = run(width=600)
+    task, data = sp.Classification(), make()
+    options = {"batch_size": 10, "sketch": sp.Sketch(dim=64), "storage": storage}
+    planned = sp.plan(model, task, trajectory, data, **options)
+    assert (planned.dim, planned.storage) == (8192, storage or "int4")
+    rows = 2 * N * 4096
+    smaller = sp.plan(model, task, trajectory, data, **options, disk=int(1.2 * rows))
+    assert (smaller.dim, smaller.storage) == ((4096, "int8") if storage else (8192, "int4"))
+
+
+def test_long_trials_are_made_once(monkeypatch):
+    """Else a plan takes longer than the build."""
+    model, trajectory = run()
+    built, builds = [], module.build
+
+    def counted(*args, **options):
+        built.append(len(args[3]))
+        return builds(*args, **options)
+
+    monkeypatch.setattr(module, "build", counted)
+    monkeypatch.setattr(module, "_TRIALS", 3)
+    options = {"batch_size": 10, "sketch": sp.Sketch(dim=64), "progress": False}
+    sp.plan(model, sp.Classification(), trajectory, make(), **options)
+    short, built[:] = len(built), []
+    monkeypatch.setattr(module, "_PATIENCE", 0.0)
+    sp.plan(model, sp.Classification(), trajectory, make(), **options)
+    assert (short, sorted(built)) == (10, [10, 10, 40, 40])

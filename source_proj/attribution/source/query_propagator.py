@@ -77,7 +77,9 @@ class QueryPropagator:
         if self._rows:
             return {origin: operator.of_rows(rows) for origin, rows in at_metric.items() if rows is not None}
         matrix = operator.matrix()
-        return {origin: matrix if carried is None else matrix @ carried for origin, carried in at_metric.items()}
+        return {
+            origin: matrix if carried is None else matrix.to(carried) @ carried for origin, carried in at_metric.items()
+        }
 
     def step(
         self, own: int, decay: float, kept: SpectralOperator | None, crossed: Mapping[int, SpectralOperator]

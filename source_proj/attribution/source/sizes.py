@@ -24,16 +24,18 @@ class SegmentSize(NamedTuple):
         rows: N, examples of its stage.
         checkpoints: how many it averages.
         crossed: to how many other metrics of earlier segments a query is carried.
+        draws: sampled labels of an example at a checkpoint, where Ĥ is made of them.
     """
 
     rows: int
     checkpoints: int
     crossed: int = 0
+    draws: int = 1
 
     @property
     def factors(self) -> int:
-        """Factors of its Ĥ, one for each example and checkpoint."""
-        return self.rows * self.checkpoints
+        """Factors of its Ĥ, one for each example, checkpoint and draw."""
+        return self.rows * self.checkpoints * self.draws
 
     def takes_gram(self, dim: int) -> bool:
         """Whether a Gram matrix stands in for its Ĥ, whose eigenvectors are not computed at once."""
@@ -73,7 +75,7 @@ def fit_peak(segments: Sequence[SegmentSize], dim: int, shard_rows: int) -> int:
     # Their factors are kept in memory, which is twice as much while they are joined.
     rows = sum(_SINGLE * dim * segment.factors for segment in by_gram)
     rows += max((_SINGLE * dim * segment.factors for segment in by_gram), default=0)
-    sides = [segment.factors if segment.takes_gram(dim) else dim for segment in segments]
+    sides = [segment.factors if segment.takes_gram(dim) and not segment.crossed else dim for segment in segments]
     return _FACTOR_MATRICES * _DOUBLE * max(sides, default=dim) ** 2 + rows + block
 
 

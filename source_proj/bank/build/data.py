@@ -245,7 +245,10 @@ def _checked_dataset(data: Any) -> Any:
             f"{_name(data)} is an IterableDataset, whose examples have no fixed place; give a map-style data set"
         )
     if isinstance(data, tuple) and data and all(isinstance(part, Tensor) for part in data):
-        raise TypeError(f"got a tuple of {len(data)} tensors as a data set; give TensorDataset(*tensors)")
+        raise TypeError(
+            f"got a tuple of {len(data)} tensors as a data set; give TensorDataset(*tensors), or [example] if it is a "
+            "single example"
+        )
     if isinstance(data, Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise TypeError(f"{_name(data)} is no map-style data set (with __getitem__ and __len__) and no DataLoader")
     return data
