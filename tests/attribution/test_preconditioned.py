@@ -194,7 +194,7 @@ def test_self_influence_is_the_score_of_the_own_loss(tmp_path):
 @pytest.mark.parametrize("mode", ["per_segment", "factored_per_segment"])
 @pytest.mark.parametrize("dim", [16, 400])
 def test_metrics_are_crossed_alike_by_spectra_and_by_factors(tmp_path, monkeypatch, mode, dim):
-    """Self-influence multiplies whole matrices: of columns at the smaller k, by few rows' Gram matrices at the larger."""
+    """Self-influence multiplies whole matrices: of columns at the smaller k, of few rows' Gram matrix at the larger."""
     problem = adam_run(preconditioner=mode)
     bank = problem.build(tmp_path / "bank", sp.Sketch(dim, seed=1))
     options = {"model": problem.model, "progress": False, "cache": False}
