@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from source_proj._errors import MismatchError
 from source_proj.task import Answers, CausalLM, Classification, Regression, Task
 
 
@@ -97,6 +98,31 @@ def test_continuations_are_the_likeliest_tokens_after_each_prompt(seed, data, sh
         assert answers[i].value == whole[len(prompt) :].tolist()
         assert answers[i].probability == pytest.approx(float(torch.tensor(total / count).exp()), rel=1e-4)
         assert float(measured[i]) == pytest.approx(total, rel=1e-4, abs=1e-5)
+
+
+class Positions(nn.Module):
+    """A language model of six learned positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.positions, self.head = nn.Embedding(7, 4), nn.Embedding(6, 4), nn.Linear(4, 7)
+
+    def forward(self, input_ids):
+        return self.head(self.words(input_ids) + self.positions(torch.arange(input_ids.shape[1])))
+
+
+@pytest.mark.parametrize("length", [2, 6])
+def test_more_tokens_than_a_model_takes_are_refused_with_the_remedies(length):
+    prompt = torch.zeros(1, length, dtype=torch.long)
+    with pytest.raises(MismatchError, match=rf"takes 6 tokens .* query of {length} .*max_new_tokens=.*tokens, tokens"):
+        CausalLM().answers(Positions(), prompt)
+    if length == 2:
+        assert len(CausalLM(max_new_tokens=4).answers(Positions(), prompt)[0].value) == 4
+
+
+def test_a_single_input_is_no_batch_of_queries():
+    with pytest.raises(ValueError, match=r"shape \(3,\).*input\[None\]"):
+        Classification().answers(nn.Linear(4, 3), torch.zeros(4))
 
 
 def test_entries_that_would_be_lost_are_refused():

@@ -166,6 +166,24 @@ def test_a_build_says_what_it_leaves_out_and_can_be_told_otherwise(tmp_path, cap
         assert ("attributing through 2 of 6 parameters, 21 of 59 numbers" in capsys.readouterr().err) is said
 
 
+def test_a_build_says_what_makes_it_slow(tmp_path, capsys):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cells, self.head = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.cells(x)[0][:, -1])
+
+    data = TensorDataset(torch.randn(4, 5, 3), torch.tensor([0, 1, 1, 0]))
+    for chosen, said in ((["*"], True), (["head.*"], False)):
+        model = Recurrent()
+        run = sp.Trajectory([sp.Checkpoint(model.state_dict(), step=1, lr=0.1)])
+        path = tmp_path / f"bank_{said}"
+        sp.build(model, sp.Classification(), run, data, path, sketch=sp.Sketch(16), parameters=chosen)
+        assert ("one example at a time, many times slower than by layers: cells." in capsys.readouterr().err) is said
+
+
 def test_the_default_predicts_retraining_as_well_as_the_trained_parameters_do(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 30), nn.Tanh(), nn.Linear(30, 3))

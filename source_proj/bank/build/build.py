@@ -31,7 +31,7 @@ from source_proj.bank.format import Settings, storage_of
 from source_proj.bank.layout import PartSpec, default_shard_rows
 from source_proj.bank.read.part import Part
 from source_proj.bank.store import Store, open_store
-from source_proj.gradients import ParameterSpace, private_copy
+from source_proj.gradients import ParameterSpace, private_copy, uncovered
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 from source_proj.task.base import checked_pair
@@ -302,7 +302,10 @@ def _examine(
 def _chosen(
     model: nn.Module, trajectory: Trajectory, patterns: Sequence[str] | None, announced: bool
 ) -> tuple[ParameterSpace, str]:
-    """The attributed parameters, and in words which these are; a line says so where the default leaves some out."""
+    """The attributed parameters, and in words which these are.
+
+    Lines say where the default leaves some out, and where layers without a rule make the build slow.
+    """
     if patterns is None:
         names, which = trained_parameters(trajectory, model)
         space = ParameterSpace.of_names(model, names)
@@ -312,6 +315,11 @@ def _chosen(
     choice = f"{len(space.names)} of {len(sizes)} parameters, {space.size} of {sum(sizes)} numbers: {which}"
     if announced and patterns is None and len(space.names) < len(sizes):
         tqdm.write(printable(f"attributing through {choice} (parameters=['*'] takes all)"), file=sys.stderr)
+    if announced and (missing := uncovered(model, space)):
+        (name, why), *more = missing.items()
+        others = f" (and {len(more)} more)" if more else ""
+        said = f"gradients go one example at a time, many times slower than by layers: {name}: {why}{others}"
+        tqdm.write(printable(said), file=sys.stderr)
     return space, choice
 
 
