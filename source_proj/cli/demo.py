@@ -22,7 +22,7 @@ def demo(
         typer.Argument(help="Keep run, bank and page here; an interrupted demo goes on. Default: a temporary folder."),
     ] = None,
     page: Annotated[Path | None, typer.Option(help="Where to write the HTML page.")] = None,
-    pairs: Annotated[int, typer.Option(min=2, help="Matched pairs of retrainings behind each check.")] = 8,
+    pairs: Annotated[int, typer.Option(min=2, help="Matched pairs of retrainings behind each check.")] = 16,
     remove: Annotated[int, typer.Option(min=1, max=500, help="Training digits left out in each check.")] = 20,
     overwrite: Overwrite = False,
     progress: Progress = True,

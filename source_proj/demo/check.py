@@ -23,16 +23,14 @@ class Removal:
         removed: how many examples that is.
         predicted: predicted change.
         changes: actual change of each matched pair of runs.
-        expects_nothing: whether it is a control, of which no more than the predicted change is expected.
-        claims: how many are checked beside each other, of all of which together 95 % shall be sure.
+        named: of a control, the changes of what it is beside, in the same pairs; else nothing.
     """
 
     name: str
     removed: int
     predicted: float
     changes: tuple[float, ...]
-    expects_nothing: bool = False
-    claims: int = 1
+    named: tuple[tuple[float, ...], ...] = ()
 
     @property
     def actual(self) -> float:
@@ -47,20 +45,26 @@ class Removal:
 
     @property
     def noise(self) -> float:
-        """What the mean may be off by: half of its interval, by Student's t and with Bonferroni's correction."""
+        """Half of the 95 % interval of the mean, by Student's t."""
         from scipy.stats import t
 
-        return float(t.ppf(1 - 0.05 / (2 * self.claims), len(self.changes) - 1)) * self.error
+        return float(t.ppf(0.975, len(self.changes) - 1)) * self.error
 
     @property
     def holds(self) -> bool:
         """Whether the claim held: a change of the predicted sign, beyond the noise.
 
-        For a control: the actual change is the predicted one, but for the noise.
+        For a control: a smaller change than that of each it is beside, beyond the noise of the pairs' differences.
         """
-        if self.expects_nothing:
-            return abs(self.actual - self.predicted) <= self.noise
+        if self.named:
+            return all(self._is_less_than(changes) for changes in self.named)
         return self.actual * self.predicted > 0 and abs(self.actual) > self.noise
+
+    def _is_less_than(self, changes: tuple[float, ...]) -> bool:
+        size, own = math.copysign(1, math.fsum(changes)), math.copysign(1, self.actual)
+        differences = [size * other - own * change for other, change in zip(changes, self.changes, strict=True)]
+        more = Removal(self.name, self.removed, 1.0, tuple(differences))
+        return more.actual > more.noise
 
 
 def verdict(removal: Removal) -> str:
@@ -77,12 +81,14 @@ def verdict(removal: Removal) -> str:
         'Sign FAILS: predicted -2.00, came +1.00 ± 0.0577.'
         >>> verdict(Removal("without 20", 20, -2.0, (1.0, -1.1, 0.9)))
         'FAILS: no change beyond the noise of retraining; predicted -2.00, came +0.267 ± 0.684.'
+        >>> verdict(Removal("20 at random", 20, 0.1, (0.2, -0.1, 0.1), named=((-1.0, -1.1, -0.9),)))
+        'Holds: less than the named ones change; predicted +0.100, came +0.0667 ± 0.0882.'
     """
     numbers = f"predicted {signed(removal.predicted)}, came {signed(removal.actual)} ± {signed(removal.error)[1:] or 0}"
+    if removal.named:
+        said = ("Holds", "less than") if removal.holds else ("FAILS", "not less than")
+        return f"{said[0]}: {said[1]} the named ones change; {numbers}."
     close = abs(removal.actual - removal.predicted) <= removal.noise
-    if removal.expects_nothing:
-        said = ("Holds", "within") if close else ("FAILS", "beyond")
-        return f"{said[0]}: {said[1]} the noise of retraining; {numbers}."
     if removal.holds:
         return f"{'Sign and size hold' if close else 'Sign holds, size does not'}: {numbers}."
     if abs(removal.actual) <= removal.noise:

@@ -68,7 +68,7 @@ def run(
     folder: str | Path | None = None,
     *,
     page: str | Path | None = None,
-    pairs: int = 8,
+    pairs: int = 16,
     remove: int = 20,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
@@ -180,10 +180,9 @@ class _Run:
         }
         changes = retrain_without(self.digits, answer.query, groups, pairs=pairs, progress=self.progress)
         predicted = {name: float(scores.predict_removal(group).values[0]) for name, group in groups.items()}
-        control = next(reversed(groups))
-        return tuple(
-            Removal(name, remove, predicted[name], changes[name], name == control, len(groups)) for name in groups
-        )
+        *named, control = groups
+        beside = {control: tuple(changes[name] for name in named)}
+        return tuple(Removal(name, remove, predicted[name], changes[name], beside.get(name, ())) for name in groups)
 
 
 _PARTS = {

@@ -125,18 +125,20 @@ def test_removal_gives_mean_and_standard_error():
 
 
 @pytest.mark.parametrize(
-    ("predicted", "changes", "control", "holds"),
+    ("predicted", "changes", "named", "holds"),
     [
-        (-2.0, (-1.0, -1.1), False, True),
-        (-2.0, (1.0, 1.1), False, False),
-        (-2.0, (-1.0, 1.1), False, False),
-        (0.0, (1.0, 1.1), False, False),
-        (0.1, (0.2, -0.1), True, True),
-        (0.1, (1.2, 1.1), True, False),
+        (-2.0, (-1.0, -1.1), (), True),
+        (-2.0, (1.0, 1.1), (), False),
+        (-2.0, (-1.0, 1.1), (), False),
+        (0.0, (1.0, 1.1), (), False),
+        (0.1, (0.2, 0.1), ((-9.0, -9.2), (8.0, 7.9)), True),
+        (0.1, (0.2, 0.1), ((-9.0, -9.2), (0.2, 0.3)), False),
+        (0.1, (9.2, 9.1), ((-9.0, -9.2),), False),
+        (0.1, (-9.2, 9.1), ((-9.0, -9.2),), False),  # nothing on the average, but for the noise
     ],
 )
-def test_a_failed_claim_is_called_so(predicted, changes, control, holds):
-    removal = Removal("without some", 5, predicted, changes, control)
+def test_a_failed_claim_is_called_so(predicted, changes, named, holds):
+    removal = Removal("without some", 5, predicted, changes, named)
     assert removal.holds is holds
     text = check_text(Answer(3, 1, 1, 0.5, "n"), [removal], "logit margin")
     assert ("FAIL" in text) is not holds
