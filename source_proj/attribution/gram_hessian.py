@@ -23,7 +23,7 @@ from source_proj.attribution.spectral import (
     SINGLE_CONDITION,
     SpectralFunction,
     Spectrum,
-    inverse_trace,
+    factored_dimension,
     shifted_factor,
     shortest_series,
 )
@@ -82,11 +82,7 @@ class GramHessian:
 
     def effective_dimension(self, ridge: float) -> float:
         """Tr Ĥ(Ĥ + λ)⁻¹, for λ > 0."""
-        try:
-            lower = self.factor(ridge, torch.float64)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            return self.spectrum().effective_dimension(ridge)
-        return max(0.0, len(lower) - ridge * inverse_trace(lower))
+        return factored_dimension(self, ridge, torch.float64)
 
 
 def gram_hessian(rows: Tensor) -> GramHessian:

@@ -33,7 +33,7 @@ __all__ = [
     "cross_operator",
     "decay_operator",
     "effective_dimension",
-    "inverse_trace",
+    "factored_dimension",
     "response",
     "ridge_inverse",
     "shifted_factor",
@@ -178,11 +178,7 @@ class DenseHessian:
 
     def effective_dimension(self, ridge: float) -> float:
         """Tr Ĥ(Ĥ + λ)⁻¹, for λ > 0."""
-        try:
-            lower = self.factor(ridge, torch.float32)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            return self.spectrum().effective_dimension(ridge)
-        return max(0.0, self.dim - ridge * inverse_trace(lower))
+        return factored_dimension(self, ridge, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,10 +304,26 @@ def _forgetting(time: float) -> tuple[float, ...]:
     return (8 / time, 4 / time, 2 / time) if time > 0 else ()
 
 
-def inverse_trace(lower: Tensor) -> float:
-    """Tr (L Lᵀ)⁻¹ of a Cholesky factor L ``(n, n)``."""
+class Factored(Protocol):
+    """What has Cholesky factors of a matrix with the eigenvalues of Ĥ but for zeros, and eigenvectors beside them."""
+
+    @property
+    def factor(self) -> Callable[[float, torch.dtype], Tensor]:
+        """Gives the lower Cholesky factor ``(n, n)`` of the matrix + μ, from sums in the type asked for."""
+
+    @property
+    def spectrum(self) -> Callable[[], Spectrum]:
+        """Gives Ĥ's eigendecomposition."""
+
+
+def factored_dimension(hessian: Factored, ridge: float, dtype: torch.dtype) -> float:
+    """Tr Ĥ(Ĥ + λ)⁻¹ by a Cholesky factor L: n - λ tr (L Lᵀ)⁻¹; zeros of the matrix add nothing."""
+    try:
+        lower = hessian.factor(ridge, dtype)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the ridge is lost in the rounding of the sums
+        return hessian.spectrum().effective_dimension(ridge)
     inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
-    return float(inverse.square().sum(dtype=torch.float64))
+    return max(0.0, len(lower) - ridge * float(inverse.square().sum(dtype=torch.float64)))
 
 
 def shifted_factor(matrix: Tensor, shift: float, dtype: torch.dtype) -> Tensor:

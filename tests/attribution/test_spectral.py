@@ -165,12 +165,8 @@ def test_panels_make_the_whole_product(monkeypatch, n, curvature):
     torch.testing.assert_close(found, stage.hessian(curvature), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("cache", [True, False])
-@pytest.mark.parametrize("options", [{}, {"segments": 1}, {"damping": 0.01}, {"damping": None}, {"time_scale": 1e4}])
-def test_source_by_factors_equals_source_by_spectra(tmp_path, monkeypatch, options, cache):
-    """As for a large k; a second Source finds the factors beside the bank."""
-    problem = classification(n=60)
-    bank = problem.build(tmp_path / "bank", sp.Sketch(dim=20))
+def by_factors_as_by_spectra(problem, bank, monkeypatch, cache, options):
+    """Source by eigenvectors and by factors, as for a large k, whose scores are the same; and the queries' sketches."""
     options = {"model": problem.model, "progress": False, **options}
     expected = sp.Source(bank, cache=False, **options)
     features = expected.sketch(problem.queries)
@@ -178,11 +174,21 @@ def test_source_by_factors_equals_source_by_spectra(tmp_path, monkeypatch, optio
     monkeypatch.setattr(moments, "_SMALL", 4)
     method = sp.Source(bank, cache=cache, **options)
     found = method.score(features).to_numpy()
-    assert isinstance(method._of(bank).hessian(method.segments[0]), DenseHessian)
     assert abs(found - scores).max() <= 2e-5 * abs(scores).max()
     assert abs(method.self_influence() - own).max() <= 2e-5 * abs(own).max()
     again = sp.Source(sp.open(bank.path), cache=cache, **options).score(features).to_numpy()
     assert (again == found).all()
+    return expected, method, features
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("options", [{}, {"segments": 1}, {"damping": 0.01}, {"damping": None}, {"time_scale": 1e4}])
+def test_source_by_factors_equals_source_by_spectra(tmp_path, monkeypatch, options, cache):
+    """As for a large k; a second Source finds the factors beside the bank."""
+    problem = classification(n=60)
+    bank = problem.build(tmp_path / "bank", sp.Sketch(dim=20))
+    _, method, _ = by_factors_as_by_spectra(problem, bank, monkeypatch, cache, options)
+    assert isinstance(method._of(bank).hessian(method.segments[0]), DenseHessian)
     assert any(path.name.startswith("factor-") for path in bank.fits.folder.glob("*")) == cache
 
 
@@ -228,21 +234,11 @@ def test_source_by_gram_matrices_equals_source_by_spectra(tmp_path, monkeypatch,
     )
     problem = dataclasses.replace(problem, trajectory=trajectory)
     bank = problem.build(tmp_path / "bank", sp.Sketch(dim=40))
-    options = {"model": problem.model, "progress": False, **options}
-    expected = sp.Source(bank, cache=False, **options)
-    features = expected.sketch(problem.queries)
-    scores, own = expected.score(features).to_numpy(), expected.self_influence()
-    monkeypatch.setattr(moments, "_SMALL", 4)
-    method = sp.Source(bank, cache=cache, **options)
-    found = method.score(features).to_numpy()
+    expected, method, features = by_factors_as_by_spectra(problem, bank, monkeypatch, cache, options)
     assert all(isinstance(method._of(bank).hessian(segment), GramHessian) for segment in method.segments)
-    assert abs(found - scores).max() <= 2e-5 * abs(scores).max()
-    assert abs(method.self_influence() - own).max() <= 2e-5 * abs(own).max()
     assert method.fidelity(features).effective_dimension == pytest.approx(
         expected.fidelity(features).effective_dimension, rel=1e-4
     )
-    again = sp.Source(sp.open(bank.path), cache=cache, **options).score(features).to_numpy()
-    assert (again == found).all()
     if cache and options.get("damping", 1) is not None:
         names = {path.name.split("-")[0] for path in bank.fits.folder.iterdir() if path.is_dir()}
         assert names - {"crossing"} == {"gram_factor", "gram_sizes"}
