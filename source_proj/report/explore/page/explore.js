@@ -65,7 +65,6 @@ async function start() {
     `${facts.queries.toLocaleString("en")} queries, ${facts.train.toLocaleString("en")} training examples, ${facts.method}; ${facts.unit_in_words}${kept}`;
   document.body.dataset.told = "true";
 
-  const asked = (first, size) => backend.listed(kind, { words: search.value, label: label.value, stage: stage.value }, first, size);
   let reading = false;
 
   /** How many there are; of examples that are read for the first time, how many so far. */
@@ -77,11 +76,6 @@ async function start() {
   }
 
   const list = new VirtualList(box, {
-    async fetch(first, size) {
-      const answer = await asked(first, size);
-      tell(answer);
-      return answer;
-    },
     open: (example) => { location.hash = `${kind}/${example.place}`; },
     choose: (example) => { if (kind === "train") tray.toggle(example); },
     render(option, example) {
@@ -101,30 +95,37 @@ async function start() {
     count.classList.add("wrong");
   }
 
+  let waiting = 0;
+  let following = 0;
+
+  /** List what the fields ask for now; rows and count change together, and a late answer changes neither. */
   async function reset() {
+    clearTimeout(waiting);
+    clearTimeout(following);
     count.classList.remove("wrong");
+    const [its, filter] = [kind, { words: search.value, label: label.value, stage: stage.value }];
+    const asked = (first, size) => backend.listed(its, filter, first, size);
     try {
-      await list.reset();
-      goOn();
+      const answer = await list.reset(asked);
+      if (!answer) return;
+      tell(answer);
+      goOn(asked, list.version);
     } catch (error) {
       fail(error);
     }
   }
 
   /** A search finds more while the examples are read: the list grows, and nothing in sight moves. */
-  let following = 0;
-  function goOn() {
-    clearTimeout(following);
-    const version = list.version;
+  function goOn(asked, version) {
     if (reading) following = setTimeout(async () => {
       try {
         const answer = await asked(0, 0);
         if (version !== list.version) return;
         tell(answer);
         list.grow(answer.total);
-        goOn();
+        goOn(asked, version);
       } catch (error) {
-        fail(error);
+        if (version === list.version) fail(error);
       }
     }, 500);
   }
@@ -160,7 +161,6 @@ async function start() {
     }
   }
 
-  let waiting = 0;
   search.addEventListener("input", () => {
     clearTimeout(waiting);
     waiting = setTimeout(reset, 150);
@@ -168,6 +168,7 @@ async function start() {
   search.addEventListener("keydown", (event) => {
     if (event.key !== "ArrowDown" && event.key !== "Enter" && event.key !== "Escape") return;
     event.preventDefault();
+    reset(); // the keys that follow mean what was typed
     box.focus();
   });
   label.addEventListener("change", reset);

@@ -33,8 +33,9 @@ class VirtualList {
   static TALLEST = 8e6; // pixels: browsers lay out no element of a hundred million
   static SPAN = 100;
 
-  constructor(box, { fetch, open, choose, render }) {
-    Object.assign(this, { box, fetch, open, choose, render, total: 0, active: 0, spans: new Map(), version: 0 });
+  constructor(box, { open, choose, render }) {
+    Object.assign(this, { box, open, choose, render, total: 0, active: 0, spans: new Map(), version: 0 });
+    this.settled = Promise.resolve(); // when the rows are those of the last search
     this.spacer = box.firstElementChild;
     this.window = this.spacer.firstElementChild;
     box.addEventListener("scroll", () => requestAnimationFrame(() => this.draw()));
@@ -49,17 +50,30 @@ class VirtualList {
     new ResizeObserver(() => this.draw()).observe(box);
   }
 
-  /** Start over with another search. */
-  async reset() {
-    const version = ++this.version;
-    const first = await this.fetch(0, VirtualList.SPAN);
-    if (version !== this.version) return;
+  /** Start over with the rows of another search; its first answer, or null where a later search came before it. */
+  reset(fetch) {
+    const answered = this.answer(fetch, ++this.version);
+    this.settled = answered.catch(() => null);
+    return answered;
+  }
+
+  async answer(fetch, version) {
+    let first;
+    try {
+      first = await fetch(0, VirtualList.SPAN);
+    } catch (error) {
+      if (version !== this.version) return null;
+      throw error;
+    }
+    if (version !== this.version) return null;
+    this.fetch = fetch;
     this.spans = new Map([[0, first.examples]]);
     this.total = first.total;
     this.active = 0;
     this.stretch();
     this.box.scrollTop = 0;
     this.draw();
+    return first;
   }
 
   /** There are more rows at the end. */
@@ -113,17 +127,16 @@ class VirtualList {
   }
 
   async load(span) {
-    if (this.spans.has(span)) return;
-    const version = this.version;
-    this.spans.set(span, "asked");
-    if (this.spans.size > 40) this.spans.delete(this.spans.keys().next().value); // what was seen long ago is asked anew
+    const spans = this.spans; // another search has a map of its own
+    if (spans.has(span)) return;
+    spans.set(span, "asked");
+    if (spans.size > 40) spans.delete(spans.keys().next().value); // what was seen long ago is asked anew
     try {
       const { examples } = await this.fetch(span * VirtualList.SPAN, VirtualList.SPAN);
-      if (version !== this.version) return;
-      this.spans.set(span, examples);
-      this.draw();
+      spans.set(span, examples);
+      if (spans === this.spans) this.draw();
     } catch (error) {
-      if (version === this.version) this.spans.delete(span);
+      spans.delete(span);
       throw error;
     }
   }
@@ -142,13 +155,26 @@ class VirtualList {
     this.draw();
   }
 
+  /** Keys mean the rows of the last search, also where these are still on their way. */
   key(event) {
     const page = Math.max(1, this.visible - 2);
-    const steps = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -this.total, End: this.total };
-    if (event.key in steps) this.move(this.active + steps[event.key]);
-    else if (event.key === "Enter" && this.at(this.active)) this.open(this.at(this.active));
-    else if (event.key === " " && this.at(this.active)) this.choose(this.at(this.active));
-    else return;
+    const act = {
+      ArrowDown: () => this.move(this.active + 1),
+      ArrowUp: () => this.move(this.active - 1),
+      PageDown: () => this.move(this.active + page),
+      PageUp: () => this.move(this.active - page),
+      Home: () => this.move(0),
+      End: () => this.move(this.total),
+      Enter: () => this.with(this.open),
+      " ": () => this.with(this.choose),
+    }[event.key];
+    if (!act) return;
     event.preventDefault();
+    this.settled.then(act);
+  }
+
+  with(act) {
+    const example = this.at(this.active);
+    if (example) act(example);
   }
 }
