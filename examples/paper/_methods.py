@@ -17,7 +17,7 @@ from source_proj.evaluate import Candidate, GroundTruth
 
 __all__ = ["DEFAULT", "Run", "candidates", "features_of"]
 
-DEFAULT = "SOURCE"
+DEFAULT, TIMED = "SOURCE", "SOURCE, time of the retraining"
 RIDGES = [0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0]  # for TRAK, added to the eigenvalues of ΦᵀΦ/N
 _OWN_FEATURES = (sp.RepSim,)  # asked with the data itself: their features are no sketched gradients
 DAMPINGS: list[Any] = [
@@ -114,7 +114,7 @@ def _source(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
     found = [
         _made(problem, DEFAULT, "defaults", whole, sp.Source, **mean),
         # On half of the examples for as many epochs, a retraining takes half of the steps.
-        _made(problem, "SOURCE, time of the retraining", "time_scale=0.5", whole, sp.Source, time_scale=0.5, **mean),
+        _made(problem, TIMED, "time_scale=0.5", whole, sp.Source, time_scale=0.5, **mean),
         _made(problem, "SOURCE, query at the end", "defaults but that", whole, sp.Source, query_gradient="final"),
     ]
     larger = [run.larger for run in runs if run.larger]

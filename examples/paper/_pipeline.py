@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from _methods import DEFAULT, Run, candidates
+from _methods import DEFAULT, TIMED, Run, candidates
 from _problem import Problem
 from joblib.externals.loky import get_reusable_executor
 
@@ -25,6 +25,7 @@ from source_proj.trajectory import Stage
 
 __all__ = ["banks", "ground_truth", "home", "retrainers", "run"]
 
+REFERENCES = (DEFAULT, TIMED)  # the others' differences are to these
 RUN_SEED = 10**8  # far from the seeds of retrainings
 _LARGER = 4  # times the dimension, which takes the same bytes in a quarter of the bits
 _LEVEL = 5e-4  # LDS by which two processors differ on the same retrainings
@@ -48,7 +49,11 @@ def compare(problem: Problem, options: argparse.Namespace) -> Comparison:
     if options.methods:
         wanted = chosen(wanted, options.methods)
         if not options.quick:  # before the others are scored, which may take hours
-            check_same(problem, compare_methods(wanted[:1], truth.masks, truth.outcomes), table_of(problem, options))
+            check_same(
+                problem,
+                compare_methods(wanted[: len(REFERENCES)], truth.masks, truth.outcomes),
+                table_of(problem, options),
+            )
     found = compare_methods(wanted, truth.masks, truth.outcomes)
     _report(lap, "fits and scores")
     print("\n" + found.table().round(3).to_string(columns=["method", "runs", "setting", "lds", "low", "high", "slope"]))
@@ -196,16 +201,17 @@ def write(
 
 
 def chosen(every: Sequence[Candidate], begin: str) -> list[Candidate]:
-    """Those whose method's name begins so, behind SOURCE's defaults.
+    """Those whose method's name begins so, behind the references.
 
     Raises:
         ValueError: there are none.
     """
-    wanted = [candidate for candidate in every if candidate.method.startswith(begin) and candidate.method != DEFAULT]
+    references = [candidate for candidate in every if candidate.method in REFERENCES]
+    wanted = [each for each in every if each.method.startswith(begin) and each not in references]
     if not wanted:
         names = list(dict.fromkeys(candidate.method for candidate in every))
         raise ValueError(f"no method begins with {begin!r}; there are {names}")
-    return [every[0], *wanted]
+    return [*references, *wanted]
 
 
 def table_of(problem: Problem, options: argparse.Namespace) -> Path:
@@ -221,20 +227,20 @@ def merge(problem: Problem, comparison: Comparison, path: Path) -> None:
     """
     check_same(problem, comparison, path)
     new, old = _table(problem, comparison), pd.read_csv(path)
-    rows = new[new["method"] != DEFAULT]
+    rows = new[~new["method"].isin(REFERENCES)]
     table = pd.concat([old[~old["method"].isin(rows["method"])], rows])
     table.to_csv(path, index=False, float_format="%.4f")
 
 
 def check_same(problem: Problem, comparison: Comparison, path: Path) -> None:
-    """Compare SOURCE with what the table that is there says of it.
+    """Compare the references with what the table that is there says of them.
 
     Raises:
         ValueError: the table was measured with other retrainings, or other defaults of SOURCE.
     """
-    same = ["runs", "lds", "ceiling"]
+    same = ["method", "runs", "lds", "ceiling"]
     here, there = (
-        table.loc[table["method"] == DEFAULT, same].set_index("runs").sort_index()
+        table.loc[table["method"].isin(REFERENCES), same].set_index(["method", "runs"]).sort_index()
         for table in (_table(problem, comparison), pd.read_csv(path))
     )
     if not np.allclose(here, there, atol=_LEVEL, rtol=0, equal_nan=True):
@@ -245,8 +251,23 @@ def check_same(problem: Problem, comparison: Comparison, path: Path) -> None:
 
 
 def _table(problem: Problem, comparison: Comparison) -> pd.DataFrame:
-    """The comparison's table with the task's name and title before it."""
+    """The comparison's table with the task's name and title before it.
+
+    Differences are to SOURCE's defaults; ``timed``, ``timed_low`` and ``timed_high`` are those to SOURCE that knows the
+    retrainings' time.
+    """
     table: pd.DataFrame = comparison.table()
+    timed = comparison[TIMED]
+    for result in comparison.results:
+        for runs, own, reference in (
+            ("single", result.single, timed.single),
+            ("multiple", result.multiple, timed.multiple),
+        ):
+            if own is None or reference is None:
+                continue
+            behind = sp.evaluate.compare(reference, own)
+            place = (table["method"] == result.method) & (table["runs"] == runs)
+            table.loc[place, ["timed", "timed_low", "timed_high"]] = (behind.value, *behind.interval)
     table.insert(0, "title", problem.title)
     table.insert(0, "task", problem.name)
     return table

@@ -27,32 +27,45 @@ CHANGES = {  # method: what its defaults are called among the laboratory's chang
 
 
 def standings(single: pd.DataFrame) -> list[str]:
-    """A section on whether SOURCE's defaults are ahead of the strongest rivals, by paired intervals."""
+    """A section on whether SOURCE is ahead of the strongest rivals, by paired intervals."""
     rows = []
     for _, own in single.groupby("task", sort=False):
         source, by_method = own["method"].iloc[0], own.set_index("method")
         rivals = by_method[~by_method.index.str.contains(source, regex=False)]
         if rivals.empty:
             continue
-        cells = [_standing(rivals.loc[name]) if name in rivals.index else ABSENT for name in STANDARD]
         best = rivals.loc[rivals["lds"].idxmax()]
-        rows.append([str(own["title"].iloc[0]), *cells, f"{_standing(best)}<br><sub>{best.name}</sub>"])
+        cells = [
+            _standing(rivals.loc[name], difference) if name in rivals.index else ABSENT
+            for difference in ("diff", "timed")
+            for name in (*STANDARD, best.name)
+        ]
+        rows.append([str(own["title"].iloc[0]), *cells, str(best.name)])
     text = (
-        "Whether SOURCE with its defaults, one run, is ahead of the same run's influence functions that average over "
-        "its checkpoints as SOURCE does: in the bank, and with all of the network's gradients by kronfluence's EK-FAC; "
-        "then of the best of all rivals. Each has its best damping. The number is SOURCE's LDS minus theirs; *level* "
-        "means that its paired interval reaches 0."
+        "Whether SOURCE, one run, is ahead of the same run's influence functions that average over its checkpoints as "
+        "SOURCE does: in the bank (IF), and with all of the network's gradients by kronfluence's EK-FAC; then of the "
+        "best of all rivals, which the last column names. Each of them has its best damping for these halves; SOURCE "
+        "has its defaults, which are for leaving out a few examples, or knows that a retraining on a half takes half "
+        "of the steps (`time_scale=0.5`). The number is SOURCE's LDS minus theirs; *level* means that its paired "
+        f"interval reaches 0; {ABSENT} where a method was not run, or the table is of before this was asked."
     )
-    header = ["task", *STANDARD, "best rival"]
+    against = ["IF", "EK-FAC", "best rival"]
+    header = [
+        "task",
+        *(f"defaults − {name}" for name in against),
+        *(f"timed − {name}" for name in against),
+        "best rival",
+    ]
     return ["", "## Who is ahead", "", text, "", *grid(header, rows)] if rows else []
 
 
-def _standing(row: Any) -> str:
+def _standing(row: Any, difference: str) -> str:
     """Ahead, level or behind, from SOURCE's side."""
-    verdict = "ahead" if row["diff_low"] > 0 else "behind" if row["diff_high"] < 0 else "level"
-    return (
-        f"{bold(verdict, verdict == 'ahead')} {short(row['diff'])}{between(row['diff_low'], row['diff_high'], short)}"
-    )
+    value, low, high = (row.get(f"{difference}{end}", float("nan")) for end in ("", "_low", "_high"))
+    if pd.isna(value):
+        return ABSENT
+    verdict = "ahead" if low > 0 else "behind" if high < 0 else "level"
+    return f"{bold(verdict, verdict == 'ahead')} {short(value)}{between(low, high, short)}"
 
 
 def gains(single: pd.DataFrame) -> list[str]:
