@@ -74,9 +74,12 @@ def image_problem(
     """Assemble a problem from its stages; ``panel=None`` where another task has panels of the same images."""
     run = StackedRun(mlp(784, *widths, 10), stages, queries, margin, optimizer)
     sets = {stage: setting.data for stage, setting in stages.items()}
-    extra: dict[str, Any] = {"accuracy": run.accuracy, "record_more": run.record_more, "workers": 2}
-    if len(sets) == 1:
-        extra["captured"] = partial(run.captured, sp.Classification())
+    extra: dict[str, Any] = {
+        "accuracy": run.accuracy,
+        "record_more": run.record_more,
+        "captured": partial(run.captured, sp.Classification()),
+        "workers": 2,
+    }
     return Problem(
         name=name,
         title=title,

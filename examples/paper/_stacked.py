@@ -134,21 +134,24 @@ class StackedRun:
         return sp.Trajectory.from_stages(stages)
 
     def captured(self, task: sp.Task, seed: int, folder: Path, sketch: sp.Sketch) -> sp.Bank:
-        """Train on everything as :meth:`record` does, in one stage, and give the bank that was captured meanwhile."""
-        (stage,) = self.stages.values()
+        """Train on everything as :meth:`record` does, and give the bank that was captured meanwhile."""
         torch.manual_seed(seed)
         model = self.make_model()
-        optimizer = self.optimizer(model.parameters(), lr=stage.lr)
-        recorder = sp.Recorder(
-            model, optimizer, folder, at=stage.recorded(), capture=sketch, task=task, examples=len(stage.data)
-        )
-        record_training(
-            model, optimizer, stage.data, recorder, epochs=stage.epochs, batch_size=stage.batch, seed=seed,
-            loss=self.loss, captures=True,
-        )  # fmt: skip
-        bank = recorder.bank()
-        recorder.close()
-        return bank
+        earlier: list[Any] = []
+        for index, (name, stage) in enumerate(self.stages.items()):
+            optimizer = self.optimizer(model.parameters(), lr=stage.lr)
+            recorder = sp.Recorder(
+                model, optimizer, folder / name, at=stage.recorded(), stage=name, capture=sketch, task=task,
+                examples=len(stage.data),
+            )  # fmt: skip
+            record_training(
+                model, optimizer, stage.data, recorder, epochs=stage.epochs, batch_size=stage.batch,
+                seed=seed + index * 10**9, loss=self.loss, captures=True,
+            )  # fmt: skip
+            recorder.close()
+            if index + 1 < len(self.stages):
+                earlier.append(recorder.captured())
+        return recorder.bank(folder / "bank", after=earlier)
 
     def record_more(self, seed: int, folder: Path, checkpoints: int) -> sp.Trajectory:
         """Record the same run with another number of checkpoints a stage."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from source_proj.bank import Bank
-from source_proj.bank.capture import Capture, write_captured
+from source_proj.bank.capture import Capture, CapturedStage, write_captured
 from source_proj.bank.capture.sums import Memory
 from source_proj.integrations.callback_log import CallbackLog, callback_stage
 from source_proj.sketch import Sketch
@@ -97,6 +97,8 @@ class RecorderCallback:
         self,
         path: str | Path | None = None,
         *,
+        after: Sequence[CapturedStage] = (),
+        stage: str = "train",
         storage: str | None = None,
         ids: Sequence[Any] | None = None,
         autocast: str | None = None,
@@ -107,8 +109,24 @@ class RecorderCallback:
         Raises:
             TypeError: nothing was captured.
         """
-        if self._capture is None or self._model is None:
-            raise TypeError("nothing was captured: give RecorderCallback(capture=Sketch(...), task=...), and train")
+        model, capture = self._require_captured()
+        own = self.captured(stage=stage, ids=ids, preconditioner=preconditioner)
+        folder = self.dir / "bank" if path is None else path
+        return write_captured(model, capture, [*after, own], folder, storage=storage, autocast=autocast)
+
+    def captured(
+        self,
+        *,
+        stage: str = "train",
+        ids: Sequence[Any] | None = None,
+        preconditioner: PreconditionerMode = "scalar",
+    ) -> CapturedStage:
+        """Give what was captured, for :meth:`bank` of a later stage; see :meth:`source_proj.Recorder.captured`.
+
+        Raises:
+            TypeError: nothing was captured.
+        """
+        self._require_captured()
         log = CallbackLog.open(self.dir)
         groups: list[list[int]] = [[]]
         last: list[int] = []
@@ -118,17 +136,13 @@ class RecorderCallback:
             if place + 1 == len(steps) or (step in log.captures and log.captures[step][1]):
                 last.append(step)
                 groups.append([])
-        return write_captured(
-            self._model,
-            self._capture,
-            callback_stage(self.dir, groups[:-1], preconditioner=preconditioner),
-            [log.captured(step) for step in last],
-            self.dir / "bank" if path is None else path,
-            examples=self._options["examples"],
-            ids=ids,
-            storage=storage,
-            autocast=autocast,
-        )
+        recorded = callback_stage(self.dir, groups[:-1], stage, preconditioner=preconditioner)
+        return CapturedStage.of(recorded, [log.captured(step) for step in last], self._options["examples"], ids)
+
+    def _require_captured(self) -> tuple[nn.Module, Capture]:
+        if self._capture is None or self._model is None:
+            raise TypeError("nothing was captured: give RecorderCallback(capture=Sketch(...), task=...), and train")
+        return self._model, self._capture
 
     def on_train_begin(self, args: Any, state: Any, *_: Any, model: nn.Module, optimizer: Any, **__: Any) -> None:
         """Open the directory, and listen to gradients and to the optimizer.

@@ -76,3 +76,14 @@ def test_examples_without_an_index_are_refused(tmp_path):
         train(tmp_path / "run", callbacks=[callback], per_device_train_batch_size=BATCH)
     with pytest.raises(TypeError, match="go together"):
         RecorderCallback(tmp_path, capture=sp.Sketch(64))
+
+
+def test_two_trainings_make_one_bank_of_two_stages(tmp_path):
+    """The second Trainer goes on with other examples; the stages are those of each alone."""
+    first, second = captured(tmp_path / "one"), captured(tmp_path / "two")
+    bank = second.bank(after=[first.captured(stage="before")], stage="after")
+    assert [stage.name for stage in bank.stages] == ["before", "after"]
+    alone = first.bank()
+    for segment in (0, 1):
+        rows = torch.cat([block.rows for block in bank.stages[0].iter_rows(segment)])
+        assert torch.equal(rows, rows_of(alone, segment))

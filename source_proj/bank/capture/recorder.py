@@ -18,7 +18,7 @@ from source_proj.bank.bank import Bank
 from source_proj.bank.capture import processes
 from source_proj.bank.capture.capture import Capture
 from source_proj.bank.capture.sums import Memory
-from source_proj.bank.capture.write import write_captured
+from source_proj.bank.capture.write import CapturedStage, write_captured
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 from source_proj.trajectory import Recorder as RunRecorder
@@ -216,6 +216,7 @@ class Recorder(RunRecorder):
         self,
         path: str | Path | None = None,
         *,
+        after: Sequence[CapturedStage] = (),
         storage: str | None = None,
         ids: Sequence[Any] | None = None,
         autocast: str | None = None,
@@ -225,6 +226,8 @@ class Recorder(RunRecorder):
 
         Args:
             path: the bank's folder; default: "bank" in this run's directory.
+            after: what Recorders of earlier stages captured, in order, by their :meth:`captured`: the network was
+                trained on other data before. Attributed are then the examples of every stage.
             storage: how rows are stored, by the name of a codec; default: by k, see :func:`source_proj.build`.
             ids: ids of the examples, in order of their places; default: the places themselves.
             autocast: "bfloat16" or "float16" for the forward passes of queries.
@@ -233,34 +236,64 @@ class Recorder(RunRecorder):
 
         Raises:
             TypeError: this Recorder has no ``capture``, or ``segments`` is given.
-            BankError, MismatchError: another bank is there, or it cannot be written.
+            BankError, MismatchError: another bank is there, it cannot be written, or earlier stages were captured by
+                other sketches, tasks or parameters.
+            ValueError: no step was taken yet, the preconditioner is another, or two stages have one name.
+        """
+        own = self.captured(ids=ids, **options)
+        folder = self.dir / "bank" if path is None else path
+        if not self._follows and self._capture is not None:
+            write_captured(self._model, self._capture, [*after, own], folder, storage=storage, autocast=autocast)
+        processes.wait()
+        return Bank(folder)
+
+    def captured(self, *, ids: Sequence[Any] | None = None, **options: Unpack[ReadOptions]) -> CapturedStage:
+        """Give what was captured of this stage, for :meth:`bank` of the Recorder of a later one.
+
+        The Recorders of one model follow each other: :meth:`close` one before the next is made.
+
+        Args:
+            ids: ids of the examples, in order of their places; default: the places themselves.
+            **options: as for :meth:`bank`.
+
+        Raises:
+            TypeError: this Recorder has no ``capture``, or ``segments`` is given.
             ValueError: no step was taken yet, or the preconditioner is another.
+
+        Example:
+            >>> import tempfile
+            >>> import source_proj as sp
+            >>> model, directory = nn.Linear(4, 3), tempfile.mkdtemp()
+            >>> def train(stage, size, after=()):
+            ...     inputs, labels = torch.randn(size, 4), torch.randint(3, (size,))
+            ...     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            ...     recorder = Recorder(
+            ...         model, optimizer, f"{directory}/{stage}", every=1, stage=stage,
+            ...         capture=sp.Sketch(8), task=sp.Classification(),
+            ...     )
+            ...     optimizer.zero_grad()
+            ...     nn.functional.cross_entropy(model(inputs), labels).backward()
+            ...     _ = optimizer.step()
+            ...     recorder.step(ids=range(size))
+            ...     recorder.close()
+            ...     return recorder
+            >>> first = train("first", 10)
+            >>> train("second", 6).bank(after=[first.captured()]).stages
+            (StageBank('first': 10 rows x 1 checkpoints), StageBank('second': 6 rows x 1 checkpoints))
         """
         if self._capture is None:
             raise TypeError("a Recorder without capture= has no bank: give capture=Sketch(...), or call build()")
         if "segments" in options:
             raise TypeError("segments are those that were captured: give Recorder(segment_ends=...), not segments=")
         stage = self.stage(**options)
-        folder = self.dir / "bank" if path is None else path
-        if not self._follows:
-            run = RecordedRun.read(self.dir)
-            last = [group[-1] for group in self._groups()]
-            steps = [] if run is None else [run.checkpoints[place].step for place in last]
-            files = [self.dir / capture_name(step) for step in steps]
-            contents = [load_tensors(file, "record anew in an empty directory", mapped=True) for file in files]
-            write_captured(
-                self._model,
-                self._capture,
-                stage,
-                contents,
-                folder,
-                examples=self._examples,
-                ids=ids,
-                storage=storage,
-                autocast=autocast,
-            )
-        processes.wait()
-        return Bank(folder)
+        if self._follows:
+            return CapturedStage.of(stage, (), 0, None)
+        run = RecordedRun.read(self.dir)
+        last = [group[-1] for group in self._groups()]
+        steps = [] if run is None else [run.checkpoints[place].step for place in last]
+        files = [self.dir / capture_name(step) for step in steps]
+        contents = [load_tensors(file, "record anew in an empty directory", mapped=True) for file in files]
+        return CapturedStage.of(stage, contents, self._examples, ids)
 
     def close(self) -> None:
         """Stop recording and capturing; see :meth:`source_proj.trajectory.Recorder.close`."""

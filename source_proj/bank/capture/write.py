@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from source_proj._errors import GradientError
+from source_proj._errors import GradientError, MismatchError
 from source_proj._io.hashing import hash_float32
 from source_proj.bank.audits import encode_audit
 from source_proj.bank.bank import Bank
@@ -23,60 +25,97 @@ from source_proj.bank.read.part import Part
 from source_proj.bank.store import open_store
 from source_proj.trajectory import RunRecord, Stage, Trajectory
 
-__all__ = ["write_captured"]
+__all__ = ["CapturedStage", "write_captured"]
 
 _BATCH = 64  # rows; nothing was read in batches, and shards are made of some
+
+
+@dataclass(frozen=True)
+class CapturedStage:
+    """What was captured of a stage, as :meth:`source_proj.Recorder.captured` gives it.
+
+    Args:
+        stage: the stage as it was recorded, cut into the segments of the capture.
+        contents: of each segment, what :meth:`Capture.content` was at its end.
+        ids: ids of its examples in order.
+
+    Raises:
+        ValueError: its preconditioner changes the metric of its rows.
+    """
+
+    stage: Stage
+    contents: tuple[dict[str, Any], ...]
+    ids: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.stage.preconditioner not in ("scalar", "none"):
+            raise ValueError(
+                f"preconditioner={self.stage.preconditioner!r} wants rows in the metric of a preconditioner that is "
+                "known only after training, and captured rows are plain gradients: take 'scalar' or 'none'"
+            )
+
+    @classmethod
+    def of(
+        cls, stage: Stage, contents: Sequence[dict[str, Any]], examples: int | None, ids: Sequence[Any] | None
+    ) -> CapturedStage:
+        """One of the ids that were given; 0, 1, … where none were.
+
+        Args:
+            stage: the stage as it was recorded.
+            contents: of each segment.
+            examples: number of training examples; default: as many as there were indices.
+            ids: their ids in order.
+
+        Raises:
+            ValueError, MismatchError: ids are not as many, or not ids; or as for the stage.
+        """
+        n = max([examples or 0, *(len(content["rows"]) for content in contents)])
+        return cls(stage, tuple(contents), checked_ids(ids, 0, n, stage.name))
+
+    def curvature(self) -> list[Tensor]:
+        """Ĥ (k, k) of each segment."""
+        return [_curvature(content, self.stage.loss_scale) for content in self.contents]
 
 
 def write_captured(
     model: nn.Module,
     capture: Capture,
-    stage: Stage,
-    contents: Sequence[dict[str, Any]],
+    stages: Sequence[CapturedStage],
     path: str | Path,
     *,
-    examples: int | None = None,
-    ids: Sequence[Any] | None = None,
     storage: str | None = None,
     autocast: str | None = None,
 ) -> Bank:
-    """Write what was captured of a stage as a finalized bank; a killed call goes on when it is repeated.
+    """Write what was captured of a run's stages as a finalized bank; a killed call goes on when it is repeated.
 
     Args:
         model: the module that was trained; gives the order of its parameters.
         capture: says what the rows are.
-        stage: the stage as it was recorded, cut into the segments of the capture.
-        contents: of each segment, what :meth:`Capture.content` was at its end.
+        stages: in order of training.
         path: the bank's folder, or the URL of one in an object store.
-        examples: number of training examples; default: as many as there were indices.
-        ids: their ids in order; default: 0, 1, …
         storage: the codec of the rows; default: by k, see :func:`source_proj.bank.format.storage_of`.
         autocast: "bfloat16" or "float16" for the forward passes of queries.
 
     Raises:
         BankError: something else is at the path, or it cannot be written.
-        MismatchError: a bank of other settings or ids is there.
-        ValueError: the stage's preconditioner changes the metric of its rows.
+        MismatchError: a bank of other settings or ids is there, or stages were captured by different sketches, tasks
+            or parameters.
+        ValueError: two stages have one name.
     """
-    if stage.preconditioner not in ("scalar", "none"):
-        raise ValueError(
-            f"preconditioner={stage.preconditioner!r} wants rows in the metric of a preconditioner that is known only "
-            "after training, and captured rows are plain gradients: take 'scalar' or 'none'"
-        )
     store = open_store(path)
-    n = max([examples or 0, *(len(content["rows"]) for content in contents)])
-    row_ids = checked_ids(ids, 0, n, stage.name)
-    trajectory = Trajectory.from_stages([stage])
-    resolved = trajectory.resolve(model, capture.space).record
-    curvature = [_curvature(content, stage.loss_scale) for content in contents]
-    hashes = [hash_float32(matrix) for matrix in curvature]
-    (record,) = resolved.stages
     identity = capture.identity()
+    for captured in stages:
+        _require_same_identity(captured, identity)
+    trajectory = Trajectory.from_stages([captured.stage for captured in stages])
+    resolved = trajectory.resolve(model, capture.space).record
+    curvature = [captured.curvature() for captured in stages]
+    hashes = [[hash_float32(matrix) for matrix in own] for own in curvature]
+    records = (record.captured(own) for record, own in zip(resolved.stages, hashes, strict=True))
     settings = Settings(
         sketch=identity["sketch"],
         parameters=identity["parameters"],
         task=identity["task"],
-        trajectory=RunRecord((record.captured(hashes),), resolved.metrics),
+        trajectory=RunRecord(tuple(records), resolved.metrics),
         storage=storage_of(storage, identity["sketch"]),
         sampled_fisher=0,
         second_derivative=False,
@@ -84,21 +123,40 @@ def write_captured(
         gradients="auto",
         autocast=autocast,
     )
-    height = default_shard_rows(n, _BATCH, settings)
-    spec = PartSpec(0, n, _BATCH, height, "string" if row_ids.dtype == object else "int64")
+    specs = [_spec(captured.ids, settings) for captured in stages]
     if not store.exists("zarr.json"):
         choice = f"{len(capture.space.names)} parameters, {capture.space.size} numbers: those that were captured"
-        matrices = dict(zip(hashes, curvature, strict=True))
-        create_bank(store, settings, trajectory, {}, [(spec, row_ids)], choice, matrices)
+        matrices = dict(zip(chain(*hashes), chain(*curvature), strict=True))
+        parts = [(spec, captured.ids) for spec, captured in zip(specs, stages, strict=True)]
+        create_bank(store, settings, trajectory, {}, parts, choice, matrices)
     bank = Bank(path)
     require_same_settings(bank.path, bank.settings, settings)
-    (part,) = bank.stages[0].parts
-    require_same_part(part, spec, row_ids)
-    for segment, content in enumerate(contents):
-        for shard, arrays in _shards(part, segment, content, settings, stage.loss_scale):
-            part.commit(segment, shard, arrays)
-    bank.seal([part])
+    written = []
+    for own, captured, spec in zip(bank.stages, stages, specs, strict=True):
+        (part,) = own.parts
+        require_same_part(part, spec, captured.ids)
+        for segment, content in enumerate(captured.contents):
+            for shard, arrays in _shards(part, segment, content, settings, captured.stage.loss_scale):
+                part.commit(segment, shard, arrays)
+        written.append(part)
+    bank.seal(written)
     return bank
+
+
+def _require_same_identity(captured: CapturedStage, identity: dict[str, Any]) -> None:
+    """A bank has one sketch of one model's parameters, for one task."""
+    for content in captured.contents:
+        for name, value in identity.items():
+            if content["identity"][name] != value:
+                raise MismatchError(
+                    f"the {name} of stage {captured.stage.name!r} was {content['identity'][name]!r}, and that of the "
+                    f"last stage is {value!r}: capture all stages of a run alike"
+                )
+
+
+def _spec(ids: np.ndarray, settings: Settings) -> PartSpec:
+    height = default_shard_rows(len(ids), _BATCH, settings)
+    return PartSpec(0, len(ids), _BATCH, height, "string" if ids.dtype == object else "int64")
 
 
 def _curvature(content: dict[str, Any], loss_scale: float) -> Tensor:

@@ -1,5 +1,6 @@
 """Captured runs that are killed, go on, or are of several processes end with the rows of one that was left alone."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -131,6 +132,8 @@ def session(rank, folder, until):
         assert bank.finalized
     recorder.close()
     dist.barrier()
+    del parallel  # first: where its reducer holds the group last, torch joins a thread that waits for the GIL
+    gc.collect()
     dist.destroy_process_group()
 
 
