@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -194,11 +193,13 @@ class WatchedSink(GradientSink):
         """As the sink."""
         return self._sink.accepts_half
 
-    @contextmanager
-    def holding(self) -> Iterator[None]:
+    def hold(self) -> None:
         """As of the sink; the second holds nothing back."""
-        with self._sink.holding():
-            yield
+        self._sink.hold()
+
+    def release(self, *, add: bool = True) -> None:
+        """As of the sink."""
+        self._sink.release(add=add)
 
     def _sinks(self, name: str) -> list[GradientSink]:
         return [self._sink, self._second] if name in self._watched else [self._sink]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -33,17 +33,28 @@ class GradientSink:
         self._accepts_half = sketch.accepts_half(out.device.type)
         self._held: HeldSketches | None = None
 
+    def hold(self) -> None:
+        """Hold back pieces that are cheaper together, until `release`."""
+        self._held = self._sketch.hold(self._out)
+
+    def release(self, *, add: bool = True) -> None:
+        """Add all that is held back, or let it go, and hold nothing back any more."""
+        held, self._held = self._held, None
+        if held is not None and add:
+            with torch.no_grad(), without_autocast():
+                held.finish_()
+
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Within, pieces that are cheaper together may be held back; at the end all are added."""
-        self._held = self._sketch.hold(self._out)
+        """Within, pieces that are cheaper together may be held back; at the end all are added, after an error none."""
+        self.hold()
+        done = False
         try:
             with without_autocast():
                 yield
-                if self._held is not None:
-                    self._held.finish_()
+            done = True
         finally:
-            self._held = None
+            self.release(add=done)
 
     def gather(self) -> None:
         """Bring together what several devices hold."""
@@ -154,13 +165,15 @@ class SinkOfMetrics(GradientSink):
         super().__init__(outs[0], sketch, space)
         self._sinks = sinks
 
-    @contextmanager
-    def holding(self) -> Iterator[None]:
-        """As `GradientSink.holding`, in each metric."""
-        with ExitStack() as stack:
-            for sink in self._sinks:
-                stack.enter_context(sink.holding())
-            yield
+    def hold(self) -> None:
+        """As `GradientSink.hold`, in each metric."""
+        for sink in self._sinks:
+            sink.hold()
+
+    def release(self, *, add: bool = True) -> None:
+        """As `GradientSink.release`, in each metric."""
+        for sink in self._sinks:
+            sink.release(add=add)
 
     def add(self, name: str, rows: Tensor, start: int = 0) -> None:
         """As `GradientSink.add`."""
@@ -203,10 +216,8 @@ class SinkByParameter(GradientSink):
         super().__init__(torch.zeros(len(space.names), size, sketch.dim, device=device), sketch, space)
         self._at = {name: n for n, name in enumerate(space.names)}
 
-    @contextmanager
-    def holding(self) -> Iterator[None]:
-        """As `GradientSink.holding`; nothing is held back, as rows of different parameters don't add up here."""
-        yield
+    def hold(self) -> None:
+        """Nothing is held back, as rows of different parameters don't add up here."""
 
     def _rows(self, name: str, start: int, count: int) -> Tensor:
         return self._out[self._at[name], start : start + count]

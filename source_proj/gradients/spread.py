@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,13 +40,15 @@ class SpreadSink(GradientSink):
         """As all of the sinks."""
         return all(part.sink.accepts_half for part in self._by_device.values())
 
-    @contextmanager
-    def holding(self) -> Iterator[None]:
-        """As `GradientSink.holding`, on each device."""
-        with ExitStack() as stack:
-            for part in self._by_device.values():
-                stack.enter_context(part.sink.holding())
-            yield
+    def hold(self) -> None:
+        """As `GradientSink.hold`, on each device."""
+        for part in self._by_device.values():
+            part.sink.hold()
+
+    def release(self, *, add: bool = True) -> None:
+        """As `GradientSink.release`, on each device."""
+        for part in self._by_device.values():
+            part.sink.release(add=add)
 
     def gather(self) -> None:
         """Add the sums of all devices to the first one's."""

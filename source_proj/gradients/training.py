@@ -33,7 +33,7 @@ from source_proj.gradients.proof import WatchedSink, share_sink
 from source_proj.gradients.sink import GradientSink, SinkByParameter
 from source_proj.gradients.space import ParameterSpace
 from source_proj.gradients.suited import refuse_unsuited
-from source_proj.sketch import Sketch
+from source_proj.sketch import Sketch, without_autocast
 from source_proj.trajectory.placement import placement_of
 
 __all__ = ["INDEX", "TrainingPass", "TrainingPath"]
@@ -56,6 +56,7 @@ class TrainingPass:
         index: which examples, where the batch said so.
         batch: the model's keyword arguments where "labels" are among them, else None.
         reached: whether a backward pass came.
+        graph: autograd's number of the last one, at whose end the sink adds what it holds back.
         spacing: of the coarsest number format of its output gradients.
     """
 
@@ -66,6 +67,7 @@ class TrainingPass:
     index: Tensor | Sequence[int] | None
     batch: Mapping[str, Any] | None
     reached: bool = False
+    graph: int | None = None
     spacing: float = torch.finfo(torch.float32).eps
 
 
@@ -187,11 +189,14 @@ class TrainingPath(HookPath):
     def _on_gradient(
         self, module: nn.Module, size: int, taker: Callable[[], GradientSink], x: Tensor, g: Tensor
     ) -> None:
+        sink = taker()
         for each in self.passes:
-            if each.sink is taker():
+            if each.sink is sink:
                 each.reached = True
                 each.spacing = max(each.spacing, torch.finfo(g.dtype).eps)
-                super()._on_gradient(module, size, taker, x, g)
+                _hold_until_its_end(each)
+                with torch.no_grad(), without_autocast():
+                    super()._on_gradient(module, size, taker, x, g)
 
     def _refuse_mixing(self) -> None:
         mixing = [name for name, module in self._mixing if module.training]
@@ -284,8 +289,23 @@ def _probing(model: nn.Module) -> Any:
         yield
 
 
+def _hold_until_its_end(current: TrainingPass) -> None:
+    """Let the sink hold pieces back until the backward pass under way has ended, and no tensor of it is used anew."""
+    graph = _graph_task()
+    if graph == current.graph:
+        return
+    current.graph = graph
+    current.sink.release()  # what a pass around this one, or one that failed, has brought
+    current.sink.hold()
+    torch.autograd.Variable._execution_engine.queue_callback(current.sink.release)
+
+
 def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+    return _graph_task() != -1
+
+
+def _graph_task() -> int:
+    return torch._C._current_graph_task_id()
 
 
 def _kind(batch: Batch) -> object:

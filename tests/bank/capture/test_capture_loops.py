@@ -194,6 +194,43 @@ def test_two_captures_of_one_model_do_not_disturb_each_other(tmp_path):
     loop.check()
 
 
+def _plainly(loop, buffer, index):
+    loss_of(loop.model, buffer, loop.labels[index]).backward()
+
+
+def _into_a_buffer_that_is_filled_again(loop, buffer, index):
+    loss_of(loop.model, buffer, loop.labels[index]).backward()
+    buffer.fill_(1e3)
+
+
+def _in_two_passes_over_one_graph(loop, buffer, index):
+    losses = nn.functional.cross_entropy(loop.model(buffer), loop.labels[index], reduction="none") / len(index)
+    losses[:2].sum().backward(retain_graph=True)
+    losses[2:].sum().backward()
+
+
+@pytest.mark.parametrize("backward", [_into_a_buffer_that_is_filled_again, _in_two_passes_over_one_graph])
+def test_rows_are_whole_when_a_backward_pass_has_ended(tmp_path, backward):
+    """Products that are transformed together are held back until then, and no longer."""
+    banks = []
+    for name, own in (("plain", _plainly), ("other", backward)):
+        torch.manual_seed(0)
+        loop = Loop(tmp_path / name, mlp())
+        loop.recorder.close()
+        loop.recorder = sp.Recorder(
+            loop.model, loop.optimizer, tmp_path / f"{name}-sketched", capture=sp.Sketch(1024), task=sp.Classification()
+        )  # fmt: skip
+        for index in loop.batches:
+            loop.optimizer.zero_grad()
+            own(loop, loop.inputs[index].clone(), index)
+            loop.optimizer.step()
+            loop.recorder.step(ids=index)
+        banks.append(loop.recorder.bank(storage="float32"))
+    plain, other = (rows_of(bank) for bank in banks)
+    assert plain.any()
+    assert float((plain - other).norm()) <= 1e-5 * float(plain.norm())
+
+
 # Refused by name ------------------------------------------------------------------------------------------------
 
 
