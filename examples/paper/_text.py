@@ -148,7 +148,8 @@ class Training:
         model, optimizer = self._start(seed)
         at, rows = self._checkpoint_steps(), self.rows.to(self.device)
         recorder = sp.Recorder(model, optimizer, folder, at=at, capture=sketch, task=self.task, examples=len(rows))
-        for batch in self._updates(model, optimizer, rows, torch.arange(len(rows)), seed, recorder.restore()):
+        done = recorder.restore()
+        for batch in self._updates(model, optimizer, rows, torch.arange(len(rows)), seed, done, captured=True):
             recorder.step(ids=batch, batch=rows[batch.to(self.device)])
         bank = recorder.bank()
         recorder.close()
@@ -202,8 +203,13 @@ class Training:
         seed: int,
         done: int = 0,
         kept: Tensor | None = None,
+        *,
+        captured: bool = False,
     ) -> Iterator[Tensor]:
-        """Train, but for the updates that are done already; yields the places of its rows after every update."""
+        """Train, but for the updates that are done already; yields the places of its rows after every update.
+
+        A recorder that captures is told the labels with the model's arguments, and keeps them back from it.
+        """
         batches = self._batches(subset, seed)
         for rate, batch in islice(zip(self.recipe.rates(len(subset)), batches, strict=True), done, None):
             optimizer.param_groups[0]["lr"] = rate
@@ -212,7 +218,8 @@ class Training:
             if len(there):
                 inputs = rows[there.to(self.device)]
                 labels = inputs.pop("labels")
-                torch.autograd.backward(self.loss(model(**inputs), labels) * (len(there) / len(batch)))
+                told = {"labels": labels} if captured else {}
+                torch.autograd.backward(self.loss(model(**inputs, **told), labels) * (len(there) / len(batch)))
             optimizer.step()
             yield batch
 

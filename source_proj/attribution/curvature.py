@@ -48,14 +48,14 @@ def default_curvature(banks: Sequence[Bank]) -> Curvature:
     row predicts retraining better by .027 [.017, .038] on Shakespeare and by .026 [.018, .034] on WikiText-2 at equal k
     (examples/paper/LABORATORY.md, study b).
 
-    Rows that were captured in training have the empirical Fisher that was captured with them.
+    Rows that were captured in training have the curvature that was captured with them.
 
     The squared error's ℓ'' is the same for every example, while the empirical Fisher weighs each by its squared
     residual, which says nothing of the loss's curvature: on all four regression tasks of examples/paper retraining is
     predicted better without it. For classification the order is the reverse (examples/paper/LABORATORY.md, study b).
     """
-    if banks[0].captured:
-        return "empirical_fisher"
+    if (capture := banks[0].trajectory.stages[0].capture) is not None:
+        return capture.kind
     task, draws = banks[0].task_spec, min(bank.settings.sampled_fisher for bank in banks)
     builtin = None if "class" in task else task["name"]
     if builtin == "causal_lm" and draws:
@@ -96,11 +96,13 @@ def check_curvature(stage: StageBank, curvature: Factors) -> None:
     """
     if curvature not in get_args(Factors):
         raise ValueError(f"unknown curvature {curvature!r}; choose one of {', '.join(get_args(Curvature))}")
-    if stage.captured and curvature != "empirical_fisher":
-        raise ValueError(
-            f"curvature {curvature!r} can't be had of rows captured in training, which sum loss gradients over a "
-            "segment: take 'empirical_fisher', which was captured with them, or build the bank from checkpoints"
-        )
+    if (capture := stage.record.capture) is not None:
+        if curvature != capture.kind:
+            raise ValueError(
+                f"curvature {curvature!r} can't be had of rows captured in training, which sum loss gradients over a "
+                f"segment: take {capture.kind!r}, which was captured with them, or build the bank from checkpoints"
+            )
+        return
     if curvature == "sampled_fisher" and stage.draws == 0:
         raise ValueError(
             "curvature 'sampled_fisher' needs rows of sampled labels, and this bank has none: "
@@ -110,7 +112,8 @@ def check_curvature(stage: StageBank, curvature: Factors) -> None:
 
 def count_factors(stage: StageBank, checkpoints: Sequence[int], curvature: Factors) -> int:
     """Number of factors a_i: one for each example, checkpoint and draw of a label."""
-    return stage.n * len(checkpoints) * (stage.draws if curvature == "sampled_fisher" else 1)
+    draws = stage.draws if curvature == "sampled_fisher" and not stage.captured else 1
+    return stage.n * len(checkpoints) * draws
 
 
 def iter_factors(

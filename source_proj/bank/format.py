@@ -89,7 +89,8 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
     checkpoint for each segment, and its rows are the loss gradients of the segment, weighted as
     `source_proj.bank.capture.sums` says: ``d1`` MUST be 1, ``batch_hashes`` all zeros, as no data were read again.
     ``curvature`` lists the hash of each segment's Ĥ: the SHA-256, in hex, of its entries (little-endian float32, C
-    order), and ``query_points`` the weights at which queries are differentiated. Such a bank MUST have no
+    order), ``kind`` says which curvature that is, "empirical_fisher" or "sampled_fisher", and ``query_points`` the
+    weights at which queries are differentiated. Such a bank MUST have no
     ``fisher_rows``, no second derivatives and one metric, the identity.
 
 **Commits**

@@ -36,10 +36,17 @@ from source_proj.gradients.suited import refuse_unsuited
 from source_proj.sketch import Sketch, without_autocast
 from source_proj.trajectory.placement import placement_of
 
-__all__ = ["INDEX", "TrainingPass", "TrainingPath"]
+__all__ = ["INDEX", "LABELS", "Sampler", "TrainingPass", "TrainingPath"]
 
 INDEX = "index"
 """Name of the batch entry that says which examples a pass is of; the model doesn't get to see it."""
+
+LABELS = "labels"
+"""Name of the batch entry that tasks read targets from; a model that takes no such argument doesn't get to see it."""
+
+Sampler = Callable[[Any, Mapping[str, Any] | None, int], tuple[Sequence[Tensor], Sequence[Tensor]] | None]
+"""From a pass's output, its keyword arguments where labels are among them, and its size: tensors of the output, and the
+gradients of another function by them; None for none."""
 
 _APART, _APART_HALF = 1e-3, 5e-2  # relative: outputs of half a batch, in float32 and with half precision
 
@@ -56,6 +63,8 @@ class TrainingPass:
         index: which examples, where the batch said so.
         batch: the model's keyword arguments where "labels" are among them, else None.
         reached: whether a backward pass came.
+        turn: the sink of the backward pass under way.
+        sampled: (B, dim) float32, rows of the sampler's function; None where there was none.
         graph: autograd's number of the last one, at whose end the sink adds what it holds back.
         spacing: of the coarsest number format of its output gradients.
     """
@@ -66,6 +75,8 @@ class TrainingPass:
     shares: SinkByParameter | None
     index: Tensor | Sequence[int] | None
     batch: Mapping[str, Any] | None
+    turn: GradientSink
+    sampled: Tensor | None = None
     reached: bool = False
     graph: int | None = None
     spacing: float = torch.finfo(torch.float32).eps
@@ -85,6 +96,7 @@ class TrainingPath(HookPath):
     Attributes:
         passes: those since `clear`.
         watched: whether the coming passes keep each parameter's share apart.
+        sampler: gives another function of the outputs, whose rows the coming passes bring too; None for none.
 
     Raises:
         GradientError: no rule covers some parameter's module, or the model is compiled or quantised.
@@ -112,12 +124,13 @@ class TrainingPath(HookPath):
         self._space, self._sketch = space, sketch
         self.passes: list[TrainingPass] = []
         self.watched = False
+        self.sampler: Sampler | None = None
         self._open: TrainingPass | None = None
         self._nested = 0  # calls of the model within that pass, as another path's probes are
         self._anchor = torch.zeros((), requires_grad=True)
         self._known: set[object] = set()  # kinds of batches whose graph was looked at
         self._shared_known = False
-        self._takes_index = INDEX in inspect.signature(model.forward).parameters
+        self._kept_back = _kept_back(model)
         self._mixing = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         weakly = _weak_hook(self)
         handles = [
@@ -132,18 +145,16 @@ class TrainingPath(HookPath):
         self.passes = []
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        changed, index = None, None
-        if INDEX in kwargs and not self._takes_index:
-            index = kwargs[INDEX]
-            kwargs = {name: value for name, value in kwargs.items() if name != INDEX}
-            changed = (args, kwargs)
+        back = {name: kwargs[name] for name in self._kept_back if name in kwargs}
+        kwargs = {name: value for name, value in kwargs.items() if name not in back}
         if self._open is not None:
             self._nested += 1
         elif model.training and torch.is_grad_enabled() and not _in_backward():
-            self._begin_pass(args, kwargs, index)
-        return changed
+            labels = {LABELS: back[LABELS]} if LABELS in back else {}
+            self._begin_pass(args, kwargs, back.get(INDEX), {**kwargs, **labels})
+        return (args, kwargs) if back else None
 
-    def _begin_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any], index: Any) -> None:
+    def _begin_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any], index: Any, told: dict[str, Any]) -> None:
         self._refuse_mixing()
         batch = (args, kwargs) if args and kwargs else args or kwargs
         size = batch_size(batch) if index is None else len(index)
@@ -155,7 +166,7 @@ class TrainingPath(HookPath):
         if self.watched:
             shares = share_sink(size, self._space, device)
             sink = WatchedSink(sink, shares, set(self._space.names))
-        self._open = TrainingPass(size, rows, sink, shares, index, kwargs if "labels" in kwargs else None)
+        self._open = TrainingPass(size, rows, sink, shares, index, told if LABELS in told else None, sink)
         self.passes.append(self._open)
         kind = _kind(batch)
         self._calls = None if size == 1 or kind in self._known else []
@@ -171,8 +182,21 @@ class TrainingPath(HookPath):
             return
         if output is None:  # the forward pass raised
             self.passes.remove(current)
-        elif calls is not None:
+            return
+        if calls is not None:
             self._require_apart(calls, args, kwargs, output, current.size)
+        if self.sampler is not None and (asked := self.sampler(output, current.batch, current.size)) is not None:
+            self._add_sampled(current, *asked)
+
+    def _add_sampled(self, current: TrainingPass, heads: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Go back through the pass's graph once more, before the loop does; nothing is added to any p.grad."""
+        current.sampled = torch.zeros_like(current.rows)
+        current.turn = GradientSink(current.sampled, self._sketch, self._space)
+        try:
+            with current.turn.holding():
+                torch.autograd.grad(heads, [self._anchor], gradients, retain_graph=True, allow_unused=True)
+        finally:
+            current.turn = current.sink
 
     def _on_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         if self._nested:
@@ -183,7 +207,7 @@ class TrainingPath(HookPath):
         if current is None:
             return None
         return self._on_output(
-            module, args, kwargs, output, size=current.size, anchor=self._anchor, taker=lambda: current.sink
+            module, args, kwargs, output, size=current.size, anchor=self._anchor, taker=lambda: current.turn
         )  # fmt: skip
 
     def _on_gradient(
@@ -191,12 +215,14 @@ class TrainingPath(HookPath):
     ) -> None:
         sink = taker()
         for each in self.passes:
+            if each.turn is not sink:
+                continue
             if each.sink is sink:
                 each.reached = True
                 each.spacing = max(each.spacing, torch.finfo(g.dtype).eps)
                 _hold_until_its_end(each)
-                with torch.no_grad(), without_autocast():
-                    super()._on_gradient(module, size, taker, x, g)
+            with torch.no_grad(), without_autocast():
+                super()._on_gradient(module, size, taker, x, g)
 
     def _refuse_mixing(self) -> None:
         mixing = [name for name, module in self._mixing if module.training]
@@ -269,6 +295,13 @@ def _refuse_compiled(model: nn.Module) -> None:
             "a compiled model runs past the hooks that capture rows, or is cut at every layer by them: train the "
             "module itself, without torch.compile, or leave capture= out and build the bank after training"
         )
+
+
+def _kept_back(model: nn.Module) -> list[str]:
+    """What a batch may have beside the model's arguments, and the model does not take."""
+    known = inspect.signature(model.forward).parameters
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    return [name for name in (INDEX, LABELS) if name not in known and not (name == LABELS and anything)]
 
 
 def _remove(handles: Sequence[RemovableHandle]) -> None:

@@ -40,10 +40,11 @@ class RecorderCallback:
             it. Train on an :class:`source_proj.IndexedDataset`, with ``remove_unused_columns=False`` so that the
             collator gets to see its "index", and in one process. A run can be resumed from its last two checkpoints.
         task: what is trained on; needed with ``capture``.
-        parameters: as for the Recorder, as are ``examples``, ``segment_ends`` and ``memory``.
+        parameters: as for the Recorder, as are ``examples``, ``segment_ends``, ``memory`` and ``draw_every``.
         examples: number of training examples.
         segment_ends: optimizer steps at which a captured segment ends.
         memory: "ram" or "disk".
+        draw_every: draw labels for the sampled Fisher at one step in so many; 0 for never.
 
     Raises:
         TypeError: ``capture`` is given without ``task``.
@@ -62,13 +63,19 @@ class RecorderCallback:
         examples: int | None = None,
         segment_ends: Iterable[int] = (),
         memory: Memory = "ram",
+        draw_every: int | None = None,
     ) -> None:
         self.dir = Path(dir).absolute()
         if (capture is None) != (task is None):
             raise TypeError("capture= and task= go together: give capture=Sketch(...) and task=CausalLM(), say")
         self._ends = frozenset(checked_count("segment_ends, in optimizer steps,", step, 1) for step in segment_ends)
         self._sketch, self._task = capture, task
-        self._options: dict[str, Any] = {"parameters": parameters, "examples": examples, "memory": memory}
+        self._options: dict[str, Any] = {
+            "parameters": parameters,
+            "examples": examples,
+            "memory": memory,
+            "draw_every": draw_every,
+        }
         self._capture: Capture | None = None
         self._model: nn.Module | None = None
         self._max_norm = 0.0

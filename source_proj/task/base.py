@@ -177,6 +177,11 @@ class Task:
         """Draws of labels an example that a bank is built with unless it is told another number."""
         return 0
 
+    @property
+    def draws_from_outputs(self) -> bool:
+        """Whether :meth:`sampled_output` wants nothing of the model but what it returns for the batch."""
+        return True
+
     def sampled_output(self, model: Model, batch: Batch, uniform: Uniform) -> Tensor:
         """Log-likelihood of labels drawn, without gradient, from the model's own prediction, (B,).
 

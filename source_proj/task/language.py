@@ -180,6 +180,11 @@ class CausalLM(Task):
         """One: the sampled Fisher predicts retraining better than the empirical one, and needs labels drawn."""
         return 1 if self._is_builtin() else 0  # where the likelihood is another, so is the Fisher
 
+    @property
+    def draws_from_outputs(self) -> bool:
+        """Not by chunks, whose logits are made of the hidden states."""
+        return self.chunk is None
+
     def sampled_output(self, model: Model, batch: Batch, uniform: Uniform) -> Tensor:
         """Log-likelihood of drawn tokens, times the root of what each token's counts for in the loss.
 

@@ -21,7 +21,14 @@ from source_proj.trajectory.optimizers import (
 from source_proj.trajectory.options import Schedule
 from source_proj.trajectory.preconditioning import ResolvedRun
 from source_proj.trajectory.readers import register_reader
-from source_proj.trajectory.record import CheckpointRef, PreconditionerMode, RunRecord, SegmentRecord, StageRecord
+from source_proj.trajectory.record import (
+    CapturedCurvature,
+    CheckpointRef,
+    PreconditionerMode,
+    RunRecord,
+    SegmentRecord,
+    StageRecord,
+)
 from source_proj.trajectory.recording.companion import Stateful
 from source_proj.trajectory.recording.recorder import Recorder
 from source_proj.trajectory.scale import Scale
@@ -36,6 +43,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "Adamax",
+    "CapturedCurvature",
     "Checkpoint",
     "CheckpointRef",
     "Moments",

@@ -21,6 +21,7 @@ __all__ = [
     "FACTORED",
     "PER_SEGMENT",
     "CaptureRecord",
+    "CapturedCurvature",
     "CheckpointRef",
     "PreconditionerMode",
     "RunRecord",
@@ -31,6 +32,9 @@ __all__ = [
 
 PreconditionerMode = Literal["shared", "per_segment", "factored", "factored_per_segment", "scalar", "none"]
 """What becomes of a preconditioner; see :class:`Stage`."""
+
+CapturedCurvature = Literal["empirical_fisher", "sampled_fisher"]
+"""Of what Ĥ was made while a stage trained: of its gradients, or of those of labels drawn from the model."""
 
 FACTORED: frozenset[PreconditionerMode] = frozenset({"factored", "factored_per_segment"})
 """With two vectors in place of P of each matrix."""
@@ -92,6 +96,7 @@ class CaptureRecord:
     Args:
         query_points: all weights that were recorded; queries are differentiated there.
         curvature: of each segment, the hash of its Ĥ (:func:`hash_float32`).
+        kind: which curvature that is.
 
     Raises:
         ValueError: there is no such weights, or a hash is none.
@@ -99,6 +104,7 @@ class CaptureRecord:
 
     query_points: tuple[CheckpointRef, ...]
     curvature: tuple[str, ...]
+    kind: CapturedCurvature
 
     def __post_init__(self) -> None:
         if not self.query_points:
@@ -211,13 +217,14 @@ class StageRecord:
             for group, time, decay in zip(groups, times, self._decays(groups, times), strict=True)
         )
 
-    def captured(self, curvature: Sequence[str]) -> StageRecord:
+    def captured(self, curvature: Sequence[str], kind: CapturedCurvature) -> StageRecord:
         """The record of the same stage with one checkpoint a segment, its last, whose rows are those of the segment.
 
         Times and decays of the segments stay as they are.
 
         Args:
             curvature: the hash of each segment's Ĥ.
+            kind: which curvature that is.
         """
         own = self.cut()
         ends = [segment.checkpoints[-1] for segment in own]
@@ -241,7 +248,7 @@ class StageRecord:
             scalars=scalars,
             decays=decays,
             metrics=tuple(self.metrics[end] for end in ends),
-            capture=CaptureRecord(self.checkpoints, tuple(curvature)),
+            capture=CaptureRecord(self.checkpoints, tuple(curvature), kind),
         )
 
     @staticmethod
@@ -260,9 +267,7 @@ class StageRecord:
 
     def _times(self, groups: Sequence[Sequence[int]]) -> list[float]:
         if self.scalars is not None:
-            return [
-                self.time_factor * sum(_weighted(self.lr_integrals, self.scalars, group)) for group in groups
-            ]  # fmt: skip
+            return [self.time_factor * sum(_weighted(self.lr_integrals, self.scalars, group)) for group in groups]
         ends = [0.0, *(self.lr_integrals[group[-1]] for group in groups)]
         return [self.time_factor * (end - begin) for begin, end in pairwise(ends)]
 

@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from source_proj._errors import GradientError, MismatchError
 from source_proj.bank.capture import processes
+from source_proj.bank.capture.draws import DrawnLabels
 from source_proj.bank.capture.law import LawOfStep, checked_law
 from source_proj.bank.capture.sums import Memory, SegmentSums
 from source_proj.gradients import ParameterSpace, nonfinite_examples
@@ -43,6 +44,7 @@ class Capture:
         memory: "ram" or "disk", for N x k float32 sums.
         scaler: what scales the loss, where something does.
         clipped: whether gradients may be clipped by their norm before a step.
+        draw_every: draw labels at one step in so many, 0 for never; see :class:`DrawnLabels`.
 
     Attributes:
         space: the attributed parameters.
@@ -66,6 +68,7 @@ class Capture:
         memory: Memory = "ram",
         scaler: GradScaler | None = None,
         clipped: bool = False,
+        draw_every: int | None = None,
     ) -> None:
         if not isinstance(sketch, Sketch) or not isinstance(task, Task):
             raise TypeError(
@@ -80,6 +83,7 @@ class Capture:
         self._examples, self._scaler, self._clipped = examples, scaler, clipped
         self._parameters = self.space.parameters(model)
         self._needs_batch = _needs_batch(task)
+        self._draws = DrawnLabels(task, draw_every, sketch.seed, scaler)
         self._path = TrainingPath(model, self.space, sketch)
         self._sums = SegmentSums(sketch.dim, examples, memory, folder, next(iter(self._parameters.values())).device)
         self._audits: Counter[str] = Counter()
@@ -87,7 +91,6 @@ class Capture:
         self._steps = 0  # of the optimizer since `restart`
         self._law: LawOfStep | None = None
         self._scale = 1.0
-        self._path.watched = True
         reference = weakref.WeakMethod(self._before_step)
 
         def before_step(*_: object) -> None:
@@ -96,6 +99,7 @@ class Capture:
                 alive()
 
         self._handle = optimizer.register_step_pre_hook(before_step)
+        self.forget_passes()
 
     def close(self) -> None:
         """Capture no more."""
@@ -128,11 +132,12 @@ class Capture:
             bad = nonfinite_examples(rows)
             if bad:
                 raise GradientError(f"the loss gradients of ids {[int(index[b]) for b in bad][:10]} are not finite")
-            self._sums.add(index, rows, rate, self._fisher_weight(passes, batch))
+            self._sums.add(index, rows, rate, self._factors(passes, rows, batch))
             if law is not None:
                 self._audits.update(audited_batches=1, audited_examples=len(index))
                 self._worst = max(self._worst, law.error)
             self._audits.update(examples=len(index))
+        self._draws.count_step()
         self.forget_passes()
 
     def forget_passes(self) -> None:
@@ -140,6 +145,7 @@ class Capture:
         self._path.clear()
         self._law = None
         self._path.watched = self._steps < _ALWAYS or self._steps % _SAMPLED == 0
+        self._path.sampler = self._draws if self._draws.due(self._sums.curvature_weight) else None
 
     def _before_step(self) -> None:
         """Hold the rows to the law before the optimizer uses the gradient."""
@@ -156,6 +162,24 @@ class Capture:
         if self._path.watched:
             gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
             self._law = checked_law(passes, gradients, self.sketch, self.space, self._scale, clipped=self._clipped)
+
+    def _factors(self, passes: Sequence[TrainingPass], rows: Tensor, batch: Any) -> Tensor | None:
+        """What the step adds to Ĥ: rows of drawn labels, where it has them; or the rows, as their empirical Fisher."""
+        if self._draws.kind == "empirical_fisher":
+            weight = self._fisher_weight(passes, batch)
+            return rows if weight is None else rows * weight.to(rows)[:, None]
+        drawn = [each.sampled * (each.size / self._scale) for each in passes if each.sampled is not None]
+        if not drawn:
+            return None
+        factors = torch.cat(drawn)
+        bad = nonfinite_examples(factors)
+        if bad and self._scaler is None:
+            raise GradientError(
+                f"the gradients of labels drawn for {bad[:10]} of the step's examples are not finite: train in float32 "
+                "or bfloat16, or say draw_every=0"
+            )
+        finite = [place for place in range(len(factors)) if place not in set(bad)]  # halves that were scaled too far
+        return factors[finite] if finite else None
 
     def _fisher_weight(self, passes: Sequence[TrainingPass], batch: Any) -> Tensor | None:
         if not self._needs_batch:
@@ -174,7 +198,7 @@ class Capture:
     def content(self) -> dict[str, Any]:
         """What is kept with a checkpoint: the sums of its segment so far, and what they are of."""
         audit = {**{name: self._audits[name] for name in _COUNTED}, "worst_error": self._worst}
-        return {**self._sums.content(), "audit": audit, "identity": self.identity()}
+        return {**self._sums.content(), **self._draws.content(), "audit": audit, "identity": self.identity()}
 
     def restart(self, content: dict[str, Any] | None) -> None:
         """Go on from what was kept; with None, begin a segment.
@@ -184,6 +208,7 @@ class Capture:
         """
         self._audits.clear()
         self._worst = 0.0
+        self._draws.restart(content)
         if content is None:
             self._sums.clear()
         else:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["count", "from_first", "is_first", "largest", "mean", "sum_to_first", "wait"]
+__all__ = ["count", "from_first", "is_first", "largest", "mean", "rank", "sum_to_first", "wait"]
 
 _CHUNK = 1 << 24  # numbers that are sent at once
 
@@ -18,9 +18,14 @@ def count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Which of the processes this is."""
+    return dist.get_rank() if count() > 1 else 0
+
+
 def is_first() -> bool:
     """Whether this process is the one that records."""
-    return count() == 1 or dist.get_rank() == 0
+    return rank() == 0
 
 
 def wait() -> None:

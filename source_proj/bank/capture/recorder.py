@@ -75,6 +75,10 @@ class Recorder(RunRecorder):
         segment_ends: numbers of optimizer steps at which a segment ends and the next one's rows begin; default: one
             segment.
         memory: "ram", or "disk" for sums in a file that is mapped into memory.
+        draw_every: at one step in so many, 1 or more, go back once more through the pass for labels drawn from the
+            model's prediction, so that Ĥ is the sampled Fisher; 0 for the empirical one, which takes no pass. Default:
+            4 for :class:`CausalLM`, whose Ĥ that makes much better, where labels are among the model's arguments, and
+            0 else.
 
     Raises:
         GradientError: rows can't be captured of this model; says why.
@@ -116,9 +120,11 @@ class Recorder(RunRecorder):
         examples: int | None = None,
         segment_ends: Iterable[int] = (),
         memory: Memory = "ram",
+        draw_every: int | None = None,
     ) -> None:
         ends = list(segment_ends)
         own = {"task": task, "parameters": parameters, "examples": examples, "segment_ends": ends or None}
+        own["draw_every"] = draw_every
         given = [name for name, value in own.items() if value is not None]
         if capture is None and given:
             raise TypeError(f"{given[0]}= belongs to capture=, which was not given: give capture=Sketch(...)")
@@ -143,6 +149,7 @@ class Recorder(RunRecorder):
                 memory=memory,
                 scaler=scalers[0] if scalers else None,
                 clipped=max_grad_norm is not None,
+                draw_every=draw_every,
             )
         try:
             super().__init__(

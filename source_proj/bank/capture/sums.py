@@ -2,11 +2,13 @@ r"""The sums of one segment: each example's gradients over the steps that saw it
 
 At step t, with learning rate η_t, a batch of B_t examples gives the loss gradients g_t(z). A segment keeps
 
-    Σ_t η_t g_t(z)  for each example z,    Σ_t η_t Σ_z w² g_t(z) g_t(z)ᵀ,    and    W = Σ_t η_t B_t,
+    Σ_t η_t g_t(z)  for each example z,    Σ_t η_t Σ_z a_t(z) a_t(z)ᵀ,    and    W = Σ_t η_t B_t.
 
-with w what :meth:`Task.fisher_weight` says. The row of z is N/W times its sum: an example that was seen as often as the
-others has the mean of its gradients, weighted by the learning rates, and one that was seen twice as often has twice
-that. The mean Hessian is the second sum over W.
+The row of z is N/W times its sum: an example that was seen as often as the others has the mean of its gradients,
+weighted by the learning rates, and one that was seen twice as often has twice that. The mean Hessian is the second sum
+over the W of the steps that have factors a: of the empirical Fisher, whose a is w g with w what
+:meth:`Task.fisher_weight` says, all; of the sampled Fisher, whose a is the gradient of the likelihood of labels drawn
+from the model, some.
 """
 
 from __future__ import annotations
@@ -37,6 +39,9 @@ class SegmentSums:
         folder: of that file, which has no name and goes with the process.
         device: where curvature is summed, k x k float32.
 
+    Attributes:
+        curvature_weight: W of the steps that had factors.
+
     Raises:
         ValueError: memory is neither "ram" nor "disk".
     """
@@ -55,21 +60,23 @@ class SegmentSums:
         self._curvature = torch.zeros(self._dim, self._dim, device=self._device)
         self._factors = torch.empty(_BLOCK, self._dim, device=self._device)
         self._waiting = 0  # factors whose outer products are not summed yet
-        self._weight = 0.0
+        self._weight = self.curvature_weight = 0.0
 
-    def add(self, index: Tensor, rows: Tensor, rate: float, fisher_weight: Tensor | None) -> None:
+    def add(self, index: Tensor, rows: Tensor, rate: float, factors: Tensor | None) -> None:
         """Add a step.
 
         Args:
             index: which examples, (B,) int64.
             rows: their loss gradients, (B, k) float32.
             rate: the learning rate η.
-            fisher_weight: w, (B,); None for 1.
+            factors: a, (n, k) float32; None for a step that has none.
         """
         self._reserve(int(index.max()) + 1)
         self._room.index_add_(0, index, rows.to("cpu") * rate)
         self._weight += rate * len(index)
-        factors = rows if fisher_weight is None else rows * fisher_weight.to(rows)[:, None]
+        if factors is None:
+            return
+        self.curvature_weight += rate * len(factors)
         for part in (factors * rate**0.5).split(_BLOCK):
             if self._waiting + len(part) > _BLOCK:
                 self._sum_waiting()
@@ -79,7 +86,12 @@ class SegmentSums:
     def content(self) -> dict[str, Any]:
         """What a segment is so far: tensors that the next step changes, and numbers."""
         self._sum_waiting()
-        return {"rows": self._room[: self._count], "curvature": self._curvature.to("cpu"), "weight": self._weight}
+        return {
+            "rows": self._room[: self._count],
+            "curvature": self._curvature.to("cpu"),
+            "weight": self._weight,
+            "curvature_weight": self.curvature_weight,
+        }
 
     def load(self, content: dict[str, Any]) -> None:
         """Go on from a content."""
@@ -87,7 +99,7 @@ class SegmentSums:
         self._reserve(len(content["rows"]))
         self._room[: self._count] = content["rows"]
         self._curvature.copy_(content["curvature"])
-        self._weight = float(content["weight"])
+        self._weight, self.curvature_weight = float(content["weight"]), float(content["curvature_weight"])
 
     def merge(self, gathered: Callable[[Tensor], None], largest: Callable[[int], int]) -> None:
         """Add up the sums of several processes.
@@ -98,10 +110,10 @@ class SegmentSums:
         """
         self._sum_waiting()
         self._reserve(largest(self._count))
-        weight = torch.tensor([self._weight], dtype=torch.float64)
-        for tensor in (self._room[: self._count], self._curvature, weight):
+        weights = torch.tensor([self._weight, self.curvature_weight], dtype=torch.float64)
+        for tensor in (self._room[: self._count], self._curvature, weights):
             gathered(tensor)
-        self._weight = float(weight)
+        self._weight, self.curvature_weight = weights.tolist()
 
     def _sum_waiting(self) -> None:
         factors = self._factors[: self._waiting]

@@ -23,7 +23,7 @@ from source_proj.bank.format import Settings, storage_of
 from source_proj.bank.layout import PartSpec, default_shard_rows
 from source_proj.bank.read.part import Part
 from source_proj.bank.store import open_store
-from source_proj.trajectory import RunRecord, Stage, Trajectory
+from source_proj.trajectory import CapturedCurvature, RunRecord, Stage, Trajectory
 
 __all__ = ["CapturedStage", "write_captured"]
 
@@ -76,6 +76,12 @@ class CapturedStage:
         """Ĥ (k, k) of each segment."""
         return [_curvature(content, self.stage.loss_scale) for content in self.contents]
 
+    @property
+    def kind(self) -> CapturedCurvature:
+        """Which curvature that is."""
+        kind: CapturedCurvature = self.contents[-1]["kind"]
+        return kind
+
 
 def write_captured(
     model: nn.Module,
@@ -105,12 +111,13 @@ def write_captured(
     store = open_store(path)
     identity = capture.identity()
     for captured in stages:
-        _require_same_identity(captured, identity)
+        _require_alike(captured, {**identity, "kind": stages[-1].kind})
     trajectory = Trajectory.from_stages([captured.stage for captured in stages])
     resolved = trajectory.resolve(model, capture.space).record
     curvature = [captured.curvature() for captured in stages]
     hashes = [[hash_float32(matrix) for matrix in own] for own in curvature]
-    records = (record.captured(own) for record, own in zip(resolved.stages, hashes, strict=True))
+    kind = stages[-1].kind
+    records = (record.captured(own, kind) for record, own in zip(resolved.stages, hashes, strict=True))
     settings = Settings(
         sketch=identity["sketch"],
         parameters=identity["parameters"],
@@ -143,14 +150,16 @@ def write_captured(
     return bank
 
 
-def _require_same_identity(captured: CapturedStage, identity: dict[str, Any]) -> None:
-    """A bank has one sketch of one model's parameters, for one task."""
+def _require_alike(captured: CapturedStage, last: dict[str, Any]) -> None:
+    """A bank has one sketch of one model's parameters, for one task, and one kind of curvature."""
     for content in captured.contents:
-        for name, value in identity.items():
-            if content["identity"][name] != value:
+        there = {**content["identity"], "kind": content["kind"]}
+        for name, value in last.items():
+            if there[name] != value:
+                called = "kind of curvature" if name == "kind" else name
                 raise MismatchError(
-                    f"the {name} of stage {captured.stage.name!r} was {content['identity'][name]!r}, and that of the "
-                    f"last stage is {value!r}: capture all stages of a run alike"
+                    f"the {called} of stage {captured.stage.name!r} was {there[name]!r}, and that of the last stage is "
+                    f"{value!r}: capture all stages of a run alike"
                 )
 
 
@@ -160,14 +169,16 @@ def _spec(ids: np.ndarray, settings: Settings) -> PartSpec:
 
 
 def _curvature(content: dict[str, Any], loss_scale: float) -> Tensor:
-    """Ĥ (k, k), of the gradients of the mean loss."""
-    weight = _weight(content)
-    matrix: Tensor = content["curvature"].float() / (weight * loss_scale**2)
+    """Ĥ (k, k), of the gradients of the mean loss; a task's sampled gradients are of that whatever the loop's loss."""
+    weight = _weight(content, "curvature_weight")
+    matrix: Tensor = content["curvature"].float() / weight
+    if content["kind"] == "empirical_fisher":
+        matrix /= loss_scale**2
     return (matrix + matrix.T) / 2  # symmetric to the last bit
 
 
-def _weight(content: dict[str, Any]) -> float:
-    weight = float(content["weight"])
+def _weight(content: dict[str, Any], name: str = "weight") -> float:
+    weight = float(content[name])
     if not weight > 0:
         raise GradientError(
             "no step of a segment was captured, or all had a learning rate of 0: record longer segments"

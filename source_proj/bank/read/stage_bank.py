@@ -158,7 +158,7 @@ class StageBank:
         return self.record.capture is not None
 
     def captured_curvature(self, segment: int) -> Tensor:
-        """The empirical Fisher Ĥ ``(k, k)`` float32 that was captured in a segment.
+        """The Ĥ ``(k, k)`` float32 that was captured in a segment, of the record's kind.
 
         Raises:
             BankError: the bank is not finalized, or the matrix is missing or damaged.

@@ -44,9 +44,9 @@ def data_for(model, n, seed=0):
     return torch.randn(n, 5, generator=generator), labels
 
 
-def loss_of(model, inputs, labels):
-    """The mean over the batch."""
-    logits = model(inputs)
+def loss_of(model, inputs, labels, *, told=False):
+    """The mean over the batch; with ``told`` its labels are among the arguments of the call."""
+    logits = model(inputs, labels=labels) if told else model(inputs)
     if logits.dim() == 3:
         losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
         return losses.view(len(labels), -1).mean(1).mean()
@@ -123,15 +123,17 @@ def train(directory, model=None, *, n=12, size=4, steps=9, before_step=None, lr=
     if model is None:
         torch.manual_seed(0)
         model = mlp()
+    told = options.get("draw_every", 0) > 0
     optimizer = options.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     inputs, labels = data_for(model, n)
-    capture = {"capture": sp.Sketch(size_of(model), "identity"), "task": task_for(model), "every": 3, **options}
+    capture = {"capture": sp.Sketch(size_of(model), "identity"), "task": task_for(model), "every": 3, "draw_every": 0}
+    capture |= options
     recorder = sp.Recorder(model, optimizer, directory, **capture)
     for step, index in list(enumerate(batches_of(n, size, steps)))[recorder.restore() :]:
         for group in optimizer.param_groups:
             group["lr"] = lr / (1 + step)
         optimizer.zero_grad()
-        loss_of(model, inputs[index], labels[index]).backward()
+        loss_of(model, inputs[index], labels[index], told=told).backward()
         if before_step is not None:
             before_step(index, inputs[index], labels[index], lr / (1 + step))
         optimizer.step()

@@ -112,7 +112,7 @@ def test_ids_travel_with_mappings_and_pairs(tmp_path):
     data = sp.IndexedDataset([{"input_ids": row, "labels": row} for row in tokens])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sketch = sp.Sketch(64)
-    recorder = sp.Recorder(model, optimizer, tmp_path / "a", capture=sketch, task=sp.CausalLM())
+    recorder = sp.Recorder(model, optimizer, tmp_path / "a", capture=sketch, task=sp.CausalLM(), draw_every=0)
     seen = []
     for batch in DataLoader(data, batch_size=4, shuffle=True):
         seen.append(batch["index"])
@@ -123,8 +123,9 @@ def test_ids_travel_with_mappings_and_pairs(tmp_path):
         optimizer.step()
         recorder.step()
     twin = sp.Recorder(
-        reference, torch.optim.SGD(reference.parameters(), lr=0.1), tmp_path / "b", capture=sketch, task=sp.CausalLM()
-    )
+        reference, torch.optim.SGD(reference.parameters(), lr=0.1), tmp_path / "b", capture=sketch, task=sp.CausalLM(),
+        draw_every=0,
+    )  # fmt: skip
     pairs = sp.IndexedDataset(TensorDataset(tokens))
     for index in seen:
         places, (rows,) = next(iter(DataLoader(pairs, batch_size=4, sampler=index.tolist())))

@@ -17,9 +17,14 @@ import source_proj as sp
 SETTING = {"steps": 40, "every": 4, "segment_ends": [16], "examples": 12}
 
 
+@pytest.fixture(scope="module", params=[0, 3], ids=["empirical Fisher", "labels drawn"])
+def setting(request):
+    return {**SETTING, "draw_every": request.param}
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    recorder = train(tmp_path_factory.mktemp("whole") / "run", **SETTING)
+def uninterrupted(tmp_path_factory, setting):
+    recorder = train(tmp_path_factory.mktemp("whole") / "run", **setting)
     return recorder.bank(storage="float32"), recorder._model.state_dict()
 
 
@@ -33,10 +38,10 @@ def same(recorder, uninterrupted):
     )
 
 
-def test_a_run_that_is_left_and_taken_up_again(tmp_path, uninterrupted):
+def test_a_run_that_is_left_and_taken_up_again(tmp_path, uninterrupted, setting):
     for until in (2, 7, 16, 18):
-        train(tmp_path / "run", **{**SETTING, "steps": until}).close()
-    recorder = train(tmp_path / "run", **SETTING)
+        train(tmp_path / "run", **{**setting, "steps": until}).close()
+    recorder = train(tmp_path / "run", **setting)
     kept = sorted(file.name for file in (tmp_path / "run").glob("capture_*"))
     assert kept == ["capture_00000016.pt", "capture_00000040.pt"]
     assert same(recorder, uninterrupted)
@@ -51,11 +56,11 @@ from captured_runs import train
 """
 
 
-def test_killed_at_random_moments(tmp_path, uninterrupted):
+def test_killed_at_random_moments(tmp_path, uninterrupted, setting):
     """SIGKILL in the middle of anything; each new process goes on; the last one ends with the same rows and weights."""
-    work = f"train({str(tmp_path / 'run')!r}, pause=lambda: time.sleep(0.01), **{SETTING!r})\nsignal.pause()"
+    work = f"train({str(tmp_path / 'run')!r}, pause=lambda: time.sleep(0.01), **{setting!r})\nsignal.pause()"
     kill_at_random(IMPORTS, work, 2, within=(0.05, 0.5))
-    assert same(train(tmp_path / "run", **SETTING), uninterrupted)
+    assert same(train(tmp_path / "run", **setting), uninterrupted)
 
 
 class Killed(BaseException):
@@ -63,7 +68,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("call", [2, 5, 8, 9, 14, 17, 18, 23])
-def test_killed_where_files_change(tmp_path, uninterrupted, monkeypatch, call):
+def test_killed_where_files_change(tmp_path, uninterrupted, monkeypatch, call, setting):
     """The process dies just before or after the n-th file gets its name."""
     count, real = 0, os.replace
 
@@ -79,8 +84,8 @@ def test_killed_where_files_change(tmp_path, uninterrupted, monkeypatch, call):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
         with pytest.raises(Killed):
-            train(tmp_path / "run", **SETTING)
-    assert same(train(tmp_path / "run", **SETTING), uninterrupted)
+            train(tmp_path / "run", **setting)
+    assert same(train(tmp_path / "run", **setting), uninterrupted)
 
 
 def test_a_capture_of_another_sketch_or_none_is_not_gone_on_with(tmp_path):

@@ -352,7 +352,9 @@ def test_a_language_model_tells_how_many_tokens_an_example_has(tmp_path):
     torch.manual_seed(0)
     model = Decoder()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    recorder = sp.Recorder(model, optimizer, tmp_path / "run", capture=sp.Sketch(8), task=sp.CausalLM())
+    recorder = sp.Recorder(
+        model, optimizer, tmp_path / "run", capture=sp.Sketch(8), task=sp.CausalLM(), draw_every=0
+    )  # fmt: skip
     tokens, _ = data_for(model, 4)
     loss_of(model, tokens, tokens).backward()
     optimizer.step()
