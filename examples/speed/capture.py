@@ -4,9 +4,10 @@
     python examples/speed/capture.py --models mlp --dim 1024 --steps 30
     python examples/speed/capture.py --device cuda --autocast bfloat16 --models gpt2 stack
 
-Both steps in one process and in turn, each with forward and backward pass, AdamW's update, and zero_grad; medians over
-the last two thirds of the steps, which are past the audits of the first ones: of the processor's time on a CPU, which
-other processes disturb less than the clock, and of the clock on a GPU. "curvature" is what the k x k sum takes.
+Both steps in one process and in turn, each with forward and backward pass, AdamW's update, and zero_grad; medians (with
+--draw-every, means) over the last two thirds of the steps, which are past the audits of the first ones: of the
+processor's time on a CPU, which other processes disturb less than the clock, and of the clock on a GPU. "curvature" is
+what the k x k sum takes.
 """
 
 import argparse
@@ -27,17 +28,17 @@ from source_proj.bank.capture.sums import SegmentSums
 from source_proj.sketch.projections import kinds
 
 
-def _language(model: nn.Module, tokens: Tensor) -> Tensor:
-    logits = model(tokens)
+def _language(model: nn.Module, tokens: Tensor, told: bool) -> Tensor:
+    logits = model(tokens, labels=tokens) if told else model(tokens)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def _classes(labels: Tensor, model: nn.Module, inputs: Tensor) -> Tensor:
+def _classes(labels: Tensor, model: nn.Module, inputs: Tensor, _told: bool) -> Tensor:
     return F.cross_entropy(model(inputs), labels.to(inputs.device))
 
 
 MODELS = ("decoder", "mlp", "gpt2", "stack")
-Loss = Callable[[nn.Module, Tensor], Tensor]
+Loss = Callable[[nn.Module, Tensor, bool], Tensor]  # the last: whether a recorder keeps the labels back
 
 
 def case(name: str, batch: int | None) -> tuple[Callable[[], nn.Module], Tensor, Loss]:
@@ -69,14 +70,17 @@ def measure(name: str, a: argparse.Namespace) -> None:
     task = sp.CausalLM(reduction="sum") if loss_of is _language else sp.Classification()
     sketch = sp.Sketch(a.dim, a.sketch)
     with tempfile.TemporaryDirectory() as folder:
-        recorder = sp.Recorder(models[1], optimizers[1], folder, capture=sketch, task=task, examples=len(data))
+        draws = a.draw_every if loss_of is _language else 0
+        recorder = sp.Recorder(
+            models[1], optimizers[1], folder, capture=sketch, task=task, examples=len(data), draw_every=draws
+        )  # fmt: skip
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(a.steps):
             for which in (0, 1):
                 began = now(device)
                 optimizers[which].zero_grad()
                 with autocast():
-                    loss = loss_of(models[which], data)
+                    loss = loss_of(models[which], data, bool(which and draws))
                 torch.autograd.backward(loss)
                 optimizers[which].step()
                 if which:
@@ -85,10 +89,11 @@ def measure(name: str, a: argparse.Namespace) -> None:
         sums = SegmentSums(a.dim, len(data), "ram", recorder.dir, device)
         rows, began = torch.randn(len(data), a.dim, device=device), now(device)
         for _ in range(a.steps):
-            sums.add(torch.arange(len(data)), rows, 0.1, None)
+            sums.add(torch.arange(len(data)), rows, 0.1, rows)
         curvature = (now(device) - began) / a.steps
         recorder.close()
-    plain, captured = (statistics.median(own[a.steps // 3 :]) for own in times)
+    # Where labels are drawn at some steps, no step is the middle one.
+    plain, captured = ((statistics.mean if draws else statistics.median)(own[a.steps // 3 :]) for own in times)
     size = sum(p.numel() for p in models[0].parameters())
     print(
         f"{name}: {size / 1e6:.2f} million parameters, batch {len(data)}, {a.sketch}, k = {a.dim}: "
@@ -106,6 +111,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="examples of a batch: 8 sequences, or 64 others")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--autocast", choices=("bfloat16", "float16"))
+    parser.add_argument(
+        "--draw-every", type=int, default=0, help="of language models: draw labels at one step in so many"
+    )
     parser.add_argument("--sketch", choices=kinds(), default="tensor", help="kind of sketch")
     options = parser.parse_args()
     torch.set_num_threads(1)
