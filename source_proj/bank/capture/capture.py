@@ -48,6 +48,7 @@ class Capture:
 
     Attributes:
         space: the attributed parameters.
+        draws: when labels are drawn, and of which passes they were.
 
     Raises:
         GradientError: rows can't be captured of this model; says why.
@@ -83,7 +84,7 @@ class Capture:
         self._examples, self._scaler, self._clipped = examples, scaler, clipped
         self._parameters = self.space.parameters(model)
         self._needs_batch = _needs_batch(task)
-        self._draws = DrawnLabels(task, draw_every, sketch.seed, scaler)
+        self.draws = DrawnLabels(task, draw_every, sketch.seed, scaler)
         self._path = TrainingPath(model, self.space, sketch)
         self._sums = SegmentSums(sketch.dim, examples, memory, folder, next(iter(self._parameters.values())).device)
         self._audits: Counter[str] = Counter()
@@ -124,6 +125,7 @@ class Capture:
             ValueError: an id is out of range, or the task needs the batch and none was given.
         """
         passes, law = [each for each in self._path.passes if each.reached], self._law
+        factors = None
         if rate > 0:
             if law is not None:
                 law.require_factor(clip_factor())
@@ -132,12 +134,13 @@ class Capture:
             bad = nonfinite_examples(rows)
             if bad:
                 raise GradientError(f"the loss gradients of ids {[int(index[b]) for b in bad][:10]} are not finite")
-            self._sums.add(index, rows, rate, self._factors(passes, rows, batch))
+            factors = self._factors(passes, rows, batch)
+            self._sums.add(index, rows, rate, factors)
             if law is not None:
                 self._audits.update(audited_batches=1, audited_examples=len(index))
                 self._worst = max(self._worst, law.error)
             self._audits.update(examples=len(index))
-        self._draws.count_step()
+        self.draws.count_step(added=factors is not None)
         self.forget_passes()
 
     def forget_passes(self) -> None:
@@ -145,7 +148,7 @@ class Capture:
         self._path.clear()
         self._law = None
         self._path.watched = self._steps < _ALWAYS or self._steps % _SAMPLED == 0
-        self._path.sampler = self._draws if self._draws.due(self._sums.curvature_weight) else None
+        self._path.sampler = self.draws if self.draws.due else None
 
     def _before_step(self) -> None:
         """Hold the rows to the law before the optimizer uses the gradient."""
@@ -165,7 +168,7 @@ class Capture:
 
     def _factors(self, passes: Sequence[TrainingPass], rows: Tensor, batch: Any) -> Tensor | None:
         """What the step adds to Ĥ: rows of drawn labels, where it has them; or the rows, as their empirical Fisher."""
-        if self._draws.kind == "empirical_fisher":
+        if self.draws.kind == "empirical_fisher":
             weight = self._fisher_weight(passes, batch)
             return rows if weight is None else rows * weight.to(rows)[:, None]
         drawn = [each.sampled * (each.size / self._scale) for each in passes if each.sampled is not None]
@@ -198,7 +201,7 @@ class Capture:
     def content(self) -> dict[str, Any]:
         """What is kept with a checkpoint: the sums of its segment so far, and what they are of."""
         audit = {**{name: self._audits[name] for name in _COUNTED}, "worst_error": self._worst}
-        return {**self._sums.content(), **self._draws.content(), "audit": audit, "identity": self.identity()}
+        return {**self._sums.content(), **self.draws.content(), "audit": audit, "identity": self.identity()}
 
     def restart(self, content: dict[str, Any] | None) -> None:
         """Go on from what was kept; with None, begin a segment.
@@ -208,7 +211,7 @@ class Capture:
         """
         self._audits.clear()
         self._worst = 0.0
-        self._draws.restart(content)
+        self.draws.restart(content)
         if content is None:
             self._sums.clear()
         else:

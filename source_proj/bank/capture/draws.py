@@ -56,14 +56,17 @@ class DrawnLabels:
         if self._every == 0 or every:
             self.kind = "sampled_fisher" if self._every else "empirical_fisher"
         self._steps = self._drawn = 0  # of the segment: optimizer's steps, and passes that labels were drawn of
+        self._added = False  # whether any of these counted
 
-    def count_step(self) -> None:
-        """An optimizer step was taken, or skipped."""
+    def count_step(self, *, added: bool) -> None:
+        """An optimizer step was taken, or skipped; whether its labels' gradients were added to Ĥ."""
         self._steps += 1
+        self._added |= added
 
-    def due(self, weight: float) -> bool:
-        """Whether labels are drawn at the coming step; weight is that of the segment's factors so far."""
-        return self.kind != "empirical_fisher" and (weight == 0 or self._steps % self._every == 0)
+    @property
+    def due(self) -> bool:
+        """Whether labels are drawn at the coming step: until a segment has some, and then at one in so many."""
+        return self.kind != "empirical_fisher" and (not self._added or self._steps % self._every == 0)
 
     def __call__(
         self, output: Any, batch: Mapping[str, Any] | None, size: int
@@ -122,7 +125,7 @@ class DrawnLabels:
     def content(self) -> dict[str, Any]:
         """What is kept with a checkpoint."""
         kind = self.kind or ("sampled_fisher" if self._every else "empirical_fisher")
-        return {"kind": kind, "steps": self._steps, "drawn": self._drawn}
+        return {"kind": kind, "steps": self._steps, "drawn": self._drawn, "added": self._added}
 
     def restart(self, content: Mapping[str, Any] | None) -> None:
         """Go on from what was kept; with None, begin a segment.
@@ -130,7 +133,7 @@ class DrawnLabels:
         Raises:
             MismatchError: another curvature was captured.
         """
-        self._steps = self._drawn = 0
+        self._steps, self._drawn, self._added = 0, 0, False
         if content is None or not content["steps"]:
             return
         if self.kind is not None and self.kind != content["kind"]:
@@ -138,7 +141,8 @@ class DrawnLabels:
                 f"the recorded capture is of the {_NAMES[content['kind']]}, and draw_every={self._given} asks for the "
                 f"{_NAMES[self.kind]}: go on as it was begun, or record anew in an empty directory"
             )
-        self.kind, self._steps, self._drawn = content["kind"], content["steps"], content["drawn"]
+        self.kind, self._added = content["kind"], content["added"]
+        self._steps, self._drawn = content["steps"], content["drawn"]
 
 
 _NAMES = {"empirical_fisher": "empirical Fisher", "sampled_fisher": "sampled Fisher"}

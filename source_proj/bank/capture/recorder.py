@@ -354,6 +354,7 @@ class Recorder(RunRecorder):
                 "model": self._model.state_dict(),
                 "optimizer": self._optimizer.state_dict(),
                 "also": [thing.state_dict() for thing in self._also],
+                "draws": None if self._capture is None else self._capture.draws.content(),
             }
         )
         if self._follows and self._capture is not None:
@@ -362,6 +363,8 @@ class Recorder(RunRecorder):
             for thing, its_state in zip(self._also, state["also"], strict=True):
                 thing.load_state_dict(its_state)
             self._capture.restart(None)
+            self._capture.draws.restart(state["draws"])
+            self._capture.forget_passes()
             self._seen, self._call = [], None
             self._progress = Progress(state["run"], [], self._progress.last_seen)
             self._watch.begin()

@@ -39,9 +39,6 @@ class SegmentSums:
         folder: of that file, which has no name and goes with the process.
         device: where curvature is summed, k x k float32.
 
-    Attributes:
-        curvature_weight: W of the steps that had factors.
-
     Raises:
         ValueError: memory is neither "ram" nor "disk".
     """
@@ -60,7 +57,7 @@ class SegmentSums:
         self._curvature = torch.zeros(self._dim, self._dim, device=self._device)
         self._factors = torch.empty(_BLOCK, self._dim, device=self._device)
         self._waiting = 0  # factors whose outer products are not summed yet
-        self._weight = self.curvature_weight = 0.0
+        self._weight = self._curvature_weight = 0.0
 
     def add(self, index: Tensor, rows: Tensor, rate: float, factors: Tensor | None) -> None:
         """Add a step.
@@ -76,7 +73,7 @@ class SegmentSums:
         self._weight += rate * len(index)
         if factors is None:
             return
-        self.curvature_weight += rate * len(factors)
+        self._curvature_weight += rate * len(factors)
         for part in (factors * rate**0.5).split(_BLOCK):
             if self._waiting + len(part) > _BLOCK:
                 self._sum_waiting()
@@ -90,7 +87,7 @@ class SegmentSums:
             "rows": self._room[: self._count],
             "curvature": self._curvature.to("cpu"),
             "weight": self._weight,
-            "curvature_weight": self.curvature_weight,
+            "curvature_weight": self._curvature_weight,
         }
 
     def load(self, content: dict[str, Any]) -> None:
@@ -99,7 +96,7 @@ class SegmentSums:
         self._reserve(len(content["rows"]))
         self._room[: self._count] = content["rows"]
         self._curvature.copy_(content["curvature"])
-        self._weight, self.curvature_weight = float(content["weight"]), float(content["curvature_weight"])
+        self._weight, self._curvature_weight = float(content["weight"]), float(content["curvature_weight"])
 
     def merge(self, gathered: Callable[[Tensor], None], largest: Callable[[int], int]) -> None:
         """Add up the sums of several processes.
@@ -110,10 +107,10 @@ class SegmentSums:
         """
         self._sum_waiting()
         self._reserve(largest(self._count))
-        weights = torch.tensor([self._weight, self.curvature_weight], dtype=torch.float64)
+        weights = torch.tensor([self._weight, self._curvature_weight], dtype=torch.float64)
         for tensor in (self._room[: self._count], self._curvature, weights):
             gathered(tensor)
-        self._weight, self.curvature_weight = weights.tolist()
+        self._weight, self._curvature_weight = weights.tolist()
 
     def _sum_waiting(self) -> None:
         factors = self._factors[: self._waiting]

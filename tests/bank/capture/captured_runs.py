@@ -7,6 +7,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 import source_proj as sp
+from source_proj.bank.build.uniform import Uniforms
 
 
 class Decoder(nn.Module):
@@ -78,6 +79,19 @@ def example_gradients(model, inputs, labels):
     gradients = vmap(grad(scalar), in_dims=(None, 0, 0))(parameters, inputs, labels)
     model.train()
     return torch.cat([gradients[name].flatten(1) for name in parameters], 1)
+
+
+def sampled_gradients(model, inputs, labels, turn, rank=0):
+    """Gradients (B, d) of the drawn labels' likelihood, of each example alone, in the order of named_parameters."""
+    rows = []
+    for place in range(len(labels)):
+        parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+        uniform = Uniforms(torch.tensor([place + (rank << 32)]), seed=0, stage=0, checkpoint=turn, draw=0)
+        output = functional_call(model, parameters, (inputs[place : place + 1],))
+        batch = {"labels": labels[place : place + 1]}
+        value = task_for(model).sampled_output(lambda *_, given=output, **__: given, batch, uniform).sum()
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, list(parameters.values()))]))
+    return torch.stack(rows)
 
 
 class Twin:

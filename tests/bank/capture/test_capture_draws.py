@@ -2,31 +2,16 @@
 
 import pytest
 import torch
-from captured_runs import Decoder, convolutional, data_for, loss_of, mlp, rows_of, task_for, train
+from captured_runs import Decoder, convolutional, data_for, loss_of, mlp, rows_of, sampled_gradients, train
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import source_proj as sp
-from source_proj.bank.build.uniform import Uniforms
 
 
 def close(a, b, tolerance=1e-5):
     return float((a - b).norm()) <= tolerance * float(b.norm())
-
-
-def sampled_gradients(model, inputs, labels, turn):
-    """Gradients (B, d) of the drawn labels' likelihood, of each example alone, in the order of named_parameters."""
-    rows = []
-    for place in range(len(labels)):
-        parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
-        uniform = Uniforms(torch.tensor([place]), seed=0, stage=0, checkpoint=turn, draw=0)
-        output = functional_call(model, parameters, (inputs[place : place + 1],))
-        batch = {"labels": labels[place : place + 1]}
-        value = task_for(model).sampled_output(lambda *_, given=output, **__: given, batch, uniform).sum()
-        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, list(parameters.values()))]))
-    return torch.stack(rows)
 
 
 class Factors:

@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from captured_runs import Twin, batches_of, data_for, example_gradients, loss_of, mlp, rows_of, size_of, train
+from captured_runs import (
+    Twin,
+    batches_of,
+    data_for,
+    example_gradients,
+    loss_of,
+    mlp,
+    rows_of,
+    sampled_gradients,
+    size_of,
+    train,
+)
 from killed_programs import kill_at_random
 from preloaded import preloaded
 from torch import nn
@@ -106,14 +117,14 @@ def test_a_capture_of_another_sketch_or_none_is_not_gone_on_with(tmp_path):
         again.restore()
 
 
-def worker(rank, folder):
+def worker(rank, folder, draw_every):
     """Train until step 5 and stop, then go on from what the files hold."""
     torch.set_num_threads(1)
     for until in (5, 8):
-        session(rank, folder, until)
+        session(rank, folder, until, draw_every)
 
 
-def session(rank, folder, until):
+def session(rank, folder, until, draw_every):
     store = dist.FileStore(str(folder / f"store-{until}"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     torch.manual_seed(rank)  # DDP gives all the first one's weights
@@ -123,13 +134,13 @@ def session(rank, folder, until):
     inputs, labels = data_for(model, 12)
     recorder = sp.Recorder(
         model, optimizer, folder / "run", every=3, capture=sp.Sketch(size_of(model), "identity"),
-        task=sp.Classification(),
+        task=sp.Classification(), draw_every=draw_every,
     )  # fmt: skip
     start = recorder.restore()
     for index in batches_of(12, 4, 8)[start:until]:
         own = index[2 * rank : 2 * rank + 2]
         optimizer.zero_grad()
-        loss_of(parallel, inputs[own], labels[own]).backward()
+        loss_of(parallel, inputs[own], labels[own], told=draw_every > 0).backward()
         optimizer.step()
         recorder.step(ids=own)
     if until == 8:
@@ -142,23 +153,31 @@ def session(rank, folder, until):
     dist.destroy_process_group()
 
 
-def test_two_processes_capture_what_one_would_have(tmp_path):
+@pytest.mark.parametrize("draw_every", [0, 2])
+def test_two_processes_capture_what_one_would_have(tmp_path, draw_every):
     """Each its own half of every batch, stopped between checkpoints and taken up again."""
     preloaded()
-    torch.multiprocessing.start_processes(worker, (tmp_path,), nprocs=2, start_method="forkserver")
+    torch.multiprocessing.start_processes(worker, (tmp_path, draw_every), nprocs=2, start_method="forkserver")
     bank = sp.open(tmp_path / "run" / "bank")
     torch.manual_seed(0)
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     inputs, labels = data_for(model, 12)
-    twin = Twin(12, size_of(model))
-    for index in batches_of(12, 4, 8):
+    twin, factors = Twin(12, size_of(model)), []
+    for step, index in enumerate(batches_of(12, 4, 8)):
         twin.add(index, example_gradients(model, inputs[index], labels[index]), 0.1)
+        if draw_every and step % draw_every == 0:
+            halves = enumerate(index.split(2))
+            factors += [
+                sampled_gradients(model, inputs[own], labels[own], step // draw_every, rank) for rank, own in halves
+            ]
         optimizer.zero_grad()
         loss_of(model, inputs[index], labels[index]).backward()
         optimizer.step()
     expected = twin.bank_rows()
     assert float((rows_of(bank) - expected).norm()) <= 1e-5 * float(expected.norm())
     curvature = bank.stages[0].captured_curvature(0)
-    assert float((curvature - twin.bank_curvature()).norm()) <= 1e-5 * float(curvature.norm())
+    drawn = torch.cat(factors) if draw_every else None
+    expected = twin.bank_curvature() if drawn is None else drawn.T @ drawn / len(drawn)
+    assert float((curvature - expected).norm()) <= 1e-5 * float(curvature.norm())
     assert [point.step for point in bank.query_points()] == [3, 6, 8]
