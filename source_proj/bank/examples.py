@@ -12,6 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from source_proj._io.html import escape, table
 from source_proj._io.pictures import image_uri
+from source_proj.bank.build.columns import examples_of
 
 __all__ = ["Example", "Examples"]
 
@@ -72,7 +73,7 @@ class Example:
             return self.file
         if self.row and self.row[-1][0] == _MORE:  # a long row says nothing in a line
             return ""
-        return ", ".join(f"{name} {value}" for name, value in self.row)
+        return ", ".join(f"{name}={value}" for name, value in self.row)
 
     def _repr_html_(self) -> str:
         if self.image is not None:
@@ -97,7 +98,7 @@ class Examples:
             a function. Default: arrays ``(H, W)``, ``(1, H, W)`` or ``(3, H, W)`` and their like are pictures;
             nothing else is guessed.
         class_names: names of the classes; default: the data set's own ``classes``, else labels as they are.
-        columns: names of the numbers of a row; default: 0, 1, …
+        columns: names of the numbers of a row; default: those of a frame's columns, else x0, x1, …
         tokenizer: whose ``decode`` makes a text of ``input_ids``.
 
     Attributes:
@@ -120,7 +121,7 @@ class Examples:
     ) -> None:
         parts = list(data.values()) if isinstance(data, Mapping) and not _is_columns(data) else [data]
         self.sources: list[Any] = parts
-        self._parts: list[Any] = [part.dataset if isinstance(part, DataLoader) else part for part in parts]
+        self._parts: list[Any] = [_shown_of(part.dataset if isinstance(part, DataLoader) else part) for part in parts]
         self.picture, self.class_names, self.columns, self.tokenizer = picture, class_names, columns, tokenizer
 
     def like(self, data: Any) -> "Examples":
@@ -180,7 +181,8 @@ class Examples:
         text = self._text(given)
         value = given.get("pixel_values", given.get("image")) if isinstance(given, Mapping) else given
         image = None if text is not None else self._image(value)
-        row = () if text is not None or image is not None else _row(value, self.columns)
+        columns = self.columns if self.columns is not None else getattr(base, "columns", None)
+        row = () if text is not None or image is not None else _row(value, columns)
         size = min(np.shape(self._shaped(value))[-2:], default=0) if image is not None else 0
         return Example(id, _name(label, names), image, text, said, row, file, pixelated=0 < size < _SMALL)
 
@@ -212,6 +214,14 @@ class Examples:
             return None if value is None else image_uri(self._shaped(value))
         except ImportError:  # without Pillow there are no pictures
             return None
+
+
+def _shown_of(data: Any) -> Any:
+    """A frame or a table as the build reads it; what it would refuse, as it is: it may still be shown."""
+    try:
+        return examples_of(data)
+    except (TypeError, ValueError):
+        return data
 
 
 def _is_columns(data: Mapping[Any, Any]) -> bool:
@@ -255,7 +265,7 @@ def _row(value: Any, columns: Sequence[str] | None) -> tuple[tuple[str, str], ..
     if not isinstance(value, Tensor | np.ndarray) or value.ndim != 1:
         return ()
     numbers = value.tolist()
-    names = [str(place) for place in range(len(numbers))] if columns is None else list(columns)
+    names = [f"x{place}" for place in range(len(numbers))] if columns is None else list(columns)
     shown = [(str(name), f"{number:.4g}") for name, number in zip(names, numbers, strict=False)][:_CELLS]
     return tuple([*shown, (_MORE, f"{len(numbers) - _CELLS} more")] if len(numbers) > _CELLS else shown)
 

@@ -207,6 +207,7 @@ def duplicates(
     delimiter: Delimiter = ",",
     annotated: WithColumns = False,
     overwrite: Overwrite = False,
+    progress: Progress = True,
     json: Json = False,
 ) -> None:
     """Name all but one of each cluster of examples that teach the model the same."""
@@ -215,7 +216,7 @@ def duplicates(
     from source_proj.cli import cleanings
 
     delivery = cleanings.delivery(context.params)
-    delivery.give(library.near_duplicates(open_bank(bank), threshold=threshold))
+    delivery.give(library.near_duplicates(open_bank(bank), threshold=threshold, progress=progress))
 
 
 @app.command("clean")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from source_proj._errors import MismatchError
+from source_proj._io.progress import Progress, progress_bar
 from source_proj.attribution.words import id_word
 from source_proj.bank import Bank, StageBank
 from source_proj.curate.cleaning import Cleaning
@@ -24,6 +25,7 @@ def near_duplicates(
     threshold: float = 0.98,
     checkpoints: Sequence[int] | None = None,
     prefer: Sequence[float] | np.ndarray | None = None,
+    progress: Progress = True,
 ) -> Cleaning:
     r"""Clusters of examples whose gradients point the same way, and all of each but one to drop.
 
@@ -44,6 +46,7 @@ def near_duplicates(
         threshold: least cosine, in (0, 1].
         checkpoints: indices of each stage's checkpoints that the cosines are averaged over; default: all.
         prefer: number of each training example; of a cluster the one with the highest is kept; default: the first.
+        progress: show a progress bar.
 
     Returns:
         The copies, cluster by cluster, the largest cluster first; ``values`` hold the ``cluster``'s number, its
@@ -68,7 +71,7 @@ def near_duplicates(
     for stage in bank.stages:
         span = slice(first, first + stage.n)
         parts = [_directions(stage, c) for c in _chosen(stage, checkpoints)]
-        own, nearest[span], partner[span] = _linked(parts, threshold)
+        own, nearest[span], partner[span] = _linked(parts, threshold, progress)
         clusters += [first + members for members in own]
         partner[span] += first
         first += stage.n
@@ -112,18 +115,22 @@ def _directions(stage: StageBank, checkpoint: int) -> Tensor:
     return torch.nn.functional.normalize(directions, dim=1, out=directions)
 
 
-def _linked(parts: list[Tensor], threshold: float) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+def _linked(
+    parts: list[Tensor], threshold: float, progress: Progress
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """Clusters of at least two, and each row's highest cosine with another one, and with which.
 
     Args:
         parts: directions ``(N, k)`` at each checkpoint.
         threshold: least mean cosine of two rows that are joined.
+        progress: of its bar.
     """
     n = len(parts[0])
     root = np.arange(n)
     nearest, partner = torch.full((n,), -2.0), torch.zeros(n, dtype=torch.long)
-    for i in range(0, n, _BLOCK):
-        for j in range(i, n, _BLOCK):
+    blocks = [(i, j) for i in range(0, n, _BLOCK) for j in range(i, n, _BLOCK)]
+    with progress_bar(progress, "cosines", len(blocks), "blocks") as bar:
+        for i, j in blocks:
             cosines = torch.stack([part[i : i + _BLOCK] @ part[j : j + _BLOCK].T for part in parts]).mean(0)
             if i == j:
                 cosines.fill_diagonal_(-2.0)
@@ -131,6 +138,7 @@ def _linked(parts: list[Tensor], threshold: float) -> tuple[list[np.ndarray], np
             _raise_to(nearest, partner, cosines.max(0), j, i)
             for a, b in (cosines >= threshold).nonzero().tolist():
                 _join(root, i + a, j + b)
+            bar.update()
     roots = np.array([_root(root, place) for place in range(n)])
     order = np.argsort(roots, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(roots[order])) + 1)

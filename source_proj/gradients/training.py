@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ class TrainingPath(HookPath):
         self._shared_known = False
         self._kept_back = _kept_back(model)
         self._mixing = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        weakly = _weak_hook(self)
+        weakly = partial(_WeakHook, self)
         handles = [
             model.register_forward_pre_hook(weakly("_begin"), with_kwargs=True),
             model.register_forward_hook(weakly("_finish"), with_kwargs=True, always_call=True),
@@ -316,10 +317,16 @@ def _called(model: nn.Module, batch: Batch) -> Any:
 
 @contextmanager
 def _probing(model: nn.Module) -> Any:
-    """Run a model beside its training: in evaluation mode, without gradients, random states kept."""
+    """Run a model beside its training: in evaluation mode, without gradients, random states and buffers kept."""
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    kept = [(module, name, buffer, buffer.clone()) for module, name, buffer in _buffers(model)]
     with torch.random.fork_rng(devices), evaluating(model), torch.no_grad():
-        yield
+        try:
+            yield
+        finally:
+            for module, name, buffer, before in kept:
+                buffer.copy_(before)
+                module._buffers[name] = buffer  # a forward pass may put another one in its place
 
 
 def _hold_until_its_end(current: TrainingPass) -> None:
@@ -331,6 +338,16 @@ def _hold_until_its_end(current: TrainingPass) -> None:
     current.sink.release()  # what a pass around this one, or one that failed, has brought
     current.sink.hold()
     torch.autograd.Variable._execution_engine.queue_callback(current.sink.release)
+
+
+def _buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Each buffer with its module and its name there."""
+    return [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
 
 
 def _in_backward() -> bool:
@@ -346,15 +363,23 @@ def _kind(batch: Batch) -> object:
     return repr(map_tensors(batch, lambda t: (str(t.dtype), t.dim())))  # type: ignore[arg-type, return-value]
 
 
-def _weak_hook(path: TrainingPath) -> Callable[[str], Callable[..., Any]]:
-    """Hooks that keep nothing alive: a path that nobody holds any more ends."""
-    reference = weakref.ref(path)
+class _WeakHook:
+    """Calls a path's method while somebody holds the path; a copy of it, as of a copied model, calls nothing."""
 
-    def hook(name: str) -> Callable[..., Any]:
-        def call(*given: Any) -> Any:
-            alive = reference()
-            return None if alive is None else getattr(alive, name)(*given)
+    def __init__(self, path: TrainingPath, name: str) -> None:
+        self._path, self._name = weakref.ref(path), name
 
-        return call
+    def __call__(self, *given: Any) -> Any:
+        """Hand on what torch gives."""
+        alive = self._path()
+        return None if alive is None else getattr(alive, self._name)(*given)
 
-    return hook
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Nothing, ()
+
+
+class _Nothing:
+    """What is left of a hook in a copied model."""
+
+    def __call__(self, *_: Any) -> None:
+        """Do nothing."""

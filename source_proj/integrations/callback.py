@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ class RecorderCallback:
         self._rate = 0.0  # of the step that the optimizer took since the last one of ours
         self._momentum: float | None = None  # at that step, or at the last one that was taken
         self._norm: float | None = None
+        self._weights: int | None = None  # after the last step
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         # The Trainer tells its callbacks of every event. Those that do not matter are taken here, so that transformers
@@ -181,16 +183,20 @@ class RecorderCallback:
             self._norm = float(total) / (float(scaler.get_scale()) if scaler is not None else 1.0)
             self._squares.clear()
 
-    def on_step_end(self, _args: Any, state: Any, *_: Any, model: nn.Module, optimizer: Any, **__: Any) -> None:
-        """Write down the step, and a checkpoint if one is due."""
+    def on_step_end(
+        self, _args: Any, state: Any, control: Any, *_: Any, model: nn.Module, optimizer: Any, **__: Any
+    ) -> None:
+        """Write down the step, and a checkpoint if one is due, or the end."""
         if self._log is None:
             return
         step = int(state.global_step)
         self._log.add_step(step, self._rate, self._norm, self._momentum)
         if self._capture is not None:
             self._capture.add_step(self._rate, None, None, self._clip_factor)
-        self._rate, self._norm = 0.0, None
-        if step in self._at or (self._every is not None and step % self._every == 0):
+        self._rate, self._norm, self._weights = 0.0, None, _stamp(model)
+        # The end is recorded here: `load_best_model_at_end` brings other weights before `on_train_end`.
+        ends = step >= state.max_steps or bool(getattr(control, "should_training_stop", False))
+        if ends or step in self._at or (self._every is not None and step % self._every == 0):
             self._keep_capture(step)
             self._log.add_checkpoint(step, model, _innermost(optimizer))
 
@@ -206,10 +212,23 @@ class RecorderCallback:
             self._log.add_checkpoint(int(state.global_step), model, _innermost(optimizer))
 
     def on_train_end(self, _args: Any, state: Any, *_: Any, model: nn.Module, optimizer: Any, **__: Any) -> None:
-        """Record the end, and listen no more."""
+        """Record the end, and listen no more.
+
+        Warns:
+            UserWarning: the weights are no longer those of the last step, and a checkpoint of it was not due.
+        """
         self._keep_capture(int(state.global_step))
-        if self._log is not None:
-            self._log.add_checkpoint(int(state.global_step), model, _innermost(optimizer))
+        if self._log is not None and int(state.global_step) not in self._log.checkpoints:
+            if self._weights in (None, _stamp(model)):
+                self._log.add_checkpoint(int(state.global_step), model, _innermost(optimizer))
+            else:
+                warnings.warn(
+                    f"the weights after training are not those of its last step, {state.global_step}, as with "
+                    "load_best_model_at_end: what was recorded ends at the last checkpoint before. Give every= or at= "
+                    "so that the last step has one",
+                    UserWarning,
+                    stacklevel=2,
+                )
         if self._capture is not None:
             self._capture.close()
         for handle in self._removable:
@@ -273,3 +292,8 @@ def _innermost(optimizer: Any) -> torch.optim.Optimizer:
     while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "accelerator_state"):
         optimizer = getattr(optimizer, "optimizer")  # noqa: B009
     return optimizer
+
+
+def _stamp(model: nn.Module) -> int:
+    """Another number once a parameter was changed in place."""
+    return sum(p._version for p in model.parameters())

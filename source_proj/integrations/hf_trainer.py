@@ -20,14 +20,13 @@ from source_proj.integrations.trainer_end import step_of_final_model
 from source_proj.integrations.trainer_folders import NamedState, TrainerFolder, read_tensors, trainer_folders
 from source_proj.integrations.trainer_rates import GivenSchedule, clipping, trainer_rates
 from source_proj.integrations.trainer_weights import model_of, trainer_weights
-from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage, register_reader
+from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage
 from source_proj.trajectory.optimizers.describe import describe_state
 from source_proj.trajectory.optimizers.naming import parameter_names
 
 __all__ = ["hf_trainer_stage"]
 
 
-@register_reader("hf_trainer")
 def hf_trainer_stage(
     dir: str | Path,
     segments: Segments = 1,

@@ -12,7 +12,7 @@ from source_proj._errors import MismatchError
 from source_proj._io.loading import load_tensors
 from source_proj.integrations.lightning_rates import SavedSchedule, logged_values, momenta, rates
 from source_proj.integrations.momentum import GivenValues, has_momentum, time_factors
-from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage, register_reader
+from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage
 from source_proj.trajectory.layouts import averaged_keys, model_state
 from source_proj.trajectory.optimizers.describe import describe_state
 from source_proj.trajectory.recording.momentum import require_integrable
@@ -30,7 +30,6 @@ class _Saved(SavedSchedule):
     averaged: bool
 
 
-@register_reader("lightning")
 def lightning_stage(
     dir: str | Path,
     segments: Segments = 1,

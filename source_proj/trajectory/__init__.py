@@ -20,7 +20,6 @@ from source_proj.trajectory.optimizers import (
 )
 from source_proj.trajectory.options import Schedule
 from source_proj.trajectory.preconditioning import ResolvedRun
-from source_proj.trajectory.readers import register_reader
 from source_proj.trajectory.record import (
     CapturedCurvature,
     CheckpointRef,
@@ -68,7 +67,6 @@ __all__ = [
     "Stateful",
     "Trajectory",
     "moments",
-    "register_reader",
     "split_segments",
     "trained_parameters",
 ]

@@ -1,37 +1,16 @@
-"""Readers of other frameworks' runs: the room of integrations, which stands above this one, puts them here."""
+"""Readers of other frameworks' runs, which the room of integrations has: it stands above this one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ParamSpec
+from importlib import import_module
+from typing import Literal, cast
 
 from source_proj.trajectory.stages import Stage
 
-__all__ = ["register_reader", "stage_reader"]
-
-Arguments = ParamSpec("Arguments")
-
-_READERS: dict[str, Callable[..., Stage]] = {}
+__all__ = ["stage_reader"]
 
 
-def register_reader(
-    framework: str,
-) -> Callable[[Callable[Arguments, Stage]], Callable[Arguments, Stage]]:
-    """Decorate the function that reads a framework's directory as one stage of training."""
-
-    def register(reader: Callable[Arguments, Stage]) -> Callable[Arguments, Stage]:
-        _READERS[framework] = reader
-        return reader
-
-    return register
-
-
-def stage_reader(framework: str) -> Callable[..., Stage]:
-    """The function that was registered for a framework.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if framework not in _READERS:
-        raise ValueError(f"no reader of {framework!r} is registered, only of {sorted(_READERS)}: import source_proj")
-    return _READERS[framework]
+def stage_reader(framework: Literal["hf_trainer", "lightning"]) -> Callable[..., Stage]:
+    """The function that reads a framework's directory as one stage of training; imported when it is asked for."""
+    return cast(Callable[..., Stage], getattr(import_module("source_proj.integrations"), f"{framework}_stage"))

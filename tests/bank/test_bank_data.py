@@ -206,3 +206,14 @@ def test_ids(ids, expected, dtype):
 def test_bad_ids_are_refused_by_name(ids, kind, named):
     with pytest.raises(kind, match=named):
         checked_ids(ids, 0, 3, "train")
+
+
+def test_rows_of_different_lengths_are_refused_with_what_pads_them():
+    rows = [{"input_ids": torch.arange(length), "labels": 0} for length in (3, 5)]
+    with pytest.raises(ValueError, match=r"different lengths.*\[3\].*\[5\].*DataLoader\(data.*collate_fn"):
+        list(batches(rows, 2))
+
+
+def test_a_tuple_of_arrays_is_no_data_set():
+    with pytest.raises(TypeError, match=r"TensorDataset\(\*map\(torch.from_numpy"):
+        list(batches((np.ones(3), np.ones(3)), 2))

@@ -339,3 +339,10 @@ def test_an_append_whose_gradient_is_not_finite_can_be_taken_up(run, tmp_path):
     assert not bank.finalized
     append(bank, run, make_data(3, seed=1))
     assert bank.n_rows == 93
+
+
+@pytest.mark.parametrize(("there", "given"), [([f"z{i}" for i in range(N)], [7, 8]), (None, ["a", "b"])])
+def test_appended_ids_are_of_the_bank_s_kind(run, tmp_path, there, given):
+    bank = run.build(tmp_path / "bank", ids=there)
+    with pytest.raises(TypeError, match="the bank's ids are"):
+        append(bank, run, make_data(2, seed=1), ids=given)

@@ -53,7 +53,7 @@ def test_rows_texts_files_and_tokens():
     dog = Examples(ConcatDataset([Subset(folder, [1])])).show(0, 7)
     assert (dog.file, dog.label, dog.words, dog.id) == ("a/dog.png", "dog", "a/dog.png", 7)
     row = Examples([(np.array([1.0, 2.5]), 0.25)], columns=["age", "mass"]).show(0, 0)
-    assert (row.row, row.label, row.words) == ((("age", "1"), ("mass", "2.5")), "0.25", "age 1, mass 2.5")
+    assert (row.row, row.label, row.words) == ((("age", "1"), ("mass", "2.5")), "0.25", "age=1, mass=2.5")
     assert Examples([np.zeros(50)]).show(0, 0).words == ""
 
     class Words:
@@ -86,3 +86,12 @@ def test_what_strangers_wrote_is_text_in_html(text, name):
         reader = Reader()
         reader.feed(example._repr_html_())
         assert set(reader.tags) <= {"span", "table", "thead", "tbody", "tr", "th", "td"}
+
+
+def test_a_frame_is_shown_row_by_row_under_its_names():
+    pandas = pytest.importorskip("pandas", reason="the extra pandas is not installed")
+    frame = pandas.DataFrame({"height": [1.5, 2.0, 2.5], "label": [0, 1, 0], "width": [3.0, 4.0, 5.0]}, index=[7, 8, 9])
+    shown = Examples(frame).show(1, "b", prediction=0)
+    assert (shown.row, shown.label, shown.prediction) == ((("height", "2"), ("width", "4")), "1", "0")
+    assert shown.words == "height=2, width=4"
+    assert Examples(TensorDataset(torch.ones(1, 2), torch.zeros(1))).show(0, 0).row == (("x0", "1"), ("x1", "1"))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from trainer_runs import BATCH, EXAMPLES, StopAt, classifier, examples, train
+from transformers import TrainerCallback
 
 import source_proj as sp
 from source_proj.integrations import RecorderCallback
@@ -87,3 +88,32 @@ def test_two_trainings_make_one_bank_of_two_stages(tmp_path):
     for segment in (0, 1):
         rows = torch.cat([block.rows for block in bank.stages[0].iter_rows(segment)])
         assert torch.equal(rows, rows_of(alone, segment))
+
+
+class Spoils(TrainerCallback):
+    """As `load_best_model_at_end` does: other weights before the callbacks hear of the end."""
+
+    def on_train_end(self, args, state, control, model=None, **_):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.5)
+
+
+class StopOnLog(TrainerCallback):
+    """As early stopping does, after the step's own event."""
+
+    def on_log(self, args, state, control, **_):
+        control.should_training_stop |= state.global_step >= 9
+
+
+def test_a_model_that_is_exchanged_at_the_end_is_not_taken_for_the_last_step(tmp_path):
+    plain, other = (RecorderCallback(tmp_path / name, every=7) for name in ("plain", "other"))
+    train(tmp_path / "one", callbacks=[plain])
+    train(tmp_path / "two", callbacks=[Spoils(), other])
+    found, expected = (one.trajectory().stages[0].checkpoints for one in (other, plain))
+    assert [each.step for each in found] == [each.step for each in expected] == [7, 14, 20]
+    assert [each.hash() for each in found] == [each.hash() for each in expected]
+    early = RecorderCallback(tmp_path / "early", every=7)
+    with pytest.warns(UserWarning, match="not those of its last step, 9"):
+        train(tmp_path / "three", callbacks=[Spoils(), StopOnLog(), early])
+    assert [each.step for each in early.trajectory().stages[0].checkpoints] == [7]

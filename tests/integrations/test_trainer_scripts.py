@@ -106,3 +106,12 @@ def test_progress_of_a_build_and_its_questions_reaches_a_tracker(printed_by):
     assert {what for what, share in told if float(share) == 1} == {"bank", "queries", "fit"}
     assert all(0 < float(share) <= 1 for _, share in told)
     assert re.search(r"^strongest score \S+$", lines, re.MULTILINE)
+
+
+@pytest.mark.parametrize("reader", ["from_hf_trainer", "from_lightning"])
+def test_runs_are_read_in_a_process_that_imported_nothing_else(tmp_path, reader):
+    """Where there is no run, the reader itself says so."""
+    line = f"import source_proj as sp; sp.Trajectory.{reader}({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert str(tmp_path) in done.stderr.splitlines()[-1], done.stderr

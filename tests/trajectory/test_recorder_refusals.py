@@ -156,7 +156,7 @@ def test_nothing_recorded(tmp_path):
 def test_training_on_over_a_recorded_run_without_restore_is_refused(tmp_path):
     recorded(tmp_path)
     recorder = Recorder(*linear(), tmp_path)
-    with pytest.raises(MismatchError, match=r"run of 2 steps: call restore\(\)"):
+    with pytest.raises(MismatchError, match=r"run of 2 steps: .* call restore\(\)"):
         recorder.step()
     assert recorder.restore() == 2
     advance(recorder)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from source_proj._io.executors import Executor
+from source_proj._io.progress import Bar
 from source_proj.attribution.curvature import Curvature, Damping, damping_value
 from source_proj.attribution.fits import Fit, fitted_cross_moment, fitted_hessian, fitted_matrix
 from source_proj.attribution.operands import (
@@ -210,13 +211,14 @@ class FittedSegments:
         by_metric = [matrices for _, matrices in walk_back(self, segments, identity)]
         return [{m: matrix.float() for m, matrix in matrices.items()} for matrices in reversed(by_metric)]
 
-    def add_self_influence(self, total: Tensor, *, mean: bool, runs: int) -> None:
+    def add_self_influence(self, total: Tensor, *, mean: bool, runs: int, bar: Bar) -> None:
         """Add what each example did to its own loss to total ``(N,)``.
 
         Args:
             total: where the sum over several runs is gathered.
             mean: take an example's gradient as the mean over its stage's checkpoints, else at the last.
             runs: the number of runs that scores are averaged over.
+            bar: counts the rows of each segment.
         """
         for index, stage in enumerate(self.bank.stages):
             own = [segment for segment in self.segments if segment.stage == index]
@@ -230,6 +232,7 @@ class FittedSegments:
                     function = partial(_own_products, self._sent(operator), gradients, queries)
                     for start, stop, part in self._map(function, index):
                         total[start:stop].add_(part.cpu(), alpha=1 / (segment.n * runs))
+                        bar.update(stop - start)
 
     def products(self, segment: Segment, queries: Tensor, rows: Tensor | None = None) -> Iterator[Block]:
         """Yield ``(start, stop, (Q, stop - start))``: inner products of queries and a segment's mean gradients.

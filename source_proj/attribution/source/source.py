@@ -32,7 +32,7 @@ from torch.utils.data import default_collate
 
 from source_proj._io.executors import Executor
 from source_proj._io.html import facts
-from source_proj._io.progress import Progress, shared_bar
+from source_proj._io.progress import Progress, progress_bar, shared_bar
 from source_proj.attribution.attributor import Queries, Term
 from source_proj.attribution.curvature import Curvature, Damping, check_damping, default_curvature
 from source_proj.attribution.features import QueryFeatures
@@ -380,10 +380,12 @@ class Source(Diagnosing):
         Large values mark examples that the model would not fit without having seen them, mislabelled ones among them.
         Needs neither model nor data.
         """
-        total = torch.zeros(self.n_rows)
-        for bank in self.banks:
-            mean = takes_mean(bank, self.query_gradient)
-            self._of(bank).add_self_influence(total, mean=mean, runs=len(self.banks))
+        self.fit()
+        total, fits = torch.zeros(self.n_rows), [(bank, self._of(bank)) for bank in self.banks]
+        reads = sum(bank.stages[segment.stage].n for bank, own in fits for segment in own.segments)
+        with progress_bar(self.progress, "self-influence", reads, "rows") as bar:
+            for bank, own in fits:
+                own.add_self_influence(total, mean=takes_mean(bank, self.query_gradient), runs=len(fits), bar=bar)
         return SelfInfluence(total.numpy(), self.banks[0].ids, shown=self._shown())
 
     def predict_removal(self, queries: Queries, subset: Any, *, renormalize: bool = False) -> PredictedChange:

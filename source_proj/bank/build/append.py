@@ -79,6 +79,7 @@ def append_rows(
     given: list[Any] | None = None
     if ids is not None:
         given = checked_ids(ids, 0, source.n, parts[0].stage_name).tolist()  # read once: they may be a generator
+        _require_same_kind(parts[0].ids, given)
     part, own = _begun(parts, source, given), False
     if part is None:
         _require_sealed(store, parts)
@@ -192,3 +193,12 @@ def _next_id(parts: Sequence[Part]) -> int:
     if any(isinstance(known_id, str) for known_id in known):
         raise ValueError(f"stage {parts[0].stage_name!r} has ids that are strings; give ids for the new examples too")
     return int(max(known)) + 1
+
+
+def _require_same_kind(there: Sequence[Any], given: Sequence[Any]) -> None:
+    """Refuse numbers beside strings: 1 and "1" would be two examples of one name."""
+    if len(there) and len(given) and isinstance(there[0], str) != isinstance(given[0], str):
+        raise TypeError(
+            f"the bank's ids are {'strings' if isinstance(there[0], str) else 'integers'}, such as {there[0]!r}, and "
+            f"those of the new examples are not, such as {given[0]!r}: give ids of the bank's kind"
+        )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-__all__ = ["examples_of", "query_split", "splits_of"]
+__all__ = ["Table", "examples_of", "query_split", "splits_of"]
 
 _LABELS = ("labels", "label", "target")
 _TOKENS = "input_ids"
@@ -89,7 +89,21 @@ class _Rows:
         return row
 
 
-def _table(columns: Mapping[str, np.ndarray]) -> TensorDataset:
+class Table(TensorDataset):
+    """Rows of numbers with their labels.
+
+    Args:
+        inputs: ``(N, d)`` float32.
+        targets: ``(N,)``.
+        columns: names of the d numbers.
+    """
+
+    def __init__(self, inputs: Tensor, targets: Tensor, columns: Sequence[str]) -> None:
+        super().__init__(inputs, targets)
+        self.columns = list(columns)
+
+
+def _table(columns: Mapping[str, np.ndarray]) -> Table:
     """Numbers ``(N, d)`` float32 and labels ``(N,)``, int64 where they are whole numbers or truth values."""
     label = _label_of(list(columns))
     for name, column in columns.items():
@@ -102,7 +116,7 @@ def _table(columns: Mapping[str, np.ndarray]) -> TensorDataset:
     inputs = torch.from_numpy(np.stack([columns[name].astype(np.float32) for name in names], axis=1))
     targets = columns[label]
     kind = np.float32 if np.issubdtype(targets.dtype, np.floating) else np.int64
-    return TensorDataset(inputs, torch.from_numpy(targets.astype(kind)))
+    return Table(inputs, torch.from_numpy(targets.astype(kind)), names)
 
 
 def _label_of(names: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from torch.utils.data import (
 
 from source_proj._errors import MismatchError
 from source_proj._io.progress import Progress, progress_bar
-from source_proj.bank.build.columns import examples_of
+from source_proj.bank.build.columns import Table, examples_of
 
 __all__ = ["Batch", "BatchSource", "Span", "batch_hash", "batches", "checked_ids", "dataset_size", "to_device"]
 
@@ -78,12 +78,29 @@ class BatchSource:
         loader: DataLoader[Any] = DataLoader(
             self._data, batch_sampler=cuts, generator=torch.Generator().manual_seed(0), **self._options
         )
-        for batch in loader:
+        batches = iter(loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                raise self._collation(error) from error
             yield (*cuts.given.popleft(), batch)
+
+    def _collation(self, error: RuntimeError) -> Exception:
+        """What a data loader raised; of rows that make no batch, with what does."""
+        if "stack expects each tensor to be equal size" not in str(error):
+            return error
+        return ValueError(
+            f"the rows of {_name(self._data)} are of different lengths, and make no batch "
+            f"({str(error).splitlines()[-1]}): give a DataLoader that pads them as in training, "
+            "DataLoader(data, batch_size=..., collate_fn=...), say by transformers' DataCollatorWithPadding"
+        )
 
     def _is_plain(self) -> bool:
         plain_collate = self._options["collate_fn"] is default_collate
-        return type(self._data) is TensorDataset and plain_collate and not self._options.get("num_workers")
+        return type(self._data) in (TensorDataset, Table) and plain_collate and not self._options.get("num_workers")
 
 
 class _Cuts(Sampler[list[int]]):
@@ -248,6 +265,10 @@ def _checked_dataset(data: Any) -> Any:
         raise TypeError(
             f"got a tuple of {len(data)} tensors as a data set; give TensorDataset(*tensors), or [example] if it is a "
             "single example"
+        )
+    if isinstance(data, tuple) and data and all(isinstance(part, np.ndarray) for part in data):
+        raise TypeError(
+            f"got a tuple of {len(data)} numpy arrays as a data set; give TensorDataset(*map(torch.from_numpy, arrays))"
         )
     if isinstance(data, Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise TypeError(f"{_name(data)} is no map-style data set (with __getitem__ and __len__) and no DataLoader")

@@ -83,8 +83,10 @@ class Capture:
         self.space = _held_space(model, optimizer, parameters)
         self._examples, self._scaler, self._clipped = examples, scaler, clipped
         self._parameters = self.space.parameters(model)
+        self._model, self._optimizer, self._choice = model, optimizer, parameters
+        self._usual = 1  # passes of a step
         self._needs_batch = _needs_batch(task)
-        self.draws = DrawnLabels(task, draw_every, sketch.seed, scaler)
+        self.draws = DrawnLabels(task, draw_every, sketch.dim, sketch.seed, scaler)
         self._path = TrainingPath(model, self.space, sketch)
         self._sums = SegmentSums(sketch.dim, examples, memory, folder, next(iter(self._parameters.values())).device)
         self._audits: Counter[str] = Counter()
@@ -94,9 +96,14 @@ class Capture:
         self._scale = 1.0
         reference = weakref.WeakMethod(self._before_step)
 
-        def before_step(*_: object) -> None:
+        def before_step(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             alive = reference()
             if alive is not None:
+                if any(map(callable, (*args[1:], kwargs.get("closure")))):  # the first is the optimizer
+                    raise GradientError(
+                        "optimizer.step(closure) makes the gradient within the step, where no rows can be held to it: "
+                        "call backward() before step()"
+                    )
                 alive()
 
         self._handle = optimizer.register_step_pre_hook(before_step)
@@ -134,13 +141,13 @@ class Capture:
             bad = nonfinite_examples(rows)
             if bad:
                 raise GradientError(f"the loss gradients of ids {[int(index[b]) for b in bad][:10]} are not finite")
-            factors = self._factors(passes, rows, batch)
-            self._sums.add(index, rows, rate, factors)
+            factors, share = self._factors(passes, rows, batch)
+            self._sums.add(index, rows, rate, factors, share)
             if law is not None:
                 self._audits.update(audited_batches=1, audited_examples=len(index))
                 self._worst = max(self._worst, law.error)
             self._audits.update(examples=len(index))
-        self.draws.count_step(added=factors is not None)
+        self.draws.count_step(0 if factors is None else len(factors))
         self.forget_passes()
 
     def forget_passes(self) -> None:
@@ -152,6 +159,7 @@ class Capture:
 
     def _before_step(self) -> None:
         """Hold the rows to the law before the optimizer uses the gradient."""
+        self._require_all_captured()
         passes = [each for each in self._path.passes if each.reached]
         self._scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
         self._steps += 1
@@ -162,18 +170,50 @@ class Capture:
                     "itself, in training mode (model.train(); single modules may be in evaluation mode), not compiled"
                 )
             return
-        if self._path.watched:
+        # Where there are more passes than at other steps, some may be of a gradient that was zeroed.
+        other = len(passes) != self._usual and processes.count() == 1  # several would have to see it alike
+        if self._path.watched or other:
             gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
             self._law = checked_law(passes, gradients, self.sketch, self.space, self._scale, clipped=self._clipped)
+            self._usual = len(passes)
 
-    def _factors(self, passes: Sequence[TrainingPass], rows: Tensor, batch: Any) -> Tensor | None:
-        """What the step adds to Ĥ: rows of drawn labels, where it has them; or the rows, as their empirical Fisher."""
+    def _require_all_captured(self) -> None:
+        """Refuse parameters that are trained and not captured, or captured and not trained.
+
+        Raises:
+            GradientError: the optimizer holds one with a gradient that was not there, or a group of captured ones has a
+                learning rate of 0 beside others.
+        """
+        groups = self._optimizer.param_groups
+        if self._choice is None:
+            own = {id(p) for p in self._parameters.values()}
+            others = {id(p) for group in groups for p in group["params"] if p.grad is not None} - own
+            if others:
+                names = [name for name, p in self._model.named_parameters() if id(p) in others]
+                raise GradientError(
+                    f"{names[:5]} are trained, and were not when capture began: make a Recorder, of a stage of its "
+                    "own, when parameters are added or unfrozen, or leave them out by parameters=[...]"
+                )
+        if any(float(group["lr"]) > 0 for group in groups):
+            still = {id(p) for group in groups if float(group["lr"]) == 0 for p in group["params"]}
+            names = [name for name, p in self._parameters.items() if id(p) in still]
+            if names:
+                raise GradientError(
+                    f"{names[:5]} have a learning rate of 0 while others are trained, so that nothing is learnt "
+                    f"through them: leave them out by parameters={[f'!{name}' for name in names[:5]]}"
+                )
+
+    def _factors(self, passes: Sequence[TrainingPass], rows: Tensor, batch: Any) -> tuple[Tensor | None, int]:
+        """What the step adds to Ĥ, and for how many steps it stands.
+
+        Rows of drawn labels, where it has them; or the rows themselves, as their empirical Fisher.
+        """
         if self.draws.kind == "empirical_fisher":
             weight = self._fisher_weight(passes, batch)
-            return rows if weight is None else rows * weight.to(rows)[:, None]
+            return rows if weight is None else rows * weight.to(rows)[:, None], 1
         drawn = [each.sampled * (each.size / self._scale) for each in passes if each.sampled is not None]
         if not drawn:
-            return None
+            return None, 1
         factors = torch.cat(drawn)
         bad = nonfinite_examples(factors)
         if bad and self._scaler is None:
@@ -182,7 +222,7 @@ class Capture:
                 "or bfloat16, or say draw_every=0"
             )
         finite = [place for place in range(len(factors)) if place not in set(bad)]  # halves that were scaled too far
-        return factors[finite] if finite else None
+        return factors[finite] if finite else None, self.draws.interval
 
     def _fisher_weight(self, passes: Sequence[TrainingPass], batch: Any) -> Tensor | None:
         if not self._needs_batch:
@@ -278,6 +318,12 @@ def _index(passes: Sequence[TrainingPass], ids: Any, examples: int | None) -> Te
     index = torch.as_tensor(ids).reshape(-1).cpu()
     if index.is_floating_point() or index.dtype == torch.bool or index.is_complex():
         raise TypeError(f"ids must be places in the training set, integers, got {index.dtype}")
+    places = [each.tolist() for each in index.split(sizes)] if len(index) == sum(sizes) else []
+    if any(len(own) > 1 and own in places[:number] for number, own in enumerate(places)):
+        raise MismatchError(
+            f"two of the step's {len(sizes)} forward passes were of the same examples: a model that runs twice over "
+            "them in one step can't be captured"
+        )
     if len(index) != sum(sizes):
         raise MismatchError(
             f"{len(index)} ids were given for a step in whose gradient are {len(sizes)} forward passes of {sizes} "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,7 +23,27 @@ from source_proj.trajectory.counts import checked_count
 
 __all__ = ["DrawnLabels"]
 
-_EVERY = 4  # steps: a backward pass more at one in so many costs about a tenth of training
+# Up to so many times k gradients of a segment, labels are drawn at one step in so many: Ĥ wants a few k of them, and
+# each costs half a step. Of 600 sequences over 12 epochs, k = 4,096, one in 8, 4 and 2 steps gave an LDS of .364, .393
+# and .413 (examples/paper/LABORATORY.md, study p).
+_INTERVALS = ((1.0, 2), (4.0, 4), (math.inf, 8))
+
+
+@dataclass
+class _SegmentDraws:
+    """How far a segment is.
+
+    Attributes:
+        steps: of the optimizer.
+        next: the step at which labels are drawn next.
+        passes: that labels were drawn of.
+        factors: gradients that Ĥ has of them.
+    """
+
+    steps: int = 0
+    next: int = 0
+    passes: int = 0
+    factors: int = 0
 
 
 class DrawnLabels:
@@ -33,7 +55,8 @@ class DrawnLabels:
     Args:
         task: what is trained on.
         every: draw at one optimizer step in so many, the first of a segment included; 0 for never. Default: by the
-            task, where its labels are among the model's arguments.
+            task, where its labels are among the model's arguments, at first often and then more seldom.
+        dim: numbers a row, k.
         seed: of the numbers.
         scaler: what scales the loss, where something does.
 
@@ -44,29 +67,35 @@ class DrawnLabels:
         ValueError: labels can't be drawn of this task's outputs, or every is no count.
     """
 
-    def __init__(self, task: Task, every: int | None, seed: int, scaler: GradScaler | None = None) -> None:
-        self._task, self._seed, self._scaler = task, seed, scaler
+    def __init__(self, task: Task, every: int | None, dim: int, seed: int, scaler: GradScaler | None = None) -> None:
+        self._task, self._dim, self._seed, self._scaler = task, dim, seed, scaler
         able = task.draws_from_outputs
         if every and not able:
             raise ValueError(f"draw_every={every}: {task!r} draws labels from more than the outputs; say draw_every=0")
-        wanted = _EVERY if task.sampled_draws and able else 0
-        self._every = wanted if every is None else checked_count("draw_every", every, 0)
-        self._given = every
+        self._every = None if every is None else checked_count("draw_every", every, 0)
         self.kind: CapturedCurvature | None = None
-        if self._every == 0 or every:
-            self.kind = "sampled_fisher" if self._every else "empirical_fisher"
-        self._steps = self._drawn = 0  # of the segment: optimizer's steps, and passes that labels were drawn of
-        self._added = False  # whether any of these counted
+        if every is not None or not (task.sampled_draws and able):
+            self.kind = "sampled_fisher" if every else "empirical_fisher"
+        self._segment = _SegmentDraws()
 
-    def count_step(self, *, added: bool) -> None:
-        """An optimizer step was taken, or skipped; whether its labels' gradients were added to Ĥ."""
-        self._steps += 1
-        self._added |= added
+    @property
+    def interval(self) -> int:
+        """The number of steps that a draw at the coming one stands for, itself and those until the next."""
+        if self._every is not None:
+            return self._every
+        return next(steps for share, steps in _INTERVALS if self._segment.factors < share * self._dim)
 
     @property
     def due(self) -> bool:
-        """Whether labels are drawn at the coming step: until a segment has some, and then at one in so many."""
-        return self.kind != "empirical_fisher" and (not self._added or self._steps % self._every == 0)
+        """Whether labels are drawn at the coming step."""
+        return self.kind != "empirical_fisher" and self._segment.steps >= self._segment.next
+
+    def count_step(self, factors: int) -> None:
+        """An optimizer step was taken, or skipped; how many gradients of drawn labels it added to Ĥ."""
+        own = self._segment
+        if factors:
+            own.next = own.steps + self.interval
+        own.steps, own.factors = own.steps + 1, own.factors + factors * processes.count()
 
     def __call__(
         self, output: Any, batch: Mapping[str, Any] | None, size: int
@@ -109,8 +138,8 @@ class DrawnLabels:
 
         given = map_tensors(output, cut)
         places = torch.arange(size, device=heads[0].device if heads else None) + (processes.rank() << 32)
-        numbers = Uniforms(places, seed=self._seed, stage=0, checkpoint=self._drawn, draw=0)
-        self._drawn += 1
+        numbers = Uniforms(places, seed=self._seed, stage=0, checkpoint=self._segment.passes, draw=0)
+        self._segment.passes += 1
         with without_autocast(), torch.enable_grad():
             likelihood = self._task.sampled_output(lambda *_, **__: given, batch, numbers)
             gradients = torch.autograd.grad(likelihood.sum() * (self.scale / size), leaves, allow_unused=True)
@@ -124,8 +153,7 @@ class DrawnLabels:
 
     def content(self) -> dict[str, Any]:
         """What is kept with a checkpoint."""
-        kind = self.kind or ("sampled_fisher" if self._every else "empirical_fisher")
-        return {"kind": kind, "steps": self._steps, "drawn": self._drawn, "added": self._added}
+        return {"kind": self.kind or "sampled_fisher", "draws": asdict(self._segment)}
 
     def restart(self, content: Mapping[str, Any] | None) -> None:
         """Go on from what was kept; with None, begin a segment.
@@ -133,16 +161,15 @@ class DrawnLabels:
         Raises:
             MismatchError: another curvature was captured.
         """
-        self._steps, self._drawn, self._added = 0, 0, False
-        if content is None or not content["steps"]:
+        self._segment = _SegmentDraws()
+        if content is None or not content["draws"]["steps"]:
             return
         if self.kind is not None and self.kind != content["kind"]:
             raise MismatchError(
-                f"the recorded capture is of the {_NAMES[content['kind']]}, and draw_every={self._given} asks for the "
+                f"the recorded capture is of the {_NAMES[content['kind']]}, and draw_every={self._every} asks for the "
                 f"{_NAMES[self.kind]}: go on as it was begun, or record anew in an empty directory"
             )
-        self.kind, self._added = content["kind"], content["added"]
-        self._steps, self._drawn = content["steps"], content["drawn"]
+        self.kind, self._segment = content["kind"], _SegmentDraws(**content["draws"])
 
 
 _NAMES = {"empirical_fisher": "empirical Fisher", "sampled_fisher": "sampled Fisher"}

@@ -11,7 +11,7 @@ from torch import Tensor
 from source_proj._errors import GradientError, MismatchError
 from source_proj.bank.capture import processes
 from source_proj.gradients.proof import share_sink
-from source_proj.gradients.sink import GradientSink
+from source_proj.gradients.sink import GradientSink, SinkByParameter
 from source_proj.gradients.space import ParameterSpace
 from source_proj.gradients.training import TrainingPass
 from source_proj.sketch import Sketch
@@ -79,14 +79,9 @@ def checked_law(
     device = passes[0].rows.device
     rows = torch.cat([each.rows for each in passes]) / scale
     size = rows.square().sum()
-    shares = [each.shares.totals() for each in passes if each.shares is not None]
-    if len(shares) < len(passes):
-        return None  # of a step that was begun before it was known to be audited
     total = processes.mean(rows.sum(0))
     terms = processes.mean(size).sqrt()
-    by_name = processes.mean(torch.stack([sums for sums, _ in shares]).sum(0)) / scale
-    squares = processes.mean(torch.stack([own for _, own in shares]).sum(0)) / scale**2
-    expected = torch.zeros(1, sketch.dim, device=device)
+    expected = torch.zeros(1, sketch.dim, dtype=torch.float32, device=device)
     expected_shares = share_sink(1, space, device)
     sink = GradientSink(expected, sketch, space)
     for name, gradient in gradients.items():
@@ -101,15 +96,28 @@ def checked_law(
     largest = max(float(terms), norm) * factor
     distance = float((expected[0] - factor * total).norm())
     error = distance / max(largest, float(expected.norm())) if distance else 0.0
-    own, _ = expected_shares.totals()
-    bound = torch.maximum(squares.sqrt() * factor, own.norm(dim=1))
-    relative, floor = max(_BY_PARAMETER, tolerance), max(_FLOOR, tolerance / 10)
-    wrong = (own - factor * by_name).norm(dim=1) > relative * bound + floor * bound.norm()
+    wrong = _wrong_shares(passes, expected_shares, factor, scale, tolerance)
     slack = tolerance * max(float(terms), norm) / norm if norm else float("inf")
-    if error > tolerance or bool(wrong.any()) or not 0 <= factor <= 1 + slack:
-        names = [name for name, is_wrong in zip(space.names, wrong.tolist(), strict=True) if is_wrong]
+    if error > tolerance or any(wrong) or not 0 <= factor <= 1 + slack:
+        names = [name for name, is_wrong in zip(space.names, wrong, strict=False) if is_wrong]
         raise GradientError(_refuted(names, error, factor, len(passes)))
     return LawOfStep(error, factor, slack)
+
+
+def _wrong_shares(
+    passes: Sequence[TrainingPass], expected: SinkByParameter, factor: float, scale: float, tolerance: float
+) -> list[bool]:
+    """Which parameters' shares differ; none where they were not kept, as the step was not known to be audited."""
+    shares = [each.shares.totals() for each in passes if each.shares is not None]
+    if len(shares) < len(passes):
+        return []
+    by_name = processes.mean(torch.stack([sums for sums, _ in shares]).sum(0)) / scale
+    squares = processes.mean(torch.stack([own for _, own in shares]).sum(0)) / scale**2
+    own, _ = expected.totals()
+    bound = torch.maximum(squares.sqrt() * factor, own.norm(dim=1))
+    relative, floor = max(_BY_PARAMETER, tolerance), max(_FLOOR, tolerance / 10)
+    wrong: list[bool] = ((own - factor * by_name).norm(dim=1) > relative * bound + floor * bound.norm()).tolist()
+    return wrong
 
 
 def _refuted(names: Sequence[str], error: float, factor: float, passes: int) -> str:
@@ -118,6 +126,7 @@ def _refuted(names: Sequence[str], error: float, factor: float, passes: int) -> 
         f"the rows captured in {passes} passes do not sum to the gradient that the optimizer steps by: they are off by "
         f"{error:.1e} at a factor of {factor:.4g}{where}. Either a parameter is used outside of its module, or part of "
         "the gradient came from elsewhere: a pass in evaluation mode or through another module, a gradient that was "
-        "not zeroed, a loss scaled by a GradScaler that is not in also=, clipping without max_grad_norm=, or a penalty "
-        "on weights within the loss"
+        "not zeroed, or one that was, of a batch that was thrown away (call recorder.step() for it: without a step of "
+        "the optimizer it counts as skipped), a loss scaled by a GradScaler that is not in also=, clipping without "
+        "max_grad_norm=, or a penalty on weights within the loss"
     )

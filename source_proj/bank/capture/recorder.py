@@ -26,7 +26,13 @@ from source_proj.trajectory import Stage, Stateful
 from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.options import ReadOptions
 from source_proj.trajectory.recording.progress import Progress, update_runs
-from source_proj.trajectory.recording.run_files import RecordedCheckpoint, RecordedRun, capture_name, clip_factor
+from source_proj.trajectory.recording.run_files import (
+    RecordedCheckpoint,
+    RecordedRun,
+    capture_name,
+    check_file,
+    clip_factor,
+)
 
 __all__ = ["Recorder"]
 
@@ -77,8 +83,8 @@ class Recorder(RunRecorder):
         memory: "ram", or "disk" for sums in a file that is mapped into memory.
         draw_every: at one step in so many, 1 or more, go back once more through the pass for labels drawn from the
             model's prediction, so that Ĥ is the sampled Fisher; 0 for the empirical one, which takes no pass. Default:
-            4 for :class:`CausalLM`, whose Ĥ that makes much better, where labels are among the model's arguments, and
-            0 else.
+            for :class:`CausalLM`, whose Ĥ that makes much better, where labels are among the model's arguments, 2 until
+            a segment has k such gradients, 4 until it has four times as many, then 8; else 0.
 
     Raises:
         GradientError: rows can't be captured of this model; says why.
@@ -132,6 +138,7 @@ class Recorder(RunRecorder):
             raise TypeError("capture= needs task=, what the model is trained on, such as Classification()")
         self._examples = None if examples is None else checked_count("examples", examples, 1)
         self._follows = capture is not None and not processes.is_first()
+        self._weights = 0
         self._capture: Capture | None = None
         if capture is not None and task is not None:
             folder = Path(dir).absolute()
@@ -192,6 +199,11 @@ class Recorder(RunRecorder):
                 rate = float(seen[0].options[0]["lr"]) if seen else 0.0
                 capture.add_step(rate, ids, batch, partial(self._clip_factor, grad_norm))
         super().step(grad_norm)
+        self._weights = self._stamp()
+
+    def _stamp(self) -> int:
+        """Another number once a parameter was changed in place."""
+        return sum(p._version for p in self._model.parameters())
 
     def restore(self) -> int:
         """Bring model, optimizer, random states and captured sums back to the last checkpoint.
@@ -214,6 +226,11 @@ class Recorder(RunRecorder):
                 raise MismatchError("the optimizer's last step was not captured: call step(ids=...) after it")
             if self._settled().pending:
                 self._hold()
+                if self._stamp() != self._weights:
+                    raise MismatchError(
+                        f"the weights were changed after the last step of stage {self._progress.run.stage!r}, so that "
+                        "its end is lost: call trajectory(), bank() or captured() before they are trained on or loaded"
+                    )
                 self._write_checkpoint()
             options.setdefault("segments", self._groups())
             processes.wait()
@@ -297,10 +314,8 @@ class Recorder(RunRecorder):
             return CapturedStage.of(stage, (), 0, None)
         run = RecordedRun.read(self.dir)
         last = [group[-1] for group in self._groups()]
-        steps = [] if run is None else [run.checkpoints[place].step for place in last]
-        files = [self.dir / capture_name(step) for step in steps]
-        contents = [load_tensors(file, "record anew in an empty directory", mapped=True) for file in files]
-        return CapturedStage.of(stage, contents, self._examples, ids)
+        ends = [] if run is None else [run.checkpoints[place] for place in last]
+        return CapturedStage.of(stage, [_content(self.dir, end) for end in ends], self._examples, ids)
 
     def close(self) -> None:
         """Stop recording and capturing; see :meth:`source_proj.trajectory.Recorder.close`."""
@@ -368,3 +383,15 @@ class Recorder(RunRecorder):
             self._seen, self._call = [], None
             self._progress = Progress(state["run"], [], self._progress.last_seen)
             self._watch.begin()
+
+
+def _content(folder: Path, end: RecordedCheckpoint) -> dict[str, Any]:
+    """What was captured until the end of a segment.
+
+    Raises:
+        MissingFileError, MismatchError: the file has gone, or is not the one that was written.
+    """
+    file = folder / capture_name(end.step)
+    content: dict[str, Any] = load_tensors(file, "record anew in an empty directory", mapped=True)
+    check_file(file, end.capture or "")
+    return content

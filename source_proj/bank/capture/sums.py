@@ -2,13 +2,13 @@ r"""The sums of one segment: each example's gradients over the steps that saw it
 
 At step t, with learning rate η_t, a batch of B_t examples gives the loss gradients g_t(z). A segment keeps
 
-    Σ_t η_t g_t(z)  for each example z,    Σ_t η_t Σ_z a_t(z) a_t(z)ᵀ,    and    W = Σ_t η_t B_t.
+    Σ_t η_t g_t(z)  for each example z,    Σ_t s_t η_t Σ_z a_t(z) a_t(z)ᵀ,    W = Σ_t η_t B_t,    V = Σ_t s_t η_t B_t.
 
 The row of z is N/W times its sum: an example that was seen as often as the others has the mean of its gradients,
 weighted by the learning rates, and one that was seen twice as often has twice that. The mean Hessian is the second sum
-over the W of the steps that have factors a: of the empirical Fisher, whose a is w g with w what
-:meth:`Task.fisher_weight` says, all; of the sampled Fisher, whose a is the gradient of the likelihood of labels drawn
-from the model, some.
+over V. Of the empirical Fisher, whose factors a are w g with w what :meth:`Task.fisher_weight` says, every step has
+some, and s is 1; of the sampled Fisher, whose a are gradients of the likelihood of labels drawn from the model, some
+steps have, each of which stands for the s steps until the next one.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class SegmentSums:
         self._waiting = 0  # factors whose outer products are not summed yet
         self._weight = self._curvature_weight = 0.0
 
-    def add(self, index: Tensor, rows: Tensor, rate: float, factors: Tensor | None) -> None:
+    def add(self, index: Tensor, rows: Tensor, rate: float, factors: Tensor | None, share: float = 1.0) -> None:
         """Add a step.
 
         Args:
@@ -67,14 +67,15 @@ class SegmentSums:
             rows: their loss gradients, (B, k) float32.
             rate: the learning rate η.
             factors: a, (n, k) float32; None for a step that has none.
+            share: s.
         """
         self._reserve(int(index.max()) + 1)
         self._room.index_add_(0, index, rows.to("cpu") * rate)
         self._weight += rate * len(index)
         if factors is None:
             return
-        self._curvature_weight += rate * len(factors)
-        for part in (factors * rate**0.5).split(_BLOCK):
+        self._curvature_weight += share * rate * len(factors)
+        for part in (factors * (share * rate) ** 0.5).split(_BLOCK):
             if self._waiting + len(part) > _BLOCK:
                 self._sum_waiting()
             self._factors[self._waiting : self._waiting + len(part)] = part

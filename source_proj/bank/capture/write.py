@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,8 @@ class CapturedStage:
     """
 
     stage: Stage
-    contents: tuple[dict[str, Any], ...]
-    ids: np.ndarray
+    contents: tuple[dict[str, Any], ...] = field(repr=False)
+    ids: np.ndarray = field(repr=False)
 
     def __post_init__(self) -> None:
         if self.stage.preconditioner not in ("scalar", "none"):

@@ -188,8 +188,8 @@ class Recorder:
             )
         if not self._goes_on:
             raise MismatchError(
-                f"{str(self.dir)!r} holds a run of {self._progress.run.last_step} steps: call restore() before "
-                "training to go on with it, or give an empty directory"
+                f"{str(self.dir)!r} holds a run of {self._progress.run.last_step} steps: to train anew, remove it; to "
+                "go on with it, call restore() before training"
             )
 
     def restore(self) -> int:
@@ -282,7 +282,8 @@ class Recorder:
     def _hold(self) -> None:
         """Write on, or write again after :meth:`stage` let others do so."""
         if not self._end.alive:
-            raise MismatchError(f"the Recorder of {str(self.dir)!r} was closed: make another one")
+            remedy = "call trajectory(), bank() or captured() before close(), or make another Recorder"
+            raise MismatchError(f"{self!r} was closed, and steps after its last checkpoint are forgotten: {remedy}")
         if self._lock.held:
             return
         self._acquire()

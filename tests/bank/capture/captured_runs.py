@@ -137,7 +137,7 @@ def train(directory, model=None, *, n=12, size=4, steps=9, before_step=None, lr=
     if model is None:
         torch.manual_seed(0)
         model = mlp()
-    told = options.get("draw_every", 0) > 0
+    told = options.get("draw_every", 0) != 0
     optimizer = options.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     inputs, labels = data_for(model, n)
     capture = {"capture": sp.Sketch(size_of(model), "identity"), "task": task_for(model), "every": 3, "draw_every": 0}

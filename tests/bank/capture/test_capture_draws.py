@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from captured_runs import Decoder, convolutional, data_for, loss_of, mlp, rows_of, sampled_gradients, train
+from captured_runs import Decoder, convolutional, data_for, loss_of, mlp, rows_of, sampled_gradients, size_of, train
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.checkpoint import checkpoint
@@ -15,25 +15,30 @@ def close(a, b, tolerance=1e-5):
 
 
 class Factors:
-    """Sums the outer products of the steps at which labels are drawn."""
+    """Sums the outer products of the steps at which labels are drawn, each for the steps until the next."""
 
-    def __init__(self, model, every, ends=()):
-        self.model, self.every, self.ends = model, every, set(ends)
-        self.squares, self.weights, self.step, self.drawn, self.since = [0.0], [0.0], 0, 0, 0
+    def __init__(self, model, interval, ends=()):
+        self.model, self.interval, self.ends, self.step = model, interval, set(ends), 0
+        self.squares, self.weights = [], []
+        self.begin()
+
+    def begin(self):
+        self.squares.append(0.0)
+        self.weights.append(0.0)
+        self.wait = self.drawn = self.count = 0
 
     def __call__(self, index, inputs, labels, rate):
-        if self.since % self.every == 0:
+        if self.wait == 0:
             self.model.eval()
             rows = sampled_gradients(self.model, inputs, labels, self.drawn).double()
             self.model.train()
-            self.squares[-1] = self.squares[-1] + rate * rows.T @ rows
-            self.weights[-1] += rate * len(index)
-            self.drawn += 1
-        self.step, self.since = self.step + 1, self.since + 1
+            self.wait = self.interval(self.count)
+            self.squares[-1] = self.squares[-1] + self.wait * rate * rows.T @ rows
+            self.weights[-1] += self.wait * rate * len(index)
+            self.drawn, self.count = self.drawn + 1, self.count + len(index)
+        self.wait, self.step = self.wait - 1, self.step + 1
         if self.step in self.ends:
-            self.squares.append(0.0)
-            self.weights.append(0.0)
-            self.since = self.drawn = 0
+            self.begin()
 
     def curvature(self, segment=0):
         return (self.squares[segment] / self.weights[segment]).float()
@@ -44,7 +49,7 @@ class Factors:
 def test_curvature_is_that_of_the_drawn_labels(tmp_path, make, every, ends):
     torch.manual_seed(3)
     model = make()
-    twin = Factors(model, every, ends)
+    twin = Factors(model, lambda _: every, ends)
     recorder = train(
         tmp_path / "run", model, size=5, steps=8, before_step=twin, draw_every=every, segment_ends=ends, examples=12
     )
@@ -56,6 +61,16 @@ def test_curvature_is_that_of_the_drawn_labels(tmp_path, make, every, ends):
     with pytest.raises(ValueError, match="take 'sampled_fisher'"):
         _ = sp.Source(bank, model=model, curvature="empirical_fisher", progress=False).segments
     assert bank.verify().ok
+
+
+def test_by_default_labels_are_drawn_more_seldom_the_more_there_are(tmp_path):
+    torch.manual_seed(3)
+    model = Decoder()
+    dim = size_of(model)
+    twin = Factors(model, lambda count: 2 if count < dim else 4 if count < 4 * dim else 8)
+    recorder = train(tmp_path / "run", model, n=120, size=60, steps=90, before_step=twin, draw_every=None, every=30)
+    assert twin.count > 4 * dim
+    assert close(recorder.bank(storage="float32").stages[0].captured_curvature(0), twin.curvature(), 1e-4)
 
 
 @pytest.mark.parametrize("make", [mlp, Decoder])

@@ -24,7 +24,7 @@ function described(example) {
 
 /** An example in one line. */
 function inWords(example) {
-  return example.text || example.file || (example.row || []).map(([name, value]) => `${name} ${value}`).join(", ");
+  return example.text || example.file || (example.row || []).map(([name, value]) => `${name}=${value}`).join(", ");
 }
 
 /** A list of any length of which only the rows in sight are in the document. */

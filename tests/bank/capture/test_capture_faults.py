@@ -1,0 +1,168 @@
+"""What a training loop or a folder can do to a capture unseen: it is refused by name, or changes nothing."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from captured_runs import data_for, loss_of, mlp, train
+from torch import nn
+
+import source_proj as sp
+
+
+def captured(directory, model, optimizer, **options):
+    options = {"capture": sp.Sketch(16), "task": sp.Classification(), "examples": 12, **options}
+    return sp.Recorder(model, optimizer, directory, **options)
+
+
+def step(model, optimizer, recorder, index=None):
+    inputs, labels = data_for(mlp(), 12)
+    index = torch.arange(4) if index is None else index
+    optimizer.zero_grad()
+    loss_of(model, inputs[index], labels[index]).backward()
+    optimizer.step()
+    recorder.step(ids=index)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return mlp()
+
+
+def test_a_batch_that_was_thrown_away_is_seen_long_after_the_first_steps(tmp_path, model):
+    """Its gradient was zeroed, and its pass would count in the next step; told as a skipped step, it is none."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inputs, labels = data_for(model, 12)
+    recorder = captured(tmp_path / "run", model, optimizer)
+    for told in (True, False):
+        for _ in range(7):
+            step(model, optimizer, recorder)
+        optimizer.zero_grad()
+        loss_of(model, inputs[4:8], labels[4:8]).backward()
+        optimizer.zero_grad()
+        if told:
+            recorder.step(ids=range(4, 8))
+    loss_of(model, inputs[:4], labels[:4]).backward()
+    with pytest.raises(sp.GradientError, match=r"batch that was thrown away \(call recorder\.step\(\) for it"):
+        optimizer.step()
+
+
+def test_two_passes_over_the_same_examples(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Dropout(0.5), nn.Linear(7, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = captured(tmp_path / "run", model, optimizer)
+    inputs, labels = data_for(mlp(), 12)
+    for _ in range(2):
+        loss_of(model, inputs[:4], labels[:4]).backward()
+    optimizer.step()
+    with pytest.raises(sp.MismatchError, match="same examples"):
+        recorder.step(ids=[0, 1, 2, 3] * 2)
+
+
+def test_a_captured_file_of_another_moment_or_run(tmp_path, model):
+    recorder = train(tmp_path / "run", model, every=3, segment_ends=[3, 6], examples=12)
+    recorder.close()
+    files = sorted((tmp_path / "run").glob("capture_*.pt"))
+    shutil.copy(files[0], tmp_path / "kept")
+    shutil.copy(files[1], files[0])
+    with pytest.raises(sp.MismatchError, match=f"{files[0].name}.*was recorded"):
+        recorder.bank()
+    shutil.copy(tmp_path / "kept", files[0])
+    assert recorder.bank().finalized
+
+
+def test_the_end_of_a_stage_whose_weights_went_on(tmp_path, model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = captured(tmp_path / "run", model, optimizer, every=2, stage="first")
+    for _ in range(3):
+        step(model, optimizer, recorder)
+    with torch.no_grad():
+        model[0].weight.mul_(1.1)
+    with pytest.raises(sp.MismatchError, match="after the last step of stage 'first'"):
+        recorder.captured()
+
+
+def test_parameters_that_are_unfrozen_later(tmp_path, model):
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = captured(tmp_path / "run", model, optimizer)
+    step(model, optimizer, recorder)
+    model[0].requires_grad_(True)
+    with pytest.raises(sp.GradientError, match=r"\['0.weight', '0.bias'\] are trained"):
+        step(model, optimizer, recorder)
+
+
+def test_a_group_that_is_not_trained(tmp_path, model):
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.0}]
+    optimizer = torch.optim.Adam(groups, lr=0.1)
+    recorder = captured(tmp_path / "run", model, optimizer)
+    with pytest.raises(sp.GradientError, match=r"'!2.weight', '!2.bias'"):
+        step(model, optimizer, recorder)
+    recorder.close()
+    other = captured(tmp_path / "other", model, optimizer, parameters=["!2.*"])
+    step(model, optimizer, other)
+    assert other.bank().finalized
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer, which it replaces, and scales by them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = mlp()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return self.layers(x) * (1 + 0.01 * self.calls)
+
+
+def test_buffers_of_the_trained_model_are_left_alone(tmp_path):
+    found = []
+    for capture in (None, sp.Sketch(16)):
+        torch.manual_seed(0)
+        model = Counting()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        options = {} if capture is None else {"capture": capture, "task": sp.Classification(), "examples": 12}
+        recorder = sp.Recorder(model, optimizer, tmp_path / str(capture is None), every=2, **options)
+        inputs, labels = data_for(mlp(), 12)
+        for index in torch.arange(12).split(4):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs[index]), labels[index]).backward()
+            optimizer.step()
+            recorder.step(ids=index if options else None)
+        found.append(model.state_dict())
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+
+
+def test_a_captured_model_can_be_copied_and_saved(tmp_path, model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = captured(tmp_path / "run", model, optimizer)
+    step(model, optimizer, recorder)
+    teacher = copy.deepcopy(model)
+    inputs, labels = data_for(model, 12)
+    loss_of(teacher, inputs, labels).backward()
+    torch.save(model, tmp_path / "whole.pt")
+    loss_of(torch.load(tmp_path / "whole.pt", weights_only=False), inputs, labels).backward()
+    step(model, optimizer, recorder)
+    assert recorder.bank().finalized
+
+
+def test_a_step_by_a_closure(tmp_path, model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = captured(tmp_path / "run", model, optimizer)
+    inputs, labels = data_for(model, 12)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, inputs, labels)
+        loss.backward()
+        return loss
+
+    with pytest.raises(sp.GradientError, match="closure"):
+        optimizer.step(closure)
+    recorder.close()
+    optimizer.step(closure)
