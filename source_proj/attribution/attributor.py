@@ -80,10 +80,12 @@ class Attributor(ABC):
         progress: Progress = True,
     ) -> None:
         check_executor(executor)
-        self.banks = tuple(bank) if isinstance(bank, Sequence) else (bank,)
+        given: Any = bank
+        self.banks: tuple[Bank, ...] = tuple(given) if isinstance(given, tuple | list) else (given,)
         if not self.banks:
             raise ValueError("got an empty list of banks; give at least one")
         for member in self.banks:
+            _require_bank(member)
             member.require_finalized()
             if member.captured and not self.takes_captured:
                 raise ValueError(
@@ -382,3 +384,8 @@ class Attributor(ABC):
         """The k strongest scores of Q = count queries, and their rows, ``(Q, k)`` float32 and int64."""
         products = Products(terms, count, len(self.banks))
         return strongest_rows(products, self.banks[0], k, self.executor, highest=highest)
+
+
+def _require_bank(given: object) -> None:
+    if not isinstance(given, Bank):
+        raise TypeError(f"got {given!r} in the place of a bank: open it, source_proj.open({str(given)!r})")

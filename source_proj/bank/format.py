@@ -118,6 +118,7 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -283,4 +284,9 @@ def _differences(name: str, there: Any, here: Any) -> list[str]:
         return [
             text for i, pair in enumerate(zip(there, here, strict=True)) for text in _differences(f"{name}[{i}]", *pair)
         ]
-    return [] if there == here else [f"{name} is {there!r} there and {here!r} here"]
+    return [] if there == here else [f"{name} is {_short(there)} there and {_short(here)} here"]
+
+
+def _short(value: Any) -> str:
+    """A value for a message; of a hash its beginning."""
+    return re.sub(r"[0-9a-f]{64}", lambda digest: f"{digest[0][:12]}…", repr(value))

@@ -170,7 +170,12 @@ def mislabelled(
     context: typer.Context,
     bank: BankPaths,
     label_column: Annotated[str, typer.Option(help="Column of the labels in --file.")] = "label",
-    n: Annotated[int | None, typer.Option("-n", min=1, help="How many; default: those far from their class.")] = None,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "-n", min=1, help="How many; default: by error those less likely than not, else those far from their class."
+        ),
+    ] = None,
     by: Annotated[By, typer.Option(help="What makes a label suspicious.")] = By.error,
     file: File = None,
     out: Out = None,

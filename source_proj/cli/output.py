@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, ParamSpec
@@ -63,7 +64,9 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = _say_warning
+                command(*args, **kwargs)
         except (SourceProjError, ValueError, TypeError, OSError, ImportError) as error:
             if debug.get():
                 raise
@@ -71,6 +74,11 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(2 if _is_misused(error) else 1) from error
 
     return wrapped
+
+
+def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning in a line, as an error is."""
+    print(f"warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def _is_misused(error: Exception) -> bool:

@@ -1,16 +1,25 @@
-"""Readers of other frameworks' runs, which the room of integrations has: it stands above this one."""
+"""Readers of other frameworks' runs: entry points, so that this room need not know the one of integrations above it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
-from typing import Literal, cast
+from importlib.metadata import entry_points
 
+from source_proj._errors import MissingFileError
 from source_proj.trajectory.stages import Stage
 
 __all__ = ["stage_reader"]
 
+_GROUP = "source_proj.readers"
 
-def stage_reader(framework: Literal["hf_trainer", "lightning"]) -> Callable[..., Stage]:
-    """The function that reads a framework's directory as one stage of training; imported when it is asked for."""
-    return cast(Callable[..., Stage], getattr(import_module("source_proj.integrations"), f"{framework}_stage"))
+
+def stage_reader(framework: str) -> Callable[..., Stage]:
+    """The function that reads a framework's directory as one stage of training; imported when it is asked for.
+
+    Raises:
+        MissingFileError: the package was installed without it.
+    """
+    for point in entry_points(group=_GROUP, name=framework):
+        reader: Callable[..., Stage] = point.load()
+        return reader
+    raise MissingFileError(f"the installed package has no entry point {framework!r} in {_GROUP}: install it again")

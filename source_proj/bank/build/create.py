@@ -117,7 +117,7 @@ def require_same_settings(path: Path | str, there: Settings, here: Settings) -> 
     if differences:
         raise MismatchError(
             f"the bank {path} was begun with other settings: {'; '.join(differences)}. Build with the same settings to "
-            "go on with it, or give another path"
+            "go on with it, remove it to begin anew, or give another path"
         )
 
 

@@ -274,7 +274,8 @@ class Recorder(RunRecorder):
     def captured(self, *, ids: Sequence[Any] | None = None, **options: Unpack[ReadOptions]) -> CapturedStage:
         """Give what was captured of this stage, for :meth:`bank` of the Recorder of a later one.
 
-        The Recorders of one model follow each other: :meth:`close` one before the next is made.
+        The Recorders of one model follow each other: call this at the end of a stage, which records its last step, then
+        :meth:`close`, and make the next one.
 
         Args:
             ids: ids of the examples, in order of their places; default: the places themselves.
@@ -292,17 +293,18 @@ class Recorder(RunRecorder):
             ...     inputs, labels = torch.randn(size, 4), torch.randint(3, (size,))
             ...     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             ...     recorder = Recorder(
-            ...         model, optimizer, f"{directory}/{stage}", every=1, stage=stage,
+            ...         model, optimizer, f"{directory}/{stage}", stage=stage,
             ...         capture=sp.Sketch(8), task=sp.Classification(),
             ...     )
             ...     optimizer.zero_grad()
             ...     nn.functional.cross_entropy(model(inputs), labels).backward()
             ...     _ = optimizer.step()
             ...     recorder.step(ids=range(size))
-            ...     recorder.close()
             ...     return recorder
             >>> first = train("first", 10)
-            >>> train("second", 6).bank(after=[first.captured()]).stages
+            >>> before = first.captured()
+            >>> first.close()
+            >>> train("second", 6).bank(after=[before]).stages
             (StageBank('first': 10 rows x 1 checkpoints), StageBank('second': 6 rows x 1 checkpoints))
         """
         if self._capture is None:
