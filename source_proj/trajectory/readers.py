@@ -10,7 +10,7 @@ from source_proj.trajectory.stages import Stage
 
 __all__ = ["stage_reader"]
 
-_GROUP = "source_proj.readers"
+_GROUP = "source_proj_readers"
 
 
 def stage_reader(framework: str) -> Callable[..., Stage]:
