@@ -188,8 +188,8 @@ class Capture:
         if self._choice is None:
             own = {id(p) for p in self._parameters.values()}
             others = {id(p) for group in groups for p in group["params"] if p.grad is not None} - own
-            if others:
-                names = [name for name, p in self._model.named_parameters() if id(p) in others]
+            names = [name for name, p in self._model.named_parameters() if id(p) in others]
+            if names:  # the optimizer may hold some that are none of the model
                 raise GradientError(
                     f"{names[:5]} are trained, and were not when capture began: make a Recorder, of a stage of its "
                     "own, when parameters are added or unfrozen, or leave them out by parameters=[...]"

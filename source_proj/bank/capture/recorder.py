@@ -198,8 +198,8 @@ class Recorder(RunRecorder):
             if seen or self._call is None:  # else this repeats a call that could not end
                 rate = float(seen[0].options[0]["lr"]) if seen else 0.0
                 capture.add_step(rate, ids, batch, partial(self._clip_factor, grad_norm))
-        super().step(grad_norm)
         self._weights = self._stamp()
+        super().step(grad_norm)
 
     def _stamp(self) -> int:
         """Another number once a parameter was changed in place."""
