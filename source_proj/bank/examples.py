@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from source_proj._io.html import escape, table
 from source_proj._io.pictures import image_uri
-from source_proj.bank.build.columns import examples_of
+from source_proj.bank.build.columns import Table, examples_of
 
 __all__ = ["Example", "Examples"]
 
@@ -181,7 +181,7 @@ class Examples:
         text = self._text(given)
         value = given.get("pixel_values", given.get("image")) if isinstance(given, Mapping) else given
         image = None if text is not None else self._image(value)
-        columns = self.columns if self.columns is not None else getattr(base, "columns", None)
+        columns = self.columns if self.columns is not None else base.columns if isinstance(base, Table) else None
         row = () if text is not None or image is not None else _row(value, columns)
         size = min(np.shape(self._shaped(value))[-2:], default=0) if image is not None else 0
         return Example(id, _name(label, names), image, text, said, row, file, pixelated=0 < size < _SMALL)
@@ -217,11 +217,12 @@ class Examples:
 
 
 def _shown_of(data: Any) -> Any:
-    """A frame or a table as the build reads it; what it would refuse, as it is: it may still be shown."""
+    """A table as the build reads it; all else as it is."""
     try:
-        return examples_of(data)
+        read = examples_of(data)
     except (TypeError, ValueError):
         return data
+    return read if isinstance(read, Table) else data
 
 
 def _is_columns(data: Mapping[Any, Any]) -> bool:

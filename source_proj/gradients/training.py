@@ -66,7 +66,8 @@ class TrainingPass:
         reached: whether a backward pass came.
         turn: the sink of the backward pass under way.
         sampled: (B, dim) float32, rows of the sampler's function; None where there was none.
-        graph: autograd's number of the last one, at whose end the sink adds what it holds back.
+        beside: passes that waited for their backward pass when this one began.
+        graph: autograd's number of the last backward pass, at whose end the sink adds what it holds back.
         spacing: of the coarsest number format of its output gradients.
     """
 
@@ -78,6 +79,7 @@ class TrainingPass:
     batch: Mapping[str, Any] | None
     turn: GradientSink
     sampled: Tensor | None = None
+    beside: tuple[TrainingPass, ...] = ()
     reached: bool = False
     graph: int | None = None
     spacing: float = torch.finfo(torch.float32).eps
@@ -167,7 +169,8 @@ class TrainingPath(HookPath):
         if self.watched:
             shares = share_sink(size, self._space, device)
             sink = WatchedSink(sink, shares, set(self._space.names))
-        self._open = TrainingPass(size, rows, sink, shares, index, told if LABELS in told else None, sink)
+        self._open = TrainingPass(size, rows, sink, shares, index, told if told.get(LABELS) is not None else None, sink)
+        self._open.beside = tuple(each for each in self.passes if not each.reached)
         self.passes.append(self._open)
         kind = _kind(batch)
         self._calls = None if size == 1 or kind in self._known else []

@@ -95,3 +95,11 @@ def test_a_frame_is_shown_row_by_row_under_its_names():
     assert (shown.row, shown.label, shown.prediction) == ((("height", "2"), ("width", "4")), "1", "0")
     assert shown.words == "height=2, width=4"
     assert Examples(TensorDataset(torch.ones(1, 2), torch.zeros(1))).show(0, 0).row == (("x0", "1"), ("x1", "1"))
+
+
+def test_texts_beside_their_tokens_are_shown():
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    rows = {"text": ["hello there", "good"], "input_ids": [[1, 2], [3, 4]], "labels": [0, 1]}
+    shown = Examples(datasets.Dataset.from_dict(rows))
+    assert shown.show(0, 0).text == "hello there"
+    assert [text for text, _ in shown.searched()] == rows["text"]

@@ -226,13 +226,13 @@ class FittedSegments:
             if mean:
                 queried = [c for c in range(stage.n_checkpoints) if stage.metric(c) == stage.metric(queried[0])]
             for segment, operators in zip(own, self.operators(own), strict=True):
-                for metric, operator in operators.items():
+                for number, (metric, operator) in enumerate(operators.items()):
                     gradients = self._gradients(index, segment.checkpoints, segment.metric)
                     queries = self._gradients(index, queried, metric)
                     function = partial(_own_products, self._sent(operator), gradients, queries)
                     for start, stop, part in self._map(function, index):
                         total[start:stop].add_(part.cpu(), alpha=1 / (segment.n * runs))
-                        bar.update(stop - start)
+                        bar.update(0 if number else stop - start)
 
     def products(self, segment: Segment, queries: Tensor, rows: Tensor | None = None) -> Iterator[Block]:
         """Yield ``(start, stop, (Q, stop - start))``: inner products of queries and a segment's mean gradients.

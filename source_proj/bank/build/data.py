@@ -85,22 +85,31 @@ class BatchSource:
             except StopIteration:
                 return
             except RuntimeError as error:
-                raise self._collation(error) from error
+                self._require_alike(error)
+                raise
             yield (*cuts.given.popleft(), batch)
 
-    def _collation(self, error: RuntimeError) -> Exception:
-        """What a data loader raised; of rows that make no batch, with what does."""
-        if "stack expects each tensor to be equal size" not in str(error):
-            return error
-        return ValueError(
+    def _require_alike(self, error: RuntimeError) -> None:
+        """Say what makes a batch of rows of different lengths, where a loader could not.
+
+        Raises:
+            ValueError: torch's own collation raised the error.
+        """
+        if self._options["collate_fn"] is not default_collate or not any(said in str(error) for said in _RAGGED):
+            return
+        raise ValueError(
             f"the rows of {_name(self._data)} are of different lengths, and make no batch "
             f"({str(error).splitlines()[-1]}): give a DataLoader that pads them as in training, "
             "DataLoader(data, batch_size=..., collate_fn=...), say by transformers' DataCollatorWithPadding"
-        )
+        ) from error
 
     def _is_plain(self) -> bool:
         plain_collate = self._options["collate_fn"] is default_collate
         return type(self._data) in (TensorDataset, Table) and plain_collate and not self._options.get("num_workers")
+
+
+# What torch says of rows of different lengths: tensors, and lists.
+_RAGGED = ("stack expects each tensor to be equal size", "each element in list of batch should be of equal size")
 
 
 class _Cuts(Sampler[list[int]]):

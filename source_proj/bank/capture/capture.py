@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class Capture:
         self._examples, self._scaler, self._clipped = examples, scaler, clipped
         self._parameters = self.space.parameters(model)
         self._model, self._optimizer, self._choice = model, optimizer, parameters
-        self._usual = 1  # passes of a step
+        self._usual = self._seen = 1  # passes of a step, and those that had come when the optimizer stepped
         self._needs_batch = _needs_batch(task)
         self.draws = DrawnLabels(task, draw_every, sketch.dim, sketch.seed, scaler)
         self._path = TrainingPath(model, self.space, sketch)
@@ -99,12 +100,8 @@ class Capture:
         def before_step(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             alive = reference()
             if alive is not None:
-                if any(map(callable, (*args[1:], kwargs.get("closure")))):  # the first is the optimizer
-                    raise GradientError(
-                        "optimizer.step(closure) makes the gradient within the step, where no rows can be held to it: "
-                        "call backward() before step()"
-                    )
-                alive()
+                closed = any(map(callable, (*args[1:], kwargs.get("closure"))))  # the first is the optimizer
+                alive(closed)
 
         self._handle = optimizer.register_step_pre_hook(before_step)
         self.forget_passes()
@@ -134,6 +131,8 @@ class Capture:
         passes, law = [each for each in self._path.passes if each.reached], self._law
         factors = None
         if rate > 0:
+            if len(passes) > self._seen:
+                raise GradientError(_CLOSURE)
             if law is not None:
                 law.require_factor(clip_factor())
             index = _index(passes, ids, self._examples)
@@ -157,12 +156,15 @@ class Capture:
         self._path.watched = self._steps < _ALWAYS or self._steps % _SAMPLED == 0
         self._path.sampler = self.draws if self.draws.due else None
 
-    def _before_step(self) -> None:
-        """Hold the rows to the law before the optimizer uses the gradient."""
+    def _before_step(self, closed: bool = False) -> None:
+        """Hold the rows to the law before the optimizer uses the gradient; ``closed`` if it was given a closure."""
         self._require_all_captured()
         passes = [each for each in self._path.passes if each.reached]
         self._scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
         self._steps += 1
+        self._seen = len(passes)
+        if closed and not passes:
+            raise GradientError(_CLOSURE)
         if not passes:
             if any(p.grad is not None and bool(p.grad.any()) for p in self._parameters.values()):
                 raise GradientError(
@@ -187,9 +189,9 @@ class Capture:
         groups = self._optimizer.param_groups
         if self._choice is None:
             own = {id(p) for p in self._parameters.values()}
-            others = {id(p) for group in groups for p in group["params"] if p.grad is not None} - own
-            names = [name for name, p in self._model.named_parameters() if id(p) in others]
-            if names:  # the optimizer may hold some that are none of the model
+            held = {id(p) for group in groups for p in group["params"] if p.requires_grad and p.grad is not None}
+            names = [name for name, p in self._model.named_parameters() if id(p) in held - own]
+            if names:
                 raise GradientError(
                     f"{names[:5]} are trained, and were not when capture began: make a Recorder, of a stage of its "
                     "own, when parameters are added or unfrozen, or leave them out by parameters=[...]"
@@ -231,7 +233,8 @@ class Capture:
         if batch is None and len(batches) < len(passes):
             raise ValueError(
                 f"the empirical Fisher of {self.task!r} weighs examples by what their batch holds: give the whole "
-                "step's batch, step(batch=...), as the task takes it"
+                "step's batch, step(batch=...), as the task takes it (a Trainer gives it with the model's arguments, "
+                "but for label_smoothing_factor and compute_loss_func)"
             )
         weights = [self.task.fisher_weight(each) for each in batches]
         return None if None in weights else torch.cat(weights)  # type: ignore[arg-type]
@@ -278,6 +281,10 @@ class Capture:
         return {"sketch": self.sketch.spec(), "task": self.task.spec(), "parameters": self.space.spec()}
 
 
+_CLOSURE = (
+    "a pass came after the optimizer began its step, as by optimizer.step(closure), or before recorder.step(): no rows "
+    "can be held to its gradient. Call backward(), optimizer.step() and recorder.step() one after the other"
+)
 _COUNTED = ("examples", "audited_batches", "audited_examples")
 
 
@@ -319,11 +326,12 @@ def _index(passes: Sequence[TrainingPass], ids: Any, examples: int | None) -> Te
     if index.is_floating_point() or index.dtype == torch.bool or index.is_complex():
         raise TypeError(f"ids must be places in the training set, integers, got {index.dtype}")
     places = [each.tolist() for each in index.split(sizes)] if len(index) == sum(sizes) else []
-    if any(len(own) > 1 and own in places[:number] for number, own in enumerate(places)):
-        raise MismatchError(
-            f"two of the step's {len(sizes)} forward passes were of the same examples: a model that runs twice over "
-            "them in one step can't be captured"
-        )
+    for (one, there), (other, here) in combinations(zip(passes, places, strict=False), 2):
+        if there == here and one in other.beside:
+            raise MismatchError(
+                f"two of the step's {len(sizes)} forward passes were of the same examples before either went back: a "
+                "model that runs twice over them in one step can't be captured"
+            )
     if len(index) != sum(sizes):
         raise MismatchError(
             f"{len(index)} ids were given for a step in whose gradient are {len(sizes)} forward passes of {sizes} "

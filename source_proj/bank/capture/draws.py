@@ -103,29 +103,37 @@ class DrawnLabels:
         """Tensors of the output, and the gradients by them of the drawn labels' likelihood; see `Sampler`.
 
         Raises:
-            GradientError: which labels count is not known, as the batch has none.
+            GradientError: none can be drawn, as which labels count is not known, or of these outputs.
 
         Warns:
             UserWarning: the same, where nothing was asked for: the empirical Fisher is captured.
         """
-        if self.kind is None:
-            self.kind = "empirical_fisher" if batch is None else "sampled_fisher"
-            if batch is None:
-                warnings.warn(
-                    "labels are not among the model's arguments, so that none can be drawn in their place, and the "
-                    "empirical Fisher is captured: it predicts retraining worse for language models. Call "
-                    "model(..., labels=labels), which a model that takes no labels doesn't get to see; or say "
-                    "draw_every=0",
-                    UserWarning,
-                    stacklevel=2,
-                )
         if self.kind == "empirical_fisher":
             return None
-        if batch is None:
-            raise GradientError(
-                "which labels count must be known when labels are drawn: call model(..., labels=labels), which a model "
-                "that takes no labels doesn't get to see; or record anew with draw_every=0"
-            )
+        reason, cause = "labels are not among the model's arguments, so that none can be drawn in their place", None
+        if batch is not None:
+            try:
+                asked = self._gradients(output, batch, size)
+            except (TypeError, ValueError, AttributeError, IndexError) as error:
+                reason, cause = f"labels can't be drawn of what the model returned ({error})", error
+            else:
+                self.kind = "sampled_fisher"
+                return asked
+        remedy = "call model(..., labels=labels), which a model that takes no labels doesn't get to see"
+        if self.kind is not None:
+            raise GradientError(f"{reason}: {remedy}; or record anew with draw_every=0") from cause
+        self.kind = "empirical_fisher"
+        warnings.warn(
+            f"{reason}. The empirical Fisher is captured, which predicts retraining worse for language models: "
+            f"{remedy}; or say draw_every=0",
+            UserWarning,
+            stacklevel=2,
+        )
+        return None
+
+    def _gradients(self, output: Any, batch: Mapping[str, Any], size: int) -> tuple[list[Tensor], list[Tensor]]:
+        if isinstance(output, tuple) and len(output) > 1 and isinstance(output[0], Tensor) and output[0].ndim == 0:
+            output = output[1:]  # the loss, which a model with labels puts first
         heads: list[Tensor] = []
         leaves: list[Tensor] = []
 
@@ -137,12 +145,14 @@ class DrawnLabels:
             return leaves[-1]
 
         given = map_tensors(output, cut)
-        places = torch.arange(size, device=heads[0].device if heads else None) + (processes.rank() << 32)
+        if not leaves:
+            raise ValueError(f"a {type(output).__name__} without tensors that lead to parameters")
+        places = torch.arange(size, device=heads[0].device) + (processes.rank() << 32)
         numbers = Uniforms(places, seed=self._seed, stage=0, checkpoint=self._segment.passes, draw=0)
-        self._segment.passes += 1
         with without_autocast(), torch.enable_grad():
             likelihood = self._task.sampled_output(lambda *_, **__: given, batch, numbers)
             gradients = torch.autograd.grad(likelihood.sum() * (self.scale / size), leaves, allow_unused=True)
+        self._segment.passes += 1
         pairs = [(head, g.to(head.dtype)) for head, g in zip(heads, gradients, strict=True) if g is not None]
         return [head for head, _ in pairs], [g for _, g in pairs]
 

@@ -44,7 +44,8 @@ class Recorder(RunRecorder):
     model's layers sketch each example's loss gradient while the loop's own backward pass runs, and :meth:`step` adds it
     to the example's row of the current segment, times the step's learning rate, and to the segment's Ĥ. After training
     :meth:`bank` gives a bank that took no pass over the data: a row for each example and segment, an average over all
-    steps that saw the example, with the mean of the empirical Fisher over these steps as its curvature. Checkpoints are
+    steps that saw the example, with the mean of the empirical Fisher over these steps as its curvature, or of a
+    language model of the sampled Fisher over some of them. Checkpoints are
     needed for queries alone, and may be few.
 
     Rows are gradients as training had them, at that step's weights, with its dropout and augmentation, and before
@@ -229,7 +230,8 @@ class Recorder(RunRecorder):
                 if self._stamp() != self._weights:
                     raise MismatchError(
                         f"the weights were changed after the last step of stage {self._progress.run.stage!r}, so that "
-                        "its end is lost: call trajectory(), bank() or captured() before they are trained on or loaded"
+                        "its end is lost: call trajectory(), bank() or captured() before they are trained on or "
+                        "loaded, and change them before step() if that is part of it"
                     )
                 self._write_checkpoint()
             options.setdefault("segments", self._groups())

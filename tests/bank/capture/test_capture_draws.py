@@ -179,7 +179,7 @@ def run_of(directory, *, told, steps=2, model=None, **options):
 
 
 def test_without_labels_the_empirical_fisher_is_captured_and_it_is_said(tmp_path):
-    with pytest.warns(UserWarning, match=r"call\s+model\(\.\.\., labels=labels\)|Call model\(\.\.\., labels=labels\)"):
+    with pytest.warns(UserWarning, match=r"call model\(\.\.\., labels=labels\)"):
         recorder = run_of(tmp_path / "run", told=False)
     assert sp.Source(recorder.bank(), model=recorder._model, progress=False).curvature == "empirical_fisher"
     with pytest.raises(sp.GradientError, match="labels=labels"):
@@ -204,3 +204,54 @@ def test_counts_that_are_none(tmp_path):
         run_of(tmp_path / "run", told=True, task=sp.CausalLM(chunk=2), draw_every=2)
     with pytest.raises(TypeError, match="draw_every= belongs to capture="):
         run_of(tmp_path / "run", told=True, capture=None, task=None, draw_every=2)
+
+
+class LossFirst(Decoder):
+    """Gives (loss, logits), as models of transformers do where they shall not give a mapping."""
+
+    def forward(self, input_ids, labels=None):
+        logits = super().forward(input_ids)
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), logits
+
+
+class Hidden(Decoder):
+    """Gives its loss alone, in an object that nothing can be read of."""
+
+    def forward(self, input_ids, labels=None):
+        holder = type("Output", (), {})()
+        logits = super().forward(input_ids)
+        holder.loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return holder
+
+
+def test_outputs_of_other_forms(tmp_path):
+    tokens, _ = data_for(Decoder(), 4)
+    kinds = []
+    for make, loss in ((LossFirst, lambda out: out[0]), (Hidden, lambda out: out.loss)):
+        torch.manual_seed(0)
+        model = make()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        recorder = sp.Recorder(model, optimizer, tmp_path / make.__name__, capture=sp.Sketch(16), task=sp.CausalLM())
+        if make is Hidden:
+            with pytest.warns(UserWarning, match="can't be drawn of what the model returned"):
+                output = model(tokens, labels=tokens)
+        else:
+            output = model(tokens, labels=tokens)
+        loss(output).backward()
+        optimizer.step()
+        recorder.step(ids=range(4))
+        kinds.append(recorder.bank().trajectory.stages[0].capture.kind)
+    assert kinds == ["sampled_fisher", "empirical_fisher"]
+
+
+def test_labels_of_none_are_none(tmp_path):
+    with pytest.warns(UserWarning, match="labels are not among"):
+        recorder = run_of(tmp_path / "run", told=False, model=None)
+    recorder.close()
+    model = Decoder()
+    tokens, _ = data_for(model, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    other = sp.Recorder(model, optimizer, tmp_path / "other", capture=sp.Sketch(16), task=sp.CausalLM())
+    with pytest.warns(UserWarning, match="labels are not among"):
+        model(tokens, labels=None)
+    other.close()

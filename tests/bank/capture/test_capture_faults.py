@@ -49,16 +49,19 @@ def test_a_batch_that_was_thrown_away_is_seen_long_after_the_first_steps(tmp_pat
         optimizer.step()
 
 
-def test_two_passes_over_the_same_examples(tmp_path):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Dropout(0.5), nn.Linear(7, 3))
+def test_two_passes_over_the_same_examples(tmp_path, model):
+    """Of one loss they are refused; micro-batches that happen to be the same, each with its own way back, are two."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     recorder = captured(tmp_path / "run", model, optimizer)
-    inputs, labels = data_for(mlp(), 12)
+    inputs, labels = data_for(model, 12)
     for _ in range(2):
-        loss_of(model, inputs[:4], labels[:4]).backward()
+        (loss_of(model, inputs[:4], labels[:4]) / 2).backward()
     optimizer.step()
-    with pytest.raises(sp.MismatchError, match="same examples"):
+    recorder.step(ids=[0, 1, 2, 3] * 2)
+    optimizer.zero_grad()
+    sum(loss_of(model, inputs[:4], labels[:4]) for _ in range(2)).backward()
+    optimizer.step()
+    with pytest.raises(sp.MismatchError, match="same examples before either went back"):
         recorder.step(ids=[0, 1, 2, 3] * 2)
 
 
@@ -93,6 +96,19 @@ def test_parameters_that_are_unfrozen_later(tmp_path, model):
     model[0].requires_grad_(True)
     with pytest.raises(sp.GradientError, match=r"\['0.weight', '0.bias'\] are trained"):
         step(model, optimizer, recorder)
+
+
+def test_an_optimizer_that_holds_more_than_the_model(tmp_path, model):
+    temperature = nn.Parameter(torch.ones(()))
+    model[0].bias.requires_grad_(False).grad = torch.zeros(7)
+    optimizer = torch.optim.SGD([*model.parameters(), temperature], lr=0.1)
+    recorder = captured(tmp_path / "run", model, optimizer)
+    temperature.grad = torch.ones(())
+    inputs, labels = data_for(model, 12)
+    loss_of(model, inputs[:4], labels[:4]).backward()
+    optimizer.step()
+    recorder.step(ids=range(4))
+    assert recorder.bank().finalized
 
 
 def test_a_group_that_is_not_trained(tmp_path, model):
@@ -166,3 +182,11 @@ def test_a_step_by_a_closure(tmp_path, model):
         optimizer.step(closure)
     recorder.close()
     optimizer.step(closure)
+    other = captured(tmp_path / "other", model, optimizer)
+    closure()
+    optimizer.step(lambda: None)  # as Lightning gives one where its user gave none
+    other.step(ids=range(12))
+    closure()
+    optimizer.step(closure)
+    with pytest.raises(sp.GradientError, match="came after the optimizer began"):
+        other.step(ids=range(12))

@@ -76,8 +76,8 @@ async function start() {
   }
 
   const list = new VirtualList(box, {
-    open: (example) => { location.hash = `${kind}/${example.place}`; },
-    choose: (example) => { if (kind === "train") tray.toggle(example); },
+    open: (example) => { location.hash = `${list.kind}/${example.place}`; },
+    choose: (example) => { if (list.kind === "train") tray.toggle(example); },
     render(option, example) {
       const image = picture(example);
       option.classList.toggle("plain", !image);
@@ -86,7 +86,7 @@ async function start() {
       const lines = known ? [known, names.reverse().join(" · ")] : names;
       if (image) option.append(image);
       option.append(make("span", {}, ...lines.map((line) => make("span", { class: "line" }, line))));
-      if (kind === "train" && tray.has(example)) option.append(make("span", { title: "in the tray" }, "✓"));
+      if (list.kind === "train" && tray.has(example)) option.append(make("span", { title: "in the tray" }, "✓"));
     },
   });
 
@@ -106,7 +106,7 @@ async function start() {
     const [its, filter] = [kind, { words: search.value, label: label.value, stage: stage.value }];
     const asked = (first, size) => backend.listed(its, filter, first, size);
     try {
-      const answer = await list.reset(asked);
+      const answer = await list.reset(asked, its);
       if (!answer) return;
       tell(answer);
       goOn(asked, list.version);

@@ -51,13 +51,13 @@ class VirtualList {
   }
 
   /** Start over with the rows of another search; its first answer, or null where a later search came before it. */
-  reset(fetch) {
-    const answered = this.answer(fetch, ++this.version);
+  reset(fetch, kind) {
+    const answered = this.answer(fetch, kind, ++this.version);
     this.settled = answered.catch(() => null);
     return answered;
   }
 
-  async answer(fetch, version) {
+  async answer(fetch, kind, version) {
     let first;
     try {
       first = await fetch(0, VirtualList.SPAN);
@@ -66,7 +66,7 @@ class VirtualList {
       throw error;
     }
     if (version !== this.version) return null;
-    this.fetch = fetch;
+    Object.assign(this, { fetch, kind }); // of what the rows are, which a click means
     this.spans = new Map([[0, first.examples]]);
     this.total = first.total;
     this.active = 0;
