@@ -54,8 +54,8 @@ def default_curvature(banks: Sequence[Bank]) -> Curvature:
     residual, which says nothing of the loss's curvature: on all four regression tasks of examples/paper retraining is
     predicted better without it. For classification the order is the reverse (examples/paper/LABORATORY.md, study b).
     """
-    if (capture := banks[0].trajectory.stages[0].capture) is not None:
-        return capture.kind
+    if banks[0].captured:
+        return banks[0].stages[0].captured_kind
     task, draws = banks[0].task_spec, min(bank.settings.sampled_fisher for bank in banks)
     builtin = None if "class" in task else task["name"]
     if builtin == "causal_lm" and draws:
@@ -96,11 +96,11 @@ def check_curvature(stage: StageBank, curvature: Factors) -> None:
     """
     if curvature not in get_args(Factors):
         raise ValueError(f"unknown curvature {curvature!r}; choose one of {', '.join(get_args(Curvature))}")
-    if (capture := stage.record.capture) is not None:
-        if curvature != capture.kind:
+    if stage.captured:
+        if curvature != stage.captured_kind:
             raise ValueError(
                 f"curvature {curvature!r} can't be had of rows captured in training, which sum loss gradients over a "
-                f"segment: take {capture.kind!r}, which was captured with them, or build the bank from checkpoints"
+                f"segment: take {stage.captured_kind!r}, captured with them, or build the bank from checkpoints"
             )
         return
     if curvature == "sampled_fisher" and stage.draws == 0:

@@ -22,6 +22,7 @@ from source_proj.trajectory.options import Schedule
 from source_proj.trajectory.preconditioning import ResolvedRun
 from source_proj.trajectory.record import (
     CapturedCurvature,
+    CaptureRecord,
     CheckpointRef,
     PreconditionerMode,
     RunRecord,
@@ -42,6 +43,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "Adamax",
+    "CaptureRecord",
     "CapturedCurvature",
     "Checkpoint",
     "CheckpointRef",

@@ -15,6 +15,7 @@ from source_proj.bank.layout import crossing_name
 from source_proj.bank.read.curvature import read_curvature
 from source_proj.bank.read.part import Part
 from source_proj.bank.store import Store
+from source_proj.trajectory import CapturedCurvature, CaptureRecord
 
 __all__ = ["DECODED_NUMBERS", "EncodedBlock", "RowBlock", "StageBank"]
 
@@ -157,17 +158,26 @@ class StageBank:
         """Whether its rows are loss gradients captured in training: a row a segment, not a checkpoint."""
         return self.record.capture is not None
 
+    @property
+    def captured_kind(self) -> CapturedCurvature:
+        """Which curvature was captured with its rows; raises ValueError where they were not captured."""
+        return self._capture.kind
+
     def captured_curvature(self, segment: int) -> Tensor:
-        """The Ĥ ``(k, k)`` float32 that was captured in a segment, of the record's kind.
+        """The Ĥ ``(k, k)`` float32 that was captured in a segment, of that kind.
 
         Raises:
             BankError: the bank is not finalized, or the matrix is missing or damaged.
             ValueError: the stage was not captured.
         """
         self._bank.require_finalized()
+        return read_curvature(self._store, self._capture.curvature[segment])
+
+    @property
+    def _capture(self) -> CaptureRecord:
         if self.record.capture is None:
             raise ValueError(f"stage {self.name!r} was not captured in training: make its curvature of its rows")
-        return read_curvature(self._store, self.record.capture.curvature[segment])
+        return self.record.capture
 
     def metric(self, checkpoint: int) -> int:
         """Index of the metric that a checkpoint's rows are in; 0 in a bank of plain gradients."""
