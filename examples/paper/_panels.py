@@ -205,7 +205,7 @@ def _draw(problem: Problem, page: Page, path: Path) -> None:
             top += step
         top += 0.5
     axes.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
-    save_picture(figure, path, dpi=130)
+    save_picture(figure, path, dpi=130, colours=256)
 
 
 def _folded(method: str) -> str:

@@ -256,18 +256,9 @@ def _table(problem: Problem, comparison: Comparison) -> pd.DataFrame:
     Differences are to SOURCE's defaults; ``timed``, ``timed_low`` and ``timed_high`` are those to SOURCE that knows the
     retrainings' time.
     """
-    table: pd.DataFrame = comparison.table()
-    timed = comparison[TIMED]
-    for result in comparison.results:
-        for runs, own, reference in (
-            ("single", result.single, timed.single),
-            ("multiple", result.multiple, timed.multiple),
-        ):
-            if own is None or reference is None:
-                continue
-            behind = sp.evaluate.compare(reference, own)
-            place = (table["method"] == result.method) & (table["runs"] == runs)
-            table.loc[place, ["timed", "timed_low", "timed_high"]] = (behind.value, *behind.interval)
+    names = {"diff": "timed", "diff_low": "timed_low", "diff_high": "timed_high"}
+    timed = comparison.behind(TIMED).rename(columns=names)
+    table: pd.DataFrame = comparison.table().merge(timed, on=["method", "runs"], how="left")
     table.insert(0, "title", problem.title)
     table.insert(0, "task", problem.name)
     return table

@@ -80,6 +80,28 @@ class Comparison:
                 return result
         raise KeyError(f"no method {method!r}; there are {[result.method for result in self.results]}")
 
+    def behind(self, method: str) -> pd.DataFrame:
+        """By how much a method is ahead of each, paired (needs the ``pandas`` extra).
+
+        Columns: method, runs ("single" or "multiple"), and diff, diff_low, diff_high: the LDS of ``method`` minus that
+        one's, with its 95 % interval by bootstrap over subsets.
+
+        Raises:
+            KeyError: there is no such method.
+        """
+        pd, reference = _pandas("behind"), self[method]
+        pairs = [
+            (result.method, runs, compare(first, own))
+            for result in self.results
+            for runs, first, own in (
+                ("single", reference.single, result.single),
+                ("multiple", reference.multiple, result.multiple),
+            )
+            if first is not None and own is not None
+        ]
+        rows = [(name, runs, behind.value, *behind.interval) for name, runs, behind in pairs]
+        return pd.DataFrame(rows, columns=["method", "runs", "diff", "diff_low", "diff_high"])
+
     def table(self) -> pd.DataFrame:
         """One row for each method and number of runs (needs the ``pandas`` extra).
 
@@ -87,10 +109,7 @@ class Comparison:
         (over runs), ceiling, slope, slope_low, slope_high, and diff, diff_low, diff_high (the first method's LDS minus
         this one's, paired).
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError('table needs pandas: pip install "source-proj[pandas]"') from error
+        pd = _pandas("table")
         rows = []
         for result in self.results:
             rows.append(_row(result, "single", result.single, result.single_behind))
@@ -126,6 +145,8 @@ def compare_methods(
         >>> comparison = compare_methods([right, wrong], masks, (masks @ effect.T)[:, None], progress=False)
         >>> round(comparison["right"].single.value, 6), comparison["wrong"].single_behind.significant
         (1.0, True)
+        >>> bool((comparison.behind("wrong")["diff"] <= 0).all())
+        True
     """
     names = [(candidate.method, candidate.setting) for candidate in candidates]
     if not names or len(set(names)) != len(names):
@@ -189,6 +210,14 @@ def _together(own: Sequence[Candidate], setting: str, runs: Sequence[Matrix]) ->
     if candidate.ensemble is None or len(runs) == 1:
         return np.asarray(np.mean(runs, axis=0))
     return np.asarray(candidate.ensemble(), dtype=np.float32)
+
+
+def _pandas(wanted: str) -> Any:
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise ImportError(f'{wanted} needs pandas: pip install "source-proj[pandas]"') from error
+    return pd
 
 
 def _row(judged: MethodResult, runs: str, result: LDS, behind: Difference) -> dict[str, Any]:

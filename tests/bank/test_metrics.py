@@ -208,7 +208,7 @@ def test_appended_rows_are_in_the_same_metrics(run, tmp_path):
 @pytest.mark.parametrize(
     ("other", "named"),
     [
-        (make_adam_run(seed=1), r"trajectory\.metrics\[0\] is '\w+' there and '\w+' here"),
+        (make_adam_run(seed=1), r"trajectory\.metrics\[0\] is '\w+…' there and '\w+…' here"),
         (make_adam_run("shared"), r"trajectory\..* is .* there and .* here"),
         (make_adam_run("factored_per_segment"), r"trajectory\..* is .* there and .* here"),
         (make_run(4), r"trajectory\..* is .* there and .* here"),

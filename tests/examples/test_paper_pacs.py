@@ -19,8 +19,11 @@ def _examples_importable(monkeypatch):
 
 
 @pytest.fixture
-def data(tmp_path, monkeypatch):
-    """An archive of a few pictures a manner and kind, each of one colour; the colours of every manner, by name."""
+def data(request, tmp_path, monkeypatch):
+    """An archive of a few pictures a manner and kind, each of one colour; the colours of every manner, by name.
+
+    With a parameter "textured" a corner alone is of one colour: normalised, flat pictures would be their rounding.
+    """
     import pacs
 
     counts = {"photo": 4, "art_painting": 4, "cartoon": 3, "sketch": 6}
@@ -35,7 +38,10 @@ def data(tmp_path, monkeypatch):
                 for i in range(count):
                     colour = tuple(int(c) for c in rng.integers(0, 256, 3))
                     buffer = io.BytesIO()
-                    Image.new("RGB", (50, 50), colour).save(buffer, "png")
+                    pixels = np.full((50, 50, 3), colour, np.uint8)
+                    if getattr(request, "param", "") == "textured":
+                        pixels[10:] = rng.integers(0, 256, (40, 50, 3))
+                    Image.fromarray(pixels).save(buffer, "png")
                     files.writestr(f"kfold/{manner}/{kind}/pic_{i}.png", buffer.getvalue())
                     colours.setdefault(manner, []).append((colour, number))
     return tmp_path, colours
@@ -66,6 +72,7 @@ def test_other_archives_are_refused(data, monkeypatch):
         pacs.load_pacs(folder)
 
 
+@pytest.mark.parametrize("data", ["textured"], indirect=True)
 def test_a_recorded_run_of_two_stages_is_what_retraining_gives(data, tmp_path):
     import pacs
 

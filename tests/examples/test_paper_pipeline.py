@@ -67,7 +67,8 @@ def comparison(lds, *methods):
         for i, name in enumerate(["SOURCE", *methods])
         for runs in ("single", "multiple")
     ]
-    return SimpleNamespace(table=lambda: pd.DataFrame(rows))
+    ahead = pd.DataFrame(rows).assign(diff=0.0, diff_low=-0.1, diff_high=0.1).drop(columns=["lds", "ceiling"])
+    return SimpleNamespace(table=lambda: pd.DataFrame(rows), behind=lambda _: ahead)
 
 
 def test_rows_of_some_methods_go_into_the_table_that_is_there(tmp_path, monkeypatch):

@@ -180,14 +180,16 @@ def test_who_is_ahead_is_told_by_paired_intervals(tmp_path):
     source, variant = row("SOURCE", 0.4, (0, 0, 0)), row("SOURCE, three segments", 0.9, (-0.5, -0.6, -0.4))
     folder = tmp_path / "r"
     write_task(folder, "concrete", [source, row(averaged, 0.35, ahead), row(PEER, 0.41, level)])
-    write_task(folder, "mnist", [source, variant, row("TRAK", 0.5, behind)])
+    timed = {"timed": 0.02, "timed_low": 0.01, "timed_high": 0.03}
+    write_task(folder, "mnist", [source, variant, row("TRAK", 0.5, behind, **timed)])
     write_task(folder, "rte", [source, variant])  # none to compare with
     table, facts = read_results(folder)
     lines = results_page(table, facts, folder, "r").splitlines()
     assert _section(lines, "Who is ahead") == [
         "| Concrete | **ahead** .050<br><sub>.010 to .090</sub> | level −.010<br><sub>−.030 to .010</sub> "
-        f"| level −.010<br><sub>−.030 to .010</sub><br><sub>{PEER}</sub> |",
-        "| Mnist | – | – | behind −.100<br><sub>−.200 to −.010</sub><br><sub>TRAK</sub> |",
+        f"| level −.010<br><sub>−.030 to .010</sub> | – | – | – | {PEER} |",
+        "| Mnist | – | – | behind −.100<br><sub>−.200 to −.010</sub> | – | – "
+        "| **ahead** .020<br><sub>.010 to .030</sub> | TRAK |",
     ]
     guide = guide_block(table).splitlines()
     assert guide[0].startswith(f"| task | SOURCE | {PEER} | several runs")  # though one task in three has it

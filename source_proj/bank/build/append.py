@@ -79,7 +79,8 @@ def append_rows(
     given: list[Any] | None = None
     if ids is not None:
         given = checked_ids(ids, 0, source.n, parts[0].stage_name).tolist()  # read once: they may be a generator
-        _require_same_kind(parts[0].ids, given)
+        for each in parts:
+            _require_other_names(each.ids, given)
     part, own = _begun(parts, source, given), False
     if part is None:
         _require_sealed(store, parts)
@@ -195,10 +196,13 @@ def _next_id(parts: Sequence[Part]) -> int:
     return int(max(known)) + 1
 
 
-def _require_same_kind(there: Sequence[Any], given: Sequence[Any]) -> None:
-    """Refuse numbers beside strings: 1 and "1" would be two examples of one name."""
-    if len(there) and len(given) and isinstance(there[0], str) != isinstance(given[0], str):
-        raise TypeError(
-            f"the bank's ids are {'strings' if isinstance(there[0], str) else 'integers'}, such as {there[0]!r}, and "
-            f"those of the new examples are not, such as {given[0]!r}: give ids of the bank's kind"
+def _require_other_names(there: Sequence[Any], given: Sequence[Any]) -> None:
+    """Refuse a string that reads as a number that is there, or the reverse: two examples would have one name."""
+    if not (len(there) and len(given)) or isinstance(there[0], str) == isinstance(given[0], str):
+        return
+    both = sorted(set(map(str, there)) & set(map(str, given)))
+    if both:
+        raise ValueError(
+            f"the new examples' ids {both[:5]} are written as those of others in the bank, which are "
+            f"{'strings' if isinstance(there[0], str) else 'integers'}: give other ids"
         )
