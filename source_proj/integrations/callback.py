@@ -16,7 +16,7 @@ from source_proj.bank.capture.sums import Memory
 from source_proj.integrations.callback_log import CallbackLog, callback_stage
 from source_proj.sketch import Sketch
 from source_proj.task import Task
-from source_proj.trajectory import PreconditionerMode, Segments, Trajectory
+from source_proj.trajectory import PreconditionerMode, Segments, Trajectory, weights_stamp
 from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.optimizers.describe import describe_live
 from source_proj.trajectory.recording.run_files import clip_factor
@@ -193,7 +193,7 @@ class RecorderCallback:
         self._log.add_step(step, self._rate, self._norm, self._momentum)
         if self._capture is not None:
             self._capture.add_step(self._rate, None, None, self._clip_factor)
-        self._rate, self._norm, self._weights = 0.0, None, _stamp(model)
+        self._rate, self._norm, self._weights = 0.0, None, weights_stamp(model)
         # The end is recorded here: `load_best_model_at_end` brings other weights before `on_train_end`.
         ends = step >= state.max_steps or bool(getattr(control, "should_training_stop", False))
         if ends or step in self._at or (self._every is not None and step % self._every == 0):
@@ -219,7 +219,7 @@ class RecorderCallback:
         """
         self._keep_capture(int(state.global_step))
         if self._log is not None and int(state.global_step) not in self._log.checkpoints:
-            if self._weights in (None, _stamp(model)):
+            if self._weights in (None, weights_stamp(model)):
                 self._log.add_checkpoint(int(state.global_step), model, _innermost(optimizer))
             else:
                 warnings.warn(
@@ -292,8 +292,3 @@ def _innermost(optimizer: Any) -> torch.optim.Optimizer:
     while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "accelerator_state"):
         optimizer = getattr(optimizer, "optimizer")  # noqa: B009
     return optimizer
-
-
-def _stamp(model: nn.Module) -> int:
-    """Another number once a parameter was changed in place."""
-    return sum(p._version for p in model.parameters())

@@ -34,7 +34,7 @@ from source_proj.trajectory.recording.recorder import Recorder
 from source_proj.trajectory.scale import Scale
 from source_proj.trajectory.segments import Segments, split_segments
 from source_proj.trajectory.stages import Stage
-from source_proj.trajectory.trained import trained_parameters
+from source_proj.trajectory.trained import trained_parameters, weights_stamp
 from source_proj.trajectory.trajectory import Trajectory
 
 __all__ = [
@@ -71,4 +71,5 @@ __all__ = [
     "moments",
     "split_segments",
     "trained_parameters",
+    "weights_stamp",
 ]

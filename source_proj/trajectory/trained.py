@@ -12,7 +12,12 @@ from source_proj.trajectory.optimizers import PreconditionedOptimizer, moments
 from source_proj.trajectory.stages import Stage
 from source_proj.trajectory.trajectory import Trajectory
 
-__all__ = ["trained_parameters"]
+__all__ = ["trained_parameters", "weights_stamp"]
+
+
+def weights_stamp(model: nn.Module) -> int:
+    """Another number once a parameter was changed in place, by whatever but ``.data``."""
+    return sum(p._version for p in model.parameters())
 
 
 def trained_parameters(trajectory: Trajectory, model: nn.Module) -> tuple[list[str], str]:

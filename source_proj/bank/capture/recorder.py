@@ -22,7 +22,7 @@ from source_proj.bank.capture.write import CapturedStage, write_captured
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 from source_proj.trajectory import Recorder as RunRecorder
-from source_proj.trajectory import Stage, Stateful
+from source_proj.trajectory import Stage, Stateful, weights_stamp
 from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.options import ReadOptions
 from source_proj.trajectory.recording.progress import Progress, update_runs
@@ -199,12 +199,8 @@ class Recorder(RunRecorder):
             if seen or self._call is None:  # else this repeats a call that could not end
                 rate = float(seen[0].options[0]["lr"]) if seen else 0.0
                 capture.add_step(rate, ids, batch, partial(self._clip_factor, grad_norm))
-        self._weights = self._stamp()
+        self._weights = weights_stamp(self._model)
         super().step(grad_norm)
-
-    def _stamp(self) -> int:
-        """Another number once a parameter was changed in place."""
-        return sum(p._version for p in self._model.parameters())
 
     def restore(self) -> int:
         """Bring model, optimizer, random states and captured sums back to the last checkpoint.
@@ -227,7 +223,7 @@ class Recorder(RunRecorder):
                 raise MismatchError("the optimizer's last step was not captured: call step(ids=...) after it")
             if self._settled().pending:
                 self._hold()
-                if self._stamp() != self._weights:
+                if weights_stamp(self._model) != self._weights:
                     raise MismatchError(
                         f"the weights were changed after the last step of stage {self._progress.run.stage!r}, so that "
                         "its end is lost: call trajectory(), bank() or captured() before they are trained on or "

@@ -282,7 +282,7 @@ class Recorder:
     def _hold(self) -> None:
         """Write on, or write again after :meth:`stage` let others do so."""
         if not self._end.alive:
-            remedy = "call trajectory(), bank() or captured() before close(), or make another Recorder"
+            remedy = "call trajectory(), bank() or captured() before close(), or make another one"
             raise MismatchError(f"{self!r} was closed, and steps after its last checkpoint are forgotten: {remedy}")
         if self._lock.held:
             return
