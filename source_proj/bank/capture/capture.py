@@ -281,6 +281,7 @@ class Capture:
         return {"sketch": self.sketch.spec(), "task": self.task.spec(), "parameters": self.space.spec()}
 
 
+_PLACES = 10**7  # beyond which an id is rather a key of a database
 _CLOSURE = (
     "a pass came after the optimizer began its step, as by optimizer.step(closure), or before recorder.step(): no rows "
     "can be held to its gradient. Call backward(), optimizer.step() and recorder.step() one after the other"
@@ -337,6 +338,11 @@ def _index(passes: Sequence[TrainingPass], ids: Any, examples: int | None) -> Te
             f"{len(index)} ids were given for a step in whose gradient are {len(sizes)} forward passes of {sizes} "
             "examples. Where gradients are accumulated, give the ids of all passes in order; a model that runs twice "
             "over the same examples in one step can't be captured"
+        )
+    if examples is None and len(index) and int(index.max()) >= _PLACES:
+        raise ValueError(
+            f"got the id {int(index.max())}, and ids are places in the training set, for each of which up to it there "
+            "is a row of k numbers: give the places, and their ids to bank(ids=...); or examples=, if there are so many"
         )
     limit = examples if examples is not None else 1 << 62
     if len(index) and (int(index.min()) < 0 or int(index.max()) >= limit):

@@ -254,11 +254,19 @@ def write_tensors(contents: Mapping[Path, Mapping[str, Any]]) -> list[str]:
 
     Returns:
         SHA-256 of the files, in hex.
+
+    Raises:
+        OSError: a file cannot be written.
     """
 
     def saved(content: Mapping[str, Any]) -> Content:
         def save(file: IO[bytes]) -> None:  # an open file, because torch writes a path's name into the archive
-            torch.save(dict(content), file)
+            try:
+                torch.save(dict(content), file)
+            except RuntimeError as error:  # torch's archive puts one in the place of a full disk's own error
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
         return save
 

@@ -190,3 +190,13 @@ def test_a_step_by_a_closure(tmp_path, model):
     optimizer.step(closure)
     with pytest.raises(sp.GradientError, match="came after the optimizer began"):
         other.step(ids=range(12))
+
+
+def test_ids_that_are_no_places(tmp_path, model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = captured(tmp_path / "run", model, optimizer, examples=None)
+    inputs, labels = data_for(model, 4)
+    loss_of(model, inputs, labels).backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"got the id 1000000003.*bank\(ids=\.\.\.\)"):
+        recorder.step(ids=[10**9 + place for place in range(4)])
