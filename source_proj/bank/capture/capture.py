@@ -92,7 +92,7 @@ class Capture:
         self._sums = SegmentSums(sketch.dim, examples, memory, folder, next(iter(self._parameters.values())).device)
         self._audits: Counter[str] = Counter()
         self._worst = 0.0
-        self._steps = 0  # of the optimizer since `restart`
+        self._steps = 0  # of the optimizer since `begin_session`
         self._law: LawOfStep | None = None
         self._scale = 1.0
         reference = weakref.WeakMethod(self._before_step)
@@ -190,7 +190,8 @@ class Capture:
         if self._choice is None:
             own = {id(p) for p in self._parameters.values()}
             held = {id(p) for group in groups for p in group["params"] if p.requires_grad and p.grad is not None}
-            names = [name for name, p in self._model.named_parameters() if id(p) in held - own]
+            unknown = held - own  # seldom any: a walk through the model at each step would cost
+            names = [name for name, p in self._model.named_parameters() if id(p) in unknown] if unknown else []
             if names:
                 raise GradientError(
                     f"{names[:5]} are trained, and were not when capture began: make a Recorder, of a stage of its "
@@ -223,8 +224,9 @@ class Capture:
                 f"the gradients of labels drawn for {bad[:10]} of the step's examples are not finite: train in float32 "
                 "or bfloat16, or say draw_every=0"
             )
-        finite = [place for place in range(len(factors)) if place not in set(bad)]  # halves that were scaled too far
-        return factors[finite] if finite else None, self.draws.interval
+        if bad:  # halves that were scaled too far
+            factors = factors[torch.isfinite(factors).all(dim=1)]
+        return factors if len(factors) else None, self.draws.interval
 
     def _fisher_weight(self, passes: Sequence[TrainingPass], batch: Any) -> Tensor | None:
         if not self._needs_batch:
@@ -326,19 +328,18 @@ def _index(passes: Sequence[TrainingPass], ids: Any, examples: int | None) -> Te
     index = torch.as_tensor(ids).reshape(-1).cpu()
     if index.is_floating_point() or index.dtype == torch.bool or index.is_complex():
         raise TypeError(f"ids must be places in the training set, integers, got {index.dtype}")
-    places = [each.tolist() for each in index.split(sizes)] if len(index) == sum(sizes) else []
-    for (one, there), (other, here) in combinations(zip(passes, places, strict=False), 2):
-        if there == here and one in other.beside:
-            raise MismatchError(
-                f"two of the step's {len(sizes)} forward passes were of the same examples before either went back: a "
-                "model that runs twice over them in one step can't be captured"
-            )
     if len(index) != sum(sizes):
         raise MismatchError(
             f"{len(index)} ids were given for a step in whose gradient are {len(sizes)} forward passes of {sizes} "
             "examples. Where gradients are accumulated, give the ids of all passes in order; a model that runs twice "
             "over the same examples in one step can't be captured"
         )
+    for (one, there), (other, here) in combinations(zip(passes, index.split(sizes), strict=True), 2):
+        if one in other.beside and torch.equal(there, here):
+            raise MismatchError(
+                f"two of the step's {len(sizes)} forward passes were of the same examples before either went back: a "
+                "model that runs twice over them in one step can't be captured"
+            )
     if examples is None and len(index) and int(index.max()) >= _PLACES:
         raise ValueError(
             f"got the id {int(index.max())}, and ids are places in the training set, for each of which up to it there "

@@ -199,7 +199,8 @@ class Recorder(RunRecorder):
             if seen or self._call is None:  # else this repeats a call that could not end
                 rate = float(seen[0].options[0]["lr"]) if seen else 0.0
                 capture.add_step(rate, ids, batch, partial(self._clip_factor, grad_norm))
-        self._weights = weights_stamp(self._model)
+        if capture is not None:
+            self._weights = weights_stamp(self._model)
         super().step(grad_norm)
 
     def restore(self) -> int:

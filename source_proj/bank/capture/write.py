@@ -109,14 +109,13 @@ def write_captured(
         ValueError: two stages have one name.
     """
     store = open_store(path)
-    identity = capture.identity()
+    identity, kind = capture.identity(), stages[-1].kind
     for captured in stages:
-        _require_alike(captured, {**identity, "kind": stages[-1].kind})
+        _require_alike(captured, {**identity, "kind": kind})
     trajectory = Trajectory.from_stages([captured.stage for captured in stages])
     resolved = trajectory.resolve(model, capture.space).record
     curvature = [captured.curvature() for captured in stages]
     hashes = [[hash_float32(matrix) for matrix in own] for own in curvature]
-    kind = stages[-1].kind
     records = (record.captured(own, kind) for record, own in zip(resolved.stages, hashes, strict=True))
     settings = Settings(
         sketch=identity["sketch"],
