@@ -2,7 +2,7 @@
 
 from source_proj.gradients.batches import nonfinite_examples
 from source_proj.gradients.engine import METHODS, GradientEngine, gradient_engine
-from source_proj.gradients.hooks import uncovered
+from source_proj.gradients.mixed import slow_parameters
 from source_proj.gradients.private_copy import private_copy, require_own_weights, require_takes
 from source_proj.gradients.proof import Refuted
 from source_proj.gradients.space import ParameterSpace
@@ -17,5 +17,5 @@ __all__ = [
     "private_copy",
     "require_own_weights",
     "require_takes",
-    "uncovered",
+    "slow_parameters",
 ]

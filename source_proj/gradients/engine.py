@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from source_proj._errors import GradientError, SourceProjError
 from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
+from source_proj.gradients.evaluation import evaluating
 from source_proj.gradients.general import Function, Functions, GeneralPath, first_line
-from source_proj.gradients.hooks import HookPath, Structure, Unsuited, alone, evaluating, uncovered
+from source_proj.gradients.hooks import HookPath, Structure, alone, uncovered
 from source_proj.gradients.law import SAMPLED, Law, Work
 from source_proj.gradients.memory import RowMemory
+from source_proj.gradients.mixed import MixedPath, are_few
 from source_proj.gradients.proof import (
     Audit,
     Proof,
@@ -27,7 +29,7 @@ from source_proj.gradients.proof import (
 from source_proj.gradients.sink import GradientSink, SinkByParameter
 from source_proj.gradients.space import ParameterSpace
 from source_proj.gradients.spread import DeviceSink, SpreadSink
-from source_proj.gradients.suited import refuse_unsuited
+from source_proj.gradients.suited import Unsuited, refuse_unsuited
 from source_proj.sketch import Sketch
 from source_proj.trajectory import Scale
 from source_proj.trajectory.placement import placement_of
@@ -126,8 +128,8 @@ class GradientEngine:
     @property
     def reason(self) -> str:
         """Why this path."""
-        if self.method == "hooks":
-            return "a rule covers every attributed parameter's module, and the rows are proven"
+        if self.method == "hooks" and self._hooks is not None:
+            return f"{self._hooks.reason}, and the rows are proven"
         return "; ".join(part for part in (self._why_general, self._general.note) if part)
 
     @property
@@ -143,6 +145,8 @@ class GradientEngine:
         """
         self._proof = Proof(*key)
         self._general.begin()
+        if self._hooks is not None:
+            self._hooks.begin()
         self._shared_known = False
 
     def sketch(self, function: Function, batch: Batch, size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -253,7 +257,9 @@ class GradientEngine:
 
     def _try_hooks(self) -> None:
         missing = uncovered(self._model, self._space)
-        if missing:
+        if missing and self._may_change and are_few(missing, self._space):
+            self._hooks = MixedPath(self._placement, self._space, missing)
+        elif missing:
             self._leave_hooks("; ".join(f"{name}: {why}" for name, why in list(missing.items())[:10]))
         else:
             self._hooks = HookPath(self._placement, self._space)
@@ -353,9 +359,8 @@ class GradientEngine:
         if due and shares is not None and work.name != SAMPLED:  # rows of one example each, and others drawn than here
             audit = self._law.audit(proof, work, values, outs, shares)
             if audit is not None and not audit.passed:
-                raise GradientError(
-                    dependent(work.name, work.batch, work.size, audit) if isfinite(audit.error) else _OVERFLOW
-                )
+                finite = isfinite(audit.error)
+                raise GradientError(dependent(work.name, work.batch, work.size, audit) if finite else _OVERFLOW)
             if audit is not None:
                 proof.add(work.name, (work.size > 1,), audit)
         self.method = "general"
@@ -364,7 +369,7 @@ class GradientEngine:
 
     def _sinks(self, work: Work, watched: set[str]) -> tuple[list[Tensor], SinkByParameter | None, GradientSink]:
         """Rows for each scale, shares of the watched parameters, and the sink that adds to both."""
-        first = self._device()
+        first = self._placement.device
         parts = {device: self._sinks_on(device, work, watched) for device in dict.fromkeys([first, *self._devices])}
         outs, shares, sink = parts[first]
         if len(parts) > 1:
@@ -381,9 +386,6 @@ class GradientEngine:
             return outs, shares, shares
         sink = gradient_sink(outs, self._sketch, self._space, work.scales)
         return outs, shares, sink if shares is None else WatchedSink(sink, shares, watched)
-
-    def _device(self) -> torch.device:
-        return self._placement.device
 
 
 @dataclass(frozen=True)

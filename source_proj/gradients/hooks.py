@@ -11,6 +11,7 @@ per-example gradient of its parameters, which goes straight into the sketch, and
   broadcast: their output is expanded to the batch first. Which layers these are is found by comparing one example
   with two.
 * Layers that see (B·r, …), examples outermost, are cut back into (B, r, …).
+* Attention and recurrent layers of torch's hold several products: they are opened (`opened/`).
 * The graph of every batch is looked at before the backward pass: a parameter that is used outside of its layer's
   forward has an edge there, and where the examples lie is followed from layer to layer (`layout.py`).
 """
@@ -18,10 +19,10 @@ per-example gradient of its parameters, which goes straight into the sketch, and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +31,15 @@ from source_proj._errors import GradientError
 from source_proj.gradients.batches import Batch
 from source_proj.gradients.general import REENTRANT, Autocast, Function, Functions, checked_values
 from source_proj.gradients.layout import Call, Node, label, walk, where_examples_are_lost
+from source_proj.gradients.opened import Forward, Listener, Opening, forward_for
 from source_proj.gradients.rules import Rule, rule_for
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
+from source_proj.gradients.suited import Unsuited
 from source_proj.trajectory.placement import Placement
 from source_proj.trajectory.placement.base import Live
 
-__all__ = ["HookPath", "Structure", "Unsuited", "alone", "evaluating", "uncovered"]
+__all__ = ["HookPath", "Pass", "Structure", "alone", "uncovered"]
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,25 @@ class Structure:
     lost: str | None
 
 
-class Unsuited(GradientError):
-    """The hook path cannot give this model's gradients; the general path can."""
+class Pass(NamedTuple):
+    """A forward pass under way.
+
+    Attributes:
+        size: number of examples B.
+        anchor: what the backward pass asks for, behind all taps.
+        taker: gives the sink of the backward pass under way.
+    """
+
+    size: int
+    anchor: Tensor
+    taker: Callable[[], GradientSink]
 
 
 class _Tap(torch.autograd.Function):
     """The identity, without a copy; its backward hands (x, g) to a listener."""
 
     @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, _anchor: Tensor, x: Tensor, listener: Callable[[Tensor, Tensor], None], name: str
-    ) -> Tensor:
+    def forward(ctx: Any, output: Tensor, _anchor: Tensor, x: Tensor, listener: Listener, name: str) -> Tensor:
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
         ctx.listener, ctx.name = listener, name
@@ -93,31 +104,56 @@ def alone(function: Function) -> Functions:
     return lambda model, batch: (function(model, batch),)
 
 
-def uncovered(model: nn.Module, space: ParameterSpace) -> dict[str, str]:
-    """Attributed parameter → why no rule gives its gradient; empty when the hook path may be tried."""
-    return _owners(model, space)[1]
+@dataclass(frozen=True)
+class _Owners:
+    """Who gives the gradients of which parameters.
 
+    Attributes:
+        covered: module → its rule, {local name: full name}.
+        opened: module → its tapped forward pass, {local name: full name}.
+        missing: parameter → why nothing gives its gradient.
+    """
 
-def _owners(
-    model: nn.Module, space: ParameterSpace
-) -> tuple[dict[nn.Module, tuple[Rule, dict[str, str]]], dict[str, str]]:
-    """Module → (rule, {local name: full name}) for all owners of attributed parameters, and what is not covered."""
-    full = {id(p): name for name, p in space.parameters(model).items()}
-    covered: dict[nn.Module, tuple[Rule, dict[str, str]]] = {}
-    missing: dict[str, str] = {}
-    for module in model.modules():
-        own = {local: full[id(p)] for local, p in module.named_parameters(recurse=False) if id(p) in full}
-        if not own:
-            continue
+    covered: dict[nn.Module, tuple[Rule, dict[str, str]]]
+    opened: dict[nn.Module, tuple[Forward, dict[str, str]]]
+    missing: dict[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module, space: ParameterSpace, *, opens: bool) -> _Owners:
+        full = {id(p): name for name, p in space.parameters(model).items()}
+        owners, within = cls({}, {}, {}), set[nn.Module]()
+        for module in model.modules():
+            forward = forward_for(module) if opens else None
+            own = {n: full[id(p)] for n, p in module.named_parameters(recurse=forward is not None) if id(p) in full}
+            if not own or module in within:
+                continue
+            if forward is not None:
+                owners.opened[module] = forward, own
+                within.update(module.modules())
+            else:
+                owners._add(module, own)
+        return owners
+
+    def _add(self, module: nn.Module, own: dict[str, str]) -> None:
         rule = rule_for(module)
         for local, name in own.items():
             if isinstance(rule, str):
-                missing[name] = rule
+                self.missing[name] = rule
             elif local not in rule.parameters:
-                missing[name] = f"the rule of {type(module).__name__} knows no parameter {local!r}"
+                self.missing[name] = f"the rule of {type(module).__name__} knows no parameter {local!r}"
         if isinstance(rule, Rule):
-            covered[module] = rule, own
-    return covered, missing
+            self.covered[module] = rule, own
+
+
+def uncovered(model: nn.Module, space: ParameterSpace, *, opens: bool = True) -> dict[str, str]:
+    """Attributed parameter → why no rule gives its gradient; empty when the hook path may be tried.
+
+    Args:
+        model: the model.
+        space: the attributed parameters.
+        opens: whether modules are opened, too, by a forward pass of this package's.
+    """
+    return _Owners.of(model, space, opens=opens).missing
 
 
 class HookPath:
@@ -127,16 +163,27 @@ class HookPath:
         placement: of the model, in evaluation mode by the time of the call; every attributed parameter's module must
             have a rule.
         space: the attributed parameters.
+        opens: whether modules are opened, too.
     """
 
-    def __init__(self, placement: Placement, space: ParameterSpace) -> None:
+    def __init__(self, placement: Placement, space: ParameterSpace, *, opens: bool = True) -> None:
         self._placement = placement
         self._model = model = placement.model
         self._attributed = space.names
-        self._covered, _ = _owners(model, space)
-        self._names = {module: name for name, module in model.named_modules() if module in self._covered}
+        owners = _Owners.of(model, space, opens=opens)
+        self._covered, self._opened = owners.covered, owners.opened
+        owning = self._covered.keys() | self._opened.keys()
+        self._names = {module: name for name, module in model.named_modules() if module in owning}
         self._shared: set[nn.Module] = set()
         self._calls: list[tuple[tuple[object, ...], Call]] | None = None  # None outside of a forward pass
+
+    @property
+    def reason(self) -> str:
+        """Why this path."""
+        return "a rule covers every attributed parameter's module"
+
+    def begin(self) -> None:
+        """Begin a scope: nothing that was learnt from batches before counts."""
 
     def add_to(
         self,
@@ -162,12 +209,11 @@ class HookPath:
             GradientError: a layer's input was modified in place after the layer had seen it, or a reentrant checkpoint
                 hides layers.
         """
-        anchor = torch.zeros((), requires_grad=True)
         turn: list[GradientSink] = []  # its last is that of the backward pass under way
-        seen = partial(self._on_output, size=size, anchor=anchor, taker=lambda: turn[-1])
+        current = Pass(size, torch.zeros((), requires_grad=True), lambda: turn[-1])
         self._calls = []
         try:
-            with self._placement.running(self._attributed) as live, self._hooked(seen), torch.enable_grad():
+            with self._tapping(current) as live, torch.enable_grad():
                 with autocast():
                     values = [checked_values(each, size) for each in functions(self._model, batch)]
                 calls, self._calls = self._calls, None  # recomputed layers of a checkpoint call the hooks once more
@@ -177,7 +223,7 @@ class HookPath:
                     turn.append(sink)
                     with sink.holding():
                         ones, more = torch.ones_like(each), number < len(parts)
-                        torch.autograd.grad(each, [anchor], ones, allow_unused=True, retain_graph=more)
+                        torch.autograd.grad(each, [current.anchor], ones, allow_unused=True, retain_graph=more)
         finally:
             self._calls = None
         return [each.detach().float() for each in values]
@@ -226,39 +272,66 @@ class HookPath:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def _tapping(self, current: Pass) -> Iterator[Live]:
+        """Within, the layers of passes have taps, also those that checkpointing computes once more."""
+        seen = partial(self._on_output, current=current)
+        with self._placement.running(self._attributed) as live, self._hooked(seen):
+            try:
+                for module, (forward, names) in self._opened.items():
+                    module.forward = partial(self._opened_forward, module, forward, names, current)
+                yield live
+            finally:
+                for module in self._opened:
+                    vars(module).pop("forward", None)
+
+    def _opened_forward(
+        self, module: nn.Module, forward: Forward, names: dict[str, str], current: Pass, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not torch.is_grad_enabled():
+            return type(module).forward(module, *args, **kwargs)
+
+        def tap(output: Tensor, x: Tensor, listener: Listener) -> Tensor:
+            return self._tapped(module, output, x, listener, current, x.grad_fn)
+
+        def note(output: Tensor, inputs: Sequence[Tensor]) -> None:
+            self._note(module, output, tuple(x.grad_fn for x in inputs), current.size)
+
+        return forward(module, Opening(names, *current, tap, note), *args, **kwargs)
+
     def _on_output(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        output: Tensor,
-        *,
-        size: int,
-        anchor: Tensor,
-        taker: Callable[[], GradientSink],
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, *, current: Pass
     ) -> Tensor | None:
         if not torch.is_grad_enabled():  # the model itself wants no gradient here
             return None
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        size, x = current.size, cast(Tensor, args[0] if args else next(iter(kwargs.values())))
         inputs = x.grad_fn
         if module in self._shared:
             unbatched = output.dim()
             output = _expanded(output, size)
             x = _expanded(x, size, unsqueeze=output.dim() > unbatched)
-        name = self._names[module]
-        if output.dim() == 0 or output.shape[0] % size:
+        listener = partial(self._on_gradient, module, size, current.taker)
+        return self._tapped(module, output, x, listener, current, inputs)
+
+    def _tapped(
+        self, module: nn.Module, output: Tensor, x: Tensor, listener: Listener, current: Pass, inputs: Node | None
+    ) -> Tensor:
+        """The output with a tap behind it, which hands (x, g) to the listener."""
+        apply = cast(Callable[..., Tensor], _Tap.apply)  # some versions of torch leave it untyped
+        tapped = apply(output, current.anchor, x.detach(), listener, self._names[module])
+        self._note(module, tapped, (inputs,), current.size)
+        return tapped
+
+    def _note(self, module: nn.Module, tapped: Tensor, inputs: tuple[Node | None, ...], size: int) -> None:
+        if tapped.dim() == 0 or tapped.shape[0] % size:
             raise Unsuited(
-                f"the output of {name!r} has shape {tuple(output.shape)} in a batch of {size} examples; "
+                f"the output of {self._names[module]!r} has shape {tuple(tapped.shape)} in a batch of {size} examples; "
                 "examples must come first"
             )
-        listener = partial(self._on_gradient, module, size, taker)
-        apply = cast(Callable[..., Tensor], _Tap.apply)  # some versions of torch leave it untyped
-        tapped = apply(output, anchor, x.detach(), listener, name)
         if self._calls is not None:
-            rows = output.shape[0] // size
+            rows = tapped.shape[0] // size
             kind = "shared" if module in self._shared else "ragged or flat" if rows != 1 else "batch"
-            self._calls.append(((name, kind, output.dim()), Call(tapped.grad_fn, inputs)))
-        return tapped
+            self._calls.append(((self._names[module], kind, tapped.dim()), Call(tapped.grad_fn, inputs)))
 
     def _on_gradient(
         self, module: nn.Module, size: int, taker: Callable[[], GradientSink], x: Tensor, g: Tensor
@@ -286,7 +359,7 @@ class HookPath:
         def edges(node: Node) -> list[Node]:
             call = taps.get(node)
             if call is not None:
-                return [] if call.inputs is None else [call.inputs]
+                return [node for node in call.inputs if node is not None]
             children = [child for child, _ in node.next_functions if child is not None]
             for child in children:
                 if label(child) == "AccumulateGrad" and id(child.variable) in attributed:
@@ -307,51 +380,3 @@ def _expanded(tensor: Tensor, size: int, unsqueeze: bool | None = None) -> Tenso
     if unsqueeze is None:
         unsqueeze = tensor.dim() == 0 or tensor.shape[0] != 1
     return (tensor.unsqueeze(0) if unsqueeze else tensor).expand(size, *tensor.shape[0 if unsqueeze else 1 :])
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode again afterwards; layers of transformers go on checkpointing."""
-    training = [module for module in model.modules() if module.training]
-    if training:  # it takes as long as a small layer
-        model.eval()
-    try:
-        with ExitStack() as stack:
-            for module in training:
-                if _checkpoints_activations(module):
-                    stack.enter_context(_training_outside(module))
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _checkpoints_activations(module: nn.Module) -> bool:
-    """Whether a layer of transformers is told to, in the way that autograd can follow."""
-    known = any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
-    function = getattr(module, "_gradient_checkpointing_func", None) if known else None
-    return (
-        getattr(module, "gradient_checkpointing", False)
-        and getattr(function, "keywords", {}).get("use_reentrant", True) is False
-    )
-
-
-@contextmanager
-def _training_outside(layer: Any) -> Iterator[None]:
-    """Let a layer checkpoint, which it does in training mode alone, and evaluate what it checkpoints."""
-    checkpoint = layer._gradient_checkpointing_func
-
-    def evaluated(function: Callable[..., Any], *args: Any) -> Any:
-        layer.training = False
-        try:
-            return function(*args)
-        finally:
-            layer.training = True
-
-    layer._gradient_checkpointing_func = lambda function, *args: checkpoint(partial(evaluated, function), *args)
-    layer.training = True
-    try:
-        yield
-    finally:
-        layer._gradient_checkpointing_func = checkpoint
-        layer.training = False

@@ -32,11 +32,11 @@ class Call(NamedTuple):
 
     Attributes:
         tap: the node behind its output.
-        inputs: the node that made its input, None where no graph leads there.
+        inputs: the nodes that made its inputs, None where no graph leads there.
     """
 
     tap: Node
-    inputs: Node | None
+    inputs: tuple[Node | None, ...]
 
 
 class _Child(NamedTuple):
@@ -90,7 +90,7 @@ def where_examples_are_lost(order: Sequence[Node], calls: Sequence[Call], root: 
     inputs = {call.tap: call.inputs for call in calls}
     for node in order:
         if node in inputs:
-            if inputs[node] is not None and positions.get(inputs[node], 0) != 0:
+            if any(positions.get(made, 0) != 0 for made in inputs[node] if made is not None):
                 return "a layer that has other than the examples in front"
             continue
         try:

@@ -6,9 +6,13 @@ from torch import nn
 
 from source_proj._errors import GradientError
 
-__all__ = ["refuse_unsuited"]
+__all__ = ["Unsuited", "refuse_unsuited"]
 
 _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized", "torch.ao.nn.sparse")
+
+
+class Unsuited(GradientError):
+    """The hook path cannot give this model's gradients; the general path can."""
 
 
 def refuse_unsuited(model: nn.Module) -> None:

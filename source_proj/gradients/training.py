@@ -28,7 +28,8 @@ from torch.utils.hooks import RemovableHandle
 
 from source_proj._errors import GradientError
 from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
-from source_proj.gradients.hooks import HookPath, evaluating, uncovered
+from source_proj.gradients.evaluation import evaluating
+from source_proj.gradients.hooks import HookPath, Pass, uncovered
 from source_proj.gradients.layout import Call
 from source_proj.gradients.proof import WatchedSink, share_sink
 from source_proj.gradients.sink import GradientSink, SinkByParameter
@@ -108,7 +109,7 @@ class TrainingPath(HookPath):
     def __init__(self, model: nn.Module, space: ParameterSpace, sketch: Sketch) -> None:
         refuse_unsuited(model)
         _refuse_compiled(model)
-        missing = uncovered(model, space)
+        missing = uncovered(model, space, opens=False)
         if missing:
             listed = "; ".join(f"{name}: {why}" for name, why in list(missing.items())[:10])
             patterns = [f"!{name}" for name in list(missing)[:10]]
@@ -122,7 +123,7 @@ class TrainingPath(HookPath):
                 f"the model is {placement.kind}, and rows are captured of whole models alone: leave capture= out and "
                 "build the bank after training"
             )
-        super().__init__(placement, space)
+        super().__init__(placement, space, opens=False)
         self._live = {name: [p] for name, p in space.parameters(model).items()}
         self._space, self._sketch = space, sketch
         self.passes: list[TrainingPass] = []
@@ -211,7 +212,7 @@ class TrainingPath(HookPath):
         if current is None:
             return None
         return self._on_output(
-            module, args, kwargs, output, size=current.size, anchor=self._anchor, taker=lambda: current.turn
+            module, args, kwargs, output, current=Pass(current.size, self._anchor, lambda: current.turn)
         )  # fmt: skip
 
     def _on_gradient(

@@ -331,6 +331,7 @@ class Case:
     function: Callable[[nn.Module, Any], Tensor]
     method: str = "hooks"
     patterns: tuple[str, ...] | None = None
+    rest: bool = False  # some parameters have a pass of their own beside the hooks
 
     def __str__(self) -> str:
         return self.name
@@ -359,10 +360,10 @@ CASES = [
     _token_case("decoder-no-embedding", Decoder, patterns=("*.bias", "up.*", "qkv.*")),
     _token_case("decoder-positions-only", Decoder, patterns=("wpe.*",)),
     _token_case("projected-positions", ProjectedPositions),
-    _image_case("raw-parameter", RawParameter, side=2, method="general"),
+    _image_case("raw-parameter", RawParameter, side=2, rest=True),
     _image_case("raw-parameter-excluded", RawParameter, side=2, patterns=("head.*",)),
-    _image_case("multihead-attention", Attention, side=2, method="general"),
-    _image_case("lstm", Recurrent, side=2, method="general"),
+    _image_case("multihead-attention", Attention, side=2),
+    _image_case("lstm", Recurrent, side=2),
     _image_case(
         "weight-norm",
         lambda: nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(12, 4))),
@@ -373,9 +374,9 @@ CASES = [
         "instance-norm",
         lambda: nn.Sequential(nn.InstanceNorm2d(3, affine=True), nn.Flatten(), nn.Linear(12, 4)),
         side=2,
-        method="general",
+        rest=True,
     ),
-    _image_case("encoder", Encoder, side=2, method="general"),
+    _image_case("encoder", Encoder, side=2),
     _image_case(
         "encoder-in-part",
         Encoder,
@@ -390,5 +391,5 @@ CASES = [
     _token_case("not-that-norm", lambda: NormalisedTokens(CentredRMSNorm(6)), method="general"),
     _token_case("functional-head", FunctionalHead, method="general"),
     _image_case("time-first", TimeFirst, side=2, method="general"),
-    _image_case("data-dependent", DataDependent, side=2, method="general"),
+    _image_case("data-dependent", DataDependent, side=2, rest=True),
 ]

@@ -234,5 +234,5 @@ def test_an_index_that_may_mix_examples_is_not_followed(choose: Any) -> None:
     order = walk(
         [picked.grad_fn], lambda node: [c for c, _ in node.next_functions if c is not None and node is not tap]
     )
-    lost = where_examples_are_lost(order, [Call(tap, None)], picked.grad_fn, 4)
+    lost = where_examples_are_lost(order, [Call(tap, ())], picked.grad_fn, 4)
     assert lost == label(picked.grad_fn)

@@ -167,21 +167,23 @@ def test_a_build_says_what_it_leaves_out_and_can_be_told_otherwise(tmp_path, cap
 
 
 def test_a_build_says_what_makes_it_slow(tmp_path, capsys):
-    class Recurrent(nn.Module):
-        def __init__(self):
+    class Own(nn.Module):
+        def __init__(self, width):
             super().__init__()
-            self.cells, self.head = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 2)
+            self.scale, self.head = nn.Parameter(torch.ones(width)), nn.Linear(width, 2)
 
         def forward(self, x):
-            return self.head(self.cells(x)[0][:, -1])
+            return self.head(x * self.scale)
 
-    data = TensorDataset(torch.randn(4, 5, 3), torch.tensor([0, 1, 1, 0]))
-    for chosen, said in ((["*"], True), (["head.*"], False)):
-        model = Recurrent()
+    few, many = "a forward and a backward pass more", "vmap or one example at a time"
+    data = TensorDataset(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
+    for number, (chosen, said) in enumerate(((["*"], few), (["scale"], many), (["head.*"], None))):
+        model = Own(3)
         run = sp.Trajectory([sp.Checkpoint(model.state_dict(), step=1, lr=0.1)])
-        path = tmp_path / f"bank_{said}"
-        sp.build(model, sp.Classification(), run, data, path, sketch=sp.Sketch(16), parameters=chosen)
-        assert ("one example at a time, many times slower than by layers: cells." in capsys.readouterr().err) is said
+        sp.build(model, sp.Classification(), run, data, tmp_path / str(number), sketch=sp.Sketch(16), parameters=chosen)
+        err = capsys.readouterr().err
+        assert [words for words in (few, many) if words in err] == ([said] if said else [])
+        assert ("scale: no rule covers Own" in err) is (said is not None)
 
 
 def test_the_default_predicts_retraining_as_well_as_the_trained_parameters_do(tmp_path):

@@ -31,7 +31,7 @@ from source_proj.bank.format import Settings, storage_of
 from source_proj.bank.layout import PartSpec, default_shard_rows
 from source_proj.bank.read.part import Part
 from source_proj.bank.store import Store, open_store
-from source_proj.gradients import ParameterSpace, private_copy, uncovered
+from source_proj.gradients import ParameterSpace, private_copy, slow_parameters
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 from source_proj.task.base import checked_pair
@@ -315,11 +315,8 @@ def _chosen(
     choice = f"{len(space.names)} of {len(sizes)} parameters, {space.size} of {sum(sizes)} numbers: {which}"
     if announced and patterns is None and len(space.names) < len(sizes):
         tqdm.write(printable(f"attributing through {choice} (parameters=['*'] takes all)"), file=sys.stderr)
-    if announced and (missing := uncovered(model, space)):
-        (name, why), *more = missing.items()
-        others = f" (and {len(more)} more)" if more else ""
-        said = f"gradients go one example at a time, many times slower than by layers: {name}: {why}{others}"
-        tqdm.write(printable(said), file=sys.stderr)
+    if announced and (slow := slow_parameters(model, space)):
+        tqdm.write(printable(slow), file=sys.stderr)
     return space, choice
 
 

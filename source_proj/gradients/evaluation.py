@@ -1,0 +1,77 @@
+"""Evaluation mode, as per-example gradients need it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+__all__ = ["evaluating"]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and each module's own mode again afterwards; layers of transformers go on checkpointing."""
+    training = [module for module in model.modules() if module.training]
+    if training:  # it takes as long as a small layer
+        model.eval()
+    try:
+        with ExitStack() as stack:
+            for module in training:
+                if _checkpoints_activations(module):
+                    stack.enter_context(_training_outside(module))
+            for module in filter(_fused, model.modules()):
+                stack.enter_context(_training_without_dropout(module))
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _fused(module: nn.Module) -> bool:
+    """Whether this is a recurrent layer on a GPU, where cuDNN goes backward in training mode alone."""
+    return isinstance(module, nn.RNNBase) and any(p.device.type == "cuda" for p in module.parameters())
+
+
+@contextmanager
+def _training_without_dropout(layer: Any) -> Iterator[None]:
+    """What evaluation mode is, in training mode."""
+    before, layer.dropout, layer.training = layer.dropout, 0.0, True
+    try:
+        yield
+    finally:
+        layer.dropout, layer.training = before, False
+
+
+def _checkpoints_activations(module: nn.Module) -> bool:
+    """Whether a layer of transformers is told to, in the way that autograd can follow."""
+    known = any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
+    function = getattr(module, "_gradient_checkpointing_func", None) if known else None
+    return (
+        getattr(module, "gradient_checkpointing", False)
+        and getattr(function, "keywords", {}).get("use_reentrant", True) is False
+    )
+
+
+@contextmanager
+def _training_outside(layer: Any) -> Iterator[None]:
+    """Let a layer checkpoint, which it does in training mode alone, and evaluate what it checkpoints."""
+    checkpoint = layer._gradient_checkpointing_func
+
+    def evaluated(function: Callable[..., Any], *args: Any) -> Any:
+        layer.training = False
+        try:
+            return function(*args)
+        finally:
+            layer.training = True
+
+    layer._gradient_checkpointing_func = lambda function, *args: checkpoint(partial(evaluated, function), *args)
+    layer.training = True
+    try:
+        yield
+    finally:
+        layer._gradient_checkpointing_func = checkpoint
+        layer.training = False

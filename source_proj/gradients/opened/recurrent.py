@@ -1,0 +1,276 @@
+"""torch's recurrent layers and cells, step by step.
+
+The fused kernels keep the gates' gradients for themselves; per-example gradients of the weights need them. One node of
+autograd stands for a direction of a layer: its forward pass keeps what each step's gates were, its backward pass goes
+back through the steps, and hands out
+
+    dz_t, the gradient of z_t = W x_t + b,    and    dy_t, that of y_t = U h_{t-1} + c,
+
+whose products with x_t and h_{t-1} are the weights' gradients, and whose sums are the biases'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from source_proj.gradients.opened.opening import Forward, Opening, Part
+from source_proj.gradients.suited import Unsuited
+
+__all__ = ["forward_for"]
+
+State = tuple[Tensor, ...]  # hidden state (B, H), and the LSTM's cell state
+Rest = tuple[Tensor | None, ...]  # gradients of these; None for zero
+
+
+class _Gates(NamedTuple):
+    """One kind of step.
+
+    Attributes:
+        forward: (z, y, state) gives the next state, and what `backward` needs of it.
+        backward: (gradients of the next state, kept) gives those of z, of y, and what reaches the state but by y.
+    """
+
+    forward: Callable[[Tensor, Tensor, State], tuple[State, State]]
+    backward: Callable[[State, State], tuple[Tensor, Tensor, Rest]]
+
+
+def _lstm(z: Tensor, y: Tensor, state: State) -> tuple[State, State]:
+    i, f, g, o = (z + y).chunk(4, 1)
+    i, f, g, o, before = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid(), state[1]
+    after = f * before + i * g
+    squashed = after.tanh()
+    return (o * squashed, after), (i, f, g, o, before, squashed)
+
+
+def _lstm_back(gradients: State, kept: State) -> tuple[Tensor, Tensor, Rest]:
+    (dh, dc), (i, f, g, o, before, squashed) = gradients, kept
+    dc = dc + dh * o * (1 - squashed * squashed)
+    dz = torch.cat(
+        [dc * g * i * (1 - i), dc * before * f * (1 - f), dc * i * (1 - g * g), dh * squashed * o * (1 - o)], dim=1
+    )
+    return dz, dz, (None, dc * f)
+
+
+def _gru(z: Tensor, y: Tensor, state: State) -> tuple[State, State]:
+    (before,) = state
+    (zr, zu, zn), (yr, yu, yn) = z.chunk(3, 1), y.chunk(3, 1)
+    r, u = (zr + yr).sigmoid(), (zu + yu).sigmoid()
+    n = (zn + r * yn).tanh()
+    return (n + u * (before - n),), (r, u, n, yn, before)
+
+
+def _gru_back(gradients: State, kept: State) -> tuple[Tensor, Tensor, Rest]:
+    (dh,), (r, u, n, yn, before) = gradients, kept
+    dn = dh * (1 - u) * (1 - n * n)
+    dr, du = dn * yn * r * (1 - r), dh * (before - n) * u * (1 - u)
+    return torch.cat([dr, du, dn], dim=1), torch.cat([dr, du, dn * r], dim=1), (dh * u,)
+
+
+def _tanh(z: Tensor, y: Tensor, _state: State) -> tuple[State, State]:
+    h = (z + y).tanh()
+    return (h,), (h,)
+
+
+def _tanh_back(gradients: State, kept: State) -> tuple[Tensor, Tensor, Rest]:
+    dz = gradients[0] * (1 - kept[0] * kept[0])
+    return dz, dz, (None,)
+
+
+def _relu(z: Tensor, y: Tensor, _state: State) -> tuple[State, State]:
+    h = (z + y).relu()
+    return (h,), (h,)
+
+
+def _relu_back(gradients: State, kept: State) -> tuple[Tensor, Tensor, Rest]:
+    dz = gradients[0] * (kept[0] > 0)
+    return dz, dz, (None,)
+
+
+_GATES = {
+    nn.LSTM: _Gates(_lstm, _lstm_back),
+    nn.GRU: _Gates(_gru, _gru_back),
+    nn.LSTMCell: _Gates(_lstm, _lstm_back),
+    nn.GRUCell: _Gates(_gru, _gru_back),
+}
+_NONLINEAR = {"tanh": _Gates(_tanh, _tanh_back), "relu": _Gates(_relu, _relu_back)}
+
+
+@dataclass(frozen=True)
+class _Direction:
+    """One direction of a layer.
+
+    Attributes:
+        gates: its kind of step.
+        weights: W, U, b, c, without graph; the last two may be None.
+        reverse: whether it begins with the last step.
+        lengths: steps of each sequence (B,), None where all have the same.
+        receive: gets x (B, T, i), the states h_{t-1} (B, T, H), dz and dy (B, T, G) when the gradient comes.
+    """
+
+    gates: _Gates
+    weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+    reverse: bool
+    lengths: Tensor | None
+    receive: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+
+    def steps(self, count: int) -> Iterable[int]:
+        """In the order of the recurrence."""
+        return reversed(range(count)) if self.reverse else range(count)
+
+    def goes_on(self, step: int) -> Tensor | None:
+        """Which sequences have this step, (B, 1); None for all."""
+        return None if self.lengths is None else (self.lengths > step)[:, None]
+
+
+def _chosen(there: Tensor, these: State, others: State) -> State:
+    return tuple(torch.where(there, this, other) for this, other in zip(these, others, strict=True))
+
+
+class Recurrence(torch.autograd.Function):
+    """Hidden states (B, T, H) and the last state from x (B, T, i); `gradients/layout.py` knows it as a tap."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _anchor: Tensor, direction: _Direction, *state: Tensor) -> tuple[Tensor, ...]:
+        w, u, b, c = direction.weights
+        z, kept, hidden, before = F.linear(x, w, b), {}, {}, {}
+        for t in direction.steps(x.shape[1]):
+            before[t] = state[0]
+            after, kept[t] = direction.gates.forward(z[:, t], F.linear(state[0], u, c), state)
+            there = direction.goes_on(t)
+            state = after if there is None else _chosen(there, after, state)
+            hidden[t] = state[0]
+        in_order = range(x.shape[1])
+        ctx.save_for_backward(x)
+        ctx.direction, ctx.kept, ctx.before = direction, kept, torch.stack([before[t] for t in in_order], dim=1)
+        ctx.set_materialize_grads(False)
+        return torch.stack([hidden[t] for t in in_order], dim=1), *(part.clone() for part in state)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        direction: _Direction = ctx.direction
+        (x,), (w, u, _, _), zero = ctx.saved_tensors, direction.weights, torch.zeros_like(ctx.before[:, 0])
+        of_hidden, *ends = gradients
+        state, dz, dy = tuple(zero if end is None else end for end in ends), {}, {}
+        for t in reversed(list(direction.steps(x.shape[1]))):
+            if of_hidden is not None:
+                state = (state[0] + of_hidden[:, t], *state[1:])
+            there = direction.goes_on(t)
+            reached = state if there is None else tuple(part * there for part in state)
+            dz[t], dy[t], rest = direction.gates.backward(reached, ctx.kept[t])
+            earlier = (dy[t] @ u, *(zero for _ in rest[1:]))
+            earlier = tuple(a if b is None else a + b for a, b in zip(earlier, rest, strict=True))
+            state = earlier if there is None else _chosen(there, earlier, state)
+        whole = [torch.stack([parts[t] for t in range(x.shape[1])], dim=1) for parts in (dz, dy)]
+        direction.receive(x, ctx.before, *whole)
+        return (whole[0] @ w if ctx.needs_input_grad[0] else None), None, None, *state
+
+
+def forward_for(module: nn.Module) -> Forward | None:
+    """The tapped forward pass of a recurrent module of torch's; None for others, and for projected hidden states."""
+    if hasattr(module, "parametrizations"):
+        return None
+    for base, forward in ((nn.RNNBase, _layers), (nn.RNNCellBase, _cell)):
+        kinds = [kind for kind in (*_GATES, nn.RNN, nn.RNNCell) if issubclass(kind, base) and isinstance(module, kind)]
+        if kinds and type(module).forward is kinds[0].forward and not getattr(module, "proj_size", 0):
+            return partial(forward, _gates_of(module, kinds[0]))
+    return None
+
+
+def _gates_of(module: nn.Module, kind: type[nn.Module]) -> _Gates:
+    return _GATES[kind] if kind in _GATES else _NONLINEAR[cast(str, module.nonlinearity)]
+
+
+def _layers(gates: _Gates, module: nn.RNNBase, opening: Opening, given: Any, hx: Any = None) -> tuple[Any, Any]:
+    """As the module's forward in evaluation mode, for batches and for packed sequences."""
+    packed, lengths = given if isinstance(given, PackedSequence) else None, None
+    if packed is not None:
+        x, there = pad_packed_sequence(packed, batch_first=True)
+        lengths = there.to(x.device)
+    else:
+        x = given if module.batch_first else given.transpose(0, 1)
+    if x.dim() != 3:
+        raise Unsuited(f"a recurrent layer with an input of {x.dim()} dims, which has no batch")
+    ways = 1 + module.bidirectional
+    starts = _starts(module, x, hx)
+    ends: list[State] = []
+    for layer in range(module.num_layers):
+        outputs = []
+        for way in range(ways):
+            suffix = f"l{layer}{'_reverse' * way}"
+            output, end = _run(gates, module, opening, x, starts[ways * layer + way], f"_{suffix}", bool(way), lengths)
+            outputs.append(output)
+            ends.append(end)
+        x = torch.cat(outputs, -1) if ways > 1 else outputs[0]
+    lasts = tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
+    last = lasts if len(lasts) > 1 else lasts[0]
+    if packed is not None:
+        return _packed(x, packed, cast(Tensor, lengths)), last
+    return x if module.batch_first else x.transpose(0, 1), last
+
+
+def _starts(module: nn.RNNBase, x: Tensor, hx: Any) -> list[State]:
+    """The states that the directions of all layers begin with."""
+    count, parts = module.num_layers * (1 + module.bidirectional), 2 if isinstance(module, nn.LSTM) else 1
+    if hx is None:
+        zero = x.new_zeros(len(x), module.hidden_size)
+        return [(zero,) * parts] * count
+    given = hx if isinstance(hx, tuple) else (hx,)
+    return [tuple(part[place] for part in given) for place in range(count)]
+
+
+def _packed(x: Tensor, like: PackedSequence, lengths: Tensor) -> PackedSequence:
+    order = like.sorted_indices
+    if order is not None:
+        x, lengths = x.index_select(0, order), lengths[order]
+    made = pack_padded_sequence(x, lengths.cpu(), batch_first=True)
+    return PackedSequence(made.data, made.batch_sizes, order, like.unsorted_indices)
+
+
+def _cell(gates: _Gates, module: nn.RNNCellBase, opening: Opening, x: Tensor, hx: Any = None) -> Any:
+    """As the cell's forward: one step."""
+    if x.dim() != 2:
+        raise Unsuited(f"a recurrent cell with an input of {x.dim()} dims, which has no batch")
+    parts = 2 if isinstance(module, nn.LSTMCell) else 1
+    given = hx if isinstance(hx, tuple) or hx is None else (hx,)
+    start = (x.new_zeros(len(x), module.hidden_size),) * parts if given is None else given
+    _, end = _run(gates, module, opening, x.unsqueeze(1), start, "", False, None)
+    return end if parts > 1 else end[0]
+
+
+def _run(
+    gates: _Gates,
+    module: nn.Module,
+    opening: Opening,
+    x: Tensor,
+    start: State,
+    suffix: str,
+    reverse: bool,
+    lengths: Tensor | None,
+) -> tuple[Tensor, State]:
+    """Hidden states and last state of one direction."""
+    names = [f"{kind}{suffix}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+    found = [getattr(module, name, None) for name in names]
+    weights = cast(Any, tuple(None if weight is None else weight.detach() for weight in found))
+    parts = [Part(name, 0, len(weights[0])) for name in names]
+
+    def receive(x: Tensor, before: Tensor, dz: Tensor, dy: Tensor) -> None:
+        opening.product(dz, x, parts[0])
+        opening.product(dy, before, parts[1])
+        if weights[2] is not None:
+            opening.sum(dz, parts[2])
+            opening.sum(dy, parts[3])
+
+    direction = _Direction(gates, weights, reverse, lengths, receive)
+    apply = cast(Callable[..., tuple[Tensor, ...]], Recurrence.apply)
+    output, *end = apply(x, opening.anchor, direction, *start)
+    opening.note(output, [x, *start])
+    return output, tuple(end)
