@@ -292,10 +292,10 @@ class HookPath:
             return type(module).forward(module, *args, **kwargs)
 
         def tap(output: Tensor, x: Tensor, listener: Listener) -> Tensor:
-            return self._tapped(module, output, x, listener, current, x.grad_fn)
+            return self._tapped(self._names[module], output, x, listener, current, x.grad_fn)
 
         def note(output: Tensor, inputs: Sequence[Tensor]) -> None:
-            self._note(module, output, tuple(x.grad_fn for x in inputs), current.size)
+            self._note(self._names[module], output, tuple(x.grad_fn for x in inputs), current.size)
 
         return forward(module, Opening(names, *current, tap, note), *args, **kwargs)
 
@@ -311,27 +311,38 @@ class HookPath:
             output = _expanded(output, size)
             x = _expanded(x, size, unsqueeze=output.dim() > unbatched)
         listener = partial(self._on_gradient, module, size, current.taker)
-        return self._tapped(module, output, x, listener, current, inputs)
+        shared = module in self._shared
+        return self._tapped(self._names[module], output, x, listener, current, inputs, shared=shared)
 
     def _tapped(
-        self, module: nn.Module, output: Tensor, x: Tensor, listener: Listener, current: Pass, inputs: Node | None
+        self,
+        name: str,
+        output: Tensor,
+        x: Tensor,
+        listener: Listener,
+        current: Pass,
+        inputs: Node | None,
+        *,
+        shared: bool = False,
     ) -> Tensor:
         """The output with a tap behind it, which hands (x, g) to the listener."""
         apply = cast(Callable[..., Tensor], _Tap.apply)  # some versions of torch leave it untyped
-        tapped = apply(output, current.anchor, x.detach(), listener, self._names[module])
-        self._note(module, tapped, (inputs,), current.size)
+        tapped = apply(output, current.anchor, x.detach(), listener, name)
+        self._note(name, tapped, (inputs,), current.size, shared=shared)
         return tapped
 
-    def _note(self, module: nn.Module, tapped: Tensor, inputs: tuple[Node | None, ...], size: int) -> None:
+    def _note(
+        self, name: str, tapped: Tensor, inputs: tuple[Node | None, ...], size: int, *, shared: bool = False
+    ) -> None:
         if tapped.dim() == 0 or tapped.shape[0] % size:
             raise Unsuited(
-                f"the output of {self._names[module]!r} has shape {tuple(tapped.shape)} in a batch of {size} examples; "
+                f"the output of {name!r} has shape {tuple(tapped.shape)} in a batch of {size} examples; "
                 "examples must come first"
             )
         if self._calls is not None:
             rows = tapped.shape[0] // size
-            kind = "shared" if module in self._shared else "ragged or flat" if rows != 1 else "batch"
-            self._calls.append(((self._names[module], kind, tapped.dim()), Call(tapped.grad_fn, inputs)))
+            kind = "shared" if shared else "ragged or flat" if rows != 1 else "batch"
+            self._calls.append(((name, kind, tapped.dim()), Call(tapped.grad_fn, inputs)))
 
     def _on_gradient(
         self, module: nn.Module, size: int, taker: Callable[[], GradientSink], x: Tensor, g: Tensor

@@ -1,0 +1,157 @@
+"""Parameters that a module uses by itself: their rows are plain autograd's, followed or in a pass of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from source_proj._errors import GradientError
+from source_proj.gradients import ParameterSpace, gradient_engine
+from source_proj.gradients.batches import take
+from source_proj.sketch import Sketch
+
+STEPS, WIDTH, HEADS = 5, 6, 2
+
+
+class Bare(nn.Module):
+    """A layer, a use of bare parameters, a layer."""
+
+    def __init__(self, use: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...]) -> None:
+        super().__init__()
+        self.p = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes])
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+        self.register_buffer("index", torch.tensor([3, 0, 0, 2]))
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        last: Tensor = self.last(self.use(self.first(x), *self.p, **({"index": self.index} if len(self.p) > 2 else {})))
+        return last
+
+
+def summed(model: nn.Module, batch: Any) -> Tensor:
+    output: Tensor = model(batch)
+    return output.flatten(1).tanh() @ torch.linspace(-1, 2, output[0].numel())
+
+
+def attended(x: Tensor, bias: Tensor) -> Tensor:
+    heads = x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    return F.scaled_dot_product_attention(heads, heads, heads, attn_mask=bias).transpose(1, 2).flatten(2)
+
+
+def changed(x: Tensor, p: Tensor) -> Tensor:
+    x = x.clone()
+    x += p
+    x *= 2
+    return x
+
+
+FOLLOWED: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "positions": (lambda x, p: x + p, ((1, STEPS, WIDTH),)),
+    "positions without a first dim": (lambda x, p: p + x, ((STEPS, WIDTH),)),
+    "a slice of positions": (lambda x, p: x + p[:, : x.shape[1]], ((1, STEPS + 3, WIDTH),)),
+    "resized positions": (
+        lambda x, p: x + F.interpolate(p.transpose(1, 2), STEPS, mode="linear").transpose(1, 2),
+        ((1, 3, WIDTH),),
+    ),
+    "a class token": (lambda x, p: torch.cat([p.expand(len(x), -1, -1), x], 1), ((1, 1, WIDTH),)),
+    "a class token, repeated": (lambda x, p: torch.cat([p.repeat(len(x), 1, 1), x], 1), ((1, 1, WIDTH),)),
+    "a class token and positions": (
+        lambda x, c, p: torch.cat([c.expand(len(x), -1, -1), x], 1) + p,
+        ((1, 1, WIDTH), (1, STEPS + 1, WIDTH)),
+    ),
+    "a scale": (lambda x, p: x * p, ((),)),
+    "a scale of each feature": (lambda x, p: x * p.exp(), ((WIDTH,),)),
+    "less, and over": (lambda x, p, q: (x - p) / (q.square() + 1), ((WIDTH,), (STEPS, 1))),
+    "from the left": (lambda x, p: p / (x.square() + 1) - p, ((WIDTH,),)),
+    "twice": (lambda x, p: (x + p) * p, ((WIDTH,),)),
+    "made of two": (lambda x, p, q: x + torch.outer(p, q.softmax(0)), ((STEPS,), (WIDTH,))),
+    "in place": (changed, ((WIDTH,),)),
+    "where": (lambda x, p: torch.where(x > 0, x, p), ((WIDTH,),)),
+    "a bias of attention": (attended, ((HEADS, STEPS, STEPS),)),
+    "an entry of a constant index": (
+        lambda x, p, _q, _r, index: x + p[index].sum(0), ((4, WIDTH), (1,), (1,)),
+    ),
+    "several rows an example": (
+        lambda x, p: (x.flatten(0, 1) + p).unflatten(0, x.shape[:2]), ((WIDTH,),),
+    ),
+    "used by no value": (lambda x, p: x + 0 * p.detach(), ((WIDTH,),)),
+}  # fmt: skip
+APART: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "a product": (lambda x, p: x @ p, ((WIDTH, WIDTH),)),
+    "a linear function": (lambda x, p: F.linear(x, p), ((WIDTH, WIDTH),)),
+    "a sum of products": (lambda x, p: torch.einsum("btw,wv->btv", x, p), ((WIDTH, WIDTH),)),
+    "a normalisation": (lambda x, p: F.layer_norm(x, (WIDTH,), p), ((WIDTH,),)),
+    "entries by value": (lambda x, p: x + p[(x[..., 0] > 0).long()], ((2, WIDTH),)),
+    "time first": (lambda x, p: (x.transpose(0, 1) + p).transpose(0, 1), ((STEPS, 1, WIDTH),)),
+}
+
+
+def plain_row(model: nn.Module, example: Tensor) -> Tensor:
+    """The gradient by a backward pass for one example."""
+    model.zero_grad(set_to_none=True)
+    summed(model, example)[0].backward()
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+
+
+def assert_plain(rows: Tensor, model: nn.Module, batch: Tensor) -> None:
+    for b, row in enumerate(rows):
+        plain = plain_row(model, take(batch, [b], len(batch)))
+        torch.testing.assert_close(row, plain, rtol=1e-4, atol=1e-5 * float(plain.norm()))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, STEPS])
+@pytest.mark.parametrize("name", [*FOLLOWED, *APART])
+def test_rows_are_those_of_a_backward_pass_for_each_example(name: str, size: int) -> None:
+    torch.manual_seed(0)
+    model = Bare(*{**FOLLOWED, **APART}[name])
+    space = ParameterSpace.from_model(model)
+    engine = gradient_engine(model, space, Sketch(space.size, "identity"))
+    batch = torch.randn(size, STEPS, WIDTH)
+    values, rows = engine.sketch(summed, batch)
+    assert engine.method == "hooks", engine.reason
+    if size > 2:
+        assert ("followed by themselves" in engine.reason) is (name in FOLLOWED), engine.reason
+    with torch.no_grad():
+        torch.testing.assert_close(values, summed(model, batch))
+    assert_plain(rows, model, batch)
+
+
+def test_a_use_that_is_computed_once_more_goes_the_general_way() -> None:
+    torch.manual_seed(0)
+    model = Bare(lambda x, p: checkpoint(lambda x: (x * p).tanh(), x, use_reentrant=False), ((WIDTH,),))
+    space, batch = ParameterSpace.from_model(model), torch.randn(4, STEPS, WIDTH)
+    engine = gradient_engine(model, space, Sketch(space.size, "identity"))
+    assert_plain(engine.sketch(summed, batch)[1], model, batch)
+    assert engine.method == "general"
+
+
+@pytest.mark.parametrize("name", ["a class token and positions", "a product"])
+def test_several_functions_of_one_pass(name: str) -> None:
+    torch.manual_seed(0)
+    model = Bare(*{**FOLLOWED, **APART}[name])
+    space = ParameterSpace.from_model(model)
+    engine = gradient_engine(model, space, Sketch(space.size, "identity"))
+    batch = torch.randn(4, STEPS, WIDTH)
+
+    def squared(model: nn.Module, batch: Tensor) -> Tensor:
+        return summed(model, batch).square()
+
+    functions = [("one", summed), ("two", squared)]
+    together = engine.sketch_together(functions, lambda m, x: (summed(m, x), squared(m, x)), batch, [None])
+    for (label, function), (values, (rows,)) in zip(functions, together, strict=True):
+        alone = gradient_engine(model, space, Sketch(space.size, "identity"), "general")
+        expected_values, expected = alone.sketch_scaled(function, batch, [None], label)
+        torch.testing.assert_close(values, expected_values)
+        torch.testing.assert_close(rows, expected[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_hook_path_alone_refuses_them() -> None:
+    model = Bare(*FOLLOWED["positions"])
+    with pytest.raises(GradientError, match=r"cannot serve this model \(p\.0: no rule covers ParameterList\)"):
+        gradient_engine(model, ParameterSpace.from_model(model), Sketch(16), "hooks")
