@@ -26,7 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from source_proj.gradients.sink import GradientSink
 
-__all__ = ["apply", "as_multiplied"]
+__all__ = ["apply", "apply_transposed", "as_multiplied"]
 
 _FEW_POSITIONS = 64  # up to here columns cost less than groups
 _GROUPS_BYTES = (
@@ -38,12 +38,23 @@ def apply(module: _ConvNd, names: Mapping[str, str], x: Tensor, g: Tensor, sink:
     """∂/∂W[o, c, k] = Σ_l g[o, l] x[c, l·stride + k·dilation] and ∂/∂b[o] = Σ_l g[o, l]; x (B, C, …), g (B, O, …)."""
     if "bias" in names:
         sink.add(names["bias"], g.flatten(2).sum(2, dtype=torch.float32))
-    if "weight" not in names:
-        return
+    if "weight" in names:
+        _add_weight(module, names["weight"], x, g, sink)
+
+
+def apply_transposed(module: _ConvNd, names: Mapping[str, str], x: Tensor, g: Tensor, sink: GradientSink) -> None:
+    """A convolution from output to input, backwards: for its weight (C, O, …), x and g change places."""
+    if "bias" in names:
+        sink.add(names["bias"], g.flatten(2).sum(2, dtype=torch.float32))
+    if "weight" in names:
+        _add_weight(module, names["weight"], g, as_multiplied(x, g), sink)
+
+
+def _add_weight(module: _ConvNd, name: str, x: Tensor, g: Tensor, sink: GradientSink) -> None:
     if _windows_are_cheaper(module, g, sink):
-        _by_windows(module, names["weight"], as_multiplied(x, g), g, sink)
+        _by_windows(module, name, as_multiplied(x, g), g, sink)
     else:
-        _by_groups(module, names["weight"], x.float(), g.float(), sink)
+        _by_groups(module, name, x.float(), g.float(), sink)
 
 
 def as_multiplied(x: Tensor, g: Tensor) -> Tensor:

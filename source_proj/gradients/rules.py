@@ -162,12 +162,33 @@ def _batch_norm(
     _affine(names, lambda x: F.batch_norm(x, mean, variance, eps=module.eps), x, g, sink, 0)
 
 
+def _instance_norm(
+    module: nn.modules.instancenorm._InstanceNorm, names: Names, x: Tensor, g: Tensor, sink: GradientSink
+) -> None:
+    """Each channel of each example by itself, or in evaluation mode by running statistics where it keeps them."""
+    if module.running_mean is None or module.running_var is None:
+        _affine(names, lambda x: F.instance_norm(x, eps=module.eps), x, g, sink, 0)
+        return
+    mean, variance = module.running_mean.float(), module.running_var.float()
+    _affine(names, lambda x: F.batch_norm(x, mean, variance, eps=module.eps), x, g, sink, 0)
+
+
+def _prelu(module: nn.PReLU, names: Names, x: Tensor, g: Tensor, sink: GradientSink) -> None:
+    """∂/∂a = Σ g min(x, 0), for each channel or for all."""
+    if "weight" in names:
+        below = (x.float().clamp(max=0) * g).reshape(len(g), g.shape[1] if g.dim() > 1 else 1, -1).sum(2)
+        sink.add(names["weight"], below if module.num_parameters > 1 else below.sum(1, keepdim=True))
+
+
 _WEIGHT_BIAS = frozenset({"weight", "bias"})
 _RULES: dict[type[nn.Module], Apply] = {
     nn.Linear: _linear,
     nn.Conv1d: convolution.apply,
     nn.Conv2d: convolution.apply,
     nn.Conv3d: convolution.apply,
+    nn.ConvTranspose1d: convolution.apply_transposed,
+    nn.ConvTranspose2d: convolution.apply_transposed,
+    nn.ConvTranspose3d: convolution.apply_transposed,
     nn.Embedding: _embedding,
     nn.LayerNorm: _layer_norm,
     nn.RMSNorm: _rms_norm,
@@ -175,6 +196,10 @@ _RULES: dict[type[nn.Module], Apply] = {
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
     nn.BatchNorm3d: _batch_norm,
+    nn.InstanceNorm1d: _instance_norm,
+    nn.InstanceNorm2d: _instance_norm,
+    nn.InstanceNorm3d: _instance_norm,
+    nn.PReLU: _prelu,
 }
 _POSITIONAL = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 

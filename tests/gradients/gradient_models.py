@@ -200,6 +200,30 @@ class Signals(nn.Module):
         return self.head(F.relu(x).mean((2, 3, 4)))
 
 
+class Upwards(nn.Module):
+    """Transposed convolutions with stride, dilation, groups and more output, InstanceNorm, PReLU."""
+
+    def __init__(self, *, running: bool = False) -> None:
+        super().__init__()
+        self.a = nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1, output_padding=(1, 0))
+        self.norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=running)
+        self.slopes, self.slope = nn.PReLU(4), nn.PReLU()
+        self.b = nn.ConvTranspose2d(4, 6, (2, 3), dilation=(1, 2), groups=2, bias=False)
+        self.c = nn.ConvTranspose1d(6, 5, 4, stride=3)
+        self.d = nn.ConvTranspose3d(5, 4, (1, 3, 2), padding=(0, 1, 0))
+        self.head = nn.Linear(4, 4)
+        for parameter in (self.norm.weight, self.norm.bias, self.slopes.weight):
+            nn.init.normal_(parameter)
+        if running:
+            nn.init.normal_(self.norm.running_mean)
+            nn.init.uniform_(self.norm.running_var, 0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.slope(self.b(self.slopes(self.norm(self.a(x)))))
+        x = self.c(x.mean(-1))
+        return self.head(self.d(x.unsqueeze(-1).unsqueeze(-1)).flatten(2).mean(2))
+
+
 class RawParameter(nn.Module):
     """A parameter used in no covered layer."""
 
@@ -355,6 +379,8 @@ CASES = [
     _image_case("residual-late", ResidualBlocks, patterns=("norm.*", "conv.*", "!*.bias")),
     _image_case("residual-wide", ResidualBlocks, side=16),
     _image_case("signals", Signals),
+    _image_case("upwards", Upwards),
+    _image_case("upwards-running", lambda: Upwards(running=True), side=3),
     _token_case("decoder", Decoder),
     _token_case("decoder-batched-positions", lambda: Decoder(batched_positions=True)),
     _token_case("decoder-no-embedding", Decoder, patterns=("*.bias", "up.*", "qkv.*")),
@@ -374,7 +400,6 @@ CASES = [
         "instance-norm",
         lambda: nn.Sequential(nn.InstanceNorm2d(3, affine=True), nn.Flatten(), nn.Linear(12, 4)),
         side=2,
-        rest=True,
     ),
     _image_case("encoder", Encoder, side=2),
     _image_case(
