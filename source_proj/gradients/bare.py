@@ -3,17 +3,21 @@
 While a pass runs, torch hands every function that is called to `BareUses`. What is made of such parameters alone (a
 view, an exponential, a slice) is remembered. Where it meets the examples by an operation that broadcasts, it is
 expanded to them, with a tap: the gradient then arrives example by example, and goes on to the parameters through what
-was remembered. Nothing else is followed: a product with such a parameter, or one that lies along the examples, ends the
-attempt by its name. Tensors are known for the examples' by their graph, or their first dim; a constant that is taken
-for such is seen by the law (`proof.py`), as any other slip.
+was remembered. Products with a matrix, look-ups in a table and normalisations have taps as their layers have. Nothing
+else is followed: a contraction by `einsum`, or a parameter that lies along the examples, ends the attempt by its name.
+
+Tensors are known for the examples' by their graph, or by their first dim; a constant that is taken for such is seen by
+the law (`proof.py`), as any other slip.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -31,6 +35,7 @@ _BY_ENTRY = """
 """
 _BROADCASTING = frozenset(_BY_ENTRY.split())
 _ATTENTION = "scaled_dot_product_attention"  # whose mask broadcasts
+_MATRICES_BYTES = 64 * 2**20  # of examples' gradients of a matrix that is made of parameters, at one time
 _EXPANDING = frozenset(["expand", "expand_as", "broadcast_to", "repeat"])
 
 
@@ -46,7 +51,7 @@ class BareUses(TorchFunctionMode):
         constants: of the model, known not to hold examples.
         size: number of examples B.
         taker: gives the sink of the backward pass under way.
-        tap: (output, listener) gives the output (B r, ...) with a tap, which hands its gradient to the listener.
+        tap: (output, listener, x) gives the output (B r, ...) with a tap, which hands (x, g) to the listener.
     """
 
     def __init__(
@@ -55,14 +60,24 @@ class BareUses(TorchFunctionMode):
         constants: Iterator[Tensor],
         size: int,
         taker: Callable[[], GradientSink],
-        tap: Callable[[Tensor, Listener], Tensor],
+        tap: Callable[[Tensor, Listener, Tensor], Tensor],
     ) -> None:
         super().__init__()
         self._size, self._taker, self._tap = size, taker, tap
         self._leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
         # By identity: what stands for a tensor, and the tensor itself, as an identity lasts as long as it does.
         self._bare: dict[int, tuple[Tensor, Tensor]] = {id(p): (self._leaves[n], p) for n, p in parameters.items()}
+        self._names = {id(leaf): name for name, leaf in self._leaves.items()}
         self._constants = {constant.untyped_storage().data_ptr() for constant in constants}
+        self._special: dict[str, Callable[..., Any]] = {
+            "linear": self._linear,
+            "matmul": self._matmul,
+            "__matmul__": self._matmul,
+            "addmm": self._addmm,
+            "embedding": self._embedding,
+            "layer_norm": partial(self._normalised, F.layer_norm),
+            "rms_norm": partial(self._normalised, F.rms_norm),
+        }
 
     def __torch_function__(
         self, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -80,6 +95,8 @@ class BareUses(TorchFunctionMode):
             if name in _EXPANDING and self._is_of_examples(made, bare[0], name):
                 return self._expanded(bare[0], made)
             return self._remembered(made)
+        if name in self._special:
+            return self._special[name](*args, **kwargs)
         height, dims = self._meeting(name, examples, bare)
         if id(next(iter(given))) in self._bare and (name.endswith("_") or name.startswith("__i")):
             raise Unfollowed(f"a parameter of no layer is changed by {name}")
@@ -91,6 +108,82 @@ class BareUses(TorchFunctionMode):
             return self._expanded(tensor, padded.expand(height, *padded.shape[1:]))
 
         return func(*self._swapped(args, expand), **self._swapped(kwargs, expand))
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        made = F.linear(x, weight) if id(weight) not in self._bare else self._product(x, self._bare[id(weight)][0].T)
+        return made if bias is None else self._again(torch.add, made, bias)
+
+    def _addmm(self, bias: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
+        return self._again(torch.add, self._again(torch.matmul, x, matrix), bias)
+
+    def _matmul(self, x: Tensor, matrix: Tensor) -> Tensor:
+        if id(x) in self._bare or x.dim() < 2:
+            raise Unfollowed("a parameter of no layer stands before the examples in a product")
+        return self._product(x, self._bare[id(matrix)][0])
+
+    def _product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """The product x M, for x (B r, ..., i) and M (i, o), with a tap."""
+        if matrix.dim() != 2 or x.shape[0] % self._size:
+            raise Unfollowed(f"a parameter of no layer takes part in a product of {tuple(matrix.shape)}")
+
+        def listener(x: Tensor, g: Tensor) -> None:
+            left, right = (tensor.reshape(self._size, -1, tensor.shape[-1]) for tensor in (x.to(g.dtype), g))
+            sink = self._taker()
+            if not sink.accepts_half:
+                left, right = left.float(), right.float()
+            turned = _transposed_of(matrix)
+            if id(matrix) in self._names:
+                sink.outer(self._names[id(matrix)], left, right)
+            elif id(turned) in self._names:
+                sink.outer(self._names[id(turned)], right, left)
+            else:
+                step = max(1, _MATRICES_BYTES // (4 * matrix.numel()))
+                for start in range(0, self._size, step):
+                    some = slice(start, start + step)
+                    self._receive(matrix, left[some].float().transpose(1, 2) @ right[some].float(), start)
+
+        return self._tap(x @ matrix.detach(), listener, x)
+
+    def _embedding(
+        self,
+        index: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,  # noqa: ARG002, of the batch's gradient, which is not made
+    ) -> Tensor:
+        """Rows of a table; `norm_type` belongs to `max_norm`."""
+        name = self._names.get(id(self._bare[id(weight)][0])) if id(weight) in self._bare else None
+        if name is None or max_norm is not None or scale_grad_by_freq:
+            raise Unfollowed(f"a table that is made of parameters, or whose rows are scaled (norm {norm_type})")
+        padding = None if padding_idx is None else padding_idx % len(weight)
+
+        def listener(index: Tensor, g: Tensor) -> None:
+            index = index.reshape(self._size, -1)
+            g = g.reshape(*index.shape, -1)
+            kept = g if padding is None else g.masked_fill((index == padding).unsqueeze(-1), 0.0)
+            self._taker().scatter(name, index, kept)
+
+        return self._tap(F.embedding(index, weight.detach()), listener, index)
+
+    def _normalised(
+        self,
+        normalise: Callable[..., Tensor],
+        x: Tensor,
+        shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float | None = 1e-5,
+    ) -> Tensor:
+        made = normalise(x, shape, eps=eps)
+        made = made if weight is None else self._again(torch.mul, made, weight)
+        return made if bias is None else self._again(torch.add, made, bias)
+
+    def _again(self, func: Callable[..., Any], *args: Tensor) -> Tensor:
+        made: Tensor = self.__torch_function__(func, (), args)
+        return made
 
     def _holds_examples(self, tensor: Tensor) -> bool:
         if tensor.requires_grad:
@@ -124,10 +217,10 @@ class BareUses(TorchFunctionMode):
             padded = (1,) * (expanded.dim() - bare.dim()) + tuple(bare.shape)
             self._receive(bare, of_examples.sum_to_size(self._size, *padded[1:]).reshape(self._size, *bare.shape))
 
-        return self._tap(expanded.detach(), listener)
+        return self._tap(expanded.detach(), listener, expanded.new_empty(0))
 
-    def _receive(self, bare: Tensor, g: Tensor) -> None:
-        """Hand a bare tensor's gradients (B, ...) to the parameters that it was made of."""
+    def _receive(self, bare: Tensor, g: Tensor, start: int = 0) -> None:
+        """Hand a bare tensor's gradients (n, ...) for some examples to the parameters that it was made of."""
         names, leaves = list(self._leaves), list(self._leaves.values())
         gradients: tuple[Tensor | None, ...] = tuple(g if leaf is bare else None for leaf in leaves)
         if bare.grad_fn is not None:
@@ -136,7 +229,7 @@ class BareUses(TorchFunctionMode):
             )
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
-                self._taker().add(name, gradient.reshape(self._size, -1).float())
+                self._taker().add(name, gradient.reshape(len(g), -1).float(), start)
 
     def _remembered(self, made: Any) -> Any:
         for each in _tensors(made):
@@ -152,6 +245,14 @@ class BareUses(TorchFunctionMode):
         if isinstance(given, tuple | list):
             return type(given)(self._swapped(value, change) for value in given)
         return given
+
+
+def _transposed_of(matrix: Tensor) -> Tensor | None:
+    """The leaf of which a matrix is the transposed one."""
+    node = matrix.grad_fn
+    if node is None or not node.name().startswith(("TBackward", "TransposeBackward", "PermuteBackward")):
+        return None
+    return getattr(node.next_functions[0][0], "variable", None)
 
 
 def _itself(tensor: Tensor) -> Tensor:

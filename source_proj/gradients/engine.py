@@ -16,7 +16,7 @@ from source_proj.gradients.general import Function, Functions, GeneralPath, firs
 from source_proj.gradients.hooks import HookPath, Structure, alone, uncovered
 from source_proj.gradients.law import SAMPLED, Law, Work
 from source_proj.gradients.memory import RowMemory
-from source_proj.gradients.mixed import MixedPath, are_few
+from source_proj.gradients.mixed import MixedPath
 from source_proj.gradients.proof import (
     Audit,
     Proof,
@@ -256,10 +256,9 @@ class GradientEngine:
             return not function(self._model, map_tensors(batch, Tensor.detach)).requires_grad
 
     def _try_hooks(self) -> None:
-        missing = uncovered(self._model, self._space)
-        if missing and self._may_change and are_few(missing, self._space):
-            self._hooks = MixedPath(self._placement, self._space, missing)
-        elif missing:
+        if self._may_change:
+            self._hooks = MixedPath(self._placement, self._space)
+        elif missing := uncovered(self._model, self._space):
             self._leave_hooks("; ".join(f"{name}: {why}" for name, why in list(missing.items())[:10]))
         else:
             self._hooks = HookPath(self._placement, self._space)

@@ -71,7 +71,7 @@ class GeneralPath:
         self.note = ""
         self._placement, self._model = placement, placement.model
         self._space = space
-        self._chunk = max(1, _CHUNK_BYTES // (4 * space.size))
+        self._chunk = max(1, _CHUNK_BYTES // (4 * max(1, space.size)))
         self._loops = False
 
     def begin(self) -> None:

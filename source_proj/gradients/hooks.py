@@ -35,7 +35,7 @@ from source_proj.gradients.opened import Forward, Listener, Opening, forward_for
 from source_proj.gradients.rules import Rule, rule_for
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
-from source_proj.gradients.suited import Unsuited
+from source_proj.gradients.suited import Unsuited, UsedElsewhere
 from source_proj.trajectory.placement import Placement
 from source_proj.trajectory.placement.base import Live
 
@@ -168,14 +168,18 @@ class HookPath:
 
     def __init__(self, placement: Placement, space: ParameterSpace, *, opens: bool = True) -> None:
         self._placement = placement
-        self._model = model = placement.model
+        self._model = placement.model
+        self._calls: list[tuple[tuple[object, ...], Call]] | None = None  # None outside of a forward pass
+        self._shared: set[nn.Module] = set()
+        self._cover(space, opens=opens)
+
+    def _cover(self, space: ParameterSpace, *, opens: bool = True) -> None:
+        """Take the gradients of these parameters from the modules that own them."""
         self._attributed = space.names
-        owners = _Owners.of(model, space, opens=opens)
+        owners = _Owners.of(self._model, space, opens=opens)
         self._covered, self._opened = owners.covered, owners.opened
         owning = self._covered.keys() | self._opened.keys()
-        self._names = {module: name for name, module in model.named_modules() if module in owning}
-        self._shared: set[nn.Module] = set()
-        self._calls: list[tuple[tuple[object, ...], Call]] | None = None  # None outside of a forward pass
+        self._names = {module: name for name, module in self._model.named_modules() if module in owning}
 
     @property
     def reason(self) -> str:
@@ -374,8 +378,7 @@ class HookPath:
             children = [child for child, _ in node.next_functions if child is not None]
             for child in children:
                 if label(child) == "AccumulateGrad" and id(child.variable) in attributed:
-                    used = attributed[id(child.variable)]
-                    raise Unsuited(f"{used!r} is used outside of its module's forward")
+                    raise UsedElsewhere(attributed[id(child.variable)])
             return children
 
         order = walk([values.grad_fn], edges)

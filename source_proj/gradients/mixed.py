@@ -8,7 +8,7 @@ which nothing else has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from math import prod
 
@@ -21,63 +21,68 @@ from source_proj.gradients.hooks import HookPath, Pass, Structure, uncovered
 from source_proj.gradients.opened import Listener
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
+from source_proj.gradients.suited import Unsuited, UsedElsewhere
 from source_proj.trajectory.placement import Placement
 from source_proj.trajectory.placement.base import Live
 
-__all__ = ["MixedPath", "are_few", "slow_parameters"]
+__all__ = ["MixedPath", "slow_parameters"]
 
 _SHARE = 3  # the few are at most one number in so many
 
 
-def are_few(names: Collection[str], space: ParameterSpace) -> bool:
+def slow_parameters(model: nn.Module, space: ParameterSpace) -> str | None:
+    """In words, which parameters no rule covers, where these are many; None where they cost little."""
+    missing = uncovered(model, space)
+    if _are_few(missing, space):
+        return None
+    (name, why), *more = missing.items()
+    others = f" (and {len(more)} more)" if more else ""
+    return f"gradients may go by torch's vmap or one example at a time, slower than by layers: {name}: {why}{others}"
+
+
+def _are_few(names: Collection[str], space: ParameterSpace) -> bool:
     """Whether these parameters are few enough of the attributed ones to take a pass of their own."""
     sizes = dict(zip(space.names, map(prod, space.shapes), strict=True))
     return _SHARE * sum(sizes[name] for name in names) <= space.size
 
 
-def slow_parameters(model: nn.Module, space: ParameterSpace) -> str | None:
-    """In words, which parameters no rule covers and what that costs; None where layers give all gradients."""
-    missing = uncovered(model, space)
-    if not missing:
-        return None
-    (name, why), *more = missing.items()
-    cost = (
-        "a forward and a backward pass more for parameters that no layer's rule covers"
-        if are_few(missing, space)
-        else "gradients go by torch's vmap or one example at a time, slower than by layers"
-    )
-    return f"{cost}: {name}: {why}{f' (and {len(more)} more)' if more else ''}"
-
-
 class MixedPath(HookPath):
-    """As `HookPath`, for models of which some parameters' modules have no rule.
+    """As `HookPath`, for whole models, whether or not all modules have rules.
 
     Args:
         placement: of the model, whole.
         space: the attributed parameters.
-        missing: parameter → why no rule gives its gradient.
     """
 
-    def __init__(self, placement: Placement, space: ParameterSpace, missing: Mapping[str, str]) -> None:
-        covered = [name for name in space.names if name not in missing]
-        super().__init__(placement, ParameterSpace.of_names(placement.model, covered))
-        self._missing = dict(missing)
-        self._bare = ParameterSpace.of_names(placement.model, list(missing))
-        self._rest = GeneralPath(placement, self._bare)
-        self._why_apart = ""
+    def __init__(self, placement: Placement, space: ParameterSpace) -> None:
+        super().__init__(placement, space)
+        self._space = space
+        self._elsewhere: dict[str, str] = {}  # parameter → why its module's rule does not do
+        self.begin()
 
     @property
     def reason(self) -> str:
         """Which parameters have no rule, and why; and why they have a pass of their own, where they do."""
+        if not self._missing:
+            return super().reason
         named = "; ".join(f"{name}: {why}" for name, why in list(self._missing.items())[:10])
-        apart = [f"in a pass of their own: {self._why_apart}"] if self._why_apart else ["followed by themselves"]
+        apart = [f"in a pass of their own: {self._unfollowed}"] if self._unfollowed else ["followed by themselves"]
         notes = "; ".join([*apart, *([self._rest.note] if self._rest.note else [])])
         return f"{super().reason}, but for a few ({named}), {notes}"
 
     def begin(self) -> None:
-        """Try to follow the few again, and `vmap`: what a batch gets may not depend on batches of another scope."""
-        self._why_apart = ""
-        self._rest.begin()
+        """Know nothing of how parameters are used: what a batch gets may not depend on those of another scope."""
+        self._unfollowed: Unfollowed | None = None
+        self._set_apart({})
+
+    def _set_apart(self, elsewhere: dict[str, str]) -> None:
+        """Take these parameters, and those without a rule, from no module."""
+        self._elsewhere = elsewhere
+        self._missing = {**uncovered(self._model, self._space), **elsewhere}
+        model, names = self._model, self._space.names
+        self._cover(ParameterSpace.of_names(model, [name for name in names if name not in self._missing]))
+        self._bare = ParameterSpace.of_names(model, [name for name in names if name in self._missing])
+        self._rest = GeneralPath(self._placement, self._bare)
 
     def add_to(
         self,
@@ -89,12 +94,18 @@ class MixedPath(HookPath):
         admit: Callable[[list[Structure]], None] = lambda _: None,
     ) -> list[Tensor]:
         """As `HookPath.add_to`."""
-        if not self._why_apart:
+        given = (sinks, functions, batch, size, autocast, admit)
+        if self._unfollowed is None:
             try:
-                return super().add_to(sinks, functions, batch, size, autocast, admit)
-            except Unfollowed as problem:  # by the forward pass, before anything was added
-                self._why_apart = str(problem)
-        values = super().add_to(sinks, functions, batch, size, autocast, admit)
+                return super().add_to(*given)
+            except UsedElsewhere as problem:  # by the forward pass, before anything was added
+                self._set_apart({**self._elsewhere, problem.name: str(problem)})
+                return self.add_to(*given)
+            except Unfollowed as problem:  # likewise
+                self._unfollowed = problem
+        if not _are_few(self._missing, self._space):
+            raise Unsuited(f"{self.reason}") from self._unfollowed
+        values = super().add_to(*given)
         with self._placement.running(()):
             for number, sink in enumerate(sinks):
                 self._rest.add_to(sink, _one(functions, number), batch, size, autocast)
@@ -104,13 +115,13 @@ class MixedPath(HookPath):
     def _tapping(self, current: Pass) -> Iterator[Live]:
         with ExitStack() as stack:
             live = stack.enter_context(super()._tapping(current))
-            if not self._why_apart:
+            if self._missing and self._unfollowed is None:
                 stack.enter_context(self._following(current))
             yield live
 
     def _following(self, current: Pass) -> BareUses:
-        def tap(output: Tensor, listener: Listener) -> Tensor:
-            return self._tapped("parameters of no layer", output, output.new_empty(0), listener, current, None)
+        def tap(output: Tensor, listener: Listener, x: Tensor) -> Tensor:
+            return self._tapped("parameters of no layer", output, x, listener, current, x.grad_fn)
 
         return BareUses(self._bare.parameters(self._model), self._model.buffers(), current.size, current.taker, tap)
 

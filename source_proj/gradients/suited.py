@@ -6,13 +6,25 @@ from torch import nn
 
 from source_proj._errors import GradientError
 
-__all__ = ["Unsuited", "refuse_unsuited"]
+__all__ = ["Unsuited", "UsedElsewhere", "refuse_unsuited"]
 
 _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized", "torch.ao.nn.sparse")
 
 
 class Unsuited(GradientError):
     """The hook path cannot give this model's gradients; the general path can."""
+
+
+class UsedElsewhere(Unsuited):
+    """A parameter is used outside of its module's forward.
+
+    Attributes:
+        name: of the parameter.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name!r} is used outside of its module's forward")
+        self.name = name
 
 
 def refuse_unsuited(model: nn.Module) -> None:

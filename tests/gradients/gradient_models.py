@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gradient_convolutions import Signals, Upwards, spread
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -49,7 +50,7 @@ class Cnn(nn.Module):
         self.c = nn.Conv2d(6, 5, (3, 1), padding="valid")
         self.pointwise = nn.Conv2d(5, 4, 1, stride=2)
         self.head = nn.Linear(4, 4)
-        _spread(self.norm)
+        spread(self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu_(self.norm(self.a(x)))
@@ -69,7 +70,7 @@ class ResidualBlocks(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.dropout = nn.Dropout(0.5)
         self.head = nn.Linear(8, 4)
-        _spread(self.batch_norm)
+        spread(self.batch_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.stem(x))
@@ -174,54 +175,11 @@ class ProjectedPositions(nn.Module):
         self.project = nn.Linear(5, 6)
         self.flat = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(inplace=True), nn.Linear(8, 11))
         self.norm = nn.BatchNorm1d(11)
-        _spread(self.norm)
+        spread(self.norm)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.tokens(ids) + self.project(self.positions(torch.arange(ids.shape[1])))
         return self.norm(self.flat(x.flatten(0, 1))).view(*ids.shape, -1)
-
-
-class Signals(nn.Module):
-    """Conv1d, Conv3d and their BatchNorms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Conv1d(3, 4, 3, stride=2, padding=1, padding_mode="circular")
-        self.norm_one = nn.BatchNorm1d(4)
-        self.three = nn.Conv3d(1, 5, (2, 3, 2), stride=(1, 2, 1), padding=(0, 1, 1))
-        self.norm_three = nn.BatchNorm3d(5, affine=True)
-        self.head = nn.Linear(5, 4)
-        _spread(self.norm_one)
-        _spread(self.norm_three)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, 3, 8, 8)
-        x = F.relu(self.norm_one(self.one(x.flatten(2))))  # (B, 4, 32)
-        x = self.norm_three(self.three(x.view(-1, 1, 4, 4, 8)))
-        return self.head(F.relu(x).mean((2, 3, 4)))
-
-
-class Upwards(nn.Module):
-    """Transposed convolutions with stride, dilation, groups and more output, InstanceNorm, PReLU."""
-
-    def __init__(self, *, running: bool = False) -> None:
-        super().__init__()
-        self.a = nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1, output_padding=(1, 0))
-        self.norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=running)
-        self.slopes, self.slope = nn.PReLU(4), nn.PReLU()
-        self.b = nn.ConvTranspose2d(4, 6, (2, 3), dilation=(1, 2), groups=2, bias=False)
-        self.c = nn.ConvTranspose1d(6, 5, 4, stride=3)
-        self.d = nn.ConvTranspose3d(5, 4, (1, 3, 2), padding=(0, 1, 0))
-        self.head = nn.Linear(4, 4)
-        for parameter in (self.norm.weight, self.norm.bias, self.slopes.weight):
-            nn.init.normal_(parameter)
-        if running:
-            nn.init.normal_(self.norm.running_mean)
-            nn.init.uniform_(self.norm.running_var, 0.5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.slope(self.b(self.slopes(self.norm(self.a(x)))))
-        x = self.c(x.mean(-1))
-        return self.head(self.d(x.unsqueeze(-1).unsqueeze(-1)).flatten(2).mean(2))
 
 
 class RawParameter(nn.Module):
@@ -319,17 +277,6 @@ class Frozen(nn.Module):
         return self.b(input=x)
 
 
-def _spread(norm: nn.modules.batchnorm._BatchNorm) -> None:
-    """Running statistics and weights that are not 0 and 1."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    with torch.no_grad():
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.5, 2.0)
-        norm.weight.uniform_(0.5, 1.5)
-        norm.bias.normal_()
-
-
 def images(size: int, side: int = 8) -> tuple[Tensor, Tensor]:
     return torch.randn(size, 3, side, side), torch.randint(0, 4, (size,))
 
@@ -394,7 +341,7 @@ CASES = [
         "weight-norm",
         lambda: nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(12, 4))),
         side=2,
-        method="general",
+        rest=True,
     ),
     _image_case(
         "instance-norm",
@@ -414,7 +361,7 @@ CASES = [
     _token_case("llama-norm", lambda: NormalisedTokens(LlamaRMSNorm(6))),
     _token_case("gemma-norm", lambda: NormalisedTokens(GemmaRMSNorm(6))),
     _token_case("not-that-norm", lambda: NormalisedTokens(CentredRMSNorm(6)), method="general"),
-    _token_case("functional-head", FunctionalHead, method="general"),
+    _token_case("functional-head", FunctionalHead, rest=True),
     _image_case("time-first", TimeFirst, side=2, method="general"),
     _image_case("data-dependent", DataDependent, side=2, rest=True),
 ]

@@ -80,13 +80,24 @@ FOLLOWED: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] =
     "several rows an example": (
         lambda x, p: (x.flatten(0, 1) + p).unflatten(0, x.shape[:2]), ((WIDTH,),),
     ),
+    "a product": (lambda x, p: x @ p, ((WIDTH, WIDTH),)),
+    "a product with what is transposed": (lambda x, p: torch.matmul(x, p.T) + x @ p.t().exp(), ((WIDTH, WIDTH),)),
+    "a linear function": (lambda x, p, q: F.linear(x, p, q), ((WIDTH, WIDTH), (WIDTH,))),
+    "a bias alone": (lambda x, p: F.linear(x, torch.eye(WIDTH), p), ((WIDTH,),)),
+    "a product in low rank": (lambda x, p, q: x + x @ p @ q, ((WIDTH, 2), (2, WIDTH))),
+    "a product of two": (lambda x, p, q: x @ (p @ q), ((WIDTH, 2), (2, WIDTH))),
+    "flat rows": (
+        lambda x, p, q: torch.addmm(q, x.flatten(0, 1), p).unflatten(0, x.shape[:2]), ((WIDTH, WIDTH), (WIDTH,)),
+    ),
+    "a normalisation": (lambda x, p, q: F.layer_norm(x, (WIDTH,), p, q), ((WIDTH,), (WIDTH,))),
+    "a normalisation by its size": (lambda x, p: F.rms_norm(x, (WIDTH,), weight=p), ((WIDTH,),)),
+    "a table": (lambda x, p: x + F.embedding((x[..., 0] > 0).long(), p), ((3, WIDTH),)),
+    "a table with padding": (lambda x, p: x + F.embedding((x[..., 0] > 0).long(), p, -2), ((3, WIDTH),)),
     "used by no value": (lambda x, p: x + 0 * p.detach(), ((WIDTH,),)),
 }  # fmt: skip
 APART: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
-    "a product": (lambda x, p: x @ p, ((WIDTH, WIDTH),)),
-    "a linear function": (lambda x, p: F.linear(x, p), ((WIDTH, WIDTH),)),
     "a sum of products": (lambda x, p: torch.einsum("btw,wv->btv", x, p), ((WIDTH, WIDTH),)),
-    "a normalisation": (lambda x, p: F.layer_norm(x, (WIDTH,), p), ((WIDTH,),)),
+    "before the examples": (lambda x, p: p @ x, ((STEPS, STEPS),)),
     "entries by value": (lambda x, p: x + p[(x[..., 0] > 0).long()], ((2, WIDTH),)),
     "time first": (lambda x, p: (x.transpose(0, 1) + p).transpose(0, 1), ((STEPS, 1, WIDTH),)),
 }
@@ -131,7 +142,12 @@ def test_a_use_that_is_computed_once_more_goes_the_general_way() -> None:
     assert engine.method == "general"
 
 
-@pytest.mark.parametrize("name", ["a class token and positions", "a product"])
+def test_matrices_of_few_examples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("source_proj.gradients.bare._MATRICES_BYTES", 3 * 4 * WIDTH * WIDTH)
+    test_rows_are_those_of_a_backward_pass_for_each_example("a product of two", 4)
+
+
+@pytest.mark.parametrize("name", ["a class token and positions", "a product", "a sum of products"])
 def test_several_functions_of_one_pass(name: str) -> None:
     torch.manual_seed(0)
     model = Bare(*{**FOLLOWED, **APART}[name])
