@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from build import Decoder, Stack, gpt2, mlp
+from _models import Decoder, Stack, gpt2, mlp
 from torch import Tensor, nn
 
 import source_proj as sp

@@ -15,15 +15,16 @@ __all__ = ["evaluating"]
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and each module's own mode again afterwards; layers of transformers go on checkpointing."""
-    training = [module for module in model.modules() if module.training]
-    if training:  # it takes as long as a small layer
+    modules = list(model.modules())  # once: it takes as long as a small layer
+    training = [module for module in modules if module.training]
+    if training:
         model.eval()
     try:
         with ExitStack() as stack:
             for module in training:
                 if _checkpoints_activations(module):
                     stack.enter_context(_training_outside(module))
-            for module in filter(_fused, model.modules()):
+            for module in filter(_fused, modules):
                 stack.enter_context(_training_without_dropout(module))
             yield
     finally:
