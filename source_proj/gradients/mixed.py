@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from math import prod
 
 from torch import Tensor, nn
@@ -123,7 +124,13 @@ class MixedPath(HookPath):
         def tap(output: Tensor, listener: Listener, x: Tensor) -> Tensor:
             return self._tapped("parameters of no layer", output, x, listener, current, x.grad_fn)
 
-        return BareUses(self._bare.parameters(self._model), self._model.buffers(), current.size, current.taker, tap)
+        return BareUses(
+            self._bare.parameters(self._model),
+            chain(self._model.parameters(), self._model.buffers()),
+            current.size,
+            current.taker,
+            tap,
+        )
 
 
 def _one(functions: Functions, number: int) -> Function:
