@@ -233,6 +233,14 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x.flatten(2))[0][:, -1])
 
 
+class BlockInPlaces(nn.Sequential):
+    """One block in the place of two layers, under two names, behind what no rule covers."""
+
+    def __init__(self) -> None:
+        block = nn.Sequential(nn.Linear(12, 12), nn.Tanh())
+        super().__init__(nn.Flatten(), nn.PReLU(12), nn.Sequential(block, nn.Sequential(block)), nn.Linear(12, 4))
+
+
 class FunctionalHead(nn.Module):
     """An embedding whose weight is also used outside of its forward."""
 
@@ -363,6 +371,7 @@ CASES = [
     _image_case("raw-parameter-excluded", RawParameter, side=2, patterns=("head.*",)),
     _image_case("multihead-attention", Attention, side=2, method="general"),
     _image_case("lstm", Recurrent, side=2, method="general"),
+    _image_case("block-in-places", BlockInPlaces, side=2, method="general"),
     _image_case(
         "weight-norm",
         lambda: nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(12, 4))),
@@ -376,12 +385,7 @@ CASES = [
         method="general",
     ),
     _image_case("encoder", Encoder, side=2, method="general"),
-    _image_case(
-        "encoder-in-part",
-        Encoder,
-        side=2,
-        patterns=("embed.*", "layer.*linear*", "layer.norm1.*", "block.*"),
-    ),
+    _image_case("encoder-in-part", Encoder, side=2, patterns=("embed.*", "layer.*linear*", "layer.norm1.*", "block.*")),
     _image_case("encoder-covered", Encoder, side=2, patterns=("embed.*", "*.linear1.*", "*.norm2.*", "block.*")),
     _image_case("encoder-one-layer", Encoder, side=2, patterns=("*.linear1.*",)),
     _image_case("frozen-and-unused", Frozen, side=2),
