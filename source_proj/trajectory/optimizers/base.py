@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -27,10 +28,23 @@ class Updates(NamedTuple):
     Attributes:
         rates: learning rate of each.
         checkpoints: how many of them came before each checkpoint.
+        before: how many the optimizer had made before the stage.
     """
 
     rates: Sequence[float]
     checkpoints: Sequence[int]
+    before: int = 0
+
+    @property
+    def counted(self) -> range:
+        """The optimizer's own number of each update to the last checkpoint, from 1 on."""
+        return range(self.before + 1, self.before + self.checkpoints[-1] + 1)
+
+    def ended(self) -> Iterator[tuple[int, int]]:
+        """The optimizer's own number of each update, and that of the update before the next checkpoint."""
+        for begin, end in pairwise([0, *self.checkpoints]):
+            for t in range(begin + 1, end + 1):
+                yield self.before + t, self.before + end
 
 
 def check_betas(betas: Sequence[float]) -> tuple[float, ...]:
