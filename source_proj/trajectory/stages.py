@@ -290,9 +290,18 @@ class Stage:
     def _updates_before(self) -> int:
         """How many updates the optimizer had made when the stage began: one may go on from stage to stage."""
         with_state = [c for c in self.checkpoints if c.step > self.start_step and c.optimizer_state is not None]
-        if not with_state or type(self.optimizer).step_factors is Optimizer.step_factors:
+        if not with_state or self.optimizer.step_factors(Updates([1.0], [1])) is None:
             return 0
-        return updates_before(with_state[0], with_state[0].step - self.start_step)
+        before = [updates_before(c, c.step - self.start_step) for c in with_state]
+        for place, (first, second) in enumerate(pairwise(with_state)):
+            # A GradScaler leaves some steps out, never most of them.
+            if before[place] - before[place + 1] > (second.step - first.step) / 2:
+                raise ValueError(
+                    f"the optimizer's state was begun anew between steps {first.step} and {second.step} of stage "
+                    f"{self.name!r}, and {type(self.optimizer).__name__} steps by how many steps it made before: make "
+                    "what follows a stage of its own"
+                )
+        return max(0, before[0])
 
     def _rate(self, last_step: int) -> Callable[[int], float]:
         """Return the learning rate as a checked function of the update's number."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -158,8 +159,11 @@ class Optimizer:
             before: the same optimizer's description before; it counts for ratios of learning rates when all are 0.
 
         Raises:
-            ValueError: it maximizes, or its groups differ in what cannot be described.
+            ValueError: it maximizes, goes uphill, or its groups differ in what cannot be described.
         """
+        rates = [float(group.get("lr", 0.0)) for group in groups]
+        if not all(_least(group) <= rate < math.inf for group, rate in zip(groups, rates, strict=True)):
+            raise ValueError(f"{source} has the learning rates {rates}: each must be finite, and at least 0")
         if any(group.get("maximize") for group in groups):
             raise ValueError(f"{source} has maximize=True: minimize the negative of the loss instead")
         for key in cls.alike:
@@ -263,6 +267,11 @@ class PreconditionedOptimizer(Optimizer):
             )
         own = [ParameterGroup(g["names"], scale, float(g["weight_decay"])) for g, scale in differing if g["names"]]
         return {"weight_decay": decay, "groups": tuple(own)}
+
+
+def _least(group: Options) -> float:
+    """The learning rate from which on one counts as 0: schedules round when they add up to nothing."""
+    return -_SAME * abs(float(group.get("initial_lr", 0.0)))
 
 
 def _scales(groups: Sequence[Options], source: str) -> list[float]:

@@ -127,10 +127,12 @@ def names_parameters(checkpoint: StateAtStep) -> bool:
 def updates_before(checkpoint: StateAtStep, updates: int) -> int:
     """How many updates the optimizer had made before a stage, by its state after so many updates of the stage.
 
-    Where the state cannot be read this is 0; what is wrong with it is said where P is read.
+    It is below 0 where the optimizer made fewer than were counted, as a GradScaler has it. Where the state does not
+    say, or cannot be read, it is 0; what is wrong with it is said where P is read.
     """
     try:
-        return max(0, steps_of(_unwrap(_load(checkpoint), repr(checkpoint))) - updates)
+        made = steps_of(_unwrap(_load(checkpoint), repr(checkpoint)))
+        return made - updates if made else 0
     except Exception:  # whatever stands in a foreign file
         return 0
 

@@ -136,3 +136,22 @@ def test_an_average_that_began_in_an_earlier_stage_is_refused(row, tmp_path):
     with pytest.raises(ValueError, match="had averaged over 600 steps"):
         Recorder(model, optimizer, tmp_path)
     assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize("row", ["radam", "nadam", "rmsprop", "adagrad"])
+@pytest.mark.parametrize("reset", [7, 12])
+def test_a_state_that_was_begun_anew_ends_a_stage(row, reset, tmp_path):
+    model = nn.Linear(3, 2)
+    optimizer = ROWS[row](list(model.named_parameters()))
+    recorder = Recorder(model, optimizer, tmp_path, every=5)
+    for step in range(20):
+        if step == reset:
+            optimizer.state.clear()
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape)
+        optimizer.step()
+        recorder.step()
+    with pytest.raises(
+        ValueError, match=f"begun anew between steps {reset // 5 * 5} and {reset // 5 * 5 + 5}.*its own"
+    ):
+        recorder.trajectory()
