@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import GradientError
-from source_proj.gradients.batches import Batch
+from source_proj.gradients.batches import Batch, map_tensors
 from source_proj.gradients.general import REENTRANT, Autocast, Function, Functions, checked_values
 from source_proj.gradients.layout import Call, Node, label, walk, where_examples_are_lost
 from source_proj.gradients.rules import Rule, rule_for
@@ -37,6 +37,9 @@ from source_proj.trajectory.placement import Placement
 from source_proj.trajectory.placement.base import Live
 
 __all__ = ["HookPath", "Structure", "Unsuited", "alone", "evaluating", "uncovered"]
+
+
+_SAME = 1e-3  # relative: outputs of a pass and of its repetition
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,28 @@ class HookPath:
                 return  # refused below if no batch can be cut
             self._shared.add(module)
 
+    def shared_as_they_were(self, function: Function, single: Batch, double: Batch) -> bool:
+        """Whether a model gives the same when the outputs of layers that see no batch are expanded to it.
+
+        A bias, or positions, that are added to a batch are the same for all; a sum over such a layer's whole output, or
+        its transpose, is not.
+        """
+        return not self._shared or (self._as_it_was(function, single, 1) and self._as_it_was(function, double, 2))
+
+    def _as_it_was(self, function: Function, batch: Batch, size: int) -> bool:
+        def expanded(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Tensor) -> Any:
+            return _expanded(output, size) if module in self._shared else None
+
+        drawn = torch.get_rng_state()
+        plain = _tensors_of(function(self._model, batch))
+        torch.set_rng_state(drawn)
+        with self._hooked(expanded):
+            other = _tensors_of(function(self._model, batch))
+        return [tensor.shape for tensor in plain] == [tensor.shape for tensor in other] and all(
+            torch.allclose(there.float(), here.float(), rtol=_SAME, atol=_SAME * float(there.float().norm()))
+            for there, here in zip(plain, other, strict=True)
+        )
+
     def _shapes(self, function: Function, batch: Batch, size: int) -> list[tuple[nn.Module, tuple[int, ...]]]:
         shapes: list[tuple[nn.Module, tuple[int, ...]]] = []
 
@@ -300,6 +325,14 @@ class HookPath:
             raise GradientError(REENTRANT)
         lost = None if size == 1 else where_examples_are_lost(order, list(taps.values()), values.grad_fn, size)
         return Structure((*shapes, size == 1, hash(labels)), lost)
+
+
+def _tensors_of(output: Any) -> list[Tensor]:
+    """Tensors of numbers in whatever a model returns."""
+    tensors: list[Tensor] = []
+    tree = output if isinstance(output, Tensor | Mapping | tuple | list) else vars(output)
+    map_tensors(tree, lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return [tensor for tensor in tensors if not tensor.is_complex()]
 
 
 def _expanded(tensor: Tensor, size: int, unsqueeze: bool | None = None) -> Tensor:
