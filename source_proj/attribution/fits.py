@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from source_proj._errors import GradientError
 from source_proj._io.executors import Executor
 from source_proj.attribution.curvature import Factors, check_curvature, count_factors
 from source_proj.attribution.gram_hessian import GramHessian, gram_matrix
@@ -60,7 +61,15 @@ class Fit(NamedTuple):
         """An entry's tensors on the device, from the bank's cache or computed."""
 
         def arrays() -> dict[str, np.ndarray]:
-            return {name: tensor.cpu().numpy() for name, tensor in compute().items()}
+            try:
+                made = compute()
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                if kind == "spectrum":  # which every matrix has whose numbers are finite
+                    raise self._overflown(kind) from error
+                raise
+            if not all(_is_finite(tensor) for tensor in made.values()):
+                raise self._overflown(kind)
+            return {name: tensor.cpu().numpy() for name, tensor in made.items()}
 
         described = {
             "stage": self.stage,
@@ -71,10 +80,24 @@ class Fit(NamedTuple):
         made = self.bank.fits.get(kind, described, arrays) if self.cache else arrays()
         return {name: torch.from_numpy(values).to(self.place) for name, values in made.items()}
 
+    def _overflown(self, kind: str) -> GradientError:
+        stage = self.bank.settings.trajectory.stages[self.stage]
+        steps = [stage.checkpoints[index].step for index in self.checkpoints]
+        return GradientError(
+            f"the {kind} of stage {stage.name!r} at steps {steps[:10]} is not finite: gradients there are too large "
+            "for products in single precision, as where training diverged. Build the bank without these checkpoints, "
+            "or with loss and outputs in other units"
+        )
+
     @property
     def place(self) -> torch.device | str:
         """The device, named."""
         return self.device or "cpu"
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """By the extremes, which takes no memory."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def fitted_hessian(fit: Fit) -> Hessian:

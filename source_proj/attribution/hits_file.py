@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from source_proj.attribution.score_files import write_scores_csv, write_scores_p
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["HitsFile", "is_hits_folder", "write_hits"]
+__all__ = ["HitsFile", "is_hits_folder", "sealed_facts", "write_hits"]
 
 _FACTS = b"source-proj"  # the key of the file's facts
 
@@ -38,7 +39,7 @@ class HitsFile:
 
     Raises:
         MissingFileError: there is none.
-        MismatchError: it holds no hits.
+        MismatchError: it holds no hits, or was damaged; the hits themselves are compared when they are read.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -84,16 +85,33 @@ class _Zarr:
     """Positions and scores, and all ids in the attributes."""
 
     def __init__(self, path: Path) -> None:
-        group = zarr.open_group(path, mode="r")
-        self.facts: dict[str, Any] = dict(group.attrs)
-        self._indices, self._scores = (zarr.open_array(path / name, mode="r") for name in ("indices", "scores"))
-        self.count, self.k = self._scores.shape
+        self._path = path
+        try:
+            self.facts: dict[str, Any] = dict(zarr.open_group(path, mode="r").attrs)
+            self._indices, self._scores = (zarr.open_array(path / name, mode="r") for name in ("indices", "scores"))
+            self.count, self.k = self._scores.shape
+            told, shapes = self.facts.pop("sha256"), (self._indices.shape, self._scores.shape)
+            if told != _sha256(self.facts) or shapes != ((len(self.facts["query_ids"]), self.k),) * 2:
+                raise ValueError("its description is not the one that was written")
+        except Exception as error:  # whatever zarr makes of other files
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> MismatchError:
+        return MismatchError(
+            f"the hits {str(self._path)!r} are damaged ({type(error).__name__}: {str(error).splitlines()[0][:80]}): "
+            "bring the folder back from a copy, or write them anew by top_k(queries, k, out=path)"
+        )
 
     def from_place(self, first: int) -> Iterator[tuple[int, Any, list[Hit]]]:
         """Place, id and hits of each query, from a place on."""
         query_ids, train_ids, height = self.facts["query_ids"], self.facts["train_ids"], self._scores.chunks[0]
         for start in range(first, self.count, height):
-            indices, scores = (np.asarray(array[start : start + height]) for array in (self._indices, self._scores))
+            try:
+                indices, scores = _rows(self._indices, start, height), _rows(self._scores, start, height)
+                if _block_digest(indices, scores) != self.facts["blocks"][start // height]:
+                    raise ValueError(f"those of queries {start} to {start + len(scores) - 1} are not as written")
+            except Exception as error:  # whatever zarr makes of other bytes
+                raise self._damaged(error) from error
             for place, (where, values) in enumerate(zip(indices, scores, strict=True), start=start):
                 hits = [Hit(train_ids[i], float(score)) for i, score in zip(where, values, strict=True)]
                 yield place, query_ids[place], hits
@@ -149,6 +167,29 @@ def write_hits(
     facts = {**{name: facts[name] for name in ("unit", "sign", "higher_is_better")}, "k": k, "block": block}
     told = {_FACTS: json.dumps(facts).encode()}
     write_scores_parquet(path, parts, query_ids, train_ids, overwrite=overwrite, told=told)
+
+
+def sealed_facts(facts: Mapping[str, Any], indices: zarr.Array[Any], scores: zarr.Array[Any]) -> dict[str, Any]:
+    """The facts of hits, with hashes of them and of each block of queries, by which damage and exchange are noticed."""
+    height = scores.chunks[0]
+    starts = range(0, scores.shape[0], height)
+    blocks = [_block_digest(_rows(indices, start, height), _rows(scores, start, height)) for start in starts]
+    told = {**facts, "blocks": blocks}
+    return {**told, "sha256": _sha256(told)}
+
+
+def _rows(array: zarr.Array[Any], start: int, height: int) -> np.ndarray:
+    return np.ascontiguousarray(array[start : start + height])
+
+
+def _block_digest(indices: np.ndarray, scores: np.ndarray) -> str:
+    digest = hashlib.sha256(indices.astype("<i8", copy=False).data)
+    digest.update(scores.astype("<f4", copy=False).data)
+    return digest.hexdigest()
+
+
+def _sha256(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def is_hits_folder(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from source_proj._errors import extra
 from source_proj._io.html import wrapped
@@ -257,8 +258,14 @@ class Scores:
         attributes = scores_facts(self.query_ids, self.train_ids, self.unit, higher_is_better=self.higher_is_better)
         values = np.ascontiguousarray(self.values)
 
-        def fill(folder: Path) -> None:
-            zarr.create_array(store=str(folder), data=values, attributes=attributes)
+        def fill(folder: Path) -> None:  # a chunk that gets lost reads as NaN, a changed one as an error
+            zarr.create_array(
+                store=str(folder),
+                data=values,
+                attributes=attributes,
+                fill_value=np.nan if values.dtype.kind == "f" else None,
+                compressors=[ZstdCodec(level=0), Crc32cCodec()],
+            )
 
         write_output_folder(Path(path), fill, overwrite=overwrite, replaceable=is_scores_array)
         return zarr.open_array(path, mode="r")

@@ -25,7 +25,7 @@ from source_proj._io.progress import Bar, Progress, progress_bar
 from source_proj._io.unfinished import Unfinished
 from source_proj.attribution.features import SketchedQueries
 from source_proj.attribution.hits import checked_count
-from source_proj.attribution.hits_file import is_hits_folder, write_hits
+from source_proj.attribution.hits_file import is_hits_folder, sealed_facts, write_hits
 from source_proj.attribution.products import Term
 from source_proj.attribution.score_files import is_scores_array
 from source_proj.bank import Bank
@@ -147,7 +147,7 @@ def stream_hits(method: Streamable, queries: Any, k: int, path: Path, *, highest
     description = {**_description("hits", method, count, size), "k": k, "highest": highest}
     with Unfinished(path, description) as made:
         group = zarr.open_group(made.content, mode="a")
-        indices = _array(made.content / "indices", (count, k), np.dtype(np.int64))
+        indices = _array(made.content / "indices", (count, k), np.dtype(np.int64), fill=-1)
         scores = _array(made.content / "scores", (count, k), np.dtype(np.float32))
         for number, features in enumerate(_features(blocks, method.progress)):
             ids += features.ids
@@ -163,7 +163,7 @@ def stream_hits(method: Streamable, queries: Any, k: int, path: Path, *, highest
                 made.commit(number, digest)
         facts = method.facts_of(ids)
         if path.suffix == ".zarr":
-            group.update_attributes(facts)
+            group.update_attributes(sealed_facts(facts, indices, scores))
             sync_folder(made.content)
             name_folder(made.content, path, overwrite=overwrite, replaceable=is_hits_folder)
         else:
@@ -215,14 +215,15 @@ def _digest(method: Streamable, features: SketchedQueries, queries: Iterator[Ten
     return digest.hexdigest()
 
 
-def _array(folder: Path, shape: tuple[int, int], dtype: np.dtype[Any]) -> zarr.Array[Any]:
-    """The array in a folder, made where it is missing."""
+def _array(folder: Path, shape: tuple[int, int], dtype: np.dtype[Any], fill: float = np.nan) -> zarr.Array[Any]:
+    """The array in a folder, made where it is missing; a chunk that gets lost reads as what no chunk holds."""
     if (folder / "zarr.json").is_file():
         return zarr.open_array(folder, mode="r+")
     chunks = (min(shape[0], _CHUNK[0]), min(shape[1], _CHUNK[1]))
     return zarr.create_array(
-        str(folder), shape=shape, dtype=dtype, chunks=chunks, compressors=[Crc32cCodec()], fill_value=0, overwrite=True
-    )
+        str(folder), shape=shape, dtype=dtype, chunks=chunks, compressors=[Crc32cCodec()], fill_value=fill,
+        overwrite=True,
+    )  # fmt: skip
 
 
 def _wide(blocks: Iterator[tuple[int, int, Tensor]], count: int) -> Iterator[tuple[int, int, np.ndarray]]:

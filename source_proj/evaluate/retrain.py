@@ -15,11 +15,12 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import stack_module_state, vmap
 
 from source_proj._errors import MismatchError
 from source_proj._io.executors import Executor, check_executor, map_in_order
 from source_proj._io.progress import Progress, progress_bar
+from source_proj.gradients.replaced import call_with
 
 __all__ = ["StackedState", "half_subsets", "retrain", "stacked_outputs", "train_stacked"]
 
@@ -210,7 +211,7 @@ def train_stacked(
         descent = make(list(parameters.values()))
 
         def model_loss(state: StackedState, static: StackedState, x: Tensor, y: Tensor) -> Tensor:
-            return loss(functional_call(skeleton, {**state, **static}, (x,)), y)
+            return loss(call_with(skeleton, {**state, **static}, (x,)), y)
 
         losses = vmap(model_loss, randomness="different")
         count = 0
@@ -238,7 +239,7 @@ def stacked_outputs(make_model: Callable[[], nn.Module], inputs: Tensor) -> Call
 
 def _outputs(skeleton: nn.Module, inputs: Tensor, state: StackedState) -> Tensor:
     with torch.no_grad():
-        outputs: Tensor = vmap(lambda parameters: functional_call(skeleton, parameters, (inputs,)))(state)
+        outputs: Tensor = vmap(lambda parameters: call_with(skeleton, parameters, (inputs,)))(state)
     return outputs
 
 

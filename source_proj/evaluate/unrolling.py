@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Subset
 
@@ -22,6 +21,7 @@ from source_proj.bank.build.columns import examples_of
 from source_proj.bank.build.data import BatchSource, to_device
 from source_proj.evaluate._stepper import OptimizerFactory, State, Stepper, derivatives
 from source_proj.gradients import private_copy
+from source_proj.gradients.replaced import call_with
 from source_proj.task import Batch, Model, Task
 
 __all__ = ["ExactUnrolling"]
@@ -167,7 +167,7 @@ class ExactUnrolling:
     def _with(self, parameters: list[Tensor]) -> Model:
         """The model with other weights."""
         named = dict(zip(self._names, parameters, strict=True))
-        return lambda *inputs, **keywords: functional_call(self._model, named, inputs, keywords)
+        return lambda *inputs, **keywords: call_with(self._model, named, inputs, keywords)
 
     def _measured(self, final: list[Tensor], batch: Batch) -> list[Tensor]:
         """Gradient of each query's measurement by the final weights, ``(B, *shape)`` for each parameter."""

@@ -13,10 +13,11 @@ from source_proj._errors import GradientError, SourceProjError
 from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
 from source_proj.gradients.evaluation import evaluating
 from source_proj.gradients.general import Function, Functions, GeneralPath, first_line
-from source_proj.gradients.hooks import HookPath, Structure, alone, uncovered
+from source_proj.gradients.hooks import HookPath, Structure, alone
 from source_proj.gradients.law import SAMPLED, Law, Work
 from source_proj.gradients.memory import RowMemory
 from source_proj.gradients.mixed import MixedPath
+from source_proj.gradients.owners import uncovered
 from source_proj.gradients.proof import (
     Audit,
     Proof,

@@ -10,10 +10,11 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from source_proj._errors import ExampleError, GradientError, SourceProjError
-from source_proj.gradients.batches import Batch, per_example_tensors, take
+from source_proj.gradients.batches import Batch, per_example_tensors, require_in_front, take
+from source_proj.gradients.replaced import call_with
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
 from source_proj.trajectory.placement import Placement
@@ -45,7 +46,7 @@ _CHUNK_BYTES = 256 * 2**20
 
 
 class _WithModel(nn.Module):
-    """`function(model, batch)` as a module, so that torch's public `functional_call` can replace the parameters."""
+    """`function(model, batch)` as a module, so that `call_with` can replace the parameters."""
 
     def __init__(self, model: nn.Module, function: Function) -> None:
         super().__init__()
@@ -112,6 +113,9 @@ class GeneralPath:
                 value = weighted_gradient(self._placement, self._space, function, example, alone, autocast, keep)
             except ExampleError as problem:
                 raise ExampleError([b], problem.what) from None
+            except (ValueError, RuntimeError, IndexError) as problem:
+                require_in_front(function, self._model, batch, size, problem)
+                raise
             yield b, value, {name: gradient.unsqueeze(0) for name, gradient in gradients.items()}
         if not self._loops:
             self._loops, self.note = True, note
@@ -127,7 +131,7 @@ class GeneralPath:
         def scalar(parameters: dict[str, Tensor], *example: Tensor) -> tuple[Tensor, Tensor]:
             alone = rebuild([tensor.unsqueeze(0) for tensor in example])  # a batch of one
             with autocast():
-                value = functional_call(module, parameters, (alone,))
+                value = call_with(module, parameters, (alone,))
             value = checked_values(value, 1)[0].float()
             return value, value
 

@@ -28,18 +28,21 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import GradientError
-from source_proj.gradients.batches import Batch
+from source_proj.gradients.batches import Batch, map_tensors
 from source_proj.gradients.general import REENTRANT, Autocast, Function, Functions, checked_values
 from source_proj.gradients.layout import Call, Node, label, walk, where_examples_are_lost
-from source_proj.gradients.opened import Forward, Listener, Opening, forward_for
-from source_proj.gradients.rules import Rule, rule_for
+from source_proj.gradients.opened import Forward, Listener, Opening
+from source_proj.gradients.owners import Owners
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
 from source_proj.gradients.suited import Unsuited, UsedElsewhere
 from source_proj.trajectory.placement import Placement
 from source_proj.trajectory.placement.base import Live
 
-__all__ = ["HookPath", "Pass", "Structure", "alone", "uncovered"]
+__all__ = ["HookPath", "Pass", "Structure", "alone"]
+
+
+_SAME = 1e-3  # relative: outputs of a pass and of its repetition
 
 
 @dataclass(frozen=True)
@@ -104,58 +107,6 @@ def alone(function: Function) -> Functions:
     return lambda model, batch: (function(model, batch),)
 
 
-@dataclass(frozen=True)
-class _Owners:
-    """Who gives the gradients of which parameters.
-
-    Attributes:
-        covered: module → its rule, {local name: full name}.
-        opened: module → its tapped forward pass, {local name: full name}.
-        missing: parameter → why nothing gives its gradient.
-    """
-
-    covered: dict[nn.Module, tuple[Rule, dict[str, str]]]
-    opened: dict[nn.Module, tuple[Forward, dict[str, str]]]
-    missing: dict[str, str]
-
-    @classmethod
-    def of(cls, model: nn.Module, space: ParameterSpace, *, opens: bool) -> _Owners:
-        full = {id(p): name for name, p in space.parameters(model).items()}
-        owners, within = cls({}, {}, {}), set[nn.Module]()
-        for module in model.modules():
-            forward = forward_for(module) if opens else None
-            own = {n: full[id(p)] for n, p in module.named_parameters(recurse=forward is not None) if id(p) in full}
-            if not own or module in within:
-                continue
-            if forward is not None:
-                owners.opened[module] = forward, own
-                within.update(module.modules())
-            else:
-                owners._add(module, own)
-        return owners
-
-    def _add(self, module: nn.Module, own: dict[str, str]) -> None:
-        rule = rule_for(module)
-        for local, name in own.items():
-            if isinstance(rule, str):
-                self.missing[name] = rule
-            elif local not in rule.parameters:
-                self.missing[name] = f"the rule of {type(module).__name__} knows no parameter {local!r}"
-        if isinstance(rule, Rule):
-            self.covered[module] = rule, own
-
-
-def uncovered(model: nn.Module, space: ParameterSpace, *, opens: bool = True) -> dict[str, str]:
-    """Attributed parameter → why no rule gives its gradient; empty when the hook path may be tried.
-
-    Args:
-        model: the model.
-        space: the attributed parameters.
-        opens: whether modules are opened, too, by a forward pass of this package's.
-    """
-    return _Owners.of(model, space, opens=opens).missing
-
-
 class HookPath:
     """Per-example gradients by layer rules.
 
@@ -176,7 +127,7 @@ class HookPath:
     def _cover(self, space: ParameterSpace, *, opens: bool = True) -> None:
         """Take the gradients of these parameters from the modules that own them."""
         self._attributed = space.names
-        owners = _Owners.of(self._model, space, opens=opens)
+        owners = Owners.of(self._model, space, opens=opens)
         self._covered, self._opened = owners.covered, owners.opened
         owning = self._covered.keys() | self._opened.keys()
         self._names = {module: name for name, module in self._model.named_modules() if module in owning}
@@ -252,6 +203,28 @@ class HookPath:
             if shape != shape_of_two or module in self._shared:
                 return  # refused below if no batch can be cut
             self._shared.add(module)
+
+    def shared_as_they_were(self, function: Function, single: Batch, double: Batch) -> bool:
+        """Whether a model gives the same when the outputs of layers that see no batch are expanded to it.
+
+        A bias, or positions, that are added to a batch are the same for all; a sum over such a layer's whole output, or
+        its transpose, is not.
+        """
+        return not self._shared or (self._as_it_was(function, single, 1) and self._as_it_was(function, double, 2))
+
+    def _as_it_was(self, function: Function, batch: Batch, size: int) -> bool:
+        def expanded(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Tensor) -> Any:
+            return _expanded(output, size) if module in self._shared else None
+
+        drawn = torch.get_rng_state()
+        plain = _tensors_of(function(self._model, batch))
+        torch.set_rng_state(drawn)
+        with self._hooked(expanded):
+            other = _tensors_of(function(self._model, batch))
+        return [tensor.shape for tensor in plain] == [tensor.shape for tensor in other] and all(
+            torch.allclose(there.float(), here.float(), rtol=_SAME, atol=_SAME * float(there.float().norm()))
+            for there, here in zip(plain, other, strict=True)
+        )
 
     def _shapes(self, function: Function, batch: Batch, size: int) -> list[tuple[nn.Module, tuple[int, ...]]]:
         shapes: list[tuple[nn.Module, tuple[int, ...]]] = []
@@ -387,6 +360,14 @@ class HookPath:
             raise GradientError(REENTRANT)
         lost = None if size == 1 else where_examples_are_lost(order, list(taps.values()), values.grad_fn, size)
         return Structure((*shapes, size == 1, hash(labels)), lost)
+
+
+def _tensors_of(output: Any) -> list[Tensor]:
+    """Tensors of numbers in whatever a model returns."""
+    tensors: list[Tensor] = []
+    tree = output if isinstance(output, Tensor | Mapping | tuple | list) else vars(output)
+    map_tensors(tree, lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return [tensor for tensor in tensors if not tensor.is_complex()]
 
 
 def _expanded(tensor: Tensor, size: int, unsqueeze: bool | None = None) -> Tensor:

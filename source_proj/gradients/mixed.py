@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from source_proj.gradients.bare import BareUses, Unfollowed
 from source_proj.gradients.batches import Batch
 from source_proj.gradients.general import Autocast, Function, Functions, GeneralPath
-from source_proj.gradients.hooks import HookPath, Pass, Structure, uncovered
+from source_proj.gradients.hooks import HookPath, Pass, Structure
 from source_proj.gradients.opened import Listener
+from source_proj.gradients.owners import uncovered
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
 from source_proj.gradients.suited import Unsuited, UsedElsewhere

@@ -29,8 +29,9 @@ from torch.utils.hooks import RemovableHandle
 from source_proj._errors import GradientError
 from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
 from source_proj.gradients.evaluation import evaluating
-from source_proj.gradients.hooks import HookPath, Pass, uncovered
+from source_proj.gradients.hooks import HookPath, Pass
 from source_proj.gradients.layout import Call
+from source_proj.gradients.owners import uncovered
 from source_proj.gradients.proof import WatchedSink, share_sink
 from source_proj.gradients.sink import GradientSink, SinkByParameter
 from source_proj.gradients.space import ParameterSpace
@@ -239,10 +240,22 @@ class TrainingPath(HookPath):
             )
 
     def _find_shared(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
-        """Learn which layers see no batch, from one example and from two; leaves random states and buffers alone."""
-        single, double = (take((args, kwargs), some, size) for some in ([0], [0, min(1, size - 1)]))
+        """Learn which layers see no batch, from one example and two; leaves random states and buffers alone."""
+        batches = [take((args, kwargs), some, size) for some in ([0], [0, min(1, size - 1)])]
         with _probing(self._model):
-            self.find_shared(_called, single, double)
+            try:
+                self.find_shared(_called, *batches)
+                same = self.shared_as_they_were(_called, *batches)
+            except (RuntimeError, IndexError, TypeError, ValueError):  # the model's own, of shapes that it did not make
+                if not self._shared:
+                    raise
+                same = False
+        if not same:
+            names = sorted(self._names[module] for module in self._shared)[:5]
+            raise GradientError(
+                f"the layers {names} see no batch, and what the model makes of their outputs can't be told apart by "
+                f"examples: leave them out by parameters={[f'!{name}.*' for name in names]}, or build after training"
+            )
         self._shared_known = True
 
     def _require_apart(

@@ -14,7 +14,7 @@ import torch
 from source_proj._errors import MismatchError, MissingFileError
 from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.counts import checked_count
-from source_proj.trajectory.optimizers import SGD, Optimizer, Updates
+from source_proj.trajectory.optimizers import SGD, Optimizer, Updates, updates_before
 from source_proj.trajectory.options import ReadOptions, Schedule
 from source_proj.trajectory.record import CheckpointRef, PreconditionerMode, StageRecord
 from source_proj.trajectory.recording.run_files import RecordedRun
@@ -247,7 +247,9 @@ class Stage:
         """Of the time since the checkpoint before each, the share of updates that the optimizer makes without P."""
         steps = [c.step for c in self.checkpoints]
         plain = self.start_step + self.optimizer.plain_updates
-        if plain == self.start_step:
+        if plain > self.start_step:
+            plain -= self._updates_before()
+        if plain <= self.start_step:
             return [0.0] * len(steps)
         whole = self._update_times(clipped=True, stepped=True)
         intervals = [range(begin, end) for begin, end in pairwise([self.start_step, *steps])]
@@ -282,7 +284,24 @@ class Stage:
         begin, steps = self.start_step, [c.step for c in self.checkpoints]
         rate = self._rate(steps[-1])
         rates = [rate(t) for t in range(begin, steps[-1])]
-        return self.optimizer.step_factors(Updates(rates, [step - begin for step in steps])) if rates else None
+        counts = [step - begin for step in steps]
+        return self.optimizer.step_factors(Updates(rates, counts, self._updates_before())) if rates else None
+
+    def _updates_before(self) -> int:
+        """How many updates the optimizer had made when the stage began: one may go on from stage to stage."""
+        with_state = [c for c in self.checkpoints if c.step > self.start_step and c.optimizer_state is not None]
+        if not with_state or self.optimizer.step_factors(Updates([1.0], [1])) is None:
+            return 0
+        before = [updates_before(c, c.step - self.start_step) for c in with_state]
+        for place, (first, second) in enumerate(pairwise(with_state)):
+            # A GradScaler leaves some steps out, never most of them.
+            if before[place] - before[place + 1] > (second.step - first.step) / 2:
+                raise ValueError(
+                    f"the optimizer's state was begun anew between steps {first.step} and {second.step} of stage "
+                    f"{self.name!r}, and {type(self.optimizer).__name__} steps by how many steps it made before: make "
+                    "what follows a stage of its own"
+                )
+        return max(0, before[0])
 
     def _rate(self, last_step: int) -> Callable[[int], float]:
         """Return the learning rate as a checked function of the update's number."""

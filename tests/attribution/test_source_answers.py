@@ -156,3 +156,28 @@ def test_columns_of_a_tokenizer_are_queries(blobs):
     np.testing.assert_array_equal(method.score({"x": inputs}), expected)
     with pytest.raises(sp.MismatchError, match="different lengths"):
         method.score({"x": inputs, "labels": answers[:1]})
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e12, 1e19])
+@pytest.mark.parametrize("cache", [True, False])
+def test_scores_have_the_size_of_gradients_up_to_where_products_overflow(tmp_path, scale, cache):
+    """Beyond, scores were NaN without a word, or an error of LAPACK's."""
+    torch.manual_seed(0)
+    inputs, targets, start = torch.randn(30, 4), torch.randn(30), torch.randn(1, 4)
+    task = sp.Task(lambda model, batch: model(batch[0])[:, 0], lambda o, batch: (2 * (o - batch[1]), None), name="own")
+
+    def scores(scale):
+        model, data = torch.nn.Linear(4, 1, bias=False), TensorDataset(inputs * scale, targets)
+        model.weight.data = start / scale
+        run = sp.Trajectory([sp.Checkpoint(model.state_dict(), step=10, lr=0.1 / scale**2)])
+        path = tmp_path / f"{scale}"
+        sketch = sp.Sketch(4, kind="identity")
+        bank = sp.build(model, task, run, data, path, sketch=sketch, storage="float32", progress=False)
+        method = sp.Source(bank, model=model, task=task, damping=0.0, cache=cache, progress=False)
+        return method.score(TensorDataset(inputs[:3] * scale, targets[:3])).values
+
+    if scale > 1e18:
+        with pytest.raises(sp.GradientError, match=r"spectrum of stage 'train' at steps \[10\] is not finite.*without"):
+            scores(scale)
+    else:
+        np.testing.assert_allclose(scores(scale), scores(1.0), rtol=1e-4, atol=1e-6)

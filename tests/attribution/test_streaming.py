@@ -1,13 +1,17 @@
 """Scores and hits streamed to the disk are those in memory, whole or not there, and a killed stream is gone on with."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+import zarr
 from problems import source
 
 import source_proj as sp
 from source_proj.attribution import attributor as verbs
 from source_proj.attribution import streaming
+from source_proj.attribution.hits_file import HitsFile
 
 
 @pytest.fixture
@@ -199,3 +203,42 @@ def test_scores_in_long_form(tmp_path):
         own = table[table.query_id == query]
         assert own.score.tolist() == sorted(row.tolist(), reverse=True)
         assert own.train_id.tolist() == [f"s/{i}" for i in np.argsort(-row)]
+
+
+@pytest.fixture
+def streamed_hits(blobs, tmp_path, few_queries):
+    method, queries = asked(blobs)
+    return method.top_k(queries, 5, out=tmp_path / "hits.zarr").path
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "indices/zarr.json", "indices/c/1/0", "scores/c/1/0"])
+@pytest.mark.parametrize("change", ["lost", "emptied", "cut", "flipped", "exchanged"])
+def test_damaged_hits_are_refused_by_name(streamed_hits, name, change):
+    """A chunk that was lost gave the first example of the training set, with a score of 0."""
+    file = streamed_hits / name
+    content, other = file.read_bytes(), (file.parent.parent / "0/0" if "/c/" in name else streamed_hits / "zarr.json")
+    if change == "lost":
+        file.unlink()
+    elif change == "exchanged":
+        shutil.copy(streamed_hits / "scores/zarr.json" if other == file else other, file)
+    else:
+        place = content.find(b"shape") if name != "zarr.json" else content.find(b"true")
+        flipped = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        file.write_bytes({"emptied": b"", "cut": content[:-2], "flipped": flipped}[change])
+    with pytest.raises(sp.SourceProjError, match="hits") as refused:
+        list(HitsFile(streamed_hits))
+    assert str(streamed_hits) in str(refused.value)
+
+
+def test_a_lost_chunk_of_scores_is_no_zeros(blobs, tmp_path, few_queries):
+    method, queries = asked(blobs)
+    held = method.score(queries)
+    held.to_zarr(tmp_path / "held.zarr")
+    method.score(queries, out=tmp_path / "streamed.zarr")
+    for path in (tmp_path / "held.zarr", tmp_path / "streamed.zarr"):
+        next(file for file in sorted(path.rglob("0")) if file.is_file()).unlink()
+        assert np.isnan(zarr.open_array(path, mode="r")[0, 0])
+    changed = next(file for file in sorted((tmp_path / "streamed.zarr/c").rglob("*")) if file.is_file())
+    changed.write_bytes(changed.read_bytes()[:-5] + b"\0" + changed.read_bytes()[-4:])
+    with pytest.raises(ValueError, match="checksum"):
+        zarr.open_array(tmp_path / "streamed.zarr", mode="r")[...]

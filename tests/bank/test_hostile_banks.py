@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bank_runs import N, make_run
+from bank_runs import N, make_data, make_run
 
 from source_proj import bank as banks
 from source_proj._errors import BankError
@@ -202,3 +202,18 @@ def test_an_append_without_its_group_is_no_part(run, built, tmp_path):
     assert report.ok
     assert report.leftovers == [beginning]
     assert banks.open(path).n_rows == N
+
+
+@pytest.mark.parametrize("lost", ["part_1/zarr.json", "part_1"])
+def test_an_appended_part_that_lost_its_file_is_no_leftover(run, bank, lost):
+    """Its rows went unseen otherwise, and were removed by the next finalize."""
+    for seed in (7, 8):
+        banks.open(bank).append(run.model, run.task, make_data(8, seed), batch_size=8, progress=False)
+    there = bank / "stage_0" / lost
+    shutil.rmtree(there) if there.is_dir() else there.unlink()
+    with pytest.raises(
+        BankError, match=r"stage_0/part_1 has no zarr\.json, and was finished once: bring the file back"
+    ):
+        banks.open(bank)
+    assert not banks.verify(bank).ok
+    assert (bank / "stage_0/part_2/zarr.json").exists()

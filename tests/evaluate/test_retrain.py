@@ -30,6 +30,12 @@ def convolution():
     return nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3))
 
 
+def block_in_places():
+    """One module under two names."""
+    block = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    return nn.Sequential(nn.Sequential(block), nn.Sequential(block), nn.Linear(6, 3))
+
+
 def naive(make_model, subset, seed, *, epochs, batch_size, lr, dtype, initial=None, optimizer=torch.optim.SGD, **rest):
     """One model, trained as anyone would."""
     torch.manual_seed(seed)
@@ -56,7 +62,7 @@ def close(actual, expected, tolerance):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("make_model", [tanh_net, convolution])
+@pytest.mark.parametrize("make_model", [tanh_net, convolution, block_in_places])
 @pytest.mark.parametrize("lr", [0.1, lambda step: 0.2 / (1 + step)], ids=["constant", "schedule"])
 def test_equals_plain_sgd(make_model, lr, dtype, tolerance):
     setting = {**SETTING, "lr": lr}

@@ -249,3 +249,18 @@ def test_a_run_that_explodes_is_named():
     )
     with pytest.raises(sp.GradientError, match="not finite"):
         run.score(queries)
+
+
+def test_a_block_under_two_names_is_one_and_stays_as_it_was():
+    block = nn.Linear(3, 3).double()
+    model = nn.Sequential(nn.Sequential(block, nn.Tanh()), nn.Sequential(block, nn.Tanh()))
+    spelled = nn.Sequential(block, nn.Tanh(), block, nn.Tanh())
+    _, data, queries = classification(0)
+    batches = [[0, 1, 2], [3, 4, 5]] * 2
+    scores = [
+        ExactUnrolling(each, sp.Classification(), data, batches, OPTIMIZERS["momentum"], progress=False).score(queries)
+        for each in (spelled, model)
+    ]
+    np.testing.assert_allclose(scores[1].values, scores[0].values, rtol=1e-9)
+    assert list(model.parameters()) == [block.weight, block.bias]
+    assert isinstance(block.weight, nn.Parameter)

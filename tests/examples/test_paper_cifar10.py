@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from source_proj.gradients.hooks import uncovered
+from source_proj.gradients.owners import uncovered
 from source_proj.gradients.space import ParameterSpace
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

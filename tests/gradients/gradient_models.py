@@ -215,6 +215,25 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x.flatten(2))[0][:, -1])
 
 
+class Contraction(nn.Module):
+    """A product that nobody follows."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(width, width) / width**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,io->bo", x, self.matrix)
+
+
+class BlockInPlaces(nn.Sequential):
+    """One block in the place of two layers, under two names, which nothing but vmap can serve."""
+
+    def __init__(self) -> None:
+        block = nn.Sequential(Contraction(12), nn.Tanh())
+        super().__init__(nn.Flatten(), nn.Sequential(block, nn.Sequential(block)), nn.Linear(12, 4))
+
+
 class FunctionalHead(nn.Module):
     """An embedding whose weight is also used outside of its forward."""
 
@@ -337,6 +356,7 @@ CASES = [
     _image_case("raw-parameter-excluded", RawParameter, side=2, patterns=("head.*",)),
     _image_case("multihead-attention", Attention, side=2),
     _image_case("lstm", Recurrent, side=2),
+    _image_case("block-in-places", BlockInPlaces, side=2, method="general"),
     _image_case(
         "weight-norm",
         lambda: nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(12, 4))),
@@ -349,12 +369,7 @@ CASES = [
         side=2,
     ),
     _image_case("encoder", Encoder, side=2),
-    _image_case(
-        "encoder-in-part",
-        Encoder,
-        side=2,
-        patterns=("embed.*", "layer.*linear*", "layer.norm1.*", "block.*"),
-    ),
+    _image_case("encoder-in-part", Encoder, side=2, patterns=("embed.*", "layer.*linear*", "layer.norm1.*", "block.*")),
     _image_case("encoder-covered", Encoder, side=2, patterns=("embed.*", "*.linear1.*", "*.norm2.*", "block.*")),
     _image_case("encoder-one-layer", Encoder, side=2, patterns=("*.linear1.*",)),
     _image_case("frozen-and-unused", Frozen, side=2),

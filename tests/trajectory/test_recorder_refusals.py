@@ -207,3 +207,43 @@ def test_things_to_restore_must_be_given(tmp_path):
     with pytest.raises(MismatchError, match="1 things were recorded as also=, and 0 are given"):
         recorder.restore()
     assert same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        (lambda step: 1 - step / 4, r"learning rates \[-0.02\d*\]: each must be finite, and at least 0"),
+        (lambda step: float("nan") if step == 5 else 1.0, r"learning rates \[nan\]: each must be finite"),
+    ],
+)
+def test_a_rate_that_goes_uphill_is_named_at_its_step(tmp_path, schedule, said):
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    recorder = Recorder(model, optimizer, tmp_path, every=3)
+    for _ in range(5):
+        _step(model, optimizer)
+        recorder.step()
+        scheduler.step()
+    _step(model, optimizer)
+    with pytest.raises(ValueError, match=said):
+        recorder.step()
+
+
+def test_a_schedule_may_end_a_rounding_below_zero(tmp_path):
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step * 0.1 * (10 / 9) - 1e-16)
+    recorder = Recorder(model, optimizer, tmp_path, every=5)
+    for _ in range(10):
+        _step(model, optimizer)
+        rate = optimizer.param_groups[0]["lr"]
+        recorder.step()
+        scheduler.step()
+    assert rate < 0
+    assert recorder.trajectory().final.step == 10
+
+
+def _step(model, optimizer):
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()

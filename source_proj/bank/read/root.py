@@ -88,10 +88,21 @@ def find_parts(store: Store, settings: Settings, stage: int) -> list[Part]:
         if part.spec.start != before:
             raise BankError(f"{part.location} starts at row {part.spec.start}, and {before} rows are before it")
         parts.append(part)
+    _require_last(store, stage, len(parts))
     ids = [row_id for part in parts for row_id in part.ids]
     if len(set(ids)) != len(ids):
         raise BankError(f"{where} holds an id twice; ids must be unique within a stage")
     return parts
+
+
+def _require_last(store: Store, stage: int, count: int) -> None:
+    """Refuse a part that had rows once, and has lost the file by which it counts: it would be taken for a leftover."""
+    lost, later = part_name(stage, count), part_name(stage, count + 1)
+    if any(object_info(store, key) is not None for key in (f"{lost}/seal/c.0.0", f"{later}/zarr.json")):
+        raise BankError(
+            f"{store.location(lost)} has no zarr.json, and was finished once: bring the file back from a copy of the "
+            "bank, or remove that part, and those after it, and append again"
+        )
 
 
 _KINDS = {

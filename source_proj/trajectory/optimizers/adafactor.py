@@ -72,7 +72,7 @@ class Adafactor(PreconditionedOptimizer):
         """1 - β₁ᵗ, the weight of all updates in their mean."""
         if self.beta1 is None:
             return None
-        return [1 - self.beta1**t for t in range(1, updates.checkpoints[-1] + 1)]
+        return [1 - self.beta1**t for t in updates.counted]
 
     def second_moment(self, entry: Mapping[str, Any], step: int) -> Tensor:  # noqa: ARG002
         """The mean square that the state stands for."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -58,11 +57,7 @@ class Adagrad(PreconditionedOptimizer):
 
     def step_factors(self, updates: Updates) -> list[float]:
         """√(T/t)/(1 + (t - 1) δ)."""
-        return [
-            math.sqrt(end / t) / (1 + (t - 1) * self.lr_decay)
-            for begin, end in pairwise([0, *updates.checkpoints])
-            for t in range(begin + 1, end + 1)
-        ]
+        return [math.sqrt(end / t) / (1 + (t - 1) * self.lr_decay) for t, end in updates.ended()]
 
     def second_moment(self, entry: Mapping[str, Any], step: int) -> Tensor:
         """S over the number of steps."""

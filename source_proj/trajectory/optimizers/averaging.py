@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
+
+from source_proj.trajectory.optimizers.base import Updates
 
 __all__ = ["averaging_factors"]
 
 
 def averaging_factors(
-    rates: Sequence[float], momentum: float, warmup_steps: int, r: float, weight_lr_power: float, averaged: bool
+    updates: Updates, momentum: float, warmup_steps: int, r: float, weight_lr_power: float, averaged: bool
 ) -> list[float]:
     r"""What each update moves the weights at the run's end by, in units of its rate times P.
 
@@ -18,17 +19,26 @@ def averaging_factors(
     Reference: Defazio et al. 2024, arXiv 2405.15682.
 
     Args:
-        rates: learning rates of all updates to the run's end, without the optimizer's own warm-up.
+        updates: all to the run's end; their learning rates are without the optimizer's own warm-up.
         momentum: β.
         warmup_steps: of the optimizer's own linear warm-up.
         r: power of the step in a weight.
         weight_lr_power: power p of the largest rate so far.
         averaged: whether the weights are x, which is what the optimizer's ``eval()`` puts into the model; else y.
 
+    Raises:
+        ValueError: the optimizer had averaged before the stage, with weights that no state says one by one.
+
     Example:
-        >>> averaging_factors([0.1] * 4, 0.9, 0, 0.0, 2.0, averaged=True)
+        >>> averaging_factors(Updates([0.1] * 4, [4]), 0.9, 0, 0.0, 2.0, averaged=True)
         [1.0, 0.75, 0.5, 0.25]
     """
+    if updates.before:
+        raise ValueError(
+            f"the optimizer had averaged over {updates.before} steps when the stage began, and what they weigh is not "
+            "known: make the optimizer anew for each stage, or record all of its steps as one stage"
+        )
+    rates = updates.rates
     warmup = [min(1.0, t / warmup_steps) if warmup_steps else 1.0 for t in range(1, len(rates) + 1)]
     largest = accumulate((rate * ramp for rate, ramp in zip(rates, warmup, strict=True)), max)
     weights = [t**r * most**weight_lr_power for t, most in enumerate(largest, 1)]

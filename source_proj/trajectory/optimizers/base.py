@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -27,10 +29,23 @@ class Updates(NamedTuple):
     Attributes:
         rates: learning rate of each.
         checkpoints: how many of them came before each checkpoint.
+        before: how many the optimizer had made before the stage.
     """
 
     rates: Sequence[float]
     checkpoints: Sequence[int]
+    before: int = 0
+
+    @property
+    def counted(self) -> range:
+        """The optimizer's own number of each update to the last checkpoint, from 1 on."""
+        return range(self.before + 1, self.before + self.checkpoints[-1] + 1)
+
+    def ended(self) -> Iterator[tuple[int, int]]:
+        """The optimizer's own number of each update, and that of the update before the next checkpoint."""
+        for begin, end in pairwise([0, *self.checkpoints]):
+            for t in range(begin + 1, end + 1):
+                yield self.before + t, self.before + end
 
 
 def check_betas(betas: Sequence[float]) -> tuple[float, ...]:
@@ -144,8 +159,11 @@ class Optimizer:
             before: the same optimizer's description before; it counts for ratios of learning rates when all are 0.
 
         Raises:
-            ValueError: it maximizes, or its groups differ in what cannot be described.
+            ValueError: it maximizes, goes uphill, or its groups differ in what cannot be described.
         """
+        rates = [float(group.get("lr", 0.0)) for group in groups]
+        if not all(_least(group) <= rate < math.inf for group, rate in zip(groups, rates, strict=True)):
+            raise ValueError(f"{source} has the learning rates {rates}: each must be finite, and at least 0")
         if any(group.get("maximize") for group in groups):
             raise ValueError(f"{source} has maximize=True: minimize the negative of the loss instead")
         for key in cls.alike:
@@ -249,6 +267,11 @@ class PreconditionedOptimizer(Optimizer):
             )
         own = [ParameterGroup(g["names"], scale, float(g["weight_decay"])) for g, scale in differing if g["names"]]
         return {"weight_decay": decay, "groups": tuple(own)}
+
+
+def _least(group: Options) -> float:
+    """The learning rate from which on one counts as 0: schedules round when they add up to nothing."""
+    return -_SAME * abs(float(group.get("initial_lr", 0.0)))
 
 
 def _scales(groups: Sequence[Options], source: str) -> list[float]:

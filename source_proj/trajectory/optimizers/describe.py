@@ -21,6 +21,7 @@ __all__ = [
     "read_groups",
     "recognised",
     "second_moments",
+    "steps_of",
 ]
 
 # What schedulers and torch itself put into groups, and names that people give them.
@@ -178,6 +179,16 @@ def kept_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
     groups = [dict(group) for group in state.get("param_groups", ())]
     return {"state": {key: copied(entry) for key, entry in state["state"].items()}, "param_groups": groups}
+
+
+def steps_of(state: Mapping[str, Any]) -> int:
+    """How many updates an optimizer has made by its ``state_dict()``; 0 where the state does not say.
+
+    A parameter may have joined late, or have had no gradient now and then: the largest number counts.
+    """
+    entries = [entry for entry in state["state"].values() if isinstance(entry, Mapping)]
+    counts = [entry["step"] for entry in entries if "step" in entry]
+    return int(max([*map(float, counts), *(float(group.get("k", 0)) for group in state["param_groups"])], default=0.0))
 
 
 def _known_class(optimizer: torch.optim.Optimizer) -> tuple[type[Optimizer], Options]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from source_proj._errors import MismatchError, SourceProjError
 from source_proj._io.loading import load_tensors
 from source_proj.trajectory.optimizers.base import PreconditionedOptimizer
-from source_proj.trajectory.optimizers.describe import check_state
+from source_proj.trajectory.optimizers.describe import check_state, steps_of
 from source_proj.trajectory.optimizers.naming import named_entries
 
-__all__ = ["Moments", "moments", "names_parameters"]
+__all__ = ["Moments", "moments", "names_parameters", "updates_before"]
 
 _WRAPPERS = ("optimizer", "optimizer_state_dict", "optimizer_state", "optimizer_states")
 
@@ -122,6 +122,19 @@ def names_parameters(checkpoint: StateAtStep) -> bool:
     state = _unwrap(_load(checkpoint), repr(checkpoint))
     by_name = all(isinstance(key, str) for key in state["state"])
     return by_name or all("param_names" in group for group in state["param_groups"])
+
+
+def updates_before(checkpoint: StateAtStep, updates: int) -> int:
+    """How many updates the optimizer had made before a stage, by its state after so many updates of the stage.
+
+    It is below 0 where the optimizer made fewer than were counted, as a GradScaler has it. Where the state does not
+    say, or cannot be read, it is 0; what is wrong with it is said where P is read.
+    """
+    try:
+        made = steps_of(_unwrap(_load(checkpoint), repr(checkpoint)))
+        return made - updates if made else 0
+    except Exception:  # whatever stands in a foreign file
+        return 0
 
 
 def _load(checkpoint: StateAtStep) -> Any:

@@ -52,12 +52,12 @@ class NAdam(AdamMoments):
     def step_factors(self, updates: Updates) -> list[float]:
         """What all gradients together weigh in each step."""
         beta, product, factors = self.betas[0], 1.0, []
-        for t in range(1, updates.checkpoints[-1] + 1):
+        for t in range(1, updates.counted.stop):
             now, following = (beta * (1 - 0.5 * 0.96 ** (s * self.momentum_decay)) for s in (t, t + 1))
             product *= now
             mean = following * (1 - beta**t) / (1 - product * following)
             factors.append((1 - now) / (1 - product) + mean)
-        return factors
+        return factors[updates.before :]
 
     @classmethod
     def fields(cls, group: Options, source: str) -> dict[str, Any]:  # noqa: ARG003, D102

@@ -56,7 +56,7 @@ class RAdam(AdamMoments):
 
     def step_factors(self, updates: Updates) -> list[float]:
         """The rectification r of each step; 1 while there is none."""
-        return [self._rectification(t) for t in range(1, updates.checkpoints[-1] + 1)]
+        return [self._rectification(t) for t in updates.counted]
 
     @property
     def _longest(self) -> float:

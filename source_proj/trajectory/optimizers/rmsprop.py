@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -67,11 +66,7 @@ class RMSprop(PreconditionedOptimizer):
 
     def step_factors(self, updates: Updates) -> list[float]:
         """√((1 - αᵀ)/(1 - αᵗ)): v begins at 0, so that the first steps, t of T, are longer than the checkpoint's."""
-        return [
-            math.sqrt((1 - self.alpha**end) / (1 - self.alpha**t))
-            for begin, end in pairwise([0, *updates.checkpoints])
-            for t in range(begin + 1, end + 1)
-        ]
+        return [math.sqrt((1 - self.alpha**end) / (1 - self.alpha**t)) for t, end in updates.ended()]
 
     def second_moment(self, entry: Mapping[str, Any], step: int) -> Tensor:  # noqa: ARG002
         """The mean square, less the square of the mean where it is centered."""

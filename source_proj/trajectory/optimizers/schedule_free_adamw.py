@@ -55,9 +55,7 @@ class ScheduleFreeAdamW(AdamMoments):
 
     def step_factors(self, updates: Updates) -> list[float]:
         """The share of each step that reaches the weights at the end."""
-        return averaging_factors(
-            updates.rates, self.betas[0], self.warmup_steps, self.r, self.weight_lr_power, self.averaged
-        )
+        return averaging_factors(updates, self.betas[0], self.warmup_steps, self.r, self.weight_lr_power, self.averaged)
 
     @classmethod
     def fields(cls, group: Options, source: str) -> dict[str, Any]:  # noqa: ARG003, D102

@@ -55,9 +55,7 @@ class ScheduleFreeSGD(Optimizer):
 
     def step_factors(self, updates: Updates) -> list[float]:
         """The share of each step that reaches the weights at the end."""
-        return averaging_factors(
-            updates.rates, self.momentum, self.warmup_steps, self.r, self.weight_lr_power, self.averaged
-        )
+        return averaging_factors(updates, self.momentum, self.warmup_steps, self.r, self.weight_lr_power, self.averaged)
 
     @classmethod
     def fields(cls, group: Options, source: str) -> dict[str, Any]:  # noqa: ARG003, D102

@@ -81,7 +81,8 @@ def updates_of_call(
     for place, (norm, step) in enumerate(zip(own, seen, strict=True), 1):
         now = type(optimizer).from_groups(step.options, "the optimizer", optimizer)
         require_integrable(optimizer, now, progress.steps + place)
-        updates.append(Pending(step.number, float(step.options[0]["lr"]), norm, now.time_factor))
+        rate = max(0.0, float(step.options[0]["lr"]))  # a schedule may end a rounding below 0
+        updates.append(Pending(step.number, rate, norm, now.time_factor))
     return updates
 
 

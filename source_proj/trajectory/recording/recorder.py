@@ -18,8 +18,8 @@ from source_proj._io.loading import load_tensors, require_loadable
 from source_proj._io.locks import FolderLock
 from source_proj.trajectory.checkpoint import matched_state
 from source_proj.trajectory.counts import checked_count
-from source_proj.trajectory.optimizers import Options
-from source_proj.trajectory.optimizers.describe import describe_live, held_names, read_groups, second_moments
+from source_proj.trajectory.optimizers import Options, Updates
+from source_proj.trajectory.optimizers.describe import describe_live, held_names, read_groups, second_moments, steps_of
 from source_proj.trajectory.options import ReadOptions
 from source_proj.trajectory.recording.companion import Companion, Stateful, kept_content
 from source_proj.trajectory.recording.progress import Progress, Seen, update_runs, updates_of_call
@@ -263,6 +263,7 @@ class Recorder:
         try:
             run = RecordedRun.read(self.dir)
             if run is None:
+                fresh.optimizer.step_factors(Updates([1.0], [1], steps_of(self._optimizer.state_dict())))
                 # At once, so that the checkpoints to come have an owner.
                 fresh.write(self.dir)
                 return fresh

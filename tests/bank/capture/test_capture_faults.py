@@ -200,3 +200,64 @@ def test_ids_that_are_no_places(tmp_path, model):
     optimizer.step()
     with pytest.raises(ValueError, match=r"got the id 1000000003.*bank\(ids=\.\.\.\)"):
         recorder.step(ids=[10**9 + place for place in range(4)])
+
+
+class BesideTheBatch(nn.Module):
+    """A layer of constants, whose output is put to some use."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.body, self.table, self.use = nn.Linear(6, 3), nn.Linear(1, 3), use
+
+    def forward(self, x):
+        return self.use(self.body(x), self.table(torch.linspace(0, 1, 3)[:, None]))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda h, table: h * table.sum(),
+        lambda h, table: h @ table.mT,
+        lambda h, table: -torch.cdist(h, table),
+        lambda h, table: h @ table.view(-1).view(3, 3),
+        lambda h, table: h / table.norm(),
+    ],
+    ids=["sum", "transpose", "distances", "view", "norm"],
+)
+def test_what_is_made_of_a_layer_beside_the_batch_is_left_as_it_is(tmp_path, use):
+    """Its output was expanded to the batch in the network that was trained: another network, or torch's errors."""
+    torch.manual_seed(0)
+    network, inputs = BesideTheBatch(use), torch.randn(12, 6)
+    labels = torch.arange(12) % 3
+    plain = copy.deepcopy(network)
+    with pytest.raises(sp.GradientError, match=r"layers \['table'\] see no batch.*parameters=\['!table\.\*'\]"):
+        run(network, inputs, labels, tmp_path / "refused")
+    network = copy.deepcopy(plain)
+    run(network, inputs, labels, tmp_path / "run", parameters=["!table.*"])
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(plain, inputs, labels).backward()
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), plain.parameters(), strict=True))
+
+
+def run(network, inputs, labels, directory, **options):
+    network.train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    recorder = captured(directory, network, optimizer, **options)
+    try:
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of(network, inputs, labels).backward()
+            optimizer.step()
+            recorder.step(ids=range(12))
+    finally:
+        recorder.close()
+
+
+def test_a_layer_that_is_added_to_every_example_is_captured(tmp_path):
+    torch.manual_seed(0)
+    network = BesideTheBatch(None)
+    network.forward = lambda x: network.body(x) + network.table(torch.ones(1))
+    run(network, torch.randn(12, 6), torch.arange(12) % 3, tmp_path / "run")
