@@ -166,7 +166,7 @@ def _class_features(bank: Bank, source: Source, member: np.ndarray, classes: int
     rows: dict[str, Tensor] = {}
     for checkpoint in range(stage.n_checkpoints):
         for metric in {stage.metric(checkpoint), *bank.trajectory.crossed_metrics(0, checkpoint)}:
-            total = torch.zeros(classes, bank.sketch.dim)
+            total = torch.zeros(classes, bank.sketch.dim, dtype=torch.float32, device="cpu")
             for block in stage.iter_rows(checkpoint, metric=metric):
                 own = torch.from_numpy(member[block.start : block.stop])
                 total.index_add_(0, own, -block.d1[:, None] * block.rows)

@@ -184,12 +184,13 @@ class ExactUnrolling:
     def _backward(self, adjoint: list[Tensor]) -> np.ndarray:
         """Carry queries' gradients ``(B, *shape)`` back through the run: by examples' weights, ``(B, N)``."""
         count, steps = len(adjoint[0]), len(self._batches)
-        scores = torch.zeros(count, len(self.ids), dtype=torch.float64)
+        scores = torch.zeros(count, len(self.ids), dtype=torch.float64, device="cpu")
         moments: list[dict[str, Tensor]] = [{} for _ in adjoint]
         with progress_bar(self._progress, "back through the run", steps, "steps") as bar:
             for t, state in self._states_backwards():
                 adjoint, moments, weights = self._pulled_back(t, state, adjoint, moments)
-                scores.index_add_(1, torch.tensor(self._batches[t]), weights.double().cpu())
+                members = torch.tensor(self._batches[t], dtype=torch.int64, device="cpu")
+                scores.index_add_(1, members, weights.double().cpu())
                 bar.update(1)
         return scores.numpy()
 

@@ -80,7 +80,7 @@ def take(batch: Batch, examples: list[int], size: int | None = None) -> Batch:
         tensor([2])
     """
     tensors, rebuild = per_example_tensors(batch, batch_size(batch) if size is None else size)
-    return rebuild([tensor[torch.tensor(examples, device=tensor.device)] for tensor in tensors])
+    return rebuild([tensor[torch.tensor(examples, device=tensor.device, dtype=torch.int64)] for tensor in tensors])
 
 
 def nonfinite_examples(rows: Tensor) -> list[int]:

@@ -103,7 +103,7 @@ class GeneralPath:
             else:
                 yield examples[0], *result
                 return
-        alone = torch.ones(1)
+        alone = torch.ones(1, dtype=torch.float32, device="cpu")
         for b in examples:
             example = take(batch, [b], size)
             try:

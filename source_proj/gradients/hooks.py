@@ -162,7 +162,7 @@ class HookPath:
             GradientError: a layer's input was modified in place after the layer had seen it, or a reentrant checkpoint
                 hides layers.
         """
-        anchor = torch.zeros((), requires_grad=True)
+        anchor = torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")
         turn: list[GradientSink] = []  # its last is that of the backward pass under way
         seen = partial(self._on_output, size=size, anchor=anchor, taker=lambda: turn[-1])
         self._calls = []

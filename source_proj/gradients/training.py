@@ -130,7 +130,7 @@ class TrainingPath(HookPath):
         self.sampler: Sampler | None = None
         self._open: TrainingPass | None = None
         self._nested = 0  # calls of the model within that pass, as another path's probes are
-        self._anchor = torch.zeros((), requires_grad=True)
+        self._anchor = torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")
         self._known: set[object] = set()  # kinds of batches whose graph was looked at
         self._shared_known = False
         self._kept_back = _kept_back(model)
@@ -164,7 +164,7 @@ class TrainingPath(HookPath):
         if not self._shared_known:
             self._find_shared(args, kwargs, size)
         device = self._placement.device
-        rows = torch.zeros(size, self._sketch.dim, device=device)
+        rows = torch.zeros(size, self._sketch.dim, device=device, dtype=torch.float32)
         sink, shares = GradientSink(rows, self._sketch, self._space), None
         if self.watched:
             shares = share_sink(size, self._space, device)
@@ -264,7 +264,7 @@ class TrainingPath(HookPath):
         lost = [self._structure(head, calls, size, self._live).lost for head in heads]
         if heads and not any(lost):
             return
-        halves = torch.arange(size).chunk(2)
+        halves = torch.arange(size, device="cpu").chunk(2)
         with _probing(self._model):
             whole = self._outputs((args, kwargs))
             parts = [self._outputs(take((args, kwargs), half.tolist(), size)) for half in halves]

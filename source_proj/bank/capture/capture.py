@@ -324,8 +324,8 @@ def _index(passes: Sequence[TrainingPass], ids: Any, examples: int | None) -> Te
                 "which examples was the step of? Give step(ids=...), their places in the training set, in order; or "
                 "train on an IndexedDataset (for the Trainer, one of mappings, and with remove_unused_columns=False)"
             )
-        ids = torch.cat([torch.as_tensor(part).reshape(-1).cpu() for part in parts])
-    index = torch.as_tensor(ids).reshape(-1).cpu()
+        ids = torch.cat([torch.as_tensor(part, device="cpu").reshape(-1) for part in parts])
+    index = torch.as_tensor(ids, device="cpu").reshape(-1)
     if index.is_floating_point() or index.dtype == torch.bool or index.is_complex():
         raise TypeError(f"ids must be places in the training set, integers, got {index.dtype}")
     if len(index) != sum(sizes):

@@ -101,7 +101,7 @@ class Sharded(Placement):
 
         for name in self.lockstep.from_leader(read):
             entry = own[name]
-            value = held[name].detach() if self.lockstep.leads else torch.empty(entry.shape)
+            value = held[name].detach() if self.lockstep.leads else entry.new_empty(entry.shape, device=self.device)
             value = value.to(self.device, entry.dtype)
             with torch.no_grad():
                 if isinstance(entry, DTensor):
