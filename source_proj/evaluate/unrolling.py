@@ -22,6 +22,7 @@ from source_proj.bank.build.columns import examples_of
 from source_proj.bank.build.data import BatchSource, to_device
 from source_proj.evaluate._stepper import OptimizerFactory, State, Stepper, derivatives
 from source_proj.gradients import private_copy
+from source_proj.gradients.batches import own_copy
 from source_proj.task import Batch, Model, Task
 
 __all__ = ["ExactUnrolling"]
@@ -175,7 +176,7 @@ class ExactUnrolling:
         leaves = [p.clone().requires_grad_() for p in final]
         batch, model = self._placed(batch), self._with(leaves)
         if task.asks_for_answers(batch):
-            batch, task = task.answered(batch, task.answers(model, batch).values), task.by_target()
+            batch, task = task.answered(batch, task.answers(model, own_copy(batch)).values), task.by_target()
         with _twice_differentiable():
             values = task.measurement(model, batch)
             identity = torch.eye(len(values), dtype=values.dtype, device=values.device)
@@ -216,7 +217,7 @@ class ExactUnrolling:
         places = self._batches[t]
         ((_, _, batch),) = BatchSource(Subset(self._data, places), len(places)).load([(0, len(places))])
         batch = self._placed(batch)
-        output = self._task.output(self._with(parameters), batch)
+        output = self._task.output(self._with(parameters), own_copy(batch))
         slope = _slope(self._task, output, batch) / len(places)
         slope = slope.detach() if weights is None else slope * weights
         gradients = torch.autograd.grad(

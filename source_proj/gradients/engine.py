@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import GradientError, SourceProjError
-from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
+from source_proj.gradients.batches import Batch, batch_size, own_copy, square_lists_noted, take, with_own_batch
 from source_proj.gradients.general import Function, Functions, GeneralPath, first_line
 from source_proj.gradients.hooks import HookPath, Structure, Unsuited, alone, evaluating, uncovered
 from source_proj.gradients.law import SAMPLED, Law, Work
@@ -222,10 +222,10 @@ class GradientEngine:
         # Sharded weights are gathered for one backward pass.
         if len(functions) > 1 and (self._proof.apart or not self._placement.is_whole):
             return [self.sketch_scaled(each, batch, scales, name, size) for name, each in functions]
-        batch = map_tensors(batch, Tensor.detach)
         size = batch_size(batch) if size is None else size
-        works = [Work(each, batch, size, list(scales), name, self._proof.next_batch(name)) for name, each in functions]
-        with torch.inference_mode(False), torch.enable_grad(), evaluating(self._model):
+        works = [Work(with_own_batch(f), batch, size, list(scales), n, self._proof.next_batch(n)) for n, f in functions]
+        aware = square_lists_noted(batch, size)
+        with torch.inference_mode(False), torch.enable_grad(), evaluating(self._model), aware:
             if self._hooks is not None and not self._proof.general:
                 try:
                     return self._by_hooks(self._hooks, works, together)
@@ -249,7 +249,7 @@ class GradientEngine:
             evaluating(self._model),
             self._law.autocast()(),
         ):
-            return not function(self._model, map_tensors(batch, Tensor.detach)).requires_grad
+            return not function(self._model, own_copy(batch)).requires_grad
 
     def _try_hooks(self) -> None:
         missing = uncovered(self._model, self._space)
@@ -288,7 +288,9 @@ class GradientEngine:
                     raise Unsuited(proof.refused[structure.signature])
             structures.extend(found)
 
-        values = hooks.add_to([each.sink for each in passes], together, batch, size, self._law.autocast(), admit)
+        values = hooks.add_to(
+            [each.sink for each in passes], with_own_batch(together), batch, size, self._law.autocast(), admit
+        )
         for each in passes:
             each.sink.gather()
         made = zip(passes, values, structures, strict=True)

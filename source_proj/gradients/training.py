@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from source_proj._errors import GradientError
-from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
+from source_proj.gradients.batches import Batch, batch_size, lists_examples, map_tensors, own_copy, take
 from source_proj.gradients.hooks import HookPath, evaluating, uncovered
 from source_proj.gradients.layout import Call
 from source_proj.gradients.proof import WatchedSink, share_sink
@@ -133,6 +133,7 @@ class TrainingPath(HookPath):
         self._anchor = torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")
         self._known: set[object] = set()  # kinds of batches whose graph was looked at
         self._shared_known = False
+        self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # to the pass that is open, before it began
         self._kept_back = _kept_back(model)
         self._mixing = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         weakly = partial(_WeakHook, self)
@@ -172,23 +173,25 @@ class TrainingPath(HookPath):
         self._open = TrainingPass(size, rows, sink, shares, index, told if told.get(LABELS) is not None else None, sink)
         self._open.beside = tuple(each for each in self.passes if not each.reached)
         self.passes.append(self._open)
-        kind = _kind(batch)
+        kind = _kind(batch, size)
         self._calls = None if size == 1 or kind in self._known else []
+        if self._calls is not None:  # the forward pass may change its inputs
+            self._given = own_copy((args, kwargs), keep_flags=True)
         self._known.add(kind)
 
-    def _finish(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _finish(self, _model: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
         if self._nested:
             self._nested -= 1
             return
         current, self._open = self._open, None
-        calls, self._calls = self._calls, None
+        calls, given, self._calls, self._given = self._calls, self._given, None, None
         if current is None:
             return
         if output is None:  # the forward pass raised
             self.passes.remove(current)
             return
-        if calls is not None:
-            self._require_apart(calls, args, kwargs, output, current.size)
+        if calls is not None and given is not None:
+            self._require_apart(calls, *given, output, current.size)
         if self.sampler is not None and (asked := self.sampler(output, current.batch, current.size)) is not None:
             self._add_sampled(current, *asked)
 
@@ -239,7 +242,7 @@ class TrainingPath(HookPath):
 
     def _find_shared(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
         """Learn which layers see no batch, from one example and from two; leaves random states and buffers alone."""
-        single, double = (take((args, kwargs), some, size) for some in ([0], [0, min(1, size - 1)]))
+        single, double = (_part(args, kwargs, some, size) for some in ([0], [0, min(1, size - 1)]))
         with _probing(self._model):
             self.find_shared(_called, single, double)
         self._shared_known = True
@@ -267,7 +270,7 @@ class TrainingPath(HookPath):
         halves = torch.arange(size, device="cpu").chunk(2)
         with _probing(self._model):
             whole = self._outputs((args, kwargs))
-            parts = [self._outputs(take((args, kwargs), half.tolist(), size)) for half in halves]
+            parts = [self._outputs(_part(args, kwargs, half.tolist(), size)) for half in halves]
         if any([name for name, _ in part] != [name for name, _ in whole] for part in parts):
             raise GradientError("the layers that the model calls depend on which examples are in a batch")
         for place, (name, there) in enumerate(whole):
@@ -314,8 +317,12 @@ def _remove(handles: Sequence[RemovableHandle]) -> None:
 
 
 def _called(model: nn.Module, batch: Batch) -> Any:
-    args, kwargs = batch
+    args, kwargs = own_copy(batch, keep_flags=True)
     return model(*args, **kwargs)
+
+
+def _part(args: tuple[Any, ...], kwargs: dict[str, Any], examples: list[int], size: int) -> Batch:
+    return take(args, examples, size), take(kwargs, examples, size)
 
 
 @contextmanager
@@ -361,9 +368,13 @@ def _graph_task() -> int:
     return torch._C._current_graph_task_id()
 
 
-def _kind(batch: Batch) -> object:
-    """What batches of one kind share: the tree, and each tensor's type and number of dimensions."""
-    return repr(map_tensors(batch, lambda t: (str(t.dtype), t.dim())))  # type: ignore[arg-type, return-value]
+def _kind(batch: Batch, size: int) -> object:
+    """What batches of one kind share: the tree, and each tensor's type and number of dimensions; not texts and such."""
+
+    def listed(value: Batch) -> str | None:
+        return "a list of examples" if lists_examples(value, size) else None
+
+    return repr(map_tensors(batch, lambda t: (str(t.dtype), t.dim()), listed))  # type: ignore[arg-type, return-value]
 
 
 class _WeakHook:
