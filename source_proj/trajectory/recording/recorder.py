@@ -22,7 +22,7 @@ from source_proj.trajectory.optimizers import Options
 from source_proj.trajectory.optimizers.describe import describe_live, held_names, read_groups, second_moments
 from source_proj.trajectory.options import ReadOptions
 from source_proj.trajectory.recording.companion import Companion, Stateful, kept_content
-from source_proj.trajectory.recording.progress import Progress, Seen, update_runs, updates_of_call
+from source_proj.trajectory.recording.progress import Progress, Seen, skips_step, update_runs, updates_of_call
 from source_proj.trajectory.recording.run_files import (
     RecordedCheckpoint,
     RecordedRun,
@@ -248,9 +248,12 @@ class Recorder:
         return read_groups(self._optimizer, self._model)
 
     def _see(self) -> None:
+        if skips_step(self._optimizer):
+            return
         if len(self._seen) < 3:  # of more, only their being too many matters; a recorder may be idle for a whole stage
-            last = self._seen[-1].number if self._seen else self._progress.last_seen
-            self._seen.append(Seen(last + 1, self._options()))
+            self._seen.append(
+                Seen(1 + (self._seen[-1].number if self._seen else self._progress.last_seen), self._options())
+            )
         self._watch.optimizer_stepped()
 
     def _open(self, fresh: RecordedRun) -> RecordedRun:
