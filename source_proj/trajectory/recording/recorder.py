@@ -248,12 +248,9 @@ class Recorder:
         return read_groups(self._optimizer, self._model)
 
     def _see(self) -> None:
-        if skips_step(self._optimizer):
-            return
         if len(self._seen) < 3:  # of more, only their being too many matters; a recorder may be idle for a whole stage
-            self._seen.append(
-                Seen(1 + (self._seen[-1].number if self._seen else self._progress.last_seen), self._options())
-            )
+            last = self._seen[-1].number if self._seen else self._progress.last_seen
+            self._seen.append(Seen(last + 1, self._options()))
         self._watch.optimizer_stepped()
 
     def _open(self, fresh: RecordedRun) -> RecordedRun:
@@ -389,9 +386,9 @@ def _weakly(method: Callable[[], None]) -> Callable[..., None]:
     """A hook that keeps nothing alive: a Recorder that nobody holds any more ends, and gives its directory back."""
     reference = weakref.WeakMethod(method)
 
-    def hook(*_: object) -> None:
+    def hook(optimizer: torch.optim.Optimizer, *_: object) -> None:
         alive = reference()
-        if alive is not None:
+        if alive is not None and not skips_step(optimizer):
             alive()
 
     return hook
