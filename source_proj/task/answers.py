@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from source_proj._errors import MismatchError
+from source_proj._errors import ExampleError, MismatchError
 from source_proj.task.batch import Batch, Model, logits_of, without_cache
 
 __all__ = ["Answer", "Answers", "continued", "greedy", "has_targets", "inputs_of", "with_labels"]
@@ -125,7 +125,7 @@ def greedy(model: Model, batch: Batch, count: int, padding: int) -> Answers:
                 inputs = {"input_ids": whole} if by_name else whole
                 try:
                     logits = logits_of(model, inputs, by_name)
-                except (RuntimeError, IndexError) as error:
+                except (RuntimeError, IndexError, ExampleError) as error:
                     if not done:
                         raise
                     raise MismatchError(_too_long(model, prompt, done, count, error)) from error

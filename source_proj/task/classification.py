@@ -220,5 +220,7 @@ class Classification(Task):
         if labels.shape != logits.shape[:1]:
             raise ValueError(
                 f"labels {tuple(labels.shape)} do not go with logits {tuple(logits.shape)}: one an example"
+                f"{', such as labels.argmax(-1) of one-hot rows' if labels.shape == logits.shape else ''}"
+                f"{', labels.squeeze(1)' if labels.shape == (len(logits), 1) else ''}"
             )
         return refuse_foreign_labels(logits, class_indices(labels))
