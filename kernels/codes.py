@@ -118,7 +118,7 @@ def encode_rows(rows: Tensor, levels: tuple[float, ...], *, backend: str | None 
         [[5]]
     """
     bits = len(levels).bit_length() - 1
-    numbers = torch.tensor(levels, device=rows.device)
+    numbers = torch.tensor(levels, device=rows.device, dtype=torch.float32)
     edges = (numbers[1:] + numbers[:-1]) / 2
     if choose_backend(backend, rows.device.type, _BACKENDS, "codes") == "native":
         return _encode_native(rows.contiguous(), numbers, edges, bits)
@@ -157,7 +157,8 @@ def unpack_rows(
         return rows.flatten(1)[:, :k].contiguous()
     codes, library = codes.contiguous(), require_library()
     size = len(codes) * k
-    out = (torch.empty(size) if kept else aligned_scratch("codes", size)).view(len(codes), k)
+    memory = torch.empty(size, dtype=torch.float32, device="cpu") if kept else aligned_scratch("codes", size)
+    out = memory.view(len(codes), k)
     width, bits = codes.shape[1], 8 // table.shape[1]
 
     def some(first: int, last: int) -> None:
@@ -173,8 +174,8 @@ def unpack_rows(
 
 def _encode_native(rows: Tensor, levels: Tensor, edges: Tensor, bits: int) -> Encoding:
     (n, k), library = rows.shape, require_library()
-    codes = torch.empty(n, -(-k * bits // 8), dtype=torch.uint8)
-    length, along = torch.empty(n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
+    codes = torch.empty(n, -(-k * bits // 8), dtype=torch.uint8, device="cpu")
+    length, along = torch.empty(n, dtype=torch.float64, device="cpu"), torch.empty(n, dtype=torch.float64, device="cpu")
 
     def some(first: int, last: int) -> None:
         library.sp_encode(
@@ -194,4 +195,4 @@ def _table(levels: tuple[float, ...], device: torch.device) -> Tensor:
     bits = len(levels).bit_length() - 1
     shifts = torch.arange(0, 8, bits, device=device)
     places = torch.arange(256, device=device)[:, None] >> shifts & (1 << bits) - 1
-    return torch.tensor(levels, device=device)[places]
+    return torch.tensor(levels, device=device, dtype=torch.float32)[places]

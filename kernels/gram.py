@@ -106,7 +106,8 @@ def _torch(rows: Tensor, factor: Tensor | None) -> list[Tensor]:
 
 def _native(rows: Tensor, factor: Tensor | None) -> list[Tensor]:
     n, dim = rows.shape
-    panels = [torch.zeros(shape) for shape in _shapes(dim)]  # what no block is written to is stored, too
+    # Zeros, as what no block is written to is stored, too.
+    panels = [torch.zeros(shape, dtype=torch.float32, device="cpu") for shape in _shapes(dim)]
     strips = [rows[:, start : start + _SIDE].contiguous() for start in range(0, dim, _SIDE)]
     factor = None if factor is None else factor.contiguous()
 

@@ -216,7 +216,7 @@ def give_back(memory: Tensor) -> None:
 
 
 def _aligned(count: int) -> Tensor:
-    memory = torch.empty(count + _ALIGNMENT // 4, dtype=torch.float32)
+    memory = torch.empty(count + _ALIGNMENT // 4, dtype=torch.float32, device="cpu")
     skip = -memory.data_ptr() % _ALIGNMENT // 4
     return memory[skip : skip + count]
 

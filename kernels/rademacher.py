@@ -52,7 +52,7 @@ def _sign_tile_native(start: int, stop: int, count: int, seed: int, tag: int) ->
     library, rows = native_library(), stop - start
     if library is None:
         raise RuntimeError("the compiled kernels are not there; use backend 'torch'")
-    tile = torch.empty(rows, count)
+    tile = torch.empty(rows, count, dtype=torch.float32, device="cpu")
 
     def fill(first: int, last: int) -> None:
         library.sp_signs(tile[first].data_ptr(), start + first, last - first, count, seed, tag)

@@ -55,11 +55,11 @@ def rotate_back(vectors: Tensor, *, backend: str | None = None) -> Tensor:
 
 def _rotate_native(vectors: Tensor, *, back: bool) -> Tensor:
     vectors, (n, k), library = vectors.float().contiguous(), vectors.shape, require_library()
-    out, signs = torch.empty(n, k), _signs(k)
+    out, signs = torch.empty(n, k, dtype=torch.float32, device="cpu"), _signs(k)
     order = (_order(k).argsort() if back else _order(k)) if _is_sum(k) else None
 
     def some(first: int, last: int) -> None:
-        work = torch.empty(k)
+        work = torch.empty(k, dtype=torch.float32, device="cpu")
         library.sp_rotate(
             out.data_ptr() + 4 * k * first, work.data_ptr(), vectors.data_ptr() + 4 * k * first, k, last - first, k,
             signs.data_ptr(), None if order is None else order.data_ptr(), int(back),

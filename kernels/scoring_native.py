@@ -44,8 +44,9 @@ class _Few(NamedTuple):
 
 def _nibble_sums(queries: Tensor, rows: PackedRows) -> Tensor:
     """For each half byte of the rows, the 16 sums that it can make with a query: ``(Q, table size)``."""
-    queries, levels, stride = _last_contiguous(queries), torch.tensor(rows.levels), _table_size(rows)
-    tables = torch.empty(len(queries), stride)
+    queries, stride = _last_contiguous(queries), _table_size(rows)
+    levels = torch.tensor(rows.levels, dtype=torch.float32, device="cpu")
+    tables = torch.empty(len(queries), stride, dtype=torch.float32, device="cpu")
 
     def some(first: int, last: int) -> None:
         require_library().sp_nibbles(
@@ -81,7 +82,7 @@ def _table_size(rows: PackedRows) -> int:
 def score_native(queries: Tensor, rows: Rows, scale: Tensor | None) -> Tensor:
     """scale_r · q·row_r for all queries and rows: ``(Q, n)`` float32."""
     count, n = len(queries), len(rows)
-    out = torch.empty(count, n)
+    out = torch.empty(count, n, dtype=torch.float32, device="cpu")
     if not out.numel():
         return out
     if takes_product(count, rows):
@@ -201,9 +202,11 @@ class _Heaps:
 
     def __init__(self, count: int, k: int, threshold: Tensor | float) -> None:
         self.k = k
-        self.value, self.row = torch.empty(count, k), torch.empty(count, k, dtype=torch.int64)
-        self.filled = torch.zeros(count, dtype=torch.int64)
-        self.threshold = torch.empty(count).copy_(torch.as_tensor(threshold))
+        self.value = torch.empty(count, k, dtype=torch.float32, device="cpu")
+        self.row = torch.empty(count, k, dtype=torch.int64, device="cpu")
+        self.filled = torch.zeros(count, dtype=torch.int64, device="cpu")
+        self.threshold = torch.empty(count, dtype=torch.float32, device="cpu")
+        self.threshold[:] = threshold
 
     def arguments_from(self, query: int) -> tuple[int | None, ...]:
         arrays = (self.value, self.row, self.filled, self.threshold)

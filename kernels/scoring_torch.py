@@ -83,7 +83,7 @@ class StrongestTorch:
 
     def __init__(self, count: int, k: int, largest: bool, device: torch.device) -> None:
         self._k, self._sign = k, 1.0 if largest else -1.0
-        self._values = torch.empty(count, 0, device=device)
+        self._values = torch.empty(count, 0, device=device, dtype=torch.float32)
         self._rows = torch.empty(count, 0, dtype=torch.int64, device=device)
 
     def add(self, queries: Tensor, rows: Rows, scale: Tensor | None, first: int) -> None:

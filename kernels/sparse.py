@@ -58,7 +58,7 @@ def sparse_add_at_(
         return
     for offset in torch.unique(offsets).tolist():
         here = offsets == offset
-        sums = torch.zeros(int(here.sum()), out.shape[1], device=out.device)
+        sums = torch.zeros(int(here.sum()), out.shape[1], device=out.device, dtype=torch.float32)
         _add_torch_(sums, rows[here], offset, seed, nnz)
         out.index_add_(0, examples[here], sums)
 

@@ -56,7 +56,7 @@ def tensor_add_at_(
         return
     for row in torch.unique(index).tolist():
         here = index == row
-        sums = torch.zeros(int(here.sum()), matrix.dim, device=out.device)
+        sums = torch.zeros(int(here.sum()), matrix.dim, device=out.device, dtype=torch.float32)
         tensor_add_(sums, values[here], matrix.offset + row * matrix.shape[1], matrix, backend=backend)
         out.index_add_(0, examples[here], sums)
 

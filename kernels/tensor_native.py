@@ -318,9 +318,9 @@ def _native(matrix: TensorMap) -> NativeMap:
 @functools.lru_cache(maxsize=16)
 def _twiddles(dim: int, lanes: int) -> Tensor:  # noqa: ARG001, the order follows from them
     """exp(-2 pi i t / k), each rounded once, in the order in which the transforms over so many lanes use them."""
-    angles = torch.arange(dim, dtype=torch.float64) * (-2 * torch.pi / dim)
+    angles = torch.arange(dim, dtype=torch.float64, device="cpu") * (-2 * torch.pi / dim)
     twiddles = torch.stack([angles.cos(), angles.sin()], dim=1).float().contiguous()  # (k, 2)
-    table = torch.empty(2 * dim)
+    table = torch.empty(2 * dim, dtype=torch.float32, device="cpu")
     require_library().sp_spectral_table(table.data_ptr(), twiddles.data_ptr(), dim)
     return table
 

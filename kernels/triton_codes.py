@@ -83,7 +83,7 @@ def _store(out, scores, scale, q, r, count, n, SCALED: tl.constexpr):  # type: i
 
 def score_packed(queries: Tensor, rows: PackedRows, scale: Tensor | None) -> Tensor:
     """scale_r · q·row_r for all queries and rows: ``(Q, n)`` float32."""
-    out = torch.empty(len(queries), len(rows), device=rows.device)
+    out = torch.empty(len(queries), len(rows), device=rows.device, dtype=torch.float32)
     if out.numel():
         per, width = 8 // rows.bits, rows.codes.shape[1]
         padded = torch.nn.functional.pad(queries, (0, per * width - rows.k))
@@ -96,7 +96,7 @@ def score_packed(queries: Tensor, rows: PackedRows, scale: Tensor | None) -> Ten
 def _score_into(out: Tensor, queries: Tensor, rows: PackedRows, scale: Tensor | None) -> None:
     (count, n), codes = out.shape, rows.codes if rows.codes.stride(1) == 1 else rows.codes.contiguous()
     given = queries if scale is None else scale.contiguous()  # a pointer that is not read
-    width, levels = codes.shape[1], torch.tensor(rows.levels, device=out.device)
+    width, levels = codes.shape[1], torch.tensor(rows.levels, device=out.device, dtype=torch.float32)
     arguments = out, queries, codes, codes.stride(0), given, levels, count, n, width
     options = {"SCALED": scale is not None, "BITS": rows.bits, "enable_fp_fusion": True}
     if count > _FEW:

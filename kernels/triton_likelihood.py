@@ -76,7 +76,7 @@ class LabelLikelihood(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        values = torch.empty(labels.shape, device=logits.device)
+        values = torch.empty(labels.shape, device=logits.device, dtype=torch.float32)
         highests, totals = torch.empty_like(values), torch.empty_like(values)
         _fill(values, highests, totals, logits, labels)
         ctx.save_for_backward(logits, labels, highests, totals)

@@ -47,7 +47,7 @@ def row_sums_triton(x: Tensor, g: Tensor, eps: float, *, centred: bool) -> tuple
     batch, rows, width = x.shape
     parts = max(1, min(ceil_div(_PROGRAMS, batch), rows // _FEWEST_ROWS))
     per_part = ceil_div(rows, parts)
-    sums = torch.empty(ceil_div(rows, per_part), batch, 2, width, device=x.device)
+    sums = torch.empty(ceil_div(rows, per_part), batch, 2, width, device=x.device, dtype=torch.float32)
     _sum_rows(sums, x.contiguous(), g.contiguous(), per_part, eps, centred)
     weight, bias = sums.sum(0).unbind(1)
     return weight, bias
@@ -91,7 +91,7 @@ def channel_sums_triton(x: Tensor, g: Tensor, mean: Tensor, scale: Tensor) -> tu
 
     n = (x - mean) scale, with mean and scale (C,) float32.
     """
-    sums = torch.empty(2, *x.shape[:2], device=x.device)
+    sums = torch.empty(2, *x.shape[:2], device=x.device, dtype=torch.float32)
     _sum_channels(sums, x.contiguous(), g.contiguous(), mean.contiguous(), scale.contiguous())
     weight, bias = sums
     return weight, bias

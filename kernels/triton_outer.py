@@ -83,8 +83,8 @@ def _bytes(index: Tensor) -> bytes:
 @functools.lru_cache(maxsize=256)
 def _places(taps: bytes, windows: bytes, device: str) -> tuple[Tensor, Tensor]:
     """Taps (J,) and windows (L,) on the device: kept, as a layer asks for them at every batch."""
-    tap, window = (torch.tensor(np.frombuffer(index, np.int64)) for index in (taps, windows))
-    return tap.to(device), window.to(device)
+    tap, window = (np.frombuffer(index, np.int64) for index in (taps, windows))
+    return torch.tensor(tap, dtype=torch.int64, device=device), torch.tensor(window, dtype=torch.int64, device=device)
 
 
 @triton.jit

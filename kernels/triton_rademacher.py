@@ -116,7 +116,7 @@ def add_dense_triton_(out: Tensor, rows: Tensor, offset: int, seed: int, tag: in
     tiles = ceil_div(count, coordinates)
     per_part = max(_FEWEST, ceil_div(tiles, max(1, _PROGRAMS // (groups[0] * groups[1]))))
     parts = ceil_div(tiles, per_part)
-    partials = torch.empty(parts, batch, dim, device=out.device)
+    partials = torch.empty(parts, batch, dim, device=out.device, dtype=torch.float32)
     _dense_kernel[(*groups, parts)](
         partials, rows, batch, count, dim, rows.stride(0), rows.stride(1), offset, per_part * coordinates, tag,
         *split_seed(seed), EXAMPLES=examples, COORDINATES=coordinates, SPLIT=split, WIDEN=interpreted(),
@@ -137,7 +137,7 @@ def _tile_kernel(tile, start, count, columns, tag, key0, key1, COORDINATES: tl.c
 
 def sign_tile_triton(start: int, stop: int, count: int, seed: int, tag: int, device: torch.device) -> Tensor:
     """Signs of the coordinates [start, stop) in columns [0, count): (stop - start, count) float32, each 1 or -1."""
-    tile = torch.empty(stop - start, count, device=device)
+    tile = torch.empty(stop - start, count, device=device, dtype=torch.float32)
     _fill(tile, start, seed, tag)
     return tile
 

@@ -71,7 +71,7 @@ def score_triton(queries: Tensor, rows: Rows, scale: Tensor | None) -> Tensor:
     """scale_r · q·row_r for all queries and rows: ``(Q, n)`` float32."""
     if isinstance(rows, PackedRows):
         return score_packed(queries, rows, scale)
-    out = torch.empty(len(queries), len(rows), device=rows.device)
+    out = torch.empty(len(queries), len(rows), device=rows.device, dtype=torch.float32)
     if len(queries) <= _FEW:
         if out.numel():
             _score_into(out, queries, rows, scale)
@@ -108,7 +108,7 @@ def _three_halves(queries: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor 
 
 
 def _multiply_into(out: Tensor, parts: Tensor, unit: Tensor | None, rows: Tensor, scale: Tensor | None) -> None:
-    products = torch.empty(len(parts), len(rows), device=rows.device)
+    products = torch.empty(len(parts), len(rows), device=rows.device, dtype=torch.float32)
     product_of_halves(parts, rows.to(parts.dtype).T, products)
     torch.sum(products.view(3, *out.shape), 0, out=out)
     for factor in (unit, scale):

@@ -180,7 +180,7 @@ def add_rows_triton_(out: Tensor, rows: Tensor, offset: int, seed: int, nnz: int
         return
     first, blocks, tables = _blocks(offset, count, dim, seed, nnz, out)
     per_part, parts = _parts(blocks, batch * ceil_div(dim, _TILE))
-    partials = torch.empty(parts, batch, dim, device=out.device)
+    partials = torch.empty(parts, batch, dim, device=out.device, dtype=torch.float32)
     _wide_kernel[(batch, ceil_div(dim, _TILE), parts)](
         partials, rows, partials if scale is None else scale, tables, batch, count, *rows.stride(), offset, first,
         blocks, per_part, dim, *split_seed(seed), nnz, SCALED=scale is not None, BLOCK=_TILE, enable_fp_fusion=True,
@@ -213,7 +213,7 @@ def _add_narrow_(
         examples = 64  # its time goes by programs; no example's sums depend on its companions
     width, groups = columns_width(dim), ceil_div(batch, examples)
     per_part, parts = _parts(blocks, groups)
-    partials = torch.empty(parts, batch, dim, device=out.device)
+    partials = torch.empty(parts, batch, dim, device=out.device, dtype=torch.float32)
     _rows_kernel[(groups, parts)](
         partials, rows, rows if left is None else left, partials if scale is None else scale, tables, batch, count,
         columns, *rows.stride(), *(rows if left is None else left).stride(), offset, first, blocks, per_part,
@@ -295,7 +295,7 @@ def add_at_triton_(out: Tensor, rows: Tensor, examples: Tensor, offsets: Tensor,
     starts = torch.zeros(batch + 1, dtype=torch.int64, device=out.device)
     starts[1:] = torch.bincount(examples, minlength=batch).cumsum(0)
     parts = max(1, min(_PROGRAMS // batch, ceil_div(number, batch * _ROWS_AT_ONCE)))
-    partials = torch.zeros(parts, batch, dim, device=out.device)
+    partials = torch.zeros(parts, batch, dim, device=out.device, dtype=torch.float32)
     _at_kernel[(batch, parts)](
         partials, rows, order, starts, offsets.contiguous(), tables, batch, count, rows.stride(0), rows.stride(1),
         first, last - first, dim, parts, *split_seed(seed), nnz, BLOCK=min(1024, triton.next_power_of_2(count)),

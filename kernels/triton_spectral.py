@@ -120,7 +120,7 @@ def add_spectra_triton_(spectrum: Tensor, left: Tensor, right: Tensor, matrix: T
     (batch, steps, _), (first, second) = left.shape, SPLITS[matrix.dim]
     parts = max(1, min(_PROGRAMS // batch, steps // _FEWEST_STEPS))  # one wave of programs: a second would wait
     parts = ceil_div(steps, ceil_div(steps, parts))
-    partials = torch.empty(parts, batch, first, second, 2, device=spectrum.device)
+    partials = torch.empty(parts, batch, first, second, 2, device=spectrum.device, dtype=torch.float32)
     _fill(partials, _in_order(left), _in_order(right), matrix)
     sums = torch.view_as_complex(partials.sum(0) if parts > 1 else partials[0])
     spectrum.view(batch, second, first).add_(sums.transpose(1, 2))  # frequency f1 + L f2
@@ -158,7 +158,8 @@ def _waves(first: int, second: int, device: str) -> tuple[Tensor, Tensor, Tensor
 
     def circle(rows: int, columns: int, whole: int) -> Tensor:
         # Reduced as integers, so that no angle loses digits.
-        angle = torch.outer(torch.arange(rows), torch.arange(columns)) % whole * (2 * pi / whole)
+        turns = torch.outer(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu")) % whole
+        angle = turns.float() * (2 * pi / whole)
         return torch.stack([angle.double().cos(), angle.double().sin(), -angle.double().sin()]).to(device)
 
     return (

@@ -178,7 +178,7 @@ def _add_lines_(out: Tensor, rows: Tensor, start: int, lines: Tensor, entries: T
     fewest = ceil_div(_FEWEST_ROWS * dim, length * ceil_div(length, dim)) if length < dim else _FEWEST_ROWS
     per_part = max(min(fewest, last - first), ceil_div(last - first, max(1, _PROGRAMS // groups)))
     parts = ceil_div(last - first, per_part)
-    partials = torch.empty(parts, batch, dim, device=out.device)
+    partials = torch.empty(parts, batch, dim, device=out.device, dtype=torch.float32)
     given = (
         partials,
         rows,
@@ -249,7 +249,7 @@ def add_tensor_at_triton_(out: Tensor, values: Tensor, examples: Tensor, index: 
     starts = torch.zeros(batch + 1, dtype=torch.int64, device=out.device)
     starts[1:] = torch.bincount(examples, minlength=batch).cumsum(0)
     parts = max(1, min(_PROGRAMS // batch, ceil_div(number, batch * _ROWS_AT_ONCE)))
-    partials = torch.zeros(parts, batch, dim, device=out.device)
+    partials = torch.zeros(parts, batch, dim, device=out.device, dtype=torch.float32)
     _at_kernel[(batch, parts)](
         partials, values, order, starts, index.contiguous(), lines, entries, batch, length, *values.stride(), dim,
         parts, BLOCK=min(1024, triton.next_power_of_2(min(length, dim))), enable_fp_fusion=True,
@@ -304,7 +304,7 @@ def _factors_kernel(
 
 def factors_triton(left: Tensor, right: Tensor, matrix: TensorMap) -> Tensor:
     """Z (B, T, k) complex: the sketches of left (B, T, o) and right (B, T, i), brought to one size."""
-    z = torch.empty(*left.shape[:2], matrix.dim, 2, device=left.device)
+    z = torch.empty(*left.shape[:2], matrix.dim, 2, device=left.device, dtype=torch.float32)
     _fill_factors(z, left, right, matrix)
     return torch.view_as_complex(z)
 

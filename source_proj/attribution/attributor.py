@@ -136,7 +136,7 @@ class Attributor(ABC):
                 *stream_scores(self, queries, checked_out(out, "scores", overwrite=overwrite), overwrite=overwrite)
             )
         features = self.sketch(queries)
-        values = torch.zeros(len(features.ids), self.n_rows)
+        values = torch.zeros(len(features.ids), self.n_rows, dtype=torch.float32, device="cpu")
         for start, stop, block in self.blocks(self.all_terms(features), len(features.ids)):
             values[:, start:stop] = block
         return self._scores(values.numpy(), features.ids, features[0])
@@ -145,7 +145,7 @@ class Attributor(ABC):
         """The scores ``(Q, n)`` float32 of the training examples at n positions; raises ValueError where none is."""
         features = self.sketch(queries)
         wanted, order = checked_rows(rows, self.n_rows)
-        values = torch.zeros(len(features.ids), len(wanted))
+        values = torch.zeros(len(features.ids), len(wanted), dtype=torch.float32, device="cpu")
         terms = [term._replace(train=Picked(term.train, wanted)) for term in self.all_terms(features)]
         for start, stop, block in Products(terms, len(features.ids), len(self.banks)).blocks((0, len(wanted))):
             values[:, start:stop] = block

@@ -139,7 +139,7 @@ def _batches(data: Any, places: Sequence[int], batch_size: int) -> Iterator[tupl
 
 def sketched_rows(sketch: Sketch, space: ParameterSpace, rows: Tensor) -> Tensor:
     """R g of whole gradients ``(n, d)``, parameter by parameter as the bank's rows were made: ``(n, k)`` float32."""
-    out = torch.zeros(len(rows), sketch.dim, device=rows.device)
+    out = torch.zeros(len(rows), sketch.dim, device=rows.device, dtype=torch.float32)
     ends = [*space.offsets.values(), space.size][1:]
     for start, stop, shape in zip(space.offsets.values(), ends, space.shapes, strict=True):
         sketch.add_(out, rows[:, start:stop], start, shape)

@@ -78,7 +78,7 @@ class GramHessian:
 
     def apply(self, function: SpectralFunction) -> Tensor:
         """Return the matrix f(Ĥ), ``(k, k)``."""
-        return self.multiply(torch.eye(self.dim), function)
+        return self.multiply(torch.eye(self.dim, dtype=torch.float32, device="cpu"), function)
 
     def effective_dimension(self, ridge: float) -> float:
         """Tr Ĥ(Ĥ + λ)⁻¹, for λ > 0."""

@@ -101,7 +101,7 @@ def mean_panels(
     check_curvature(stage, curvature)
     panels = _summed(executor, partial(_panels, stage, curvature, device), stage, checkpoints, dim)
     count = count_factors(stage, checkpoints, curvature)
-    nothing = [] if panels else upper_panels(torch.zeros(dim, dim, device=device))
+    nothing = [] if panels else upper_panels(torch.zeros(dim, dim, device=device, dtype=torch.float32))
     return [panel.to(device).double().div_(count) for panel in panels] or nothing
 
 

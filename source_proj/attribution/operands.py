@@ -126,7 +126,8 @@ class Picked:
         if not len(wanted):
             return
         for operand in self.operands.between(int(wanted[0]), int(wanted[-1]) + 1):
-            low, high = torch.searchsorted(wanted, torch.tensor([operand.start, operand.stop])).tolist()
+            ends = torch.tensor([operand.start, operand.stop], dtype=torch.int64, device="cpu")
+            low, high = torch.searchsorted(wanted, ends).tolist()
             if low < high:
                 own = (wanted[low:high] - operand.start).to(operand.rows.device)
                 scale, weights = (
@@ -236,7 +237,7 @@ def checked_rows(rows: Sequence[int], n: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: one lies outside of 0..n-1.
     """
-    given = torch.as_tensor([operator.index(row) for row in rows], dtype=torch.int64)
+    given = torch.tensor([operator.index(row) for row in rows], dtype=torch.int64, device="cpu")
     outside = given[(given < 0) | (given >= n)].tolist()
     if outside:
         raise ValueError(f"rows are positions among the {n} training examples, 0..{n - 1}, got {outside[:5]}")

@@ -69,7 +69,8 @@ class Products:
         def pass_over(stop: int) -> None:
             """Rows that no term covers score 0; of equal scores only the first k can be among the strongest."""
             if stop > done:
-                best.add_scores(torch.zeros(self.count, min(k, stop - done), device=device), first=done)
+                zeros = torch.zeros(self.count, min(k, stop - done), device=device, dtype=torch.float32)
+                best.add_scores(zeros, first=done)
 
         for start, stop, active in self._aligned(span):
             pass_over(start)

@@ -174,7 +174,7 @@ class DenseHessian:
 
     def apply(self, function: SpectralFunction) -> Tensor:
         """Return the matrix f(Ĥ), ``(k, k)``."""
-        return self.multiply(torch.eye(self.dim), function)
+        return self.multiply(torch.eye(self.dim, dtype=torch.float32, device="cpu"), function)
 
     def effective_dimension(self, ridge: float) -> float:
         """Tr Ĥ(Ĥ + λ)⁻¹, for λ > 0."""
@@ -322,7 +322,8 @@ def factored_dimension(hessian: Factored, ridge: float, dtype: torch.dtype) -> f
         lower = hessian.factor(ridge, dtype)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the ridge is lost in the rounding of the sums
         return hessian.spectrum().effective_dimension(ridge)
-    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
     return max(0.0, len(lower) - ridge * float(inverse.square().sum(dtype=torch.float64)))
 
 

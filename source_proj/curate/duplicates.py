@@ -127,7 +127,8 @@ def _linked(
     """
     n = len(parts[0])
     root = np.arange(n)
-    nearest, partner = torch.full((n,), -2.0), torch.zeros(n, dtype=torch.long)
+    nearest = torch.full((n,), -2.0, dtype=torch.float32, device="cpu")
+    partner = torch.zeros(n, dtype=torch.long, device="cpu")
     blocks = [(i, j) for i in range(0, n, _BLOCK) for j in range(i, n, _BLOCK)]
     with progress_bar(progress, "cosines", len(blocks), "blocks") as bar:
         for i, j in blocks:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -56,9 +57,8 @@ def make_network(seed: int = 0) -> nn.Sequential:
     """Make a freshly initialised network, 64-128-128-10, without touching the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
-        )  # fmt: skip
+        linear = partial(nn.Linear, dtype=torch.float32, device="cpu")
+        return nn.Sequential(linear(64, 128), nn.ReLU(), linear(128, 128), nn.ReLU(), linear(128, 10))
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.SGD:
@@ -93,7 +93,7 @@ def train(
         recorder: records the run; one that holds a run goes on with it.
     """
     inputs, targets = data.tensors
-    weights = torch.ones(len(data))
+    weights = torch.ones(len(data), dtype=torch.float32, device="cpu")
     weights[list(left_out)] = 0
     start = recorder.restore() if recorder is not None else 0
     model.train()
@@ -121,5 +121,5 @@ def _one_thread() -> Iterator[None]:
 
 def _batches(examples: int, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(examples, generator=generator) for _ in range(EPOCHS)]
+    orders = [torch.randperm(examples, generator=generator, device="cpu") for _ in range(EPOCHS)]
     return [order[first : first + BATCH_SIZE] for order in orders for first in range(0, examples, BATCH_SIZE)]

@@ -133,7 +133,7 @@ def _made(optimizer: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimiz
 
 
 def _first(key: str, value: Any, parameter: Tensor) -> Any:
-    return torch.tensor(_COUNTERS[key], dtype=parameter.dtype) if key in _COUNTERS else value
+    return torch.tensor(_COUNTERS[key], dtype=parameter.dtype, device="cpu") if key in _COUNTERS else value
 
 
 def _leaf(key: str, value: Any) -> Any:

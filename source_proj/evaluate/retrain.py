@@ -216,7 +216,8 @@ def train_stacked(
         losses = vmap(model_loss, randomness="different")
         count = 0
         for _ in range(epochs):
-            order = torch.stack([torch.randperm(sizes[0], generator=generator) for generator in generators])
+            orders = [torch.randperm(sizes[0], generator=generator, device="cpu") for generator in generators]
+            order = torch.stack(orders)
             shuffled = torch.gather(indices, 1, order)
             for batch in torch.split(shuffled, batch_size, dim=1):  # batch: (M, b) indices of examples
                 total = losses(parameters, buffers, inputs[batch], targets[batch]).sum()

@@ -21,6 +21,7 @@ from source_proj.bank.build.columns import examples_of
 from source_proj.bank.build.data import BatchSource, to_device
 from source_proj.evaluate._stepper import OptimizerFactory, State, Stepper, derivatives
 from source_proj.gradients import private_copy
+from source_proj.gradients.batches import own_copy
 from source_proj.gradients.replaced import call_with
 from source_proj.task import Batch, Model, Task
 
@@ -175,7 +176,7 @@ class ExactUnrolling:
         leaves = [p.clone().requires_grad_() for p in final]
         batch, model = self._placed(batch), self._with(leaves)
         if task.asks_for_answers(batch):
-            batch, task = task.answered(batch, task.answers(model, batch).values), task.by_target()
+            batch, task = task.answered(batch, task.answers(model, own_copy(batch)).values), task.by_target()
         with _twice_differentiable():
             values = task.measurement(model, batch)
             identity = torch.eye(len(values), dtype=values.dtype, device=values.device)
@@ -184,12 +185,13 @@ class ExactUnrolling:
     def _backward(self, adjoint: list[Tensor]) -> np.ndarray:
         """Carry queries' gradients ``(B, *shape)`` back through the run: by examples' weights, ``(B, N)``."""
         count, steps = len(adjoint[0]), len(self._batches)
-        scores = torch.zeros(count, len(self.ids), dtype=torch.float64)
+        scores = torch.zeros(count, len(self.ids), dtype=torch.float64, device="cpu")
         moments: list[dict[str, Tensor]] = [{} for _ in adjoint]
         with progress_bar(self._progress, "back through the run", steps, "steps") as bar:
             for t, state in self._states_backwards():
                 adjoint, moments, weights = self._pulled_back(t, state, adjoint, moments)
-                scores.index_add_(1, torch.tensor(self._batches[t]), weights.double().cpu())
+                members = torch.tensor(self._batches[t], dtype=torch.int64, device="cpu")
+                scores.index_add_(1, members, weights.double().cpu())
                 bar.update(1)
         return scores.numpy()
 
@@ -215,7 +217,7 @@ class ExactUnrolling:
         places = self._batches[t]
         ((_, _, batch),) = BatchSource(Subset(self._data, places), len(places)).load([(0, len(places))])
         batch = self._placed(batch)
-        output = self._task.output(self._with(parameters), batch)
+        output = self._task.output(self._with(parameters), own_copy(batch))
         slope = _slope(self._task, output, batch) / len(places)
         slope = slope.detach() if weights is None else slope * weights
         gradients = torch.autograd.grad(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Number
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,36 +15,77 @@ from source_proj._errors import GradientError, SourceProjError
 __all__ = [
     "Batch",
     "batch_size",
+    "has_lists",
+    "lists_examples",
     "map_tensors",
     "nonfinite_examples",
+    "own_copy",
     "per_example_tensors",
     "require_in_front",
+    "square_lists_noted",
     "take",
+    "with_own_batch",
 ]
+
+_T = TypeVar("_T")
 
 Batch: TypeAlias = Any  # a tensor, or tuples, lists and mappings of them; other leaves are passed through untouched
 
 
-def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+def map_tensors(
+    batch: Batch, change: Callable[[Tensor], Tensor], instead: Callable[[Batch], Batch | None] = lambda _: None
+) -> Batch:
     """The same tree with every tensor replaced by `change(tensor)`, always visited in the same order.
+
+    Where `instead` of a part below the top gives something, that takes the part's place.
 
     Example:
         >>> map_tensors({"x": torch.ones(2), "note": "kept"}, lambda t: t * 2)
         {'x': tensor([2., 2.]), 'note': 'kept'}
     """
+
+    def below(value: Batch) -> Batch:
+        other = instead(value)
+        return map_tensors(value, change, instead) if other is None else other
+
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, Mapping):
-        return {key: map_tensors(value, change) for key, value in batch.items()}
+        return {key: below(value) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_tensors(value, change) for value in batch))
+        return type(batch)(*(below(value) for value in batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(map_tensors(value, change) for value in batch)
+        return type(batch)(below(value) for value in batch)
     return batch
+
+
+def own_copy(batch: Batch, *, keep_flags: bool = False) -> Batch:
+    """A batch that may be changed: a forward pass may pop entries, or write into its input, and the next sees neither.
+
+    Its tensors have no graph; with `keep_flags` those that require a gradient go on doing so.
+
+    Example:
+        >>> batch = {"x": torch.ones(2)}
+        >>> own_copy(batch).pop("x").add_(1), batch["x"]
+        (tensor([2., 2.]), tensor([1., 1.]))
+    """
+
+    def copied(tensor: Tensor) -> Tensor:
+        own = tensor.detach().clone()
+        return own.requires_grad_() if keep_flags and tensor.requires_grad else own
+
+    return map_tensors(batch, copied)
+
+
+def with_own_batch(function: Callable[[Any, Batch], _T]) -> Callable[[Any, Batch], _T]:
+    """The function of (model, batch), called with a copy of the batch each time."""
+    return lambda model, batch: function(model, own_copy(batch))
 
 
 def batch_size(batch: Batch) -> int:
     """Number of examples: that of the labels of a dict, else the first dim that most of the batch's tensors share.
+
+    A list of tensors of several lengths is one of examples, and counts as it is long.
 
     Raises:
         ValueError: there is no tensor with a dimension.
@@ -53,8 +96,14 @@ def batch_size(batch: Batch) -> int:
         lengths.extend(tensor.shape[:1])
         return tensor
 
+    def look_at_list(value: Batch) -> Batch | None:
+        if not _all_are(value, Tensor) or len({tensor.shape[:1] for tensor in value}) < 2:
+            return None
+        lengths.append(len(value))
+        return value
+
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    map_tensors(labels if isinstance(labels, Tensor) and labels.dim() else batch, look)
+    map_tensors(labels if isinstance(labels, Tensor) and labels.dim() else batch, look, look_at_list)
     if not lengths:
         raise ValueError(
             f"the batch of type {type(batch).__name__} holds no tensor whose first dimension counts examples"
@@ -83,14 +132,82 @@ def per_example_tensors(batch: Batch, size: int) -> tuple[list[Tensor], Callable
 
 
 def take(batch: Batch, examples: list[int], size: int | None = None) -> Batch:
-    """The batch of the given ones of its `size` examples, in that order.
+    """The batch of the given ones of its `size` examples, in that order: rows of tensors, and entries of lists.
 
     Example:
-        >>> take((torch.arange(4), [torch.eye(4)]), [2])[0]
-        tensor([2])
+        >>> take((torch.arange(4), [torch.eye(4)], ["a", "b", "c", "d"]), [2])
+        (tensor([2]), [tensor([[0., 0., 1., 0.]])], ['c'])
     """
-    tensors, rebuild = per_example_tensors(batch, batch_size(batch) if size is None else size)
-    return rebuild([tensor[torch.tensor(examples, device=tensor.device)] for tensor in tensors])
+    size = batch_size(batch) if size is None else size
+
+    def rows(tensor: Tensor) -> Tensor:
+        if tensor.shape[:1] != (size,):
+            return tensor
+        return tensor[torch.tensor(examples, device=tensor.device, dtype=torch.int64)]
+
+    def entries(value: Batch) -> Batch | None:
+        return type(value)(value[example] for example in examples) if lists_examples(value, size) else None
+
+    return map_tensors(batch, rows, entries)
+
+
+def has_lists(batch: Batch, size: int) -> bool:
+    """Whether the batch holds lists with an entry for each of its `size` examples."""
+    lists: list[Batch] = []
+
+    def look(value: Batch) -> Batch | None:
+        if not lists_examples(value, size):
+            return None
+        lists.append(value)
+        return value
+
+    map_tensors(batch, lambda tensor: tensor, look)
+    return bool(lists)
+
+
+@contextmanager
+def square_lists_noted(batch: Batch, size: int) -> Iterator[None]:
+    """Errors within say where a list may have been of examples, and was taken for one of columns."""
+    try:
+        yield
+    except Exception as error:
+        squares: list[str] = []
+
+        def look(value: Batch) -> None:
+            if size > 1 and _all_are(value, Tensor) and len(value) == size and not lists_examples(value, size):
+                squares.append(
+                    f"The batch of {size} examples holds a {type(value).__name__} of {size} tensors of {size} rows, "
+                    "which was taken for columns, each with a row for each example. If they are the examples, choose "
+                    "another batch_size, for this batch and the last one."
+                )
+
+        map_tensors([batch], lambda tensor: tensor, look)
+        for square in squares:
+            error.add_note(square)
+        raise
+
+
+def lists_examples(value: Batch, size: int) -> bool:
+    """Whether it is a list with an entry for each example, such as texts or images of several sizes, and no columns.
+
+    A tuple of numbers is a shape, whatever its length.
+    """
+    if type(value) not in (list, tuple) or len(value) != size:
+        return False
+    if _all_are(value, Tensor):
+        return any(tensor.shape[:1] != (size,) for tensor in value)
+    if _all_are(value, Mapping):
+        return True
+    if any(isinstance(entry, Tensor | Mapping) for entry in value):
+        return False
+    nested = [entry for entry in value if isinstance(entry, list | tuple)]
+    if nested:
+        return len(nested) == size and not any(per_example_tensors(entry, size)[0] for entry in nested)
+    return type(value) is list or not _all_are(value, Number)
+
+
+def _all_are(value: Batch, kind: type) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(entry, kind) for entry in value)
 
 
 def nonfinite_examples(rows: Tensor) -> list[int]:

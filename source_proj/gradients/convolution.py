@@ -82,8 +82,8 @@ def _offsets(counts: Sequence[int], steps: Sequence[int], sizes: Sequence[int]) 
 
     In main memory whatever the device: there they are checked without waiting for a GPU.
     """
-    offset = torch.zeros(1, dtype=torch.int32)
-    along = [torch.arange(n, dtype=torch.int32) * step for n, step in zip(counts, steps, strict=True)]
+    offset = torch.zeros(1, dtype=torch.int32, device="cpu")
+    along = [torch.arange(n, dtype=torch.int32, device="cpu") * step for n, step in zip(counts, steps, strict=True)]
     return reduce(lambda sofar, d: (sofar.unsqueeze(1) * sizes[d] + along[d]).flatten(), range(len(sizes)), offset)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import GradientError, SourceProjError
-from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
+from source_proj.gradients.batches import Batch, batch_size, own_copy, square_lists_noted, take, with_own_batch
 from source_proj.gradients.evaluation import evaluating
 from source_proj.gradients.general import Function, Functions, GeneralPath, first_line
 from source_proj.gradients.hooks import HookPath, Structure, alone
@@ -221,16 +221,14 @@ class GradientEngine:
         Raises:
             MismatchError, TypeError, GradientError: as for `sketch_scaled`.
         """
-        for scale in scales:
-            if scale is not None:
-                scale.require(self._space)
+        for scale in (each for each in scales if each is not None):
+            scale.require(self._space)
         # Sharded weights are gathered for one backward pass.
         if len(functions) > 1 and (self._proof.apart or not self._placement.is_whole):
             return [self.sketch_scaled(each, batch, scales, name, size) for name, each in functions]
-        batch = map_tensors(batch, Tensor.detach)
         size = batch_size(batch) if size is None else size
-        works = [Work(each, batch, size, list(scales), name, self._proof.next_batch(name)) for name, each in functions]
-        with torch.inference_mode(False), torch.enable_grad(), evaluating(self._model):
+        works = [Work(with_own_batch(f), batch, size, list(scales), n, self._proof.next_batch(n)) for n, f in functions]
+        with torch.inference_mode(False), torch.enable_grad(), evaluating(self._model), square_lists_noted(batch, size):
             if self._hooks is not None and not self._proof.general:
                 try:
                     return self._by_hooks(self._hooks, works, together)
@@ -254,7 +252,7 @@ class GradientEngine:
             evaluating(self._model),
             self._law.autocast()(),
         ):
-            return not function(self._model, map_tensors(batch, Tensor.detach)).requires_grad
+            return not function(self._model, own_copy(batch)).requires_grad
 
     def _try_hooks(self) -> None:
         if self._may_change:
@@ -294,7 +292,9 @@ class GradientEngine:
                     raise Unsuited(proof.refused[structure.signature])
             structures.extend(found)
 
-        values = hooks.add_to([each.sink for each in passes], together, batch, size, self._law.autocast(), admit)
+        values = hooks.add_to(
+            [each.sink for each in passes], with_own_batch(together), batch, size, self._law.autocast(), admit
+        )
         for each in passes:
             each.sink.gather()
         made = zip(passes, values, structures, strict=True)

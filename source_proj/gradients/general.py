@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from source_proj._errors import ExampleError, GradientError, SourceProjError
-from source_proj.gradients.batches import Batch, per_example_tensors, require_in_front, take
+from source_proj.gradients.batches import Batch, has_lists, per_example_tensors, require_in_front, take
 from source_proj.gradients.replaced import call_with
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
@@ -104,7 +104,7 @@ class GeneralPath:
             else:
                 yield examples[0], *result
                 return
-        alone = torch.ones(1)
+        alone = torch.ones(1, dtype=torch.float32, device="cpu")
         for b in examples:
             example = take(batch, [b], size)
             try:
@@ -123,6 +123,8 @@ class GeneralPath:
     def _by_vmap(
         self, function: Function, batch: Batch, size: int, examples: list[int], autocast: Autocast
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        if has_lists(batch, size):
+            raise ValueError("the batch holds lists of examples")
         tensors, rebuild = per_example_tensors(batch, size)
         tensors = [tensor[examples[0] : examples[-1] + 1] for tensor in tensors]
         module = _WithModel(self._model, function)

@@ -165,7 +165,7 @@ class HookPath:
                 hides layers.
         """
         turn: list[GradientSink] = []  # its last is that of the backward pass under way
-        current = Pass(size, torch.zeros((), requires_grad=True), lambda: turn[-1])
+        current = Pass(size, torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu"), lambda: turn[-1])
         self._calls = []
         try:
             with self._tapping(current) as live, torch.enable_grad():

@@ -94,12 +94,12 @@ class Law:
 
         Drawn labels are taken whole: halves draw others now and then, where a draw is within rounding of a step.
         """
-        order = torch.randperm(work.size, generator=torch.Generator().manual_seed(work.number))
+        order = torch.randperm(work.size, generator=torch.Generator().manual_seed(work.number), device="cpu")
         whole = work.name == SAMPLED or not self._placement.lockstep.any(work.size > 1)
-        halves = [torch.arange(work.size)] if whole else [half.sort().values for half in order.chunk(2)]
+        halves = [torch.arange(work.size, device="cpu")] if whole else [half.sort().values for half in order.chunk(2)]
         if len(halves) < 2 and not whole:  # one example here, where other processes have two passes to make
             halves.append(halves[0])
-        values = torch.zeros(work.size, device=self._placement.device)
+        values = torch.zeros(work.size, device=self._placement.device, dtype=torch.float32)
         for number, half in enumerate(halves):
             batch = work.batch if len(half) == work.size else take(work.batch, half.tolist(), work.size)
             again = number > 0 and work.size == 1

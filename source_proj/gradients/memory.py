@@ -36,7 +36,7 @@ class RowMemory:
     def zeros(self, size: int, dim: int, device: torch.device) -> Tensor:
         """(size, dim) float32."""
         if device.type != "cpu" or not 0 < size * dim <= _MOST_KEPT:
-            return torch.zeros(size, dim, device=device)
+            return torch.zeros(size, dim, device=device, dtype=torch.float32)
         fits = [n for n, (own, lent) in enumerate(self._kept) if own.shape == (size, dim) and lent() is None]
         own = self._kept.pop(fits[0])[0] if fits else np.empty((size, dim), np.float32)
         lent = own.view()  # the tensor's storage holds it, and whatever shares that storage

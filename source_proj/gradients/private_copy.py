@@ -39,7 +39,8 @@ def private_copy(model: nn.Module, device: torch.device | str | None = None) -> 
     """
     placement = placement_of(model)
     if device is not None and type(placement) is not Placement:
-        if torch.empty(0, device=device).device != torch.empty(0, device=placement.device).device:
+        asked, lies = (torch.empty(0, dtype=torch.uint8, device=each).device for each in (device, placement.device))
+        if asked != lies:
             raise ValueError(
                 f"device {str(device)!r} was given for a model that is {placement.kind} and runs on "
                 f"{str(placement.device)!r}: leave device out"

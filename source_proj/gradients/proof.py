@@ -250,9 +250,10 @@ def law_weights(draw: int, rows: Tensor, evened: bool) -> Tensor:
         evened: False where the gradients' number format has no room for that.
     """
     generator, size = torch.Generator().manual_seed(draw), len(rows)
-    signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1
+    signs = torch.randint(0, 2, (size,), generator=generator, device="cpu").float() * 2 - 1
     # Strata: no two examples have nearly the same weight, as rows that change places would not be seen then.
-    strata = torch.randperm(size, generator=generator) + torch.rand(size, generator=generator) / 2
+    strata = torch.randperm(size, generator=generator, device="cpu").float()
+    strata += torch.rand(size, generator=generator, dtype=torch.float32, device="cpu") / 2
     exponents = _OCTAVES * strata / max(size, 1)
     if evened:
         lengths = rows.norm(dim=1).cpu()
@@ -276,7 +277,7 @@ class Expected:
         self, like: Sequence[Tensor], sketch: Sketch, space: ParameterSpace, scales: Sequence[Scale | None]
     ) -> None:
         self.device = like[0].device
-        self.sums = [torch.zeros(1, sketch.dim, device=self.device) for _ in like]
+        self.sums = [torch.zeros(1, sketch.dim, device=self.device, dtype=torch.float32) for _ in like]
         self.shares = share_sink(1, space, self.device)
         self._sink = gradient_sink(self.sums, sketch, space, scales)
 
@@ -300,7 +301,7 @@ def audited(
     """
     weights = weights.to(expected.device)
     errors = [_relative(weights, r, s[0]) for r, s in zip(rows, expected.sums, strict=True)]
-    error = float(torch.tensor(errors, dtype=torch.float64).max())  # NaN if any is
+    error = float(torch.tensor(errors, dtype=torch.float64, device="cpu").max())  # NaN if any is
     tolerance = max(_TOLERANCE, _ROUNDINGS * coarsest)
     wrong = shares.differing(expected.shares, weights, max(_BY_PARAMETER, tolerance), max(_FLOOR, tolerance / 10))
     touched = shares.touched() | expected.shares.touched()

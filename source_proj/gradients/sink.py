@@ -213,7 +213,8 @@ class SinkByParameter(GradientSink):
     """
 
     def __init__(self, size: int, sketch: Sketch, space: ParameterSpace, device: torch.device) -> None:
-        super().__init__(torch.zeros(len(space.names), size, sketch.dim, device=device), sketch, space)
+        out = torch.zeros(len(space.names), size, sketch.dim, device=device, dtype=torch.float32)
+        super().__init__(out, sketch, space)
         self._at = {name: n for n, name in enumerate(space.names)}
 
     def hold(self) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,11 +26,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from source_proj._errors import GradientError
-from source_proj.gradients.batches import Batch, batch_size, map_tensors, take
-from source_proj.gradients.evaluation import evaluating
+from source_proj.gradients.batches import Batch, batch_size, lists_examples, map_tensors, own_copy
 from source_proj.gradients.hooks import HookPath, Pass
 from source_proj.gradients.layout import Call
 from source_proj.gradients.owners import uncovered
+from source_proj.gradients.probing import called, part, probing
 from source_proj.gradients.proof import WatchedSink, share_sink
 from source_proj.gradients.sink import GradientSink, SinkByParameter
 from source_proj.gradients.space import ParameterSpace
@@ -132,9 +131,10 @@ class TrainingPath(HookPath):
         self.sampler: Sampler | None = None
         self._open: TrainingPass | None = None
         self._nested = 0  # calls of the model within that pass, as another path's probes are
-        self._anchor = torch.zeros((), requires_grad=True)
+        self._anchor = torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")
         self._known: set[object] = set()  # kinds of batches whose graph was looked at
         self._shared_known = False
+        self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # to the pass that is open, before it began
         self._kept_back = _kept_back(model)
         self._mixing = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         weakly = partial(_WeakHook, self)
@@ -166,7 +166,7 @@ class TrainingPath(HookPath):
         if not self._shared_known:
             self._find_shared(args, kwargs, size)
         device = self._placement.device
-        rows = torch.zeros(size, self._sketch.dim, device=device)
+        rows = torch.zeros(size, self._sketch.dim, device=device, dtype=torch.float32)
         sink, shares = GradientSink(rows, self._sketch, self._space), None
         if self.watched:
             shares = share_sink(size, self._space, device)
@@ -174,23 +174,25 @@ class TrainingPath(HookPath):
         self._open = TrainingPass(size, rows, sink, shares, index, told if told.get(LABELS) is not None else None, sink)
         self._open.beside = tuple(each for each in self.passes if not each.reached)
         self.passes.append(self._open)
-        kind = _kind(batch)
+        kind = _kind(batch, size)
         self._calls = None if size == 1 or kind in self._known else []
+        if self._calls is not None:  # the forward pass may change its inputs
+            self._given = own_copy((args, kwargs), keep_flags=True)
         self._known.add(kind)
 
-    def _finish(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _finish(self, _model: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
         if self._nested:
             self._nested -= 1
             return
         current, self._open = self._open, None
-        calls, self._calls = self._calls, None
+        calls, given, self._calls, self._given = self._calls, self._given, None, None
         if current is None:
             return
         if output is None:  # the forward pass raised
             self.passes.remove(current)
             return
-        if calls is not None:
-            self._require_apart(calls, args, kwargs, output, current.size)
+        if calls is not None and given is not None:
+            self._require_apart(calls, *given, output, current.size)
         if self.sampler is not None and (asked := self.sampler(output, current.batch, current.size)) is not None:
             self._add_sampled(current, *asked)
 
@@ -241,11 +243,11 @@ class TrainingPath(HookPath):
 
     def _find_shared(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
         """Learn which layers see no batch, from one example and two; leaves random states and buffers alone."""
-        batches = [take((args, kwargs), some, size) for some in ([0], [0, min(1, size - 1)])]
-        with _probing(self._model):
+        batches = [part(args, kwargs, some, size) for some in ([0], [0, min(1, size - 1)])]
+        with probing(self._model):
             try:
-                self.find_shared(_called, *batches)
-                same = self.shared_as_they_were(_called, *batches)
+                self.find_shared(called, *batches)
+                same = self.shared_as_they_were(called, *batches)
             except (RuntimeError, IndexError, TypeError, ValueError):  # the model's own, of shapes that it did not make
                 if not self._shared:
                     raise
@@ -278,10 +280,10 @@ class TrainingPath(HookPath):
         lost = [self._structure(head, calls, size, self._live).lost for head in heads]
         if heads and not any(lost):
             return
-        halves = torch.arange(size).chunk(2)
-        with _probing(self._model):
+        halves = torch.arange(size, device="cpu").chunk(2)
+        with probing(self._model):
             whole = self._outputs((args, kwargs))
-            parts = [self._outputs(take((args, kwargs), half.tolist(), size)) for half in halves]
+            parts = [self._outputs(part(args, kwargs, half.tolist(), size)) for half in halves]
         if any([name for name, _ in part] != [name for name, _ in whole] for part in parts):
             raise GradientError("the layers that the model calls depend on which examples are in a batch")
         for place, (name, there) in enumerate(whole):
@@ -302,7 +304,7 @@ class TrainingPath(HookPath):
                 outputs.append((self._names[module], output.detach()))
 
         with self._hooked(seen):
-            _called(self._model, batch)
+            called(self._model, batch)
         return outputs
 
 
@@ -327,25 +329,6 @@ def _remove(handles: Sequence[RemovableHandle]) -> None:
         handle.remove()
 
 
-def _called(model: nn.Module, batch: Batch) -> Any:
-    args, kwargs = batch
-    return model(*args, **kwargs)
-
-
-@contextmanager
-def _probing(model: nn.Module) -> Any:
-    """Run a model beside its training: in evaluation mode, without gradients, random states and buffers kept."""
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    kept = [(module, name, buffer, buffer.clone()) for module, name, buffer in _buffers(model)]
-    with torch.random.fork_rng(devices), evaluating(model), torch.no_grad():
-        try:
-            yield
-        finally:
-            for module, name, buffer, before in kept:
-                buffer.copy_(before)
-                module._buffers[name] = buffer  # a forward pass may put another one in its place
-
-
 def _hold_until_its_end(current: TrainingPass) -> None:
     """Let the sink hold pieces back until the backward pass under way has ended, and no tensor of it is used anew."""
     graph = _graph_task()
@@ -357,16 +340,6 @@ def _hold_until_its_end(current: TrainingPass) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(current.sink.release)
 
 
-def _buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """Each buffer with its module and its name there."""
-    return [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-
-
 def _in_backward() -> bool:
     return _graph_task() != -1
 
@@ -375,9 +348,13 @@ def _graph_task() -> int:
     return torch._C._current_graph_task_id()
 
 
-def _kind(batch: Batch) -> object:
-    """What batches of one kind share: the tree, and each tensor's type and number of dimensions."""
-    return repr(map_tensors(batch, lambda t: (str(t.dtype), t.dim())))  # type: ignore[arg-type, return-value]
+def _kind(batch: Batch, size: int) -> object:
+    """What batches of one kind share: the tree, and each tensor's type and number of dimensions; not texts and such."""
+
+    def listed(value: Batch) -> str | None:
+        return "a list of examples" if lists_examples(value, size) else None
+
+    return repr(map_tensors(batch, lambda t: (str(t.dtype), t.dim()), listed))  # type: ignore[arg-type, return-value]
 
 
 class _WeakHook:

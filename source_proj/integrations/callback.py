@@ -19,6 +19,7 @@ from source_proj.task import Task
 from source_proj.trajectory import PreconditionerMode, Segments, Trajectory, weights_stamp
 from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.optimizers.describe import describe_live
+from source_proj.trajectory.recording.progress import skips_step
 from source_proj.trajectory.recording.run_files import clip_factor
 
 __all__ = ["RecorderCallback"]
@@ -274,7 +275,7 @@ class RecorderCallback:
         return clip_factor(self._norm, self._max_norm) if self._norm is not None and self._max_norm else 1.0
 
     def _see_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        self._rate = float(optimizer.param_groups[0]["lr"])
+        self._rate = 0.0 if skips_step(optimizer) else float(optimizer.param_groups[0]["lr"])
         self._momentum = optimizer.param_groups[0].get("momentum")
 
     def _see_gradient(self, parameter: Tensor) -> None:

@@ -108,14 +108,19 @@ def as_queries(inputs: Any) -> Queries:
         ValueError: the batch is empty, or its entries have different numbers of examples.
     """
     if isinstance(inputs, Mapping):
-        batch = {str(name): torch.as_tensor(values) for name, values in inputs.items()}
+        batch = {str(name): as_tensor(values) for name, values in inputs.items()}
         _check_lengths(list(batch.values()))
         return _Rows(batch)
     if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes) and _is_batch(inputs):
-        tensors = [torch.as_tensor(values) for values in inputs]
+        tensors = [as_tensor(values) for values in inputs]
         _check_lengths(tensors)
         return TensorDataset(*tensors)
     return inputs
+
+
+def as_tensor(values: Any) -> Tensor:
+    """A tensor stays on its device; anything else makes one on the CPU, whatever torch's default device is."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
 
 
 def _is_batch(inputs: Sequence[Any]) -> bool:

@@ -160,7 +160,7 @@ def _one_cycle(saved: Sequence[SavedSchedule], last: int) -> list[tuple[float, f
     if not all(stepped) or "_schedule_phases" not in saved[-1].schedulers[0]:
         return None
     state, group = saved[-1].schedulers[0], saved[-1].group
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0, momentum=0.5)
+    optimizer = torch.optim.SGD([torch.zeros(1, dtype=torch.float32, device="cpu")], lr=1.0, momentum=0.5)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=2)
     optimizer.param_groups[0].update({key: value for key, value in group.items() if key != "params"})
     scheduler.load_state_dict({**state, "last_epoch": -1, "base_lrs": state["base_lrs"][:1]})

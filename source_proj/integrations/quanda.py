@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj.attribution.attributor import Attributor
-from source_proj.integrations.captum import CaptumInfluence
+from source_proj.integrations.captum import CaptumInfluence, as_tensor
 
 __all__ = ["QuandaExplainer"]
 
@@ -66,7 +65,7 @@ class QuandaExplainer:
             test_data: the model's inputs, first dimension Q; a dict of them where they are keyword arguments.
             targets: the classes that are asked about, Q of them.
         """
-        labels = torch.as_tensor(targets)
+        labels = as_tensor(targets)
         batch = {**test_data, "labels": labels} if isinstance(test_data, Mapping) else (test_data, labels)
         return cast(Tensor, self._influence.influence(batch))
 

@@ -54,7 +54,7 @@ def _factor(name: str, options: Mapping[str, Any], warmup: int, total: int, base
         import transformers
     except ImportError as error:
         raise ImportError(f"schedule {name!r} needs transformers: pip install 'source-proj[hf]'") from error
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=base)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True, dtype=torch.float32, device="cpu")], lr=base)
     try:
         scheduler = transformers.get_scheduler(name, optimizer, warmup, total, dict(options))
     except (TypeError, ValueError) as error:

@@ -185,15 +185,13 @@ class TextData:
         if not labelled:
             return
         if isinstance(task, Regression):
-            self._columns["labels"] = torch.tensor(
-                [_number(row[settings.label], n, name) for n, row in enumerate(rows, 1)]
-            )
+            targets = [_number(row[settings.label], n, name) for n, row in enumerate(rows, 1)]
+            self._columns["labels"] = torch.tensor(targets, dtype=torch.float32, device="cpu")
         elif classifies:
             numbers = label_numbers(settings.model, model) if settings.labels is None else settings.labels
             classes = int(getattr(model.config, "num_labels", len(numbers)))
-            self._columns["labels"] = torch.tensor(
-                [_class(row[settings.label], numbers, classes, n, name) for n, row in enumerate(rows, start=1)]
-            )
+            members = [_class(row[settings.label], numbers, classes, n, name) for n, row in enumerate(rows, start=1)]
+            self._columns["labels"] = torch.tensor(members, dtype=torch.int64, device="cpu")
         else:
             self._columns.pop("token_type_ids", None)  # of pairs; language models would embed them as words
             uncounted = self._columns["attention_mask"] == 0
@@ -276,11 +274,12 @@ def _padded(encoded: list[Mapping[str, list[int]]], tokenizer: Any) -> dict[str,
     """Columns ``(N, longest)`` of what the model reads; padding is masked."""
     padding = {"input_ids": int(tokenizer.pad_token_id), "attention_mask": 0, "token_type_ids": 0}
     length = max(len(columns["input_ids"]) for columns in encoded)
-    return {
-        key: torch.tensor([columns[key] + [value] * (length - len(columns[key])) for columns in encoded])
+    whole = {
+        key: [columns[key] + [value] * (length - len(columns[key])) for columns in encoded]
         for key, value in padding.items()
         if all(key in columns for columns in encoded)
     }
+    return {key: torch.tensor(rows, dtype=torch.int64, device="cpu") for key, rows in whole.items()}
 
 
 def _limit(model: nn.Module, tokenizer: Any) -> int:

@@ -353,7 +353,7 @@ class Sketch:
         """
         if stop < start:
             raise ValueError(f"stop is {stop}, before start {start}")
-        identity = torch.eye(stop - start, device=self._projection.device())
+        identity = torch.eye(stop - start, device=self._projection.device(), dtype=torch.float32)
         return self(identity, start, shape).T.cpu().contiguous()
 
     def _check(self, out: Tensor, rows: Tensor, axes: int, name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from source_proj._errors import MismatchError
+from source_proj._errors import ExampleError, MismatchError
 from source_proj.task.batch import Batch, Model, logits_of, without_cache
 
 __all__ = ["Answer", "Answers", "continued", "greedy", "has_targets", "inputs_of", "with_labels"]
@@ -88,10 +88,10 @@ def inputs_of(batch: Batch, sample_weight: str | int | None = None) -> Any:
 
 def with_labels(batch: Batch, labels: Tensor, sample_weight: str | int | None = None) -> Batch:
     """The batch with other labels; where the task wants weights and there are none, they are 1."""
+    ones = torch.ones(len(labels), dtype=torch.float32, device="cpu")
     if isinstance(batch, Mapping):
-        ones = {} if not isinstance(sample_weight, str) else {sample_weight: torch.ones(len(labels))}
-        return {**ones, **batch, "labels": labels}
-    rest = batch[2:] if has_targets(batch) else [torch.ones(len(labels))] * (sample_weight is not None)
+        return {**({sample_weight: ones} if isinstance(sample_weight, str) else {}), **batch, "labels": labels}
+    rest = batch[2:] if has_targets(batch) else [ones] * (sample_weight is not None)
     return [inputs_of(batch), labels, *rest]
 
 
@@ -125,7 +125,7 @@ def greedy(model: Model, batch: Batch, count: int, padding: int) -> Answers:
                 inputs = {"input_ids": whole} if by_name else whole
                 try:
                     logits = logits_of(model, inputs, by_name)
-                except (RuntimeError, IndexError) as error:
+                except (RuntimeError, IndexError, ExampleError) as error:
                     if not done:
                         raise
                     raise MismatchError(_too_long(model, prompt, done, count, error)) from error
@@ -134,7 +134,7 @@ def greedy(model: Model, batch: Batch, count: int, padding: int) -> Answers:
         inputs = without_cache(model, {"input_ids": whole}) if by_name else whole
         logp = logits_of(model, inputs, by_name)[0, prompt.shape[1] - 1 : -1].log_softmax(-1)
         rows.append(said)
-        likelihoods.append(logp.gather(1, said[:, None]).mean() if len(said) else torch.zeros((), device=device))
+        likelihoods.append(logp.gather(1, said[:, None]).mean() if len(said) else logp.new_zeros(()))
     values = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
     return Answers(values, torch.stack(likelihoods).exp(), padding)
 
@@ -168,7 +168,7 @@ def continued(batch: Batch, values: Tensor, padding: int, shift: bool) -> Batch:
     wanted = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=padding)
     if not isinstance(batch, Mapping):
         return [stacked, wanted]
-    lengths = torch.tensor([len(row) for row in inputs], device=stacked.device)
+    lengths = torch.tensor([len(row) for row in inputs], device=stacked.device, dtype=torch.int64)
     read = torch.arange(stacked.shape[1], device=stacked.device) < lengths[:, None]
     return {"input_ids": stacked, "attention_mask": read.long(), "labels": wanted}
 

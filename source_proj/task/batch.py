@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import ExampleError
+from source_proj.task.indices import refuse_foreign_indices
 
 __all__ = [
     "Batch",
@@ -124,11 +125,14 @@ def logits_of(model: Model, inputs: Any, by_name: bool) -> Tensor:
 
 def _called(model: Model, inputs: Any, by_name: bool) -> Any:
     """Call the model, and say more of inputs that it cannot take."""
+
+    def run() -> Any:
+        return model(**without_cache(model, inputs)) if by_name else model(inputs)
+
     try:
-        return given_once(
-            model, inputs, lambda: model(**without_cache(model, inputs)) if by_name else model(inputs)
-        )  # fmt: skip
-    except (AttributeError, TypeError, RuntimeError) as error:
+        return given_once(model, inputs, run)
+    except (AttributeError, TypeError, RuntimeError, IndexError) as error:
+        refuse_foreign_indices(model, run)
         slips = _slips(model, inputs if by_name else {"the input": inputs}, by_name)
         if not slips or isinstance(error, torch.OutOfMemoryError):
             raise
@@ -205,7 +209,10 @@ def draw(logp: Tensor, uniform: Tensor) -> Tensor:
 def class_indices(labels: Tensor) -> Tensor:
     """Integer labels of any width as int64; other types are refused."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integer class indices, got {labels.dtype}")
+        raise TypeError(
+            f"labels must be integer class indices, got {labels.dtype}: give labels.long(), or of probabilities or "
+            "one-hot rows labels.argmax(-1)"
+        )
     return labels.long()
 
 

@@ -102,7 +102,7 @@ class Classification(Task):
         logits, labels = self._logits(model, batch)
         logp = log_softmax(logits, dim=-1)  # (B, C)
         if self.class_weights is not None:
-            logp = logp * torch.tensor(self.class_weights).to(logp)
+            logp = logp * torch.tensor(self.class_weights, dtype=torch.float32, device="cpu").to(logp)
         labelled = logp.gather(1, labels[:, None]).squeeze(1)
         return (1 - self.label_smoothing) * labelled + self.label_smoothing * logp.mean(-1)
 
@@ -135,7 +135,7 @@ class Classification(Task):
     def share(self, batch: Batch) -> Tensor:
         """Class weight of each label, (B,)."""
         labels = class_indices(split(batch, self.sample_weight)[1])
-        return torch.tensor(self.class_weights, device=labels.device)[labels]
+        return torch.tensor(self.class_weights, device=labels.device, dtype=torch.float32)[labels]
 
     def measurement(self, model: Model, batch: Batch) -> Tensor:  # noqa: D102
         if self.asks_for_answers(batch):
@@ -220,5 +220,7 @@ class Classification(Task):
         if labels.shape != logits.shape[:1]:
             raise ValueError(
                 f"labels {tuple(labels.shape)} do not go with logits {tuple(logits.shape)}: one an example"
+                f"{', such as labels.argmax(-1) of one-hot rows' if labels.shape == logits.shape else ''}"
+                f"{', labels.squeeze(1)' if labels.shape == (len(logits), 1) else ''}"
             )
         return refuse_foreign_labels(logits, class_indices(labels))

@@ -19,6 +19,7 @@ from source_proj.task.answers import Answers, continued, greedy, has_targets
 from source_proj.task.base import Derivatives, Task, checked_normalizer
 from source_proj.task.batch import Batch, Model, Uniform, class_indices, draw, first_examples, forward, split
 from source_proj.task.head import Head, check_head, hidden_and_head, sum_over_chunks
+from source_proj.task.labels import refuse_foreign_tokens
 
 __all__ = ["CausalLM"]
 
@@ -150,8 +151,16 @@ class CausalLM(Task):
                 return  # who runs the model next says what is wrong with the batch
             if logits.ndim != 3 or labels.shape != logits.shape[:2] or labels.shape[1] < 2:
                 return  # `output` says what is wrong
+            refuse_foreign_tokens(logits, class_indices(labels), labels != self.ignore_index, self.ignore_index)
             logp = log_softmax(logits, dim=-1)
             aligned, shifted = self._mean_likelihood(logp[:, :-1], labels[:, 1:]), self._mean_likelihood(logp, labels)
+            if len(labels) and not (labels != self.ignore_index).any():
+                warnings.warn(
+                    f"no label of the first {len(labels)} examples counts, all are {self.ignore_index}: such sequences "
+                    "have no gradient, and no score. Were their prompts masked, and the rest cut off?",
+                    UserWarning,
+                    stacklevel=3,
+                )
         here, other = (aligned, shifted) if self.shift else (shifted, aligned)
         if other - here > _FAR:
             state = "shifted already" if self.shift else "not shifted"
@@ -255,7 +264,8 @@ class CausalLM(Task):
         """Logits (B, T, V), labels (B, S) of the first S positions, safe to gather with, and whether each counts."""
         _require_decoder_inputs(model, batch)
         logits, labels = forward(model, batch, None)
-        return logits, *self._aligned(labels, logits)
+        labels, counted = self._aligned(labels, logits)
+        return *refuse_foreign_tokens(logits, labels, counted, self.ignore_index, int(self.shift)), counted
 
     def _length(self, counted: Tensor) -> Tensor:
         length = counted.sum(-1).clamp(min=1).float()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from source_proj.task.base import Derivatives, Task
 from source_proj.task.batch import Batch, Model, Uniform, checked_weight, forward, split, weights
+from source_proj.task.labels import refuse_infinite
 
 __all__ = ["Regression"]
 
@@ -57,7 +58,7 @@ class Regression(Task):
         return self._prediction(model, batch)[0]
 
     def loss_derivatives(self, output: Tensor, batch: Batch) -> Derivatives:  # noqa: D102
-        target = _column(split(batch, self.sample_weight)[1], "targets")
+        target = refuse_infinite(_column(split(batch, self.sample_weight)[1], "targets"))
         second = self._curvature * weights(batch, self.sample_weight, output)
         return second * (output.detach() - target.to(output)), second
 
@@ -70,7 +71,7 @@ class Regression(Task):
 
     def measurement(self, model: Model, batch: Batch) -> Tensor:  # noqa: D102
         prediction, target = self._prediction(model, batch)
-        error = prediction - target.to(prediction)
+        error = prediction - refuse_infinite(target).to(prediction)
         return error.abs() if self.error == "absolute" else error.square()
 
     def sampled_output(self, model: Model, batch: Batch, uniform: Uniform) -> Tensor:

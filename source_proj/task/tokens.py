@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from source_proj.task.language import CausalLM
 
-__all__ = ["TokenQueries"]
+__all__ = ["TokenQueries", "loss_weights"]
 
 
 class TokenQueries:
@@ -77,4 +78,14 @@ def _labels(item: Any) -> Tensor:
     labels = item.get("labels") if isinstance(item, Mapping) else item[1] if isinstance(item, tuple | list) else None
     if labels is None:
         raise TypeError(f"a sequence must be a dict with 'labels' or (inputs, labels), got {type(item).__name__}")
-    return torch.as_tensor(labels)
+    return labels if isinstance(labels, Tensor) else torch.as_tensor(labels, device="cpu")
+
+
+def loss_weights(task: CausalLM, documents: Sequence[Any], tokens: TokenQueries) -> list[float]:
+    """What each token's log-likelihood is times in minus the loss of its document."""
+    weights, nothing = [], torch.zeros(1, dtype=torch.float32, device="cpu")
+    for sequence, _ in tokens.positions:
+        derivative, _ = task.loss_derivatives(nothing, default_collate([documents[sequence]]))
+        count = 1 if task.reduction == "sum" else len(tokens.of(sequence))
+        weights.append(-float(derivative) / count)
+    return weights

@@ -95,7 +95,7 @@ def _metric(
     stage: Stage, group: Sequence[int], optimizer: PreconditionedOptimizer, model: nn.Module, space: Coordinates
 ) -> tuple[Scale, float]:
     """The square root of the mean P, factored or not, and the one number λ̄ that stands for weight decay."""
-    p, v, decay = (torch.zeros(space.size, dtype=torch.float64) for _ in range(3))
+    p, v, decay = (torch.zeros(space.size, dtype=torch.float64, device="cpu") for _ in range(3))
     checkpoints = [stage.checkpoints[c] for c in group]
     with_state = _with_state(checkpoints, f"the segment of {checkpoints}")
     for checkpoint, divisor in zip(with_state, _divisors(stage, with_state), strict=True):
@@ -142,7 +142,7 @@ def _scalars(
     numbers: dict[int, tuple[float, float]] = {}
     for checkpoint in _with_state(stage.checkpoints, f"stage {stage.name!r}"):
         plain = stage.plain_shares[stage.checkpoints.index(checkpoint)]
-        p, v, decay = (torch.zeros(space.size, dtype=torch.float64) for _ in range(3))
+        p, v, decay = (torch.zeros(space.size, dtype=torch.float64, device="cpu") for _ in range(3))
         for place, own in _moments(checkpoint, optimizer, model, space, plain):
             p[place], v[place], decay[place] = (part.flatten() for part in own)
         if not p.any():
@@ -155,10 +155,10 @@ def _scalars(
 
 def _plain_decay(optimizer: PreconditionedOptimizer, space: Coordinates) -> float:
     """Weight decay without second moments: the mean over coordinates."""
-    sizes = torch.tensor([float(prod(shape)) for shape in space.shapes], dtype=torch.float64)
+    sizes = torch.tensor([float(prod(shape)) for shape in space.shapes], dtype=torch.float64, device="cpu")
     groups = [optimizer.group(name) for name in space.names]
     decays = [group.lr_scale * float(group.weight_decay or 0.0) for group in groups]
-    return _mean(torch.tensor(decays, dtype=torch.float64), sizes)
+    return _mean(torch.tensor(decays, dtype=torch.float64, device="cpu"), sizes)
 
 
 def _moments(

@@ -109,7 +109,7 @@ def _squared_gradients(model: nn.Module, task: Task, batches: Iterable[Batch]) -
     """Mean over batches of the squared gradient of the loss, by parameter name, (n,) each."""
     parameters = dict(model.named_parameters())
     flags = {name: p.requires_grad for name, p in parameters.items()}
-    total = {name: torch.zeros(p.numel(), dtype=torch.float64) for name, p in parameters.items()}
+    total = {name: torch.zeros(p.numel(), dtype=torch.float64, device="cpu") for name, p in parameters.items()}
     model.requires_grad_(True)
     for batch in batches:
         with torch.enable_grad():

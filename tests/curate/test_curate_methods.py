@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.sparse.csgraph import connected_components
 
@@ -12,6 +12,7 @@ import source_proj as sp
 from source_proj import curate
 from source_proj.curate import aggregates
 from source_proj.curate.aggregates import aggregate
+from source_proj.curate.mislabelled import _improbable
 
 SEEDS = st.integers(0, 1 << 20)
 
@@ -170,8 +171,29 @@ def test_the_error_is_one_minus_the_probability(run):
     expected = np.mean(errors, axis=0)
     assert np.allclose(named.values["error"], expected[named.ids], rtol=1e-4)
     assert np.allclose(named.values["error"], np.sort(expected)[::-1][:43], rtol=1e-4)
-    likely = curate.mislabelled(run.source, run.labels)  # all whose label was less probable than the others together
-    assert set(likely.dropped) == set(np.flatnonzero(expected > 0.5))
+    likely = curate.mislabelled(run.source, run.labels)
+    assert set(likely.dropped) == set(np.flatnonzero(_improbable(expected, run.labels.numpy())))
+
+
+@given(st.integers(2, 12), st.floats(0.3, 0.9), st.floats(0, 0.25), st.integers(0, 2**16))
+def test_wrong_labels_are_told_from_those_that_a_network_is_unsure_of(classes, sureness, wrong_share, seed):
+    """Right labels have a probability about p, wrong ones what p leaves them: these are named, however low p is."""
+    rng = np.random.default_rng(seed)
+    member = rng.permutation(np.arange(60 * classes) % classes)
+    wrong = rng.random(len(member)) < wrong_share
+    p = 1 / classes + sureness * (1 - 1 / classes)  # of the right label, above chance
+    probability = np.where(wrong, (1 - p) / (classes - 1), p) * (1 + 0.05 * rng.uniform(-1, 1, len(member)))
+    assume(
+        max(wrong[member == label].mean() for label in range(classes)) < 0.35
+    )  # with more, right ones are the odd ones
+    assert _improbable(1 - probability, member).tolist() == wrong.tolist()
+
+
+@given(st.integers(0, 2**16))
+def test_of_two_classes_the_less_probable_label_is_named(seed):
+    rng = np.random.default_rng(seed)
+    error, member = rng.random(40), np.arange(40) % 2
+    assert _improbable(error, member).tolist() == (error > 0.5).tolist()
 
 
 def test_disagreement_is_the_score_of_the_other_classes_losses(run):

@@ -174,7 +174,7 @@ def leading_eigenpairs(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Te
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
     """A normal vector ``(k,)``, drawn on the CPU: the same on every device."""
-    return torch.randn(len(like), generator=generator, dtype=like.dtype).to(like.device)
+    return torch.randn(len(like), generator=generator, dtype=like.dtype, device="cpu").to(like.device)
 
 
 def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:

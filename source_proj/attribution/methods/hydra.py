@@ -47,7 +47,7 @@ class Hydra(Attributor):
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
         final = bank.final_checkpoint()
-        flat = torch.zeros(1, dtype=torch.float64)  # the Hessian's eigenvalues
+        flat = torch.zeros(1, dtype=torch.float64, device="cpu")  # the Hessian's eigenvalues
         terms, left = [], 1.0  # left: what weight decay leaves of a change until the end of training
         for index in reversed(range(len(bank.stages))):
             stage = bank.stages[index]

@@ -45,7 +45,7 @@ class Diagnosing(Reranking):
         if queries is None:
             first, n = stage_start(self.banks[0], len(self.banks[0].stages) - 1), self.n_rows
             count = max(1, min(_OWN, (n - first) // 8))
-            apart = torch.linspace(first, n - 1, count + 1)[:-1].long().unique()
+            apart = torch.linspace(first, n - 1, count + 1, dtype=torch.float64, device="cpu")[:-1].long().unique()
             sketches = [_own_losses(run, apart) for run in runs]
             ids = [self.banks[0].ids[row] for row in apart.tolist()]
         else:

@@ -129,7 +129,7 @@ def _correlation(
     runs: Sequence[FittedSegments], queries: Sequence[Mapping[int, Tensor]], apart: Tensor | None
 ) -> np.ndarray:
     n = runs[0].bank.n_rows
-    examples = torch.linspace(0, n - 1, min(n, _EXAMPLES)).long().unique()
+    examples = torch.linspace(0, n - 1, min(n, _EXAMPLES), dtype=torch.float64, device="cpu").long().unique()
     if apart is not None:
         examples = examples[~torch.isin(examples, apart)]
     if len(examples) < _LEAST_EXAMPLES:
@@ -139,7 +139,7 @@ def _correlation(
             "and some dozens for a number to rely on; a bank of so few needs no sketch, as by Sketch(kind='identity')"
         )
     shape = len(next(iter(queries[0].values()))), len(examples)
-    scores = [torch.zeros(shape, dtype=torch.float64) for _ in range(2)]
+    scores = [torch.zeros(shape, dtype=torch.float64, device="cpu") for _ in range(2)]
     for fitted, sketches in zip(runs, queries, strict=True):
         dim = fitted.bank.sketch.dim
         columns = _halves(dim)
@@ -159,7 +159,7 @@ def _correlation(
 
 def _halves(dim: int) -> list[Tensor]:
     """Two sets of dim // 2 columns that share none."""
-    order = torch.randperm(dim, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(dim, generator=torch.Generator().manual_seed(0), device="cpu")
     return [order[: dim // 2].sort().values, order[dim // 2 : dim // 2 * 2].sort().values]
 
 

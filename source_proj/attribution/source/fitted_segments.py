@@ -187,7 +187,7 @@ class FittedSegments:
         """Fit all that queries need, once."""
         with self._fitting:
             if not self._prepared:
-                nothing = torch.zeros(0, self.bank.sketch.dim)
+                nothing = torch.zeros(0, self.bank.sketch.dim, dtype=torch.float32, device="cpu")
                 self.moved({segment.metric: nothing for segment in self.segments})
                 self._prepared = True
 

@@ -70,17 +70,18 @@ def segment_corrections(
     start = stage_start(fitted.bank, segment.stage)
     own = (places >= start) & (places < start + segment.n)
     if not own.any():
-        return torch.zeros(places.shape, dtype=torch.float64)
+        return torch.zeros(places.shape, dtype=torch.float64, device="cpu")
     candidates, index = torch.unique(places[own]), torch.zeros_like(places)
     index[own] = torch.searchsorted(candidates, places[own])
     chosen = Picked(fitted.rows(segment), candidates).between(0, len(candidates))
     banked = torch.cat([part.decoded(fitted.bank.sketch.dim) for part in chosen]).cpu()
     apply = response(segment.time, segment.decay, segment.damping)
-    unexplained = queries.moved.double().cpu() / float(apply(torch.zeros(1, dtype=torch.float64)))
+    unexplained = queries.moved.double().cpu() / float(apply(torch.zeros(1, dtype=torch.float64, device="cpu")))
     whole = _WholeRows(fitted, segment, gradients, candidates)
 
-    weights, of_query = torch.zeros(len(places), len(candidates)), torch.zeros(len(places))
-    sketched = torch.zeros(len(places), banked.shape[1], dtype=torch.float64)
+    weights = torch.zeros(len(places), len(candidates), dtype=torch.float32, device="cpu")
+    of_query = weights.new_zeros(len(places))
+    sketched = torch.zeros(len(places), banked.shape[1], dtype=torch.float64, device="cpu")
     bases = [_Basis(banked[at], mask) for at, mask in zip(index, own, strict=True)]
     for q, basis in enumerate(bases):
         theta, sketched[q] = basis.nearest(queries.rows[q].double().cpu(), unexplained[q])
@@ -132,8 +133,8 @@ class _WholeRows:
     def combined(self, weights: Tensor, banked: Tensor) -> Tensor:
         """Σ_j w_j ḡ_j, ``(Q, d)``, of weights ``(Q, U)``; compares the gradients with the bank's rows ``(U, k)``."""
         space = ParameterSpace.from_spec(self._bank.space_spec)
-        totals = torch.zeros(len(weights), space.size)
-        sketches, codec = torch.zeros(banked.shape), self._bank.settings.codec
+        totals = torch.zeros(len(weights), space.size, dtype=torch.float32, device="cpu")
+        sketches, codec = torch.zeros(banked.shape, dtype=torch.float32, device="cpu"), self._bank.settings.codec
 
         def add(part: FullRows) -> None:
             totals.addmm_(weights[:, part.start : part.stop], part.rows.cpu(), alpha=self._share)
@@ -148,7 +149,7 @@ class _WholeRows:
 
     def products(self, points: Tensor) -> Tensor:
         """<p, ḡ_j>, ``(Q, U)``, with points ``(Q, d)``."""
-        products = torch.zeros(len(points), len(self._candidates))
+        products = torch.zeros(len(points), len(self._candidates), dtype=torch.float32, device="cpu")
 
         def add(part: FullRows) -> None:
             products[:, part.start : part.stop].add_(points @ part.rows.cpu().T, alpha=self._share)

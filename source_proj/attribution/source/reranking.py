@@ -249,7 +249,7 @@ class Reranking(Attributor):
         fitted = self._of(bank)
         metrics = sorted({segment.metric for segment in fitted.segments})
         whole = self._whole_queries(bank, models, queries, span, features, metrics)
-        total = torch.zeros(places.shape, dtype=torch.float64)
+        total = torch.zeros(places.shape, dtype=torch.float64, device="cpu")
         for segment, moved in zip(fitted.segments, self._moved(fitted, features), strict=True):
             rows = self._query(bank, features, segment.metric)
             queried = SketchedQuery(rows, moved, whole[segment.metric])

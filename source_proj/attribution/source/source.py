@@ -28,7 +28,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from source_proj._io.executors import Executor
 from source_proj._io.html import facts
@@ -50,6 +49,7 @@ from source_proj.attribution.source.segment_parts import add_segment_parts
 from source_proj.attribution.source.segments import Segment, StageSegments, stage_groups
 from source_proj.bank import Bank
 from source_proj.task import CausalLM, Task, TokenQueries
+from source_proj.task.tokens import loss_weights
 from source_proj.trajectory import Checkpoint
 
 __all__ = ["Source"]
@@ -282,7 +282,8 @@ class Source(Diagnosing):
         """
         features, train_ids = self.sketch(queries), self.banks[0].ids
         wanted, order = (None, None) if rows is None else checked_rows(rows, self.n_rows)
-        values = torch.zeros(len(self.segments), len(features[0]), self.n_rows if wanted is None else len(wanted))
+        shape = len(self.segments), len(features[0]), self.n_rows if wanted is None else len(wanted)
+        values = torch.zeros(shape, dtype=torch.float32, device="cpu")
         for bank, queried in zip(self.banks, features, strict=True):
             fitted = self._of(bank)
             add_segment_parts(values, fitted, self._moved(fitted, queried), len(self.banks), wanted)
@@ -345,18 +346,17 @@ class Source(Diagnosing):
         if self.model is None:
             raise ValueError("tokens are differentiated anew, by the model itself: pass model= when constructing")
         features = self.sketch(queries)
-        total = torch.zeros(len(features[0]), len(tokens))
+        total = torch.zeros(len(features[0]), len(tokens), dtype=torch.float32, device="cpu")
         for bank, queried in zip(self.banks, features, strict=True):
             fitted = self._of(bank)
             for segment, query in zip(fitted.segments, self._moved(fitted, queried), strict=True):
                 if segment.stage == stage:
                     rows = self._token_rows(bank, segment, tokens)
                     total.add_(query.cpu() @ rows.T, alpha=1 / (segment.n * len(self.banks)))
-        of_stage = task.of_stage(stage)
-        total *= torch.tensor([_token_weight(of_stage, documents[i], len(tokens.of(i))) for i, _ in tokens.positions])
+        total *= total.new_tensor(loss_weights(task.of_stage(stage), documents, tokens))
         length = 1 + max(position for _, position in tokens.positions)
         places, positions = (list(column) for column in zip(*tokens.positions, strict=True))
-        values = torch.zeros(length, len(features[0]), len(documents))
+        values = total.new_zeros(length, len(features[0]), len(documents))
         values[positions, :, places] = total.T
         present = np.zeros((length, len(documents)), dtype=bool)
         present[positions, places] = True
@@ -381,7 +381,8 @@ class Source(Diagnosing):
         Needs neither model nor data.
         """
         self.fit()
-        total, fits = torch.zeros(self.n_rows), [(bank, self._of(bank)) for bank in self.banks]
+        total = torch.zeros(self.n_rows, dtype=torch.float32, device="cpu")
+        fits = [(bank, self._of(bank)) for bank in self.banks]
         reads = sum(bank.stages[segment.stage].n for bank, own in fits for segment in own.segments)
         with progress_bar(self.progress, "self-influence", reads, "rows") as bar:
             for bank, own in fits:
@@ -392,9 +393,3 @@ class Source(Diagnosing):
         """Predict how queries' measurements change when a subset is left out: see :meth:`Scores.predict_removal`."""
         scores: Scores = self.score(queries)
         return scores.predict_removal(subset, renormalize=renormalize)
-
-
-def _token_weight(task: CausalLM, document: Any, count: int) -> float:
-    """What a token's log-likelihood is times in minus the loss of its document, which has ``count`` of them."""
-    derivative, _ = task.loss_derivatives(torch.zeros(1), default_collate([document]))
-    return -float(derivative) / (1 if task.reduction == "sum" else count)

@@ -39,7 +39,7 @@ def require_device(device: torch.device | str | None) -> None:
         ValueError: names it, and says what torch says of it.
     """
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.uint8, device=device)
     except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was compiled without CUDA
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(

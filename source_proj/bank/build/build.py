@@ -341,7 +341,7 @@ def _columns(task: Task, source: BatchSource, ids: np.ndarray) -> tuple[bool, bo
     _, stop, batch = next(iter(source.load([(0, min(source.n, source.batch_size))])))
     task = task.of_stage(0)
     with named_examples(ids.tolist()):
-        _, second = checked_pair(task.loss_derivatives(torch.zeros(stop), batch))
+        _, second = checked_pair(task.loss_derivatives(torch.zeros(stop, dtype=torch.float32, device="cpu"), batch))
         return second is not None, task.fisher_weight(batch) is not None
 
 

@@ -78,7 +78,8 @@ class BatchSource:
         loader: DataLoader[Any] = DataLoader(
             self._data, batch_sampler=cuts, generator=torch.Generator().manual_seed(0), **self._options
         )
-        batches = iter(loader)
+        with torch.device("cpu"):  # where the seed is drawn, also if torch's default device is another
+            batches = iter(loader)
         while True:
             try:
                 batch = next(batches)

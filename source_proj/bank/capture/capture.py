@@ -22,6 +22,7 @@ from source_proj.gradients import ParameterSpace, nonfinite_examples
 from source_proj.gradients.training import TrainingPass, TrainingPath
 from source_proj.sketch import Sketch
 from source_proj.task import Task
+from source_proj.trajectory.recording.progress import scale_left
 
 __all__ = ["Capture"]
 
@@ -161,6 +162,13 @@ class Capture:
         self._require_all_captured()
         passes = [each for each in self._path.passes if each.reached]
         self._scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
+        left = scale_left(self._optimizer)
+        if left != 1.0 and self._scaler is None:
+            raise GradientError(
+                f"the gradients of the fused {type(self._optimizer).__name__} are still multiplied by {left:.6g}, the "
+                "scale of a GradScaler that is not in also=: give it, Recorder(..., also=[scaler]), or rows would be "
+                "as many times too long"
+            )
         self._steps += 1
         self._seen = len(passes)
         if closed and not passes:
@@ -176,7 +184,9 @@ class Capture:
         other = len(passes) != self._usual and processes.count() == 1  # several would have to see it alike
         if self._path.watched or other:
             gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-            self._law = checked_law(passes, gradients, self.sketch, self.space, self._scale, clipped=self._clipped)
+            self._law = checked_law(
+                passes, gradients, self.sketch, self.space, self._scale, left=left, clipped=self._clipped
+            )
             self._usual = len(passes)
 
     def _require_all_captured(self) -> None:
@@ -324,8 +334,8 @@ def _index(passes: Sequence[TrainingPass], ids: Any, examples: int | None) -> Te
                 "which examples was the step of? Give step(ids=...), their places in the training set, in order; or "
                 "train on an IndexedDataset (for the Trainer, one of mappings, and with remove_unused_columns=False)"
             )
-        ids = torch.cat([torch.as_tensor(part).reshape(-1).cpu() for part in parts])
-    index = torch.as_tensor(ids).reshape(-1).cpu()
+        ids = torch.cat([torch.as_tensor(part, device="cpu").reshape(-1) for part in parts])
+    index = torch.as_tensor(ids, device="cpu").reshape(-1)
     if index.is_floating_point() or index.dtype == torch.bool or index.is_complex():
         raise TypeError(f"ids must be places in the training set, integers, got {index.dtype}")
     if len(index) != sum(sizes):

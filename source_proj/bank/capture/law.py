@@ -58,6 +58,7 @@ def checked_law(
     space: ParameterSpace,
     scale: float,
     *,
+    left: float = 1.0,
     clipped: bool,
 ) -> LawOfStep | None:
     """Compare the sum of the rows of a step, and each parameter's share, with the gradient at hand.
@@ -67,7 +68,8 @@ def checked_law(
         gradients: what the optimizer is about to step by.
         sketch: the projection R.
         space: the attributed parameters.
-        scale: what the loss was multiplied by, and the gradient is no longer.
+        scale: what the loss was multiplied by.
+        left: what the gradient still is, as a fused optimizer unscales it within its step.
         clipped: whether the gradient may be shorter by a factor that is not known yet.
 
     Returns:
@@ -85,7 +87,7 @@ def checked_law(
     expected_shares = share_sink(1, space, device)
     sink = GradientSink(expected, sketch, space)
     for name, gradient in gradients.items():
-        dense = (gradient.to_dense() if gradient.is_sparse else gradient).detach().unsqueeze(0)
+        dense = (gradient.to_dense() if gradient.is_sparse else gradient).detach().unsqueeze(0) / left
         sink.add(name, dense)
         expected_shares.add(name, dense)
     if not bool(torch.isfinite(total).all()) or not bool(torch.isfinite(expected).all()):

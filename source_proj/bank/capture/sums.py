@@ -54,8 +54,8 @@ class SegmentSums:
         """Begin anew."""
         self._count = self._examples or 0
         self._room = self._zeros(self._count)  # of rows, more than there are
-        self._curvature = torch.zeros(self._dim, self._dim, device=self._device)
-        self._factors = torch.empty(_BLOCK, self._dim, device=self._device)
+        self._curvature = torch.zeros(self._dim, self._dim, device=self._device, dtype=torch.float32)
+        self._factors = torch.empty(_BLOCK, self._dim, device=self._device, dtype=torch.float32)
         self._waiting = 0  # factors whose outer products are not summed yet
         self._weight = self._curvature_weight = 0.0
 
@@ -108,7 +108,7 @@ class SegmentSums:
         """
         self._sum_waiting()
         self._reserve(largest(self._count))
-        weights = torch.tensor([self._weight, self._curvature_weight], dtype=torch.float64)
+        weights = torch.tensor([self._weight, self._curvature_weight], dtype=torch.float64, device="cpu")
         for tensor in (self._room[: self._count], self._curvature, weights):
             gathered(tensor)
         self._weight, self._curvature_weight = weights.tolist()
@@ -127,6 +127,6 @@ class SegmentSums:
 
     def _zeros(self, count: int) -> Tensor:
         if self._memory == "ram" or not count:
-            return torch.zeros(count, self._dim)
+            return torch.zeros(count, self._dim, dtype=torch.float32, device="cpu")
         with tempfile.TemporaryFile(dir=self._folder) as file:  # the map keeps what has no name any more
             return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(count, self._dim)))

@@ -195,7 +195,7 @@ def _shards(
         if part.is_done(segment, shard):
             continue
         start, stop = spec.span(shard)
-        rows = torch.zeros(stop - start, settings.sketch["dim"])
+        rows = torch.zeros(stop - start, settings.sketch["dim"], dtype=torch.float32, device="cpu")
         there = content["rows"][start:stop]  # of examples behind them, none was seen
         torch.mul(there, factor, out=rows[: len(there)])
         codes, scale = codec.encode(rows)

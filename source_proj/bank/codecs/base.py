@@ -90,9 +90,8 @@ class Codec(ABC):
 
     def empty(self, n: int, k: int) -> EncodedRows:
         """Memory for n rows of k numbers, to be filled."""
-        return EncodedRows(
-            torch.empty(n, self.width(k), dtype=self.dtype), torch.empty(n) if self.has_scale else None
-        )  # fmt: skip
+        codes = torch.empty(n, self.width(k), dtype=self.dtype, device="cpu")
+        return EncodedRows(codes, codes.new_empty(n, dtype=torch.float32) if self.has_scale else None)
 
     def multiply(self, queries: Tensor, codes: Tensor, scale: Tensor | None) -> Tensor:
         """Inner products ``(Q, n)`` float32 of queries ``(Q, k)`` float32 with rows that stay encoded."""

@@ -251,7 +251,7 @@ class StageBank:
         names = [f"{prefix}rows", f"{prefix}scale"]
         rows_name, scale_name = names if metric is None else [crossing_name(name, metric) for name in names]
         codes = torch.from_numpy(part.read(checkpoint, rows_name, shard))
-        d1, d2, fisher_weight = torch.full((len(codes),), -1.0), None, None
+        d1, d2, fisher_weight = torch.full((len(codes),), -1.0, dtype=torch.float32, device="cpu"), None, None
         if what == "output":
             d1 = torch.from_numpy(part.read(checkpoint, "d1", shard))
             if settings.second_derivative:

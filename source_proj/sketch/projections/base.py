@@ -177,7 +177,7 @@ class Projection(ABC):
         """
         for row in torch.unique(index).tolist():
             here = index == row
-            sums = torch.zeros(int(here.sum()), self.dim, device=out.device)
+            sums = torch.zeros(int(here.sum()), self.dim, device=out.device, dtype=torch.float32)
             self.add_(sums, values[here], offset + row * shape[1], None)
             out.index_add_(0, examples[here], sums)
 

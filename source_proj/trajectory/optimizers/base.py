@@ -243,7 +243,7 @@ class PreconditionedOptimizer(Optimizer):
                 f"the state of a parameter has {sorted(entry)}, and {type(self).__name__} needs {key!r}: "
                 "describe the optimizer as it was made"
             )
-        value = torch.as_tensor(entry[key]).detach()
+        value = entry[key].detach() if isinstance(entry[key], Tensor) else torch.as_tensor(entry[key], device="cpu")
         if value.is_complex():
             raise MismatchError(f"the state of a parameter has {key!r} of complex numbers: the file was altered")
         return value.cpu().double()

@@ -42,7 +42,7 @@ class Lockstep:
         """Whether it is so in any of the processes."""
         if self.group is None:
             return flag
-        value = torch.tensor([int(flag)], device=self._device)
+        value = torch.tensor([int(flag)], device=self._device, dtype=torch.int64)
         dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group)
         return bool(value)
 

@@ -101,8 +101,8 @@ class Sharded(Placement):
 
         for name in self.lockstep.from_leader(read):
             entry = own[name]
-            value = held[name].detach() if self.lockstep.leads else torch.empty(entry.shape)
-            value = value.to(self.device, entry.dtype)
+            whole = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")  # not new_empty, whose result is sharded
+            value = (held[name].detach() if self.lockstep.leads else whole).to(self.device, entry.dtype)
             with torch.no_grad():
                 if isinstance(entry, DTensor):
                     slices = distribute_tensor(value, entry.device_mesh, entry.placements)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from source_proj._errors import MismatchError
@@ -14,7 +15,7 @@ from source_proj.trajectory.optimizers import Options
 from source_proj.trajectory.recording.momentum import require_integrable
 from source_proj.trajectory.recording.run_files import RecordedRun, UpdateRun, clip_factor
 
-__all__ = ["Pending", "Progress", "Seen", "update_runs", "updates_of_call"]
+__all__ = ["Pending", "Progress", "Seen", "scale_left", "skips_step", "update_runs", "updates_of_call"]
 
 Norm = float | Tensor | None
 """A gradient's norm before it was clipped; None without clipping."""
@@ -101,3 +102,18 @@ def update_runs(progress: Progress, max_norm: float | None) -> tuple[UpdateRun, 
         clip = clip_factor(norm, max_norm) if max_norm is not None and update.rate else 1.0
         updates.append((update.rate, clip, update.time_factor))
     return tuple((*update, len(list(same))) for update, same in groupby(updates))
+
+
+def scale_left(optimizer: torch.optim.Optimizer) -> float:
+    """What gradients are still multiplied by when a step begins: a scaler tells fused optimizers, and them alone."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)
+
+
+def skips_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step under way changes nothing, as the scaler found gradients that are not finite.
+
+    A scaler does not call other optimizers then.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)

@@ -22,7 +22,7 @@ from source_proj.trajectory.optimizers import Options, Updates
 from source_proj.trajectory.optimizers.describe import describe_live, held_names, read_groups, second_moments, steps_of
 from source_proj.trajectory.options import ReadOptions
 from source_proj.trajectory.recording.companion import Companion, Stateful, kept_content
-from source_proj.trajectory.recording.progress import Progress, Seen, update_runs, updates_of_call
+from source_proj.trajectory.recording.progress import Progress, Seen, skips_step, update_runs, updates_of_call
 from source_proj.trajectory.recording.run_files import (
     RecordedCheckpoint,
     RecordedRun,
@@ -387,9 +387,9 @@ def _weakly(method: Callable[[], None]) -> Callable[..., None]:
     """A hook that keeps nothing alive: a Recorder that nobody holds any more ends, and gives its directory back."""
     reference = weakref.WeakMethod(method)
 
-    def hook(*_: object) -> None:
+    def hook(optimizer: torch.optim.Optimizer, *_: object) -> None:
         alive = reference()
-        if alive is not None:
+        if alive is not None and not skips_step(optimizer):
             alive()
 
     return hook

@@ -314,12 +314,23 @@ def test_evaluation_mode_and_compiled_models(tmp_path):
         Loop(tmp_path / "compiled", torch.compile(mlp()))
 
 
+class Scaled(nn.Module):
+    """A parameter of no layer."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return torch.relu(x * self.scale)
+
+
 def test_uncovered_parameters_are_named_with_what_leaves_them_out(tmp_path):
-    model = nn.Sequential(nn.Linear(5, 7), nn.PReLU(), nn.Linear(7, 3))
-    with pytest.raises(sp.GradientError, match=r"parameters=\['!1.weight'\]"):
+    model = nn.Sequential(nn.Linear(5, 7), Scaled(7), nn.Linear(7, 3))
+    with pytest.raises(sp.GradientError, match=r"parameters=\['!1.scale'\]"):
         Loop(tmp_path / "run", model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    options = {"capture": sp.Sketch(8), "task": sp.Classification(), "parameters": ["!1.weight"]}
+    options = {"capture": sp.Sketch(8), "task": sp.Classification(), "parameters": ["!1.scale"]}
     recorder = sp.Recorder(model, optimizer, tmp_path / "without", **options)
     inputs, labels = data_for(model, 4)
     loss_of(model, inputs, labels).backward()

@@ -1,0 +1,127 @@
+"""Labels, targets and tokens that a model can't have: the error names the value, its place and the remedy."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import source_proj as sp
+
+N, T, WORDS, CLASSES = 8, 5, 7, 3
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(WORDS, 6), nn.Linear(6, WORDS)
+
+    def forward(self, input_ids):
+        return self.head(self.words(input_ids))
+
+
+def texts(tokens, labels):
+    return [{"input_ids": row, "labels": its} for row, its in zip(tokens, labels, strict=True)]
+
+
+def replaced(values, place, value):
+    values = values.clone()
+    values[place] = value
+    return values
+
+
+def language(what, place=(5, 2)):
+    """Eight sequences of which one has a token, or a label, that the model has not."""
+    tokens = torch.randint(WORDS, (N, T))
+    return {
+        "label": lambda value: texts(tokens, replaced(tokens, place, value)),
+        "token": lambda value: texts(replaced(tokens, place, value), tokens),
+    }[what]
+
+
+def refused(tmp_path, model, task, good, bad, error, message):
+    """By a build, and as queries."""
+    trajectory = sp.Trajectory([sp.Checkpoint(model.state_dict(), 10, lr=0.1)])
+    options = {"sketch": sp.Sketch(16), "progress": False, "batch_size": 4}
+    with pytest.raises(error, match=message):
+        sp.build(model, task, trajectory, bad, tmp_path / "bad", **options)
+    bank = sp.build(model, task, trajectory, good, tmp_path / "good", **options)
+    with pytest.raises(error, match=message):
+        sp.Source(bank, model=model, progress=False).score(bad)
+
+
+@pytest.mark.parametrize("value", [WORDS, 10**6, -1, -3])
+@pytest.mark.parametrize("what", ["label", "token"])
+def test_tokens_that_the_model_has_not_are_named(tmp_path, what, value):
+    message = {
+        "label": rf"the labels \[{value}\] of ids \[5\], at the positions \[2\], are none of .*7 tokens.*-100",
+        "token": rf"embedding 'words' has 7 rows.* ids \[5\] ask for \[{value}\], at the positions \[2\].*tokenizer",
+    }[what]
+    refused(tmp_path, Words(), sp.CausalLM(), language("label")(0), language(what)(value), sp.MismatchError, message)
+
+
+@pytest.mark.parametrize("what", ["label", "token"])
+def test_the_first_example_is_looked_at_like_the_others(tmp_path, what):
+    message = r"(examples|ids) \[0\].*at the positions \[2\]"
+    bad = language(what, (0, 2))(9)
+    refused(tmp_path, Words(), sp.CausalLM(), language("label")(0), bad, sp.SourceProjError, message)
+
+
+def test_tokens_and_labels_are_integers(tmp_path):
+    tokens = torch.randint(WORDS, (N, T))
+    good = texts(tokens, tokens)
+    for bad, message in (
+        (texts(tokens, tokens.float()), r"labels must be integer .*float32: give labels.long\(\)"),
+        (texts(tokens.float(), tokens), r"embedding 'words' was given torch.float32.*input_ids.long\(\)"),
+    ):
+        refused(tmp_path / message[:6], Words(), sp.CausalLM(), good, bad, TypeError, message)
+
+
+def test_sequences_of_which_no_label_counts_are_warned_of(tmp_path):
+    tokens = torch.randint(WORDS, (N, T))
+    model = Words()
+    trajectory = sp.Trajectory([sp.Checkpoint(model.state_dict(), 10, lr=0.1)])
+    options = {"sketch": sp.Sketch(16), "progress": False}
+    with pytest.warns(UserWarning, match="no label of the first 4 examples counts, all are -100"):
+        sp.build(model, sp.CausalLM(), trajectory, texts(tokens, tokens * 0 - 100), tmp_path, **options)
+
+
+INPUTS, LABELS = torch.randn(N, 4), torch.arange(N) % CLASSES
+CLASS_CASES = {
+    "too large": (
+        replaced(LABELS, 5, 3),
+        sp.MismatchError,
+        r"labels of ids \[5\] are \[3\], and the model has 3 classes",
+    ),
+    "negative": (replaced(LABELS, 5, -2), sp.MismatchError, r"labels of ids \[5\] are \[-2\]"),
+    "float": (LABELS.float(), TypeError, r"float32: give labels.long\(\)"),
+    "one-hot": (nn.functional.one_hot(LABELS, CLASSES), ValueError, r"labels.argmax\(-1\) of one-hot rows"),
+    "probabilities": (
+        nn.functional.one_hot(LABELS, CLASSES).float(),
+        ValueError,
+        r"labels.argmax\(-1\) of one-hot rows",
+    ),
+    "a column": (LABELS[:, None], ValueError, r"labels.squeeze\(1\)"),
+}
+
+
+@pytest.mark.parametrize("case", CLASS_CASES)
+def test_labels_that_are_no_classes_are_refused(tmp_path, case):
+    labels, error, message = CLASS_CASES[case]
+    good, bad = TensorDataset(INPUTS, LABELS), TensorDataset(INPUTS, labels)
+    refused(tmp_path, nn.Linear(4, CLASSES), sp.Classification(), good, bad, error, message)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("measurement", ["absolute", "squared"])
+def test_targets_that_are_not_finite_are_named(tmp_path, measurement, value):
+    good, bad = (TensorDataset(INPUTS, targets) for targets in (INPUTS[:, :1], replaced(INPUTS[:, :1], 5, value)))
+    message = rf"the targets of ids \[5\] are \[{value}\], and must be finite"
+    refused(tmp_path, nn.Linear(4, 1), sp.Regression(measurement), good, bad, sp.MismatchError, message)
+
+
+@pytest.mark.parametrize(("outputs", "targets"), [(1, 2), (2, 1), (2, 2)])
+def test_targets_are_never_spread_over_predictions(tmp_path, outputs, targets):
+    model, bad = nn.Linear(4, outputs), TensorDataset(INPUTS, INPUTS[:, :targets])
+    trajectory = sp.Trajectory([sp.Checkpoint(model.state_dict(), 10, lr=0.1)])
+    with pytest.raises(ValueError, match="one number an example"):
+        sp.build(model, sp.Regression(), trajectory, bad, tmp_path, sketch=sp.Sketch(16), progress=False)
