@@ -6,9 +6,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Batch", "batch_size", "map_tensors", "nonfinite_examples", "per_example_tensors", "take"]
+from source_proj._errors import GradientError, SourceProjError
+
+__all__ = [
+    "Batch",
+    "batch_size",
+    "map_tensors",
+    "nonfinite_examples",
+    "per_example_tensors",
+    "require_in_front",
+    "take",
+]
 
 Batch: TypeAlias = Any  # a tensor, or tuples, lists and mappings of them; other leaves are passed through untouched
 
@@ -91,3 +101,38 @@ def nonfinite_examples(rows: Tensor) -> list[int]:
         [1]
     """
     return [int(i) for i in torch.isfinite(rows).all(dim=1).logical_not().nonzero()[:, 0]]
+
+
+def require_in_front(
+    function: Callable[[nn.Module, Batch], Any], model: nn.Module, batch: Batch, size: int, problem: Exception
+) -> None:
+    """Say what is wrong with a batch that a function of a model takes as a whole, and not an example of it.
+
+    Args:
+        function: of (model, batch) to (B,).
+        model: the model.
+        batch: the whole.
+        size: the number of its examples.
+        problem: what came of an example alone.
+
+    Raises:
+        GradientError: it is such a batch.
+    """
+    if isinstance(problem, SourceProjError):
+        return
+    try:
+        with torch.no_grad():
+            taken = tuple(function(model, batch).shape) == (size,)
+    except Exception:  # whatever a model makes of a batch that is none
+        return
+    if not taken or size == 1:
+        return
+    shapes: list[tuple[int, ...]] = []
+    map_tensors(batch, lambda tensor: shapes.append(tuple(tensor.shape)) or tensor)  # type: ignore[func-returns-value]
+    said = str(problem).partition("\n")[0]
+    raise GradientError(
+        f"the model takes a batch of {size} examples, and no example of it alone ({said}): the first "
+        f"dimension of its tensors, of shapes {shapes[:10]}, must count examples, and where it is not {size} a tensor "
+        "counts as shared by all. Let the DataLoader give batches with the examples in front, and transpose or join "
+        "them in the model"
+    ) from problem

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from source_proj._errors import ExampleError, GradientError, SourceProjError
-from source_proj.gradients.batches import Batch, per_example_tensors, take
+from source_proj.gradients.batches import Batch, per_example_tensors, require_in_front, take
 from source_proj.gradients.replaced import call_with
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
@@ -113,6 +113,9 @@ class GeneralPath:
                 value = weighted_gradient(self._placement, self._space, function, example, alone, autocast, keep)
             except ExampleError as problem:
                 raise ExampleError([b], problem.what) from None
+            except (ValueError, RuntimeError, IndexError) as problem:
+                require_in_front(function, self._model, batch, size, problem)
+                raise
             yield b, value, {name: gradient.unsqueeze(0) for name, gradient in gradients.items()}
         if not self._loops:
             self._loops, self.note = True, note

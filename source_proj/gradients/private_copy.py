@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from source_proj._errors import GradientError, MismatchError, SourceProjError
-from source_proj.gradients.batches import Batch, take
+from source_proj.gradients.batches import Batch, batch_size, require_in_front, take
 from source_proj.gradients.general import Function
 from source_proj.trajectory.placement import Placement, placement_of
 
@@ -136,14 +136,18 @@ def require_takes(function: Callable[[nn.Module, Batch], object], model: nn.Modu
 
     Raises:
         MismatchError: the model cannot take it.
+        GradientError: it takes the whole batch, and no example of it.
     """
     try:
         with torch.no_grad():
             function(model, take(batch, [0]))
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, ValueError) as error:
         if isinstance(error, SourceProjError):
+            raise
+        require_in_front(function, model, batch, batch_size(batch), error)
+        if isinstance(error, ValueError):  # of a task, which says what is wrong
             raise
         raise MismatchError(
             f"the model {type(model).__name__} cannot take the first example ({str(error).splitlines()[0]}): its "

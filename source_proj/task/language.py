@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from source_proj import kernels
+from source_proj._errors import SourceProjError
 from source_proj.task.answers import Answers, continued, greedy, has_targets
 from source_proj.task.base import Derivatives, Task, checked_normalizer
 from source_proj.task.batch import Batch, Model, Uniform, class_indices, draw, first_examples, forward, split
@@ -141,7 +142,12 @@ class CausalLM(Task):
         """
         _require_decoder_inputs(model, batch)
         with torch.no_grad():
-            logits, labels = forward(model, first_examples(batch, _EXAMINED), None)
+            try:
+                logits, labels = forward(model, first_examples(batch, _EXAMINED), None)
+            except (RuntimeError, IndexError) as error:
+                if isinstance(error, SourceProjError):
+                    raise
+                return  # who runs the model next says what is wrong with the batch
             if logits.ndim != 3 or labels.shape != logits.shape[:2] or labels.shape[1] < 2:
                 return  # `output` says what is wrong
             logp = log_softmax(logits, dim=-1)

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from source_proj import bank as banks
 from source_proj._errors import GradientError, MismatchError, SourceProjError
-from source_proj.task import Classification, Task
+from source_proj.task import CausalLM, Classification, Task
 from source_proj.trajectory import Checkpoint, Trajectory
 
 
@@ -212,3 +212,54 @@ def test_a_sample_weight_that_cannot_be_one_names_the_example(run, tmp_path, wei
     task = Classification(sample_weight=2)
     with pytest.raises(MismatchError, match=rf"sample weights of ids \[{place}\] are \[{weight}\], .* at least 0"):
         run.build(tmp_path / "bank", task=task, data=data, gradients=gradients)
+
+
+class Pooled(nn.Module):
+    """A mean over what comes first: time, or all nodes of a graph."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.body, self.head, self.pool = nn.Linear(6, 10), nn.Linear(10, 3), pool
+
+    def forward(self, x, of=None):
+        return self.head(self.pool(self.body(x).tanh(), of))
+
+
+def over_time(examples):
+    return torch.stack([x for x, _ in examples], 1), torch.tensor([y for _, y in examples])
+
+
+def joined(examples):
+    sizes = torch.tensor([len(x) for x, _ in examples])
+    of = torch.repeat_interleave(torch.arange(len(examples)), sizes)
+    labels = torch.tensor([y for _, y in examples])
+    return {"x": torch.cat([x for x, _ in examples]), "of": of, "labels": labels}
+
+
+@pytest.mark.parametrize("gradients", ["auto", "general"])
+@pytest.mark.parametrize("length", [4, 5])
+@pytest.mark.parametrize(
+    ("collate", "pool", "shapes"),
+    [
+        (over_time, lambda h, _: h.mean(0), r"\[\({length}, 4, 6\), \(4,\)\]"),
+        (joined, lambda h, of: h.new_zeros(int(of.max()) + 1, 10).index_add(0, of, h), r"\[\({all}, 6\), .*\(4,\)\]"),
+    ],
+    ids=["time first", "graphs"],
+)
+def test_a_batch_whose_examples_are_not_in_front_is_named(tmp_path, gradients, length, collate, pool, shapes):
+    """Also where there are as many steps as examples; it was said of labels alone that they do not go with logits."""
+    torch.manual_seed(0)
+    data = [(torch.randn(length, 6), i % 3) for i in range(8)]
+    loader, model = DataLoader(data, batch_size=4, collate_fn=collate), Pooled(pool)
+    trajectory = Trajectory([Checkpoint(model.state_dict(), 1, lr=0.1)])
+    shapes = shapes.format(length=length, all=4 * length)
+    with pytest.raises(GradientError, match=f"no example of it alone.*shapes {shapes}, must count examples.*in front"):
+        make_run().build(tmp_path / "bank", model=model, trajectory=trajectory, data=loader, gradients=gradients)
+
+
+def test_tokens_of_another_type_are_named_by_a_language_model_too(tmp_path):
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
+    trajectory = Trajectory([Checkpoint(model.state_dict(), 1, lr=0.1)])
+    data = TensorDataset(torch.ones(6, 3), torch.ones(6, 3, dtype=torch.long))
+    with pytest.raises(MismatchError, match=r"cannot take the first example \(.*Float.*as in training"):
+        make_run().build(tmp_path / "bank", model=model, task=CausalLM(), trajectory=trajectory, data=data)
