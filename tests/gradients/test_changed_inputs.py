@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
 import source_proj as sp
+from source_proj._errors import GradientError
 from source_proj.gradients import ParameterSpace, gradient_engine
 from source_proj.gradients.batches import has_lists, take
 

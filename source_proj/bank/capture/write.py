@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -27,6 +28,7 @@ from source_proj.trajectory import CapturedCurvature, RunRecord, Stage, Trajecto
 
 __all__ = ["CapturedStage", "write_captured"]
 
+_EQUAL = 1e-6  # relative: sums of learning rates, in float64
 _BATCH = 64  # rows; nothing was read in batches, and shards are made of some
 
 
@@ -53,6 +55,7 @@ class CapturedStage:
                 f"preconditioner={self.stage.preconditioner!r} wants rows in the metric of a preconditioner that is "
                 "known only after training, and captured rows are plain gradients: take 'scalar' or 'none'"
             )
+        self._require_equal_batches()
 
     @classmethod
     def of(
@@ -71,6 +74,24 @@ class CapturedStage:
         """
         n = max([examples or 0, *(len(content["rows"]) for content in contents)])
         return cls(stage, tuple(contents), checked_ids(ids, 0, n, stage.name))
+
+    def _require_equal_batches(self) -> None:
+        """Refuse sums of losses over batches of several sizes: rows are freed of one size, which was told afterwards.
+
+        Processes add up their batches, so that a multiple of it is as good.
+        """
+        rates = self.stage.lr_schedule
+        if self.stage.loss_reduction != "sum" or rates is None or callable(rates):
+            return
+        mean = sum(content["weight"] for content in self.contents) / (math.fsum(rates) or math.inf)
+        times = mean / self.stage.loss_scale
+        if abs(times - max(1, round(times))) > _EQUAL:
+            raise ValueError(
+                f"loss_reduction='sum' with batch_size={self.stage.batch_size} and accumulation="
+                f"{self.stage.accumulation}, and the steps of stage {self.stage.name!r} had {mean:.4g} examples on "
+                "average: captured rows are right where all batches have this size. Give the size, leave the last, "
+                "smaller batch of an epoch out by drop_last=True, or train with the mean of losses"
+            )
 
     def curvature(self) -> list[Tensor]:
         """Ĥ (k, k) of each segment."""

@@ -81,6 +81,21 @@ def test_a_loss_that_is_a_sum_is_told_apart_from_its_mean(tmp_path):
     assert float((rows_of(bank) - expected).norm()) <= 1e-5 * float(expected.norm())
 
 
+@pytest.mark.parametrize(("sizes", "told"), [((4, 4, 2), 4), ((4, 4, 4), 3), ((2, 2), 4)])
+def test_sums_over_batches_of_several_sizes_or_another_one_are_refused(tmp_path, sizes, told):
+    """Examples of the smaller batch had rows of half their size."""
+    loop = Loop(tmp_path / "run", lr=0.02)
+    for index, size in zip(loop.batches, sizes, strict=False):
+        loop.optimizer.zero_grad()
+        (size * loop.loss(index[:size])).backward()
+        loop.optimizer.step()
+        loop.recorder.step(ids=index[:size])
+    with pytest.raises(
+        ValueError, match=rf"batch_size={told} .* had {sum(sizes) / len(sizes):.4g} examples on average"
+    ):
+        loop.recorder.bank(loss_reduction="sum", batch_size=told)
+
+
 def test_a_scaled_loss_in_half_precision_and_a_step_that_the_scaler_skips(tmp_path):
     scaler = GradScaler("cpu", init_scale=1024.0, growth_interval=2)
     loop = Loop(tmp_path / "run", also=[scaler])
