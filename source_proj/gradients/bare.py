@@ -109,17 +109,20 @@ class BareUses(TorchFunctionMode):
 
         return func(*self._swapped(args, expand), **self._swapped(kwargs, expand))
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = self._of_examples(input, "a linear function")
         made = F.linear(x, weight) if id(weight) not in self._bare else self._product(x, self._bare[id(weight)][0].T)
         return made if bias is None else self._again(torch.add, made, bias)
 
-    def _addmm(self, bias: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
+    def _addmm(self, bias: Tensor, x: Tensor, matrix: Tensor, **more: Any) -> Tensor:
+        if more:
+            raise Unfollowed(f"a parameter of no layer takes part in addmm with {sorted(more)}")
         return self._again(torch.add, self._again(torch.matmul, x, matrix), bias)
 
     def _matmul(self, x: Tensor, matrix: Tensor) -> Tensor:
-        if id(x) in self._bare or x.dim() < 2:
-            raise Unfollowed("a parameter of no layer stands before the examples in a product")
-        return self._product(x, self._bare[id(matrix)][0])
+        if x.dim() < 2:
+            raise Unfollowed("a parameter of no layer takes part in a product with a vector")
+        return self._product(self._of_examples(x, "a product"), self._bare[id(matrix)][0])
 
     def _product(self, x: Tensor, matrix: Tensor) -> Tensor:
         """The product x M, for x (B r, ..., i) and M (i, o), with a tap."""
@@ -144,9 +147,14 @@ class BareUses(TorchFunctionMode):
 
         return self._tap(x @ matrix.detach(), listener, x)
 
+    def _of_examples(self, x: Tensor, where: str) -> Tensor:
+        if id(x) in self._bare:
+            raise Unfollowed(f"a parameter of no layer stands in the examples' place in {where}")
+        return x
+
     def _embedding(
         self,
-        index: Tensor,
+        input: Tensor,
         weight: Tensor,
         padding_idx: int | None = None,
         max_norm: float | None = None,
@@ -166,18 +174,18 @@ class BareUses(TorchFunctionMode):
             kept = g if padding is None else g.masked_fill((index == padding).unsqueeze(-1), 0.0)
             self._taker().scatter(name, index, kept)
 
-        return self._tap(F.embedding(index, weight.detach()), listener, index)
+        return self._tap(F.embedding(input, weight.detach()), listener, input)
 
     def _normalised(
         self,
         normalise: Callable[..., Tensor],
-        x: Tensor,
-        shape: Sequence[int],
+        input: Tensor,
+        normalized_shape: Sequence[int],
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         eps: float | None = 1e-5,
     ) -> Tensor:
-        made = normalise(x, shape, eps=eps)
+        made = normalise(self._of_examples(input, "a normalisation"), normalized_shape, eps=eps)
         made = made if weight is None else self._again(torch.mul, made, weight)
         return made if bias is None else self._again(torch.add, made, bias)
 
@@ -217,7 +225,9 @@ class BareUses(TorchFunctionMode):
             padded = (1,) * (expanded.dim() - bare.dim()) + tuple(bare.shape)
             self._receive(bare, of_examples.sum_to_size(self._size, *padded[1:]).reshape(self._size, *bare.shape))
 
-        return self._tap(expanded.detach(), listener, expanded.new_empty(0))
+        value = expanded.detach()
+        # Expanded to one row, it would be the parameter itself, and an operation in place would change that.
+        return self._tap(value.clone() if value.is_contiguous() else value, listener, value.new_empty(0))
 
     def _receive(self, bare: Tensor, g: Tensor, start: int = 0) -> None:
         """Hand a bare tensor's gradients (n, ...) for some examples to the parameters that it was made of."""

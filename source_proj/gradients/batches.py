@@ -235,14 +235,13 @@ def require_in_front(
     Raises:
         GradientError: it is such a batch.
     """
-    if isinstance(problem, SourceProjError):
+    if isinstance(problem, SourceProjError) or size == 1 or "in-place" in str(problem):
         return
-    try:
-        with torch.no_grad():
-            taken = tuple(function(model, batch).shape) == (size,)
+    try:  # with gradients, so that no model writes into its parameters
+        taken = tuple(function(model, batch).shape) == (size,)
     except Exception:  # whatever a model makes of a batch that is none
         return
-    if not taken or size == 1:
+    if not taken:
         return
     shapes: list[tuple[int, ...]] = []
     map_tensors(batch, lambda tensor: shapes.append(tuple(tensor.shape)) or tensor)  # type: ignore[func-returns-value]

@@ -239,6 +239,7 @@ class GradientEngine:
                         self._proof.apart = True
                         return self.sketch_together(functions, together, batch, scales, size)
                     # The general path raises it again, if the model and not the hooks are to blame.
+                    self._proof.general |= not self._shared_known
                     self._leave_hooks(problem)
             return [self._by_general(work) for work in works]
 
@@ -292,9 +293,8 @@ class GradientEngine:
                     raise Unsuited(proof.refused[structure.signature])
             structures.extend(found)
 
-        values = hooks.add_to(
-            [each.sink for each in passes], with_own_batch(together), batch, size, self._law.autocast(), admit
-        )
+        sinks = [each.sink for each in passes]
+        values = hooks.add_to(sinks, with_own_batch(together), batch, size, self._law.autocast(), admit)
         for each in passes:
             each.sink.gather()
         made = zip(passes, values, structures, strict=True)

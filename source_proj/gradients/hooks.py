@@ -18,7 +18,7 @@ per-example gradient of its parameters, which goes straight into the sketch, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -122,12 +122,13 @@ class HookPath:
         self._model = placement.model
         self._calls: list[tuple[tuple[object, ...], Call]] | None = None  # None outside of a forward pass
         self._shared: set[nn.Module] = set()
-        self._cover(space, opens=opens)
+        self._space = space
+        self._cover(opens=opens)
 
-    def _cover(self, space: ParameterSpace, *, opens: bool = True) -> None:
-        """Take the gradients of these parameters from the modules that own them."""
-        self._attributed = space.names
-        owners = Owners.of(self._model, space, opens=opens)
+    def _cover(self, apart: Collection[str] = (), *, opens: bool = True) -> None:
+        """Take the gradients of all parameters but those apart from the modules that own them."""
+        self._attributed = tuple(name for name in self._space.names if name not in apart)
+        owners = Owners.of(self._model, self._space, opens=opens, apart=apart)
         self._covered, self._opened = owners.covered, owners.opened
         owning = self._covered.keys() | self._opened.keys()
         self._names = {module: name for name, module in self._model.named_modules() if module in owning}
@@ -235,7 +236,8 @@ class HookPath:
             shapes.append((module, tuple(output.shape) or (1,)))
             return output
 
-        with self._hooked(seen), torch.no_grad():
+        # As in training: without gradients, models may take other ways, and write into their parameters.
+        with self._placement.running(self._space.names), self._hooked(seen), torch.enable_grad():
             function(self._model, batch)
         return shapes
 

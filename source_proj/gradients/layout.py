@@ -42,6 +42,7 @@ class Call(NamedTuple):
 class _Child(NamedTuple):
     position: int  # of the dim that holds the examples
     shape: Shape
+    place: int  # among the operation's inputs
 
 
 class _Lost(Exception):
@@ -102,8 +103,8 @@ def where_examples_are_lost(order: Sequence[Node], calls: Sequence[Call], root: 
 
 def _position(node: Node, positions: dict[Node, int], shapes: dict[Node, Shape], size: int) -> int:
     children = [
-        _Child(positions[child], shapes[child] if output == 0 and child in shapes else _shape(child, output))
-        for child, output in node.next_functions
+        _Child(positions[child], shapes[child] if output == 0 and child in shapes else _shape(child, output), place)
+        for place, (child, output) in enumerate(node.next_functions)
         if child in positions
     ]
     rule = _rule_for(label(node))
@@ -146,6 +147,13 @@ def _same(_node: Node, children: list[_Child], shape: Shape, _size: int) -> int:
     if any(child.position for child in children) or shape[0] != children[0].shape[0]:
         raise _Lost
     return 0
+
+
+def _by_weight(node: Node, children: list[_Child], shape: Shape, size: int) -> int:
+    """Layers with weights and biases of their own, which hold no examples however long they are."""
+    if any(child.place > 0 for child in children):
+        raise _Lost
+    return _same(node, children, shape, size)
 
 
 def _along(node: Node, children: list[_Child], shape: Shape, size: int) -> int:
@@ -223,6 +231,8 @@ def _multiplied(node: Node, children: list[_Child], shape: Shape, size: int) -> 
     """A product of matrices: by a weight, or as many as there are examples; values may route what is summed over."""
     if len(shape) == 2 and node.next_functions[-1][0] is not None:
         raise _Lost
+    if any(len(child.shape) < len(shape) for child in children):  # a bias
+        raise _Lost
     return _same(node, children, shape, size)
 
 
@@ -273,9 +283,10 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(["Mm", "Addmm", "Bmm", "Baddbmm"], _multiplied),
     "Index": _indexed,
     "RegisterPostBackwardFunction": _passed,
-    **dict.fromkeys(["Convolution", "MkldnnConvolution", "CudnnConvolution", "Linear", "MkldnnLinear"], _same),
-    **dict.fromkeys(["NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm"], _same),
-    **dict.fromkeys(["NativeBatchNorm", "CudnnBatchNorm", "MkldnnRnnLayer", "LabelLikelihood", "LabelMargin"], _same),
+    **dict.fromkeys(["Convolution", "MkldnnConvolution", "CudnnConvolution", "Linear", "MkldnnLinear"], _by_weight),
+    **dict.fromkeys(["NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm"], _by_weight),
+    **dict.fromkeys(["NativeBatchNorm", "CudnnBatchNorm", "MkldnnRnnLayer"], _by_weight),
+    **dict.fromkeys(["LabelLikelihood", "LabelMargin"], _same),
 }
 _LAYERS = (
     *("ScaledDotProduct", "MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "Upsample"),

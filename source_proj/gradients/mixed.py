@@ -30,6 +30,7 @@ from source_proj.trajectory.placement.base import Live
 __all__ = ["MixedPath", "slow_parameters"]
 
 _SHARE = 3  # the few are at most one number in so many
+_PIECE_BYTES = 256 * 2**20  # of gradients that the general path makes at one time
 
 
 def slow_parameters(model: nn.Module, space: ParameterSpace) -> str | None:
@@ -58,7 +59,6 @@ class MixedPath(HookPath):
 
     def __init__(self, placement: Placement, space: ParameterSpace) -> None:
         super().__init__(placement, space)
-        self._space = space
         self._elsewhere: dict[str, str] = {}  # parameter → why its module's rule does not do
         self.begin()
 
@@ -80,10 +80,10 @@ class MixedPath(HookPath):
     def _set_apart(self, elsewhere: dict[str, str]) -> None:
         """Take these parameters, and those without a rule, from no module."""
         self._elsewhere = elsewhere
-        self._missing = {**uncovered(self._model, self._space), **elsewhere}
-        model, names = self._model, self._space.names
-        self._cover(ParameterSpace.of_names(model, [name for name in names if name not in self._missing]))
-        self._bare = ParameterSpace.of_names(model, [name for name in names if name in self._missing])
+        self._missing = {**uncovered(self._model, self._space, apart=elsewhere), **elsewhere}
+        self._cover(self._missing)
+        bare = [name for name in self._space.names if name in self._missing]
+        self._bare = ParameterSpace.of_names(self._model, bare)
         self._rest = GeneralPath(self._placement, self._bare)
 
     def add_to(
@@ -105,13 +105,17 @@ class MixedPath(HookPath):
                 return self.add_to(*given)
             except Unfollowed as problem:  # likewise
                 self._unfollowed = problem
-        if not _are_few(self._missing, self._space):
-            raise Unsuited(f"{self.reason}") from self._unfollowed
+        if not self._own_pass_pays(size):
+            raise Unsuited(self.reason) from self._unfollowed
         values = super().add_to(*given)
         with self._placement.running(()):
             for number, sink in enumerate(sinks):
                 self._rest.add_to(sink, _one(functions, number), batch, size, autocast)
         return values
+
+    def _own_pass_pays(self, size: int) -> bool:
+        """Whether a pass for the few costs less than the general path, which small models take in one piece."""
+        return _are_few(self._missing, self._space) and 4 * size * self._space.size > _PIECE_BYTES
 
     @contextmanager
     def _tapping(self, current: Pass) -> Iterator[Live]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
@@ -28,12 +29,23 @@ class Owners:
     missing: dict[str, str]
 
     @classmethod
-    def of(cls, model: nn.Module, space: ParameterSpace, *, opens: bool) -> Owners:
-        """Find them; with `opens`, modules that this package has a tapped forward pass of own what is within them."""
-        full = {id(p): name for name, p in space.parameters(model).items()}
+    def of(cls, model: nn.Module, space: ParameterSpace, *, opens: bool, apart: Collection[str] = ()) -> Owners:
+        """Find them.
+
+        Args:
+            model: the model.
+            space: the attributed parameters.
+            opens: whether modules that this package has a tapped forward pass of own what is within them; not where
+                a parameter within is apart, which such a pass would leave without a graph.
+            apart: parameters whose gradients are taken from no module.
+        """
+        full = {id(p): name for name, p in space.parameters(model).items() if name not in apart}
+        elsewhere = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in apart}
         owners, within = cls({}, {}, {}), set[nn.Module]()
         for module in model.modules():
             forward = forward_for(module) if opens else None
+            if forward is not None and any(id(p) in elsewhere for p in module.parameters()):
+                forward = None
             own = {n: full[id(p)] for n, p in module.named_parameters(recurse=forward is not None) if id(p) in full}
             if not own or module in within:
                 continue
@@ -55,12 +67,15 @@ class Owners:
             self.covered[module] = rule, own
 
 
-def uncovered(model: nn.Module, space: ParameterSpace, *, opens: bool = True) -> dict[str, str]:
+def uncovered(
+    model: nn.Module, space: ParameterSpace, *, opens: bool = True, apart: Collection[str] = ()
+) -> dict[str, str]:
     """Attributed parameter → why no rule gives its gradient; empty when the hook path may be tried.
 
     Args:
         model: the model.
         space: the attributed parameters.
         opens: whether modules are opened, too, by a forward pass of this package's.
+        apart: parameters that are not looked for.
     """
-    return Owners.of(model, space, opens=opens).missing
+    return Owners.of(model, space, opens=opens, apart=apart).missing

@@ -125,7 +125,7 @@ class TrainingPath(HookPath):
             )
         super().__init__(placement, space, opens=False)
         self._live = {name: [p] for name, p in space.parameters(model).items()}
-        self._space, self._sketch = space, sketch
+        self._sketch = sketch
         self.passes: list[TrainingPass] = []
         self.watched = False
         self.sampler: Sampler | None = None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -222,6 +223,98 @@ class Translating(nn.Module):
 def test_states_lead_to_the_layers_that_made_them() -> None:
     torch.manual_seed(0)
     assert_plain(Translating(), (torch.randn(SIZE, STEPS, WIDTH),))
+
+
+class Shared(nn.Module):
+    """A module whose weight is used outside of it, too; a modality that is missing hides the module's own use."""
+
+    def __init__(self, layer: nn.Module, weight: str) -> None:
+        super().__init__()
+        self.layer, self.weight, self.head = layer, weight, nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        given = (y, y, y) if isinstance(self.layer, nn.MultiheadAttention) else (y,)
+        head: Tensor = self.head(F.linear(x, getattr(self.layer, self.weight)[:WIDTH]) + self.layer(*given)[0])
+        return head
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight"), [(nn.MultiheadAttention, "in_proj_weight"), (nn.LSTM, "weight_ih_l0"), (nn.GRU, "weight_hh_l0")]
+)
+def test_a_weight_that_is_used_outside_of_its_module(kind: Any, weight: str) -> None:
+    torch.manual_seed(0)
+    model = Shared(kind(WIDTH, 2 if kind is nn.MultiheadAttention else WIDTH, batch_first=True), weight)
+    space = ParameterSpace.from_model(model)
+    engine = gradient_engine(model, space, Sketch(space.size, "identity"))
+    for y in (torch.zeros(SIZE, STEPS, WIDTH), torch.randn(SIZE, STEPS, WIDTH)):
+        batch = torch.randn(SIZE, STEPS, WIDTH), y
+        rows = engine.sketch(values_of, batch)[1]
+        general = gradient_engine(model, space, Sketch(space.size, "identity"), "general").sketch(values_of, batch)[1]
+        torch.testing.assert_close(rows, general, rtol=1e-4, atol=1e-4)
+
+
+def test_a_start_that_is_changed_later() -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.GRUCell(WIDTH, 4)
+
+        def forward(self, x: Tensor, change: Tensor) -> Tensor:
+            start = x[:, 0, :4].clone()
+            after: Tensor = self.layer(x[:, 1], start)
+            start += change[:, None]
+            return after
+
+    torch.manual_seed(0)
+    model = Changing()
+    space = ParameterSpace.from_model(model, ["layer.weight_ih", "layer.bias_*"])
+    engine = gradient_engine(model, space, Sketch(space.size, "identity"))
+    for change in (0.0, 5.0):
+        batch = torch.randn(SIZE, 2, WIDTH), torch.full((SIZE,), change)
+        rows = engine.sketch(values_of, batch)[1]
+        model.layer.weight_hh.requires_grad_(False)  # torch refuses the change where this has a gradient
+        expected = gradient_engine(model, space, Sketch(space.size, "identity"), "general").sketch(values_of, batch)[1]
+        torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.LSTM])
+def test_under_autocast(kind: Any) -> None:
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.layer = nn.Linear(WIDTH, WIDTH), kind(WIDTH, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.before(x)
+            made = self.layer(x[:, 0]) if kind is not nn.LSTM else self.layer(x.transpose(0, 1))[0].transpose(0, 1)
+            return made[0] if kind is nn.LSTMCell else made
+
+    torch.manual_seed(0)
+    model, x = Behind(), torch.randn(SIZE, STEPS, WIDTH)
+    space = ParameterSpace.from_model(model)
+    engine = gradient_engine(model, space, Sketch(space.size, "identity"), autocast="bfloat16")
+    _, rows = engine.sketch(lambda model, x: values_of(model, (x,)), x)
+    assert engine.method == "hooks", engine.reason
+    plain = gradient_engine(model, space, Sketch(space.size, "identity"), "general")
+    expected = plain.sketch(lambda model, x: values_of(model, (x,)), x)[1]
+    assert (rows - expected).norm() < 0.05 * expected.norm()
+
+
+def test_an_encoder_with_padding() -> None:
+    """torch's own fast path for padded batches, which is for inference, is not met."""
+
+    class Encoding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True), 2)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            padded = torch.arange(x.shape[1]) >= lengths[:, None]
+            made: Tensor = self.layer(x, src_key_padding_mask=padded)
+            return made.masked_fill(padded[..., None], 0.0)
+
+    torch.manual_seed(0)
+    assert_plain(Encoding(), (torch.randn(SIZE, STEPS, WIDTH), torch.tensor([5, 2, 1, 4])))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def serves(module: nn.Module) -> bool:
         and module.bias_v is None
         and not module.add_zero_attn
         and type(module.out_proj).forward is nn.Linear.forward
-        and not hasattr(module, "parametrizations")
+        and not any(hasattr(each, "parametrizations") for each in (module, module.out_proj))
     )
 
 

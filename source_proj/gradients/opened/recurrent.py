@@ -140,6 +140,7 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, _anchor: Tensor, direction: _Direction, *state: Tensor) -> tuple[Tensor, ...]:
         w, u, b, c = direction.weights
+        state = tuple(part.clone() for part in state)  # kept, whatever becomes of what was given
         z, kept, hidden, before = F.linear(x, w, b), {}, {}, {}
         for t in direction.steps(x.shape[1]):
             before[t] = state[0]
@@ -166,12 +167,12 @@ class Recurrence(torch.autograd.Function):
             there = direction.goes_on(t)
             reached = state if there is None else tuple(part * there for part in state)
             dz[t], dy[t], rest = direction.gates.backward(reached, ctx.kept[t])
-            earlier = (dy[t] @ u, *(zero for _ in rest[1:]))
+            earlier = (dy[t] @ u.to(dy[t].dtype), *(zero for _ in rest[1:]))
             earlier = tuple(a if b is None else a + b for a, b in zip(earlier, rest, strict=True))
             state = earlier if there is None else _chosen(there, earlier, state)
         whole = [torch.stack([parts[t] for t in range(x.shape[1])], dim=1) for parts in (dz, dy)]
         direction.receive(x, ctx.before, *whole)
-        return (whole[0] @ w if ctx.needs_input_grad[0] else None), None, None, *state
+        return (whole[0] @ w.to(whole[0].dtype) if ctx.needs_input_grad[0] else None), None, None, *state
 
 
 def forward_for(module: nn.Module) -> Forward | None:
@@ -189,14 +190,14 @@ def _gates_of(module: nn.Module, kind: type[nn.Module]) -> _Gates:
     return _GATES[kind] if kind in _GATES else _NONLINEAR[cast(str, module.nonlinearity)]
 
 
-def _layers(gates: _Gates, module: nn.RNNBase, opening: Opening, given: Any, hx: Any = None) -> tuple[Any, Any]:
+def _layers(gates: _Gates, module: nn.RNNBase, opening: Opening, input: Any, hx: Any = None) -> tuple[Any, Any]:
     """As the module's forward in evaluation mode, for batches and for packed sequences."""
-    packed, lengths = given if isinstance(given, PackedSequence) else None, None
+    packed, lengths = input if isinstance(input, PackedSequence) else None, None
     if packed is not None:
         x, there = pad_packed_sequence(packed, batch_first=True)
         lengths = there.to(x.device)
     else:
-        x = given if module.batch_first else given.transpose(0, 1)
+        x = input if module.batch_first else input.transpose(0, 1)
     if x.dim() != 3:
         raise Unsuited(f"a recurrent layer with an input of {x.dim()} dims, which has no batch")
     ways = 1 + module.bidirectional
@@ -223,7 +224,7 @@ def _starts(module: nn.RNNBase, x: Tensor, hx: Any) -> list[State]:
     if hx is None:
         zero = x.new_zeros(len(x), module.hidden_size)
         return [(zero,) * parts] * count
-    given = hx if isinstance(hx, tuple) else (hx,)
+    given = hx if isinstance(hx, tuple | list) else (hx,)
     return [tuple(part[place] for part in given) for place in range(count)]
 
 
@@ -235,13 +236,14 @@ def _packed(x: Tensor, like: PackedSequence, lengths: Tensor) -> PackedSequence:
     return PackedSequence(made.data, made.batch_sizes, order, like.unsorted_indices)
 
 
-def _cell(gates: _Gates, module: nn.RNNCellBase, opening: Opening, x: Tensor, hx: Any = None) -> Any:
+def _cell(gates: _Gates, module: nn.RNNCellBase, opening: Opening, input: Tensor, hx: Any = None) -> Any:
     """As the cell's forward: one step."""
+    x = input
     if x.dim() != 2:
         raise Unsuited(f"a recurrent cell with an input of {x.dim()} dims, which has no batch")
     parts = 2 if isinstance(module, nn.LSTMCell) else 1
-    given = hx if isinstance(hx, tuple) or hx is None else (hx,)
-    start = (x.new_zeros(len(x), module.hidden_size),) * parts if given is None else given
+    given = hx if isinstance(hx, tuple | list) or hx is None else (hx,)
+    start = (x.new_zeros(len(x), module.hidden_size),) * parts if given is None else tuple(given)
     _, end = _run(gates, module, opening, x.unsqueeze(1), start, "", False, None)
     return end if parts > 1 else end[0]
 
