@@ -55,7 +55,7 @@ class Plan:
         fit_peak: bytes of memory while Source is fitted, besides what the process has.
         search_peak: bytes of memory while queries are scored with Source's default ``memory``, besides what the process
             has, the queries and their scores.
-        dim: suggested size of the sketch.
+        dim: suggested size of the sketch, at most as many numbers as parameters.
         storage: suggested codec.
         checkpoints: suggested number of checkpoints a stage.
         shard_rows: suggested rows a shard.
@@ -103,6 +103,10 @@ class Plan:
         """What takes most of the time."""
         return max(self.parts, key=lambda name: self.parts[name])
 
+    @property
+    def _limit(self) -> str:
+        return " (as many as parameters: of kind 'sparse' it is exact)" if self.dim == self.parameters else ""
+
     def __str__(self) -> str:
         share = self.parts[self.dominates] / self.seconds
         peak = "unknown" if self.build_peak is None else _size(self.build_peak)
@@ -116,8 +120,8 @@ class Plan:
                 f"  disk      {_size(total)}, of which {largest} {self.bytes[largest] / total:.0%}",
                 f"  memory    build {peak}; fit {_size(self.fit_peak)} and search {_size(self.search_peak)} more than "
                 "the model",
-                f"  suggested sketch of {self.dim}, {self.storage}, {self.checkpoints} checkpoints a stage, "
-                f"{self.shard_rows} rows a shard",
+                f"  suggested sketch of {self.dim}{self._limit}, {self.storage}, "
+                f"{self.checkpoints} checkpoints a stage, {self.shard_rows} rows a shard",
             ]
         )
 
@@ -284,16 +288,17 @@ def _shard_bytes(settings: Settings, specs: Sequence[PartSpec]) -> int:
 
 
 def _suggested(settings: Settings, specs: Sequence[PartSpec], storage: str | None, disk: int | None) -> Settings:
-    """The largest power of two that makes sense: scores get better with it up to here, and it must fit the disk."""
-    dim = _LARGEST_DIM
-    while dim > 2 * sum(_numbers(settings)):
-        dim //= 2
+    """The largest k that makes sense: scores get better with it up to here, and it must fit the disk.
+
+    A power of two; or the number of parameters where these are few: a sparse sketch of as many numbers is exact.
+    """
+    dim = min(_LARGEST_DIM, sum(_numbers(settings)))
     while True:
         sketch = {**settings.sketch, "dim": dim}
         sized = replace(settings, sketch=sketch, storage=storage_of(storage, sketch))
         if dim == 1 or disk is None or sum(_bytes(sized, specs).values()) <= disk:
             return sized
-        dim //= 2
+        dim = 1 << (dim - 1).bit_length() - 1  # the next power of two below
 
 
 def _suggested_rows(specs: Sequence[PartSpec], counted: Sequence[int], workers: int) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -143,11 +145,28 @@ def test_sizes_that_are_suggested_fit():
     model, trajectory = run()
     task, data = sp.Classification(), make()
     largest = sp.plan(model, task, trajectory, data, batch_size=10, sketch=sp.Sketch(dim=64))
-    assert largest.parameters < largest.dim <= 2 * largest.parameters
+    assert largest.dim == largest.parameters
+    assert f"sketch of {largest.dim} (as many as parameters: of kind 'sparse' it is exact)" in str(largest)
     small = sp.plan(model, task, trajectory, data, batch_size=10, disk=200_000, workers=40, sketch=sp.Sketch(dim=64))
     assert 2 * N * small.dim <= 200_000 < 2 * N * 2 * small.dim + 2 * N * 20
     assert small.shard_rows == 10  # else some of 40 workers would have nothing to do
     assert small.checkpoints == 2
+
+
+@pytest.mark.parametrize("kind", ["sparse", "tensor", "rademacher"])
+@pytest.mark.parametrize("width", [1, 7, 30, 600])
+def test_no_sketch_has_more_numbers_than_the_network_has_parameters(width, kind):
+    model, trajectory = run(checkpoints=1, width=width)
+    planned = sp.plan(model, sp.Classification(), trajectory, make(), batch_size=10, sketch=sp.Sketch(16, kind))
+    assert planned.dim == min(8192, planned.parameters)
+    assert (planned.dim == planned.parameters) == ("as many as parameters" in str(planned))
+
+
+@given(st.integers(1, 600), st.integers(0, 1 << 20))
+def test_a_sparse_sketch_of_as_many_numbers_as_parameters_is_exact(size, seed):
+    gradients = torch.randn(3, size, generator=torch.Generator().manual_seed(seed))
+    rows = sp.Sketch(size, "sparse", seed=seed)(gradients, 0)
+    assert torch.equal(rows.abs().sort(1).values, gradients.abs().sort(1).values)
 
 
 @pytest.mark.parametrize("workers", [0, -1, True, 1.5])
