@@ -30,7 +30,7 @@ def refuse_foreign_indices(model: object, run: Callable[[], object]) -> None:
 
     handles = [module.register_forward_pre_hook(look) for module in names]
     try:
-        with torch.no_grad():
+        with torch.enable_grad():  # so that no model writes into its parameters
             run()
     except (ExampleError, _NoIndices):
         raise
