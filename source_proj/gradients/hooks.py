@@ -122,6 +122,7 @@ class HookPath:
         self._model = placement.model
         self._calls: list[tuple[tuple[object, ...], Call]] | None = None  # None outside of a forward pass
         self._shared: set[nn.Module] = set()
+        self._second: set[nn.Module] = set()  # layers that see (T, B, …)
         self._space = space
         self._cover(opens=opens)
 
@@ -185,25 +186,35 @@ class HookPath:
         return [each.detach().float() for each in values]
 
     def find_shared(self, function: Function, single: Batch, double: Batch) -> None:
-        """Learn which layers see no batch: their output is of the same shape for one example and for two.
+        """Learn which layers see no batch, and which see (T, B, …), by their outputs for one example and for two.
 
-        A layer that only sees what such a layer made need not be treated, so one is added at a time.
+        A layer that only sees what another layer made need not be treated, so one is added at a time.
 
         Raises:
             Unsuited: some layer's output length does not follow the number of examples.
         """
         self._shared.clear()
+        self._second.clear()
         for _ in range(len(self._covered) + 1):
             shapes, doubled = self._shapes(function, single, 1), self._shapes(function, double, 2)
             if [module for module, _ in shapes] != [module for module, _ in doubled]:
                 return  # the layers that are called depend on the values: the law decides
-            odd = [(m, s, d) for (m, s), (_, d) in zip(shapes, doubled, strict=True) if d[:1] != (2 * s[0],)]
+            odd = [(m, s, d) for (m, s), (_, d) in zip(shapes, doubled, strict=True) if not self._follows(m, s, d)]
             if not odd:
                 return
             module, shape, shape_of_two = odd[0]
-            if shape != shape_of_two or module in self._shared:
+            if module in self._shared or module in self._second:
                 return  # refused below if no batch can be cut
-            self._shared.add(module)
+            if shape == shape_of_two:
+                self._shared.add(module)
+            elif self._covered[module][0].positional and shape_of_two[1:2] == (2 * shape[1],):
+                self._second.add(module)
+            else:
+                return
+
+    def _follows(self, module: nn.Module, shape: tuple[int, ...], shape_of_two: tuple[int, ...]) -> bool:
+        place = int(module in self._second)
+        return shape_of_two[place : place + 1] == (2 * shape[place],)
 
     def shared_as_they_were(self, function: Function, single: Batch, double: Batch) -> bool:
         """Whether a model gives the same when the outputs of layers that see no batch are expanded to it.
@@ -290,8 +301,8 @@ class HookPath:
             output = _expanded(output, size)
             x = _expanded(x, size, unsqueeze=output.dim() > unbatched)
         listener = partial(self._on_gradient, module, size, current.taker)
-        shared = module in self._shared
-        return self._tapped(self._names[module], output, x, listener, current, inputs, shared=shared)
+        kind = "shared" if module in self._shared else "second" if module in self._second else ""
+        return self._tapped(self._names[module], output, x, listener, current, inputs, kind)
 
     def _tapped(
         self,
@@ -301,27 +312,24 @@ class HookPath:
         listener: Listener,
         current: Pass,
         inputs: Node | None,
-        *,
-        shared: bool = False,
+        kind: str = "",
     ) -> Tensor:
         """The output with a tap behind it, which hands (x, g) to the listener."""
         apply = cast(Callable[..., Tensor], _Tap.apply)  # some versions of torch leave it untyped
         tapped = apply(output, current.anchor, x.detach(), listener, name)
-        self._note(name, tapped, (inputs,), current.size, shared=shared)
+        self._note(name, tapped, (inputs,), current.size, kind)
         return tapped
 
-    def _note(
-        self, name: str, tapped: Tensor, inputs: tuple[Node | None, ...], size: int, *, shared: bool = False
-    ) -> None:
-        if tapped.dim() == 0 or tapped.shape[0] % size:
+    def _note(self, name: str, tapped: Tensor, inputs: tuple[Node | None, ...], size: int, kind: str = "") -> None:
+        place = int(kind == "second")
+        if tapped.dim() <= place or tapped.shape[place] % size or (place and tapped.shape[place] != size):
             raise Unsuited(
                 f"the output of {name!r} has shape {tuple(tapped.shape)} in a batch of {size} examples; "
                 "examples must come first"
             )
         if self._calls is not None:
-            rows = tapped.shape[0] // size
-            kind = "shared" if shared else "ragged or flat" if rows != 1 else "batch"
-            self._calls.append(((name, kind, tapped.dim()), Call(tapped.grad_fn, inputs)))
+            kind = kind or ("ragged or flat" if tapped.shape[0] != size else "batch")
+            self._calls.append(((name, kind, tapped.dim()), Call(tapped.grad_fn, inputs, place)))
 
     def _on_gradient(
         self, module: nn.Module, size: int, taker: Callable[[], GradientSink], x: Tensor, g: Tensor
@@ -332,6 +340,8 @@ class HookPath:
         rule, names = self._covered[module]
         if x.device != g.device:  # accelerate moves inputs after the hooks have seen them
             x = x.to(g.device)
+        if module in self._second:
+            x, g = x.transpose(0, 1), g.transpose(0, 1)
         if not sink.accepts_half:
             x, g = (x.float() if x.is_floating_point() else x), g.float()
         rule.add(module, names, x, g, sink, size)

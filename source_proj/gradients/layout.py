@@ -33,10 +33,12 @@ class Call(NamedTuple):
     Attributes:
         tap: the node behind its output.
         inputs: the nodes that made its inputs, None where no graph leads there.
+        place: of the dim that must hold the examples.
     """
 
     tap: Node
     inputs: tuple[Node | None, ...]
+    place: int = 0
 
 
 class _Child(NamedTuple):
@@ -86,13 +88,14 @@ def where_examples_are_lost(order: Sequence[Node], calls: Sequence[Call], root: 
         root: the node of the values (B,).
         size: B, at least 2: one example cannot be mistaken for another.
     """
-    positions: dict[Node, int] = {call.tap: 0 for call in calls}
+    positions: dict[Node, int] = {call.tap: call.place for call in calls}
     shapes: dict[Node, Shape] = {}
     inputs = {call.tap: call.inputs for call in calls}
     for node in order:
         if node in inputs:
-            if any(positions.get(made, 0) != 0 for made in inputs[node] if made is not None):
-                return "a layer that has other than the examples in front"
+            place = positions[node]
+            if any(positions.get(made, place) != place for made in inputs[node] if made is not None):
+                return "a layer that has other than the examples where they should be"
             continue
         try:
             positions[node] = _position(node, positions, shapes, size)

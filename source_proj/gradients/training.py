@@ -301,7 +301,8 @@ class TrainingPath(HookPath):
 
         def seen(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Tensor) -> None:
             if module not in self._shared:
-                outputs.append((self._names[module], output.detach()))
+                output = output.detach()
+                outputs.append((self._names[module], output.transpose(0, 1) if module in self._second else output))
 
         with self._hooked(seen):
             called(self._model, batch)

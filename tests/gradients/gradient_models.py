@@ -257,6 +257,20 @@ class TimeFirst(nn.Module):
         return self.b(self.a(x.flatten(2).transpose(0, 1)).tanh()).sum(0)
 
 
+class TimeFirstEncoder(nn.Module):
+    """torch's own encoder by its default: (T, B, …), behind an embedding that sees it so, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.layer = nn.Embedding(11, 8), nn.TransformerEncoderLayer(8, 2, 12)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.register_buffer("positions", torch.randn(6, 1, 8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids.T) + self.positions
+        return self.head(self.layer(x)).transpose(0, 1)
+
+
 class DataDependent(nn.Module):
     """Control flow on values, which vmap refuses, and a raw parameter, which hooks refuse."""
 
@@ -377,6 +391,7 @@ CASES = [
     _token_case("gemma-norm", lambda: NormalisedTokens(GemmaRMSNorm(6))),
     _token_case("not-that-norm", lambda: NormalisedTokens(CentredRMSNorm(6)), method="general"),
     _token_case("functional-head", FunctionalHead, rest=True),
-    _image_case("time-first", TimeFirst, side=2, method="general"),
+    _image_case("time-first", TimeFirst, side=2),
+    _token_case("time-first-encoder", TimeFirstEncoder),
     _image_case("data-dependent", DataDependent, side=2, rest=True),
 ]
