@@ -195,6 +195,7 @@ class HookPath:
         """
         self._shared.clear()
         self._second.clear()
+        self._shapes(function, single, 1)  # a function may call the model otherwise the first time, to look at it
         for _ in range(len(self._covered) + 1):
             shapes, doubled = self._shapes(function, single, 1), self._shapes(function, double, 2)
             if [module for module, _ in shapes] != [module for module, _ in doubled]:
