@@ -1,6 +1,7 @@
 """The board: which method knows what this very run would be without 1 % of its chunks?
 
     python examples/paper/board.py              # the small decoder of wikitext2.py
+    python examples/paper/board.py --no-exact   # without exact derivatives, which take longer than all else
     python examples/paper/board.py --full       # GPT-2, as wikitext2.py --full has it
 
 Half-subsets ask what training on other data gives, from any start. Whoever curates asks about one run. Here that run is
@@ -92,7 +93,7 @@ def board(
         for which, count in (("train", problem.n), ("queries", len(problem.queries)))
     )
     yield Candidate("BM25", "words", lambda: [np.tile(word_matches(train, queries), (len(runs), 1))], calibrated=False)
-    if not options.full:
+    if options.exact and not options.full:
         yield Candidate("Exact unrolling", "every step", partial(_unrolled, training, problem, runs))
 
 
@@ -124,6 +125,9 @@ def main() -> None:
     found.add_argument("--share", type=float, default=0.01, help="of the chunks that a repetition lacks")
     found.add_argument("--asked", type=int, help="queries (default 30)")
     found.add_argument("--dim", type=int, default=4096, help="sketch dimension k")
+    found.add_argument(
+        "--exact", action=argparse.BooleanOptionalAction, default=True, help="the exact derivatives, too: hours"
+    )
     compare(found.parse_args())
 
 

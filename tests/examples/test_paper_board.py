@@ -96,7 +96,7 @@ def test_the_board_judges_each_run_by_its_own_repetitions(tmp_path, monkeypatch)
     monkeypatch.setattr(boards, "board", only(boards.board, {"SOURCE", "Exact unrolling"}))
     options = argparse.Namespace(
         data=tmp_path / "data", cache=tmp_path / "cache", results=tmp_path / "results", full=False, quick=True,
-        methods=None, device=None, runs=2, draws=8, share=0.1, asked=4, dim=64,
+        methods=None, device=None, runs=2, draws=8, share=0.1, asked=4, dim=64, exact=True,
     )  # fmt: skip
     compared = boards.compare(options)
     exact = compared["Exact unrolling"]
