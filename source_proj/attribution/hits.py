@@ -213,8 +213,9 @@ class Hits:
         lines = [explained(self.unit), *([] if self.reranked is None else [str(self.reranked)])]
         for query in range(min(len(self), _QUERIES)):
             lines += ["", *self.lines(query)]
-        if len(self) > _QUERIES:
-            lines += ["", f"… and {len(self) - _QUERIES} more queries"]
+        more = len(self) - _QUERIES
+        if more > 0:
+            lines += ["", f"… and {more} more {'query' if more == 1 else 'queries'}"]
         return "\n".join(lines)
 
     def lines(self, query: int, *, named: bool = True) -> Iterator[str]:

@@ -124,7 +124,7 @@ def _over_groups(aggregated: Aggregate) -> tuple[np.ndarray, np.ndarray, np.ndar
 def _named(what: str, aggregated: Aggregate, chosen: np.ndarray) -> Cleaning:
     benefit, error, worsened = (column[chosen] for column in _over_groups(aggregated))
     score = benefit if aggregated.higher_is_better else -benefit
-    queries, unit = int(aggregated.sizes.sum()), aggregated.unit
+    queries, unit = int(aggregated.sizes.sum()), aggregated.unit.removeprefix("mean ")
     reasons = [
         f"including it changed the mean {unit} of {queries} queries by {mean:+.3g}"
         f"{'' if np.isnan(spread) else f' ± {spread:.2g}'}, and worsened {share:.0%} of them"

@@ -79,8 +79,9 @@ def select(
         [chosen, within_quotas(rest, member, quota - np.bincount(member[chosen], minlength=len(quota)))]
     )
     score = effects.double().mean(0).numpy()[chosen]
+    unit = facts.unit.removeprefix("mean ")
     reasons = [
-        f"chosen {place} of {count}: including it changed the mean {facts.unit} of {queried} queries by {value:+.3g}"
+        f"chosen {place} of {count}: including it changed the mean {unit} of {queried} queries by {value:+.3g}"
         for place, value in enumerate(score, start=1)
     ]
     ids = [facts.train_ids[place] for place in chosen]

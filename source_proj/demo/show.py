@@ -88,7 +88,7 @@ def check_text(answer: Answer, removals: Sequence[Removal], unit: str) -> str:
     for removal in removals:
         lines += [f"  {removal.name}", f"    {verdict(removal)}"]
     failed = sum(not removal.holds for removal in removals)
-    held = "every sign held, and random examples matter less; sizes need not hold: scores are first-order."
+    held = "the signs of the named held, and random examples matter less; sizes need not hold: scores are first-order."
     lines.append(f"  {failed} of {len(removals)} predictions FAILED." if failed else f"  {held}")
     return "\n".join(lines)
 
