@@ -21,6 +21,7 @@ from source_proj.trajectory.placement import Placement
 from source_proj.trajectory.placement.base import Live
 
 __all__ = [
+    "CHUNK_BYTES",
     "REENTRANT",
     "Autocast",
     "Function",
@@ -42,7 +43,7 @@ REENTRANT = (
 )
 
 # A chunk's gradients are examples × d floats; above this they are spread over several chunks.
-_CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES = 256 * 2**20
 
 
 class _WithModel(nn.Module):
@@ -72,7 +73,7 @@ class GeneralPath:
         self.note = ""
         self._placement, self._model = placement, placement.model
         self._space = space
-        self._chunk = max(1, _CHUNK_BYTES // (4 * max(1, space.size)))
+        self._chunk = max(1, CHUNK_BYTES // (4 * max(1, space.size)))
         self._loops = False
 
     def begin(self) -> None:

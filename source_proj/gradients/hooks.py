@@ -195,11 +195,12 @@ class HookPath:
         """
         self._shared.clear()
         self._second.clear()
-        self._shapes(function, single, 1)  # a function may call the model otherwise the first time, to look at it
-        for _ in range(len(self._covered) + 1):
+        for turn in range(len(self._covered) + 2):
             shapes, doubled = self._shapes(function, single, 1), self._shapes(function, double, 2)
             if [module for module, _ in shapes] != [module for module, _ in doubled]:
-                return  # the layers that are called depend on the values: the law decides
+                if turn:
+                    return  # the layers that are called depend on the values: the law decides
+                continue  # a function may call the model otherwise the first time, to look at it
             odd = [(m, s, d) for (m, s), (_, d) in zip(shapes, doubled, strict=True) if not self._follows(m, s, d)]
             if not odd:
                 return

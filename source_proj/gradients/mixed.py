@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from source_proj.gradients.bare import BareUses, Unfollowed
 from source_proj.gradients.batches import Batch
-from source_proj.gradients.general import Autocast, Function, Functions, GeneralPath
+from source_proj.gradients.general import CHUNK_BYTES, Autocast, Function, Functions, GeneralPath
 from source_proj.gradients.hooks import HookPath, Pass, Structure
 from source_proj.gradients.opened import Listener
 from source_proj.gradients.owners import uncovered
@@ -30,7 +30,6 @@ from source_proj.trajectory.placement.base import Live
 __all__ = ["MixedPath", "slow_parameters"]
 
 _SHARE = 3  # the few are at most one number in so many
-_PIECE_BYTES = 256 * 2**20  # of gradients that the general path makes at one time
 
 
 def slow_parameters(model: nn.Module, space: ParameterSpace) -> str | None:
@@ -59,8 +58,8 @@ class MixedPath(HookPath):
 
     def __init__(self, placement: Placement, space: ParameterSpace) -> None:
         super().__init__(placement, space)
-        self._elsewhere: dict[str, str] = {}  # parameter → why its module's rule does not do
-        self.begin()
+        self._unfollowed: Unfollowed | None = None
+        self._set_apart({})
 
     @property
     def reason(self) -> str:
@@ -74,12 +73,14 @@ class MixedPath(HookPath):
 
     def begin(self) -> None:
         """Know nothing of how parameters are used: what a batch gets may not depend on those of another scope."""
-        self._unfollowed: Unfollowed | None = None
-        self._set_apart({})
+        self._unfollowed = None
+        if self._elsewhere:
+            self._set_apart({})
+        self._rest.begin()
 
     def _set_apart(self, elsewhere: dict[str, str]) -> None:
         """Take these parameters, and those without a rule, from no module."""
-        self._elsewhere = elsewhere
+        self._elsewhere = elsewhere  # parameter → why its module's rule does not do
         self._missing = {**uncovered(self._model, self._space, apart=elsewhere), **elsewhere}
         self._cover(self._missing)
         bare = [name for name in self._space.names if name in self._missing]
@@ -115,7 +116,7 @@ class MixedPath(HookPath):
 
     def _own_pass_pays(self, size: int) -> bool:
         """Whether a pass for the few costs less than the general path, which small models take in one piece."""
-        return _are_few(self._missing, self._space) and 4 * size * self._space.size > _PIECE_BYTES
+        return _are_few(self._missing, self._space) and 4 * size * self._space.size > CHUNK_BYTES
 
     @contextmanager
     def _tapping(self, current: Pass) -> Iterator[Live]:

@@ -146,7 +146,7 @@ def test_a_use_that_is_computed_once_more_goes_the_general_way() -> None:
 @pytest.mark.parametrize("name", APART)
 def test_few_parameters_of_a_large_model_take_a_pass_of_their_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr("source_proj.gradients.mixed._PIECE_BYTES", 0)
+    monkeypatch.setattr("source_proj.gradients.mixed.CHUNK_BYTES", 0)
     model = Bare(*APART[name])
     space, batch = ParameterSpace.from_model(model), torch.randn(4, STEPS, WIDTH)
     engine = gradient_engine(model, space, Sketch(space.size, "identity"))
@@ -219,7 +219,7 @@ def test_matrices_of_few_examples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("name", ["a class token and positions", "a product", "a sum of products"])
 def test_several_functions_of_one_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr("source_proj.gradients.mixed._PIECE_BYTES", 0)
+    monkeypatch.setattr("source_proj.gradients.mixed.CHUNK_BYTES", 0)
     model = Bare(*{**FOLLOWED, **APART}[name])
     space = ParameterSpace.from_model(model)
     engine = gradient_engine(model, space, Sketch(space.size, "identity"))

@@ -143,7 +143,7 @@ def test_chunks_of_the_general_path_do_not_matter(monkeypatch: pytest.MonkeyPatc
     torch.manual_seed(0)
     model, batch = InplaceMlp(), images(5, side=2)
     whole = dense_rows(model, batch, method="general")
-    monkeypatch.setattr(general_path, "_CHUNK_BYTES", 2 * 4 * whole.shape[1])
+    monkeypatch.setattr(general_path, "CHUNK_BYTES", 2 * 4 * whole.shape[1])
     torch.testing.assert_close(dense_rows(model, batch, method="general"), whole)
 
 
