@@ -11,6 +11,7 @@ from _captured import captured_rows
 from _damping import without_retraining
 from _exact import ExactSource
 from _members import cheap_members
+from _parameters import chosen_parameters
 from _pipeline import retrainers
 from _study import Recipe, Response, cross_scores, plain
 from torch import Tensor
@@ -346,4 +347,5 @@ STUDIES: dict[str, Callable[[Bench], Iterator[Variant]]] = {
     "n": segments_without_a_sketch,
     "o": cheap_members,
     "p": captured_rows,
+    "q": chosen_parameters,
 }

@@ -16,12 +16,14 @@ where asked for: it retrains); (j) what becomes of Adam's metric, on tasks that 
 sketch's kind at equal dimension (where asked for), each line against the sparse map's; (l) numbers against bits, at
 equal bytes a row (where asked for); (m) damping chosen from the bank alone (where asked for); (n) segments with and
 without a sketch (where asked for), each line against one segment; (o) weight noise and dropout masks in the place of
-runs, at equal bytes (where asked for); (p) rows captured while training, against checkpoints' (where asked for):
+runs, at equal bytes (where asked for); (p) rows captured while training, against checkpoints' (where asked for);
+(q) which parameters to attribute through, each line against all of them (where asked for):
 
     python examples/paper/laboratory.py --tasks fashion_mnist_adamw,rte,wikitext2 --studies f,j
     python examples/paper/laboratory.py --tasks pima_logistic,mnist,concrete,fashion_mnist,rotated_mnist --studies k
     python examples/paper/laboratory.py --tasks concrete,fashion_mnist,shakespeare --studies l
     python examples/paper/laboratory.py --tasks concrete,fashion_mnist,fashion_mnist_noise,shakespeare --studies p
+    python examples/paper/laboratory.py --tasks wikitext2,shakespeare --studies q --dim 4096
 """
 
 import argparse

@@ -38,6 +38,7 @@ TITLES = {
     "n": "Segments without a sketch",
     "o": "Members without training, at equal bytes",
     "p": "Rows captured while training",
+    "q": "Which parameters",
 }
 TASKS = {
     "fashion_mnist": "Fashion-MNIST",

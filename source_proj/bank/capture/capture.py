@@ -142,7 +142,7 @@ class Capture:
             if bad:
                 raise GradientError(f"the loss gradients of ids {[int(index[b]) for b in bad][:10]} are not finite")
             factors, share = self._factors(passes, rows, batch)
-            self._sums.add(index, rows, rate, factors, share)
+            self._sums.add(index, rows, rate, factors, share, len(passes))
             if law is not None:
                 self._audits.update(audited_batches=1, audited_examples=len(index))
                 self._worst = max(self._worst, law.error)

@@ -8,7 +8,8 @@ The row of z is N/W times its sum: an example that was seen as often as the othe
 weighted by the learning rates, and one that was seen twice as often has twice that. The mean Hessian is the second sum
 over V. Of the empirical Fisher, whose factors a are w g with w what :meth:`Task.fisher_weight` says, every step has
 some, and s is 1; of the sampled Fisher, whose a are gradients of the likelihood of labels drawn from the model, some
-steps have, each of which stands for the s steps until the next one.
+steps have, each of which stands for the s steps until the next one. Σ_t η_t M_t, with M_t the step's passes, tells
+whether all steps had as many.
 """
 
 from __future__ import annotations
@@ -57,9 +58,11 @@ class SegmentSums:
         self._curvature = torch.zeros(self._dim, self._dim, device=self._device, dtype=torch.float32)
         self._factors = torch.empty(_BLOCK, self._dim, device=self._device, dtype=torch.float32)
         self._waiting = 0  # factors whose outer products are not summed yet
-        self._weight = self._curvature_weight = 0.0
+        self._weight = self._curvature_weight = self._passes = 0.0
 
-    def add(self, index: Tensor, rows: Tensor, rate: float, factors: Tensor | None, share: float = 1.0) -> None:
+    def add(
+        self, index: Tensor, rows: Tensor, rate: float, factors: Tensor | None, share: float = 1.0, passes: int = 1
+    ) -> None:
         """Add a step.
 
         Args:
@@ -68,10 +71,12 @@ class SegmentSums:
             rate: the learning rate η.
             factors: a, (n, k) float32; None for a step that has none.
             share: s.
+            passes: how many forward and backward passes the step's gradient is the sum of.
         """
         self._reserve(int(index.max()) + 1)
         self._room.index_add_(0, index, rows.to("cpu") * rate)
         self._weight += rate * len(index)
+        self._passes += rate * passes
         if factors is None:
             return
         self._curvature_weight += share * rate * len(factors)
@@ -89,6 +94,7 @@ class SegmentSums:
             "curvature": self._curvature.to("cpu"),
             "weight": self._weight,
             "curvature_weight": self._curvature_weight,
+            "passes": self._passes,
         }
 
     def load(self, content: dict[str, Any]) -> None:
@@ -98,6 +104,7 @@ class SegmentSums:
         self._room[: self._count] = content["rows"]
         self._curvature.copy_(content["curvature"])
         self._weight, self._curvature_weight = float(content["weight"]), float(content["curvature_weight"])
+        self._passes = float(content["passes"])
 
     def merge(self, gathered: Callable[[Tensor], None], largest: Callable[[int], int]) -> None:
         """Add up the sums of several processes.
@@ -108,10 +115,10 @@ class SegmentSums:
         """
         self._sum_waiting()
         self._reserve(largest(self._count))
-        weights = torch.tensor([self._weight, self._curvature_weight], dtype=torch.float64, device="cpu")
+        weights = torch.tensor([self._weight, self._curvature_weight, self._passes], dtype=torch.float64, device="cpu")
         for tensor in (self._room[: self._count], self._curvature, weights):
             gathered(tensor)
-        self._weight, self._curvature_weight = weights.tolist()
+        self._weight, self._curvature_weight, self._passes = weights.tolist()
 
     def _sum_waiting(self) -> None:
         factors = self._factors[: self._waiting]

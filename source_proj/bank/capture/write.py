@@ -55,7 +55,7 @@ class CapturedStage:
                 f"preconditioner={self.stage.preconditioner!r} wants rows in the metric of a preconditioner that is "
                 "known only after training, and captured rows are plain gradients: take 'scalar' or 'none'"
             )
-        self._require_equal_batches()
+        self._require_equal_steps()
 
     @classmethod
     def of(
@@ -75,22 +75,25 @@ class CapturedStage:
         n = max([examples or 0, *(len(content["rows"]) for content in contents)])
         return cls(stage, tuple(contents), checked_ids(ids, 0, n, stage.name))
 
-    def _require_equal_batches(self) -> None:
-        """Refuse sums of losses over batches of several sizes: rows are freed of one size, which was told afterwards.
+    def _require_equal_steps(self) -> None:
+        """Refuse summed losses or gradients of unequal steps: rows are freed of one size, which was told afterwards.
 
         Processes add up their batches, so that a multiple of it is as good.
         """
-        rates = self.stage.lr_schedule
-        if self.stage.loss_reduction != "sum" or rates is None or callable(rates):
+        stage, rates = self.stage, self.stage.lr_schedule
+        if stage.loss_scale == 1 or rates is None or callable(rates):
             return
-        mean = sum(content["weight"] for content in self.contents) / (math.fsum(rates) or math.inf)
-        times = mean / self.stage.loss_scale
+        summed = stage.loss_reduction == "sum"
+        counted, unit = ("weight", "examples") if summed else ("passes", "forward passes")
+        mean = sum(content[counted] for content in self.contents) / (math.fsum(rates) or math.inf)
+        times = mean / stage.loss_scale
         if abs(times - max(1, round(times))) > _EQUAL:
+            told = f"loss_reduction='sum' with batch_size={stage.batch_size} and " if summed else ""
             raise ValueError(
-                f"loss_reduction='sum' with batch_size={self.stage.batch_size} and accumulation="
-                f"{self.stage.accumulation}, and the steps of stage {self.stage.name!r} had {mean:.4g} examples on "
-                "average: captured rows are right where all batches have this size. Give the size, leave the last, "
-                "smaller batch of an epoch out by drop_last=True, or train with the mean of losses"
+                f"{told}accumulation={stage.accumulation}, and the steps of stage {stage.name!r} had {mean:.4g} {unit} "
+                "on average: captured rows are right where all steps have as many. Say how many, leave the last, "
+                "smaller batch or step of an epoch out (drop_last=True), or train with means: of losses, and of the "
+                "gradients that are accumulated"
             )
 
     def curvature(self) -> list[Tensor]:

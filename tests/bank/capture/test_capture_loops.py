@@ -96,6 +96,23 @@ def test_sums_over_batches_of_several_sizes_or_another_one_are_refused(tmp_path,
         loop.recorder.bank(loss_reduction="sum", batch_size=told)
 
 
+@pytest.mark.parametrize(("numbers", "told"), [((3, 3, 1), 3), ((2, 2), 3), ((3, 3), 2)])
+def test_undivided_gradients_of_unequal_steps_or_of_another_number_are_refused(tmp_path, numbers, told):
+    """A step at the end of an epoch, of fewer micro-batches, had rows that were too short, and all too long a time."""
+    loop = Loop(tmp_path / "run", lr=0.02)
+    batches = iter(loop.batches * 2)
+    for number in numbers:
+        loop.optimizer.zero_grad()
+        some = [next(batches) for _ in range(number)]
+        for index in some:
+            loop.loss(index).backward()
+        loop.optimizer.step()
+        loop.recorder.step(ids=torch.cat(some))
+    mean = sum(numbers) / len(numbers)
+    with pytest.raises(ValueError, match=rf"^accumulation={told}, .* had {mean:.4g} forward passes on average"):
+        loop.recorder.bank(accumulation=told)
+
+
 def test_a_scaled_loss_in_half_precision_and_a_step_that_the_scaler_skips(tmp_path):
     scaler = GradScaler("cpu", init_scale=1024.0, growth_interval=2)
     loop = Loop(tmp_path / "run", also=[scaler])
