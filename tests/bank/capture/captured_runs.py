@@ -156,3 +156,43 @@ def train(directory, model=None, *, n=12, size=4, steps=9, before_step=None, lr=
         if pause is not None:
             pause()
     return recorder
+
+
+class Loop:
+    """A captured MLP, its twin, and the data; SGD at a constant rate."""
+
+    def __init__(self, directory, model=None, n=12, lr=0.1, **options):
+        torch.manual_seed(0)
+        self.model = mlp() if model is None else model
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
+        self.lr = lr
+        size = size_of(self.model)
+        self.recorder = sp.Recorder(
+            self.model,
+            self.optimizer,
+            directory,
+            capture=sp.Sketch(size, "identity"),
+            task=sp.Classification(),
+            **options,
+        )
+        self.twin = Twin(n, size)
+        self.inputs, self.labels = data_for(self.model, n)
+        self.batches = batches_of(n, 4, 6)
+
+    def expect(self, index):
+        gradients = example_gradients(self.model, self.inputs[index], self.labels[index])
+        self.twin.add(index, gradients, self.lr)
+
+    def loss(self, index):
+        return loss_of(self.model, self.inputs[index], self.labels[index])
+
+    def step(self, index):
+        """One plain step."""
+        self.optimizer.zero_grad()
+        self.loss(index).backward()
+        self.optimizer.step()
+        self.recorder.step(ids=index)
+
+    def check(self, tolerance=1e-5):
+        rows, expected = rows_of(self.recorder.bank(storage="float32")), self.twin.bank_rows()
+        assert float((rows - expected).norm()) <= tolerance * float(expected.norm())

@@ -1,116 +1,22 @@
-"""Loops as people write them: accumulation, half precision, clipping, dropout, evaluation in between; and refusals."""
+"""Loops as people write them: half precision, clipping, dropout, evaluation in between; and refusals."""
 
 import pytest
 import torch
-from captured_runs import Decoder, Twin, batches_of, data_for, example_gradients, loss_of, mlp, rows_of, size_of, train
+from captured_runs import (
+    Decoder,
+    Loop,
+    data_for,
+    example_gradients,
+    loss_of,
+    mlp,
+    rows_of,
+    train,
+)
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.checkpoint import checkpoint
 
 import source_proj as sp
-
-
-class Loop:
-    """A captured MLP, its twin, and the data; SGD at a constant rate."""
-
-    def __init__(self, directory, model=None, n=12, lr=0.1, **options):
-        torch.manual_seed(0)
-        self.model = mlp() if model is None else model
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
-        self.lr = lr
-        size = size_of(self.model)
-        self.recorder = sp.Recorder(
-            self.model,
-            self.optimizer,
-            directory,
-            capture=sp.Sketch(size, "identity"),
-            task=sp.Classification(),
-            **options,
-        )
-        self.twin = Twin(n, size)
-        self.inputs, self.labels = data_for(self.model, n)
-        self.batches = batches_of(n, 4, 6)
-
-    def expect(self, index):
-        gradients = example_gradients(self.model, self.inputs[index], self.labels[index])
-        self.twin.add(index, gradients, self.lr)
-
-    def loss(self, index):
-        return loss_of(self.model, self.inputs[index], self.labels[index])
-
-    def step(self, index):
-        """One plain step."""
-        self.optimizer.zero_grad()
-        self.loss(index).backward()
-        self.optimizer.step()
-        self.recorder.step(ids=index)
-
-    def check(self, tolerance=1e-5):
-        rows, expected = rows_of(self.recorder.bank(storage="float32")), self.twin.bank_rows()
-        assert float((rows - expected).norm()) <= tolerance * float(expected.norm())
-
-
-@pytest.mark.parametrize("divided", [True, False])
-def test_accumulated_gradients_give_the_rows_of_the_whole_batch(tmp_path, divided):
-    loop = Loop(tmp_path / "run")
-    for pair in zip(loop.batches[::2], loop.batches[1::2], strict=True):
-        loop.optimizer.zero_grad()
-        for index in pair:
-            loop.expect(index)
-            (loop.loss(index) / (2 if divided else 1)).backward()
-        loop.optimizer.step()
-        loop.recorder.step(ids=torch.cat(pair))
-    expected = loop.twin.bank_rows()
-    options = {} if divided else {"accumulation": 2}
-    bank = loop.recorder.bank(storage="float32", **options)
-    assert float((rows_of(bank) - expected).norm()) <= 1e-5 * float(expected.norm())
-    curvature = bank.stages[0].captured_curvature(0)
-    assert float((curvature - loop.twin.bank_curvature()).norm()) <= 1e-5 * float(curvature.norm())
-
-
-def test_a_loss_that_is_a_sum_is_told_apart_from_its_mean(tmp_path):
-    loop = Loop(tmp_path / "run", lr=0.02)
-    for index in loop.batches:
-        loop.expect(index)
-        loop.optimizer.zero_grad()
-        (4 * loop.loss(index)).backward()
-        loop.optimizer.step()
-        loop.recorder.step(ids=index)
-    expected = loop.twin.bank_rows()
-    bank = loop.recorder.bank(storage="float32", loss_reduction="sum", batch_size=4)
-    assert float((rows_of(bank) - expected).norm()) <= 1e-5 * float(expected.norm())
-
-
-@pytest.mark.parametrize(("sizes", "told"), [((4, 4, 2), 4), ((4, 4, 4), 3), ((2, 2), 4)])
-def test_sums_over_batches_of_several_sizes_or_another_one_are_refused(tmp_path, sizes, told):
-    """Examples of the smaller batch had rows of half their size."""
-    loop = Loop(tmp_path / "run", lr=0.02)
-    for index, size in zip(loop.batches, sizes, strict=False):
-        loop.optimizer.zero_grad()
-        (size * loop.loss(index[:size])).backward()
-        loop.optimizer.step()
-        loop.recorder.step(ids=index[:size])
-    with pytest.raises(
-        ValueError, match=rf"batch_size={told} .* had {sum(sizes) / len(sizes):.4g} examples on average"
-    ):
-        loop.recorder.bank(loss_reduction="sum", batch_size=told)
-
-
-@pytest.mark.parametrize(("numbers", "told"), [((3, 3, 1), 3), ((2, 2), 3), ((3, 3), 2)])
-def test_undivided_gradients_of_unequal_steps_or_of_another_number_are_refused(tmp_path, numbers, told):
-    """A step at the end of an epoch, of fewer micro-batches, had rows that were too short, and all too long a time."""
-    loop = Loop(tmp_path / "run", lr=0.02)
-    batches = iter(loop.batches * 2)
-    for number in numbers:
-        loop.optimizer.zero_grad()
-        some = [next(batches) for _ in range(number)]
-        for index in some:
-            loop.loss(index).backward()
-        loop.optimizer.step()
-        loop.recorder.step(ids=torch.cat(some))
-    mean = sum(numbers) / len(numbers)
-    with pytest.raises(ValueError, match=rf"^accumulation={told}, .* had {mean:.4g} forward passes on average"):
-        loop.recorder.bank(accumulation=told)
 
 
 def test_a_scaled_loss_in_half_precision_and_a_step_that_the_scaler_skips(tmp_path):
