@@ -86,12 +86,12 @@ class Bench:
 
     def in_storage(self, storage: str, dim: int) -> list[np.ndarray]:
         """Scores of each run by the library itself, of rows in another codec."""
-        found = []
-        for run in range(self.runs):
-            bank = self.bank(run, dim=dim, storage=storage)
-            source = sp.Source(bank, progress=False)
-            found.append(np.asarray(source.score(self.features(bank)))[:, : self.problem.n])
-        return found
+        return [self.by_default(self.bank(run, dim=dim, storage=storage)) for run in range(self.runs)]
+
+    def by_default(self, bank: sp.Bank) -> np.ndarray:
+        """Scores by one bank and the library's own defaults."""
+        source = sp.Source(bank, progress=False)
+        return np.asarray(source.score(self.features(bank)))[:, : self.problem.n]
 
     def scores(self, recipe: Recipe, **choices: Any) -> list[np.ndarray]:
         """Scores of each run."""

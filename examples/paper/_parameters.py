@@ -11,10 +11,8 @@ from source_proj.evaluate import GroundTruth
 
 __all__ = ["chosen_parameters"]
 
-Variant = tuple[str, list[np.ndarray], GroundTruth, list[np.ndarray]]
 
-
-def chosen_parameters(bench: Bench) -> Iterator[Variant]:
+def chosen_parameters(bench: Bench) -> Iterator[tuple[str, list[np.ndarray], GroundTruth, list[np.ndarray]]]:
     """(q) Do embeddings, norms and biases belong into the sketch? Each line against all parameters at its k."""
     tables = [name for name, part in bench.problem.make_model().named_modules() if isinstance(part, nn.Embedding)]
     if not tables:
@@ -23,10 +21,10 @@ def chosen_parameters(bench: Bench) -> Iterator[Variant]:
     neither = {"without embeddings": [f"!{name}.*" for name in tables]}
     weights = {"weights of linear layers alone": _linear_weights(bench)}
     for dim, choices in [(bench.dim, without | neither | weights), (4 * bench.dim, neither | weights)]:
-        everything = _scores(bench, dim, None)
+        everything = _scores(bench, dim, "all", None)
         yield f"k = {dim:,}, all parameters", everything, bench.truth, everything
         for name, parameters in choices.items():
-            yield f"k = {dim:,}, {name}", _scores(bench, dim, parameters), bench.truth, everything
+            yield f"k = {dim:,}, {name}", _scores(bench, dim, name, parameters), bench.truth, everything
 
 
 def _linear_weights(bench: Bench) -> list[str]:
@@ -34,13 +32,11 @@ def _linear_weights(bench: Bench) -> list[str]:
     return [f"{name}.weight" for name, part in modules if isinstance(part, nn.Linear)]
 
 
-def _scores(bench: Bench, dim: int, parameters: Sequence[str] | None) -> list[np.ndarray]:
+def _scores(bench: Bench, dim: int, name: str, parameters: Sequence[str] | None) -> list[np.ndarray]:
     """Scores of each run, by the library's defaults."""
     found = []
     for run, trajectory in enumerate(bench.trajectories):
-        chosen = "all" if parameters is None else "-".join(parameters).replace("!", "no-").replace(".*", "")
-        path = bench.folder / "laboratory" / f"{run}-{dim}-parameters-{chosen[:80]}"
+        path = bench.folder / "laboratory" / f"{run}-{dim}-{name.replace(' ', '-')}"
         bank = bench.build(trajectory, path, sp.Sketch(dim, seed=run), parameters=parameters)
-        source = sp.Source(bank, progress=False)
-        found.append(np.asarray(source.score(bench.features(bank))))
+        found.append(bench.by_default(bank))
     return found

@@ -81,9 +81,9 @@ class CapturedStage:
         Processes add up their batches, so that a multiple of it is as good.
         """
         stage, rates = self.stage, self.stage.lr_schedule
-        if stage.loss_scale == 1 or rates is None or callable(rates):
-            return
         summed = stage.loss_reduction == "sum"
+        if not (summed or stage.accumulation > 1) or rates is None or callable(rates):
+            return
         counted, unit = ("weight", "examples") if summed else ("passes", "forward passes")
         mean = sum(content[counted] for content in self.contents) / (math.fsum(rates) or math.inf)
         times = mean / stage.loss_scale

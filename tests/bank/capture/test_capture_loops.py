@@ -2,16 +2,7 @@
 
 import pytest
 import torch
-from captured_runs import (
-    Decoder,
-    Loop,
-    data_for,
-    example_gradients,
-    loss_of,
-    mlp,
-    rows_of,
-    train,
-)
+from captured_runs import Decoder, Loop, data_for, example_gradients, loss_of, mlp, rows_of, train
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.checkpoint import checkpoint
