@@ -120,6 +120,12 @@ class Bank:
         return self.settings.parameters
 
     @property
+    def parameter_weights(self) -> dict[str, float]:
+        """What the gradients of each attributed parameter were multiplied by."""
+        names = self.space_spec["names"]
+        return dict(zip(names, self.space_spec.get("weights") or [1.0] * len(names), strict=True))
+
+    @property
     def captured(self) -> bool:
         """Whether rows were captured while a stage trained: see :class:`source_proj.Recorder`."""
         return any(stage.capture is not None for stage in self.trajectory.stages)
@@ -346,23 +352,10 @@ class Bank:
 
     def nbytes(self) -> dict[str, int]:
         """Bytes on disk by kind; "fits" are what was computed from the bank and kept beside it."""
-        kinds = dict.fromkeys(
-            [
-                "rows",
-                "scales",
-                "derivatives",
-                "sampled_fisher",
-                "batch_hashes",
-                "audits",
-                "marks",
-                "ids",
-                "weights",
-                "crossings",
-                "metrics",
-            ],
-            0,
+        names = (
+            "rows scales derivatives sampled_fisher batch_hashes audits marks ids weights crossings metrics curvature"
         )
-        kinds |= {"crossings": 0, "metrics": 0, "curvature": 0, "metadata": 0, "fits": 0, "temporary": 0}
+        kinds = dict.fromkeys([*names.split(), "metadata", "fits", "temporary"], 0)
         kind = {key: kind_of(key) for key in self.store.list()} | dict.fromkeys(self.store.leftovers(), "temporary")
         for key, name in kind.items():
             info = self.store.stat(key)

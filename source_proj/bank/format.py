@@ -37,6 +37,8 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
    `source_proj.bank.codecs`), sampled_fisher (D, the number of draws), second_derivative, fisher_weight, gradients,
    autocast. The sketch's ``backend`` is "portable", or "fast-jl" with the count ``multiprocessors`` of the device
    beside it: a reader that cannot make that library's matrix for that count MUST refuse the bank, and say both counts.
+   ``parameters`` MUST hold names and shapes, and MAY hold ``weights``, a positive number for each parameter that its
+   gradients were multiplied by, with ``weighted_by``, "agreement" or "given".
    ``trajectory`` MUST hold exactly the entries of `source_proj.trajectory.record.RunRecord`, each of its type.
 3. ``versions`` says what software made the bank, ``parameter_choice`` in words which parameters are attributed. A
    reader MUST NOT depend on them, and no fingerprint covers them.
@@ -118,6 +120,7 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -157,6 +160,18 @@ def storage_of(storage: str | None, sketch: Mapping[str, Any]) -> str:
         return storage
     exact = sketch["kind"] == "identity"
     return next((name for name, most in _WIDEST.items() if exact or sketch["dim"] <= most), "int2")
+
+
+def require_weights(parameters: Mapping[str, Any]) -> None:
+    """Refuse weights of parameters that are not positive numbers, one a parameter.
+
+    Raises:
+        ValueError: says what was found.
+    """
+    weights = parameters.get("weights", [])
+    numbers = isinstance(weights, list) and all(isinstance(w, int | float) and 0 < w < math.inf for w in weights)
+    if not numbers or ("weights" in parameters and len(weights) != len(parameters.get("names", []))):
+        raise ValueError(f"the parameters' weights are {weights!r:.200}, and must be a positive number for each")
 
 
 @dataclass(frozen=True)
@@ -218,6 +233,7 @@ class Settings:
                 raise BankError(f"its setting {name!r} is {entries[name]!r}, and must be an object")
         try:
             Sketch.require_spec(entries["sketch"])
+            require_weights(entries["parameters"])
             return cls(**{**entries, "trajectory": RunRecord.from_json(entries["trajectory"])})
         except (TypeError, ValueError) as error:
             raise BankError(f"its settings are malformed: {error}") from error

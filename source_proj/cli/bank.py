@@ -177,6 +177,14 @@ def build(
         list[str] | None,
         typer.Option(metavar="GLOB", help="Parameters to attribute through; !GLOB leaves out.", rich_help_panel=SKETCH),
     ] = None,
+    parameter_weights: Annotated[
+        str | None,
+        typer.Option(
+            show_default="agreement for language models, else none",
+            rich_help_panel=SKETCH,
+            help="agreement: less of parameters on whose gradients checkpoints disagree; or none.",
+        ),
+    ] = None,
     sampled_fisher: Annotated[
         int | None,
         typer.Option(
@@ -281,6 +289,7 @@ def build(
         "device": device or worker.device,
         "storage": storage,
         "parameters": text.parameters_of(network, parameters),
+        "parameter_weights": parameter_weights,
         "sampled_fisher": sampled_fisher,
         "autocast": autocast,
         "gradients": gradients,

@@ -96,6 +96,7 @@ def _facts(bank: "Bank") -> dict[str, Any]:
         "task": bank.task_spec,
         "parameters": dict(zip(bank.space_spec["names"], shapes, strict=True)),
         "parameter_choice": bank.parameter_choice,
+        "parameter_weights": bank.parameter_weights,
         "stages": [_stage(stage) for stage in bank.stages],
         "missing": bank.missing(),
         "bytes": {**bank.nbytes(), "fits": bank.fits.nbytes()},

@@ -14,7 +14,7 @@ from source_proj.gradients.batches import Batch, batch_size, own_copy, square_li
 from source_proj.gradients.evaluation import evaluating
 from source_proj.gradients.general import Function, Functions, GeneralPath, first_line
 from source_proj.gradients.hooks import HookPath, Structure, alone
-from source_proj.gradients.law import SAMPLED, Law, Work
+from source_proj.gradients.law import AUTOCAST, SAMPLED, Law, Work
 from source_proj.gradients.memory import RowMemory
 from source_proj.gradients.mixed import MixedPath
 from source_proj.gradients.owners import uncovered
@@ -39,7 +39,6 @@ __all__ = ["METHODS", "GradientEngine", "gradient_engine"]
 
 _NOT_OF_HOOKS = (SourceProjError, MemoryError, torch.OutOfMemoryError)
 METHODS = ("auto", "hooks", "general")
-_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _OVERFLOW = (
     "the sum of a batch's gradients is not finite (overflow), though each of them is: look at the size of inputs "
@@ -81,8 +80,8 @@ def gradient_engine(
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown; choose one of {METHODS}")
-    if autocast is not None and autocast not in _AUTOCAST:
-        raise ValueError(f"autocast {autocast!r} is unknown; choose one of {tuple(_AUTOCAST)} or None")
+    if autocast is not None and autocast not in AUTOCAST:
+        raise ValueError(f"autocast {autocast!r} is unknown; choose one of {tuple(AUTOCAST)} or None")
     if sketch.kind == "identity" and sketch.dim < space.size:
         raise ValueError(
             f"an identity sketch has dim {sketch.dim}, but {space.size} parameters are attributed; set dim to that"
@@ -112,7 +111,7 @@ class GradientEngine:
         self._space = space
         self._sketch = sketch
         self._may_change = method == "auto" and self._placement.is_whole
-        self._law = Law(self._placement, space, sketch, None if autocast is None else _AUTOCAST[autocast])
+        self._law = Law(self._placement, space, sketch, None if autocast is None else AUTOCAST[autocast])
         self._general = GeneralPath(self._placement, space)
         self._memory = RowMemory()
         self._hooks: HookPath | None = None

@@ -18,10 +18,16 @@ from source_proj.sketch import Sketch
 from source_proj.trajectory import Scale
 from source_proj.trajectory.placement import Placement
 
-__all__ = ["SAMPLED", "Law", "Work"]
+__all__ = ["AUTOCAST", "SAMPLED", "Law", "Work", "autocasting"]
 
 SAMPLED = "sampled_output"  # the function that draws labels
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _TF32 = 2.0**-10  # cuDNN's convolutions of float32
+
+
+def autocasting(placement: Placement, dtype: torch.dtype | None) -> Autocast:
+    """The context of a forward pass whose products are of a type; None for the weights' own."""
+    return nullcontext if dtype is None else partial(torch.autocast, placement.device.type, dtype)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Law:
 
     def autocast(self) -> Autocast:
         """The context of a forward pass."""
-        return nullcontext if self._dtype is None else partial(torch.autocast, self._placement.device.type, self._dtype)
+        return autocasting(self._placement, self._dtype)
 
     def audit(
         self, proof: Proof, work: Work, values: Tensor, outs: list[Tensor], shares: SinkByParameter

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from source_proj._errors import GradientError
 from source_proj.gradients.batches import Batch
-from source_proj.gradients.sink import GradientSink, ScaledSink, SinkByParameter, SinkOfMetrics
+from source_proj.gradients.sink import GradientSink, ScaledSink, SinkByParameter, SinkOfMetrics, WeightedSink
 from source_proj.gradients.space import ParameterSpace
 from source_proj.sketch import Sketch
 from source_proj.trajectory import Scale
@@ -228,12 +228,13 @@ class WatchedSink(GradientSink):
 def gradient_sink(
     outs: list[Tensor], sketch: Sketch, space: ParameterSpace, scales: Sequence[Scale | None]
 ) -> GradientSink:
-    """A sink for rows R D g, for one or several diagonal matrices D."""
-    sinks = [
+    """A sink for rows R W D g, for one or several diagonal matrices D, and the space's weights W."""
+    sinks: list[GradientSink] = [
         GradientSink(out, sketch, space) if scale is None else ScaledSink(out, sketch, space, scale.to(out.device))
         for out, scale in zip(outs, scales, strict=True)
     ]
-    return sinks[0] if len(sinks) == 1 else SinkOfMetrics(sinks, outs, sketch, space)
+    sink = sinks[0] if len(sinks) == 1 else SinkOfMetrics(sinks, outs, sketch, space)
+    return sink if space.weights is None else WeightedSink(sink, space)
 
 
 def share_sink(size: int, space: ParameterSpace, device: torch.device) -> SinkByParameter:

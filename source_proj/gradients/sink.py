@@ -13,7 +13,7 @@ from source_proj.sketch import Sketch, without_autocast
 from source_proj.sketch.projections import HeldSketches
 from source_proj.trajectory import Scale
 
-__all__ = ["GradientSink", "ScaledSink", "SinkByParameter", "SinkOfMetrics"]
+__all__ = ["GradientSink", "ScaledSink", "SinkByParameter", "SinkOfMetrics", "WeightedSink"]
 
 
 class GradientSink:
@@ -194,6 +194,62 @@ class SinkOfMetrics(GradientSink):
         """As `GradientSink.scatter`."""
         for sink in self._sinks:
             sink.scatter(name, index, values)
+
+
+class WeightedSink(GradientSink):
+    """Hands everything to a sink, each parameter's pieces multiplied by its weight.
+
+    Args:
+        sink: what takes them.
+        space: says the weights.
+    """
+
+    def __init__(self, sink: GradientSink, space: ParameterSpace) -> None:
+        self._sink = sink
+        self._weights = dict(zip(space.names, space.weights or (1.0,) * len(space.names), strict=True))
+
+    @property
+    def fuses_windows(self) -> bool:
+        """As the sink."""
+        return self._sink.fuses_windows
+
+    @property
+    def accepts_half(self) -> bool:
+        """As the sink."""
+        return self._sink.accepts_half
+
+    def hold(self) -> None:
+        """As of the sink."""
+        self._sink.hold()
+
+    def release(self, *, add: bool = True) -> None:
+        """As of the sink."""
+        self._sink.release(add=add)
+
+    def add(self, name: str, rows: Tensor, start: int = 0) -> None:
+        """As `GradientSink.add`."""
+        self._sink.add(name, _roomy(rows) * self._weights[name], start)
+
+    def outer(self, name: str, left: Tensor, right: Tensor, start: int = 0) -> None:
+        """As `GradientSink.outer`; the smaller factor is multiplied."""
+        left, right = _roomy(left), _roomy(right)
+        if left.numel() < right.numel():
+            self._sink.outer(name, left * self._weights[name], right, start)
+        else:
+            self._sink.outer(name, left, right * self._weights[name], start)
+
+    def windows(self, name: str, left: Tensor, right: Tensor, taps: Tensor, windows: Tensor) -> None:
+        """As `GradientSink.windows`."""
+        self._sink.windows(name, _roomy(left) * self._weights[name], _roomy(right), taps, windows)
+
+    def scatter(self, name: str, index: Tensor, values: Tensor) -> None:
+        """As `GradientSink.scatter`."""
+        self._sink.scatter(name, index, _roomy(values) * self._weights[name])
+
+
+def _roomy(factor: Tensor) -> Tensor:
+    """A factor in a number format with room for weights; float16 has none."""
+    return factor.float() if factor.dtype == torch.float16 else factor
 
 
 def _scaled(factor: Tensor, by: Tensor) -> Tensor:

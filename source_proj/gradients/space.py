@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from math import prod
+from math import inf, prod
 from typing import Any
 
 from torch import nn
@@ -21,11 +21,12 @@ class ParameterSpace:
     """The attributed parameters of a model, laid end to end: p owns the coordinates [offset(p), offset(p) + numel(p)).
 
     The order is that of `model.named_parameters()`; a tied parameter appears once, under its first name. Two spaces are
-    equal when names and shapes are, and only then do their sketches speak of the same coordinates.
+    equal when names, shapes and weights are, and only then do their sketches speak of the same coordinates.
 
     Args:
         names: full parameter names.
         shapes: one shape per name.
+        weights: what the gradient of each parameter is multiplied by before it is sketched; None: by 1.
 
     Example:
         >>> space = ParameterSpace.from_model(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), ["*.weight", "!0.*"])
@@ -33,10 +34,13 @@ class ParameterSpace:
         (('1.weight',), 2)
         >>> ParameterSpace.from_spec(space.spec()) == space
         True
+        >>> space.weighted({"1.*": 0.5}).weights
+        (0.5,)
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    weights: tuple[float, ...] | None = None
 
     @classmethod
     def from_model(cls, model: nn.Module, patterns: Sequence[str] | None = None) -> ParameterSpace:
@@ -68,6 +72,29 @@ class ParameterSpace:
         parameters = dict(model.named_parameters())
         _refuse_complex(parameters, names)
         return cls(tuple(names), tuple(tuple(parameters[name].shape) for name in names))
+
+    def weighted(self, weights: Mapping[str, float]) -> ParameterSpace:
+        """The same parameters, their gradients multiplied by numbers.
+
+        Args:
+            weights: by glob on the parameters' names; the first that matches counts, and where none does it is 1.
+
+        Raises:
+            ValueError: a glob matches no parameter, or a number is not positive and finite.
+        """
+        for glob, weight in weights.items():
+            if not any(fnmatchcase(name, glob) for name in self.names):
+                raise ValueError(
+                    f"the weights' pattern {glob!r} matches none of the attributed parameters "
+                    f"{_listed(dict.fromkeys(self.names))}"
+                )
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < inf:
+                raise ValueError(
+                    f"the weight of parameters {glob!r} must be a positive number, got {weight!r}; to leave them out, "
+                    f"give parameters=['!{glob}']"
+                )
+        found = (next((float(w) for g, w in weights.items() if fnmatchcase(name, g)), 1.0) for name in self.names)
+        return replace(self, weights=tuple(found))
 
     @cached_property
     def offsets(self) -> dict[str, int]:
@@ -101,13 +128,18 @@ class ParameterSpace:
         return {name: present[name] for name in self.names}
 
     def spec(self) -> dict[str, Any]:
-        """JSON-able form: `{"names": [...], "shapes": [[...], ...]}`."""
-        return {"names": list(self.names), "shapes": [list(shape) for shape in self.shapes]}
+        """JSON-able form: `{"names": [...], "shapes": [[...], ...]}`, and `"weights": [...]` where there are some."""
+        plain = {"names": list(self.names), "shapes": [list(shape) for shape in self.shapes]}
+        return plain if self.weights is None else {**plain, "weights": list(self.weights)}
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> ParameterSpace:
         """The space that `spec` describes."""
-        return cls(tuple(spec["names"]), tuple(tuple(int(n) for n in shape) for shape in spec["shapes"]))
+        shapes = tuple(tuple(int(n) for n in shape) for shape in spec["shapes"])
+        weights = spec.get("weights")
+        return cls(
+            tuple(spec["names"]), shapes, None if weights is None else tuple(float(weight) for weight in weights)
+        )
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:

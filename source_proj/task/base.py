@@ -178,6 +178,11 @@ class Task:
         return 0
 
     @property
+    def parameter_weights(self) -> str:
+        """What a bank multiplies gradients of parameters by unless it is told: "none" or "agreement"."""
+        return "none"
+
+    @property
     def draws_from_outputs(self) -> bool:
         """Whether :meth:`sampled_output` wants nothing of the model but what it returns for the batch."""
         return True

@@ -196,6 +196,11 @@ class CausalLM(Task):
         return 1 if self._is_builtin() else 0  # where the likelihood is another, so is the Fisher
 
     @property
+    def parameter_weights(self) -> str:
+        """By agreement: checkpoints of language models disagree on the embeddings, whose gradients are large."""
+        return "agreement"
+
+    @property
     def draws_from_outputs(self) -> bool:
         """Not by chunks, whose logits are made of the hidden states."""
         return self.chunk is None

@@ -1,6 +1,5 @@
 """`build`: from checkpoints and data to a bank."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -11,13 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from source_proj._errors import BankError, MismatchError, named_examples
 from source_proj._io.executors import Executor, check_executor
-from source_proj._io.printable import printable
 from source_proj._io.progress import Progress
 from source_proj.bank.bank import Bank
+from source_proj.bank.build.agreement import agreement, weighted_by_agreement
 from source_proj.bank.build.arguments import require_arguments, require_device
 from source_proj.bank.build.claims import Claims, checked_takeover
 from source_proj.bank.build.columns import splits_of
@@ -25,17 +23,26 @@ from source_proj.bank.build.create import create_bank, require_same_part, requir
 from source_proj.bank.build.data import BatchSource, checked_ids, to_device
 from source_proj.bank.build.fill import Work, checked_shard, fill
 from source_proj.bank.build.normalizer import with_normalizer
+from source_proj.bank.build.parameters import (
+    ParameterWeights,
+    as_begun,
+    chosen_space,
+    in_words,
+    known_space,
+    spec_of,
+    weighting_of,
+)
 from source_proj.bank.build.shares import fill_by, require_whole
 from source_proj.bank.examples import Examples
 from source_proj.bank.format import Settings, storage_of
 from source_proj.bank.layout import PartSpec, default_shard_rows
 from source_proj.bank.read.part import Part
 from source_proj.bank.store import Store, open_store
-from source_proj.gradients import ParameterSpace, private_copy, slow_parameters
+from source_proj.gradients import private_copy
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 from source_proj.task.base import checked_pair
-from source_proj.trajectory import Scale, Trajectory, trained_parameters
+from source_proj.trajectory import Scale, Trajectory
 from source_proj.trajectory.placement import placement_of, refuse_parallelism
 from source_proj.trajectory.state_order import check_state_order, unnamed_alike
 
@@ -61,6 +68,7 @@ def build(
     progress: Progress = True,
     ids: Any = None,
     parameters: Sequence[str] | None = None,
+    parameter_weights: ParameterWeights = None,
     sampled_fisher: int | None = None,
     autocast: str | None = None,
     gradients: str = "auto",
@@ -102,6 +110,10 @@ def build(
         parameters: globs of the parameters to attribute through, "!glob" to leave out; ``["*"]`` for all. Default:
             those that training moved, see :func:`source_proj.trajectory.trained_parameters`; ``bank.parameter_choice``
             says which these are, and so does a line where some are left out.
+        parameter_weights: what gradients are multiplied by before they are sketched: "agreement", the squared agreement
+            of each parameter's gradients between checkpoints, see :mod:`source_proj.bank.build.agreement`; numbers by
+            glob, ``{"embed.*": 0.5}``; or "none". Default: "agreement" for :class:`CausalLM`, of which it predicts
+            retraining better, where rows are projected and some stage has 3 checkpoints and 128 examples; else "none".
         sampled_fisher: draws of labels from the model's prediction per example, for the curvature of that name: each
             takes a backward pass more, and half an int8 row's bytes. Default: 1 for :class:`CausalLM`, of which it
             predicts retraining better; else 0.
@@ -153,13 +165,20 @@ def build(
     task = with_normalizer(task, sources, names)
     sampled_fisher = task.sampled_draws if sampled_fisher is None else sampled_fisher
     second_derivative, fisher_weight = _columns(task, sources[0], stage_ids[0])
-    space, choice = lockstep.from_leader(lambda: _chosen(model, trajectory, parameters, progress is True))
+    space, choice = lockstep.from_leader(lambda: chosen_space(model, trajectory, parameters, progress is True))
+    weighting = weighting_of(parameter_weights, task, sketch, trajectory, [source.n for source in sources])
+    known = lockstep.from_leader(lambda: known_space(space, weighting, store))
+    if known is None:
+        found = agreement(model, task, trajectory, sources, stage_ids, space, device, autocast)
+        known = lockstep.from_leader(lambda: weighted_by_agreement(space, *found))
+    space = known
+    choice = "; ".join(filter(None, (choice, in_words(space, weighting))))
 
     def create() -> Settings:
         resolved = trajectory.resolve(model, space)
         settings = Settings(
             sketch=sketch.spec(),
-            parameters=space.spec(),
+            parameters=spec_of(space, weighting),
             task=task.spec(),
             trajectory=resolved.record,
             storage=storage_of(storage, sketch.spec()),
@@ -180,6 +199,7 @@ def build(
         _check_orders(task, model, trajectory, sources, device)
         settings = lockstep.from_leader(create)
         bank = Bank(path)
+        settings = as_begun(settings, bank.settings)
         require_same_settings(where, bank.settings, settings)
         parts = [stage.parts[0] for stage in bank.stages]
         for part, (spec, own) in zip(parts, _parts(settings), strict=True):
@@ -194,8 +214,9 @@ def build(
             if executor is not None:
                 whole = partial(
                     build, model, task, trajectory, train_set, sketch=sketch, batch_size=batch_size,
-                    device=device, storage=storage, ids=ids, parameters=parameters, sampled_fisher=sampled_fisher,
-                    autocast=autocast, gradients=gradients, shard_rows=shard_rows,
+                    device=device, storage=storage, ids=ids, parameters=parameters,
+                    parameter_weights=parameter_weights, sampled_fisher=sampled_fisher, autocast=autocast,
+                    gradients=gradients, shard_rows=shard_rows,
                 )  # fmt: skip
                 fill_by(executor, whole, where, max(part.spec.n_shards for part in parts), progress)
             else:
@@ -297,27 +318,6 @@ def _examine(
     for source in sources:
         _, _, batch = next(iter(source.load([(0, min(source.n, source.batch_size))])))
         task.examine(private, to_device(batch, where))
-
-
-def _chosen(
-    model: nn.Module, trajectory: Trajectory, patterns: Sequence[str] | None, announced: bool
-) -> tuple[ParameterSpace, str]:
-    """The attributed parameters, and in words which these are.
-
-    Lines say where the default leaves some out, and where layers without a rule make the build slow.
-    """
-    if patterns is None:
-        names, which = trained_parameters(trajectory, model)
-        space = ParameterSpace.of_names(model, names)
-    else:
-        space, which = ParameterSpace.from_model(model, patterns), f"those that parameters={list(patterns)} names"
-    sizes = [parameter.numel() for parameter in model.parameters()]
-    choice = f"{len(space.names)} of {len(sizes)} parameters, {space.size} of {sum(sizes)} numbers: {which}"
-    if announced and patterns is None and len(space.names) < len(sizes):
-        tqdm.write(printable(f"attributing through {choice} (parameters=['*'] takes all)"), file=sys.stderr)
-    if announced and (slow := slow_parameters(model, space)):
-        tqdm.write(printable(slow), file=sys.stderr)
-    return space, choice
 
 
 def _by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
