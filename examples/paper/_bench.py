@@ -63,9 +63,13 @@ class Bench:
         return found
 
     def build(self, trajectory: sp.Trajectory, path: str | Path, sketch: sp.Sketch, **rest: Any) -> sp.Bank:
-        """The bank of a trajectory of this task's model on its training sets."""
+        """The bank of a trajectory of this task's model on its training sets, all parameters of equal weight.
+
+        So they were before study (r); what that study is of, it says.
+        """
         sets = dict(self.problem.train_sets)
         data: Any = sets if len(sets) > 1 or "train" not in sets else sets["train"]
+        rest = {"parameter_weights": "none", **rest}
         return sp.build(self.problem.make_model(), self.problem.task, trajectory, data, path, sketch=sketch, **rest)
 
     def in_metric(

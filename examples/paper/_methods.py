@@ -44,8 +44,10 @@ class Run(NamedTuple):
     Attributes:
         trajectory: as recorded.
         bank: of all stages.
+        even: the same with all parameters of equal weight, where that is not the default.
         larger: the same with four times the sketch, by default in as many bytes; None where the model is no larger.
-        plain: as ``bank``, told as a run of SGD, as the rivals have it; ``bank`` itself for SGD.
+        plain: as ``bank``, told as a run of SGD and with parameters of equal weight, as the rivals have it; ``bank``
+            itself for SGD.
         metric: the same in the metric of the preconditioner; None for SGD.
         first: of the first stage alone, queried at the end of that stage; the same as ``plain`` for one stage.
         carried: of the first stage alone, queried at the final weights: the later stages are ignored.
@@ -55,6 +57,7 @@ class Run(NamedTuple):
 
     trajectory: sp.Trajectory
     bank: sp.Bank
+    even: sp.Bank | None
     larger: sp.Bank | None
     plain: sp.Bank
     metric: sp.Bank | None
@@ -117,6 +120,9 @@ def _source(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
         _made(problem, TIMED, "time_scale=0.5", whole, sp.Source, time_scale=0.5, **mean),
         _made(problem, "SOURCE, query at the end", "defaults but that", whole, sp.Source, query_gradient="final"),
     ]
+    even = [run.even for run in runs if run.even]
+    if even:
+        found.append(_made(problem, "SOURCE, equal weights", 'parameter_weights="none"', even, sp.Source, **mean))
     larger = [run.larger for run in runs if run.larger]
     if larger:
         setting = f"k={larger[0].sketch.dim}, {larger[0].storage}"
@@ -156,6 +162,8 @@ def _influence(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
     inside = [run.metric for run in runs if run.metric]
     if inside:  # trained with Adam
         contests.append((f"{averaged}, Adam's metric", inside, "", [*DAMPINGS, *LARGE]))
+    if runs[0].even:
+        contests.append((f"{averaged}, weights by agreement", [run.bank for run in runs], "", DAMPINGS))
     found = []
     for method, banks, place, dampings in contests:
         average = method != final

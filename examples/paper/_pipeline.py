@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,9 @@ def banks(problem: Problem, options: argparse.Namespace) -> list[Run]:
 def _build(
     problem: Problem, options: argparse.Namespace, trajectory: sp.Trajectory, folder: Path, seed: int, size: int
 ) -> Run:
-    def build(name: str, course: sp.Trajectory, dim: int, only_first: bool = False) -> sp.Bank:
+    def build(
+        name: str, course: sp.Trajectory, dim: int, only_first: bool = False, weights: str | None = None
+    ) -> sp.Bank:
         # A sketch no smaller than the model would add noise and save nothing.
         sketch = sp.Sketch(dim, seed=seed) if dim < size else sp.Sketch(size, "identity")
         sets = dict(list(problem.train_sets.items())[: 1 if only_first else None])
@@ -125,26 +128,28 @@ def _build(
         data: Any = next(iter(sets.values())) if len(names) == 1 and names[0] not in sets else sets
         return sp.build(
             problem.make_model(), problem.task, course, data, folder / f"{name}-{dim}", sketch=sketch,
-            device=options.device,
+            device=options.device, parameter_weights=weights,
         )  # fmt: skip
 
+    rivals = partial(build, weights="none")  # as they are published
     dim = problem.sizes.dim
     whole = build("bank", trajectory, dim)
     plain, metric, alone = whole, None, trajectory
+    even = None if problem.task.parameter_weights == "none" else build("even", trajectory, dim, weights="none")
     if any(stage.optimizer.preconditioned for stage in trajectory.stages):
         # Decoupled weight decay is no part of the loss: as SGD's λ it would put a floor under the rivals' damping.
         alone = _altered(trajectory, optimizer=sp.SGD())
-        plain, metric = build("plain", alone, dim), build("metric", _altered(trajectory, preconditioner="shared"), dim)
+        plain, metric = rivals("plain", alone, dim), build("metric", _altered(trajectory, preconditioner="shared"), dim)
     first = carried = plain
     if len(trajectory.stages) > 1:
         stage = alone.stages[0]
         alone = sp.Trajectory.from_stages([stage])
-        first = build("first", alone, dim, only_first=True)
-        carried = build("carried", sp.Trajectory.from_stages([_ending_at(stage, trajectory)]), dim, only_first=True)
+        first = rivals("first", alone, dim, only_first=True)
+        carried = rivals("carried", sp.Trajectory.from_stages([_ending_at(stage, trajectory)]), dim, only_first=True)
     averaged = build("averaged", trajectory.average_parameters(), dim)
-    smaller = tuple(build("first", alone, k, only_first=True) for k in problem.sizes.smaller if k < min(dim, size))
+    smaller = tuple(rivals("first", alone, k, only_first=True) for k in problem.sizes.smaller if k < min(dim, size))
     larger = build("bank", trajectory, _LARGER * dim) if _LARGER * dim < size else None
-    return Run(trajectory, whole, larger, plain, metric, first, carried, averaged, smaller)
+    return Run(trajectory, whole, even, larger, plain, metric, first, carried, averaged, smaller)
 
 
 def _altered(trajectory: sp.Trajectory, **changes: Any) -> sp.Trajectory:

@@ -11,7 +11,7 @@ from _captured import captured_rows
 from _damping import without_retraining
 from _exact import ExactSource
 from _members import cheap_members
-from _parameters import chosen_parameters
+from _parameters import chosen_parameters, weights_of_parameters
 from _pipeline import retrainers
 from _study import Recipe, Response, cross_scores, plain
 from torch import Tensor
@@ -348,4 +348,5 @@ STUDIES: dict[str, Callable[[Bench], Iterator[Variant]]] = {
     "o": cheap_members,
     "p": captured_rows,
     "q": chosen_parameters,
+    "r": weights_of_parameters,
 }

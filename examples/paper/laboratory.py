@@ -17,13 +17,17 @@ sketch's kind at equal dimension (where asked for), each line against the sparse
 equal bytes a row (where asked for); (m) damping chosen from the bank alone (where asked for); (n) segments with and
 without a sketch (where asked for), each line against one segment; (o) weight noise and dropout masks in the place of
 runs, at equal bytes (where asked for); (p) rows captured while training, against checkpoints' (where asked for);
-(q) which parameters to attribute through, each line against all of them (where asked for):
+(q) which parameters to attribute through, each line against all of them (where asked for); (r) what gradients of
+parameters are multiplied by, on which checkpoints agree more or less, each line against equal weights, which all other
+studies have (where asked for):
 
     python examples/paper/laboratory.py --tasks fashion_mnist_adamw,rte,wikitext2 --studies f,j
     python examples/paper/laboratory.py --tasks pima_logistic,mnist,concrete,fashion_mnist,rotated_mnist --studies k
     python examples/paper/laboratory.py --tasks concrete,fashion_mnist,shakespeare --studies l
     python examples/paper/laboratory.py --tasks concrete,fashion_mnist,fashion_mnist_noise,shakespeare --studies p
-    python examples/paper/laboratory.py --tasks wikitext2,shakespeare --studies q --dim 4096
+    python examples/paper/laboratory.py --tasks wikitext2,wikitext2_letters,shakespeare,shakespeare_words \
+        --studies q,r --dim 4096
+    python examples/paper/laboratory.py --tasks mnist,fashion_mnist,fashion_mnist_noise,rte --studies r --dim 4096
 """
 
 import argparse

@@ -39,6 +39,7 @@ TITLES = {
     "o": "Members without training, at equal bytes",
     "p": "Rows captured while training",
     "q": "Which parameters",
+    "r": "Weights of parameters",
 }
 TASKS = {
     "fashion_mnist": "Fashion-MNIST",
@@ -51,7 +52,9 @@ TASKS = {
     "fashion_mnist_adamw_noise": "Fashion-MNIST-N, AdamW",
     "rte": "RTE",
     "wikitext2": "WikiText-2",
-    "shakespeare": "Shakespeare",
+    "wikitext2_letters": "WikiText-2, by characters",
+    "shakespeare": "Shakespeare, by characters",
+    "shakespeare_words": "Shakespeare, by words",
 }
 
 

@@ -26,7 +26,18 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import source_proj as sp
 
-__all__ = ["Decoder", "Setting", "decoder", "gpt2", "load_words", "mean_loss", "problem", "stretches", "with_weights"]
+__all__ = [
+    "Decoder",
+    "Setting",
+    "decoder",
+    "gpt2",
+    "load_words",
+    "mean_loss",
+    "problem",
+    "stretches",
+    "vocabulary_of",
+    "with_weights",
+]
 
 SOURCE = (
     "https://raw.githubusercontent.com/pytorch/examples/77f55b912142e11fcfdf5b530231fb9c52f181e8/"
@@ -168,7 +179,7 @@ def decoder(options: argparse.Namespace) -> Setting:
     recipe = sized(options, None, Recipe(8, 16, 2e-3), Recipe(2, 8, 2e-3))
     words, articles = load_words(options.data, "valid")
     asked, asked_articles = load_words(options.data, "test")
-    numbers = _vocabulary(words, vocabulary)
+    numbers = vocabulary_of(words, vocabulary)
     train, chosen = stretches(words, numbers, tokens, n)
     queries, chosen_queries = stretches(asked, numbers, tokens, n_queries)
     model = {"vocabulary": len(numbers), "tokens": tokens, "width": width, "layers": layers, "heads": width // 16}
@@ -205,7 +216,7 @@ def _check(content: bytes, split: str, origin: str) -> None:
         )
 
 
-def _vocabulary(words: list[str], size: int) -> dict[str, int]:
+def vocabulary_of(words: list[str], size: int) -> dict[str, int]:
     """Numbers of the most frequent words, "<unk>" being 0."""
     common = [word for word, _ in Counter(words).most_common(size) if word != "<unk>"]
     return {word: number for number, word in enumerate(["<unk>", *common[: size - 1]])}

@@ -35,7 +35,7 @@ from source_proj.task import Task
 from source_proj.trajectory import Trajectory
 from source_proj.trajectory.placement import placement_of
 
-__all__ = ["LEAST_CHECKPOINTS", "LEAST_EXAMPLES", "agreement", "weighted_by_agreement"]
+__all__ = ["LEAST_CHECKPOINTS", "LEAST_EXAMPLES", "agreement", "weighted_by_agreement", "with_sizes_kept"]
 
 LEAST_CHECKPOINTS = 3  # of a stage, and examples, for which agreement is measured unless it is asked for
 LEAST_EXAMPLES = 128
@@ -58,15 +58,19 @@ def weighted_by_agreement(space: ParameterSpace, agreement: Tensor, sizes: Tenso
         >>> weighted_by_agreement(space, torch.tensor([0.4, 0.8]), torch.tensor([1.0, 1.0])).weights
         (0.343, 1.37)
     """
+    weights = with_sizes_kept(agreement, sizes).tolist()
+    return space.weighted({name: float(f"{w:.{_DIGITS}g}") for name, w in zip(space.names, weights, strict=True)})
+
+
+def with_sizes_kept(agreement: Tensor, sizes: Tensor, power: float = 2.0) -> Tensor:
+    """ρ^power of each parameter, no less than a tenth of the largest ρ, times what keeps the sum of the sizes."""
     known = torch.isfinite(agreement)
-    if not bool(known.any()) or not bool((agreement[known] > 0).any()):
-        return space.weighted({})
+    if not bool((agreement[known] > 0).any()):
+        return torch.ones_like(agreement)
     largest = agreement[known].max()
-    weights = torch.where(known, agreement, largest).clamp(min=float(_FLOOR * largest)).square()
-    weights *= (sizes[known].sum() / (weights.square() * sizes)[known].sum()).sqrt()
-    return space.weighted(
-        {name: float(f"{w:.{_DIGITS}g}") for name, w in zip(space.names, weights.tolist(), strict=True)}
-    )
+    weights = torch.where(known, agreement, largest).clamp(min=float(_FLOOR * largest)) ** power
+    scaled: Tensor = weights * (sizes[known].sum() / (weights.square() * sizes)[known].sum()).sqrt()
+    return scaled
 
 
 def agreement(
