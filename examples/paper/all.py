@@ -17,8 +17,8 @@ HERE = Path(__file__).parent
 TASKS = [
     "concrete", "concrete_noise", "concrete_linear", "concrete_linear --optimal", "parkinsons", "pima_logistic",
     "pima_logistic --optimal", "mnist", "fashion_mnist", "fashion_mnist_noise", "rotated_mnist", "rotated_digits",
-    "pacs", "cifar10", "fashion_mnist_adamw", "fashion_mnist_adamw_noise", "rte", "qnli", "wikitext2", "wikitext2_letters",
-    "shakespeare", "shakespeare_words",
+    "pacs", "cifar10", "fashion_mnist_adamw", "fashion_mnist_adamw_noise", "rte", "qnli", "wikitext2",
+    "wikitext2_letters", "shakespeare", "shakespeare_words",
 ]  # fmt: skip
 
 
