@@ -1,0 +1,335 @@
+"""Weights of parameters in a bank: measured by the agreement of checkpoints, given by glob, or left at 1."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bank_runs import make_data, make_run
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+import source_proj as sp
+from source_proj._errors import BankError, MismatchError
+from source_proj.bank.build import build as building
+from source_proj.bank.build.agreement import agreement, weighted_by_agreement, with_sizes_kept
+from source_proj.bank.build.data import BatchSource
+from source_proj.gradients import ParameterSpace
+
+WORDS, TOKENS = 11, 6
+
+
+class Language(nn.Module):
+    """A table, a layer and a head."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.table, self.layer, self.head = nn.Embedding(WORDS, width), nn.Linear(width, width), nn.Linear(width, WORDS)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits (B, T, V) of (B, T)."""
+        logits: Tensor = self.head(torch.tanh(self.layer(self.table(input_ids).cumsum(1))))
+        return logits
+
+
+def sentences(n: int) -> Any:
+    ids = torch.randint(0, WORDS, (n, TOKENS), generator=torch.Generator().manual_seed(3))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def language_run(checkpoints: int, *, apart: dict[str, float] | None = None) -> sp.Trajectory:
+    """Checkpoints, each parameter of which moves away from a first one, by noise of its own size."""
+    torch.manual_seed(0)
+    model = Language()
+    states = []
+    for step in range(checkpoints):
+        generator = torch.Generator().manual_seed(step)
+        states.append(
+            {
+                name: value + (apart or {}).get(name.split(".")[0], 0.3) * torch.randn(value.shape, generator=generator)
+                for name, value in model.state_dict().items()
+            }
+        )
+    return sp.Trajectory([sp.Checkpoint(state, step + 1, lr=0.1) for step, state in enumerate(states)])
+
+
+def build(path: Path, n: int = 130, checkpoints: int = 3, **options: Any) -> sp.Bank:
+    given = {"sketch": sp.Sketch(64), "progress": False, "batch_size": 32, **options}
+    task = given.pop("task", sp.CausalLM())
+    return sp.build(Language(), task, language_run(checkpoints), sentences(n), path, **given)
+
+
+# The measure -------------------------------------------------------------------------------------------------------
+
+
+def naive_agreement(trajectory: sp.Trajectory, data: Any, space: ParameterSpace) -> tuple[Tensor, Tensor]:
+    """ρ by the definition, from every example's gradient."""
+    by_checkpoint = []
+    for checkpoint in trajectory.stages[0].checkpoints:
+        model = Language()
+        model.load_state_dict(checkpoint.load())
+        parameters = dict(model.named_parameters())
+        rows = []
+        for example in data:
+            logits = model(example["input_ids"][None])[0, :-1]
+            loss = cross_entropy(logits, example["labels"][1:])
+            rows.append(torch.autograd.grad(loss, [parameters[name] for name in space.names]))
+        by_checkpoint.append([torch.stack([row[p].flatten() for row in rows]) for p in range(len(space.names))])
+    both, single = [], []
+    for of_checkpoints in zip(*by_checkpoint, strict=True):
+        pairs = [float((a * b).sum()) for a, b in permutations(of_checkpoints, 2)]
+        both.append(np.mean(pairs))
+        single.append(np.mean([float(rows.square().sum()) for rows in of_checkpoints]))
+    return torch.tensor(both) / torch.tensor(single), torch.tensor(single)
+
+
+@pytest.mark.parametrize("checkpoints", [2, 3, 5])
+def test_agreement_is_what_its_definition_says(checkpoints: int) -> None:
+    """Of 16 examples every one is a batch of its own: what is left is the error of a small sketch."""
+    data = sentences(16)
+    run = language_run(checkpoints, apart={"table": 1.0, "layer": 0.1, "head": 0.02})
+    space = ParameterSpace.from_model(Language())
+    source = BatchSource(data, 64)
+    found, sizes = agreement(Language(), sp.CausalLM(), run, [source], [np.arange(16)], space, None, None)
+    expected, expected_sizes = naive_agreement(run, data, space)
+    assert expected.max() - expected.min() > 0.3  # or there would be nothing to tell
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=0.06)
+    torch.testing.assert_close(sizes.float(), expected_sizes.float(), rtol=0.15, atol=0)
+
+
+def test_random_signs_tell_the_agreement_of_many_examples() -> None:
+    """Of 1,024 examples 128 are looked at, in batches of 8 whose cross terms cancel but for noise."""
+    data, run = sentences(1024), language_run(3, apart={"table": 1.0, "layer": 0.1, "head": 0.02})
+    space = ParameterSpace.from_model(Language())
+    found, _ = agreement(Language(), sp.CausalLM(), run, [BatchSource(data, 64)], [np.arange(1024)], space, None, None)
+    expected, _ = naive_agreement(run, data[::8], space)
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
+def test_agreement_does_not_depend_on_batches(batch_size: int) -> None:
+    data, run = sentences(300), language_run(3)
+    space, ids = ParameterSpace.from_model(Language()), [np.arange(300)]
+    whole, _ = agreement(Language(), sp.CausalLM(), run, [BatchSource(data, 64)], ids, space, None, None)
+    loader = BatchSource(DataLoader(data, batch_size=batch_size), 64)
+    found, _ = agreement(Language(), sp.CausalLM(), run, [loader], ids, space, None, None)
+    # Signs belong to the beginning of a batch: smaller ones draw others, which may err otherwise by as much.
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-6 if batch_size >= 8 else 0.25)
+
+
+def test_checkpoints_that_are_alike_agree_wholly() -> None:
+    run = language_run(3, apart={"table": 0.0, "layer": 0.0, "head": 0.0})
+    space = ParameterSpace.from_model(Language())
+    found = agreement(
+        Language(), sp.CausalLM(), run, [BatchSource(sentences(200), 64)], [np.arange(200)], space, None, None
+    )
+    torch.testing.assert_close(found[0], torch.ones(len(space.names), dtype=torch.float64))
+    assert weighted_by_agreement(space, *found).weights == (1.0,) * len(space.names)
+
+
+@pytest.mark.parametrize("power", [0.5, 2.0, 3.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_weights_keep_the_sum_of_the_squares(seed: int, power: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rho = torch.rand(7, generator=generator, dtype=torch.float64) * 2 - 0.5
+    sizes = torch.randn(7, generator=generator, dtype=torch.float64).exp()
+    weights = with_sizes_kept(rho, sizes, power)
+    torch.testing.assert_close((weights.square() * sizes).sum(), sizes.sum())
+    clear = rho > 0.2 * rho.max()  # what agrees by less than a tenth of the largest counts as that tenth
+    ratio = weights[clear] / rho[clear] ** power
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+    assert (weights > 0).all()
+
+
+def test_a_parameter_without_gradient_counts_for_no_one_else() -> None:
+    rho, sizes = torch.tensor([0.4, float("nan"), 0.8]), torch.tensor([1.0, 0.0, 3.0])
+    weights = with_sizes_kept(rho, sizes)
+    torch.testing.assert_close(weights[[0, 2]], with_sizes_kept(rho[[0, 2]], sizes[[0, 2]]))
+    assert bool(torch.isfinite(weights).all())
+    nothing = torch.full((3,), float("nan"))
+    assert with_sizes_kept(nothing, torch.zeros(3)).tolist() == [1.0] * 3
+
+
+# The bank ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "weighted"),
+    [
+        ({}, True),
+        ({"n": 127}, False),
+        ({"checkpoints": 2}, False),
+        ({"checkpoints": 2, "parameter_weights": "agreement"}, True),
+        ({"n": 20, "parameter_weights": "agreement"}, True),
+        ({"parameter_weights": "none"}, False),
+        ({"parameter_weights": {}}, False),
+        ({"sketch": sp.Sketch(259, "identity")}, False),
+        ({"sketch": sp.Sketch(259, "identity"), "parameter_weights": "agreement"}, True),
+    ],
+)
+def test_language_models_are_weighted_by_default_where_enough_is_known(
+    options: dict[str, Any], weighted: bool, tmp_path: Path
+) -> None:
+    bank = build(tmp_path / "bank", **options)
+    assert ("weights" in bank.space_spec) == weighted
+    assert (set(bank.parameter_weights.values()) != {1.0}) == weighted
+    assert ("weighted by how well checkpoints agree" in bank.parameter_choice) == weighted
+    assert list(bank.parameter_weights) == list(ParameterSpace.from_model(Language()).names)
+
+
+def test_other_tasks_are_weighted_where_it_is_asked_for(tmp_path: Path) -> None:
+    run = make_run(checkpoints=3, n=200)
+    assert set(run.build(tmp_path / "plain").parameter_weights.values()) == {1.0}
+    assert set(run.build(tmp_path / "bank", parameter_weights="agreement").parameter_weights.values()) != {1.0}
+
+
+def exact(bank: sp.Bank, what: Any = "output") -> Tensor:
+    return torch.cat([block.rows for block in bank.stages[0].iter_rows(0, what)])
+
+
+@pytest.mark.parametrize("given", ["agreement", {"table.*": 0.25, "*.bias": 3}])
+@pytest.mark.parametrize("what", ["output", "sampled_fisher"])
+def test_rows_are_gradients_times_the_weights(given: Any, what: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"sketch": sp.Sketch(259, "identity"), "storage": "float32", "sampled_fisher": 1}
+    plain = build(tmp_path / "plain", parameter_weights="none", **options)
+    bank = build(tmp_path / "bank", parameter_weights=given, **options)
+    space = ParameterSpace.from_spec(bank.space_spec)
+    by_name = zip(space.names, space.shapes, strict=True)
+    factors = torch.cat([torch.full(shape, bank.parameter_weights[name]).flatten() for name, shape in by_name])
+    torch.testing.assert_close(exact(bank, what), exact(plain, what) * factors, rtol=1e-5, atol=1e-7)
+
+
+def test_queries_have_the_weights_of_the_rows(tmp_path: Path) -> None:
+    """A weight next to nothing is next to leaving a parameter out; weights of 2 are four times each inner product."""
+    ask = sentences(5)
+    options: dict[str, Any] = {"sketch": sp.Sketch(1024), "storage": "float32", "parameter_weights": "none"}
+    plain, left = build(tmp_path / "plain", **options), build(tmp_path / "left", parameters=["!table.*"], **options)
+    small = build(tmp_path / "small", **{**options, "parameter_weights": {"table.*": 1e-5}})
+    double = build(tmp_path / "double", **{**options, "parameter_weights": {"*": 2.0}})
+    tracin = {
+        name: np.asarray(sp.TracIn(bank, model=Language(), progress=False).score(ask))
+        for name, bank in {"plain": plain, "double": double}.items()
+    }
+    np.testing.assert_allclose(tracin["double"], 4 * tracin["plain"], rtol=1e-4)
+    exact_left = sp.Sketch(ParameterSpace.from_spec(left.space_spec).size, "identity")
+    exact_all = sp.Sketch(ParameterSpace.from_spec(small.space_spec).size, "identity")
+    one = build(tmp_path / "one", **{**options, "sketch": exact_left, "parameters": ["!table.*"]})
+    two = build(tmp_path / "two", **{**options, "sketch": exact_all, "parameter_weights": {"table.*": 1e-5}})
+    scores = [
+        np.asarray(sp.Source(bank, model=Language(), damping=0.01, progress=False).score(ask)) for bank in (one, two)
+    ]
+    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-3, atol=1e-4 * np.abs(scores[0]).max())
+
+
+def test_reranked_scores_have_the_weights(tmp_path: Path) -> None:
+    """Full gradients of all candidates, weighted as the bank is: the scores of an exact bank."""
+    data = sentences(130)
+    weights = {"table.*": 0.2, "head.*": 1.5}
+    options: dict[str, Any] = {"parameter_weights": weights, "sampled_fisher": 0, "storage": "float32"}
+    bank = build(tmp_path / "bank", **{**options, "sketch": sp.Sketch(259, "identity")})
+    source = sp.Source(bank, model=Language(), progress=False)
+    plain = source.top_k(data[:3], 5)
+    again = source.top_k(data[:3], 5, rerank=20, train=data)
+    np.testing.assert_allclose(again.scores, plain.scores, rtol=1e-3)
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_build_goes_on_with_the_weights_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are measured once, and another process that measured a little else takes those that are there."""
+    whole = build(tmp_path / "whole")
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(building, "fill", stopped)
+        with pytest.raises(Stopped):
+            build(tmp_path / "bank")
+    with monkeypatch.context() as patched:
+        patched.setattr(building, "agreement", stopped)
+        bank = build(tmp_path / "bank")
+    assert bank.fingerprint == whole.fingerprint
+
+    def second(*args: Any) -> tuple[Tensor, Tensor]:
+        monkeypatch.undo()
+        build(tmp_path / "raced")
+        found, sizes = agreement(*args)
+        return found * torch.linspace(0.9, 1.0, len(found), dtype=found.dtype), sizes
+
+    monkeypatch.setattr(building, "agreement", second)
+    assert build(tmp_path / "raced").fingerprint == whole.fingerprint
+
+
+def test_workers_share_the_weights(tmp_path: Path) -> None:
+    whole = build(tmp_path / "whole", shard_rows=32)
+    for worker in range(3):
+        build(tmp_path / "bank", shard_rows=32, shard=(worker, 3))
+    bank = sp.bank.open(tmp_path / "bank")
+    bank.finalize()
+    assert bank.fingerprint == whole.fingerprint
+
+
+@pytest.mark.parametrize("other", ["none", {"table.*": 0.5}])
+def test_another_weighting_is_another_bank(other: Any, tmp_path: Path) -> None:
+    build(tmp_path / "bank")
+    with pytest.raises(MismatchError, match="weight"):
+        build(tmp_path / "bank", parameter_weights=other)
+
+
+def test_appended_rows_have_the_weights(tmp_path: Path) -> None:
+    data = sentences(260)
+    options: dict[str, Any] = {"storage": "float32", "sketch": sp.Sketch(64), "progress": False, "batch_size": 26}
+    weights = {"table.*": 0.25}
+    run = language_run(3)
+    long = sp.build(Language(), sp.CausalLM(), run, data, tmp_path / "a", parameter_weights=weights, **options)
+    short = sp.build(Language(), sp.CausalLM(), run, data[:130], tmp_path / "b", parameter_weights=weights, **options)
+    short.append(Language(), sp.CausalLM(), data[130:], ids=range(130, 260), progress=False)
+    torch.testing.assert_close(exact(short), exact(long))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"parameter_weights": "agreed"}, ValueError, "'agreement', 'none' or numbers by glob.*got 'agreed'"),
+        ({"parameter_weights": 2.0}, ValueError, "got 2.0"),
+        ({"parameter_weights": {"nothing.*": 1.0}}, ValueError, "matches none of the attributed parameters"),
+        ({"parameter_weights": {"table.*": 0}}, ValueError, "must be a positive number"),
+        ({"parameter_weights": "agreement", "checkpoints": 1}, ValueError, "no stage of the trajectory has two"),
+    ],
+)
+def test_what_is_refused(options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=message):
+        build(tmp_path / "bank", **options)
+    assert not (tmp_path / "bank").exists()
+
+
+@pytest.mark.parametrize("weights", [[1.0], "1", [0.0] * 5, [float("nan")] * 5, [-1.0] * 5, [True, None] * 3, {}])
+def test_a_bank_of_other_weights_than_numbers_is_refused(weights: Any, tmp_path: Path) -> None:
+    build(tmp_path / "bank")
+    root = tmp_path / "bank" / "zarr.json"
+    document = json.loads(root.read_text())
+    document["attributes"]["settings"]["parameters"]["weights"] = weights
+    root.write_text(json.dumps(document))
+    with pytest.raises(BankError, match="weights"):
+        sp.bank.open(tmp_path / "bank")
+
+
+def test_an_example_that_is_not_finite_is_named_by_the_build(tmp_path: Path) -> None:
+    """Not by the measure, which leaves its batch out."""
+    data = make_data(200)
+    inputs, labels = data.tensors
+    inputs[7] = float("nan")
+    run = make_run(checkpoints=3, n=200)
+    with pytest.raises(sp.GradientError, match=r"\[7\]"):
+        replace(run, data=TensorDataset(inputs, labels)).build(tmp_path / "bank", parameter_weights="agreement")
+    assert set(sp.bank.open(tmp_path / "bank").parameter_weights.values()) != {1.0}
