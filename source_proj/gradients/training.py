@@ -31,7 +31,7 @@ from source_proj.gradients.hooks import HookPath, Pass
 from source_proj.gradients.layout import Call
 from source_proj.gradients.owners import uncovered
 from source_proj.gradients.probing import called, part, probing
-from source_proj.gradients.proof import WatchedSink, share_sink
+from source_proj.gradients.proof import WatchedSink, gradient_sink, share_sink
 from source_proj.gradients.sink import GradientSink, SinkByParameter
 from source_proj.gradients.space import ParameterSpace
 from source_proj.gradients.suited import refuse_unsuited
@@ -167,7 +167,7 @@ class TrainingPath(HookPath):
             self._find_shared(args, kwargs, size)
         device = self._placement.device
         rows = torch.zeros(size, self._sketch.dim, device=device, dtype=torch.float32)
-        sink, shares = GradientSink(rows, self._sketch, self._space), None
+        sink, shares = gradient_sink([rows], self._sketch, self._space, [None]), None
         if self.watched:
             shares = share_sink(size, self._space, device)
             sink = WatchedSink(sink, shares, set(self._space.names))
@@ -199,7 +199,7 @@ class TrainingPath(HookPath):
     def _add_sampled(self, current: TrainingPass, heads: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Go back through the pass's graph once more, before the loop does; nothing is added to any p.grad."""
         current.sampled = torch.zeros_like(current.rows)
-        current.turn = GradientSink(current.sampled, self._sketch, self._space)
+        current.turn = gradient_sink([current.sampled], self._sketch, self._space, [None])
         try:
             with current.turn.holding():
                 torch.autograd.grad(heads, [self._anchor], gradients, retain_graph=True, allow_unused=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class RecorderCallback:
             collator gets to see its "index", and in one process. A run can be resumed from its last two checkpoints.
         task: what is trained on; needed with ``capture``.
         parameters: as for the Recorder, as are ``examples``, ``segment_ends``, ``memory`` and ``draw_every``.
+        parameter_weights: numbers by glob that gradients are multiplied by, of an earlier bank; default: 1.
         examples: number of training examples.
         segment_ends: optimizer steps at which a captured segment ends.
         memory: "ram" or "disk".
@@ -62,6 +63,7 @@ class RecorderCallback:
         capture: Sketch | None = None,
         task: Task | None = None,
         parameters: Sequence[str] | None = None,
+        parameter_weights: Mapping[str, float] | None = None,
         examples: int | None = None,
         segment_ends: Iterable[int] = (),
         memory: Memory = "ram",
@@ -74,6 +76,7 @@ class RecorderCallback:
         self._sketch, self._task = capture, task
         self._options: dict[str, Any] = {
             "parameters": parameters,
+            "parameter_weights": parameter_weights,
             "examples": examples,
             "memory": memory,
             "draw_every": draw_every,

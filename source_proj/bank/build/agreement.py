@@ -111,7 +111,8 @@ def agreement(
             continue
         spans = _spans(source.n)
         starts = [start for start, _ in spans]
-        total, squares = torch.zeros(()), torch.zeros(len(spans), len(space.names), dtype=torch.float64)
+        sizes = ((), (len(spans), len(space.names)))
+        total, squares = (torch.zeros(size, dtype=torch.float64, device="cpu") for size in sizes)
         function = partial(_loss_gradient, task.of_stage(index))
         for checkpoint in stage.checkpoints:
             checkpoint.load_into(private)

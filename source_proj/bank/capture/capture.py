@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from source_proj._errors import GradientError, MismatchError
+from source_proj.bank.build.parameters import spec_of
 from source_proj.bank.capture import processes
 from source_proj.bank.capture.draws import DrawnLabels
 from source_proj.bank.capture.law import LawOfStep, checked_law
@@ -42,6 +43,7 @@ class Capture:
         task: what is trained on; says what weighs rows in the empirical Fisher.
         folder: where sums lie that are kept on the disk.
         parameters: globs of the parameters to attribute through; default: those that the optimizer holds.
+        parameter_weights: numbers by glob that their gradients are multiplied by; default: 1.
         examples: number of training examples N; default: one more than the largest index seen.
         memory: "ram" or "disk", for N x k float32 sums.
         scaler: what scales the loss, where something does.
@@ -67,6 +69,7 @@ class Capture:
         folder: Path,
         *,
         parameters: Sequence[str] | None = None,
+        parameter_weights: Mapping[str, float] | None = None,
         examples: int | None = None,
         memory: Memory = "ram",
         scaler: GradScaler | None = None,
@@ -83,6 +86,13 @@ class Capture:
             )
         self.sketch, self.task = sketch, task
         self.space = _held_space(model, optimizer, parameters)
+        if parameter_weights is not None and not isinstance(parameter_weights, Mapping):
+            raise TypeError(
+                "parameter_weights of a capture are numbers by glob, such as bank.parameter_weights of an earlier "
+                f"run, as nothing can be measured before training; got {parameter_weights!r}"
+            )
+        if parameter_weights:
+            self.space = self.space.weighted(parameter_weights)
         self._examples, self._scaler, self._clipped = examples, scaler, clipped
         self._parameters = self.space.parameters(model)
         self._model, self._optimizer, self._choice = model, optimizer, parameters
@@ -290,7 +300,7 @@ class Capture:
 
     def identity(self) -> dict[str, Any]:
         """What rows depend on besides model and data."""
-        return {"sketch": self.sketch.spec(), "task": self.task.spec(), "parameters": self.space.spec()}
+        return {"sketch": self.sketch.spec(), "task": self.task.spec(), "parameters": spec_of(self.space, {})}
 
 
 _PLACES = 10**7  # beyond which an id is rather a key of a database

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from source_proj._errors import GradientError, MismatchError
 from source_proj.bank.capture import processes
-from source_proj.gradients.proof import share_sink
-from source_proj.gradients.sink import GradientSink, SinkByParameter
+from source_proj.gradients.proof import gradient_sink, share_sink
+from source_proj.gradients.sink import SinkByParameter
 from source_proj.gradients.space import ParameterSpace
 from source_proj.gradients.training import TrainingPass
 from source_proj.sketch import Sketch
@@ -85,7 +85,7 @@ def checked_law(
     terms = processes.mean(size).sqrt()
     expected = torch.zeros(1, sketch.dim, dtype=torch.float32, device=device)
     expected_shares = share_sink(1, space, device)
-    sink = GradientSink(expected, sketch, space)
+    sink = gradient_sink([expected], sketch, space, [None])
     for name, gradient in gradients.items():
         dense = (gradient.to_dense() if gradient.is_sparse else gradient).detach().unsqueeze(0) / left
         sink.add(name, dense)

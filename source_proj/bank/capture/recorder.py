@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -78,6 +78,8 @@ class Recorder(RunRecorder):
         task: what is trained on; needed with ``capture``.
         parameters: globs of the parameters to attribute through, "!glob" to leave out; default: those that the
             optimizer holds.
+        parameter_weights: numbers by glob that gradients are multiplied by, such as ``bank.parameter_weights`` of a
+            bank of an earlier run: no agreement can be measured before there are checkpoints. Default: 1.
         examples: number of training examples; default: one more than the largest id that is seen.
         segment_ends: numbers of optimizer steps at which a segment ends and the next one's rows begin; default: one
             segment.
@@ -124,14 +126,17 @@ class Recorder(RunRecorder):
         capture: Sketch | None = None,
         task: Task | None = None,
         parameters: Sequence[str] | None = None,
+        parameter_weights: Mapping[str, float] | None = None,
         examples: int | None = None,
         segment_ends: Iterable[int] = (),
         memory: Memory = "ram",
         draw_every: int | None = None,
     ) -> None:
         ends = list(segment_ends)
-        own = {"task": task, "parameters": parameters, "examples": examples, "segment_ends": ends or None}
-        own["draw_every"] = draw_every
+        own = {
+            "task": task, "parameters": parameters, "parameter_weights": parameter_weights, "examples": examples,
+            "segment_ends": ends or None, "draw_every": draw_every,
+        }  # fmt: skip
         given = [name for name, value in own.items() if value is not None]
         if capture is None and given:
             raise TypeError(f"{given[0]}= belongs to capture=, which was not given: give capture=Sketch(...)")
@@ -147,18 +152,10 @@ class Recorder(RunRecorder):
                 folder.mkdir(parents=True)
             scalers = [thing for thing in also if isinstance(thing, GradScaler)]
             self._capture = Capture(
-                model,
-                optimizer,
-                capture,
-                task,
-                folder,
-                parameters=parameters,
-                examples=self._examples,
-                memory=memory,
-                scaler=scalers[0] if scalers else None,
-                clipped=max_grad_norm is not None,
-                draw_every=draw_every,
-            )
+                model, optimizer, capture, task, folder, parameters=parameters, parameter_weights=parameter_weights,
+                examples=self._examples, memory=memory, scaler=scalers[0] if scalers else None,
+                clipped=max_grad_norm is not None, draw_every=draw_every,
+            )  # fmt: skip
         try:
             super().__init__(
                 model, optimizer, dir, every, at, stage, also, max_grad_norm, segment_ends=ends, companion=self._capture

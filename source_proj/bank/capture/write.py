@@ -19,6 +19,7 @@ from source_proj.bank.audits import encode_audit
 from source_proj.bank.bank import Bank
 from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
 from source_proj.bank.build.data import checked_ids
+from source_proj.bank.build.parameters import in_words
 from source_proj.bank.capture.capture import Capture
 from source_proj.bank.format import Settings, storage_of
 from source_proj.bank.layout import PartSpec, default_shard_rows
@@ -156,6 +157,7 @@ def write_captured(
     specs = [_spec(captured.ids, settings) for captured in stages]
     if not store.exists("zarr.json"):
         choice = f"{len(capture.space.names)} parameters, {capture.space.size} numbers: those that were captured"
+        choice = "; ".join(filter(None, (choice, in_words(capture.space, {}))))
         matrices = dict(zip(chain(*hashes), chain(*curvature), strict=True))
         parts = [(spec, captured.ids) for spec, captured in zip(specs, stages, strict=True)]
         create_bank(store, settings, trajectory, {}, parts, choice, matrices)
