@@ -143,11 +143,16 @@ class Training:
             recorder.step()
         return recorder.trajectory()
 
-    def captured(self, seed: int, folder: Path, sketch: sp.Sketch) -> sp.Bank:
+    def captured(
+        self, seed: int, folder: Path, sketch: sp.Sketch, weights: Mapping[str, float] | None = None
+    ) -> sp.Bank:
         """Train on everything as :meth:`record` does, and give the bank that was captured meanwhile."""
         model, optimizer = self._start(seed)
         at, rows = self._checkpoint_steps(), self.rows.to(self.device)
-        recorder = sp.Recorder(model, optimizer, folder, at=at, capture=sketch, task=self.task, examples=len(rows))
+        recorder = sp.Recorder(
+            model, optimizer, folder, at=at, capture=sketch, task=self.task, examples=len(rows),
+            parameter_weights=weights,
+        )  # fmt: skip
         done = recorder.restore()
         for batch in self._updates(model, optimizer, rows, torch.arange(len(rows)), seed, done, captured=True):
             recorder.step(ids=batch, batch=rows[batch.to(self.device)])
