@@ -1,7 +1,6 @@
 """Study (p): the bank that training itself leaves, against banks of the same runs' checkpoints."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 from _bench import Bench
