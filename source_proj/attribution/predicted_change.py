@@ -11,7 +11,7 @@ from source_proj.attribution.words import signed
 __all__ = ["PredictedChange"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PredictedChange:
     """The predicted change of each query's measurement when a subset is removed from training.
 
@@ -30,6 +30,10 @@ class PredictedChange:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.values, dtype=dtype, copy=copy)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(signed(float(value)) for value in self.values[:3]) + ", …" * (len(self.values) > 3)
+        return f"PredictedChange({shown} {self.unit} without {self.n_removed} training examples, {self.normalization})"
 
     def _repr_html_(self) -> str:
         title = f"Without {self.n_removed} training examples ({self.normalization}), change of the {self.unit}"

@@ -130,7 +130,7 @@ def test_effective_dimension_is_the_same_by_factor_and_by_spectrum(ridge):
 
 @pytest.mark.parametrize("correlation", [0.12, 0.5, 0.69, 0.8])
 def test_errors_fall_with_one_over_k(correlation):
-    fidelity = Fidelity(["a"], np.array([correlation]), np.array([0.1]), 5.0, 1024)
+    fidelity = Fidelity(["a"], np.array([correlation]), np.array([0.1]), 5.0, 1024, 10**7)
 
     def at(dim: int) -> float:
         return 1 / math.sqrt(1 + (1 / correlation**2 - 1) * 1024 / dim)
@@ -138,6 +138,15 @@ def test_errors_fall_with_one_over_k(correlation):
     assert at(fidelity.sufficient_dim // 2) < 0.9 <= at(fidelity.sufficient_dim)
     assert (fidelity.warning is None) == (correlation >= 0.7)
     assert fidelity.warning is None or f"Sketch(dim={fidelity.sufficient_dim})" in fidelity.warning
+
+
+@pytest.mark.parametrize("size", [1000, 1024, 2000, 10**9])
+def test_no_more_numbers_are_asked_for_than_there_are_parameters(size):
+    """As many of them are exact."""
+    fidelity = Fidelity(["a"], np.array([0.12]), np.array([0.1]), 5.0, 1024, size)
+    assert fidelity.sufficient_dim <= size
+    assert fidelity.warning is not None
+    assert (f"Sketch(dim={size}, kind='identity')" in fidelity.warning) == (size < 10**9)
 
 
 def test_a_small_sketch_is_warned_of(tmp_path):

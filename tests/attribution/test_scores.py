@@ -52,6 +52,8 @@ def test_group_and_predict_removal():
     change = scores.predict_removal(["z1", "z5"])
     np.testing.assert_allclose(change, -v[:, [1, 5]].sum(1))
     assert (change.normalization, change.n_removed, change.unit) == ("fixed 1/N", 2, "logit margin")
+    shown = ", ".join(map(signed, change.values.tolist()))
+    assert repr(change) == f"PredictedChange({shown} logit margin without 2 training examples, fixed 1/N)"
     again = scores.predict_removal(["z1", "z5"], renormalize=True)
     # the weights of the three that stay of four rise by a third of 1/N; of one that stays of two, by all of it
     np.testing.assert_allclose(again, -v[:, [1, 5]].sum(1) + v[:, [0, 2, 3]].sum(1) / 3 + v[:, 4])

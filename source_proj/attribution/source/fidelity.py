@@ -54,6 +54,7 @@ class Fidelity:
             ``(Q,)`` float64; λ is weight decay and damping.
         effective_dimension: tr Ĥ(Ĥ + λ)⁻¹ of the last segment.
         dim: k.
+        size: number d of attributed parameters; an exact sketch has as many.
     """
 
     query_ids: list[Any]
@@ -61,18 +62,20 @@ class Fidelity:
     leakage: np.ndarray
     effective_dimension: float
     dim: int
+    size: int
 
     @property
     def sufficient_dim(self) -> int:
-        """The k at which the median query's correlation would be .9, as errors fall with 1/k; a power of two.
+        """The k at which the median query's correlation would be .9, as errors fall with 1/k; a power of two, or d.
 
-        It is k itself where that is reached already, and the least that is known where halves hardly agree.
+        It is k itself where that is reached already, the least that is known where halves hardly agree, and d where no
+        projection to fewer numbers would do.
         """
         median = float(np.median(self.correlation))
         if median >= _GOOD:
             return self.dim
         ratio = (1 / max(median, _LEAST) ** 2 - 1) / (1 / _GOOD**2 - 1)
-        return int(1 << math.ceil(math.log2(self.dim * ratio)))
+        return min(1 << math.ceil(math.log2(self.dim * ratio)), self.size)
 
     @property
     def warning(self) -> str | None:
@@ -80,9 +83,11 @@ class Fidelity:
         median = float(np.median(self.correlation))
         if median >= _WEAK:
             return None
+        enough = self.sufficient_dim
+        exact = ", kind='identity'" if enough == self.size else ""
         return (
             f"the sketch of {self.dim} numbers is too small for these queries: their scores correlate by about "
-            f"{median:.2f} with those without a sketch; build a bank with Sketch(dim={self.sufficient_dim}), or rerank"
+            f"{median:.2f} with those without a sketch; build a bank with Sketch(dim={enough}{exact}), or rerank"
         )
 
     def __repr__(self) -> str:
@@ -114,6 +119,7 @@ def estimated_fidelity(
         BankError: there are too few training examples to correlate over.
     """
     last, dim = runs[0].segments[-1], runs[0].bank.sketch.dim
+    size = sum(math.prod(shape) for shape in runs[0].bank.space_spec["shapes"])
     ridge, rows = last.decay + last.damping, queries[0][last.metric].double()
     inverted = runs[0].hessian(last).multiply(rows, ridge_inverse(ridge, dim)).double().cpu()
     squares = (rows**2).sum(1).clamp(min=torch.finfo(torch.float64).tiny)
@@ -122,7 +128,7 @@ def estimated_fidelity(
     if not runs[0].bank.sketch.is_exact:
         halved = min(run.bank.sketch.dim for run in runs) > 1
         correlation = _correlation(runs, queries, apart) if halved else np.zeros(len(query_ids))
-    return Fidelity(list(query_ids), correlation, leakage.numpy(), runs[0].effective_dimension(last), dim)
+    return Fidelity(list(query_ids), correlation, leakage.numpy(), runs[0].effective_dimension(last), dim, size)
 
 
 def _correlation(
