@@ -36,13 +36,13 @@ def chosen_parameters(bench: Bench) -> Lines:
 
 def weights_of_parameters(bench: Bench) -> Lines:
     """(r) By what should gradients be multiplied on which checkpoints agree by ρ? Each line against 1."""
-    tables = _tables(bench)
-    for dim, powers in [(bench.dim, POWERS), (4 * bench.dim, (2,))]:
+    tables, default = _tables(bench), bench.problem.task.parameter_weights != "none"
+    for dim, powers in [(bench.dim, POWERS), (4 * bench.dim, (2,))][: 1 + default]:
         equal = _scores(bench, dim, "all", None)
         yield f"k = {dim:,}, 1", equal, bench.truth, equal
         for power in powers:
             found = _scores(bench, dim, f"agreement-{power}", None, power)
-            yield f"k = {dim:,}, ρ^{power}{', the default of CausalLM' * (power == 2)}", found, bench.truth, equal
+            yield f"k = {dim:,}, ρ^{power}{', the default' * (default and power == 2)}", found, bench.truth, equal
         if tables and dim == bench.dim:
             left = _scores(bench, dim, "agreement-2-without", [f"!{name}.*" for name in tables], 2)
             yield f"k = {dim:,}, ρ^2 without embeddings", left, bench.truth, equal

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from source_proj.attribution.scores import Scores
+from source_proj.attribution.words import signed
 
 
 def example(q: int = 3, n: int = 6, seed: int = 0, **options) -> Scores:
