@@ -37,8 +37,8 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
    `source_proj.bank.codecs`), sampled_fisher (D, the number of draws), second_derivative, fisher_weight, gradients,
    autocast. The sketch's ``backend`` is "portable", or "fast-jl" with the count ``multiprocessors`` of the device
    beside it: a reader that cannot make that library's matrix for that count MUST refuse the bank, and say both counts.
-   ``parameters`` MUST hold names and shapes, and MAY hold ``weights``, a positive number for each parameter that its
-   gradients were multiplied by, with ``weighted_by``, "agreement" or "given".
+   ``parameters`` MUST hold names and shapes, and MAY hold ``weights``, a number for each parameter, from 1e-6 to 1e6,
+   that its gradients were multiplied by, with ``weighted_by``, "agreement" or "given".
    ``trajectory`` MUST hold exactly the entries of `source_proj.trajectory.record.RunRecord`, each of its type.
 3. ``versions`` says what software made the bank, ``parameter_choice`` in words which parameters are attributed. A
    reader MUST NOT depend on them, and no fingerprint covers them.
@@ -120,7 +120,6 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -128,6 +127,7 @@ from typing import Any
 
 from source_proj._errors import BankError
 from source_proj.bank.codecs import Codec, find_codec
+from source_proj.gradients.space import LEAST_WEIGHT
 from source_proj.sketch import Sketch
 from source_proj.trajectory import RunRecord
 
@@ -168,10 +168,21 @@ def require_weights(parameters: Mapping[str, Any]) -> None:
     Raises:
         ValueError: says what was found.
     """
-    weights = parameters.get("weights", [])
-    numbers = isinstance(weights, list) and all(isinstance(w, int | float) and 0 < w < math.inf for w in weights)
-    if not numbers or ("weights" in parameters and len(weights) != len(parameters.get("names", []))):
-        raise ValueError(f"the parameters' weights are {weights!r:.200}, and must be a positive number for each")
+    if "weights" not in parameters:
+        return
+    weights, names = parameters["weights"], parameters.get("names", [])
+    least, most = LEAST_WEIGHT, 1 / LEAST_WEIGHT
+    if (
+        not isinstance(weights, list)
+        or len(weights) != len(names)
+        or not all(
+            isinstance(weight, int | float) and not isinstance(weight, bool) and least <= weight <= most
+            for weight in weights
+        )
+    ):
+        raise ValueError(
+            f"the parameters' weights are {weights!r:.200}, and must be a number for each, {least} to {most:g}"
+        )
 
 
 @dataclass(frozen=True)

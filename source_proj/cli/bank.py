@@ -182,7 +182,7 @@ def build(
         typer.Option(
             show_default="agreement for language models, else none",
             rich_help_panel=SKETCH,
-            help="agreement: less of parameters on whose gradients checkpoints disagree; or none.",
+            help="agreement: less of parameters on whose gradients checkpoints disagree; none; or GLOB=NUMBER,...",
         ),
     ] = None,
     sampled_fisher: Annotated[
@@ -239,7 +239,7 @@ def build(
     processes build one bank together, and make what others leave that died.
     """
     import source_proj.bank as banks
-    from source_proj.cli.parsing import make_sketch, make_trajectory, parse_json, parse_steps
+    from source_proj.cli.parsing import make_sketch, make_trajectory, parse_json, parse_steps, parse_weights
     from source_proj.cli.text import TextOptions
     from source_proj.distribute import this_worker
     from source_proj.distribute.launch import parse_shard
@@ -289,7 +289,7 @@ def build(
         "device": device or worker.device,
         "storage": storage,
         "parameters": text.parameters_of(network, parameters),
-        "parameter_weights": parameter_weights,
+        "parameter_weights": parse_weights(parameter_weights),
         "sampled_fisher": sampled_fisher,
         "autocast": autocast,
         "gradients": gradients,

@@ -30,6 +30,7 @@ __all__ = [
     "parse_segments",
     "parse_steps",
     "parse_target",
+    "parse_weights",
 ]
 
 _TASKS = {"classification": Classification, "regression": Regression, "causal-lm": CausalLM}
@@ -330,3 +331,22 @@ def parse_picture(text: str | None) -> tuple[int, ...] | None:
     if len(sizes) not in (2, 3) or not all(size.isdecimal() and int(size) for size in sizes):
         raise ValueError(f"--picture must be a shape such as 8x8 or 3x32x32, got {text!r}")
     return tuple(map(int, sizes))
+
+
+def parse_weights(text: str | None) -> str | dict[str, float] | None:
+    """What ``--parameter-weights`` says: a word, or numbers by glob.
+
+    Raises:
+        ValueError: a number is none.
+
+    Example:
+        >>> parse_weights("agreement"), parse_weights("embed.*=0.5,*.bias=2")
+        ('agreement', {'embed.*': 0.5, '*.bias': 2.0})
+    """
+    if text is None or "=" not in text:
+        return text
+    pairs = [part.rpartition("=") for part in text.split(",")]
+    try:
+        return {glob.strip(): float(number) for glob, _, number in pairs}
+    except ValueError as error:
+        raise ValueError(f"--parameter-weights must be GLOB=NUMBER,..., got {text!r}: {error}") from None

@@ -18,7 +18,9 @@ from source_proj._io.progress import progress_bar
 from source_proj.attribution.curvature import default_curvature
 from source_proj.attribution.source.sizes import SegmentSize, fit_peak, fitted_bytes, search_peak
 from source_proj.bank import Bank, build
+from source_proj.bank.build.agreement import MOST_EXAMPLES
 from source_proj.bank.build.data import BatchSource
+from source_proj.bank.build.parameters import AGREEMENT, NONE, weighting_of
 from source_proj.bank.format import Settings, storage_of
 from source_proj.bank.layout import PartSpec, default_shard_rows, part_arrays
 from source_proj.sketch import Sketch
@@ -167,6 +169,12 @@ def plan(
     data = {name: train_set[name] if several else train_set for name in names}
     sources = {name: BatchSource(given, batch_size) for name, given in data.items()}
 
+    counts, sizes_of = [len(stage.checkpoints) for stage in trajectory.stages], [s.n for s in sources.values()]
+    weighting = weighting_of(options.get("parameter_weights"), task, sketch, trajectory, sizes_of)
+    apart: dict[str, Any] = {"progress": False}
+    if weighting == AGREEMENT:  # measured once, of as many examples whatever the size
+        apart["parameter_weights"] = NONE
+
     def trial(batches: int, shards: int) -> tuple[float, Bank]:
         small = {name: _sample(data[name], source, batches) for name, source in sources.items()}
         rows = {source.batch_size for source in sources.values()}
@@ -175,7 +183,7 @@ def plan(
             start = time.perf_counter()
             bank = build(
                 model, task, trajectory, small, Path(folder) / "bank", sketch=sketch, batch_size=batch_size,
-                device=device, storage=storage, shard_rows=height, **{**options, "progress": False},
+                device=device, storage=storage, shard_rows=height, **{**options, **apart},
             )  # fmt: skip
             return time.perf_counter() - start, bank
 
@@ -195,6 +203,9 @@ def plan(
     batch = max((times[_BATCHES, 1] - times[1, 1]) / (_BATCHES - 1), 0.0) / passes
     shard = max(times[_BATCHES, 2] - times[_BATCHES, 1], 0.0) / passes
     setup = max(times[1, 1] - passes * (batch + shard), 0.0)
+    if weighting == AGREEMENT:
+        looked_at = [count * min(n, MOST_EXAMPLES) for count, n in zip(counts, sizes_of, strict=True) if count > 1]
+        setup += batch * sum(looked_at) / batch_size / workers
     heights = [default_shard_rows(source.n, source.batch_size, settings, shard_rows) for source in sources.values()]
     specs = [
         PartSpec(0, source.n, source.batch_size, height, "int64")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from math import inf, prod
+from math import prod
+from numbers import Real
 from typing import Any
 
 from torch import nn
 
 from source_proj._errors import MismatchError
 
-__all__ = ["ParameterSpace"]
+__all__ = ["LEAST_WEIGHT", "ParameterSpace"]
+
+LEAST_WEIGHT = 1e-6  # of a parameter, and the inverse of the largest: products of two stay far within float32
 
 
 @dataclass(frozen=True)
@@ -73,28 +77,35 @@ class ParameterSpace:
         _refuse_complex(parameters, names)
         return cls(tuple(names), tuple(tuple(parameters[name].shape) for name in names))
 
-    def weighted(self, weights: Mapping[str, float]) -> ParameterSpace:
+    def weighted(self, weights: Mapping[str, float], model: nn.Module | None = None) -> ParameterSpace:
         """The same parameters, their gradients multiplied by numbers.
 
         Args:
-            weights: by glob on the parameters' names; the first that matches counts, and where none does it is 1.
+            weights: by glob on the parameters' names. A name itself counts before any glob, and of several globs the
+                first; where none matches it is 1.
+            model: whose other names of tied parameters, and parameters that are not attributed, globs may mean too.
 
         Raises:
-            ValueError: a glob matches no parameter, or a number is not positive and finite.
+            TypeError: a glob is no text.
+            ValueError: a glob matches no parameter, or others before it take all that it matches; or a number is out
+                of range.
         """
+        aliases = {name: [name] for name in self.names} | ({} if model is None else _aliases(model))
         for glob, weight in weights.items():
-            if not any(fnmatchcase(name, glob) for name in self.names):
+            _require_weight(glob, weight)
+        exact = {name for names in aliases.values() for name in names} & set(weights)
+        said = {name: [g for g in weights if _says(g, names, exact)] for name, names in aliases.items()}
+        chosen = {name: min(globs, key=lambda glob: glob not in exact, default="") for name, globs in said.items()}
+        for glob in weights:
+            matched = [name for name, globs in said.items() if glob in globs]
+            if not matched:
+                raise ValueError(f"the weights' pattern {glob!r} matches none of the parameters {_listed(aliases)}")
+            if glob not in chosen.values():
                 raise ValueError(
-                    f"the weights' pattern {glob!r} matches none of the attributed parameters "
-                    f"{_listed(dict.fromkeys(self.names))}"
+                    f"the weights' pattern {glob!r} has no effect, as {chosen[matched[0]]!r} comes before it and "
+                    "matches the same parameters: put it first"
                 )
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < inf:
-                raise ValueError(
-                    f"the weight of parameters {glob!r} must be a positive number, got {weight!r}; to leave them out, "
-                    f"give parameters=['!{glob}']"
-                )
-        found = (next((float(w) for g, w in weights.items() if fnmatchcase(name, g)), 1.0) for name in self.names)
-        return replace(self, weights=tuple(found))
+        return replace(self, weights=tuple(float(weights.get(chosen[name], 1.0)) for name in self.names))
 
     @cached_property
     def offsets(self) -> dict[str, int]:
@@ -173,6 +184,28 @@ def _is_chosen(aliases: Mapping[str, list[str]], name: str, patterns: Sequence[s
         return any(fnmatchcase(alias, glob) for alias in aliases[name] for glob in globs)
 
     return matches(included) and not matches(excluded)
+
+
+def _require_weight(glob: object, weight: object) -> None:
+    """Refuse what is no weight of a glob.
+
+    Raises:
+        TypeError, ValueError: says what it is.
+    """
+    if not isinstance(glob, str):
+        raise TypeError(f"weights of parameters belong to globs on their names, got {glob!r}")
+    number: Any = math.nan if isinstance(weight, bool) or not isinstance(weight, Real) else weight
+    if not LEAST_WEIGHT <= number <= 1 / LEAST_WEIGHT:
+        out = f"; to leave them out, give parameters=['!{glob}']" if number == 0 else ""
+        raise ValueError(
+            f"the weight of parameters {glob!r} must be a number from {LEAST_WEIGHT:g} to {1 / LEAST_WEIGHT:g}, got "
+            f"{weight!r:.40}{out}"
+        )
+
+
+def _says(glob: str, names: Sequence[str], exact: Container[str]) -> bool:
+    """Whether a glob is about a parameter of these names; one that is itself a parameter's name is about that alone."""
+    return glob in names or (glob not in exact and any(fnmatchcase(name, glob) for name in names))
 
 
 def _refuse_complex(parameters: Mapping[str, nn.Parameter], names: Sequence[str]) -> None:

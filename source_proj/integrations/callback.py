@@ -63,7 +63,7 @@ class RecorderCallback:
         capture: Sketch | None = None,
         task: Task | None = None,
         parameters: Sequence[str] | None = None,
-        parameter_weights: Mapping[str, float] | None = None,
+        parameter_weights: Mapping[str, float] | str | None = None,
         examples: int | None = None,
         segment_ends: Iterable[int] = (),
         memory: Memory = "ram",

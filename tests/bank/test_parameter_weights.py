@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import pickle
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -21,6 +24,7 @@ from source_proj._errors import BankError, MismatchError
 from source_proj.bank.build import build as building
 from source_proj.bank.build.agreement import agreement, weighted_by_agreement, with_sizes_kept
 from source_proj.bank.build.data import BatchSource
+from source_proj.bank.read.part import Part
 from source_proj.gradients import ParameterSpace
 
 WORDS, TOKENS = 11, 6
@@ -248,15 +252,22 @@ def test_a_build_goes_on_with_the_weights_that_it_began_with(tmp_path: Path, mon
     """They are measured once, and another process that measured a little else takes those that are there."""
     whole = build(tmp_path / "whole")
 
-    def stopped(*_: Any, **__: Any) -> None:
+    commit = Part.commit
+
+    def stopping(part: Part, checkpoint: int, shard: int, values: Any) -> None:
+        commit(part, checkpoint, shard, values)
         raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr(building, "fill", stopped)
+        patched.setattr(Part, "commit", stopping)
         with pytest.raises(Stopped):
             build(tmp_path / "bank")
+
+    def unmeasured(*_: Any) -> None:
+        raise Stopped
+
     with monkeypatch.context() as patched:
-        patched.setattr(building, "agreement", stopped)
+        patched.setattr(building, "agreement", unmeasured)
         bank = build(tmp_path / "bank")
     assert bank.fingerprint == whole.fingerprint
 
@@ -264,10 +275,82 @@ def test_a_build_goes_on_with_the_weights_that_it_began_with(tmp_path: Path, mon
         monkeypatch.undo()
         build(tmp_path / "raced")
         found, sizes = agreement(*args)
-        return found * torch.linspace(0.9, 1.0, len(found), dtype=found.dtype), sizes
+        return found * torch.linspace(0.995, 1.0, len(found), dtype=found.dtype), sizes
 
     monkeypatch.setattr(building, "agreement", second)
     assert build(tmp_path / "raced").fingerprint == whole.fingerprint
+
+
+def test_a_bank_that_was_begun_on_other_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before it has rows, whose data could be compared."""
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise Stopped
+
+    def other(n: int) -> Any:
+        return [{"input_ids": row % 2, "labels": row % 2} for row in (each["input_ids"] for each in sentences(n))]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(building, "fill", stopped)
+        with pytest.raises(Stopped):
+            build(tmp_path / "bank")
+    with pytest.raises(MismatchError, match=r"parameters\.weights"):
+        sp.build(
+            Language(), sp.CausalLM(), language_run(3), other(130), tmp_path / "bank", sketch=sp.Sketch(64),
+            progress=False, batch_size=32,
+        )  # fmt: skip
+
+
+def test_a_bank_without_weights_goes_on_without(tmp_path: Path) -> None:
+    begun = build(tmp_path / "bank", parameter_weights="none", shard=(0, 2), shard_rows=32)
+    assert not begun.finalized
+    bank = build(tmp_path / "bank", shard_rows=32)
+    assert bank.fingerprint == build(tmp_path / "whole", parameter_weights="none", shard_rows=32).fingerprint
+
+
+def test_measured_weights_may_be_given(tmp_path: Path) -> None:
+    bank = build(tmp_path / "bank")
+    weights = bank.parameter_weights
+    assert build(tmp_path / "bank", parameter_weights=weights).fingerprint == bank.fingerprint
+    # Of fewer parameters too: others are named in vain, but are no slip.
+    fewer = build(tmp_path / "fewer", parameters=["!table.*"], parameter_weights=weights)
+    assert fewer.parameter_weights == {name: w for name, w in weights.items() if name != "table.weight"}
+    ones = build(tmp_path / "ones", parameter_weights={"*": 1})
+    assert ones.fingerprint == build(tmp_path / "none", parameter_weights="none").fingerprint
+
+
+def test_a_tied_parameter_answers_to_each_of_its_names(tmp_path: Path) -> None:
+    model = Language()
+    model.head.weight = model.table.weight
+    run = sp.Trajectory([sp.Checkpoint(model.state_dict(), 1, lr=0.1)])
+    options: dict[str, Any] = {"sketch": sp.Sketch(16), "progress": False, "parameter_weights": {"head.weight": 0.5}}
+    bank = sp.build(model, sp.CausalLM(), run, sentences(4), tmp_path / "bank", **options)
+    assert bank.parameter_weights["table.weight"] == 0.5
+
+
+def test_banks_of_language_models_are_made_by_other_processes(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        by_others = build(tmp_path / "others", executor=pool)
+    assert by_others.fingerprint == build(tmp_path / "here").fingerprint
+    task = pickle.loads(pickle.dumps(sp.CausalLM(reduction="sum")))
+    assert task.spec() == sp.CausalLM(reduction="sum").spec()
+
+
+def test_a_plan_counts_the_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials measure nothing, whose share of a small build is large."""
+
+    def measured(*_: Any) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(building, "agreement", measured)
+    plans = [
+        sp.distribute.plan(
+            Language(), sp.CausalLM(), language_run(3), sentences(2000), sketch=sp.Sketch(64), batch_size=64,
+            progress=False, **options,
+        )
+        for options in ({}, {"parameter_weights": "none"})
+    ]  # fmt: skip
+    assert plans[0].passes == plans[1].passes
 
 
 def test_workers_share_the_weights(tmp_path: Path) -> None:
@@ -302,8 +385,18 @@ def test_appended_rows_have_the_weights(tmp_path: Path) -> None:
     [
         ({"parameter_weights": "agreed"}, ValueError, "'agreement', 'none' or numbers by glob.*got 'agreed'"),
         ({"parameter_weights": 2.0}, ValueError, "got 2.0"),
-        ({"parameter_weights": {"nothing.*": 1.0}}, ValueError, "matches none of the attributed parameters"),
-        ({"parameter_weights": {"table.*": 0}}, ValueError, "must be a positive number"),
+        ({"parameter_weights": {"nothing.*": 1.0}}, ValueError, "matches none of the parameters"),
+        ({"parameter_weights": {"table.*": 0}}, ValueError, "from 1e-06 to 1e[+]06, got 0; to leave them out"),
+        ({"parameter_weights": {"*": 1e39}}, ValueError, "got 1e[+]39$"),
+        ({"parameter_weights": {"*": 10**400}}, ValueError, "from 1e-06 to 1e[+]06"),
+        ({"parameter_weights": {3: 1.0}}, TypeError, "belong to globs on their names, got 3"),
+        (
+            {"parameter_weights": {"*": 2.0, "table.*": 0.1}},
+            ValueError,
+            "'table.*' has no effect, as '.*' comes before",
+        ),
+        ({"autocast": "bf16"}, ValueError, "autocast 'bf16' is unknown; choose one of"),
+        ({"autocast": torch.bfloat16, "parameter_weights": "none"}, ValueError, "is unknown; choose one of"),
         ({"parameter_weights": "agreement", "checkpoints": 1}, ValueError, "no stage of the trajectory has two"),
     ],
 )
@@ -313,7 +406,9 @@ def test_what_is_refused(options: dict[str, Any], error: type[Exception], messag
     assert not (tmp_path / "bank").exists()
 
 
-@pytest.mark.parametrize("weights", [[1.0], "1", [0.0] * 5, [float("nan")] * 5, [-1.0] * 5, [True, None] * 3, {}])
+@pytest.mark.parametrize(
+    "weights", [[1.0], "1", [0.0] * 5, [float("nan")] * 5, [-1.0] * 5, [True] * 5, [10**400] * 5, {}]
+)
 def test_a_bank_of_other_weights_than_numbers_is_refused(weights: Any, tmp_path: Path) -> None:
     build(tmp_path / "bank")
     root = tmp_path / "bank" / "zarr.json"

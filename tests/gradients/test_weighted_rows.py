@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
+import numpy as np
 import pytest
 import torch
 from gradient_models import CASES, Case
@@ -93,17 +94,26 @@ def test_weights_by_glob() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"c.*": 1.0}, r"'c.\*' matches none of the attributed parameters \['a.weight', 'b.weight'\]"),
-        ({"a.*": 0.0}, r"must be a positive number, got 0.0; to leave them out, give parameters=\['!a.\*'\]"),
-        ({"a.*": float("nan")}, "positive number, got nan"),
-        ({"a.*": float("inf")}, "positive number, got inf"),
-        ({"a.*": True}, "positive number, got True"),
-        ({"a.*": "1"}, "positive number, got '1'"),
+        ({"c.*": 1.0}, r"'c.\*' matches none of the parameters \['a.weight', 'b.weight'\]"),
+        ({"a.*": 0.0}, r"from 1e-06 to 1e\+06, got 0.0; to leave them out, give parameters=\['!a.\*'\]"),
+        ({"a.*": float("nan")}, "got nan$"),
+        ({"a.*": float("inf")}, "got inf$"),
+        ({"a.*": 1e-7}, "got 1e-07$"),
+        ({"a.*": True}, "got True$"),
+        ({"a.*": "1"}, "got '1'$"),
+        ({"*": 1.0, "a.*": 2.0}, r"'a.\*' has no effect, as '\*' comes before it"),
     ],
 )
 def test_weights_that_are_refused(weights: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ParameterSpace(("a.weight", "b.weight"), ((2,), (3,))).weighted(weights)
+
+
+def test_names_count_before_globs() -> None:
+    """Also those that would be globs of something else, and numbers of any kind."""
+    space = ParameterSpace(("a[0]", "a0", "b"), ((2,), (3,), (4,)))
+    assert space.weighted({"*": np.float32(0.5), "a[0]": 2, "b": np.int64(3)}).weights == (2.0, 0.5, 3.0)
+    assert space.weighted({"a[0]": 2}).weights == (2.0, 1.0, 1.0)
 
 
 def test_a_scale_knows_its_parameters_whatever_their_weights() -> None:

@@ -35,12 +35,20 @@ from source_proj.task import Task
 from source_proj.trajectory import Trajectory
 from source_proj.trajectory.placement import placement_of
 
-__all__ = ["LEAST_CHECKPOINTS", "LEAST_EXAMPLES", "agreement", "weighted_by_agreement", "with_sizes_kept"]
+__all__ = [
+    "LEAST_CHECKPOINTS",
+    "LEAST_EXAMPLES",
+    "MOST_EXAMPLES",
+    "agreement",
+    "weighted_by_agreement",
+    "with_sizes_kept",
+]
 
 LEAST_CHECKPOINTS = 3  # of a stage, and examples, for which agreement is measured unless it is asked for
 LEAST_EXAMPLES = 128
 
 _BATCHES, _EXAMPLES = 16, 8  # of a stage, and of a batch
+MOST_EXAMPLES = _BATCHES * _EXAMPLES  # of a stage that are looked at
 _FLOOR = 0.1  # of the largest agreement: what is below counts as this
 _DIGITS = 3  # of a weight
 

@@ -16,7 +16,7 @@ from source_proj._io.executors import Executor, check_executor
 from source_proj._io.progress import Progress
 from source_proj.bank.bank import Bank
 from source_proj.bank.build.agreement import agreement, weighted_by_agreement
-from source_proj.bank.build.arguments import require_arguments, require_device
+from source_proj.bank.build.arguments import require_arguments, require_autocast, require_device
 from source_proj.bank.build.claims import Claims, checked_takeover
 from source_proj.bank.build.columns import splits_of
 from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
@@ -112,8 +112,9 @@ def build(
             says which these are, and so does a line where some are left out.
         parameter_weights: what gradients are multiplied by before they are sketched: "agreement", the squared agreement
             of each parameter's gradients between checkpoints, see :mod:`source_proj.bank.build.agreement`; numbers by
-            glob, ``{"embed.*": 0.5}``; or "none". Default: "agreement" for :class:`CausalLM`, of which it predicts
-            retraining better, where rows are projected and some stage has 3 checkpoints and 128 examples; else "none".
+            glob, the first that matches, ``{"embed.*": 0.5}``; or "none". Default: "agreement" for :class:`CausalLM`,
+            of which it predicts retraining better, where rows are projected and some stage has 3 checkpoints and 128
+            examples; else "none".
         sampled_fisher: draws of labels from the model's prediction per example, for the curvature of that name: each
             takes a backward pass more, and half an int8 row's bytes. Default: 1 for :class:`CausalLM`, of which it
             predicts retraining better; else 0.
@@ -149,6 +150,7 @@ def build(
     refuse_parallelism(model)
     require_arguments(model=model, task=task, trajectory=trajectory, sketch=sketch)
     require_device(device)
+    require_autocast(autocast)
     check_executor(executor)
     placement = placement_of(model)
     require_whole(executor, shard, takeover, placement)
@@ -167,7 +169,8 @@ def build(
     second_derivative, fisher_weight = _columns(task, sources[0], stage_ids[0])
     space, choice = lockstep.from_leader(lambda: chosen_space(model, trajectory, parameters, progress is True))
     weighting = weighting_of(parameter_weights, task, sketch, trajectory, [source.n for source in sources])
-    known = lockstep.from_leader(lambda: known_space(space, weighting, store))
+    lockstep.from_leader(lambda: _is_there(store, resume))
+    known = lockstep.from_leader(lambda: known_space(space, model, parameter_weights, weighting, store))
     if known is None:
         found = agreement(model, task, trajectory, sources, stage_ids, space, device, autocast)
         known = lockstep.from_leader(lambda: weighted_by_agreement(space, *found))

@@ -5,24 +5,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 from tqdm import tqdm
 
 from source_proj._io.printable import printable
+from source_proj.bank.bank import Bank
 from source_proj.bank.build.agreement import LEAST_CHECKPOINTS, LEAST_EXAMPLES
 from source_proj.bank.format import Settings
-from source_proj.bank.read.root import read_root
 from source_proj.bank.store import Store
 from source_proj.gradients import ParameterSpace, slow_parameters
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 from source_proj.trajectory import Trajectory, trained_parameters
 
-__all__ = ["ParameterWeights", "as_begun", "chosen_space", "in_words", "known_space", "spec_of", "weighting_of"]
+__all__ = [
+    "AGREEMENT",
+    "NONE",
+    "ParameterWeights",
+    "as_begun",
+    "chosen_space",
+    "in_words",
+    "known_space",
+    "spec_of",
+    "weighting_of",
+]
 
 ParameterWeights = str | Mapping[str, float] | None
 
 AGREEMENT, NONE = "agreement", "none"
+_ROUNDING = 0.02  # of weights that two devices measure of the same data
 _SHOWN = 3  # parameters of the smallest and of the largest weights
 
 
@@ -81,22 +93,34 @@ def weighting_of(
     return given
 
 
-def known_space(space: ParameterSpace, weighting: str | Mapping[str, float], store: Store) -> ParameterSpace | None:
+def known_space(
+    space: ParameterSpace, model: nn.Module, given: ParameterWeights, weighting: str | Mapping[str, float], store: Store
+) -> ParameterSpace | None:
     """The attributed parameters with their weights; None where these are to be measured.
 
-    What a bank that is there has measured is not measured again.
+    What a bank that is there has measured is not measured again once it has rows, which are compared with the data. By
+    default a bank without weights goes on without.
 
     Args:
         space: the parameters.
+        model: what has them.
+        given: `parameter_weights` as it was given.
         weighting: as `weighting_of` gives it.
         store: where the bank lies, or will.
     """
     if isinstance(weighting, Mapping):
-        return space.weighted(weighting)
+        found = space.weighted(weighting, model)
+        return space if set(found.weights or ()) == {1.0} else found
     if weighting == NONE:
         return space
-    there = read_root(store).settings.parameters if store.exists("zarr.json") else {}
-    if there.get("weighted_by") == AGREEMENT and tuple(there["names"]) == space.names:
+    if not store.exists("zarr.json"):
+        return None
+    bank = Bank(store.folder or store.location())
+    there = bank.space_spec
+    if given is None and "weights" not in there:
+        return space
+    begun = any(part.committed(c) for part in bank.parts for c in range(part.n_checkpoints))
+    if begun and there.get("weighted_by") == AGREEMENT and tuple(there["names"]) == space.names:
         return ParameterSpace.from_spec(there)
     return None
 
@@ -119,8 +143,13 @@ def in_words(space: ParameterSpace, weighting: str | Mapping[str, float]) -> str
 
 
 def as_begun(settings: Settings, there: Settings) -> Settings:
-    """The settings, with the weights that another process measured, if it was first: roundings may differ."""
-    both = [each.parameters.get("weighted_by") for each in (settings, there)]
-    if both == [AGREEMENT, AGREEMENT] and settings.parameters["names"] == there.parameters["names"]:
-        return replace(settings, parameters=there.parameters)
-    return settings
+    """The settings, with the weights that the bank has if they are the same.
+
+    Those that were measured may be another process's, if it was first, and differ by rounding.
+    """
+    own, begun = settings.parameters, there.parameters
+    if own["names"] != begun["names"] or not ("weights" in own and "weights" in begun):
+        return settings
+    measured = own["weighted_by"] == begun["weighted_by"] == AGREEMENT
+    same = np.allclose(own["weights"], begun["weights"], rtol=_ROUNDING if measured else 0, atol=0)
+    return replace(settings, parameters=begun) if same else settings

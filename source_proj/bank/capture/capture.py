@@ -69,7 +69,7 @@ class Capture:
         folder: Path,
         *,
         parameters: Sequence[str] | None = None,
-        parameter_weights: Mapping[str, float] | None = None,
+        parameter_weights: Mapping[str, float] | str | None = None,
         examples: int | None = None,
         memory: Memory = "ram",
         scaler: GradScaler | None = None,
@@ -86,13 +86,15 @@ class Capture:
             )
         self.sketch, self.task = sketch, task
         self.space = _held_space(model, optimizer, parameters)
+        if parameter_weights == "none":
+            parameter_weights = None
         if parameter_weights is not None and not isinstance(parameter_weights, Mapping):
             raise TypeError(
                 "parameter_weights of a capture are numbers by glob, such as bank.parameter_weights of an earlier "
                 f"run, as nothing can be measured before training; got {parameter_weights!r}"
             )
         if parameter_weights:
-            self.space = self.space.weighted(parameter_weights)
+            self.space = self.space.weighted(parameter_weights, model)
         self._examples, self._scaler, self._clipped = examples, scaler, clipped
         self._parameters = self.space.parameters(model)
         self._model, self._optimizer, self._choice = model, optimizer, parameters

@@ -62,13 +62,21 @@ def test_a_resumed_capture_has_the_weights_that_it_began_with(tmp_path):
     ("given", "error", "message"),
     [
         ("agreement", TypeError, "nothing can be measured before training; got 'agreement'"),
-        ({"nothing": 1.0}, ValueError, "matches none of the attributed parameters"),
-        ({"0.*": -1.0}, ValueError, "must be a positive number"),
+        ({"nothing": 1.0}, ValueError, "matches none of the parameters"),
+        ({"0.*": -1.0}, ValueError, "must be a number from"),
     ],
 )
 def test_what_is_refused(tmp_path, given, error, message):
     with pytest.raises(error, match=message):
         train(tmp_path / "run", parameter_weights=given)
+
+
+def test_none_is_no_weights(tmp_path):
+    rows = [
+        rows_of(train(tmp_path / str(given), parameter_weights=given).bank(storage="float32"))
+        for given in ("none", None)
+    ]
+    assert torch.equal(*rows)
 
 
 def test_weights_belong_to_a_capture(tmp_path):
