@@ -81,6 +81,7 @@ def run() -> sp.Trajectory:
 
 def build(model: nn.Module, path: Path, **options: object) -> sp.Bank:
     settings = {"sketch": sp.Sketch(dim=128), "batch_size": 4, "shard_rows": 8, "storage": "float32"} | options
+    settings = {"parameter_weights": "agreement"} | settings  # measured by all processes together
     return sp.build(model, TASK, run(), data(), path, progress=False, parameters=["*"], **settings)
 
 

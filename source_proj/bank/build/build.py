@@ -172,7 +172,8 @@ def build(
     lockstep.from_leader(lambda: _is_there(store, resume))
     known = lockstep.from_leader(lambda: known_space(space, model, parameter_weights, weighting, store))
     if known is None:
-        found = agreement(model, task, trajectory, sources, stage_ids, space, device, autocast)
+        with placement.kept():
+            found = agreement(model, task, trajectory, sources, stage_ids, space, device, autocast)
         known = lockstep.from_leader(lambda: weighted_by_agreement(space, *found))
     space = known
     choice = "; ".join(filter(None, (choice, in_words(space, weighting))))
