@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import named_examples
+from source_proj._io.progress import Progress, progress_bar
 from source_proj.bank.build.data import Batch, BatchSource, to_device
 from source_proj.gradients import ParameterSpace, private_copy
 from source_proj.gradients.evaluation import evaluating
@@ -90,6 +91,7 @@ def agreement(
     space: ParameterSpace,
     device: torch.device | str | None,
     autocast: str | None,
+    progress: Progress = False,
 ) -> tuple[Tensor, Tensor]:
     """ρ of each parameter, over all stages of at least two checkpoints, and Σ_i |g_i|² at a mean checkpoint.
 
@@ -102,6 +104,7 @@ def agreement(
         space: the attributed parameters.
         device: where a copy of the model runs; default: where it is.
         autocast: of the forward pass.
+        progress: as for :func:`source_proj.build`.
 
     Returns:
         (parameters,) and (parameters,), float64 on the CPU.
@@ -113,30 +116,32 @@ def agreement(
     placement = placement_of(private)
     forward = autocasting(placement, None if autocast is None else AUTOCAST[autocast])
     both, single = (torch.zeros(len(space.names), dtype=torch.float64, device="cpu") for _ in range(2))
-    for index, (stage, source, own) in enumerate(zip(trajectory.stages, sources, ids, strict=True)):
-        count = len(stage.checkpoints)
-        if count < 2:
-            continue
-        spans = _spans(source.n)
-        starts = [start for start, _ in spans]
-        sizes = ((), (len(spans), len(space.names)))
-        total, squares = (torch.zeros(size, dtype=torch.float64, device="cpu") for size in sizes)
-        function = partial(_loss_gradient, task.of_stage(index))
-        for checkpoint in stage.checkpoints:
-            checkpoint.load_into(private)
-            sink = share_sink(len(spans), space, placement.device)
-            for start, stop, batch in source.load(spans):  # several of a span, where batches are smaller
-                receive = partial(_receive, sink, bisect_right(starts, start) - 1, placement.device)
-                given, signs = to_device(batch, placement.device), _signs(index, start, stop)
-                with torch.inference_mode(False), evaluating(private), named_examples(own[start:stop].tolist()):
-                    weighted_gradient(placement, space, function, given, signs, forward, receive)
-            sums = sink.sums.double().cpu()  # (parameters, spans, k)
-            total = total + sums
-            squares += sums.square().sum(2).T
-        sound = torch.isfinite(squares).all(1)  # the build itself says which example is not
-        squares, total = squares[sound].sum(0), total[:, sound].square().sum((1, 2))
-        both += (total - squares) / (count * (count - 1))
-        single += squares / count
+    several = zip(([*stage.checkpoints] for stage in trajectory.stages), sources, ids, strict=True)
+    stages = [(index, each) for index, each in enumerate(several) if len(each[0]) > 1]
+    looked_at = sum(len(stage) * min(source.n, MOST_EXAMPLES) for _, (stage, source, _) in stages)
+    with progress_bar(progress, "agreement of checkpoints", looked_at, "examples") as bar:
+        for index, (stage, source, own) in stages:
+            count, spans = len(stage), _spans(source.n)
+            starts = [start for start, _ in spans]
+            sizes = ((), (len(spans), len(space.names)))
+            total, squares = (torch.zeros(size, dtype=torch.float64, device="cpu") for size in sizes)
+            function = partial(_loss_gradient, task.of_stage(index))
+            for checkpoint in stage:
+                checkpoint.load_into(private)
+                sink = share_sink(len(spans), space, placement.device)
+                for start, stop, batch in source.load(spans):  # several of a span, where batches are smaller
+                    receive = partial(_receive, sink, bisect_right(starts, start) - 1, placement.device)
+                    given, signs = to_device(batch, placement.device), _signs(index, start, stop)
+                    with torch.inference_mode(False), evaluating(private), named_examples(own[start:stop].tolist()):
+                        weighted_gradient(placement, space, function, given, signs, forward, receive)
+                    bar.update(stop - start)
+                sums = sink.sums.double().cpu()  # (parameters, spans, k)
+                total = total + sums
+                squares += sums.square().sum(2).T
+            sound = torch.isfinite(squares).all(1)  # the build itself says which example is not
+            squares, total = squares[sound].sum(0), total[:, sound].square().sum((1, 2))
+            both += (total - squares) / (count * (count - 1))
+            single += squares / count
     return both / single, single
 
 

@@ -173,7 +173,8 @@ def build(
     known = lockstep.from_leader(lambda: known_space(space, model, parameter_weights, weighting, store))
     if known is None:
         with placement.kept():
-            found = agreement(model, task, trajectory, sources, stage_ids, space, device, autocast)
+            shown = progress if lockstep.leads else False
+            found = agreement(model, task, trajectory, sources, stage_ids, space, device, autocast, shown)
         known = lockstep.from_leader(lambda: weighted_by_agreement(space, *found))
     space = known
     choice = "; ".join(filter(None, (choice, in_words(space, weighting))))

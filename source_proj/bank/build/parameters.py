@@ -150,6 +150,6 @@ def as_begun(settings: Settings, there: Settings) -> Settings:
     own, begun = settings.parameters, there.parameters
     if own["names"] != begun["names"] or not ("weights" in own and "weights" in begun):
         return settings
-    measured = own["weighted_by"] == begun["weighted_by"] == AGREEMENT
+    measured = own["weighted_by"] == begun.get("weighted_by") == AGREEMENT
     same = np.allclose(own["weights"], begun["weights"], rtol=_ROUNDING if measured else 0, atol=0)
     return replace(settings, parameters=begun) if same else settings
