@@ -42,7 +42,7 @@ def weights_of_parameters(bench: Bench) -> Lines:
         yield f"k = {dim:,}, 1", equal, bench.truth, equal
         for power in powers:
             found = _scores(bench, dim, f"agreement-{power}", None, power)
-            yield f"k = {dim:,}, ρ^{power}{', the default' * (default and power == 2)}", found, bench.truth, equal
+            yield f"k = {dim:,}, ρ^{power}", found, bench.truth, equal
         if tables and dim == bench.dim:
             left = _scores(bench, dim, "agreement-2-without", [f"!{name}.*" for name in tables], 2)
             yield f"k = {dim:,}, ρ^2 without embeddings", left, bench.truth, equal
