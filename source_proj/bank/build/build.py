@@ -169,7 +169,7 @@ def build(
     second_derivative, fisher_weight = _columns(task, sources[0], stage_ids[0])
     space, choice = lockstep.from_leader(lambda: chosen_space(model, trajectory, parameters, progress is True))
     weighting = weighting_of(parameter_weights, task, sketch, trajectory, [source.n for source in sources])
-    lockstep.from_leader(lambda: _is_there(store, resume))
+    lockstep.from_leader(lambda: _require_room(store, resume))
     known = lockstep.from_leader(lambda: known_space(space, model, parameter_weights, weighting, store))
     if known is None:
         with placement.kept():
@@ -252,9 +252,7 @@ def _begin(
             create_bank(store, settings, trajectory, scales, parts, choice)
     except OSError as error:
         if not _was_created(store):  # else another process has, and removed what it took for leftovers
-            raise BankError(
-                f"cannot create the bank {store.location()}: {error}; make room, or give another path"
-            ) from error
+            raise _not_created(store, error) from error
 
 
 def _finish(bank: Bank, parts: Sequence[Part], claims: Claims | None, *, all_made: bool) -> None:
@@ -363,6 +361,18 @@ def _is_there(store: Store, resume: bool) -> bool:
             "resume=True"
         )
     return store.exists("zarr.json")
+
+
+def _require_room(store: Store, resume: bool) -> None:
+    """Refuse a place where no bank can be, or where one is that must not be, before anything is measured."""
+    try:
+        _is_there(store, resume)
+    except OSError as error:
+        raise _not_created(store, error) from error
+
+
+def _not_created(store: Store, error: OSError) -> BankError:
+    return BankError(f"cannot create the bank {store.location()}: {error}; make room, or give another path")
 
 
 def _was_created(store: Store) -> bool:
