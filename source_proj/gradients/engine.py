@@ -14,7 +14,7 @@ from source_proj.gradients.batches import Batch, batch_size, own_copy, square_li
 from source_proj.gradients.evaluation import evaluating
 from source_proj.gradients.general import Function, Functions, GeneralPath, first_line
 from source_proj.gradients.hooks import HookPath, Structure, alone
-from source_proj.gradients.law import AUTOCAST, SAMPLED, Law, Work
+from source_proj.gradients.law import AUTOCAST, SAMPLED, Law, Work, require_autocast
 from source_proj.gradients.memory import RowMemory
 from source_proj.gradients.mixed import MixedPath
 from source_proj.gradients.owners import uncovered
@@ -80,8 +80,7 @@ def gradient_engine(
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown; choose one of {METHODS}")
-    if autocast is not None and autocast not in AUTOCAST:
-        raise ValueError(f"autocast {autocast!r} is unknown; choose one of {tuple(AUTOCAST)} or None")
+    require_autocast(autocast)
     if sketch.kind == "identity" and sketch.dim < space.size:
         raise ValueError(
             f"an identity sketch has dim {sketch.dim}, but {space.size} parameters are attributed; set dim to that"

@@ -18,11 +18,21 @@ from source_proj.sketch import Sketch
 from source_proj.trajectory import Scale
 from source_proj.trajectory.placement import Placement
 
-__all__ = ["AUTOCAST", "SAMPLED", "Law", "Work", "autocasting"]
+__all__ = ["AUTOCAST", "SAMPLED", "Law", "Work", "autocasting", "require_autocast"]
 
 SAMPLED = "sampled_output"  # the function that draws labels
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _TF32 = 2.0**-10  # cuDNN's convolutions of float32
+
+
+def require_autocast(autocast: str | None) -> None:
+    """Refuse a number format of forward passes that there is not.
+
+    Raises:
+        ValueError: names it, and those that there are.
+    """
+    if autocast is not None and autocast not in tuple(AUTOCAST):
+        raise ValueError(f"autocast {autocast!r} is unknown; choose one of {tuple(AUTOCAST)} or None")
 
 
 def autocasting(placement: Placement, dtype: torch.dtype | None) -> Autocast:

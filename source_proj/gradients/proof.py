@@ -25,7 +25,14 @@ from torch import Tensor
 
 from source_proj._errors import GradientError
 from source_proj.gradients.batches import Batch
-from source_proj.gradients.sink import GradientSink, ScaledSink, SinkByParameter, SinkOfMetrics, WeightedSink
+from source_proj.gradients.sink import (
+    GradientSink,
+    HandingSink,
+    ScaledSink,
+    SinkByParameter,
+    SinkOfMetrics,
+    WeightedSink,
+)
 from source_proj.gradients.space import ParameterSpace
 from source_proj.sketch import Sketch
 from source_proj.trajectory import Scale
@@ -177,29 +184,12 @@ class Proof:
         return self._known.setdefault(name, _Known())
 
 
-class WatchedSink(GradientSink):
-    """Hands everything to a sink, and what belongs to watched parameters to a second one too."""
+class WatchedSink(HandingSink):
+    """Hands everything to a sink, and what belongs to watched parameters to a second one too; that holds none back."""
 
     def __init__(self, sink: GradientSink, second: SinkByParameter, watched: set[str]) -> None:
-        self._sink, self._second, self._watched = sink, second, watched
-
-    @property
-    def fuses_windows(self) -> bool:
-        """As the sink."""
-        return self._sink.fuses_windows
-
-    @property
-    def accepts_half(self) -> bool:
-        """As the sink."""
-        return self._sink.accepts_half
-
-    def hold(self) -> None:
-        """As of the sink; the second holds nothing back."""
-        self._sink.hold()
-
-    def release(self, *, add: bool = True) -> None:
-        """As of the sink."""
-        self._sink.release(add=add)
+        super().__init__(sink)
+        self._second, self._watched = second, watched
 
     def _sinks(self, name: str) -> list[GradientSink]:
         return [self._sink, self._second] if name in self._watched else [self._sink]

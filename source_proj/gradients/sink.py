@@ -13,7 +13,7 @@ from source_proj.sketch import Sketch, without_autocast
 from source_proj.sketch.projections import HeldSketches
 from source_proj.trajectory import Scale
 
-__all__ = ["GradientSink", "ScaledSink", "SinkByParameter", "SinkOfMetrics", "WeightedSink"]
+__all__ = ["GradientSink", "HandingSink", "ScaledSink", "SinkByParameter", "SinkOfMetrics", "WeightedSink"]
 
 
 class GradientSink:
@@ -196,17 +196,15 @@ class SinkOfMetrics(GradientSink):
             sink.scatter(name, index, values)
 
 
-class WeightedSink(GradientSink):
-    """Hands everything to a sink, each parameter's pieces multiplied by its weight.
+class HandingSink(GradientSink):
+    """Hands pieces on to a sink, which says what it takes and holds back; what it makes of them first, subclasses say.
 
     Args:
         sink: what takes them.
-        space: says the weights.
     """
 
-    def __init__(self, sink: GradientSink, space: ParameterSpace) -> None:
+    def __init__(self, sink: GradientSink) -> None:
         self._sink = sink
-        self._weights = dict(zip(space.names, space.weights or (1.0,) * len(space.names), strict=True))
 
     @property
     def fuses_windows(self) -> bool:
@@ -225,6 +223,19 @@ class WeightedSink(GradientSink):
     def release(self, *, add: bool = True) -> None:
         """As of the sink."""
         self._sink.release(add=add)
+
+
+class WeightedSink(HandingSink):
+    """Hands everything to a sink, each parameter's pieces multiplied by its weight.
+
+    Args:
+        sink: what takes them.
+        space: says the weights.
+    """
+
+    def __init__(self, sink: GradientSink, space: ParameterSpace) -> None:
+        super().__init__(sink)
+        self._weights = dict(zip(space.names, space.weights or (1.0,) * len(space.names), strict=True))
 
     def add(self, name: str, rows: Tensor, start: int = 0) -> None:
         """As `GradientSink.add`."""

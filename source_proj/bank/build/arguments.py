@@ -5,12 +5,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from source_proj.gradients.law import AUTOCAST
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 from source_proj.trajectory import Trajectory
 
-__all__ = ["require_arguments", "require_autocast", "require_device"]
+__all__ = ["require_arguments", "require_device"]
 
 _KINDS: dict[str, tuple[type, str]] = {
     "model": (nn.Module, "give the module itself, of the architecture that was trained; checkpoints bring the weights"),
@@ -47,13 +46,3 @@ def require_device(device: torch.device | str | None) -> None:
             f"device {str(device)!r} cannot be used here ({reason}); give one that torch has, such as 'cpu', or none "
             "to stay where the model is"
         ) from error
-
-
-def require_autocast(autocast: str | None) -> None:
-    """Refuse a number format of forward passes that there is not.
-
-    Raises:
-        ValueError: names it, and those that there are.
-    """
-    if autocast is not None and autocast not in tuple(AUTOCAST):
-        raise ValueError(f"autocast {autocast!r} is unknown; choose one of {tuple(AUTOCAST)} or None")

@@ -16,7 +16,7 @@ from source_proj._io.executors import Executor, check_executor
 from source_proj._io.progress import Progress
 from source_proj.bank.bank import Bank
 from source_proj.bank.build.agreement import agreement, weighted_by_agreement
-from source_proj.bank.build.arguments import require_arguments, require_autocast, require_device
+from source_proj.bank.build.arguments import require_arguments, require_device
 from source_proj.bank.build.claims import Claims, checked_takeover
 from source_proj.bank.build.columns import splits_of
 from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
@@ -39,6 +39,7 @@ from source_proj.bank.layout import PartSpec, default_shard_rows
 from source_proj.bank.read.part import Part
 from source_proj.bank.store import Store, open_store
 from source_proj.gradients import private_copy
+from source_proj.gradients.law import require_autocast
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 from source_proj.task.base import checked_pair
