@@ -19,11 +19,14 @@ Ways through the same batch, in one process, each timed in turn, medians over th
 
 Beside the times stands the physical bound: the floating point operations of plain training over the best rate that a
 matrix product or a convolution reaches in this process, plus one read of the per-example gradients at the bandwidth of
-a copy. Peak memory is that of three passes: on a CPU in a process of its own, less what the imports take; on a GPU what
-torch allocated, the model and the batch included. With ``--autocast`` both passes, and the best rate, are in that type.
+a copy. Peak memory is that of three passes: on a CPU what the system counts of a process of its own, less what the
+imports take, once with blocks of 1 MB and more taken from the system one by one, and once in glibc's heap as it is,
+whose fragments, up to half as much again, depend on the order of sizes; on a GPU what torch allocated, the model and
+the batch included. With ``--autocast`` both passes, and the best rate, are in that type.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -50,6 +53,7 @@ from _models import Decoder, Encoder, Recurrent, ResNet9, Stack, gpt2, gpt2_of_t
 
 DIM = 4096
 PLAIN = "plain"
+HEAPS = {"blocks apart": {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}, "glibc's heap": {}}
 METRICS = ("exact", "factored")
 CPU = torch.device("cpu")
 VMAP_EXAMPLES = 2
@@ -152,13 +156,13 @@ def print_peak(name: str, way: str, size: int, autocast: str | None) -> None:
     print(resident("VmHWM") - before)
 
 
-def peak_bytes(name: str, way: str, size: int, threads: int, autocast: str | None) -> int:
+def peak_bytes(name: str, way: str, size: int, a: argparse.Namespace, heap: dict[str, str]) -> int:
     """What `print_peak` prints."""
-    options = {"threads": threads, "batch": size, "models": name, "peak": way} | (
-        {"autocast": autocast} if autocast else {}
-    )
+    options = {"threads": a.threads, "batch": size, "models": name, "peak": way}
+    options |= {"autocast": a.autocast} if a.autocast else {}
     command = [sys.executable, __file__, *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    environment = os.environ | heap
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
 
 def peak_on_gpu(function: Callable[[], None], device: torch.device) -> int:
@@ -260,9 +264,9 @@ def measure(name: str, size: int, a: argparse.Namespace, rate: float, bandwidth:
     plain = times.pop(PLAIN)
     bound = counter.get_total_flops() / rate + 4 * size * d / bandwidth
     if a.device.type == "cuda":
-        memory = {way: peak_on_gpu(function, a.device) for way, function in ways.items()}
+        memory = {"torch": {way: peak_on_gpu(function, a.device) for way, function in ways.items()}}
     else:
-        memory = {way: peak_bytes(name, way, size, a.threads, a.autocast) for way in ways}
+        memory = {heap: {way: peak_bytes(name, way, size, a, set_) for way in ways} for heap, set_ in HEAPS.items()}
     paths = {engine.method: engine.reason for engine in passes.engines.values()}
     print(f"{name}: d = {d:,}, batch {size}, k = {DIM:,}, {paths}")
     print(
@@ -272,8 +276,9 @@ def measure(name: str, size: int, a: argparse.Namespace, rate: float, bandwidth:
     for way, sketch in times.items():
         print(f"  sketching pass, {way:15} {sketch * 1e3:9.1f} ms  {sketch / plain:.2f} of plain, ", end="")
         print(f"{sketch / size / d * 1e9:.2f} ns per coordinate and example, {sketch / bound:.2f} of the bound")
-        peak = memory[way] / 2**20
-        print(f"    peak memory                 {peak:9.0f} MiB {memory[way] / memory[PLAIN]:.2f} of plain")
+        for heap, peaks in memory.items():
+            peak = peaks[way] / 2**20
+            print(f"    peak memory, {heap:14} {peak:9.0f} MiB {peaks[way] / peaks[PLAIN]:.2f} of plain")
     if a.vmap:
         slow = vmap_seconds(passes, size)
         print(f"  vmap(grad) + dense projection {slow * 1e3:9.0f} ms  {slow / plain:.0f} of plain")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -204,7 +205,7 @@ class BareUses(TorchFunctionMode):
         if name == _ATTENTION:
             shape = max((each.shape for each in examples), key=len)
         elif name in _BROADCASTING:
-            shape = torch.broadcast_shapes(*(each.shape for each in (*examples, *bare)))
+            shape = np.broadcast_shapes(*(each.shape for each in (*examples, *bare)))  # torch's imports sympy
         else:
             raise Unfollowed(f"a parameter of no layer takes part in {name}")
         if not shape or shape[0] % self._size:

@@ -179,8 +179,8 @@ class HookPath:
                 for number, (each, sink) in enumerate(parts, start=1):  # others reach no attributed parameter
                     turn.append(sink)
                     with sink.holding():
-                        ones, more = torch.ones_like(each), number < len(parts)
-                        torch.autograd.grad(each, [current.anchor], ones, allow_unused=True, retain_graph=more)
+                        more = number < len(parts)  # a sum, as torch imports sympy to check gradients that it is given
+                        torch.autograd.grad(each.sum(), [current.anchor], allow_unused=True, retain_graph=more)
         finally:
             self._calls = None
         return [each.detach().float() for each in values]

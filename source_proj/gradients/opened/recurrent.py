@@ -64,7 +64,7 @@ def _gru(z: Tensor, y: Tensor, state: State) -> tuple[State, State]:
     (zr, zu, zn), (yr, yu, yn) = z.chunk(3, 1), y.chunk(3, 1)
     r, u = (zr + yr).sigmoid(), (zu + yu).sigmoid()
     n = (zn + r * yn).tanh()
-    return (n + u * (before - n),), (r, u, n, yn, before)
+    return (n + u * (before - n),), (r, u, n, yn.clone(), before)  # a view would keep the whole of y
 
 
 def _gru_back(gradients: State, kept: State) -> tuple[Tensor, Tensor, Rest]:
@@ -134,6 +134,24 @@ def _chosen(there: Tensor, these: State, others: State) -> State:
     return tuple(torch.where(there, this, other) for this, other in zip(these, others, strict=True))
 
 
+class _Gathered:
+    """dz and dy (B, T, G) of all steps, each held once; one tensor where every step's are one."""
+
+    dz: Tensor
+    dy: Tensor
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    def put(self, step: int, dz: Tensor, dy: Tensor) -> None:
+        if not hasattr(self, "dz"):
+            self.dz = dz.new_empty(len(dz), self._steps, dz.shape[1])
+            self.dy = self.dz if dy is dz else torch.empty_like(self.dz)
+        self.dz[:, step] = dz
+        if self.dy is not self.dz:
+            self.dy[:, step] = dy
+
+
 class Recurrence(torch.autograd.Function):
     """Hidden states (B, T, H) and the last state from x (B, T, i); `gradients/layout.py` knows it as a tap."""
 
@@ -160,19 +178,19 @@ class Recurrence(torch.autograd.Function):
         direction: _Direction = ctx.direction
         (x,), (w, u, _, _), zero = ctx.saved_tensors, direction.weights, torch.zeros_like(ctx.before[:, 0])
         of_hidden, *ends = gradients
-        state, dz, dy = tuple(zero if end is None else end for end in ends), {}, {}
+        state, whole = tuple(zero if end is None else end for end in ends), _Gathered(x.shape[1])
         for t in reversed(list(direction.steps(x.shape[1]))):
             if of_hidden is not None:
                 state = (state[0] + of_hidden[:, t], *state[1:])
             there = direction.goes_on(t)
             reached = state if there is None else tuple(part * there for part in state)
-            dz[t], dy[t], rest = direction.gates.backward(reached, ctx.kept[t])
-            earlier = (dy[t] @ u.to(dy[t].dtype), *(zero for _ in rest[1:]))
+            dz, dy, rest = direction.gates.backward(reached, ctx.kept[t])
+            whole.put(t, dz, dy)
+            earlier = (dy @ u.to(dy.dtype), *(zero for _ in rest[1:]))
             earlier = tuple(a if b is None else a + b for a, b in zip(earlier, rest, strict=True))
             state = earlier if there is None else _chosen(there, earlier, state)
-        whole = [torch.stack([parts[t] for t in range(x.shape[1])], dim=1) for parts in (dz, dy)]
-        direction.receive(x, ctx.before, *whole)
-        return (whole[0] @ w.to(whole[0].dtype) if ctx.needs_input_grad[0] else None), None, None, *state
+        direction.receive(x, ctx.before, whole.dz, whole.dy)
+        return (whole.dz @ w.to(whole.dz.dtype) if ctx.needs_input_grad[0] else None), None, None, *state
 
 
 def forward_for(module: nn.Module) -> Forward | None:
