@@ -5,6 +5,7 @@ gradient again for every view that was taken of them.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,8 +97,8 @@ def label_likelihood_triton(logits: Tensor, labels: Tensor) -> Tensor:
 
     Differentiable once by the logits, which are of any floating-point type and contiguous along V.
     """
-    values: Tensor = LabelLikelihood.apply(logits, labels.contiguous())  # type: ignore[no-untyped-call]
-    return values
+    apply: Callable[..., Tensor] = LabelLikelihood.apply  # some of torch's versions have types for it
+    return apply(logits, labels.contiguous())
 
 
 @on_device

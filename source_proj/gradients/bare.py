@@ -203,7 +203,7 @@ class BareUses(TorchFunctionMode):
     def _meeting(self, name: str, examples: list[Tensor], bare: list[Tensor]) -> tuple[int, int]:
         """Rows and dims of what an operation makes of examples and bare tensors."""
         if name == _ATTENTION:
-            shape = max((each.shape for each in examples), key=len)
+            shape: tuple[int, ...] = max((each.shape for each in examples), key=len)
         elif name in _BROADCASTING:
             shape = np.broadcast_shapes(*(each.shape for each in (*examples, *bare)))  # torch's imports sympy
         else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ def label_margin(logits: Tensor, labels: Tensor) -> Tensor:
     label = labels[:, None]
     if torch.compiler.is_compiling() or any(map(torch._C._functorch.is_functorch_wrapped_tensor, (logits, labels))):
         return _margin(logits, label)
-    return cast(Tensor, LabelMargin.apply(logits, label))  # type: ignore[no-untyped-call]
+    apply: Callable[..., Tensor] = LabelMargin.apply  # some of torch's versions have types for it
+    return apply(logits, label)
 
 
 class LabelMargin(torch.autograd.Function):
