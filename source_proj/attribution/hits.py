@@ -12,7 +12,7 @@ import numpy as np
 from source_proj._errors import extra
 from source_proj._io.html import tiles, wrapped
 from source_proj._io.printable import printable
-from source_proj.attribution.words import TOWARDS, explained, id_word, signed
+from source_proj.attribution.words import explained, id_word, signed, toward
 from source_proj.bank.examples import Example, Examples
 from source_proj.task import Answers
 
@@ -228,7 +228,7 @@ class Hits:
         asked = self.query_example(query)
         yield printable(f"query {_described(asked)}")
         for rank, hit in enumerate(self[query]):
-            towards = TOWARDS[(hit.score > 0) == self.higher_is_better] if hit.score else "neither"
+            towards = toward(hit.score, self.higher_is_better)
             example = _described(self.train_example(query, rank))
             yield printable(f"{rank + 1:>4}  {signed(hit.score):>8}  {f'{towards:<8}  ' if named else ''}{example}")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["TOWARDS", "explained", "id_word", "plain_id", "plain_ids", "signed"]
+__all__ = ["TOWARDS", "explained", "id_word", "plain_id", "plain_ids", "signed", "toward"]
 
 TOWARDS = {True: "helpful", False: "harmful"}
 
@@ -28,6 +28,16 @@ def explained(unit: str) -> str:
         'scores in units of the squared error (squared distance between prediction and target)'
     """
     return f"scores in units of the {unit}" + (f" ({_UNITS[unit]})" if unit in _UNITS else "")
+
+
+def toward(score: float, higher_is_better: bool) -> str:
+    """What an example with this score was to the query.
+
+    Example:
+        >>> toward(0.5, True), toward(0.5, False), toward(0.0, True)
+        ('helpful', 'harmful', 'neither')
+    """
+    return TOWARDS[(score > 0) == higher_is_better] if score else "neither"
 
 
 def signed(value: float, minus: str = "-") -> str:

@@ -16,7 +16,7 @@ from source_proj._io.printable import csv_cell
 from source_proj.attribution.hits import Hits
 from source_proj.attribution.score_files import FACTS, is_scores_array
 from source_proj.attribution.scores import Scores
-from source_proj.attribution.words import TOWARDS, explained, id_word, plain_id
+from source_proj.attribution.words import TOWARDS, explained, id_word, plain_id, toward
 from source_proj.bank.examples import Example
 
 __all__ = ["SIGN", "Answer", "require_folder", "scores_writer"]
@@ -44,9 +44,10 @@ class Answer:
         for query in range(len(hits) if queries is None else min(queries, len(hits))):
             lines.append("")
             for place, (name, listed) in enumerate(self.lists.items()):
-                heading, *entries = listed.lines(query, named=name == "lowest")
+                title, named = _title(name, listed, query)
+                heading, *entries = listed.lines(query, named=named)
                 lines += [heading] if place == 0 else []
-                lines += [f"  {'lowest' if name == 'lowest' else f'most {name}'}", *entries]
+                lines += [f"  {title}", *entries]
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
@@ -74,6 +75,17 @@ class Answer:
             "Which training examples made the model say this?", self.lists, facts=[("method", self.method)]
         )
         write_report(page, path, overwrite=overwrite)
+
+
+def _title(name: str, hits: Hits, query: int) -> tuple[str, bool]:
+    """What stands over a query's list, and whether each entry is to say which way it goes."""
+    if name == "lowest":
+        return name, True
+    towards = [toward(score, hits.higher_is_better) for score in hits.scores[query]]
+    if name not in towards:
+        other = TOWARDS[name != TOWARDS[True]]
+        return f"most {name}: none; the least {other} of all", True
+    return f"most {name}", any(each != name for each in towards)
 
 
 def require_folder(flag: str, path: Path) -> None:
@@ -153,7 +165,8 @@ def _write_parquet(scores: Scores, out: Path, overwrite: bool) -> None:
 
 def _entries(hits: Hits, query: int) -> list[dict[str, Any]]:
     return [
-        {"id": plain_id(hit.id), "score": hit.score, "rank": rank + 1, **_known(hits.train_example(query, rank))}
+        {"id": plain_id(hit.id), "score": hit.score, "towards": toward(hit.score, hits.higher_is_better)}
+        | {"rank": rank + 1, **_known(hits.train_example(query, rank))}
         for rank, hit in enumerate(hits[query])
     ]
 

@@ -10,7 +10,7 @@ from source_proj._io.outputs import write_output
 from source_proj.attribution.hits import Hits
 from source_proj.attribution.parts import PartScores
 from source_proj.attribution.scores import Scores
-from source_proj.attribution.words import explained, signed
+from source_proj.attribution.words import TOWARDS, explained, signed
 from source_proj.bank.examples import ClassNames, Examples, Picture
 from source_proj.report.content import Attribution, Check, MethodLists, Page, QuerySection
 
@@ -122,7 +122,8 @@ def make_hits_page(title: str, lists: Mapping[str, Hits], facts: Sequence[tuple[
 
     Args:
         title: heading of the page.
-        lists: hits of the same queries, under "helpful", "harmful" or any other name.
+        lists: hits of the same queries, under "helpful", "harmful" or any other name. The page's two lists take of
+            these two the entries that did what the name says, and of others all.
         facts: pairs (name, value) shown at the end.
     """
     hits = next(iter(lists.values()))
@@ -130,7 +131,8 @@ def make_hits_page(title: str, lists: Mapping[str, Hits], facts: Sequence[tuple[
     def listed(query: int, helps: bool) -> tuple[Attribution, ...]:
         entries = [
             Attribution(each.train_example(query, rank), hit.score)
-            for each in lists.values()
+            for name, each in lists.items()
+            if name != TOWARDS[not helps]  # the least helpful may end a list of harmful ones
             for rank, hit in enumerate(each[query])
             if hit.score and (hit.score > 0) == (helps == each.higher_is_better)
         ]
