@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ from source_proj.task.batch import (
     checked_weight,
     class_indices,
     draw,
+    first_examples,
     forward,
     logits_of,
     split,
@@ -29,6 +31,9 @@ from source_proj.task.labels import refuse_foreign_labels
 from source_proj.task.margin import label_margin
 
 __all__ = ["Classification"]
+
+_EXAMINED = 8  # examples
+_SUM = 1e-3  # as far from one as probabilities in half precision may sum to
 
 
 class Classification(Task):
@@ -105,6 +110,29 @@ class Classification(Task):
             logp = logp * torch.tensor(self.class_weights, dtype=torch.float32, device="cpu").to(logp)
         labelled = logp.gather(1, labels[:, None]).squeeze(1)
         return (1 - self.label_smoothing) * labelled + self.label_smoothing * logp.mean(-1)
+
+    def examine(self, model: Model, batch: Batch) -> None:
+        """See whether the model answers with probabilities.
+
+        Warns:
+            UserWarning: no output is negative, and those of each example sum to one.
+        """
+        with torch.no_grad():
+            try:
+                inputs = inputs_of(first_examples(batch, _EXAMINED), self.sample_weight)
+                logits = logits_of(model, inputs, isinstance(batch, Mapping))
+            except (RuntimeError, IndexError, ValueError, TypeError):
+                return  # who runs the model next says what is wrong with the batch
+        if logits.ndim != 2 or logits.shape[1] < 2 or not len(logits):
+            return
+        if bool((logits >= 0).all()) and float((logits.float().sum(1) - 1).abs().max()) < _SUM:
+            warnings.warn(
+                f"the model's answers look like probabilities (each of {len(logits)} examples has outputs that sum to "
+                "1), and Classification takes logits, to which it applies softmax itself: leave the last Softmax out, "
+                "or return log(p). Only where the loss was cross_entropy of these very outputs are they right",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def loss_derivatives(self, output: Tensor, batch: Batch) -> Derivatives:  # noqa: D102
         weight = weights(batch, self.sample_weight, output)

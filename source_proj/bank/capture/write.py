@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -30,6 +31,7 @@ from source_proj.trajectory import CapturedCurvature, RunRecord, Stage, Trajecto
 __all__ = ["CapturedStage", "write_captured"]
 
 _EQUAL = 1e-6  # relative: sums of learning rates, in float64
+_LOOKED_AT = 4096  # rows at a time
 _BATCH = 64  # rows; nothing was read in batches, and shards are made of some
 
 
@@ -97,6 +99,23 @@ class CapturedStage:
                 "gradients that are accumulated"
             )
 
+    def warn_of_unseen(self) -> None:
+        """Say which examples have no gradient in any segment."""
+        seen = np.zeros(len(self.ids), bool)
+        for content in self.contents:
+            for start in range(0, len(content["rows"]), _LOOKED_AT):
+                part = content["rows"][start : start + _LOOKED_AT]
+                seen[start : start + len(part)] |= part.any(1).numpy()
+        unseen = self.ids[~seen]
+        if len(unseen):
+            warnings.warn(
+                f"nothing was captured of {len(unseen)} of the {len(seen)} examples of stage {self.stage.name!r}, ids "
+                f"{unseen[:5].tolist()}{' and so on' if len(unseen) > 5 else ''}: their scores will be zero. Were they "
+                "in no batch, or other ids given for them (step(ids=...), examples=)?",
+                UserWarning,
+                stacklevel=4,
+            )
+
     def curvature(self) -> list[Tensor]:
         """Ĥ (k, k) of each segment."""
         return [_curvature(content, self.stage.loss_scale) for content in self.contents]
@@ -132,7 +151,12 @@ def write_captured(
         MismatchError: a bank of other settings or ids is there, or stages were captured by different sketches, tasks
             or parameters.
         ValueError: two stages have one name.
+
+    Warns:
+        UserWarning: nothing was captured of some examples.
     """
+    for captured in stages:
+        captured.warn_of_unseen()
     store = open_store(path)
     identity, kind = capture.identity(), stages[-1].kind
     for captured in stages:
