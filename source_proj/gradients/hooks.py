@@ -355,7 +355,15 @@ class HookPath:
         shapes = tuple(shape for shape, _ in calls)
         if values.grad_fn is None:
             return Structure((*shapes, size == 1), None)
-        taps = {call.tap: call for _, call in calls}
+        taps = [call for _, call in calls]
+        order = self._graph(values.grad_fn, taps, live)
+        lost = None if size == 1 else where_examples_are_lost(order, taps, values.grad_fn, size)
+        return Structure((*shapes, size == 1, hash(tuple(map(label, order)))), lost)
+
+    @staticmethod
+    def _graph(root: Node, calls: Sequence[Call], live: Live) -> list[Node]:
+        """Autograd's graph outside of the layers, in which no parameter may be, nor a reentrant checkpoint."""
+        taps = {call.tap: call for call in calls}
         attributed = {id(p): name for name, several in live.items() for p in several}
 
         def edges(node: Node) -> list[Node]:
@@ -368,12 +376,10 @@ class HookPath:
                     raise UsedElsewhere(attributed[id(child.variable)])
             return children
 
-        order = walk([values.grad_fn], edges)
-        labels = tuple(map(label, order))
-        if "CheckpointFunction" in labels:
+        order = walk([root], edges)
+        if any(label(node) == "CheckpointFunction" for node in order):
             raise GradientError(REENTRANT)
-        lost = None if size == 1 else where_examples_are_lost(order, list(taps.values()), values.grad_fn, size)
-        return Structure((*shapes, size == 1, hash(labels)), lost)
+        return order
 
 
 def _tensors_of(output: Any) -> list[Tensor]:

@@ -159,6 +159,15 @@ def _by_weight(node: Node, children: list[_Child], shape: Shape, size: int) -> i
     return _same(node, children, shape, size)
 
 
+def _batch_norm(node: Node, children: list[_Child], shape: Shape, size: int) -> int:
+    """By statistics that are there; by the batch's own each channel is apart, and so are examples along that dim."""
+    if [child.position for child in children if child.place == 0] == [1] and len(children) == 1:
+        return 1
+    if node._saved_training:
+        raise _Lost
+    return _by_weight(node, children, shape, size)
+
+
 def _along(node: Node, children: list[_Child], shape: Shape, size: int) -> int:
     """Operations along one dim, which must not be that of the examples."""
     (child,) = children[:1]
@@ -288,7 +297,8 @@ _RULES: dict[str, _Rule] = {
     "RegisterPostBackwardFunction": _passed,
     **dict.fromkeys(["Convolution", "MkldnnConvolution", "CudnnConvolution", "Linear", "MkldnnLinear"], _by_weight),
     **dict.fromkeys(["NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm"], _by_weight),
-    **dict.fromkeys(["NativeBatchNorm", "CudnnBatchNorm", "MkldnnRnnLayer"], _by_weight),
+    **dict.fromkeys(["NativeBatchNorm", "CudnnBatchNorm"], _batch_norm),
+    "MkldnnRnnLayer": _by_weight,
     **dict.fromkeys(["LabelLikelihood", "LabelMargin"], _same),
 }
 _LAYERS = (

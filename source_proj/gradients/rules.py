@@ -166,7 +166,7 @@ def _instance_norm(
     module: nn.modules.instancenorm._InstanceNorm, names: Names, x: Tensor, g: Tensor, sink: GradientSink
 ) -> None:
     """Each channel of each example by itself, or in evaluation mode by running statistics where it keeps them."""
-    if module.running_mean is None or module.running_var is None:
+    if module.training or module.running_mean is None or module.running_var is None:
         _affine(names, lambda x: F.instance_norm(x, eps=module.eps), x, g, sink, 0)
         return
     mean, variance = module.running_mean.float(), module.running_var.float()

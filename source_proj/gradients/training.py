@@ -8,13 +8,14 @@ scaled for half precision. So the rows of a step sum to R p.grad, which `Trainin
 
 That law sees layers that are missed, used elsewhere or counted twice. It doesn't see examples that depend on each other
 within the batch, whose shares of the sum are no gradients of theirs: normalisation over the batch is refused by name,
-and where autograd's graph of a new kind of pass can't be followed example by example (`layout.py`), the outputs of all
-layers must be the same for half a batch.
+and where autograd's graph of a pass can't be followed example by example to all of its layers (`layout.py`), their
+outputs must be the same for two random halves of the batch (`apart.py`).
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from source_proj._errors import GradientError
-from source_proj.gradients.batches import Batch, batch_size, lists_examples, map_tensors, own_copy
+from source_proj._errors import GradientError, SourceProjError
+from source_proj.gradients.apart import Outputs, cannot_run, random_halves, require_same
+from source_proj.gradients.batches import Batch, batch_size, map_tensors, own_copy
 from source_proj.gradients.hooks import HookPath, Pass
-from source_proj.gradients.layout import Call
+from source_proj.gradients.layout import Call, Node, where_examples_are_lost
 from source_proj.gradients.owners import uncovered
 from source_proj.gradients.probing import called, part, probing
 from source_proj.gradients.proof import WatchedSink, gradient_sink, share_sink
@@ -50,7 +52,7 @@ Sampler = Callable[[Any, Mapping[str, Any] | None, int], tuple[Sequence[Tensor],
 """From a pass's output, its keyword arguments where labels are among them, and its size: tensors of the output, and the
 gradients of another function by them; None for none."""
 
-_APART, _APART_HALF = 1e-3, 5e-2  # relative: outputs of half a batch, in float32 and with half precision
+_ODD = (5, 7, 11, 13, 17, 19, 23, 29)  # numbers of examples of which one is no other dim of a batch
 
 
 @dataclass(eq=False)
@@ -132,8 +134,8 @@ class TrainingPath(HookPath):
         self._open: TrainingPass | None = None
         self._nested = 0  # calls of the model within that pass, as another path's probes are
         self._anchor = torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")
-        self._known: set[object] = set()  # kinds of batches whose graph was looked at
         self._shared_known = False
+        self._looked = 0  # passes whose examples were looked at apart
         self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # to the pass that is open, before it began
         self._kept_back = _kept_back(model)
         self._mixing = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -145,9 +147,15 @@ class TrainingPath(HookPath):
         ]
         self.close = weakref.finalize(self, _remove, handles)
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether a forward pass began and never ended, as by Ctrl-C: what came then was taken for a part of it."""
+        return self._open is not None
+
     def clear(self) -> None:
         """Forget the passes so far."""
         self.passes = []
+        self._open, self._nested, self._calls, self._given = None, 0, None, None
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         back = {name: kwargs[name] for name in self._kept_back if name in kwargs}
@@ -174,11 +182,8 @@ class TrainingPath(HookPath):
         self._open = TrainingPass(size, rows, sink, shares, index, told if told.get(LABELS) is not None else None, sink)
         self._open.beside = tuple(each for each in self.passes if not each.reached)
         self.passes.append(self._open)
-        kind = _kind(batch, size)
-        self._calls = None if size == 1 or kind in self._known else []
-        if self._calls is not None:  # the forward pass may change its inputs
-            self._given = own_copy((args, kwargs), keep_flags=True)
-        self._known.add(kind)
+        if size > 1:
+            self._calls, self._given = [], own_copy((args, kwargs), keep_flags=True)  # which the pass may change
 
     def _finish(self, _model: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
         if self._nested:
@@ -247,7 +252,7 @@ class TrainingPath(HookPath):
         with probing(self._model):
             try:
                 self.find_shared(called, *batches)
-                same = self.shared_as_they_were(called, *batches)
+                same = self.shared_as_they_were(called, *batches) and self._same_of_odd(args, kwargs, size)
             except (RuntimeError, IndexError, TypeError, ValueError):  # the model's own, of shapes that it did not make
                 if not self._shared:
                     raise
@@ -259,6 +264,15 @@ class TrainingPath(HookPath):
                 f"examples: leave them out by parameters={[f'!{name}.*' for name in names]}, or build after training"
             )
         self._shared_known = True
+
+    def _same_of_odd(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> bool:
+        """Whether it holds for a number of examples that is no other dim's, with which outputs might broadcast."""
+        if not self._shared:
+            return True
+        dims: set[int] = set()
+        map_tensors((args, kwargs), lambda tensor: dims.update(tensor.shape) or tensor)  # type: ignore[func-returns-value]
+        odd = next((number for number in _ODD if number not in dims), max(dims) + 1)
+        return self._as_it_was(called, part(args, kwargs, [place % size for place in range(odd)], size), odd)
 
     def _require_apart(
         self,
@@ -276,35 +290,37 @@ class TrainingPath(HookPath):
         """
         heads: list[Tensor] = []
         map_tensors(output, lambda tensor: heads.append(tensor) or tensor)  # type: ignore[func-returns-value]
-        heads = [head for head in heads if head.grad_fn is not None and head.dim() and head.shape[0] == size]
-        lost = [self._structure(head, calls, size, self._live).lost for head in heads]
-        if heads and not any(lost):
-            return
-        halves = torch.arange(size, device="cpu").chunk(2)
-        with probing(self._model):
-            whole = self._outputs((args, kwargs))
-            parts = [self._outputs(part(args, kwargs, half.tolist(), size)) for half in halves]
-        if any([name for name, _ in part] != [name for name, _ in whole] for part in parts):
-            raise GradientError("the layers that the model calls depend on which examples are in a batch")
-        for place, (name, there) in enumerate(whole):
-            here = torch.cat([part[place][1] for part in parts])
-            apart = _APART if there.dtype in (torch.float32, torch.float64) else _APART_HALF
-            if here.shape != there.shape or float((here - there).norm()) > apart * float(there.norm()):
-                raise GradientError(
-                    f"the output of {name!r} for an example depends on the other examples of its batch, so that no "
-                    "gradient is one example's own: rows can't be captured of this model"
-                )
+        taps = [call for _, call in calls]
+        there: set[Node] = {call.tap for call in taps}
+        for head in heads:
+            if head.grad_fn is not None and head.dim() and head.shape[0] == size:
+                order = self._graph(head.grad_fn, taps, self._live)
+                if where_examples_are_lost(order, taps, head.grad_fn, size) is None:
+                    there.difference_update(order)
+            if not there:
+                return
+        self._looked += 1
+        halves = random_halves(size, self._looked)
+        batches = [(args, kwargs), *(part(args, kwargs, half.tolist(), size) for half in halves)]
+        try:
+            whole, *parts = map(self._outputs, batches)
+        except SourceProjError:
+            raise
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:  # the model's own
+            raise cannot_run(error) from error
+        require_same(whole, parts, halves)
 
-    def _outputs(self, batch: Batch) -> list[tuple[str, Tensor]]:
+    def _outputs(self, batch: Batch) -> Outputs:
         """Outputs of all layers that see the batch, by name, in the order of their calls."""
-        outputs: list[tuple[str, Tensor]] = []
+        outputs: Outputs = []
 
         def seen(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Tensor) -> None:
             if module not in self._shared:
                 output = output.detach()
                 outputs.append((self._names[module], output.transpose(0, 1) if module in self._second else output))
 
-        with self._hooked(seen):
+        with probing(self._model, training=True), self._hooked(seen), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a variance of one example, say
             called(self._model, batch)
         return outputs
 
@@ -347,15 +363,6 @@ def _in_backward() -> bool:
 
 def _graph_task() -> int:
     return torch._C._current_graph_task_id()
-
-
-def _kind(batch: Batch, size: int) -> object:
-    """What batches of one kind share: the tree, and each tensor's type and number of dimensions; not texts and such."""
-
-    def listed(value: Batch) -> str | None:
-        return "a list of examples" if lists_examples(value, size) else None
-
-    return repr(map_tensors(batch, lambda t: (str(t.dtype), t.dim()), listed))  # type: ignore[arg-type, return-value]
 
 
 class _WeakHook:

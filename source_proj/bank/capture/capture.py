@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -166,11 +167,14 @@ class Capture:
         """Let passes go that no step was made of."""
         self._path.clear()
         self._law = None
-        self._path.watched = self._steps < _ALWAYS or self._steps % _SAMPLED == 0
+        self._path.watched = _is_audited(self._steps)
         self._path.sampler = self.draws if self.draws.due else None
 
     def _before_step(self, closed: bool = False) -> None:
         """Hold the rows to the law before the optimizer uses the gradient; ``closed`` if it was given a closure."""
+        if self._path.interrupted:
+            self.forget_passes()
+            raise GradientError(_INTERRUPTED)
         self._require_all_captured()
         passes = [each for each in self._path.passes if each.reached]
         self._scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
@@ -205,9 +209,15 @@ class Capture:
         """Refuse parameters that are trained and not captured, or captured and not trained.
 
         Raises:
-            GradientError: the optimizer holds one with a gradient that was not there, or a group of captured ones has a
-                learning rate of 0 beside others.
+            GradientError: one was frozen since, the optimizer holds one with a gradient that was not there, or a group
+                of captured ones has a learning rate of 0 beside others.
         """
+        frozen = [name for name, p in self._parameters.items() if not p.requires_grad]
+        if frozen:
+            raise GradientError(
+                f"{frozen[:5]} were frozen since capture began: make a Recorder of a stage of its own when parameters "
+                f"are frozen, or leave them out by parameters={[f'!{name}' for name in frozen[:5]]}"
+            )
         groups = self._optimizer.param_groups
         if self._choice is None:
             own = {id(p) for p in self._parameters.values()}
@@ -310,7 +320,17 @@ _CLOSURE = (
     "a pass came after the optimizer began its step, as by optimizer.step(closure), or before recorder.step(): no rows "
     "can be held to its gradient. Call backward(), optimizer.step() and recorder.step() one after the other"
 )
+_INTERRUPTED = (
+    "a forward pass of the model did not end (it was interrupted), and the passes since were taken for a part of it: "
+    "repeat this step from zero_grad() on, or restore()"
+)
 _COUNTED = ("examples", "audited_batches", "audited_examples")
+
+
+def _is_audited(step: int) -> bool:
+    """Whether a step is held to the law, by a draw: every n-th could always miss what a loop does in turns."""
+    drawn = hashlib.sha256(f"step {step}".encode()).digest()
+    return step < _ALWAYS or int.from_bytes(drawn[:8], "little") % _SAMPLED == 0
 
 
 def _held_space(model: nn.Module, optimizer: torch.optim.Optimizer, parameters: Sequence[str] | None) -> ParameterSpace:

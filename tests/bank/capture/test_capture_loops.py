@@ -104,6 +104,7 @@ def test_checkpointed_activations(tmp_path):
         loop.twin.add(index, example_gradients(plain, loop.inputs[index], loop.labels[index]), loop.lr)
         loop.step(index)
     loop.check()
+    loop.recorder.close()
     loop.model.reentrant = True
     other = Loop(tmp_path / "other", loop.model)
     other.inputs.requires_grad_()  # which this way of checkpointing wants
