@@ -97,11 +97,13 @@ def where_examples_are_lost(order: Sequence[Node], calls: Sequence[Call], root: 
             if any(positions.get(made, place) != place for made in inputs[node] if made is not None):
                 return "a layer that has other than the examples where they should be"
             continue
+        if all(child not in positions for child, _ in node.next_functions):
+            continue  # made of parameters that are not attributed: like the inputs, which have no graph
         try:
             positions[node] = _position(node, positions, shapes, size)
         except _Lost:
             return label(node)
-    return None if positions[root] == 0 else label(root)
+    return None if positions.get(root) == 0 else label(root)
 
 
 def _position(node: Node, positions: dict[Node, int], shapes: dict[Node, Shape], size: int) -> int:
@@ -111,7 +113,7 @@ def _position(node: Node, positions: dict[Node, int], shapes: dict[Node, Shape],
         if child in positions
     ]
     rule = _rule_for(label(node))
-    if rule is None or not children:
+    if rule is None:
         raise _Lost
     shape = shapes[node] = _shape(node, 0)
     position = rule(node, children, shape, size)
