@@ -104,6 +104,8 @@ class Attributor(ABC):
                 )
         self.model = model
         self._models = None if model is None else QueryModels(model, device)
+        if model is not None:
+            self.banks[0].notes.warn_of_other_modules(model)
         if task is not None:
             resolve_task(self.banks[0], task)
         self._given_task = task
@@ -230,7 +232,7 @@ class Attributor(ABC):
         width = 4 * self.banks[0].sketch.dim * sum(p * m for p, m in zip(points, metrics, strict=True))
         if given is not None:
             return QueryBlocks(len(given.ids), queries_per_block(1, width), 0, lambda span, _: given.part(*span))
-        source = query_source(queries, self.batch_size)
+        source = query_source(queries, self.batch_size, self.banks[0].notes.columns)
         size = queries_per_block(source.batch_size, width)
         return QueryBlocks(
             source.n, size, sum(points), lambda span, progress: self._features(queries, None, span, progress)

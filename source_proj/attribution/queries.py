@@ -12,7 +12,7 @@ from source_proj._io.progress import Progress, progress_bar
 from source_proj.attribution.features import QueryFeatures, point_key
 from source_proj.attribution.query_models import LoadedModel, OpenModel, QueryModels
 from source_proj.bank import Bank
-from source_proj.bank.build.columns import query_split
+from source_proj.bank.build.columns import arranged, query_split
 from source_proj.bank.build.data import BatchSource, Span, to_device
 from source_proj.bank.examples import Examples
 from source_proj.gradients import Refuted, nonfinite_examples, require_own_weights, require_takes
@@ -81,7 +81,7 @@ def sketch_queries(
         GradientError: if a query's measurement or its gradient is not finite; names the query ids.
     """
     points = list(checkpoints) if checkpoints is not None else [bank.final_checkpoint()]
-    source = query_source(queries, batch_size)
+    source = query_source(queries, batch_size, bank.notes.columns)
     query_ids = checked_query_ids(queries, ids, source.n)
     wanted = list(range(len(bank.metrics))) if metrics is None else list(metrics)
     features: dict[str, Tensor] = {}
@@ -111,9 +111,9 @@ def sketch_queries(
     return QueryFeatures(features, query_ids[start:stop], bank.sketch.spec(), asked.answers, shown)
 
 
-def query_source(queries: Any, batch_size: int) -> BatchSource:
-    """Queries of any kind, in batches."""
-    return BatchSource(_rows(query_split(queries)), batch_size)
+def query_source(queries: Any, batch_size: int, columns: Sequence[str] = ()) -> BatchSource:
+    """Queries of any kind, in batches; the numbers of a table in the order of the training set's columns."""
+    return BatchSource(_rows(arranged(query_split(queries), columns)), batch_size)
 
 
 def checked_query_ids(queries: Any, ids: Sequence[Any] | None, count: int) -> list[Any]:

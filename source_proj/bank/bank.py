@@ -51,7 +51,7 @@ class Bank:
         settings: everything that the rows depend on besides the data.
         metrics: the metrics that its rows are in; one, the identity, unless an optimizer was preconditioned.
         versions: what software made the bank, for people.
-        parameter_choice: which parameters are attributed, and how many were left out, for people.
+        notes: on the model and the data that it was built with.
         examples: how training examples are shown beside scores: a bank that was just built knows its data set, for an
             opened one set ``bank.examples = Examples(train_set)``. None: by their ids alone.
 
@@ -63,7 +63,7 @@ class Bank:
         self.store = open_store(path)
         self.path: Path | str = self.store.folder or self.store.location()
         list_objects(self.store)  # refuses links
-        self.settings, self.versions, moved, self.parameter_choice = read_root(self.store)
+        self.settings, self.versions, moved, self.notes = read_root(self.store)
         self.sketch = _sketch(self.path, self.settings)
         self.metrics = Metrics(self.store, self.settings)
         self.examples: Examples | None = None
@@ -103,6 +103,11 @@ class Bank:
         return facts(f"Bank {self.path}" + ("" if self.finalized else " (unfinished)"), pairs)
 
     # What it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def parameter_choice(self) -> str:
+        """Which parameters are attributed, and how many were left out, for people."""
+        return self.notes.parameter_choice
 
     @property
     def task_spec(self) -> dict[str, Any]:

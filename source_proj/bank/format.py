@@ -6,7 +6,7 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
 **Tree**::
 
     /                                   attributes: format, version, settings, versions, checkpoint_paths,
-                                        parameter_choice
+                                        parameter_choice, modules, columns
     /weights/<hash>                     uint8: safetensors file of a checkpoint that was given as a dict
     /metrics/<hash>                     float32: P^½ of a metric (18); only where optimizers were preconditioned
     /curvature/<hash>                   float32: Ĥ of a captured segment, k · k; only where rows were captured
@@ -40,8 +40,10 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
    ``parameters`` MUST hold names and shapes, and MAY hold ``weights``, a number for each parameter, from 1e-6 to 1e6,
    that its gradients were multiplied by, with ``weighted_by``, "agreement" or "given".
    ``trajectory`` MUST hold exactly the entries of `source_proj.trajectory.record.RunRecord`, each of its type.
-3. ``versions`` says what software made the bank, ``parameter_choice`` in words which parameters are attributed. A
-   reader MUST NOT depend on them, and no fingerprint covers them.
+3. ``versions`` says what software made the bank, ``parameter_choice`` in words which parameters are attributed.
+   ``modules`` MAY say how many modules of each kind the model has, and ``columns`` which numbers the examples of a
+   table hold, by name and in order: a reader compares them with what it is asked with. It MUST NOT depend on them
+   otherwise, and no fingerprint covers them.
 4. The root's ``zarr.json`` MUST appear last, if it is absent, after all other metadata, ids, weights and metrics; so
    MUST a part's own, after all that lies below it. What is there already MUST be compared, and a writer whose own
    differs MUST NOT go on. A writer MUST NOT change any of it later. Where the root, or a part's group, is absent, a

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -178,10 +179,11 @@ class TextData:
         limit = settings.max_length or _limit(model, tokenizer)
         continues = not classifies and not labelled
         encoded = [_encode(tokenizer, row, settings, limit, continues) for row in rows]
-        if not all(tokens for tokens, _ in encoded):
-            number = next(n for n, (tokens, _) in enumerate(encoded, start=1) if not tokens)
+        if not all(each.columns for each in encoded):
+            number = next(n for n, each in enumerate(encoded, start=1) if not each.columns)
             raise MismatchError(f"example {number} of {name} has no token")
-        self._columns = _padded([tokens for tokens, _ in encoded], tokenizer)
+        _warn_of_cut([n for n, each in enumerate(encoded, start=1) if each.cut], len(encoded), name, limit)
+        self._columns = _padded([each.columns for each in encoded], tokenizer)
         if not labelled:
             return
         if isinstance(task, Regression):
@@ -195,8 +197,8 @@ class TextData:
         else:
             self._columns.pop("token_type_ids", None)  # of pairs; language models would embed them as words
             uncounted = self._columns["attention_mask"] == 0
-            for mask, (_, prompt) in zip(uncounted, encoded, strict=True):
-                mask[:prompt] = True
+            for mask, each in zip(uncounted, encoded, strict=True):
+                mask[: each.prompt] = True
             self._columns["labels"] = self._columns["input_ids"].masked_fill(uncounted, _UNCOUNTED)
 
     @classmethod
@@ -237,18 +239,44 @@ def _needed(settings: TextSettings, classifies: bool, labelled: bool) -> list[st
     return [name for name in named if name is not None]
 
 
-def _encode(
-    tokenizer: Any, row: Mapping[str, Any], settings: TextSettings, limit: int, continues: bool
-) -> tuple[Mapping[str, list[int]], int]:
-    """What the tokenizer says of an example, by column, cut by itself; and how many of its tokens are the prompt's."""
+class _Encoded(NamedTuple):
+    """An example's tokens.
+
+    Attributes:
+        columns: what the tokenizer says of it, by column; empty where it has no token.
+        prompt: how many of its tokens are the prompt's.
+        cut: whether it has more tokens than were taken.
+    """
+
+    columns: Mapping[str, list[int]]
+    prompt: int
+    cut: bool
+
+
+def _warn_of_cut(numbers: Sequence[int], count: int, name: str, limit: int) -> None:
+    if numbers:
+        warnings.warn(
+            f"{len(numbers)} of the {count} texts of {name} have more than {limit} tokens and were cut, example "
+            f"{numbers[0]} first: what is said of them is said of their beginning. The length is max_length= "
+            "(--max-length on the command line), by default the most that model and tokenizer take",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _encode(tokenizer: Any, row: Mapping[str, Any], settings: TextSettings, limit: int, continues: bool) -> _Encoded:
+    """The tokens of an example, cut by itself."""
     if continues:  # an end-of-text token of the tokenizer's would stop the model at once
-        columns, prompt = _after_prompt(tokenizer, str(row[settings.prompt or settings.text]), "", limit)
-        return {key: values[:prompt] for key, values in columns.items()}, prompt
+        columns, prompt, cut = _after_prompt(tokenizer, str(row[settings.prompt or settings.text]), "", limit)
+        return _Encoded({key: values[:prompt] for key, values in columns.items()}, prompt, cut)
     text = str(row[settings.text])
     if settings.prompt is not None:
         return _after_prompt(tokenizer, str(row[settings.prompt]), text, limit)
     second = () if settings.pair is None else (str(row[settings.pair]),)
-    return _columns_of(tokenizer(text, *second, truncation=True, max_length=limit)), 0
+    columns = _columns_of(tokenizer(text, *second, truncation=True, max_length=limit))
+    full = len(columns.get("input_ids", ())) >= limit
+    cut = full and len(tokenizer(text, *second, verbose=False)["input_ids"]) > limit
+    return _Encoded(columns, 0, cut)
 
 
 def _columns_of(encoding: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -256,7 +284,7 @@ def _columns_of(encoding: Mapping[str, Any]) -> dict[str, list[int]]:
     return {key: list(value) for key, value in encoding.items()} if encoding["input_ids"] else {}
 
 
-def _after_prompt(tokenizer: Any, prompt: str, text: str, limit: int) -> tuple[Mapping[str, list[int]], int]:
+def _after_prompt(tokenizer: Any, prompt: str, text: str, limit: int) -> _Encoded:
     """A text behind its prompt, the tokenizer's own first and last tokens around both; the text's end is cut."""
     whole = tokenizer(prompt, return_special_tokens_mask=True)
     tokens, special = list(whole["input_ids"]), list(whole["special_tokens_mask"])
@@ -267,7 +295,7 @@ def _after_prompt(tokenizer: Any, prompt: str, text: str, limit: int) -> tuple[M
     inner = (head + body)[: max(0, limit - len(tail))]
     joined = (inner + tail)[:limit]
     columns = {"input_ids": joined, "attention_mask": [1] * len(joined)} if joined else {}
-    return columns, min(len(head), len(inner))
+    return _Encoded(columns, min(len(head), len(inner)), len(head) + len(body) + len(tail) > limit)
 
 
 def _padded(encoded: list[Mapping[str, list[int]]], tokenizer: Any) -> dict[str, Tensor]:

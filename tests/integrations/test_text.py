@@ -174,7 +174,8 @@ def test_padding_prompts_and_labels(run, tmp_path):
         assert [int(data[i]["labels"]) for i in range(2)] == [1, 0]
         assert data[1]["attention_mask"].tolist() == [1, 0]
         return
-    data = TextData(file, TextSettings("model", prompt="ask", max_length=3), model, words)
+    with pytest.warns(UserWarning, match="1 of the 2 texts of .* have more than 3 tokens and were cut, example 1"):
+        data = TextData(file, TextSettings("model", prompt="ask", max_length=3), model, words)
     ids = {word: place + 2 for place, word in enumerate(WORDS)}
     assert data[0]["input_ids"].tolist() == [ids["the"], ids["very"], ids["good"]]
     assert data[0]["labels"].tolist() == [-100, -100, ids["good"]]

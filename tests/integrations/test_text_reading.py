@@ -1,6 +1,8 @@
 """Texts become tokens as the Trainer's own scripts make them; adapters need no Python either."""
 
 import json
+import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -46,9 +48,10 @@ def written(path, rows):
 def test_what_is_too_long_is_cut_by_the_tokenizer(side, limit, tmp_path):
     words = bert_tokenizer(truncation_side=side)
     rows = [{"text": " ".join(WORDS * 3), "label": 1}, {"text": "good film", "label": 0}]
-    data = TextData(
-        written(tmp_path / "d.jsonl", rows), TextSettings("model", max_length=limit), network("classification"), words
-    )
+    file, settings = written(tmp_path / "d.jsonl", rows), TextSettings("model", max_length=limit)
+    cut = f"1 of the 2 texts of .*d.jsonl.* have more than {limit or 16} tokens and were cut, example 1 .*--max-length"
+    with pytest.warns(UserWarning, match=cut):
+        data = TextData(file, settings, network("classification"), words)
     own = words([row["text"] for row in rows], truncation=True, max_length=limit or 16, padding=True)
     for name in ("input_ids", "attention_mask", "token_type_ids"):
         assert [data[i][name].tolist() for i in range(2)] == own[name]
@@ -72,12 +75,35 @@ def test_pairs_are_told_apart(tmp_path):
         TextData(file, TextSettings("model", pair="third"), network("classification"), words)
 
 
+@pytest.mark.parametrize("prompt", [None, "ask"])
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("kind", ["classification", "language"])
+def test_texts_are_called_cut_where_the_tokenizer_says_more_than_fits(kind, labelled, prompt, tmp_path):
+    if kind == "classification" and prompt:
+        prompt = None  # is for language models
+    words, model = bert_tokenizer(), network(kind)
+    random = np.random.default_rng(0)
+    for limit in range(3, 14):
+        rows = [
+            {"ask": "the very", "text": " ".join(random.choice(WORDS, random.integers(1, 12))), "label": 0}
+            for _ in range(4)
+        ]
+        settings = TextSettings("model", prompt=prompt, max_length=limit)
+        asked = [f"{row['ask']} {row['text']}" if prompt and labelled else row[prompt or "text"] for row in rows]
+        longer = sum(len(words(text)["input_ids"]) > limit for text in asked)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            TextData(written(tmp_path / "d.jsonl", rows), settings, model, words, labelled)
+        assert [str(each.message).split(" of the ")[0] for each in caught] == ([str(longer)] if longer else [])
+
+
 @pytest.mark.parametrize("limit", [16, 6])
 def test_an_end_token_stands_behind_the_text_and_not_behind_its_prompt(limit, tmp_path):
     words = bert_tokenizer()
     rows = [{"ask": "the very", "text": "good film was not bad"}]
     settings = TextSettings("model", prompt="ask", max_length=limit)
-    data = TextData(written(tmp_path / "d.jsonl", rows), settings, network("language"), words)
+    with pytest.warns(UserWarning, match="1 of the 1 texts") if limit < 9 else nullcontext():
+        data = TextData(written(tmp_path / "d.jsonl", rows), settings, network("language"), words)
     tokens, labels = data[0]["input_ids"].tolist(), data[0]["labels"].tolist()
     whole = words("the very good film was not bad", truncation=True, max_length=limit)["input_ids"]
     assert tokens == whole

@@ -129,7 +129,7 @@ class RepSim(Attributor):
     def _features(
         self, queries: Queries, ids: Sequence[Any] | None, span: tuple[int, int] | None, progress: Progress
     ) -> SketchedQueries:
-        source = query_source(queries, self.batch_size)
+        source = query_source(queries, self.batch_size, self.banks[0].notes.columns)
         query_ids = checked_query_ids(queries, ids, source.n)
         start, stop = span or (0, source.n)
         features = SketchedQueries()

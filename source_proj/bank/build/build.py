@@ -36,6 +36,7 @@ from source_proj.bank.build.shares import fill_by, require_whole
 from source_proj.bank.examples import Examples
 from source_proj.bank.format import Settings, storage_of
 from source_proj.bank.layout import PartSpec, default_shard_rows
+from source_proj.bank.notes import Notes, modules_of
 from source_proj.bank.read.part import Part
 from source_proj.bank.store import Store, open_store
 from source_proj.gradients import private_copy
@@ -179,6 +180,7 @@ def build(
         known = lockstep.from_leader(lambda: weighted_by_agreement(space, *found))
     space = known
     choice = "; ".join(filter(None, (choice, in_words(space, weighting))))
+    notes = Notes(choice, modules_of(model), sources[-1].columns)
 
     def create() -> Settings:
         resolved = trajectory.resolve(model, space)
@@ -194,7 +196,7 @@ def build(
             gradients=gradients,
             autocast=autocast,
         )
-        _begin(store, settings, trajectory, resolved.scales, _parts(settings), choice, resume=resume)
+        _begin(store, settings, trajectory, resolved.scales, _parts(settings), notes, resume=resume)
         return settings
 
     def _parts(settings: Settings) -> list[tuple[PartSpec, np.ndarray]]:
@@ -243,14 +245,14 @@ def _begin(
     trajectory: Trajectory,
     scales: Mapping[str, Scale],
     parts: Sequence[tuple[PartSpec, np.ndarray]],
-    choice: str,
+    notes: Notes,
     *,
     resume: bool,
 ) -> None:
     """Create the bank, unless it is there."""
     try:
         if not _is_there(store, resume):
-            create_bank(store, settings, trajectory, scales, parts, choice)
+            create_bank(store, settings, trajectory, scales, parts, notes)
     except OSError as error:
         if not _was_created(store):  # else another process has, and removed what it took for leftovers
             raise _not_created(store, error) from error

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-__all__ = ["Table", "examples_of", "query_split", "splits_of"]
+__all__ = ["Table", "arranged", "examples_of", "query_split", "splits_of"]
 
 _LABELS = ("labels", "label", "target")
 _TOKENS = "input_ids"
@@ -101,6 +101,27 @@ class Table(TensorDataset):
     def __init__(self, inputs: Tensor, targets: Tensor, columns: Sequence[str]) -> None:
         super().__init__(inputs, targets)
         self.columns = list(columns)
+
+    def arranged(self, columns: Sequence[str]) -> "Table":
+        """The same numbers in the order of these names.
+
+        Raises:
+            ValueError: one is missing, or there are others; names them.
+        """
+        missing = [name for name in columns if name not in self.columns]
+        others = [name for name in self.columns if name not in columns]
+        if missing or others:
+            found = [*([f"lack {missing}"] if missing else []), *([f"have {others} besides"] if others else [])]
+            raise ValueError(
+                f"the training set has the columns {list(columns)}, and the queries {' and '.join(found)}: give those"
+            )
+        return Table(self.tensors[0][:, [self.columns.index(name) for name in columns]], self.tensors[1], columns)
+
+
+def arranged(data: Any, columns: Sequence[str]) -> Any:
+    """A table, or a frame, with its numbers in the order of these names; whatever else is given, itself."""
+    table = examples_of(data)
+    return table.arranged(columns) if columns and isinstance(table, Table) else data
 
 
 def _table(columns: Mapping[str, np.ndarray]) -> Table:

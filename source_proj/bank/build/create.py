@@ -12,6 +12,7 @@ from torch import Tensor
 from source_proj._errors import BankError, MismatchError
 from source_proj.bank.format import FORMAT, VERSION, Settings
 from source_proj.bank.layout import PartSpec, group_document
+from source_proj.bank.notes import Notes
 from source_proj.bank.read.curvature import curvature_objects
 from source_proj.bank.read.metrics import metrics_objects
 from source_proj.bank.read.part import Part, part_objects
@@ -28,7 +29,7 @@ def create_bank(
     trajectory: Trajectory,
     scales: Mapping[str, Scale],
     parts: Sequence[tuple[PartSpec, np.ndarray]],
-    parameter_choice: str,
+    notes: Notes,
     curvature: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Create an empty bank: metadata, ids of each stage's first part, metrics, copies of weights given as dicts.
@@ -41,7 +42,7 @@ def create_bank(
         trajectory: the run.
         scales: the metrics, by hash.
         parts: each stage's first part with its ids.
-        parameter_choice: in words, which parameters are attributed.
+        notes: what it says of its model and data.
         curvature: Ĥ of captured segments, by hash.
 
     Raises:
@@ -63,7 +64,7 @@ def create_bank(
         "settings": settings.to_json(),
         "versions": _versions(),
         "checkpoint_paths": relative_paths(store.folder, settings),
-        "parameter_choice": parameter_choice,
+        **notes.to_json(),
     }
     store.put_if_absent({"zarr.json": group_document(attributes)})
 

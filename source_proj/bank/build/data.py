@@ -62,6 +62,11 @@ class BatchSource:
         if self.n == 0:
             raise ValueError(f"the data set {_name(self._data)} is empty; give at least one example")
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the numbers of a table's examples; none of other data."""
+        return tuple(self._data.columns) if isinstance(self._data, Table) else ()
+
     def load(self, spans: Iterable[Span]) -> Iterator[tuple[int, int, Batch]]:
         """Yield ``(start, stop, batch)`` for the examples of each span; every span begins a batch of its own.
 

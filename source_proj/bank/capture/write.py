@@ -24,6 +24,7 @@ from source_proj.bank.build.parameters import in_words
 from source_proj.bank.capture.capture import Capture
 from source_proj.bank.format import Settings, storage_of
 from source_proj.bank.layout import PartSpec, default_shard_rows
+from source_proj.bank.notes import Notes, modules_of
 from source_proj.bank.read.part import Part
 from source_proj.bank.store import open_store
 from source_proj.trajectory import CapturedCurvature, RunRecord, Stage, Trajectory
@@ -184,7 +185,7 @@ def write_captured(
         choice = "; ".join(filter(None, (choice, in_words(capture.space, {}))))
         matrices = dict(zip(chain(*hashes), chain(*curvature), strict=True))
         parts = [(spec, captured.ids) for spec, captured in zip(specs, stages, strict=True)]
-        create_bank(store, settings, trajectory, {}, parts, choice, matrices)
+        create_bank(store, settings, trajectory, {}, parts, Notes(choice, modules_of(model)), matrices)
     bank = Bank(path)
     require_same_settings(bank.path, bank.settings, settings)
     written = []

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from source_proj._errors import BankError
 from source_proj.bank.format import FORMAT, VERSION, Settings
+from source_proj.bank.notes import Notes
 from source_proj.bank.read.objects import list_objects, object_info, read_group
 from source_proj.bank.read.part import Part, part_name
 from source_proj.bank.store import Store
@@ -19,13 +20,13 @@ class Root(NamedTuple):
         settings: what its rows depend on.
         versions: what software made it.
         checkpoint_paths: where checkpoint files lay relative to it, by hash.
-        parameter_choice: in words, which parameters are attributed.
+        notes: on its model and data.
     """
 
     settings: Settings
     versions: dict[str, str]
     checkpoint_paths: dict[str, str]
-    parameter_choice: str
+    notes: Notes
 
 
 def read_root(store: Store) -> Root:
@@ -45,16 +46,14 @@ def read_root(store: Store) -> Root:
             "use the version of source-proj that made it, or build it anew"
         )
     try:
-        settings = Settings.from_json(attributes.get("settings"))
-    except BankError as error:
+        settings, notes = Settings.from_json(attributes.get("settings")), Notes.from_json(attributes)
+    except (BankError, ValueError) as error:
         raise BankError(f"the bank {path} cannot be read: {error}") from error
-    versions, paths, choice = (attributes.get(name) for name in ("versions", "checkpoint_paths", "parameter_choice"))
+    versions, paths = (attributes.get(name) for name in ("versions", "checkpoint_paths"))
     for note in (versions, paths):
         if not isinstance(note, Mapping):
             raise BankError(f"the bank {path} cannot be read: versions or checkpoint_paths is {note!r}, not an object")
-    if not isinstance(choice, str):
-        raise BankError(f"the bank {path} cannot be read: parameter_choice is {choice!r}, not a text")
-    return Root(settings, dict(versions), dict(paths), choice)  # type: ignore[arg-type]  # for people: types unchecked
+    return Root(settings, dict(versions), dict(paths), notes)  # type: ignore[arg-type]  # for people: types unchecked
 
 
 def _root(store: Store) -> dict[str, Any]:

@@ -1,0 +1,94 @@
+"""What a bank notes of the model and the data that it was made with, to recognise those that it is asked with."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Notes", "modules_of"]
+
+_NAMED = 5  # kinds of modules in a message
+
+
+@dataclass(frozen=True)
+class Notes:
+    """No row depends on them, and no fingerprint covers them.
+
+    Attributes:
+        parameter_choice: in words, which parameters are attributed.
+        modules: how many modules of each kind the model has, see `modules_of`; empty where that is not known.
+        columns: of a training set that was a table of numbers, their names in order; else empty.
+    """
+
+    parameter_choice: str
+    modules: Mapping[str, int]
+    columns: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As the root's attributes hold them."""
+        return {
+            "parameter_choice": self.parameter_choice,
+            "modules": dict(self.modules),
+            "columns": list(self.columns),
+        }
+
+    @classmethod
+    def from_json(cls, attributes: Mapping[str, Any]) -> Notes:
+        """Read them among the root's attributes.
+
+        Raises:
+            ValueError: one is of another type; names it with its value.
+        """
+        choice, modules, columns = (attributes.get(name) for name in ("parameter_choice", "modules", "columns"))
+        if not isinstance(choice, str):
+            raise ValueError(f"parameter_choice is {choice!r}, not a text")
+        modules, columns = modules or {}, columns or []
+        if not isinstance(modules, Mapping) or not all(type(count) is int for count in modules.values()):
+            raise ValueError(f"modules is {modules!r}, not numbers by name")
+        if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
+            raise ValueError(f"columns is {columns!r}, not a list of names")
+        return cls(choice, dict(modules), tuple(columns))
+
+    def warn_of_other_modules(self, model: nn.Module) -> None:
+        """Compare a model with the one that the bank was made with, whose parameters are of the same names and shapes.
+
+        Warns:
+            UserWarning: it has modules of other kinds, or another number of some; names them.
+        """
+        there, here = Counter(self.modules), Counter(modules_of(model))
+        if there and there != here:
+            missing, new = (" and ".join(_counted(part)) or "none" for part in (there - here, here - there))
+            warnings.warn(
+                f"the model is not made like the one that the bank was built with: that one has {missing} where this "
+                f"one has {new}. Its answers, and all scores, are those of another model if that is more than a name",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+def modules_of(model: nn.Module) -> dict[str, int]:
+    """How many modules of each kind a model has, but for those that only hold others or do nothing in evaluation.
+
+    Example:
+        >>> modules_of(nn.Sequential(nn.Linear(2, 3), nn.Dropout(), nn.Tanh(), nn.Linear(3, 2)))
+        {'Linear': 2, 'Tanh': 1}
+    """
+    kinds = Counter(
+        type(module).__name__
+        for module in model.modules()
+        if not any(module.children()) and not isinstance(module, _NOTHING)
+    )
+    return dict(sorted(kinds.items()))
+
+
+_NOTHING = (nn.modules.dropout._DropoutNd, nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _counted(kinds: Counter[str]) -> Sequence[str]:
+    listed = [f"{count} {kind}" for kind, count in sorted(kinds.items())]
+    return [*listed[:_NAMED], *(["others"] if len(listed) > _NAMED else [])]

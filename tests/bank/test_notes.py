@@ -1,0 +1,115 @@
+"""A bank knows the columns of its table and the kinds of its model's modules again, and says where they differ."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import source_proj as sp
+from source_proj.bank.notes import Notes, modules_of
+
+pandas = pytest.importorskip("pandas")
+NAMES = ["sweet", "size", "weight", "skin"]
+
+
+def table(n, seed):
+    random = np.random.default_rng(seed)
+    values = {name: random.normal(size=n).astype(np.float32) * (i + 1) for i, name in enumerate(NAMES)}
+    return pandas.DataFrame({**values, "label": random.integers(0, 2, n)})
+
+
+def built(path, make):
+    torch.manual_seed(0)
+    model = make()
+    trajectory = sp.Trajectory([sp.Checkpoint(model.state_dict(), 10, lr=0.1)])
+    return model, sp.build(model, sp.Classification(), trajectory, table(9, 0), path, sketch=sp.Sketch(32))
+
+
+def mlp(activation=nn.Tanh, *more):
+    return nn.Sequential(nn.Linear(4, 5), activation(), *more, nn.Linear(5, 2))
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    model, bank = built(tmp_path_factory.mktemp("notes") / "bank", mlp)
+    return sp.Source(sp.open(bank.path), model=model), bank
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.permutations([*NAMES, "label"]), st.integers(0, 9))
+def test_queries_of_a_table_may_have_its_columns_in_any_order(asked, order, seed):
+    source, bank = asked
+    assert bank.notes.columns == tuple(NAMES)
+    queries = table(3, seed)
+    expected = source.score(queries).values
+    assert np.array_equal(source.score(queries[order]).values, expected)
+    assert np.array_equal(source.top_k(queries[order], 2).scores, source.top_k(queries, 2).scores)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda frame: frame.drop(columns="size"), r"queries lack \['size'\]: give those"),
+        (lambda frame: frame.assign(more=1.0), r"queries have \['more'\] besides"),
+        (lambda frame: frame.rename(columns={"skin": "peel"}), r"lack \['skin'\] and have \['peel'\] besides"),
+    ],
+)
+def test_queries_of_other_columns_are_refused(asked, change, words):
+    with pytest.raises(ValueError, match=words):
+        asked[0].score(change(table(3, 1)))
+
+
+def test_tensors_are_taken_as_they_are(asked):
+    frame = table(3, 1)
+    tensors = (torch.tensor(frame[names].to_numpy().copy()) for names in (NAMES, "label"))
+    expected = asked[0].score(frame).values
+    assert np.array_equal(asked[0].score(torch.utils.data.TensorDataset(*tensors)).values, expected)
+
+
+def test_a_model_of_other_modules_is_told_by_their_kinds(asked):
+    _, bank = asked
+    with pytest.warns(UserWarning, match="that one has 1 Tanh where this one has 1 ReLU.*another model"):
+        sp.Source(bank, model=mlp(nn.ReLU))
+    with pytest.warns(UserWarning, match="that one has none where this one has 1 LayerNorm"):
+        sp.Source(bank, model=mlp(nn.Tanh, nn.LayerNorm(5, elementwise_affine=False)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sp.Source(bank, model=mlp(nn.Tanh, nn.Dropout(0.5), nn.Identity()))
+
+
+def test_a_captured_bank_knows_its_modules(tmp_path):
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = sp.Recorder(model, optimizer, tmp_path, capture=sp.Sketch(16), task=sp.Classification())
+    nn.functional.cross_entropy(model(torch.randn(6, 4)), torch.randint(2, (6,))).backward()
+    optimizer.step()
+    recorder.step(ids=range(6))
+    assert recorder.bank().notes.modules == modules_of(mlp()) == {"Linear": 2, "Tanh": 1}
+
+
+@pytest.mark.parametrize(
+    ("attributes", "words"),
+    [
+        ({"parameter_choice": 3}, "parameter_choice is 3"),
+        ({"parameter_choice": "all", "modules": [1]}, r"modules is \[1\]"),
+        ({"parameter_choice": "all", "modules": {"Linear": True}}, "modules is"),
+        ({"parameter_choice": "all", "columns": "abc"}, "columns is 'abc'"),
+        ({"parameter_choice": "all", "columns": [1]}, r"columns is \[1\]"),
+    ],
+)
+def test_damaged_notes_are_refused(attributes, words):
+    with pytest.raises(ValueError, match=words):
+        Notes.from_json(attributes)
+
+
+def test_a_bank_without_these_notes_compares_nothing():
+    notes = Notes.from_json({"parameter_choice": "all"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        notes.warn_of_other_modules(mlp())
+    assert Notes.from_json(notes.to_json()) == notes
