@@ -35,7 +35,7 @@ from source_proj.gradients.opened import Forward, Listener, Opening
 from source_proj.gradients.owners import Owners
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
-from source_proj.gradients.suited import Unsuited, UsedElsewhere
+from source_proj.gradients.suited import Unsuited, UsedElsewhere, require_batched
 from source_proj.trajectory.placement import Placement
 from source_proj.trajectory.placement.base import Live
 
@@ -297,14 +297,15 @@ class HookPath:
         if not torch.is_grad_enabled():  # the model itself wants no gradient here
             return None
         size, x = current.size, cast(Tensor, args[0] if args else next(iter(kwargs.values())))
-        inputs = x.grad_fn
+        inputs, name = x.grad_fn, self._names[module]
+        require_batched(name, output, 2 if self._covered[module][0].positional and module not in self._shared else 0)
         if module in self._shared:
             unbatched = output.dim()
             output = _expanded(output, size)
             x = _expanded(x, size, unsqueeze=output.dim() > unbatched)
         listener = partial(self._on_gradient, module, size, current.taker)
         kind = "shared" if module in self._shared else "second" if module in self._second else ""
-        return self._tapped(self._names[module], output, x, listener, current, inputs, kind)
+        return self._tapped(name, output, x, listener, current, inputs, kind)
 
     def _tapped(
         self,

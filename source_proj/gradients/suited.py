@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from source_proj._errors import GradientError
 
-__all__ = ["Unsuited", "UsedElsewhere", "refuse_unsuited"]
+__all__ = ["Unsuited", "UsedElsewhere", "refuse_unsuited", "require_batched"]
 
 _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized", "torch.ao.nn.sparse")
 
@@ -25,6 +26,29 @@ class UsedElsewhere(Unsuited):
     def __init__(self, name: str) -> None:
         super().__init__(f"{name!r} is used outside of its module's forward")
         self.name = name
+
+
+def require_batched(name: str, output: Tensor, least: int) -> None:
+    """Refuse a layer's output that can hold no examples in front.
+
+    Args:
+        name: of the layer.
+        output: what it gave.
+        least: dims that its output for a batch has at least.
+
+    Raises:
+        Unsuited: it has fewer dims, or is of a transform of torch.func, which hides how many examples there are.
+    """
+    if torch._C._functorch.is_functorch_wrapped_tensor(output):
+        raise Unsuited(
+            f"{name!r} is called within a transform of torch.func (vmap, grad, jvp), in which its examples are not to "
+            "be seen: call it with the whole batch, or attribute through other parameters"
+        )
+    if output.dim() < least:
+        raise Unsuited(
+            f"{name!r} was called with {tuple(output.shape)} for its output, one example without a batch: examples "
+            "must come first"
+        )
 
 
 def refuse_unsuited(model: nn.Module) -> None:

@@ -224,7 +224,7 @@ def test_rep_sim_refuses_layers_that_cannot_serve(tmp_path):
     bank = sp.build(flat, sp.Classification(), run, train, tmp_path / "c", sketch=sp.Sketch(8), progress=False)
     with pytest.raises(sp.SourceProjError, match=r"queries, examples \[0\], is not finite"):
         sp.RepSim(bank, model=flat, train_set=train, progress=False).score(broken)
-    with pytest.raises(ValueError, match=r"no nn\.Linear"):
+    with pytest.warns(UserWarning, match="not made like"), pytest.raises(ValueError, match=r"no nn\.Linear"):
         sp.RepSim(bank, model=nn.Conv2d(1, 1, 1), train_set=train)
 
 

@@ -292,6 +292,11 @@ class Capture:
         if content is None:
             self._sums.clear()
         else:
+            if "passes" not in content:  # which rows are freed of, since
+                raise MismatchError(
+                    "the capture was recorded by an older version, and cannot be gone on with: record the run anew in "
+                    "another directory"
+                )
             own, there = self.identity(), content["identity"]
             for name, value in own.items():
                 if there[name] != value:

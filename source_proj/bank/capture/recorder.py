@@ -148,8 +148,6 @@ class Recorder(RunRecorder):
         self._capture: Capture | None = None
         if capture is not None and task is not None:
             folder = Path(dir).absolute()
-            if not self._follows and not folder.exists():
-                folder.mkdir(parents=True)
             scalers = [thing for thing in also if isinstance(thing, GradScaler)]
             self._capture = Capture(
                 model, optimizer, capture, task, folder, parameters=parameters, parameter_weights=parameter_weights,

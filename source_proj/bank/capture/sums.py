@@ -135,5 +135,6 @@ class SegmentSums:
     def _zeros(self, count: int) -> Tensor:
         if self._memory == "ram" or not count:
             return torch.zeros(count, self._dim, dtype=torch.float32, device="cpu")
+        self._folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self._folder) as file:  # the map keeps what has no name any more
             return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(count, self._dim)))

@@ -205,6 +205,33 @@ def test_parameters_that_are_frozen_midway_are_refused_at_once(tmp_path):
             recorder.step(ids=range(N))
 
 
+def by_vmap(model, h):
+    return h + torch.func.vmap(model.more)(h)
+
+
+def one_by_one(model, h):
+    return torch.stack([model.more(row) for row in h])
+
+
+@pytest.mark.parametrize(
+    ("between", "words"),
+    [
+        (by_vmap, "'more' is called within a transform of torch.func"),
+        (one_by_one, "'more' was called with .*one example"),
+    ],
+)
+def test_layers_whose_examples_are_not_seen_are_named(tmp_path, between, words):
+    torch.manual_seed(0)
+    model = Net(between)
+    model.more = nn.Linear(5, 6 if between is one_by_one else 5)  # a multiple of the batch's size
+    if between is one_by_one:
+        model.b = nn.Linear(6, 2)
+    optimizer, _ = captured(tmp_path / "run", model)
+    with pytest.raises(sp.GradientError, match=words):
+        loss_of(model(torch.randn(3, D)), torch.randint(2, (3,))).backward()
+    del optimizer
+
+
 def test_a_pass_that_was_interrupted_ends_no_capture(tmp_path):
     stops = []
 

@@ -24,6 +24,7 @@ from preloaded import preloaded
 from torch import nn
 
 import source_proj as sp
+from source_proj.bank.capture.sums import SegmentSums
 
 SETTING = {"steps": 40, "every": 4, "segment_ends": [16], "examples": 12}
 
@@ -115,6 +116,14 @@ def test_a_capture_of_another_sketch_or_none_is_not_gone_on_with(tmp_path):
     )  # fmt: skip
     with pytest.raises(sp.MismatchError, match="recorded without capture="):
         again.restore()
+
+
+def test_a_capture_of_an_older_version_is_told_from_a_damaged_one(tmp_path, monkeypatch):
+    content = SegmentSums.content
+    monkeypatch.setattr(SegmentSums, "content", lambda self: {k: v for k, v in content(self).items() if k != "passes"})
+    train(tmp_path / "run").close()
+    with pytest.raises(sp.MismatchError, match="recorded by an older version"):
+        train(tmp_path / "run")
 
 
 def worker(rank, folder, draw_every):

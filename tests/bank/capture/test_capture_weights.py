@@ -69,6 +69,7 @@ def test_a_resumed_capture_has_the_weights_that_it_began_with(tmp_path):
 def test_what_is_refused(tmp_path, given, error, message):
     with pytest.raises(error, match=message):
         train(tmp_path / "run", parameter_weights=given)
+    assert not (tmp_path / "run").exists()
 
 
 def test_none_is_no_weights(tmp_path):
