@@ -224,6 +224,34 @@ def test_options_that_contradict_each_other(run, tmp_path):
     )
 
 
+def test_a_model_that_is_no_folder_is_refused_before_the_hub_is_asked(run, tmp_path, monkeypatch):
+    _, directory = run
+    build(directory, tmp_path / "bank")
+    beside = tmp_path / "bank.text.json"
+    beside.write_text(beside.read_text().replace(str(directory / "run" / "checkpoint-8"), "moved"))
+
+    def asked(name, **_):
+        raise AssertionError(f"the hub was asked for {name}")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", asked)
+    said = build(directory, tmp_path / "new", "--hf-model", "nope", code=2)
+    assert "--hf-model 'nope' is no folder here: give the folder that model.save_pretrained" in said
+    said = call("top-k", tmp_path / "bank", "--dataset", directory / "queries.csv", code=2)
+    assert "was built with, 'moved' is no folder here: put it back" in said
+    for path in ("./nope", "a/b/c", str(tmp_path / "nope")):
+        with pytest.raises(FileNotFoundError, match=f"the model '{path}' is no folder here"):
+            load_pretrained(path)
+    for name in ("bert-base-uncased", "owner/model"):  # names of the hub are its own
+        with pytest.raises(AssertionError, match=f"asked for {name}"):
+            load_pretrained(name)
+
+
+def test_no_bar_is_shown_where_none_is_wanted(run, tmp_path, capfd):
+    _, directory = run
+    build(directory, tmp_path / "bank", "--hf-model", directory / "model")
+    assert "Loading weights" not in capfd.readouterr().err
+
+
 CODE_OF_A_STRANGER = """
 from pathlib import Path
 from transformers import PretrainedConfig
