@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -206,6 +207,21 @@ def test_files_that_are_wrong_are_named_by_their_example(run, tmp_path):
     if kind == "classification":
         with pytest.raises(ValueError, match="has the class 'superb'; the model knows 0 to 1"):
             read('{"text": "good", "label": "superb"}')
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no example"),
+        ('{"text": "good"', "line 1 is no JSON object"),
+        ('{"words": "good", "label": 1}', "example 1 of .* has no 'text', only"),
+    ],
+)
+def test_what_is_wrong_within_a_file_has_the_exit_code_of_bad_data(run, tmp_path, content, message):
+    _, directory = run
+    (tmp_path / "data.jsonl").write_text(content)
+    assert re.search(message, build(directory, tmp_path / "bank", file=tmp_path / "data.jsonl", code=1))
+    assert "does not exist" in build(directory, tmp_path / "bank", file=tmp_path / "no.jsonl", code=2)
 
 
 def test_options_that_contradict_each_other(run, tmp_path):
