@@ -19,6 +19,7 @@ from source_proj.attribution.curvature import default_curvature
 from source_proj.attribution.source.sizes import SegmentSize, fit_peak, fitted_bytes, search_peak
 from source_proj.bank import Bank, build
 from source_proj.bank.build.agreement import MOST_EXAMPLES
+from source_proj.bank.build.arguments import require_arguments
 from source_proj.bank.build.columns import Table, examples_of
 from source_proj.bank.build.data import BatchSource, by_stage, checked_ids
 from source_proj.bank.build.parameters import AGREEMENT, NONE, weighting_of
@@ -165,6 +166,7 @@ def plan(
     """
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise ValueError(f"workers must be a number of at least 1, got {workers!r}")
+    require_arguments(model=model, task=task, trajectory=trajectory, sketch=sketch)
     names = [stage.name for stage in trajectory.stages]
     data = dict(zip(names, by_stage(train_set, names, "train_set"), strict=True))
     sources = {name: BatchSource(given, batch_size) for name, given in data.items()}

@@ -22,7 +22,17 @@ from source_proj._errors import MismatchError
 from source_proj._io.progress import Progress, progress_bar
 from source_proj.bank.build.columns import Table, examples_of, splits_of
 
-__all__ = ["Batch", "BatchSource", "Span", "batch_hash", "batches", "by_stage", "checked_ids", "dataset_size", "to_device"]
+__all__ = [
+    "Batch",
+    "BatchSource",
+    "Span",
+    "batch_hash",
+    "batches",
+    "by_stage",
+    "checked_ids",
+    "dataset_size",
+    "to_device",
+]
 
 Batch = Any
 Span = tuple[int, int]
