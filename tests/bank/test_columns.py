@@ -132,6 +132,10 @@ def test_what_no_model_takes_is_named():
         ValueError, match=r"column 'label' holds (object|str) and no numbers: give the numbers of classes"
     ):
         examples_of(frame(labels=["x"] * 9))
+    with pytest.raises(
+        ValueError, match=r"2 of 9 labels are missing \(NaN in the column 'label', .* rows \[1, 3\]\): drop"
+    ):
+        examples_of(frame(labels=np.where(np.isin(np.arange(9), [1, 3]), np.nan, LABELS)))
     with pytest.raises(ValueError, match="of which none may be the label"):
         examples_of(frame(name="y"))
     with pytest.raises(ValueError, match=r"of which \['label', 'target'\] may be the label"):
