@@ -49,7 +49,8 @@ def load_pretrained(name: str, *, trust_remote_code: bool = False) -> tuple[nn.M
     else:
         base = str(adapter["base_model_name_or_path"])
         if not _HUB_NAME.fullmatch(base):
-            require_model_folder(base, f"the base model that {str(Path(name) / _ADAPTER)!r} names,", "write its folder there")
+            named_by = str(Path(name) / _ADAPTER)
+            require_model_folder(base, f"the base model that {named_by!r} names,", "write its folder there")
         model = _adapted_model(transformers, name, base, adapter, trust_remote_code)
     tokenizer = _tokenizer(transformers, name, base, trust_remote_code)
     if getattr(model.config, "pad_token_id", None) is None:

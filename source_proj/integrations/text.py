@@ -161,7 +161,8 @@ class TextData:
 
     Raises:
         ValueError: another type of file.
-        MismatchError: a damaged one, a missing column, an unknown class, or an example without tokens; the message names the example.
+        MismatchError: a damaged one, a missing column, an unknown class, or an example without tokens; the message
+            names the example.
     """
 
     def __init__(
