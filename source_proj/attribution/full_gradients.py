@@ -130,7 +130,8 @@ class TrainingGradients:
 def _batches(data: Any, places: Sequence[int], batch_size: int) -> Iterator[tuple[int, int, Any]]:
     """Batches of the examples at some places, put together as the data set's own are."""
     if isinstance(data, DataLoader):
-        chosen: Any = DataLoader(Subset(data.dataset, places), batch_size=data.batch_size, collate_fn=data.collate_fn)
+        rows = Subset(examples_of(data.dataset), places)
+        chosen: Any = DataLoader(rows, batch_size=data.batch_size, collate_fn=data.collate_fn)
     else:
         chosen = Subset(examples_of(data), places)
     source = BatchSource(chosen, batch_size)

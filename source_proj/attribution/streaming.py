@@ -79,7 +79,7 @@ class Streamable(Protocol):
     def facts_of(self, query_ids: Sequence[Any]) -> dict[str, Any]: ...
 
 
-def checked_out(out: str | Path, what: str, *, overwrite: bool, more: tuple[str, ...] = ()) -> Path:
+def checked_out(out: str | Path, what: str, *, overwrite: bool, more: tuple[str, ...] = (), name: str = "out") -> Path:
     """The path that "scores" or "hits" are streamed to, refused before any work is done for them.
 
     Args:
@@ -87,6 +87,7 @@ def checked_out(out: str | Path, what: str, *, overwrite: bool, more: tuple[str,
         what: one of the two.
         overwrite: replace what is there.
         more: endings besides those that can be read back.
+        name: of the argument, for messages.
 
     Raises:
         ValueError: they are not written to such an ending.
@@ -95,7 +96,7 @@ def checked_out(out: str | Path, what: str, *, overwrite: bool, more: tuple[str,
     """
     path, endings = Path(out), (*_ENDINGS[what], *more)
     if path.suffix not in endings:
-        raise ValueError(f"out of {what} must end in {' or '.join(endings)}, got {str(out)!r}")
+        raise ValueError(f"{name} of {what} must end in {' or '.join(endings)}, got {str(out)!r}")
     if path.suffix == ".parquet":
         with extra("parquet"):
             import pyarrow  # noqa: F401 (which writes at the end)

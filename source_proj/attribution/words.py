@@ -26,8 +26,13 @@ def explained(unit: str) -> str:
     Example:
         >>> explained("squared error")
         'scores in units of the squared error (squared distance between prediction and target)'
+        >>> explained("sequence log-likelihood (nats)")
+        'scores in units of the sequence log-likelihood (nats; log-probability of the whole sequence: 0 is certainty)'
     """
-    return f"scores in units of the {unit}" + (f" ({_UNITS[unit]})" if unit in _UNITS else "")
+    if unit not in _UNITS:
+        return f"scores in units of the {unit}"
+    begun = f"{unit[:-1]}; " if unit.endswith(")") else f"{unit} ("  # one pair of brackets
+    return f"scores in units of the {begun}{_UNITS[unit]})"
 
 
 def toward(score: float, higher_is_better: bool) -> str:

@@ -124,7 +124,7 @@ def check_one_list(options: Mapping[str, Any]) -> None:
         if options[name] is not None:
             raise ValueError(f"--{name} keeps all queries in memory, and --out streams them: leave one of them out")
     require_folder("--out", options["out"])
-    checked_out(options["out"], "hits", overwrite=options["overwrite"], more=(".csv",))
+    checked_out(options["out"], "hits", overwrite=options["overwrite"], more=(".csv",), name="--out")
 
 
 def stream_list(method: Attributor, queries: Any, options: Mapping[str, Any]) -> dict[str, Any]:

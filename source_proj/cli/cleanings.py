@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from source_proj import curate
+from source_proj._errors import MismatchError
 from source_proj._io.outputs import require_free
 from source_proj.attribution.source import Source
 from source_proj.bank import open as open_bank
@@ -66,17 +67,25 @@ def delivery(options: Mapping[str, Any]) -> Delivery:
     """Where a command's options say that its cleaning goes; refuses what cannot be written before any work is done.
 
     Raises:
-        ValueError: one of ``--file`` and ``--out`` is missing.
+        ValueError: one of ``--file`` and ``--out`` is missing, or what is to be written is the training set itself.
         FileExistsError: something is there that may not be overwritten.
     """
     chosen: dict[str, Any] = {field.name: options.get(field.name) for field in fields(Delivery)}  # clean has no --list
     goal = Delivery(**chosen)
     if goal.out is not None and goal.file is None:
         raise ValueError("--out needs --file FILE, the training set that is written without the dropped examples")
-    for path in (goal.out, goal.list):
+    for flag, path in (("--out", goal.out), ("--list", goal.list)):
+        if path is not None and goal.file is not None and path.exists() and goal.file.exists():
+            _require_another(path, goal.file, flag)
         if path is not None and not path.is_dir():
             require_free(path, overwrite=goal.overwrite)
     return goal
+
+
+def _require_another(path: Path, file: Path, flag: str) -> None:
+    """Refuse to write over the training set, also with ``--overwrite``: it may be the only one there is."""
+    if path.samefile(file):
+        raise ValueError(f"{path} is the training set itself, which is never replaced: give another {flag}")
 
 
 def asked(options: Mapping[str, Any]) -> tuple[Source, Any]:
@@ -109,7 +118,8 @@ def column(file: Path | None, name: str) -> list[Any]:
     """A column of a file.
 
     Raises:
-        ValueError: there is no such column, or a record has nothing in it.
+        ValueError: no file is named.
+        MismatchError: there is no such column, or a record has nothing in it.
     """
     if file is None:
         raise ValueError(f"the labels are in no file: give --file FILE, whose column {name!r} holds them")
@@ -117,5 +127,5 @@ def column(file: Path | None, name: str) -> list[Any]:
     values = [row.get(name) for row in rows]
     if None in values:
         place = values.index(None)
-        raise ValueError(f"example {place + 1} of {called} has no {name!r}, only {sorted(map(str, rows[place]))}")
+        raise MismatchError(f"example {place + 1} of {called} has no {name!r}, only {sorted(map(str, rows[place]))}")
     return values

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -63,6 +64,8 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        if kwargs.get("progress") is False:
+            _hide_loading_bars()
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _say_warning
@@ -74,6 +77,13 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(2 if _is_misused(error) else 1) from error
 
     return wrapped
+
+
+def _hide_loading_bars() -> None:
+    """Switch off the bars of transformers, which says so when it is imported; most commands never import it."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
 def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -91,7 +91,8 @@ CurvatureOption = Annotated[
     Curvature | None,
     typer.Option(
         "--curvature",
-        help="Hessian estimate; default: gauss-newton for regression, else empirical-fisher.",
+        help="Hessian estimate; default: gauss-newton for regression, sampled-fisher for language models (if the bank "
+        "has its rows), else empirical-fisher.",
         rich_help_panel=METHOD,
     ),
 ]

@@ -14,7 +14,7 @@ from source_proj.bank.examples import Examples
 from source_proj.cli.parsing import load_model, load_object, make_task, needed
 from source_proj.integrations import TextData, TextRows, TextSettings, load_pretrained, task_for, trainable_parameters
 from source_proj.integrations.callback_log import is_callback_dir
-from source_proj.integrations.pretrained import is_adapter, label_numbers
+from source_proj.integrations.pretrained import is_adapter, label_numbers, require_model_folder
 from source_proj.integrations.trainer_data import check_training_set
 from source_proj.integrations.trainer_folders import trainer_folders
 from source_proj.task import CausalLM, Task, TokenQueries
@@ -50,7 +50,10 @@ class TextOptions:
 
         Raises:
             ValueError: neither is named.
+            MissingFileError: the model's folder is not there.
         """
+        if self.hf_model is not None:
+            require_model_folder(self.hf_model, "--hf-model")
         if self.hf_model is None and self.hf_run is None:
             raise ValueError("--dataset needs --hf-model (or --hf-run), which has the tokenizer")
         trained = None if self.hf_run is None else self._last_checkpoint(self.hf_run)
@@ -141,6 +144,8 @@ def ask_about(
     if model is not None or queries is not None:
         raise ValueError("--model and --queries have no meaning beside --dataset: leave one or the other out")
     settings = TextSettings.read(bank)
+    back = "put it back, or call this from the folder that the bank was built from"
+    require_model_folder(settings.model, f"the model that {bank} was built with,", back)
     network, tokenizer = load_pretrained(settings.model, trust_remote_code=trust_remote_code)
     task = Task.from_spec(open_bank(bank).task_spec)
     rows = TextRows(dataset, settings).rows

@@ -38,8 +38,10 @@ def harmful(aggregated: Aggregate, *, false_share: float = 0.05) -> Cleaning:
         false_share: expected share of the named examples that are named by chance, in (0, 1).
 
     Raises:
+        TypeError: something else is given, such as the method itself.
         ValueError: the share is out of range, or a group has one query alone, which has no spread.
     """
+    _require_aggregate(aggregated)
     if not 0 < false_share < 1:
         raise ValueError(f"false_share must lie strictly between 0 and 1, got {false_share}")
     if (aggregated.sizes < 2).any():
@@ -74,9 +76,11 @@ def drop_worst(aggregated: Aggregate, n: int, *, labels: Labels | None = None) -
             their sizes to each other. Where one class is labelled worse than others, leave it out.
 
     Raises:
+        TypeError: something else is given, such as the method itself.
         ValueError: n is not in 1..N-1.
         MismatchError: labels are not one for each training example.
     """
+    _require_aggregate(aggregated)
     count = checked_count(n, len(aggregated.train_ids) - 1, "n")
     benefit, _, _ = _over_groups(aggregated)
     order = np.argsort(benefit, kind="stable")
@@ -112,6 +116,14 @@ def within_quotas(order: np.ndarray, member: np.ndarray, quota: np.ndarray) -> n
         own = member[order] == label
         rank[own] = np.arange(own.sum())
     return np.asarray(order[rank < quota[member[order]]])
+
+
+def _require_aggregate(given: Any) -> None:
+    if not isinstance(given, Aggregate):
+        raise TypeError(
+            f"scores summed up over a validation set are needed, got a {type(given).__name__}: give "
+            "source_proj.curate.aggregate(source, queries)"
+        )
 
 
 def _over_groups(aggregated: Aggregate) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

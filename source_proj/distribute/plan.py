@@ -19,7 +19,9 @@ from source_proj.attribution.curvature import default_curvature
 from source_proj.attribution.source.sizes import SegmentSize, fit_peak, fitted_bytes, search_peak
 from source_proj.bank import Bank, build
 from source_proj.bank.build.agreement import MOST_EXAMPLES
-from source_proj.bank.build.data import BatchSource
+from source_proj.bank.build.arguments import require_arguments
+from source_proj.bank.build.columns import Table, examples_of
+from source_proj.bank.build.data import BatchSource, by_stage, checked_ids
 from source_proj.bank.build.parameters import AGREEMENT, NONE, weighting_of
 from source_proj.bank.format import Settings, storage_of
 from source_proj.bank.layout import PartSpec, default_shard_rows, part_arrays
@@ -164,14 +166,16 @@ def plan(
     """
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise ValueError(f"workers must be a number of at least 1, got {workers!r}")
+    require_arguments(model=model, task=task, trajectory=trajectory, sketch=sketch)
     names = [stage.name for stage in trajectory.stages]
-    several = isinstance(train_set, Mapping) and set(train_set) == set(names)
-    data = {name: train_set[name] if several else train_set for name in names}
+    data = dict(zip(names, by_stage(train_set, names, "train_set"), strict=True))
     sources = {name: BatchSource(given, batch_size) for name, given in data.items()}
+    for given, name in zip(by_stage(options.get("ids"), names, "ids"), names, strict=True):
+        checked_ids(given, 0, sources[name].n, name)
 
     counts, sizes_of = [len(stage.checkpoints) for stage in trajectory.stages], [s.n for s in sources.values()]
     weighting = weighting_of(options.get("parameter_weights"), task, sketch, trajectory, sizes_of)
-    apart: dict[str, Any] = {"progress": False}
+    apart: dict[str, Any] = {"progress": False, "ids": None}  # the ids are of more examples than a trial has
     if weighting == AGREEMENT:  # measured once, of as many examples whatever the size
         apart["parameter_weights"] = NONE
 
@@ -240,8 +244,8 @@ def _sample(data: Any, source: BatchSource, batches: int) -> Any:
     size = min(source.batch_size, source.n)
     starts = [place * (source.n - size) // max(1, batches - 1) for place in range(batches)]
     rows = [row for start in starts for row in range(start, start + size)]
-    given = data.dataset if isinstance(data, DataLoader) else data
-    if type(given) is TensorDataset:
+    given = examples_of(data.dataset if isinstance(data, DataLoader) else data)
+    if type(given) in (TensorDataset, Table):
         small: Any = TensorDataset(*(tensor[rows] for tensor in given.tensors))
     else:
         small = Subset(given, rows)

@@ -130,11 +130,11 @@ class ParameterSpace:
         present = dict(model.named_parameters(remove_duplicate=False))
         for name, shape in zip(self.names, self.shapes, strict=True):
             if name not in present:
-                raise MismatchError(f"the model has no parameter {name!r} of the space; it has {_listed(present)}")
+                raise MismatchError(f"the model has no parameter {name!r} of the bank; it has {_listed(present)}")
             if tuple(present[name].shape) != shape:
                 raise MismatchError(
-                    f"parameter {name!r} has shape {tuple(present[name].shape)} in the model and {shape} in the space; "
-                    "use the model that the space was made from"
+                    f"parameter {name!r} has shape {tuple(present[name].shape)} in the model and {shape} in the bank; "
+                    "give a model of the architecture that was trained, as the bank was built with"
                 )
         return {name: present[name] for name in self.names}
 

@@ -16,6 +16,7 @@ from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Se
 from source_proj.trajectory.layouts import averaged_keys, model_state
 from source_proj.trajectory.optimizers.describe import describe_state
 from source_proj.trajectory.recording.momentum import require_integrable
+from source_proj.trajectory.recording.run_files import recorders_own
 
 __all__ = ["lightning_stage"]
 
@@ -135,10 +136,13 @@ def _saved(directory: Path, steps: Sequence[int] | None, unpickle: bool) -> list
         if not file.stem.endswith(_TWIN):
             checkpoint = _read(file, unpickle)
             found.setdefault(checkpoint.step, checkpoint)  # last.ckpt is a copy of another one
+    if not found:
+        where = f"{str(directory)!r} {'holds no .ckpt file' if directory.exists() else 'does not exist'}"
+        raise FileNotFoundError(recorders_own(directory) or f"{where}: give the folder that Lightning's are in")
     chosen = sorted(found if steps is None else set(steps))
     if not chosen or not set(chosen) <= set(found):
         wanted = "" if steps is None else f"steps={list(steps)}: "
-        raise FileNotFoundError(f"{wanted}{str(directory)!r} has .ckpt files of the global steps {sorted(found)}")
+        raise FileNotFoundError(f"{wanted}{str(directory)!r} has .ckpt files of the global steps {sorted(found)} alone")
     return [found[step] for step in chosen]
 
 

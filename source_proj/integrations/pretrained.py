@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from source_proj._errors import MismatchError
+from source_proj._errors import MismatchError, MissingFileError
 
-__all__ = ["is_adapter", "label_numbers", "load_pretrained"]
+__all__ = ["is_adapter", "label_numbers", "load_pretrained", "require_model_folder"]
 
 _ADAPTER = "adapter_config.json"
 _HEADS = ("classifier", "score", "classification_head")  # what PEFT saves beside an adapter, by transformers' names
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # model or owner/model; nothing else is asked of the hub
+_SAVED = "give the folder that model.save_pretrained and tokenizer.save_pretrained wrote to"
 
 
 def load_pretrained(name: str, *, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
@@ -29,6 +32,7 @@ def load_pretrained(name: str, *, trust_remote_code: bool = False) -> tuple[nn.M
             nobody is asked on the terminal.
 
     Raises:
+        MissingFileError: a path, or that of the adapter's base model, is no folder.
         ImportError: transformers, or peft for an adapter, is not installed.
         ValueError: the class is none of transformers', or there is no tokenizer.
         MismatchError: the adapter's configuration is damaged.
@@ -37,16 +41,36 @@ def load_pretrained(name: str, *, trust_remote_code: bool = False) -> tuple[nn.M
         import transformers
     except ImportError as error:
         raise ImportError("models by name need transformers: pip install 'source-proj[hf]'") from error
+    if not _HUB_NAME.fullmatch(name):
+        require_model_folder(name, "the model")
     adapter = _adapter_settings(name)
     if adapter is None:
         base, model = name, _whole_model(transformers, name, trust_remote_code)
     else:
         base = str(adapter["base_model_name_or_path"])
+        if not _HUB_NAME.fullmatch(base):
+            named_by = str(Path(name) / _ADAPTER)
+            require_model_folder(base, f"the base model that {named_by!r} names,", "write its folder there")
         model = _adapted_model(transformers, name, base, adapter, trust_remote_code)
     tokenizer = _tokenizer(transformers, name, base, trust_remote_code)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
     return model.eval(), tokenizer
+
+
+def require_model_folder(name: str, what: str, remedy: str = _SAVED) -> None:
+    """Refuse a path where no folder is, which transformers would look for on the hub, and long.
+
+    Args:
+        name: the path.
+        what: whose it is, for messages.
+        remedy: what to do, for messages.
+
+    Raises:
+        MissingFileError: no folder is there.
+    """
+    if not Path(name).is_dir():
+        raise MissingFileError(f"{what} {name!r} is no folder here: {remedy}")
 
 
 def is_adapter(name: str) -> bool:

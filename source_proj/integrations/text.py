@@ -125,8 +125,8 @@ class TextRows:
         rows: the examples, by the names of the columns.
 
     Raises:
-        ValueError: another type of file, or a damaged one.
-        MismatchError: it holds no example.
+        ValueError: another type of file.
+        MismatchError: a damaged one, or it holds no example.
     """
 
     def __init__(self, data: Any, settings: TextSettings) -> None:
@@ -161,8 +161,9 @@ class TextData:
             a language model gets the prompts (or, where there is no such column, the texts) and goes on.
 
     Raises:
-        ValueError: another type of file, or a damaged one.
-        MismatchError: a missing column, an unknown class, or an example without tokens; the message names the example.
+        ValueError: another type of file.
+        MismatchError: a damaged one, a missing column, an unknown class, or an example without tokens; the message
+            names the example.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from source_proj._errors import MismatchError
 from source_proj._io.records import csv_records, csv_rows, json_lines, json_rows
 
 __all__ = ["text_rows"]
@@ -20,7 +21,8 @@ def text_rows(data: Any) -> tuple[str, list[Mapping[str, Any]]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is of another type, or damaged; the message names the place.
+        ValueError: the file is of another type.
+        MismatchError: it is damaged; the message names the place.
         TypeError: the data have no named columns.
     """
     if isinstance(data, str | Path):
@@ -47,7 +49,7 @@ def _rows_of_file(path: Path) -> Iterable[Mapping[str, Any]]:
         if path.suffix in (".jsonl", ".ndjson"):
             return list(json_rows(json_lines(path.read_bytes())))
     except ValueError as error:
-        raise ValueError(f"{str(path)!r}: {error}") from error
+        raise MismatchError(f"{str(path)!r}: {error}") from error
     raise ValueError(f"the data set {str(path)!r} must be a .jsonl, .csv or .parquet file, or a folder of datasets")
 
 

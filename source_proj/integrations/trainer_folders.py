@@ -13,6 +13,7 @@ from typing import Any
 from source_proj._errors import MismatchError
 from source_proj._io.loading import load_tensors
 from source_proj.trajectory.layouts import WEIGHTS, sharded_state, weights_file
+from source_proj.trajectory.recording.run_files import recorders_own
 
 __all__ = ["NamedState", "TrainerFolder", "logged", "read_tensors", "trainer_folders"]
 
@@ -114,8 +115,9 @@ def trainer_folders(
         if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     }
     if not found:
+        where = f"{str(directory)!r} {'holds no folder checkpoint-N' if directory.exists() else 'does not exist'}"
         raise FileNotFoundError(
-            f"{str(directory)!r} holds no folder checkpoint-N: give a Trainer's output_dir (not one of its checkpoints)"
+            recorders_own(directory) or f"{where}: give a Trainer's output_dir (not one of its checkpoints)"
         )
     chosen = sorted(found if steps is None else set(steps))
     if not chosen or not set(chosen) <= set(found):

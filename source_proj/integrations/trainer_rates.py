@@ -269,4 +269,6 @@ def clipping(history: Sequence[Mapping[str, object]], last: int, max_grad_norm: 
         why = None  # what was looked at was never clipped
     else:
         why = "gradient norms were logged at some steps only: the steps before each are assumed to be clipped like it"
-    return Clipping(factors, why and f"max_grad_norm={max_grad_norm}: {why}. Give max_grad_norm=0 if none was")
+    return Clipping(
+        factors, why and f"max_grad_norm={max_grad_norm}: {why}. Give max_grad_norm=0 (--max-grad-norm 0) if none was"
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import ExampleError, MismatchError
-from source_proj.task.batch import Batch, Model, logits_of, without_cache
+from source_proj.task.batch import TOKENISE, Batch, Model, logits_of, without_cache
 
 __all__ = ["Answer", "Answers", "continued", "greedy", "has_targets", "inputs_of", "with_labels"]
 
@@ -177,9 +177,12 @@ def _sequences(batch: Batch) -> tuple[Tensor, Tensor]:
     """Token sequences ``(B, T)`` and which of their tokens are read.
 
     Raises:
+        TypeError: it holds texts.
         ValueError: the batch holds what is no sequence, and would be lost.
     """
     inputs = inputs_of(batch)
+    if isinstance(inputs, str):
+        raise TypeError(f"the queries are texts such as {inputs[:40]!r}: {TOKENISE}")
     if not isinstance(inputs, Mapping):
         return inputs, torch.ones_like(inputs, dtype=torch.bool)
     unknown = sorted(set(inputs) - _MASKS)

@@ -15,6 +15,7 @@ from source_proj._errors import ExampleError
 from source_proj.task.indices import refuse_foreign_indices
 
 __all__ = [
+    "TOKENISE",
     "Batch",
     "Model",
     "Uniform",
@@ -37,6 +38,11 @@ Model = Callable[..., Any]
 Batch = Any
 """(input, target), or a dict with "labels" whose other entries are the model's keyword arguments."""
 
+TOKENISE = (
+    "tokenise as in training, tokenizer(texts, padding=True, return_tensors='pt'); for a bank that was built "
+    "from texts, give source_proj.integrations.TextData.like(bank, rows)"
+)
+
 Uniform = Callable[[int], Tensor]
 """``uniform(n)`` gives (B, n) reproducible numbers in [0, 1)."""
 
@@ -48,7 +54,8 @@ def split(batch: Batch, sample_weight: str | int | None) -> tuple[Any, Tensor, T
         needed = ["labels"] if sample_weight is None else ["labels", sample_weight]
         missing = [key for key in needed if key not in inputs]
         if missing:
-            raise ValueError(f"the batch has no entry {missing[0]!r}, only {sorted(map(str, batch))}")
+            remedy = _labelled(batch) if missing[0] == "labels" else ""
+            raise ValueError(f"the batch has no entry {missing[0]!r}, only {sorted(map(str, batch))}{remedy}")
         labels = inputs.pop("labels")
         return inputs, labels, None if sample_weight is None else inputs.pop(sample_weight)
     expected = 2 if sample_weight is None else 3
@@ -56,7 +63,7 @@ def split(batch: Batch, sample_weight: str | int | None) -> tuple[Any, Tensor, T
         raise ValueError(
             f"a batch must be a dict with 'labels'"
             f"{f' and {sample_weight!r}' if isinstance(sample_weight, str) else ''}, or a tuple (input, target"
-            f"{', weight' if expected == 3 else ''}), got {_describe(batch)}"
+            f"{', weight' if expected == 3 else ''}), got {_describe(batch)}{_paired(batch)}"
         )
     return batch[0], batch[1], None if sample_weight is None else batch[2]
 
@@ -145,16 +152,20 @@ def _slips(model: Model, inputs: Mapping[str, Any], by_name: bool) -> list[str]:
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     formats = {p.dtype for p in model.parameters()} if isinstance(model, nn.Module) else set()
     found = []
-    for name, value in inputs.items():
-        if by_name and known and not open_ended and name not in known:
-            found.append(f"the model takes no argument {name!r}: leave the column {name!r} out of the data set")
+    for key, value in inputs.items():
+        name = repr(key) if by_name else key
+        if by_name and known and not open_ended and key not in known:
+            found.append(f"the model takes no argument {name}: leave the column {name} out of the data set")
+        elif isinstance(value, str) or (isinstance(value, list | tuple) and value and isinstance(value[0], str)):
+            found.append(f"{name} is text, and the model takes numbers: {TOKENISE}")
         elif isinstance(value, list | tuple) and value and all(isinstance(entry, Tensor) for entry in value):
             found.append(
-                f"{name!r} is a list of {len(value)} tensors {tuple(value[0].shape)}, as default_collate makes "
+                f"{name} is a list of {len(value)} tensors {tuple(value[0].shape)}, as default_collate makes "
                 "of rows that are Python lists: give rows as tensors, torch.tensor(row)"
             )
         elif isinstance(value, Tensor) and value.dtype == torch.float64 and torch.float64 not in formats:
-            found.append(f"{name!r} is float64, and the model is {sorted(map(str, formats))}: make it float32")
+            own = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in formats)) or "of none"
+            found.append(f"{name} is float64, and the model {own}: give it as float32, by .float()")
     return found
 
 
@@ -210,8 +221,8 @@ def class_indices(labels: Tensor) -> Tensor:
     """Integer labels of any width as int64; other types are refused."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(
-            f"labels must be integer class indices, got {labels.dtype}: give labels.long(), or of probabilities or "
-            "one-hot rows labels.argmax(-1)"
+            f"labels must be integer class indices, got {labels.dtype}: give labels.long() (of a frame, the column's "
+            "astype(int)), or of probabilities or one-hot rows labels.argmax(-1)"
         )
     return labels.long()
 
@@ -221,6 +232,25 @@ def checked_weight(sample_weight: str | int | None) -> str | int | None:
     if sample_weight is None or isinstance(sample_weight, str) or (sample_weight == 2 and sample_weight is not True):
         return sample_weight
     raise ValueError(f"sample_weight must name an entry of dict batches, or be 2 for tuples, got {sample_weight!r}")
+
+
+def _labelled(batch: Mapping[str, Any]) -> str:
+    """Where labels may come from, of a batch that has none."""
+    if "label" in batch:
+        return ": rename 'label' to 'labels'"
+    if "input_ids" in batch:
+        return (
+            ": give a DataLoader with the run's collator, which makes the labels, of a language model "
+            "DataLoader(data, batch_size=..., collate_fn=DataCollatorForLanguageModeling(tokenizer, mlm=False)); or "
+            "give each row its 'labels' (of a language model, those of input_ids)"
+        )
+    return ": call the entry that the model is trained to give 'labels'"
+
+
+def _paired(batch: Batch) -> str:
+    """What a batch of inputs alone lacks."""
+    alone = isinstance(batch, Tensor) or (isinstance(batch, Sequence) and len(batch) == 1)
+    return ": the labels are missing, give TensorDataset(inputs, labels)" if alone else ""
 
 
 def _describe(batch: Batch) -> str:

@@ -239,7 +239,7 @@ class Classification(Task):
         if logits.ndim != 2 or logits.shape[1] < 2:
             raise ValueError(
                 f"Classification needs logits of shape (batch, classes) with two classes or more, got "
-                f"{tuple(logits.shape)}; for one logit a class, stack it with zeros, or write a Task"
+                f"{tuple(logits.shape)}; {_binary(logits) or 'write a Task'}"
             )
         if self.class_weights is not None and len(self.class_weights) != logits.shape[1]:
             raise ValueError(
@@ -252,3 +252,14 @@ class Classification(Task):
                 f"{', labels.squeeze(1)' if labels.shape == (len(logits), 1) else ''}"
             )
         return refuse_foreign_labels(logits, class_indices(labels))
+
+
+def _binary(logits: Tensor) -> str | None:
+    """What makes two logits of one, (B,) or (B, 1); None for other shapes."""
+    if logits.ndim > 2 or (logits.ndim == 2 and logits.shape[1] != 1):
+        return None
+    column = " of z = logits[:, None]" if logits.ndim == 1 else ""
+    return (
+        "for one logit z an example (binary cross-entropy), give a model that returns "
+        f"torch.cat([torch.zeros_like(z), z], 1){column}"
+    )

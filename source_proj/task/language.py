@@ -25,6 +25,7 @@ __all__ = ["CausalLM"]
 
 _FAR = 1.0  # nats a token
 _EXAMINED = 4  # sequences
+_ONE_ANSWER = "for one answer an example, take Classification"
 
 
 class CausalLM(Task):
@@ -183,11 +184,11 @@ class CausalLM(Task):
 
     def share(self, batch: Batch) -> Tensor:
         """Number of labels that divide the batch's loss, (B,)."""
-        return (split(batch, None)[1] != self.ignore_index).sum(-1) if self._counts_all else self._count(batch)
+        return (_labels(batch) != self.ignore_index).sum(-1) if self._counts_all else self._count(batch)
 
     def _count(self, batch: Batch) -> Tensor:
         """Number of counted tokens, (B,)."""
-        labels = split(batch, None)[1]
+        labels = _labels(batch)
         return (labels[:, 1 if self.shift else 0 :] != self.ignore_index).sum(-1).float()
 
     @property
@@ -259,9 +260,10 @@ class CausalLM(Task):
     def _aligned(self, labels: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Labels (B, T) of positions in order, safe to gather with, and whether each counts."""
         if values.ndim != 3 or labels.shape != values.shape[:2]:
+            one_each = f"; {_ONE_ANSWER}" if values.ndim == 2 else ""
             raise ValueError(
                 f"CausalLM needs logits (batch, tokens, vocabulary) and labels (batch, tokens), got "
-                f"{tuple(values.shape)} and {tuple(labels.shape)}"
+                f"{tuple(values.shape)} and {tuple(labels.shape)}{one_each}"
             )
         labels = class_indices(labels)
         if self.shift:
@@ -281,6 +283,21 @@ class CausalLM(Task):
     def _length(self, counted: Tensor) -> Tensor:
         length = counted.sum(-1).clamp(min=1).float()
         return torch.ones_like(length) if self.reduction == "sum" else length
+
+
+def _labels(batch: Batch) -> Tensor:
+    """A batch's labels (B, T).
+
+    Raises:
+        ValueError: they are one an example.
+    """
+    labels = split(batch, None)[1]
+    if labels.ndim < 2:
+        raise ValueError(
+            "CausalLM needs labels (batch, tokens), and logits (batch, tokens, vocabulary), got labels "
+            f"{tuple(labels.shape)}; {_ONE_ANSWER}"
+        )
+    return labels
 
 
 def _require_decoder_inputs(model: Model, batch: Batch) -> None:

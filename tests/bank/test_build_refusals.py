@@ -1,11 +1,14 @@
 """What a build refuses, and that it names the cause."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from bank_runs import BATCH, N, make_run, make_states
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import source_proj as sp
 from source_proj import bank as banks
 from source_proj._errors import GradientError, MismatchError, SourceProjError
 from source_proj.task import CausalLM, Classification, Task
@@ -111,6 +114,7 @@ def test_bad_shards_are_refused(run, tmp_path, shard):
             r"trajectory must be a Trajectory, got list; give Traj",
         ),
         (lambda run: {"trajectory": run.trajectory.final}, "trajectory must be a Trajectory, got Checkpoint"),
+        (lambda run: {"trajectory": "nowhere"}, r"got str; give Trajectory.from_recorder\('nowhere'\), or from_hf_tra"),
         (lambda run: {"sketch": None}, "sketch must be a Sketch, got None; give Sketch"),
         (lambda run: {"sketch": 64}, "sketch must be a Sketch, got int"),
         (lambda run: {"ids": set(range(N))}, "ids must be in the order of the examples, got a set"),
@@ -124,6 +128,21 @@ def test_arguments_of_another_kind_are_refused_before_anything_is_written(run, t
     with pytest.raises(TypeError, match=named):
         run.build(tmp_path / "bank", **change(run))
     assert not (tmp_path / "bank").exists()
+
+
+@pytest.mark.parametrize("verb", [sp.build, sp.plan])
+@pytest.mark.parametrize("kind", [str, Path, None])
+def test_a_recorder_and_its_folder_are_told_how_they_become_a_trajectory(run, tmp_path, verb, kind):
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+    recorder, folder = sp.Recorder(run.model, optimizer, tmp_path / "run"), tmp_path / "run"
+    given, named = (recorder, r"recorder\.trajectory\(\)") if kind is None else (kind(folder), "from_recorder")
+    optimizer.step()
+    recorder.step()
+    recorder.trajectory()
+    with pytest.raises(TypeError, match=f"trajectory must be a Trajectory, got .*; give (Trajectory.)?{named}"):
+        verb(run.model, run.task, given, run.data, *([tmp_path / "bank"] if verb is sp.build else []))
+    with pytest.raises(sp.BankError, match=r"is no bank, but the run of a Recorder: build a bank from it by"):
+        sp.open(folder)
 
 
 @pytest.mark.parametrize("empty", [[], ()])

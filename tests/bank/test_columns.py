@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import source_proj as sp
 from source_proj.bank.build.columns import examples_of, query_split
@@ -89,6 +89,27 @@ def test_banks_and_queries_take_the_splits_of_their_names(run):
     assert query_split({"test": 1}) == {"test": 1}
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda: frame(),
+        lambda: DataLoader(frame(), batch_size=4),
+        lambda: {"train": frame()},
+        lambda: table_of("datasets"),
+        lambda: hugging_face().DatasetDict({"train": table_of("datasets"), "test": table_of("datasets")}),
+    ],
+    ids=["frame", "loader", "by stage", "datasets", "splits"],
+)
+def test_a_plan_takes_what_a_build_takes(given):
+    model = nn.Linear(3, 2)
+    trajectory = sp.Trajectory([sp.Checkpoint(model.state_dict(), step=10, lr=0.1)])
+    names = [f"row {i}" for i in range(9)]
+    planned = sp.plan(model, sp.Classification(), trajectory, given(), batch_size=4, ids=names, progress=False)
+    assert (planned.examples, planned.batches) == (9, 3)
+    with pytest.raises(sp.MismatchError, match="9 examples and 2 ids"):
+        sp.plan(model, sp.Classification(), trajectory, given(), ids=names[:2], progress=False)
+
+
 def test_rows_of_tokens_are_dicts_of_tensors_without_their_text():
     data = hugging_face().Dataset.from_dict(
         {"text": ["x", "y"], "input_ids": [[1, 2], [3, 4]], "attention_mask": [[1, 1], [1, 0]], "label": [0, 1]}
@@ -111,6 +132,10 @@ def test_what_no_model_takes_is_named():
         ValueError, match=r"column 'label' holds (object|str) and no numbers: give the numbers of classes"
     ):
         examples_of(frame(labels=["x"] * 9))
+    with pytest.raises(
+        ValueError, match=r"2 of 9 labels are missing \(NaN in the column 'label', .* rows \[1, 3\]\): drop"
+    ):
+        examples_of(frame(labels=np.where(np.isin(np.arange(9), [1, 3]), np.nan, LABELS)))
     with pytest.raises(ValueError, match="of which none may be the label"):
         examples_of(frame(name="y"))
     with pytest.raises(ValueError, match=r"of which \['label', 'target'\] may be the label"):

@@ -262,8 +262,10 @@ def test_verify_tells_whole_from_damaged(call, tmp_path, home):
         (["top-k", "bank", *ASK, "--curvature", "sampled-fisher"], None, "sampled"),
         (["top-k", "bank", "--model", "mine:model", "--queries", "mine:narrow"], 1, "cannot take the first example"),
         (["score", "bank", *ASK, "-o", "scores.txt"], 2, r"\.npy, \.zarr, \.csv"),
+        (["top-k", "bank", *ASK, "--most", "helpful", "-o", "h.txt"], 2, r"--out of hits must end in .*, got 'h\.txt'"),
         (["score", "bank", *ASK, "-o", "absent/scores.npy"], 2, "does not exist"),
         ([*BUILD, "--sketch-seed", "5"], 1, "seed"),
+        ([*BUILD, "--task-option", "label_smoothing=0.1"], 1, r"settings: task\.label_smoothing is 0\.0 there[^;]*$"),
         ([*BUILD, "--no-resume"], None, "bank"),
         (["build", "new", *ARGUMENTS, "--sketch-kind", "gaussian"], 2, "gaussian"),
         (["build", "new", *ARGUMENTS, "--shard", "2/2"], 2, "i/n"),
@@ -295,6 +297,11 @@ def test_help_names_every_command():
     for name in ("build", "finalize", "score", "top-k", "inspect", "verify", "clean", "demo"):
         assert name in result.stdout
         assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
+
+
+def test_help_names_the_default_curvature_of_every_task():
+    text = " ".join(CliRunner().invoke(app, ["score", "--help"], terminal_width=300).stdout.replace("│", "").split())
+    assert "gauss-newton for regression, sampled-fisher for language models" in text
 
 
 def test_version():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -99,9 +100,30 @@ def test_verify_tells_the_gain_by_the_users_functions(call, home, tmp_path):
 def test_slips_are_named_before_any_work(call, home, tmp_path):
     assert "--out needs --file" in call("curate", "duplicates", "bank", "--out", tmp_path / "x.csv", code=2)
     assert "give --file FILE" in call("curate", "mislabelled", "bank", code=2)
-    assert "has no 'nothing'" in call(
-        "curate", "mislabelled", "bank", "--file", "train.csv", "--label-column", "nothing", code=2
-    )
+    for option in ("--out", "--list"):
+        words = ["duplicates", "bank", "--file", "train.csv", "--out", tmp_path / "x.csv", option, home / "train.csv"]
+        assert f"is the training set itself, which is never replaced: give another {option}" in call(
+            "curate", *words, "--overwrite", code=2
+        )
     assert "--dataset is missing" in call("curate", "harmful", "bank", *ASK, "--group-column", "label", code=2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "the file is empty: its first line must name the columns"),
+        ("a,a\n1,2\n", "the column 'a' is there twice"),
+        ("a,b\n1,2,3\n", "record 1 has 3 fields"),
+        ("a,b\n1,2\n", "example 1 of .* has no 'label', only"),
+    ],
+)
+def test_what_is_wrong_within_a_file_has_the_exit_code_of_bad_data(call, tmp_path, content, message):
+    """As in ``build``: 2 is for what the command line says itself."""
+    (tmp_path / "data.csv").write_text(content)
+    assert re.search(message, call("curate", "mislabelled", "bank", "--file", tmp_path / "data.csv", code=1))
+    assert "does not exist" in call("curate", "mislabelled", "bank", "--file", tmp_path / "no.csv", code=2)
+
+
+def test_a_list_that_is_none_is_bad_data_too(call, home, tmp_path):
     (tmp_path / "list.json").write_text(json.dumps({"format": "x"}))
     assert "holds no list" in call("curate", "clean", tmp_path / "list.json", "train.csv", tmp_path / "x.csv", code=1)

@@ -96,6 +96,9 @@ def test_harmful_needs_a_spread_and_a_share():
         curate.harmful(alone)
     with pytest.raises(ValueError, match="false_share must lie strictly"):
         curate.harmful(aggregate(random_scores(0)), false_share=1)
+    for verb in (curate.harmful, lambda given: curate.drop_worst(given, 1)):
+        with pytest.raises(TypeError, match=r"got a Scores: give source_proj\.curate\.aggregate\(source, queries\)"):
+            verb(random_scores(0))
 
 
 @given(SEEDS, st.integers(1, 8), st.booleans())

@@ -129,7 +129,7 @@ def test_says_what_it_assumes_of_unlogged_norms(run, tmp_path):
                 step,
                 lambda s, keep=keep: [e.pop("grad_norm", 0) for e in s["log_history"] if e["step"] not in keep],
             )
-        with pytest.warns(UserWarning, match=message):
+        with pytest.warns(UserWarning, match=rf"{message}.*Give max_grad_norm=0 \(--max-grad-norm 0\) if none was"):
             sp.Trajectory.from_hf_trainer(some, max_grad_norm=0.5)
 
 
@@ -226,6 +226,8 @@ def test_checkpoints_of_a_former_run_in_the_same_folder_are_refused(run, tmp_pat
 def test_directories_that_are_no_run(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no folder checkpoint-N"):
         sp.Trajectory.from_hf_trainer(run / "checkpoint-4")
+    with pytest.raises(FileNotFoundError, match=r"'.*absent' does not exist: give a Trainer's output_dir"):
+        sp.Trajectory.from_hf_trainer(run / "absent")
     with pytest.raises(FileNotFoundError, match=r"has checkpoints of the steps \[4, 8, 12, 16, 20\] alone"):
         sp.Trajectory.from_hf_trainer(run, steps=[5])
     copy = copied(run, tmp_path)

@@ -128,11 +128,27 @@ def test_checkpoints_that_lack_something_are_refused(tmp_path, change, error, me
 
 
 def test_directories_without_a_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has .ckpt files of the global steps \[\]"):
+    with pytest.raises(FileNotFoundError, match=r"holds no \.ckpt file: give the folder that Lightning's are in"):
         sp.Trajectory.from_lightning(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"'.*absent' does not exist: give the folder"):
+        sp.Trajectory.from_lightning(tmp_path / "absent")
     write(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"steps=\[5\]: .* global steps \[4, 8, 12\]"):
         sp.Trajectory.from_lightning(tmp_path, steps=[5])
+
+
+@pytest.mark.parametrize("reader", [sp.Trajectory.from_lightning, sp.Trajectory.from_hf_trainer])
+def test_the_folder_of_a_recorder_is_read_by_its_own_reader(tmp_path, reader):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = sp.Recorder(model, optimizer, tmp_path)
+    optimizer.step()
+    recorder.step()
+    recorder.trajectory()
+    with pytest.raises(
+        FileNotFoundError, match=r"holds the run of a Recorder: read it by Trajectory\.from_recorder\('/"
+    ):
+        reader(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")  # of its own many dependencies

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -209,6 +210,21 @@ def test_files_that_are_wrong_are_named_by_their_example(run, tmp_path):
             read('{"text": "good", "label": "superb"}')
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no example"),
+        ('{"text": "good"', "line 1 is no JSON object"),
+        ('{"words": "good", "label": 1}', "example 1 of .* has no 'text', only"),
+    ],
+)
+def test_what_is_wrong_within_a_file_has_the_exit_code_of_bad_data(run, tmp_path, content, message):
+    _, directory = run
+    (tmp_path / "data.jsonl").write_text(content)
+    assert re.search(message, build(directory, tmp_path / "bank", file=tmp_path / "data.jsonl", code=1))
+    assert "does not exist" in build(directory, tmp_path / "bank", file=tmp_path / "no.jsonl", code=2)
+
+
 def test_options_that_contradict_each_other(run, tmp_path):
     _, directory = run
     bank = tmp_path / "bank"
@@ -223,6 +239,34 @@ def test_options_that_contradict_each_other(run, tmp_path):
     assert "bank.text.json" in call(
         "score", bank, "--dataset", directory / "queries.csv", "--out", tmp_path / "s.npy", code=2
     )
+
+
+def test_a_model_that_is_no_folder_is_refused_before_the_hub_is_asked(run, tmp_path, monkeypatch):
+    _, directory = run
+    build(directory, tmp_path / "bank")
+    beside = tmp_path / "bank.text.json"
+    beside.write_text(beside.read_text().replace(str(directory / "run" / "checkpoint-8"), "moved"))
+
+    def asked(name, **_):
+        raise AssertionError(f"the hub was asked for {name}")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", asked)
+    said = build(directory, tmp_path / "new", "--hf-model", "nope", code=2)
+    assert "--hf-model 'nope' is no folder here: give the folder that model.save_pretrained" in said
+    said = call("top-k", tmp_path / "bank", "--dataset", directory / "queries.csv", code=2)
+    assert "was built with, 'moved' is no folder here: put it back" in said
+    for path in ("./nope", "a/b/c", str(tmp_path / "nope")):
+        with pytest.raises(FileNotFoundError, match=f"the model '{path}' is no folder here"):
+            load_pretrained(path)
+    for name in ("bert-base-uncased", "owner/model"):  # names of the hub are its own
+        with pytest.raises(AssertionError, match=f"asked for {name}"):
+            load_pretrained(name)
+
+
+def test_no_bar_is_shown_where_none_is_wanted(run, tmp_path, capfd):
+    _, directory = run
+    build(directory, tmp_path / "bank", "--hf-model", directory / "model")
+    assert "Loading weights" not in capfd.readouterr().err
 
 
 CODE_OF_A_STRANGER = """

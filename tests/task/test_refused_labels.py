@@ -111,6 +111,61 @@ def test_labels_that_are_no_classes_are_refused(tmp_path, case):
     refused(tmp_path, nn.Linear(4, CLASSES), sp.Classification(), good, bad, error, message)
 
 
+@pytest.mark.parametrize("options", [{}, {"reduction": "token"}, {"reduction": "token", "normalizer": "labels"}])
+def test_a_classifiers_labels_are_no_language_models(tmp_path, options):
+    model = nn.Linear(4, CLASSES)
+    trajectory = sp.Trajectory([sp.Checkpoint(model.state_dict(), 10, lr=0.1)])
+    message = (
+        r"labels \(batch, tokens\), and logits .*, got labels \(8,\); for one answer an example, take Classification"
+    )
+    with pytest.raises(ValueError, match=message):
+        sp.build(model, sp.CausalLM(**options), trajectory, TensorDataset(INPUTS, LABELS), tmp_path / "bank")
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        (
+            nn.Linear(4, CLASSES),
+            TensorDataset(INPUTS.double(), LABELS),
+            r"^the input is float64, and the model float32: ",
+        ),
+        (
+            Named(),
+            [{"x": row.double(), "labels": 0} for row in INPUTS],
+            r"^'x' is float64, .*as float32, by \.float\(\)",
+        ),
+        (Named(), [{"x": row, "y": row, "labels": 0} for row in INPUTS], "^the model takes no argument 'y': leave the"),
+    ],
+)
+def test_inputs_of_another_type_are_named(tmp_path, model, data, message):
+    trajectory = sp.Trajectory([sp.Checkpoint(model.state_dict(), 10, lr=0.1)])
+    with pytest.raises(TypeError, match=message):
+        sp.build(model, sp.Classification(), trajectory, data, tmp_path / "bank")
+
+
+@pytest.mark.parametrize("texts", [["why?"], ["why?", "who?"], ["why?", "who?", "when?"]])
+@pytest.mark.parametrize("kind", ["classification", "language"])
+def test_texts_that_nothing_has_tokenised_are_refused_as_queries(tmp_path, texts, kind):
+    language_model = kind == "language"
+    model = Words() if language_model else nn.Linear(4, CLASSES)
+    task = sp.CausalLM() if language_model else sp.Classification()
+    data = language("label")(0) if language_model else TensorDataset(INPUTS, LABELS)
+    trajectory = sp.Trajectory([sp.Checkpoint(model.state_dict(), 10, lr=0.1)])
+    bank = sp.build(model, task, trajectory, data, tmp_path / "bank", sketch=sp.Sketch(16), progress=False)
+    with pytest.raises((TypeError, ValueError), match=r"text.*: tokenise as in training, tokenizer\(texts, padding"):
+        sp.Source(bank, model=model, progress=False).helpful(texts, k=2)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("measurement", ["absolute", "squared"])
 def test_targets_that_are_not_finite_are_named(tmp_path, measurement, value):

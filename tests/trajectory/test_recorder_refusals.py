@@ -1,5 +1,6 @@
 """What the Recorder refuses, by name."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from recorded_runs import advance, linear, recorded, same, train, two_groups
 from torch import nn
 
+import source_proj as sp
 from source_proj._errors import MismatchError
 from source_proj.trajectory import Recorder, Trajectory
 from source_proj.trajectory.recording.run_files import write_tensors
@@ -21,6 +23,22 @@ def adam_groups(first=0.1, **second):
     model = nn.Linear(2, 1)
     groups = [{"params": [model.weight], "lr": first}, {"params": [model.bias], **second}]
     return model, torch.optim.AdamW(groups, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda model, optimizer: (optimizer, model), "got SGD; optimizer must be an Optimizer of torch, got Linear: "),
+        (lambda model, optimizer: (optimizer, model), "they are swapped: give Recorder(model, optimizer, dir)"),
+        (lambda model, optimizer: (model, torch.optim.SGD), "must be an Optimizer of torch, got the class SGD"),
+        (lambda model, optimizer: (model.state_dict(), optimizer), "model must be a Module of torch, got OrderedDict"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"capture": sp.Sketch(8), "task": sp.Regression()}])
+def test_a_model_and_its_optimizer_are_told_apart(tmp_path, arguments, message, options):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        sp.Recorder(*arguments(*linear()), tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
 
 
 class MySGD(torch.optim.SGD):

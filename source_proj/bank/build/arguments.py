@@ -1,5 +1,6 @@
 """What `build` and `Bank.append` are called with, refused by name before anything is written."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,7 +8,8 @@ from torch import nn
 
 from source_proj.sketch import Sketch
 from source_proj.task import Task
-from source_proj.trajectory import Trajectory
+from source_proj.trajectory import Recorder, Trajectory
+from source_proj.trajectory.recording.run_files import recorders_own
 
 __all__ = ["require_arguments", "require_device"]
 
@@ -28,8 +30,21 @@ def require_arguments(**arguments: Any) -> None:
     for name, value in arguments.items():
         kind, remedy = _KINDS[name]
         if not isinstance(value, kind):
+            remedy = (_trajectory_of(value) if kind is Trajectory else None) or remedy
             got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
             raise TypeError(f"{name} must be a {kind.__name__}, got {'None' if value is None else got}; {remedy}")
+
+
+def _trajectory_of(value: Any) -> str | None:
+    """How a trajectory is made of a Recorder, or of a folder's name; None for what makes none."""
+    if isinstance(value, Recorder):
+        return "give recorder.trajectory(), what it has recorded"
+    if not isinstance(value, str | Path):
+        return None
+    named = f"({str(value)!r})"
+    if recorders_own(Path(value)):
+        return f"give Trajectory.from_recorder{named}"
+    return f"give Trajectory.from_recorder{named}, or from_hf_trainer{named} or from_lightning{named}, by who wrote it"
 
 
 def require_device(device: torch.device | str | None) -> None:

@@ -18,9 +18,8 @@ from source_proj.bank.bank import Bank
 from source_proj.bank.build.agreement import agreement, weighted_by_agreement
 from source_proj.bank.build.arguments import require_arguments, require_device
 from source_proj.bank.build.claims import Claims, checked_takeover
-from source_proj.bank.build.columns import splits_of
 from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
-from source_proj.bank.build.data import BatchSource, checked_ids, to_device
+from source_proj.bank.build.data import BatchSource, by_stage, checked_ids, to_device
 from source_proj.bank.build.fill import Work, checked_shard, fill
 from source_proj.bank.build.normalizer import with_normalizer
 from source_proj.bank.build.parameters import (
@@ -162,8 +161,8 @@ def build(
     share, takeover = checked_shard(shard), checked_takeover(takeover)
     lockstep.require_same((where, shard, takeover), "path, shard and takeover")
     names = [stage.name for stage in trajectory.stages]
-    sources = [BatchSource(data, batch_size) for data in _by_stage(train_set, names, "train_set")]
-    given_ids = _by_stage(ids, names, "ids")
+    sources = [BatchSource(data, batch_size) for data in by_stage(train_set, names, "train_set")]
+    given_ids = by_stage(ids, names, "ids")
     stage_ids = [checked_ids(one, 0, s.n, name) for one, s, name in zip(given_ids, sources, names, strict=True)]
     _check_loss(task, trajectory)
     task = with_normalizer(task, sources, names)
@@ -235,7 +234,7 @@ def build(
             lockstep.from_leader(lambda: _finish(bank, parts, claims, all_made=shard is None))
     if takeover is not None or shard is None:
         bank.reload()
-    bank.examples = Examples(dict(zip(names, _by_stage(train_set, names, "train_set"), strict=True)))
+    bank.examples = Examples(dict(zip(names, by_stage(train_set, names, "train_set"), strict=True)))
     return bank
 
 
@@ -324,22 +323,6 @@ def _examine(
     for source in sources:
         _, _, batch = next(iter(source.load([(0, min(source.n, source.batch_size))])))
         task.examine(private, to_device(batch, where))
-
-
-def _by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
-    """What belongs to each stage: entries of a mapping, or the one thing for the one stage."""
-    if splits_of(given) and set(given) >= set(names):  # the splits of other names are for other uses
-        return [given[name] for name in names]
-    if isinstance(given, Mapping) and (len(names) > 1 or set(given) == set(names)):
-        if set(given) != set(names):
-            raise ValueError(f"{what} has entries {list(given)}, and the stages are {list(names)}; give one each")
-        return [given[name] for name in names]
-    if len(names) > 1 and given is not None:
-        raise TypeError(
-            f"the trajectory has the stages {list(names)}: give {what} as {{stage name: ...}}, "
-            f"got {type(given).__name__}"
-        )
-    return [given] * len(names)
 
 
 def _columns(task: Task, source: BatchSource, ids: np.ndarray) -> tuple[bool, bool]:

@@ -136,6 +136,12 @@ def _table(columns: Mapping[str, np.ndarray]) -> Table:
         raise ValueError(f"the data have the label column {label!r} and no other: there is nothing to learn from")
     inputs = torch.from_numpy(np.stack([columns[name].astype(np.float32) for name in names], axis=1))
     targets = columns[label]
+    if np.issubdtype(targets.dtype, np.floating) and np.isnan(targets).any():
+        rows = np.flatnonzero(np.isnan(targets))
+        raise ValueError(
+            f"{len(rows)} of {len(targets)} labels are missing (NaN in the column {label!r}, at the rows "
+            f"{rows[:10].tolist()}): drop these rows, as by frame.dropna(subset=[{label!r}]), or fill them"
+        )
     kind = np.float32 if np.issubdtype(targets.dtype, np.floating) else np.int64
     return Table(inputs, torch.from_numpy(targets.astype(kind)), names)
 

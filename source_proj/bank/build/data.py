@@ -20,9 +20,19 @@ from torch.utils.data import (
 
 from source_proj._errors import MismatchError
 from source_proj._io.progress import Progress, progress_bar
-from source_proj.bank.build.columns import Table, examples_of
+from source_proj.bank.build.columns import Table, examples_of, splits_of
 
-__all__ = ["Batch", "BatchSource", "Span", "batch_hash", "batches", "checked_ids", "dataset_size", "to_device"]
+__all__ = [
+    "Batch",
+    "BatchSource",
+    "Span",
+    "batch_hash",
+    "batches",
+    "by_stage",
+    "checked_ids",
+    "dataset_size",
+    "to_device",
+]
 
 Batch = Any
 Span = tuple[int, int]
@@ -173,6 +183,22 @@ def batches(
 def dataset_size(data: Any) -> int:
     """Number of examples of a data set or DataLoader that :func:`batches` can read; refuses what that refuses."""
     return BatchSource(data).n
+
+
+def by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
+    """What belongs to each stage: entries of a mapping, or the one thing for the one stage."""
+    if splits_of(given) and set(given) >= set(names):  # the splits of other names are for other uses
+        return [given[name] for name in names]
+    if isinstance(given, Mapping) and (len(names) > 1 or set(given) == set(names)):
+        if set(given) != set(names):
+            raise ValueError(f"{what} has entries {list(given)}, and the stages are {list(names)}; give one each")
+        return [given[name] for name in names]
+    if len(names) > 1 and given is not None:
+        raise TypeError(
+            f"the trajectory has the stages {list(names)}: give {what} as {{stage name: ...}}, "
+            f"got {type(given).__name__}"
+        )
+    return [given] * len(names)
 
 
 def to_device(batch: Batch, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:

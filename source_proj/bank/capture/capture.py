@@ -361,6 +361,9 @@ def _needs_batch(task: Task) -> bool:
         return True
 
 
+_PLACES_WANTED = "ids must be places in the training set, integers"
+
+
 def _index(passes: Sequence[TrainingPass], ids: Any, examples: int | None) -> Tensor:
     """Which examples the passes were of, (B,) int64."""
     sizes = [each.size for each in passes]
@@ -372,9 +375,13 @@ def _index(passes: Sequence[TrainingPass], ids: Any, examples: int | None) -> Te
                 "train on an IndexedDataset (for the Trainer, one of mappings, and with remove_unused_columns=False)"
             )
         ids = torch.cat([torch.as_tensor(part, device="cpu").reshape(-1) for part in parts])
-    index = torch.as_tensor(ids, device="cpu").reshape(-1)
+    try:
+        index = torch.as_tensor(ids, device="cpu").reshape(-1)
+    except (ValueError, TypeError, RuntimeError) as error:  # of strings, or of rows of several lengths
+        got = [type(each).__name__ for each in ids][:1] if isinstance(ids, list | tuple) else [type(ids).__name__]
+        raise TypeError(f"{_PLACES_WANTED}, got {got[0]}: their own ids are given to bank(ids=...)") from error
     if index.is_floating_point() or index.dtype == torch.bool or index.is_complex():
-        raise TypeError(f"ids must be places in the training set, integers, got {index.dtype}")
+        raise TypeError(f"{_PLACES_WANTED}, got {index.dtype}")
     if len(index) != sum(sizes):
         raise MismatchError(
             f"{len(index)} ids were given for a step in whose gradient are {len(sizes)} forward passes of {sizes} "

@@ -25,6 +25,7 @@ from source_proj.trajectory import Recorder as RunRecorder
 from source_proj.trajectory import Stage, Stateful, weights_stamp
 from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.options import ReadOptions
+from source_proj.trajectory.recording.arguments import require_training
 from source_proj.trajectory.recording.progress import Progress, update_runs
 from source_proj.trajectory.recording.run_files import (
     RecordedCheckpoint,
@@ -147,6 +148,7 @@ class Recorder(RunRecorder):
         self._weights = 0
         self._capture: Capture | None = None
         if capture is not None and task is not None:
+            require_training(model, optimizer)
             folder = Path(dir).absolute()
             scalers = [thing for thing in also if isinstance(thing, GradScaler)]
             self._capture = Capture(

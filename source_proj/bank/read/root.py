@@ -1,6 +1,7 @@
 """The bank's root: what it says about itself, and the parts that lie below."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from source_proj._errors import BankError
@@ -9,6 +10,7 @@ from source_proj.bank.notes import Notes
 from source_proj.bank.read.objects import list_objects, object_info, read_group
 from source_proj.bank.read.part import Part, part_name
 from source_proj.bank.store import Store
+from source_proj.trajectory.recording.run_files import recorders_own
 
 __all__ = ["Root", "find_parts", "kind_of", "read_root"]
 
@@ -64,6 +66,12 @@ def _root(store: Store) -> dict[str, Any]:
         if not names:
             raise BankError(
                 f"there is no bank at {where}: nothing is there; build one with source_proj.build, or source-proj build"
+            )
+        if recorders_own(Path(where)):
+            raise BankError(
+                f"{where} is no bank, but the run of a Recorder: build a bank from it by source_proj.build(model, "
+                f"task, Trajectory.from_recorder({str(where)!r}), train_set, path), or source-proj build --recorder, "
+                "and open that"
             )
         older = " (a zarr v2 node: banks are zarr v3)" if {".zgroup", ".zarray"} & set(names) else ""
         raise BankError(f"{where} is no bank: it has no zarr.json, but {names}{older}")

@@ -21,6 +21,7 @@ from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.optimizers import Options, Updates
 from source_proj.trajectory.optimizers.describe import describe_live, held_names, read_groups, second_moments, steps_of
 from source_proj.trajectory.options import ReadOptions
+from source_proj.trajectory.recording.arguments import require_training
 from source_proj.trajectory.recording.companion import Companion, Stateful, kept_content
 from source_proj.trajectory.recording.progress import Progress, Seen, skips_step, update_runs, updates_of_call
 from source_proj.trajectory.recording.run_files import (
@@ -77,6 +78,7 @@ class Recorder:
         companion: what else is kept with each checkpoint.
 
     Raises:
+        TypeError: the model or the optimizer is none, as where they are swapped.
         TypeError: the state of a thing in ``also`` is not made of tensors and plain values.
         ValueError: the optimizer is another one, maximizes, has parameter groups that differ in what they must not, or
             trains no parameter of the model; ``every`` or ``at`` is out of range.
@@ -113,6 +115,7 @@ class Recorder:
         segment_ends: Iterable[int] = (),
         companion: Companion | None = None,
     ) -> None:
+        require_training(model, optimizer)
         self.dir = Path(dir).absolute()
         self._model = model
         self._optimizer = optimizer
@@ -126,7 +129,6 @@ class Recorder:
         self._also = tuple(also)
         for thing in self._also:
             require_loadable(thing.state_dict(), f"the state of {type(thing).__name__} (in also=)")
-        _check_trains(optimizer, model)
         held = tuple(held_names(optimizer, model))
         fresh = RecordedRun(stage, describe_live(optimizer, model), describe_state(model), held)
         self._lock = FolderLock(self.dir, "recorder.lock")
@@ -373,14 +375,6 @@ class Recorder:
                 "that were recorded, or record anew in an empty directory"
             ) from error
         self._model.load_state_dict(state)
-
-
-def _check_trains(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    own = {id(parameter) for parameter in model.parameters()}
-    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
-        raise ValueError(
-            f"the optimizer trains no parameter of the model {type(model).__name__}: give the model it was made for"
-        )
 
 
 def _weakly(method: Callable[[], None]) -> Callable[..., None]:

@@ -46,6 +46,7 @@ __all__ = [
     "clip_factor",
     "describe_state",
     "moments_name",
+    "recorders_own",
     "remove_unnamed",
     "require_same_run",
     "resume_name",
@@ -204,6 +205,13 @@ class RecordedRun:
                 f"{str(path)!r} was not written by a Recorder of this version ({type(error).__name__}: {error}): "
                 "give an empty directory"
             ) from error
+
+
+def recorders_own(directory: Path) -> str | None:
+    """Where a folder holds the run of a Recorder: that it does, and how it is read; for messages of other readers."""
+    if not (directory / _NAME).is_file():
+        return None
+    return f"{str(directory)!r} holds the run of a Recorder: read it by Trajectory.from_recorder({str(directory)!r})"
 
 
 def clip_factor(norm: float, most: float) -> float:

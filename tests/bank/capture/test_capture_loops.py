@@ -200,6 +200,7 @@ def test_two_passes_in_a_step_and_wrong_ids(tmp_path):
     for ids, error, message in (
         (None, TypeError, r"step\(ids="),
         ([0.5] * 4, TypeError, "integers"),
+        (["a", "b", "c", "d"], TypeError, r"integers, got str: their own ids are given to bank\(ids=\.\.\.\)"),
         ([0, 1, 2, 12], ValueError, "from 0 to 11"),
         ([0, -1, 2, 3], ValueError, "got -1"),
     ):
