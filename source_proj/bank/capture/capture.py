@@ -6,7 +6,6 @@ import hashlib
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from source_proj.bank.build.parameters import spec_of
 from source_proj.bank.capture import processes
 from source_proj.bank.capture.draws import DrawnLabels
 from source_proj.bank.capture.law import LawOfStep, checked_law
+from source_proj.bank.capture.places import places_of
 from source_proj.bank.capture.sums import Memory, SegmentSums
 from source_proj.gradients import ParameterSpace, nonfinite_examples
 from source_proj.gradients.training import TrainingPass, TrainingPath
@@ -149,7 +149,7 @@ class Capture:
                 raise GradientError(_CLOSURE)
             if law is not None:
                 law.require_factor(clip_factor())
-            index = _index(passes, ids, self._examples)
+            index = places_of(passes, ids, self._examples)
             rows = torch.cat([each.rows for each in passes]) * (len(index) / self._scale)
             bad = nonfinite_examples(rows)
             if bad:
@@ -320,7 +320,6 @@ class Capture:
         return {"sketch": self.sketch.spec(), "task": self.task.spec(), "parameters": spec_of(self.space, {})}
 
 
-_PLACES = 10**7  # beyond which an id is rather a key of a database
 _CLOSURE = (
     "a pass came after the optimizer began its step, as by optimizer.step(closure), or before recorder.step(): no rows "
     "can be held to its gradient. Call backward(), optimizer.step() and recorder.step() one after the other"
@@ -359,47 +358,3 @@ def _needs_batch(task: Task) -> bool:
         return task.fisher_weight(None) is not None
     except (TypeError, ValueError, AttributeError):
         return True
-
-
-_PLACES_WANTED = "ids must be places in the training set, integers"
-
-
-def _index(passes: Sequence[TrainingPass], ids: Any, examples: int | None) -> Tensor:
-    """Which examples the passes were of, (B,) int64."""
-    sizes = [each.size for each in passes]
-    if ids is None:
-        parts = [each.index for each in passes]
-        if not parts or any(part is None for part in parts):
-            raise TypeError(
-                "which examples was the step of? Give step(ids=...), their places in the training set, in order; or "
-                "train on an IndexedDataset (for the Trainer, one of mappings, and with remove_unused_columns=False)"
-            )
-        ids = torch.cat([torch.as_tensor(part, device="cpu").reshape(-1) for part in parts])
-    try:
-        index = torch.as_tensor(ids, device="cpu").reshape(-1)
-    except (ValueError, TypeError, RuntimeError) as error:  # of strings, or of rows of several lengths
-        got = [type(each).__name__ for each in ids][:1] if isinstance(ids, list | tuple) else [type(ids).__name__]
-        raise TypeError(f"{_PLACES_WANTED}, got {got[0]}: their own ids are given to bank(ids=...)") from error
-    if index.is_floating_point() or index.dtype == torch.bool or index.is_complex():
-        raise TypeError(f"{_PLACES_WANTED}, got {index.dtype}")
-    if len(index) != sum(sizes):
-        raise MismatchError(
-            f"{len(index)} ids were given for a step in whose gradient are {len(sizes)} forward passes of {sizes} "
-            "examples. Where gradients are accumulated, give the ids of all passes in order; a model that runs twice "
-            "over the same examples in one step can't be captured"
-        )
-    for (one, there), (other, here) in combinations(zip(passes, index.split(sizes), strict=True), 2):
-        if one in other.beside and torch.equal(there, here):
-            raise MismatchError(
-                f"two of the step's {len(sizes)} forward passes were of the same examples before either went back: a "
-                "model that runs twice over them in one step can't be captured"
-            )
-    if examples is None and len(index) and int(index.max()) >= _PLACES:
-        raise ValueError(
-            f"got the id {int(index.max())}, and ids are places in the training set, for each of which up to it there "
-            "is a row of k numbers: give the places, and their ids to bank(ids=...); or examples=, if there are so many"
-        )
-    limit = examples if examples is not None else 1 << 62
-    if len(index) and (int(index.min()) < 0 or int(index.max()) >= limit):
-        raise ValueError(f"ids must lie from 0 to {limit - 1}, got {int(index.min())} to {int(index.max())}")
-    return index.long()
