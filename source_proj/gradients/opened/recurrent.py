@@ -64,7 +64,7 @@ def _gru(z: Tensor, y: Tensor, state: State) -> tuple[State, State]:
     (zr, zu, zn), (yr, yu, yn) = z.chunk(3, 1), y.chunk(3, 1)
     r, u = (zr + yr).sigmoid(), (zu + yu).sigmoid()
     n = (zn + r * yn).tanh()
-    return (n + u * (before - n),), (r, u, n, yn.clone(), before)  # a view would keep the whole of y
+    return (n + u * (before - n),), (r, u, n, yn, before)
 
 
 def _gru_back(gradients: State, kept: State) -> tuple[Tensor, Tensor, Rest]:
@@ -134,22 +134,31 @@ def _chosen(there: Tensor, these: State, others: State) -> State:
     return tuple(torch.where(there, this, other) for this, other in zip(these, others, strict=True))
 
 
-class _Gathered:
-    """dz and dy (B, T, G) of all steps, each held once; one tensor where every step's are one."""
+class _Steps:
+    """Tensors (B, …) of every step in one block each: thousands of small ones would leave holes in the heap.
 
-    dz: Tensor
-    dy: Tensor
+    Args:
+        count: number of steps.
+        dim: of the block, which is that of the steps.
+    """
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
+    def __init__(self, count: int, dim: int) -> None:
+        self._count, self._dim = count, dim
+        self.blocks: tuple[Tensor, ...] = ()  # one for tensors that are the same at every step
 
-    def put(self, step: int, dz: Tensor, dy: Tensor) -> None:
-        if not hasattr(self, "dz"):
-            self.dz = dz.new_empty(len(dz), self._steps, dz.shape[1])
-            self.dy = self.dz if dy is dz else torch.empty_like(self.dz)
-        self.dz[:, step] = dz
-        if self.dy is not self.dz:
-            self.dy[:, step] = dy
+    def put(self, step: int, *parts: Tensor) -> None:
+        """Keep a step's tensors."""
+        if not self.blocks:
+            shapes = {id(part): (*part.shape[: self._dim], self._count, *part.shape[self._dim :]) for part in parts}
+            made = {id(part): part.new_empty(shapes[id(part)]) for part in parts}
+            self.blocks = tuple(made[id(part)] for part in parts)
+        filled = {id(block): part for block, part in zip(self.blocks, parts, strict=True)}
+        for block in {id(block): block for block in self.blocks}.values():
+            block.select(self._dim, step).copy_(filled[id(block)])
+
+    def at(self, step: int) -> State:
+        """A step's tensors."""
+        return tuple(block.select(self._dim, step) for block in self.blocks)
 
 
 class Recurrence(torch.autograd.Function):
@@ -159,18 +168,19 @@ class Recurrence(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, _anchor: Tensor, direction: _Direction, *state: Tensor) -> tuple[Tensor, ...]:
         w, u, b, c = direction.weights
         state = tuple(part.clone() for part in state)  # kept, whatever becomes of what was given
-        z, kept, hidden, before = F.linear(x, w, b), {}, {}, {}
-        for t in direction.steps(x.shape[1]):
-            before[t] = state[0]
-            after, kept[t] = direction.gates.forward(z[:, t], F.linear(state[0], u, c), state)
+        z, count = F.linear(x, w, b), x.shape[1]
+        kept, hidden, before = _Steps(count, 0), _Steps(count, 1), _Steps(count, 1)
+        for t in direction.steps(count):
+            before.put(t, state[0])
+            after, needed = direction.gates.forward(z[:, t], F.linear(state[0], u, c), state)
+            kept.put(t, *needed)
             there = direction.goes_on(t)
             state = after if there is None else _chosen(there, after, state)
-            hidden[t] = state[0]
-        in_order = range(x.shape[1])
+            hidden.put(t, state[0])
         ctx.save_for_backward(x)
-        ctx.direction, ctx.kept, ctx.before = direction, kept, torch.stack([before[t] for t in in_order], dim=1)
+        ctx.direction, ctx.kept, (ctx.before,) = direction, kept, before.blocks
         ctx.set_materialize_grads(False)
-        return torch.stack([hidden[t] for t in in_order], dim=1), *(part.clone() for part in state)
+        return *hidden.blocks, *(part.clone() for part in state)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -178,19 +188,20 @@ class Recurrence(torch.autograd.Function):
         direction: _Direction = ctx.direction
         (x,), (w, u, _, _), zero = ctx.saved_tensors, direction.weights, torch.zeros_like(ctx.before[:, 0])
         of_hidden, *ends = gradients
-        state, whole = tuple(zero if end is None else end for end in ends), _Gathered(x.shape[1])
+        state, whole = tuple(zero if end is None else end for end in ends), _Steps(x.shape[1], 1)
         for t in reversed(list(direction.steps(x.shape[1]))):
             if of_hidden is not None:
                 state = (state[0] + of_hidden[:, t], *state[1:])
             there = direction.goes_on(t)
             reached = state if there is None else tuple(part * there for part in state)
-            dz, dy, rest = direction.gates.backward(reached, ctx.kept[t])
+            dz, dy, rest = direction.gates.backward(reached, ctx.kept.at(t))
             whole.put(t, dz, dy)
             earlier = (dy @ u.to(dy.dtype), *(zero for _ in rest[1:]))
             earlier = tuple(a if b is None else a + b for a, b in zip(earlier, rest, strict=True))
             state = earlier if there is None else _chosen(there, earlier, state)
-        direction.receive(x, ctx.before, whole.dz, whole.dy)
-        return (whole.dz @ w.to(whole.dz.dtype) if ctx.needs_input_grad[0] else None), None, None, *state
+        of_z, of_y = whole.blocks
+        direction.receive(x, ctx.before, of_z, of_y)
+        return (of_z @ w.to(of_z.dtype) if ctx.needs_input_grad[0] else None), None, None, *state
 
 
 def forward_for(module: nn.Module) -> Forward | None:
