@@ -216,3 +216,15 @@ def test_the_default_predicts_retraining_as_well_as_the_trained_parameters_do(tm
     )  # fmt: skip
     scores = sp.Source(bank, model=model, progress=False).score(TensorDataset(q, qy)).values
     assert np.mean([np.corrcoef(scores[i], actual[i])[0, 1] for i in range(10)]) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("dim", "kind", "said"), [(60, "tensor", True), (59, "tensor", False), (59, "identity", False)]
+)
+def test_a_sketch_that_is_larger_than_the_gradients_is_told(tmp_path, capsys, dim, kind, said):
+    model = network()
+    trajectory = sp.Trajectory([sp.Checkpoint(model.state_dict(), 10, lr=0.1)])
+    options = {"sketch": sp.Sketch(dim, kind), "parameters": ["*"]}
+    sp.build(model, sp.Classification(), trajectory, TensorDataset(*BATCH), tmp_path / "bank", **options)
+    told = 'k = 60 is more than the 59 numbers of a gradient: Sketch(59, "identity") is exact and smaller'
+    assert (told in capsys.readouterr().err) is said

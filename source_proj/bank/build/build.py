@@ -168,7 +168,7 @@ def build(
     task = with_normalizer(task, sources, names)
     sampled_fisher = task.sampled_draws if sampled_fisher is None else sampled_fisher
     second_derivative, fisher_weight = _columns(task, sources[0], stage_ids[0])
-    space, choice = lockstep.from_leader(lambda: chosen_space(model, trajectory, parameters, progress is True))
+    space, choice = lockstep.from_leader(lambda: chosen_space(model, trajectory, parameters, sketch, progress is True))
     weighting = weighting_of(parameter_weights, task, sketch, trajectory, [source.n for source in sources])
     lockstep.from_leader(lambda: _require_room(store, resume))
     known = lockstep.from_leader(lambda: known_space(space, model, parameter_weights, weighting, store))

@@ -39,11 +39,12 @@ _SHOWN = 3  # parameters of the smallest and of the largest weights
 
 
 def chosen_space(
-    model: nn.Module, trajectory: Trajectory, patterns: Sequence[str] | None, announced: bool
+    model: nn.Module, trajectory: Trajectory, patterns: Sequence[str] | None, sketch: Sketch, announced: bool
 ) -> tuple[ParameterSpace, str]:
     """The attributed parameters, and in words which these are.
 
-    Lines say where the default leaves some out, and where layers without a rule make the build slow.
+    Lines say where the default leaves some out, where layers without a rule make the build slow, and where a sketch is
+    larger than what it is of.
     """
     if patterns is None:
         names, which = trained_parameters(trajectory, model)
@@ -56,6 +57,12 @@ def chosen_space(
         tqdm.write(printable(f"attributing through {choice} (parameters=['*'] takes all)"), file=sys.stderr)
     if announced and (slow := slow_parameters(model, space)):
         tqdm.write(printable(slow), file=sys.stderr)
+    if announced and sketch.dim > space.size:
+        tqdm.write(
+            f"the sketch's k = {sketch.dim:,} is more than the {space.size:,} numbers of a gradient: "
+            f'Sketch({space.size}, "identity") is exact and smaller',
+            file=sys.stderr,
+        )
     return space, choice
 
 
