@@ -227,4 +227,4 @@ def test_a_sketch_that_is_larger_than_the_gradients_is_told(tmp_path, capsys, di
     options = {"sketch": sp.Sketch(dim, kind), "parameters": ["*"]}
     sp.build(model, sp.Classification(), trajectory, TensorDataset(*BATCH), tmp_path / "bank", **options)
     told = 'k = 60 is more than the 59 numbers of a gradient: Sketch(59, "identity") is exact and smaller'
-    assert (told in capsys.readouterr().err) is said
+    assert (told in capsys.readouterr().err) == said
