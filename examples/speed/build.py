@@ -20,9 +20,9 @@ Ways through the same batch, in one process, each timed in turn, medians over th
 Beside the times stands the physical bound: the floating point operations of plain training over the best rate that a
 matrix product or a convolution reaches in this process, plus one read of the per-example gradients at the bandwidth of
 a copy. Peak memory is that of three passes: on a CPU what the system counts of a process of its own, less what
-imports and code take, once with blocks of 1 MB and more taken from the system one by one, and once in glibc's heap as it is,
-whose fragments, up to half as much again, depend on the order of sizes; on a GPU what torch allocated, the model and
-the batch included. With ``--autocast`` both passes, and the best rate, are in that type.
+imports and code take, once with blocks of 1 MB and more taken from the system one by one, and once in glibc's heap
+as it is, whose fragments, up to half as much again, depend on the order of sizes; on a GPU what torch allocated, the
+model and the batch included. With ``--autocast`` both passes, and the best rate, are in that type.
 """
 
 import argparse
