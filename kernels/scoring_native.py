@@ -58,19 +58,26 @@ def _nibble_sums(queries: Tensor, rows: PackedRows) -> Tensor:
     return tables
 
 
-def takes_product(count: int, rows: Rows) -> bool:
+def takes_product(count: int) -> bool:
     """Whether so many queries are multiplied by torch's product of blocks, and not by dot products in registers.
 
     Measured at k = 4,096 on one core of Zen 4, where a large product runs at 99 GFLOP/s: with 32 queries the dot
     products run at 82 (float32) to 104 (int8), and torch's product of a block at 75 to 80; with 64 queries it reaches
     85 to 91, and the dot products would read queries from the second-level cache too often.
+    """
+    return count > _FEW
 
-    Packed codes are looked up in tables of each query, which takes time by their bytes and the queries alone: with
-    AVX2, 8 queries are 1.5 (4 bits), 3 (2) and 6 (1) times as fast as the product of unpacked blocks, 16 queries .8,
-    1.5 and 2.7 times.
+
+def _unpacked_first(count: int, rows: Rows) -> bool:
+    """Whether so many queries, too few for a product, take packed codes as unpacked blocks and not by their tables.
+
+    Codes are looked up in tables of each query, which takes time by their bytes and the queries alone: with AVX2, 8
+    queries are 1.5 (4 bits), 3 (2) and 6 (1) times as fast as torch's product of unpacked blocks. With AVX-512, 4 bits
+    and 9, 12 and 16 queries the dot products take 10, 11 and 12 ms for 8,000 rows of 4,096 numbers, 5 of them to
+    unpack, where torch's product of the same blocks takes 15, 16 and 19.
     """
     if isinstance(rows, Tensor):
-        return count > _FEW
+        return False
     return count > max(1, min(_FEW_OF_CODES[rows.bits], _TABLES // (4 * _table_size(rows))))
 
 
@@ -85,19 +92,29 @@ def score_native(queries: Tensor, rows: Rows, scale: Tensor | None) -> Tensor:
     out = torch.empty(count, n, dtype=torch.float32, device="cpu")
     if not out.numel():
         return out
-    if takes_product(count, rows):
+    if takes_product(count):
         for start, stop, part in _blocks(rows, count):
             torch.mm(queries, part.T, out=out[:, start:stop])
         return out if scale is None else out.mul_(scale)
-    (taken, stored), scale = _Few.of(queries, rows), _contiguous(scale)
+    scale = _contiguous(scale)
+    if _unpacked_first(count, rows):
+        for start, stop, part in _blocks(rows, count):
+            _score_few(out[:, start:stop], *_Few.of(queries, part), None if scale is None else scale[start:stop])
+    else:
+        _score_few(out, *_Few.of(queries, rows), scale)
+    return out
+
+
+def _score_few(out: Tensor, taken: Tensor, stored: Tensor, scale: Tensor | None) -> None:
+    """Fill (Q, n), contiguous along a row."""
 
     def some(first: int, last: int) -> None:
         require_library().sp_score(
             out.data_ptr() + 4 * first,
-            n,
+            out.stride(0),
             taken.data_ptr(),
             taken.stride(0),
-            count,
+            len(taken),
             _address(stored, first),
             stored.stride(0) * stored.element_size(),
             _address(scale, first),
@@ -107,8 +124,7 @@ def score_native(queries: Tensor, rows: Rows, scale: Tensor | None) -> Tensor:
         )
 
     bounds = _shares(stored)
-    run_jobs([partial(some, *pair) for pair in pairwise(bounds)], _nanoseconds(count, stored))
-    return out
+    run_jobs([partial(some, *pair) for pair in pairwise(bounds)], _nanoseconds(len(taken), stored))
 
 
 class StrongestNative:
@@ -123,13 +139,19 @@ class StrongestNative:
 
     def add(self, queries: Tensor, rows: Rows, scale: Tensor | None, first: int) -> None:
         """Offer rows."""
-        if takes_product(len(queries), rows):
+        if takes_product(len(queries)):
             for start, stop, part in _blocks(rows, len(queries)):
                 block = aligned_scratch("scores", len(queries) * len(part)).view(len(queries), len(part))
                 torch.mm(queries, part.T, out=block)
                 self.add_scores(block, None if scale is None else scale[start:stop], first + start)
             return
-        self._add_few(*_Few.of(queries, rows), _contiguous(scale), first)
+        scale = _contiguous(scale)
+        if _unpacked_first(len(queries), rows):
+            for start, stop, part in _blocks(rows, len(queries)):
+                block_scale = None if scale is None else scale[start:stop]
+                self._add_few(*_Few.of(queries, part), block_scale, first + start)
+        else:
+            self._add_few(*_Few.of(queries, rows), scale, first)
 
     def _add_few(self, queries: Tensor, rows: Tensor, scale: Tensor | None, first: int) -> None:
         """Each job has heaps of its own, which take no score that the common ones would refuse."""

@@ -187,8 +187,9 @@ def test_neither_processors_nor_threads_change_a_bit(count, bits, at_level, monk
 def test_both_routes_of_the_compiled_code_agree(bits, monkeypatch):
     queries, rows, scale = operands(9, 300, 50, LEVELS[bits])
     exact, bound = exact_and_bound(queries, decoded(rows), scale)
-    for takes_product in (False, True):
+    for takes_product, unpacked_first in ((False, False), (False, True), (True, False)):
         monkeypatch.setattr(scoring_native, "takes_product", lambda *_, chosen=takes_product: chosen)
+        monkeypatch.setattr(scoring_native, "_unpacked_first", lambda *_, chosen=unpacked_first: chosen)
         monkeypatch.setattr(scoring_native, "_HEIGHT", (7, 64))
         best = scoring_native.StrongestNative(9, 4, True)
         best.add(queries, rows, scale, 0)
@@ -203,12 +204,9 @@ def test_how_many_queries_are_looked_up():
     """As many as pay, but tables of several queries must fit the cache."""
     narrow, wide = ({bits: packed(1, k, WHOLE[bits]) for bits in WHOLE} for k in (8, 1 << 17))
     for bits, most in scoring_native._FEW_OF_CODES.items():
-        assert [scoring_native.takes_product(count, narrow[bits]) for count in (1, most, most + 1)] == [
-            False,
-            False,
-            True,
-        ]
-        assert [scoring_native.takes_product(count, wide[bits]) for count in (1, most)] == [False, True]
+        looked_up = [not scoring_native._unpacked_first(count, narrow[bits]) for count in (1, most, most + 1)]
+        assert looked_up == [True, True, False]
+        assert [not scoring_native._unpacked_first(count, wide[bits]) for count in (1, most)] == [True, False]
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=native)])

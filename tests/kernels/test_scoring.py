@@ -248,8 +248,8 @@ def test_threads_change_no_bit(count, dtype, monkeypatch):
 @native
 def test_few_queries_are_as_many_as_the_compiled_code_takes():
     assert ctypes.c_int.in_dll(native_library(), "sp_score_few").value == scoring_native._FEW
-    assert not scoring_native.takes_product(scoring_native._FEW, torch.ones(1, 1))
-    assert scoring_native.takes_product(scoring_native._FEW + 1, torch.ones(1, 1))
+    assert not scoring_native.takes_product(scoring_native._FEW)
+    assert scoring_native.takes_product(scoring_native._FEW + 1)
 
 
 @native
