@@ -29,9 +29,10 @@ class RecorderCallback:
     """Records the learning rate and the gradient norm of every optimizer step, and checkpoints with optimizer state.
 
     ``Trainer(..., callbacks=[RecorderCallback(dir)])``; afterwards ``Trajectory.from_hf_trainer(dir)`` reads the
-    directory. Steps that a GradScaler skips count with a learning rate of 0. Where gradients of one process are no
-    whole (several processes), norms are taken from the Trainer's log, which then has to be written at every step
-    (``logging_steps=1``). A run that is resumed goes on in the same directory.
+    directory. Steps that a GradScaler skips are written down as such: they take no time, and the optimizer does not
+    number them. Where gradients of one process are no whole (several processes), norms are taken from the Trainer's
+    log, which then has to be written at every step (``logging_steps=1``). A run that is resumed goes on in the same
+    directory.
 
     Args:
         dir: directory of this run, made if need be.
@@ -90,7 +91,7 @@ class RecorderCallback:
         self._log: CallbackLog | None = None
         self._removable: list[Any] = []
         self._squares: dict[int, Tensor] = {}  # by parameter: squared norm of its gradient, before clipping
-        self._rate = 0.0  # of the step that the optimizer took since the last one of ours
+        self._rate: float | None = None  # of the update that the optimizer made since the last step of ours
         self._momentum: float | None = None  # at that step, or at the last one that was taken
         self._norm: float | None = None
         self._weights: int | None = None  # after the last step
@@ -196,8 +197,8 @@ class RecorderCallback:
         step = int(state.global_step)
         self._log.add_step(step, self._rate, self._norm, self._momentum)
         if self._capture is not None:
-            self._capture.add_step(self._rate, None, None, self._clip_factor)
-        self._rate, self._norm, self._weights = 0.0, None, weights_stamp(model)
+            self._capture.add_step(self._rate or 0.0, None, None, self._clip_factor)
+        self._rate, self._norm, self._weights = None, None, weights_stamp(model)
         # The end is recorded here: `load_best_model_at_end` brings other weights before `on_train_end`.
         ends = step >= state.max_steps or bool(getattr(control, "should_training_stop", False))
         if ends or step in self._at or (self._every is not None and step % self._every == 0):
@@ -278,7 +279,7 @@ class RecorderCallback:
         return clip_factor(self._norm, self._max_norm) if self._norm is not None and self._max_norm else 1.0
 
     def _see_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        self._rate = 0.0 if skips_step(optimizer) else float(optimizer.param_groups[0]["lr"])
+        self._rate = None if skips_step(optimizer) else float(optimizer.param_groups[0]["lr"])
         self._momentum = optimizer.param_groups[0].get("momentum")
 
     def _see_gradient(self, parameter: Tensor) -> None:

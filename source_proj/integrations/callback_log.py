@@ -2,7 +2,8 @@
 
 ::
 
-    updates.jsonl             {"begin": 0}, {"step": 1, "lr": 0.1, "momentum": 0.9, "grad_norm": 2.0}, {"checkpoint": 4}
+    updates.jsonl             {"begin": 0}, {"step": 1, "lr": 0.1, "made": true, "momentum": 0.9, "grad_norm": 2.0},
+                              {"checkpoint": 4}
     step_00000004.pt          the model's state_dict after 4 optimizer steps
     optimizer_00000004.pt     the optimizer's, with parameter names
     capture_00000004.pt       the sums of a capture, where there is one: at the last two saves, and at ends of segments
@@ -51,7 +52,8 @@ class CallbackLog:
     Attributes:
         dir: the directory.
         max_grad_norm: what gradients were clipped to; 0 for no clipping.
-        rates: learning rate of the update that led to each step.
+        rates: learning rate of the update that led to each step; 0 of one that was skipped.
+        made: whether that update was made; nothing where that was not written down.
         norms: norm of its gradient before clipping, where it is known.
         momenta: the optimizer's momentum at that update, where it has one.
         checkpoints: steps of the checkpoints, by step: SHA-256 of the files with weights and optimizer.
@@ -62,6 +64,7 @@ class CallbackLog:
     max_grad_norm: float = 0.0
     label_smoothing: float = 0.0
     rates: dict[int, float] = field(default_factory=dict)
+    made: dict[int, bool] = field(default_factory=dict)
     norms: dict[int, float] = field(default_factory=dict)
     momenta: dict[int, float] = field(default_factory=dict)
     checkpoints: dict[int, list[str]] = field(default_factory=dict)
@@ -107,7 +110,7 @@ class CallbackLog:
                 begin = int(line["begin"])
                 log.max_grad_norm = float(line["max_grad_norm"])
                 log.label_smoothing = float(line.get("label_smoothing", 0.0))
-                for known in (log.rates, log.norms, log.momenta, log.checkpoints, log.captures):
+                for known in (log.rates, log.made, log.norms, log.momenta, log.checkpoints, log.captures):
                     for step in [step for step in known if step > begin]:
                         del known[step]
             elif "capture" in line:
@@ -115,15 +118,23 @@ class CallbackLog:
             elif "checkpoint" in line:
                 log.checkpoints[int(line["checkpoint"])] = list(line["sha256"])
             else:
+                if "made" in line:
+                    log.made[int(line["step"])] = bool(line["made"])
                 for key, known in (("lr", log.rates), ("grad_norm", log.norms), ("momentum", log.momenta)):
                     if key in line:
                         known[int(line["step"])] = float(line[key])
         return log
 
-    def add_step(self, step: int, rate: float, norm: float | None, momentum: float | None) -> None:
-        """Write down an update."""
+    def skipped(self, last: int) -> list[int] | None:
+        """Numbers of the updates until a step that were not made, from 0 on; None where that is not known of all."""
+        steps = range(1, last + 1)
+        return [step - 1 for step in steps if not self.made[step]] if all(step in self.made for step in steps) else None
+
+    def add_step(self, step: int, rate: float | None, norm: float | None, momentum: float | None) -> None:
+        """Write down an update; of rate None, one that was skipped."""
         optional = {"grad_norm": norm, "momentum": momentum}
-        self._append({"step": step, "lr": rate} | {key: value for key, value in optional.items() if value is not None})
+        update = {"step": step, "lr": rate or 0.0, "made": rate is not None}
+        self._append(update | {key: value for key, value in optional.items() if value is not None})
 
     def add_norm(self, step: int, norm: float) -> None:
         """Write down the norm of an update's gradient."""
@@ -213,7 +224,10 @@ def callback_stage(
     groups = {step: state["param_groups"][0] for step, state in states.items()}
     momenta = {step - 1: momentum for step, momentum in log.momenta.items()}
     names = [name for group in state["param_groups"] for name in group["param_names"]]  # "" for one not in the model
-    history = [{"step": step, "grad_norm": norm} for step, norm in log.norms.items()]
+    skipped = log.skipped(steps[-1])
+    # What overflowed has no norm, and nothing was clipped of it.
+    norms = {**log.norms, **{number + 1: 0.0 for number in skipped or ()}} if log.norms else {}
+    history = [{"step": step, "grad_norm": norm} for step, norm in norms.items()]
     clipped = clipping(history, steps[-1], log.max_grad_norm)
     if clipped.assumed:
         warnings.warn(f"{str(directory)!r}: {clipped.assumed}", UserWarning, stacklevel=2)
@@ -227,6 +241,7 @@ def callback_stage(
         clip_factors=clipped.factors if min(clipped.factors) < 1 else None,
         time_factors=momentum_factors(optimizer, described, groups, steps[-1], momenta),
         trained=[name for name in names if name],
+        skipped=skipped,
     )
 
 

@@ -28,6 +28,7 @@ class StageOptions(LossOptions, total=False):
     start_step: int
     clip_factors: Schedule | None
     time_factors: Schedule | None
+    skipped: Sequence[int] | None
 
 
 class ReadOptions(LossOptions, total=False):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj.trajectory.checkpoint import Checkpoint
-from source_proj.trajectory.optimizers import Moments, PreconditionedOptimizer, moments
+from source_proj.trajectory.optimizers import Moments, PreconditionedOptimizer, is_untouched, moments
 from source_proj.trajectory.record import FACTORED, PER_SEGMENT, RunRecord, StageRecord
 from source_proj.trajectory.scale import Coordinates, Scale, best_factors
 from source_proj.trajectory.stages import Stage
@@ -81,8 +81,8 @@ def _resolved(stage: Stage, model: nn.Module, space: Coordinates, metrics: _Metr
     return replace(record, metrics=(metrics.index(None),) * count)
 
 
-def _with_state(checkpoints: Sequence[Checkpoint], what: str) -> list[Checkpoint]:
-    with_state = [c for c in checkpoints if c.step > 0 or c.optimizer_state is not None]
+def _with_state(stage: Stage, checkpoints: Sequence[Checkpoint], what: str) -> list[Checkpoint]:
+    with_state = [checkpoint for checkpoint in checkpoints if not _is_initial(stage, checkpoint)]
     if not with_state:
         raise MismatchError(
             f"{what} consists of the initial weights alone, where no optimizer has a second moment yet: join it with "
@@ -91,13 +91,20 @@ def _with_state(checkpoints: Sequence[Checkpoint], what: str) -> list[Checkpoint
     return with_state
 
 
+def _is_initial(stage: Stage, checkpoint: Checkpoint) -> bool:
+    """Whether no update was made before a checkpoint, at step 0 or after steps that were skipped."""
+    if checkpoint.optimizer_state is None:
+        return checkpoint.step == 0
+    return stage.lr_integrals[stage.checkpoints.index(checkpoint)] == 0 and is_untouched(checkpoint)
+
+
 def _metric(
     stage: Stage, group: Sequence[int], optimizer: PreconditionedOptimizer, model: nn.Module, space: Coordinates
 ) -> tuple[Scale, float]:
     """The square root of the mean P, factored or not, and the one number λ̄ that stands for weight decay."""
     p, v, decay = (torch.zeros(space.size, dtype=torch.float64, device="cpu") for _ in range(3))
     checkpoints = [stage.checkpoints[c] for c in group]
-    with_state = _with_state(checkpoints, f"the segment of {checkpoints}")
+    with_state = _with_state(stage, checkpoints, f"the segment of {checkpoints}")
     for checkpoint, divisor in zip(with_state, _divisors(stage, with_state), strict=True):
         plain = stage.plain_shares[stage.checkpoints.index(checkpoint)]
         for place, own in _moments(checkpoint, optimizer, model, space, plain):
@@ -126,9 +133,9 @@ def _factored(p: Tensor, v: Tensor, space: Coordinates) -> Iterator[Tensor]:
 def _divisors(stage: Stage, checkpoints: Sequence[Checkpoint]) -> list[float]:
     """What P at each checkpoint is divided by in the mean: their number, or by the time up to each."""
     times = stage.interval_times
-    if times is None:
+    own = [] if times is None else [times[stage.checkpoints.index(checkpoint)] for checkpoint in checkpoints]
+    if not any(own):  # also where no update moved anything
         return [float(len(checkpoints))] * len(checkpoints)
-    own = [times[stage.checkpoints.index(checkpoint)] for checkpoint in checkpoints]
     return [sum(own) / time if time > 0 else math.inf for time in own]
 
 
@@ -140,7 +147,7 @@ def _scalars(
     p H has the trace of P^½ H P^½ where v̂ is H's diagonal.
     """
     numbers: dict[int, tuple[float, float]] = {}
-    for checkpoint in _with_state(stage.checkpoints, f"stage {stage.name!r}"):
+    for checkpoint in _with_state(stage, stage.checkpoints, f"stage {stage.name!r}"):
         plain = stage.plain_shares[stage.checkpoints.index(checkpoint)]
         p, v, decay = (torch.zeros(space.size, dtype=torch.float64, device="cpu") for _ in range(3))
         for place, own in _moments(checkpoint, optimizer, model, space, plain):

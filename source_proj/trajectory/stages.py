@@ -14,7 +14,8 @@ import torch
 from source_proj._errors import MismatchError, MissingFileError
 from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.counts import checked_count
-from source_proj.trajectory.optimizers import SGD, Optimizer, Updates, updates_before
+from source_proj.trajectory.made import Count, MadeUpdates
+from source_proj.trajectory.optimizers import SGD, Optimizer, Updates, updates_counted
 from source_proj.trajectory.options import ReadOptions, Schedule
 from source_proj.trajectory.record import CheckpointRef, PreconditionerMode, StageRecord
 from source_proj.trajectory.recording.run_files import RecordedRun
@@ -69,6 +70,9 @@ class Stage:
         trained: names of the parameters that the optimizer held; None where that is not known. See
             :func:`trained_parameters`.
         label_smoothing: of the loss that was trained with; None where that is not known.
+        skipped: numbers of the updates that were not made, as a GradScaler skips some, in the stage's own count. They
+            take no time, and the optimizer does not number them. None where that is not known: of the updates of rate
+            0, as many count as skipped as the optimizer's own counts at checkpoints say.
 
     Raises:
         ValueError: anything that does not add up; the message names the value.
@@ -89,11 +93,13 @@ class Stage:
     time_factors: Schedule | None = None
     trained: Sequence[str] | None = None
     label_smoothing: float | None = None
+    skipped: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "checkpoints", self._checked_points())
         self._check_loss()
         self._check_steps()
+        self._check_skipped()
         modes = get_args(PreconditionerMode)
         if self.preconditioner not in modes:
             raise ValueError(f"preconditioner must be one of {', '.join(modes)}, got {self.preconditioner!r}")
@@ -155,6 +161,7 @@ class Stage:
             clip_factors=run.clip_factors(),
             time_factors=run.time_factors(),
             trained=run.trained,
+            skipped=run.skipped(),
             **options,
         )
 
@@ -167,7 +174,14 @@ class Stage:
         """
         groups = self.segment_indices
         averaged = [_average([self.checkpoints[i] for i in group]) for group in groups]
-        return replace(self, checkpoints=averaged, segments=len(averaged), final=self.final or self.checkpoints[-1])
+        made: MadeUpdates | None = self.__dict__.get("_made")  # told by the states of all checkpoints
+        return replace(
+            self,
+            checkpoints=averaged,
+            segments=len(averaged),
+            final=self.final or self.checkpoints[-1],
+            skipped=self.skipped if made is None else [self.start_step + place for place in made.skipped],
+        )
 
     def describe(self) -> StageRecord:
         """The stage's record as far as it is known without a model: no preconditioner is read.
@@ -235,6 +249,17 @@ class Stage:
                 "last segment, so add them to checkpoints"
             )
 
+    def _check_skipped(self) -> None:
+        if self.skipped is None:
+            return
+        own = tuple(checked_count("skipped, numbers of updates,", number, self.start_step) for number in self.skipped)
+        if own and max(own) >= self.checkpoints[-1].step:
+            raise ValueError(
+                f"skipped has update {max(own)}, and stage {self.name!r} ends at step {self.checkpoints[-1].step}: the "
+                "update that leads from step t to t + 1 is number t"
+            )
+        object.__setattr__(self, "skipped", own)
+
     @property
     def interval_times(self) -> list[float] | None:
         """Time from checkpoint to checkpoint, which weighs P at the latter; None where P has no step of its own."""
@@ -246,15 +271,16 @@ class Stage:
     def plain_shares(self) -> list[float]:
         """Of the time since the checkpoint before each, the share of updates that the optimizer makes without P."""
         steps = [c.step for c in self.checkpoints]
-        plain = self.start_step + self.optimizer.plain_updates
-        if plain > self.start_step:
-            plain -= self._updates_before()
-        if plain <= self.start_step:
+        plain, made = self.optimizer.plain_updates, self.__dict__.get("_made")
+        if not plain or made is None or made.before >= plain:
             return [0.0] * len(steps)
+        numbers = made.numbers()
         whole = self._update_times(clipped=True, stepped=True)
         intervals = [range(begin, end) for begin, end in pairwise([self.start_step, *steps])]
         totals = [math.fsum(whole(t) for t in interval) for interval in intervals]
-        early = [math.fsum(whole(t) for t in interval if t < plain) for interval in intervals]
+        early = [
+            math.fsum(whole(t) for t in interval if numbers[t - self.start_step] <= plain) for interval in intervals
+        ]
         return [part / total if total else 0.0 for part, total in zip(early, totals, strict=True)]
 
     def _integrate(self, clipped: bool = True, stepped: bool = True) -> list[float]:
@@ -275,33 +301,36 @@ class Stage:
         own: Sequence[float] | None = self.__dict__["_own_factors"] if stepped else None
         if own is not None:
             factors.append(lambda t: own[t - self.start_step])
-        return lambda t: math.prod((factor(t) for factor in factors), start=rate(t))
+        skipped = frozenset(self.skipped or ())
+        return lambda t: 0.0 if t in skipped else math.prod((factor(t) for factor in factors), start=rate(t))
 
     def _step_factors(self) -> list[float] | None:
         """What the optimizer makes of each update, where that depends on the step."""
-        if type(self.optimizer).step_factors is Optimizer.step_factors:
-            return None  # before a schedule is asked for every rate a second time
+        if self.optimizer.step_factors(Updates([1.0], [1])) is None:
+            return None  # before a schedule is asked for every rate a second time, and states are read
         begin, steps = self.start_step, [c.step for c in self.checkpoints]
         rate = self._rate(steps[-1])
         rates = [rate(t) for t in range(begin, steps[-1])]
-        counts = [step - begin for step in steps]
-        return self.optimizer.step_factors(Updates(rates, counts, self._updates_before())) if rates else None
+        made = self._updates_made(rates)
+        object.__setattr__(self, "_made", made)
+        updates = made.updates(rates, (step - begin for step in steps))
+        factors = self.optimizer.step_factors(updates) if updates.rates else None
+        return made.spread(factors or ()) if rates else None
 
-    def _updates_before(self) -> int:
-        """How many updates the optimizer had made when the stage began: one may go on from stage to stage."""
-        with_state = [c for c in self.checkpoints if c.step > self.start_step and c.optimizer_state is not None]
-        if not with_state or self.optimizer.step_factors(Updates([1.0], [1])) is None:
-            return 0
-        before = [updates_before(c, c.step - self.start_step) for c in with_state]
-        for place, (first, second) in enumerate(pairwise(with_state)):
-            # A GradScaler leaves some steps out, never most of them.
-            if before[place] - before[place + 1] > (second.step - first.step) / 2:
+    def _updates_made(self, rates: Sequence[float]) -> MadeUpdates:
+        """Which updates the optimizer made, and how many before the stage."""
+        begin = self.start_step
+        with_state = [c for c in self.checkpoints if c.step > begin and c.optimizer_state is not None]
+        counts = [Count(c.step - begin, own) for c in with_state if (own := updates_counted(c))]
+        made = MadeUpdates.of(rates, None if self.skipped is None else [t - begin for t in self.skipped], counts)
+        for first, second in pairwise(counts):
+            if made.begun_anew(first, second):
                 raise ValueError(
-                    f"the optimizer's state was begun anew between steps {first.step} and {second.step} of stage "
-                    f"{self.name!r}, and {type(self.optimizer).__name__} steps by how many steps it made before: make "
-                    "what follows a stage of its own"
+                    f"the optimizer's state was begun anew between steps {begin + first.steps} and "
+                    f"{begin + second.steps} of stage {self.name!r}, and {type(self.optimizer).__name__} steps by how "
+                    "many steps it made before: make what follows a stage of its own"
                 )
-        return max(0, before[0])
+        return made
 
     def _rate(self, last_step: int) -> Callable[[int], float]:
         """Return the learning rate as a checked function of the update's number."""

@@ -123,6 +123,8 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
         (lambda d: d["checkpoints"][0].update(weights=None), "weights must be a string"),
         (lambda d: d["checkpoints"][0].update(file="../x.pt"), "has an unknown entry 'file'"),
         (lambda d: d["checkpoints"][0].pop("moments"), "lacks 'moments'"),
+        (lambda d: d["checkpoints"][1].update(skipped=[0]), "skipped must be numbers of the 1 updates to step 2"),
+        (lambda d: d["checkpoints"][1].update(skipped=[1, 1]), r"in order and each once, got \[1, 1\]"),
         (lambda d: d.update(resume=None), "resume is None with 2 checkpoints"),
         (lambda d: d.update(optimizer={"name": "SGD"}), "optimizer: SGD lacks 'momentum'"),
         (lambda d: d.update(state=[]), "state must be an object"),

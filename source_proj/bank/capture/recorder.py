@@ -353,7 +353,7 @@ class Recorder(RunRecorder):
             return
         progress, ends = self._progress, self._progress.steps in self._ends
         updates = update_runs(progress, self._max_norm)
-        checkpoint = RecordedCheckpoint(progress.steps, "", None, updates, None, ends)
+        checkpoint = RecordedCheckpoint(progress.steps, "", None, updates, None, ends, progress.skipped)
         run = replace(progress.run, checkpoints=(*progress.run.checkpoints, checkpoint), resume="")
         self._progress = Progress(run, [], progress.last_seen)
 

@@ -6,7 +6,7 @@ from source_proj.trajectory.optimizers.adam import Adam
 from source_proj.trajectory.optimizers.adamax import Adamax
 from source_proj.trajectory.optimizers.base import Optimizer, Options, PreconditionedOptimizer, Updates
 from source_proj.trajectory.optimizers.groups import ParameterGroup
-from source_proj.trajectory.optimizers.moments import Moments, moments, names_parameters, updates_before
+from source_proj.trajectory.optimizers.moments import Moments, is_untouched, moments, names_parameters, updates_counted
 from source_proj.trajectory.optimizers.nadam import NAdam
 from source_proj.trajectory.optimizers.radam import RAdam
 from source_proj.trajectory.optimizers.rmsprop import RMSprop
@@ -31,7 +31,8 @@ __all__ = [
     "ScheduleFreeAdamW",
     "ScheduleFreeSGD",
     "Updates",
+    "is_untouched",
     "moments",
     "names_parameters",
-    "updates_before",
+    "updates_counted",
 ]

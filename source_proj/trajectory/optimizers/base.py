@@ -24,7 +24,7 @@ _SAME = 1e-6  # of the largest rate: learning rates that differ by less have kep
 
 
 class Updates(NamedTuple):
-    """The updates of a stage from its first one on.
+    """The updates that were made in a stage, from its first one on; steps that were skipped are none.
 
     Attributes:
         rates: learning rate of each.

@@ -148,7 +148,10 @@ def held_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
 
 
 def second_moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """What P is computed from, by parameter name, in the form of a ``state_dict()``, on the CPU."""
+    """What P is computed from, by parameter name, in the form of a ``state_dict()``, on the CPU.
+
+    The number of updates is kept too where the groups count them, and no parameter's state does.
+    """
     kept = _known_class(optimizer)[0].kept
     names = {id(p): name for name, p in model.named_parameters()}
     state = {
@@ -156,7 +159,8 @@ def second_moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[s
         for p, entry in optimizer.state.items()
         if id(p) in names
     }
-    return {"state": state, "param_groups": []}
+    counts = [{"params": [], "param_names": [], "k": group["k"]} for group in optimizer.param_groups if "k" in group]
+    return {"state": state, "param_groups": counts}
 
 
 def kept_state(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from source_proj.trajectory.optimizers.base import PreconditionedOptimizer
 from source_proj.trajectory.optimizers.describe import check_state, steps_of
 from source_proj.trajectory.optimizers.naming import named_entries
 
-__all__ = ["Moments", "moments", "names_parameters", "updates_before"]
+__all__ = ["Moments", "is_untouched", "moments", "names_parameters", "updates_counted"]
 
 _WRAPPERS = ("optimizer", "optimizer_state_dict", "optimizer_state", "optimizer_states")
 
@@ -91,11 +91,12 @@ def _moments(
     except ValueError as error:
         raise MismatchError(str(error)) from error
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    own_step = steps_of(state) or step  # steps that were skipped are none of the optimizer's
     for name, entry in named_entries(state, model, source, optimizer).items():
         if name not in shapes or not any(key in entry for key in optimizer.kept):
             continue  # a buffer of another wrapper, or a parameter that never had a gradient
         group = optimizer.group(name)
-        second = optimizer.second_moment(entry, step)
+        second = optimizer.second_moment(entry, own_step)
         if tuple(second.shape) != shapes[name]:
             raise MismatchError(
                 f"{source}: the second moment of {name!r} has shape {tuple(second.shape)}, and the parameter "
@@ -106,7 +107,7 @@ def _moments(
                 f"{source}: the second moment of {name!r} is a mean of squares, and holds numbers below 0 or not "
                 "finite: the file was altered, or training diverged"
             )
-        own = optimizer.preconditioner(entry, step)
+        own = optimizer.preconditioner(entry, own_step)
         scale = group.lr_scale * torch.where(own > 0, own + plain * (1 - own), 0.0)
         decay = float(group.weight_decay or 0.0)
         factor = scale if optimizer.decays_with_metric else torch.full_like(scale, group.lr_scale)
@@ -124,17 +125,24 @@ def names_parameters(checkpoint: StateAtStep) -> bool:
     return by_name or all("param_names" in group for group in state["param_groups"])
 
 
-def updates_before(checkpoint: StateAtStep, updates: int) -> int:
-    """How many updates the optimizer had made before a stage, by its state after so many updates of the stage.
+def updates_counted(checkpoint: StateAtStep) -> int:
+    """How many updates the optimizer had made by its state, before the stage too.
 
-    It is below 0 where the optimizer made fewer than were counted, as a GradScaler has it. Where the state does not
-    say, or cannot be read, it is 0; what is wrong with it is said where P is read.
+    Where the state does not say, or cannot be read, it is 0; what is wrong with it is said where P is read.
     """
     try:
-        made = steps_of(_unwrap(_load(checkpoint), repr(checkpoint)))
-        return made - updates if made else 0
+        return steps_of(_unwrap(_load(checkpoint), repr(checkpoint)))
     except Exception:  # whatever stands in a foreign file
         return 0
+
+
+def is_untouched(checkpoint: StateAtStep) -> bool:
+    """Whether a checkpoint's optimizer state says that no update was ever made."""
+    try:
+        entries = _unwrap(_load(checkpoint), repr(checkpoint))["state"].values()
+        return not any(float(entry.get("step", bool(entry))) for entry in entries)
+    except Exception:  # whatever stands in a foreign file
+        return False
 
 
 def _load(checkpoint: StateAtStep) -> Any:

@@ -29,12 +29,16 @@ class Seen(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """An update since the last checkpoint; ``seen`` is the number of the last step of the optimizer until then."""
+    """A step since the last checkpoint; ``seen`` is the number of the last step of the optimizer until then.
+
+    ``made`` is whether it was an update: a skipped step has the rate 0, and so has one that a schedule stops.
+    """
 
     seen: int
     rate: float
     norm: Norm
     time_factor: float
+    made: bool = True
 
 
 class Progress(NamedTuple):
@@ -48,6 +52,11 @@ class Progress(NamedTuple):
     def steps(self) -> int:
         """Updates so far."""
         return self.run.last_step + len(self.pending)
+
+    @property
+    def skipped(self) -> tuple[int, ...]:
+        """Numbers of the steps since the last checkpoint, from 0 on, that were skipped."""
+        return tuple(number for number, own in enumerate(self.pending, self.run.last_step) if not own.made)
 
     @property
     def last_seen(self) -> int:
@@ -71,7 +80,7 @@ def updates_of_call(
     """
     optimizer = progress.run.optimizer
     if not seen:
-        return [Pending(progress.last_seen, 0.0, norms[-1], optimizer.time_factor)]
+        return [Pending(progress.last_seen, 0.0, norms[-1], optimizer.time_factor, made=False)]
     own = [*([None] * (2 - len(norms))), *norms][-len(seen) :]
     if len(seen) > len(own) or (max_norm is not None and None in own):
         raise MismatchError(

@@ -48,7 +48,7 @@ class Recorder:
     """Records checkpoints, and the learning rate of every step, while a model is trained.
 
     Call :meth:`step` once after every ``optimizer.step()``, before or after a scheduler's: learning rate and momentum
-    are read while the optimizer steps. If it did not step (a GradScaler may skip one), the rate counts as 0.
+    are read while the optimizer steps. If it did not (a GradScaler may skip one), the step is noted as skipped.
 
     A checkpoint counts once everything is on the disk, so a run may be killed at any instant: the same program then
     goes on from the last checkpoint, with the model, the optimizer and torch's random states as they were. Where
@@ -338,7 +338,7 @@ class Recorder:
         hashes = dict(zip(contents, write_tensors({self.dir / n: c for n, c in contents.items()}), strict=True))
         weights, resume = hashes[weights_name(step)], hashes[resume_name(step)]
         moments, captured = hashes.get(moments_name(step)), hashes.get(capture_name(step))
-        checkpoint = RecordedCheckpoint(step, weights, moments, updates, captured, step in self._ends)
+        checkpoint = RecordedCheckpoint(step, weights, moments, updates, captured, step in self._ends, progress.skipped)
         trained = dict.fromkeys([*progress.run.trained, *held_names(self._optimizer, self._model)])
         checkpoints = (*progress.run.checkpoints, checkpoint)
         run = replace(progress.run, trained=tuple(trained), checkpoints=checkpoints, resume=resume)

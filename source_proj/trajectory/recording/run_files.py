@@ -56,7 +56,8 @@ __all__ = [
 
 _NAME = "trajectory.json"
 _FORMAT = "source-proj recorded run"
-_VERSION = 5
+_VERSION = 6
+_UNTOLD = 5  # the version before, which does not say which steps were skipped
 _MOST_STEPS = 10_000_000  # of a run; a larger count in a foreign file would fill the memory
 _HEADER = {"format", "version"}
 _KINDS = ("step", "moments", "optimizer", "capture")
@@ -76,6 +77,8 @@ class RecordedCheckpoint:
         updates: those since the checkpoint before.
         capture: SHA-256 of the file of the recorder's companion, where it has one.
         ends_segment: whether that file stays, and the companion began anew after it.
+        skipped: numbers of those of the updates that were not made, from 0 at the run's beginning; None where that was
+            not written down.
 
     Raises:
         ValueError: a number is out of its range.
@@ -87,6 +90,7 @@ class RecordedCheckpoint:
     updates: tuple[UpdateRun, ...]
     capture: str | None = None
     ends_segment: bool = False
+    skipped: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.step <= _MOST_STEPS:
@@ -97,6 +101,12 @@ class RecordedCheckpoint:
                     f"updates[{place}] must be a rate of at least 0, a clip factor of 0 to 1, a positive time factor "
                     f"and a count of 1 to {self.step}, got {[rate, clip, factor, count]}"
                 )
+        places = [self.step - self.count - 1, *(self.skipped or ()), self.step]
+        if any(before >= after for before, after in pairwise(places)):
+            raise ValueError(
+                f"skipped must be numbers of the {self.count} updates to step {self.step}, in order and each once, got "
+                f"{list(self.skipped or ())}"
+            )
 
     @property
     def count(self) -> int:
@@ -170,6 +180,11 @@ class RecordedRun:
         changed = any(factor != own for checkpoint in self.checkpoints for _, _, factor, _ in checkpoint.updates)
         return self._column(2) if changed else None
 
+    def skipped(self) -> list[int] | None:
+        """Numbers of the updates up to the last checkpoint that were not made; None where that is not known."""
+        own = [number for checkpoint in self.checkpoints for number in checkpoint.skipped or ()]
+        return None if any(checkpoint.skipped is None for checkpoint in self.checkpoints) else own
+
     def _column(self, place: int) -> list[float]:
         return [float(run[place]) for c in self.checkpoints for run in c.updates for _ in range(run[3])]
 
@@ -195,10 +210,12 @@ class RecordedRun:
             content = dict(read_json(path))
             digest = content.pop("digest", None)
             kind = (content.get("format"), content.get("version"))
-            if kind != (_FORMAT, _VERSION):
+            if kind not in ((_FORMAT, _VERSION), (_FORMAT, _UNTOLD)):
                 raise ValueError(f"format {kind[0]!r}, version {kind[1]!r}")
             if digest != _digest(content):
                 raise ValueError("its content is not that of its digest: it was changed since")
+            if kind == (_FORMAT, _UNTOLD):
+                content["checkpoints"] = [{**one, "skipped": None} for one in content.get("checkpoints", ())]
             return read_record(cls, {name: content[name] for name in content.keys() - _HEADER}, _NAME)
         except (ValueError, TypeError, RecursionError) as error:
             raise MismatchError(
