@@ -1,5 +1,6 @@
 """Exact unrolling against retraining with slightly other weights, plain loops written out, and SOURCE's limit."""
 
+import copy
 import math
 
 import numpy as np
@@ -31,13 +32,14 @@ OPTIMIZERS = {
 }
 
 
-def classification(seed):
+def classification(seed, norm=None):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    middle = [nn.Tanh()] if norm is None else [norm, nn.Tanh()]
+    model = nn.Sequential(nn.Linear(3, 4), *middle, nn.Linear(4, 3)).double()
     for p in model.parameters():
         p.data = draw(*p.shape) / 2
     train = TensorDataset(draw(N, 3), torch.randint(3, (N,), generator=generator))
@@ -47,8 +49,7 @@ def classification(seed):
 
 def retrained(model, data, batches, optimizer, weights, lr=None):
     """A plain loop of training with weighted examples: the weights at its end."""
-    twin = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
-    twin.load_state_dict(model.state_dict())
+    twin = copy.deepcopy(model)
     steps = optimizer(list(twin.parameters()))
     x, y = data.tensors
     for t, places in enumerate(batches):
@@ -69,6 +70,24 @@ def margins(model, queries):
 def drawn_batches(seed, steps):
     draw = np.random.default_rng(seed)
     return [draw.integers(N, size=draw.integers(1, 5)).tolist() for _ in range(steps)]  # an example may come twice
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.RMSNorm(4)])
+def test_normalised_models_have_the_slope_of_retraining(norm):
+    """torch differentiates GroupNorm twice for one cotangent alone, and not for several at once."""
+    model, train, queries = classification(5, norm)
+    batches, optimizer = drawn_batches(5, 4), OPTIMIZERS["momentum"]
+    scores = np.asarray(
+        ExactUnrolling(model, sp.Classification(), train, batches, optimizer, progress=False).score(queries)
+    )
+    for z in range(N):
+        ends = []
+        for change in (1e-5, -1e-5):
+            weights = torch.ones(N, dtype=torch.float64)
+            weights[z] += change
+            ends.append(margins(retrained(model, train, batches, optimizer, weights), queries).detach())
+        slope = ((ends[0] - ends[1]) / 2e-5).numpy()
+        assert scores[:, z] == pytest.approx(slope, rel=1e-4, abs=1e-6 * (1 + abs(scores).max()))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
