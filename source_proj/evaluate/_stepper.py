@@ -154,9 +154,10 @@ def derivatives(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Te
         return [x.new_zeros(size, *x.shape) for x in inputs]
     heads, given = [o for o, _ in connected], [c for _, c in connected]
     product = partial(torch.autograd.grad, heads, inputs, allow_unused=True, retain_graph=True)
+    found: tuple[Tensor | None, ...]
     try:
         found = product(given, is_grads_batched=True)
     except RuntimeError:  # torch has no batched second derivative of some operations, as of GroupNorm's
         each = [product([c[place] for c in given]) for place in range(size)]
-        found = tuple(map(_stacked, zip(*each, strict=True)))
+        found = tuple(_stacked(parts) for parts in zip(*each, strict=True))
     return [x.new_zeros(size, *x.shape) if d is None else d for d, x in zip(found, inputs, strict=True)]
