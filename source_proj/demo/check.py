@@ -11,7 +11,7 @@ from source_proj.attribution.words import signed
 from source_proj.demo.digits import Digits, make_network, make_optimizer, train
 from source_proj.task import Classification
 
-__all__ = ["Removal", "retrain_without", "verdict"]
+__all__ = ["Removal", "judged", "retrain_without", "verdict"]
 
 
 @dataclass(frozen=True)
@@ -67,33 +67,41 @@ class Removal:
         return more.actual > more.noise
 
 
-def verdict(removal: Removal) -> str:
+def judged(removal: Removal) -> str:
     """Say what the comparison shows, sign and size apart, also when the claim fails.
 
     The size holds where the actual change is the predicted one, but for the noise of retraining.
 
     Example:
+        >>> judged(Removal("without 20", 20, -2.0, (-1.0, -1.1, -0.9)))
+        'Sign holds, size does not'
+        >>> judged(Removal("without 20", 20, -2.0, (-2.0, -2.2, -1.9)))
+        'Sign and size hold'
+        >>> judged(Removal("without 20", 20, -2.0, (1.0, 1.1, 0.9)))
+        'Sign FAILS'
+        >>> judged(Removal("without 20", 20, -2.0, (1.0, -1.1, 0.9)))
+        'FAILS, no change beyond the noise of retraining'
+        >>> judged(Removal("20 at random", 20, 0.1, (0.2, -0.1, 0.1), named=((-1.0, -1.1, -0.9),)))
+        'Holds, less than the named ones change'
+    """
+    if removal.named:
+        return f"{'Holds, less' if removal.holds else 'FAILS, not less'} than the named ones change"
+    if removal.holds:
+        close = abs(removal.actual - removal.predicted) <= removal.noise
+        return "Sign and size hold" if close else "Sign holds, size does not"
+    none = abs(removal.actual) <= removal.noise
+    return "FAILS, no change beyond the noise of retraining" if none else "Sign FAILS"
+
+
+def verdict(removal: Removal) -> str:
+    """The same with the numbers.
+
+    Example:
         >>> verdict(Removal("without 20", 20, -2.0, (-1.0, -1.1, -0.9)))
         'Sign holds, size does not: predicted -2.00, came -1.00 ± 0.0577.'
-        >>> verdict(Removal("without 20", 20, -2.0, (-2.0, -2.2, -1.9)))
-        'Sign and size hold: predicted -2.00, came -2.03 ± 0.0882.'
-        >>> verdict(Removal("without 20", 20, -2.0, (1.0, 1.1, 0.9)))
-        'Sign FAILS: predicted -2.00, came +1.00 ± 0.0577.'
-        >>> verdict(Removal("without 20", 20, -2.0, (1.0, -1.1, 0.9)))
-        'FAILS: no change beyond the noise of retraining; predicted -2.00, came +0.267 ± 0.684.'
-        >>> verdict(Removal("20 at random", 20, 0.1, (0.2, -0.1, 0.1), named=((-1.0, -1.1, -0.9),)))
-        'Holds: less than the named ones change; predicted +0.100, came +0.0667 ± 0.0882.'
     """
     numbers = f"predicted {signed(removal.predicted)}, came {signed(removal.actual)} ± {signed(removal.error)[1:] or 0}"
-    if removal.named:
-        said = ("Holds", "less than") if removal.holds else ("FAILS", "not less than")
-        return f"{said[0]}: {said[1]} the named ones change; {numbers}."
-    close = abs(removal.actual - removal.predicted) <= removal.noise
-    if removal.holds:
-        return f"{'Sign and size hold' if close else 'Sign holds, size does not'}: {numbers}."
-    if abs(removal.actual) <= removal.noise:
-        return f"FAILS: no change beyond the noise of retraining; {numbers}."
-    return f"Sign FAILS: {numbers}."
+    return f"{judged(removal)}: {numbers}."
 
 
 def retrain_without(

@@ -13,7 +13,7 @@ from source_proj.attribution.parts import PartScores
 from source_proj.attribution.scores import Scores
 from source_proj.attribution.source import Segment
 from source_proj.attribution.words import signed
-from source_proj.demo.check import Removal, verdict
+from source_proj.demo.check import Removal, judged, verdict
 from source_proj.demo.digits import BATCH_SIZE, EPOCHS, LR, MOMENTUM, WEIGHT_DECAY, Digits, checkpoint_steps
 from source_proj.report import Check, Page, make_page
 
@@ -134,7 +134,7 @@ def demo_page(
             ("segments", "; ".join(_segment_fact(segment) for segment in parts.parts)),
         ),
         checks=tuple(
-            Check(each.name, each.predicted, each.actual, each.error, len(each.changes), verdict(each))
+            Check(each.name, each.predicted, each.actual, each.error, len(each.changes), judged(each))
             for each in removals
         ),
         check_title=f"Query {answers[0].query}, trained again",
@@ -148,7 +148,10 @@ def _segment_words(segments: Sequence[Segment]) -> tuple[str, ...]:
 
 
 def _segment_fact(segment: Segment) -> str:
-    return f"{segment.name}, time {segment.time:.3g}, tr(H) {segment.trace:.3g}, damping {segment.damping:.2g}"
+    return (
+        f"{segment.name}, time {segment.time:.3g} (sum of learning rates), trace of the curvature {segment.trace:.3g}, "
+        f"damping {segment.damping:.2g}"
+    )
 
 
 def _enlarged(pixels: Tensor) -> Any:
