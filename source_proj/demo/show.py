@@ -149,8 +149,8 @@ def _segment_words(segments: Sequence[Segment]) -> tuple[str, ...]:
 
 def _segment_fact(segment: Segment) -> str:
     return (
-        f"{segment.name}, time {segment.time:.3g} (the learning rate's integral), trace of the curvature {segment.trace:.3g}, "
-        f"damping {segment.damping:.2g}"
+        f"{segment.name}, time {segment.time:.3g} (the learning rate's integral), "
+        f"trace of the curvature {segment.trace:.3g}, damping {segment.damping:.2g}"
     )
 
 
