@@ -72,7 +72,7 @@ class Notes:
 
 
 def modules_of(model: nn.Module) -> dict[str, int]:
-    """How many modules of each kind a model has, but for those that only hold others or do nothing in evaluation.
+    """How many modules of each kind a model has, but for containers, losses, and what does nothing in evaluation.
 
     Example:
         >>> modules_of(nn.Sequential(nn.Linear(2, 3), nn.Dropout(), nn.Tanh(), nn.Linear(3, 2)))
@@ -86,7 +86,9 @@ def modules_of(model: nn.Module) -> dict[str, int]:
     return dict(sorted(kinds.items()))
 
 
-_NOTHING = (nn.modules.dropout._DropoutNd, nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_NOTHING = (
+    nn.modules.dropout._DropoutNd, nn.modules.loss._Loss, nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict
+)  # fmt: skip
 
 
 def _counted(kinds: Counter[str]) -> Sequence[str]:

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from source_proj._errors import GradientError
 
-__all__ = ["Outputs", "cannot_run", "random_halves", "require_same"]
+__all__ = ["OUTPUT", "Outputs", "cannot_run", "random_halves", "require_same"]
 
 Outputs: TypeAlias = list[tuple[str, Tensor]]
-"""Outputs of layers by name, in the order of their calls, examples in front."""
+"""Outputs of layers by name, in the order of their calls, and of the model, examples in front."""
 
-_APART, _APART_HALF = 1e-3, 5e-2  # relative: outputs of half a batch, in float32 and with half precision
+OUTPUT = "the model's output"
+_APART, _APART_COARSE = 1e-3, 5e-2  # relative: outputs of half a batch, in float32 and where products are coarser
 
 
 def random_halves(size: int, draw: int) -> tuple[Tensor, ...]:
@@ -30,32 +31,44 @@ def random_halves(size: int, draw: int) -> tuple[Tensor, ...]:
     return order.chunk(2)
 
 
-def require_same(whole: Outputs, parts: Sequence[Outputs], halves: Sequence[Tensor]) -> None:
-    """Compare what layers give for a batch and for its halves.
+def require_same(whole: Outputs, parts: Sequence[Outputs], halves: Sequence[Tensor], *, strict: bool) -> None:
+    """Compare what layers, and the model, give for a batch and for its halves.
 
     Args:
         whole: for the batch.
         parts: for the examples of each half.
         halves: which these are, in their order there.
+        strict: refuse what can't be compared, too: outputs of other shapes, as of sequences cut to a half's longest.
 
     Raises:
         GradientError: other layers were called, or the output of one is another for some example.
     """
     if any([name for name, _ in part] != [name for name, _ in whole] for part in parts):
-        raise GradientError("the layers that the model calls depend on which examples are in a batch")
-    order = torch.cat(tuple(halves))
+        if strict:
+            raise GradientError("the layers that the model calls depend on which examples are in a batch")
+        return
+    order, coarse = torch.cat(tuple(halves)), any(map(_is_coarse, whole))
     for place, (name, there) in enumerate(whole):
         outputs = [part[place][1] for part in parts]
-        shares = [output.shape[0] / len(half) for output, half in zip(outputs, halves, strict=True)]
         each = there.shape[0] // len(order)  # rows of an example, where it has several
-        if {*shares} != {each} or any(output.shape[1:] != there.shape[1:] for output in outputs):
+        alike = all(
+            output.shape == (each * len(half), *there.shape[1:]) for output, half in zip(outputs, halves, strict=True)
+        )
+        if not alike and strict:
             raise GradientError(_of(name))
-        here = torch.cat(outputs).unflatten(0, (len(order), each))
-        expected = there.unflatten(0, (len(order), each))[order.to(there.device)]
-        apart = _APART if there.dtype in (torch.float32, torch.float64) else _APART_HALF
-        size = float(there.norm())
+        if not alike:
+            continue
+        here = torch.cat(outputs).unflatten(0, (len(order), each)).float()
+        expected = there.unflatten(0, (len(order), each))[order.to(there.device)].float()
+        apart, size = _APART_COARSE if coarse else _APART, float(expected.norm())
         if isfinite(size) and not float((here - expected).norm()) <= apart * size:  # NaN of a half alone, too
             raise GradientError(_of(name))
+
+
+def _is_coarse(named: tuple[str, Tensor]) -> bool:
+    """Whether rounding may exceed that of float32: also of what is float32 behind products in halves."""
+    device = named[1].device.type
+    return named[1].dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(device) or device == "cuda"
 
 
 def cannot_run(error: Exception) -> GradientError:
@@ -68,7 +81,8 @@ _UNKNOWN = "no gradient is known to be one example's own, so build the bank afte
 
 
 def _of(name: str) -> str:
+    called = name if name == OUTPUT else f"the output of {name!r}"
     return (
-        f"{_LOST}, and the output of {name!r} for an example depends on the other examples of its batch, or on random "
-        f"numbers other than dropout's: {_UNKNOWN}"
+        f"{called} for an example depends on the other examples of its batch, or on random numbers other than "
+        f"dropout's: {_UNKNOWN}"
     )

@@ -39,7 +39,7 @@ from source_proj.gradients.suited import Unsuited, UsedElsewhere, require_batche
 from source_proj.trajectory.placement import Placement
 from source_proj.trajectory.placement.base import Live
 
-__all__ = ["HookPath", "Pass", "Structure", "alone"]
+__all__ = ["HookPath", "Pass", "Structure", "alone", "tensors_of"]
 
 
 _SAME = 1e-3  # relative: outputs of a pass and of its repetition
@@ -231,10 +231,10 @@ class HookPath:
             return _expanded(output, size) if module in self._shared else None
 
         drawn = torch.get_rng_state()
-        plain = _tensors_of(function(self._model, batch))
+        plain = tensors_of(function(self._model, batch))
         torch.set_rng_state(drawn)
         with self._hooked(expanded):
-            other = _tensors_of(function(self._model, batch))
+            other = tensors_of(function(self._model, batch))
         return [tensor.shape for tensor in plain] == [tensor.shape for tensor in other] and all(
             torch.allclose(there.float(), here.float(), rtol=_SAME, atol=_SAME * float(there.float().norm()))
             for there, here in zip(plain, other, strict=True)
@@ -383,7 +383,7 @@ class HookPath:
         return order
 
 
-def _tensors_of(output: Any) -> list[Tensor]:
+def tensors_of(output: Any) -> list[Tensor]:
     """Tensors of numbers in whatever a model returns."""
     tensors: list[Tensor] = []
     tree = output if isinstance(output, Tensor | Mapping | tuple | list) else vars(output)

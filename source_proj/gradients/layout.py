@@ -243,7 +243,7 @@ def _passed(_node: Node, children: list[_Child], _shape: Shape, _size: int) -> i
 
 def _multiplied(node: Node, children: list[_Child], shape: Shape, size: int) -> int:
     """A product of matrices: by a weight, or as many as there are examples; values may route what is summed over."""
-    if len(shape) == 2 and node.next_functions[-1][0] is not None:
+    if len(shape) == 2 and any(child.place == len(node.next_functions) - 1 for child in children):
         raise _Lost
     if any(len(child.shape) < len(shape) for child in children):  # a bias
         raise _Lost

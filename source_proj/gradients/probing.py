@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -13,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from source_proj.gradients.batches import Batch, own_copy, take
 from source_proj.gradients.evaluation import evaluating
 
-__all__ = ["called", "part", "probing"]
+__all__ = ["called", "is_probed", "part", "probing"]
 
 
 def called(model: nn.Module, batch: Batch) -> Any:
@@ -29,22 +32,55 @@ def part(args: tuple[Any, ...], kwargs: dict[str, Any], examples: list[int], siz
 
 @contextmanager
 def probing(model: nn.Module, *, training: bool = False) -> Iterator[None]:
-    """Run a model beside its training: without gradients, random states and buffers kept.
+    """Run a model beside its training: without gradients, and leaving it, and random states, as they were.
 
     Args:
         model: the model.
         training: in the modes that its modules have, but without dropout; default: in evaluation mode.
     """
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    kept = [(module, name, buffer, buffer.clone()) for module, name, buffer in _buffers(model)]
     mode = _without_dropout(model) if training else evaluating(model)
-    with torch.random.fork_rng(devices), mode, torch.no_grad():
-        try:
+    before = _PROBED.set(True)
+    try:
+        with torch.random.fork_rng(devices), _kept_states(model), mode, torch.no_grad():
             yield
-        finally:
-            for module, name, buffer, before in kept:
-                buffer.copy_(before)
-                module._buffers[name] = buffer  # a forward pass may put another one in its place
+    finally:
+        _PROBED.reset(before)
+
+
+def is_probed() -> bool:
+    """Whether a model runs beside its training, here."""
+    return _PROBED.get()
+
+
+_PROBED: ContextVar[bool] = ContextVar("_PROBED", default=False)
+
+
+@contextmanager
+def _kept_states(model: nn.Module) -> Iterator[None]:
+    """Put back what a forward pass may leave in a model, Python's and numpy's random states, and buffers.
+
+    Buffers are exchanged for the time, and not written back: autograd may have saved them for a pass that was made.
+    """
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    filled = [(kept, kept.copy()) for _, own in attributes for kept in own.values() if type(kept) in (list, dict, set)]
+    states, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002 (what models draw from)
+    clones: dict[int, Tensor] = {}
+    for module, _ in attributes:
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = clones.setdefault(id(buffer), buffer.clone())
+    try:
+        yield
+    finally:
+        random.setstate(states)
+        np.random.set_state(numpys)  # noqa: NPY002
+        for module, own in attributes:
+            vars(module).clear()
+            vars(module).update(own)
+        for kept, content in filled:
+            kept.clear()
+            kept.extend(content) if isinstance(kept, list) else kept.update(content)
 
 
 @contextmanager
@@ -80,13 +116,3 @@ class _NoDropout(TorchFunctionMode):
 
 _DROPOUT = ("dropout", "dropout1d", "dropout2d", "dropout3d")
 _BEHIND_MASK = ("dropout_p", "is_causal")
-
-
-def _buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """Each buffer with its module and its name there."""
-    return [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]

@@ -9,13 +9,12 @@ scaled for half precision. So the rows of a step sum to R p.grad, which `Trainin
 That law sees layers that are missed, used elsewhere or counted twice. It doesn't see examples that depend on each other
 within the batch, whose shares of the sum are no gradients of theirs: normalisation over the batch is refused by name,
 and where autograd's graph of a pass can't be followed example by example to all of its layers (`layout.py`), their
-outputs must be the same for two random halves of the batch (`apart.py`).
+outputs must be the same for two random halves of the batch (`followed.py`).
 """
 
 from __future__ import annotations
 
 import inspect
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,13 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from source_proj._errors import GradientError, SourceProjError
-from source_proj.gradients.apart import Outputs, cannot_run, random_halves, require_same
-from source_proj.gradients.batches import Batch, batch_size, map_tensors, own_copy
-from source_proj.gradients.hooks import HookPath, Pass
-from source_proj.gradients.layout import Call, Node, where_examples_are_lost
+from source_proj._errors import GradientError
+from source_proj.gradients.batches import batch_size, own_copy
+from source_proj.gradients.followed import FollowedPath
+from source_proj.gradients.hooks import Pass
 from source_proj.gradients.owners import uncovered
-from source_proj.gradients.probing import called, part, probing
+from source_proj.gradients.probing import is_probed
 from source_proj.gradients.proof import WatchedSink, gradient_sink, share_sink
 from source_proj.gradients.sink import GradientSink, SinkByParameter
 from source_proj.gradients.space import ParameterSpace
@@ -51,8 +49,6 @@ LABELS = "labels"
 Sampler = Callable[[Any, Mapping[str, Any] | None, int], tuple[Sequence[Tensor], Sequence[Tensor]] | None]
 """From a pass's output, its keyword arguments where labels are among them, and its size: tensors of the output, and the
 gradients of another function by them; None for none."""
-
-_ODD = (5, 7, 11, 13, 17, 19, 23, 29)  # numbers of examples of which one is no other dim of a batch
 
 
 @dataclass(eq=False)
@@ -88,7 +84,7 @@ class TrainingPass:
     spacing: float = torch.finfo(torch.float32).eps
 
 
-class TrainingPath(HookPath):
+class TrainingPath(FollowedPath):
     """Rows of the passes that train a model; ends, and leaves the model as it was, by `close`.
 
     Passes in evaluation mode, without gradients, or during a backward pass (activation checkpointing) are none of
@@ -125,17 +121,13 @@ class TrainingPath(HookPath):
                 f"the model is {placement.kind}, and rows are captured of whole models alone: leave capture= out and "
                 "build the bank after training"
             )
-        super().__init__(placement, space, opens=False)
-        self._live = {name: [p] for name, p in space.parameters(model).items()}
+        super().__init__(placement, space)
         self._sketch = sketch
         self.passes: list[TrainingPass] = []
         self.watched = False
         self.sampler: Sampler | None = None
         self._open: TrainingPass | None = None
         self._nested = 0  # calls of the model within that pass, as another path's probes are
-        self._anchor = torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")
-        self._shared_known = False
-        self._looked = 0  # passes whose examples were looked at apart
         self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # to the pass that is open, before it began
         self._kept_back = _kept_back(model)
         self._mixing = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -160,7 +152,7 @@ class TrainingPath(HookPath):
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         back = {name: kwargs[name] for name in self._kept_back if name in kwargs}
         kwargs = {name: value for name, value in kwargs.items() if name not in back}
-        if self._open is not None:
+        if self._open is not None or is_probed():
             self._nested += 1
         elif model.training and torch.is_grad_enabled() and not _in_backward():
             labels = {LABELS: back[LABELS]} if LABELS in back else {}
@@ -183,6 +175,10 @@ class TrainingPath(HookPath):
         self._open.beside = tuple(each for each in self.passes if not each.reached)
         self.passes.append(self._open)
         if size > 1:
+            if not self._looked_ahead:
+                self._look_ahead(args, kwargs, size)
+            if self._looks:
+                self._compare(args, kwargs, size, training=True)
             self._calls, self._given = [], own_copy((args, kwargs), keep_flags=True)  # which the pass may change
 
     def _finish(self, _model: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
@@ -196,8 +192,9 @@ class TrainingPath(HookPath):
         if output is None:  # the forward pass raised
             self.passes.remove(current)
             return
-        if calls is not None and given is not None:
-            self._require_apart(calls, *given, output, current.size)
+        if calls is not None and given is not None and not self._looks and self._is_lost(calls, output, current.size):
+            self._looks = True  # a pass unlike the first one; the next are looked at before they are made
+            self._compare(*given, current.size, training=True)
         if self.sampler is not None and (asked := self.sampler(output, current.batch, current.size)) is not None:
             self._add_sampled(current, *asked)
 
@@ -245,84 +242,6 @@ class TrainingPath(HookPath):
                 f"example's own: {mixing[:5]}. Put these modules into evaluation mode (module.eval()) while training, "
                 "use GroupNorm or LayerNorm, or build the bank after training"
             )
-
-    def _find_shared(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
-        """Learn which layers see no batch, from one example and two; leaves random states and buffers alone."""
-        batches = [part(args, kwargs, some, size) for some in ([0], [0, min(1, size - 1)])]
-        with probing(self._model):
-            try:
-                self.find_shared(called, *batches)
-                same = self.shared_as_they_were(called, *batches) and self._same_of_odd(args, kwargs, size)
-            except (RuntimeError, IndexError, TypeError, ValueError):  # the model's own, of shapes that it did not make
-                if not self._shared:
-                    raise
-                same = False
-        if not same:
-            names = sorted(self._names[module] for module in self._shared)[:5]
-            raise GradientError(
-                f"the layers {names} see no batch, and what the model makes of their outputs can't be told apart by "
-                f"examples: leave them out by parameters={[f'!{name}.*' for name in names]}, or build after training"
-            )
-        self._shared_known = True
-
-    def _same_of_odd(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> bool:
-        """Whether it holds for a number of examples that is no other dim's, with which outputs might broadcast."""
-        if not self._shared:
-            return True
-        dims: set[int] = set()
-        map_tensors((args, kwargs), lambda tensor: dims.update(tensor.shape) or tensor)  # type: ignore[func-returns-value]
-        odd = next((number for number in _ODD if number not in dims), max(dims) + 1)
-        return self._as_it_was(called, part(args, kwargs, [place % size for place in range(odd)], size), odd)
-
-    def _require_apart(
-        self,
-        calls: list[tuple[tuple[object, ...], Call]],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-        size: int,
-    ) -> None:
-        """Refuse examples that depend on each other.
-
-        Raises:
-            GradientError: the outputs of some layer are others for half of the batch.
-            Unsuited: a parameter is used outside of its layer.
-        """
-        heads: list[Tensor] = []
-        map_tensors(output, lambda tensor: heads.append(tensor) or tensor)  # type: ignore[func-returns-value]
-        taps = [call for _, call in calls]
-        there: set[Node] = {call.tap for call in taps}
-        for head in heads:
-            if head.grad_fn is not None and head.dim() and head.shape[0] == size:
-                order = self._graph(head.grad_fn, taps, self._live)
-                if where_examples_are_lost(order, taps, head.grad_fn, size) is None:
-                    there.difference_update(order)
-            if not there:
-                return
-        self._looked += 1
-        halves = random_halves(size, self._looked)
-        batches = [(args, kwargs), *(part(args, kwargs, half.tolist(), size) for half in halves)]
-        try:
-            whole, *parts = map(self._outputs, batches)
-        except SourceProjError:
-            raise
-        except (RuntimeError, IndexError, TypeError, ValueError) as error:  # the model's own
-            raise cannot_run(error) from error
-        require_same(whole, parts, halves)
-
-    def _outputs(self, batch: Batch) -> Outputs:
-        """Outputs of all layers that see the batch, by name, in the order of their calls."""
-        outputs: Outputs = []
-
-        def seen(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Tensor) -> None:
-            if module not in self._shared:
-                output = output.detach()
-                outputs.append((self._names[module], output.transpose(0, 1) if module in self._second else output))
-
-        with probing(self._model, training=True), self._hooked(seen), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a variance of one example, say
-            called(self._model, batch)
-        return outputs
 
 
 def _refuse_compiled(model: nn.Module) -> None:

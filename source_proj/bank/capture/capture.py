@@ -344,6 +344,8 @@ def _held_space(model: nn.Module, optimizer: torch.optim.Optimizer, parameters: 
     if parameters is None:
         return ParameterSpace.of_names(model, names)
     chosen = ParameterSpace.from_model(model, parameters)
+    if all(pattern.startswith("!") for pattern in parameters):  # all but these, of those that are trained
+        return ParameterSpace.of_names(model, [name for name in chosen.names if name in names])
     foreign = [name for name in chosen.names if name not in names]
     if foreign:
         raise ValueError(

@@ -112,7 +112,7 @@ class CapturedStage:
             warnings.warn(
                 f"nothing was captured of {len(unseen)} of the {len(seen)} examples of stage {self.stage.name!r}, ids "
                 f"{unseen[:5].tolist()}{' and so on' if len(unseen) > 5 else ''}: their scores will be zero. Were they "
-                "in no batch, or other ids given for them (step(ids=...), examples=)?",
+                "in no batch, or other ids given for them (step(ids=...), examples=)? Or are their gradients zero?",
                 UserWarning,
                 stacklevel=4,
             )
