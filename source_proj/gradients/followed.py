@@ -53,10 +53,17 @@ class FollowedPath(HookPath):
             try:
                 self.find_shared(called, *batches)
                 same = self.shared_as_they_were(called, *batches) and self._same_of_odd(args, kwargs, size)
-            except (RuntimeError, IndexError, TypeError, ValueError):  # the model's own, of shapes that it did not make
+            except SourceProjError:
                 if not self._shared:
                     raise
                 same = False
+            except Exception as error:  # the model's own
+                if not self._shared:
+                    raise GradientError(
+                        f"the model does not run one or two examples of a batch by themselves ({error!r}), and without "
+                        "that nothing says which layers see the batch: build the bank after training, without capture="
+                    ) from error
+                same = False  # of shapes that it did not make
         if not same:
             names = sorted(self._names[module] for module in self._shared)[:5]
             raise GradientError(

@@ -76,7 +76,12 @@ def test_what_a_collate_adds_is_no_obstacle(tmp_path: Path, extra: Any) -> None:
 def test_inputs_that_a_model_cannot_take_are_explained(tmp_path: Path) -> None:
     for name, data, model, message in [
         ("lists", [{"x": x.tolist(), "labels": y} for x, y in rows()], ByName(), r"'x' is a list of 6 tensors .* row"),
-        ("double", [(x.double(), y) for x, y in rows()], None, r"'the input' is float64.* make it float32"),
+        (
+            "double",
+            [(x.double(), y) for x, y in rows()],
+            None,
+            r"input is float64, .* give it as float32",
+        ),
         ("column", [{"x": x, "labels": y, "path": 1} for x, y in rows()], ByName(), "leave the column 'path' out"),
     ]:
         with pytest.raises(TypeError, match=message):

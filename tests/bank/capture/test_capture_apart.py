@@ -1,7 +1,9 @@
 """Rows belong to their examples, or the model is refused, whatever came first and whatever it does in training."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,7 +74,7 @@ class Positions(Net):
         return self.b(torch.tanh(h + self.e(torch.tensor(3)))).mean(1)
 
 
-# These two can't run on one example.
+# These, and batch_norm behind, can't run on one example.
 def own_normalisation(model, h):
     return (h - h.mean(0)) / (h.var(0) + 1e-3).sqrt() if model.training else h
 
@@ -85,7 +87,46 @@ def functional(model, h):
     return F.batch_norm(h, None, None, training=True) if model.training else h
 
 
+class Given(Net):
+    """Sorts its examples, and gives their order in the place of putting them back."""
+
+    def forward(self, x):
+        order = x[:, 0].argsort(descending=True)
+        return super().forward(x[order]), order
+
+
+class Behind(Net):
+    """Mixes what its last layer gives."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.mix = mix
+
+    def forward(self, x):
+        return self.mix(super().forward(x))
+
+
+def without_gradient(_, h):
+    return h - h.mean(0).detach()
+
+
+def scaled_by_all(_, h):
+    return h / h.detach().norm()
+
+
+def chosen_by_the_mean(_, h):
+    return torch.where(h > h.mean(), h, 2 * h)
+
+
 WRONG = {
+    "order given": Given,
+    "softmax over the batch": lambda: Behind(lambda o: o.softmax(0)),
+    "mean taken off behind": lambda: Behind(lambda o: o - o.mean(0)),
+    "attention between examples": lambda: Behind(lambda o: (o @ o.T).softmax(1) @ o),
+    "batch_norm behind": lambda: Behind(lambda o: F.batch_norm(o, None, None, training=True)),
+    "statistics without gradient": lambda: Net(without_gradient),
+    "scale without gradient": lambda: Net(scaled_by_all),
+    "chosen by the mean": lambda: Net(chosen_by_the_mean),
     "sorted": Sorted,
     "reversed": Reversed,
     "mean of the batch": lambda: Net(lambda _, h: h - h.mean(0)),
@@ -115,6 +156,8 @@ BEFORE = {
 
 def loss_of(answers, labels):
     logits, more = answers if isinstance(answers, tuple) else (answers, 0)
+    if isinstance(more, torch.Tensor) and more.dtype == torch.int64:
+        labels, more = labels[more], 0
     return F.cross_entropy(logits, labels) + more
 
 
@@ -141,10 +184,10 @@ def trained(directory, model, before, sizes, least=1):
 @pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
 @pytest.mark.parametrize("name", WRONG)
 def test_examples_that_are_mixed_or_moved_are_refused(tmp_path, name, before):
-    least = 2 if name in ("own normalisation in training", "batch_norm in training") else 1
+    least = 2 if name in ("own normalisation in training", "batch_norm in training", "batch_norm behind") else 1
     for sizes in ([4, 4, 4], [least, 2, 10 - least]):
         torch.manual_seed(0)
-        with pytest.raises(sp.GradientError, match=r"depends on the other examples|see no batch|does not run a part"):
+        with pytest.raises(sp.GradientError, match=r"depends on the other examples|see no batch|does not run"):
             trained(tmp_path / str(sizes), WRONG[name](), before, sizes, least)
 
 
@@ -161,6 +204,87 @@ def test_examples_that_are_apart_have_rows_of_their_own(tmp_path, make, before):
         own = torch.autograd.grad(loss_of(twin(inputs[here]), labels[here]), list(twin.parameters()))
         own = torch.cat([g.flatten() for g in own])
         assert torch.allclose(rows[place], own, rtol=1e-4, atol=1e-6)
+
+
+def lost(h):
+    """The same, by an operation that the graph is not followed through."""
+    made = torch.zeros_like(h)
+    made[:, :] = h
+    return made
+
+
+class Keeping(Net):
+    """Keeps an auxiliary loss, counts its passes, and draws from the generators of Python and numpy."""
+
+    def __init__(self, following):
+        super().__init__()
+        self.following, self.passes, self.kept = following, 0, []
+        self.register_buffer("scale", torch.tensor(1.5))
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x)) * self.scale
+        self.passes += 1
+        self.auxiliary = h.square().mean() * self.passes
+        self.kept.append(len(x))
+        h = h * (1 + 0.1 * random.random() + 0.1 * float(np.random.rand()) + 0.01 * len(self.kept))  # noqa: NPY002
+        return self.b(h if self.following else lost(h))
+
+
+@pytest.mark.parametrize("following", [True, False])
+@pytest.mark.parametrize("by_hook", [True, False])
+def test_a_model_that_is_looked_at_trains_as_without(tmp_path, following, by_hook):
+    found = []
+    for capture in (False, True):
+        for seed in (torch.manual_seed, random.seed, np.random.seed):
+            seed(3)
+        model, seen = Keeping(following), {}
+        inputs, labels = torch.randn(N, D), torch.randint(2, (N,))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if by_hook:
+            model.a.register_forward_hook(lambda _, __, output, seen=seen: seen.update(a=output))
+        if capture:
+            optimizer, recorder = captured(tmp_path / "run", model, optimizer)
+        for step in range(4):
+            ids = torch.arange(N).roll(step)[:4]
+            optimizer.zero_grad()
+            loss = loss_of(model(inputs[ids]), labels[ids])
+            loss = loss + (seen["a"].square().mean() if by_hook else model.auxiliary)
+            loss.backward()
+            optimizer.step()
+            if capture:
+                recorder.step(ids=ids)
+        found.append([*model.state_dict().values(), torch.tensor([model.passes, *model.kept])])
+    assert all(torch.equal(alone, beside) for alone, beside in zip(*found, strict=True))
+
+
+def test_flat_outputs_are_followed(tmp_path):
+    torch.manual_seed(0)
+    model = Net()
+    forwards = []
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    optimizer, recorder = captured(tmp_path / "run", model)
+    inputs, labels = torch.randn(N, T, D), torch.randint(2, (N, T))
+    for step in range(3):
+        forwards.clear()
+        ids = torch.arange(4 * step, 4 * step + 4)
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs[ids]).view(-1, 2), labels[ids].view(-1)).backward()
+        optimizer.step()
+        recorder.step(ids=ids)
+        assert len(forwards) == 1 or step == 0
+
+
+def test_parameters_to_leave_out_are_of_those_that_are_trained(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, 5), nn.Linear(5, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    options = {"capture": sp.Sketch(16), "task": sp.Classification(), "examples": N}
+    recorder = sp.Recorder(model, optimizer, tmp_path / "run", parameters=["!1.*"], **options)
+    loss_of(model(torch.randn(N, D)), torch.randint(2, (N,))).backward()
+    optimizer.step()
+    recorder.step(ids=range(N))
+    assert recorder.bank().space_spec["names"] == ["2.weight", "2.bias"]
 
 
 @pytest.mark.parametrize("every", [2, 3, 4, 8, 16, 32])
