@@ -51,10 +51,10 @@ def require_same(whole: Outputs, parts: Sequence[Outputs], halves: Sequence[Tens
     for place, (name, there) in enumerate(whole):
         outputs = [part[place][1] for part in parts]
         each = there.shape[0] // len(order)  # rows of an example, where it has several
-        alike = all(
+        alike = there.shape[0] == each * len(order) and all(
             output.shape == (each * len(half), *there.shape[1:]) for output, half in zip(outputs, halves, strict=True)
         )
-        if not alike and strict:
+        if not alike and strict and (name != OUTPUT or _grows(there, outputs, halves)):
             raise GradientError(_of(name))
         if not alike:
             continue
@@ -63,6 +63,14 @@ def require_same(whole: Outputs, parts: Sequence[Outputs], halves: Sequence[Tens
         apart, size = _APART_COARSE if coarse else _APART, float(expected.norm())
         if isfinite(size) and not float((here - expected).norm()) <= apart * size:  # NaN of a half alone, too
             raise GradientError(_of(name))
+
+
+def _grows(there: Tensor, outputs: Sequence[Tensor], halves: Sequence[Tensor]) -> bool:
+    """Whether an output's first dim is in proportion to the number of examples."""
+    size = sum(map(len, halves))
+    return all(
+        output.shape[0] * size == there.shape[0] * len(half) for output, half in zip(outputs, halves, strict=True)
+    )
 
 
 def _is_coarse(named: tuple[str, Tensor]) -> bool:

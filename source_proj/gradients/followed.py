@@ -144,9 +144,8 @@ class FollowedPath(HookPath):
         self._looked += training
         halves = random_halves(size, self._looked)
         batches = [(args, kwargs), *(part(args, kwargs, half.tolist(), size) for half in halves)]
-        sizes = [size, *map(len, halves)]
         try:
-            whole, *parts = (self._outputs(b, n, training=training) for b, n in zip(batches, sizes, strict=True))
+            whole, *parts = (self._outputs(each, training=training) for each in batches)
         except SourceProjError:
             raise
         except Exception as error:  # the model's own
@@ -155,7 +154,7 @@ class FollowedPath(HookPath):
             return
         require_same(whole, parts, halves, strict=training)
 
-    def _outputs(self, batch: Batch, size: int, *, training: bool) -> Outputs:
+    def _outputs(self, batch: Batch, *, training: bool) -> Outputs:
         """Outputs of all layers that see the batch, by name, in the order of their calls, and the model's."""
         outputs: Outputs = []
 
@@ -167,8 +166,7 @@ class FollowedPath(HookPath):
         with probing(self._model, training=training), self._hooked(seen), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a variance of one example, say
             output = called(self._model, batch)
-        heads = [head.detach() for head in _heads(output) if head.is_floating_point() and head.dim()]
-        return [*outputs, *((OUTPUT, head) for head in heads if len(head) and head.shape[0] % size == 0)]
+        return [*outputs, *((OUTPUT, h.detach()) for h in _heads(output) if h.is_floating_point() and h.dim())]
 
 
 def _heads(output: Any) -> list[Tensor]:
