@@ -96,12 +96,8 @@ def score_native(queries: Tensor, rows: Rows, scale: Tensor | None) -> Tensor:
         for start, stop, part in _blocks(rows, count):
             torch.mm(queries, part.T, out=out[:, start:stop])
         return out if scale is None else out.mul_(scale)
-    scale = _contiguous(scale)
-    if _unpacked_first(count, rows):
-        for start, stop, part in _blocks(rows, count):
-            _score_few(out[:, start:stop], *_Few.of(queries, part), None if scale is None else scale[start:stop])
-    else:
-        _score_few(out, *_Few.of(queries, rows), scale)
+    for start, stop, few, own in _taken(queries, rows, scale):
+        _score_few(out[:, start:stop], *few, own)
     return out
 
 
@@ -145,13 +141,8 @@ class StrongestNative:
                 torch.mm(queries, part.T, out=block)
                 self.add_scores(block, None if scale is None else scale[start:stop], first + start)
             return
-        scale = _contiguous(scale)
-        if _unpacked_first(len(queries), rows):
-            for start, stop, part in _blocks(rows, len(queries)):
-                block_scale = None if scale is None else scale[start:stop]
-                self._add_few(*_Few.of(queries, part), block_scale, first + start)
-        else:
-            self._add_few(*_Few.of(queries, rows), scale, first)
+        for start, _, few, own in _taken(queries, rows, scale):
+            self._add_few(*few, own, first + start)
 
     def _add_few(self, queries: Tensor, rows: Tensor, scale: Tensor | None, first: int) -> None:
         """Each job has heaps of its own, which take no score that the common ones would refuse."""
@@ -254,6 +245,14 @@ def _blocks(rows: Rows, count: int) -> Iterator[tuple[int, int, Tensor]]:
         if rows.dtype != torch.float32:
             part = aligned_scratch("rows", height * dim)[: part.numel()].view(part.shape).copy_(part)
         yield start, start + len(part), part
+
+
+def _taken(queries: Tensor, rows: Rows, scale: Tensor | None) -> Iterator[tuple[int, int, _Few, Tensor | None]]:
+    """The rows as the compiled code takes them, with their scale: all at once, or by unpacked blocks."""
+    scale = _contiguous(scale)
+    whole = [(0, len(rows), rows)]
+    for start, stop, part in _blocks(rows, len(queries)) if _unpacked_first(len(queries), rows) else whole:
+        yield start, stop, _Few.of(queries, part), None if scale is None else scale[start:stop]
 
 
 def _refuse(bad: "ctypes.Array[ctypes.c_int64]") -> None:

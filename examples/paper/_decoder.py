@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Self
 
 from _problem import Problem, Sizes, sized
 from _text import Recipe, Training, chosen_device
@@ -35,6 +36,13 @@ class Corpus:
     piece: str
     where: str
     first: int = 0
+
+    @classmethod
+    def of_tenths(cls, pieces: Sequence[str], piece: str, known: Callable[[Sequence[str]], dict[str, int]]) -> Self:
+        """A text whose first nine tenths are trained on, and whose last is asked about; `known` numbers the first."""
+        cut = len(pieces) * 9 // 10
+        where = "first nine tenths; queries are of the last"
+        return cls(pieces[:cut], pieces[cut:], known(pieces[:cut]), piece, where, first=cut)
 
     def shown(self, pieces: Sequence[str]) -> str:
         """Pieces as people read them."""

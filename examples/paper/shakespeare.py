@@ -19,12 +19,10 @@ from _text import Recipe
 def problem(options: argparse.Namespace) -> Problem:
     """The task, by the command line's options."""
     plays = load_shakespeare(options.data)
-    numbers = {letter: number for number, letter in enumerate(sorted(set(plays)))}
-    cut = len(plays) * 9 // 10
-    where = "first nine tenths; queries are of the last"
+    numbers = {letter: number for number, letter in enumerate(sorted(set(plays)))}  # those of the queries, too
     return decoder_problem(
         options, "shakespeare", "Shakespeare, by characters",
-        Corpus(plays[:cut], plays[cut:], numbers, "character", where, first=cut),
+        Corpus.of_tenths(plays, "character", lambda _: numbers),
         data=sized(options, (4000, 200, 64), (600, 60, 64), (24, 6, 12)),
         shape=sized(options, (96, 3), (48, 2), (16, 1)),
         recipe=sized(options, Recipe(12, 16, 3e-3), Recipe(12, 16, 3e-3), Recipe(2, 8, 3e-3)), runs=1,

@@ -22,12 +22,10 @@ WORD = re.compile(r"[a-z']+|[.,:;!?-]|\n")
 def problem(options: argparse.Namespace) -> Problem:
     """The task, by the command line's options."""
     words = WORD.findall(load_shakespeare(options.data).lower())
-    cut = len(words) * 9 // 10
-    numbers = vocabulary_of(words[:cut], sized(options, 6000, 2000, 50))
-    where = "first nine tenths; queries are of the last"
+    size = sized(options, 6000, 2000, 50)
     return decoder_problem(
         options, "shakespeare_words", "Shakespeare, by words",
-        Corpus(words[:cut], words[cut:], numbers, "word", where, first=cut),
+        Corpus.of_tenths(words, "word", lambda train: vocabulary_of(train, size)),
         data=sized(options, (4000, 200, 48), (600, 60, 48), (24, 6, 12)),
         shape=sized(options, (96, 3), (96, 2), (16, 1)),
         recipe=sized(options, Recipe(8, 16, 2e-3), Recipe(8, 16, 2e-3), Recipe(2, 8, 2e-3)), runs=2,

@@ -216,7 +216,7 @@ def _check(content: bytes, split: str, origin: str) -> None:
         )
 
 
-def vocabulary_of(words: list[str], size: int) -> dict[str, int]:
+def vocabulary_of(words: Sequence[str], size: int) -> dict[str, int]:
     """Numbers of the most frequent words, "<unk>" being 0."""
     common = [word for word, _ in Counter(words).most_common(size) if word != "<unk>"]
     return {word: number for number, word in enumerate(["<unk>", *common[: size - 1]])}

@@ -24,7 +24,7 @@ def random_halves(size: int, draw: int) -> tuple[Tensor, ...]:
     """Two sets of a batch's examples, each in an order of its own: what a model sorts is sorted otherwise there.
 
     Args:
-        size: number of examples, at least 2.
+        size: number of examples; of one there is one set.
         draw: the seed.
     """
     order = torch.randperm(size, generator=torch.Generator().manual_seed(draw), device="cpu")

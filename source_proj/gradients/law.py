@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from source_proj.gradients.apart import random_halves
 from source_proj.gradients.batches import Batch, take
 from source_proj.gradients.general import Autocast, Function, weighted_gradient
 from source_proj.gradients.proof import Audit, Expected, Proof, audited, law_weights
@@ -110,9 +111,9 @@ class Law:
 
         Drawn labels are taken whole: halves draw others now and then, where a draw is within rounding of a step.
         """
-        order = torch.randperm(work.size, generator=torch.Generator().manual_seed(work.number), device="cpu")
         whole = work.name == SAMPLED or not self._placement.lockstep.any(work.size > 1)
-        halves = [torch.arange(work.size, device="cpu")] if whole else [half.sort().values for half in order.chunk(2)]
+        drawn = [torch.arange(work.size, device="cpu")] if whole else random_halves(work.size, work.number)
+        halves = [half.sort().values for half in drawn]
         if len(halves) < 2 and not whole:  # one example here, where other processes have two passes to make
             halves.append(halves[0])
         values = torch.zeros(work.size, device=self._placement.device, dtype=torch.float32)

@@ -44,6 +44,7 @@ __all__ = [
     "Refuted",
     "WatchedSink",
     "audited",
+    "drawn",
     "gradient_sink",
     "law_weights",
     "share_sink",
@@ -64,6 +65,12 @@ class Refuted(GradientError):
 
     The engine has turned to the general path, so that the same calls succeed now.
     """
+
+
+def drawn(*words: object) -> int:
+    """A 64-bit number, a pure function of what it is drawn for."""
+    text = " ".join(map(str, words)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
 
 
 @dataclass(frozen=True)
@@ -135,8 +142,7 @@ class Proof:
 
     def draw(self, name: str, batch: int) -> int:
         """A 63-bit number, a pure function of scope, function and batch."""
-        text = f"{self._key} {name} {batch}".encode()
-        return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+        return drawn(self._key, name, batch) >> 1
 
     def unproven(self, name: str, names: Sequence[str]) -> set[str]:
         """Parameters of which no gradient but zero was ever audited."""

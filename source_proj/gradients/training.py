@@ -179,7 +179,8 @@ class TrainingPath(FollowedPath):
                 self._look_ahead(args, kwargs, size)
             if self._looks:
                 self._compare(args, kwargs, size, training=True)
-            self._calls, self._given = [], own_copy((args, kwargs), keep_flags=True)  # which the pass may change
+            else:
+                self._calls, self._given = [], own_copy((args, kwargs), keep_flags=True)  # which the pass may change
 
     def _finish(self, _model: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
         if self._nested:
@@ -192,7 +193,7 @@ class TrainingPath(FollowedPath):
         if output is None:  # the forward pass raised
             self.passes.remove(current)
             return
-        if calls is not None and given is not None and not self._looks and self._is_lost(calls, output, current.size):
+        if calls is not None and given is not None and self._is_lost(calls, output, current.size):
             self._looks = True  # a pass unlike the first one; the next are looked at before they are made
             self._compare(*given, current.size, training=True)
         if self.sampler is not None and (asked := self.sampler(output, current.batch, current.size)) is not None:

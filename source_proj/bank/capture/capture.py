@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from source_proj.bank.capture.law import LawOfStep, checked_law
 from source_proj.bank.capture.places import places_of
 from source_proj.bank.capture.sums import Memory, SegmentSums
 from source_proj.gradients import ParameterSpace, nonfinite_examples
+from source_proj.gradients.proof import drawn
 from source_proj.gradients.training import TrainingPass, TrainingPath
 from source_proj.sketch import Sketch
 from source_proj.task import Task
@@ -333,8 +333,7 @@ _COUNTED = ("examples", "audited_batches", "audited_examples")
 
 def _is_audited(step: int) -> bool:
     """Whether a step is held to the law, by a draw: every n-th could always miss what a loop does in turns."""
-    drawn = hashlib.sha256(f"step {step}".encode()).digest()
-    return step < _ALWAYS or int.from_bytes(drawn[:8], "little") % _SAMPLED == 0
+    return step < _ALWAYS or drawn("step", step) % _SAMPLED == 0
 
 
 def _held_space(model: nn.Module, optimizer: torch.optim.Optimizer, parameters: Sequence[str] | None) -> ParameterSpace:
