@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from math import isfinite
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -38,7 +39,7 @@ def require_same(whole: Outputs, parts: Sequence[Outputs], halves: Sequence[Tens
         whole: for the batch.
         parts: for the examples of each half.
         halves: which these are, in their order there.
-        strict: refuse what can't be compared, too: outputs of other shapes, as of sequences cut to a half's longest.
+        strict: refuse what can't be compared, too: outputs of other shapes. Sequences may be cut to a half's longest.
 
     Raises:
         GradientError: other layers were called, or the output of one is another for some example.
@@ -47,22 +48,37 @@ def require_same(whole: Outputs, parts: Sequence[Outputs], halves: Sequence[Tens
         if strict:
             raise GradientError("the layers that the model calls depend on which examples are in a batch")
         return
-    order, coarse = torch.cat(tuple(halves)), any(map(_is_coarse, whole))
+    count, coarse = sum(map(len, halves)), any(map(_is_coarse, whole))
     for place, (name, there) in enumerate(whole):
         outputs = [part[place][1] for part in parts]
-        each = there.shape[0] // len(order)  # rows of an example, where it has several
-        alike = there.shape[0] == each * len(order) and all(
-            output.shape == (each * len(half), *there.shape[1:]) for output, half in zip(outputs, halves, strict=True)
-        )
+        each = there.shape[0] // count  # rows of an example, where it has several
+        alike = there.shape[0] == each * count and all(map(partial(_is_part, there, each), outputs, halves))
         if not alike and strict and (name != OUTPUT or _grows(there, outputs, halves)):
             raise GradientError(_of(name))
         if not alike:
             continue
-        here = torch.cat(outputs).unflatten(0, (len(order), each)).float()
-        expected = there.unflatten(0, (len(order), each))[order.to(there.device)].float()
-        apart, size = _APART_COARSE if coarse else _APART, float(expected.norm())
-        if isfinite(size) and not float((here - expected).norm()) <= apart * size:  # NaN of a half alone, too
+        rows = there.unflatten(0, (count, each)).float()
+        size = float(rows.norm())
+        error = math.hypot(*(_distance(rows, output, half) for output, half in zip(outputs, halves, strict=True)))
+        if (
+            math.isfinite(size) and not error <= (_APART_COARSE if coarse else _APART) * size
+        ):  # NaN of a half alone, too
             raise GradientError(_of(name))
+
+
+def _is_part(there: Tensor, each: int, output: Tensor, half: Tensor) -> bool:
+    """Whether an output can be that of half of the examples, whose sequences may be cut to their longest."""
+    shape = (each * len(half), *there.shape[1:])
+    cut = there.dim() > 2 and output.shape[:1] == shape[:1] and output.shape[2:] == shape[2:]
+    return output.shape == shape or (cut and output.shape[1] < shape[1])
+
+
+def _distance(rows: Tensor, output: Tensor, half: Tensor) -> float:
+    """Between an output for half of the examples and these examples' rows (B, r, T, ...) among all."""
+    expected = rows[half.to(rows.device)]
+    if output.dim() > 2:
+        expected = expected[:, :, : output.shape[1]]
+    return float((output.unflatten(0, expected.shape[:2]).float() - expected).norm())
 
 
 def _grows(there: Tensor, outputs: Sequence[Tensor], halves: Sequence[Tensor]) -> bool:

@@ -12,9 +12,9 @@ the law (`proof.py`), as any other slip.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from source_proj.gradients.opened import Listener
 from source_proj.gradients.sink import GradientSink
-from source_proj.gradients.suited import Unsuited
+from source_proj.gradients.suited import Unsuited, UsedElsewhere
 
 __all__ = ["BareUses", "Unfollowed"]
 
@@ -44,6 +44,22 @@ class Unfollowed(Unsuited):
     """A use of a bare parameter that is none of those known."""
 
 
+class _Bare(NamedTuple):
+    """What is made of parameters alone.
+
+    Attributes:
+        value: what stands for it.
+        tensor: itself: an identity lasts as long as it does.
+        followed: whether a followed parameter is in it.
+        owned: name of a parameter in it whose gradient a layer gives; None for none.
+    """
+
+    value: Tensor
+    tensor: Tensor
+    followed: bool
+    owned: str | None = None
+
+
 class BareUses(TorchFunctionMode):
     """Follows bare parameters through one forward pass.
 
@@ -53,6 +69,8 @@ class BareUses(TorchFunctionMode):
         size: number of examples B.
         taker: gives the sink of the backward pass under way.
         tap: (output, listener, x) gives the output (B r, ...) with a tap, which hands (x, g) to the listener.
+        live: whether the parameters get a gradient of their own, too, as in training.
+        others: parameters that are not followed, each with its name where a layer gives its gradient.
     """
 
     def __init__(
@@ -62,12 +80,15 @@ class BareUses(TorchFunctionMode):
         size: int,
         taker: Callable[[], GradientSink],
         tap: Callable[[Tensor, Listener, Tensor], Tensor],
+        *,
+        live: bool = False,
+        others: Iterable[tuple[Tensor, str | None]] = (),
     ) -> None:
         super().__init__()
-        self._size, self._taker, self._tap = size, taker, tap
-        self._leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
-        # By identity: what stands for a tensor, and the tensor itself, as an identity lasts as long as it does.
-        self._bare: dict[int, tuple[Tensor, Tensor]] = {id(p): (self._leaves[n], p) for n, p in parameters.items()}
+        self._size, self._taker, self._tap, self._live = size, taker, tap, live
+        self._leaves = {name: p if live else p.detach().requires_grad_() for name, p in parameters.items()}
+        self._bare = {id(p): _Bare(p, p, followed=False, owned=name) for p, name in others}  # by identity
+        self._bare |= {id(p): _Bare(self._leaves[name], p, followed=True) for name, p in parameters.items()}
         self._names = {id(leaf): name for name, leaf in self._leaves.items()}
         self._constants = {constant.untyped_storage().data_ptr() for constant in constants}
         self._special: dict[str, Callable[..., Any]] = {
@@ -86,20 +107,25 @@ class BareUses(TorchFunctionMode):
         """Call the function, with what stands for bare parameters in their place."""
         kwargs = kwargs or {}
         given = list(_tensors((args, kwargs)))
-        if not any(id(each) in self._bare for each in given):
+        known = [self._bare[id(each)] for each in given if id(each) in self._bare]
+        if not known:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
-        bare = [self._bare[id(each)][0] for each in given if id(each) in self._bare]
+        bare, owned = [each.value for each in known if each.followed], next((k.owned for k in known if k.owned), None)
+        if bare and owned is not None:
+            raise UsedElsewhere(owned)
         examples = [each for each in given if id(each) not in self._bare and self._holds_examples(each)]
         if not examples or not torch.is_grad_enabled():
             made = func(*self._swapped(args, _itself), **self._swapped(kwargs, _itself))
-            if name in _EXPANDING and self._is_of_examples(made, bare[0], name):
+            if bare and name in _EXPANDING and self._is_of_examples(made, bare[0], name):
                 return self._expanded(bare[0], made)
-            return self._remembered(made)
+            return self._remembered(made, bool(bare), owned)
+        if not bare:
+            return func(*args, **kwargs)
         if name in self._special:
             return self._special[name](*args, **kwargs)
         height, dims = self._meeting(name, examples, bare)
-        if id(next(iter(given))) in self._bare and (name.endswith("_") or name.startswith("__i")):
+        if self._follows(given[0]) and (name.endswith("_") or name.startswith("__i")):
             raise Unfollowed(f"a parameter of no layer is changed by {name}")
 
         def expand(tensor: Tensor) -> Tensor:
@@ -110,10 +136,28 @@ class BareUses(TorchFunctionMode):
 
         return func(*self._swapped(args, expand), **self._swapped(kwargs, expand))
 
+    def names_among(self, given: Any) -> list[str]:
+        """Names of the parameters in what a function is given; none where something there is made of several."""
+        bare = [self._bare[id(each)].value for each in _tensors(given) if self._follows(each)]
+        return [self._names[id(each)] for each in bare] if all(id(each) in self._names for each in bare) else []
+
+    def _follows(self, tensor: Tensor | None) -> bool:
+        return id(tensor) in self._bare and self._bare[id(tensor)].followed
+
+    def _detached(self, tensor: Tensor) -> Tensor:
+        """A bare tensor as an operation of examples takes it whose output has a tap."""
+        return tensor if self._live else tensor.detach()
+
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x = self._of_examples(input, "a linear function")
-        made = F.linear(x, weight) if id(weight) not in self._bare else self._product(x, self._bare[id(weight)][0].T)
-        return made if bias is None else self._again(torch.add, made, bias)
+        if not self._follows(weight):
+            made = F.linear(x, weight)
+            return made if bias is None else self._again(torch.add, made, bias)
+        value, bias_value = self._bare[id(weight)].value, bias
+        if bias is not None and self._follows(bias):
+            bias_value = self._detached(self._bare[id(bias)].value)
+        made = F.linear(x, self._detached(value), bias_value)
+        return self._product(x, value.T, made, bias if self._follows(bias) else None)
 
     def _addmm(self, bias: Tensor, x: Tensor, matrix: Tensor, **more: Any) -> Tensor:
         if more:
@@ -123,10 +167,12 @@ class BareUses(TorchFunctionMode):
     def _matmul(self, x: Tensor, matrix: Tensor) -> Tensor:
         if x.dim() < 2:
             raise Unfollowed("a parameter of no layer takes part in a product with a vector")
-        return self._product(self._of_examples(x, "a product"), self._bare[id(matrix)][0])
+        x = self._of_examples(x, "a product")
+        value = self._bare[id(matrix)].value
+        return self._product(x, value, x @ self._detached(value))
 
-    def _product(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """The product x M, for x (B r, ..., i) and M (i, o), with a tap."""
+    def _product(self, x: Tensor, matrix: Tensor, made: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What was made by x M + b, for x (B r, ..., i) and M (i, o), with a tap."""
         if matrix.dim() != 2 or x.shape[0] % self._size:
             raise Unfollowed(f"a parameter of no layer takes part in a product of {tuple(matrix.shape)}")
 
@@ -145,11 +191,13 @@ class BareUses(TorchFunctionMode):
                 for start in range(0, self._size, step):
                     some = slice(start, start + step)
                     self._receive(matrix, left[some].float().transpose(1, 2) @ right[some].float(), start)
+            if bias is not None:
+                self._receive(self._bare[id(bias)].value, g.reshape(self._size, -1, g.shape[-1]).float().sum(1))
 
-        return self._tap(x @ matrix.detach(), listener, x)
+        return self._tap(made, listener, x)
 
     def _of_examples(self, x: Tensor, where: str) -> Tensor:
-        if id(x) in self._bare:
+        if self._follows(x):
             raise Unfollowed(f"a parameter of no layer stands in the examples' place in {where}")
         return x
 
@@ -164,7 +212,7 @@ class BareUses(TorchFunctionMode):
         sparse: bool = False,  # noqa: ARG002, of the batch's gradient, which is not made
     ) -> Tensor:
         """Rows of a table; `norm_type` belongs to `max_norm`."""
-        name = self._names.get(id(self._bare[id(weight)][0])) if id(weight) in self._bare else None
+        name = self._names.get(id(self._bare[id(weight)].value)) if self._follows(weight) else None
         if name is None or max_norm is not None or scale_grad_by_freq:
             raise Unfollowed(f"a table that is made of parameters, or whose rows are scaled (norm {norm_type})")
         padding = None if padding_idx is None else padding_idx % len(weight)
@@ -175,7 +223,7 @@ class BareUses(TorchFunctionMode):
             kept = g if padding is None else g.masked_fill((index == padding).unsqueeze(-1), 0.0)
             self._taker().scatter(name, index, kept)
 
-        return self._tap(F.embedding(input, weight.detach()), listener, input)
+        return self._tap(F.embedding(input, self._detached(weight), padding_idx), listener, input)
 
     def _normalised(
         self,
@@ -226,7 +274,7 @@ class BareUses(TorchFunctionMode):
             padded = (1,) * (expanded.dim() - bare.dim()) + tuple(bare.shape)
             self._receive(bare, of_examples.sum_to_size(self._size, *padded[1:]).reshape(self._size, *bare.shape))
 
-        value = expanded.detach()
+        value = self._detached(expanded)
         # Expanded to one row, it would be the parameter itself, and an operation in place would change that.
         return self._tap(value.clone() if value.is_contiguous() else value, listener, value.new_empty(0))
 
@@ -242,15 +290,15 @@ class BareUses(TorchFunctionMode):
             if gradient is not None:
                 self._taker().add(name, gradient.reshape(len(g), -1).float(), start)
 
-    def _remembered(self, made: Any) -> Any:
+    def _remembered(self, made: Any, followed: bool, owned: str | None) -> Any:
         for each in _tensors(made):
             if each.requires_grad:
-                self._bare[id(each)] = each, each
+                self._bare[id(each)] = _Bare(each, each, followed, owned)
         return made
 
     def _swapped(self, given: Any, change: Callable[[Tensor], Tensor]) -> Any:
         if isinstance(given, Tensor):
-            return change(self._bare[id(given)][0]) if id(given) in self._bare else given
+            return change(self._bare[id(given)].value) if self._follows(given) else given
         if isinstance(given, dict):
             return {key: self._swapped(value, change) for key, value in given.items()}
         if isinstance(given, tuple | list):

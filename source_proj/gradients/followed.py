@@ -9,16 +9,22 @@ that what the model keeps, or anybody's hooks, is the pass's own.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from source_proj._errors import GradientError, SourceProjError
 from source_proj.gradients.apart import OUTPUT, Outputs, cannot_run, random_halves, require_same
+from source_proj.gradients.bare import BareUses, Unfollowed
+from source_proj.gradients.bare_path import BARE, BarePath
 from source_proj.gradients.batches import Batch, map_tensors
-from source_proj.gradients.hooks import HookPath, Pass, tensors_of
+from source_proj.gradients.hooks import Pass, tensors_of
 from source_proj.gradients.layout import Call, Node, where_examples_are_lost
 from source_proj.gradients.probing import called, part, probing
 from source_proj.gradients.sink import GradientSink
@@ -26,25 +32,75 @@ from source_proj.gradients.space import ParameterSpace
 from source_proj.gradients.suited import UsedElsewhere
 from source_proj.trajectory.placement import Placement
 
-__all__ = ["FollowedPath"]
+__all__ = ["FollowedPath", "used_elsewhere"]
 
 _ODD = (5, 7, 11, 13, 17, 19, 23, 29)  # numbers of examples of which one is no other dim of a batch
 
 
-class FollowedPath(HookPath):
+def _always() -> bool:
+    return True
+
+
+def _never() -> bool:
+    return False
+
+
+class FollowedPath(BarePath):
     """A path whose passes somebody else makes.
 
     Args:
         placement: of the live model.
-        space: the attributed parameters, each in a module that a rule covers.
+        space: the attributed parameters.
     """
 
     def __init__(self, placement: Placement, space: ParameterSpace) -> None:
-        super().__init__(placement, space, opens=False)
+        super().__init__(placement, space)
         self._live = {name: [p] for name, p in space.parameters(placement.model).items()}
         self._anchor = torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")
         self._shared_known = self._looked_ahead = False
         self._looks, self._looked = False, 0  # whether passes are compared with those of their halves; how many were
+        self._seen: Outputs | None = None  # of taps beside the layers, while outputs are compared
+        self._awake = _always  # whether the pass under way is that of training
+
+    @contextmanager
+    def _beside_layers(self, current: Pass, awake: Callable[[], bool] = _always) -> Iterator[None]:
+        """Within, what no layer's hook sees has taps: modules that are opened, and parameters of no layer.
+
+        Args:
+            current: the pass.
+            awake: says whether what runs is that pass.
+        """
+        before, self._awake = self._awake, awake
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(self._opening(current, live=True))
+                if self._missing:
+                    options = {"missing": self._missing, "awake": awake, "live": True}
+                    stack.enter_context(_entered(cast(_Uses, self._following(current, _Uses, **options))))
+                yield
+        finally:
+            self._awake = before
+
+    def _opened_forward(self, module: nn.Module, *given: Any, **kwargs: Any) -> Any:
+        forward, names, current, live, *args = given
+        if not self._awake():
+            return type(module).forward(module, *args, **kwargs)
+        _refuse_recomputed([f"!{self._names[module]}.*"])
+        return super()._opened_forward(module, forward, names, current, live, *args, **kwargs)
+
+    def _tapped(self, name: str, output: Tensor, x: Tensor, *given: Any, **options: Any) -> Tensor:
+        if self._seen is not None:
+            self._seen.append((name, output.detach().clone()))
+            return output
+        if name == BARE:
+            _refuse_recomputed([f"!{missing}" for missing in list(self._missing)[:10]])
+        return super()._tapped(name, output, x, *given, **options)
+
+    def _note(self, name: str, tapped: Tensor, *given: Any, **options: Any) -> None:
+        if self._seen is not None:
+            self._seen.append((name, tapped.detach().clone()))
+        else:
+            super()._note(name, tapped, *given, **options)
 
     def _find_shared(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
         """Learn which layers see no batch, from one example and two; leaves random states and buffers alone."""
@@ -84,21 +140,29 @@ class FollowedPath(HookPath):
     def _look_ahead(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
         """Before the first pass of several examples, make one like it: what the model, or hooks, keep is the pass's.
 
+        A parameter that is used outside of its layer is then followed by itself.
+
         Raises:
-            GradientError: the outputs of some layer are others for half of the batch, in evaluation mode.
-            Unsuited: a parameter is used outside of its layer.
+            GradientError: the outputs of some layer are others for half of the batch, in evaluation mode, or a
+                parameter can't be followed.
         """
-        self._compare(args, kwargs, size, training=False)
-        self._calls = []
         current = Pass(size, self._anchor, _nowhere)
         try:
+            self._compare(args, kwargs, size, training=False)
+            self._calls = []
             with (
                 probing(self._model, training=True),
                 torch.enable_grad(),
                 self._hooked(partial(self._on_output, current=current)),
+                self._beside_layers(current),
             ):
                 output = called(self._model, (args, kwargs))
             self._looks = self._is_lost(self._calls, output, size)
+        except UsedElsewhere as problem:
+            self._calls = None
+            self._set_apart({**self._elsewhere, problem.name: str(problem)})
+            self._find_shared(args, kwargs, size)
+            self._look_ahead(args, kwargs, size)
         except SourceProjError:
             raise
         except Exception:  # the model's own; the pass itself has the word
@@ -111,18 +175,13 @@ class FollowedPath(HookPath):
         """Whether autograd's graph leaves it open where each example is, in some layer.
 
         Raises:
-            GradientError: a parameter is used outside of its layer.
+            UsedElsewhere: a parameter is used outside of its layer.
         """
         taps = [call for _, call in calls]
         there: set[Node] = {call.tap for call in taps}
         for head in _heads(output):
             if head.grad_fn is not None and head.dim() and len(head) and head.shape[0] % size == 0:
-                try:
-                    order = self._graph(head.grad_fn, taps, self._live)
-                except UsedElsewhere as error:
-                    raise GradientError(
-                        f"{error}: leave it out by parameters={[f'!{error.name}']}, or build the bank after training"
-                    ) from error
+                order = self._graph(head.grad_fn, taps, self._live)
                 if where_examples_are_lost(order, taps, head.grad_fn, size) is None:
                     there.difference_update(order)
             if not there:
@@ -145,7 +204,8 @@ class FollowedPath(HookPath):
         halves = random_halves(size, self._looked)
         batches = [(args, kwargs), *(part(args, kwargs, half.tolist(), size) for half in halves)]
         try:
-            whole, *parts = (self._outputs(each, training=training) for each in batches)
+            sizes = size, *map(len, halves)
+            whole, *parts = (self._outputs(*each, training=training) for each in zip(batches, sizes, strict=True))
         except SourceProjError:
             raise
         except Exception as error:  # the model's own
@@ -154,7 +214,7 @@ class FollowedPath(HookPath):
             return
         require_same(whole, parts, halves, strict=training)
 
-    def _outputs(self, batch: Batch, *, training: bool) -> Outputs:
+    def _outputs(self, batch: Batch, size: int, *, training: bool) -> Outputs:
         """Outputs of all layers that see the batch, by name, in the order of their calls, and the model's."""
         outputs: Outputs = []
 
@@ -163,9 +223,20 @@ class FollowedPath(HookPath):
                 output = output.detach().clone()  # which may be written to behind the layer
                 outputs.append((self._names[module], output.transpose(0, 1) if module in self._second else output))
 
-        with probing(self._model, training=training), self._hooked(seen), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a variance of one example, say
-            output = called(self._model, batch)
+        taps = bool(self._opened or self._missing)
+        current, self._seen = Pass(size, self._anchor, _nowhere), outputs
+        try:
+            with (
+                probing(self._model, training=training),
+                self._hooked(seen),
+                torch.enable_grad() if taps else nullcontext(),
+                self._beside_layers(current),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore")  # of a variance of one example, say
+                output = called(self._model, batch)
+        finally:
+            self._seen = None
         return [*outputs, *((OUTPUT, h.detach()) for h in _heads(output) if h.is_floating_point() and h.dim())]
 
 
@@ -179,3 +250,68 @@ def _heads(output: Any) -> list[Tensor]:
 
 def _nowhere() -> GradientSink:
     raise AssertionError("no backward pass goes through a pass that was only looked at")
+
+
+class _Uses(BareUses):
+    """Those of a pass that somebody else makes: asleep beside it, and what it refuses comes with a remedy.
+
+    Args:
+        given: to `BareUses`.
+        missing: parameter → why no rule gives its gradient.
+        awake: says whether what runs is that pass.
+        options: likewise.
+    """
+
+    def __init__(self, *given: Any, missing: Mapping[str, str], awake: Callable[[], bool], **options: Any) -> None:
+        super().__init__(*given, **options)
+        self._missing, self.awake = missing, awake
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function, with what stands for bare parameters in their place."""
+        if not self.awake():
+            return func(*args, **(kwargs or {}))
+        try:
+            return super().__torch_function__(func, types, args, kwargs)
+        except UsedElsewhere as problem:
+            if self.awake is _always:  # before the first pass, where it may be set apart
+                raise
+            raise used_elsewhere(problem) from problem
+        except Unfollowed as problem:
+            names = self.names_among((args, kwargs)) or list(self._missing)
+            listed = "; ".join(f"{name}: {self._missing[name]}" for name in names[:10])
+            raise GradientError(
+                f"rows can't be captured of some parameters ({listed}), as {problem}: leave them out by "
+                f"parameters={[f'!{name}' for name in names[:10]]}, or build the bank after training"
+            ) from problem
+
+
+def used_elsewhere(problem: UsedElsewhere) -> GradientError:
+    """What to say of a parameter that a pass, unlike the first one, uses outside of its layer."""
+    return GradientError(
+        f"{problem}: leave it out by parameters={[f'!{problem.name}']}, or build the bank after training"
+    )
+
+
+@contextmanager
+def _entered(mode: _Uses) -> Iterator[None]:
+    """As `with mode`, but that another mode on top, of a pass that was interrupted, stays where it is."""
+    TorchFunctionMode.__enter__(mode)
+    try:
+        yield
+    finally:
+        mode.awake = _never
+        if _get_current_function_mode() is mode:
+            mode.__exit__(None, None, None)
+
+
+def _refuse_recomputed(patterns: list[str]) -> None:
+    """Refuse taps in what activation checkpointing computes once more, where nobody sets them again."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and getattr(hooks[0], "__module__", "") == torch.utils.checkpoint.__name__:
+        raise GradientError(
+            "rows can't be captured of attention or recurrent modules, or of parameters of no layer, within "
+            f"activation checkpointing: leave them out by parameters={patterns}, checkpoint less, or build the bank "
+            "after training"
+        )

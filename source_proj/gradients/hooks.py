@@ -36,6 +36,7 @@ from source_proj.gradients.owners import Owners
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
 from source_proj.gradients.suited import Unsuited, UsedElsewhere, require_batched
+from source_proj.gradients.tap import Tap
 from source_proj.trajectory.placement import Placement
 from source_proj.trajectory.placement.base import Live
 
@@ -70,36 +71,6 @@ class Pass(NamedTuple):
     size: int
     anchor: Tensor
     taker: Callable[[], GradientSink]
-
-
-class _Tap(torch.autograd.Function):
-    """The identity, without a copy; its backward hands (x, g) to a listener."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, _anchor: Tensor, x: Tensor, listener: Listener, name: str) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.set_materialize_grads(False)
-        ctx.listener, ctx.name = listener, name
-        return output.detach()  # no view to autograd, so that in-place operations may follow
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
-        if g is not None:
-            ctx.listener(_saved(ctx), g)
-        return g if ctx.needs_input_grad[0] else None, None, None, None, None
-
-
-def _saved(ctx: Any) -> Tensor:
-    try:
-        x: Tensor = ctx.saved_tensors[0]
-    except RuntimeError as problem:
-        if "inplace operation" not in str(problem):
-            raise
-        raise GradientError(
-            f"the input of {ctx.name!r} was modified in place after the layer had seen it, so its gradient is lost; "
-            "replace the in-place operation"
-        ) from problem
-    return x
 
 
 def alone(function: Function) -> Functions:
@@ -268,17 +239,29 @@ class HookPath:
     def _tapping(self, current: Pass) -> Iterator[Live]:
         """Within, the layers of passes have taps, also those that checkpointing computes once more."""
         seen = partial(self._on_output, current=current)
-        with self._placement.running(self._attributed) as live, self._hooked(seen):
-            try:
-                for module, (forward, names) in self._opened.items():
-                    module.forward = partial(self._opened_forward, module, forward, names, current)
-                yield live
-            finally:
-                for module in self._opened:
-                    vars(module).pop("forward", None)
+        with self._placement.running(self._attributed) as live, self._hooked(seen), self._opening(current):
+            yield live
+
+    @contextmanager
+    def _opening(self, current: Pass, *, live: bool = False) -> Iterator[None]:
+        """Within, opened modules run step by step; live where their parameters get a gradient, too."""
+        try:
+            for module, (forward, names) in self._opened.items():
+                module.forward = partial(self._opened_forward, module, forward, names, current, live)
+            yield
+        finally:
+            for module in self._opened:
+                vars(module).pop("forward", None)
 
     def _opened_forward(
-        self, module: nn.Module, forward: Forward, names: dict[str, str], current: Pass, *args: Any, **kwargs: Any
+        self,
+        module: nn.Module,
+        forward: Forward,
+        names: dict[str, str],
+        current: Pass,
+        live: bool,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         if not torch.is_grad_enabled():
             return type(module).forward(module, *args, **kwargs)
@@ -289,7 +272,7 @@ class HookPath:
         def note(output: Tensor, inputs: Sequence[Tensor]) -> None:
             self._note(self._names[module], output, tuple(x.grad_fn for x in inputs), current.size)
 
-        return forward(module, Opening(names, *current, tap, note), *args, **kwargs)
+        return forward(module, Opening(names, *current, tap, note, live), *args, **kwargs)
 
     def _on_output(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, *, current: Pass
@@ -318,7 +301,7 @@ class HookPath:
         kind: str = "",
     ) -> Tensor:
         """The output with a tap behind it, which hands (x, g) to the listener."""
-        apply = cast(Callable[..., Tensor], _Tap.apply)  # some versions of torch leave it untyped
+        apply = cast(Callable[..., Tensor], Tap.apply)  # some versions of torch leave it untyped
         tapped = apply(output, current.anchor, x.detach(), listener, name)
         self._note(name, tapped, (inputs,), current.size, kind)
         return tapped

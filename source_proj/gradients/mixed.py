@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 from math import prod
 
 from torch import Tensor, nn
 
-from source_proj.gradients.bare import BareUses, Unfollowed
+from source_proj.gradients.bare import Unfollowed
+from source_proj.gradients.bare_path import BarePath
 from source_proj.gradients.batches import Batch
 from source_proj.gradients.general import CHUNK_BYTES, Autocast, Function, Functions, GeneralPath
-from source_proj.gradients.hooks import HookPath, Pass, Structure
-from source_proj.gradients.opened import Listener
+from source_proj.gradients.hooks import Pass, Structure
 from source_proj.gradients.owners import uncovered
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
@@ -48,8 +47,8 @@ def _are_few(names: Collection[str], space: ParameterSpace) -> bool:
     return _SHARE * sum(sizes[name] for name in names) <= space.size
 
 
-class MixedPath(HookPath):
-    """As `HookPath`, for whole models, whether or not all modules have rules.
+class MixedPath(BarePath):
+    """As `BarePath`, with other ways for what can't be followed.
 
     Args:
         placement: of the model, whole.
@@ -57,9 +56,8 @@ class MixedPath(HookPath):
     """
 
     def __init__(self, placement: Placement, space: ParameterSpace) -> None:
-        super().__init__(placement, space)
         self._unfollowed: Unfollowed | None = None
-        self._set_apart({})
+        super().__init__(placement, space)
 
     @property
     def reason(self) -> str:
@@ -79,12 +77,7 @@ class MixedPath(HookPath):
         self._rest.begin()
 
     def _set_apart(self, elsewhere: dict[str, str]) -> None:
-        """Take these parameters, and those without a rule, from no module."""
-        self._elsewhere = elsewhere  # parameter → why its module's rule does not do
-        self._missing = {**uncovered(self._model, self._space, apart=elsewhere), **elsewhere}
-        self._cover(self._missing)
-        bare = [name for name in self._space.names if name in self._missing]
-        self._bare = ParameterSpace.of_names(self._model, bare)
+        super()._set_apart(elsewhere)
         self._rest = GeneralPath(self._placement, self._bare)
 
     def add_to(
@@ -125,18 +118,6 @@ class MixedPath(HookPath):
             if self._missing and self._unfollowed is None:
                 stack.enter_context(self._following(current))
             yield live
-
-    def _following(self, current: Pass) -> BareUses:
-        def tap(output: Tensor, listener: Listener, x: Tensor) -> Tensor:
-            return self._tapped("parameters of no layer", output, x, listener, current, x.grad_fn)
-
-        return BareUses(
-            self._bare.parameters(self._model),
-            chain(self._model.parameters(), self._model.buffers()),
-            current.size,
-            current.taker,
-            tap,
-        )
 
 
 def _one(functions: Functions, number: int) -> Function:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,14 +28,14 @@ from torch.utils.hooks import RemovableHandle
 
 from source_proj._errors import GradientError
 from source_proj.gradients.batches import batch_size, own_copy
-from source_proj.gradients.followed import FollowedPath
+from source_proj.gradients.followed import FollowedPath, used_elsewhere
 from source_proj.gradients.hooks import Pass
-from source_proj.gradients.owners import uncovered
+from source_proj.gradients.opened import Listener
 from source_proj.gradients.probing import is_probed
 from source_proj.gradients.proof import WatchedSink, gradient_sink, share_sink
 from source_proj.gradients.sink import GradientSink, SinkByParameter
 from source_proj.gradients.space import ParameterSpace
-from source_proj.gradients.suited import refuse_unsuited
+from source_proj.gradients.suited import UsedElsewhere, refuse_unsuited
 from source_proj.sketch import Sketch, without_autocast
 from source_proj.trajectory.placement import placement_of
 
@@ -92,7 +93,7 @@ class TrainingPath(FollowedPath):
 
     Args:
         model: the module that is trained; not compiled.
-        space: the attributed parameters, each in a module that a rule covers.
+        space: the attributed parameters.
         sketch: the projection.
 
     Attributes:
@@ -101,20 +102,12 @@ class TrainingPath(FollowedPath):
         sampler: gives another function of the outputs, whose rows the coming passes bring too; None for none.
 
     Raises:
-        GradientError: no rule covers some parameter's module, or the model is compiled or quantised.
+        GradientError: the model is compiled, quantised or spread.
     """
 
     def __init__(self, model: nn.Module, space: ParameterSpace, sketch: Sketch) -> None:
         refuse_unsuited(model)
         _refuse_compiled(model)
-        missing = uncovered(model, space, opens=False)
-        if missing:
-            listed = "; ".join(f"{name}: {why}" for name, why in list(missing.items())[:10])
-            patterns = [f"!{name}" for name in list(missing)[:10]]
-            raise GradientError(
-                f"rows can't be captured of some parameters ({listed}): leave them out by parameters={patterns}, or "
-                "build the bank after training"
-            )
         placement = placement_of(model)
         if not placement.is_whole:
             raise GradientError(
@@ -129,6 +122,7 @@ class TrainingPath(FollowedPath):
         self._open: TrainingPass | None = None
         self._nested = 0  # calls of the model within that pass, as another path's probes are
         self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # to the pass that is open, before it began
+        self._within = ExitStack()  # taps beside the layers' hooks, of the pass that is open
         self._kept_back = _kept_back(model)
         self._mixing = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         weakly = partial(_WeakHook, self)
@@ -146,6 +140,7 @@ class TrainingPath(FollowedPath):
 
     def clear(self) -> None:
         """Forget the passes so far."""
+        self._within.close()
         self.passes = []
         self._open, self._nested, self._calls, self._given = None, 0, None, None
 
@@ -181,11 +176,16 @@ class TrainingPath(FollowedPath):
                 self._compare(args, kwargs, size, training=True)
             else:
                 self._calls, self._given = [], own_copy((args, kwargs), keep_flags=True)  # which the pass may change
+        if self._opened or self._missing:
+            current = self._open
+            through = Pass(size, self._anchor, partial(self._heard, current))
+            self._within.enter_context(self._beside_layers(through, lambda: self._open is current and not self._nested))
 
     def _finish(self, _model: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
         if self._nested:
             self._nested -= 1
             return
+        self._within.close()
         current, self._open = self._open, None
         calls, given, self._calls, self._given = self._calls, self._given, None, None
         if current is None:
@@ -193,9 +193,14 @@ class TrainingPath(FollowedPath):
         if output is None:  # the forward pass raised
             self.passes.remove(current)
             return
-        if calls is not None and given is not None and self._is_lost(calls, output, current.size):
-            self._looks = True  # a pass unlike the first one; the next are looked at before they are made
-            self._compare(*given, current.size, training=True)
+        if calls is not None and given is not None:
+            try:
+                lost = self._is_lost(calls, output, current.size)
+            except UsedElsewhere as problem:
+                raise used_elsewhere(problem) from problem
+            if lost:
+                self._looks = True  # a pass unlike the first one; the next are looked at before they are made
+                self._compare(*given, current.size, training=True)
         if self.sampler is not None and (asked := self.sampler(output, current.batch, current.size)) is not None:
             self._add_sampled(current, *asked)
 
@@ -210,7 +215,7 @@ class TrainingPath(FollowedPath):
             current.turn = current.sink
 
     def _on_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        if self._nested:
+        if self._nested or module not in self._covered:  # a parameter of it may be followed by itself by now
             return None
         current = self._open
         if current is None and _in_backward() and self.passes:  # layers that checkpointing computes once more
@@ -228,12 +233,33 @@ class TrainingPath(FollowedPath):
         for each in self.passes:
             if each.turn is not sink:
                 continue
-            if each.sink is sink:
-                each.reached = True
-                each.spacing = max(each.spacing, torch.finfo(g.dtype).eps)
-                _hold_until_its_end(each)
+            self._heard(each)
+            super()._on_gradient(module, size, taker, x, g)
+
+    def _heard(self, current: TrainingPass) -> GradientSink:
+        """The sink of the backward pass under way, which has reached a tap."""
+        if current.turn is current.sink:
+            current.reached = True
+            _hold_until_its_end(current)
+        return current.turn
+
+    def _tapped(self, name: str, output: Tensor, x: Tensor, listener: Listener, *given: Any, **options: Any) -> Tensor:
+        def heard(x: Tensor, g: Tensor) -> None:
             with torch.no_grad(), without_autocast():
-                super()._on_gradient(module, size, taker, x, g)
+                listener(x, g)
+
+        return super()._tapped(name, output, x, heard, *given, **options)
+
+    def _note(self, name: str, tapped: Tensor, *given: Any, **options: Any) -> None:
+        super()._note(name, tapped, *given, **options)
+        if self._open is not None:
+            self._open.spacing = max(self._open.spacing, torch.finfo(tapped.dtype).eps)
+
+    def _opened_forward(self, module: nn.Module, *given: Any, **kwargs: Any) -> Any:
+        device = self._placement.device.type
+        if self._open is not None and torch.is_autocast_enabled(device):
+            self._open.spacing = max(self._open.spacing, torch.finfo(torch.get_autocast_dtype(device)).eps)
+        return super()._opened_forward(module, *given, **kwargs)
 
     def _refuse_mixing(self) -> None:
         mixing = [name for name, module in self._mixing if module.training]

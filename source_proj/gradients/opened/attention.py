@@ -40,7 +40,7 @@ def forward(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `MultiheadAttention.forward` in evaluation mode, for batches."""
+    """As `MultiheadAttention.forward`, for batches."""
     if query.dim() != 3 or query.is_nested:
         raise Unsuited(f"attention of an input of {query.dim()} dims, which has no batch")
     q, k, v = (
@@ -50,16 +50,16 @@ def forward(
     # torch's own order: the hint replaces the mask where nothing else masks.
     causal = is_causal and key_padding_mask is None and not need_weights
     mask = None if causal else _merged(attn_mask, key_padding_mask, q)
-    weights = None
+    weights, dropout = None, module.dropout if module.training else 0.0
     if need_weights:
         scores = q * module.head_dim**-0.5 @ k.transpose(-2, -1)
-        attention = (scores if mask is None else scores + mask).softmax(-1)
+        attention = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
         mixed, weights = attention @ v, attention.mean(1) if average_attn_weights else attention
     else:
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
     last, width = module.out_proj, module.embed_dim
     parts = Part("out_proj.weight", 0, width), Part("out_proj.bias", 0, width)
-    output = opening.linear(mixed.transpose(1, 2).flatten(2), last.weight, last.bias, parts)
+    output = opening.laid_out(opening.linear(mixed.transpose(1, 2).flatten(2), last.weight, last.bias, parts))
     return output if module.batch_first else output.transpose(0, 1), weights
 
 

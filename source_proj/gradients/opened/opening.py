@@ -47,6 +47,7 @@ class Opening:
         taker: gives the sink of the backward pass under way.
         tap: (output, x, listener) gives the output with a tap, which hands (x, g) to the listener.
         note: (output, inputs) notes a node that is a tap itself, and what its inputs are.
+        live: whether the parameters get a gradient of their own, too, as in training.
     """
 
     names: Mapping[str, str]
@@ -55,10 +56,19 @@ class Opening:
     taker: Callable[[], GradientSink]
     tap: Callable[[Tensor, Tensor, Listener], Tensor]
     note: Callable[[Tensor, Sequence[Tensor]], None]
+    live: bool = False
+
+    def value(self, parameter: Tensor) -> Tensor:
+        """A parameter as the module uses it."""
+        return parameter if self.live else parameter.detach()
+
+    def laid_out(self, output: Tensor) -> Tensor:
+        """An output (B, T, n) with steps outermost in memory, as torch's are: dropout draws in that order."""
+        return output.transpose(0, 1).contiguous().transpose(0, 1) if self.live else output
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: tuple[Part, Part]) -> Tensor:
         """The product x W' + b with a tap, for x (B r, T, i) and the rows W, b that are parts of parameters."""
-        output = F.linear(x, weight.detach(), None if bias is None else bias.detach())
+        output = F.linear(x, self.value(weight), None if bias is None else self.value(bias))
 
         def listener(x: Tensor, g: Tensor) -> None:
             self.product(g, x, parts[0])

@@ -28,6 +28,7 @@ __all__ = ["forward_for"]
 
 State = tuple[Tensor, ...]  # hidden state (B, H), and the LSTM's cell state
 Rest = tuple[Tensor | None, ...]  # gradients of these; None for zero
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # W, U, b, c
 
 
 class _Gates(NamedTuple):
@@ -109,14 +110,12 @@ class _Direction:
 
     Attributes:
         gates: its kind of step.
-        weights: W, U, b, c, without graph; the last two may be None.
         reverse: whether it begins with the last step.
         lengths: steps of each sequence (B,), None where all have the same.
         receive: gets x (B, T, i), the states h_{t-1} (B, T, H), dz and dy (B, T, G) when the gradient comes.
     """
 
     gates: _Gates
-    weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
     reverse: bool
     lengths: Tensor | None
     receive: Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -162,11 +161,17 @@ class _Steps:
 
 
 class Recurrence(torch.autograd.Function):
-    """Hidden states (B, T, H) and the last state from x (B, T, i); `gradients/layout.py` knows it as a tap."""
+    """Hidden states (B, T, H) and the last state from x (B, T, i), the first state and the weights.
+
+    `gradients/layout.py` knows it as a tap.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, _anchor: Tensor, direction: _Direction, *state: Tensor) -> tuple[Tensor, ...]:
-        w, u, b, c = direction.weights
+    def forward(
+        ctx: Any, x: Tensor, _anchor: Tensor, direction: _Direction, *given: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        w, u, b, c = cast(Weights, given[:4])
+        state = cast(State, given[4:])
         state = tuple(part.clone() for part in state)  # kept, whatever becomes of what was given
         z, count = F.linear(x, w, b), x.shape[1]
         kept, hidden, before = _Steps(count, 0), _Steps(count, 1), _Steps(count, 1)
@@ -177,7 +182,7 @@ class Recurrence(torch.autograd.Function):
             there = direction.goes_on(t)
             state = after if there is None else _chosen(there, after, state)
             hidden.put(t, state[0])
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, w, u)
         ctx.direction, ctx.kept, (ctx.before,) = direction, kept, before.blocks
         ctx.set_materialize_grads(False)
         return *hidden.blocks, *(part.clone() for part in state)
@@ -186,7 +191,7 @@ class Recurrence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         direction: _Direction = ctx.direction
-        (x,), (w, u, _, _), zero = ctx.saved_tensors, direction.weights, torch.zeros_like(ctx.before[:, 0])
+        (x, w, u), zero = ctx.saved_tensors, torch.zeros_like(ctx.before[:, 0])
         of_hidden, *ends = gradients
         state, whole = tuple(zero if end is None else end for end in ends), _Steps(x.shape[1], 1)
         for t in reversed(list(direction.steps(x.shape[1]))):
@@ -201,7 +206,18 @@ class Recurrence(torch.autograd.Function):
             state = earlier if there is None else _chosen(there, earlier, state)
         of_z, of_y = whole.blocks
         direction.receive(x, ctx.before, of_z, of_y)
-        return (of_z @ w.to(of_z.dtype) if ctx.needs_input_grad[0] else None), None, None, *state
+        of_x = of_z @ w.to(of_z.dtype) if ctx.needs_input_grad[0] else None
+        of_weights = (
+            _product(of_z, x).to(w.dtype) if ctx.needs_input_grad[3] else None,
+            _product(of_y, ctx.before).to(u.dtype) if ctx.needs_input_grad[4] else None,
+            of_z.sum((0, 1)) if ctx.needs_input_grad[5] else None,
+            of_y.sum((0, 1)) if ctx.needs_input_grad[6] else None,
+        )
+        return of_x, None, None, *of_weights, *state
+
+
+def _product(g: Tensor, x: Tensor) -> Tensor:
+    return g.flatten(0, 1).T @ x.flatten(0, 1).to(g.dtype)
 
 
 def forward_for(module: nn.Module) -> Forward | None:
@@ -220,7 +236,7 @@ def _gates_of(module: nn.Module, kind: type[nn.Module]) -> _Gates:
 
 
 def _layers(gates: _Gates, module: nn.RNNBase, opening: Opening, input: Any, hx: Any = None) -> tuple[Any, Any]:
-    """As the module's forward in evaluation mode, for batches and for packed sequences."""
+    """As the module's forward, for batches and for packed sequences."""
     packed, lengths = input if isinstance(input, PackedSequence) else None, None
     if packed is not None:
         x, there = pad_packed_sequence(packed, batch_first=True)
@@ -240,10 +256,13 @@ def _layers(gates: _Gates, module: nn.RNNBase, opening: Opening, input: Any, hx:
             outputs.append(output)
             ends.append(end)
         x = torch.cat(outputs, -1) if ways > 1 else outputs[0]
+        if module.training and module.dropout and layer < module.num_layers - 1:
+            x = F.dropout(opening.laid_out(x), module.dropout)
     lasts = tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
     last = lasts if len(lasts) > 1 else lasts[0]
     if packed is not None:
         return _packed(x, packed, cast(Tensor, lengths)), last
+    x = opening.laid_out(x)
     return x if module.batch_first else x.transpose(0, 1), last
 
 
@@ -290,8 +309,8 @@ def _run(
     """Hidden states and last state of one direction."""
     names = [f"{kind}{suffix}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
     found = [getattr(module, name, None) for name in names]
-    weights = cast(Any, tuple(None if weight is None else weight.detach() for weight in found))
-    parts = [Part(name, 0, len(weights[0])) for name in names]
+    weights = [None if weight is None else opening.value(weight) for weight in found]
+    parts = [Part(name, 0, len(cast(Tensor, weights[0]))) for name in names]
 
     def receive(x: Tensor, before: Tensor, dz: Tensor, dy: Tensor) -> None:
         opening.product(dz, x, parts[0])
@@ -300,8 +319,8 @@ def _run(
             opening.sum(dz, parts[2])
             opening.sum(dy, parts[3])
 
-    direction = _Direction(gates, weights, reverse, lengths, receive)
+    direction = _Direction(gates, reverse, lengths, receive)
     apply = cast(Callable[..., tuple[Tensor, ...]], Recurrence.apply)
-    output, *end = apply(x, opening.anchor, direction, *start)
+    output, *end = apply(x, opening.anchor, direction, *weights, *start)
     opening.note(output, [x, *start])
     return output, tuple(end)

@@ -1,0 +1,56 @@
+"""Layers' rules, and beside them the parameters that no rule covers, followed by themselves (`bare.py`)."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+
+from source_proj.gradients.bare import BareUses
+from source_proj.gradients.hooks import HookPath, Pass
+from source_proj.gradients.opened import Listener
+from source_proj.gradients.owners import uncovered
+from source_proj.gradients.space import ParameterSpace
+from source_proj.gradients.suited import require_batched
+from source_proj.trajectory.placement import Placement
+
+__all__ = ["BARE", "BarePath"]
+
+BARE = "parameters of no layer"
+"""Name of the taps where such meet the examples."""
+
+
+class BarePath(HookPath):
+    """As `HookPath`, whether or not all modules have rules.
+
+    Args:
+        placement: of the model, whole.
+        space: the attributed parameters.
+    """
+
+    def __init__(self, placement: Placement, space: ParameterSpace) -> None:
+        super().__init__(placement, space)
+        self._set_apart({})
+
+    def _set_apart(self, elsewhere: dict[str, str]) -> None:
+        """Take these parameters, and those without a rule, from no module."""
+        self._elsewhere = elsewhere  # parameter → why its module's rule does not do
+        self._missing = {**uncovered(self._model, self._space, apart=elsewhere), **elsewhere}
+        self._cover(self._missing)
+        bare = [name for name in self._space.names if name in self._missing]
+        self._bare = ParameterSpace.of_names(self._model, bare)
+
+    def _following(self, current: Pass, kind: type[BareUses] = BareUses, **options: Any) -> BareUses:
+        """Within, these parameters have taps where they meet the examples."""
+
+        def tap(output: Tensor, listener: Listener, x: Tensor) -> Tensor:
+            require_batched(BARE, output, 0)
+            return self._tapped(BARE, output, x, listener, current, x.grad_fn)
+
+        constants = chain(self._model.parameters(), self._model.buffers())
+        parameters, owned = self._bare.parameters(self._model), self._space.parameters(self._model)
+        names = {id(p): name for name, p in owned.items() if name not in parameters}
+        followed = {id(p) for p in parameters.values()}
+        others = [(p, names.get(id(p))) for p in self._model.parameters() if id(p) not in followed]
+        return kind(parameters, constants, current.size, current.taker, tap, others=others, **options)

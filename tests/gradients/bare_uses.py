@@ -1,0 +1,91 @@
+"""Parameters of no layer, in the ways that models use them: those that are followed, and those that are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STEPS, WIDTH, HEADS = 5, 6, 2
+
+
+class Bare(nn.Module):
+    """A layer, a use of bare parameters, a layer."""
+
+    def __init__(self, use: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...]) -> None:
+        super().__init__()
+        self.p = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes])
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+        self.register_buffer("index", torch.tensor([3, 0, 0, 2]))
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        last: Tensor = self.last(self.use(self.first(x), *self.p, **({"index": self.index} if len(self.p) > 2 else {})))
+        return last
+
+
+def attended(x: Tensor, bias: Tensor) -> Tensor:
+    heads = x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    return F.scaled_dot_product_attention(heads, heads, heads, attn_mask=bias).transpose(1, 2).flatten(2)
+
+
+def changed(x: Tensor, p: Tensor) -> Tensor:
+    x = x.clone()
+    x += p
+    x *= 2
+    return x
+
+
+FOLLOWED: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "positions": (lambda x, p: x + p, ((1, STEPS, WIDTH),)),
+    "positions without a first dim": (lambda x, p: p + x, ((STEPS, WIDTH),)),
+    "a slice of positions": (lambda x, p: x + p[:, : x.shape[1]], ((1, STEPS + 3, WIDTH),)),
+    "resized positions": (
+        lambda x, p: x + F.interpolate(p.transpose(1, 2), STEPS, mode="linear").transpose(1, 2),
+        ((1, 3, WIDTH),),
+    ),
+    "a class token": (lambda x, p: torch.cat([p.expand(len(x), -1, -1), x], 1), ((1, 1, WIDTH),)),
+    "a class token, repeated": (lambda x, p: torch.cat([p.repeat(len(x), 1, 1), x], 1), ((1, 1, WIDTH),)),
+    "a class token and positions": (
+        lambda x, c, p: torch.cat([c.expand(len(x), -1, -1), x], 1) + p,
+        ((1, 1, WIDTH), (1, STEPS + 1, WIDTH)),
+    ),
+    "a scale": (lambda x, p: x * p, ((),)),
+    "a scale of each feature": (lambda x, p: x * p.exp(), ((WIDTH,),)),
+    "less, and over": (lambda x, p, q: (x - p) / (q.square() + 1), ((WIDTH,), (STEPS, 1))),
+    "from the left": (lambda x, p: p / (x.square() + 1) - p, ((WIDTH,),)),
+    "twice": (lambda x, p: (x + p) * p, ((WIDTH,),)),
+    "made of two": (lambda x, p, q: x + torch.outer(p, q.softmax(0)), ((STEPS,), (WIDTH,))),
+    "in place": (changed, ((WIDTH,),)),
+    "where": (lambda x, p: torch.where(x > 0, x, p), ((WIDTH,),)),
+    "a bias of attention": (attended, ((HEADS, STEPS, STEPS),)),
+    "an entry of a constant index": (
+        lambda x, p, _q, _r, index: x + p[index].sum(0), ((4, WIDTH), (1,), (1,)),
+    ),
+    "several rows an example": (
+        lambda x, p: (x.flatten(0, 1) + p).unflatten(0, x.shape[:2]), ((WIDTH,),),
+    ),
+    "a product": (lambda x, p: x @ p, ((WIDTH, WIDTH),)),
+    "a product with what is transposed": (lambda x, p: torch.matmul(x, p.T) + x @ p.t().exp(), ((WIDTH, WIDTH),)),
+    "a linear function": (lambda x, p, q: F.linear(x, p, q), ((WIDTH, WIDTH), (WIDTH,))),
+    "a bias alone": (lambda x, p: F.linear(x, torch.eye(WIDTH), p), ((WIDTH,),)),
+    "a product in low rank": (lambda x, p, q: x + x @ p @ q, ((WIDTH, 2), (2, WIDTH))),
+    "a product of two": (lambda x, p, q: x @ (p @ q), ((WIDTH, 2), (2, WIDTH))),
+    "flat rows": (
+        lambda x, p, q: torch.addmm(q, x.flatten(0, 1), p).unflatten(0, x.shape[:2]), ((WIDTH, WIDTH), (WIDTH,)),
+    ),
+    "a normalisation": (lambda x, p, q: F.layer_norm(x, (WIDTH,), p, q), ((WIDTH,), (WIDTH,))),
+    "a normalisation by its size": (lambda x, p: F.rms_norm(x, (WIDTH,), weight=p), ((WIDTH,),)),
+    "a table": (lambda x, p: x + F.embedding((x[..., 0] > 0).long(), p), ((3, WIDTH),)),
+    "a table with padding": (lambda x, p: x + F.embedding((x[..., 0] > 0).long(), p, -2), ((3, WIDTH),)),
+    "used by no value": (lambda x, p: x + 0 * p.detach(), ((WIDTH,),)),
+}  # fmt: skip
+APART: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "a sum of products": (lambda x, p: torch.einsum("btw,wv->btv", x, p), ((WIDTH, WIDTH),)),
+    "in the examples' place": (lambda x, p: x + F.linear(p[None], x[:, 0]).t()[..., None], ((WIDTH,),)),
+    "before the examples": (lambda x, p: p @ x, ((STEPS, STEPS),)),
+    "entries by value": (lambda x, p: x + p[(x[..., 0] > 0).long()], ((2, WIDTH),)),
+    "time first": (lambda x, p: (x.transpose(0, 1) + p).transpose(0, 1), ((STEPS, 1, WIDTH),)),
+}
