@@ -2,6 +2,7 @@
 
     python examples/speed/capture.py                       # a decoder of GPT-2's shape, small, and an MLP: minutes
     python examples/speed/capture.py --models mlp --dim 1024 --steps 30
+    python examples/speed/capture.py --models encoder vit lstm gru    # attention, class tokens, recurrent layers
     python examples/speed/capture.py --device cuda --autocast bfloat16 --models gpt2 stack
 
 Both steps in one process and in turn, each with forward and backward pass, AdamW's update, and zero_grad; medians (with
@@ -20,7 +21,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from _models import Decoder, Stack, gpt2, mlp
+from _models import Decoder, Encoder, Recurrent, Stack, gpt2, mlp, vit
 from torch import Tensor, nn
 
 import source_proj as sp
@@ -34,21 +35,32 @@ def _language(model: nn.Module, tokens: Tensor, told: bool) -> Tensor:
 
 
 def _classes(labels: Tensor, model: nn.Module, inputs: Tensor, _told: bool) -> Tensor:
-    return F.cross_entropy(model(inputs), labels.to(inputs.device))
+    output = model(inputs)
+    return F.cross_entropy(getattr(output, "logits", output), labels.to(inputs.device))
 
 
-MODELS = ("decoder", "mlp", "gpt2", "stack")
+MODELS = ("decoder", "mlp", "encoder", "vit", "lstm", "gru", "gpt2", "stack")
 Loss = Callable[[nn.Module, Tensor, bool], Tensor]  # the last: whether a recorder keeps the labels back
 
 
 def case(name: str, batch: int | None) -> tuple[Callable[[], nn.Module], Tensor, Loss]:
     """What makes a model of `MODELS`, a batch for it, and its loss."""
-    if name in ("decoder", "gpt2"):
-        make, words, length = (Decoder, 4096, 128) if name == "decoder" else (gpt2, 50257, 512)
+    recurrent = {"lstm": partial(Recurrent, nn.LSTM), "gru": partial(Recurrent, nn.GRU)}
+    language: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+        "decoder": (Decoder, 4096, 128),
+        "gpt2": (gpt2, 50257, 512),
+        **{kind: (make, 256, 64) for kind, make in recurrent.items()},
+    }
+    if name in language:
+        make, words, length = language[name]
         return make, torch.randint(words, (batch or 8, length)), _language
-    make, shape = (mlp, (784,)) if name == "mlp" else (Stack, (128, 4096))
-    data = torch.randn(batch or 64, *shape)
-    return make, data, partial(_classes, torch.randint(10, (len(data),)))
+    shapes: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+        "mlp": (mlp, (784,)), "vit": (vit, (3, 32, 32)), "stack": (Stack, (128, 4096)), "encoder": (Encoder, (64,)),
+    }  # fmt: skip
+    make, shape = shapes[name]
+    size = batch or 64
+    data = torch.randint(4096, (size, *shape)) if name == "encoder" else torch.randn(size, *shape)
+    return make, data, partial(_classes, torch.randint(10, (size,)))
 
 
 def now(device: torch.device) -> float:
