@@ -261,7 +261,7 @@ def problem(options: argparse.Namespace) -> Problem:
             f"{n:,} training images and {n_queries} others as queries; {width} with group instead of batch "
             f"normalisation, SGD with a learning rate that falls in a line, {epochs} epochs, no augmentation.",
         ),
-        cheap=False, panel="image", show=show,
+        peers=not options.full, cheap=False, panel="image", show=show,
         extra={"accuracy": training.accuracy, "workers": 1 if options.full else 2},
     )  # fmt: skip
 
