@@ -6,9 +6,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from recorded_runs import advance, linear, recorded
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import lr_scheduler
@@ -185,3 +188,38 @@ def test_a_grad_scaler_that_is_updated_after_the_recorder_is_noticed(tmp_path):
             scaler.update()
     with pytest.raises(MismatchError, match="before step 2"):
         recorder.step()
+
+
+def with_scaler(directory, loop, overflows, every):
+    """A loop whose GradScaler skips some steps; scheduler and scaler go on all the same."""
+    model, optimizer = linear()
+    scaler, scheduler = GradScaler("cpu", init_scale=4.0), lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
+    recorder = Recorder(model, optimizer, directory, every=every, also=[scaler, scheduler])
+    things = {"scheduler": scheduler.step, "recorder": recorder.step}
+    for overflow in overflows:
+        optimizer.zero_grad()
+        for name in loop:
+            if name == "optimizer":
+                scaler.scale(model(torch.ones(1, 2)).sum() * (float("inf") if overflow else 1.0)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                things[name]()
+
+
+OVERFLOWS = st.lists(st.booleans(), min_size=1, max_size=8)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")  # torch's, on the order that is tried here, and on skipped steps
+@given(st.sampled_from([("optimizer", "scheduler", "recorder"), ("scheduler", "optimizer", "recorder")]), OVERFLOWS)
+def test_steps_that_a_scaler_skips_make_no_loop_a_late_one(loop, overflows):
+    for every in (1, 2, 3):
+        with TemporaryDirectory() as directory:
+            with_scaler(directory, loop, overflows, every)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+@given(OVERFLOWS)
+def test_a_late_scheduler_is_noticed_whatever_was_skipped_before(overflows):
+    with TemporaryDirectory() as directory, pytest.raises(MismatchError, match="stepped after the recorder wrote"):
+        with_scaler(directory, ("optimizer", "recorder", "scheduler"), [*overflows, False, False], every=1)

@@ -313,6 +313,8 @@ class Recorder:
         """Count the optimizer's steps since the last call; where there is none, one that was skipped, if it was."""
         progress = self._settled()
         seen = [step for step in self._seen if step.number > progress.last_seen]
+        if skipped and not seen:
+            self._watch.step_skipped()
         if seen or skipped:
             progress.pending.extend(updates_of_call(progress, seen, norms, self._max_norm))  # at one stroke
         self._seen = []

@@ -48,6 +48,15 @@ class ScheduleWatch:
             self._states = None
         self._first = False
 
+    def step_skipped(self) -> None:
+        """The recorder was told of a step that a GradScaler skipped: what moved since may have been its own."""
+        if not self._first:
+            self._states = None if self._states is None else self._now()
+        elif any(isinstance(thing, LRScheduler) for thing in self._moved()):
+            self._states = self._now()  # first or in time: the next step tells
+        else:
+            self._first, self._states = False, None
+
     def require_in_time(self, step: int) -> None:
         """Refuse a scheduler that was late, once.
 
@@ -61,6 +70,10 @@ class ScheduleWatch:
                 f"{step}: the checkpoint has it as it was before, so that a run would not go on from there as this one "
                 "did. Call the recorder's step() last, after schedulers"
             )
+
+    def _moved(self) -> list[Any]:
+        before = self._states or []
+        return [thing for thing, then, now in zip(self._watched, before, self._now(), strict=False) if then != now]
 
     def _now(self) -> list[Any]:
         return [thing.last_epoch if isinstance(thing, LRScheduler) else thing.state_dict() for thing in self._watched]
