@@ -24,6 +24,11 @@ def require_free(path: Path, *, overwrite: bool, replaceable: Callable[[Path], b
         FileExistsError: something is there that may not be overwritten.
         OSError: nothing can have this name.
     """
+    store = next((above for above in Path(path).absolute().parents if (above / "zarr.json").is_file()), None)
+    if store is not None:
+        raise FileExistsError(
+            f"{path} lies within the store {store}, which has nothing but its own in it: give another"
+        )
     try:
         os.lstat(path)
     except FileNotFoundError:

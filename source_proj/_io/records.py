@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+import threading
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ _BYTE_ORDER_MARKS = {
 _WIDE = {"utf-16-le": "<u2", "utf-16-be": ">u2", "utf-32-le": "<u4", "utf-32-be": ">u4"}
 _SIGNS = {chr(code) for code in range(9, 64)} - {'"', "\r", "\n"} | {"|"}
 """What may be a delimiter: no letter, and in the encodings allowed a byte of its own, never a part of another sign."""
+_LIMIT = threading.Lock()  # on the length of a field, which csv has one of for the process
 
 
 class Records(NamedTuple):
@@ -168,14 +170,28 @@ def json_rows(records: Records) -> Iterable[dict[str, Any]]:
     """
     for span in records.spans:
         try:
-            yield dict(json.loads(records.text(span)))
-        except (ValueError, TypeError) as error:
+            row = json.loads(records.text(span))
+            if not isinstance(row, dict):
+                raise ValueError(f"got {type(row).__name__}")
+            yield row
+        except (ValueError, RecursionError) as error:
             line = records.text((records.mark, span[0])).count("\n") + 1
             raise ValueError(f"line {line} is no JSON object: {error}") from error
 
 
 def _fields(records: Records, span: tuple[int, int], delimiter: str) -> list[str]:
-    return next(csv.reader(io.StringIO(records.text(span), newline=""), delimiter=delimiter))
+    text = records.text(span)
+    try:
+        return next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    except csv.Error as error:
+        if "field limit" not in str(error):
+            raise ValueError(f"a record is none of CSV ({error}): {text!r:.80}") from error
+    with _LIMIT:  # csv's own, of all the process, is there against what streams
+        before = csv.field_size_limit(max(len(text), csv.field_size_limit()))
+        try:
+            return next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+        finally:
+            csv.field_size_limit(before)
 
 
 def _encoding(content: bytes, encoding: str) -> tuple[str, int]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from source_proj._errors import MismatchError
 from source_proj._io.executors import Executor, check_executor
 from source_proj._io.progress import Progress
-from source_proj.attribution.features import QueryFeatures, SketchedQueries, checked_features
+from source_proj.attribution.features import QueryFeatures, SketchedQueries, checked_features, subject_of
 from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
 from source_proj.attribution.hits_file import HitsFile
 from source_proj.attribution.operands import Picked, checked_rows
@@ -243,7 +243,11 @@ class Attributor(ABC):
         if isinstance(queries, QueryFeatures):
             queries = [queries]
         if isinstance(queries, list) and queries and all(isinstance(given, QueryFeatures) for given in queries):
-            return checked_features(queries, [self._sketch_spec(bank) for bank in self.banks])
+            sketches, subjects = (
+                map(self._sketch_spec, self.banks),
+                [subject_of(bank, self.task) for bank in self.banks],
+            )
+            return checked_features(queries, [*sketches], subjects)
         return None
 
     def _features(

@@ -18,13 +18,14 @@ from source_proj._errors import MismatchError, MissingFileError
 from source_proj._io.loading import load_safetensors
 from source_proj._io.outputs import write_output
 from source_proj.attribution.words import plain_ids
+from source_proj.bank import Bank
 from source_proj.bank.examples import Examples
-from source_proj.task import Answers
+from source_proj.task import Answers, Task
 from source_proj.trajectory import Checkpoint
 
-__all__ = ["QueryFeatures", "SketchedQueries", "checked_features", "point_key"]
+__all__ = ["QueryFeatures", "SketchedQueries", "checked_features", "point_key", "subject_of"]
 
-_FORMAT = "source-proj query features 1"
+_FORMAT = "source-proj query features 2"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class QueryFeatures:
         sketch: the sketch's description; a bank's must equal it.
         answers: what the model said of the queries, where it was asked about that and not about their targets.
         examples: how the queries are shown; None where only their features are known.
+        subject: what else the gradients are of, see :func:`subject_of`; None where nobody said.
     """
 
     rows: dict[str, Tensor]
@@ -44,6 +46,7 @@ class QueryFeatures:
     sketch: dict[str, Any]
     answers: Answers | None = None
     examples: Examples | None = field(default=None, repr=False, compare=False)
+    subject: dict[str, str] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -72,6 +75,7 @@ class QueryFeatures:
             self.sketch,
             None if self.answers is None else self.answers.at(places),
             None if self.examples is None else self.examples.at(places),
+            self.subject,
         )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -127,6 +131,7 @@ class SketchedQueries(list[QueryFeatures]):
             {
                 "ids": [plain_ids(features.ids) for features in self],
                 "sketches": [features.sketch for features in self],
+                "subjects": [features.subject for features in self],
                 "paddings": paddings,
             }
         )
@@ -134,19 +139,41 @@ class SketchedQueries(list[QueryFeatures]):
         write_output(Path(path), save(tensors, metadata), overwrite=overwrite)
 
 
-def checked_features(features: list[QueryFeatures], sketches: Sequence[Mapping[str, Any]]) -> SketchedQueries:
-    """Features of given sketches, one for each bank that a method averages.
+def subject_of(bank: Bank, task: Task) -> dict[str, str]:
+    """What gradients of queries are of, beside weights and sketch: parameters with their weights, measurement, numbers.
+
+    A loss's normalizer is of the training set and does not enter a measurement.
+    """
+    measured = {key: value for key, value in task.spec().items() if key != "normalizer"}
+    said = {"parameters": bank.space_spec, "measurement": measured, "autocast": bank.autocast}
+    return {
+        name: hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+        for name, what in said.items()
+    }
+
+
+def checked_features(
+    features: list[QueryFeatures], sketches: Sequence[Mapping[str, Any]], subjects: Sequence[Mapping[str, str]]
+) -> SketchedQueries:
+    """Features of given sketches and subjects, one for each bank that a method averages.
 
     Raises:
-        MismatchError: there are more or fewer than banks, or a sketch is another.
+        MismatchError: there are more or fewer than banks, or one is of another sketch, of other parameters, of other
+            weights of these, or of another measurement.
     """
     if len(features) != len(sketches):
         raise MismatchError(f"got features for {len(features)} banks, and this method averages {len(sketches)}")
-    for queried, sketch in zip(features, sketches, strict=True):
+    for queried, sketch, subject in zip(features, sketches, subjects, strict=True):
         if queried.sketch != sketch:
             raise MismatchError(
                 f"features of {queried.sketch} do not fit the bank's {sketch}: compute them by this method's own "
                 "sketch(queries)"
+            )
+        others = [name for name, what in (queried.subject or subject).items() if subject.get(name) != what]
+        if others:
+            raise MismatchError(
+                f"these query features are not the bank's in {' and '.join(others)}: "
+                "compute them by this method's own sketch(queries)"
             )
     return SketchedQueries(features)
 
@@ -175,9 +202,10 @@ def _read(path: Path) -> list[QueryFeatures]:
             None
             if padding is None
             else Answers(tensors[f"{number}/answers"], tensors[f"{number}/probabilities"], padding),
+            subject=subject,
         )
-        for number, (ids, sketch, padding) in enumerate(
-            zip(facts["ids"], facts["sketches"], facts["paddings"], strict=True)
+        for number, (ids, sketch, padding, subject) in enumerate(
+            zip(*(facts[name] for name in ("ids", "sketches", "paddings", "subjects")), strict=True)
         )
     ]
 

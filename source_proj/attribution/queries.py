@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from source_proj._errors import GradientError, MismatchError, named_examples
 from source_proj._io.progress import Progress, progress_bar
-from source_proj.attribution.features import QueryFeatures, point_key
+from source_proj.attribution.features import QueryFeatures, point_key, subject_of
 from source_proj.attribution.query_models import LoadedModel, OpenModel, QueryModels
 from source_proj.bank import Bank
 from source_proj.bank.build.columns import arranged, query_split
@@ -90,7 +90,7 @@ def sketch_queries(
         if answers is None:
             with named_examples(query_ids):
                 asked.ask(opened, bank, progress)
-        task = task.by_target()
+        subject, task = subject_of(bank, task), task.by_target()
         for number, point in enumerate(points, start=1):
             loaded = opened.at(bank, point, exact=exact)
             place = f"queries, checkpoint {number} of {len(points)}" if len(points) > 1 else "queries"
@@ -108,7 +108,7 @@ def sketch_queries(
     start, stop = asked.span
     if asked.span != (0, source.n):
         shown = shown.at(range(start, stop))
-    return QueryFeatures(features, query_ids[start:stop], bank.sketch.spec(), asked.answers, shown)
+    return QueryFeatures(features, query_ids[start:stop], bank.sketch.spec(), asked.answers, shown, subject)
 
 
 def query_source(queries: Any, batch_size: int, columns: Sequence[str] = ()) -> BatchSource:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from source_proj.bank import Bank
+from source_proj.bank.build.arguments import require_device
 from source_proj.gradients import GradientEngine, ParameterSpace, gradient_engine, private_copy
 from source_proj.sketch import Sketch
 from source_proj.trajectory import Checkpoint
@@ -22,6 +24,7 @@ __all__ = ["LoadedModel", "OpenModel", "QueryModels"]
 
 _HELD_BYTES = 1 << 30  # of weights that an open model keeps beside those in use
 _IDLE = 4  # open models that wait for the next call
+_DEPTH = 2  # of objects in objects that a module holds; beyond may be a whole trainer
 
 
 @dataclass
@@ -98,9 +101,13 @@ class QueryModels:
     Args:
         model: what is asked.
         device: where copies are; default: where the model is.
+
+    Raises:
+        ValueError: this machine, or this torch, has no such device.
     """
 
     def __init__(self, model: nn.Module, device: torch.device | str | None = None) -> None:
+        require_device(device)
         self.model, self._device = model, device
         self._idle: list[OpenModel] = []
         self._lock = threading.Lock()
@@ -123,20 +130,28 @@ class QueryModels:
 
 def _state(model: nn.Module) -> list[Any]:
     """What shows that a module was changed: versions of its tensors, and all that its modules hold."""
+    seen: dict[int, Any] = {}  # a configuration that many modules hold is looked at once
     return [
         *(
             (name, id(tensor), None if tensor.is_inference() else tensor._version)
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]
         ),
-        *((name, type(module), _plain(vars(module))) for name, module in model.named_modules()),
+        *((name, type(module), _plain(vars(module), seen)) for name, module in model.named_modules()),
     ]
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor | nn.Module):
+def _plain(value: Any, seen: dict[int, Any], within: int = 0) -> Any:
+    """A value as it is compared; of objects, such as configurations and those that they hold, what is in them."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor | nn.Module | type) or callable(value) or id(value) in seen:
         return id(value)
-    if isinstance(value, dict):
-        return [(str(key), _plain(entry)) for key, entry in value.items()]
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value if isinstance(value, bool | int | float | str | None) else id(value)
+    seen[id(value)] = value
+    if isinstance(value, Mapping):
+        return [(str(key), _plain(entry, seen, within)) for key, entry in value.items()]
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(entry, seen, within) for entry in value]
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return value.shape, str(value.dtype), hash(value.tobytes())
+    held = vars(value) if hasattr(value, "__dict__") and within < _DEPTH else {}
+    return type(value), id(value), _plain(held, seen, within + 1)

@@ -80,7 +80,7 @@ def ask(options: Mapping[str, Any], executor: Executor | None = None, *, own: bo
         own_answers=target == "predicted",
     )
     banks = [open_bank(path) for path in paths]
-    banks[0].examples = _examples(options, tokenizer)
+    banks[0].examples = _examples(options, tokenizer, network if options.get("rerank") else None)
     method = options["method"]
     made = METHODS[method](
         banks,
@@ -147,20 +147,22 @@ def _method_options(method: Method, options: Mapping[str, Any]) -> dict[str, Any
 
 def _task(bank: Bank, name: str | None, target: str | int | None) -> Task | None:
     """The task that was named, or the bank's own about another class than the labels'."""
-    if target is None or bank.task_spec["name"] == "causal_lm":
+    if target is None or (target == "predicted" and bank.task_spec["name"] == "causal_lm"):
         return None if name is None else make_task(name)
     if name is not None or bank.task_spec["name"] != "classification":
         task = name or bank.task_spec["name"]
+        if task == "causal_lm":
+            raise ValueError(f"--target of a language model is label or predicted, got the class {target}")
         raise ValueError(
             f"--target is for classification and for continuations of language models, got the task {task}"
         )
     return Task.from_spec({**bank.task_spec, "target": target})
 
 
-def _examples(options: Mapping[str, Any], tokenizer: Any) -> Examples | None:
+def _examples(options: Mapping[str, Any], tokenizer: Any, network: Any) -> Examples | None:
     """How training examples are shown: by the data that was named, or by the text file that the bank knows."""
     picture = parse_picture(options["picture"])
     if options["data"] is not None:
         return Examples(load_object(options["data"], "--data"), picture=picture)
-    known = training_texts(options["bank"][0], tokenizer)
+    known = training_texts(options["bank"][0], tokenizer, network)
     return known if picture is None or known is not None else Examples([], picture=picture)

@@ -240,7 +240,7 @@ def build(
     """
     import source_proj.bank as banks
     from source_proj.cli.parsing import make_sketch, make_trajectory, parse_json, parse_steps, parse_weights
-    from source_proj.cli.text import TextOptions
+    from source_proj.cli.text import TextOptions, is_complete
     from source_proj.distribute import this_worker
     from source_proj.distribute.launch import parse_shard
     from source_proj.trajectory.placement import placement_of
@@ -300,6 +300,7 @@ def build(
 
         _report_plan(make_plan(network, chosen, recorded, training_set, workers=plan_for, **options), json)
         return
+    was_complete = dataset is not None and is_complete(bank)
     placement = placement_of(network)
     if placement.lockstep.size > 1:  # together they are one worker, each where its slices are
         options["device"], share = device, None
@@ -318,7 +319,8 @@ def build(
         **options,
     )
     if worker.local_index == 0:
-        text.write_beside(bank, context.params)
+        if not was_complete:
+            text.write_beside(bank, context.params, training_set)
         _report(made, json)
 
 

@@ -1,6 +1,6 @@
 """What the commands of ``curate`` share: who is asked, what columns say, and where a cleaning goes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,22 @@ def aggregate(
         None if name is None else column(Path(needed(None if dataset is None else str(dataset), "--dataset")), name)
         for name in (group_column, weight_column)
     )
-    return curate.aggregate(source, data, groups=groups, weights=None if weights is None else [*map(float, weights)])
+    return curate.aggregate(source, data, groups=groups, weights=None if weights is None else _numbers(weights))
+
+
+def _numbers(values: Sequence[Any]) -> list[float]:
+    """The queries' weights.
+
+    Raises:
+        MismatchError: one is no number.
+    """
+    numbers = []
+    for place, value in enumerate(values, start=1):
+        try:
+            numbers.append(float(value))
+        except (TypeError, ValueError):
+            raise MismatchError(f"the weight of query {place} is {value!r}, and a number is needed") from None
+    return numbers
 
 
 def column(file: Path | None, name: str) -> list[Any]:
@@ -127,5 +142,6 @@ def column(file: Path | None, name: str) -> list[Any]:
     values = [row.get(name) for row in rows]
     if None in values:
         place = values.index(None)
-        raise MismatchError(f"example {place + 1} of {called} has no {name!r}, only {sorted(map(str, rows[place]))}")
+        there = sorted(str(column) for column, value in rows[place].items() if value is not None)
+        raise MismatchError(f"example {place + 1} of {called} has no {name!r}, only {there}")
     return values

@@ -101,11 +101,11 @@ def explore(
     with extra("explore"):
         import starlette  # noqa: F401 (before any work is done)
         import uvicorn  # noqa: F401
-    from source_proj.integrations import TextSettings
+    from source_proj.cli.text import own_file
     from source_proj.report.explore import Explorer, serve, write_static
 
     asked, data_of_queries = ask(context.params, own=True)
-    known = file or TextSettings.data_set(bank[0])
+    known = file or own_file(bank[0])
     documents = _documents(asked.task.name, bank[0], known, trust_remote_code) if static is None else None
     explorer = Explorer(asked, data_of_queries, file=known, documents=documents)
     if static is not None:

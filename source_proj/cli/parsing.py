@@ -31,6 +31,7 @@ __all__ = [
     "parse_steps",
     "parse_target",
     "parse_weights",
+    "with_options",
 ]
 
 _TASKS = {"classification": Classification, "regression": Regression, "causal-lm": CausalLM}
@@ -144,12 +145,26 @@ def make_task(name: str, options: Iterable[str] = ()) -> Task:
     if name not in _TASKS:
         raise ValueError(f"unknown task {name!r}; choose one of {', '.join(_TASKS)}, or give module:function")
     kind: Any = _TASKS[name]
-    known = inspect.signature(kind).parameters
+    made: Task = kind()
+    return with_options(made, options)
+
+
+def with_options(task: Task, options: Iterable[str]) -> Task:
+    """A task with some of its options changed.
+
+    Raises:
+        ValueError: it has no such option.
+    """
+    chosen, known = parse_options(options, "--task-option"), inspect.signature(type(task)).parameters
     unknown = [key for key in chosen if key not in known]
     if unknown:
-        raise ValueError(f"task {name} has no option {unknown}; its options are {list(known)}")
-    made: Task = kind(**chosen)
-    return made
+        raise ValueError(f"task {task.name} has no option {unknown}; its options are {list(known)}")
+    if not chosen:
+        return task
+    spec = {**task.spec(), **chosen}
+    if "reduction" in chosen and "normalizer" not in chosen:  # that of a mean over tokens belongs to no other
+        spec.pop("normalizer", None)
+    return Task.from_spec(spec)
 
 
 def make_sketch(dim: int, kind: str, seed: int, nnz: int, backend: str | None) -> Sketch:

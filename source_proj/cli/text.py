@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +10,26 @@ from typing import Any
 
 from torch import nn
 
+from source_proj._errors import MismatchError, SourceProjError
 from source_proj.bank import open as open_bank
 from source_proj.bank.examples import Examples
-from source_proj.cli.parsing import load_model, load_object, make_task, needed
-from source_proj.integrations import TextData, TextRows, TextSettings, load_pretrained, task_for, trainable_parameters
+from source_proj.cli.parsing import load_model, load_object, make_task, needed, with_options
+from source_proj.integrations import (
+    TextData,
+    TextRows,
+    TextSettings,
+    load_pretrained,
+    own_rows,
+    task_for,
+    trainable_parameters,
+)
 from source_proj.integrations.callback_log import is_callback_dir
 from source_proj.integrations.pretrained import is_adapter, label_numbers, require_model_folder
 from source_proj.integrations.trainer_data import check_training_set
 from source_proj.integrations.trainer_folders import trainer_folders
 from source_proj.task import CausalLM, Task, TokenQueries
 
-__all__ = ["TextOptions", "ask_about", "own_queries", "training_texts"]
+__all__ = ["TextOptions", "ask_about", "is_complete", "own_file", "own_queries", "training_texts"]
 
 _OWN_QUERIES = 200  # examples of a bank's own file that stand in for queries
 
@@ -59,7 +69,7 @@ class TextOptions:
         trained = None if self.hf_run is None else self._last_checkpoint(self.hf_run)
         model = self.hf_model or str(trained)
         return TextSettings(
-            model,
+            str(Path(model).absolute()) if Path(model).is_dir() else model,  # wherever queries are asked from
             self.text_column,
             self.label_column,
             self.prompt_column,
@@ -95,7 +105,9 @@ class TextOptions:
         training_set = TextData(self.dataset, settings, network, tokenizer)
         if self.hf_run is not None:
             check_training_set(self.hf_run, len(training_set), str(self.dataset))
-        return network, training_set, task_for(network, self.hf_run) if task is None else make_task(task, task_options)
+        if task is not None:
+            return network, training_set, make_task(task, task_options)
+        return network, training_set, with_options(task_for(network, self.hf_run), task_options)
 
     def parameters_of(self, network: nn.Module, given: Sequence[str] | None) -> Sequence[str] | None:
         """The parameters to attribute through: those given, else an adapter's, if the run trained one."""
@@ -108,13 +120,25 @@ class TextOptions:
         if self.given:
             TextSettings.require_place(bank)
 
-    def write_beside(self, bank: str, options: Mapping[str, Any]) -> None:
-        """Keep the settings beside the bank, with all options of the build, if it was one from a text file."""
-        if self.given:
-            plain = {
-                key: value if isinstance(value, int | float | list) else str(value) for key, value in options.items()
-            }
-            self.settings.write(bank, {key: value for key, value in plain.items() if options[key] is not None})
+    def write_beside(self, bank: str, options: Mapping[str, Any], training_set: Any) -> None:
+        """Keep the settings beside the bank, with all options of the build, if it was one from a text file.
+
+        What lies beside a bank that was complete before stays: its rows are of those settings.
+        """
+        if not isinstance(training_set, TextData) or self.dataset is None:
+            return
+        plain = {key: value if isinstance(value, int | float | list) else str(value) for key, value in options.items()}
+        given = {key: value for key, value in plain.items() if options[key] is not None}
+        given["dataset"] = str(self.dataset.absolute())
+        self.settings.write(bank, given, training_set.digest)
+
+
+def is_complete(bank: str) -> bool:
+    """Whether a bank is there already, and complete."""
+    try:
+        return open_bank(bank).finalized
+    except (SourceProjError, OSError):
+        return False
 
 
 def ask_about(
@@ -166,27 +190,53 @@ def own_queries(bank: str) -> tuple[list[Mapping[str, Any]], list[Any]]:
     Raises:
         ValueError: the bank knows no file, or it has changed; says what to give.
     """
-    file, ids = TextSettings.data_set(bank), open_bank(bank).ids
-    if file is None:
+    ids = open_bank(bank).ids
+    try:
+        known = own_rows(bank)
+    except MismatchError as error:
+        raise ValueError(f"{error}: give queries by --dataset FILE") from error
+    if known is None:
         raise ValueError(
             f"{bank} does not know its training set's file, whose examples could be asked about: give --model and "
             "--queries, or --dataset FILE to a bank that was built from texts"
         )
-    rows = TextRows(file, TextSettings.read(bank)).rows
+    rows = known[1].rows
     if len(rows) != len(ids):
         raise ValueError(
-            f"{str(file)!r} holds {len(rows)} examples and {bank} {len(ids)}: give queries by --dataset FILE"
+            f"{str(known[0])!r} holds {len(rows)} examples and {bank} {len(ids)}: give queries by --dataset FILE"
         )
     count = min(_OWN_QUERIES, len(rows))
     places = [place * len(rows) // count for place in range(count)]
     return [rows[place] for place in places], [ids[place] for place in places]
 
 
-def training_texts(bank: str | Path, tokenizer: Any) -> Examples | None:
-    """The training examples of a bank that was built from a text file, as people read them, if it is still there."""
-    file = TextSettings.data_set(bank)
-    if file is None:
+def own_file(bank: str | Path) -> Path | None:
+    """The text file that a bank was built from, if it is still there and as it was; warns of one that is not."""
+    known = _known_rows(bank)
+    return None if known is None else known[0]
+
+
+def training_texts(bank: str | Path, tokenizer: Any, network: nn.Module | None = None) -> Examples | None:
+    """The training examples of a bank that was built from a text file, as people read them, if it is still there.
+
+    Args:
+        bank: its place.
+        tokenizer: the model's; None where none was loaded.
+        network: the model where examples are wanted as it reads them, too.
+    """
+    known = _known_rows(bank)
+    if known is None:
         return None
-    settings = TextSettings.read(bank)
+    (file, rows), settings = known, TextSettings.read(bank)
     names = None if settings.labels is None else {number: name for name, number in settings.labels.items()}
-    return Examples(TextRows(file, settings), class_names=names, tokenizer=tokenizer)
+    data = rows if network is None else TextData(file, settings, network, tokenizer)
+    return Examples(data, class_names=names, tokenizer=tokenizer)
+
+
+def _known_rows(bank: str | Path) -> tuple[Path, TextRows] | None:
+    """As `own_rows`; texts that are others now, or can't be read, are warned of and left out."""
+    try:
+        return own_rows(bank)
+    except (SourceProjError, OSError, ValueError, ImportError) as error:
+        warnings.warn(f"{error}: training examples are shown by their ids alone", UserWarning, stacklevel=3)
+        return None

@@ -8,7 +8,8 @@ from source_proj.integrations.model_task import task_for
 from source_proj.integrations.peft import trainable_parameters
 from source_proj.integrations.pretrained import load_pretrained
 from source_proj.integrations.quanda import QuandaExplainer
-from source_proj.integrations.text import TextData, TextRows, TextSettings
+from source_proj.integrations.text import TextData, TextRows, own_rows
+from source_proj.integrations.text_settings import TextSettings
 
 __all__ = [
     "CaptumInfluence",
@@ -20,6 +21,7 @@ __all__ = [
     "hf_trainer_stage",
     "lightning_stage",
     "load_pretrained",
+    "own_rows",
     "task_for",
     "trainable_parameters",
 ]

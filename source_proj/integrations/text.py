@@ -2,115 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from source_proj._errors import BankError, MismatchError
-from source_proj.bank.store import Store, is_url, open_store
+from source_proj._errors import MismatchError
 from source_proj.integrations.model_task import task_for
 from source_proj.integrations.pretrained import label_numbers, load_pretrained
 from source_proj.integrations.text_rows import text_rows
+from source_proj.integrations.text_settings import TextSettings
 from source_proj.task import CausalLM, Regression
 
-__all__ = ["TextData", "TextRows", "TextSettings"]
+__all__ = ["TextData", "TextRows", "own_rows"]
 
-_SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 _UNCOUNTED = -100  # transformers' label of tokens that do not count
-
-
-@dataclass(frozen=True)
-class TextSettings:
-    """How a text file becomes a data set.
-
-    Args:
-        model: directory (or hub name) of the model and its tokenizer.
-        text: column of the text.
-        label: column of the class, a number or a name that ``labels`` knows; classification only.
-        prompt: column of a text that stands before the other one, and whose tokens are not counted; language models
-            only.
-        max_length: tokens of an example, at most; default: the model's own limit. The tokenizer cuts what is longer,
-            so that the tokens that it puts at the end stay.
-        pair: column of the second text of a pair; classification only.
-        labels: name of a class → its number; default: ``label2id`` of the model's ``config.json``.
-    """
-
-    model: str
-    text: str = "text"
-    label: str = "label"
-    prompt: str | None = None
-    max_length: int | None = None
-    pair: str | None = None
-    labels: Mapping[str, int] | None = None
-
-    def write(self, bank: str | Path, options: Mapping[str, Any]) -> None:
-        """Keep the settings beside a bank, with all options that it was built with."""
-        content = {"text": asdict(self), "build": dict(options)}
-        store, key = _beside(bank)
-        store.put({key: (json.dumps(content, indent=2) + "\n").encode()})
-
-    @staticmethod
-    def require_place(bank: str | Path) -> None:
-        """Refuse a bank beside which no settings can be kept, before any work is done.
-
-        Raises:
-            BankError: its name is too long.
-        """
-        _beside(bank)
-
-    @classmethod
-    def read(cls, bank: str | Path) -> TextSettings:
-        """Read them back.
-
-        Raises:
-            BankError: the bank's name is too long for a file beside it.
-            ValueError: there are none.
-            MismatchError: they are damaged.
-        """
-        store, key = _beside(bank)
-        where = store.location(key)
-        try:
-            content = store.get(key)
-        except FileNotFoundError:
-            raise ValueError(
-                f"there is no {where!r}, which a build from a text file leaves: give --model and --queries"
-            ) from None
-        try:
-            return cls(**json.loads(content)["text"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise MismatchError(f"{where!r} is damaged ({type(error).__name__}: {error})") from error
-
-    @staticmethod
-    def data_set(bank: str | Path) -> Path | None:
-        """The text file that a bank was built from, if that is known and still there."""
-        store, key = _beside(bank)
-        try:
-            named = Path(str(json.loads(store.get(key))["build"]["dataset"]))
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
-        return named if named.suffix in _SUFFIXES and named.is_file() else None
-
-
-def _beside(bank: str | Path) -> tuple[Store, str]:
-    """The store and the key of what is kept beside a bank."""
-    if is_url(bank):
-        above, _, name = str(bank).rstrip("/").rpartition("/")
-        if above.endswith("/"):
-            raise BankError(f"{bank} is a whole bucket, and a text bank needs a place beside it: give {bank}/name")
-        return open_store(above), f"{name}.text.json"
-    folder = Path(bank).absolute()
-    store, key = open_store(folder.parent), f"{folder.name}.text.json"
-    try:
-        store.stat(key)
-    except OSError as error:  # its name is longer than the bank's
-        raise BankError(f"no file can be beside the bank {folder} ({error}): give it a shorter name") from error
-    return store, key
+_DIGITS = 20  # of a class's number, at most
 
 
 class TextRows:
@@ -137,6 +50,15 @@ class TextRows:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def digest(self) -> str:
+        """What texts and labels are, in their order."""
+        settings, found = self._settings, hashlib.sha256()
+        columns = [settings.prompt, settings.text, settings.pair, settings.label]
+        for row in self.rows:
+            found.update(json.dumps([row.get(name) for name in columns if name is not None], default=str).encode())
+        return found.hexdigest()
 
     def words(self, index: int) -> tuple[str, Any]:
         """Text and label of an example; what stands before the text, or is paired with it, is part of the text."""
@@ -176,7 +98,9 @@ class TextData:
         for number, row in enumerate(rows, start=1):
             missing = [name for name in _needed(settings, classifies, labelled) if row.get(name) is None]
             if missing:
-                raise MismatchError(f"example {number} of {name} has no {missing[0]!r}, only {sorted(row)}")
+                there = sorted(str(column) for column, value in row.items() if value is not None)
+                raise MismatchError(f"example {number} of {name} has no {missing[0]!r}, only {there}")
+            _require_words(row, settings, number, name)
         limit = settings.max_length or _limit(model, tokenizer)
         continues = not classifies and not labelled
         encoded = [_encode(tokenizer, row, settings, limit, continues) for row in rows]
@@ -214,15 +138,36 @@ class TextData:
         Raises:
             ValueError: the bank was not built from texts; or as the class.
         """
-        settings = TextSettings.read(Path(bank))
+        settings = TextSettings.read(bank)
         network, tokenizer = load_pretrained(settings.model, trust_remote_code=trust_remote_code)
         return cls(data, settings, network, tokenizer)
+
+    @property
+    def digest(self) -> str:
+        """What texts and labels are, in their order."""
+        return self._texts.digest
 
     def __len__(self) -> int:
         return len(self._texts)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: column[index] for name, column in self._columns.items()}
+
+
+def own_rows(bank: str | Path) -> tuple[Path, TextRows] | None:
+    """The text file that a bank was built from and its rows; None where it is not known, or no longer there.
+
+    Raises:
+        MismatchError: its texts are no longer those that the bank was built from.
+    """
+    known = TextSettings.data_set(bank)
+    if known is None:
+        return None
+    file, digest = known
+    rows = TextRows(file, TextSettings.read(bank))
+    if rows.digest != digest:
+        raise MismatchError(f"{str(file)!r} is no longer the file that {bank} was built from: its texts are others")
+    return file, rows
 
 
 def _needed(settings: TextSettings, classifies: bool, labelled: bool) -> list[str]:
@@ -238,6 +183,25 @@ def _needed(settings: TextSettings, classifies: bool, labelled: bool) -> list[st
     text = None if not labelled and settings.prompt is not None else settings.text
     named = (text, settings.label if classifies and labelled else None, settings.prompt, settings.pair)
     return [name for name in named if name is not None]
+
+
+def _require_words(row: Mapping[str, Any], settings: TextSettings, example: int, data: str) -> None:
+    """Refuse what is no text, or no letter of any.
+
+    Raises:
+        MismatchError: it is; names the example.
+    """
+    for column in (settings.prompt, settings.text, settings.pair):
+        value = None if column is None else row.get(column)
+        if isinstance(value, Mapping | list | tuple | bool):
+            raise MismatchError(
+                f"example {example} of {data} has no text in {column!r} but {value!r:.80}: write it as one string"
+            )
+        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise MismatchError(
+                f"the text of example {example} of {data} in {column!r} holds half of a letter (a lone surrogate, as "
+                f"of a string that was cut within an emoji): {value!r:.80}"
+            )
 
 
 class _Encoded(NamedTuple):
@@ -324,11 +288,21 @@ def _class(value: Any, numbers: Mapping[str, int], classes: int, example: int, d
         MismatchError: it is neither.
     """
     name = str(value).strip()
-    if name in numbers:
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        value = int(value)
+    in_digits = any(known.strip().isdecimal() for known in numbers)
+    if isinstance(value, int) and not isinstance(value, bool) and int(numbers.get(str(value), value)) != value:
+        raise MismatchError(
+            f"example {example} of {data} has the class {value}, which may be a number or the name of class "
+            f"{numbers[str(value)]}: write names as text, in quotes"
+        )
+    if name in numbers and isinstance(value, str | bool):
         return int(numbers[name])
-    number = int(value) if isinstance(value, bool | float) and value == int(value) else name
-    if str(number).isdecimal() and int(number) < classes:
-        return int(number)
+    number = int(value) if isinstance(value, int) else None
+    if number is None and not in_digits and name.isdecimal() and len(name) < _DIGITS:
+        number = int(name)
+    if number is not None and 0 <= number < classes:
+        return number
     raise MismatchError(
         f"example {example} of {data} has the class {value!r}; the model knows 0 to {classes - 1} and "
         f"{list(numbers)[:20]}"
@@ -338,5 +312,5 @@ def _class(value: Any, numbers: Mapping[str, int], classes: int, example: int, d
 def _number(value: Any, example: int, data: str) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise MismatchError(f"example {example} of {data} has the label {value!r}, and a number is needed") from None

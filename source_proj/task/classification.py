@@ -161,9 +161,21 @@ class Classification(Task):
         return self.class_weights is not None and self.normalizer is None
 
     def share(self, batch: Batch) -> Tensor:
-        """Class weight of each label, (B,)."""
-        labels = class_indices(split(batch, self.sample_weight)[1])
-        return torch.tensor(self.class_weights, device=labels.device, dtype=torch.float32)[labels]
+        """Class weight of each label, (B,).
+
+        Raises:
+            ExampleError: a label is none of the classes that have a weight; names examples and values.
+            ValueError: labels are not one number an example.
+        """
+        labels, known = class_indices(split(batch, self.sample_weight)[1]), self.class_weights or ()
+        if labels.ndim != 1:
+            raise ValueError(
+                f"labels must be one class an example, (B,), got {tuple(labels.shape)}: of one-hot rows give "
+                "labels.argmax(-1)"
+            )
+        none = torch.empty(len(labels), len(known), device=labels.device)  # logits of as many classes
+        _, labels = refuse_foreign_labels(none, labels)
+        return torch.tensor(known, device=labels.device, dtype=torch.float32)[labels]
 
     def measurement(self, model: Model, batch: Batch) -> Tensor:  # noqa: D102
         if self.asks_for_answers(batch):

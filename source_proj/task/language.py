@@ -292,6 +292,12 @@ def _labels(batch: Batch) -> Tensor:
         ValueError: they are one an example.
     """
     labels = split(batch, None)[1]
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            "CausalLM needs labels (batch, tokens) as a tensor, got "
+            f"{type(labels).__name__}, as a batch of Python lists has: give rows of torch.tensor(...), or a DataLoader "
+            "with the collator of the run"
+        )
     if labels.ndim < 2:
         raise ValueError(
             "CausalLM needs labels (batch, tokens), and logits (batch, tokens, vocabulary), got labels "

@@ -320,8 +320,13 @@ def test_a_page_needs_no_more_than_the_bank(run, tmp_path, monkeypatch):
     source = sp.Source(sp.open(tmp_path / "bank"), model=model, progress=False)
     best = source.helpful(torch.utils.data.Subset(asked, [0, 4, 8, 12, 16]), 1)
     assert [lists["helpful"][0][0] for lists in data["lists"]] == best.indices[:, 0].tolist()
-    file.write_bytes(file.read_bytes() + file.read_bytes().splitlines(keepends=True)[0])
-    assert "holds 21 examples" in call("explore", tmp_path / "bank", "--static", tmp_path / "other", code=2)
+    whole = file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for changed in (whole + lines[0], b"".join(reversed(lines))):  # as many lines are no proof
+        file.write_bytes(changed)
+        refused = call("explore", tmp_path / "bank", "--static", tmp_path / "other", code=2)
+        assert "is no longer the file that" in refused
+        assert "give queries by --dataset FILE" in refused
     file.unlink()
     said = call("explore", tmp_path / "bank", "--static", tmp_path / "other", code=2)
     assert "give --model and --queries, or --dataset FILE" in said

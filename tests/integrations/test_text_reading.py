@@ -119,14 +119,56 @@ def test_names_of_classes_are_those_of_config_json(tmp_path):
     config.pop("id2label")
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     words = bert_tokenizer()
-    rows = [{"text": "good", "label": label} for label in ("ham", "spam", "1", 1.0, True)]
+    rows = [{"text": "good", "label": label} for label in ("ham", "spam", "1", 0.0, True)]
     data = TextData(
         written(tmp_path / "d.jsonl", rows), TextSettings(str(tmp_path / "model")), network("classification"), words
     )
-    assert [int(data[i]["labels"]) for i in range(5)] == [1, 0, 0, 1, 1]
+    assert [int(data[i]["labels"]) for i in range(5)] == [1, 0, 0, 0, 1]
+    for label in (1, 1.0):
+        again = [*rows, {"text": "good", "label": label}]
+        with pytest.raises(
+            sp.MismatchError, match=r"example 6 .* class 1, which may be a number or the name of class 0"
+        ):
+            TextData(again, TextSettings(str(tmp_path / "model")), network("classification"), words)
     (tmp_path / "model" / "config.json").write_text("{")
     with pytest.raises(sp.MismatchError, match=r"config.json' is damaged"):
         TextData(tmp_path / "d.jsonl", TextSettings(str(tmp_path / "model")), network("classification"), words)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_names_in_digits_are_not_mixed_with_numbers(tmp_path, offset):
+    """Stars from 1 on: text is a name, a number is one, and a number that is another class's name is refused."""
+    names = {str(place + offset): place for place in range(2)}
+    settings = TextSettings("model", labels=names)
+    made = network("classification"), bert_tokenizer()
+    texts = [{"text": "good", "label": name} for name in names]
+    assert [int(each["labels"]) for each in TextData(texts, settings, *made)] == [0, 1]
+    numbers = [{"text": "good", "label": place} for place in range(2)]
+    if offset:
+        with pytest.raises(sp.MismatchError, match="may be a number or the name"):
+            TextData(numbers, settings, *made)
+        with pytest.raises(sp.MismatchError, match=r"example 1 .* has the class '0'"):
+            TextData([{"text": "good", "label": "0"}], settings, *made)
+    else:
+        assert [int(each["labels"]) for each in TextData(numbers, settings, *made)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": ["good", "bad"], "label": 0}, r"example 2 .* no text in 'text' but \['good', 'bad'\]"),
+        ({"text": {"role": "user"}, "label": 0}, "no text in 'text'"),
+        ({"text": "good \ud83d", "label": 0}, "example 2 .* holds half of a letter"),
+        ({"text": "good", "label": float("nan")}, "example 2 .* has the class nan"),
+        ({"text": "good", "label": float("inf")}, "example 2 .* has the class inf"),
+        ({"text": "good", "label": 10**400}, "example 2 .* has the class 1000"),
+    ],
+    ids=["list", "dict", "surrogate", "nan", "inf", "huge"],
+)
+def test_rows_that_are_no_text_are_named(row, message):
+    rows = [{"text": "good", "label": 0}, row]
+    with pytest.raises(sp.MismatchError, match=message):
+        TextData(rows, TextSettings("model", labels={"ham": 0, "spam": 1}), network("classification"), bert_tokenizer())
 
 
 def test_a_model_that_was_given_names_by_number_alone_knows_them(tmp_path):

@@ -29,8 +29,11 @@ def examples_of(data: Any) -> Any:
     if splits_of(data):
         raise TypeError(f"the data have the splits {list(data)}: give one of them, as in data[{next(iter(data))!r}]")
     if _is_frame(data):
-        columns = {str(name): data[name].to_numpy() for name in data.columns}
-        return _table(columns)
+        names = [str(name) for name in data.columns]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"the column {twice!r} is there twice (names are compared as text): rename one of them")
+        return _table({name: data.iloc[:, place].to_numpy() for place, name in enumerate(names)})
     if not _is_dataset(data) or data.format["type"] is not None:
         return data
     columns = dict(data.features)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from source_proj._errors import named_examples
 from source_proj.bank.build.data import BatchSource
 from source_proj.task import Task
 
@@ -24,7 +25,10 @@ def with_normalizer(task: Task, sources: Sequence[BatchSource], stages: Sequence
         return task
     means = []
     for source, name in zip(sources, stages, strict=True):
-        shares = [share for _, _, batch in source.load([(0, source.n)]) for share in task.share(batch).tolist()]
+        shares = []
+        for start, stop, batch in source.load([(0, source.n)]):
+            with named_examples(range(start, stop)):
+                shares += task.share(batch).tolist()
         means.append(math.fsum(shares) / source.n)
         if not means[-1] > 0:
             raise ValueError(

@@ -1,0 +1,89 @@
+"""Banks of text files: what they know of their texts, wherever and whenever they are asked."""
+
+import json
+
+import pytest
+import test_text
+from test_text import TEXTS, build, call
+from typer.testing import CliRunner
+
+import source_proj as sp
+from source_proj.cli import app
+from source_proj.integrations import TextData, TextSettings, load_pretrained
+
+run = test_text.run  # the fixture
+
+
+def test_queries_asked_from_another_folder_are_of_the_same_texts(run, tmp_path, monkeypatch):
+    """Files of the same names lie there, too."""
+    _, directory = run
+    monkeypatch.chdir(directory)
+    made = ("--hf-run", "run", "--hf-model", "model", "--sketch-dim", 64, "--batch-size", 8, "--no-progress")
+    call("build", tmp_path / "bank", *made, "--dataset", "train.jsonl")
+    there = call("top-k", tmp_path / "bank", "--dataset", "queries.jsonl", "--no-progress")
+    other = tmp_path / "other"
+    other.mkdir()
+    lines = (directory / "train.jsonl").read_text().splitlines()
+    (other / "train.jsonl").write_text("\n".join(reversed(lines)) + "\n")
+    (other / "model").mkdir()
+    monkeypatch.chdir(other)
+    assert call("top-k", tmp_path / "bank", "--dataset", directory / "queries.jsonl", "--no-progress") == there
+
+
+@pytest.mark.filterwarnings("default:.*is no longer the file")  # which a command says
+def test_texts_that_were_changed_since_are_not_shown(run, tmp_path):
+    _, directory = run
+    file = directory / "changing.jsonl"
+    lines = (directory / "train.jsonl").read_text().splitlines(keepends=True)
+    file.write_text("".join(lines))
+    build(directory, tmp_path / "bank", file="changing.jsonl")
+    asked = ("top-k", tmp_path / "bank", "--dataset", directory / "queries.jsonl", "--no-progress")
+    assert TEXTS[0] in call(*asked)
+    file.write_text("".join(reversed(lines)))
+    said = CliRunner().invoke(app, [str(word) for word in asked])
+    assert "is no longer the file that" in said.stderr
+    assert "shown by their ids alone" in said.stderr
+    assert not any(text in said.stdout for text in TEXTS[:20] if len(text.split()) > 3)
+
+
+def test_a_finished_bank_keeps_its_settings(run, tmp_path):
+    _, directory = run
+    build(directory, tmp_path / "bank")
+    before = TextSettings.read(tmp_path / "bank")
+    build(directory, tmp_path / "bank", "--max-length", 9)  # no text is longer: nothing to do
+    assert TextSettings.read(tmp_path / "bank") == before
+
+
+def test_options_of_the_task_that_the_model_has(run, tmp_path):
+    kind, directory = run
+    if kind == "classification":  # the run's own is another one
+        said = build(directory, tmp_path / "bank", "--task-option", "label_smoothing=0.3", code=1)
+        assert "trained with label smoothing 0.0" in said
+    else:
+        build(directory, tmp_path / "bank", "--task-option", "reduction=sum")
+        assert sp.open(tmp_path / "bank").task_spec["reduction"] == "sum"
+    assert "has no option ['depth']" in build(directory, tmp_path / "b", "--task-option", "depth=3", code=2)
+
+
+def test_scores_of_texts_are_corrected_by_whole_gradients(run, tmp_path):
+    _, directory = run
+    build(directory, tmp_path / "bank")
+    asked = ("top-k", tmp_path / "bank", "--dataset", directory / "queries.jsonl", "-k", 2, "--json", "--no-progress")
+    corrected = json.loads(call(*asked, "--rerank", 5))
+    model, words = load_pretrained(str(directory / "run" / "checkpoint-8"))
+    settings = TextSettings.read(tmp_path / "bank")
+    bank = sp.open(tmp_path / "bank")
+    bank.examples = sp.Examples(TextData(directory / "train.jsonl", settings, model, words))
+    queries = TextData(directory / "queries.jsonl", settings, model, words)
+    hits = sp.Source(bank, model=model, progress=False).helpful(queries, 2, rerank=5)
+    assert [[hit["id"] for hit in query["helpful"]] for query in corrected["queries"]] == hits.indices.tolist()
+
+
+def test_a_class_is_no_target_of_a_language_model(run, tmp_path):
+    kind, directory = run
+    build(directory, tmp_path / "bank")
+    asked = ("top-k", tmp_path / "bank", "--dataset", directory / "queries.jsonl", "--no-progress", "--target", 1)
+    if kind == "language":
+        assert "--target of a language model is label or predicted, got the class 1" in call(*asked, code=2)
+    else:
+        call(*asked)
