@@ -145,6 +145,7 @@ def subject_of(bank: Bank, task: Task) -> dict[str, str]:
     A loss's normalizer is of the training set and does not enter a measurement.
     """
     measured = {key: value for key, value in task.spec().items() if key != "normalizer"}
+    measured["target"] = getattr(task, "target", None)  # which a spec, being of training, leaves out
     said = {"parameters": bank.space_spec, "measurement": measured, "autocast": bank.autocast}
     return {
         name: hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()

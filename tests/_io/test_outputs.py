@@ -210,3 +210,14 @@ def test_a_folder_that_cannot_be_filled_leaves_the_old_one(tmp_path):
         write_output_folder(tmp_path / "output", failing, overwrite=True, replaceable=is_scores_array)
     assert content(tmp_path / "output") == OLD.tobytes()
     assert [entry.name for entry in tmp_path.iterdir()] == ["output"]
+
+
+def test_nothing_is_written_into_a_store(tmp_path):
+    """A bank with a foreign file in it is no longer what its proof says."""
+    zarr.open_group(tmp_path / "store", mode="w").create_group("inner")
+    before = {path for path in (tmp_path / "store").rglob("*") if path.is_file()}
+    for place in ("scores.csv", "inner/scores.csv", "new/scores.csv"):
+        for overwrite in (False, True):
+            with pytest.raises(FileExistsError, match="lies within the store"):
+                write_outputs({tmp_path / "store" / place: b"1"}, overwrite=overwrite)
+    assert {path for path in (tmp_path / "store").rglob("*") if path.is_file()} == before

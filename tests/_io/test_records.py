@@ -131,3 +131,17 @@ def test_encodings_in_which_bytes_of_signs_are_letters_are_refused(encoding):
 def test_a_text_of_wide_letters_that_was_cut_is_refused():
     with pytest.raises(ValueError, match="it was cut, or is damaged"):
         csv_records("a\nb\n".encode("utf-16")[:-1])
+
+
+@pytest.mark.parametrize("line", [b"[[1, 2]]", b"3", b"null", b"[" * 100_000])
+def test_a_line_that_is_no_object_is_named(line):
+    with pytest.raises(ValueError, match="line 2 is no JSON object"):
+        list(json_rows(json_lines(b'{"a": 1}\n' + line + b"\n")))
+
+
+def test_long_fields_are_read_whole():
+    limit = csv.field_size_limit()
+    long = "x" * (limit + 1)
+    rows = csv_rows(csv_records(f'a,b\n1,"{long}"\n2,y\n'.encode()))
+    assert [row["b"] for row in rows] == [long, "y"]
+    assert csv.field_size_limit() == limit

@@ -142,3 +142,5 @@ def test_what_no_model_takes_is_named():
         examples_of(frame().assign(target=1))
     with pytest.raises(ValueError, match="there is nothing to learn from"):
         examples_of(frame()[["label"]])
+    with pytest.raises(ValueError, match=r"the column '2' is there twice \(names are compared as text\)"):
+        examples_of(frame().assign(**{"2": 1.0}).rename(columns=dict.fromkeys(frame().columns[:1], 2)))

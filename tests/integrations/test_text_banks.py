@@ -87,3 +87,12 @@ def test_a_class_is_no_target_of_a_language_model(run, tmp_path):
         assert "--target of a language model is label or predicted, got the class 1" in call(*asked, code=2)
     else:
         call(*asked)
+
+
+def test_a_weight_that_is_no_number_is_named(run, tmp_path):
+    _, directory = run
+    build(directory, tmp_path / "bank")
+    rows = [{"text": TEXTS[i], "label": "good", "w": weight} for i, weight in enumerate((1.0, "much"))]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    asked = ("--dataset", tmp_path / "asked.jsonl", "--weight-column", "w", "--no-progress")
+    assert "the weight of query 2 is 'much'" in call("curate", "harmful", tmp_path / "bank", *asked, code=1)

@@ -180,3 +180,26 @@ def test_targets_are_never_spread_over_predictions(tmp_path, outputs, targets):
     trajectory = sp.Trajectory([sp.Checkpoint(model.state_dict(), 10, lr=0.1)])
     with pytest.raises(ValueError, match="one number an example"):
         sp.build(model, sp.Regression(), trajectory, bad, tmp_path, sketch=sp.Sketch(16), progress=False)
+
+
+@pytest.mark.parametrize("label", [-100, CLASSES, 10**6])
+def test_labels_that_have_no_class_weight_are_named(tmp_path, label):
+    model = nn.Linear(4, CLASSES)
+    run = sp.Trajectory([sp.Checkpoint(model.state_dict(), 10, lr=0.1)])
+    labels = replaced(torch.arange(N) % CLASSES, 5, label)
+    task = sp.Classification(class_weights=[1.0, 2.0, 3.0])
+    with pytest.raises(sp.MismatchError, match=rf"the labels of ids \[5\] are \[{label}\]"):
+        sp.build(
+            model, task, run, TensorDataset(torch.randn(N, 4), labels), tmp_path / "b", progress=False, batch_size=4
+        )
+    one_hot = TensorDataset(torch.randn(N, 4), nn.functional.one_hot(torch.arange(N) % CLASSES))
+    with pytest.raises(ValueError, match=r"one class an example.*labels.argmax"):
+        sp.build(model, task, run, one_hot, tmp_path / "c", progress=False)
+
+
+def test_rows_of_python_lists_are_no_tokens(tmp_path):
+    model = Words()
+    run = sp.Trajectory([sp.Checkpoint(model.state_dict(), 10, lr=0.1)])
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 4
+    with pytest.raises((ValueError, TypeError), match=r"torch.tensor\("):
+        sp.build(model, sp.CausalLM(), run, rows, tmp_path / "b", progress=False)
