@@ -319,8 +319,7 @@ def build(
         **options,
     )
     if worker.local_index == 0:
-        if not was_complete:
-            text.write_beside(bank, context.params, training_set)
+        text.write_beside(bank, context.params, training_set, keep=was_complete)
         _report(made, json)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,13 +121,21 @@ class TextOptions:
         if self.given:
             TextSettings.require_place(bank)
 
-    def write_beside(self, bank: str, options: Mapping[str, Any], training_set: Any) -> None:
+    def write_beside(self, bank: str, options: Mapping[str, Any], training_set: Any, *, keep: bool) -> None:
         """Keep the settings beside the bank, with all options of the build, if it was one from a text file.
 
-        What lies beside a bank that was complete before stays: its rows are of those settings.
+        Args:
+            bank: its place.
+            options: those of the command.
+            training_set: what was read by them.
+            keep: whether settings that are there stay, as of a bank that was complete before.
         """
         if not isinstance(training_set, TextData) or self.dataset is None:
             return
+        if keep:
+            with suppress(ValueError):  # there are none, as after a kill
+                TextSettings.read(bank)
+                return
         plain = {key: value if isinstance(value, int | float | list) else str(value) for key, value in options.items()}
         given = {key: value for key, value in plain.items() if options[key] is not None}
         given["dataset"] = str(self.dataset.absolute())

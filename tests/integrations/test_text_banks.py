@@ -52,6 +52,9 @@ def test_a_finished_bank_keeps_its_settings(run, tmp_path):
     before = TextSettings.read(tmp_path / "bank")
     build(directory, tmp_path / "bank", "--max-length", 9)  # no text is longer: nothing to do
     assert TextSettings.read(tmp_path / "bank") == before
+    (tmp_path / "bank.text.json").unlink()  # as by a kill in between
+    build(directory, tmp_path / "bank")
+    assert TextSettings.read(tmp_path / "bank") == before
 
 
 def test_options_of_the_task_that_the_model_has(run, tmp_path):
