@@ -12,13 +12,43 @@ from torch import Tensor
 
 from source_proj._errors import GradientError
 
-__all__ = ["OUTPUT", "Outputs", "cannot_run", "random_halves", "require_same"]
+__all__ = ["OUTPUT", "Marks", "Outputs", "cannot_run", "random_halves", "require_same"]
 
 Outputs: TypeAlias = list[tuple[str, Tensor]]
 """Outputs of layers by name, in the order of their calls, and of the model, examples in front."""
 
 OUTPUT = "the model's output"
+_SPREAD, _SHIFT = 0.2, 0.01  # of marks: a factor's deviation from one, and what is added, as of an output of zeros
 _APART, _APART_COARSE = 1e-3, 5e-2  # relative: outputs of half a batch, in float32 and where products are coarser
+
+
+class Marks:
+    """Gives what layers make of each example a factor of its own, the same in whatever batch the example is.
+
+    Rows that stand in another order than the examples then differ between a batch and its halves however alike the
+    examples are: by their factors, if not by themselves.
+
+    Args:
+        examples: which of the batch's examples are in this pass, in their order.
+        total: examples of the whole batch.
+    """
+
+    def __init__(self, examples: Tensor, total: int) -> None:
+        self._examples, self._total, self._turn = examples, total, 0
+
+    def on(self, output: Tensor, place: int = 0) -> Tensor:
+        """What a layer made, (B r, ...) or with examples at another place, marked.
+
+        Outputs that do not hold as many rows for each example are left alone.
+        """
+        self._turn += 1
+        size = len(self._examples)
+        if not output.is_floating_point() or output.dim() <= place or output.shape[place] % size:
+            return output
+        drawn = torch.randn(self._total, generator=torch.Generator().manual_seed(self._turn), device="cpu").clamp(-2, 2)
+        own = drawn[self._examples].repeat_interleave(output.shape[place] // size)
+        own = own.to(output).reshape([-1 if dim == place else 1 for dim in range(output.dim())])
+        return output * (1 + _SPREAD * own) + _SHIFT * own
 
 
 def random_halves(size: int, draw: int) -> tuple[Tensor, ...]:
@@ -58,11 +88,13 @@ def require_same(whole: Outputs, parts: Sequence[Outputs], halves: Sequence[Tens
         if not alike:
             continue
         rows = there.unflatten(0, (count, each)).float()
-        size = float(rows.norm())
-        error = math.hypot(*(_distance(rows, output, half) for output, half in zip(outputs, halves, strict=True)))
-        if (
-            math.isfinite(size) and not error <= (_APART_COARSE if coarse else _APART) * size
-        ):  # NaN of a half alone, too
+        pairs = [_pair(rows, output, half) for output, half in zip(outputs, halves, strict=True)]
+        error = math.hypot(
+            *(float((torch.nan_to_num(a, 0, 0, 0) - torch.nan_to_num(b, 0, 0, 0)).norm()) for a, b in pairs)
+        )
+        size = float(torch.nan_to_num(rows, 0, 0, 0).norm())
+        same = all(torch.equal(a.isfinite(), b.isfinite()) for a, b in pairs)  # NaN of a half alone is seen, too
+        if not same or error > (_APART_COARSE if coarse else _APART) * size:
             raise GradientError(_of(name))
 
 
@@ -73,12 +105,12 @@ def _is_part(there: Tensor, each: int, output: Tensor, half: Tensor) -> bool:
     return output.shape == shape or (cut and output.shape[1] < shape[1])
 
 
-def _distance(rows: Tensor, output: Tensor, half: Tensor) -> float:
-    """Between an output for half of the examples and these examples' rows (B, r, T, ...) among all."""
+def _pair(rows: Tensor, output: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+    """An output for half of the examples, and these examples' rows (B, r, T, ...) among all."""
     expected = rows[half.to(rows.device)]
     if output.dim() > 2:
         expected = expected[:, :, : output.shape[1]]
-    return float((output.unflatten(0, expected.shape[:2]).float() - expected).norm())
+    return output.unflatten(0, expected.shape[:2]).float(), expected
 
 
 def _grows(there: Tensor, outputs: Sequence[Tensor], halves: Sequence[Tensor]) -> bool:

@@ -6,8 +6,8 @@ expanded to them, with a tap: the gradient then arrives example by example, and 
 was remembered. Products with a matrix, look-ups in a table and normalisations have taps as their layers have. Nothing
 else is followed: a contraction by `einsum`, or a parameter that lies along the examples, ends the attempt by its name.
 
-Tensors are known for the examples' by their graph, or by their first dim; a constant that is taken for such is seen by
-the law (`proof.py`), as any other slip.
+Tensors are known for the examples' by their graph, or by their first dim where no function made them of constants; a
+constant that is taken for such is seen by the law (`proof.py`), or by comparing (`followed.py`), as any other slip.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from source_proj.gradients.bare_taps import BareTaps, Unfollowed
 from source_proj.gradients.opened import Listener
 from source_proj.gradients.sink import GradientSink
-from source_proj.gradients.suited import Unsuited, UsedElsewhere
+from source_proj.gradients.suited import UsedElsewhere
 
 __all__ = ["BareUses", "Unfollowed"]
 
@@ -35,26 +37,42 @@ _BY_ENTRY = """
     __rdiv__ __itruediv__ __pow__ __rpow__
 """
 _BROADCASTING = frozenset(_BY_ENTRY.split())
+_NO_GRADIENT = """
+    gt lt ge le eq ne greater less isclose __gt__ __lt__ __ge__ __le__ __eq__ __ne__
+"""
+_WITHOUT_GRADIENT = frozenset(_NO_GRADIENT.split())  # by what examples meet with a parameter there
 _ATTENTION = "scaled_dot_product_attention"  # whose mask broadcasts
-_MATRICES_BYTES = 64 * 2**20  # of examples' gradients of a matrix that is made of parameters, at one time
-_EXPANDING = frozenset(["expand", "expand_as", "broadcast_to", "repeat"])
-
-
-class Unfollowed(Unsuited):
-    """A use of a bare parameter that is none of those known."""
+_EXPANDING = frozenset(["expand", "broadcast_to", "repeat", "tile"])
+_JOINING = frozenset(["cat", "concat", "concatenate"])
+_TYPING = frozenset(["type_as", "to"])  # like another tensor, of which no number is taken
+_RANDOM = frozenset(["dropout", "alpha_dropout", "feature_dropout", "bernoulli", "rrelu", "gumbel_softmax"])
+_ARGUMENTS: dict[str, tuple[str, ...]] = {  # of functions with a way of their own
+    "linear": ("input", "weight", "bias"),
+    "matmul": ("input", "other"),
+    "__matmul__": ("input", "other"),
+    "mm": ("input", "other"),
+    "addmm": ("input", "mat1", "mat2"),
+    "embedding": ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+    "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable"),
+    "rms_norm": ("input", "normalized_shape", "weight", "eps"),
+    "expand_as": ("input", "other"),
+}
+_OTHER_NAMES = {"self": "input", "tensor2": "other"}
 
 
 class _Bare(NamedTuple):
     """What is made of parameters alone.
 
     Attributes:
-        value: what stands for it.
+        value: what functions get for it.
+        made: the same with a graph to what stands for the parameters, and to nothing of the model's.
         tensor: itself: an identity lasts as long as it does.
         followed: whether a followed parameter is in it.
         owned: name of a parameter in it whose gradient a layer gives; None for none.
     """
 
     value: Tensor
+    made: Tensor
     tensor: Tensor
     followed: bool
     owned: str | None = None
@@ -85,20 +103,25 @@ class BareUses(TorchFunctionMode):
         others: Iterable[tuple[Tensor, str | None]] = (),
     ) -> None:
         super().__init__()
-        self._size, self._taker, self._tap, self._live = size, taker, tap, live
-        self._leaves = {name: p if live else p.detach().requires_grad_() for name, p in parameters.items()}
-        self._bare = {id(p): _Bare(p, p, followed=False, owned=name) for p, name in others}  # by identity
-        self._bare |= {id(p): _Bare(self._leaves[name], p, followed=True) for name, p in parameters.items()}
-        self._names = {id(leaf): name for name, leaf in self._leaves.items()}
+        self._size, self._live = size, live
+        leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+        self._taps = BareTaps(leaves, size, taker, tap)
+        self._bare = {id(p): _Bare(p, p, p, followed=False, owned=name) for p, name in others}  # by identity
+        self._bare |= {
+            id(p): _Bare(p if live else leaves[name], leaves[name], p, followed=True) for name, p in parameters.items()
+        }
         self._constants = {constant.untyped_storage().data_ptr() for constant in constants}
+        self._made: Any = WeakTensorKeyDictionary()  # what functions made of constants
         self._special: dict[str, Callable[..., Any]] = {
             "linear": self._linear,
             "matmul": self._matmul,
             "__matmul__": self._matmul,
+            "mm": self._matmul,
             "addmm": self._addmm,
             "embedding": self._embedding,
             "layer_norm": partial(self._normalised, F.layer_norm),
             "rms_norm": partial(self._normalised, F.rms_norm),
+            "expand_as": self._expand_as,
         }
 
     def __torch_function__(
@@ -108,93 +131,110 @@ class BareUses(TorchFunctionMode):
         kwargs = kwargs or {}
         given = list(_tensors((args, kwargs)))
         known = [self._bare[id(each)] for each in given if id(each) in self._bare]
-        if not known:
-            return func(*args, **kwargs)
+        if known:
+            return self._call(func, args, kwargs, given, known)
+        made = func(*args, **kwargs)
+        if not any(each.requires_grad for each in given) and all(map(self._is_constant, given)):
+            for each in _tensors(made):
+                self._made[each] = True
+        return made
+
+    def _call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor],
+        known: list[_Bare],
+    ) -> Any:  # fmt: skip
         name = getattr(func, "__name__", str(func))
-        bare, owned = [each.value for each in known if each.followed], next((k.owned for k in known if k.owned), None)
+        bare, owned = [each for each in known if each.followed], next((k.owned for k in known if k.owned), None)
         if bare and owned is not None:
             raise UsedElsewhere(owned)
+        if not torch.is_grad_enabled() or name in _WITHOUT_GRADIENT:
+            return func(*self._swapped(args, _value), **self._swapped(kwargs, _value))
+        if name in _TYPING and not self._follows(given[0]):
+            return func(*self._swapped(args, _value), **self._swapped(kwargs, _value))
         examples = [each for each in given if id(each) not in self._bare and self._holds_examples(each)]
-        if not examples or not torch.is_grad_enabled():
-            made = func(*self._swapped(args, _itself), **self._swapped(kwargs, _itself))
-            if bare and name in _EXPANDING and self._is_of_examples(made, bare[0], name):
-                return self._expanded(bare[0], made)
-            return self._remembered(made, bool(bare), owned)
+        if not examples or name in _TYPING:
+            return self._of_parameters(func, name, args, kwargs, bare, owned)
         if not bare:
             return func(*args, **kwargs)
         if name in self._special:
-            return self._special[name](*args, **kwargs)
-        height, dims = self._meeting(name, examples, bare)
+            return self._specially(func, name, args, kwargs)
         if self._follows(given[0]) and (name.endswith("_") or name.startswith("__i")):
             raise Unfollowed(f"a parameter of no layer is changed by {name}")
+        meet = self._meeting(name, examples, bare)
+        return func(*self._swapped(args, meet), **self._swapped(kwargs, meet))
 
-        def expand(tensor: Tensor) -> Tensor:
-            padded = tensor.reshape((1,) * (dims - tensor.dim()) + tensor.shape)
-            if padded.shape[0] != 1:
-                raise Unfollowed(f"a parameter of no layer lies along the examples in {name}")
-            return self._expanded(tensor, padded.expand(height, *padded.shape[1:]))
-
-        return func(*self._swapped(args, expand), **self._swapped(kwargs, expand))
+    def _of_parameters(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any], bare: list[_Bare],
+        owned: str | None,
+    ) -> Any:  # fmt: skip
+        """What is made of parameters alone."""
+        if bare and (name == "__setitem__" or (self._live and name in _RANDOM)):
+            raise Unfollowed(f"a parameter of no layer takes part in {name}")
+        made = func(*self._swapped(args, _value), **self._swapped(kwargs, _value))
+        if bare and name in _EXPANDING and self._is_of_examples(made, bare[0].value, name):
+            return self._taps.expanded(bare[0].made, made if self._live else made.detach())
+        alone = made
+        if self._live and bare and any(each.requires_grad for each in _tensors(made)):
+            alone = func(*self._swapped(args, _made), **self._swapped(kwargs, _made))
+        for each, other in zip(_tensors(made), _tensors(alone), strict=True):
+            if each.requires_grad:
+                self._bare[id(each)] = _Bare(each, other, each, bool(bare), owned)
+        return made
 
     def names_among(self, given: Any) -> list[str]:
         """Names of the parameters in what a function is given; none where something there is made of several."""
-        bare = [self._bare[id(each)].value for each in _tensors(given) if self._follows(each)]
-        return [self._names[id(each)] for each in bare] if all(id(each) in self._names for each in bare) else []
+        names = [self._taps.name_of(self._bare[id(each)].made) for each in _tensors(given) if self._follows(each)]
+        return [name for name in names if name is not None] if None not in names else []
+
+    def met(self, tensor: Tensor) -> Tensor:
+        """What an operation of ours is to take that treats examples apart: with a tap, where parameters made it.
+
+        Raises:
+            Unfollowed: it has no rows for each example.
+        """
+        if not self._follows(tensor):
+            return tensor
+        if tensor.dim() == 0 or tensor.shape[0] % self._size:
+            raise Unfollowed(f"a parameter of no layer of {tuple(tensor.shape)} stands where examples are")
+        return self._along(self._bare[id(tensor)])
 
     def _follows(self, tensor: Tensor | None) -> bool:
         return id(tensor) in self._bare and self._bare[id(tensor)].followed
 
-    def _detached(self, tensor: Tensor) -> Tensor:
+    def _plain(self, tensor: Tensor) -> Tensor:
         """A bare tensor as an operation of examples takes it whose output has a tap."""
         return tensor if self._live else tensor.detach()
+
+    def _specially(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        arguments = _ARGUMENTS[name]
+        others = {**_OTHER_NAMES, "mat2": "other"} if name == "mm" else _OTHER_NAMES
+        named = dict(zip(arguments, args, strict=False)) | {others.get(k, k): value for k, value in kwargs.items()}
+        unknown = [key for key in named if key not in arguments]
+        if unknown or len(args) > len(arguments) or (name == "embedding" and func is not F.embedding):
+            raise Unfollowed(f"a parameter of no layer takes part in {name}{f' with {unknown}' if unknown else ''}")
+        return self._special[name](**named)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x = self._of_examples(input, "a linear function")
         if not self._follows(weight):
             made = F.linear(x, weight)
             return made if bias is None else self._again(torch.add, made, bias)
-        value, bias_value = self._bare[id(weight)].value, bias
-        if bias is not None and self._follows(bias):
-            bias_value = self._detached(self._bare[id(bias)].value)
-        made = F.linear(x, self._detached(value), bias_value)
-        return self._product(x, value.T, made, bias if self._follows(bias) else None)
+        matrix, added = self._bare[id(weight)], self._bare[id(bias)] if self._follows(bias) else None
+        value = bias if added is None else self._plain(added.value)
+        made = F.linear(x, self._plain(matrix.value), value)
+        return self._taps.product(x, matrix.made.T, made, None if added is None else added.made)
 
-    def _addmm(self, bias: Tensor, x: Tensor, matrix: Tensor, **more: Any) -> Tensor:
-        if more:
-            raise Unfollowed(f"a parameter of no layer takes part in addmm with {sorted(more)}")
-        return self._again(torch.add, self._again(torch.matmul, x, matrix), bias)
+    def _addmm(self, input: Tensor, mat1: Tensor, mat2: Tensor) -> Tensor:
+        return self._again(torch.add, self._again(torch.matmul, mat1, mat2), input)
 
-    def _matmul(self, x: Tensor, matrix: Tensor) -> Tensor:
-        if x.dim() < 2:
+    def _matmul(self, input: Tensor, other: Tensor) -> Tensor:
+        if input.dim() < 2:
             raise Unfollowed("a parameter of no layer takes part in a product with a vector")
-        x = self._of_examples(x, "a product")
-        value = self._bare[id(matrix)].value
-        return self._product(x, value, x @ self._detached(value))
-
-    def _product(self, x: Tensor, matrix: Tensor, made: Tensor, bias: Tensor | None = None) -> Tensor:
-        """What was made by x M + b, for x (B r, ..., i) and M (i, o), with a tap."""
-        if matrix.dim() != 2 or x.shape[0] % self._size:
-            raise Unfollowed(f"a parameter of no layer takes part in a product of {tuple(matrix.shape)}")
-
-        def listener(x: Tensor, g: Tensor) -> None:
-            left, right = (tensor.reshape(self._size, -1, tensor.shape[-1]) for tensor in (x.to(g.dtype), g))
-            sink = self._taker()
-            if not sink.accepts_half:
-                left, right = left.float(), right.float()
-            turned = _transposed_of(matrix)
-            if id(matrix) in self._names:
-                sink.outer(self._names[id(matrix)], left, right)
-            elif id(turned) in self._names:
-                sink.outer(self._names[id(turned)], right, left)
-            else:
-                step = max(1, _MATRICES_BYTES // (4 * matrix.numel()))
-                for start in range(0, self._size, step):
-                    some = slice(start, start + step)
-                    self._receive(matrix, left[some].float().transpose(1, 2) @ right[some].float(), start)
-            if bias is not None:
-                self._receive(self._bare[id(bias)].value, g.reshape(self._size, -1, g.shape[-1]).float().sum(1))
-
-        return self._tap(made, listener, x)
+        x = self._of_examples(input, "a product")
+        if other.dim() == 1:
+            return self._matmul(x, self._again(torch.unsqueeze, other, 1)).squeeze(-1)
+        matrix = self._bare[id(other)]
+        return self._taps.product(x, matrix.made, x @ self._plain(matrix.value))
 
     def _of_examples(self, x: Tensor, where: str) -> Tensor:
         if self._follows(x):
@@ -212,18 +252,11 @@ class BareUses(TorchFunctionMode):
         sparse: bool = False,  # noqa: ARG002, of the batch's gradient, which is not made
     ) -> Tensor:
         """Rows of a table; `norm_type` belongs to `max_norm`."""
-        name = self._names.get(id(self._bare[id(weight)].value)) if self._follows(weight) else None
+        name = self._taps.name_of(self._bare[id(weight)].made) if self._follows(weight) else None
         if name is None or max_norm is not None or scale_grad_by_freq:
             raise Unfollowed(f"a table that is made of parameters, or whose rows are scaled (norm {norm_type})")
         padding = None if padding_idx is None else padding_idx % len(weight)
-
-        def listener(index: Tensor, g: Tensor) -> None:
-            index = index.reshape(self._size, -1)
-            g = g.reshape(*index.shape, -1)
-            kept = g if padding is None else g.masked_fill((index == padding).unsqueeze(-1), 0.0)
-            self._taker().scatter(name, index, kept)
-
-        return self._tap(F.embedding(input, self._detached(weight), padding_idx), listener, input)
+        return self._taps.table(input, name, F.embedding(input, self._plain(weight), padding_idx), padding)
 
     def _normalised(
         self,
@@ -233,72 +266,73 @@ class BareUses(TorchFunctionMode):
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         eps: float | None = 1e-5,
+        cudnn_enable: bool = True,  # noqa: ARG002, of torch.layer_norm
     ) -> Tensor:
         made = normalise(self._of_examples(input, "a normalisation"), normalized_shape, eps=eps)
         made = made if weight is None else self._again(torch.mul, made, weight)
         return made if bias is None else self._again(torch.add, made, bias)
 
-    def _again(self, func: Callable[..., Any], *args: Tensor) -> Tensor:
+    def _expand_as(self, input: Tensor, other: Tensor) -> Tensor:
+        return self._again(torch.Tensor.expand, input, *other.shape)
+
+    def _again(self, func: Callable[..., Any], *args: Any) -> Tensor:
         made: Tensor = self.__torch_function__(func, (), args)
         return made
+
+    def _is_constant(self, tensor: Tensor) -> bool:
+        """Whether a tensor without graph is known to hold no examples."""
+        if tensor.dim() == 0 or tensor in self._made:
+            return True
+        try:
+            return tensor.untyped_storage().data_ptr() in self._constants
+        except (NotImplementedError, RuntimeError):  # sparse, or of a transform of torch.func
+            return False
 
     def _holds_examples(self, tensor: Tensor) -> bool:
         if tensor.requires_grad:
             return True
-        constant = tensor.untyped_storage().data_ptr() in self._constants
-        return not constant and tensor.dim() > 0 and tensor.shape[0] % self._size == 0
+        return not self._is_constant(tensor) and tensor.shape[0] % self._size == 0
 
-    def _meeting(self, name: str, examples: list[Tensor], bare: list[Tensor]) -> tuple[int, int]:
-        """Rows and dims of what an operation makes of examples and bare tensors."""
+    def _meeting(self, name: str, examples: list[Tensor], bare: list[_Bare]) -> Callable[[_Bare], Tensor]:
+        """What an operation that has examples takes for each of the tensors that parameters made.
+
+        Raises:
+            Unfollowed: the operation is none that broadcasts, or makes no rows of examples.
+        """
+        if name in _JOINING and all(each.value.shape[:1] == examples[0].shape[:1] for each in bare):
+            return self._along
         if name == _ATTENTION:
             shape: tuple[int, ...] = max((each.shape for each in examples), key=len)
-        elif name in _BROADCASTING:
-            shape = np.broadcast_shapes(*(each.shape for each in (*examples, *bare)))  # torch's imports sympy
+        elif name in _BROADCASTING:  # by numpy, as torch's imports sympy
+            shape = np.broadcast_shapes(*(each.shape for each in examples), *(each.value.shape for each in bare))
         else:
             raise Unfollowed(f"a parameter of no layer takes part in {name}")
         if not shape or shape[0] % self._size:
             raise Unfollowed(f"{name} of a parameter of no layer makes {tuple(shape)} of {self._size} examples")
-        return shape[0], len(shape)
+
+        def meet(each: _Bare) -> Tensor:
+            before = (1,) * (len(shape) - each.value.dim())
+            if (*before, *each.value.shape)[0] == 1:
+                padded = each.value.reshape(*before, *each.value.shape)
+                return self._taps.expanded(each.made, self._plain(padded.expand(shape[0], *padded.shape[1:])))
+            if not before and each.value.shape[0] == shape[0]:
+                return self._along(each)
+            raise Unfollowed(f"a parameter of no layer lies along the examples in {name}")
+
+        return meet
+
+    def _along(self, bare: _Bare) -> Tensor:
+        return self._taps.along(bare.made, self._plain(bare.value))
 
     def _is_of_examples(self, made: Any, bare: Tensor, name: str) -> bool:
         """Whether a bare tensor was expanded along a first dim that is the examples'."""
         padded = (1,) * (made.dim() - bare.dim()) + tuple(bare.shape)
-        repeated = name == "repeat" and padded[1:] != tuple(made.shape[1:])
+        repeated = name in ("repeat", "tile") and padded[1:] != tuple(made.shape[1:])
         return bool(padded) and padded[0] == 1 and made.shape[0] % self._size == 0 and not repeated
 
-    def _expanded(self, bare: Tensor, expanded: Tensor) -> Tensor:
-        """A bare tensor as it lies before each example, (B r, ...), with a tap."""
-
-        def listener(_: Tensor, g: Tensor) -> None:
-            of_examples = g.reshape(self._size, -1, *g.shape[1:]).sum(1)
-            padded = (1,) * (expanded.dim() - bare.dim()) + tuple(bare.shape)
-            self._receive(bare, of_examples.sum_to_size(self._size, *padded[1:]).reshape(self._size, *bare.shape))
-
-        value = self._detached(expanded)
-        # Expanded to one row, it would be the parameter itself, and an operation in place would change that.
-        return self._tap(value.clone() if value.is_contiguous() else value, listener, value.new_empty(0))
-
-    def _receive(self, bare: Tensor, g: Tensor, start: int = 0) -> None:
-        """Hand a bare tensor's gradients (n, ...) for some examples to the parameters that it was made of."""
-        names, leaves = list(self._leaves), list(self._leaves.values())
-        gradients: tuple[Tensor | None, ...] = tuple(g if leaf is bare else None for leaf in leaves)
-        if bare.grad_fn is not None:
-            gradients = torch.autograd.grad(
-                bare, leaves, g, retain_graph=True, allow_unused=True, is_grads_batched=True
-            )
-        for name, gradient in zip(names, gradients, strict=True):
-            if gradient is not None:
-                self._taker().add(name, gradient.reshape(len(g), -1).float(), start)
-
-    def _remembered(self, made: Any, followed: bool, owned: str | None) -> Any:
-        for each in _tensors(made):
-            if each.requires_grad:
-                self._bare[id(each)] = _Bare(each, each, followed, owned)
-        return made
-
-    def _swapped(self, given: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    def _swapped(self, given: Any, change: Callable[[_Bare], Tensor]) -> Any:
         if isinstance(given, Tensor):
-            return change(self._bare[id(given)].value) if self._follows(given) else given
+            return change(self._bare[id(given)]) if self._follows(given) else given
         if isinstance(given, dict):
             return {key: self._swapped(value, change) for key, value in given.items()}
         if isinstance(given, tuple | list):
@@ -306,16 +340,12 @@ class BareUses(TorchFunctionMode):
         return given
 
 
-def _transposed_of(matrix: Tensor) -> Tensor | None:
-    """The leaf of which a matrix is the transposed one."""
-    node = matrix.grad_fn
-    if node is None or not node.name().startswith(("TBackward", "TransposeBackward", "PermuteBackward")):
-        return None
-    return getattr(node.next_functions[0][0], "variable", None)
+def _value(bare: _Bare) -> Tensor:
+    return bare.value
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
+def _made(bare: _Bare) -> Tensor:
+    return bare.made
 
 
 def _tensors(given: Any) -> Iterator[Tensor]:

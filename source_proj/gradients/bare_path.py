@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -31,6 +33,7 @@ class BarePath(HookPath):
 
     def __init__(self, placement: Placement, space: ParameterSpace) -> None:
         super().__init__(placement, space)
+        self._uses: BareUses | None = None
         self._set_apart({})
 
     def _set_apart(self, elsewhere: dict[str, str]) -> None:
@@ -41,7 +44,14 @@ class BarePath(HookPath):
         bare = [name for name in self._space.names if name in self._missing]
         self._bare = ParameterSpace.of_names(self._model, bare)
 
-    def _following(self, current: Pass, kind: type[BareUses] = BareUses, **options: Any) -> BareUses:
+    @contextmanager
+    def _following(
+        self,
+        current: Pass,
+        kind: Callable[..., BareUses] = BareUses,
+        entered: Callable[[Any], AbstractContextManager[object]] = lambda uses: uses,
+        **options: Any,
+    ) -> Iterator[None]:
         """Within, these parameters have taps where they meet the examples."""
 
         def tap(output: Tensor, listener: Listener, x: Tensor) -> Tensor:
@@ -53,4 +63,13 @@ class BarePath(HookPath):
         names = {id(p): name for name, p in owned.items() if name not in parameters}
         followed = {id(p) for p in parameters.values()}
         others = [(p, names.get(id(p))) for p in self._model.parameters() if id(p) not in followed]
-        return kind(parameters, constants, current.size, current.taker, tap, others=others, **options)
+        uses = kind(parameters, constants, current.size, current.taker, tap, others=others, **options)
+        self._uses = uses
+        try:
+            with entered(uses):
+                yield
+        finally:
+            self._uses = None
+
+    def _met(self, state: Tensor) -> Tensor:
+        return state if self._uses is None else self._uses.met(state)

@@ -9,22 +9,22 @@ that what the model keeps, or anybody's hooks, is the pass's own.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 
 from source_proj._errors import GradientError, SourceProjError
-from source_proj.gradients.apart import OUTPUT, Outputs, cannot_run, random_halves, require_same
+from source_proj.gradients.apart import OUTPUT, Marks, Outputs, cannot_run, random_halves, require_same
 from source_proj.gradients.bare import BareUses, Unfollowed
 from source_proj.gradients.bare_path import BARE, BarePath
 from source_proj.gradients.batches import Batch, map_tensors
-from source_proj.gradients.hooks import Pass, tensors_of
+from source_proj.gradients.hooks import Pass, expanded, tensors_of
 from source_proj.gradients.layout import Call, Node, where_examples_are_lost
 from source_proj.gradients.probing import called, part, probing
 from source_proj.gradients.sink import GradientSink
@@ -57,9 +57,10 @@ class FollowedPath(BarePath):
         super().__init__(placement, space)
         self._live = {name: [p] for name, p in space.parameters(placement.model).items()}
         self._anchor = torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")
-        self._shared_known = self._looked_ahead = False
+        self._shared_known = False
+        self._looked_ahead: set[bool] = set()  # whether of several examples
         self._looks, self._looked = False, 0  # whether passes are compared with those of their halves; how many were
-        self._seen: Outputs | None = None  # of taps beside the layers, while outputs are compared
+        self._seen: tuple[Outputs, Marks] | None = None  # of taps beside the layers, while outputs are compared
         self._awake = _always  # whether the pass under way is that of training
 
     @contextmanager
@@ -76,7 +77,7 @@ class FollowedPath(BarePath):
                 stack.enter_context(self._opening(current, live=True))
                 if self._missing:
                     options = {"missing": self._missing, "awake": awake, "live": True}
-                    stack.enter_context(_entered(cast(_Uses, self._following(current, _Uses, **options))))
+                    stack.enter_context(self._following(current, _Uses, _entered, **options))
                 yield
         finally:
             self._awake = before
@@ -90,17 +91,19 @@ class FollowedPath(BarePath):
 
     def _tapped(self, name: str, output: Tensor, x: Tensor, *given: Any, **options: Any) -> Tensor:
         if self._seen is not None:
-            self._seen.append((name, output.detach().clone()))
-            return output
+            return self._look_at(name, output)
         if name == BARE:
             _refuse_recomputed([f"!{missing}" for missing in list(self._missing)[:10]])
         return super()._tapped(name, output, x, *given, **options)
 
-    def _note(self, name: str, tapped: Tensor, *given: Any, **options: Any) -> None:
-        if self._seen is not None:
-            self._seen.append((name, tapped.detach().clone()))
-        else:
-            super()._note(name, tapped, *given, **options)
+    def _note(self, name: str, tapped: Tensor, *given: Any, **options: Any) -> Tensor:
+        return super()._note(name, tapped, *given, **options) if self._seen is None else self._look_at(name, tapped)
+
+    def _look_at(self, name: str, output: Tensor, place: int = 0) -> Tensor:
+        assert self._seen is not None
+        outputs, marks = self._seen
+        outputs.append((name, output.detach().clone().transpose(0, place)))  # which may be written to behind the layer
+        return marks.on(output, place)
 
     def _find_shared(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
         """Learn which layers see no batch, from one example and two; leaves random states and buffers alone."""
@@ -138,7 +141,7 @@ class FollowedPath(BarePath):
         return self._as_it_was(called, part(args, kwargs, [place % size for place in range(odd)], size), odd)
 
     def _look_ahead(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
-        """Before the first pass of several examples, make one like it: what the model, or hooks, keep is the pass's.
+        """Before the first pass of one example or several, make one like it: what the model, or hooks, keep is its own.
 
         A parameter that is used outside of its layer is then followed by itself.
 
@@ -148,7 +151,8 @@ class FollowedPath(BarePath):
         """
         current = Pass(size, self._anchor, _nowhere)
         try:
-            self._compare(args, kwargs, size, training=False)
+            if size > 1:
+                self._compare(args, kwargs, size, training=False)
             self._calls = []
             with (
                 probing(self._model, training=True),
@@ -157,19 +161,21 @@ class FollowedPath(BarePath):
                 self._beside_layers(current),
             ):
                 output = called(self._model, (args, kwargs))
-            self._looks = self._is_lost(self._calls, output, size)
+            self._looks = self._is_lost(self._calls, output, size) or self._looks
         except UsedElsewhere as problem:
             self._calls = None
+            if problem.name in self._missing:
+                raise cannot_capture(self._missing, [problem.name], "what it is used in is not followed") from problem
             self._set_apart({**self._elsewhere, problem.name: str(problem)})
             self._find_shared(args, kwargs, size)
             self._look_ahead(args, kwargs, size)
         except SourceProjError:
             raise
         except Exception:  # the model's own; the pass itself has the word
-            self._looks = False
+            pass
         finally:
             self._calls = None
-        self._looked_ahead = True
+        self._looked_ahead.add(size > 1)
 
     def _is_lost(self, calls: list[tuple[tuple[object, ...], Call]], output: Any, size: int) -> bool:
         """Whether autograd's graph leaves it open where each example is, in some layer.
@@ -182,7 +188,7 @@ class FollowedPath(BarePath):
         for head in _heads(output):
             if head.grad_fn is not None and head.dim() and len(head) and head.shape[0] % size == 0:
                 order = self._graph(head.grad_fn, taps, self._live)
-                if where_examples_are_lost(order, taps, head.grad_fn, size) is None:
+                if size == 1 or where_examples_are_lost(order, taps, head.grad_fn, size) is None:
                     there.difference_update(order)
             if not there:
                 return False
@@ -204,8 +210,11 @@ class FollowedPath(BarePath):
         halves = random_halves(size, self._looked)
         batches = [(args, kwargs), *(part(args, kwargs, half.tolist(), size) for half in halves)]
         try:
-            sizes = size, *map(len, halves)
-            whole, *parts = (self._outputs(*each, training=training) for each in zip(batches, sizes, strict=True))
+            marks = [Marks(some, size) for some in (torch.arange(size, device="cpu"), *halves)]
+            whole, *parts = (
+                self._outputs(*each, training=training)
+                for each in zip(batches, (size, *map(len, halves)), marks, strict=True)
+            )
         except SourceProjError:
             raise
         except Exception as error:  # the model's own
@@ -214,17 +223,17 @@ class FollowedPath(BarePath):
             return
         require_same(whole, parts, halves, strict=training)
 
-    def _outputs(self, batch: Batch, size: int, *, training: bool) -> Outputs:
+    def _outputs(self, batch: Batch, size: int, marks: Marks, *, training: bool) -> Outputs:
         """Outputs of all layers that see the batch, by name, in the order of their calls, and the model's."""
         outputs: Outputs = []
 
-        def seen(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Tensor) -> None:
-            if module not in self._shared:
-                output = output.detach().clone()  # which may be written to behind the layer
-                outputs.append((self._names[module], output.transpose(0, 1) if module in self._second else output))
+        def seen(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            if module in self._shared:  # in a pass of training, too, it lies before each example
+                output = expanded(output, size)
+            return self._look_at(self._names[module], output, int(module in self._second))
 
         taps = bool(self._opened or self._missing)
-        current, self._seen = Pass(size, self._anchor, _nowhere), outputs
+        current, self._seen = Pass(size, self._anchor, _nowhere), (outputs, marks)
         try:
             with (
                 probing(self._model, training=training),
@@ -280,11 +289,16 @@ class _Uses(BareUses):
             raise used_elsewhere(problem) from problem
         except Unfollowed as problem:
             names = self.names_among((args, kwargs)) or list(self._missing)
-            listed = "; ".join(f"{name}: {self._missing[name]}" for name in names[:10])
-            raise GradientError(
-                f"rows can't be captured of some parameters ({listed}), as {problem}: leave them out by "
-                f"parameters={[f'!{name}' for name in names[:10]]}, or build the bank after training"
-            ) from problem
+            raise cannot_capture(self._missing, names, str(problem)) from problem
+
+
+def cannot_capture(missing: Mapping[str, str], names: Sequence[str], reason: str) -> GradientError:
+    """What to say of parameters that no layer's rule covers, and that can't be followed."""
+    listed = "; ".join(f"{name}: {missing[name]}" for name in names[:10])
+    return GradientError(
+        f"rows can't be captured of some parameters ({listed}), as {reason}: leave them out by "
+        f"parameters={[f'!{name}' for name in names[:10]]}, or build the bank after training"
+    )
 
 
 def used_elsewhere(problem: UsedElsewhere) -> GradientError:
@@ -296,14 +310,20 @@ def used_elsewhere(problem: UsedElsewhere) -> GradientError:
 
 @contextmanager
 def _entered(mode: _Uses) -> Iterator[None]:
-    """As `with mode`, but that another mode on top, of a pass that was interrupted, stays where it is."""
+    """As `with mode`, also where a pass is interrupted and leaves it on the stack of modes.
+
+    The end of a mode around the pass then takes this one off in its own place.
+    """
+    below = _get_current_function_mode()
     TorchFunctionMode.__enter__(mode)
     try:
         yield
     finally:
         mode.awake = _never
-        if _get_current_function_mode() is mode:
-            mode.__exit__(None, None, None)
+        stack = [torch._C._get_function_stack_at(place) for place in range(torch._C._len_torch_function_stack())]
+        last = mode if any(each is mode for each in stack) else below
+        if stack and last is not None and stack[-1] is last:
+            _pop_mode()
 
 
 def _refuse_recomputed(patterns: list[str]) -> None:

@@ -40,7 +40,7 @@ from source_proj.gradients.tap import Tap
 from source_proj.trajectory.placement import Placement
 from source_proj.trajectory.placement.base import Live
 
-__all__ = ["HookPath", "Pass", "Structure", "alone", "tensors_of"]
+__all__ = ["HookPath", "Pass", "Structure", "alone", "expanded", "tensors_of"]
 
 
 _SAME = 1e-3  # relative: outputs of a pass and of its repetition
@@ -198,13 +198,13 @@ class HookPath:
         return not self._shared or (self._as_it_was(function, single, 1) and self._as_it_was(function, double, 2))
 
     def _as_it_was(self, function: Function, batch: Batch, size: int) -> bool:
-        def expanded(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Tensor) -> Any:
-            return _expanded(output, size) if module in self._shared else None
+        def seen(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Tensor) -> Any:
+            return expanded(output, size) if module in self._shared else None
 
         drawn = torch.get_rng_state()
         plain = tensors_of(function(self._model, batch))
         torch.set_rng_state(drawn)
-        with self._hooked(expanded):
+        with self._hooked(seen):
             other = tensors_of(function(self._model, batch))
         return [tensor.shape for tensor in plain] == [tensor.shape for tensor in other] and all(
             torch.allclose(there.float(), here.float(), rtol=_SAME, atol=_SAME * float(there.float().norm()))
@@ -216,7 +216,7 @@ class HookPath:
 
         def seen(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Tensor) -> Tensor:
             if module in self._shared:
-                output = _expanded(output, size)
+                output = expanded(output, size)
             shapes.append((module, tuple(output.shape) or (1,)))
             return output
 
@@ -269,10 +269,14 @@ class HookPath:
         def tap(output: Tensor, x: Tensor, listener: Listener) -> Tensor:
             return self._tapped(self._names[module], output, x, listener, current, x.grad_fn)
 
-        def note(output: Tensor, inputs: Sequence[Tensor]) -> None:
-            self._note(self._names[module], output, tuple(x.grad_fn for x in inputs), current.size)
+        def note(output: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+            return self._note(self._names[module], output, tuple(x.grad_fn for x in inputs), current.size)
 
-        return forward(module, Opening(names, *current, tap, note, live), *args, **kwargs)
+        return forward(module, Opening(names, *current, tap, note, self._met, live), *args, **kwargs)
+
+    def _met(self, state: Tensor) -> Tensor:
+        """A state that an opened module is given, as it takes it."""
+        return state
 
     def _on_output(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, *, current: Pass
@@ -284,8 +288,8 @@ class HookPath:
         require_batched(name, output, 2 if self._covered[module][0].positional and module not in self._shared else 0)
         if module in self._shared:
             unbatched = output.dim()
-            output = _expanded(output, size)
-            x = _expanded(x, size, unsqueeze=output.dim() > unbatched)
+            output = expanded(output, size)
+            x = expanded(x, size, unsqueeze=output.dim() > unbatched)
         listener = partial(self._on_gradient, module, size, current.taker)
         kind = "shared" if module in self._shared else "second" if module in self._second else ""
         return self._tapped(name, output, x, listener, current, inputs, kind)
@@ -303,10 +307,9 @@ class HookPath:
         """The output with a tap behind it, which hands (x, g) to the listener."""
         apply = cast(Callable[..., Tensor], Tap.apply)  # some versions of torch leave it untyped
         tapped = apply(output, current.anchor, x.detach(), listener, name)
-        self._note(name, tapped, (inputs,), current.size, kind)
-        return tapped
+        return self._note(name, tapped, (inputs,), current.size, kind)
 
-    def _note(self, name: str, tapped: Tensor, inputs: tuple[Node | None, ...], size: int, kind: str = "") -> None:
+    def _note(self, name: str, tapped: Tensor, inputs: tuple[Node | None, ...], size: int, kind: str = "") -> Tensor:
         place = int(kind == "second")
         if tapped.dim() <= place or tapped.shape[place] % size or (place and tapped.shape[place] != size):
             raise Unsuited(
@@ -316,6 +319,7 @@ class HookPath:
         if self._calls is not None:
             kind = kind or ("ragged or flat" if tapped.shape[0] != size else "batch")
             self._calls.append(((name, kind, tapped.dim()), Call(tapped.grad_fn, inputs, place)))
+        return tapped
 
     def _on_gradient(
         self, module: nn.Module, size: int, taker: Callable[[], GradientSink], x: Tensor, g: Tensor
@@ -374,8 +378,8 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [tensor for tensor in tensors if not tensor.is_complex()]
 
 
-def _expanded(tensor: Tensor, size: int, unsqueeze: bool | None = None) -> Tensor:
-    """(1, …) or (…) → (size, …), without a copy."""
+def expanded(tensor: Tensor, size: int, unsqueeze: bool | None = None) -> Tensor:
+    """(1, …) or (…) → (size, …), without a copy: what sees no batch, before each example."""
     if unsqueeze is None:
         unsqueeze = tensor.dim() == 0 or tensor.shape[0] != 1
     return (tensor.unsqueeze(0) if unsqueeze else tensor).expand(size, *tensor.shape[0 if unsqueeze else 1 :])

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from source_proj.gradients.batches import Batch, own_copy, take
 from source_proj.gradients.evaluation import evaluating
+from source_proj.gradients.kept import kept_states
 
 __all__ = ["called", "is_probed", "part", "probing"]
 
@@ -42,7 +41,7 @@ def probing(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     mode = _without_dropout(model) if training else evaluating(model)
     before = _PROBED.set(True)
     try:
-        with torch.random.fork_rng(devices), _kept_states(model), mode, torch.no_grad():
+        with torch.random.fork_rng(devices), kept_states(model), _plain_attention(), mode, torch.no_grad():
             yield
     finally:
         _PROBED.reset(before)
@@ -57,30 +56,14 @@ _PROBED: ContextVar[bool] = ContextVar("_PROBED", default=False)
 
 
 @contextmanager
-def _kept_states(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward pass may leave in a model, Python's and numpy's random states, and buffers.
-
-    Buffers are exchanged for the time, and not written back: autograd may have saved them for a pass that was made.
-    """
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
-    filled = [(kept, kept.copy()) for _, own in attributes for kept in own.values() if type(kept) in (list, dict, set)]
-    states, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002 (what models draw from)
-    clones: dict[int, Tensor] = {}
-    for module, _ in attributes:
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = clones.setdefault(id(buffer), buffer.clone())
+def _plain_attention() -> Iterator[None]:
+    """Without torch's own fast path of inference, in which padded batches are nested tensors."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        random.setstate(states)
-        np.random.set_state(numpys)  # noqa: NPY002
-        for module, own in attributes:
-            vars(module).clear()
-            vars(module).update(own)
-        for kept, content in filled:
-            kept.clear()
-            kept.extend(content) if isinstance(kept, list) else kept.update(content)
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

@@ -131,7 +131,7 @@ class TrainingPath(FollowedPath):
             model.register_forward_hook(weakly("_finish"), with_kwargs=True, always_call=True),
             *(m.register_forward_hook(weakly("_on_layer"), prepend=True, with_kwargs=True) for m in self._covered),
         ]
-        self.close = weakref.finalize(self, _remove, handles)
+        self.close = weakref.finalize(self, _remove, handles, self._within)
 
     @property
     def interrupted(self) -> bool:
@@ -169,9 +169,9 @@ class TrainingPath(FollowedPath):
         self._open = TrainingPass(size, rows, sink, shares, index, told if told.get(LABELS) is not None else None, sink)
         self._open.beside = tuple(each for each in self.passes if not each.reached)
         self.passes.append(self._open)
+        if (size > 1) not in self._looked_ahead:
+            self._look_ahead(args, kwargs, size)
         if size > 1:
-            if not self._looked_ahead:
-                self._look_ahead(args, kwargs, size)
             if self._looks:
                 self._compare(args, kwargs, size, training=True)
             else:
@@ -250,10 +250,10 @@ class TrainingPath(FollowedPath):
 
         return super()._tapped(name, output, x, heard, *given, **options)
 
-    def _note(self, name: str, tapped: Tensor, *given: Any, **options: Any) -> None:
-        super()._note(name, tapped, *given, **options)
+    def _note(self, name: str, tapped: Tensor, *given: Any, **options: Any) -> Tensor:
         if self._open is not None:
             self._open.spacing = max(self._open.spacing, torch.finfo(tapped.dtype).eps)
+        return super()._note(name, tapped, *given, **options)
 
     def _opened_forward(self, module: nn.Module, *given: Any, **kwargs: Any) -> Any:
         device = self._placement.device.type
@@ -287,7 +287,8 @@ def _kept_back(model: nn.Module) -> list[str]:
     return [name for name in (INDEX, LABELS) if name not in known and not (name == LABELS and anything)]
 
 
-def _remove(handles: Sequence[RemovableHandle]) -> None:
+def _remove(handles: Sequence[RemovableHandle], within: ExitStack) -> None:
+    within.close()  # of a pass that was interrupted
     for handle in handles:
         handle.remove()
 

@@ -131,7 +131,7 @@ def test_a_parameter_is_not_written_into(size: int) -> None:
 
 
 def test_matrices_of_few_examples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("source_proj.gradients.bare._MATRICES_BYTES", 3 * 4 * WIDTH * WIDTH)
+    monkeypatch.setattr("source_proj.gradients.bare_taps._MATRICES_BYTES", 3 * 4 * WIDTH * WIDTH)
     test_rows_are_those_of_a_backward_pass_for_each_example("a product of two", 4)
 
 

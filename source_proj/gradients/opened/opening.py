@@ -46,7 +46,8 @@ class Opening:
         anchor: starts a graph where there is none yet.
         taker: gives the sink of the backward pass under way.
         tap: (output, x, listener) gives the output with a tap, which hands (x, g) to the listener.
-        note: (output, inputs) notes a node that is a tap itself, and what its inputs are.
+        note: (output, inputs) notes a node that is a tap itself, and what its inputs are; gives the output.
+        met: gives a state of each example, with a tap where parameters of no layer made it.
         live: whether the parameters get a gradient of their own, too, as in training.
     """
 
@@ -55,7 +56,8 @@ class Opening:
     anchor: Tensor
     taker: Callable[[], GradientSink]
     tap: Callable[[Tensor, Tensor, Listener], Tensor]
-    note: Callable[[Tensor, Sequence[Tensor]], None]
+    note: Callable[[Tensor, Sequence[Tensor]], Tensor]
+    met: Callable[[Tensor], Tensor]
     live: bool = False
 
     def value(self, parameter: Tensor) -> Tensor:

@@ -319,8 +319,7 @@ def _run(
             opening.sum(dz, parts[2])
             opening.sum(dy, parts[3])
 
-    direction = _Direction(gates, reverse, lengths, receive)
+    direction, start = _Direction(gates, reverse, lengths, receive), tuple(map(opening.met, start))
     apply = cast(Callable[..., tuple[Tensor, ...]], Recurrence.apply)
     output, *end = apply(x, opening.anchor, direction, *weights, *start)
-    opening.note(output, [x, *start])
-    return output, tuple(end)
+    return opening.note(output, [x, *start]), tuple(end)

@@ -173,7 +173,7 @@ class WeightNormed(nn.Module):
         return self.last(self.first(x).tanh())
 
 
-@pytest.mark.parametrize("sizes", [[4, 4, 2], [2, 8], [STEPS, STEPS], [7, 3]], ids=str)
+@pytest.mark.parametrize("sizes", [[4, 4, 2], [2, 8], [STEPS, STEPS], [7, 3], [1, 9], [1, 1, 8]], ids=str)
 @pytest.mark.parametrize("make", [Vision, Tied, WeightNormed])
 def test_whole_models(tmp_path, make, sizes):
     torch.manual_seed(4)
@@ -211,19 +211,52 @@ def test_a_parameter_that_is_left_out_is_none_of_the_examples(tmp_path):
     torch.testing.assert_close(rows_of(recorder.bank(storage="float32")), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_a_constant_as_long_as_the_batch_is_no_example(tmp_path):
-    class Timed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
-            self.scale = nn.Parameter(torch.randn(WIDTH))
+CONSTANTS = {
+    "times constants": (lambda x, p: x + torch.arange(float(STEPS))[:, None] * p, (WIDTH,)),
+    "positions by number": (lambda x, p: x + p[torch.arange(x.shape[1])], (STEPS + 3, WIDTH)),
+    "beside the identity": (lambda x, p: x @ (torch.eye(WIDTH) + p), (WIDTH, WIDTH)),
+    "a mask of attention": (
+        lambda x, p: F.scaled_dot_product_attention(x, x, x, attn_mask=p + torch.full((STEPS, STEPS), -9.0).triu(1)),
+        (STEPS, STEPS),
+    ),
+    "ones for each example": (lambda x, p: x + (torch.ones(len(x), 1) * p)[:, None], (WIDTH,)),
+    "mask tokens": (lambda x, p: torch.cat([x, p.repeat(len(x), 2, 1)], 1), (1, 1, WIDTH)),
+    "a product with a vector": (lambda x, p: x + (x @ p)[..., None], (WIDTH,)),
+    "by mm": (lambda x, p: torch.mm(x.flatten(0, 1), p).view_as(x), (WIDTH, WIDTH)),
+    "by keyword": (lambda x, p: torch.matmul(x, other=p), (WIDTH, WIDTH)),
+    "by torch.layer_norm": (lambda x, p: torch.layer_norm(x, (WIDTH,), p, None, 1e-5, True), (WIDTH,)),
+    "no transpose": (lambda x, p: x @ p.permute(0, 1), (WIDTH, WIDTH)),
+    "expanded as": (lambda x, p: x + p.expand_as(x), (WIDTH,)),
+    "of another type": (lambda x, p: x * (x > p).float() * p.type_as(x), (WIDTH,)),
+}
 
-        def forward(self, x):
-            return self.last(self.first(x) + torch.arange(float(STEPS))[:, None] * self.scale)
 
+@pytest.mark.parametrize("sizes", [[STEPS, STEPS], [4, 4, 2], [1, 2, 7], [WIDTH, 3, 1]], ids=str)
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_are_no_examples_however_many_these_are(tmp_path, name, sizes):
     torch.manual_seed(6)
-    with pytest.raises(sp.GradientError, match="parameters of no layer"):
-        assert_captured(tmp_path / "run", Timed(), (torch.randn(STEPS, STEPS, WIDTH),), [STEPS])
+    use, shape = CONSTANTS[name]
+    assert_captured(tmp_path / "run", Bare(use, (shape,)), (torch.randn(sum(sizes), STEPS, WIDTH),), sizes)
+
+
+class Started(nn.Module):
+    """Recurrent layers whose first state is learnt."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.head = kind(WIDTH, 4, batch_first=True), nn.Linear(4, 3)
+        self.h, self.c = (nn.Parameter(torch.randn(1, 1, 4)) for _ in range(2))
+
+    def forward(self, x):
+        states = [state.expand(-1, len(x), -1).contiguous() for state in (self.h, self.c)]
+        return self.head(self.layer(x, tuple(states) if isinstance(self.layer, nn.LSTM) else states[0] + states[1])[0])
+
+
+@pytest.mark.parametrize("sizes", [[4, 4, 2], [1, 9], [STEPS, STEPS]], ids=str)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_first_states_that_are_learnt(tmp_path, kind, sizes):
+    torch.manual_seed(7)
+    assert_captured(tmp_path / "run", Started(kind), (torch.randn(10, STEPS, WIDTH),), sizes)
 
 
 class Recomputed(nn.Module):
@@ -282,8 +315,12 @@ def test_an_interrupted_pass_leaves_nothing_behind(tmp_path, within):
         step()
     step()
     assert recorder.bank().finalized
+    model.ends = True
+    with pytest.raises(KeyboardInterrupt), torch.device("cpu") if within else nullcontext():
+        model(x)
     recorder.close()
     assert all("forward" not in vars(module) for module in model.modules())
+    assert _get_current_function_mode() is None
 
 
 def test_a_model_under_autocast(tmp_path):
