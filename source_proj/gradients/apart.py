@@ -139,6 +139,6 @@ _UNKNOWN = "no gradient is known to be one example's own, so build the bank afte
 def _of(name: str) -> str:
     called = name if name == OUTPUT else f"the output of {name!r}"
     return (
-        f"{called} for an example depends on the other examples of its batch, or on random numbers other than "
-        f"dropout's: {_UNKNOWN}"
+        f"{called} for an example depends on the other examples of its batch, stands in another order than these, or "
+        f"depends on random numbers other than dropout's: {_UNKNOWN}"
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -133,11 +134,19 @@ class BareTaps:
     def _receive(self, made: Tensor, g: Tensor, start: int = 0) -> None:
         """Hand gradients (n, ...) for some examples to the parameters of which something was made."""
         names, leaves = list(self._leaves), list(self._leaves.values())
-        gradients: tuple[Tensor | None, ...] = tuple(g if leaf is made else None for leaf in leaves)
+        gradients: Sequence[Tensor | None] = [g if leaf is made else None for leaf in leaves]
         if made.grad_fn is not None:
-            gradients = torch.autograd.grad(
-                made, leaves, g.to(made.dtype), retain_graph=True, allow_unused=True, is_grads_batched=True
-            )
+            gradients = _through(made, leaves, g.to(made.dtype))
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
                 self._taker().add(name, gradient.reshape(len(g), -1).float(), start)
+
+
+def _through(made: Tensor, leaves: Sequence[Tensor], g: Tensor) -> list[Tensor | None]:
+    """Gradients (n, ...) by the leaves, for n gradients of what was made of them."""
+    take = partial(torch.autograd.grad, made, leaves, retain_graph=True, allow_unused=True)
+    try:
+        return list(take(g, is_grads_batched=True))
+    except RuntimeError:  # an operation that vmap has no rule for, as of sparse tensors
+        each = [take(one) for one in g]
+    return [None if parts[0] is None else torch.stack([*parts]) for parts in zip(*each, strict=True)]
