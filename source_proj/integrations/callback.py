@@ -14,6 +14,7 @@ from source_proj.bank import Bank
 from source_proj.bank.capture import Capture, CapturedStage, write_captured
 from source_proj.bank.capture.sums import Memory
 from source_proj.integrations.callback_log import CallbackLog, callback_stage
+from source_proj.integrations.callback_settings import RunSettings
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 from source_proj.trajectory import PreconditionerMode, Segments, Trajectory, weights_stamp
@@ -163,15 +164,14 @@ class RecorderCallback:
 
         Raises:
             ValueError: the optimizer is none that is described, so that its steps could not be read later.
-            MismatchError: the run goes on from a step that the directory does not know.
+            MismatchError: the run goes on from a step that the directory does not know, or with another loss.
         """
         if not state.is_world_process_zero:
             return
         inner = _innermost(optimizer)
         describe_live(inner, model)
         self._momentum = inner.param_groups[0].get("momentum")
-        step, smoothing = int(state.global_step), float(args.label_smoothing_factor)
-        self._log = CallbackLog.begin(self.dir, step, float(args.max_grad_norm or 0.0), smoothing)
+        self._log = CallbackLog.begin(self.dir, int(state.global_step), RunSettings.of(args, model))
         self._removable = [inner.register_step_post_hook(self._see_step)]
         if self._sketch is not None and self._task is not None:
             self._begin_capture(args, int(state.global_step), model, optimizer, self._sketch, self._task)

@@ -26,6 +26,7 @@ from torch import nn
 from source_proj._errors import MismatchError
 from source_proj._io.files import write_files
 from source_proj._io.loading import load_tensors
+from source_proj.integrations.callback_settings import RunSettings
 from source_proj.integrations.momentum import momentum_factors
 from source_proj.integrations.trainer_folders import read_tensors
 from source_proj.integrations.trainer_rates import clipping
@@ -51,7 +52,7 @@ class CallbackLog:
 
     Attributes:
         dir: the directory.
-        max_grad_norm: what gradients were clipped to; 0 for no clipping.
+        settings: what the last process was told.
         rates: learning rate of the update that led to each step; 0 of one that was skipped.
         made: whether that update was made; nothing where that was not written down.
         norms: norm of its gradient before clipping, where it is known.
@@ -61,8 +62,7 @@ class CallbackLog:
     """
 
     dir: Path
-    max_grad_norm: float = 0.0
-    label_smoothing: float = 0.0
+    settings: RunSettings = RunSettings()  # noqa: RUF009 (frozen)
     rates: dict[int, float] = field(default_factory=dict)
     made: dict[int, bool] = field(default_factory=dict)
     norms: dict[int, float] = field(default_factory=dict)
@@ -71,11 +71,11 @@ class CallbackLog:
     captures: dict[int, tuple[str, bool]] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, dir: Path, step: int, max_grad_norm: float, label_smoothing: float = 0.0) -> CallbackLog:
+    def begin(cls, dir: Path, step: int, settings: RunSettings) -> CallbackLog:
         """Open a directory for a run that begins, or goes on, at a step.
 
         Raises:
-            MismatchError: the directory's record does not reach that step.
+            MismatchError: the directory's record does not reach that step, or is of another loss.
         """
         dir.mkdir(parents=True, exist_ok=True)
         lines = _lines(dir) if is_callback_dir(dir) else []
@@ -85,14 +85,9 @@ class CallbackLog:
                 f"the run goes on from step {step}, and {str(dir)!r} knows those up to {max(log.rates, default=0)}: "
                 "give the directory that its beginning was recorded in"
             )
-        lines.append(
-            {
-                "begin": step,
-                "max_grad_norm": max_grad_norm,
-                "label_smoothing": label_smoothing,
-                "format": _FORMAT,
-            }
-        )
+        if step > 0:
+            settings.require_same_loss(log.settings)
+        lines.append({"begin": step, **settings.line(), "format": _FORMAT})
         write_files({dir / _NAME: "".join(f"{json.dumps(line)}\n" for line in lines).encode()})
         return cls.replay(dir, lines)
 
@@ -108,8 +103,7 @@ class CallbackLog:
         for line in lines:
             if "begin" in line:
                 begin = int(line["begin"])
-                log.max_grad_norm = float(line["max_grad_norm"])
-                log.label_smoothing = float(line.get("label_smoothing", 0.0))
+                log.settings = RunSettings.read(line)
                 for known in (log.rates, log.made, log.norms, log.momenta, log.checkpoints, log.captures):
                     for step in [step for step in known if step > begin]:
                         del known[step]
@@ -228,7 +222,7 @@ def callback_stage(
     # What overflowed has no norm, and nothing was clipped of it.
     norms = {**log.norms, **{number + 1: 0.0 for number in skipped or ()}} if log.norms else {}
     history = [{"step": step, "grad_norm": norm} for step, norm in norms.items()]
-    clipped = clipping(history, steps[-1], log.max_grad_norm)
+    clipped = clipping(history, steps[-1], log.settings.max_grad_norm)
     if clipped.assumed:
         warnings.warn(f"{str(directory)!r}: {clipped.assumed}", UserWarning, stacklevel=2)
     return Stage(
@@ -241,6 +235,7 @@ def callback_stage(
         clip_factors=clipped.factors if min(clipped.factors) < 1 else None,
         time_factors=momentum_factors(optimizer, described, groups, steps[-1], momenta),
         trained=[name for name in names if name],
+        accumulation=log.settings.accumulation,
         skipped=skipped,
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from source_proj._errors import MismatchError
 from source_proj.integrations.callback_log import callback_stage, is_callback_dir
 from source_proj.integrations.momentum import GivenValues, momentum_factors
 from source_proj.integrations.trainer_arguments import (
@@ -108,7 +109,7 @@ def hf_trainer_stage(
         model = model or model_of(folders[-1].path)
         names, described = _described(folders, model, optimizer)
         optimizer = optimizer or described[last]
-    arguments = trainer_arguments(folders[-1].path)
+    accumulation, smoothing = _loss(folders, model)
     checkpoints = [
         Checkpoint(
             trainer_weights(f, model),
@@ -127,9 +128,31 @@ def hf_trainer_stage(
         clip_factors=clipped.factors if min(clipped.factors) < 1 else None,
         time_factors=momentum_factors(optimizer, described, _first_groups(folders), last, given=momentum),
         trained=None if names is None else [name for group in names for name in group],
-        accumulation=accumulated_undivided(arguments, model),
-        label_smoothing=arguments.get("label_smoothing_factor"),
+        accumulation=accumulation,
+        label_smoothing=smoothing,
     )
+
+
+def _loss(folders: Sequence[TrainerFolder], model: nn.Module | None) -> tuple[int, float | None]:
+    """Micro-batches that were summed undivided before a step, and how labels were smoothed, None if nothing says so.
+
+    Raises:
+        MismatchError: the run was resumed with another of the two.
+    """
+    told = {folder.step: trainer_arguments(folder.path) for folder in folders}
+    found = {
+        step: (accumulated_undivided(arguments, model), arguments.get("label_smoothing_factor"))
+        for step, arguments in told.items()
+    }
+    last = found[folders[-1].step]
+    for step, (count, smoothing) in found.items():
+        if told[step] and told[folders[-1].step] and (count, smoothing) != last:
+            raise MismatchError(
+                f"until step {step} the run was trained with label_smoothing_factor={smoothing} and summed the "
+                f"gradients of {count} micro-batches a step, undivided, and in the end with {last[1]} and {last[0]}; a "
+                "stage has one of each: choose the checkpoints before or after the change by steps=[...]"
+            )
+    return last
 
 
 def _described(

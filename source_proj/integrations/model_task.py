@@ -45,7 +45,7 @@ def task_for(model: nn.Module, run: str | Path | None = None) -> Task:
 def _smoothing(run: str | Path) -> float:
     """How much a run smoothed its labels."""
     if is_callback_dir(run):
-        return CallbackLog.open(Path(run)).label_smoothing
+        return CallbackLog.open(Path(run)).settings.label_smoothing
     return float(trainer_arguments(trainer_folders(run)[0][-1].path).get("label_smoothing_factor", 0.0))
 
 

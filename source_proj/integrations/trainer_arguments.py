@@ -81,7 +81,8 @@ def accumulated_undivided(arguments: Mapping[str, float], model: nn.Module | Non
     if count == 1 or model is None or arguments.get("label_smoothing_factor"):
         return 1
     unwrapped: Any = model
-    kind = type(unwrapped.get_base_model() if hasattr(model, "get_base_model") else model)
+    unwrapped = getattr(unwrapped, "_orig_mod", unwrapped)  # of torch.compile
+    kind = type(unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped)
     forward = inspect.unwrap(kind.forward)
     accepts = getattr(kind, "accepts_loss_kwargs", None)
     if accepts is None:

@@ -1,0 +1,68 @@
+"""What the callback is told of a run besides its steps: sums that nobody divides, smoothed labels, clipping."""
+
+import random
+
+import pytest
+import torch
+from trainer_runs import EXAMPLES, STEPS, classifier, examples, train
+
+import source_proj as sp
+from source_proj.integrations import RecorderCallback
+
+
+def recorded(directory, *, every=4, **arguments):
+    callback = RecorderCallback(directory / "recorded", every=every)
+    train(directory / "run", callbacks=[callback], **arguments)
+    return callback
+
+
+def without_dropout():
+    model = classifier()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("accumulation", [1, 2, 5])
+def test_time_is_what_a_gradient_moved_the_weights_by(tmp_path, accumulation, smoothing):
+    """One step of SGD over a batch in parts: of this model the Trainer sums their gradients, unless it smooths."""
+    model, rate = without_dropout(), random.Random(accumulation).uniform(0.01, 0.1)
+    begun = flat(model.parameters())
+    data = examples()
+    batch = {key: torch.tensor([row[key] for row in data]) for key in data[0]}
+    logits = model(input_ids=batch["input_ids"]).logits
+    loss = torch.nn.functional.cross_entropy(logits, batch["labels"], label_smoothing=smoothing)
+    gradient = flat(torch.autograd.grad(loss, list(model.parameters())))
+    callback = recorded(
+        tmp_path, model=model, optim="sgd", learning_rate=rate, lr_scheduler_type="constant", max_steps=1,
+        per_device_train_batch_size=EXAMPLES // accumulation, gradient_accumulation_steps=accumulation,
+        max_grad_norm=0.0, label_smoothing_factor=smoothing, save_steps=1, every=1,
+    )  # fmt: skip
+    moved = float((begun - flat(model.parameters())) @ gradient / gradient.square().sum())
+    stage = callback.trajectory().stages[0]
+    assert stage.lr_integrals == pytest.approx([moved], rel=1e-3)  # of weights in float32
+    assert stage.accumulation == (1 if smoothing else accumulation)
+    folder = sp.Trajectory.from_hf_trainer(tmp_path / "run", model=model, max_grad_norm=0).stages[0]
+    assert stage.lr_integrals == folder.lr_integrals
+
+
+@pytest.mark.parametrize("changed", [{"gradient_accumulation_steps": 2}, {"label_smoothing_factor": 0.1}])
+def test_a_run_that_goes_on_with_another_loss_is_refused(tmp_path, changed):
+    recorded(tmp_path, stop=8)
+    checkpoint = str(tmp_path / "run/checkpoint-8")
+    with pytest.raises(
+        sp.MismatchError, match=rf"goes on with .*{next(iter(changed))}|{next(iter(changed))}=.*goes on"
+    ):
+        recorded(tmp_path, resume=checkpoint, **changed)
+    recorded(tmp_path / "plain", stop=8)
+    train(tmp_path / "plain/run", resume=str(tmp_path / "plain/run/checkpoint-8"), max_steps=STEPS, **changed)
+    with pytest.raises(sp.MismatchError, match=r"until step 4 .* and in the end with .* by steps="):
+        sp.Trajectory.from_hf_trainer(tmp_path / "plain/run", max_grad_norm=0)
+    before = sp.Trajectory.from_hf_trainer(tmp_path / "plain/run", max_grad_norm=0, steps=[4, 8]).stages[0]
+    assert (before.accumulation, before.label_smoothing) == (1, 0.0)
