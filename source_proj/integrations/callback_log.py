@@ -28,8 +28,8 @@ from source_proj._io.files import write_files
 from source_proj._io.loading import load_tensors
 from source_proj.integrations.callback_settings import RunSettings
 from source_proj.integrations.momentum import momentum_factors
+from source_proj.integrations.trainer_clipping import clipping
 from source_proj.integrations.trainer_folders import read_tensors
-from source_proj.integrations.trainer_rates import clipping
 from source_proj.trajectory import Checkpoint, PreconditionerMode, Segments, Stage
 from source_proj.trajectory.optimizers.describe import describe_state
 from source_proj.trajectory.recording.run_files import (
@@ -222,7 +222,7 @@ def callback_stage(
     # What overflowed has no norm, and nothing was clipped of it.
     norms = {**log.norms, **{number + 1: 0.0 for number in skipped or ()}} if log.norms else {}
     history = [{"step": step, "grad_norm": norm} for step, norm in norms.items()]
-    clipped = clipping(history, steps[-1], log.settings.max_grad_norm)
+    clipped = clipping(history, [log.settings.max_grad_norm] * steps[-1])
     if clipped.assumed:
         warnings.warn(f"{str(directory)!r}: {clipped.assumed}", UserWarning, stacklevel=2)
     return Stage(

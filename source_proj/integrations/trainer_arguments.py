@@ -21,6 +21,7 @@ _CARD = re.compile(r"^- (label_smoothing_factor): ([0-9.eE+-]+)$", re.MULTILINE)
 _NUMBERING = ("BINPUT", "LONG_BINPUT", "MEMOIZE")
 _CLASSES = ("GLOBAL", "BINGET", "LONG_BINGET")
 _CONSTANTS = {"NEWTRUE": 1.0, "NEWFALSE": 0.0}
+_WITHOUT = {"max_grad_norm": 0.0}  # arguments whose None is as good as a number
 
 
 def trainer_arguments(checkpoint: Path) -> dict[str, float]:
@@ -95,7 +96,7 @@ def _numbers(file: Path) -> dict[str, float]:
     """Each text of a pickle that a number follows, as a key is followed by its value; empty where it is no archive."""
     numbers: dict[str, float] = {}
     for (name, key), (operation, argument) in pairwise(_operations(file)):
-        value = _CONSTANTS.get(operation, argument)
+        value = _CONSTANTS.get(operation, _WITHOUT.get(key) if operation == "NONE" else argument)
         if "UNICODE" in name and isinstance(value, int | float) and "GET" not in operation:
             numbers[key] = float(value)
     return numbers
