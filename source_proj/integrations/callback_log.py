@@ -52,7 +52,7 @@ class CallbackLog:
 
     Attributes:
         dir: the directory.
-        settings: what the last process was told.
+        begins: what each process was told, by the step it began with.
         rates: learning rate of the update that led to each step; 0 of one that was skipped.
         made: whether that update was made; nothing where that was not written down.
         norms: norm of its gradient before clipping, where it is known.
@@ -62,7 +62,7 @@ class CallbackLog:
     """
 
     dir: Path
-    settings: RunSettings = RunSettings()  # noqa: RUF009 (frozen)
+    begins: dict[int, RunSettings] = field(default_factory=dict)
     rates: dict[int, float] = field(default_factory=dict)
     made: dict[int, bool] = field(default_factory=dict)
     norms: dict[int, float] = field(default_factory=dict)
@@ -103,7 +103,8 @@ class CallbackLog:
         for line in lines:
             if "begin" in line:
                 begin = int(line["begin"])
-                log.settings = RunSettings.read(line)
+                log.begins = {step: told for step, told in log.begins.items() if step < begin}
+                log.begins[begin] = RunSettings.read(line)
                 for known in (log.rates, log.made, log.norms, log.momenta, log.checkpoints, log.captures):
                     for step in [step for step in known if step > begin]:
                         del known[step]
@@ -118,6 +119,19 @@ class CallbackLog:
                     if key in line:
                         known[int(line["step"])] = float(line[key])
         return log
+
+    @property
+    def settings(self) -> RunSettings:
+        """What the last process was told."""
+        return self.begins[max(self.begins)]
+
+    def norms_allowed(self, last: int) -> list[float]:
+        """What the gradient of every update was clipped to, 0 for no clipping, as its own process was told."""
+        ends = [*sorted(self.begins)[1:], last]
+        allowed: list[float] = []
+        for (_, told), end in zip(sorted(self.begins.items()), ends, strict=True):
+            allowed += [told.max_grad_norm] * (min(end, last) - len(allowed))
+        return allowed
 
     def skipped(self, last: int) -> list[int] | None:
         """Numbers of the updates until a step that were not made, from 0 on; None where that is not known of all."""
@@ -222,7 +236,7 @@ def callback_stage(
     # What overflowed has no norm, and nothing was clipped of it.
     norms = {**log.norms, **{number + 1: 0.0 for number in skipped or ()}} if log.norms else {}
     history = [{"step": step, "grad_norm": norm} for step, norm in norms.items()]
-    clipped = clipping(history, [log.settings.max_grad_norm] * steps[-1])
+    clipped = clipping(history, log.norms_allowed(steps[-1]))
     if clipped.assumed:
         warnings.warn(f"{str(directory)!r}: {clipped.assumed}", UserWarning, stacklevel=2)
     return Stage(

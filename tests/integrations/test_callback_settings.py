@@ -4,10 +4,11 @@ import random
 
 import pytest
 import torch
-from trainer_runs import EXAMPLES, STEPS, classifier, examples, train
+from trainer_runs import EXAMPLES, STEPS, classifier, examples, history, train
 
 import source_proj as sp
 from source_proj.integrations import RecorderCallback
+from source_proj.integrations.trainer_folders import logged
 
 
 def recorded(directory, *, every=4, **arguments):
@@ -66,3 +67,20 @@ def test_a_run_that_goes_on_with_another_loss_is_refused(tmp_path, changed):
         sp.Trajectory.from_hf_trainer(tmp_path / "plain/run", max_grad_norm=0)
     before = sp.Trajectory.from_hf_trainer(tmp_path / "plain/run", max_grad_norm=0, steps=[4, 8]).stages[0]
     assert (before.accumulation, before.label_smoothing) == (1, 0.0)
+
+
+def test_a_run_resumed_with_other_norms_has_each_at_its_steps(tmp_path):
+    """Three processes; what one that was given up was told counts no more."""
+    norms = [round(random.Random(7).uniform(0.1, 0.4), 3), 0.0, 0.25]
+    recorded(tmp_path, max_grad_norm=norms[0], stop=8)
+    for norm, begin, stop in ((0.01, 4, 8), (norms[1], 4, 12), (norms[2], 12, None)):
+        checkpoint = str(tmp_path / f"run/checkpoint-{begin}")
+        callback = recorded(tmp_path, max_grad_norm=norm, resume=checkpoint, stop=stop)
+    most = [norms[0]] * 4 + [norms[1]] * 8 + [norms[2]] * (STEPS - 12)
+    seen = logged(history(tmp_path / "run", STEPS), "grad_norm")
+    expected = [min(1.0, norm / (seen[t + 1] + 1e-6)) if norm else 1.0 for t, norm in enumerate(most)]
+    assert min(expected[:4]) < 1 > min(expected[12:])
+    # Norms are sums of some hundred squares in float32, in another order.
+    assert callback.trajectory().stages[0].clip_factors == pytest.approx(expected, rel=1e-5)
+    folder = sp.Trajectory.from_hf_trainer(tmp_path / "run").stages[0]
+    assert folder.clip_factors == pytest.approx(expected, rel=1e-12)
