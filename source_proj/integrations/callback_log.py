@@ -71,11 +71,18 @@ class CallbackLog:
     captures: dict[int, tuple[str, bool]] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, dir: Path, step: int, settings: RunSettings) -> CallbackLog:
+    def begin(cls, dir: Path, step: int, settings: RunSettings, *, given_up: bool = False) -> CallbackLog:
         """Open a directory for a run that begins, or goes on, at a step.
 
+        Args:
+            dir: the directory.
+            step: the step.
+            settings: what its process was told.
+            given_up: whether what was recorded is an attempt that the same process gave up, and may be dropped.
+
         Raises:
-            MismatchError: the directory's record does not reach that step, or is of another loss.
+            MismatchError: the directory's record does not reach that step, or is of another loss; or the run begins
+                anew where one was recorded.
         """
         dir.mkdir(parents=True, exist_ok=True)
         lines = _lines(dir) if is_callback_dir(dir) else []
@@ -84,6 +91,12 @@ class CallbackLog:
             raise MismatchError(
                 f"the run goes on from step {step}, and {str(dir)!r} knows those up to {max(log.rates, default=0)}: "
                 "give the directory that its beginning was recorded in"
+            )
+        if step == 0 and log.rates and not given_up:
+            raise MismatchError(
+                f"{str(dir)!r} holds the record of a run up to step {max(log.rates)}, and this one begins at step 0: "
+                "go on with that run (trainer.train(resume_from_checkpoint=True)), or give an empty directory, or "
+                "remove this one"
             )
         if step > 0:
             settings.require_same_loss(log.settings)
@@ -250,6 +263,7 @@ def callback_stage(
         time_factors=momentum_factors(optimizer, described, groups, steps[-1], momenta),
         trained=[name for name in names if name],
         accumulation=log.settings.accumulation,
+        label_smoothing=log.settings.label_smoothing,
         skipped=skipped,
     )
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from trainer_runs import EXAMPLES, STEPS, classifier, examples, history, train
+from trainer_runs import EXAMPLES, STEPS, classifier, examples, history, train, transformers
 
 import source_proj as sp
 from source_proj.integrations import RecorderCallback
@@ -84,3 +84,57 @@ def test_a_run_resumed_with_other_norms_has_each_at_its_steps(tmp_path):
     assert callback.trajectory().stages[0].clip_factors == pytest.approx(expected, rel=1e-5)
     folder = sp.Trajectory.from_hf_trainer(tmp_path / "run").stages[0]
     assert folder.clip_factors == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_new_run_leaves_the_former_record_alone(tmp_path):
+    expected = recorded(tmp_path, stop=8).trajectory().stages[0].describe()
+    with pytest.raises(
+        sp.MismatchError, match=r"record of a run up to step 8, and this one begins at step 0: .* empty"
+    ):
+        recorded(tmp_path)
+    assert RecorderCallback(tmp_path / "recorded").trajectory().stages[0].describe() == expected
+    recorded(tmp_path, resume=str(tmp_path / "run/checkpoint-8"))
+
+
+def test_a_run_that_was_killed_before_its_first_step_begins_again(tmp_path):
+    class Killed(transformers.TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            raise KeyboardInterrupt
+
+    callback = RecorderCallback(tmp_path / "recorded", every=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", callbacks=[callback, Killed()])
+    assert len(recorded(tmp_path).trajectory().stages[0].checkpoints) == STEPS // 4
+
+
+def test_an_attempt_that_the_trainer_gives_up_is_recorded_anew(tmp_path):
+    """With auto_find_batch_size it begins again at step 0, in the same process, with half of the batch."""
+
+    class Full(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.train_batch_size > 5 and state.global_step == 2:
+                raise RuntimeError("CUDA out of memory.")
+
+    model, callback = classifier(), RecorderCallback(tmp_path / "recorded", every=4)
+    options = {"per_device_train_batch_size": 8, "auto_find_batch_size": True}
+    train(tmp_path / "run", model=model, callbacks=[callback, Full()], **options)
+    steps = [checkpoint.step for checkpoint in callback.trajectory().stages[0].checkpoints]
+    last = max(int(folder.name.removeprefix("checkpoint-")) for folder in (tmp_path / "run").glob("checkpoint-*"))
+    assert steps == [*range(4, last, 4), last]
+    assert last > EXAMPLES // 8 * 2
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_bank_of_another_smoothing_is_refused(tmp_path, smoothing):
+    model = classifier()
+    run = recorded(tmp_path, model=model, label_smoothing_factor=smoothing, max_steps=4).trajectory()
+    data = [{name: torch.tensor(value) for name, value in row.items()} for row in examples()]
+    for given in (0.0, 0.2):
+        options = {"sketch": sp.Sketch(16), "progress": False}
+        task = sp.Classification(label_smoothing=given)
+        if given == smoothing:
+            sp.build(model, task, run, data, tmp_path / "bank", **options)
+        else:
+            with pytest.raises(sp.MismatchError, match=f"was trained with label smoothing {smoothing}, and the task"):
+                sp.build(model, task, run, data, tmp_path / "other", **options)
