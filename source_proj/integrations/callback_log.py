@@ -29,7 +29,7 @@ from source_proj._io.loading import load_tensors
 from source_proj.integrations.callback_settings import RunSettings
 from source_proj.integrations.momentum import momentum_factors
 from source_proj.integrations.trainer_clipping import clipping
-from source_proj.integrations.trainer_folders import read_tensors
+from source_proj.integrations.trainer_folder import read_tensors
 from source_proj.trajectory import Checkpoint, PreconditionerMode, Segments, Stage
 from source_proj.trajectory.optimizers.describe import describe_state
 from source_proj.trajectory.recording.run_files import (

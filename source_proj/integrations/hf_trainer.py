@@ -19,7 +19,8 @@ from source_proj.integrations.trainer_arguments import (
 )
 from source_proj.integrations.trainer_clipping import clipping, trainer_norms
 from source_proj.integrations.trainer_end import step_of_final_model
-from source_proj.integrations.trainer_folders import NamedState, TrainerFolder, read_tensors, trainer_folders
+from source_proj.integrations.trainer_folder import NamedState, TrainerFolder, read_tensors
+from source_proj.integrations.trainer_folders import trainer_folders
 from source_proj.integrations.trainer_rates import GivenSchedule, trainer_rates
 from source_proj.integrations.trainer_weights import model_of, trainer_weights
 from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from source_proj.integrations.trainer_arguments import trainer_arguments
-from source_proj.integrations.trainer_folders import TrainerFolder, logged
+from source_proj.integrations.trainer_folder import TrainerFolder, logged
 from source_proj.trajectory.recording.run_files import clip_factor
 
 __all__ = ["Clipping", "clipping", "trainer_norms"]

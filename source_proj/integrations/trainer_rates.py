@@ -14,7 +14,7 @@ import numpy as np
 from source_proj._errors import MismatchError
 from source_proj.integrations.schedule_options import rates_with_options
 from source_proj.integrations.schedules import NAMES, Fit, agreeing, learning_rates, same_integral
-from source_proj.integrations.trainer_folders import TrainerFolder, logged
+from source_proj.integrations.trainer_folder import TrainerFolder, logged
 
 __all__ = ["GivenSchedule", "trainer_rates"]
 

@@ -10,7 +10,7 @@ import source_proj as sp
 from source_proj.integrations import RecorderCallback, task_for
 from source_proj.integrations.callback_log import CallbackLog
 from source_proj.integrations.callback_settings import RunSettings
-from source_proj.integrations.trainer_folders import logged
+from source_proj.integrations.trainer_folder import logged
 
 
 def recorded(directory, **arguments):

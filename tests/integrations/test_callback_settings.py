@@ -8,7 +8,7 @@ from trainer_runs import EXAMPLES, STEPS, classifier, examples, history, train, 
 
 import source_proj as sp
 from source_proj.integrations import RecorderCallback
-from source_proj.integrations.trainer_folders import logged
+from source_proj.integrations.trainer_folder import logged
 
 
 def recorded(directory, *, every=4, **arguments):

@@ -11,7 +11,7 @@ import source_proj as sp
 from source_proj.integrations import RecorderCallback
 from source_proj.integrations.trainer_arguments import trainer_arguments
 from source_proj.integrations.trainer_clipping import clipping
-from source_proj.integrations.trainer_folders import logged
+from source_proj.integrations.trainer_folder import logged
 
 
 def stage_of(directory, **options):
