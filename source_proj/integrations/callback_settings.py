@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Self
 
 from torch import nn
@@ -22,11 +23,13 @@ class RunSettings:
         max_grad_norm: what gradients are clipped to; 0 for no clipping.
         label_smoothing: of the loss.
         accumulation: micro-batches whose gradients are summed, undivided, before a step; 1 where they are averaged.
+        transformers: its version; "" where that is not known.
     """
 
     max_grad_norm: float = 0.0
     label_smoothing: float = 0.0
     accumulation: int = 1
+    transformers: str = ""
 
     @classmethod
     def of(cls, args: Any, model: nn.Module) -> Self:
@@ -39,13 +42,18 @@ class RunSettings:
         smoothing = float(args.label_smoothing_factor)
         count = float(getattr(args, "gradient_accumulation_steps", 1))
         told = {"gradient_accumulation_steps": count, "label_smoothing_factor": smoothing}
-        return cls(float(args.max_grad_norm or 0.0), smoothing, accumulated_undivided(told, model))
+        try:
+            transformers = version("transformers")
+        except PackageNotFoundError:
+            transformers = ""
+        undivided = accumulated_undivided(told, model, transformers)
+        return cls(float(args.max_grad_norm or 0.0), smoothing, undivided, transformers)
 
     @classmethod
     def read(cls, line: Mapping[str, Any]) -> Self:
         """Those of a line of the log; what it lacks is taken for the Trainer's default."""
         smoothing, count = line.get("label_smoothing", 0.0), line.get("accumulation", 1)
-        return cls(float(line["max_grad_norm"]), float(smoothing), int(count))
+        return cls(float(line["max_grad_norm"]), float(smoothing), int(count), str(line.get("transformers", "")))
 
     def line(self) -> dict[str, Any]:
         """What :meth:`read` reads."""

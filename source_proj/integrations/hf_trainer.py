@@ -16,6 +16,7 @@ from source_proj.integrations.trainer_arguments import (
     accumulated_undivided,
     check_trainer_optimizer,
     trainer_arguments,
+    trainer_version,
 )
 from source_proj.integrations.trainer_clipping import clipping, trainer_norms
 from source_proj.integrations.trainer_end import step_of_final_model
@@ -146,8 +147,9 @@ def _loss(folders: Sequence[TrainerFolder], model: nn.Module | None) -> tuple[in
         MismatchError: the run was resumed with another of the two.
     """
     told = {folder.step: trainer_arguments(folder.path) for folder in folders}
+    versions = {folder.step: trainer_version(folder.path) for folder in folders}
     found = {
-        step: (accumulated_undivided(arguments, model), arguments.get("label_smoothing_factor"))
+        step: (accumulated_undivided(arguments, model, versions[step]), arguments.get("label_smoothing_factor"))
         for step, arguments in told.items()
     }
     last = found[folders[-1].step]
