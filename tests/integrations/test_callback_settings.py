@@ -138,3 +138,17 @@ def test_a_bank_of_another_smoothing_is_refused(tmp_path, smoothing):
         else:
             with pytest.raises(sp.MismatchError, match=f"was trained with label smoothing {smoothing}, and the task"):
                 sp.build(model, task, run, data, tmp_path / "other", **options)
+
+
+def test_groups_of_unequal_decay_are_refused_with_what_helps(tmp_path):
+    """The Trainer's own SGD has two groups; an optimizer of one, and the folders with optimizer=, are both read."""
+    options = {"optim": "sgd", "weight_decay": 0.1, "max_grad_norm": 0.0}
+    with pytest.raises(ValueError, match=r"different weight_decay: \[0.1, 0.0\].*optimizers=.*from_hf_trainer"):
+        recorded(tmp_path, **options)
+    model = classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=0.1)
+    stage = recorded(tmp_path, model=model, optimizers=(optimizer, None), max_grad_norm=0.0).trajectory().stages[0]
+    assert stage.optimizer == sp.SGD(weight_decay=0.1)
+    train(tmp_path / "plain", **options)
+    folder = sp.Trajectory.from_hf_trainer(tmp_path / "plain", optimizer=sp.SGD(weight_decay=0.1)).stages[0]
+    assert folder.lr_integrals == pytest.approx(stage.lr_integrals, rel=1e-12)
