@@ -139,7 +139,8 @@ def build(
         int | None, typer.Option(min=0, help="Warm-up, if --hf-run does not tell.", rich_help_panel=TRAINED)
     ] = None,
     max_grad_norm: Annotated[
-        float | None, typer.Option(min=0, help="Of --hf-run; default 1, as the Trainer's.", rich_help_panel=TRAINED)
+        float | None,
+        typer.Option(min=0, help="Of --hf-run, instead of the run's own; 0: none.", rich_help_panel=TRAINED),
     ] = None,
     preconditioner: Annotated[
         str | None,

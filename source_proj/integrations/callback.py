@@ -14,6 +14,7 @@ from source_proj.bank import Bank
 from source_proj.bank.capture import Capture, CapturedStage, write_captured
 from source_proj.bank.capture.sums import Memory
 from source_proj.integrations.callback_log import CallbackLog, callback_stage
+from source_proj.integrations.callback_settings import RunSettings
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 from source_proj.trajectory import PreconditionerMode, Segments, Trajectory, weights_stamp
@@ -32,7 +33,7 @@ class RecorderCallback:
     directory. Steps that a GradScaler skips are written down as such: they take no time, and the optimizer does not
     number them. Where gradients of one process are no whole (several processes), norms are taken from the Trainer's
     log, which then has to be written at every step (``logging_steps=1``). A run that is resumed goes on in the same
-    directory.
+    directory; one that begins anew wants an empty one.
 
     Args:
         dir: directory of this run, made if need be.
@@ -163,18 +164,21 @@ class RecorderCallback:
 
         Raises:
             ValueError: the optimizer is none that is described, so that its steps could not be read later.
-            MismatchError: the run goes on from a step that the directory does not know.
+            MismatchError: the run goes on from a step that the directory does not know, or with another loss; or it
+                begins anew, and the directory holds a run.
         """
         if not state.is_world_process_zero:
             return
         inner = _innermost(optimizer)
         describe_live(inner, model)
         self._momentum = inner.param_groups[0].get("momentum")
-        step, smoothing = int(state.global_step), float(args.label_smoothing_factor)
-        self._log = CallbackLog.begin(self.dir, step, float(args.max_grad_norm or 0.0), smoothing)
+        given_up = self._log is not None  # as by auto_find_batch_size, which begins again after running out of memory
+        self._release()
+        step, settings = int(state.global_step), RunSettings.of(args, model)
+        self._log = CallbackLog.begin(self.dir, step, settings, given_up=given_up)
         self._removable = [inner.register_step_post_hook(self._see_step)]
         if self._sketch is not None and self._task is not None:
-            self._begin_capture(args, int(state.global_step), model, optimizer, self._sketch, self._task)
+            self._begin_capture(args, step, model, optimizer, self._sketch, self._task)
         if args.world_size == 1 and args.max_grad_norm:
             self._removable += [
                 p.register_post_accumulate_grad_hook(self._see_gradient) for p in model.parameters() if p.requires_grad
@@ -234,11 +238,16 @@ class RecorderCallback:
                     UserWarning,
                     stacklevel=2,
                 )
+        self._release()
+
+    def _release(self) -> None:
+        """Listen no more."""
         if self._capture is not None:
             self._capture.close()
         for handle in self._removable:
             handle.remove()
         self._removable, self._log = [], None
+        self._squares.clear()
 
     def _begin_capture(
         self, args: Any, step: int, model: nn.Module, optimizer: Any, sketch: Sketch, task: Task

@@ -26,9 +26,10 @@ from torch import nn
 from source_proj._errors import MismatchError
 from source_proj._io.files import write_files
 from source_proj._io.loading import load_tensors
+from source_proj.integrations.callback_settings import RunSettings
 from source_proj.integrations.momentum import momentum_factors
-from source_proj.integrations.trainer_folders import read_tensors
-from source_proj.integrations.trainer_rates import clipping
+from source_proj.integrations.trainer_clipping import clipping
+from source_proj.integrations.trainer_folder import read_tensors
 from source_proj.trajectory import Checkpoint, PreconditionerMode, Segments, Stage
 from source_proj.trajectory.optimizers.describe import describe_state
 from source_proj.trajectory.recording.run_files import (
@@ -51,7 +52,7 @@ class CallbackLog:
 
     Attributes:
         dir: the directory.
-        max_grad_norm: what gradients were clipped to; 0 for no clipping.
+        begins: what each process was told, by the step it began with.
         rates: learning rate of the update that led to each step; 0 of one that was skipped.
         made: whether that update was made; nothing where that was not written down.
         norms: norm of its gradient before clipping, where it is known.
@@ -61,8 +62,7 @@ class CallbackLog:
     """
 
     dir: Path
-    max_grad_norm: float = 0.0
-    label_smoothing: float = 0.0
+    begins: dict[int, RunSettings] = field(default_factory=dict)
     rates: dict[int, float] = field(default_factory=dict)
     made: dict[int, bool] = field(default_factory=dict)
     norms: dict[int, float] = field(default_factory=dict)
@@ -71,11 +71,18 @@ class CallbackLog:
     captures: dict[int, tuple[str, bool]] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, dir: Path, step: int, max_grad_norm: float, label_smoothing: float = 0.0) -> CallbackLog:
+    def begin(cls, dir: Path, step: int, settings: RunSettings, *, given_up: bool = False) -> CallbackLog:
         """Open a directory for a run that begins, or goes on, at a step.
 
+        Args:
+            dir: the directory.
+            step: the step.
+            settings: what its process was told.
+            given_up: whether what was recorded is an attempt that the same process gave up, and may be dropped.
+
         Raises:
-            MismatchError: the directory's record does not reach that step.
+            MismatchError: the directory's record does not reach that step, or is of another loss; or the run begins
+                anew where one was recorded.
         """
         dir.mkdir(parents=True, exist_ok=True)
         lines = _lines(dir) if is_callback_dir(dir) else []
@@ -85,14 +92,15 @@ class CallbackLog:
                 f"the run goes on from step {step}, and {str(dir)!r} knows those up to {max(log.rates, default=0)}: "
                 "give the directory that its beginning was recorded in"
             )
-        lines.append(
-            {
-                "begin": step,
-                "max_grad_norm": max_grad_norm,
-                "label_smoothing": label_smoothing,
-                "format": _FORMAT,
-            }
-        )
+        if step == 0 and log.rates and not given_up:
+            raise MismatchError(
+                f"{str(dir)!r} holds the record of a run up to step {max(log.rates)}, and this one begins at step 0: "
+                "go on with that run (trainer.train(resume_from_checkpoint=True)), or give an empty directory, or "
+                "remove this one"
+            )
+        if step > 0:
+            settings.require_same_loss(log.settings)
+        lines.append({"begin": step, **settings.line(), "format": _FORMAT})
         write_files({dir / _NAME: "".join(f"{json.dumps(line)}\n" for line in lines).encode()})
         return cls.replay(dir, lines)
 
@@ -108,8 +116,8 @@ class CallbackLog:
         for line in lines:
             if "begin" in line:
                 begin = int(line["begin"])
-                log.max_grad_norm = float(line["max_grad_norm"])
-                log.label_smoothing = float(line.get("label_smoothing", 0.0))
+                log.begins = {step: told for step, told in log.begins.items() if step < begin}
+                log.begins[begin] = RunSettings.read(line)
                 for known in (log.rates, log.made, log.norms, log.momenta, log.checkpoints, log.captures):
                     for step in [step for step in known if step > begin]:
                         del known[step]
@@ -124,6 +132,19 @@ class CallbackLog:
                     if key in line:
                         known[int(line["step"])] = float(line[key])
         return log
+
+    @property
+    def settings(self) -> RunSettings:
+        """What the last process was told."""
+        return self.begins[max(self.begins)]
+
+    def norms_allowed(self, last: int) -> list[float]:
+        """What the gradient of every update was clipped to, 0 for no clipping, as its own process was told."""
+        ends = [*sorted(self.begins)[1:], last]
+        allowed: list[float] = []
+        for (_, told), end in zip(sorted(self.begins.items()), ends, strict=True):
+            allowed += [told.max_grad_norm] * (min(end, last) - len(allowed))
+        return allowed
 
     def skipped(self, last: int) -> list[int] | None:
         """Numbers of the updates until a step that were not made, from 0 on; None where that is not known of all."""
@@ -228,7 +249,7 @@ def callback_stage(
     # What overflowed has no norm, and nothing was clipped of it.
     norms = {**log.norms, **{number + 1: 0.0 for number in skipped or ()}} if log.norms else {}
     history = [{"step": step, "grad_norm": norm} for step, norm in norms.items()]
-    clipped = clipping(history, steps[-1], log.max_grad_norm)
+    clipped = clipping(history, log.norms_allowed(steps[-1]))
     if clipped.assumed:
         warnings.warn(f"{str(directory)!r}: {clipped.assumed}", UserWarning, stacklevel=2)
     return Stage(
@@ -241,6 +262,8 @@ def callback_stage(
         clip_factors=clipped.factors if min(clipped.factors) < 1 else None,
         time_factors=momentum_factors(optimizer, described, groups, steps[-1], momenta),
         trained=[name for name in names if name],
+        accumulation=log.settings.accumulation,
+        label_smoothing=log.settings.label_smoothing,
         skipped=skipped,
     )
 

@@ -9,16 +9,20 @@ from typing import Any
 
 from torch import nn
 
+from source_proj._errors import MismatchError
 from source_proj.integrations.callback_log import callback_stage, is_callback_dir
 from source_proj.integrations.momentum import GivenValues, momentum_factors
 from source_proj.integrations.trainer_arguments import (
     accumulated_undivided,
     check_trainer_optimizer,
     trainer_arguments,
+    trainer_version,
 )
+from source_proj.integrations.trainer_clipping import clipping, trainer_norms
 from source_proj.integrations.trainer_end import step_of_final_model
-from source_proj.integrations.trainer_folders import NamedState, TrainerFolder, read_tensors, trainer_folders
-from source_proj.integrations.trainer_rates import GivenSchedule, clipping, trainer_rates
+from source_proj.integrations.trainer_folder import NamedState, TrainerFolder, read_tensors
+from source_proj.integrations.trainer_folders import trainer_folders
+from source_proj.integrations.trainer_rates import GivenSchedule, trainer_rates
 from source_proj.integrations.trainer_weights import model_of, trainer_weights
 from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage
 from source_proj.trajectory.optimizers.describe import describe_state
@@ -38,7 +42,7 @@ def hf_trainer_stage(
     schedule: GivenSchedule | None = None,
     warmup_steps: int | None = None,
     schedule_options: Mapping[str, Any] | None = None,
-    max_grad_norm: float | None = 1.0,
+    max_grad_norm: float | None = None,
     momentum: GivenValues | None = None,
     steps: Sequence[int] | None = None,
     preconditioner: PreconditionerMode = "scalar",
@@ -68,7 +72,9 @@ def hf_trainer_stage(
         warmup_steps: steps of warm-up; default: what agrees with the known rates.
         schedule_options: settings of a schedule that is given by name (``lr_scheduler_kwargs``), such as
             ``{"min_lr": 1e-6}`` of "cosine_with_min_lr".
-        max_grad_norm: the Trainer's argument, whose default is 1 as well; 0 or None if gradients were not clipped.
+        max_grad_norm: what gradients were clipped to; 0 if they were not. Default: the run's own, as
+            ``training_args.bin`` of each checkpoint says of the steps before it; 1, as the Trainer's, where it is not
+            there.
         momentum: of SGD or RMSprop at every update, a function of its number or one value each, where it changed.
         steps: steps of the checkpoints to use; default: all until the final model. That is the checkpoint whose weights
             the model in ``dir`` (or the one given) has, such as the best one (``load_best_model_at_end``).
@@ -81,11 +87,13 @@ def hf_trainer_stage(
         MismatchError: the files, or an argument and the files, contradict each other.
 
     Warns:
-        UserWarning: if the final model is not the last checkpoint; or if clip factors had to be assumed for steps whose
-            gradient norm was not logged.
+        UserWarning: if the final model is not the last checkpoint; if clip factors had to be assumed for steps whose
+            gradient norm was not logged; or if ``max_grad_norm`` is not the run's own.
     """
     if is_callback_dir(dir):
-        _refuse_options(dir, optimizer, learning_rate, schedule, warmup_steps, schedule_options, momentum, steps)
+        _refuse_options(
+            dir, optimizer, learning_rate, schedule, warmup_steps, schedule_options, max_grad_norm, momentum, steps
+        )
         return callback_stage(dir, segments, stage, preconditioner)
     folders, run = trainer_folders(dir, steps)
     if optimizer is None:
@@ -98,7 +106,7 @@ def hf_trainer_stage(
     _refuse_preferences(folders[-1])
     last = folders[-1].step
     rates = trainer_rates(run, schedule, learning_rate, warmup_steps, schedule_options)
-    clipped = clipping(folders[-1].history, last, max_grad_norm)
+    clipped = clipping(folders[-1].history, trainer_norms(run, max_grad_norm))
     if clipped.assumed:
         warnings.warn(f"{str(dir)!r}: {clipped.assumed}", UserWarning, stacklevel=3)
     names = None
@@ -108,7 +116,7 @@ def hf_trainer_stage(
         model = model or model_of(folders[-1].path)
         names, described = _described(folders, model, optimizer)
         optimizer = optimizer or described[last]
-    arguments = trainer_arguments(folders[-1].path)
+    accumulation, smoothing = _loss(folders, model)
     checkpoints = [
         Checkpoint(
             trainer_weights(f, model),
@@ -127,9 +135,32 @@ def hf_trainer_stage(
         clip_factors=clipped.factors if min(clipped.factors) < 1 else None,
         time_factors=momentum_factors(optimizer, described, _first_groups(folders), last, given=momentum),
         trained=None if names is None else [name for group in names for name in group],
-        accumulation=accumulated_undivided(arguments, model),
-        label_smoothing=arguments.get("label_smoothing_factor"),
+        accumulation=accumulation,
+        label_smoothing=smoothing,
     )
+
+
+def _loss(folders: Sequence[TrainerFolder], model: nn.Module | None) -> tuple[int, float | None]:
+    """Micro-batches that were summed undivided before a step, and how labels were smoothed, None if nothing says so.
+
+    Raises:
+        MismatchError: the run was resumed with another of the two.
+    """
+    told = {folder.step: trainer_arguments(folder.path) for folder in folders}
+    versions = {folder.step: trainer_version(folder.path) for folder in folders}
+    found = {
+        step: (accumulated_undivided(arguments, model, versions[step]), arguments.get("label_smoothing_factor"))
+        for step, arguments in told.items()
+    }
+    last = found[folders[-1].step]
+    for step, (count, smoothing) in found.items():
+        if told[step] and told[folders[-1].step] and (count, smoothing) != last:
+            raise MismatchError(
+                f"until step {step} the run was trained with label_smoothing_factor={smoothing} and summed the "
+                f"gradients of {count} micro-batches a step, undivided, and in the end with {last[1]} and {last[0]}; a "
+                "stage has one of each: choose the checkpoints before or after the change by steps=[...]"
+            )
+    return last
 
 
 def _described(
@@ -176,6 +207,7 @@ def _refuse_preferences(last: TrainerFolder) -> None:
 def _refuse_options(dir: str | Path, *given: object) -> None:
     if any(option is not None for option in given):
         raise ValueError(
-            f"{str(dir)!r} was recorded by a RecorderCallback, which wrote down optimizer, learning rates and steps: "
-            "leave optimizer=, learning_rate=, schedule=, warmup_steps=, schedule_options=, momentum= and steps= out"
+            f"{str(dir)!r} was recorded by a RecorderCallback, which wrote down optimizer, learning rates, clipping "
+            "and steps: leave optimizer=, learning_rate=, schedule=, warmup_steps=, schedule_options=, max_grad_norm=, "
+            "momentum= and steps= out"
         )

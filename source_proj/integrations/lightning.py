@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from source_proj._errors import MismatchError
 from source_proj._io.loading import load_tensors
 from source_proj.integrations.lightning_rates import SavedSchedule, logged_values, momenta, rates
+from source_proj.integrations.moments_follow import moments_contradict
 from source_proj.integrations.momentum import GivenValues, has_momentum, time_factors
 from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage
 from source_proj.trajectory.layouts import averaged_keys, model_state
@@ -21,6 +27,10 @@ from source_proj.trajectory.recording.run_files import recorders_own
 __all__ = ["lightning_stage"]
 
 _TWIN = "-EMA"  # what NeMo adds to the name of the file with averaged weights
+_REMEDY = (
+    "give the one folder of the run that is meant, choose steps=, or put one run's files (also of a run that was "
+    "resumed into another folder) together in a folder of their own"
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ def lightning_stage(
     is assumed to be clipped, unless ``clip_factors`` are given.
 
     Args:
-        dir: directory with the files, in it or below; such as a logger's ``version_0``.
+        dir: directory with the files of one run, in it or below, all in one folder; such as a logger's ``version_0``.
         segments: number of segments, or lists of checkpoint indices.
         stage: the stage's name.
         prefix: what the names of the wanted weights begin with, such as ``"model."``; it is cut off, and weights
@@ -76,7 +86,7 @@ def lightning_stage(
     Raises:
         FileNotFoundError: no ``.ckpt`` file, or not the wanted ones.
         ValueError: something cannot be inferred; the message names the argument to give.
-        MismatchError: a file is none of Lightning's, or the rates contradict each other.
+        MismatchError: a file is none of Lightning's, the rates contradict each other, or the files are of several runs.
 
     Warns:
         UserWarning: if there are averaged weights, and the trained ones were taken.
@@ -131,11 +141,11 @@ def _time_factors(
 
 def _saved(directory: Path, steps: Sequence[int] | None, unpickle: bool) -> list[_Saved]:
     files = sorted(directory.rglob("*.ckpt"), key=lambda file: (file.stem.startswith("last"), str(file)))
-    found: dict[int, _Saved] = {}
+    found: dict[int, list[_Saved]] = {}
     for file in files:
         if not file.stem.endswith(_TWIN):
             checkpoint = _read(file, unpickle)
-            found.setdefault(checkpoint.step, checkpoint)  # last.ckpt is a copy of another one
+            found.setdefault(checkpoint.step, []).append(checkpoint)
     if not found:
         where = f"{str(directory)!r} {'holds no .ckpt file' if directory.exists() else 'does not exist'}"
         raise FileNotFoundError(recorders_own(directory) or f"{where}: give the folder that Lightning's are in")
@@ -143,7 +153,51 @@ def _saved(directory: Path, steps: Sequence[int] | None, unpickle: bool) -> list
     if not chosen or not set(chosen) <= set(found):
         wanted = "" if steps is None else f"steps={list(steps)}: "
         raise FileNotFoundError(f"{wanted}{str(directory)!r} has .ckpt files of the global steps {sorted(found)} alone")
-    return [found[step] for step in chosen]
+    return _one_run([found[step] for step in chosen], unpickle)
+
+
+def _one_run(found: Sequence[Sequence[_Saved]], unpickle: bool) -> list[_Saved]:
+    """One file of each step, all from one folder: Lightning gives each run a folder of its own (version_0, version_1).
+
+    Args:
+        found: the files of each step.
+        unpickle: as for the stage.
+
+    Raises:
+        MismatchError: files of one step hold different weights, no folder holds all steps, or an optimizer's moments
+            cannot have become those of the next step.
+    """
+    for first, *others in found:
+        for other in others:  # last.ckpt is a copy of another one
+            if not _same_weights(first, other, unpickle):
+                raise MismatchError(
+                    f"{str(first.path)!r} and {str(other.path)!r} are both of global step {first.step}, with different "
+                    f"weights: they come from different runs; {_REMEDY}"
+                )
+    folders = Counter(parent for files in found for parent in {file.path.parent for file in files})
+    folder, most = max(folders.items(), key=lambda item: (item[1], str(item[0])))
+    if most < len(found):
+        elsewhere = next(files for files in found if all(file.path.parent != folder for file in files))[0].path.parent
+        raise MismatchError(
+            f"{str(folder)!r} and {str(elsewhere)!r} both hold .ckpt files, which are those of two runs as "
+            f"far as can be told; {_REMEDY}"
+        )
+    run = [next(file for file in files if file.path.parent == folder) for files in found]
+    for before, after in pairwise(run):
+        if moments_contradict(before.optimizer, after.optimizer):
+            raise MismatchError(
+                f"the second moments in {str(before.path)!r} cannot have become those in {after.path.name!r}: they "
+                f"come from different runs; {_REMEDY}"
+            )
+    return run
+
+
+def _same_weights(first: _Saved, other: _Saved, unpickle: bool) -> bool:
+    states = [model_state(_load(file.path, unpickle), str(file.path)) for file in (first, other)]
+    own, its = ({name: value for name, value in state.items() if isinstance(value, Tensor)} for state in states)
+    return own.keys() == its.keys() and all(
+        torch.equal(torch.nan_to_num(value), torch.nan_to_num(its[name])) for name, value in own.items()
+    )
 
 
 def _read(file: Path, unpickle: bool) -> _Saved:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from source_proj.integrations.callback_log import CallbackLog, is_callback_dir
-from source_proj.integrations.trainer_arguments import trainer_arguments
+from source_proj.integrations.trainer_arguments import trainer_arguments, trainer_version, version_numbers
 from source_proj.integrations.trainer_folders import trainer_folders
 from source_proj.task import CausalLM, Classification, Regression, Task
 
@@ -25,41 +24,50 @@ def task_for(model: nn.Module, run: str | Path | None = None) -> Task:
     Args:
         model: the model.
         run: the Trainer's ``output_dir``, or what a :class:`RecorderCallback` recorded, which says whether labels were
-            smoothed.
+            smoothed, and which version of transformers trained. Without it that is the one that saved the model's
+            configuration, which may be another, of a model that was not saved since.
 
     Raises:
         ValueError: it is of another kind, or was trained with a loss that no built-in task has.
     """
     unwrapped: Any = model
     name = type(unwrapped.get_base_model() if hasattr(model, "get_base_model") else model).__name__
-    smoothing = 0.0 if run is None else _smoothing(run)
+    smoothing, version = (0.0, None) if run is None else _told(run)
     if name.endswith("ForSequenceClassification"):
         return _classifier_task(model, smoothing)
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         if smoothing:
             raise ValueError(f"the run smoothed its labels by {smoothing}, which CausalLM does not know: write a Task")
-        return CausalLM(reduction="token", normalizer=None if _skips_first_label(model) else "labels")
+        return CausalLM(reduction="token", normalizer=None if _skips_first_label(model, version) else "labels")
     raise ValueError(f"{name} is no sequence classifier and no causal language model: give --task, --model and --data")
 
 
-def _smoothing(run: str | Path) -> float:
-    """How much a run smoothed its labels."""
+def _told(run: str | Path) -> tuple[float, str]:
+    """How much a run smoothed its labels, and the version of transformers that trained: today's where nothing says."""
+    import transformers
+
     if is_callback_dir(run):
-        return CallbackLog.open(Path(run)).label_smoothing
-    return float(trainer_arguments(trainer_folders(run)[0][-1].path).get("label_smoothing_factor", 0.0))
+        settings = CallbackLog.open(Path(run)).settings
+        return settings.label_smoothing, settings.transformers or transformers.__version__
+    last = trainer_folders(run)[0][-1].path
+    smoothing = float(trainer_arguments(last).get("label_smoothing_factor", 0.0))
+    return smoothing, trainer_version(last) or transformers.__version__
 
 
-def _skips_first_label(model: nn.Module) -> bool:
+def _skips_first_label(model: nn.Module, version: str | None) -> bool:
     """Whether the Trainer's count of a batch's labels leaves out each sequence's first, which nothing predicts.
 
-    It does from transformers 5.10 on (the run's own, as its configuration says), for models whose class says that their
-    loss shifts labels: ``LlamaForCausalLM``, not ``GPT2LMHeadModel``.
+    It does from transformers 5.10 on (the run's own), for models whose class says that their loss shifts labels:
+    ``LlamaForCausalLM``, not ``GPT2LMHeadModel``.
+
+    Args:
+        model: the model.
+        version: of the transformers that trained; None: as the model's configuration says.
     """
     import transformers
 
-    version = str(getattr(model.config, "transformers_version", None) or transformers.__version__)
-    numbers = [int(number) for number in re.findall(r"\d+", version)[:2]]
-    return numbers >= [5, 10] and getattr(model, "loss_type", None) == "ForCausalLM"
+    trained = version or str(getattr(model.config, "transformers_version", None) or transformers.__version__)
+    return version_numbers(trained) >= (5, 10) and getattr(model, "loss_type", None) == "ForCausalLM"
 
 
 def _classifier_task(model: nn.Module, smoothing: float) -> Task:

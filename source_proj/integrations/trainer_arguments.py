@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import pickletools
 import re
 from collections.abc import Mapping
@@ -13,14 +14,24 @@ from zipfile import BadZipFile, ZipFile
 
 from torch import nn
 
+from source_proj._errors import MismatchError
 from source_proj.trajectory.optimizers.describe import optimizer_of_trainer
 
-__all__ = ["accumulated_undivided", "check_trainer_optimizer", "trainer_arguments"]
+__all__ = [
+    "accumulated_undivided",
+    "check_trainer_optimizer",
+    "trainer_arguments",
+    "trainer_version",
+    "version_numbers",
+]
 
 _CARD = re.compile(r"^- (label_smoothing_factor): ([0-9.eE+-]+)$", re.MULTILINE)
+_CARD_VERSION = re.compile(r"^- Transformers:? ([0-9]\S*)$", re.MULTILINE)
+_DIVIDING = (4, 46)  # before this version of transformers the Trainer always divided by accumulated batches
 _NUMBERING = ("BINPUT", "LONG_BINPUT", "MEMOIZE")
 _CLASSES = ("GLOBAL", "BINGET", "LONG_BINGET")
 _CONSTANTS = {"NEWTRUE": 1.0, "NEWFALSE": 0.0}
+_WITHOUT = {"max_grad_norm": 0.0}  # arguments whose None is as good as a number
 
 
 def trainer_arguments(checkpoint: Path) -> dict[str, float]:
@@ -41,6 +52,39 @@ def trainer_arguments(checkpoint: Path) -> dict[str, float]:
                 name: float(value) for name, value in _CARD.findall(card.read_text(encoding="utf-8"))
             }
     return {}
+
+
+def trainer_version(checkpoint: Path) -> str | None:
+    """The version of transformers whose Trainer wrote a checkpoint; None where nothing says so, as of adapters.
+
+    Args:
+        checkpoint: the ``checkpoint-N`` folder, with a ``config.json``; else a model card counts, also one above it.
+
+    Raises:
+        MismatchError: ``config.json`` is damaged.
+    """
+    file = checkpoint / "config.json"
+    if file.is_file():
+        try:
+            version = json.loads(file.read_text(encoding="utf-8")).get("transformers_version")
+        except (ValueError, AttributeError) as error:
+            raise MismatchError(f"{str(file)!r} is damaged ({type(error).__name__}: {error}): copy it anew") from error
+        if version:
+            return str(version)
+    for card in (checkpoint / "README.md", checkpoint.parent / "README.md"):
+        told = _CARD_VERSION.search(card.read_text(encoding="utf-8")) if card.is_file() else None
+        if told:
+            return told[1]
+    return None
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version, to be compared; () of one without.
+
+    >>> version_numbers("5.10.0.dev0")
+    (5, 10)
+    """
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def check_trainer_optimizer(checkpoint: Path) -> None:
@@ -66,7 +110,7 @@ def check_trainer_optimizer(checkpoint: Path) -> None:
         ) from error
 
 
-def accumulated_undivided(arguments: Mapping[str, float], model: nn.Module | None) -> int:
+def accumulated_undivided(arguments: Mapping[str, float], model: nn.Module | None, version: str | None = None) -> int:
     """Number of micro-batches whose gradients the Trainer summed where it should have averaged; else 1.
 
     It divides by their number only if the model's ``forward`` takes no further keywords, and otherwise hands the number
@@ -76,12 +120,16 @@ def accumulated_undivided(arguments: Mapping[str, float], model: nn.Module | Non
     Args:
         arguments: see :func:`trainer_arguments`.
         model: the model that was trained; None if it is not known, which counts as averaged.
+        version: of the transformers that it was trained with; None if that is not known, which counts as one of today.
     """
     count = int(arguments.get("gradient_accumulation_steps", 1))
+    if version and version_numbers(version) < _DIVIDING:
+        return 1
     if count == 1 or model is None or arguments.get("label_smoothing_factor"):
         return 1
     unwrapped: Any = model
-    kind = type(unwrapped.get_base_model() if hasattr(model, "get_base_model") else model)
+    unwrapped = getattr(unwrapped, "_orig_mod", unwrapped)  # of torch.compile
+    kind = type(unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped)
     forward = inspect.unwrap(kind.forward)
     accepts = getattr(kind, "accepts_loss_kwargs", None)
     if accepts is None:
@@ -94,7 +142,7 @@ def _numbers(file: Path) -> dict[str, float]:
     """Each text of a pickle that a number follows, as a key is followed by its value; empty where it is no archive."""
     numbers: dict[str, float] = {}
     for (name, key), (operation, argument) in pairwise(_operations(file)):
-        value = _CONSTANTS.get(operation, argument)
+        value = _CONSTANTS.get(operation, _WITHOUT.get(key) if operation == "NONE" else argument)
         if "UNICODE" in name and isinstance(value, int | float) and "GET" not in operation:
             numbers[key] = float(value)
     return numbers

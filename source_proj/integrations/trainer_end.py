@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from source_proj.integrations.trainer_folders import TrainerFolder
+from source_proj.integrations.trainer_folder import TrainerFolder
 from source_proj.trajectory import Checkpoint
 from source_proj.trajectory.layouts import weights_file
 

@@ -1,4 +1,4 @@
-"""The learning rate of every update of a Trainer's run, also of those that were not logged, and the clip factors."""
+"""The learning rate of every update of a Trainer's run, also of those that were not logged."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ import numpy as np
 from source_proj._errors import MismatchError
 from source_proj.integrations.schedule_options import rates_with_options
 from source_proj.integrations.schedules import NAMES, Fit, agreeing, learning_rates, same_integral
-from source_proj.integrations.trainer_folders import TrainerFolder, logged
-from source_proj.trajectory.recording.run_files import clip_factor
+from source_proj.integrations.trainer_folder import TrainerFolder, logged
 
-__all__ = ["Clipping", "GivenSchedule", "clipping", "trainer_rates"]
+__all__ = ["GivenSchedule", "trainer_rates"]
 
 
 class NamedSchedule(NamedTuple):
@@ -225,50 +224,3 @@ def _check(rates: Sequence[float], known: Mapping[int, float]) -> None:
 def _shown(known: Mapping[int, float]) -> str:
     some = [f"{rate:.6g} at update {update}" for update, rate in sorted(known.items())[:3]]
     return ", ".join(some) + (f" and {len(known) - 3} more" if len(known) > 3 else "") if some else "none"
-
-
-@dataclass(frozen=True)
-class Clipping:
-    """By how much gradients were shortened.
-
-    Attributes:
-        factors: of every update, 1 where nothing was clipped.
-        assumed: what could not be read and was assumed; None where every step's norm was logged.
-    """
-
-    factors: list[float]
-    assumed: str | None
-
-
-def clipping(history: Sequence[Mapping[str, object]], last: int, max_grad_norm: float | None) -> Clipping:
-    """Clip factors as of :func:`torch.nn.utils.clip_grad_norm_`, from the logged norms.
-
-    A step between two logged ones is given the factor of the next logged one.
-
-    Args:
-        history: the Trainer's log; "grad_norm" is the norm before clipping.
-        last: number of updates.
-        max_grad_norm: the Trainer's argument; None or 0: nothing was clipped.
-
-    Example:
-        >>> clipping([{"step": 1, "grad_norm": 0.5}, {"step": 2, "grad_norm": 4.0 - 1e-6}], 2, 1.0).factors
-        [1.0, 0.25]
-    """
-    if not max_grad_norm:
-        return Clipping([1.0] * last, None)
-    norms = {step: norm for step, norm in logged(history, "grad_norm").items() if math.isfinite(norm)}
-    at = {step - 1: clip_factor(norm, max_grad_norm) for step, norm in norms.items()}
-    factors, following = [1.0] * last, 1.0
-    for update in reversed(range(last)):
-        following = factors[update] = at.get(update, following)
-    if all(update in at for update in range(last)):
-        return Clipping(factors, None)
-    if not at:
-        why = "no gradient norm was logged, so that no gradient is assumed to have been clipped"
-    elif min(at.values()) == 1.0:
-        why = None  # what was looked at was never clipped
-    else:
-        why = "gradient norms were logged at some steps only: the steps before each are assumed to be clipped like it"
-    return Clipping(
-        factors, why and f"max_grad_norm={max_grad_norm}: {why}. Give max_grad_norm=0 (--max-grad-norm 0) if none was"
-    )

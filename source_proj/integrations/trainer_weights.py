@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
-from source_proj.integrations.trainer_folders import TrainerFolder
+from source_proj.integrations.trainer_folder import TrainerFolder
 from source_proj.trajectory.layouts import listed, unwrapped_names
 
 __all__ = ["model_of", "trainer_weights"]

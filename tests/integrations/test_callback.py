@@ -9,7 +9,8 @@ from trainer_runs import STEPS, StopAt, classifier, copied, history, train, tran
 import source_proj as sp
 from source_proj.integrations import RecorderCallback, task_for
 from source_proj.integrations.callback_log import CallbackLog
-from source_proj.integrations.trainer_folders import logged
+from source_proj.integrations.callback_settings import RunSettings
+from source_proj.integrations.trainer_folder import logged
 
 
 def recorded(directory, **arguments):
@@ -32,7 +33,7 @@ def saved_at_three(tmp_path_factory):
 def test_records_the_rates_and_norms_that_the_trainer_logs(tmp_path, accumulation):
     recorded(tmp_path, every=2, warmup_steps=3, gradient_accumulation_steps=accumulation)
     steps = STEPS // accumulation
-    log = CallbackLog.begin(tmp_path / "recorded", steps, 1.0)
+    log = CallbackLog.open(tmp_path / "recorded")
     assert log.rates == logged(history(tmp_path / "run", steps), "learning_rate")
     assert log.norms == logged(history(tmp_path / "run", steps), "grad_norm")
 
@@ -42,7 +43,7 @@ def test_takes_norms_before_clipping_by_itself(tmp_path):
     recorded(tmp_path / "sparse", logging_steps=7, max_grad_norm=0.4)
     recorded(tmp_path / "dense", max_grad_norm=0.4)
     expected = logged(history(tmp_path / "dense/run", STEPS), "grad_norm")
-    found = CallbackLog.begin(tmp_path / "sparse/recorded", STEPS, 0.4).norms
+    found = CallbackLog.open(tmp_path / "sparse/recorded").norms
     assert sorted(found) == sorted(expected)
     assert min(expected.values()) < 0.4 < max(expected.values())
     # Float32 sums of some hundred squares, in another order.
@@ -149,7 +150,7 @@ def test_a_cycled_momentum_is_recorded_and_else_refused(tmp_path):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_a_recorded_run_tells_the_task_how_labels_were_smoothed(tmp_path, smoothing):
-    CallbackLog.begin(tmp_path / "run", 0, 1.0, smoothing)
+    CallbackLog.begin(tmp_path / "run", 0, RunSettings(1.0, smoothing))
     model = type("BertForSequenceClassification", (torch.nn.Module,), {})()
     model.config = SimpleNamespace(problem_type=None, num_labels=3)
     assert task_for(model, tmp_path / "run").spec() == sp.Classification(label_smoothing=smoothing).spec()

@@ -34,7 +34,10 @@ def rows_of(bank, segment):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_rows_sum_to_the_gradients_that_adamw_saw(tmp_path, accumulation):
-    """Clipped at a norm below most gradients', with dropout: Σ_z row_z is the mean of the gradients before clipping."""
+    """Clipped at a norm below most gradients', with dropout: Σ_z row_z is the mean of the gradients before clipping.
+
+    The Trainer sums those of micro-batches, undivided, and rows are of the mean loss.
+    """
     sums, weights = [torch.zeros(64) for _ in range(2)], [0.0, 0.0]
     sketch, factors = sp.Sketch(64, "sparse"), []
 
@@ -52,8 +55,9 @@ def test_rows_sum_to_the_gradients_that_adamw_saw(tmp_path, accumulation):
     captured(tmp_path, callback, callbacks=[Watch(10**6)], max_grad_norm=0.3, gradient_accumulation_steps=accumulation)
     assert min(factors) < 1
     bank = callback.bank(storage="float32")
+    assert [stage.loss_scale for stage in bank.trajectory.stages] == [accumulation]  # summed, undivided
     for segment in (0, 1):
-        total = rows_of(bank, segment).mean(0)
+        total = accumulation * rows_of(bank, segment).mean(0)
         expected = sums[segment] / weights[segment]
         assert torch.allclose(total, expected, atol=1e-4 * float(expected.norm()))
     model = classifier()

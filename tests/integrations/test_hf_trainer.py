@@ -8,7 +8,8 @@ from trainer_runs import STEPS, copied, edit_state, history, train, transformers
 from trainer_runs import classifier as make_classifier
 
 import source_proj as sp
-from source_proj.integrations.trainer_folders import logged, trainer_folders
+from source_proj.integrations.trainer_folder import logged
+from source_proj.integrations.trainer_folders import trainer_folders
 from source_proj.integrations.trainer_rates import trainer_rates
 
 SCHEDULES = {

@@ -6,7 +6,7 @@ import pytest
 from trainer_runs import STEPS, copied, edit_state, history, train
 
 import source_proj as sp
-from source_proj.integrations.trainer_folders import logged
+from source_proj.integrations.trainer_folder import logged
 
 SCHEDULES = {
     "cosine_with_min_lr": {"min_lr": 1e-3},

@@ -43,7 +43,16 @@ class SaveAt(transformers.TrainerCallback):
 
 
 def train(
-    directory, *, model=None, resume=None, stop=None, callbacks=(), optimizers=(None, None), data=None, **arguments
+    directory,
+    *,
+    model=None,
+    resume=None,
+    stop=None,
+    callbacks=(),
+    optimizers=(None, None),
+    data=None,
+    eval_data=None,
+    **arguments,
 ):
     """Train as the Trainer does by default (AdamW, linear decay, clipping at 1), saving every four steps."""
     torch.manual_seed(0)
@@ -63,6 +72,7 @@ def train(
         model,
         transformers.TrainingArguments(str(directory), **options),
         train_dataset=data or examples(),
+        eval_dataset=eval_data,
         optimizers=optimizers,
         callbacks=[*callbacks, *([StopAt(stop)] if stop else [])],
     )

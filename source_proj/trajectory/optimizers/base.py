@@ -19,6 +19,7 @@ __all__ = ["Optimizer", "Options", "PreconditionedOptimizer", "Updates", "check_
 Options = Mapping[str, Any]
 """A parameter group's options, in plain numbers; ``names`` are its parameters', None where they are not known."""
 
+_GIVEN = "give optimizer= with the one that suits most parameters"
 _DIGITS = 9  # of ratios of learning rates, which a schedule computes for each group
 _SAME = 1e-6  # of the largest rate: learning rates that differ by less have kept their ratio
 
@@ -150,13 +151,16 @@ class Optimizer:
         return replace(self, **changed)
 
     @classmethod
-    def from_groups(cls, groups: Sequence[Options], source: str, before: Optimizer | None = None) -> Self:
+    def from_groups(
+        cls, groups: Sequence[Options], source: str, before: Optimizer | None = None, *, remedy: str = _GIVEN
+    ) -> Self:
         """Describe the optimizer by the options of its parameter groups.
 
         Args:
             groups: of all groups, at one moment.
             source: what an error calls them.
             before: the same optimizer's description before; it counts for ratios of learning rates when all are 0.
+            remedy: what the reader of an error can do about groups that differ.
 
         Raises:
             ValueError: it maximizes, goes uphill, or its groups differ in what cannot be described.
@@ -171,7 +175,7 @@ class Optimizer:
             if any(value != values[0] for value in values):
                 raise ValueError(
                     f"{source}: the parameter groups have different {key}: {values}; one value for all can be "
-                    "described: give optimizer= with the one that suits most parameters"
+                    f"described: {remedy}"
                 )
         return cls(**cls.fields(groups[0], source), **cls._decays(groups, source, before))
 

@@ -12,6 +12,7 @@ from source_proj.trajectory.optimizers.base import Optimizer, Options, keys
 from source_proj.trajectory.optimizers.refused import refusal
 
 __all__ = [
+    "WHILE_TRAINING",
     "check_state",
     "describe_live",
     "describe_state",
@@ -27,6 +28,12 @@ __all__ = [
 # What schedulers and torch itself put into groups, and names that people give them.
 _NEUTRAL = keys(
     "params param_names names initial_lr max_lr min_lr max_momentum base_momentum swa_lr lr_scale name group_name"
+)
+# Who records has nothing to describe the optimizer by; whoever reads a trainer's files has.
+WHILE_TRAINING = (
+    "train with one value in all groups, such as torch.optim.SGD(model.parameters(), ...), which a Trainer takes by "
+    "optimizers=(optimizer, None); or record nothing, let checkpoints be saved, and read them with optimizer=, the one "
+    "that suits most parameters (Trajectory.from_hf_trainer, from_lightning, or Trajectory of checkpoints)"
 )
 _REMEDY = (
     "give optimizer=, the one of them that comes nearest, or train with one of them; or take plain gradients with "
@@ -58,7 +65,7 @@ def describe_live(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optimiz
     Raises:
         ValueError: its class is none that is known, it maximizes, or its groups differ in what cannot be described.
     """
-    return _known_class(optimizer)[0].from_groups(read_groups(optimizer, model), "the optimizer")
+    return _known_class(optimizer)[0].from_groups(read_groups(optimizer, model), "the optimizer", remedy=WHILE_TRAINING)
 
 
 def describe_state(

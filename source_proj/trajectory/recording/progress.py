@@ -12,6 +12,7 @@ from torch import Tensor
 
 from source_proj._errors import MismatchError
 from source_proj.trajectory.optimizers import Options
+from source_proj.trajectory.optimizers.describe import WHILE_TRAINING
 from source_proj.trajectory.recording.momentum import require_integrable
 from source_proj.trajectory.recording.run_files import RecordedRun, UpdateRun, clip_factor
 
@@ -89,7 +90,7 @@ def updates_of_call(
         )
     updates = []
     for place, (norm, step) in enumerate(zip(own, seen, strict=True), 1):
-        now = type(optimizer).from_groups(step.options, "the optimizer", optimizer)
+        now = type(optimizer).from_groups(step.options, "the optimizer", optimizer, remedy=WHILE_TRAINING)
         require_integrable(optimizer, now, progress.steps + place)
         rate = max(0.0, float(step.options[0]["lr"]))  # a schedule may end a rounding below 0
         updates.append(Pending(step.number, rate, norm, now.time_factor))
