@@ -165,7 +165,7 @@ class Attributor(ABC):
         Args:
             queries: as for :meth:`score`.
             k: training examples of each query.
-            out: a .parquet file (query_id, train_id, rank, score) or .zarr folder to stream them to, as for
+            out: a .parquet file (a line a score) or .zarr folder to stream them to, as for
                 :meth:`score`.
             overwrite: replace hits that are there.
 

@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 import zarr
 
 from source_proj._errors import MismatchError, MissingFileError, extra
-from source_proj.attribution.hits import Hit
+from source_proj.attribution.hits import Hit, Hits
 from source_proj.attribution.score_files import write_scores_csv, write_scores_parquet
 
 if TYPE_CHECKING:
@@ -26,10 +26,11 @@ _FACTS = b"source-proj"  # the key of the file's facts
 class HitsFile:
     """The k strongest examples of each query, as ``top_k(queries, k, out=path)`` wrote them; read where they are asked.
 
-    ``hits[q]`` lists the :class:`Hit` s of the query at place q, iteration yields ``(query id, hits)``.
+    ``hits[q]`` lists the :class:`Hit` s of the query at place q, a slice reads :class:`Hits` of several queries, and
+    iteration yields ``(query id, hits)``.
 
     Args:
-        path: a .parquet file in long form (query_id, train_id, rank, score), or a .zarr folder.
+        path: a .parquet file in long form (query_id, train_id, rank, score, train_index), or a .zarr folder.
 
     Attributes:
         path: the file.
@@ -61,15 +62,39 @@ class HitsFile:
     def __repr__(self) -> str:
         return f"HitsFile({str(self.path)!r}: {len(self)} queries x {self.k} training examples, in the {self.unit})"
 
-    def __getitem__(self, query: int) -> list[Hit]:
-        if not -len(self) <= query < len(self):
-            raise IndexError(f"there are {len(self)} queries, got {query}")
-        place = query % len(self)
-        return next(hits for at, _, hits in self._reader.from_place(place) if at == place)
+    @overload
+    def __getitem__(self, query: int) -> list[Hit]: ...
+    @overload
+    def __getitem__(self, query: slice) -> Hits: ...
+    def __getitem__(self, query: int | slice) -> list[Hit] | Hits:
+        if isinstance(query, slice):
+            return self._at(range(len(self))[query])
+        try:
+            place = range(len(self))[query]
+        except IndexError:
+            raise IndexError(f"there are {len(self)} queries, got {query}") from None
+        except TypeError:
+            raise TypeError(f"hits are asked for by a query's place or a slice of places, got {query!r}") from None
+        return self._at([place])[0]
 
     def __iter__(self) -> Iterator[tuple[Any, list[Hit]]]:
-        for _, query_id, hits in self._reader.from_place(0):
-            yield query_id, hits
+        for start in range(0, len(self), self._reader.height):
+            yield from self._at(range(start, min(start + self._reader.height, len(self))))
+
+    def _at(self, places: Sequence[int]) -> Hits:
+        """Those of the queries at some places, in their order; each block that holds one of them is read once."""
+        height = self._reader.height
+        blocks = {number: self._reader.block(number) for number in sorted({place // height for place in places})}
+        rows = [(blocks[place // height], place % height) for place in places]
+        shape = (len(rows), self.k)
+        return Hits(
+            [block.ids[row] for block, row in rows],
+            np.array([block.scores[row] for block, row in rows], np.float32).reshape(shape),
+            np.array([block.indices[row] for block, row in rows], np.int64).reshape(shape),
+            [block.query_ids[row] for block, row in rows],
+            self.unit,
+            self.higher_is_better,
+        )
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one line for each query and example: query_id, train_id, rank (from 1), score (``pandas`` extra)."""
@@ -81,8 +106,17 @@ class HitsFile:
         return pd.DataFrame(lines, columns=["query_id", "train_id", "rank", "score"])
 
 
+class _Block(NamedTuple):
+    """The hits of some queries that follow each other; what `Hits` calls by the same names."""
+
+    query_ids: list[Any]
+    ids: list[list[Any]]
+    indices: np.ndarray
+    scores: np.ndarray
+
+
 class _Zarr:
-    """Positions and scores, and all ids in the attributes."""
+    """Positions and scores, and all ids in the attributes; a row of chunks is a block of queries."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -90,6 +124,7 @@ class _Zarr:
             self.facts: dict[str, Any] = dict(zarr.open_group(path, mode="r").attrs)
             self._indices, self._scores = (zarr.open_array(path / name, mode="r") for name in ("indices", "scores"))
             self.count, self.k = self._scores.shape
+            self.height = self._scores.chunks[0]
             told, shapes = self.facts.pop("sha256"), (self._indices.shape, self._scores.shape)
             if told != _sha256(self.facts) or shapes != ((len(self.facts["query_ids"]), self.k),) * 2:
                 raise ValueError("its description is not the one that was written")
@@ -102,19 +137,17 @@ class _Zarr:
             "bring the folder back from a copy, or write them anew by top_k(queries, k, out=path)"
         )
 
-    def from_place(self, first: int) -> Iterator[tuple[int, Any, list[Hit]]]:
-        """Place, id and hits of each query, from a place on."""
-        query_ids, train_ids, height = self.facts["query_ids"], self.facts["train_ids"], self._scores.chunks[0]
-        for start in range(first, self.count, height):
-            try:
-                indices, scores = _rows(self._indices, start, height), _rows(self._scores, start, height)
-                if _block_digest(indices, scores) != self.facts["blocks"][start // height]:
-                    raise ValueError(f"those of queries {start} to {start + len(scores) - 1} are not as written")
-            except Exception as error:  # whatever zarr makes of other bytes
-                raise self._damaged(error) from error
-            for place, (where, values) in enumerate(zip(indices, scores, strict=True), start=start):
-                hits = [Hit(train_ids[i], float(score)) for i, score in zip(where, values, strict=True)]
-                yield place, query_ids[place], hits
+    def block(self, number: int) -> _Block:
+        """Those of the queries from number * height on; they were hashed together, and are compared together."""
+        start, train_ids = number * self.height, self.facts["train_ids"]
+        try:
+            indices, scores = _rows(self._indices, start, self.height), _rows(self._scores, start, self.height)
+            if _block_digest(indices, scores) != self.facts["blocks"][number]:
+                raise ValueError(f"those of queries {start} to {start + len(scores) - 1} are not as written")
+        except Exception as error:  # whatever zarr makes of other bytes
+            raise self._damaged(error) from error
+        ids = [[train_ids[index] for index in row] for row in indices]
+        return _Block(self.facts["query_ids"][start : start + len(scores)], ids, indices, scores)
 
 
 class _Parquet:
@@ -131,17 +164,19 @@ class _Parquet:
         if told is None:
             raise MismatchError(f"{str(path)!r} was not written by top_k(queries, k, out=path)")
         self.facts: dict[str, Any] = json.loads(told)
-        self.k, self._height = int(self.facts["k"]), int(self.facts["block"])
+        self.k, self.height = int(self.facts["k"]), int(self.facts["block"])
         self.count = self._file.metadata.num_rows // self.k
 
-    def from_place(self, first: int) -> Iterator[tuple[int, Any, list[Hit]]]:
-        """Place, id and hits of each query, from a place on."""
-        for number in range(first // self._height, self._file.num_row_groups):
-            columns = self._file.read_row_group(number).to_pydict()
-            for line in range(0, len(columns["score"]), self.k):
-                train_ids, scores = (columns[name][line : line + self.k] for name in ("train_id", "score"))
-                place = number * self._height + line // self.k
-                yield place, columns["query_id"][line], [Hit(*hit) for hit in zip(train_ids, scores, strict=True)]
+    def block(self, number: int) -> _Block:
+        """Those of the queries from number * height on."""
+        columns = self._file.read_row_group(number).to_pydict()
+        starts = range(0, len(columns["score"]), self.k)
+        return _Block(
+            [columns["query_id"][start] for start in starts],
+            [columns["train_id"][start : start + self.k] for start in starts],
+            np.array(columns["train_index"], np.int64).reshape(-1, self.k),
+            np.array(columns["score"], np.float32).reshape(-1, self.k),
+        )
 
 
 def write_hits(

@@ -56,7 +56,10 @@ def is_scores_array(folder: Path) -> bool:
 
 
 def long_form(query_ids: Sequence[Any], train_ids: Sequence[Any], told: dict[bytes, bytes] | None = None) -> Any:
-    """The schema of Arrow of query_id, train_id, rank and score; ids are whole numbers, or words."""
+    """The schema of Arrow of query_id, train_id, rank and score; ids are whole numbers, or words.
+
+    With facts told, as of hits, which are read back: train_index, too, an example's position in the training set.
+    """
     with extra("parquet"):
         import pyarrow
 
@@ -65,7 +68,8 @@ def long_form(query_ids: Sequence[Any], train_ids: Sequence[Any], told: dict[byt
         return pyarrow.int64() if numbers else pyarrow.string()
 
     types = [type_of(query_ids), type_of(train_ids), pyarrow.int64(), pyarrow.float32()]
-    return pyarrow.schema(list(zip(_COLUMNS, types, strict=True)), metadata=told)
+    columns = [*zip(_COLUMNS, types, strict=True), *([("train_index", pyarrow.int64())] if told else [])]
+    return pyarrow.schema(columns, metadata=told)
 
 
 def write_scores_parquet(
@@ -108,6 +112,7 @@ def write_scores_parquet(
                     words((train_ids[place] for place in where.flat), schema.types[1]),
                     np.tile(np.arange(1, k + 1), count),
                     values.reshape(-1).astype(np.float32, copy=False),
+                    *([where.reshape(-1)] if told else []),
                 ]
                 writer.write_table(pyarrow.table(columns, schema=schema), row_group_size=max(1, count * k))
 
