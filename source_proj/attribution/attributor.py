@@ -15,9 +15,9 @@ import torch
 import zarr
 from torch import Tensor, nn
 
-from source_proj._errors import MismatchError
 from source_proj._io.executors import Executor, check_executor
 from source_proj._io.progress import Progress
+from source_proj.attribution.ensembles import as_banks, require_one_training_set
 from source_proj.attribution.features import QueryFeatures, SketchedQueries, checked_features
 from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
 from source_proj.attribution.hits_file import HitsFile
@@ -80,28 +80,15 @@ class Attributor(ABC):
         progress: Progress = True,
     ) -> None:
         check_executor(executor)
-        given: Any = bank
-        self.banks: tuple[Bank, ...] = tuple(given) if isinstance(given, tuple | list) else (given,)
-        if not self.banks:
-            raise ValueError("got an empty list of banks; give at least one")
+        self.banks = as_banks(bank)
         for member in self.banks:
-            _require_bank(member)
-            member.require_finalized()
             if member.captured and not self.takes_captured:
                 raise ValueError(
                     f"{type(self).__name__} needs gradients at a checkpoint, and the rows of {member.path} were "
                     "captured over whole segments of training: take Source or Hydra, or build the bank from checkpoints"
                 )
-            if member.ids != self.banks[0].ids:
-                raise MismatchError(
-                    f"the banks {self.banks[0].path} and {member.path} hold different training ids; "
-                    "an ensemble averages runs on one training set"
-                )
-            if member.task_spec != self.banks[0].task_spec:
-                raise MismatchError(
-                    "the banks of an ensemble measure different things: "
-                    f"{self.banks[0].task_spec} and {member.task_spec}"
-                )
+        self._compared: tuple[str, ...] = ()
+        self._compare_banks()
         self.model = model
         self._models = None if model is None else QueryModels(model, device)
         if model is not None:
@@ -238,8 +225,20 @@ class Attributor(ABC):
             source.n, size, sum(points), lambda span, progress: self._features(queries, None, span, progress)
         )
 
+    def _compare_banks(self) -> None:
+        """Refuse an ensemble whose banks differ, now: rows may have been appended to one of them since the last look.
+
+        Raises:
+            MismatchError, BankError: as for the class; a single bank may have become unfinished, too.
+        """
+        prints = tuple(bank.fingerprint for bank in self.banks)
+        if prints != self._compared:
+            require_one_training_set(self.banks)
+            self._compared = prints
+
     def _given(self, queries: Queries) -> SketchedQueries | None:
-        """Features that were given in place of data."""
+        """Features that were given in place of data; every verb that is asked something comes by here first."""
+        self._compare_banks()
         if isinstance(queries, QueryFeatures):
             queries = [queries]
         if isinstance(queries, list) and queries and all(isinstance(given, QueryFeatures) for given in queries):
@@ -364,6 +363,7 @@ class Attributor(ABC):
 
     def all_terms(self, features: SketchedQueries) -> list[Term]:
         """The terms of all banks' scores."""
+        self._compare_banks()
         return [term for bank, queried in zip(self.banks, features, strict=True) for term in self._terms(bank, queried)]
 
     def _listed(
@@ -386,8 +386,3 @@ class Attributor(ABC):
         """The k strongest scores of Q = count queries, and their rows, ``(Q, k)`` float32 and int64."""
         products = Products(terms, count, len(self.banks))
         return strongest_rows(products, self.banks[0], k, self.executor, highest=highest)
-
-
-def _require_bank(given: object) -> None:
-    if not isinstance(given, Bank):
-        raise TypeError(f"got {given!r} in the place of a bank: open it, source_proj.open({str(given)!r})")

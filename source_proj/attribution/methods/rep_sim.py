@@ -164,6 +164,7 @@ class RepSim(Attributor):
         """Representations of all stages' examples, of length 1, ``(N, h)``."""
         with self._reading:
             if bank.fingerprint not in self._train:
+                _require_sizes(bank, self._sources)  # rows may have been appended since
                 model = self._at_the_end(bank)
                 stages = zip(bank.stages, self._sources, strict=True)
                 rows = torch.cat([self._stage_rows(model, stage, source) for stage, source in stages])
@@ -209,13 +210,17 @@ def _sources(bank: Bank, train_set: Any) -> list[BatchSource]:
             f"{list(given) if isinstance(train_set, Mapping) else type(train_set).__name__}"
         )
     sources = [BatchSource(given[name]) for name in names]
+    _require_sizes(bank, sources)
+    return sources
+
+
+def _require_sizes(bank: Bank, sources: Sequence[BatchSource]) -> None:
     for stage, source in zip(bank.stages, sources, strict=True):
         if source.n != stage.n:
             raise MismatchError(
                 f"train_set has {source.n} examples for stage {stage.name!r}, and the bank {bank.path} has {stage.n}; "
                 "give the data that it was built from"
             )
-    return sources
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -215,6 +215,7 @@ class Source(Diagnosing):
 
     def fit(self) -> "Source":
         """Compute what scoring needs, or find it in the cache; scoring does so by itself on first use."""
+        self._compare_banks()
         for bank in self.banks:
             reads = sum(stage.n * stage.n_checkpoints for stage in bank.stages)
             with shared_bar(self.progress, "fit", reads, "rows"):
