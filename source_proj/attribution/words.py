@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["TOWARDS", "explained", "id_word", "plain_id", "plain_ids", "signed", "toward"]
+__all__ = ["TOWARDS", "explained", "id_word", "mean_effect", "plain_id", "plain_ids", "signed", "toward"]
 
 TOWARDS = {True: "helpful", False: "harmful"}
 
@@ -63,6 +63,25 @@ def signed(value: float, minus: str = "-") -> str:
         mantissa, exponent = f"{size:.2e}".split("e")
         text = f"{mantissa}e{int(exponent)}"
     return (minus if value < 0 else "+") + text
+
+
+def mean_effect(unit: str, queries: int, size: str, *, additive: bool) -> str:
+    """What an example did to some queries on average.
+
+    Args:
+        unit: of the scores.
+        queries: how many they are.
+        size: the mean, as text.
+        additive: whether scores are changes of the measurement, and no similarities.
+
+    Example:
+        >>> mean_effect("logit margin", 3, "+0.5", additive=True), mean_effect("cosine", 3, "+0.5", additive=False)
+        ('including it changed the mean logit margin of 3 queries by +0.5', 'its mean cosine with 3 queries is +0.5')
+    """
+    unit = unit.removeprefix("mean ")
+    if additive:
+        return f"including it changed the mean {unit} of {queries} queries by {size}"
+    return f"its mean {unit} with {queries} queries is {size}"
 
 
 def plain_id(given: Any) -> Any:

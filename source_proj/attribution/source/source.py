@@ -38,6 +38,7 @@ from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.hits import Shown
 from source_proj.attribution.operands import checked_rows
 from source_proj.attribution.parts import PartScores
+from source_proj.attribution.population import Population, some_of
 from source_proj.attribution.predicted_change import PredictedChange
 from source_proj.attribution.query_points import QueryGradient, check_query_gradient, query_points, takes_mean
 from source_proj.attribution.scores import Scores
@@ -288,13 +289,18 @@ class Source(Diagnosing):
         for bank, queried in zip(self.banks, features, strict=True):
             fitted = self._of(bank)
             add_segment_parts(values, fitted, self._moved(fitted, queried), len(self.banks), wanted)
-        sizes = [stage.n for stage in self.banks[0].stages]
+        population = self._population()
+        sizes = population.sizes
         own = np.stack([np.repeat(np.arange(len(sizes)) == segment.stage, sizes) for segment in self.segments])
         shown = self._shown(features[0])
         if rows is not None:
             values, own, train_ids = values[:, :, order], own[:, list(rows)], [train_ids[row] for row in rows]
             shown = replace(shown, train=None if shown.train is None else shown.train.at(rows))
-        return self._parts(values, self.segments, features[0], train_ids, own, shown)
+            population = some_of(self, features, sizes, population.stages[list(rows)])
+        return self._parts(values, self.segments, features[0], train_ids, own, shown, population)
+
+    def _population(self) -> Population:
+        return Population.of_sizes([stage.n for stage in self.banks[0].stages])
 
     def _parts(
         self,
@@ -304,17 +310,12 @@ class Source(Diagnosing):
         train_ids: Sequence[Any],
         present: np.ndarray,
         shown: Shown,
+        population: Population,
     ) -> PartScores:
         return PartScores(
-            values.numpy(),
-            tuple(parts),
-            features.ids,
-            list(train_ids),
-            self.unit,
-            self.task.higher_is_better,
-            present,
-            shown,
-        )
+            values.numpy(), tuple(parts), features.ids, list(train_ids), self.unit, self.task.higher_is_better, present,
+            shown, population,
+        )  # fmt: skip
 
     def by_token(self, queries: Queries, documents: Any, *, stage: int | str = 0) -> PartScores:
         """Split the scores of some training sequences over their tokens: which words of a document mattered.
@@ -363,7 +364,8 @@ class Source(Diagnosing):
         present[positions, places] = True
         read = self.banks[0].examples
         shown = Shown(None if read is None else read.like(documents), features[0].examples, features[0].answers)
-        return self._parts(values, range(length), features[0], range(len(documents)), present, shown)
+        population = some_of(self, features, self._population().sizes, np.full(len(documents), stage))
+        return self._parts(values, range(length), features[0], range(len(documents)), present, shown, population)
 
     def _token_rows(self, bank: Bank, segment: Segment, tokens: TokenQueries) -> Tensor:
         """Sketched gradients of the tokens' log-likelihoods, the mean over a segment's checkpoints ``(T, k)``."""
