@@ -15,6 +15,7 @@ import numpy as np
 from source_proj._errors import extra
 from source_proj._io.outputs import write_output
 from source_proj._io.printable import csv_cell
+from source_proj.attribution.seals import SEAL
 from source_proj.attribution.words import id_word, plain_ids
 
 __all__ = ["FACTS", "is_scores_array", "long_form", "scores_facts", "write_scores_csv", "write_scores_parquet"]
@@ -47,7 +48,7 @@ def is_scores_array(folder: Path) -> bool:
     if not isinstance(metadata, dict) or metadata.get("node_type") != "array":
         return False
     attributes = metadata.get("attributes")
-    if not isinstance(attributes, dict) or set(attributes) != FACTS:
+    if not isinstance(attributes, dict) or not FACTS <= set(attributes) <= FACTS | {"blocks", SEAL}:
         return False
     return all(
         re.fullmatch(r"zarr\.json|c(/\d+)*", path.relative_to(folder).as_posix()) and not path.is_symlink()

@@ -20,6 +20,7 @@ from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
 from source_proj.attribution.population import Population
 from source_proj.attribution.predicted_change import PredictedChange
 from source_proj.attribution.score_files import is_scores_array, scores_facts, write_scores_parquet
+from source_proj.attribution.stored_values import StoredValues, sealed_array_facts
 from source_proj.attribution.subsets import Subset, TrainingIds
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Scores:
     by ``-values[q, z]``.
 
     Args:
-        values: ``(Q, N)`` scores; a zarr array is read where it is asked for.
+        values: ``(Q, N)`` scores; a zarr array is read where it is asked for, and compared with what was written there.
         query_ids: Q ids.
         train_ids: N unique ids.
         unit: unit of the measurement, such as "logit margin".
@@ -54,6 +55,7 @@ class Scores:
 
     Raises:
         ValueError: shapes, ids and sizes do not fit.
+        MismatchError: an array that was written as scores is damaged; its values are compared when they are read.
 
     Example:
         >>> scores = Scores(np.array([[0.5, -0.25, 0.0]]), ["q"], ["a", "b", "c"], unit="logit margin")
@@ -78,13 +80,12 @@ class Scores:
         shown: Shown | None = None,
         population: Population | None = None,
     ) -> None:
-        values = values if isinstance(values, zarr.Array) else np.asarray(values)
-        if values.shape != (len(query_ids), len(train_ids)):
+        self._values = StoredValues(values) if isinstance(values, zarr.Array) else np.asarray(values)
+        if self._values.shape != (len(query_ids), len(train_ids)):
             raise ValueError(
-                f"scores of shape {values.shape} do not fit {len(query_ids)} query ids "
+                f"scores of shape {self._values.shape} do not fit {len(query_ids)} query ids "
                 f"and {len(train_ids)} training ids"
             )
-        self._values = values
         self.query_ids = list(query_ids)
         self.train_ids = list(train_ids)
         self.unit = unit
@@ -130,15 +131,15 @@ class Scores:
     @property
     def values(self) -> np.ndarray:
         """``(Q, N)``; of scores in a file, all of them are read."""
-        return self._values if isinstance(self._values, np.ndarray) else np.asarray(self._values[...])
+        return self._values if isinstance(self._values, np.ndarray) else self._values[:]
 
     def row_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Scores ``(q, N)`` block after block, each with the place of its first query; in memory they are one block."""
         if isinstance(self._values, np.ndarray):
             yield 0, self._values
             return
-        for start in range(0, len(self), self._values.chunks[0]):
-            yield start, np.asarray(self._values[start : start + self._values.chunks[0]])
+        for start in range(0, len(self), self._values.height):
+            yield start, self._values[start : start + self._values.height]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.values, dtype=dtype, copy=copy)
@@ -277,17 +278,17 @@ class Scores:
         Raises:
             FileExistsError: something is there already that may not be overwritten.
         """
-        attributes = scores_facts(self.query_ids, self.train_ids, self.unit, higher_is_better=self.higher_is_better)
+        facts = scores_facts(self.query_ids, self.train_ids, self.unit, higher_is_better=self.higher_is_better)
         values = np.ascontiguousarray(self.values)
 
         def fill(folder: Path) -> None:  # a chunk that gets lost reads as NaN, a changed one as an error
-            zarr.create_array(
+            array = zarr.create_array(
                 store=str(folder),
                 data=values,
-                attributes=attributes,
                 fill_value=np.nan if values.dtype.kind == "f" else None,
                 compressors=[ZstdCodec(level=0), Crc32cCodec()],
             )
+            array.update_attributes(sealed_array_facts(facts, array))
 
         write_output_folder(Path(path), fill, overwrite=overwrite, replaceable=is_scores_array)
         return zarr.open_array(path, mode="r")
