@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,15 @@ import zarr
 
 from source_proj._errors import MismatchError, MissingFileError, extra
 from source_proj.attribution.hits import Hit, Hits
-from source_proj.attribution.score_files import write_scores_csv, write_scores_parquet
+from source_proj.attribution.score_files import (
+    Part,
+    id_words,
+    long_columns,
+    write_scores_csv,
+    write_scores_parquet,
+)
+from source_proj.attribution.seals import SEAL, digest_of, opened, replaced_or_damaged, sealed
+from source_proj.attribution.words import id_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["HitsFile", "is_hits_folder", "sealed_facts", "write_hits"]
 
 _FACTS = b"source-proj"  # the key of the file's facts
+_MOST_FACTS = 2**31 - 1  # bytes of them that are read back; ids in words of their own take most
+_REMEDY = "write them anew by top_k(queries, k, out=path)"
 
 
 class HitsFile:
@@ -119,64 +128,91 @@ class _Zarr:
     """Positions and scores, and all ids in the attributes; a row of chunks is a block of queries."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._seal = path, None
         try:
-            self.facts: dict[str, Any] = dict(zarr.open_group(path, mode="r").attrs)
+            self.facts = opened(dict(zarr.open_group(path, mode="r").attrs))
+            self._seal = self.facts[SEAL]
             self._indices, self._scores = (zarr.open_array(path / name, mode="r") for name in ("indices", "scores"))
             self.count, self.k = self._scores.shape
             self.height = self._scores.chunks[0]
-            told, shapes = self.facts.pop("sha256"), (self._indices.shape, self._scores.shape)
-            if told != _sha256(self.facts) or shapes != ((len(self.facts["query_ids"]), self.k),) * 2:
-                raise ValueError("its description is not the one that was written")
+            if {self._indices.shape, self._scores.shape} != {(len(self.facts["query_ids"]), self.k)}:
+                raise ValueError("its numbers are of another shape than its description")
+            self._query_ids, self._train_ids = (
+                [id_of(plain) for plain in self.facts[name]] for name in ("query_ids", "train_ids")
+            )
         except Exception as error:  # whatever zarr makes of other files
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> MismatchError:
-        return MismatchError(
-            f"the hits {str(self._path)!r} are damaged ({type(error).__name__}: {str(error).splitlines()[0][:80]}): "
-            "bring the folder back from a copy, or write them anew by top_k(queries, k, out=path)"
-        )
+        try:
+            now = opened(dict(zarr.open_group(self._path, mode="r").attrs))[SEAL]
+        except Exception:  # whatever is left there
+            now = None
+        return replaced_or_damaged("hits", self._path, error, self._seal, now, _REMEDY)
 
     def block(self, number: int) -> _Block:
         """Those of the queries from number * height on; they were hashed together, and are compared together."""
-        start, train_ids = number * self.height, self.facts["train_ids"]
+        start = number * self.height
         try:
             indices, scores = _rows(self._indices, start, self.height), _rows(self._scores, start, self.height)
             if _block_digest(indices, scores) != self.facts["blocks"][number]:
                 raise ValueError(f"those of queries {start} to {start + len(scores) - 1} are not as written")
         except Exception as error:  # whatever zarr makes of other bytes
             raise self._damaged(error) from error
-        ids = [[train_ids[index] for index in row] for row in indices]
-        return _Block(self.facts["query_ids"][start : start + len(scores)], ids, indices, scores)
+        ids = [[self._train_ids[index] for index in row] for row in indices]
+        return _Block(self._query_ids[start : start + len(scores)], ids, indices, scores)
 
 
 class _Parquet:
-    """Long form; a group of rows is a block of queries."""
+    """Long form; a group of rows is a block of queries. The file stays open: another in its place changes nothing."""
 
     def __init__(self, path: Path) -> None:
         with extra("parquet"):
             import pyarrow.parquet as parquet
+        self._path = path
         try:
-            self._file = parquet.ParquetFile(path)
+            self._file = parquet.ParquetFile(path, thrift_string_size_limit=_MOST_FACTS)
+            told = (self._file.metadata.metadata or {}).get(_FACTS)
         except Exception as error:  # whatever the reader makes of other files
             raise MismatchError(f"{str(path)!r} is no Parquet file of hits ({error})") from error
-        told = (self._file.schema_arrow.metadata or {}).get(_FACTS)
         if told is None:
             raise MismatchError(f"{str(path)!r} was not written by top_k(queries, k, out=path)")
-        self.facts: dict[str, Any] = json.loads(told)
-        self.k, self.height = int(self.facts["k"]), int(self.facts["block"])
-        self.count = self._file.metadata.num_rows // self.k
+        try:
+            self.facts = opened(json.loads(told))
+            self.k, self.height, self.count = (int(self.facts[name]) for name in ("k", "block", "count"))
+            # Where the columns hold words for them, the ids themselves.
+            self._query_ids, self._train_ids = (
+                None if self.facts[name] is None else [id_of(plain) for plain in self.facts[name]]
+                for name in ("query_ids", "train_ids")
+            )
+        except Exception as error:  # whatever stands in the facts
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> MismatchError:
+        return replaced_or_damaged("hits", self._path, error, None, None, _REMEDY)
 
     def block(self, number: int) -> _Block:
-        """Those of the queries from number * height on."""
-        columns = self._file.read_row_group(number).to_pydict()
-        starts = range(0, len(columns["score"]), self.k)
-        return _Block(
-            [columns["query_id"][start] for start in starts],
-            [columns["train_id"][start : start + self.k] for start in starts],
-            np.array(columns["train_index"], np.int64).reshape(-1, self.k),
-            np.array(columns["score"], np.float32).reshape(-1, self.k),
-        )
+        """Those of the queries from number * height on, compared as a whole."""
+        try:
+            table = self._file.read_row_group(number)
+            words = [table.column(name).to_pylist() for name in ("query_id", "train_id")]
+            rank, scores, indices = (
+                np.asarray(table.column(name), kind)
+                for name, kind in (("rank", np.int64), ("score", np.float32), ("train_index", np.int64))
+            )
+            if digest_of(*words, rank, scores, indices) != self.facts["blocks"][number]:
+                raise ValueError(f"those of queries {number * self.height} and after are not as written")
+        except Exception as error:  # whatever the reader makes of other bytes
+            raise self._damaged(error) from error
+        query_ids = words[0][:: self.k]
+        if self._query_ids is not None:
+            start = number * self.height
+            query_ids = self._query_ids[start : start + len(query_ids)]
+        train_ids = words[1]
+        if self._train_ids is not None:
+            train_ids = [self._train_ids[index] for index in indices]
+        ids = [train_ids[start : start + self.k] for start in range(0, len(train_ids), self.k)]
+        return _Block(query_ids, ids, indices.reshape(-1, self.k), scores.reshape(-1, self.k))
 
 
 def write_hits(
@@ -192,16 +228,26 @@ def write_hits(
 ) -> None:
     """Write hits in long form, as .csv, or as .parquet with a group of rows for each block of queries."""
     count, k = scores.shape
-    parts = (
-        (start, np.asarray(indices[start : start + block]), np.asarray(scores[start : start + block]))
-        for start in range(0, count, block)
-    )
+
+    def parts() -> Iterator[Part]:
+        for start in range(0, count, block):
+            yield start, _rows(indices, start, block), _rows(scores, start, block)
+
     if path.suffix == ".csv":
-        write_scores_csv(path, parts, query_ids, train_ids, overwrite=overwrite)
+        write_scores_csv(path, parts(), query_ids, train_ids, overwrite=overwrite)
         return
-    facts = {**{name: facts[name] for name in ("unit", "sign", "higher_is_better")}, "k": k, "block": block}
-    told = {_FACTS: json.dumps(facts).encode()}
-    write_scores_parquet(path, parts, query_ids, train_ids, overwrite=overwrite, told=told)
+    (query_words, queries_told), (train_words, train_told) = id_words(query_ids), id_words(train_ids)
+    told = {
+        **facts,
+        "query_ids": None if queries_told else facts["query_ids"],
+        "train_ids": None if train_told else facts["train_ids"],
+        "k": k,
+        "block": block,
+        "count": count,
+        "blocks": [digest_of(*columns) for columns in long_columns(parts(), query_words, train_words)],
+    }
+    written = {_FACTS: json.dumps(sealed(told)).encode()}
+    write_scores_parquet(path, parts(), query_ids, train_ids, overwrite=overwrite, told=written)
 
 
 def sealed_facts(facts: Mapping[str, Any], indices: zarr.Array[Any], scores: zarr.Array[Any]) -> dict[str, Any]:
@@ -209,8 +255,7 @@ def sealed_facts(facts: Mapping[str, Any], indices: zarr.Array[Any], scores: zar
     height = scores.chunks[0]
     starts = range(0, scores.shape[0], height)
     blocks = [_block_digest(_rows(indices, start, height), _rows(scores, start, height)) for start in starts]
-    told = {**facts, "blocks": blocks}
-    return {**told, "sha256": _sha256(told)}
+    return sealed({**facts, "blocks": blocks})
 
 
 def _rows(array: zarr.Array[Any], start: int, height: int) -> np.ndarray:
@@ -218,13 +263,7 @@ def _rows(array: zarr.Array[Any], start: int, height: int) -> np.ndarray:
 
 
 def _block_digest(indices: np.ndarray, scores: np.ndarray) -> str:
-    digest = hashlib.sha256(indices.astype("<i8", copy=False).data)
-    digest.update(scores.astype("<f4", copy=False).data)
-    return digest.hexdigest()
-
-
-def _sha256(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return digest_of(indices.astype(np.int64, copy=False), scores.astype(np.float32, copy=False))
 
 
 def is_hits_folder(folder: Path) -> bool:

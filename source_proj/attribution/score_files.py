@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,9 +18,17 @@ from source_proj._io.printable import csv_cell
 from source_proj.attribution.seals import SEAL
 from source_proj.attribution.words import id_word, plain_ids
 
-__all__ = ["FACTS", "is_scores_array", "long_form", "scores_facts", "write_scores_csv", "write_scores_parquet"]
+__all__ = [
+    "FACTS", "Part", "id_words", "is_scores_array", "long_columns", "scores_facts", "write_scores_csv",
+    "write_scores_parquet",
+]  # fmt: skip
 
-_COLUMNS = ["query_id", "train_id", "rank", "score"]
+Part = tuple[int, np.ndarray, np.ndarray]
+"""Place of the first of some queries, and positions and scores ``(q, k)`` of their examples, best first."""
+
+Columns = list[list[Any] | np.ndarray]
+
+_COLUMNS = ["query_id", "train_id", "rank", "score", "train_index"]
 
 FACTS = frozenset({"query_ids", "train_ids", "unit", "sign", "higher_is_better"})
 """The names of what is written with the values, by which an array of scores is known again."""
@@ -56,26 +64,37 @@ def is_scores_array(folder: Path) -> bool:
     )
 
 
-def long_form(query_ids: Sequence[Any], train_ids: Sequence[Any], told: dict[bytes, bytes] | None = None) -> Any:
-    """The schema of Arrow of query_id, train_id, rank and score; ids are whole numbers, or words.
+def id_words(ids: Iterable[Any]) -> tuple[list[Any], bool]:
+    """Ids as a column of a table holds them, whole numbers or words, and whether these are the ids themselves.
 
-    With facts told, as of hits, which are read back: train_index, too, an example's position in the training set.
+    Example:
+        >>> id_words([3, 4]), id_words([("s", 3), "a"])
+        (([3, 4], True), (['s/3', 'a'], False))
     """
-    with extra("parquet"):
-        import pyarrow
+    given_ids = list(ids)
+    plain = [id_word(given) for given in given_ids]
+    if all(type(given) is int and -(2**63) <= given < 2**63 for given in plain):
+        return plain, True
+    words = [str(given).encode("utf-8", "backslashreplace").decode() for given in plain]  # half surrogate pairs, too
+    return words, all(isinstance(given, str) and given == word for given, word in zip(given_ids, words, strict=True))
 
-    def type_of(ids: Sequence[Any]) -> Any:
-        numbers = all(isinstance(id_word(given), int) for given in ids)
-        return pyarrow.int64() if numbers else pyarrow.string()
 
-    types = [type_of(query_ids), type_of(train_ids), pyarrow.int64(), pyarrow.float32()]
-    columns = [*zip(_COLUMNS, types, strict=True), *([("train_index", pyarrow.int64())] if told else [])]
-    return pyarrow.schema(columns, metadata=told)
+def long_columns(parts: Iterable[Part], query_words: Sequence[Any], train_words: Sequence[Any]) -> Iterator[Columns]:
+    """Each part's query_id, train_id, rank, score and train_index, a line a score."""
+    for start, where, values in parts:
+        count, k = where.shape
+        yield [
+            [word for word in query_words[start : start + count] for _ in range(k)],
+            [train_words[place] for place in where.flat],
+            np.tile(np.arange(1, k + 1, dtype=np.int64), count),
+            values.reshape(-1).astype(np.float32, copy=False),
+            where.reshape(-1).astype(np.int64, copy=False),
+        ]
 
 
 def write_scores_parquet(
     path: Path,
-    parts: Iterable[tuple[int, np.ndarray, np.ndarray]],
+    parts: Iterable[Part],
     query_ids: Sequence[Any],
     train_ids: Sequence[Any],
     *,
@@ -90,39 +109,35 @@ def write_scores_parquet(
         query_ids: Q ids.
         train_ids: N ids.
         overwrite: replace a file that is there.
-        told: facts for the file's metadata.
+        told: facts for the file's metadata, as of hits, which are read back: with them, the examples' positions are
+            written, too.
 
     Raises:
         FileExistsError: something is there that may not be overwritten.
     """
-    schema = long_form(query_ids, train_ids, told)
-    import pyarrow
-    from pyarrow import parquet
-
-    def words(ids: Iterable[Any], kind: Any) -> Any:
-        plain = map(id_word, ids)
-        return pyarrow.array(list(plain if kind == pyarrow.int64() else map(str, plain)), kind)
+    with extra("parquet"):
+        import pyarrow
+        from pyarrow import parquet
+    words = [id_words(ids)[0] for ids in (query_ids, train_ids)]
+    kinds = [pyarrow.string() if own and isinstance(own[0], str) else pyarrow.int64() for own in words]
+    kinds += [pyarrow.int64(), pyarrow.float32(), pyarrow.int64()]
+    names = _COLUMNS if told else _COLUMNS[:-1]
+    schema = pyarrow.schema(list(zip(names, kinds, strict=False)))
 
     def write(file: BinaryIO) -> None:
-        with parquet.ParquetWriter(file, schema) as writer:
-            for start, where, values in parts:
-                count, k = where.shape
-                asked = (query_id for query_id in query_ids[start : start + count] for _ in range(k))
-                columns = [
-                    words(asked, schema.types[0]),
-                    words((train_ids[place] for place in where.flat), schema.types[1]),
-                    np.tile(np.arange(1, k + 1), count),
-                    values.reshape(-1).astype(np.float32, copy=False),
-                    *([where.reshape(-1)] if told else []),
-                ]
-                writer.write_table(pyarrow.table(columns, schema=schema), row_group_size=max(1, count * k))
+        with parquet.ParquetWriter(file, schema, write_page_checksum=True) as writer:  # for others: hits have hashes
+            if told:
+                writer.add_key_value_metadata(told)  # of the file: within the schema they would be written twice
+            for columns in long_columns(parts, *words):
+                table = pyarrow.table(columns[: len(names)], schema=schema)
+                writer.write_table(table, row_group_size=max(1, len(table)))
 
     write_output(path, write, overwrite=overwrite)
 
 
 def write_scores_csv(
     path: Path,
-    parts: Iterable[tuple[int, np.ndarray, np.ndarray]],
+    parts: Iterable[Part],
     query_ids: Sequence[Any],
     train_ids: Sequence[Any],
     *,
@@ -133,7 +148,7 @@ def write_scores_csv(
     def write(file: BinaryIO) -> None:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")
         lines = csv.writer(text)
-        lines.writerow(_COLUMNS)
+        lines.writerow(_COLUMNS[:-1])
         for start, where, values in parts:
             for place, (row, scores) in enumerate(zip(where.tolist(), values, strict=True), start=start):
                 query = csv_cell(id_word(query_ids[place]))

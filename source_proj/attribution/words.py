@@ -4,8 +4,9 @@ import math
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-__all__ = ["TOWARDS", "explained", "id_word", "mean_effect", "plain_id", "plain_ids", "signed", "toward"]
+__all__ = ["TOWARDS", "explained", "id_of", "id_word", "mean_effect", "plain_id", "plain_ids", "signed", "toward"]
 
 TOWARDS = {True: "helpful", False: "harmful"}
 
@@ -85,15 +86,44 @@ def mean_effect(unit: str, queries: int, size: str, *, additive: bool) -> str:
 
 
 def plain_id(given: Any) -> Any:
-    """An id as JSON can hold it."""
-    return given.item() if isinstance(given, np.generic) else list(given) if isinstance(given, tuple) else given
+    """An id as JSON can hold it, from which :func:`id_of` makes it again.
+
+    Raises:
+        TypeError: it is no number, string, or tuple of such.
+
+    Example:
+        >>> plain_id(("fine", np.int64(2))), id_of(["fine", 2])
+        (['fine', 2], ('fine', 2))
+    """
+    given = _plain_number(given)
+    if isinstance(given, tuple):
+        return [plain_id(part) for part in given]
+    if given is None or isinstance(given, str | int | float):
+        return given
+    raise TypeError(
+        f"an id in a file is a number, a string, or a tuple of such, got {given!r} of type {type(given).__name__}: "
+        "give ids of those kinds, ids="
+    )
 
 
 def plain_ids(ids: Any) -> list[Any]:
-    """Ids as JSON can hold them."""
+    """Ids as JSON can hold them; raises as :func:`plain_id`."""
     return [plain_id(given) for given in ids]
+
+
+def id_of(plain: Any) -> Any:
+    """The id that :func:`plain_id` made this of."""
+    return tuple(map(id_of, plain)) if isinstance(plain, list) else plain
 
 
 def id_word(given: Any) -> Any:
     """An id in one word: (stage, id) becomes stage/id."""
-    return "/".join(map(str, given)) if isinstance(given, tuple) else plain_id(given)
+    if isinstance(given, tuple):
+        return "/".join(map(str, given))
+    return _plain_number(given)
+
+
+def _plain_number(given: Any) -> Any:
+    """A number of NumPy or torch as Python's own; all else as it is."""
+    is_number = isinstance(given, np.generic) or (isinstance(given, Tensor) and given.ndim == 0)
+    return given.item() if is_number else given
