@@ -12,6 +12,7 @@ import numpy as np
 from source_proj._errors import extra
 from source_proj._io.html import tiles, wrapped
 from source_proj._io.printable import printable
+from source_proj.attribution.ranking import strongest
 from source_proj.attribution.words import explained, id_word, signed, toward
 from source_proj.bank.examples import Example, Examples
 from source_proj.task import Answers
@@ -250,11 +251,11 @@ class Hits:
 
     def _ordered(self, k: int | None, *, highest: bool) -> Hits:
         count = self.k if k is None else checked_count(k, self.k)
-        order = np.argsort(-self.scores if highest else self.scores, axis=1, kind="stable")[:, :count]
+        order, scores = strongest(self.scores, count, highest=highest)
         return replace(
             self,
             ids=[[ids[place] for place in row] for ids, row in zip(self.ids, order, strict=True)],
-            scores=np.take_along_axis(self.scores, order, axis=1),
+            scores=scores,
             indices=np.take_along_axis(self.indices, order, axis=1),
         )
 

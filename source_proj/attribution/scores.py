@@ -19,6 +19,7 @@ from source_proj._io.printable import printable
 from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
 from source_proj.attribution.population import Population
 from source_proj.attribution.predicted_change import PredictedChange
+from source_proj.attribution.ranking import strongest
 from source_proj.attribution.score_files import is_scores_array, scores_facts, write_scores_parquet
 from source_proj.attribution.stored_values import StoredValues, sealed_array_facts
 from source_proj.attribution.subsets import Subset, TrainingIds
@@ -304,7 +305,7 @@ class Scores:
             FileExistsError: something is there that may not be overwritten.
         """
         k = len(self.train_ids)
-        parts = ((start, *_strongest(values, k, highest=True)) for start, values in self.row_blocks())
+        parts = ((start, *strongest(values, k, highest=True)) for start, values in self.row_blocks())
         write_scores_parquet(Path(path), parts, self.query_ids, self.train_ids, overwrite=overwrite)
 
     def corner(self, queries: int, examples: int) -> Scores:
@@ -334,7 +335,7 @@ class Scores:
 
     def _strongest(self, k: int, *, highest: bool) -> Hits:
         k = checked_count(k, len(self.train_ids))
-        parts = [_strongest(values, k, highest=highest) for _, values in self.row_blocks()]
+        parts = [strongest(values, k, highest=highest) for _, values in self.row_blocks()]
         indices, best = (np.concatenate(part) for part in zip(*parts, strict=True))
         return make_hits(indices, best, self.train_ids, self.query_ids, self.unit, self.higher_is_better, self.shown)
 
@@ -365,16 +366,6 @@ def _whole(stage_sizes: Sequence[int] | None, count: int) -> Population:
     if sum(sizes) != count:
         raise ValueError(f"stages of sizes {sizes} do not make {count} training examples")
     return Population.of_sizes(sizes)
-
-
-def _strongest(values: np.ndarray, k: int, *, highest: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and scores ``(q, k)`` of the strongest of each row."""
-    keys = -values if highest else values
-    indices = np.argpartition(keys, k - 1, axis=1)[:, :k]
-    indices.sort(axis=1)  # ties are broken by position
-    order = np.argsort(np.take_along_axis(keys, indices, axis=1), axis=1, kind="stable")
-    indices = np.take_along_axis(indices, order, axis=1)
-    return indices, np.take_along_axis(values, indices, axis=1)
 
 
 def _labels(ids: Sequence[Any], name: str) -> pd.Index:
