@@ -179,7 +179,7 @@ class Attributor(ABC):
         self, queries: Queries, k: int, out: str | Path | None = None, *, overwrite: bool = False
     ) -> Hits | HitsFile:
         """Return the k examples that improve each query most, in the task's own sense; see :meth:`top_k`."""
-        return self._listed(queries, k, out, highest=self.task.higher_is_better, overwrite=overwrite)
+        return self._listed(queries, k, out, highest=self.higher_is_better, overwrite=overwrite)
 
     @overload
     def harmful(self, queries: Queries, k: int, out: None = None, *, overwrite: bool = False) -> Hits: ...
@@ -189,7 +189,7 @@ class Attributor(ABC):
         self, queries: Queries, k: int, out: str | Path | None = None, *, overwrite: bool = False
     ) -> Hits | HitsFile:
         """Return the k examples that worsen each query most, in the task's own sense; see :meth:`top_k`."""
-        return self._listed(queries, k, out, highest=not self.task.higher_is_better, overwrite=overwrite)
+        return self._listed(queries, k, out, highest=not self.higher_is_better, overwrite=overwrite)
 
     def sketch(self, queries: Queries, ids: Sequence[Any] | None = None) -> SketchedQueries:
         """Compute the queries' features, one entry per bank; every verb takes them in place of the data.
@@ -298,6 +298,11 @@ class Attributor(ABC):
         """Unit of the scores: the measurement's own."""
         return self.task.unit
 
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether high scores are of examples that helped: whether a rise of the measurement is an improvement."""
+        return self.task.higher_is_better
+
     # Inside ----------------------------------------------------------------------------------------------------
 
     def _shown(self, features: QueryFeatures | None = None) -> Shown:
@@ -309,7 +314,9 @@ class Attributor(ABC):
 
     def facts_of(self, query_ids: Sequence[Any]) -> dict[str, Any]:
         """What is written with scores and hits."""
-        return scores_facts(query_ids, self.banks[0].ids, self.unit, higher_is_better=self.task.higher_is_better)
+        return scores_facts(
+            query_ids, self.banks[0].ids, self.unit, higher_is_better=self.higher_is_better, additive=self.additive
+        )
 
     def _scores(
         self, values: np.ndarray | zarr.Array[Any], query_ids: Sequence[Any], features: QueryFeatures | None = None
@@ -319,7 +326,7 @@ class Attributor(ABC):
             query_ids,
             self.banks[0].ids,
             unit=self.unit,
-            higher_is_better=self.task.higher_is_better,
+            higher_is_better=self.higher_is_better,
             stage_sizes=[stage.n for stage in self.banks[0].stages],
             additive=self.additive,
             shown=self._shown(features),
@@ -378,8 +385,8 @@ class Attributor(ABC):
         features = self.sketch(queries)
         values, where = self.strongest_of(self.all_terms(features), len(features.ids), k, highest=highest)
         return make_hits(
-            where, values, self.banks[0].ids, features.ids, self.unit, self.task.higher_is_better,
-            self._shown(features[0]),
+            where, values, self.banks[0].ids, features.ids, self.unit, self.higher_is_better,
+            self._shown(features[0]), additive=self.additive,
         )  # fmt: skip
 
     def strongest_of(self, terms: list[Term], count: int, k: int, *, highest: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ from source_proj.attribution.score_files import (
     write_scores_parquet,
 )
 from source_proj.attribution.seals import SEAL, digest_of, opened, replaced_or_damaged, sealed
-from source_proj.attribution.words import id_of
+from source_proj.attribution.words import id_of, sign_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,6 +46,7 @@ class HitsFile:
         k: examples of each query.
         unit: unit of the scores.
         higher_is_better: whether a rise of the measurement is an improvement.
+        additive: whether scores are changes of the measurement, and no similarities.
 
     Raises:
         MissingFileError: there is none.
@@ -63,6 +64,7 @@ class HitsFile:
             raise MissingFileError(f"there are no hits at {str(path)!r}: write them by top_k(queries, k, out=path)")
         facts = self._reader.facts
         self.unit, self.higher_is_better = str(facts["unit"]), bool(facts["higher_is_better"])
+        self.additive = facts["sign"] == sign_of(self.unit, additive=True)
         self.k, self._count = self._reader.k, self._reader.count
 
     def __len__(self) -> int:
@@ -103,6 +105,7 @@ class HitsFile:
             [block.query_ids[row] for block, row in rows],
             self.unit,
             self.higher_is_better,
+            additive=self.additive,
         )
 
     def to_pandas(self) -> pd.DataFrame:

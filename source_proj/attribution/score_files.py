@@ -16,7 +16,7 @@ from source_proj._errors import extra
 from source_proj._io.outputs import write_output
 from source_proj._io.printable import csv_cell
 from source_proj.attribution.seals import SEAL
-from source_proj.attribution.words import id_word, plain_ids
+from source_proj.attribution.words import id_word, plain_ids, sign_of
 
 __all__ = [
     "FACTS", "Part", "id_words", "is_scores_array", "long_columns", "scores_facts", "write_scores_csv",
@@ -35,14 +35,14 @@ FACTS = frozenset({"query_ids", "train_ids", "unit", "sign", "higher_is_better"}
 
 
 def scores_facts(
-    query_ids: Sequence[Any], train_ids: Sequence[Any], unit: str, *, higher_is_better: bool
+    query_ids: Sequence[Any], train_ids: Sequence[Any], unit: str, *, higher_is_better: bool, additive: bool = True
 ) -> dict[str, Any]:
     """What is written with an array of scores, by the names of :data:`FACTS`."""
     return {
         "query_ids": plain_ids(query_ids),
         "train_ids": plain_ids(train_ids),
         "unit": unit,
-        "sign": "positive: including the example raised the measurement",
+        "sign": sign_of(unit, additive=additive),
         "higher_is_better": higher_is_better,
     }
 

@@ -23,6 +23,7 @@ from source_proj.attribution.ranking import strongest
 from source_proj.attribution.score_files import is_scores_array, scores_facts, write_scores_parquet
 from source_proj.attribution.stored_values import StoredValues, sealed_array_facts
 from source_proj.attribution.subsets import Subset, TrainingIds
+from source_proj.attribution.words import id_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,8 +45,8 @@ class Scores:
 
     Args:
         values: ``(Q, N)`` scores; a zarr array is read where it is asked for, and compared with what was written there.
-        query_ids: Q ids.
-        train_ids: N unique ids.
+        query_ids: Q ids; they may repeat.
+        train_ids: N ids, all of them different.
         unit: unit of the measurement, such as "logit margin".
         higher_is_better: whether a rise of the measurement is an improvement; "helpful" follows it.
         stage_sizes: sizes of the training sets of the stages, in order; default: one stage of N examples.
@@ -55,7 +56,8 @@ class Scores:
             each, of stages of those sizes.
 
     Raises:
-        ValueError: shapes, ids and sizes do not fit.
+        ValueError: shapes, ids and sizes do not fit, or a training id stands there twice.
+        TypeError: a training id is not hashable.
         MismatchError: an array that was written as scores is damaged; its values are compared when they are read.
 
     Example:
@@ -87,8 +89,8 @@ class Scores:
                 f"scores of shape {self._values.shape} do not fit {len(query_ids)} query ids "
                 f"and {len(train_ids)} training ids"
             )
-        self.query_ids = list(query_ids)
-        self.train_ids = list(train_ids)
+        self.query_ids = [id_of(given) for given in query_ids]  # lists, where they were read from JSON
+        self.train_ids = [id_of(given) for given in train_ids]
         self.unit = unit
         self.higher_is_better = higher_is_better
         self.additive = additive
@@ -279,7 +281,13 @@ class Scores:
         Raises:
             FileExistsError: something is there already that may not be overwritten.
         """
-        facts = scores_facts(self.query_ids, self.train_ids, self.unit, higher_is_better=self.higher_is_better)
+        facts = scores_facts(
+            self.query_ids,
+            self.train_ids,
+            self.unit,
+            higher_is_better=self.higher_is_better,
+            additive=self.additive,
+        )
         values = np.ascontiguousarray(self.values)
 
         def fill(folder: Path) -> None:  # a chunk that gets lost reads as NaN, a changed one as an error
@@ -337,7 +345,10 @@ class Scores:
         k = checked_count(k, len(self.train_ids))
         parts = [strongest(values, k, highest=highest) for _, values in self.row_blocks()]
         indices, best = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return make_hits(indices, best, self.train_ids, self.query_ids, self.unit, self.higher_is_better, self.shown)
+        return make_hits(
+            indices, best, self.train_ids, self.query_ids, self.unit, self.higher_is_better, self.shown,
+            additive=self.additive,
+        )  # fmt: skip
 
     def _totals(self) -> np.ndarray:
         """What all examples of each stage sum to, ``(Q, S)`` float64."""

@@ -19,11 +19,24 @@ class TrainingIds:
 
     Args:
         ids: N ids.
+
+    Raises:
+        ValueError: one stands there twice.
+        TypeError: one is not hashable.
     """
 
     def __init__(self, ids: Sequence[Any]) -> None:
         self._ids = ids
-        self._positions: dict[Any, int] | None = None
+        self._positions: dict[Any, int] = {}
+        for position, train_id in enumerate(ids):
+            try:
+                first = self._positions.setdefault(train_id, position)
+            except TypeError:
+                raise TypeError(f"training ids are hashable (numbers, strings, tuples), got {train_id!r}") from None
+            if first != position:
+                raise ValueError(
+                    f"training ids name one example each, and {train_id!r} stands at places {first} and {position}"
+                )
 
     def positions(self, subset: Subset) -> np.ndarray:
         """Where the examples of a subset are, ``(n,)`` int64.
@@ -37,10 +50,6 @@ class TrainingIds:
             if chosen.shape != (count,):
                 raise ValueError(f"a mask must have shape ({count},), got {chosen.shape}")
             return np.flatnonzero(chosen)
-        if self._positions is None:
-            self._positions = {train_id: position for position, train_id in enumerate(self._ids)}
-        if len(self._positions) != count:
-            raise ValueError("some training ids are repeated, so that ids name no subset: give a boolean mask")
         try:
             unknown = [train_id for train_id in chosen if train_id not in self._positions]
         except TypeError as error:

@@ -6,7 +6,18 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["TOWARDS", "explained", "id_of", "id_word", "mean_effect", "plain_id", "plain_ids", "signed", "toward"]
+__all__ = [
+    "TOWARDS",
+    "explained",
+    "id_of",
+    "id_word",
+    "mean_effect",
+    "plain_id",
+    "plain_ids",
+    "sign_of",
+    "signed",
+    "toward",
+]
 
 TOWARDS = {True: "helpful", False: "harmful"}
 
@@ -34,6 +45,18 @@ def explained(unit: str) -> str:
         return f"scores in units of the {unit}"
     begun = f"{unit[:-1]}; " if unit.endswith(")") else f"{unit} ("  # one pair of brackets
     return f"scores in units of the {begun}{_UNITS[unit]})"
+
+
+def sign_of(unit: str, *, additive: bool) -> str:
+    """What the sign of scores says.
+
+    Args:
+        unit: of the scores.
+        additive: whether they are changes of the measurement, and no similarities.
+    """
+    if additive:
+        return "positive: including the example raised the measurement"
+    return f"similarity ({unit}), no change of the measurement"
 
 
 def toward(score: float, higher_is_better: bool) -> str:

@@ -174,7 +174,7 @@ def facts_of(scored: Attributor | Scores) -> Facts:
         raise TypeError(f"give an attribution method, such as Source(bank), or scores, got {type(scored).__name__}")
     bank = scored.banks[0]
     population = Population.of_sizes([stage.n for stage in bank.stages])
-    return Facts(bank.ids, scored.unit, scored.task.higher_is_better, scored.additive, population)
+    return Facts(bank.ids, scored.unit, scored.higher_is_better, scored.additive, population)
 
 
 def score_blocks(scored: Attributor | Scores, queries: Any) -> tuple[int, Iterator[tuple[int, np.ndarray]]]:

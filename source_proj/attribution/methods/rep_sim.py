@@ -34,9 +34,9 @@ class RepSim(Attributor):
 
     (Hanawa et al., "Evaluation of Similarity-based Explanations", https://arxiv.org/abs/2006.04528; a rival of SOURCE
     in https://arxiv.org/abs/2405.12186.) A similarity in [-1, 1]: it ranks examples, but is no change of the
-    measurement, knows nothing of labels, and is not summed over subsets. Representations are no gradients, so that the
-    training data are read again: once for each bank, on first use, and compared with those that the bank was built
-    from. All N representations of a bank stay in memory.
+    measurement, knows nothing of labels, and is not summed over subsets; ``helpful`` lists those that are most alike.
+    Representations are no gradients, so that the training data are read again: once for each bank, on first use, and
+    compared with those that the bank was built from. All N representations of a bank stay in memory.
 
     Args:
         bank: a finalized bank, or a list of banks (scores are averaged).
@@ -98,6 +98,11 @@ class RepSim(Attributor):
     def unit(self) -> str:
         """Unit of the scores."""
         return "cosine"
+
+    @property
+    def higher_is_better(self) -> bool:
+        """True, whatever is measured: the helpful examples are those that are most alike."""
+        return True
 
     @cached_property
     def layer(self) -> str:
