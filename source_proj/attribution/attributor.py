@@ -28,9 +28,10 @@ from source_proj.attribution.query_models import QueryModels
 from source_proj.attribution.score_files import scores_facts
 from source_proj.attribution.scores import Scores
 from source_proj.attribution.streaming import QueryBlocks, checked_out, queries_per_block, stream_hits, stream_scores
+from source_proj.attribution.words import plain_ids
 from source_proj.bank import Bank
 from source_proj.task import Answers, Task
-from source_proj.trajectory import Checkpoint
+from source_proj.trajectory import Checkpoint, counts
 
 __all__ = ["Attributor", "Queries", "Term"]
 
@@ -96,7 +97,7 @@ class Attributor(ABC):
         if task is not None:
             resolve_task(self.banks[0], task)
         self._given_task = task
-        self.batch_size = batch_size
+        self.batch_size = counts.checked_count("batch_size", batch_size, 1)
         self.device = device
         self.executor = executor
         self.progress = progress
@@ -214,6 +215,8 @@ class Attributor(ABC):
     def query_blocks(self, queries: Queries) -> QueryBlocks:
         """The queries' features, block by block."""
         given = self._given(queries)
+        if given is not None:
+            plain_ids(given.ids)  # which are written at the end: refused now where they cannot be
         points = [len(self._query_points(bank)) for bank in self.banks]
         metrics = [len(self._query_metrics(bank)) for bank in self.banks]
         width = 4 * self.banks[0].sketch.dim * sum(p * m for p, m in zip(points, metrics, strict=True))

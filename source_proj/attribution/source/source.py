@@ -20,7 +20,6 @@ A segment l takes the query's sketch in its own metric to exp(-s (Ĥ_l + λ)) û
     h(σ) = (exp(-s σ) - 1)/σ,    C_{l→m} = (1/N) Σ_i (R P_m^½ a_i)(R P_l^½ a_i)ᵀ.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -32,8 +31,9 @@ from torch import Tensor, nn
 from source_proj._io.executors import Executor
 from source_proj._io.html import facts
 from source_proj._io.progress import Progress, progress_bar, shared_bar
+from source_proj.attribution.arguments import checked_number
 from source_proj.attribution.attributor import Queries, Term
-from source_proj.attribution.curvature import Curvature, Damping, check_damping, default_curvature
+from source_proj.attribution.curvature import Curvature, Damping, check_damping, default_curvature, require_curvature
 from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.hits import Shown
 from source_proj.attribution.operands import checked_rows
@@ -154,12 +154,11 @@ class Source(Diagnosing):
         }
         check_damping(damping)
         check_query_gradient(query_gradient)
-        if not 0 < time_scale < math.inf:
-            raise ValueError(f"time_scale must be a number > 0, got {time_scale!r}")
-        self.time_scale = float(time_scale)
+        self.time_scale = checked_number("time_scale", time_scale, above=0)
         self.memory = parse_memory(memory)
         self.query_gradient: QueryGradient | None = query_gradient
-        self.curvature: Curvature = curvature or default_curvature(self.banks)
+        self.curvature: Curvature = default_curvature(self.banks) if curvature is None else curvature
+        require_curvature(self.banks, self.curvature)
         self.damping: Damping = damping
         self.cache = cache
         self._groups = [stage_groups(own, segments) for own in self.banks]
