@@ -15,9 +15,9 @@ import torch
 import zarr
 from torch import Tensor, nn
 
-from source_proj._errors import MismatchError
 from source_proj._io.executors import Executor, check_executor
 from source_proj._io.progress import Progress
+from source_proj.attribution.ensembles import as_banks, require_one_training_set
 from source_proj.attribution.features import QueryFeatures, SketchedQueries, checked_features, subject_of
 from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
 from source_proj.attribution.hits_file import HitsFile
@@ -28,9 +28,10 @@ from source_proj.attribution.query_models import QueryModels
 from source_proj.attribution.score_files import scores_facts
 from source_proj.attribution.scores import Scores
 from source_proj.attribution.streaming import QueryBlocks, checked_out, queries_per_block, stream_hits, stream_scores
+from source_proj.attribution.words import plain_ids
 from source_proj.bank import Bank
 from source_proj.task import Answers, Task
-from source_proj.trajectory import Checkpoint
+from source_proj.trajectory import Checkpoint, counts
 
 __all__ = ["Attributor", "Queries", "Term"]
 
@@ -80,28 +81,15 @@ class Attributor(ABC):
         progress: Progress = True,
     ) -> None:
         check_executor(executor)
-        given: Any = bank
-        self.banks: tuple[Bank, ...] = tuple(given) if isinstance(given, tuple | list) else (given,)
-        if not self.banks:
-            raise ValueError("got an empty list of banks; give at least one")
+        self.banks = as_banks(bank)
         for member in self.banks:
-            _require_bank(member)
-            member.require_finalized()
             if member.captured and not self.takes_captured:
                 raise ValueError(
                     f"{type(self).__name__} needs gradients at a checkpoint, and the rows of {member.path} were "
                     "captured over whole segments of training: take Source or Hydra, or build the bank from checkpoints"
                 )
-            if member.ids != self.banks[0].ids:
-                raise MismatchError(
-                    f"the banks {self.banks[0].path} and {member.path} hold different training ids; "
-                    "an ensemble averages runs on one training set"
-                )
-            if member.task_spec != self.banks[0].task_spec:
-                raise MismatchError(
-                    "the banks of an ensemble measure different things: "
-                    f"{self.banks[0].task_spec} and {member.task_spec}"
-                )
+        self._compared: tuple[str, ...] = ()
+        self._compare_banks()
         self.model = model
         self._models = None if model is None else QueryModels(model, device)
         if model is not None:
@@ -109,7 +97,7 @@ class Attributor(ABC):
         if task is not None:
             resolve_task(self.banks[0], task)
         self._given_task = task
-        self.batch_size = batch_size
+        self.batch_size = counts.checked_count("batch_size", batch_size, 1)
         self.device = device
         self.executor = executor
         self.progress = progress
@@ -165,7 +153,7 @@ class Attributor(ABC):
         Args:
             queries: as for :meth:`score`.
             k: training examples of each query.
-            out: a .parquet file (query_id, train_id, rank, score) or .zarr folder to stream them to, as for
+            out: a .parquet file (a line a score) or .zarr folder to stream them to, as for
                 :meth:`score`.
             overwrite: replace hits that are there.
 
@@ -192,7 +180,7 @@ class Attributor(ABC):
         self, queries: Queries, k: int, out: str | Path | None = None, *, overwrite: bool = False
     ) -> Hits | HitsFile:
         """Return the k examples that improve each query most, in the task's own sense; see :meth:`top_k`."""
-        return self._listed(queries, k, out, highest=self.task.higher_is_better, overwrite=overwrite)
+        return self._listed(queries, k, out, highest=self.higher_is_better, overwrite=overwrite)
 
     @overload
     def harmful(self, queries: Queries, k: int, out: None = None, *, overwrite: bool = False) -> Hits: ...
@@ -202,7 +190,7 @@ class Attributor(ABC):
         self, queries: Queries, k: int, out: str | Path | None = None, *, overwrite: bool = False
     ) -> Hits | HitsFile:
         """Return the k examples that worsen each query most, in the task's own sense; see :meth:`top_k`."""
-        return self._listed(queries, k, out, highest=not self.task.higher_is_better, overwrite=overwrite)
+        return self._listed(queries, k, out, highest=not self.higher_is_better, overwrite=overwrite)
 
     def sketch(self, queries: Queries, ids: Sequence[Any] | None = None) -> SketchedQueries:
         """Compute the queries' features, one entry per bank; every verb takes them in place of the data.
@@ -227,6 +215,8 @@ class Attributor(ABC):
     def query_blocks(self, queries: Queries) -> QueryBlocks:
         """The queries' features, block by block."""
         given = self._given(queries)
+        if given is not None:
+            plain_ids(given.ids)  # which are written at the end: refused now where they cannot be
         points = [len(self._query_points(bank)) for bank in self.banks]
         metrics = [len(self._query_metrics(bank)) for bank in self.banks]
         width = 4 * self.banks[0].sketch.dim * sum(p * m for p, m in zip(points, metrics, strict=True))
@@ -238,16 +228,25 @@ class Attributor(ABC):
             source.n, size, sum(points), lambda span, progress: self._features(queries, None, span, progress)
         )
 
+    def _compare_banks(self) -> None:
+        """Refuse an ensemble whose banks differ, now: rows may have been appended to one of them since the last look.
+
+        Raises:
+            MismatchError, BankError: as for the class; a single bank may have become unfinished, too.
+        """
+        prints = tuple(bank.fingerprint for bank in self.banks)
+        if prints != self._compared:
+            require_one_training_set(self.banks)
+            self._compared = prints
+
     def _given(self, queries: Queries) -> SketchedQueries | None:
-        """Features that were given in place of data."""
+        """Features that were given in place of data; every verb that is asked something comes by here first."""
+        self._compare_banks()
         if isinstance(queries, QueryFeatures):
             queries = [queries]
         if isinstance(queries, list) and queries and all(isinstance(given, QueryFeatures) for given in queries):
-            sketches, subjects = (
-                map(self._sketch_spec, self.banks),
-                [subject_of(bank, self.task) for bank in self.banks],
-            )
-            return checked_features(queries, [*sketches], subjects)
+            subjects = [subject_of(bank, self.task) for bank in self.banks]
+            return checked_features(queries, [self._sketch_spec(bank) for bank in self.banks], subjects)
         return None
 
     def _features(
@@ -303,6 +302,11 @@ class Attributor(ABC):
         """Unit of the scores: the measurement's own."""
         return self.task.unit
 
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether high scores are of examples that helped: whether a rise of the measurement is an improvement."""
+        return self.task.higher_is_better
+
     # Inside ----------------------------------------------------------------------------------------------------
 
     def _shown(self, features: QueryFeatures | None = None) -> Shown:
@@ -314,7 +318,9 @@ class Attributor(ABC):
 
     def facts_of(self, query_ids: Sequence[Any]) -> dict[str, Any]:
         """What is written with scores and hits."""
-        return scores_facts(query_ids, self.banks[0].ids, self.unit, higher_is_better=self.task.higher_is_better)
+        return scores_facts(
+            query_ids, self.banks[0].ids, self.unit, higher_is_better=self.higher_is_better, additive=self.additive
+        )
 
     def _scores(
         self, values: np.ndarray | zarr.Array[Any], query_ids: Sequence[Any], features: QueryFeatures | None = None
@@ -324,7 +330,7 @@ class Attributor(ABC):
             query_ids,
             self.banks[0].ids,
             unit=self.unit,
-            higher_is_better=self.task.higher_is_better,
+            higher_is_better=self.higher_is_better,
             stage_sizes=[stage.n for stage in self.banks[0].stages],
             additive=self.additive,
             shown=self._shown(features),
@@ -368,6 +374,7 @@ class Attributor(ABC):
 
     def all_terms(self, features: SketchedQueries) -> list[Term]:
         """The terms of all banks' scores."""
+        self._compare_banks()
         return [term for bank, queried in zip(self.banks, features, strict=True) for term in self._terms(bank, queried)]
 
     def _listed(
@@ -382,16 +389,11 @@ class Attributor(ABC):
         features = self.sketch(queries)
         values, where = self.strongest_of(self.all_terms(features), len(features.ids), k, highest=highest)
         return make_hits(
-            where, values, self.banks[0].ids, features.ids, self.unit, self.task.higher_is_better,
-            self._shown(features[0]),
+            where, values, self.banks[0].ids, features.ids, self.unit, self.higher_is_better,
+            self._shown(features[0]), additive=self.additive,
         )  # fmt: skip
 
     def strongest_of(self, terms: list[Term], count: int, k: int, *, highest: bool) -> tuple[np.ndarray, np.ndarray]:
         """The k strongest scores of Q = count queries, and their rows, ``(Q, k)`` float32 and int64."""
         products = Products(terms, count, len(self.banks))
         return strongest_rows(products, self.banks[0], k, self.executor, highest=highest)
-
-
-def _require_bank(given: object) -> None:
-    if not isinstance(given, Bank):
-        raise TypeError(f"got {given!r} in the place of a bank: open it, source_proj.open({str(given)!r})")

@@ -10,13 +10,13 @@ For a segment, ``Ĥ = (1/N) Σ_i a_i a_iᵀ`` (mean over its checkpoints) with f
 The products of these factors are in `moments`, and functions of Ĥ in `spectral`.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from source_proj.attribution.arguments import checked_number
 from source_proj.attribution.shards import ShardGroup
 from source_proj.bank import Bank, EncodedBlock, RowBlock, StageBank
 
@@ -33,6 +33,7 @@ __all__ = [
     "iter_factors",
     "iter_stored_factors",
     "noise_floor",
+    "require_curvature",
 ]
 
 Curvature = Literal["empirical_fisher", "sampled_fisher", "gauss_newton"]
@@ -73,10 +74,13 @@ def check_damping(damping: Damping) -> None:
 
     Raises:
         ValueError: unless damping is ``"noise"``, None, or a number >= 0.
+        TypeError: it is of another type.
     """
-    valid = damping == "noise" if isinstance(damping, str) else damping is None or 0 <= damping < math.inf
-    if not valid:
-        raise ValueError(f"damping must be 'noise', None or a number >= 0, got {damping!r}")
+    if isinstance(damping, str):
+        if damping != "noise":
+            raise ValueError(f"damping must be 'noise', None or a number >= 0, got {damping!r}")
+    elif damping is not None:
+        checked_number("damping", damping, least=0, hint="'noise', None")
 
 
 def damping_value(damping: Damping, trace: float, dim: int, *, is_exact: bool) -> float:
@@ -95,7 +99,7 @@ def check_curvature(stage: StageBank, curvature: Factors) -> None:
         ValueError: there is none of this name, or it needs rows of sampled labels and there are none.
     """
     if curvature not in get_args(Factors):
-        raise ValueError(f"unknown curvature {curvature!r}; choose one of {', '.join(get_args(Curvature))}")
+        raise _unknown(curvature)
     if stage.captured:
         if curvature != stage.captured_kind:
             raise ValueError(
@@ -108,6 +112,19 @@ def check_curvature(stage: StageBank, curvature: Factors) -> None:
             "curvature 'sampled_fisher' needs rows of sampled labels, and this bank has none: "
             "build it with sampled_fisher=1 (or more draws), or choose 'empirical_fisher'"
         )
+
+
+def require_curvature(banks: Sequence[Bank], curvature: Curvature) -> None:
+    """Refuse a curvature that some stage of some banks does not offer; raises as :func:`check_curvature`."""
+    for bank in banks:
+        for stage in bank.stages:
+            check_curvature(stage, curvature)
+    if curvature not in get_args(Curvature):  # TRAK's kernel is none to choose
+        raise _unknown(curvature)
+
+
+def _unknown(curvature: object) -> ValueError:
+    return ValueError(f"unknown curvature {curvature!r}; choose one of {', '.join(get_args(Curvature))}")
 
 
 def count_factors(stage: StageBank, checkpoints: Sequence[int], curvature: Factors) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from source_proj._errors import MismatchError, MissingFileError
 from source_proj._io.loading import load_safetensors
 from source_proj._io.outputs import write_output
-from source_proj.attribution.words import plain_ids
+from source_proj.attribution.words import id_of, plain_ids
 from source_proj.bank import Bank
 from source_proj.bank.examples import Examples
 from source_proj.task import Answers, Task
@@ -198,7 +198,7 @@ def _read(path: Path) -> list[QueryFeatures]:
     return [
         QueryFeatures(
             _rows_of(tensors, f"{number}/rows/"),
-            [_as_id(given) for given in ids],
+            [id_of(given) for given in ids],
             sketch,
             None
             if padding is None
@@ -221,7 +221,3 @@ def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _as_id(given: Any) -> Any:
-    return tuple(map(_as_id, given)) if isinstance(given, Sequence) and not isinstance(given, str) else given

@@ -12,6 +12,7 @@ import numpy as np
 from source_proj._errors import extra
 from source_proj._io.html import tiles, wrapped
 from source_proj._io.printable import printable
+from source_proj.attribution.ranking import strongest
 from source_proj.attribution.words import explained, id_word, signed, toward
 from source_proj.bank.examples import Example, Examples
 from source_proj.task import Answers
@@ -94,6 +95,7 @@ class Hits:
         higher_is_better: whether a rise of the measurement is an improvement; "helpful" follows it.
         shown: what else is known of the examples.
         reranked: how scores were corrected; None where they are the bank's.
+        additive: whether scores are changes of the measurement, and no similarities.
     """
 
     ids: list[list[Any]]
@@ -104,6 +106,7 @@ class Hits:
     higher_is_better: bool = True
     shown: Shown = field(default=Shown(), repr=False, compare=False)
     reranked: Reranked | None = field(default=None, repr=False, compare=False)
+    additive: bool = True
 
     def __iter__(self) -> Iterator[tuple[Any, list[Hit]]]:
         """Yield ``(query id, [(training id, score), ...])`` for each query."""
@@ -206,7 +209,8 @@ class Hits:
 
     def __repr__(self) -> str:
         queries = f"{len(self)} {'query' if len(self) == 1 else 'queries'}"
-        return f"Hits({queries} x {self.k} training examples; +: including the example raised the {self.unit})"
+        meaning = f"including the example raised the {self.unit}" if self.additive else f"similarity ({self.unit})"
+        return f"Hits({queries} x {self.k} training examples; +: {meaning})"
 
     def __str__(self) -> str:
         """The first queries and their examples, a line each."""
@@ -250,11 +254,11 @@ class Hits:
 
     def _ordered(self, k: int | None, *, highest: bool) -> Hits:
         count = self.k if k is None else checked_count(k, self.k)
-        order = np.argsort(-self.scores if highest else self.scores, axis=1, kind="stable")[:, :count]
+        order, scores = strongest(self.scores, count, highest=highest)
         return replace(
             self,
             ids=[[ids[place] for place in row] for ids, row in zip(self.ids, order, strict=True)],
-            scores=np.take_along_axis(self.scores, order, axis=1),
+            scores=scores,
             indices=np.take_along_axis(self.indices, order, axis=1),
         )
 
@@ -300,7 +304,10 @@ def make_hits(
     unit: str,
     higher_is_better: bool = True,
     shown: Shown | None = None,
+    *,
+    additive: bool = True,
 ) -> Hits:
     """Attach ids and unit to the positions ``(Q, k)`` and scores ``(Q, k)`` of the strongest examples."""
     ids = [[train_ids[i] for i in row] for row in indices]
-    return Hits(ids, scores, indices.astype(np.int64), list(query_ids), unit, higher_is_better, shown or Shown())
+    where, known = indices.astype(np.int64), shown or Shown()
+    return Hits(ids, scores, where, list(query_ids), unit, higher_is_better, known, additive=additive)

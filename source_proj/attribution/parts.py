@@ -10,6 +10,7 @@ import numpy as np
 from source_proj._errors import extra
 from source_proj._io.html import escape, table, wrapped
 from source_proj.attribution.hits import Shown
+from source_proj.attribution.population import Population
 from source_proj.attribution.scores import Scores
 from source_proj.attribution.words import id_word, signed
 
@@ -35,6 +36,7 @@ class PartScores:
         higher_is_better: whether a rise of the measurement is an improvement.
         present: ``(P, N)`` bool, which parts an example has.
         shown: what else is known of the examples.
+        population: which training examples the N columns are, of which stages; None: all of one stage.
     """
 
     values: np.ndarray
@@ -45,6 +47,7 @@ class PartScores:
     higher_is_better: bool
     present: np.ndarray
     shown: Shown = field(default=Shown(), repr=False, compare=False)
+    population: Population | None = field(default=None, repr=False, compare=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,6 +75,7 @@ class PartScores:
             unit=self.unit,
             higher_is_better=self.higher_is_better,
             shown=self.shown,
+            population=self.population,
         )
 
     def to_numpy(self) -> np.ndarray:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
@@ -18,8 +17,13 @@ from source_proj._io.html import wrapped
 from source_proj._io.outputs import write_output_folder
 from source_proj._io.printable import printable
 from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
+from source_proj.attribution.population import Population
 from source_proj.attribution.predicted_change import PredictedChange
+from source_proj.attribution.ranking import strongest
 from source_proj.attribution.score_files import is_scores_array, scores_facts, write_scores_parquet
+from source_proj.attribution.stored_values import StoredValues, sealed_array_facts
+from source_proj.attribution.subsets import Subset, TrainingIds
+from source_proj.attribution.words import id_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,8 +32,6 @@ if TYPE_CHECKING:
     from source_proj.attribution.source.fidelity import Fidelity
 
 __all__ = ["Scores"]
-
-Subset = Sequence[Any] | np.ndarray | torch.Tensor
 
 _SHOWN = 3  # queries, and examples of each, in a notebook
 
@@ -42,14 +44,21 @@ class Scores:
     by ``-values[q, z]``.
 
     Args:
-        values: ``(Q, N)`` scores; a zarr array is read where it is asked for.
-        query_ids: Q ids.
-        train_ids: N unique ids.
+        values: ``(Q, N)`` scores; a zarr array is read where it is asked for, and compared with what was written there.
+        query_ids: Q ids; they may repeat.
+        train_ids: N ids, all of them different.
         unit: unit of the measurement, such as "logit margin".
         higher_is_better: whether a rise of the measurement is an improvement; "helpful" follows it.
         stage_sizes: sizes of the training sets of the stages, in order; default: one stage of N examples.
         additive: whether the scores are changes of the measurement (and so may be summed over a subset).
         shown: what else is known of the examples.
+        population: of scores that were made of others, which training examples the columns stand for; default: one
+            each, of stages of those sizes.
+
+    Raises:
+        ValueError: shapes, ids and sizes do not fit, or a training id stands there twice.
+        TypeError: a training id is not hashable.
+        MismatchError: an array that was written as scores is damaged; its values are compared when they are read.
 
     Example:
         >>> scores = Scores(np.array([[0.5, -0.25, 0.0]]), ["q"], ["a", "b", "c"], unit="logit margin")
@@ -72,22 +81,22 @@ class Scores:
         stage_sizes: Sequence[int] | None = None,
         additive: bool = True,
         shown: Shown | None = None,
+        population: Population | None = None,
     ) -> None:
-        values = values if isinstance(values, zarr.Array) else np.asarray(values)
-        if values.shape != (len(query_ids), len(train_ids)):
+        self._values = StoredValues(values) if isinstance(values, zarr.Array) else np.asarray(values)
+        if self._values.shape != (len(query_ids), len(train_ids)):
             raise ValueError(
-                f"scores of shape {values.shape} do not fit {len(query_ids)} query ids "
+                f"scores of shape {self._values.shape} do not fit {len(query_ids)} query ids "
                 f"and {len(train_ids)} training ids"
             )
-        self._values = values
-        self.query_ids = list(query_ids)
-        self.train_ids = list(train_ids)
+        self.query_ids = [id_of(given) for given in query_ids]  # lists, where they were read from JSON
+        self.train_ids = [id_of(given) for given in train_ids]
         self.unit = unit
         self.higher_is_better = higher_is_better
-        self.stage_sizes = tuple(stage_sizes) if stage_sizes is not None else (len(train_ids),)
         self.additive = additive
         self.shown = shown or Shown()
-        self._positions: dict[Any, int] | None = None
+        self._ids = TrainingIds(self.train_ids)
+        self._population = population or _whole(stage_sizes, len(train_ids))
         self._estimate: Callable[[], Fidelity] | None = None
 
     def attach_fidelity(self, estimate: Callable[[], Fidelity]) -> None:
@@ -107,6 +116,16 @@ class Scores:
         return {**self.__dict__, "_estimate": None}
 
     @property
+    def population(self) -> Population:
+        """Which training examples the columns stand for."""
+        return self._population
+
+    @property
+    def stage_sizes(self) -> tuple[int, ...]:
+        """Sizes of the training sets of the stages, in order."""
+        return self._population.sizes
+
+    @property
     def shape(self) -> tuple[int, int]:
         """``(Q, N)``."""
         queries, rows = self._values.shape
@@ -115,15 +134,15 @@ class Scores:
     @property
     def values(self) -> np.ndarray:
         """``(Q, N)``; of scores in a file, all of them are read."""
-        return self._values if isinstance(self._values, np.ndarray) else np.asarray(self._values[...])
+        return self._values if isinstance(self._values, np.ndarray) else self._values[:]
 
     def row_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Scores ``(q, N)`` block after block, each with the place of its first query; in memory they are one block."""
         if isinstance(self._values, np.ndarray):
             yield 0, self._values
             return
-        for start in range(0, len(self), self._values.chunks[0]):
-            yield start, np.asarray(self._values[start : start + self._values.chunks[0]])
+        for start in range(0, len(self), self._values.height):
+            yield start, self._values[start : start + self._values.height]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.values, dtype=dtype, copy=copy)
@@ -191,10 +210,19 @@ class Scores:
         groups = subset if isinstance(subset, Mapping) else {"group": subset}
         if not groups:
             raise ValueError("group got an empty mapping: name at least one group, as in {'name': training ids}")
-        sums = np.stack([self._sum(self._indices(members)) for members in groups.values()], axis=1)
-        shown = replace(self.shown, train=None)
+        columns = [self._ids.positions(members) for members in groups.values()]
+        members = tuple(self._population.examples(own) for own in columns)
+        sums = self._by_stage(columns)
+        totals = self._totals()  # of all scores, which groups do not keep
         return Scores(
-            sums, self.query_ids, list(groups), unit=self.unit, higher_is_better=self.higher_is_better, shown=shown
+            sums.sum(axis=2),
+            self.query_ids,
+            list(groups),
+            unit=self.unit,
+            higher_is_better=self.higher_is_better,
+            additive=self.additive,
+            shown=replace(self.shown, train=None),
+            population=replace(self._population, totals=totals, members=members, sums=sums),
         )
 
     def predict_removal(self, subset: Subset, *, renormalize: bool = False) -> PredictedChange:
@@ -215,19 +243,17 @@ class Scores:
             TypeError: if the subset is neither ids nor a mask.
         """
         self._require_additive("predict_removal")
-        removed = np.zeros(len(self.train_ids), dtype=bool)
-        removed[self._indices(subset)] = True
-        change = -self._sum(np.flatnonzero(removed))
+        columns = self._ids.positions(subset)
+        counts = self._population.counts(columns)
+        sums = self._by_stage([columns])[:, 0]  # (Q, S)
+        change = -sums.sum(axis=1)
         if renormalize:
-            stop = 0
-            for size in self.stage_sizes:
-                start, stop = stop, stop + size
-                gone = removed[start:stop]
-                n = int(gone.sum())
-                if n == size:
+            sizes = self._population.sizes
+            for n, size in zip(counts.tolist(), sizes, strict=True):
+                if n >= size:
                     raise ValueError(f"all {size} examples of a stage are removed; nothing is left to renormalize to")
-                change = change + n / (size - n) * self._sum(start + np.flatnonzero(~gone))
-        return PredictedChange(change, self.unit, "renormalized" if renormalize else "fixed 1/N", int(removed.sum()))
+            change = change + (self._totals() - sums) @ (counts / (np.array(sizes) - counts))
+        return PredictedChange(change, self.unit, "renormalized" if renormalize else "fixed 1/N", int(counts.sum()))
 
     def to_numpy(self) -> np.ndarray:
         """Return the values, ``(Q, N)`` float32."""
@@ -255,17 +281,23 @@ class Scores:
         Raises:
             FileExistsError: something is there already that may not be overwritten.
         """
-        attributes = scores_facts(self.query_ids, self.train_ids, self.unit, higher_is_better=self.higher_is_better)
+        facts = scores_facts(
+            self.query_ids,
+            self.train_ids,
+            self.unit,
+            higher_is_better=self.higher_is_better,
+            additive=self.additive,
+        )
         values = np.ascontiguousarray(self.values)
 
         def fill(folder: Path) -> None:  # a chunk that gets lost reads as NaN, a changed one as an error
-            zarr.create_array(
+            array = zarr.create_array(
                 store=str(folder),
                 data=values,
-                attributes=attributes,
                 fill_value=np.nan if values.dtype.kind == "f" else None,
                 compressors=[ZstdCodec(level=0), Crc32cCodec()],
             )
+            array.update_attributes(sealed_array_facts(facts, array))
 
         write_output_folder(Path(path), fill, overwrite=overwrite, replaceable=is_scores_array)
         return zarr.open_array(path, mode="r")
@@ -281,7 +313,7 @@ class Scores:
             FileExistsError: something is there that may not be overwritten.
         """
         k = len(self.train_ids)
-        parts = ((start, *_strongest(values, k, highest=True)) for start, values in self.row_blocks())
+        parts = ((start, *strongest(values, k, highest=True)) for start, values in self.row_blocks())
         write_scores_parquet(Path(path), parts, self.query_ids, self.train_ids, overwrite=overwrite)
 
     def corner(self, queries: int, examples: int) -> Scores:
@@ -294,6 +326,7 @@ class Scores:
             higher_is_better=self.higher_is_better,
             additive=self.additive,
             shown=self.shown,
+            population=self._population.corner(queries, examples, self._totals),
         )
 
     def _repr_html_(self) -> str:
@@ -310,72 +343,40 @@ class Scores:
 
     def _strongest(self, k: int, *, highest: bool) -> Hits:
         k = checked_count(k, len(self.train_ids))
-        parts = [_strongest(values, k, highest=highest) for _, values in self.row_blocks()]
+        parts = [strongest(values, k, highest=highest) for _, values in self.row_blocks()]
         indices, best = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return make_hits(indices, best, self.train_ids, self.query_ids, self.unit, self.higher_is_better, self.shown)
+        return make_hits(
+            indices, best, self.train_ids, self.query_ids, self.unit, self.higher_is_better, self.shown,
+            additive=self.additive,
+        )  # fmt: skip
 
-    def _indices(self, subset: Subset) -> np.ndarray:
-        chosen = _ids_or_mask(subset)
-        if isinstance(chosen, np.ndarray):
-            if chosen.shape != (len(self.train_ids),):
-                raise ValueError(f"a mask must have shape ({len(self.train_ids)},), got {chosen.shape}")
-            return np.flatnonzero(chosen)
-        if self._positions is None:
-            self._positions = {train_id: position for position, train_id in enumerate(self.train_ids)}
-        if len(self._positions) != len(self.train_ids):
-            raise ValueError("some training ids are repeated, so that ids name no subset: give a boolean mask")
-        try:
-            unknown = [train_id for train_id in chosen if train_id not in self._positions]
-        except TypeError as error:
-            raise TypeError(f"training ids are hashable (numbers, strings, tuples), got {chosen[:5]}") from error
-        if unknown:
-            raise ValueError(f"unknown training ids {unknown[:5]}; the first known ones are {self.train_ids[:5]}")
-        if len(set(chosen)) != len(chosen):
-            raise ValueError("a subset must name each training id once; some are repeated")
-        return np.array([self._positions[train_id] for train_id in chosen], dtype=np.int64)
+    def _totals(self) -> np.ndarray:
+        """What all examples of each stage sum to, ``(Q, S)`` float64."""
+        known = self._population.known_totals()
+        return self._sums(self._population.spans()) if known is None else known
 
-    def _sum(self, indices: np.ndarray) -> np.ndarray:
-        sums = [values[:, indices].sum(axis=1, dtype=np.float64) for _, values in self.row_blocks()]
-        return np.concatenate(sums)
+    def _by_stage(self, groups: Sequence[np.ndarray]) -> np.ndarray:
+        """Sums over groups of columns, by the stages of their examples, ``(Q, G, S)`` float64."""
+        population = self._population
+        if population.sums is not None:
+            return np.stack([population.sums[:, columns].sum(1) for columns in groups], axis=1)
+        sums = self._sums([own for columns in groups for own in population.by_stage(columns)])
+        return sums.reshape(len(self), len(groups), len(population.sizes))
 
-
-def _strongest(values: np.ndarray, k: int, *, highest: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and scores ``(q, k)`` of the strongest of each row."""
-    keys = -values if highest else values
-    indices = np.argpartition(keys, k - 1, axis=1)[:, :k]
-    indices.sort(axis=1)  # ties are broken by position
-    order = np.argsort(np.take_along_axis(keys, indices, axis=1), axis=1, kind="stable")
-    indices = np.take_along_axis(indices, order, axis=1)
-    return indices, np.take_along_axis(values, indices, axis=1)
+    def _sums(self, columns: Sequence[np.ndarray | slice]) -> np.ndarray:
+        """Sums over G lots of columns, ``(Q, G)`` float64, in one pass over the scores."""
+        parts = [
+            np.stack([values[:, own].sum(axis=1, dtype=np.float64) for own in columns], axis=1)
+            for _, values in self.row_blocks()
+        ]
+        return np.concatenate(parts or [np.empty((0, len(columns)))])
 
 
-def _ids_or_mask(subset: Subset) -> list[Any] | np.ndarray:
-    """Return a subset's ids as a list, or its mask as an array.
-
-    Raises:
-        TypeError: it is neither.
-    """
-    if isinstance(subset, torch.Tensor):
-        subset = subset.detach().cpu().numpy()
-    if isinstance(subset, np.ndarray):
-        if subset.dtype == bool:
-            return subset
-        subset = subset.tolist()
-    # The letters of a string, or the keys of a mapping, could pass for ids.
-    if isinstance(subset, (str, bytes, Mapping)) or not isinstance(subset, Iterable):
-        raise TypeError(
-            f"a subset is a sequence of training ids, or a boolean mask, got {subset!r}: give one id as [{subset!r}]"
-        )
-    chosen = [
-        entry.item() if isinstance(entry, np.bool_) or (isinstance(entry, torch.Tensor) and entry.ndim == 0) else entry
-        for entry in subset
-    ]
-    flags = [isinstance(entry, bool) for entry in chosen]
-    if not any(flags):
-        return chosen
-    if not all(flags):  # True would pass for the id 1
-        raise TypeError(f"a subset holds training ids, or is a boolean mask; this one mixes both: {chosen[:5]}")
-    return np.array(chosen, dtype=bool)
+def _whole(stage_sizes: Sequence[int] | None, count: int) -> Population:
+    sizes = [count] if stage_sizes is None else list(stage_sizes)
+    if sum(sizes) != count:
+        raise ValueError(f"stages of sizes {sizes} do not make {count} training examples")
+    return Population.of_sizes(sizes)
 
 
 def _labels(ids: Sequence[Any], name: str) -> pd.Index:

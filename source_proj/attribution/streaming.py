@@ -28,6 +28,7 @@ from source_proj.attribution.hits import checked_count
 from source_proj.attribution.hits_file import is_hits_folder, sealed_facts, write_hits
 from source_proj.attribution.products import Term
 from source_proj.attribution.score_files import is_scores_array
+from source_proj.attribution.stored_values import sealed_array_facts
 from source_proj.bank import Bank
 
 __all__ = ["QueryBlocks", "checked_out", "queries_per_block", "stream_hits", "stream_scores"]
@@ -130,7 +131,7 @@ def stream_scores(
                     array[first : first + len(values), start:stop] = values
                 _sync_rows(made.content, first, len(features.ids))
                 made.commit(number, digest)
-        array.update_attributes(method.facts_of(ids))
+        array.update_attributes(sealed_array_facts(method.facts_of(ids), array))
         sync_folder(made.content)
         name_folder(made.content, path, overwrite=overwrite, replaceable=is_scores_array)
     return zarr.open_array(path, mode="r"), ids

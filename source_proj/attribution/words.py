@@ -4,8 +4,20 @@ import math
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-__all__ = ["TOWARDS", "explained", "id_word", "plain_id", "plain_ids", "signed", "toward"]
+__all__ = [
+    "TOWARDS",
+    "explained",
+    "id_of",
+    "id_word",
+    "mean_effect",
+    "plain_id",
+    "plain_ids",
+    "sign_of",
+    "signed",
+    "toward",
+]
 
 TOWARDS = {True: "helpful", False: "harmful"}
 
@@ -33,6 +45,18 @@ def explained(unit: str) -> str:
         return f"scores in units of the {unit}"
     begun = f"{unit[:-1]}; " if unit.endswith(")") else f"{unit} ("  # one pair of brackets
     return f"scores in units of the {begun}{_UNITS[unit]})"
+
+
+def sign_of(unit: str, *, additive: bool) -> str:
+    """What the sign of scores says.
+
+    Args:
+        unit: of the scores.
+        additive: whether they are changes of the measurement, and no similarities.
+    """
+    if additive:
+        return "positive: including the example raised the measurement"
+    return f"similarity ({unit}), no change of the measurement"
 
 
 def toward(score: float, higher_is_better: bool) -> str:
@@ -65,16 +89,64 @@ def signed(value: float, minus: str = "-") -> str:
     return (minus if value < 0 else "+") + text
 
 
+def mean_effect(unit: str, queries: int, size: str, *, additive: bool) -> str:
+    """What an example did to some queries on average.
+
+    Args:
+        unit: of the scores.
+        queries: how many they are.
+        size: the mean, as text.
+        additive: whether scores are changes of the measurement, and no similarities.
+
+    Example:
+        >>> mean_effect("logit margin", 3, "+0.5", additive=True), mean_effect("cosine", 3, "+0.5", additive=False)
+        ('including it changed the mean logit margin of 3 queries by +0.5', 'its mean cosine with 3 queries is +0.5')
+    """
+    unit = unit.removeprefix("mean ")
+    if additive:
+        return f"including it changed the mean {unit} of {queries} queries by {size}"
+    return f"its mean {unit} with {queries} queries is {size}"
+
+
 def plain_id(given: Any) -> Any:
-    """An id as JSON can hold it."""
-    return given.item() if isinstance(given, np.generic) else list(given) if isinstance(given, tuple) else given
+    """An id as JSON can hold it, from which :func:`id_of` makes it again.
+
+    Raises:
+        TypeError: it is no number, string, or tuple of such.
+
+    Example:
+        >>> plain_id(("fine", np.int64(2))), id_of(["fine", 2])
+        (['fine', 2], ('fine', 2))
+    """
+    given = _plain_number(given)
+    if isinstance(given, tuple):
+        return [plain_id(part) for part in given]
+    if given is None or isinstance(given, str | int | float):
+        return given
+    raise TypeError(
+        f"an id in a file is a number, a string, or a tuple of such, got {given!r} of type {type(given).__name__}: "
+        "give ids of those kinds, ids="
+    )
 
 
 def plain_ids(ids: Any) -> list[Any]:
-    """Ids as JSON can hold them."""
+    """Ids as JSON can hold them; raises as :func:`plain_id`."""
     return [plain_id(given) for given in ids]
+
+
+def id_of(plain: Any) -> Any:
+    """The id that :func:`plain_id` made this of."""
+    return tuple(map(id_of, plain)) if isinstance(plain, list) else plain
 
 
 def id_word(given: Any) -> Any:
     """An id in one word: (stage, id) becomes stage/id."""
-    return "/".join(map(str, given)) if isinstance(given, tuple) else plain_id(given)
+    if isinstance(given, tuple):
+        return "/".join(map(str, given))
+    return _plain_number(given)
+
+
+def _plain_number(given: Any) -> Any:
+    """A number of NumPy or torch as Python's own; all else as it is."""
+    is_number = isinstance(given, np.generic) or (isinstance(given, Tensor) and given.ndim == 0)
+    return given.item() if is_number else given

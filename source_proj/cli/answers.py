@@ -16,12 +16,10 @@ from source_proj._io.printable import csv_cell
 from source_proj.attribution.hits import Hits
 from source_proj.attribution.score_files import FACTS, is_scores_array
 from source_proj.attribution.scores import Scores
-from source_proj.attribution.words import TOWARDS, explained, id_word, plain_id, toward
+from source_proj.attribution.words import TOWARDS, explained, id_word, plain_id, sign_of, toward
 from source_proj.bank.examples import Example
 
-__all__ = ["SIGN", "Answer", "require_folder", "scores_writer"]
-
-SIGN = "positive: including the example raised the measurement"
+__all__ = ["Answer", "require_folder", "scores_writer"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Answer:
     def text(self, queries: int | None = None) -> str:
         """Lines for people; of the first queries only, where a number is given."""
         hits = self.any
-        lines = [f"{explained(hits.unit)}; +: including the example raised it"]
+        lines = [f"{explained(hits.unit)}{'; +: including the example raised it' if hits.additive else ''}"]
         lines += [f"{name}: {listed.reranked}" for name, listed in self.lists.items() if listed.reranked is not None]
         for query in range(len(hits) if queries is None else min(queries, len(hits))):
             lines.append("")
@@ -63,7 +61,8 @@ class Answer:
                 {"query": plain_id(hits.query_ids[query]), **_known(hits.query_example(query)),
                  "train": _entries(main, query), **(lists if len(lists) > 1 else {})}
             )  # fmt: skip
-        return {"unit": hits.unit, "unit_in_words": explained(hits.unit), "sign": SIGN,
+        sign = sign_of(hits.unit, additive=hits.additive)
+        return {"unit": hits.unit, "unit_in_words": explained(hits.unit), "sign": sign,
                 "higher_is_better": hits.higher_is_better, "method": self.method,
                 **({"reranked": reranked} if reranked else {}), "queries": queries}  # fmt: skip
 
@@ -115,7 +114,7 @@ def _write_npy(scores: Scores, out: Path, overwrite: bool) -> None:
         "query_ids": [id_word(query_id) for query_id in scores.query_ids],
         "train_ids": [id_word(train_id) for train_id in scores.train_ids],
         "unit": scores.unit,
-        "sign": SIGN,
+        "sign": sign_of(scores.unit, additive=scores.additive),
         "higher_is_better": scores.higher_is_better,
     }
     words = json.dumps(facts).encode()

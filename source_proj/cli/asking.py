@@ -20,10 +20,11 @@ from source_proj.attribution.methods import (
 )
 from source_proj.attribution.source import Source
 from source_proj.attribution.streaming import checked_out, stream_hits
+from source_proj.attribution.words import sign_of
 from source_proj.bank import Bank
 from source_proj.bank import open as open_bank
 from source_proj.bank.examples import Examples
-from source_proj.cli.answers import SIGN, require_folder
+from source_proj.cli.answers import require_folder
 from source_proj.cli.options import Method
 from source_proj.cli.parsing import load_object, make_task, parse_damping, parse_picture, parse_segments, parse_target
 from source_proj.cli.text import ask_about, own_queries, training_texts
@@ -130,10 +131,11 @@ def check_one_list(options: Mapping[str, Any]) -> None:
 def stream_list(method: Attributor, queries: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """Stream the list that was named to ``--out``; return what is to be said of it."""
     named, k, out = "lowest" if options["lowest"] else options["most"].value, options["k"], options["out"]
-    highest = named != "lowest" and (named == "helpful") == method.task.higher_is_better
+    highest = named != "lowest" and (named == "helpful") == method.higher_is_better
     count = stream_hits(method, queries, k, out, highest=highest, overwrite=options["overwrite"])
-    return {"out": out, "queries": count, "k": k, "list": named, "unit": method.unit, "sign": SIGN,
-            "higher_is_better": method.task.higher_is_better, "method": options["method"].value}  # fmt: skip
+    sign = sign_of(method.unit, additive=method.additive)
+    return {"out": out, "queries": count, "k": k, "list": named, "unit": method.unit, "sign": sign,
+            "higher_is_better": method.higher_is_better, "method": options["method"].value}  # fmt: skip
 
 
 def _method_options(method: Method, options: Mapping[str, Any]) -> dict[str, Any]:

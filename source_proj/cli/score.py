@@ -182,7 +182,8 @@ def score(
     json: Json = False,
 ) -> None:
     """Write the scores of all training examples for all queries, and show the first queries' strongest."""
-    from source_proj.cli.answers import SIGN, Answer, scores_writer
+    from source_proj.attribution.words import sign_of
+    from source_proj.cli.answers import Answer, scores_writer
     from source_proj.cli.asking import ask
     from source_proj.cli.executors import executor_of
 
@@ -195,10 +196,11 @@ def score(
         scores = asked.score(data_of_queries)
         write(scores)
     count, rows = scores.shape
+    sign = sign_of(scores.unit, additive=scores.additive)
     if json:
-        emit({"out": out, "queries": count, "train": rows, "unit": scores.unit, "sign": SIGN, "method": method.value})
+        emit({"out": out, "queries": count, "train": rows, "unit": scores.unit, "sign": sign, "method": method.value})
         return
-    say(f"{out}: {count} queries x {rows} training examples, in units of the {scores.unit}; {SIGN}")
+    say(f"{out}: {count} queries x {rows} training examples, in units of the {scores.unit}; {sign}")
     k = min(_PREVIEW, rows)
     first = scores.corner(_PREVIEW, rows)
     lists = {"helpful": first.helpful(k), "harmful": first.harmful(k)}
@@ -257,7 +259,7 @@ def top_k(
 ) -> None:
     """Show the training examples that helped and harmed each query most, with what is known of them."""
     from source_proj._io.outputs import require_free
-    from source_proj.cli.answers import SIGN, Answer, require_folder
+    from source_proj.cli.answers import Answer, require_folder
     from source_proj.cli.asking import ask, check_one_list, stream_list, verbs_of
     from source_proj.cli.executors import executor_of
 
@@ -275,7 +277,10 @@ def top_k(
         if json:
             emit(facts)
         else:
-            say(f"{out}: {facts['queries']} queries x {k} training examples, in units of the {facts['unit']}; {SIGN}")
+            say(
+                f"{out}: {facts['queries']} queries x {k} training examples, in units of the {facts['unit']}; "
+                f"{facts['sign']}"
+            )
         return
     verbs = verbs_of(asked, data_of_queries, k, rerank)
     wanted = ["lowest"] if lowest else ["helpful", "harmful"] if most is None else [most.value]

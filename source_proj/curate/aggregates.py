@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from source_proj._errors import MismatchError, extra
 from source_proj.attribution.attributor import Attributor
 from source_proj.attribution.features import SketchedQueries
+from source_proj.attribution.population import Population
 from source_proj.attribution.scores import Scores
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ class Aggregate:
         train_ids: N ids.
         unit: unit of the measurement.
         higher_is_better: whether a rise of the measurement is an improvement.
+        additive: whether scores are changes of the measurement, and no similarities.
+        population: which training examples the N columns stand for; None: all of one stage.
     """
 
     groups: list[Any]
@@ -48,6 +52,8 @@ class Aggregate:
     train_ids: list[Any]
     unit: str
     higher_is_better: bool
+    additive: bool = True
+    population: Population | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         names = "1 group" if len(self.groups) == 1 else f"{len(self.groups)} groups"
@@ -61,8 +67,14 @@ class Aggregate:
     def to_scores(self) -> Scores:
         """The means as scores of G queries, the groups."""
         return Scores(
-            self.mean, self.groups, self.train_ids, unit=self.unit, higher_is_better=self.higher_is_better
-        )  # fmt: skip
+            self.mean,
+            self.groups,
+            self.train_ids,
+            unit=self.unit,
+            higher_is_better=self.higher_is_better,
+            additive=self.additive,
+            population=self.population,
+        )
 
     def to_pandas(self) -> pd.DataFrame:
         """A row for each group and example: ``group``, ``id``, ``mean``, ``error``, ``worsened`` (``pandas`` extra)."""
@@ -132,24 +144,37 @@ def aggregate(
     with np.errstate(divide="ignore", invalid="ignore"):
         bessel = np.where(sizes > 1, sizes / (sizes - 1), np.nan)
     error = np.sqrt(bessel[:, None] * np.maximum(spread, 0)) / sums[:, None]
-    return Aggregate(names, sizes, mean, error, worsened / sizes[:, None], *facts)
+    population = facts.population.averaged(partial(_mean, weight=weight, member=member, sums=sums))
+    return Aggregate(names, sizes, mean, error, worsened / sizes[:, None], *facts[:-1], population)
+
+
+def _mean(values: np.ndarray, *, weight: np.ndarray, member: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """Weighted means of ``(Q, …)`` over each of G groups of queries, ``(G, …)`` float64."""
+    wide = tuple(range(1, values.ndim))
+    total = np.zeros((len(sums), *values.shape[1:]))
+    np.add.at(total, member, values * np.expand_dims(weight, wide))
+    return np.asarray(total / np.expand_dims(sums, wide))
 
 
 class Facts(NamedTuple):
-    """What scores are of: N training ids, the unit, and which direction is better."""
+    """What scores are of: N training ids, the unit, and so on; see :class:`Aggregate`."""
 
     train_ids: list[Any]
     unit: str
     higher_is_better: bool
+    additive: bool
+    population: Population
 
 
 def facts_of(scored: Attributor | Scores) -> Facts:
     """The facts of a method's scores, or of scores."""
     if isinstance(scored, Scores):
-        return Facts(scored.train_ids, scored.unit, scored.higher_is_better)
+        return Facts(scored.train_ids, scored.unit, scored.higher_is_better, scored.additive, scored.population)
     if not isinstance(scored, Attributor):
         raise TypeError(f"give an attribution method, such as Source(bank), or scores, got {type(scored).__name__}")
-    return Facts(scored.banks[0].ids, scored.unit, scored.task.higher_is_better)
+    bank = scored.banks[0]
+    population = Population.of_sizes([stage.n for stage in bank.stages])
+    return Facts(bank.ids, scored.unit, scored.higher_is_better, scored.additive, population)
 
 
 def score_blocks(scored: Attributor | Scores, queries: Any) -> tuple[int, Iterator[tuple[int, np.ndarray]]]:

@@ -15,7 +15,7 @@ from source_proj._errors import MismatchError, SourceProjError, extra
 from source_proj._io.html import escape, table, wrapped
 from source_proj._io.outputs import require_free, write_output
 from source_proj._io.printable import printable
-from source_proj.attribution.words import id_word
+from source_proj.attribution.words import id_of, id_word, plain_ids
 from source_proj.curate.files import write_kept
 from source_proj.curate.kept import annotate, take
 
@@ -252,15 +252,16 @@ class Cleaning:
 
         Raises:
             FileExistsError: something is there that may not be overwritten.
+            TypeError: an id is no number, string, or tuple of such.
         """
         content = {
             "format": _FORMAT,
             "what": self.what,
             "selects": self.selects,
-            "ids": [list(its_id) if isinstance(its_id, tuple) else its_id for its_id in self.ids],
+            "ids": plain_ids(self.ids),
             "reasons": self.reasons,
             "values": {name: np.asarray(column).tolist() for name, column in self.values.items()},
-            "train_ids": [list(its_id) if isinstance(its_id, tuple) else its_id for its_id in self.train_ids],
+            "train_ids": plain_ids(self.train_ids),
         }
         encoded = json.dumps(content, indent=1).encode()
         require_free(Path(path), overwrite=overwrite)
@@ -279,10 +280,10 @@ class Cleaning:
                 raise ValueError(f"it says {content['format']!r} and not {_FORMAT!r}")
             return cls(
                 str(content["what"]),
-                [_hashable(its_id) for its_id in content["ids"]],
+                [id_of(its_id) for its_id in content["ids"]],
                 [str(reason) for reason in content["reasons"]],
                 {str(name): np.asarray(column) for name, column in content["values"].items()},
-                [_hashable(its_id) for its_id in content["train_ids"]],
+                [id_of(its_id) for its_id in content["train_ids"]],
                 bool(content["selects"]),
             )
         except (ValueError, TypeError, KeyError, AttributeError, MismatchError) as error:
@@ -295,7 +296,3 @@ class Cleaning:
         stages = {entry[0] for entry in self.train_ids if isinstance(entry, tuple)}
         if stages:
             raise ValueError(f"the training set has the stages {sorted(stages)}: take one by of_stage(name)")
-
-
-def _hashable(its_id: Any) -> Any:
-    return tuple(its_id) if isinstance(its_id, list) else its_id

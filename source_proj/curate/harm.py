@@ -10,6 +10,7 @@ import torch
 
 from source_proj._errors import MismatchError
 from source_proj.attribution.hits import checked_count
+from source_proj.attribution.words import mean_effect
 from source_proj.curate.aggregates import Aggregate
 from source_proj.curate.cleaning import Cleaning
 
@@ -136,10 +137,14 @@ def _over_groups(aggregated: Aggregate) -> tuple[np.ndarray, np.ndarray, np.ndar
 def _named(what: str, aggregated: Aggregate, chosen: np.ndarray) -> Cleaning:
     benefit, error, worsened = (column[chosen] for column in _over_groups(aggregated))
     score = benefit if aggregated.higher_is_better else -benefit
-    queries, unit = int(aggregated.sizes.sum()), aggregated.unit.removeprefix("mean ")
+    queries, additive = int(aggregated.sizes.sum()), aggregated.additive
+    verdict = "and worsened {:.0%} of them" if additive else "on the harmful side for {:.0%} of them"
     reasons = [
-        f"including it changed the mean {unit} of {queries} queries by {mean:+.3g}"
-        f"{'' if np.isnan(spread) else f' ± {spread:.2g}'}, and worsened {share:.0%} of them"
+        mean_effect(
+            aggregated.unit, queries, f"{mean:+.3g}{'' if np.isnan(spread) else f' ± {spread:.2g}'}", additive=additive
+        )
+        + ", "
+        + verdict.format(share)
         for mean, spread, share in zip(score, error, worsened, strict=True)
     ]
     return Cleaning(

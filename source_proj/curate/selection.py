@@ -12,6 +12,7 @@ from source_proj._errors import MismatchError
 from source_proj.attribution.attributor import Attributor
 from source_proj.attribution.hits import checked_count
 from source_proj.attribution.scores import Scores
+from source_proj.attribution.words import mean_effect
 from source_proj.curate.aggregates import facts_of, score_blocks
 from source_proj.curate.cleaning import Cleaning
 from source_proj.curate.harm import Labels, beyond_chance, class_quotas, within_quotas
@@ -79,9 +80,8 @@ def select(
         [chosen, within_quotas(rest, member, quota - np.bincount(member[chosen], minlength=len(quota)))]
     )
     score = effects.double().mean(0).numpy()[chosen]
-    unit = facts.unit.removeprefix("mean ")
     reasons = [
-        f"chosen {place} of {count}: including it changed the mean {unit} of {queried} queries by {value:+.3g}"
+        f"chosen {place} of {count}: {mean_effect(facts.unit, queried, f'{value:+.3g}', additive=facts.additive)}"
         for place, value in enumerate(score, start=1)
     ]
     ids = [facts.train_ids[place] for place in chosen]

@@ -68,7 +68,7 @@ class CaptumInfluence:
         Raises:
             ValueError: entries of a batch have different numbers of examples; else as :meth:`Attributor.score`.
         """
-        queries, improves = as_queries(inputs), self.attributor.task.higher_is_better
+        queries, improves = as_queries(inputs), self.attributor.higher_is_better
         sign = 1 if improves else -1
         if k is None:
             return torch.from_numpy(np.asarray(self.attributor.score(queries).to_numpy(), np.float32)) * sign

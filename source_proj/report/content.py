@@ -105,6 +105,7 @@ class Page:
         checks: claims held against retraining.
         check_title: which query the checks are about.
         higher_is_better: whether a rise of the measurement is an improvement.
+        additive: whether scores are changes of the measurement, and no similarities.
     """
 
     title: str
@@ -116,6 +117,7 @@ class Page:
     checks: tuple[Check, ...] = ()
     check_title: str = ""
     higher_is_better: bool = True
+    additive: bool = True
 
     def _repr_html_(self) -> str:
         """The first queries with their strongest examples, for notebooks; ``write_report`` has it all."""

@@ -93,7 +93,9 @@ def make_page(
         for query, id in enumerate(scores.query_ids)
     )
     names = () if parts is None else parts.names
-    return Page(title, scores.unit, sections, segments=names, higher_is_better=scores.higher_is_better)
+    return Page(
+        title, scores.unit, sections, segments=names, higher_is_better=scores.higher_is_better, additive=scores.additive
+    )
 
 
 def _strongest(
@@ -141,7 +143,9 @@ def make_hits_page(title: str, lists: Mapping[str, Hits], facts: Sequence[tuple[
     sections = tuple(
         QuerySection(hits.query_example(query), listed(query, True), listed(query, False)) for query in range(len(hits))
     )
-    return Page(title, hits.unit, sections, facts=tuple(facts), higher_is_better=hits.higher_is_better)
+    return Page(
+        title, hits.unit, sections, facts=tuple(facts), higher_is_better=hits.higher_is_better, additive=hits.additive
+    )
 
 
 def render(page: Page) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -28,15 +29,16 @@ def split_segments(count: int, segments: Segments) -> list[list[int]]:
         >>> split_segments(3, [[0], [1, 2]])
         [[0], [1, 2]]
     """
-    if isinstance(segments, int):
-        if isinstance(segments, bool) or not 1 <= segments <= count:
+    number = _number(segments)
+    if number is not None:
+        if isinstance(segments, bool) or not 1 <= number <= count:
             raise ValueError(f"{count} checkpoints can be cut into 1 to {count} segments, got segments={segments}")
-        short, longer = divmod(count, segments)
-        ends = accumulate([short + (i < longer) for i in range(segments)], initial=0)
+        short, longer = divmod(count, number)
+        ends = accumulate([short + (i < longer) for i in range(number)], initial=0)
         return [list(range(begin, end)) for begin, end in pairwise(ends)]
-    if not all(isinstance(group, Sequence) and not isinstance(group, str) for group in segments):
+    if isinstance(segments, int) or not all(map(_is_list, [segments, *(segments if _is_list(segments) else [])])):
         raise TypeError(
-            f"segments must be a number, or lists of checkpoint indices such as [[0, 1], [2]]: {segments!r}"
+            f"segments must be a whole number, or lists of checkpoint indices such as [[0, 1], [2]]: got {segments!r}"
         )
     groups = [list(group) for group in segments]
     if [] in groups:
@@ -53,3 +55,15 @@ def split_segments(count: int, segments: Segments) -> list[list[int]]:
             f"segments {groups} leave out the checkpoints from {named} to {count - 1}: give each its place"
         )
     return [[int(index) for index in group] for group in groups]
+
+
+def _is_list(given: object) -> bool:
+    return isinstance(given, Sequence) and not isinstance(given, str)
+
+
+def _number(segments: object) -> int | None:
+    """A whole number of any type, as an int; None for all else."""
+    try:
+        return operator.index(segments)  # type: ignore[arg-type]
+    except TypeError:
+        return None

@@ -107,11 +107,16 @@ def test_a_mask_among_ids_is_refused():
         scores.group([[0], [1]])
 
 
-def test_ids_that_are_repeated_name_no_subset():
-    scores = Scores(np.arange(3.0)[None], [0], ["a", "a", "b"], unit="loss")
-    with pytest.raises(ValueError, match="give a boolean mask"):
-        scores.group(["a"])
-    assert scores.group([True, False, True]).values.tolist() == [[2.0]]
+@given(n=st.integers(2, 9), data=st.data())
+def test_training_ids_that_are_repeated_are_refused_by_name(n, data):
+    ids = [f"z{i}" for i in range(n)]
+    first, second = sorted(data.draw(st.lists(st.integers(0, n - 1), min_size=2, max_size=2, unique=True)))
+    ids[second] = ids[first]
+    with pytest.raises(ValueError, match=f"and 'z{first}' stands at places {first} and {second}"):
+        Scores(np.zeros((2, n)), [0, 0], ids, unit="loss")
+    assert Scores(np.zeros((2, n)), [0, 0], range(n), unit="loss").query_ids == [0, 0]
+    with pytest.raises(TypeError, match=r"training ids are hashable .* got {'a': 1}"):
+        Scores(np.zeros((1, 1)), [0], [{"a": 1}], unit="loss")
 
 
 def test_no_groups_are_refused():

@@ -52,6 +52,17 @@ def test_saved_and_loaded_it_is_the_same(tmp_path_factory, named, selects, kind)
     cleaning.save(file, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    "ids", [list(np.arange(3)), [("a", np.int64(i)) for i in range(3)], [("a", ("b", i)) for i in range(3)]]
+)
+def test_ids_of_a_saved_cleaning_are_those_that_were_named(tmp_path, ids):
+    cleaning = cleaning_of([2, 0], 3, ids=ids)
+    cleaning.save(tmp_path / "list.json")
+    loaded = Cleaning.load(tmp_path / "list.json")
+    assert (loaded.ids, loaded.train_ids) == (cleaning.ids, ids)
+    assert loaded.dropped.tolist() == [0, 2]
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "other"}', '{"format": "source-proj cleaning 1"}'])
 def test_what_is_no_list_is_refused(content, tmp_path):
     (tmp_path / "list.json").write_text(content)

@@ -108,6 +108,11 @@ def test_parts_of_a_training_sequence_by_token_add_up_to_its_score(tmp_path, red
     scale = float(np.abs(parts.values).max()) * len(parts.values)
     total = torch.as_tensor(parts.total().to_numpy())
     torch.testing.assert_close(total, whole[:, [4, 1]], rtol=0, atol=1e-5 * scale)
+    changes = [
+        scores.predict_removal(ids, renormalize=True).values
+        for scores, ids in ((parts.total(), [0, 1]), (source.score(data[:3]), [4, 1]))
+    ]
+    np.testing.assert_allclose(changes[0], changes[1], atol=1e-5 * scale)
     named = source.by_token(data[:3], [data[4]], stage="train").total()
     torch.testing.assert_close(torch.as_tensor(named.to_numpy()[:, 0]), total[:, 0], rtol=0, atol=1e-6 * scale)
 

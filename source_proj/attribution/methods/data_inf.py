@@ -1,6 +1,5 @@
 """DataInf: influence functions whose inverse is a mean of inverses, one an example, each in closed form."""
 
-import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 
@@ -9,8 +8,9 @@ from torch import Tensor, nn
 
 from source_proj._io.executors import Executor
 from source_proj._io.progress import Progress
+from source_proj.attribution.arguments import checked_number
 from source_proj.attribution.attributor import Attributor, Term
-from source_proj.attribution.curvature import Curvature, count_factors, iter_factors
+from source_proj.attribution.curvature import Curvature, count_factors, iter_factors, require_curvature
 from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.moments import add_up
 from source_proj.attribution.operands import StageOperands, encoded_gradients
@@ -89,10 +89,9 @@ class DataInf(Attributor):
         super().__init__(
             bank, model=model, task=task, batch_size=batch_size, device=device, executor=executor, progress=progress
         )
-        if not 0 < damping_factor < math.inf:
-            raise ValueError(f"damping_factor must be a number > 0, such as the paper's 0.1, got {damping_factor!r}")
+        require_curvature(self.banks, curvature)
         self.curvature: Curvature = curvature
-        self.damping_factor = damping_factor
+        self.damping_factor = checked_number("damping_factor", damping_factor, above=0)
 
     def _query_metrics(self, bank: Bank) -> list[int]:
         return [bank.stages[-1].metric(-1)]

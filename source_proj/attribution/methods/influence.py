@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from source_proj._io.executors import Executor
 from source_proj._io.progress import Progress
 from source_proj.attribution.attributor import Attributor, Term
-from source_proj.attribution.curvature import Curvature, Damping, check_damping, damping_value, default_curvature
+from source_proj.attribution.curvature import (
+    Curvature,
+    Damping,
+    check_damping,
+    damping_value,
+    default_curvature,
+    require_curvature,
+)
 from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.fits import Fit, fitted_hessian
 from source_proj.attribution.operands import StageOperands, encoded_gradients
@@ -73,7 +80,8 @@ class InfluenceFunction(Attributor):
         check_query_gradient(query_gradient)
         self.query_gradient: QueryGradient | None = query_gradient if average else query_gradient or "final"
         self.average = average
-        self.curvature: Curvature = curvature or default_curvature(self.banks)
+        self.curvature: Curvature = default_curvature(self.banks) if curvature is None else curvature
+        require_curvature(self.banks, self.curvature)
         self.damping: Damping = damping
         self.cache = cache
 

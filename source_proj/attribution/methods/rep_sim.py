@@ -34,9 +34,9 @@ class RepSim(Attributor):
 
     (Hanawa et al., "Evaluation of Similarity-based Explanations", https://arxiv.org/abs/2006.04528; a rival of SOURCE
     in https://arxiv.org/abs/2405.12186.) A similarity in [-1, 1]: it ranks examples, but is no change of the
-    measurement, knows nothing of labels, and is not summed over subsets. Representations are no gradients, so that the
-    training data are read again: once for each bank, on first use, and compared with those that the bank was built
-    from. All N representations of a bank stay in memory.
+    measurement, knows nothing of labels, and is not summed over subsets; ``helpful`` lists those that are most alike.
+    Representations are no gradients, so that the training data are read again: once for each bank, on first use, and
+    compared with those that the bank was built from. All N representations of a bank stay in memory.
 
     Args:
         bank: a finalized bank, or a list of banks (scores are averaged).
@@ -98,6 +98,11 @@ class RepSim(Attributor):
     def unit(self) -> str:
         """Unit of the scores."""
         return "cosine"
+
+    @property
+    def higher_is_better(self) -> bool:
+        """True, whatever is measured: the helpful examples are those that are most alike."""
+        return True
 
     @cached_property
     def layer(self) -> str:
@@ -164,6 +169,7 @@ class RepSim(Attributor):
         """Representations of all stages' examples, of length 1, ``(N, h)``."""
         with self._reading:
             if bank.fingerprint not in self._train:
+                _require_sizes(bank, self._sources)  # rows may have been appended since
                 model = self._at_the_end(bank)
                 stages = zip(bank.stages, self._sources, strict=True)
                 rows = torch.cat([self._stage_rows(model, stage, source) for stage, source in stages])
@@ -209,13 +215,17 @@ def _sources(bank: Bank, train_set: Any) -> list[BatchSource]:
             f"{list(given) if isinstance(train_set, Mapping) else type(train_set).__name__}"
         )
     sources = [BatchSource(given[name]) for name in names]
+    _require_sizes(bank, sources)
+    return sources
+
+
+def _require_sizes(bank: Bank, sources: Sequence[BatchSource]) -> None:
     for stage, source in zip(bank.stages, sources, strict=True):
         if source.n != stage.n:
             raise MismatchError(
                 f"train_set has {source.n} examples for stage {stage.name!r}, and the bank {bank.path} has {stage.n}; "
                 "give the data that it was built from"
             )
-    return sources
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from source_proj._io.executors import Executor
 from source_proj._io.progress import Progress
+from source_proj.attribution.arguments import checked_number
 from source_proj.attribution.attributor import Attributor, Term
 from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.fits import Fit, fitted_hessian
@@ -58,9 +59,7 @@ class Trak(Attributor):
         super().__init__(
             bank, model=model, task=task, batch_size=batch_size, device=device, executor=executor, progress=progress
         )
-        if not ridge >= 0:
-            raise ValueError(f"ridge must be a number >= 0, got {ridge!r}")
-        self.ridge = ridge
+        self.ridge = checked_number("ridge", ridge, least=0)
         self.cache = cache
 
     def _query_metrics(self, bank: Bank) -> list[int]:

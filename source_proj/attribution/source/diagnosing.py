@@ -41,6 +41,7 @@ class Diagnosing(Reranking):
         Raises:
             BankError: the bank holds too few training examples to correlate over.
         """
+        self._compare_banks()
         runs, apart = [self._of(bank) for bank in self.banks], None
         if queries is None:
             first, n = stage_start(self.banks[0], len(self.banks[0].stages) - 1), self.n_rows

@@ -1,6 +1,6 @@
 """Segments of training: which checkpoints they average, and what was fitted for them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from source_proj.bank import Bank
@@ -54,7 +54,7 @@ def stage_groups(bank: Bank, segments: StageSegments | None) -> Groups:
         if unknown:
             raise ValueError(f"segments name unknown stages {unknown}; the bank's stages are {names}")
         chosen: list[Segments | None] = [segments.get(name) for name in names]
-    elif segments is None or isinstance(segments, int):
+    elif segments is None or not isinstance(segments, Sequence):  # a number of any type that counts
         chosen = [segments] * len(names)
     elif len(names) == 1:
         chosen = [segments]

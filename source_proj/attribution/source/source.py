@@ -20,7 +20,6 @@ A segment l takes the query's sketch in its own metric to exp(-s (Ĥ_l + λ)) û
     h(σ) = (exp(-s σ) - 1)/σ,    C_{l→m} = (1/N) Σ_i (R P_m^½ a_i)(R P_l^½ a_i)ᵀ.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -32,12 +31,14 @@ from torch import Tensor, nn
 from source_proj._io.executors import Executor
 from source_proj._io.html import facts
 from source_proj._io.progress import Progress, progress_bar, shared_bar
+from source_proj.attribution.arguments import checked_number
 from source_proj.attribution.attributor import Queries, Term
-from source_proj.attribution.curvature import Curvature, Damping, check_damping, default_curvature
+from source_proj.attribution.curvature import Curvature, Damping, check_damping, default_curvature, require_curvature
 from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.hits import Shown
 from source_proj.attribution.operands import checked_rows
 from source_proj.attribution.parts import PartScores
+from source_proj.attribution.population import Population, some_of
 from source_proj.attribution.predicted_change import PredictedChange
 from source_proj.attribution.query_points import QueryGradient, check_query_gradient, query_points, takes_mean
 from source_proj.attribution.scores import Scores
@@ -153,12 +154,11 @@ class Source(Diagnosing):
         }
         check_damping(damping)
         check_query_gradient(query_gradient)
-        if not 0 < time_scale < math.inf:
-            raise ValueError(f"time_scale must be a number > 0, got {time_scale!r}")
-        self.time_scale = float(time_scale)
+        self.time_scale = checked_number("time_scale", time_scale, above=0)
         self.memory = parse_memory(memory)
         self.query_gradient: QueryGradient | None = query_gradient
-        self.curvature: Curvature = curvature or default_curvature(self.banks)
+        self.curvature: Curvature = default_curvature(self.banks) if curvature is None else curvature
+        require_curvature(self.banks, self.curvature)
         self.damping: Damping = damping
         self.cache = cache
         self._groups = [stage_groups(own, segments) for own in self.banks]
@@ -215,6 +215,7 @@ class Source(Diagnosing):
 
     def fit(self) -> "Source":
         """Compute what scoring needs, or find it in the cache; scoring does so by itself on first use."""
+        self._compare_banks()
         for bank in self.banks:
             reads = sum(stage.n * stage.n_checkpoints for stage in bank.stages)
             with shared_bar(self.progress, "fit", reads, "rows"):
@@ -287,13 +288,18 @@ class Source(Diagnosing):
         for bank, queried in zip(self.banks, features, strict=True):
             fitted = self._of(bank)
             add_segment_parts(values, fitted, self._moved(fitted, queried), len(self.banks), wanted)
-        sizes = [stage.n for stage in self.banks[0].stages]
+        population = self._population()
+        sizes = population.sizes
         own = np.stack([np.repeat(np.arange(len(sizes)) == segment.stage, sizes) for segment in self.segments])
         shown = self._shown(features[0])
         if rows is not None:
             values, own, train_ids = values[:, :, order], own[:, list(rows)], [train_ids[row] for row in rows]
             shown = replace(shown, train=None if shown.train is None else shown.train.at(rows))
-        return self._parts(values, self.segments, features[0], train_ids, own, shown)
+            population = some_of(self, features, sizes, population.stages[list(rows)])
+        return self._parts(values, self.segments, features[0], train_ids, own, shown, population)
+
+    def _population(self) -> Population:
+        return Population.of_sizes([stage.n for stage in self.banks[0].stages])
 
     def _parts(
         self,
@@ -303,17 +309,12 @@ class Source(Diagnosing):
         train_ids: Sequence[Any],
         present: np.ndarray,
         shown: Shown,
+        population: Population,
     ) -> PartScores:
         return PartScores(
-            values.numpy(),
-            tuple(parts),
-            features.ids,
-            list(train_ids),
-            self.unit,
-            self.task.higher_is_better,
-            present,
-            shown,
-        )
+            values.numpy(), tuple(parts), features.ids, list(train_ids), self.unit, self.task.higher_is_better, present,
+            shown, population,
+        )  # fmt: skip
 
     def by_token(self, queries: Queries, documents: Any, *, stage: int | str = 0) -> PartScores:
         """Split the scores of some training sequences over their tokens: which words of a document mattered.
@@ -362,7 +363,8 @@ class Source(Diagnosing):
         present[positions, places] = True
         read = self.banks[0].examples
         shown = Shown(None if read is None else read.like(documents), features[0].examples, features[0].answers)
-        return self._parts(values, range(length), features[0], range(len(documents)), present, shown)
+        population = some_of(self, features, self._population().sizes, np.full(len(documents), stage))
+        return self._parts(values, range(length), features[0], range(len(documents)), present, shown, population)
 
     def _token_rows(self, bank: Bank, segment: Segment, tokens: TokenQueries) -> Tensor:
         """Sketched gradients of the tokens' log-likelihoods, the mean over a segment's checkpoints ``(T, k)``."""

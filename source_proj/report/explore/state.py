@@ -75,7 +75,7 @@ class Explorer:
             "title": printable(self.title),
             "unit": method.unit,
             "unit_in_words": explained(method.unit),
-            "higher_is_better": method.task.higher_is_better,
+            "higher_is_better": method.higher_is_better,
             "method": type(method).__name__,
             "queries": len(self._index["queries"]),
             "train": len(self._index["train"]),
@@ -140,7 +140,7 @@ class Explorer:
         shown = slice(page * PAGE, (page + 1) * PAGE)
         entries = []
         for its_place, score, own in zip(places[shown], scores[shown], parts[shown], strict=True):
-            if score == 0 or (score > 0) != (self.method.task.higher_is_better == (sense == "helpful")):
+            if score == 0 or (score > 0) != (self.method.higher_is_better == (sense == "helpful")):
                 break
             told = {"score": float(score), "signed": signed(float(score), minus="−"), "parts": own.tolist()}
             entries.append({"example": self.example(other, int(its_place)), **told})
@@ -204,7 +204,7 @@ class Explorer:
         """Places, scores ``(Q,)`` and parts ``(Q, L)`` of all queries for a training example, the strongest first."""
         with self._engine:
             scores = self.method.score_rows(self._features, [place])[:, 0]
-            highest = self.method.task.higher_is_better == (sense == "helpful")
+            highest = self.method.higher_is_better == (sense == "helpful")
             order = np.argsort(-scores if highest else scores, kind="stable")[: pages * PAGE]
             return order, scores[order], self._parts(self._features, [place])[:, order, 0].T
 
