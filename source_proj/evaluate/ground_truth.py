@@ -141,7 +141,8 @@ class GroundTruth:
                 raise SourceProjError(f"{where} cannot be made ({error}): make room, or give another path") from error
         truth = cls(where)
         truth._require(description)
-        truth._grow(retrainings)
+        if retrainings > truth.shape[1]:
+            grow(truth._group, truth.path, retrainings)
         return truth
 
     @classmethod
@@ -318,10 +319,6 @@ class GroundTruth:
 
     def _seed(self, subset: int, retraining: int) -> int:
         return self.seed + subset + _STRIDE * retraining
-
-    def _grow(self, retrainings: int) -> None:
-        if retrainings > self.shape[1]:
-            grow(self._group, self.path, retrainings)
 
     def _jobs(self, calls: Sequence[Cells]) -> Iterator[Job]:
         for cells in calls:
