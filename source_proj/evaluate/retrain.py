@@ -20,6 +20,7 @@ from torch.func import stack_module_state, vmap
 from source_proj._errors import MismatchError
 from source_proj._io.executors import Executor, check_executor, map_in_order
 from source_proj._io.progress import Progress, progress_bar
+from source_proj.evaluate._lockstep import MakeOptimizer, lockstep_optimizer
 from source_proj.gradients.replaced import call_with
 
 __all__ = ["StackedState", "half_subsets", "retrain", "stacked_outputs", "train_stacked"]
@@ -37,9 +38,6 @@ Group = tuple[list[np.ndarray], list[int], StackedState | None]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Mean loss of ``(outputs, targets)``."""
-
-MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
-"""Makes the optimizer of some parameters."""
 
 
 def half_subsets(n: int, count: int, *, fraction: float = 0.5, seed: int = 0) -> np.ndarray:
@@ -116,7 +114,8 @@ def retrain(
         The evaluations of all models in the order of ``subsets``: shape ``(M, ...)``.
 
     Raises:
-        ValueError: for no or empty subsets, a group below 1, or an optimizer setting out of range.
+        TypeError: see :func:`train_stacked`.
+        ValueError: a group below 1, and see :func:`train_stacked`.
         MismatchError: if subsets and seeds, inputs and targets, or the initial state and model do not match.
     """
     if group < 1:
@@ -183,8 +182,10 @@ def train_stacked(
         lr: learning rate, constant or by optimizer step (counted from 0 in this call).
         momentum: heavy-ball momentum, as in :class:`torch.optim.SGD`; its velocity starts at zero.
         weight_decay: coupled L2 coefficient, as in :class:`torch.optim.SGD`.
-        optimizer: makes another optimizer than SGD, such as ``partial(torch.optim.AdamW, weight_decay=0.01)``; it must
-            act on each number alone, as SGD, Adam, AdamW and RMSprop do. Its learning rate is set at every step.
+        optimizer: makes another optimizer than SGD of one model's parameters, which it may put into groups by their
+            shapes, such as ``partial(torch.optim.AdamW, weight_decay=0.01)``. It must act on each number alone, as SGD,
+            Adam, AdamW and RMSprop do: some steps are tried before training, and others (Adafactor, LBFGS, Muon,
+            clipping) are refused. Its learning rate is set at every step.
         loss: mean loss of ``(outputs, targets)``.
         initial: weights to start from: one state dict for all, or the stacked states of all M models.
 
@@ -192,7 +193,9 @@ def train_stacked(
         The stacked final states.
 
     Raises:
-        ValueError: for no, empty or unequally long subsets, or an optimizer setting out of range.
+        TypeError: if what is given makes no optimizer.
+        ValueError: for no, empty or unequally long subsets, an optimizer setting out of range, or an optimizer that
+            has other parameters, several learning rates, or does not act on each number alone.
         MismatchError: if subsets and seeds, inputs and targets, or the initial state and model do not match.
     """
     _check_pairs(subsets, seeds)
@@ -207,8 +210,11 @@ def train_stacked(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with _GENERATOR, torch.random.fork_rng():
         skeleton, parameters, buffers = _initialise(make_model, seeds, initial, inputs.device)
-        make = optimizer or partial(torch.optim.SGD, momentum=momentum, weight_decay=weight_decay)
-        descent = make(list(parameters.values()))
+        stacked = list(parameters.values())
+        if optimizer is None:
+            descent: torch.optim.Optimizer = torch.optim.SGD(stacked, momentum=momentum, weight_decay=weight_decay)
+        else:
+            descent = lockstep_optimizer(optimizer, list(skeleton.parameters()), stacked)
 
         def model_loss(state: StackedState, static: StackedState, x: Tensor, y: Tensor) -> Tensor:
             return loss(call_with(skeleton, {**state, **static}, (x,)), y)
@@ -221,8 +227,8 @@ def train_stacked(
             shuffled = torch.gather(indices, 1, order)
             for batch in torch.split(shuffled, batch_size, dim=1):  # batch: (M, b) indices of examples
                 total = losses(parameters, buffers, inputs[batch], targets[batch]).sum()
-                gradients = torch.autograd.grad(total, list(parameters.values()))
-                for value, gradient in zip(parameters.values(), gradients, strict=True):
+                gradients = torch.autograd.grad(total, stacked)
+                for value, gradient in zip(stacked, gradients, strict=True):
                     value.grad = gradient.contiguous()  # fused optimizers go wrong, silently, where strides differ
                 for group in descent.param_groups:
                     group["lr"] = rate(count)
