@@ -80,7 +80,7 @@ class RemovalDifference:
 
     @property
     def significant(self) -> NDArray[np.bool_]:
-        """Whether each interval excludes zero, ``(S,)``."""
+        """Whether each interval excludes zero, ``(S,)``; False without a bootstrap."""
         return np.asarray((self.interval[:, 0] > 0) | (self.interval[:, 1] < 0))
 
 
