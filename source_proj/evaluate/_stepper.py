@@ -87,7 +87,11 @@ class Stepper:
     def pull_back(
         self, t: int, state: State, gradients: list[Tensor], adjoint: list[Tensor], moments: list[dict[str, Tensor]]
     ) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]]:
-        """Adjoints ``(B, *shape)`` of a step's parameters, gradients and moments, from those of its results."""
+        """Adjoints ``(B, *shape)`` of a step's parameters, gradients and moments, from those of its results.
+
+        They are not finite where the step's derivative is not: a second moment whose square has vanished in the
+        precision at hand has a root of infinite slope, which no number may stand for.
+        """
         leaves = State(
             [p.detach().clone().requires_grad_() for p in state.parameters],
             [{k: _leaf(k, v) for k, v in own.items()} for own in state.moments],
@@ -100,13 +104,32 @@ class Stepper:
             cotangents += list(own.values())
         kept = [[k for k in own if k not in COUNTERS] for own in leaves.moments]
         held = [own[k] for own, keys in zip(leaves.moments, kept, strict=True) for k in keys]
-        # Elementwise: 0 · ∞ arises where a second moment is zero, whose root has no slope, and its limit is zero.
-        found = [
-            torch.nan_to_num(d, nan=0.0) for d in derivatives(outputs, [*leaves.parameters, *asked, *held], cotangents)
-        ]
+        found = derivatives(outputs, [*leaves.parameters, *asked, *held], cotangents)
         n = len(asked)
+        settled = [_settled(*part) for part in zip(gradients, adjoint, moments, strict=True)]
         rest = iter(found[2 * n :])
-        return found[:n], found[n : 2 * n], [{k: next(rest) for k in keys} for keys in kept]
+        return (
+            [_limit(d, own) for d, own in zip(found[:n], settled, strict=True)],
+            [_limit(d, own) for d, own in zip(found[n : 2 * n], settled, strict=True)],
+            [{k: _limit(next(rest), own) for k in keys} for keys, own in zip(kept, settled, strict=True)],
+        )
+
+
+def _settled(gradient: Tensor, adjoint: Tensor, moments: dict[str, Tensor]) -> Tensor:
+    """Where a gradient is zero and what follows from it is known, ``(B, *shape)`` bool."""
+    known = adjoint.isfinite()
+    for moment in moments.values():
+        known = known & moment.isfinite()
+    return known & (gradient == 0)
+
+
+def _limit(derivative: Tensor, settled: Tensor) -> Tensor:
+    """A derivative ``(B, *shape)``, zero where it is 0 · ∞ at a zero gradient.
+
+    The root of a second moment that is zero there has no slope, and its limit is zero. Any other NaN, and what is
+    infinite, stays for the check of the scores: a number in its place would pass it.
+    """
+    return torch.where(derivative.isnan() & settled, 0.0, derivative)
 
 
 def made(optimizer: Any, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
