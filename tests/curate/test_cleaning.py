@@ -81,6 +81,22 @@ def test_what_does_not_fit_is_refused(ids, reasons, values, message):
         Cleaning("test", ids, reasons, values, [0, 1, 2])
 
 
+@given(st.lists(st.integers(0, N - 1), min_size=2, max_size=N + 2), st.booleans())
+def test_a_repeated_training_id_is_refused_whatever_is_named(train_ids, selects):
+    """It would stand for the last example that has it, and another one would be dropped."""
+    named = list(dict.fromkeys(train_ids))[:2]
+    arguments = ("test", named, ["r"] * len(named), {}, train_ids, selects)
+    if len(set(train_ids)) == len(train_ids):
+        cleaning = Cleaning(*arguments)
+        places = cleaning.kept if selects else cleaning.dropped
+        assert {train_ids[place] for place in places} == set(named)
+        return
+    with pytest.raises(ValueError, match=r"the training id \d stands for \d examples, .*an id of its own"):
+        Cleaning(*arguments)
+    with pytest.raises(ValueError, match="the training id"):
+        Cleaning("test", [], [], {}, train_ids, selects)
+
+
 def test_for_a_terminal_ids_and_reasons_are_harmless():
     shown = str(Cleaning("test", ["a\x1b[2J"], ["as \u202e says"], {}, ["a\x1b[2J"]))
     assert "\x1b" not in shown
