@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -123,7 +124,13 @@ class Cleaning:
         return named
 
     def first(self, n: int) -> Cleaning:
-        """The n strongest cases alone."""
+        """The n strongest cases alone; all, where there are fewer.
+
+        Raises:
+            TypeError, ValueError: n is no whole number, or is negative.
+        """
+        if operator.index(n) < 0:
+            raise ValueError(f"n must be the number of cases to take, at least 0, got {n}")
         return self._only(list(range(len(self)))[:n])
 
     def without(self, ids: Sequence[Any]) -> Cleaning:

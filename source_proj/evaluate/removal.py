@@ -190,7 +190,7 @@ def random_same_class(train_labels: ArrayLike, query_labels: ArrayLike, *, seed:
     Positive for examples of the class, each query with an order of its own; 0 for all others.
 
     Raises:
-        ValueError: if labels are not vectors, or a query's class has no training example.
+        ValueError: if labels are not vectors or hold NaN, or a query's class has no training example.
 
     Example:
         >>> (random_same_class([0, 1, 1, 0], [1, 0]) > 0).astype(int)
@@ -200,6 +200,10 @@ def random_same_class(train_labels: ArrayLike, query_labels: ArrayLike, *, seed:
     known, asked = np.asarray(train_labels), np.asarray(query_labels)
     if known.ndim != 1 or asked.ndim != 1:
         raise ValueError(f"labels must be vectors, got shapes {known.shape} and {asked.shape}")
+    for what, labels in (("train_labels", known), ("query_labels", asked)):
+        missing = np.flatnonzero(labels != labels)  # NaN differs from itself, and is of no class
+        if len(missing):
+            raise ValueError(f"{what} hold {labels[missing[0]]} at place {missing[0]}: give each a class")
     same = asked[:, None] == known[None, :]  # (Q, N)
     alone = np.flatnonzero(~same.any(axis=1))
     if len(alone):

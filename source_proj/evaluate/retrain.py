@@ -120,7 +120,7 @@ def retrain(
     """
     if group < 1:
         raise ValueError(f"group must be at least 1 model, got {group}")
-    _check_pairs(subsets, seeds)
+    _check_pairs(subsets, seeds, len(inputs))
     check_executor(executor)
     evaluations: dict[int, Tensor] = {}
     shared = initial is not None and _is_single(make_model, initial)
@@ -194,11 +194,12 @@ def train_stacked(
 
     Raises:
         TypeError: if what is given makes no optimizer.
-        ValueError: for no, empty or unequally long subsets, an optimizer setting out of range, or an optimizer that
-            has other parameters, several learning rates, or does not act on each number alone.
+        ValueError: for no, empty or unequally long subsets, indices beyond the N examples, an optimizer setting out of
+            range, or an optimizer that has other parameters, several learning rates, or does not act on each number
+            alone.
         MismatchError: if subsets and seeds, inputs and targets, or the initial state and model do not match.
     """
-    _check_pairs(subsets, seeds)
+    _check_pairs(subsets, seeds, len(inputs))
     _check_setting(len(inputs), len(targets), epochs, batch_size, momentum)
     if optimizer is not None and (momentum or weight_decay):
         raise ValueError("momentum and weight_decay are SGD's: give them to the optimizer that is made instead")
@@ -297,7 +298,7 @@ def _lockstep_groups(subsets: Sequence[np.ndarray], group: int) -> list[list[int
     return [same[i : i + group] for same in by_length.values() for i in range(0, len(same), group)]
 
 
-def _check_pairs(subsets: Sequence[np.ndarray], seeds: Sequence[int]) -> None:
+def _check_pairs(subsets: Sequence[np.ndarray], seeds: Sequence[int], n: int) -> None:
     if len(subsets) == 0:
         raise ValueError("there is nothing to train: got no subsets")
     if len(subsets) != len(seeds):
@@ -308,6 +309,9 @@ def _check_pairs(subsets: Sequence[np.ndarray], seeds: Sequence[int]) -> None:
                 f"subset {position} must be a non-empty array of example indices, got {np.asarray(subset).dtype} "
                 f"of length {len(subset)}; np.flatnonzero turns a mask into indices"
             )
+        low, high = int(np.min(subset)), int(np.max(subset))
+        if low < 0 or high >= n:  # a negative one would count from the end
+            raise ValueError(f"subset {position} names the examples {low}..{high}, and there are 0..{n - 1}")
 
 
 def _check_setting(n_inputs: int, n_targets: int, epochs: int, batch_size: int, momentum: float) -> None:
