@@ -17,7 +17,7 @@ from source_proj._errors import MismatchError, SourceProjError, extra
 from source_proj._io.html import escape, table, wrapped
 from source_proj._io.outputs import require_free, write_output
 from source_proj._io.printable import printable
-from source_proj.attribution.words import id_word
+from source_proj.attribution.words import id_word, plain_id
 from source_proj.curate.files import write_kept
 from source_proj.curate.kept import annotate, take
 
@@ -267,17 +267,23 @@ class Cleaning:
 
         Raises:
             FileExistsError: something is there that may not be overwritten.
+            TypeError: ids are neither numbers nor texts, nor tuples of them.
         """
         content = {
             "format": _FORMAT,
             "what": self.what,
             "selects": self.selects,
-            "ids": [list(its_id) if isinstance(its_id, tuple) else its_id for its_id in self.ids],
+            "ids": _plain(self.ids),
             "reasons": self.reasons,
             "values": {name: np.asarray(column).tolist() for name, column in self.values.items()},
-            "train_ids": [list(its_id) if isinstance(its_id, tuple) else its_id for its_id in self.train_ids],
+            "train_ids": _plain(self.train_ids),
         }
-        encoded = json.dumps(content, indent=1).encode()
+        try:
+            encoded = json.dumps(content, indent=1).encode()
+        except TypeError as error:
+            raise TypeError(
+                f"a file keeps ids that are numbers, texts and pairs of them, not others: {error}"
+            ) from error
         require_free(Path(path), overwrite=overwrite)
         write_output(Path(path), encoded, overwrite=overwrite)
 
@@ -310,6 +316,11 @@ class Cleaning:
         stages = {entry[0] for entry in self.train_ids if isinstance(entry, tuple)}
         if stages:
             raise ValueError(f"the training set has the stages {sorted(stages)}: take one by of_stage(name)")
+
+
+def _plain(ids: Sequence[Any]) -> list[Any]:
+    """Ids as JSON can hold them, numbers of NumPy within pairs, too."""
+    return [[plain_id(part) for part in its_id] if isinstance(its_id, tuple) else plain_id(its_id) for its_id in ids]
 
 
 def _hashable(its_id: Any) -> Any:

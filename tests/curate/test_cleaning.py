@@ -52,6 +52,28 @@ def test_saved_and_loaded_it_is_the_same(tmp_path_factory, named, selects, kind)
     cleaning.save(file, overwrite=True)
 
 
+@given(NAMED, st.sampled_from(["integers", "floats", "texts", "pairs"]))
+def test_ids_of_numpy_are_saved_as_those_that_they_equal(tmp_path_factory, named, kind):
+    ids = {
+        "integers": list(np.arange(N)),
+        "floats": list(np.arange(N) / 2),
+        "texts": list(np.array([f"t{i}" for i in range(N)])),
+        "pairs": [("train", i) for i in np.arange(N)],
+    }[kind]
+    cleaning = cleaning_of(named, ids=ids)
+    file = tmp_path_factory.mktemp("saved") / "list.json"
+    cleaning.save(file)
+    loaded = Cleaning.load(file)
+    assert (loaded.ids, loaded.train_ids) == (cleaning.ids, ids)
+    assert loaded.kept.tolist() == cleaning.kept.tolist()
+
+
+def test_ids_that_a_file_does_not_hold_are_refused_before_it_is_made(tmp_path):
+    with pytest.raises(TypeError, match=r"numbers, texts and pairs of them, not others: .*bytes"):
+        cleaning_of([0], n=1, ids=[b"a"]).save(tmp_path / "list.json")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "other"}', '{"format": "source-proj cleaning 1"}'])
 def test_what_is_no_list_is_refused(content, tmp_path):
     (tmp_path / "list.json").write_text(content)
