@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from source_proj._errors import MismatchError, extra
+from source_proj._io.numbers import plain_numbers
 from source_proj.attribution.attributor import Attributor
 from source_proj.attribution.features import SketchedQueries
 from source_proj.attribution.scores import Scores
@@ -195,7 +196,7 @@ def _scored_blocks(method: Attributor, features: SketchedQueries) -> tuple[int, 
 
 
 def _weights(weights: Sequence[float] | np.ndarray | None, count: int) -> np.ndarray:
-    weight = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
+    weight = np.ones(count) if weights is None else np.asarray(plain_numbers(weights), dtype=np.float64)
     if weight.shape != (count,):
         raise MismatchError(f"got weights of shape {weight.shape} for {count} queries: give one number for each")
     if not (np.isfinite(weight) & (weight >= 0)).all():

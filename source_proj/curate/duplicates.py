@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from source_proj._errors import MismatchError
+from source_proj._io.numbers import plain_numbers
 from source_proj._io.progress import Progress, progress_bar
 from source_proj.attribution.words import id_word
 from source_proj.bank import Bank, StageBank
@@ -67,7 +68,7 @@ def near_duplicates(
         raise ValueError(f"threshold is a cosine in (0, 1], got {threshold}")
     if not isinstance(bank, Bank):
         raise TypeError(f"near-duplicates are sought in a bank, such as source.banks[0], got {type(bank).__name__}")
-    preferred = np.zeros(bank.n_rows) if prefer is None else np.asarray(prefer, dtype=np.float64)
+    preferred = np.zeros(bank.n_rows) if prefer is None else np.asarray(plain_numbers(prefer), dtype=np.float64)
     if preferred.shape != (bank.n_rows,):
         raise MismatchError(f"got prefer of shape {preferred.shape} for {bank.n_rows} training examples: give one each")
     if not np.isfinite(preferred).all():

@@ -57,12 +57,15 @@ def mislabelled(source: Source, labels: Labels, *, n: int | None = None, by: By 
         by: which of the three.
 
     Raises:
+        TypeError: something else is given in the place of SOURCE, such as a bank or another method.
         ValueError: ``by`` is none of them, n is not in 1..N-1, a label is missing (NaN, None) or a row, there is one
             class alone, all errors are the same (as those of language models are), or disagreement is asked of a run of
             several stages.
         MismatchError: labels are not one for each training example; or an optimizer's metrics differ between
             checkpoints, where disagreement needs ``Source(..., query_gradient="final")``.
     """
+    if not isinstance(source, Source):
+        raise TypeError(f"mislabelled examples are sought by SOURCE, got a {type(source).__name__}: give Source(bank)")
     if by not in get_args(By):
         raise ValueError(f"by must be one of {list(get_args(By))}, got {by!r}")
     ids = source.banks[0].ids

@@ -302,9 +302,15 @@ def _digest_of(attributes: Mapping[str, Any]) -> str:
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as JSON gives them back: tuples are lists there."""
     try:
-        return cast(dict[str, Any], json.loads(json.dumps(dict(settings))))
+        return cast(dict[str, Any], json.loads(json.dumps(dict(settings), default=_plain_number)))
     except TypeError as error:
         raise TypeError(f"settings must be numbers, strings, and lists or dicts of them: {error}") from error
+
+
+def _plain_number(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r:.60} of type {type(value).__name__} is none of these")
 
 
 def contrast(key: str, stored: Any, wanted: Any) -> str:

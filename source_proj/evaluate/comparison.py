@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from source_proj._io.numbers import plain_numbers
 from source_proj._io.progress import Bar, Progress, progress_bar
 from source_proj.evaluate.calibration import Calibration, calibration
 from source_proj.evaluate.linear_datamodeling import LDS, Difference, compare, lds, mean_lds
@@ -156,7 +157,7 @@ def compare_methods(
     by_method: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         by_method.setdefault(candidate.method, []).append(candidate)
-    measured = np.asarray(outcomes)
+    kept, measured = np.asarray(plain_numbers(masks)), np.asarray(plain_numbers(outcomes))
     searched = [method for method, own in by_method.items() if len(own) > 1]
     if searched and measured.shape[-1:] == (1,):
         raise ValueError(
@@ -166,7 +167,7 @@ def compare_methods(
     results: list[MethodResult] = []
     with progress_bar(progress, "score", len(candidates), "settings") as bar:
         for own in by_method.values():
-            results.append(_judge(own, np.asarray(masks), measured, results[0] if results else None, bar))
+            results.append(_judge(own, kept, measured, results[0] if results else None, bar))
     return Comparison(tuple(results))
 
 
@@ -227,7 +228,7 @@ def _finite(candidate: Candidate, scores: ArrayLike) -> Matrix:
         ValueError: some are not finite, and their LDS would be neither better nor worse than another.
     """
     with np.errstate(over="ignore"):
-        values = np.asarray(scores, dtype=np.float32)
+        values = np.asarray(plain_numbers(scores), dtype=np.float32)
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
         raise ValueError(

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from source_proj._errors import MismatchError
 from source_proj._io.executors import Executor
+from source_proj._io.numbers import plain_numbers
 from source_proj.evaluate._counterfactual import bootstrap_weights
 from source_proj.evaluate._ranks import Floats
 from source_proj.evaluate.ground_truth import GroundTruth, TrainMany, TrainOne
@@ -143,7 +144,8 @@ def subset_removal(
         >>> subset_removal(scores, [1, 1], train, sizes=[1, 3]).fraction
         array([0.5, 1. ])
     """
-    helpful, base, steps = np.asarray(scores, dtype=np.float64), np.asarray(baseline), np.asarray(sizes)
+    helpful = np.asarray(plain_numbers(scores), dtype=np.float64)
+    base, steps = np.asarray(plain_numbers(baseline)), np.asarray(plain_numbers(sizes))
     _check(helpful, base, steps)
     queries = _asked(correct, len(base))
     if higher_is_better is None:
@@ -197,7 +199,7 @@ def random_same_class(train_labels: ArrayLike, query_labels: ArrayLike, *, seed:
         array([[0, 1, 1, 0],
                [1, 0, 0, 1]])
     """
-    known, asked = np.asarray(train_labels), np.asarray(query_labels)
+    known, asked = np.asarray(plain_numbers(train_labels)), np.asarray(plain_numbers(query_labels))
     if known.ndim != 1 or asked.ndim != 1:
         raise ValueError(f"labels must be vectors, got shapes {known.shape} and {asked.shape}")
     for what, labels in (("train_labels", known), ("query_labels", asked)):
@@ -241,7 +243,7 @@ def _intervals(replicates: Floats) -> Floats:
 def _asked(correct: ArrayLike | None, count: int) -> NDArray[np.int64]:
     if correct is None:
         return np.arange(count)
-    mask = np.asarray(correct)
+    mask = np.asarray(plain_numbers(correct))
     if mask.dtype != np.bool_:
         raise TypeError(f"correct must be boolean, such as baseline == labels; got dtype {mask.dtype}")
     if mask.shape != (count,):

@@ -19,6 +19,7 @@ from torch.func import stack_module_state, vmap
 
 from source_proj._errors import MismatchError
 from source_proj._io.executors import Executor, check_executor, map_in_order
+from source_proj._io.numbers import whole_number
 from source_proj._io.progress import Progress, progress_bar
 from source_proj.evaluate._lockstep import MakeOptimizer, lockstep_optimizer
 from source_proj.gradients.replaced import call_with
@@ -58,8 +59,9 @@ def half_subsets(n: int, count: int, *, fraction: float = 0.5, seed: int = 0) ->
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must lie strictly between 0 and 1, got {fraction}")
+    n, count = whole_number(n, "n", least=1), whole_number(count, "count", least=1)
     size = round(n * fraction)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(whole_number(seed, "seed"))
     masks = np.zeros((count, n), dtype=bool)
     for row in masks:
         row[rng.permutation(n)[:size]] = True
@@ -118,7 +120,7 @@ def retrain(
         ValueError: a group below 1, and see :func:`train_stacked`.
         MismatchError: if subsets and seeds, inputs and targets, or the initial state and model do not match.
     """
-    if group < 1:
+    if whole_number(group, "group") < 1:
         raise ValueError(f"group must be at least 1 model, got {group}")
     _check_pairs(subsets, seeds, len(inputs))
     check_executor(executor)
@@ -317,7 +319,7 @@ def _check_pairs(subsets: Sequence[np.ndarray], seeds: Sequence[int], n: int) ->
 def _check_setting(n_inputs: int, n_targets: int, epochs: int, batch_size: int, momentum: float) -> None:
     if n_inputs != n_targets:
         raise MismatchError(f"got {n_inputs} inputs but {n_targets} targets; give one target an input")
-    if epochs < 1 or batch_size < 1:
+    if whole_number(epochs, "epochs") < 1 or whole_number(batch_size, "batch_size") < 1:
         raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
