@@ -20,7 +20,7 @@ def plain_numbers(given: Any) -> Any:
         >>> import numpy as np
         >>> np.asarray(plain_numbers([torch.ones(2, dtype=torch.bfloat16, requires_grad=True), [1, 2]]))
         array([[1., 1.],
-               [1., 2.]], dtype=float32)
+               [1., 2.]])
     """
     if isinstance(given, Tensor):
         value = given.detach().cpu().resolve_conj().resolve_neg()

@@ -134,4 +134,4 @@ def _parameters(values: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor
 
 
 def _drawn(p: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(p.shape, generator=generator, device="cpu").to(p)
+    return torch.randn(p.shape, generator=generator, dtype=torch.float32, device="cpu").to(p)
