@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import stat
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakSet
 
@@ -15,7 +18,9 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-__all__ = ["FolderLock"]
+__all__ = ["FolderLock", "locked"]
+
+_WAIT = 60.0  # seconds; what is done under a lock that is waited for takes milliseconds
 
 _HELD: WeakSet[FolderLock] = WeakSet()
 
@@ -63,6 +68,31 @@ class FolderLock:
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: Path, name: str, *, wait: float = _WAIT) -> Iterator[None]:
+    """Hold the lock of a folder, once whoever holds it has given it back.
+
+    Args:
+        folder: the folder, which must be there.
+        name: name of the lock's file in it.
+        wait: seconds, at most.
+
+    Raises:
+        MismatchError: something else than a file has its name.
+        OSError: it cannot be made.
+        TimeoutError: another process has held it all the time.
+    """
+    lock, until = FolderLock(folder, name), time.monotonic() + wait
+    while not lock.acquire():
+        if time.monotonic() > until:
+            raise TimeoutError(f"another process has held {folder / name} for {wait:g} s: wait for it, or end it")
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _locked(descriptor: int) -> bool:

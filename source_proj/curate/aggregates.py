@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from source_proj._errors import MismatchError, extra
+from source_proj._io.numbers import plain_numbers
 from source_proj.attribution.attributor import Attributor
 from source_proj.attribution.features import SketchedQueries
 from source_proj.attribution.population import Population
 from source_proj.attribution.scores import Scores
+from source_proj.curate.labels import Labels, classes_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,7 +97,7 @@ def aggregate(
     queries: Any = None,
     *,
     weights: Sequence[float] | np.ndarray | None = None,
-    groups: Sequence[Any] | np.ndarray | Tensor | None = None,
+    groups: Labels | None = None,
 ) -> Aggregate:
     r"""Sum the scores of many queries up, without ever holding all of them.
 
@@ -113,7 +113,8 @@ def aggregate(
     Raises:
         TypeError: queries are given beside scores, or are missing.
         MismatchError: weights or groups are not one for each query.
-        ValueError: a weight is negative or not finite, or those of a group are all 0.
+        ValueError: a weight is negative or not finite, those of a group are all 0, a score is not finite, or the name
+            of a group is missing (NaN, None).
 
     Example:
         >>> scores = Scores(np.array([[1.0, -2.0], [3.0, -2.0]]), ["q", "r"], ["a", "b"], unit="logit margin")
@@ -182,14 +183,30 @@ def score_blocks(scored: Attributor | Scores, queries: Any) -> tuple[int, Iterat
 
     Raises:
         TypeError: queries are given beside scores, or are missing.
+        ValueError: a score is not finite; raised while the blocks are taken.
     """
     if isinstance(scored, Scores):
         if queries is not None:
             raise TypeError("scores have their queries: leave queries out")
-        return len(scored), iter([(0, np.asarray(scored.values))])
+        return len(scored), _finite(iter([(0, np.asarray(scored.values))]), scored.train_ids)
     if queries is None:
         raise TypeError("an attribution method needs queries: give a data set, or what its sketch(queries) returned")
-    return _scored_blocks(scored, scored.sketch(queries))
+    count, blocks = _scored_blocks(scored, scored.sketch(queries))
+    return count, _finite(blocks, facts_of(scored).train_ids)
+
+
+def _finite(blocks: Iterator[tuple[int, np.ndarray]], train_ids: Sequence[Any]) -> Iterator[tuple[int, np.ndarray]]:
+    """The same blocks, or an error: one NaN would decide over every example whose score is compared with its own."""
+    for start, values in blocks:
+        bad = np.argwhere(~np.isfinite(values))
+        if len(bad):
+            query, place = bad[0]
+            raise ValueError(
+                f"the score of training example {train_ids[place]!r} for query {start + query} is "
+                f"{values[query, place]} ({len(bad)} such among {values.size}): compute the scores again, or leave the "
+                "example or query out"
+            )
+        yield start, values
 
 
 def _scored_blocks(method: Attributor, features: SketchedQueries) -> tuple[int, Iterator[tuple[int, np.ndarray]]]:
@@ -204,7 +221,7 @@ def _scored_blocks(method: Attributor, features: SketchedQueries) -> tuple[int, 
 
 
 def _weights(weights: Sequence[float] | np.ndarray | None, count: int) -> np.ndarray:
-    weight = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
+    weight = np.ones(count) if weights is None else np.asarray(plain_numbers(weights), dtype=np.float64)
     if weight.shape != (count,):
         raise MismatchError(f"got weights of shape {weight.shape} for {count} queries: give one number for each")
     if not (np.isfinite(weight) & (weight >= 0)).all():
@@ -213,15 +230,8 @@ def _weights(weights: Sequence[float] | np.ndarray | None, count: int) -> np.nda
     return weight
 
 
-def _groups(groups: Sequence[Any] | np.ndarray | Tensor | None, count: int) -> tuple[list[Any], np.ndarray]:
-    """Names of the groups, in sorted order where they have one, and the group of each query ``(Q,)``."""
+def _groups(groups: Labels | None, count: int) -> tuple[list[Any], np.ndarray]:
+    """Names of the groups, and the group of each query ``(Q,)``."""
     if groups is None:
         return ["all"], np.zeros(count, dtype=np.int64)
-    given = [name.item() if hasattr(name, "item") else name for name in groups]
-    if len(given) != count:
-        raise MismatchError(f"got {len(given)} groups for {count} queries: give the name of each query's group")
-    names = list(dict.fromkeys(given))
-    with contextlib.suppress(TypeError):  # names of several types have no order
-        names = sorted(names)
-    place = {name: position for position, name in enumerate(names)}
-    return names, np.array([place[name] for name in given], dtype=np.int64)
+    return classes_of(groups, count, what="groups", of="queries")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import operator
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,7 +42,7 @@ class Cleaning:
         ids: the examples' ids, the strongest case first.
         reasons: a sentence for each.
         values: numbers behind the reasons, by name, ``(n,)`` each.
-        train_ids: ids of the whole training set, in its order.
+        train_ids: ids of the whole training set, in its order, each once.
         selects: whether the examples named are those to keep; by default they are those to drop.
 
     Example:
@@ -65,7 +67,7 @@ class Cleaning:
                 raise MismatchError(f"got {len(self.ids)} ids and {length} {name}: give one for each")
         if len(set(self.ids)) != len(self.ids):
             raise ValueError("an example is named twice: name each once")
-        self._positions  # noqa: B018 (refuses unknown ids)
+        self._positions  # noqa: B018 (refuses unknown and repeated ids)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -94,6 +96,12 @@ class Cleaning:
     @cached_property
     def _positions(self) -> np.ndarray:
         place = {train_id: position for position, train_id in enumerate(self.train_ids)}
+        if len(place) != len(self.train_ids):
+            again, count = Counter(self.train_ids).most_common(1)[0]
+            raise ValueError(
+                f"the training id {again!r} stands for {count} examples, so that it names none: give each an id of its "
+                "own"
+            )
         unknown = [its_id for its_id in self.ids if its_id not in place]
         if unknown:
             raise ValueError(f"unknown training ids {unknown[:5]}; the first known ones are {self.train_ids[:5]}")
@@ -116,7 +124,13 @@ class Cleaning:
         return named
 
     def first(self, n: int) -> Cleaning:
-        """The n strongest cases alone."""
+        """The n strongest cases alone; all, where there are fewer.
+
+        Raises:
+            TypeError, ValueError: n is no whole number, or is negative.
+        """
+        if operator.index(n) < 0:
+            raise ValueError(f"n must be the number of cases to take, at least 0, got {n}")
         return self._only(list(range(len(self)))[:n])
 
     def without(self, ids: Sequence[Any]) -> Cleaning:
@@ -221,7 +235,8 @@ class Cleaning:
         Raises:
             MismatchError: the file has another number of records than the training set has examples.
             FileExistsError: something is at ``out`` that may not be overwritten.
-            ValueError: the file is of another kind, or two different kinds are named.
+            ValueError: the file is of another kind, two different kinds are named, or ``out`` lies within the source's
+                folder or the source within it.
         """
         self._require_one_stage()
         columns = self.columns() if annotated else None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from source_proj._errors import MismatchError
+from source_proj._io.numbers import plain_numbers
 from source_proj._io.progress import Progress, progress_bar
 from source_proj.attribution.words import id_word
 from source_proj.bank import Bank, StageBank
@@ -29,11 +31,16 @@ def near_duplicates(
 ) -> Cleaning:
     r"""Clusters of examples whose gradients point the same way, and all of each but one to drop.
 
-    The likeness of two examples is the cosine of their banked rows, :math:`\cos(φ_i, φ_j)`, averaged over checkpoints;
-    examples at least ``threshold`` alike are joined, and what hangs together is a cluster (single linkage). Equal
-    inputs with equal labels have cosine 1 up to the rounding of banked rows (.9999 in int8), and inputs that the model
-    cannot tell apart come near it. A sketch of dimension k blurs a cosine by about :math:`1/\sqrt{k}` where it is
-    small, and by less the nearer it is to 1. Equal inputs with different labels are none: they teach different things.
+    The likeness of two examples is the cosine of their losses' gradients, :math:`\cos(ℓ'_i φ_i, ℓ'_j φ_j)` of banked
+    rows φ, averaged over checkpoints; examples at least ``threshold`` alike are joined, and what hangs together is a
+    cluster (single linkage). Equal inputs with equal labels have cosine 1 up to the rounding of banked rows (.9999 in
+    int8), and inputs that the model cannot tell apart come near it. A sketch of dimension k blurs a cosine by about
+    :math:`1/\sqrt{k}` where it is small, and by less the nearer it is to 1.
+
+    Equal inputs with different labels are none: they teach different things. Of a regression the side of the prediction
+    on which the targets lie tells them apart: the cosine is -1 on opposite sides, and 1 on the same one whatever the
+    targets. Where :math:`ℓ'` is 0, as the prediction meets the target or the example has no weight, an example is like
+    others without ℓ' alone, by their φ.
 
     Rows are of the network's own gradients: what counts as alike is what this model cannot tell apart, which a
     converged one of few parameters says of many examples. Raise the threshold until the clusters are right by eye.
@@ -53,7 +60,7 @@ def near_duplicates(
         ``size``, and the ``cosine`` with the most alike example.
 
     Raises:
-        ValueError: the threshold is out of range, or checkpoints are none.
+        ValueError: the threshold is out of range, checkpoints are none, or ``prefer`` is not finite.
         TypeError: something else is given in the place of a bank.
         MismatchError: ``prefer`` has not one number for each training example.
     """
@@ -61,9 +68,12 @@ def near_duplicates(
         raise ValueError(f"threshold is a cosine in (0, 1], got {threshold}")
     if not isinstance(bank, Bank):
         raise TypeError(f"near-duplicates are sought in a bank, such as source.banks[0], got {type(bank).__name__}")
-    preferred = np.zeros(bank.n_rows) if prefer is None else np.asarray(prefer, dtype=np.float64)
+    preferred = np.zeros(bank.n_rows) if prefer is None else np.asarray(plain_numbers(prefer), dtype=np.float64)
     if preferred.shape != (bank.n_rows,):
         raise MismatchError(f"got prefer of shape {preferred.shape} for {bank.n_rows} training examples: give one each")
+    if not np.isfinite(preferred).all():
+        place = int(np.flatnonzero(~np.isfinite(preferred))[0])
+        raise ValueError(f"prefer must hold finite numbers, got {preferred[place]} at place {place}")
     clusters: list[np.ndarray] = []
     nearest = np.full(bank.n_rows, -1.0)
     partner = np.zeros(bank.n_rows, dtype=np.int64)
@@ -109,30 +119,49 @@ def _chosen(stage: StageBank, checkpoints: Sequence[int] | None) -> Sequence[int
     return checkpoints
 
 
-def _directions(stage: StageBank, checkpoint: int) -> Tensor:
-    """Rows ``(N, k)`` of length 1; those of zeros stay, and are like nothing."""
-    directions = torch.cat([block.rows for block in stage.iter_rows(checkpoint)])
-    return torch.nn.functional.normalize(directions, dim=1, out=directions)
+class _Directions(NamedTuple):
+    """Which way the losses' gradients point at a checkpoint.
+
+    Attributes:
+        rows: φ ``(N, k)`` of length 1; those of zeros stay, and are like nothing.
+        signs: of ℓ' ``(N,)``: -1, 0 or 1.
+    """
+
+    rows: Tensor
+    signs: Tensor
+
+    def cosines(self, i: int, j: int) -> Tensor:
+        """Of the block of rows from i on with that from j on, ``(b, b)``."""
+        one, other = slice(i, i + _BLOCK), slice(j, j + _BLOCK)
+        signs = torch.outer(self.signs[one], self.signs[other])
+        signs += torch.outer(self.signs[one] == 0, self.signs[other] == 0)
+        return (self.rows[one] @ self.rows[other].T).mul_(signs)
+
+
+def _directions(stage: StageBank, checkpoint: int) -> _Directions:
+    blocks = [(block.rows, block.d1.sign()) for block in stage.iter_rows(checkpoint)]
+    rows, signs = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return _Directions(torch.nn.functional.normalize(rows, dim=1, out=rows), signs)
 
 
 def _linked(
-    parts: list[Tensor], threshold: float, progress: Progress
+    parts: list[_Directions], threshold: float, progress: Progress
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """Clusters of at least two, and each row's highest cosine with another one, and with which.
 
     Args:
-        parts: directions ``(N, k)`` at each checkpoint.
+        parts: directions of N rows at each checkpoint.
         threshold: least mean cosine of two rows that are joined.
         progress: of its bar.
     """
-    n = len(parts[0])
+    n = len(parts[0].signs)
     root = np.arange(n)
     nearest = torch.full((n,), -2.0, dtype=torch.float32, device="cpu")
     partner = torch.zeros(n, dtype=torch.long, device="cpu")
     blocks = [(i, j) for i in range(0, n, _BLOCK) for j in range(i, n, _BLOCK)]
     with progress_bar(progress, "cosines", len(blocks), "blocks") as bar:
         for i, j in blocks:
-            cosines = torch.stack([part[i : i + _BLOCK] @ part[j : j + _BLOCK].T for part in parts]).mean(0)
+            cosines = torch.stack([part.cosines(i, j) for part in parts]).mean(0)
             if i == j:
                 cosines.fill_diagonal_(-2.0)
             _raise_to(nearest, partner, cosines.max(1), i, j)

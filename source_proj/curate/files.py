@@ -46,11 +46,12 @@ def write_kept(
         MismatchError: the file has another number of records.
         FileExistsError: something is at ``out`` that may not be overwritten.
         FileNotFoundError: there is no such file.
-        ValueError: the file is of an unknown kind, or to become one of another kind.
+        ValueError: the file is of an unknown kind, or to become one of another kind, or one lies within the other.
     """
     if not source.exists():
         raise FileNotFoundError(f"the data set {str(source)!r} does not exist")
     folder = source.is_dir()
+    _require_apart(source, out)
     _check_kinds(source, out, annotated=columns is not None)
     require_free(out, overwrite=overwrite, replaceable=_is_dataset_folder if folder else Path.is_file)
     if folder:
@@ -67,6 +68,27 @@ def write_kept(
         )
         _require_count(source, len(records), n)
         write_output(out, records.without(dropped.tolist()), overwrite=overwrite)
+
+
+def _require_apart(source: Path, out: Path) -> None:
+    """Refuse an output within the source, which would spoil it, and one that the source lies in.
+
+    Raises:
+        ValueError: names both.
+    """
+    for inner, outer in ((out, source), (source, out)):
+        if any(_is_same(parent, outer) for parent in inner.resolve().parents):
+            raise ValueError(
+                f"{str(out)!r} and the data set {str(source)!r} lie one within the other: give a path apart"
+            )
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether two paths are one place, whatever links and letter cases they are written with."""
+    try:
+        return one.samefile(other)
+    except OSError:  # nothing is there
+        return one == other.resolve()
 
 
 def _check_kinds(source: Path, out: Path, *, annotated: bool) -> None:

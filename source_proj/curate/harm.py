@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from source_proj._errors import MismatchError
 from source_proj.attribution.hits import checked_count
 from source_proj.attribution.words import mean_effect
 from source_proj.curate.aggregates import Aggregate
 from source_proj.curate.cleaning import Cleaning
+from source_proj.curate.labels import Labels, classes_of
 
-__all__ = ["Labels", "beyond_chance", "class_quotas", "drop_worst", "harmful", "within_quotas"]
-
-
-Labels = Sequence[Any] | np.ndarray | torch.Tensor
-"""A label of each training example."""
+__all__ = ["beyond_chance", "class_quotas", "drop_worst", "harmful", "within_quotas"]
 
 
 def harmful(aggregated: Aggregate, *, false_share: float = 0.05) -> Cleaning:
@@ -40,7 +35,8 @@ def harmful(aggregated: Aggregate, *, false_share: float = 0.05) -> Cleaning:
 
     Raises:
         TypeError: something else is given, such as the method itself.
-        ValueError: the share is out of range, or a group has one query alone, which has no spread.
+        ValueError: the share is out of range, a group has one query alone, which has no spread, or a mean is not
+            finite.
     """
     _require_aggregate(aggregated)
     if not 0 < false_share < 1:
@@ -78,7 +74,7 @@ def drop_worst(aggregated: Aggregate, n: int, *, labels: Labels | None = None) -
 
     Raises:
         TypeError: something else is given, such as the method itself.
-        ValueError: n is not in 1..N-1.
+        ValueError: n is not in 1..N-1, a label is missing or a row, or a mean is not finite.
         MismatchError: labels are not one for each training example.
     """
     _require_aggregate(aggregated)
@@ -96,14 +92,14 @@ def class_quotas(labels: Labels, total: int, n: int) -> tuple[np.ndarray, np.nda
 
     Raises:
         MismatchError: labels are not one for each of ``total`` examples.
+        ValueError: one is missing, or a row.
 
     Example:
         >>> class_quotas(["a", "a", "b", "a", "a"], 5, 3)
         (array([0, 0, 1, 0, 0]), array([2, 1]))
     """
-    _, member, sizes = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
-    if len(member) != total:
-        raise MismatchError(f"got {len(member)} labels for {total} training examples: give one for each")
+    names, member = classes_of(labels, total)
+    sizes = np.bincount(member, minlength=len(names))
     exact = n * sizes / total
     quota = np.floor(exact).astype(np.int64)
     quota[np.argsort(quota - exact, kind="stable")[: n - quota.sum()]] += 1
@@ -124,6 +120,13 @@ def _require_aggregate(given: Any) -> None:
         raise TypeError(
             f"scores summed up over a validation set are needed, got a {type(given).__name__}: give "
             "source_proj.curate.aggregate(source, queries)"
+        )
+    bad = np.argwhere(~np.isfinite(given.mean))
+    if len(bad):
+        group, place = bad[0]
+        raise ValueError(
+            f"the mean score of {given.train_ids[place]!r} in group {given.groups[group]!r} is "
+            f"{given.mean[group, place]}: sum finite scores up"
         )
 
 

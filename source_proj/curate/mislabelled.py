@@ -17,7 +17,7 @@ from source_proj.attribution.source import Source
 from source_proj.attribution.words import id_word
 from source_proj.bank import Bank
 from source_proj.curate.cleaning import Cleaning
-from source_proj.curate.harm import Labels
+from source_proj.curate.labels import Labels, classes_of
 from source_proj.task import Classification, Task
 
 __all__ = ["mislabelled"]
@@ -57,15 +57,21 @@ def mislabelled(source: Source, labels: Labels, *, n: int | None = None, by: By 
         by: which of the three.
 
     Raises:
-        ValueError: ``by`` is none of them, n is not in 1..N-1, there is one class alone, all errors are the same (as
-            those of language models are), or disagreement is asked of a run of several stages.
+        TypeError: something else is given in the place of SOURCE, such as a bank or another method.
+        ValueError: ``by`` is none of them, n is not in 1..N-1, a label is missing (NaN, None) or a row, there is one
+            class alone, all errors are the same (as those of language models are), or disagreement is asked of a run of
+            several stages.
         MismatchError: labels are not one for each training example; or an optimizer's metrics differ between
             checkpoints, where disagreement needs ``Source(..., query_gradient="final")``.
     """
+    if not isinstance(source, Source):
+        raise TypeError(f"mislabelled examples are sought by SOURCE, got a {type(source).__name__}: give Source(bank)")
     if by not in get_args(By):
         raise ValueError(f"by must be one of {list(get_args(By))}, got {by!r}")
     ids = source.banks[0].ids
-    names, member = _classes(labels, len(ids))
+    names, member = classes_of(labels, len(ids))
+    if len(names) < 2:
+        raise ValueError(f"all labels are {names[0]!r}: there must be at least two classes")
     rival: np.ndarray | None = None
     if by == "error":
         suspicion = _mean_error(source)
@@ -173,23 +179,6 @@ def _class_features(bank: Bank, source: Source, member: np.ndarray, classes: int
                 total.index_add_(0, own, -block.d1[:, None] * block.rows)
             rows[point_key(bank.checkpoint(0, checkpoint), bank.metrics.hash(metric))] = total / sizes[:, None]
     return QueryFeatures(rows, list(range(classes)), bank.sketch.spec())
-
-
-def _classes(labels: Labels, n: int) -> tuple[list[Any], np.ndarray]:
-    """Names of the classes, and the number of each example's class ``(N,)``.
-
-    Raises:
-        MismatchError: labels are not one for each training example.
-        ValueError: there is one class alone.
-    """
-    given = [label.item() if hasattr(label, "item") else label for label in labels]
-    if len(given) != n:
-        raise MismatchError(f"got {len(given)} labels for {n} training examples: give one for each")
-    names = list(dict.fromkeys(given))
-    if len(names) < 2:
-        raise ValueError(f"all labels are {names[0]!r}: there must be at least two classes")
-    place = {name: number for number, name in enumerate(names)}
-    return names, np.array([place[label] for label in given], dtype=np.int64)
 
 
 def _improbable(error: np.ndarray, member: np.ndarray) -> np.ndarray:

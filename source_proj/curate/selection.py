@@ -15,7 +15,8 @@ from source_proj.attribution.scores import Scores
 from source_proj.attribution.words import mean_effect
 from source_proj.curate.aggregates import facts_of, score_blocks
 from source_proj.curate.cleaning import Cleaning
-from source_proj.curate.harm import Labels, beyond_chance, class_quotas, within_quotas
+from source_proj.curate.harm import beyond_chance, class_quotas, within_quotas
+from source_proj.curate.labels import Labels
 
 __all__ = ["select"]
 
@@ -61,7 +62,7 @@ def select(
         The chosen examples in the order they were chosen; the cleaning keeps them, and drops all others.
 
     Raises:
-        ValueError: n is not in 1..N.
+        ValueError: n is not in 1..N, a score is not finite, or a label is missing or a row.
         MismatchError: labels are not one for each training example; or the cleaning is of another training set.
         TypeError: as for :func:`source_proj.curate.aggregate`.
     """

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from source_proj._errors import MismatchError
+from source_proj._io.numbers import plain_numbers, whole_number
 from source_proj.evaluate._ranks import Floats
 from source_proj.evaluate.ground_truth import GroundTruth
 
@@ -61,17 +62,17 @@ class Retrainings:
             ValueError: for wrong dimensions, fewer than three subsets, or values that are not finite.
             MismatchError: if masks and outcomes differ in the number of subsets.
         """
-        kept, measured = np.asarray(masks), np.asarray(outcomes, dtype=np.float64)
+        kept, measured = np.asarray(plain_numbers(masks)), np.asarray(plain_numbers(outcomes), dtype=np.float64)
         if kept.dtype != np.bool_:
             raise TypeError(f"masks must be boolean, True for a kept example; got dtype {kept.dtype}")
         if kept.ndim != 2 or kept.size == 0:
             raise ValueError(f"masks must have shape (subsets, examples), got shape {kept.shape}")
+        given = measured.shape
         if measured.ndim == 2:
             measured = measured[:, None, :]
         if measured.ndim != 3 or measured.size == 0:
             raise ValueError(
-                "outcomes must have shape (subsets, retrainings, queries) or (subsets, queries), "
-                f"got shape {np.shape(outcomes)}"
+                f"outcomes must have shape (subsets, retrainings, queries) or (subsets, queries), got shape {given}"
             )
         if len(kept) != len(measured):
             raise MismatchError(
@@ -102,7 +103,7 @@ def checked_scores(scores: ArrayLike, retrainings: Retrainings) -> NDArray[np.ge
         ValueError: if scores are not a finite matrix.
         MismatchError: if scores, masks and outcomes disagree on N or Q.
     """
-    matrix = np.asarray(scores)
+    matrix = np.asarray(plain_numbers(scores))
     if matrix.ndim != 2 or matrix.size == 0:
         raise ValueError(f"scores must have shape (queries, examples), got shape {matrix.shape}")
     n, q = retrainings.masks.shape[1], retrainings.measured.shape[2]
@@ -141,11 +142,13 @@ def bootstrap_weights(count: int, replicates: int, seed: int) -> Floats:
     """How often each of ``count`` subsets occurs in each resampling with replacement: ``(replicates, count)``.
 
     Raises:
-        ValueError: if replicates is negative.
+        TypeError: if replicates or seed are no whole numbers.
+        ValueError: if it is negative.
     """
+    replicates = whole_number(replicates, "bootstrap")
     if replicates < 0:
         raise ValueError(f"bootstrap must be the number of resamplings (0 for none), got {replicates}")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(whole_number(seed, "seed"))
     return rng.multinomial(count, np.full(count, 1 / count), size=replicates).astype(np.float64)
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 
-__all__ = ["OptimizerFactory", "State", "Stepper", "derivatives"]
+__all__ = ["COUNTERS", "OptimizerFactory", "State", "Stepper", "derivatives", "made"]
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
-_COUNTERS = {"step": 0.0, "mu_product": 1.0}
+COUNTERS = {"step": 0.0, "mu_product": 1.0}
 """Parts of optimizers' states that do not depend on gradients, with what they begin with."""
 
 
@@ -31,19 +31,13 @@ class Stepper:
 
     def __init__(self, optimizer: OptimizerFactory, start: list[Tensor], lr: Sequence[float] | None) -> None:
         self._parameters = [nn.Parameter(p.clone()) for p in start]
-        self._optimizer, self._lr = _made(optimizer, self._parameters), lr
+        self._optimizer, self._lr = made(optimizer, self._parameters), lr
         if "differentiable" not in self._optimizer.defaults:
             raise ValueError(
                 f"{type(self._optimizer).__name__} cannot be differentiated: give an optimizer of torch.optim that "
                 "takes differentiable=True, such as SGD, Adam or AdamW"
             )
         place = {id(p): i for i, p in enumerate(self._parameters)}
-        foreign = sum(id(p) not in place for group in self._optimizer.param_groups for p in group["params"])
-        if foreign:
-            raise ValueError(
-                f"{foreign} parameters of the {type(self._optimizer).__name__} are not among those that optimizer= was "
-                "called with: make it from its argument, as lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
-            )
         self._optimizer.defaults["differentiable"] = True
         self._groups = []
         for group in self._optimizer.param_groups:
@@ -68,7 +62,7 @@ class Stepper:
             key
             for parameter, own in zip(start, found, strict=True)
             for key, value in own.items()
-            if key not in _COUNTERS and (not isinstance(value, Tensor) or value.shape != parameter.shape)
+            if key not in COUNTERS and (not isinstance(value, Tensor) or value.shape != parameter.shape)
         }
         if unknown:
             raise ValueError(f"{type(self._optimizer).__name__} keeps {sorted(unknown)}, whose derivative is not known")
@@ -93,7 +87,11 @@ class Stepper:
     def pull_back(
         self, t: int, state: State, gradients: list[Tensor], adjoint: list[Tensor], moments: list[dict[str, Tensor]]
     ) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]]:
-        """Adjoints ``(B, *shape)`` of a step's parameters, gradients and moments, from those of its results."""
+        """Adjoints ``(B, *shape)`` of a step's parameters, gradients and moments, from those of its results.
+
+        They are not finite where the step's derivative is not: a second moment whose square has vanished in the
+        precision at hand has a root of infinite slope, which no number may stand for.
+        """
         leaves = State(
             [p.detach().clone().requires_grad_() for p in state.parameters],
             [{k: _leaf(k, v) for k, v in own.items()} for own in state.moments],
@@ -104,22 +102,42 @@ class Stepper:
         for made, own in zip(after.moments, moments, strict=True):
             outputs += [made[k] for k in own]
             cotangents += list(own.values())
-        kept = [[k for k in own if k not in _COUNTERS] for own in leaves.moments]
+        kept = [[k for k in own if k not in COUNTERS] for own in leaves.moments]
         held = [own[k] for own, keys in zip(leaves.moments, kept, strict=True) for k in keys]
-        # Elementwise: 0 · ∞ arises where a second moment is zero, whose root has no slope, and its limit is zero.
-        found = [
-            torch.nan_to_num(d, nan=0.0) for d in derivatives(outputs, [*leaves.parameters, *asked, *held], cotangents)
-        ]
+        found = derivatives(outputs, [*leaves.parameters, *asked, *held], cotangents)
         n = len(asked)
+        settled = [_settled(*part) for part in zip(gradients, adjoint, moments, strict=True)]
         rest = iter(found[2 * n :])
-        return found[:n], found[n : 2 * n], [{k: next(rest) for k in keys} for keys in kept]
+        return (
+            [_limit(d, own) for d, own in zip(found[:n], settled, strict=True)],
+            [_limit(d, own) for d, own in zip(found[n : 2 * n], settled, strict=True)],
+            [{k: _limit(next(rest), own) for k in keys} for keys, own in zip(kept, settled, strict=True)],
+        )
 
 
-def _made(optimizer: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _settled(gradient: Tensor, adjoint: Tensor, moments: dict[str, Tensor]) -> Tensor:
+    """Where a gradient is zero and what follows from it is known, ``(B, *shape)`` bool."""
+    known = adjoint.isfinite()
+    for moment in moments.values():
+        known = known & moment.isfinite()
+    return known & (gradient == 0)
+
+
+def _limit(derivative: Tensor, settled: Tensor) -> Tensor:
+    """A derivative ``(B, *shape)``, zero where it is 0 · ∞ at a zero gradient.
+
+    The root of a second moment that is zero there has no slope, and its limit is zero. Any other NaN, and what is
+    infinite, stays for the check of the scores: a number in its place would pass it.
+    """
+    return torch.where(derivative.isnan() & settled, 0.0, derivative)
+
+
+def made(optimizer: Any, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
     """The optimizer of parameters.
 
     Raises:
         TypeError: what was given makes none.
+        ValueError: it has other parameters.
     """
     if isinstance(optimizer, torch.optim.Optimizer):
         name = type(optimizer).__name__
@@ -127,18 +145,25 @@ def _made(optimizer: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimiz
             f"optimizer must be a function of parameters, got a {name} that has its own: give lambda parameters: "
             f"torch.optim.{name}(parameters, …)"
         )
-    made = optimizer(parameters) if callable(optimizer) else optimizer
-    if not isinstance(made, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a function of parameters to an optimizer of torch.optim, got {made!r}")
-    return made
+    result = optimizer(list(parameters)) if callable(optimizer) else optimizer
+    if not isinstance(result, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a function of parameters to an optimizer of torch.optim, got {result!r}")
+    known = {id(p) for p in parameters}
+    foreign = sum(id(p) not in known for group in result.param_groups for p in group["params"])
+    if foreign:
+        raise ValueError(
+            f"{foreign} parameters of the {type(result).__name__} are not among those that optimizer= was called with: "
+            "make it from its argument, as lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+        )
+    return result
 
 
 def _first(key: str, value: Any, parameter: Tensor) -> Any:
-    return torch.tensor(_COUNTERS[key], dtype=parameter.dtype, device="cpu") if key in _COUNTERS else value
+    return torch.tensor(COUNTERS[key], dtype=parameter.dtype, device="cpu") if key in COUNTERS else value
 
 
 def _leaf(key: str, value: Any) -> Any:
-    return value if key in _COUNTERS else value.detach().clone().requires_grad_()
+    return value if key in COUNTERS else value.detach().clone().requires_grad_()
 
 
 def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -16,6 +16,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 
 from source_proj._errors import MismatchError, SourceProjError
 from source_proj._io.files import PARTIAL, walk
+from source_proj._io.locks import locked
 
 __all__ = [
     "FORMAT",
@@ -41,6 +42,7 @@ Cell = tuple[int, int]
 
 FORMAT, VERSION = "source-proj ground truth", 3
 
+_LOCK = "grow.lock"
 _CHECKSUM = 4  # bytes at a chunk's end
 _DOCUMENT_BYTES = 64 << 20  # of metadata
 _PLAIN_BYTES = 256 << 20  # an array of so many bytes may be claimed by a store of any size
@@ -258,15 +260,20 @@ def record(path: Path, cells: Sequence[Cell], measured: NDArray[np.float64]) -> 
 
 
 def grow(group: zarr.Group, path: Path, retrainings: int) -> None:
-    """Make room for more retrainings of each subset.
+    """Make room for at least so many retrainings of each subset; those that are there stay.
+
+    Processes that open one store at once take turns, and each looks how many there are when its turn has come: one that
+    had read a smaller number before would take retrainings away that another has finished meanwhile.
 
     Raises:
         SourceProjError: the store cannot be written.
     """
     try:
-        for name in ("proofs", "outcomes"):
-            array = array_of(group, name, path)
-            array.resize((array.shape[0], retrainings, array.shape[2]))
+        with locked(path, _LOCK):
+            for name in ("proofs", "outcomes"):  # who reads in between finds a proof's place for each outcome
+                array = array_of(group, name, path)
+                if array.shape[1] < retrainings:
+                    array.resize((array.shape[0], retrainings, array.shape[2]))
     except OSError as error:
         raise SourceProjError(f"{path} cannot be written ({error}): make room, then try again") from error
 
@@ -295,9 +302,15 @@ def _digest_of(attributes: Mapping[str, Any]) -> str:
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as JSON gives them back: tuples are lists there."""
     try:
-        return cast(dict[str, Any], json.loads(json.dumps(dict(settings))))
+        return cast(dict[str, Any], json.loads(json.dumps(dict(settings), default=_plain_number)))
     except TypeError as error:
         raise TypeError(f"settings must be numbers, strings, and lists or dicts of them: {error}") from error
+
+
+def _plain_number(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r:.60} of type {type(value).__name__} is none of these")
 
 
 def contrast(key: str, stored: Any, wanted: Any) -> str:

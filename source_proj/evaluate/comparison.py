@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from source_proj._io.numbers import plain_numbers
 from source_proj._io.progress import Bar, Progress, progress_bar
 from source_proj.evaluate.calibration import Calibration, calibration
 from source_proj.evaluate.linear_datamodeling import LDS, Difference, compare, lds, mean_lds
@@ -125,7 +126,7 @@ def compare_methods(
 
     The queries fall into two halves; the scores of each half come from the setting that was best on the other one (by
     the mean LDS of single runs), so that no query has a say in the setting it is judged by, and every method is seen
-    at its best.
+    at its best. A search for the best setting takes two queries at least.
 
     Args:
         candidates: methods and settings; the first one's method is what the others are compared with.
@@ -134,7 +135,9 @@ def compare_methods(
         progress: show a progress bar.
 
     Raises:
-        ValueError, MismatchError: see :func:`lds`; ValueError also for no candidates, or two of one name and setting.
+        ValueError, MismatchError: see :func:`lds`; ValueError also for no candidates, two of one name and setting, one
+            query where a method has several settings, and a candidate that computes no scores, or scores that are not
+            finite.
 
     Example:
         >>> from source_proj.evaluate import half_subsets
@@ -154,10 +157,17 @@ def compare_methods(
     by_method: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         by_method.setdefault(candidate.method, []).append(candidate)
+    kept, measured = np.asarray(plain_numbers(masks)), np.asarray(plain_numbers(outcomes))
+    searched = [method for method, own in by_method.items() if len(own) > 1]
+    if searched and measured.shape[-1:] == (1,):
+        raise ValueError(
+            f"the best setting of {searched[0]!r} is chosen on other queries than those it is judged by, and there is "
+            "one query: give at least two, or one setting"
+        )
     results: list[MethodResult] = []
     with progress_bar(progress, "score", len(candidates), "settings") as bar:
         for own in by_method.values():
-            results.append(_judge(own, np.asarray(masks), np.asarray(outcomes), results[0] if results else None, bar))
+            results.append(_judge(own, kept, measured, results[0] if results else None, bar))
     return Comparison(tuple(results))
 
 
@@ -168,7 +178,12 @@ def _judge(
     quality: dict[str, Matrix] = {}
     for candidate in own:
         bar.describe(f"score, {candidate.method}, {candidate.setting}"[:60])
-        runs[candidate.setting] = [np.asarray(run, dtype=np.float32) for run in candidate.scores()]
+        runs[candidate.setting] = [_finite(candidate, run) for run in candidate.scores()]
+        if len(runs[candidate.setting]) != len(runs[own[0].setting]) or not runs[candidate.setting]:
+            raise ValueError(
+                f"{_named(candidate)} has scores of {len(runs[candidate.setting])} runs: give those of each run, at "
+                "least one, and as many as of its other settings"
+            )
         per_run = [lds(run, masks, outcomes, bootstrap=0).per_query for run in runs[candidate.setting]]
         quality[candidate.setting] = np.mean(per_run, axis=0)
         bar.update()
@@ -194,9 +209,33 @@ def _judge(
 
 
 def _choose(quality: Mapping[str, Matrix]) -> tuple[str, str]:
-    """For even and for odd queries: the setting that is best on the others."""
+    """For even and for odd queries: the setting that is best on the others; the only one, where there is no other."""
+    if len(quality) == 1:
+        (only,) = quality
+        return only, only
     even, odd = (max(quality, key=lambda s: float(quality[s][other::2].mean())) for other in (1, 0))
     return even, odd
+
+
+def _named(candidate: Candidate) -> str:
+    return f"the candidate {candidate.method!r}, {candidate.setting!r}"
+
+
+def _finite(candidate: Candidate, scores: ArrayLike) -> Matrix:
+    """A candidate's scores in float32.
+
+    Raises:
+        ValueError: some are not finite, and their LDS would be neither better nor worse than another.
+    """
+    with np.errstate(over="ignore"):
+        values = np.asarray(plain_numbers(scores), dtype=np.float32)
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        raise ValueError(
+            f"{_named(candidate)} has {len(bad)} scores that are not finite in float32, the first at (query, "
+            f"example) = {tuple(bad[0].tolist())}: leave the candidate out, or mend them"
+        )
+    return values
 
 
 def _mix(even: Matrix, odd: Matrix) -> Matrix:
@@ -209,7 +248,7 @@ def _together(own: Sequence[Candidate], setting: str, runs: Sequence[Matrix]) ->
     (candidate,) = (candidate for candidate in own if candidate.setting == setting)
     if candidate.ensemble is None or len(runs) == 1:
         return np.asarray(np.mean(runs, axis=0))
-    return np.asarray(candidate.ensemble(), dtype=np.float32)
+    return _finite(candidate, candidate.ensemble())
 
 
 def _pandas(wanted: str) -> Any:

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from source_proj._errors import MismatchError, SourceProjError
 from source_proj._io.executors import Executor, check_executor, map_in_order
 from source_proj._io.files import publish
+from source_proj._io.numbers import plain_numbers, whole_number
 from source_proj._io.progress import Progress, progress_bar
 from source_proj.evaluate._truth_files import (
     FORMAT,
@@ -110,12 +111,13 @@ class GroundTruth:
                 settings is refused.
 
         Raises:
-            TypeError: if masks are not boolean, or settings not JSON-able.
+            TypeError: if masks are not boolean, settings not JSON-able, or a number is not whole.
             ValueError: for wrong shapes or numbers, or an empty subset.
             MismatchError: if there is a store of other subsets, queries, seed or settings.
             SourceProjError: if there is something else, or a damaged store.
         """
-        kept = np.asarray(masks)
+        kept = np.asarray(plain_numbers(masks))
+        n_queries, retrainings = whole_number(n_queries, "n_queries"), whole_number(retrainings, "retrainings")
         if kept.dtype != np.bool_:
             raise TypeError(f"masks must be boolean, True for a kept example; got dtype {kept.dtype}")
         if kept.ndim != 2 or kept.size == 0:
@@ -128,7 +130,7 @@ class GroundTruth:
         description = {
             "format": FORMAT,
             "version": VERSION,
-            "seed": seed,
+            "seed": whole_number(seed, "seed"),
             "settings": plain(settings or {}),
             "subsets": digest(kept),
             "queries": n_queries,
@@ -141,7 +143,8 @@ class GroundTruth:
                 raise SourceProjError(f"{where} cannot be made ({error}): make room, or give another path") from error
         truth = cls(where)
         truth._require(description)
-        truth._grow(retrainings)
+        if retrainings > truth.shape[1]:
+            grow(truth._group, truth.path, retrainings)
         return truth
 
     @classmethod
@@ -189,7 +192,7 @@ class GroundTruth:
         Raises:
             ValueError: see :meth:`of_masks`; also for positions outside [0, n) or named twice.
         """
-        left_out = np.asarray(examples)
+        left_out, n = np.asarray(plain_numbers(examples)), whole_number(n, "n")
         whole = left_out.ndim == 1 and left_out.size > 0 and np.issubdtype(left_out.dtype, np.integer)
         if not whole or left_out.min() < 0 or left_out.max() >= n or len(np.unique(left_out)) != len(left_out):
             raise ValueError(f"examples must be different positions from 0 to {n - 1}, got {left_out.tolist()}")
@@ -212,8 +215,9 @@ class GroundTruth:
 
         Args:
             train: without ``group``, ``train(kept, seed)``: trains on the examples at positions ``kept`` and returns
-                each query's measurement ``(Q,)``. With it, ``train(kept, seeds)`` gets lists of up to that many, and
-                returns ``(len(kept), Q)``: for many small models in one tensor program (:func:`retrain`).
+                each query's measurement ``(Q,)``, as numbers or a tensor, wherever it lies. With it,
+                ``train(kept, seeds)`` gets lists of up to that many, and returns ``(len(kept), Q)``: for many small
+                models in one tensor program (:func:`retrain`).
             group: how many models one call trains; None for one by one.
             executor: calls ``train``: a pool of processes, Dask's ``client.get_executor()``, or anything else shaped
                 like :class:`concurrent.futures.Executor` whose workers see the store's folder. Python's own pool of
@@ -223,15 +227,15 @@ class GroundTruth:
 
         Raises:
             TypeError: if the executor is none.
-            ValueError: for numbers out of range, or measurements that are not finite; names subset and seed.
+            ValueError: for numbers out of range, or measurements that are no numbers or not finite; names subset and
+                seed.
             MismatchError: if ``train`` returns another shape.
             SourceProjError: if workers are lost again and again.
         """
-        index, shards = shard
+        index, shards = (whole_number(number, "shard") for number in shard)
         if not 0 <= index < shards:
             raise ValueError(f"shard must be (i, n) with 0 <= i < n, got {shard}")
-        if group is not None and group < 1:
-            raise ValueError(f"group must be at least 1, got {group}")
+        group = None if group is None else whole_number(group, "group", least=1)
         check_executor(executor)
         todo = [cell for cell in self.missing() if (cell[0] + cell[1] * len(self.masks)) % shards == index]
         calls = [todo[start : start + (group or 1)] for start in range(0, len(todo), group or 1)]
@@ -319,10 +323,6 @@ class GroundTruth:
     def _seed(self, subset: int, retraining: int) -> int:
         return self.seed + subset + _STRIDE * retraining
 
-    def _grow(self, retrainings: int) -> None:
-        if retrainings > self.shape[1]:
-            grow(self._group, self.path, retrainings)
-
     def _jobs(self, calls: Sequence[Cells]) -> Iterator[Job]:
         for cells in calls:
             kept, seeds = [np.flatnonzero(self.masks[j]) for j, _ in cells], [self._seed(j, r) for j, r in cells]
@@ -336,7 +336,14 @@ def _retrain(train: Callable[..., ArrayLike], grouped: bool, path: Path, job: Jo
     others or to the process that started them.
     """
     cells, kept, seeds = job
-    measured = np.asarray(train(kept, seeds) if grouped else [train(kept[0], seeds[0])], dtype=np.float64)
+    returned = train(kept, seeds) if grouped else [train(kept[0], seeds[0])]
+    try:
+        measured = np.asarray(plain_numbers(returned), dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"training on subset {cells[0][0]} with seed {seeds[0]} returned what holds no measurements ({error}): "
+            "return a number for each query, as an array, a list or a tensor"
+        ) from error
     queries = int(cast(int, opened(path)[1]["queries"]))
     if measured.shape != (len(cells), queries):
         raise MismatchError(

@@ -77,7 +77,8 @@ class Difference:
 
     Attributes:
         value: the difference.
-        interval: its 95 % paired bootstrap interval; excludes 0 when the difference is beyond chance.
+        interval: its 95 % paired bootstrap interval; excludes 0 when the difference is beyond chance. NaNs when
+            ``bootstrap=0``.
     """
 
     value: float
@@ -85,8 +86,8 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval excludes zero."""
-        return not self.interval[0] <= 0 <= self.interval[1]
+        """Whether the interval excludes zero; False without a bootstrap, which knows no interval."""
+        return self.interval[0] > 0 or self.interval[1] < 0
 
 
 def lds(

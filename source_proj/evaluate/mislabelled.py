@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from source_proj._errors import MismatchError
+from source_proj._io.numbers import plain_numbers
 from source_proj.evaluate._ranks import Floats, midranks
 
 __all__ = ["Mislabel", "mislabel"]
@@ -58,7 +59,8 @@ def mislabel(self_influence: ArrayLike, is_noisy: ArrayLike) -> Mislabel:
         >>> result.auc, result.found_at(0.25)
         (0.75, 0.5)
     """
-    suspicion, noisy = np.asarray(self_influence, dtype=np.float64), np.asarray(is_noisy)
+    suspicion = np.asarray(plain_numbers(self_influence), dtype=np.float64)
+    noisy = np.asarray(plain_numbers(is_noisy))
     if noisy.dtype != np.bool_:
         raise TypeError(f"is_noisy must be boolean, True for a mislabelled example; got dtype {noisy.dtype}")
     if suspicion.ndim != 1 or noisy.ndim != 1:

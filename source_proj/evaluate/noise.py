@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import ArrayLike
 
+from source_proj._io.numbers import plain_numbers
 from source_proj.evaluate._ranks import Floats, spearman
 from source_proj.evaluate.ground_truth import GroundTruth
 
@@ -34,7 +35,7 @@ def noise_ceiling(truth: GroundTruth | ArrayLike, *, seed: int = 0) -> tuple[flo
         ValueError: for other shapes, R = 1, fewer than three subsets or non-finite values.
         SourceProjError: if retrainings of the store are missing or damaged.
     """
-    measured = np.asarray(truth.outcomes if isinstance(truth, GroundTruth) else truth, dtype=np.float64)
+    measured = np.asarray(truth.outcomes if isinstance(truth, GroundTruth) else plain_numbers(truth), dtype=np.float64)
     if measured.ndim != 3 or measured.shape[1] < 2 or measured.shape[0] < 3:
         raise ValueError(
             "a noise ceiling needs outcomes of shape (subsets ≥ 3, retrainings ≥ 2, queries), "

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from source_proj._errors import MismatchError
 from source_proj._io.executors import Executor
+from source_proj._io.numbers import plain_numbers
 from source_proj.evaluate._counterfactual import bootstrap_weights
 from source_proj.evaluate._ranks import Floats
 from source_proj.evaluate.ground_truth import GroundTruth, TrainMany, TrainOne
@@ -80,7 +81,7 @@ class RemovalDifference:
 
     @property
     def significant(self) -> NDArray[np.bool_]:
-        """Whether each interval excludes zero, ``(S,)``."""
+        """Whether each interval excludes zero, ``(S,)``; False without a bootstrap."""
         return np.asarray((self.interval[:, 0] > 0) | (self.interval[:, 1] < 0))
 
 
@@ -143,7 +144,8 @@ def subset_removal(
         >>> subset_removal(scores, [1, 1], train, sizes=[1, 3]).fraction
         array([0.5, 1. ])
     """
-    helpful, base, steps = np.asarray(scores, dtype=np.float64), np.asarray(baseline), np.asarray(sizes)
+    helpful = np.asarray(plain_numbers(scores), dtype=np.float64)
+    base, steps = np.asarray(plain_numbers(baseline)), np.asarray(plain_numbers(sizes))
     _check(helpful, base, steps)
     queries = _asked(correct, len(base))
     if higher_is_better is None:
@@ -190,16 +192,20 @@ def random_same_class(train_labels: ArrayLike, query_labels: ArrayLike, *, seed:
     Positive for examples of the class, each query with an order of its own; 0 for all others.
 
     Raises:
-        ValueError: if labels are not vectors, or a query's class has no training example.
+        ValueError: if labels are not vectors or hold NaN, or a query's class has no training example.
 
     Example:
         >>> (random_same_class([0, 1, 1, 0], [1, 0]) > 0).astype(int)
         array([[0, 1, 1, 0],
                [1, 0, 0, 1]])
     """
-    known, asked = np.asarray(train_labels), np.asarray(query_labels)
+    known, asked = np.asarray(plain_numbers(train_labels)), np.asarray(plain_numbers(query_labels))
     if known.ndim != 1 or asked.ndim != 1:
         raise ValueError(f"labels must be vectors, got shapes {known.shape} and {asked.shape}")
+    for what, labels in (("train_labels", known), ("query_labels", asked)):
+        missing = np.flatnonzero(labels != labels)  # NaN differs from itself, and is of no class
+        if len(missing):
+            raise ValueError(f"{what} hold {labels[missing[0]]} at place {missing[0]}: give each a class")
     same = asked[:, None] == known[None, :]  # (Q, N)
     alone = np.flatnonzero(~same.any(axis=1))
     if len(alone):
@@ -237,7 +243,7 @@ def _intervals(replicates: Floats) -> Floats:
 def _asked(correct: ArrayLike | None, count: int) -> NDArray[np.int64]:
     if correct is None:
         return np.arange(count)
-    mask = np.asarray(correct)
+    mask = np.asarray(plain_numbers(correct))
     if mask.dtype != np.bool_:
         raise TypeError(f"correct must be boolean, such as baseline == labels; got dtype {mask.dtype}")
     if mask.shape != (count,):

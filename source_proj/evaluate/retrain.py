@@ -19,7 +19,9 @@ from torch.func import stack_module_state, vmap
 
 from source_proj._errors import MismatchError
 from source_proj._io.executors import Executor, check_executor, map_in_order
+from source_proj._io.numbers import whole_number
 from source_proj._io.progress import Progress, progress_bar
+from source_proj.evaluate._lockstep import MakeOptimizer, lockstep_optimizer
 from source_proj.gradients.replaced import call_with
 
 __all__ = ["StackedState", "half_subsets", "retrain", "stacked_outputs", "train_stacked"]
@@ -37,9 +39,6 @@ Group = tuple[list[np.ndarray], list[int], StackedState | None]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Mean loss of ``(outputs, targets)``."""
-
-MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
-"""Makes the optimizer of some parameters."""
 
 
 def half_subsets(n: int, count: int, *, fraction: float = 0.5, seed: int = 0) -> np.ndarray:
@@ -60,8 +59,9 @@ def half_subsets(n: int, count: int, *, fraction: float = 0.5, seed: int = 0) ->
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must lie strictly between 0 and 1, got {fraction}")
+    n, count = whole_number(n, "n", least=1), whole_number(count, "count", least=1)
     size = round(n * fraction)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(whole_number(seed, "seed"))
     masks = np.zeros((count, n), dtype=bool)
     for row in masks:
         row[rng.permutation(n)[:size]] = True
@@ -116,12 +116,13 @@ def retrain(
         The evaluations of all models in the order of ``subsets``: shape ``(M, ...)``.
 
     Raises:
-        ValueError: for no or empty subsets, a group below 1, or an optimizer setting out of range.
+        TypeError: see :func:`train_stacked`.
+        ValueError: a group below 1, and see :func:`train_stacked`.
         MismatchError: if subsets and seeds, inputs and targets, or the initial state and model do not match.
     """
-    if group < 1:
+    if whole_number(group, "group") < 1:
         raise ValueError(f"group must be at least 1 model, got {group}")
-    _check_pairs(subsets, seeds)
+    _check_pairs(subsets, seeds, len(inputs))
     check_executor(executor)
     evaluations: dict[int, Tensor] = {}
     shared = initial is not None and _is_single(make_model, initial)
@@ -183,8 +184,10 @@ def train_stacked(
         lr: learning rate, constant or by optimizer step (counted from 0 in this call).
         momentum: heavy-ball momentum, as in :class:`torch.optim.SGD`; its velocity starts at zero.
         weight_decay: coupled L2 coefficient, as in :class:`torch.optim.SGD`.
-        optimizer: makes another optimizer than SGD, such as ``partial(torch.optim.AdamW, weight_decay=0.01)``; it must
-            act on each number alone, as SGD, Adam, AdamW and RMSprop do. Its learning rate is set at every step.
+        optimizer: makes another optimizer than SGD of one model's parameters, which it may put into groups by their
+            shapes, such as ``partial(torch.optim.AdamW, weight_decay=0.01)``. It must act on each number alone, as SGD,
+            Adam, AdamW and RMSprop do: some steps are tried before training, and others (Adafactor, LBFGS, Muon,
+            clipping) are refused. Its learning rate is set at every step.
         loss: mean loss of ``(outputs, targets)``.
         initial: weights to start from: one state dict for all, or the stacked states of all M models.
 
@@ -192,10 +195,13 @@ def train_stacked(
         The stacked final states.
 
     Raises:
-        ValueError: for no, empty or unequally long subsets, or an optimizer setting out of range.
+        TypeError: if what is given makes no optimizer.
+        ValueError: for no, empty or unequally long subsets, indices beyond the N examples, an optimizer setting out of
+            range, or an optimizer that has other parameters, several learning rates, or does not act on each number
+            alone.
         MismatchError: if subsets and seeds, inputs and targets, or the initial state and model do not match.
     """
-    _check_pairs(subsets, seeds)
+    _check_pairs(subsets, seeds, len(inputs))
     _check_setting(len(inputs), len(targets), epochs, batch_size, momentum)
     if optimizer is not None and (momentum or weight_decay):
         raise ValueError("momentum and weight_decay are SGD's: give them to the optimizer that is made instead")
@@ -207,8 +213,11 @@ def train_stacked(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with _GENERATOR, torch.random.fork_rng():
         skeleton, parameters, buffers = _initialise(make_model, seeds, initial, inputs.device)
-        make = optimizer or partial(torch.optim.SGD, momentum=momentum, weight_decay=weight_decay)
-        descent = make(list(parameters.values()))
+        stacked = list(parameters.values())
+        if optimizer is None:
+            descent: torch.optim.Optimizer = torch.optim.SGD(stacked, momentum=momentum, weight_decay=weight_decay)
+        else:
+            descent = lockstep_optimizer(optimizer, list(skeleton.parameters()), stacked)
 
         def model_loss(state: StackedState, static: StackedState, x: Tensor, y: Tensor) -> Tensor:
             return loss(call_with(skeleton, {**state, **static}, (x,)), y)
@@ -221,8 +230,8 @@ def train_stacked(
             shuffled = torch.gather(indices, 1, order)
             for batch in torch.split(shuffled, batch_size, dim=1):  # batch: (M, b) indices of examples
                 total = losses(parameters, buffers, inputs[batch], targets[batch]).sum()
-                gradients = torch.autograd.grad(total, list(parameters.values()))
-                for value, gradient in zip(parameters.values(), gradients, strict=True):
+                gradients = torch.autograd.grad(total, stacked)
+                for value, gradient in zip(stacked, gradients, strict=True):
                     value.grad = gradient.contiguous()  # fused optimizers go wrong, silently, where strides differ
                 for group in descent.param_groups:
                     group["lr"] = rate(count)
@@ -291,7 +300,7 @@ def _lockstep_groups(subsets: Sequence[np.ndarray], group: int) -> list[list[int
     return [same[i : i + group] for same in by_length.values() for i in range(0, len(same), group)]
 
 
-def _check_pairs(subsets: Sequence[np.ndarray], seeds: Sequence[int]) -> None:
+def _check_pairs(subsets: Sequence[np.ndarray], seeds: Sequence[int], n: int) -> None:
     if len(subsets) == 0:
         raise ValueError("there is nothing to train: got no subsets")
     if len(subsets) != len(seeds):
@@ -302,12 +311,15 @@ def _check_pairs(subsets: Sequence[np.ndarray], seeds: Sequence[int]) -> None:
                 f"subset {position} must be a non-empty array of example indices, got {np.asarray(subset).dtype} "
                 f"of length {len(subset)}; np.flatnonzero turns a mask into indices"
             )
+        low, high = int(np.min(subset)), int(np.max(subset))
+        if low < 0 or high >= n:  # a negative one would count from the end
+            raise ValueError(f"subset {position} names the examples {low}..{high}, and there are 0..{n - 1}")
 
 
 def _check_setting(n_inputs: int, n_targets: int, epochs: int, batch_size: int, momentum: float) -> None:
     if n_inputs != n_targets:
         raise MismatchError(f"got {n_inputs} inputs but {n_targets} targets; give one target an input")
-    if epochs < 1 or batch_size < 1:
+    if whole_number(epochs, "epochs") < 1 or whole_number(batch_size, "batch_size") < 1:
         raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must lie in [0, 1), got {momentum}")

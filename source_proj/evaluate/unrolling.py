@@ -139,7 +139,10 @@ class ExactUnrolling:
                 "an Embedding and a mean"
             ) from error
         if not np.isfinite(values).all():
-            raise GradientError("the derivative of the run is not finite: look at the learning rate, or use .double()")
+            raise GradientError(
+                f"the derivative of the run is not finite in {str(self._start[0].dtype).removeprefix('torch.')}: look "
+                "at the learning rate; squares of small gradients vanish in float32 (Adam, RMSprop): use .double()"
+            )
         return Scores(
             values, checked_query_ids(queries, ids, source.n), self.ids, unit=self._task.unit,
             higher_is_better=self._task.higher_is_better,

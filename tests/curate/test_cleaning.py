@@ -63,6 +63,28 @@ def test_ids_of_a_saved_cleaning_are_those_that_were_named(tmp_path, ids):
     assert loaded.dropped.tolist() == [0, 2]
 
 
+@given(NAMED, st.sampled_from(["integers", "floats", "texts", "pairs"]))
+def test_ids_of_numpy_are_saved_as_those_that_they_equal(tmp_path_factory, named, kind):
+    ids = {
+        "integers": list(np.arange(N)),
+        "floats": list(np.arange(N) / 2),
+        "texts": list(np.array([f"t{i}" for i in range(N)])),
+        "pairs": [("train", i) for i in np.arange(N)],
+    }[kind]
+    cleaning = cleaning_of(named, ids=ids)
+    file = tmp_path_factory.mktemp("saved") / "list.json"
+    cleaning.save(file)
+    loaded = Cleaning.load(file)
+    assert (loaded.ids, loaded.train_ids) == (cleaning.ids, ids)
+    assert loaded.kept.tolist() == cleaning.kept.tolist()
+
+
+def test_ids_that_a_file_does_not_hold_are_refused_before_it_is_made(tmp_path):
+    with pytest.raises(TypeError, match=r"an id in a file is a number, a string, .* of type bytes"):
+        cleaning_of([0], n=1, ids=[b"a"]).save(tmp_path / "list.json")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "other"}', '{"format": "source-proj cleaning 1"}'])
 def test_what_is_no_list_is_refused(content, tmp_path):
     (tmp_path / "list.json").write_text(content)
@@ -90,6 +112,22 @@ def test_a_list_with_unknown_ids_is_refused(tmp_path):
 def test_what_does_not_fit_is_refused(ids, reasons, values, message):
     with pytest.raises(ValueError, match=message):
         Cleaning("test", ids, reasons, values, [0, 1, 2])
+
+
+@given(st.lists(st.integers(0, N - 1), min_size=2, max_size=N + 2), st.booleans())
+def test_a_repeated_training_id_is_refused_whatever_is_named(train_ids, selects):
+    """It would stand for the last example that has it, and another one would be dropped."""
+    named = list(dict.fromkeys(train_ids))[:2]
+    arguments = ("test", named, ["r"] * len(named), {}, train_ids, selects)
+    if len(set(train_ids)) == len(train_ids):
+        cleaning = Cleaning(*arguments)
+        places = cleaning.kept if selects else cleaning.dropped
+        assert {train_ids[place] for place in places} == set(named)
+        return
+    with pytest.raises(ValueError, match=r"the training id \d stands for \d examples, .*an id of its own"):
+        Cleaning(*arguments)
+    with pytest.raises(ValueError, match="the training id"):
+        Cleaning("test", [], [], {}, train_ids, selects)
 
 
 def test_for_a_terminal_ids_and_reasons_are_harmless():

@@ -243,6 +243,19 @@ def test_mislabelled_refuses_what_it_cannot_use(run):
         curate.mislabelled(run.source, run.labels, by="loss")
     with pytest.raises(ValueError, match="all labels are 1"):
         curate.mislabelled(run.source, [1] * 44)
+    for other in (run.bank, sp.TracIn(run.bank), None):
+        for by in ("error", "self_influence", "disagreement"):
+            with pytest.raises(TypeError, match=rf"SOURCE, got a {type(other).__name__}: give Source\(bank\)"):
+                curate.mislabelled(other, run.labels, by=by)
+
+
+def test_weights_and_preferences_may_be_tensors(run):
+    weights, scores = torch.rand(6), random_scores(0)
+    expected = aggregate(scores, weights=weights.numpy()).mean
+    assert np.array_equal(aggregate(scores, weights=(weights * 1).requires_grad_()).mean, expected)
+    prefer = torch.arange(44).bfloat16().requires_grad_()
+    named = curate.near_duplicates(run.bank, threshold=0.9999, prefer=prefer)
+    assert named.ids == curate.near_duplicates(run.bank, threshold=0.9999, prefer=range(44)).ids
 
 
 @pytest.mark.parametrize("n", [0, -1, 45, True, 2.5, None])

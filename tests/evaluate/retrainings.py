@@ -1,4 +1,4 @@
-"""A stand-in for training, and a program that fills a store: ``python retrainings.py FOLDER I N SECONDS``."""
+"""A stand-in for training, and a program that fills a store: ``retrainings.py FOLDER I N SECONDS [RETRAININGS …]``."""
 
 import sys
 import time
@@ -26,4 +26,5 @@ if __name__ == "__main__":
         time.sleep(seconds)
         return train(kept, seed)
 
-    open_truth(folder).fill(slowly, shard=(shard, shards), progress=False)
+    for retrainings in map(int, sys.argv[5:] or [RETRAININGS]):
+        open_truth(folder, retrainings=retrainings).fill(slowly, shard=(shard, shards), progress=False)

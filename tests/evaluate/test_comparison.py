@@ -89,3 +89,38 @@ def test_bad_candidates_are_refused(truth):
         compare_methods([fixed("one", "a", effect[:, :5])], masks, outcomes, progress=False)
     with pytest.raises(KeyError, match="no method 'three'"):
         compare_methods([fixed("one", "a", effect)], masks, outcomes, progress=False)["three"]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_one_query_has_no_other_to_choose_a_setting_on(truth, place):
+    effect, noise, masks, outcomes = truth
+    own, rivals = outcomes[:, :, :1], [fixed("rival", "bad", noise[:1]), fixed("rival", "good", effect[:1])]
+    with pytest.raises(ValueError, match=r"best setting of 'rival' .* one query: give at least two"):
+        compare_methods([fixed("first", "", effect[:1]), rivals[place], rivals[1 - place]], masks, own, progress=False)
+    alone = compare_methods([fixed("first", "", effect[:1]), rivals[1]], masks, own, progress=False)
+    assert alone["rival"].single.value == pytest.approx(alone["first"].single.value)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39])
+def test_a_candidate_whose_scores_are_not_finite_is_named(truth, place, value):
+    effect, noise, masks, outcomes = truth
+    broken = noise.copy()
+    broken[3, 5] = value
+    candidates = [fixed("rival", "good", effect)]
+    candidates.insert(place, fixed("rival", "broken", broken))
+    with pytest.raises(ValueError, match=r"'rival', 'broken' has 1 scores that are not finite .*\(3, 5\)"):
+        compare_methods(candidates, masks, outcomes, progress=False)
+    together = fixed("rival", "good", effect, effect, ensemble=lambda: broken)
+    with pytest.raises(ValueError, match=r"'rival', 'good' has 1 scores that are not finite"):
+        compare_methods([together], masks, outcomes, progress=False)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_candidate_of_no_runs_or_fewer_is_named(truth, place):
+    effect, noise, masks, outcomes = truth
+    for runs in ((), (noise,)):
+        candidates = [fixed("rival", "good", effect, effect)]
+        candidates.insert(place, fixed("rival", "short", *runs))
+        with pytest.raises(ValueError, match=r"'rival', '(short|good)' has scores of \d runs"):
+            compare_methods(candidates, masks, outcomes, progress=False)

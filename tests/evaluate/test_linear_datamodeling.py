@@ -4,9 +4,20 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from source_proj._errors import MismatchError
-from source_proj.evaluate import GroundTruth, calibration, compare, half_subsets, lds, mean_lds, noise_ceiling
+from source_proj.evaluate import (
+    Difference,
+    GroundTruth,
+    calibration,
+    compare,
+    half_subsets,
+    lds,
+    mean_lds,
+    noise_ceiling,
+)
 
 
 def problem(m=20, r=4, q=3, n=30, noise=1.0, seed=0):
@@ -260,3 +271,16 @@ def test_degenerate_input_is_refused(changes, error, message):
 def test_noise_ceiling_refuses(outcomes):
     with pytest.raises(ValueError, match="outcomes"):
         noise_ceiling(outcomes)
+
+
+@given(low=st.floats(), high=st.floats())
+def test_a_difference_is_significant_if_its_interval_lies_on_one_side(low, high):
+    """NaNs, of no bootstrap, lie on none."""
+    assert Difference(1.0, (low, high)).significant == (low > 0 or high < 0)
+
+
+def test_without_a_bootstrap_nothing_is_significant():
+    masks, rng = half_subsets(20, 12), np.random.default_rng(0)
+    effect, unrelated = rng.normal(size=(2, 3, 20))
+    results = [lds(scores, masks, masks @ effect.T, bootstrap=0) for scores in (effect, unrelated)]
+    assert not any(compare(first, second).significant for first, second in itertools.product(results, repeat=2))

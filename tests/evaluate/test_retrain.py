@@ -158,6 +158,12 @@ def test_dropout_differs_between_models_and_the_global_generator_is_left_alone()
         ({"seeds": [1]}, MismatchError, "3 subsets but 1 seeds"),
         ({"subsets": [np.ones(50, bool)] * 3}, ValueError, "flatnonzero"),
         ({"subsets": [np.arange(0)] * 3}, ValueError, "subset 0"),
+        (
+            {"subsets": [*SUBSETS[:2], np.array([3, -1])]},
+            ValueError,
+            r"subset 2 names the examples -1\.\.3, .*49",
+        ),
+        ({"subsets": [np.array([50])] * 3}, ValueError, r"subset 0 names the examples 50\.\.50"),
         ({"targets": Y[:9]}, MismatchError, "50 inputs but 9 targets"),
         ({"epochs": 0}, ValueError, "at least 1"),
         ({"optimizer": torch.optim.AdamW}, ValueError, "SGD's"),
