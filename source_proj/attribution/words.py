@@ -89,7 +89,7 @@ def signed(value: float, minus: str = "-") -> str:
     return (minus if value < 0 else "+") + text
 
 
-def mean_effect(unit: str, queries: int, size: str, *, additive: bool) -> str:
+def mean_effect(unit: str, queries: int, size: str, *, additive: bool, groups: int = 1) -> str:
     """What an example did to some queries on average.
 
     Args:
@@ -97,15 +97,19 @@ def mean_effect(unit: str, queries: int, size: str, *, additive: bool) -> str:
         queries: how many they are.
         size: the mean, as text.
         additive: whether scores are changes of the measurement, and no similarities.
+        groups: how many groups they are in, whose means are counted alike.
 
     Example:
+        >>> mean_effect("logit margin", 90, "+0.5", additive=True, groups=2)
+        'including it changed the mean logit margin of 90 queries, their 2 groups counted alike, by +0.5'
         >>> mean_effect("logit margin", 3, "+0.5", additive=True), mean_effect("cosine", 3, "+0.5", additive=False)
         ('including it changed the mean logit margin of 3 queries by +0.5', 'its mean cosine with 3 queries is +0.5')
     """
     unit = unit.removeprefix("mean ")
+    alike = f", their {groups} groups counted alike," if groups > 1 else ""
     if additive:
-        return f"including it changed the mean {unit} of {queries} queries by {size}"
-    return f"its mean {unit} with {queries} queries is {size}"
+        return f"including it changed the mean {unit} of {queries} queries{alike} by {size}"
+    return f"its mean {unit} with {queries} queries{alike} is {size}"
 
 
 def plain_id(given: Any) -> Any:

@@ -351,8 +351,8 @@ def _report_plan(plan: "Plan", json: bool) -> None:
 
 
 def _report(made: "Bank", json: bool) -> None:
-    fits = made.fits.nbytes()
-    size = sum(made.nbytes().values()) + fits
+    fits = made.nbytes()["fits"]
+    size = sum(made.nbytes().values())
     if json:
         facts = {"rows": made.n_rows, "finalized": made.finalized, "bytes": size, "bytes_of_fits": fits}
         emit({"bank": made.path, **facts})

@@ -176,11 +176,11 @@ def ask_about(
         return load_model(names[0]), load_object(names[1], "--queries"), None
     if model is not None or queries is not None:
         raise ValueError("--model and --queries have no meaning beside --dataset: leave one or the other out")
+    task = Task.from_spec(open_bank(bank).task_spec)  # first: there may be no bank
     settings = TextSettings.read(bank)
     back = "put it back, or call this from the folder that the bank was built from"
     require_model_folder(settings.model, f"the model that {bank} was built with,", back)
     network, tokenizer = load_pretrained(settings.model, trust_remote_code=trust_remote_code)
-    task = Task.from_spec(open_bank(bank).task_spec)
     rows = TextRows(dataset, settings).rows
     target = settings.text if isinstance(task, CausalLM) else settings.label
     has_targets = any(row.get(target) is not None for row in rows)

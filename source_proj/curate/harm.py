@@ -144,7 +144,11 @@ def _named(what: str, aggregated: Aggregate, chosen: np.ndarray) -> Cleaning:
     verdict = "and worsened {:.0%} of them" if additive else "on the harmful side for {:.0%} of them"
     reasons = [
         mean_effect(
-            aggregated.unit, queries, f"{mean:+.3g}{'' if np.isnan(spread) else f' ± {spread:.2g}'}", additive=additive
+            aggregated.unit,
+            queries,
+            f"{mean:+.3g}{'' if np.isnan(spread) else f' ± {spread:.2g}'}",
+            additive=additive,
+            groups=len(aggregated.groups),
         )
         + ", "
         + verdict.format(share)

@@ -66,5 +66,8 @@ def places_of(passes: Sequence[TrainingPass], ids: Any, examples: int | None) ->
         )
     limit = examples if examples is not None else 1 << 62
     if len(index) and (int(index.min()) < 0 or int(index.max()) >= limit):
-        raise ValueError(f"ids must lie from 0 to {limit - 1}, got {int(index.min())} to {int(index.max())}")
+        raise ValueError(
+            f"ids must lie from 0 to {limit - 1}, got {int(index.min())} to {int(index.max())}: they are places in the "
+            "training set, whose size is examples="
+        )
     return index.long()
