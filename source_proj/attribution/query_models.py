@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -147,7 +147,7 @@ def _plain(value: Any, seen: dict[int, Any], within: int = 0) -> Any:
     if isinstance(value, Tensor | nn.Module | type) or callable(value) or id(value) in seen:
         return id(value)
     seen[id(value)] = value
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):  # other mappings may read from a disk
         return [(str(key), _plain(entry, seen, within)) for key, entry in value.items()]
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(entry, seen, within) for entry in value]

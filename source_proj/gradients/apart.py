@@ -45,7 +45,8 @@ class Marks:
         size = len(self._examples)
         if not output.is_floating_point() or output.dim() <= place or output.shape[place] % size:
             return output
-        drawn = torch.randn(self._total, generator=torch.Generator().manual_seed(self._turn), device="cpu").clamp(-2, 2)
+        generator = torch.Generator().manual_seed(self._turn)
+        drawn = torch.randn(self._total, generator=generator, dtype=torch.float32, device="cpu").clamp(-2, 2)
         own = drawn[self._examples].repeat_interleave(output.shape[place] // size)
         own = own.to(output).reshape([-1 if dim == place else 1 for dim in range(output.dim())])
         return output * (1 + _SPREAD * own) + _SHIFT * own

@@ -15,6 +15,7 @@ __all__ = ["moments_contradict"]
 _LOOKED_AT = 4096  # numbers of each parameter, so that a large file is not read whole
 _ROUNDED = 1e-3  # float32 over some thousand updates
 _LEAST = 1e-20  # below, decay underflows
+_NONE = torch.zeros(0, dtype=torch.float32, device="cpu")
 _TYPES = (torch.float32, torch.float64)  # half precision rounds away what one update takes
 
 
@@ -57,8 +58,8 @@ def _moments(entry: Any, later: Any) -> tuple[Tensor, Tensor]:
     pair = [each.get("exp_avg_sq") if isinstance(each, Mapping) else None for each in (entry, later)]
     own, its = pair
     if not isinstance(own, Tensor) or not isinstance(its, Tensor) or own.shape != its.shape:
-        return torch.zeros(0), torch.zeros(0)
+        return _NONE, _NONE
     if own.dtype not in _TYPES or its.dtype not in _TYPES:
-        return torch.zeros(0), torch.zeros(0)
+        return _NONE, _NONE
     stride = max(1, own.numel() // _LOOKED_AT)
     return own.detach().reshape(-1)[::stride].double(), its.detach().reshape(-1)[::stride].double()

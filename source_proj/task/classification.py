@@ -173,8 +173,8 @@ class Classification(Task):
                 f"labels must be one class an example, (B,), got {tuple(labels.shape)}: of one-hot rows give "
                 "labels.argmax(-1)"
             )
-        none = torch.empty(len(labels), len(known), device=labels.device)  # logits of as many classes
-        _, labels = refuse_foreign_labels(none, labels)
+        logits = torch.empty(len(labels), len(known), device=labels.device, dtype=torch.float32)  # of as many classes
+        _, labels = refuse_foreign_labels(logits, labels)
         return torch.tensor(known, device=labels.device, dtype=torch.float32)[labels]
 
     def measurement(self, model: Model, batch: Batch) -> Tensor:  # noqa: D102
