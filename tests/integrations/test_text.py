@@ -236,8 +236,8 @@ def test_options_that_contradict_each_other(run, tmp_path):
     )  # fmt: skip
     assert "--data is missing: give it, or a text file" in call("build", bank, "--model", "os:getpid", code=2)
     assert "is missing" in call("score", bank, "--out", tmp_path / "s.npy", code=2)
-    assert "bank.text.json" in call(
-        "score", bank, "--dataset", directory / "queries.csv", "--out", tmp_path / "s.npy", code=2
+    assert f"there is no bank at {bank}" in call(
+        "score", bank, "--dataset", directory / "queries.csv", "--out", tmp_path / "s.npy", code=1
     )
 
 
