@@ -31,10 +31,11 @@ class Marks:
     Args:
         examples: which of the batch's examples are in this pass, in their order.
         total: examples of the whole batch.
+        plain: give no factors, as to a model that bears none: one whose outputs are probabilities, say.
     """
 
-    def __init__(self, examples: Tensor, total: int) -> None:
-        self._examples, self._total, self._turn = examples, total, 0
+    def __init__(self, examples: Tensor, total: int, *, plain: bool = False) -> None:
+        self._examples, self._total, self._turn, self._plain = examples, total, 0, plain
 
     def on(self, output: Tensor, place: int = 0) -> Tensor:
         """What a layer made, (B r, ...) or with examples at another place, marked.
@@ -43,7 +44,7 @@ class Marks:
         """
         self._turn += 1
         size = len(self._examples)
-        if not output.is_floating_point() or output.dim() <= place or output.shape[place] % size:
+        if self._plain or not output.is_floating_point() or output.dim() <= place or output.shape[place] % size:
             return output
         generator = torch.Generator().manual_seed(self._turn)
         drawn = torch.randn(self._total, generator=generator, dtype=torch.float32, device="cpu").clamp(-2, 2)

@@ -110,7 +110,7 @@ class BareUses(TorchFunctionMode):
         self._bare |= {
             id(p): _Bare(p if live else leaves[name], leaves[name], p, followed=True) for name, p in parameters.items()
         }
-        self._constants = {constant.untyped_storage().data_ptr() for constant in constants}
+        self._constants = set(filter(None, map(_place, constants)))
         self._made: Any = WeakTensorKeyDictionary()  # what functions made of constants
         self._special: dict[str, Callable[..., Any]] = {
             "linear": self._linear,
@@ -158,7 +158,7 @@ class BareUses(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in self._special:
             return self._specially(func, name, args, kwargs)
-        if self._follows(given[0]) and (name.endswith("_") or name.startswith("__i")):
+        if self._follows(given[0]) and (name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))):
             raise Unfollowed(f"a parameter of no layer is changed by {name}")
         meet = self._meeting(name, examples, bare)
         return func(*self._swapped(args, meet), **self._swapped(kwargs, meet))
@@ -283,10 +283,7 @@ class BareUses(TorchFunctionMode):
         """Whether a tensor without graph is known to hold no examples."""
         if tensor.dim() == 0 or tensor in self._made:
             return True
-        try:
-            return tensor.untyped_storage().data_ptr() in self._constants
-        except (NotImplementedError, RuntimeError):  # sparse, or of a transform of torch.func
-            return False
+        return _place(tensor) in self._constants
 
     def _holds_examples(self, tensor: Tensor) -> bool:
         if tensor.requires_grad:
@@ -338,6 +335,14 @@ class BareUses(TorchFunctionMode):
         if isinstance(given, tuple | list):
             return type(given)(self._swapped(value, change) for value in given)
         return given
+
+
+def _place(tensor: Tensor) -> int | None:
+    """Where a tensor's numbers lie; None of a sparse one, or of one of a transform of torch.func."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def _value(bare: _Bare) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
 from source_proj.gradients.bare import BareUses
 from source_proj.gradients.hooks import HookPath, Pass
+from source_proj.gradients.kept import tensors_held
 from source_proj.gradients.opened import Listener
 from source_proj.gradients.owners import uncovered
 from source_proj.gradients.space import ParameterSpace
@@ -58,12 +58,11 @@ class BarePath(HookPath):
             require_batched(BARE, output, 0)
             return self._tapped(BARE, output, x, listener, current, x.grad_fn)
 
-        constants = chain(self._model.parameters(), self._model.buffers())
         parameters, owned = self._bare.parameters(self._model), self._space.parameters(self._model)
         names = {id(p): name for name, p in owned.items() if name not in parameters}
         followed = {id(p) for p in parameters.values()}
         others = [(p, names.get(id(p))) for p in self._model.parameters() if id(p) not in followed]
-        uses = kind(parameters, constants, current.size, current.taker, tap, others=others, **options)
+        uses = kind(parameters, tensors_held(self._model), current.size, current.taker, tap, others=others, **options)
         self._uses = uses
         try:
             with entered(uses):

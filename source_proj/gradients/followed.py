@@ -209,19 +209,44 @@ class FollowedPath(BarePath):
         self._looked += training
         halves = random_halves(size, self._looked)
         batches = [(args, kwargs), *(part(args, kwargs, half.tolist(), size) for half in halves)]
-        try:
-            marks = [Marks(some, size) for some in (torch.arange(size, device="cpu"), *halves)]
-            whole, *parts = (
-                self._outputs(*each, training=training)
-                for each in zip(batches, (size, *map(len, halves)), marks, strict=True)
-            )
-        except SourceProjError:
-            raise
-        except Exception as error:  # the model's own
-            if training:
-                raise cannot_run(error) from error
+        examples = (torch.arange(size, device="cpu"), *halves)
+        for plain in (False, True):
+            try:
+                whole, *parts = (
+                    self._outputs(batch, len(some), Marks(some, size, plain=plain), training=training)
+                    for batch, some in zip(batches, examples, strict=True)
+                )
+                break
+            except SourceProjError:
+                raise
+            except Exception as error:  # the model's own, or what it has against marks
+                if training and (plain or self._missing or self._shared):  # whose rows marks alone tell apart
+                    raise cannot_run(error) from error
+        else:
             return
-        require_same(whole, parts, halves, strict=training)
+        try:
+            require_same(whole, parts, halves, strict=training)
+        except GradientError:
+            if training or not self._is_random(batches[0], size, whole):
+                raise
+            warnings.warn(
+                "the model's outputs are random in evaluation mode, so that those of a batch and of its halves can't "
+                "be compared: which row is whose rests on autograd's graph alone",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _is_random(self, batch: Batch, size: int, before: Outputs) -> bool:
+        """Whether the same batch gives other outputs, for other random numbers."""
+        examples = torch.arange(size, device="cpu")
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            again = self._outputs(batch, size, Marks(examples, size), training=False)
+        try:
+            require_same(before, [again], [examples], strict=False)
+        except GradientError:
+            return True
+        return False
 
     def _outputs(self, batch: Batch, size: int, marks: Marks, *, training: bool) -> Outputs:
         """Outputs of all layers that see the batch, by name, in the order of their calls, and the model's."""

@@ -3,9 +3,14 @@
 What a parameter of no layer is expanded to is the same in every row, and examples may be alike: neither shows an order.
 """
 
+import builtins
 import copy
+import json
+import logging
 import random
+import threading
 from collections import deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,6 +107,13 @@ def test_some_of_these_orders_are_refused(tmp_path):
     assert captured(tmp_path / "sorted", Between(REORDERED["sorted, scaled, put back"]), x) is None
 
 
+class Slotted:
+    __slots__ = ("count",)
+
+    def __init__(self):
+        self.count = 0.0
+
+
 class Leaving(nn.Module):
     """Leaves something behind in each pass that the next one makes use of."""
 
@@ -115,6 +127,7 @@ class Leaving(nn.Module):
             np.random.default_rng(0),
             random.Random(0),
         )
+        self.slotted, self.legacy = Slotted(), np.random.RandomState(0)
         self.count, self.recent, self.nested = (
             torch.zeros(()),
             deque([0.0], maxlen=3),
@@ -132,6 +145,8 @@ class Leaving(nn.Module):
             "deeper": lambda: (self.nested["at"].__setitem__("n", self.nested["at"]["n"] + 1), self.nested["at"]["n"])[
                 1
             ],
+            "slots": lambda: (setattr(self.slotted, "count", self.slotted.count + 1), self.slotted.count)[1],
+            "legacy": lambda: float(self.legacy.rand()),
             "slow": self.follow,
             "data": lambda: (self.slow.weight.data.mul_(0.9), float(self.slow.weight.sum()))[1],
         }
@@ -147,7 +162,9 @@ class Leaving(nn.Module):
         return self.last(self.first(x) * self.p * (1 + 0.1 * self.drawn()))
 
 
-@pytest.mark.parametrize("kind", ["torch", "numpy", "python", "tensor", "deque", "nested", "deeper", "slow", "data"])
+@pytest.mark.parametrize(
+    "kind", ["torch", "numpy", "python", "tensor", "deque", "nested", "deeper", "slots", "legacy", "slow", "data"]
+)
 def test_what_a_pass_leaves_behind_is_that_of_training_alone(tmp_path, kind):
     torch.manual_seed(0)
     model = Leaving(kind).train()
@@ -164,6 +181,100 @@ def test_what_a_pass_leaves_behind_is_that_of_training_alone(tmp_path, kind):
         recorder.step(ids=range(4))
     for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+class Frozen(dict):
+    """A mapping that nobody changes."""
+
+    def _no(self, *_, **__):
+        raise TypeError("frozen")
+
+    __setitem__ = update = clear = pop = copy = _no
+
+
+class Refusing:
+    @property
+    def __dict__(self):
+        raise RuntimeError("not to be looked into")
+
+
+ATTRIBUTES = {
+    "a module of Python": lambda: F,
+    "numpy": lambda: np,
+    "names of a module": globals,
+    "an object with a module": lambda: SimpleNamespace(np=np, json=json),
+    "a sparse tensor": lambda: torch.eye(3).to_sparse(),
+    "compressed rows": lambda: {"at": torch.eye(3).to_sparse_csr()},
+    "a tensor without numbers": lambda: torch.empty(3, device="meta"),
+    "the system's entropy": random.SystemRandom,
+    "a frozen mapping": lambda: Frozen(a=1),
+    "a frozen mapping within": lambda: SimpleNamespace(at=Frozen(a=1)),
+    "what refuses": Refusing,
+    "a lock": threading.Lock,
+    "a logger": lambda: logging.getLogger("x"),
+    "a list within itself": lambda: (lambda each: each.append(each) or each)([1]),
+    "an optimizer": lambda: torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_whatever_a_model_holds_it_trains(tmp_path, name):
+    torch.manual_seed(0)
+    model = Between(lambda m, h, _: h * m.p)
+    model.held = held = ATTRIBUTES[name]()
+    before = dict(vars(builtins))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    recorder = sp.Recorder(model, optimizer, tmp_path, capture=sp.Sketch(16), task=sp.Classification())
+    losses_of(model, torch.randn(4, STEPS, WIDTH)).mean().backward()
+    optimizer.step()
+    recorder.step(ids=range(4))
+    assert model.held is held
+    assert dict(vars(builtins)) == before
+    recorder.close()
+
+
+@pytest.mark.parametrize("size", [2, 4, 5, 8, 16])
+def test_constants_that_a_model_holds_are_no_examples(tmp_path, size):
+    torch.manual_seed(0)
+    for held in (lambda k: k, lambda k: [k], lambda k: {"at": k}, lambda k: SimpleNamespace(k=k)):
+        model = Between(lambda m, h, _: h @ (m.constant() * m.p))
+        model.held = held(torch.rand(WIDTH + 2, 1)[:WIDTH] if size % 2 else torch.rand(WIDTH, 1))
+        model.constant = lambda model=model: next(iter(flat(model.held)))
+        rows, expected = captured(tmp_path / str(len(list(tmp_path.iterdir()))), model, torch.randn(size, STEPS, WIDTH))
+        assert float((rows - expected).norm()) <= 1e-4 * float(expected.norm())
+
+
+def flat(held):
+    if isinstance(held, torch.Tensor):
+        yield held
+    else:
+        for each in held if isinstance(held, list) else (held if isinstance(held, dict) else vars(held)).values():
+            yield from flat(each)
+
+
+def test_noise_in_evaluation_mode_is_said_where_the_graph_follows(tmp_path):
+    class Noisy(Between):
+        def __init__(self):
+            super().__init__(lambda m, h, _: h * m.p + torch.randn_like(h))
+
+    torch.manual_seed(0)
+    model, x = Noisy().train(), torch.randn(4, STEPS, WIDTH)
+    expected = []
+    for place in range(4):
+        torch.manual_seed(5)
+        loss = losses_of(model, x)[place]
+        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+        expected.append(torch.cat([g.flatten() for g in gradients]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    sketch = sp.Sketch(size_of(model), "identity")
+    recorder = sp.Recorder(model, optimizer, tmp_path, capture=sketch, task=sp.Classification())
+    torch.manual_seed(5)
+    with pytest.warns(UserWarning, match="random in evaluation mode"):
+        losses_of(model, x).mean().backward()
+    optimizer.step()
+    recorder.step(ids=range(4))
+    torch.testing.assert_close(rows_of(recorder.bank(storage="float32")), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_hooks_of_parameters_see_what_they_see_without_capture(tmp_path):
