@@ -4,7 +4,7 @@ While a pass runs, torch hands every function that is called to `BareUses`. What
 view, an exponential, a slice) is remembered. Where it meets the examples by an operation that broadcasts, it is
 expanded to them, with a tap: the gradient then arrives example by example, and goes on to the parameters through what
 was remembered. Products with a matrix, look-ups in a table and normalisations have taps as their layers have. Nothing
-else is followed: a contraction by `einsum`, or a parameter that lies along the examples, ends the attempt by its name.
+else is followed: a contraction by `einsum` ends the attempt by its name.
 
 Tensors are known for the examples' by their graph, or by their first dim where no function made them of constants; a
 constant that is taken for such is seen by the law (`proof.py`), or by comparing (`followed.py`), as any other slip.
