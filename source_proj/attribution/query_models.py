@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -144,7 +145,7 @@ def _plain(value: Any, seen: dict[int, Any], within: int = 0) -> Any:
     """A value as it is compared; of objects, such as configurations and those that they hold, what is in them."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, Tensor | nn.Module | type) or callable(value) or id(value) in seen:
+    if isinstance(value, Tensor | nn.Module | ModuleType | type) or callable(value) or id(value) in seen:
         return id(value)
     seen[id(value)] = value
     if isinstance(value, dict):  # other mappings may read from a disk
@@ -153,5 +154,8 @@ def _plain(value: Any, seen: dict[int, Any], within: int = 0) -> Any:
         return [_plain(entry, seen, within) for entry in value]
     if isinstance(value, np.ndarray) and value.dtype != object:
         return value.shape, str(value.dtype), hash(value.tobytes())
-    held = vars(value) if hasattr(value, "__dict__") and within < _DEPTH else {}
+    try:
+        held = dict(vars(value)) if within < _DEPTH else {}
+    except Exception:  # slots alone, or what a property says
+        held = {}
     return type(value), id(value), _plain(held, seen, within + 1)

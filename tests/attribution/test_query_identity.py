@@ -1,5 +1,6 @@
 """Queries are asked of the model as it is, and features of queries are of the bank that is asked."""
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -77,6 +78,27 @@ def test_a_configuration_that_was_changed_is_seen(tmp_path, name):
     after = method.score(queries).values
     assert not np.array_equal(after, before)
     assert np.array_equal(after, sp.Source(bank, model=model, progress=False).score(queries).values)
+
+
+class Refusing:
+    @property
+    def __dict__(self):
+        raise RuntimeError("not to be looked into")
+
+
+@pytest.mark.parametrize(
+    "held", [np, Refusing(), globals(), threading.Lock()], ids=["module", "refusing", "names", "lock"]
+)
+def test_whatever_a_model_holds_queries_are_asked(tmp_path, held):
+    model = nn.Linear(4, 3)
+    model.held = held
+    train = TensorDataset(torch.randn(20, 4), torch.randint(3, (20,)))
+    run = sp.Trajectory([sp.Checkpoint(model.state_dict(), step=10, lr=0.1)])
+    bank = sp.build(
+        nn.Linear(4, 3), sp.Classification(), run, train, tmp_path / "b", sketch=sp.Sketch(8), progress=False
+    )
+    method = sp.Source(bank, model=model, progress=False)
+    assert np.isfinite(method.score(train).values).all()
 
 
 def test_a_device_that_is_not_there_is_refused_at_once(blobs):
