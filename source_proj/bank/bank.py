@@ -202,9 +202,8 @@ class Bank:
                 f"the bank {self.path} is unfinished: it lacks {listed(missing)}. Call {verb} with the same arguments "
                 "to go on with it"
             )
-        raise BankError(
-            f"all shards of {self.path} are there, but it is not finalized: finalize(), or source-proj finalize"
-        )
+        remedy = "call its finalize(), or run source-proj finalize"
+        raise BankError(f"all shards of the bank {self.path} are there, but it is not finalized: {remedy}")
 
     # Checkpoints -----------------------------------------------------------------------------------------------
 
