@@ -13,7 +13,7 @@ from source_proj.bank import open as open_bank
 from source_proj.cli.output import emit, say
 from source_proj.cli.parsing import make_task, needed
 from source_proj.cli.text import ask_about
-from source_proj.integrations.text_rows import text_rows
+from source_proj.integrations.text_rows import lacking, text_rows
 
 __all__ = ["Delivery", "aggregate", "asked", "column", "delivery"]
 
@@ -142,6 +142,5 @@ def column(file: Path | None, name: str) -> list[Any]:
     values = [row.get(name) for row in rows]
     if None in values:
         place = values.index(None)
-        there = sorted(str(column) for column, value in rows[place].items() if value is not None)
-        raise MismatchError(f"example {place + 1} of {called} has no {name!r}, only {there}")
+        raise lacking(name, rows[place], place + 1, called)
     return values

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
+from source_proj.gradients import batched_products
 
 __all__ = ["COUNTERS", "OptimizerFactory", "State", "Stepper", "derivatives", "made"]
 
@@ -166,11 +166,6 @@ def _leaf(key: str, value: Any) -> Any:
     return value if key in COUNTERS else value.detach().clone().requires_grad_()
 
 
-def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
-    there = [part for part in parts if part is not None]
-    return torch.stack(there) if there else None  # what is not connected is so for every cotangent
-
-
 def derivatives(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
     """Vector-Jacobian products of B cotangents at once: ``(B, *shape)`` for each input."""
     connected = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
@@ -178,11 +173,5 @@ def derivatives(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Te
     if not connected:
         return [x.new_zeros(size, *x.shape) for x in inputs]
     heads, given = [o for o, _ in connected], [c for _, c in connected]
-    product = partial(torch.autograd.grad, heads, inputs, allow_unused=True, retain_graph=True)
-    found: tuple[Tensor | None, ...]
-    try:
-        found = product(given, is_grads_batched=True)
-    except RuntimeError:  # torch has no batched second derivative of some operations, as of GroupNorm's
-        each = [product([c[place] for c in given]) for place in range(size)]
-        found = tuple(_stacked(parts) for parts in zip(*each, strict=True))
+    found = batched_products(heads, inputs, given)
     return [x.new_zeros(size, *x.shape) if d is None else d for d, x in zip(found, inputs, strict=True)]

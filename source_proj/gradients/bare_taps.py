@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from source_proj.gradients.opened import Listener
+from source_proj.gradients.products import batched_products
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.suited import Unsuited
 
@@ -136,17 +136,7 @@ class BareTaps:
         names, leaves = list(self._leaves), list(self._leaves.values())
         gradients: Sequence[Tensor | None] = [g if leaf is made else None for leaf in leaves]
         if made.grad_fn is not None:
-            gradients = _through(made, leaves, g.to(made.dtype))
+            gradients = batched_products([made], leaves, [g.to(made.dtype)])
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
                 self._taker().add(name, gradient.reshape(len(g), -1).float(), start)
-
-
-def _through(made: Tensor, leaves: Sequence[Tensor], g: Tensor) -> list[Tensor | None]:
-    """Gradients (n, ...) by the leaves, for n gradients of what was made of them."""
-    take = partial(torch.autograd.grad, made, leaves, retain_graph=True, allow_unused=True)
-    try:
-        return list(take(g, is_grads_batched=True))
-    except RuntimeError:  # an operation that vmap has no rule for, as of sparse tensors
-        each = [take(one) for one in g]
-    return [None if parts[0] is None else torch.stack([*parts]) for parts in zip(*each, strict=True)]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from source_proj._errors import MismatchError
 from source_proj.integrations.model_task import task_for
 from source_proj.integrations.pretrained import label_numbers, load_pretrained
-from source_proj.integrations.text_rows import text_rows
+from source_proj.integrations.text_rows import lacking, text_rows
 from source_proj.integrations.text_settings import TextSettings
 from source_proj.task import CausalLM, Regression
 
@@ -98,8 +98,7 @@ class TextData:
         for number, row in enumerate(rows, start=1):
             missing = [name for name in _needed(settings, classifies, labelled) if row.get(name) is None]
             if missing:
-                there = sorted(str(column) for column, value in row.items() if value is not None)
-                raise MismatchError(f"example {number} of {name} has no {missing[0]!r}, only {there}")
+                raise lacking(missing[0], row, number, name)
             _require_words(row, settings, number, name)
         limit = settings.max_length or _limit(model, tokenizer)
         continues = not classifies and not labelled

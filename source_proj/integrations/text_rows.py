@@ -9,7 +9,7 @@ from typing import Any
 from source_proj._errors import MismatchError
 from source_proj._io.records import csv_records, csv_rows, json_lines, json_rows
 
-__all__ = ["text_rows"]
+__all__ = ["lacking", "text_rows"]
 
 
 def text_rows(data: Any) -> tuple[str, list[Mapping[str, Any]]]:
@@ -36,6 +36,12 @@ def text_rows(data: Any) -> tuple[str, list[Mapping[str, Any]]]:
     if not all(isinstance(row, Mapping) for row in rows):
         raise TypeError(f"{type(data).__name__} has no named columns: give a datasets.Dataset, a frame, or dicts")
     return "the data set", rows
+
+
+def lacking(column: str, row: Mapping[str, Any], example: int, data: str) -> MismatchError:
+    """What to say of a row that has nothing in a column; examples are counted from 1."""
+    there = sorted(str(name) for name, value in row.items() if value is not None)
+    return MismatchError(f"example {example} of {data} has no {column!r}, only {there}")
 
 
 def _rows_of_file(path: Path) -> Iterable[Mapping[str, Any]]:
