@@ -12,17 +12,23 @@ Needs the extra ``kronecker``: pip install "source-proj[kronecker]".
 
 import copy
 import gc
+import hashlib
+import io
+import json
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 from unittest.mock import patch
 
+import _above  # noqa: F401
 import numpy as np
 import torch
+from _data import write_whole
 from _kronecker import Fisher, sampled_likelihood, training_loss
 from torch import Tensor, nn
 
@@ -79,6 +85,8 @@ def peers(
     train_set: Any,
     queries: Any,
     dampings: Sequence[Damping] = DAMPINGS,
+    *,
+    folder: Path | None = None,
 ) -> list[Candidate]:
     """At the last checkpoint, and averaged over all, at their best damping; averaged also at the library's two own.
 
@@ -89,13 +97,14 @@ def peers(
         train_set: map-style data set, N examples.
         queries: map-style data set, Q examples.
         dampings: the library's default and heuristic, then what else competes.
+        folder: where what a checkpoint has taken is kept, for the next time; of these data sets alone.
     """
 
     @cache
     def run(index: int) -> list[Influence]:
         """By damping: the factors are the same for all."""
         checkpoints = trajectories[index].stages[0].checkpoints
-        return ekfac_influence(make_model(), task, checkpoints, train_set, queries, dampings=dampings)
+        return ekfac_influence(make_model(), task, checkpoints, train_set, queries, dampings=dampings, folder=folder)
 
     def scores(kind: str, number: int) -> list[np.ndarray]:
         return [getattr(run(index)[number], kind) for index in range(len(trajectories))]
@@ -125,6 +134,7 @@ def ekfac_influence(
     batch_size: int = _BATCH,
     seed: int = 0,
     progress: bool = False,
+    folder: Path | None = None,
 ) -> list[Influence]:
     """EK-FAC influence functions at each checkpoint, their mean and the last one's.
 
@@ -139,6 +149,8 @@ def ekfac_influence(
         batch_size: examples a pass.
         seed: of the sampled labels; a checkpoint's is the seed plus its number.
         progress: show the library's progress bars.
+        folder: where a checkpoint's scores are kept, and found by its weights and the numbers above; it tells neither
+            tasks nor data sets apart.
 
     Returns:
         For each damping the scores, in the measurement's unit; positive where the example raises it.
@@ -150,11 +162,35 @@ def ekfac_influence(
     _check(model, checkpoints, fisher, dampings)
     totals: list[np.ndarray] = []
     for number, checkpoint in enumerate(checkpoints):
-        here = _at_checkpoint(
-            model, task, checkpoint.load(), train_set, queries, dampings, fisher, batch_size, seed + number, progress
-        )
+        state = checkpoint.load()
+        told = (list(map(tuple, dampings)), fisher, batch_size, seed + number)
+        here = _kept(
+            folder and folder / f"{_digest(state, told)}.npy",
+            partial(
+                _at_checkpoint, model, task, state, train_set, queries, dampings, fisher, batch_size, seed + number,
+                progress,
+            ),
+        )  # fmt: skip
         totals = here if not totals else [total + scores for total, scores in zip(totals, here, strict=True)]
     return [Influence(total / np.float32(len(checkpoints)), last) for total, last in zip(totals, here, strict=True)]
+
+
+def _kept(path: Path | None, compute: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
+    """What the file holds; else what is computed, which it holds from then on."""
+    if path is None:
+        return compute()
+    if not path.exists():
+        content = io.BytesIO()
+        np.save(content, np.stack(compute()))
+        write_whole(path, content.getvalue())
+    return list(np.load(path))
+
+
+def _digest(state: Mapping[str, Tensor], told: Sequence[Any]) -> str:
+    digest = hashlib.sha256(json.dumps(told).encode())
+    for name, value in sorted(state.items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _at_checkpoint(

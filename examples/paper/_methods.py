@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,8 +68,8 @@ class Run(NamedTuple):
     smaller: tuple[sp.Bank, ...]
 
 
-def candidates(problem: Problem, runs: Sequence[Run], extra_truth: GroundTruth | None) -> list[Candidate]:
-    """All methods; the first is SOURCE with its defaults."""
+def candidates(problem: Problem, runs: Sequence[Run], extra_truth: GroundTruth | None, folder: Path) -> list[Candidate]:
+    """All methods; the first is SOURCE with its defaults. What takes hours is kept in the task's folder."""
     found = [*_source(problem, runs), *_influence(problem, runs), *_trak(problem, runs), *_plain(problem, runs)]
     if extra_truth is not None:
         masks, outcomes, unit = extra_truth.masks, extra_truth.outcomes, problem.task.unit
@@ -78,7 +79,7 @@ def candidates(problem: Problem, runs: Sequence[Run], extra_truth: GroundTruth |
     if problem.kronecker:
         found += _kronecker(problem, runs)
     if problem.peers:
-        found += _peers(problem, runs)
+        found += _peers(problem, runs, folder)
     return found
 
 
@@ -241,7 +242,7 @@ def _kronecker(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
     ]
 
 
-def _peers(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
+def _peers(problem: Problem, runs: Sequence[Run], folder: Path) -> list[Candidate]:
     """EK-FAC influence functions by kronfluence, where it is there."""
     import _kronfluence as reference
 
@@ -249,7 +250,9 @@ def _peers(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
         print('EK-FAC influence functions are left out: they need pip install "source-proj[kronecker]"')
         return []
     (train_set,) = problem.train_sets.values()
-    return reference.peers(problem.make_model, problem.task, _distinct(runs), train_set, problem.queries)
+    return reference.peers(
+        problem.make_model, problem.task, _distinct(runs), train_set, problem.queries, folder=folder / "kronfluence"
+    )
 
 
 def _distinct(runs: Sequence[Run]) -> list[sp.Trajectory]:

@@ -46,7 +46,7 @@ def compare(problem: Problem, options: argparse.Namespace) -> Comparison:
     extra = ground_truth(problem, options, of_its_own=True) if problem.cheap and not options.methods else None
     runs = banks(problem, options)
     lap = _report(lap, f"{len(runs)} runs and their banks")
-    wanted = candidates(problem, runs, extra)
+    wanted = candidates(problem, runs, extra, home(problem, options))
     if options.methods:
         wanted = chosen(wanted, options.methods)
         if not options.quick:  # before the others are scored, which may take hours

@@ -44,9 +44,13 @@ def removal(problem: Problem, options: argparse.Namespace, sizes: list[int], cou
     if problem.predict is None:
         raise ValueError(f"{problem.name} has no predict function, so that no prediction can flip")
     truth = ground_truth(problem, options)
-    wanted = [one for one in candidates(problem, banks(problem, options), None) if one.method in METHODS]
-    found = compare_methods(wanted, truth.masks, truth.outcomes)
-    scores = {result.method: result.scores for result in found.results}
+    wanted = [
+        one
+        for one in candidates(problem, banks(problem, options), None, home(problem, options))
+        if one.method in METHODS
+    ]
+    judged = compare_methods(wanted, truth.masks, truth.outcomes)
+    scores = {result.method: result.scores for result in judged.results}
     labels = [np.array([int(data[i][1]) for i in range(len(data))]) for data in (_first(problem), problem.queries)]
     scores[RANDOM] = random_same_class(*labels)
     base = _majority(problem, problem.predict)

@@ -270,7 +270,7 @@ def pair_problem(options: argparse.Namespace, corpus: Corpus, full: tuple[int, i
         settings={"task": name, "n": n, "queries": n_queries, "tokens": tokens, "first": first,
                   "start": [COSINE_MEDIAN, COSINE_SLOPE], **asdict(recipe)},
         sizes=sized(options, Sizes(), Sizes(100, 2, 3), Sizes(4, 2, 2, 64, (32,))),
-        notes=notes, layer="classifier", cheap=False, panel="text", show=show,
+        notes=notes, layer="classifier", peers=not options.full, cheap=False, panel="text", show=show,
         extra={"workers": 2, "accuracy": training.accuracy, "captured": training.captured},
     )  # fmt: skip
 

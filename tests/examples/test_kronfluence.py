@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -210,7 +211,7 @@ def test_tasks_go_on_without_the_library(monkeypatch, capsys):
     import _methods
 
     monkeypatch.setattr(_kronfluence, "find_spec", lambda _: None)
-    assert _methods._peers(None, []) == []
+    assert _methods._peers(None, [], Path()) == []
     assert 'pip install "source-proj[kronecker]"' in capsys.readouterr().out
 
 
@@ -230,3 +231,32 @@ def test_what_ekfac_does_not_cover_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "kronfluence.analyzer", None)
     with pytest.raises(ImportError, match=r"source-proj\[kronecker\]"):
         ekfac_influence(model, *rest)
+
+
+def test_what_a_killed_run_had_finished_is_kept(tmp_path, monkeypatch):
+    import _kronfluence
+    from _kronfluence import DEFAULT, HEURISTIC, ekfac_influence
+
+    model, task, rows, _ = subject("convolution")
+    points = [sp.Checkpoint({name: value + i for name, value in model.state_dict().items()}, i + 1) for i in range(3)]
+    asked = []
+
+    def scores(model, task, state, *rest):
+        asked.append(float(state["3.bias"][0]))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return [np.full((3, 9), asked[-1] * number, dtype=np.float32) for number in (1, 2)]
+
+    monkeypatch.setattr(_kronfluence, "_at_checkpoint", scores)
+    take = partial(ekfac_influence, model, task, points, rows, rows, dampings=[DEFAULT, HEURISTIC], folder=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        take()
+    found = take()
+    assert asked == sorted(set(asked[:3])) + asked[2:3]  # the third is taken again, the first two are not
+    for number, influence in enumerate(found, start=1):
+        np.testing.assert_allclose(influence.averaged, number * np.mean(asked[:3]), rtol=1e-6)
+        np.testing.assert_array_equal(influence.final, np.float32(number * asked[2]))
+    assert take()[1].final.tolist() == found[1].final.tolist()
+    assert len(asked) == 4
+    assert len(take(seed=1)) == 2  # other draws of labels are other scores
+    assert len(asked) == 7

@@ -81,7 +81,7 @@ def test_rivals_have_plain_gradients_and_source_adams_metric(tmp_path):
 
     problem = problem_of(stacked_run(ADAMW))
     runs = banks(problem, argparse.Namespace(cache=tmp_path, device="cpu"))
-    scores = {one.method: one.scores()[0] for one in candidates(problem, runs, None)}
+    scores = {one.method: one.scores()[0] for one in candidates(problem, runs, None, tmp_path)}
     (stage,) = runs[0].trajectory.stages
     expected = traced(problem, stage)
     assert np.linalg.norm(scores["TracIn"] - expected) < 0.01 * np.linalg.norm(expected)  # the bank is of int8
@@ -99,7 +99,7 @@ def test_tasks_of_sgd_have_one_bank(tmp_path):
     problem = problem_of(stacked_run(torch_sgd()))
     runs = banks(problem, argparse.Namespace(cache=tmp_path, device="cpu"))
     assert runs[0].plain is runs[0].bank
-    assert not [one for one in candidates(problem, runs, None) if "Adam" in one.method]
+    assert not [one for one in candidates(problem, runs, None, tmp_path) if "Adam" in one.method]
 
 
 def traced(problem, stage):
