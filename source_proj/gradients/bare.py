@@ -3,8 +3,8 @@
 While a pass runs, torch hands every function that is called to `BareUses`. What is made of such parameters alone (a
 view, an exponential, a slice) is remembered. Where it meets the examples by an operation that broadcasts, it is
 expanded to them, with a tap: the gradient then arrives example by example, and goes on to the parameters through what
-was remembered. Products with a matrix, look-ups in a table and normalisations have taps as their layers have. Nothing
-else is followed: a contraction by `einsum` ends the attempt by its name.
+was remembered. Products (`bare_products.py`), look-ups in a table and normalisations have taps as their layers have.
+Nothing else is followed: a sort of both together, say, ends the attempt by its name.
 
 Tensors are known for the examples' by their graph, or by their first dim where no function made them of constants; a
 constant that is taken for such is seen by the law (`proof.py`), or by comparing (`followed.py`), as any other slip.
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from source_proj.gradients.bare_products import BareProducts
 from source_proj.gradients.bare_taps import BareTaps, Unfollowed
+from source_proj.gradients.drawing import drawing_from, random_state
 from source_proj.gradients.opened import Listener
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.suited import UsedElsewhere
@@ -43,8 +45,10 @@ _NO_GRADIENT = """
 _WITHOUT_GRADIENT = frozenset(_NO_GRADIENT.split())  # by what examples meet with a parameter there
 _ATTENTION = "scaled_dot_product_attention"  # whose mask broadcasts
 _EXPANDING = frozenset(["expand", "broadcast_to", "repeat", "tile"])
+_REPEATING = frozenset(["repeat", "tile"])
 _JOINING = frozenset(["cat", "concat", "concatenate"])
 _TYPING = frozenset(["type_as", "to"])  # like another tensor, of which no number is taken
+_INTEGERS = frozenset([torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
 _RANDOM = frozenset(["dropout", "alpha_dropout", "feature_dropout", "bernoulli", "rrelu", "gumbel_softmax"])
 _ARGUMENTS: dict[str, tuple[str, ...]] = {  # of functions with a way of their own
     "linear": ("input", "weight", "bias"),
@@ -52,10 +56,15 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {  # of functions with a way of their o
     "__matmul__": ("input", "other"),
     "mm": ("input", "other"),
     "addmm": ("input", "mat1", "mat2"),
+    "__getitem__": ("input", "index"),
+    "index_select": ("input", "dim", "index"),
     "embedding": ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
     "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable"),
     "rms_norm": ("input", "normalized_shape", "weight", "eps"),
     "expand_as": ("input", "other"),
+    **dict.fromkeys(
+        ("conv1d", "conv2d", "conv3d"), ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    ),
 }
 _OTHER_NAMES = {"self": "input", "tensor2": "other"}
 
@@ -105,20 +114,26 @@ class BareUses(TorchFunctionMode):
         super().__init__()
         self._size, self._live = size, live
         leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
-        self._taps = BareTaps(leaves, size, taker, tap)
+        self.taps = BareTaps(leaves, size, taker, tap)
         self._bare = {id(p): _Bare(p, p, p, followed=False, owned=name) for p, name in others}  # by identity
         self._bare |= {
             id(p): _Bare(p if live else leaves[name], leaves[name], p, followed=True) for name, p in parameters.items()
         }
         self._constants = set(filter(None, map(_place, constants)))
         self._made: Any = WeakTensorKeyDictionary()  # what functions made of constants
+        self._products = products = BareProducts(self)
         self._special: dict[str, Callable[..., Any]] = {
-            "linear": self._linear,
-            "matmul": self._matmul,
-            "__matmul__": self._matmul,
-            "mm": self._matmul,
-            "addmm": self._addmm,
+            "linear": products.linear,
+            "matmul": products.matmul,
+            "__matmul__": products.matmul,
+            "mm": products.matmul,
+            "addmm": products.addmm,
+            "conv1d": partial(products.convolution, F.conv1d),
+            "conv2d": partial(products.convolution, F.conv2d),
+            "conv3d": partial(products.convolution, F.conv3d),
             "embedding": self._embedding,
+            "__getitem__": self._entries,
+            "index_select": self._selected,
             "layer_norm": partial(self._normalised, F.layer_norm),
             "rms_norm": partial(self._normalised, F.rms_norm),
             "expand_as": self._expand_as,
@@ -149,16 +164,18 @@ class BareUses(TorchFunctionMode):
             raise UsedElsewhere(owned)
         if not torch.is_grad_enabled() or name in _WITHOUT_GRADIENT:
             return func(*self._swapped(args, _value), **self._swapped(kwargs, _value))
-        if name in _TYPING and not self._follows(given[0]):
+        if name in _TYPING and not self.follows(given[0]):
             return func(*self._swapped(args, _value), **self._swapped(kwargs, _value))
-        examples = [each for each in given if id(each) not in self._bare and self._holds_examples(each)]
+        examples = [each for each in given if id(each) not in self._bare and self.holds_examples(each)]
         if not examples or name in _TYPING:
             return self._of_parameters(func, name, args, kwargs, bare, owned)
         if not bare:
             return func(*args, **kwargs)
+        if name == "einsum":
+            return self._products.einsum(*args, **kwargs)
         if name in self._special:
             return self._specially(func, name, args, kwargs)
-        if self._follows(given[0]) and (name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))):
+        if self.follows(given[0]) and (name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))):
             raise Unfollowed(f"a parameter of no layer is changed by {name}")
         meet = self._meeting(name, examples, bare)
         return func(*self._swapped(args, meet), **self._swapped(kwargs, meet))
@@ -168,14 +185,20 @@ class BareUses(TorchFunctionMode):
         owned: str | None,
     ) -> Any:  # fmt: skip
         """What is made of parameters alone."""
-        if bare and (name == "__setitem__" or (self._live and name in _RANDOM)):
+        if bare and name == "__setitem__":
             raise Unfollowed(f"a parameter of no layer takes part in {name}")
+        drawn = random_state(bare[0].value) if bare and self._live and name in _RANDOM else None
         made = func(*self._swapped(args, _value), **self._swapped(kwargs, _value))
-        if bare and name in _EXPANDING and self._is_of_examples(made, bare[0].value, name):
-            return self._taps.expanded(bare[0].made, made if self._live else made.detach())
+        if bare and name in _EXPANDING:
+            if self._is_of_examples(made, bare[0].value, name):
+                return self.taps.expanded(bare[0].made, self.plain(made))
+            if name in _REPEATING and self._is_repeated(made, bare[0].value):
+                blocks = self.plain(made).unflatten(0, (-1, len(bare[0].value)))
+                return self.taps.expanded(bare[0].made, blocks).flatten(0, 1)
         alone = made
         if self._live and bare and any(each.requires_grad for each in _tensors(made)):
-            alone = func(*self._swapped(args, _made), **self._swapped(kwargs, _made))
+            with drawing_from(drawn, bare[0].value):
+                alone = func(*self._swapped(args, _made), **self._swapped(kwargs, _made))
         for each, other in zip(_tensors(made), _tensors(alone), strict=True):
             if each.requires_grad:
                 self._bare[id(each)] = _Bare(each, other, each, bool(bare), owned)
@@ -183,7 +206,7 @@ class BareUses(TorchFunctionMode):
 
     def names_among(self, given: Any) -> list[str]:
         """Names of the parameters in what a function is given; none where something there is made of several."""
-        names = [self._taps.name_of(self._bare[id(each)].made) for each in _tensors(given) if self._follows(each)]
+        names = [self.taps.name_of(self._bare[id(each)].made) for each in _tensors(given) if self.follows(each)]
         return [name for name in names if name is not None] if None not in names else []
 
     def met(self, tensor: Tensor) -> Tensor:
@@ -192,17 +215,22 @@ class BareUses(TorchFunctionMode):
         Raises:
             Unfollowed: it has no rows for each example.
         """
-        if not self._follows(tensor):
+        if not self.follows(tensor):
             return tensor
         if tensor.dim() == 0 or tensor.shape[0] % self._size:
             raise Unfollowed(f"a parameter of no layer of {tuple(tensor.shape)} stands where examples are")
         return self._along(self._bare[id(tensor)])
 
-    def _follows(self, tensor: Tensor | None) -> bool:
+    def follows(self, tensor: Tensor | None) -> bool:
+        """Whether parameters that are followed made it."""
         return id(tensor) in self._bare and self._bare[id(tensor)].followed
 
-    def _plain(self, tensor: Tensor) -> Tensor:
-        """A bare tensor as an operation of examples takes it whose output has a tap."""
+    def made(self, tensor: Tensor) -> Tensor:
+        """What parameters made, with a graph to what stands for them."""
+        return self._bare[id(tensor)].made
+
+    def plain(self, tensor: Tensor) -> Tensor:
+        """The same as an operation of examples takes it whose output has a tap."""
         return tensor if self._live else tensor.detach()
 
     def _specially(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -213,33 +241,6 @@ class BareUses(TorchFunctionMode):
         if unknown or len(args) > len(arguments) or (name == "embedding" and func is not F.embedding):
             raise Unfollowed(f"a parameter of no layer takes part in {name}{f' with {unknown}' if unknown else ''}")
         return self._special[name](**named)
-
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        x = self._of_examples(input, "a linear function")
-        if not self._follows(weight):
-            made = F.linear(x, weight)
-            return made if bias is None else self._again(torch.add, made, bias)
-        matrix, added = self._bare[id(weight)], self._bare[id(bias)] if self._follows(bias) else None
-        value = bias if added is None else self._plain(added.value)
-        made = F.linear(x, self._plain(matrix.value), value)
-        return self._taps.product(x, matrix.made.T, made, None if added is None else added.made)
-
-    def _addmm(self, input: Tensor, mat1: Tensor, mat2: Tensor) -> Tensor:
-        return self._again(torch.add, self._again(torch.matmul, mat1, mat2), input)
-
-    def _matmul(self, input: Tensor, other: Tensor) -> Tensor:
-        if input.dim() < 2:
-            raise Unfollowed("a parameter of no layer takes part in a product with a vector")
-        x = self._of_examples(input, "a product")
-        if other.dim() == 1:
-            return self._matmul(x, self._again(torch.unsqueeze, other, 1)).squeeze(-1)
-        matrix = self._bare[id(other)]
-        return self._taps.product(x, matrix.made, x @ self._plain(matrix.value))
-
-    def _of_examples(self, x: Tensor, where: str) -> Tensor:
-        if self._follows(x):
-            raise Unfollowed(f"a parameter of no layer stands in the examples' place in {where}")
-        return x
 
     def _embedding(
         self,
@@ -252,11 +253,29 @@ class BareUses(TorchFunctionMode):
         sparse: bool = False,  # noqa: ARG002, of the batch's gradient, which is not made
     ) -> Tensor:
         """Rows of a table; `norm_type` belongs to `max_norm`."""
-        name = self._taps.name_of(self._bare[id(weight)].made) if self._follows(weight) else None
-        if name is None or max_norm is not None or scale_grad_by_freq:
-            raise Unfollowed(f"a table that is made of parameters, or whose rows are scaled (norm {norm_type})")
+        if not self.follows(weight) or max_norm is not None or scale_grad_by_freq:
+            raise Unfollowed(f"a table whose rows are scaled as they are looked up (norm {norm_type})")
         padding = None if padding_idx is None else padding_idx % len(weight)
-        return self._taps.table(input, name, F.embedding(input, self._plain(weight), padding_idx), padding)
+        return self.taps.table(input, self.made(weight), F.embedding(input, self.plain(weight), padding_idx), padding)
+
+    def _selected(self, input: Tensor, dim: int, index: Tensor) -> Tensor:
+        if not self.follows(input) or dim % input.dim():
+            raise Unfollowed("a parameter of no layer takes part in index_select")
+        return self._entries(input, index)
+
+    def _entries(self, input: Tensor, index: Any) -> Tensor:
+        """Rows of a table, by one number or by several for each."""
+        several = index if isinstance(index, tuple) else (index,)
+        whole = [isinstance(each, Tensor) and each.dtype in _INTEGERS for each in several]
+        if not self.follows(input) or not all(whole):
+            raise Unfollowed("a parameter of no layer is looked up otherwise than by whole numbers for its first dims")
+        sizes = input.shape[: len(several)]
+        places, table = torch.zeros((), dtype=torch.int64, device=input.device), input
+        for each, size in zip(several, sizes, strict=True):
+            places = places * size + each.long() % size
+        if len(several) > 1:
+            table = self.again(torch.flatten, input, 0, len(several) - 1)
+        return self.taps.table(places, self.made(table), self.plain(table)[places])
 
     def _normalised(
         self,
@@ -268,14 +287,15 @@ class BareUses(TorchFunctionMode):
         eps: float | None = 1e-5,
         cudnn_enable: bool = True,  # noqa: ARG002, of torch.layer_norm
     ) -> Tensor:
-        made = normalise(self._of_examples(input, "a normalisation"), normalized_shape, eps=eps)
-        made = made if weight is None else self._again(torch.mul, made, weight)
-        return made if bias is None else self._again(torch.add, made, bias)
+        made = normalise(self._products.of_examples(input, "a normalisation"), normalized_shape, eps=eps)
+        made = made if weight is None else self.again(torch.mul, made, weight)
+        return made if bias is None else self.again(torch.add, made, bias)
 
     def _expand_as(self, input: Tensor, other: Tensor) -> Tensor:
-        return self._again(torch.Tensor.expand, input, *other.shape)
+        return self.again(torch.Tensor.expand, input, *other.shape)
 
-    def _again(self, func: Callable[..., Any], *args: Any) -> Tensor:
+    def again(self, func: Callable[..., Any], *args: Any) -> Tensor:
+        """Call a function as the model would."""
         made: Tensor = self.__torch_function__(func, (), args)
         return made
 
@@ -285,7 +305,8 @@ class BareUses(TorchFunctionMode):
             return True
         return _place(tensor) in self._constants
 
-    def _holds_examples(self, tensor: Tensor) -> bool:
+    def holds_examples(self, tensor: Tensor) -> bool:
+        """Whether it has rows for each example."""
         if tensor.requires_grad:
             return True
         return not self._is_constant(tensor) and tensor.shape[0] % self._size == 0
@@ -311,7 +332,7 @@ class BareUses(TorchFunctionMode):
             before = (1,) * (len(shape) - each.value.dim())
             if (*before, *each.value.shape)[0] == 1:
                 padded = each.value.reshape(*before, *each.value.shape)
-                return self._taps.expanded(each.made, self._plain(padded.expand(shape[0], *padded.shape[1:])))
+                return self.taps.expanded(each.made, self.plain(padded.expand(shape[0], *padded.shape[1:])))
             if not before and each.value.shape[0] == shape[0]:
                 return self._along(each)
             raise Unfollowed(f"a parameter of no layer lies along the examples in {name}")
@@ -319,17 +340,22 @@ class BareUses(TorchFunctionMode):
         return meet
 
     def _along(self, bare: _Bare) -> Tensor:
-        return self._taps.along(bare.made, self._plain(bare.value))
+        return self.taps.along(bare.made, self.plain(bare.value))
 
     def _is_of_examples(self, made: Any, bare: Tensor, name: str) -> bool:
         """Whether a bare tensor was expanded along a first dim that is the examples'."""
         padded = (1,) * (made.dim() - bare.dim()) + tuple(bare.shape)
-        repeated = name in ("repeat", "tile") and padded[1:] != tuple(made.shape[1:])
+        repeated = name in _REPEATING and padded[1:] != tuple(made.shape[1:])
         return bool(padded) and padded[0] == 1 and made.shape[0] % self._size == 0 and not repeated
+
+    def _is_repeated(self, made: Tensor, bare: Tensor) -> bool:
+        """Whether all of a bare tensor was repeated for each example, along its first dim."""
+        blocks = bare.dim() and len(bare) and made.dim() == bare.dim() and made.shape[1:] == bare.shape[1:]
+        return bool(blocks) and len(made) % (self._size * len(bare)) == 0
 
     def _swapped(self, given: Any, change: Callable[[_Bare], Tensor]) -> Any:
         if isinstance(given, Tensor):
-            return change(self._bare[id(given)]) if self._follows(given) else given
+            return change(self._bare[id(given)]) if self.follows(given) else given
         if isinstance(given, dict):
             return {key: self._swapped(value, change) for key, value in given.items()}
         if isinstance(given, tuple | list):

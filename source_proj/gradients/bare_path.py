@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from source_proj.gradients.bare import BareUses
+from source_proj.gradients.bare import BareUses, Unfollowed
+from source_proj.gradients.batches import Batch
+from source_proj.gradients.general import Function
 from source_proj.gradients.hooks import HookPath, Pass
 from source_proj.gradients.kept import tensors_held
 from source_proj.gradients.opened import Listener
 from source_proj.gradients.owners import uncovered
 from source_proj.gradients.space import ParameterSpace
-from source_proj.gradients.suited import require_batched
+from source_proj.gradients.suited import Unsuited, require_batched
 from source_proj.trajectory.placement import Placement
 
 __all__ = ["BARE", "BarePath"]
@@ -44,6 +46,35 @@ class BarePath(HookPath):
         bare = [name for name in self._space.names if name in self._missing]
         self._bare = ParameterSpace.of_names(self._model, bare)
 
+    def find_shared(
+        self, function: Function, single: Batch, double: Batch, also: Callable[[], bool] = lambda: True
+    ) -> None:
+        """As `HookPath.find_shared`; a layer whose output neither lies along the batch nor broadcasts has no rule.
+
+        Args:
+            function: of the passes.
+            single: a batch of one example.
+            double: of two.
+            also: whether a model gives the same for other batches, too, when such outputs are expanded to them.
+        """
+        try:
+            super().find_shared(function, single, double)
+            same = self.shared_as_they_were(function, single, double) and also()
+        except Exception:  # the model's own, of shapes that it did not make
+            if not self._shared:
+                raise
+            same = False
+        if not same and self._shared_apart():
+            self.find_shared(function, single, double, also)
+
+    def _shared_apart(self) -> bool:
+        """Set what layers that see no batch hold apart, to be followed into it by itself; whether there is any."""
+        held = {id(p) for module in self._shared for p in module.parameters(recurse=False)}
+        names = [name for name, p in self._space.parameters(self._model).items() if id(p) in held]
+        if names:
+            self._set_apart({**self._elsewhere, **dict.fromkeys(names, "its module sees no batch")})
+        return bool(names)
+
     @contextmanager
     def _following(
         self,
@@ -55,7 +86,10 @@ class BarePath(HookPath):
         """Within, these parameters have taps where they meet the examples."""
 
         def tap(output: Tensor, listener: Listener, x: Tensor) -> Tensor:
-            require_batched(BARE, output, 0)
+            try:
+                require_batched(BARE, output, 0)
+            except Unsuited as problem:
+                raise Unfollowed("a parameter of no layer is used within a transform of torch.func") from problem
             return self._tapped(BARE, output, x, listener, current, x.grad_fn)
 
         parameters, owned = self._bare.parameters(self._model), self._space.parameters(self._model)

@@ -71,14 +71,42 @@ class BareTaps:
 
         return self._tap(output, listener, x)
 
-    def table(self, index: Tensor, name: str, output: Tensor, padding: int | None) -> Tensor:
-        """Rows (B r, ..., n) of a table with a tap."""
+    def linear_in(
+        self, x: Tensor, made: Tensor, output: Tensor, gradient: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """The output (B r, ...), linear in what parameters made, with a tap.
+
+        Args:
+            x: the other factor, (B r, ...).
+            made: of parameters.
+            output: their product.
+            gradient: (x, g) of one row gives that by what was made.
+        """
+
+        def listener(x: Tensor, g: Tensor) -> None:
+            left, right = (tensor.float().reshape(self._size, -1, *tensor.shape[1:]) for tensor in (x, g))
+            for some in self._few(made):
+                rows = torch.func.vmap(gradient)(left[some].flatten(0, 1), right[some].flatten(0, 1))
+                self._receive(made, rows.reshape(-1, left.shape[1], *made.shape).sum(1), some.start)
+
+        return self._tap(output, listener, x)
+
+    def table(self, index: Tensor, made: Tensor, output: Tensor, padding: int | None = None) -> Tensor:
+        """Rows (B r, ..., *row) of a table (V, *row) with a tap, by index (B r, ...)."""
 
         def listener(index: Tensor, g: Tensor) -> None:
-            index = index.reshape(self._size, -1)
+            index = index.reshape(self._size, -1).long()
             g = g.reshape(*index.shape, -1)
             kept = g if padding is None else g.masked_fill((index == padding).unsqueeze(-1), 0.0)
-            self._taker().scatter(name, index, kept)
+            name = self.name_of(made)
+            if name is not None and made.dim() == 2:
+                self._taker().scatter(name, index, kept)
+                return
+            for some in self._few(made):
+                few = kept[some].float()
+                rows = few.new_zeros(len(few), len(made), few.shape[-1])
+                rows.scatter_add_(1, index[some].unsqueeze(-1).expand_as(few), few)
+                self._receive(made, rows.reshape(len(few), *made.shape), some.start)
 
         return self._tap(output, listener, index)
 

@@ -107,28 +107,17 @@ class FollowedPath(BarePath):
 
     def _find_shared(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
         """Learn which layers see no batch, from one example and two; leaves random states and buffers alone."""
-        batches = [part(args, kwargs, some, size) for some in ([0], [0, min(1, size - 1)])]
+        single, double = (part(args, kwargs, some, size) for some in ([0], [0, min(1, size - 1)]))
         with probing(self._model):
             try:
-                self.find_shared(called, *batches)
-                same = self.shared_as_they_were(called, *batches) and self._same_of_odd(args, kwargs, size)
+                self.find_shared(called, single, double, partial(self._same_of_odd, args, kwargs, size))
             except SourceProjError:
-                if not self._shared:
-                    raise
-                same = False
+                raise
             except Exception as error:  # the model's own
-                if not self._shared:
-                    raise GradientError(
-                        f"the model does not run one or two examples of a batch by themselves ({error!r}), and without "
-                        "that nothing says which layers see the batch: build the bank after training, without capture="
-                    ) from error
-                same = False  # of shapes that it did not make
-        if not same:
-            names = sorted(self._names[module] for module in self._shared)[:5]
-            raise GradientError(
-                f"the layers {names} see no batch, and what the model makes of their outputs can't be told apart by "
-                f"examples: leave them out by parameters={[f'!{name}.*' for name in names]}, or build after training"
-            )
+                raise GradientError(
+                    f"the model does not run one or two examples of a batch by themselves ({error!r}), and without "
+                    "that nothing says which layers see the batch: build the bank after training, without capture="
+                ) from error
         self._shared_known = True
 
     def _same_of_odd(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> bool:

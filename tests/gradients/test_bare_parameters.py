@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bare_uses import APART, FOLLOWED, STEPS, WIDTH, Bare
+from bare_uses import APART, BESIDE, BESIDE_REFUSED, FOLLOWED, STEPS, WIDTH, Bare, BesideTheBatch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -51,6 +51,17 @@ def test_rows_are_those_of_a_backward_pass_for_each_example(name: str, size: int
     with torch.no_grad():
         torch.testing.assert_close(values, summed(model, batch))
     assert_plain(rows, model, batch)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("name", [*BESIDE, *BESIDE_REFUSED])
+def test_layers_that_see_no_batch(name: str, size: int) -> None:
+    torch.manual_seed(0)
+    model, batch = BesideTheBatch({**BESIDE, **BESIDE_REFUSED}[name]), torch.randn(size, WIDTH)
+    space = ParameterSpace.from_model(model)
+    engine = gradient_engine(model, space, Sketch(space.size, "identity"))
+    assert_plain(engine.sketch(summed, batch)[1], model, batch)
+    assert engine.method == ("hooks" if name in BESIDE else "general"), engine.reason
 
 
 def test_a_use_that_is_computed_once_more_goes_the_general_way() -> None:
@@ -135,7 +146,7 @@ def test_matrices_of_few_examples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     test_rows_are_those_of_a_backward_pass_for_each_example("a product of two", 4)
 
 
-@pytest.mark.parametrize("name", ["a class token and positions", "a product", "a sum of products"])
+@pytest.mark.parametrize("name", ["a class token and positions", "a product", "distances"])
 def test_several_functions_of_one_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr("source_proj.gradients.mixed.CHUNK_BYTES", 0)

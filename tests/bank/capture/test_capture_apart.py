@@ -135,8 +135,6 @@ WRONG = {
     "batch_norm in training": lambda: Net(functional),
     "a loss of its own": Beside,
     "a loss of an attribute": Kept,
-    "one position, two steps": lambda: Positions(2),
-    "one position, three steps": lambda: Positions(3),
 }
 RIGHT = {
     "plain": Net,
@@ -144,6 +142,8 @@ RIGHT = {
     "instance norm": lambda: Net(lambda _, h: F.instance_norm(h[:, None])[:, 0]),
     "gathered within examples": lambda: Net(lambda _, h: h.gather(1, h.argsort(1)) + h[:, [4, 3, 2, 1, 0]]),
     "examples indexed in order": lambda: Net(lambda _, h: h[torch.arange(len(h))]),
+    "one position, two steps": lambda: Positions(2),
+    "one position, three steps": lambda: Positions(3),
     "examples indexed and put back": lambda: Net(lambda _, h: h[torch.arange(len(h)).flip(0)].flip(0)),
 }
 BEFORE = {
@@ -340,7 +340,10 @@ def one_by_one(model, h):
 @pytest.mark.parametrize(
     ("between", "words"),
     [
-        (by_vmap, r"the layers \['more'\] see no batch|'more' is called within"),
+        (
+            by_vmap,
+            r"more.weight: its module sees no batch.*within a transform of torch.func.*parameters=\['!more.weight'",
+        ),
         (one_by_one, "'more' was called with .*one example"),
     ],
 )

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from bare_uses import APART, FOLLOWED, STEPS, WIDTH, Bare
+from bare_uses import APART, BESIDE, FOLLOWED, STEPS, WIDTH, Bare, BesideTheBatch
 from captured_runs import rows_of, size_of
 from opened_layers import CALLS, Attending, Recurring
 from torch import nn
@@ -74,6 +74,13 @@ def test_what_is_not_followed_is_refused_with_a_remedy(tmp_path, name):
     with pytest.raises(sp.GradientError, match=r"parameters of no layer|parameters=\['!p.0'\]"):
         assert_captured(tmp_path / "run", Bare(*APART[name]), (torch.randn(8, STEPS, WIDTH),), [4, 4])
     assert _get_current_function_mode() is None
+
+
+@pytest.mark.parametrize("sizes", [[3, 3, 2], [1, 1], [4]], ids=str)
+@pytest.mark.parametrize("name", BESIDE)
+def test_layers_that_see_no_batch(tmp_path, name, sizes):
+    torch.manual_seed(0)
+    assert_captured(tmp_path / "run", BesideTheBatch(BESIDE[name]), (torch.randn(sum(sizes), WIDTH),), sizes)
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"dropout": 0.3}], ids=str)

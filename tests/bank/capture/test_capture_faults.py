@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from bare_uses import BESIDE, BESIDE_REFUSED, WIDTH, BesideTheBatch
 from captured_runs import data_for, loss_of, mlp, train
 from torch import nn
 
@@ -207,36 +208,16 @@ def test_ids_that_are_no_places(tmp_path, model):
         recorder.step(ids=[10**9 + place for place in range(4)])
 
 
-class BesideTheBatch(nn.Module):
-    """A layer of constants, whose output is put to some use."""
-
-    def __init__(self, use):
-        super().__init__()
-        self.body, self.table, self.use = nn.Linear(6, 3), nn.Linear(1, 3), use
-
-    def forward(self, x):
-        return self.use(self.body(x), self.table(torch.linspace(0, 1, 3)[:, None]))
-
-
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda h, table: h * table.sum(),
-        lambda h, table: h @ table.mT,
-        lambda h, table: -torch.cdist(h, table),
-        lambda h, table: h @ table.view(-1).view(3, 3),
-        lambda h, table: h / table.norm(),
-    ],
-    ids=["sum", "transpose", "distances", "view", "norm"],
-)
-def test_what_is_made_of_a_layer_beside_the_batch_is_left_as_it_is(tmp_path, use):
-    """Its output was expanded to the batch in the network that was trained: another network, or torch's errors."""
+@pytest.mark.parametrize("name", [*BESIDE, *BESIDE_REFUSED])
+def test_a_layer_beside_the_batch_may_be_left_out(tmp_path, name):
     torch.manual_seed(0)
-    network, inputs = BesideTheBatch(use), torch.randn(12, 6)
+    network, inputs = BesideTheBatch({**BESIDE, **BESIDE_REFUSED}[name]), torch.randn(12, WIDTH)
     labels = torch.arange(12) % 3
     plain = copy.deepcopy(network)
-    with pytest.raises(sp.GradientError, match=r"layers \['table'\] see no batch.*parameters=\['!table\.\*'\]"):
-        run(network, inputs, labels, tmp_path / "refused")
+    if name in BESIDE_REFUSED:
+        words = r"table.weight: its module sees no batch.*takes part in cdist.*parameters=\['!table\.weight', '!table"
+        with pytest.raises(sp.GradientError, match=words):
+            run(network, inputs, labels, tmp_path / "refused")
     network = copy.deepcopy(plain)
     run(network, inputs, labels, tmp_path / "run", parameters=["!table.*"])
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)

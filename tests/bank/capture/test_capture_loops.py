@@ -231,7 +231,7 @@ def test_a_parameter_outside_of_its_module(tmp_path, late):
 
         def forward(self, x):
             y = self[1](torch.tanh(self[0](x)))
-            return y + torch.einsum("bi,oi->bo", x, self[1].weight[:, :5]) if self.used else y
+            return y + torch.cdist(x, self[1].weight[:, :5]) if self.used else y
 
     loop = Loop(tmp_path / "run", Tied(nn.Linear(5, 6), nn.Linear(6, 3)))
     if late:
@@ -253,7 +253,7 @@ def test_evaluation_mode_and_compiled_models(tmp_path):
         Loop(tmp_path / "compiled", torch.compile(mlp()))
 
 
-class Contracted(nn.Module):
+class Distances(nn.Module):
     """A parameter of no layer, in an operation that is not followed."""
 
     def __init__(self, width):
@@ -261,11 +261,11 @@ class Contracted(nn.Module):
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        return torch.relu(torch.einsum("bi,i->bi", x, self.scale))
+        return torch.relu(torch.cdist(x, self.scale[None].expand(7, -1)))
 
 
 def test_uncovered_parameters_are_named_with_what_leaves_them_out(tmp_path):
-    model = nn.Sequential(nn.Linear(5, 7), Contracted(7), nn.Linear(7, 3))
+    model = nn.Sequential(nn.Linear(5, 7), Distances(7), nn.Linear(7, 3))
     loop = Loop(tmp_path / "run", model)
     with pytest.raises(sp.GradientError, match=r"parameters=\['!1.scale'\]"):
         loop.loss(loop.batches[0])

@@ -1,0 +1,102 @@
+"""Models whose parameters meet the examples in ways of their own: biases by distance, scans, kernels that are made."""
+
+import copy
+
+import pytest
+import torch
+
+import source_proj as sp
+from source_proj.gradients import ParameterSpace, gradient_engine
+
+transformers = pytest.importorskip("transformers")
+
+N, LENGTH, LABELS = 4, 7, 3
+SMALL = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+WORDS = {**SMALL, "vocab_size": 30, "max_position_embeddings": 16, "num_labels": LABELS}
+T5 = {"vocab_size": 30, "d_model": 12, "d_kv": 6, "d_ff": 16, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+SWIN = {
+    "image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 2], "num_heads": [2, 2], "window_size": 4,
+    "num_labels": LABELS, "drop_path_rate": 0.0,
+}  # fmt: skip
+WAVES = {
+    **SMALL, "num_hidden_layers": 1, "conv_dim": (8, 8), "conv_stride": (4, 4), "conv_kernel": (8, 8),
+    "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "layerdrop": 0.0,
+    "num_labels": LABELS, "classifier_proj_size": 8, "apply_spec_augment": False, "activation_dropout": 0.0,
+}  # fmt: skip
+RELATIVE = {**WORDS, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+MODELS = {
+    "T5ForConditionalGeneration": ("T5Config", T5),
+    "MPNetForSequenceClassification": ("MPNetConfig", WORDS),
+    "DebertaForSequenceClassification": ("DebertaConfig", RELATIVE),
+    "DebertaV2ForSequenceClassification": ("DebertaV2Config", RELATIVE),
+    "Swinv2ForImageClassification": ("Swinv2Config", SWIN),
+    "Wav2Vec2ForSequenceClassification": ("Wav2Vec2Config", WAVES),
+    "MambaForCausalLM": (
+        "MambaConfig",
+        {"vocab_size": 30, "hidden_size": 12, "state_size": 4, "num_hidden_layers": 2, "intermediate_size": 24},
+    ),
+}
+
+
+def model_of(name):
+    config, options = MODELS[name]
+    model = getattr(transformers, name)(getattr(transformers, config)(**options))
+    for module in model.modules():
+        for dropout in ("p", "drop_prob", "dropout"):
+            if isinstance(getattr(module, dropout, None), float):
+                setattr(module, dropout, 0.0)
+    with torch.no_grad():
+        for p in model.parameters():  # some begin at zero, and a layer norm's gradient there is all in its epsilon
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def batch_of(name):
+    if "Image" in name:
+        return {"pixel_values": torch.randn(N, 3, 16, 16)}
+    if "Wav" in name:
+        return {"input_values": torch.randn(N, 120)}
+    words = {"input_ids": torch.randint(1, 30, (N, LENGTH))}
+    return {**words, "decoder_input_ids": torch.randint(1, 30, (N, LENGTH - 2))} if "T5" in name else words
+
+
+def values_of(model, batch):
+    """A number for each example, of which every logit has a share."""
+    logits = model(**batch).logits.flatten(1)
+    return logits.tanh() @ torch.linspace(-1, 2, logits.shape[1])
+
+
+def plain_rows(model, batch):
+    """The gradient of each example's number, by itself."""
+    rows = []
+    for place in range(N):
+        value = values_of(model, {key: tensor[place : place + 1] for key, tensor in batch.items()})[0]
+        gradients = torch.autograd.grad(value, list(model.parameters()), allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+    return torch.stack(rows)
+
+
+def assert_near(rows, expected):
+    assert float((rows - expected).norm()) <= 3e-5 * float(expected.norm())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_are_each_examples_gradient(tmp_path, name):
+    torch.manual_seed(0)
+    model, batch = model_of(name), batch_of(name)
+    expected = plain_rows(copy.deepcopy(model).train(), batch)
+    space = ParameterSpace.from_model(model)
+    sketch = sp.Sketch(space.size, "identity")
+    engine = gradient_engine(copy.deepcopy(model).eval(), space, sketch)
+    _, rows = engine.sketch(values_of, batch)
+    assert_near(rows, expected)
+    assert engine.method == "hooks", engine.reason
+    assert "followed by themselves" in engine.reason
+
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-3)
+    recorder = sp.Recorder(model, optimizer, tmp_path / "run", capture=sketch, task=sp.Classification(), examples=N)
+    values_of(model, batch).mean().backward()
+    optimizer.step()
+    recorder.step(ids=range(N))
+    (part,) = recorder.bank(storage="float32").stages[0].iter_rows(0)
+    assert_near(part.rows * part.d1[:, None], expected)
