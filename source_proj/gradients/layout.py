@@ -297,7 +297,9 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(["Mm", "Addmm", "Bmm", "Baddbmm"], _multiplied),
     "Index": _indexed,
     "RegisterPostBackwardFunction": _passed,
-    **dict.fromkeys(["Convolution", "MkldnnConvolution", "CudnnConvolution", "Linear", "MkldnnLinear"], _by_weight),
+    **dict.fromkeys(
+        ["Convolution", "MkldnnConvolution", "CudnnConvolution", "Linear", "MkldnnLinear", "Mv"], _by_weight
+    ),
     **dict.fromkeys(["NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm"], _by_weight),
     **dict.fromkeys(["NativeBatchNorm", "CudnnBatchNorm"], _batch_norm),
     "MkldnnRnnLayer": _by_weight,

@@ -236,3 +236,19 @@ def test_an_index_that_may_mix_examples_is_not_followed(choose: Any) -> None:
     )
     lost = where_examples_are_lost(order, [Call(tap, ())], picked.grad_fn, 4)
     assert lost == label(picked.grad_fn)
+
+
+@pytest.mark.parametrize(
+    ("follow", "kept"),
+    [
+        (lambda values: values @ torch.randn(3), True),
+        (lambda values: values.T @ torch.randn(4), False),
+        (lambda values: torch.randn(5, 4) @ values[:, 0], False),
+    ],
+    ids=["of examples by a vector", "summed over examples", "by a vector of examples"],
+)
+def test_products_with_a_vector_are_followed_where_they_keep_examples(follow: Any, kept: bool) -> None:
+    values = torch.randn(4, 3, requires_grad=True) * 1
+    tap, made = values.grad_fn, follow(values)
+    order = walk([made.grad_fn], lambda node: [c for c, _ in node.next_functions if c is not None and node is not tap])
+    assert (where_examples_are_lost(order, [Call(tap, ())], made.grad_fn, 4) is None) is kept
