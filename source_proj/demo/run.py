@@ -83,7 +83,7 @@ def run(
             in the current directory if none is given.
         pairs: matched pairs of retrainings behind each check, at least 2.
         remove: training digits left out in each check, 1 to 500.
-        overwrite: replace a page that is there; one in the folder, the demo's own, always is.
+        overwrite: replace a page that is there; one by the demo's own name always is.
         say: prints a line.
         progress: show progress bars for what takes over two seconds.
 
@@ -97,7 +97,7 @@ def run(
     if not 1 <= remove <= 500:
         raise ValueError(f"remove must lie in 1..500, got {remove}")
     target = Path(page) if page is not None else Path(folder or ".") / ("report.html" if folder else _PAGE)
-    require_free(target, overwrite=overwrite or (page is None and folder is not None))
+    require_free(target, overwrite=overwrite or page is None)
     with _home(folder) as home:
         return _Run(home, say, progress).all(target, pairs, remove)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -150,3 +151,21 @@ def test_a_failed_claim_is_called_so(predicted, changes, named, holds):
 def test_wrong_options_are_refused(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} must .*got {re.escape(str(*options.values()))}"):
         run(**options)
+
+
+def test_only_the_demos_own_page_is_replaced_unasked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    begun = []
+
+    def begin(_self, target, *_):
+        begun.append(target)
+
+    monkeypatch.setattr(import_module("source_proj.demo.run")._Run, "all", begin)
+    for name in ("source-proj-demo.html", "report.html", "mine.html"):
+        (tmp_path / name).write_text("there")
+    run(progress=False)
+    run(tmp_path, progress=False)
+    with pytest.raises(FileExistsError, match=r"mine\.html"):
+        run(page="mine.html", progress=False)
+    run(page="mine.html", overwrite=True, progress=False)
+    assert [target.name for target in begun] == ["source-proj-demo.html", "report.html", "mine.html"]
