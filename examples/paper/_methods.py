@@ -36,6 +36,7 @@ DAMPINGS: list[Any] = [
     1.0,
     3.0,
 ]  # for influence functions
+MULTIPLES = [0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]  # of the noise tr(H)/k, for SOURCE
 LARGE = [10.0, 30.0, 100.0, 300.0, 1000.0]  # in Adam's metric, where the Hessian is larger
 
 
@@ -120,6 +121,10 @@ def _source(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
         # On half of the examples for as many epochs, a retraining takes half of the steps.
         _made(problem, TIMED, "time_scale=0.5", whole, sp.Source, time_scale=0.5, **mean),
         _made(problem, "SOURCE, query at the end", "defaults but that", whole, sp.Source, query_gradient="final"),
+        *(
+            _made(problem, "SOURCE, best damping", f"{times:g} tr(H)/k", whole, partial(_damped, times), **mean)
+            for times in MULTIPLES
+        ),
     ]
     even = [run.even for run in runs if run.even]
     if even:
@@ -151,6 +156,13 @@ def _source(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
         )
     averaged = [run.averaged for run in runs]
     return [*found, _made(problem, "SOURCE, averaged parameters", "defaults", averaged, sp.Source, **mean)]
+
+
+def _damped(times: float, banks: Sequence[sp.Bank], **choices: Any) -> sp.Source:
+    """SOURCE, damped by so many times tr(Ĥ)/k; of several segments, by their mean."""
+    source = sp.Source(banks, **choices)
+    noise = [segment.trace / bank.sketch.dim for bank in banks for segment in source.segments]
+    return source.replace(damping=times * float(np.mean(noise)))
 
 
 def _influence(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
