@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from random_bare_steps import BARE
 from random_steps import STEPS, VOCABULARY, Batch, D, Step, T, layer, linear, step
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-__all__ = ["STEPS", "RandomModel", "make_batch", "value"]
+__all__ = ["BARE", "STEPS", "RandomModel", "make_batch", "value"]
 
 # Ragged rows ---------------------------------------------------------------------------------------------------------
 

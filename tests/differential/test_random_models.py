@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_models import STEPS, RandomModel, make_batch, value
+from random_models import BARE, STEPS, RandomModel, make_batch, value
 from torch import Tensor, nn
 
 from source_proj.gradients import ParameterSpace, Refuted, gradient_engine
@@ -90,6 +90,18 @@ def test_hooks_serve_what_they_can(name: str) -> None:
     engine = gradient_engine(model, ParameterSpace.from_model(model), Sketch(16), "hooks")
     for size in (4, 1, 3):
         engine.sketch(value, make_batch(size, "all"))
+    assert engine.proof.summary()["general"] == {}
+
+
+@pytest.mark.parametrize("name", BARE.split())
+def test_bare_parameters_are_followed(name: str) -> None:
+    """Likewise."""
+    torch.manual_seed(0)
+    model = RandomModel(["plain", name]).eval()
+    engine = gradient_engine(model, ParameterSpace.from_model(model), Sketch(16))
+    for size in (4, 1, 3):
+        engine.sketch(value, make_batch(size, "all"))
+    assert "followed by themselves" in engine.reason
     assert engine.proof.summary()["general"] == {}
 
 
