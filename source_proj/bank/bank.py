@@ -16,6 +16,7 @@ from source_proj._io.html import facts
 from source_proj._io.printable import printable
 from source_proj._io.progress import Progress
 from source_proj.bank.build.append import append_rows
+from source_proj.bank.build.columns import arranged
 from source_proj.bank.examples import Examples
 from source_proj.bank.fits import FitCache
 from source_proj.bank.format import Settings
@@ -291,7 +292,7 @@ class Bank:
         Args:
             model: a module of the architecture that the bank was built with.
             task: the bank's task.
-            train_set: the new examples: map-style data set or DataLoader.
+            train_set: the new examples: map-style data set or DataLoader. Columns of a table may have any order.
             stage: name or index of the stage.
             ids: their ids in order, none of them in the stage yet; default: goes on counting.
             batch_size: examples a batch; a DataLoader brings its own.
@@ -314,6 +315,8 @@ class Bank:
         if self.captured:
             raise BankError(f"the rows of {self.path} were captured while the model trained: none can be appended")
         place = self.stage_index(stage) if isinstance(stage, str) else range(len(self.stages))[stage]
+        if place == len(self.stages) - 1:  # whose columns the notes are of
+            train_set = arranged(train_set, self.notes.columns)
         try:
             part = append_rows(
                 self.store,

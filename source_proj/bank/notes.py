@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from source_proj._errors import MismatchError
+
 __all__ = ["Notes", "modules_of"]
 
 _NAMED = 5  # kinds of modules in a message
@@ -53,6 +55,18 @@ class Notes:
         if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
             raise ValueError(f"columns is {columns!r}, not a list of names")
         return cls(choice, dict(modules), tuple(columns))
+
+    def require_columns(self, columns: Sequence[str], where: str) -> None:
+        """Compare a table with the one that the bank was begun with: rows are made of numbers in their order.
+
+        Raises:
+            MismatchError: both are tables, of other columns or in another order; names both.
+        """
+        if self.columns and columns and self.columns != tuple(columns):
+            raise MismatchError(
+                f"the bank {where} was begun with the columns {list(self.columns)}, got {list(columns)}: give them "
+                "in that order to go on with it, or build another bank"
+            )
 
     def warn_of_other_modules(self, model: nn.Module) -> None:
         """Compare a model with the one that the bank was made with, whose parameters are of the same names and shapes.
