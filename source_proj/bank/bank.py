@@ -16,7 +16,6 @@ from source_proj._io.html import facts
 from source_proj._io.printable import printable
 from source_proj._io.progress import Progress
 from source_proj.bank.build.append import append_rows
-from source_proj.bank.build.columns import arranged
 from source_proj.bank.examples import Examples
 from source_proj.bank.fits import FitCache
 from source_proj.bank.format import Settings
@@ -315,8 +314,6 @@ class Bank:
         if self.captured:
             raise BankError(f"the rows of {self.path} were captured while the model trained: none can be appended")
         place = self.stage_index(stage) if isinstance(stage, str) else range(len(self.stages))[stage]
-        if place == len(self.stages) - 1:  # whose columns the notes are of
-            train_set = arranged(train_set, self.notes.columns)
         try:
             part = append_rows(
                 self.store,
@@ -325,6 +322,7 @@ class Bank:
                 task,
                 self.metrics,
                 train_set,
+                notes=self.notes,
                 stage=place,
                 parts=self.stages[place].parts,
                 checkpoint=self.checkpoint,

@@ -68,8 +68,12 @@ class Notes:
                 "in that order to go on with it, or build another bank"
             )
 
-    def warn_of_other_modules(self, model: nn.Module) -> None:
+    def warn_of_other_modules(self, model: nn.Module, stacklevel: int = 4) -> None:
         """Compare a model with the one that the bank was made with, whose parameters are of the same names and shapes.
+
+        Args:
+            model: what is asked, or makes rows.
+            stacklevel: whose line is named: 2 is the caller's.
 
         Warns:
             UserWarning: it has modules of other kinds, or another number of some; names them.
@@ -79,9 +83,9 @@ class Notes:
             missing, new = (" and ".join(_counted(part)) or "none" for part in (there - here, here - there))
             warnings.warn(
                 f"the model is not made like the one that the bank was built with: that one has {missing} where this "
-                f"one has {new}. Its answers, and all scores, are those of another model if that is more than a name",
+                f"one has {new}. Its answers, rows and scores are those of another model if that is more than a name",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
 
 

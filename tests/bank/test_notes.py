@@ -1,6 +1,7 @@
 """A bank knows the columns of its table and the kinds of its model's modules again, and says where they differ."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -108,6 +109,23 @@ def test_a_model_of_other_modules_is_told_by_their_kinds(asked):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sp.Source(bank, model=mlp(nn.Tanh, nn.Dropout(0.5), nn.Identity()))
+
+
+@pytest.mark.parametrize("verb", ["build", "append"])
+def test_rows_of_a_model_of_other_modules_are_warned_of(tmp_path, verb):
+    model, other = mlp(), mlp(nn.ReLU)
+    trajectory = sp.Trajectory([sp.Checkpoint(model.state_dict(), 10, lr=0.1)])
+
+    def build(network, **options):
+        options = {"sketch": sp.Sketch(32), "batch_size": 3, "shard_rows": 3, "progress": False, **options}
+        return sp.build(network, sp.Classification(), trajectory, table(9, 0), tmp_path / "bank", **options)
+
+    bank = build(model, shard=(0, 2)) if verb == "build" else build(model)
+    append = partial(bank.append, other, sp.Classification(), table(3, 1), progress=False)
+    go_on = append if verb == "append" else partial(build, other)
+    with pytest.warns(UserWarning, match="has 1 Tanh where this one has 1 ReLU.* rows and scores") as told:
+        go_on()
+    assert told[0].filename == __file__
 
 
 def test_a_captured_bank_knows_its_modules(tmp_path):

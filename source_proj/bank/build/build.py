@@ -209,6 +209,7 @@ def build(
         settings = as_begun(settings, bank.settings)
         require_same_settings(where, bank.settings, settings)
         bank.notes.require_columns(sources[-1].columns, where)
+        bank.notes.warn_of_other_modules(model, stacklevel=3)
         parts = [stage.parts[0] for stage in bank.stages]
         for part, (spec, own) in zip(parts, _parts(settings), strict=True):
             require_same_part(part, spec, own)
