@@ -221,6 +221,8 @@ def build(
         claims = None if takeover is None or not lockstep.leads else Claims(store, takeover, share)
         with claims or nullcontext():
             if executor is not None:
+                # As they were read: a generator gives them once.
+                ids = None if ids is None else dict(zip(names, stage_ids, strict=True))
                 whole = partial(
                     build, model, task, trajectory, train_set, sketch=sketch, batch_size=batch_size,
                     device=device, storage=storage, ids=ids, parameters=parameters,
