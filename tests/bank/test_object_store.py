@@ -3,6 +3,7 @@
 import itertools
 import threading
 import uuid
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,11 +199,10 @@ def test_urls_with_secrets_are_refused_and_not_repeated(url):
     assert "abc" not in str(caught.value)
 
 
-def test_a_url_as_a_path_is_refused(tmp_path):
-    from pathlib import Path
-
-    with pytest.raises(BankError, match="give it as a string"):
-        open_store(Path("s3://bucket/bank"))
+@pytest.mark.parametrize("path", [Path("s3://bucket/bank"), "s3:/bucket/bank", "file:/tmp/bank"])
+def test_a_url_of_one_slash_is_refused(path):
+    with pytest.raises(BankError, match="give it as a string, with '://'"):
+        open_store(path)
 
 
 @pytest.mark.parametrize("path", ["bank", "a/b", "C:\\bank", "with:colon", "std::vector", ".", "~/x://y"])
