@@ -321,8 +321,9 @@ def test_append_takes_only_what_fits_the_bank(run, tmp_path):
         append(bank, run, make_data(2), ids=[3, 1000])
     with pytest.raises(MismatchError, match="built with task"):
         append(bank, run, make_data(2), task=Regression())
-    with pytest.raises(IndexError):
-        append(bank, run, make_data(2), stage=1)
+    for stage in (1, -2, 1.0, None, True):
+        with pytest.raises(ValueError, match=rf"stage must be one of the bank's stages \['train'\].* got {stage}"):
+            append(bank, run, make_data(2), stage=stage)
     names = run.build(tmp_path / "names", ids=[str(i) for i in range(N)])
     with pytest.raises(ValueError, match="give ids for the new examples"):
         append(names, run, make_data(2))
