@@ -351,7 +351,7 @@ class Bank:
         return FitCache(self.store.folder, self.fingerprint if self.finalized else None)
 
     def clear_fits(self) -> int:
-        """Delete all fits, and return the bytes that they took; they are computed again when they are needed."""
+        """Delete all fits that can be, and return the bytes that these took; they are made again when needed."""
         return self.fits.clear()
 
     def verify(self) -> VerifyReport:
