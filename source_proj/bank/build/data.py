@@ -233,7 +233,7 @@ def _update(digest: Any, entry: Any) -> None:
     if isinstance(entry, Tensor):
         if entry.layout != torch.strided:
             raise TypeError(f"a batch holds a tensor of layout {entry.layout}; make it dense in collate_fn")
-        values = entry.detach().cpu().contiguous()
+        values = entry.detach().cpu().resolve_conj().resolve_neg().contiguous()
         digest.update(f"tensor {values.dtype} {tuple(values.shape)}\n".encode())
         digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     elif isinstance(entry, Mapping):
