@@ -291,8 +291,8 @@ class Bank:
         Args:
             model: a module of the architecture that the bank was built with.
             task: the bank's task.
-            train_set: the new examples: map-style data set or DataLoader.
-            stage: name or index of the stage.
+            train_set: the new examples: map-style data set or DataLoader. Columns of a table may have any order.
+            stage: name or index of the stage; negative ones count from the last.
             ids: their ids in order, none of them in the stage yet; default: goes on counting.
             batch_size: examples a batch; a DataLoader brings its own.
             device: where the model runs; default: where it is.
@@ -313,7 +313,8 @@ class Bank:
         self.reload()
         if self.captured:
             raise BankError(f"the rows of {self.path} were captured while the model trained: none can be appended")
-        place = self.stage_index(stage) if isinstance(stage, str) else range(len(self.stages))[stage]
+        count = len(self.stages)
+        place = self.stage_index(stage + count if isinstance(stage, int) and -count <= stage < 0 else stage)
         try:
             part = append_rows(
                 self.store,
@@ -322,6 +323,7 @@ class Bank:
                 task,
                 self.metrics,
                 train_set,
+                notes=self.notes,
                 stage=place,
                 parts=self.stages[place].parts,
                 checkpoint=self.checkpoint,
@@ -349,7 +351,7 @@ class Bank:
         return FitCache(self.store.folder, self.fingerprint if self.finalized else None)
 
     def clear_fits(self) -> int:
-        """Delete all fits, and return the bytes that they took; they are computed again when they are needed."""
+        """Delete all fits that can be, and return the bytes that these took; they are made again when needed."""
         return self.fits.clear()
 
     def verify(self) -> VerifyReport:

@@ -89,11 +89,11 @@ class FitCache:
         return arrays
 
     def clear(self) -> int:
-        """Delete all fits, and return the bytes that they took."""
-        freed = self.nbytes()
+        """Delete all fits, and return the bytes that are free now: those in a folder that is only read stay."""
+        before = self.nbytes()
         for folder in self._folders:
             _remove(folder)
-        return freed
+        return before - self.nbytes()
 
     def remove_stale(self) -> None:
         """Delete what is of no use any more: fits of other content of the bank, and what killed processes left."""

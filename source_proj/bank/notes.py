@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from source_proj._errors import MismatchError
+
 __all__ = ["Notes", "modules_of"]
 
 _NAMED = 5  # kinds of modules in a message
@@ -54,8 +56,24 @@ class Notes:
             raise ValueError(f"columns is {columns!r}, not a list of names")
         return cls(choice, dict(modules), tuple(columns))
 
-    def warn_of_other_modules(self, model: nn.Module) -> None:
+    def require_columns(self, columns: Sequence[str], where: str) -> None:
+        """Compare a table with the one that the bank was begun with: rows are made of numbers in their order.
+
+        Raises:
+            MismatchError: both are tables, of other columns or in another order; names both.
+        """
+        if self.columns and columns and self.columns != tuple(columns):
+            raise MismatchError(
+                f"the bank {where} was begun with the columns {list(self.columns)}, got {list(columns)}: give them "
+                "in that order to go on with it, or build another bank"
+            )
+
+    def warn_of_other_modules(self, model: nn.Module, stacklevel: int = 4) -> None:
         """Compare a model with the one that the bank was made with, whose parameters are of the same names and shapes.
+
+        Args:
+            model: what is asked, or makes rows.
+            stacklevel: whose line is named: 2 is the caller's.
 
         Warns:
             UserWarning: it has modules of other kinds, or another number of some; names them.
@@ -65,9 +83,9 @@ class Notes:
             missing, new = (" and ".join(_counted(part)) or "none" for part in (there - here, here - there))
             warnings.warn(
                 f"the model is not made like the one that the bank was built with: that one has {missing} where this "
-                f"one has {new}. Its answers, and all scores, are those of another model if that is more than a name",
+                f"one has {new}. Its answers, rows and scores are those of another model if that is more than a name",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
 
 

@@ -141,7 +141,7 @@ def plan(
     device: torch.device | str | None = None,
     storage: str | None = None,
     workers: int = 1,
-    disk: int | None = None,
+    disk: float | None = None,
     shard_rows: int | None = None,
     **options: Any,
 ) -> Plan:
@@ -162,10 +162,15 @@ def plan(
         options: further ones of :func:`source_proj.build`, such as ``parameters=``.
 
     Raises:
-        ValueError: ``workers`` is no positive number; and as :func:`source_proj.build`.
+        ValueError: ``workers`` or ``disk`` is no positive number, or ``shard`` is given; and as
+            :func:`source_proj.build`.
     """
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise ValueError(f"workers must be a number of at least 1, got {workers!r}")
+    if disk is not None and (isinstance(disk, bool) or not isinstance(disk, int | float) or not disk > 0):
+        raise ValueError(f"disk must be a positive number of bytes, such as 10e9, got {disk!r}")
+    if options.get("shard") is not None:
+        raise ValueError(f"plan times a whole build, got shard={options['shard']!r}: leave it out, and give workers=")
     require_arguments(model=model, task=task, trajectory=trajectory, sketch=sketch)
     names = [stage.name for stage in trajectory.stages]
     data = dict(zip(names, by_stage(train_set, names, "train_set"), strict=True))
@@ -302,7 +307,7 @@ def _shard_bytes(settings: Settings, specs: Sequence[PartSpec]) -> int:
     return max(spec.shard_rows for spec in specs) * settings.row_bytes
 
 
-def _suggested(settings: Settings, specs: Sequence[PartSpec], storage: str | None, disk: int | None) -> Settings:
+def _suggested(settings: Settings, specs: Sequence[PartSpec], storage: str | None, disk: float | None) -> Settings:
     """The largest k that makes sense: scores get better with it up to here, and it must fit the disk.
 
     A power of two; or the number of parameters where these are few: a sparse sketch of as many numbers is exact.

@@ -34,6 +34,10 @@ class Endless(IterableDataset):
         return iter([1])
 
 
+def by_two(sampler=None, *, drop_last=False):
+    return BatchSampler(SequentialSampler(range(7)) if sampler is None else sampler, 2, drop_last)
+
+
 def flat(found):
     return [(start, [part.tolist() for part in batch]) for start, batch in found]
 
@@ -102,6 +106,10 @@ def test_reading_leaves_the_global_generator_alone():
         (lambda: DataLoader(Plain(), 2, sampler=RandomSampler(range(7))), ValueError, "RandomSampler"),
         (lambda: DataLoader(Plain(), 2, drop_last=True), ValueError, "drop_last"),
         (lambda: DataLoader(Plain(), batch_size=None), ValueError, "batch_size=None"),
+        (lambda: DataLoader(Plain(), batch_sampler=by_two(RandomSampler(range(7)))), ValueError, "RandomSampler"),
+        (lambda: DataLoader(Plain(), batch_sampler=by_two(range(7), drop_last=True)), ValueError, "a range"),
+        (lambda: DataLoader(Plain(), batch_sampler=by_two(drop_last=True)), ValueError, "drop_last"),
+        (lambda: DataLoader(Plain(), 2, sampler=SequentialSampler(range(5))), ValueError, "of 5 examples.* has 7"),
         (
             lambda: DataLoader(
                 Plain(), batch_sampler=type("Mine", (BatchSampler,), {})(SequentialSampler(range(7)), 2, False)
@@ -121,6 +129,11 @@ def test_reading_leaves_the_global_generator_alone():
 def test_what_would_lose_ids_is_refused_by_name(make, kind, named):
     with pytest.raises(kind, match=named):
         dataset_size(make())
+
+
+def test_batches_in_order_may_be_spelled_out():
+    loader = DataLoader(Plain(), batch_sampler=by_two())
+    assert flat(batches(loader)) == flat(batches(DataLoader(Plain(), batch_size=2)))
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True])
@@ -170,6 +183,8 @@ def test_hashes_tell_batches_apart():
 def test_hashes_are_of_values_alone():
     assert batch_hash([X, Y]) == batch_hash((X.clone(), Y.numpy()))
     assert batch_hash([X.T]) == batch_hash([X.T.contiguous()])
+    for view in (torch.complex(X, X + 1).conj(), torch.complex(X, X + 1).conj().imag):  # which torch negates later
+        assert batch_hash(view) == batch_hash(view.resolve_conj().resolve_neg().clone())
 
 
 @pytest.mark.parametrize("entry", [object(), torch.eye(2).to_sparse(), {1, 2}])

@@ -4,7 +4,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
-from bank_runs import assert_same, make_run
+from bank_runs import N, assert_same, make_run
 from lossy_executor import LossyExecutor
 from preloaded import preloaded
 
@@ -46,6 +46,14 @@ def test_pools_of_threads_and_of_processes(alone, tmp_path):
         for name, executor in [("threads", threads), ("processes", processes)]:
             run.build(tmp_path / name, executor=executor)
             assert_same(alone, tmp_path / name)
+
+
+def test_ids_may_be_a_generator_whoever_makes_the_rows(tmp_path):
+    run = make_run()
+    with ThreadPoolExecutor(2) as threads:
+        for name, executor in [("alone", None), ("threads", threads)]:
+            run.build(tmp_path / name, ids=(f"example {i}" for i in range(N)), executor=executor)
+    assert_same(tmp_path / "alone", tmp_path / "threads")
 
 
 def test_a_build_that_lost_its_workers_goes_on(alone, tmp_path):

@@ -90,7 +90,7 @@ def test_a_checkpoint_that_changes_during_the_build_is_noticed(run, tmp_path):
         run.build(tmp_path / "bank", trajectory=trajectory)
 
 
-@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), 3, "ab", (0, 1, 2)])
+@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), 3, "ab", (0, 1, 2), (0.5, 2), "12", ("0", "2")])
 def test_bad_shards_are_refused(run, tmp_path, shard):
     with pytest.raises(ValueError, match=r"shard must be \(i, n\)"):
         run.build(tmp_path / "bank", shard=shard)

@@ -225,6 +225,14 @@ def test_clearing_frees_what_it_says(bank):
     assert bank.clear_fits() == 0
 
 
+def test_what_cannot_be_deleted_frees_nothing(bank, monkeypatch):
+    scores(bank)
+    kept = bank.nbytes()["fits"]
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # all that it does to a disk that is only read
+    assert bank.clear_fits() == 0
+    assert bank.nbytes()["fits"] == kept
+
+
 def test_a_fit_that_cannot_be_kept_costs_a_warning(bank, monkeypatch):
     expected = scores(bank)
     bank.clear_fits()

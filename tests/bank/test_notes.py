@@ -1,6 +1,7 @@
 """A bank knows the columns of its table and the kinds of its model's modules again, and says where they differ."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -53,14 +54,43 @@ def test_queries_of_a_table_may_have_its_columns_in_any_order(asked, order, seed
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda frame: frame.drop(columns="size"), r"queries lack \['size'\]: give those"),
-        (lambda frame: frame.assign(more=1.0), r"queries have \['more'\] besides"),
+        (lambda frame: frame.drop(columns="size"), r"examples lack \['size'\]: give those"),
+        (lambda frame: frame.assign(more=1.0), r"examples have \['more'\] besides"),
         (lambda frame: frame.rename(columns={"skin": "peel"}), r"lack \['skin'\] and have \['peel'\] besides"),
     ],
 )
 def test_queries_of_other_columns_are_refused(asked, change, words):
     with pytest.raises(ValueError, match=words):
         asked[0].score(change(table(3, 1)))
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.permutations([*NAMES, "label"]), st.integers(0, 9))
+def test_appended_rows_of_a_table_may_have_its_columns_in_any_order(tmp_path_factory, order, seed):
+    model, bank = built(tmp_path_factory.mktemp("appended") / "bank", mlp)
+    for frame in (table(3, seed), table(3, seed)[order]):
+        bank.append(model, sp.Classification(), frame, ids=range(bank.n_rows, bank.n_rows + 3), progress=False)
+    first, again = (part.read(0, "rows", 0) for part in bank.parts[1:])
+    assert np.array_equal(first, again)
+
+
+def test_appended_rows_of_other_columns_are_refused(tmp_path):
+    model, bank = built(tmp_path / "bank", mlp)
+    with pytest.raises(ValueError, match=r"lack \['skin'\] and have \['peel'\] besides: give those"):
+        bank.append(model, sp.Classification(), table(3, 1).rename(columns={"skin": "peel"}), progress=False)
+    assert bank.n_rows == 9
+    assert bank.verify().ok
+
+
+def test_a_worker_whose_columns_have_another_order_is_refused(tmp_path):
+    model = mlp()
+    trajectory = sp.Trajectory([sp.Checkpoint(model.state_dict(), 10, lr=0.1)])
+    options = {"sketch": sp.Sketch(32), "batch_size": 3, "shard_rows": 3, "progress": False}
+    task, path = sp.Classification(), tmp_path / "bank"
+    sp.build(model, task, trajectory, table(9, 0), path, shard=(0, 2), **options)
+    swapped = table(9, 0)[["size", "sweet", "weight", "skin", "label"]]
+    with pytest.raises(sp.MismatchError, match=r"begun with the columns \['sweet', 'size'.*got \['size', 'sweet'"):
+        sp.build(model, task, trajectory, swapped, path, shard=(1, 2), **options)
 
 
 def test_tensors_are_taken_as_they_are(asked):
@@ -79,6 +109,23 @@ def test_a_model_of_other_modules_is_told_by_their_kinds(asked):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sp.Source(bank, model=mlp(nn.Tanh, nn.Dropout(0.5), nn.Identity()))
+
+
+@pytest.mark.parametrize("verb", ["build", "append"])
+def test_rows_of_a_model_of_other_modules_are_warned_of(tmp_path, verb):
+    model, other = mlp(), mlp(nn.ReLU)
+    trajectory = sp.Trajectory([sp.Checkpoint(model.state_dict(), 10, lr=0.1)])
+
+    def build(network, **options):
+        options = {"sketch": sp.Sketch(32), "batch_size": 3, "shard_rows": 3, "progress": False, **options}
+        return sp.build(network, sp.Classification(), trajectory, table(9, 0), tmp_path / "bank", **options)
+
+    bank = build(model, shard=(0, 2)) if verb == "build" else build(model)
+    append = partial(bank.append, other, sp.Classification(), table(3, 1), progress=False)
+    go_on = append if verb == "append" else partial(build, other)
+    with pytest.warns(UserWarning, match="has 1 Tanh where this one has 1 ReLU.* rows and scores") as told:
+        go_on()
+    assert told[0].filename == __file__
 
 
 def test_a_captured_bank_knows_its_modules(tmp_path):

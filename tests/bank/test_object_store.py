@@ -3,6 +3,7 @@
 import itertools
 import threading
 import uuid
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,6 +172,24 @@ def test_what_fails_for_good_is_an_error_of_the_place():
             assert secret not in str(caught.value)
 
 
+def test_a_bucket_that_is_not_there_is_said_in_words(s3):
+    for ask in (banks.open, make_run().build):
+        with pytest.raises(BankError, match=r"s3://absent/x: there is no such bucket: make it, or correct") as caught:
+            ask("s3://absent/x")
+        assert "xml" not in str(caught.value)
+
+
+def test_missing_credentials_are_said_in_words():
+    from obstore.exceptions import GenericError
+
+    class Elsewhere:  # than in a cloud, where nobody answers what the machine's role is asked at
+        def head(self, path):
+            raise GenericError("Error performing PUT http://169.254.169.254/latest/api/token in 2s, after 8 retries")
+
+    with pytest.raises(OSError, match=r"no credentials were found: set them .* such as AWS_ACCESS_KEY_ID"):
+        module.ObjectStore(Elsewhere(), "s3://bucket").stat("a")
+
+
 def test_refused_credentials_are_said_at_once_and_not_shown(s3, monkeypatch):
     from obstore.exceptions import UnauthenticatedError
 
@@ -198,11 +217,10 @@ def test_urls_with_secrets_are_refused_and_not_repeated(url):
     assert "abc" not in str(caught.value)
 
 
-def test_a_url_as_a_path_is_refused(tmp_path):
-    from pathlib import Path
-
-    with pytest.raises(BankError, match="give it as a string"):
-        open_store(Path("s3://bucket/bank"))
+@pytest.mark.parametrize("path", [Path("s3://bucket/bank"), "s3:/bucket/bank", "file:/tmp/bank"])
+def test_a_url_of_one_slash_is_refused(path):
+    with pytest.raises(BankError, match="give it as a string, with '://'"):
+        open_store(path)
 
 
 @pytest.mark.parametrize("path", ["bank", "a/b", "C:\\bank", "with:colon", "std::vector", ".", "~/x://y"])

@@ -321,13 +321,25 @@ def test_append_takes_only_what_fits_the_bank(run, tmp_path):
         append(bank, run, make_data(2), ids=[3, 1000])
     with pytest.raises(MismatchError, match="built with task"):
         append(bank, run, make_data(2), task=Regression())
-    with pytest.raises(IndexError):
-        append(bank, run, make_data(2), stage=1)
+    for stage in (1, -2, 1.0, None, True):
+        with pytest.raises(ValueError, match=rf"stage must be one of the bank's stages \['train'\].* got {stage}"):
+            append(bank, run, make_data(2), stage=stage)
     names = run.build(tmp_path / "names", ids=[str(i) for i in range(N)])
     with pytest.raises(ValueError, match="give ids for the new examples"):
         append(names, run, make_data(2))
     append(names, run, make_data(2), ids=["new", "newer"])
     assert names.ids[-2:] == ["new", "newer"]
+
+
+def test_an_append_that_has_no_room_or_is_unfinished_says_to_append_again(run, tmp_path):
+    bank = run.build(tmp_path / "bank", sketch=Sketch(dim=2048, seed=5), storage="float32")
+    append(bank, run, make_data(60, seed=1), shard=(0, 2))
+    with pytest.raises(BankError, match=r"lacks shard 1 .*: append again, then finalize"):
+        bank.finalize()
+    with files_limited_to(100_000), pytest.raises(BankError, match=r"cannot write shard .* and append again to go on"):
+        append(bank, run, make_data(60, seed=1))
+    append(bank, run, make_data(60, seed=1))
+    assert bank.n_rows == N + 60
 
 
 def test_an_append_whose_gradient_is_not_finite_can_be_taken_up(run, tmp_path):

@@ -176,6 +176,20 @@ def test_workers_that_are_no_number_are_refused(workers):
         sp.plan(model, sp.Classification(), trajectory, make(), workers=workers)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"disk": "10GB"}, "disk must be a positive number of bytes.*got '10GB'"),
+        ({"disk": 0}, "disk must be a positive number of bytes.*got 0"),
+        ({"shard": (0, 2)}, r"plan times a whole build, got shard=\(0, 2\): leave it out, and give workers="),
+    ],
+)
+def test_what_makes_no_plan_is_refused(given, words):
+    model, trajectory = run()
+    with pytest.raises(ValueError, match=words):
+        sp.plan(model, sp.Classification(), trajectory, make(), **given)
+
+
 def test_planned_and_real_time(tmp_path):
     """Of one order of magnitude on any machine, however busy; prints the ratio."""
     model, trajectory = run(width=400)

@@ -31,6 +31,14 @@ def put(bank, beat):
     bank.store.put({f"claims/workers/{beat.owner}.partial": json.dumps(write_record(beat)).encode()})
 
 
+def test_a_number_that_no_process_has_is_of_a_dead_one(bank):
+    with Claims(bank.store, 300.0, (0, 3)):
+        (beat,) = heartbeats(bank.store)
+    put(bank, replace(beat, pid=1 << 40))
+    (worker,) = status(bank.path).workers
+    assert worker.dead
+
+
 def test_rows_are_counted_by_their_marks(bank):
     now = status(bank.path)
     assert (now.rows_done, now.rows, now.finalized) == (12, 2 * N, False)

@@ -11,11 +11,13 @@ from torch import nn
 from source_proj._errors import BankError, MismatchError
 from source_proj._io.progress import Progress
 from source_proj.bank.build.arguments import require_arguments, require_device
+from source_proj.bank.build.columns import arranged
 from source_proj.bank.build.create import put_same, require_same_part
 from source_proj.bank.build.data import BatchSource, batch_hash, checked_ids
 from source_proj.bank.build.fill import Work, checked_shard, fill
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
+from source_proj.bank.notes import Notes
 from source_proj.bank.read.metrics import Metrics
 from source_proj.bank.read.part import OtherDataError, Part, listed, part_name, part_objects
 from source_proj.bank.store import Store
@@ -34,6 +36,7 @@ def append_rows(
     metrics: Metrics,
     train_set: Any,
     *,
+    notes: Notes,
     stage: int,
     parts: Sequence[Part],
     checkpoint: Callable[[int, int], Checkpoint],
@@ -53,6 +56,7 @@ def append_rows(
         task: the bank's task.
         metrics: its metrics.
         train_set: the new examples.
+        notes: the bank's.
         stage: index of the stage.
         parts: the stage's parts.
         checkpoint: gives a checkpoint of (stage, index).
@@ -69,6 +73,9 @@ def append_rows(
     require_arguments(model=model, task=task)
     require_device(device)
     checked_shard(shard)
+    notes.warn_of_other_modules(model)
+    if stage == len(settings.trajectory.stages) - 1:  # whose columns the notes are of
+        train_set = arranged(train_set, notes.columns)
     task = task.told_by(settings.task)
     spec = replace(settings, task=task.spec()).task
     if spec != settings.task:

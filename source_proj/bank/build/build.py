@@ -208,6 +208,8 @@ def build(
         bank = Bank(path)
         settings = as_begun(settings, bank.settings)
         require_same_settings(where, bank.settings, settings)
+        bank.notes.require_columns(sources[-1].columns, where)
+        bank.notes.warn_of_other_modules(model, stacklevel=3)
         parts = [stage.parts[0] for stage in bank.stages]
         for part, (spec, own) in zip(parts, _parts(settings), strict=True):
             require_same_part(part, spec, own)
@@ -219,6 +221,8 @@ def build(
         claims = None if takeover is None or not lockstep.leads else Claims(store, takeover, share)
         with claims or nullcontext():
             if executor is not None:
+                # As they were read: a generator gives them once.
+                ids = None if ids is None else dict(zip(names, stage_ids, strict=True))
                 whole = partial(
                     build, model, task, trajectory, train_set, sketch=sketch, batch_size=batch_size,
                     device=device, storage=storage, ids=ids, parameters=parameters,

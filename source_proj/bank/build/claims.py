@@ -72,7 +72,7 @@ class Heartbeat:
             return False
         try:
             os.kill(self.pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):  # no process has so large a number
             return True
         except OSError:  # another user's
             return False

@@ -116,7 +116,8 @@ class Table(TensorDataset):
         if missing or others:
             found = [*([f"lack {missing}"] if missing else []), *([f"have {others} besides"] if others else [])]
             raise ValueError(
-                f"the training set has the columns {list(columns)}, and the queries {' and '.join(found)}: give those"
+                f"the training set has the columns {list(columns)}, and these examples {' and '.join(found)}: give "
+                "those"
             )
         return Table(self.tensors[0][:, [self.columns.index(name) for name in columns]], self.tensors[1], columns)
 

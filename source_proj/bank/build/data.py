@@ -61,7 +61,7 @@ class BatchSource:
         if isinstance(data, DataLoader):
             _refuse_reordering(data)
             self._options = _loader_options(data)
-            data, batch_size = data.dataset, data.batch_size
+            data, batch_size = data.dataset, data.batch_sampler.batch_size
         else:
             self._options = {"collate_fn": default_collate}
         self._data = _checked_dataset(data)
@@ -233,7 +233,7 @@ def _update(digest: Any, entry: Any) -> None:
     if isinstance(entry, Tensor):
         if entry.layout != torch.strided:
             raise TypeError(f"a batch holds a tensor of layout {entry.layout}; make it dense in collate_fn")
-        values = entry.detach().cpu().contiguous()
+        values = entry.detach().cpu().resolve_conj().resolve_neg().contiguous()
         digest.update(f"tensor {values.dtype} {tuple(values.shape)}\n".encode())
         digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     elif isinstance(entry, Mapping):
@@ -323,9 +323,16 @@ def _refuse_reordering(loader: DataLoader[Any]) -> None:
     if loader.batch_sampler is None or type(loader.batch_sampler) is not BatchSampler:
         found = "batch_size=None" if loader.batch_sampler is None else f"a {_name(loader.batch_sampler)}"
         raise ValueError(f"the DataLoader has {found}: {remedy}")
-    if type(loader.sampler) is not SequentialSampler:
-        raise ValueError(f"the DataLoader has a {_name(loader.sampler)}: {remedy}")
-    if loader.drop_last:
+    batches = loader.batch_sampler  # it was given, or made of the loader's own sampler
+    if type(batches.sampler) is not SequentialSampler:
+        raise ValueError(f"the DataLoader has a {_name(batches.sampler)}: {remedy}")
+    data: Any = loader.dataset
+    if hasattr(data, "__len__") and len(batches.sampler) != len(data):
+        raise ValueError(
+            f"the DataLoader has a SequentialSampler of {len(batches.sampler)} examples, and its data set has "
+            f"{len(data)}: to take some of them, give Subset(dataset, range(...)) without a sampler"
+        )
+    if batches.drop_last:
         raise ValueError(f"the DataLoader has drop_last=True: {remedy}")
 
 

@@ -1,5 +1,6 @@
 """The builder's loop: batches to gradients to rows to committed shards."""
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -62,7 +63,7 @@ def checked_shard(shard: tuple[int, int] | None) -> tuple[int, int]:
     if shard is None:
         return 0, 1
     try:
-        index, count = (int(number) for number in shard)
+        index, count = map(operator.index, shard)
     except (TypeError, ValueError):
         raise ValueError(f"shard must be (i, n), the i-th of n workers from 0, got {shard!r}") from None
     if not 0 <= index < count:

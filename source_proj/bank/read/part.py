@@ -98,6 +98,11 @@ class Part:
         rows = f"rows {self.spec.start + start} to {self.spec.start + stop - 1}"
         return f"shard {shard} ({rows}) of stage {self.stage_name!r} at the checkpoint of step {self.steps[checkpoint]}"
 
+    @property
+    def _again(self) -> str:
+        """What makes the shards that are missing."""
+        return "append again" if self.spec.start else "call build again"
+
     # Reading ---------------------------------------------------------------------------------------------------
 
     def read(self, checkpoint: int, name: str, shard: int) -> np.ndarray:
@@ -188,7 +193,7 @@ class Part:
             if not self.is_done(checkpoint, shard):  # else another one has, and removed what it took for leftovers
                 raise BankError(
                     f"cannot write {self.place(checkpoint, shard)} to {self.store.location()}: {error}. What was "
-                    "committed is whole: make room (or lift the limit) and call build again to go on from there"
+                    f"committed is whole: make room (or lift the limit) and {self._again} to go on from there"
                 ) from error
         self.compare_hashes(checkpoint, shard, content["batch_hashes"], checkpoint)
 
@@ -270,7 +275,7 @@ class Part:
             return
         missing = self.missing()
         if missing:
-            raise BankError(f"{self.store.location()} lacks {listed(missing)}: build them, then finalize again")
+            raise BankError(f"{self.store.location()} lacks {listed(missing)}: {self._again}, then finalize")
         self._require_objects()
         for shard in range(self.spec.n_shards):
             hashes = self.read(0, "batch_hashes", shard)

@@ -24,6 +24,14 @@ _AT_ONCE = 8  # requests
 _SECRET = re.compile(
     r"\?[^\s\"')]*|(?<=://)[^/@\s]+@|(?i:(key|token|secret|signature|sig|password)[\w-]*\s*[=:]\s*\S+)"
 )
+_PLAIN = {  # what the services' own words mean, and what to do
+    "NoSuchBucket|ContainerNotFound|bucket does not exist": "there is no such bucket: make it, or correct its name",
+    # The machine's role was asked last, at an address that only clouds answer.
+    "/latest/api/token|computeMetadata|/metadata/identity": (
+        "no credentials were found: set them in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
+        "(profiles in ~/.aws are not read)"
+    ),
+}
 _MEMORY: dict[str, Any] = {}  # a store of this process for each memory://name
 
 
@@ -191,4 +199,7 @@ def _each(work: Callable[[Any], _T], items: Iterable[Any]) -> list[_T]:
 def _said(error: BaseException) -> str:
     """An error in one line, without queries, users or whatever looks like a secret."""
     first = str(error).split("\n\n")[0]
+    for said, meaning in _PLAIN.items():
+        if re.search(said, first):
+            return meaning
     return f"{type(error).__name__}: {_SECRET.sub('…', ' '.join(first.split()))[:500]}"

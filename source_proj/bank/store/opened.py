@@ -25,7 +25,7 @@ def open_store(path: str | Path) -> Store:
     """Open the store of a folder or a URL: ``s3://``, ``gs://``, ``az://``, ``memory://``, or one of fsspec to read.
 
     Raises:
-        BankError: the place cannot be opened, is a file, or its URL holds what must not be printed.
+        BankError: the place cannot be opened, is a file, or its URL lacks a slash or holds what must not be printed.
         ImportError: a package is missing; names the extra.
 
     Example:
@@ -33,8 +33,8 @@ def open_store(path: str | Path) -> Store:
         True
     """
     if not is_url(path):
-        if isinstance(path, Path) and _URL_AS_PATH.match(path.as_posix()):
-            raise BankError(f"{path} is a URL as a Path, which takes one of its slashes away: give it as a string")
+        if _URL_AS_PATH.match(Path(path).as_posix()):
+            raise BankError(f"{path} is a URL of one slash, as a Path leaves it: give it as a string, with '://'")
         return _local(Path(path))
     url = str(path)
     scheme = url.partition("://")[0].lower()
