@@ -126,6 +126,62 @@ def test_a_trainers_run_over_peft(tmp_path):
     assert sp.Source(bank, model=fresh, progress=False).score(data[:3]).shape == (3, EXAMPLES)
 
 
+def methods():
+    """Each of PEFT's ways to save an adapter: a base model, and the adapter over it."""
+    peft = pytest.importorskip("peft", reason="needs peft: install source-proj[peft]", exc_type=ImportError)
+    words = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.RobertaConfig(vocab_size=20, max_position_embeddings=12, **words)
+    lora = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    prompt, bank = {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM"}, {"num_vectors": 4, "vector_length": 4}
+    return {
+        "a head": (classifier, peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")),
+        "a head of two layers": (
+            lambda: transformers.RobertaForSequenceClassification(config),
+            peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"),
+        ),
+        "modules_to_save": (lambda: make("llama"), peft.LoraConfig(**lora, modules_to_save=["lm_head", "norm"])),
+        "a prompt": (lambda: make("llama"), peft.PromptTuningConfig(**prompt)),
+        "a prefix": (lambda: make("llama"), peft.PrefixTuningConfig(**prompt)),
+        "a shared bank of vectors": (lambda: make("llama, tied"), peft.VBLoRAConfig(**lora, **bank)),
+    }
+
+
+WAYS = ["a head", "a head of two layers", "modules_to_save", "a prompt", "a prefix", "a shared bank of vectors"]
+
+
+@pytest.mark.filterwarnings(PEFT_LAGS)
+@pytest.mark.parametrize("way", WAYS)
+def test_an_adapters_file_is_read_as_peft_writes_it(tmp_path, way):
+    base, config = methods()[way]
+    trained, fresh = (with_config(base(), config) for _ in range(2))
+    fresh.load_state_dict(trained.state_dict())
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(1)
+    trained.save_pretrained(tmp_path)
+    checkpoint = sp.Checkpoint(tmp_path / "adapter_model.safetensors", step=1)
+    assert set(checkpoint.parameters_of(fresh)) == set(trainable_parameters(trained))
+    with checkpoint.applied_to(fresh):
+        state = fresh.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in trained.state_dict().items())
+
+
+def with_config(model, config):
+    import peft
+
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.filterwarnings(PEFT_LAGS)
+def test_a_prompts_encoder_is_in_no_file(tmp_path):
+    peft = pytest.importorskip("peft", reason="needs peft: install source-proj[peft]", exc_type=ImportError)
+    config = peft.PromptEncoderConfig(num_virtual_tokens=2, encoder_hidden_size=4, task_type="CAUSAL_LM")
+    model = with_config(make("llama"), config)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(sp.MismatchError, match="not their weights: record the run by a RecorderCallback"):
+        sp.Checkpoint(tmp_path / "adapter_model.safetensors", step=1).parameters_of(model)
+
+
 def sharded(directory):
     model = classifier()
     model.save_pretrained(directory, max_shard_size="2KB")
