@@ -182,6 +182,18 @@ def test_a_prompts_encoder_is_in_no_file(tmp_path):
         sp.Checkpoint(tmp_path / "adapter_model.safetensors", step=1).parameters_of(model)
 
 
+@pytest.mark.filterwarnings(PEFT_LAGS)
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_a_tuned_prompt_is_named_with_the_loss_that_peft_trains_it_by(kind):
+    peft = pytest.importorskip("peft", reason="needs peft: install source-proj[peft]", exc_type=ImportError)
+    model = with_config(make("llama"), getattr(peft, kind)(num_virtual_tokens=2, task_type="CAUSAL_LM")).eval()
+    batch = make_batch("llama", padded=False)
+    with pytest.raises(ValueError, match=r"write a Task of logits\[:, 1:-1\] and all labels"):
+        sp.CausalLM().output(model, batch)
+    logits = model(input_ids=batch["input_ids"]).logits[:, 1:-1]
+    torch.testing.assert_close(nn.functional.cross_entropy(logits.mT, batch["labels"]), model(**batch).loss)
+
+
 def sharded(directory):
     model = classifier()
     model.save_pretrained(directory, max_shard_size="2KB")
