@@ -29,7 +29,8 @@ def private_copy(model: nn.Module, device: torch.device | str | None = None) -> 
 
     An attribute that cannot be copied (a lock, an open file) is shared with the original; weights never are. What a
     module makes of its weights and keeps while it is evaluated, as LeViT its tables of biases, the copy makes anew for
-    every pass: it would be of other weights, or of a pass without gradients. A model
+    every pass: it would be of other weights, or of a pass without gradients. Autocast that training put around the
+    model is not copied. A model
     that is sharded over processes is not copied: the model itself is returned, and `Placement.kept` is for its weights.
 
     Args:
@@ -61,10 +62,18 @@ def private_copy(model: nn.Module, device: torch.device | str | None = None) -> 
             own = copy.deepcopy(model, dict(memo))
         except Exception:  # whatever an attribute's own __deepcopy__ raises
             own = _copied_but_for(_uncopyable(model), model, memo)
+    _leave_autocast(own)
     for module in own.modules():
         if type(module).train is not nn.Module.train:
             module.register_forward_pre_hook(_let_go)
     return own if device is None else own.to(device)
+
+
+def _leave_autocast(model: nn.Module) -> None:
+    """Take off the autocast in which accelerate's ``prepare`` wraps a forward, and the Trainer leaves it behind."""
+    forward = vars(model).get("_original_forward")
+    if forward is not None and getattr(model, "_is_accelerate_prepared", False):
+        model.forward = forward  # bound to the copy, as it was copied with it
 
 
 def _let_go(module: nn.Module, _inputs: object) -> None:
