@@ -12,6 +12,7 @@ from trainer_runs import EXAMPLES, classifier, train, transformers
 
 import source_proj as sp
 from source_proj.integrations import trainable_parameters
+from source_proj.trajectory.trained import trained_parameters
 
 PEFT_LAGS = "ignore:.*is deprecated and will be removed:FutureWarning"  # behind names of transformers
 
@@ -164,6 +165,16 @@ def test_an_adapters_file_is_read_as_peft_writes_it(tmp_path, way):
     with checkpoint.applied_to(fresh):
         state = fresh.state_dict()
         assert all(torch.equal(state[name], value) for name, value in trained.state_dict().items())
+
+
+@pytest.mark.filterwarnings(PEFT_LAGS, "ignore:Setting `save_embedding_layers`:UserWarning")
+def test_a_frozen_embedding_in_an_adapters_file_was_not_trained(tmp_path):
+    peft = pytest.importorskip("peft", reason="needs peft: install source-proj[peft]", exc_type=ImportError)
+    model = with_config(make("llama"), peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
+    model.save_pretrained(tmp_path)
+    run = sp.Trajectory([sp.Checkpoint(tmp_path / "adapter_model.safetensors", step=1, lr=0.1)])
+    assert any("embed_tokens.base_layer" in name for name in run.final.parameters_of(model))
+    assert trained_parameters(run, model)[0] == trainable_parameters(model)
 
 
 def with_config(model, config):
