@@ -167,6 +167,17 @@ def test_an_adapters_file_is_read_as_peft_writes_it(tmp_path, way):
         assert all(torch.equal(state[name], value) for name, value in trained.state_dict().items())
 
 
+@pytest.mark.filterwarnings(PEFT_LAGS)
+def test_merged_adapters_are_refused_as_nothing_reaches_them():
+    model, batch = with_peft(make("llama"), ["q_proj"]).eval(), make_batch("llama", padded=True)
+    expected = rows(model, sp.CausalLM(), batch)[0]
+    model.merge_adapter()
+    with pytest.raises(sp.GradientError, match=r"q_proj' has its adapters \['default'\] merged .*unmerge_adapter\(\)"):
+        rows(model, sp.CausalLM(), batch)
+    model.unmerge_adapter()
+    torch.testing.assert_close(rows(model, sp.CausalLM(), batch)[0], expected, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.filterwarnings(PEFT_LAGS, "ignore:Setting `save_embedding_layers`:UserWarning")
 def test_a_frozen_embedding_in_an_adapters_file_was_not_trained(tmp_path):
     peft = pytest.importorskip("peft", reason="needs peft: install source-proj[peft]", exc_type=ImportError)
