@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from source_proj._errors import GradientError, MismatchError, SourceProjError
 from source_proj.gradients.batches import Batch, batch_size, require_in_front, take
 from source_proj.gradients.general import Function
+from source_proj.gradients.kept import tensors_held
 from source_proj.trajectory.placement import Placement, placement_of
 
 __all__ = ["private_copy", "require_own_weights", "require_takes"]
@@ -26,7 +27,10 @@ _COPYING = threading.Lock()  # a lazy module changes while it is copied
 def private_copy(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
     """Copy a model with its weights, buffers, flags and hooks; the model itself is only read.
 
-    An attribute that cannot be copied (a lock, an open file) is shared with the original; weights never are. A model
+    An attribute that cannot be copied (a lock, an open file) is shared with the original; weights never are. What a
+    module makes of its weights and keeps while it is evaluated, as LeViT its tables of biases, the copy makes anew for
+    every pass: it would be of other weights, or of a pass without gradients. Autocast that training put around the
+    model is not copied. A model
     that is sharded over processes is not copied: the model itself is returned, and `Placement.kept` is for its weights.
 
     Args:
@@ -51,15 +55,41 @@ def private_copy(model: nn.Module, device: torch.device | str | None = None) -> 
     with _COPYING:
         memo: dict[int, Any] = {
             id(value): value.detach().clone()  # as weight_norm keeps one; deepcopy refuses what has a graph
-            for module in model.modules()
-            for value in vars(module).values()
-            if isinstance(value, Tensor) and not value.is_leaf
+            for value in tensors_held(model)
+            if not value.is_leaf
         }
         try:
             own = copy.deepcopy(model, dict(memo))
         except Exception:  # whatever an attribute's own __deepcopy__ raises
             own = _copied_but_for(_uncopyable(model), model, memo)
+    _leave_autocast(own)
+    for module in own.modules():
+        if type(module).train is not nn.Module.train:
+            module.register_forward_pre_hook(_let_go)
     return own if device is None else own.to(device)
+
+
+def _leave_autocast(model: nn.Module) -> None:
+    """Take off the autocast in which accelerate's ``prepare`` wraps a forward, and the Trainer leaves it behind."""
+    forward = vars(model).get("_original_forward")
+    if forward is not None and getattr(model, "_is_accelerate_prepared", False):
+        model.forward = forward  # bound to the copy, as it was copied with it
+
+
+def _let_go(module: nn.Module, _inputs: object) -> None:
+    """Have an evaluated module let go of tensors that it keeps in dicts, as it does by itself where it is trained."""
+    if module.training or not any(_keeps_tensors(name, value) for name, value in vars(module).items()):
+        return
+    flags = [(each, each.training) for each in module.modules()]
+    module.train()
+    for each, flag in flags:
+        each.training = flag
+
+
+def _keeps_tensors(name: str, value: object) -> bool:
+    if not isinstance(value, dict) or name in ("_parameters", "_buffers"):
+        return False
+    return any(isinstance(each, Tensor) for each in value.values())
 
 
 def _copied_but_for(shared: Sequence[object], model: nn.Module, memo: Mapping[int, Any]) -> nn.Module:

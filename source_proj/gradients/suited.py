@@ -52,7 +52,7 @@ def require_batched(name: str, output: Tensor, least: int) -> None:
 
 
 def refuse_unsuited(model: nn.Module) -> None:
-    """Refuse batch statistics and quantised modules by name.
+    """Refuse batch statistics, quantised modules and merged adapters by name.
 
     Raises:
         GradientError: examples would depend on each other, or no gradient would pass.
@@ -67,4 +67,10 @@ def refuse_unsuited(model: nn.Module) -> None:
             raise GradientError(
                 f"{type(module).__name__} {name!r} is quantised, and no gradient passes through it; "
                 "attribute with the model as it was before quantisation"
+            )
+        if getattr(module, "merged_adapters", None):  # a layer of PEFT's
+            raise GradientError(
+                f"{type(module).__name__} {name!r} has its adapters {module.merged_adapters} merged into its own "
+                "weights, and no gradient reaches them: call model.unmerge_adapter() first, or attribute through whole "
+                "weights with model.merge_and_unload()"
             )

@@ -50,6 +50,9 @@ class RecorderCallback:
         segment_ends: optimizer steps at which a captured segment ends.
         memory: "ram" or "disk".
         draw_every: draw labels for the sampled Fisher at one step in so many; 0 for never.
+        accumulation: micro-batches whose gradients are summed undivided before a step, 1 where they are averaged.
+            Default: as the Trainer does with the model's own loss; it does not tell of another one
+            (``compute_loss_func``, an overridden ``compute_loss``).
 
     Raises:
         TypeError: ``capture`` is given without ``task``.
@@ -70,6 +73,7 @@ class RecorderCallback:
         segment_ends: Iterable[int] = (),
         memory: Memory = "ram",
         draw_every: int | None = None,
+        accumulation: int | None = None,
     ) -> None:
         self.dir = Path(dir).absolute()
         if (capture is None) != (task is None):
@@ -83,6 +87,7 @@ class RecorderCallback:
             "memory": memory,
             "draw_every": draw_every,
         }
+        self._accumulation = None if accumulation is None else checked_count("accumulation", accumulation, 1)
         self._capture: Capture | None = None
         self._model: nn.Module | None = None
         self._max_norm = 0.0
@@ -174,7 +179,7 @@ class RecorderCallback:
         self._momentum = inner.param_groups[0].get("momentum")
         given_up = self._log is not None  # as by auto_find_batch_size, which begins again after running out of memory
         self._release()
-        step, settings = int(state.global_step), RunSettings.of(args, model)
+        step, settings = int(state.global_step), RunSettings.of(args, model, self._accumulation)
         self._log = CallbackLog.begin(self.dir, step, settings, given_up=given_up)
         self._removable = [inner.register_step_post_hook(self._see_step)]
         if self._sketch is not None and self._task is not None:

@@ -32,12 +32,13 @@ class RunSettings:
     transformers: str = ""
 
     @classmethod
-    def of(cls, args: Any, model: nn.Module) -> Self:
+    def of(cls, args: Any, model: nn.Module, accumulation: int | None = None) -> Self:
         """Those of a Trainer that begins now.
 
         Args:
             args: its ``TrainingArguments``.
             model: the model that it trains.
+            accumulation: what is known of its own loss; default: as of the model's.
         """
         smoothing = float(args.label_smoothing_factor)
         count = float(getattr(args, "gradient_accumulation_steps", 1))
@@ -46,7 +47,7 @@ class RunSettings:
             transformers = version("transformers")
         except PackageNotFoundError:
             transformers = ""
-        undivided = accumulated_undivided(told, model, transformers)
+        undivided = accumulated_undivided(told, model, transformers) if accumulation is None else accumulation
         return cls(float(args.max_grad_norm or 0.0), smoothing, undivided, transformers)
 
     @classmethod

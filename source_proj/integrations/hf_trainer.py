@@ -45,6 +45,7 @@ def hf_trainer_stage(
     max_grad_norm: float | None = None,
     momentum: GivenValues | None = None,
     steps: Sequence[int] | None = None,
+    accumulation: int | None = None,
     preconditioner: PreconditionerMode = "scalar",
 ) -> Stage:
     r"""Read a Trainer's output folder as one stage of training.
@@ -78,6 +79,9 @@ def hf_trainer_stage(
         momentum: of SGD or RMSprop at every update, a function of its number or one value each, where it changed.
         steps: steps of the checkpoints to use; default: all until the final model. That is the checkpoint whose weights
             the model in ``dir`` (or the one given) has, such as the best one (``load_best_model_at_end``).
+        accumulation: micro-batches whose gradients were summed undivided before a step, 1 where they were averaged.
+            Default: as the Trainer does with the model's own loss. Of another one (``compute_loss_func``, an overridden
+            ``compute_loss``) no file says whether it divides.
         preconditioner: as in :class:`Stage`.
 
     Raises:
@@ -92,8 +96,9 @@ def hf_trainer_stage(
     """
     if is_callback_dir(dir):
         _refuse_options(
-            dir, optimizer, learning_rate, schedule, warmup_steps, schedule_options, max_grad_norm, momentum, steps
-        )
+            dir, optimizer, learning_rate, schedule, warmup_steps, schedule_options, max_grad_norm, momentum, steps,
+            accumulation,
+        )  # fmt: skip
         return callback_stage(dir, segments, stage, preconditioner)
     folders, run = trainer_folders(dir, steps)
     if optimizer is None:
@@ -116,7 +121,7 @@ def hf_trainer_stage(
         model = model or model_of(folders[-1].path)
         names, described = _described(folders, model, optimizer)
         optimizer = optimizer or described[last]
-    accumulation, smoothing = _loss(folders, model)
+    undivided, smoothing = _loss(folders, model)
     checkpoints = [
         Checkpoint(
             trainer_weights(f, model),
@@ -135,7 +140,7 @@ def hf_trainer_stage(
         clip_factors=clipped.factors if min(clipped.factors) < 1 else None,
         time_factors=momentum_factors(optimizer, described, _first_groups(folders), last, given=momentum),
         trained=None if names is None else [name for group in names for name in group],
-        accumulation=accumulation,
+        accumulation=undivided if accumulation is None else accumulation,
         label_smoothing=smoothing,
     )
 
@@ -209,5 +214,5 @@ def _refuse_options(dir: str | Path, *given: object) -> None:
         raise ValueError(
             f"{str(dir)!r} was recorded by a RecorderCallback, which wrote down optimizer, learning rates, clipping "
             "and steps: leave optimizer=, learning_rate=, schedule=, warmup_steps=, schedule_options=, max_grad_norm=, "
-            "momentum= and steps= out"
+            "momentum=, steps= and accumulation= out"
         )

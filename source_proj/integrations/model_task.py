@@ -14,12 +14,14 @@ from source_proj.task import CausalLM, Classification, Regression, Task
 
 __all__ = ["task_for"]
 
+_CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Audio", "Video"))  # of one loss
+
 
 def task_for(model: nn.Module, run: str | Path | None = None) -> Task:
     """The loss that transformers' Trainer trains a model with, by the model's class and configuration.
 
-    Sequence classifiers: cross-entropy, or the squared error where there is one output. Causal language models: the
-    mean over all tokens of a batch.
+    Classifiers of sequences, images, sounds and videos: cross-entropy, or the squared error where there is one output.
+    Causal language models: the mean over all tokens of a batch.
 
     Args:
         model: the model.
@@ -33,13 +35,16 @@ def task_for(model: nn.Module, run: str | Path | None = None) -> Task:
     unwrapped: Any = model
     name = type(unwrapped.get_base_model() if hasattr(model, "get_base_model") else model).__name__
     smoothing, version = (0.0, None) if run is None else _told(run)
-    if name.endswith("ForSequenceClassification"):
+    if name.endswith(_CLASSIFIERS):
         return _classifier_task(model, smoothing)
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         if smoothing:
             raise ValueError(f"the run smoothed its labels by {smoothing}, which CausalLM does not know: write a Task")
         return CausalLM(reduction="token", normalizer=None if _skips_first_label(model, version) else "labels")
-    raise ValueError(f"{name} is no sequence classifier and no causal language model: give --task, --model and --data")
+    raise ValueError(
+        f"{name} is no classifier of whole inputs and no causal language model: give a task of your own (on the "
+        "command line --task, --model and --data)"
+    )
 
 
 def _told(run: str | Path) -> tuple[float, str]:
@@ -71,7 +76,7 @@ def _skips_first_label(model: nn.Module, version: str | None) -> bool:
 
 
 def _classifier_task(model: nn.Module, smoothing: float) -> Task:
-    """By ``problem_type`` and ``num_labels``, as transformers chooses the loss of a sequence classifier."""
+    """By ``problem_type`` and ``num_labels``, as transformers chooses the loss of a classifier."""
     kind, outputs = getattr(model.config, "problem_type", None), int(model.config.num_labels)  # type: ignore[union-attr,arg-type]
     if kind == "multi_label_classification" or (kind == "regression" and outputs > 1):
         raise ValueError(

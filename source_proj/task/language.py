@@ -260,10 +260,10 @@ class CausalLM(Task):
     def _aligned(self, labels: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Labels (B, T) of positions in order, safe to gather with, and whether each counts."""
         if values.ndim != 3 or labels.shape != values.shape[:2]:
-            one_each = f"; {_ONE_ANSWER}" if values.ndim == 2 else ""
+            remedy = f"; {_ONE_ANSWER}" if values.ndim == 2 else _of_a_prompt(values, labels)
             raise ValueError(
                 f"CausalLM needs logits (batch, tokens, vocabulary) and labels (batch, tokens), got "
-                f"{tuple(values.shape)} and {tuple(labels.shape)}{one_each}"
+                f"{tuple(values.shape)} and {tuple(labels.shape)}{remedy}"
             )
         labels = class_indices(labels)
         if self.shift:
@@ -283,6 +283,17 @@ class CausalLM(Task):
     def _length(self, counted: Tensor) -> Tensor:
         length = counted.sum(-1).clamp(min=1).float()
         return torch.ones_like(length) if self.reduction == "sum" else length
+
+
+def _of_a_prompt(values: Tensor, labels: Tensor) -> str:
+    """What to do about a prompt that PEFT tuned: its tokens stand in front and have logits, but no labels."""
+    if values.ndim != 3 or labels.ndim != 2 or values.shape[1] <= labels.shape[1]:
+        return ""
+    count = values.shape[1] - labels.shape[1]
+    return (
+        f": if the {count} positions more are a tuned prompt's in front, whose last one predicts the first label, "
+        f"write a Task of logits[:, {count - 1}:-1] and all labels"
+    )
 
 
 def _labels(batch: Batch) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from source_proj.trajectory.state_files import checked_path, read_state, state_f
 __all__ = ["Checkpoint"]
 
 _ADAPTER = "adapter_model."  # PEFT's name for a file
+_WHOLE = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")  # PEFT's copy of a module that is trained whole, one an adapter
+_PROMPT = re.compile(r"prompt_encoder\..+")
+_PROMPTS = "prompt_embeddings"  # what PEFT saves of it
 
 
 class Checkpoint:
@@ -156,7 +160,9 @@ class Checkpoint:
             state = {places[name]: value for name, value in adapter.items()}
         else:
             state = self._state_of(model)
-        return {name: state[name] for name, _ in model.named_parameters() if name in state}
+        own = dict(model.named_parameters(remove_duplicate=False))
+        values = {id(own[name]): value for name, value in state.items() if name in own}  # one name of tied ones
+        return {name: values[id(value)] for name, value in model.named_parameters() if id(value) in values}
 
     @property
     def _is_adapter(self) -> bool:
@@ -280,12 +286,17 @@ def adapted_state(adapter: Mapping[str, Tensor], model: nn.Module, source: str) 
     """
     places = _places(adapter, model, source)
     full = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    return full | {places[name]: value for name, value in adapter.items()}
+    replaced = {id(full[place]) for place in places.values() if place in full}  # under all names of tied ones
+    rest = {name: value for name, value in full.items() if id(value) not in replaced}
+    return rest | {places[name]: value for name, value in adapter.items()}
 
 
 def _places(adapter: Iterable[str], model: nn.Module, source: str) -> dict[str, str]:
     """The model's name for each entry of an adapter: PEFT leaves the adapter's own ("default") out when it saves."""
     own: dict[str, Any] = model.state_dict()
+    saved: dict[str, list[str]] = {}
+    for name in own:
+        saved.setdefault(_PROMPT.sub(_PROMPTS, _WHOLE.sub("", name)), []).append(name)
     names = {}
     for name in adapter:
         stem, dot, leaf = name.rpartition(".")
@@ -294,12 +305,13 @@ def _places(adapter: Iterable[str], model: nn.Module, source: str) -> dict[str, 
             for n in own
             if n.startswith(f"{stem}{dot}") and n.endswith(f".{leaf}") and n.count(".") == name.count(".") + 1
         ]
-        places = [name] if name in own else within or [n for n in own if n.startswith(f"{name}.")]
+        places = saved.get(name) or within or [n for n in own if n.startswith(f"{name}.")]
         if len(places) != 1:
-            raise MismatchError(
-                f"{source} has {name}, which the model {type(model).__name__} has as {places}: "
-                "give the base model with this one adapter in place (peft.get_peft_model)"
-            )
+            remedy = "give the base model with this one adapter in place (peft.get_peft_model)"
+            if name == _PROMPTS and places:
+                remedy = "PEFT saved what they make of it, and not their weights: record the run by a RecorderCallback"
+            kind = type(model).__name__
+            raise MismatchError(f"{source} has {name}, which the model {kind} has as {places}: {remedy}")
         names[name] = places[0]
     return names
 

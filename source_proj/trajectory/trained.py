@@ -89,7 +89,10 @@ def _moved(checkpoints: Sequence[Checkpoint], model: nn.Module) -> set[str] | No
     """Parameters that are not the same at all checkpoints; None if there is but one, and no adapter's."""
     first = checkpoints[0].parameters_of(model)
     if len(checkpoints) == 1:
-        return set(first) if len(first) < sum(1 for _ in model.named_parameters()) else None
+        if len(first) == sum(1 for _ in model.named_parameters()):
+            return None
+        learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return set(first) & learning or set(first)  # PEFT saves frozen embeddings beside an adapter of theirs
     same: dict[str, Tensor] = dict(first)
     for checkpoint in checkpoints[1:]:
         if not same:

@@ -90,7 +90,7 @@ class Trajectory:
             segments: as in :class:`Stage`.
             stage: the stage's name.
             **options: ``model``, ``optimizer``, ``learning_rate``, ``schedule``, ``warmup_steps``,
-                ``schedule_options``, ``max_grad_norm``, ``steps``, ``preconditioner``; see
+                ``schedule_options``, ``max_grad_norm``, ``steps``, ``accumulation``, ``preconditioner``; see
                 :func:`source_proj.integrations.hf_trainer_stage`.
 
         Raises:

@@ -115,3 +115,42 @@ def test_a_task_that_holds_on_to_the_original_is_refused():
 def test_a_model_that_uses_itself_is_accepted():
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval()
     require_own_weights(lambda model, x: model(x)[:, 0], private_copy(model), model, torch.ones(2, 3))
+
+
+class Keeping(nn.Module):
+    """As LeViT: what is made of a parameter is kept until training goes on."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.kept = nn.Parameter(torch.ones(3)), {}
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode:
+            self.kept = {}
+        return self
+
+    def forward(self, x):
+        if self.training:
+            return x * self.table.exp()
+        if "table" not in self.kept:
+            self.kept["table"] = self.table.exp()
+        return x * self.kept["table"]
+
+
+@pytest.mark.parametrize("with_graph", [False, True])
+def test_what_a_module_keeps_while_it_is_evaluated_is_of_no_former_weights(with_graph):
+    model, x = nn.Sequential(nn.Linear(3, 3), Keeping()).eval(), torch.randn(2, 3)
+    with torch.set_grad_enabled(with_graph):
+        model(x)
+    own = private_copy(model)
+    with torch.no_grad():
+        own[1].table.add_(1)
+        own(x)
+    assert torch.equal(own(x), model[0](x) * torch.full((3,), 2.0).exp())
+    for _ in range(2):  # each pass has a graph of its own
+        own.zero_grad()
+        own(x).sum().backward()
+        assert own[1].table.grad.any()
+    assert not any(module.training for module in own.modules())
+    assert model[1].kept

@@ -12,6 +12,7 @@ from trainer_runs import EXAMPLES, classifier, train, transformers
 
 import source_proj as sp
 from source_proj.integrations import trainable_parameters
+from source_proj.trajectory.trained import trained_parameters
 
 PEFT_LAGS = "ignore:.*is deprecated and will be removed:FutureWarning"  # behind names of transformers
 
@@ -124,6 +125,95 @@ def test_a_trainers_run_over_peft(tmp_path):
         progress=False,
     )
     assert sp.Source(bank, model=fresh, progress=False).score(data[:3]).shape == (3, EXAMPLES)
+
+
+def methods():
+    """Each of PEFT's ways to save an adapter: a base model, and the adapter over it."""
+    peft = pytest.importorskip("peft", reason="needs peft: install source-proj[peft]", exc_type=ImportError)
+    words = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.RobertaConfig(vocab_size=20, max_position_embeddings=12, **words)
+    lora = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    prompt, bank = {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM"}, {"num_vectors": 4, "vector_length": 4}
+    return {
+        "a head": (classifier, peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")),
+        "a head of two layers": (
+            lambda: transformers.RobertaForSequenceClassification(config),
+            peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"),
+        ),
+        "modules_to_save": (lambda: make("llama"), peft.LoraConfig(**lora, modules_to_save=["lm_head", "norm"])),
+        "a prompt": (lambda: make("llama"), peft.PromptTuningConfig(**prompt)),
+        "a prefix": (lambda: make("llama"), peft.PrefixTuningConfig(**prompt)),
+        "a shared bank of vectors": (lambda: make("llama, tied"), peft.VBLoRAConfig(**lora, **bank)),
+    }
+
+
+WAYS = ["a head", "a head of two layers", "modules_to_save", "a prompt", "a prefix", "a shared bank of vectors"]
+
+
+@pytest.mark.filterwarnings(PEFT_LAGS)
+@pytest.mark.parametrize("way", WAYS)
+def test_an_adapters_file_is_read_as_peft_writes_it(tmp_path, way):
+    base, config = methods()[way]
+    trained, fresh = (with_config(base(), config) for _ in range(2))
+    fresh.load_state_dict(trained.state_dict())
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(1)
+    trained.save_pretrained(tmp_path)
+    checkpoint = sp.Checkpoint(tmp_path / "adapter_model.safetensors", step=1)
+    assert set(checkpoint.parameters_of(fresh)) == set(trainable_parameters(trained))
+    with checkpoint.applied_to(fresh):
+        state = fresh.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in trained.state_dict().items())
+
+
+@pytest.mark.filterwarnings(PEFT_LAGS)
+def test_merged_adapters_are_refused_as_nothing_reaches_them():
+    model, batch = with_peft(make("llama"), ["q_proj"]).eval(), make_batch("llama", padded=True)
+    expected = rows(model, sp.CausalLM(), batch)[0]
+    model.merge_adapter()
+    with pytest.raises(sp.GradientError, match=r"q_proj' has its adapters \['default'\] merged .*unmerge_adapter\(\)"):
+        rows(model, sp.CausalLM(), batch)
+    model.unmerge_adapter()
+    torch.testing.assert_close(rows(model, sp.CausalLM(), batch)[0], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings(PEFT_LAGS, "ignore:Setting `save_embedding_layers`:UserWarning")
+def test_a_frozen_embedding_in_an_adapters_file_was_not_trained(tmp_path):
+    peft = pytest.importorskip("peft", reason="needs peft: install source-proj[peft]", exc_type=ImportError)
+    model = with_config(make("llama"), peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
+    model.save_pretrained(tmp_path)
+    run = sp.Trajectory([sp.Checkpoint(tmp_path / "adapter_model.safetensors", step=1, lr=0.1)])
+    assert any("embed_tokens.base_layer" in name for name in run.final.parameters_of(model))
+    assert trained_parameters(run, model)[0] == trainable_parameters(model)
+
+
+def with_config(model, config):
+    import peft
+
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.filterwarnings(PEFT_LAGS)
+def test_a_prompts_encoder_is_in_no_file(tmp_path):
+    peft = pytest.importorskip("peft", reason="needs peft: install source-proj[peft]", exc_type=ImportError)
+    config = peft.PromptEncoderConfig(num_virtual_tokens=2, encoder_hidden_size=4, task_type="CAUSAL_LM")
+    model = with_config(make("llama"), config)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(sp.MismatchError, match="not their weights: record the run by a RecorderCallback"):
+        sp.Checkpoint(tmp_path / "adapter_model.safetensors", step=1).parameters_of(model)
+
+
+@pytest.mark.filterwarnings(PEFT_LAGS)
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_a_tuned_prompt_is_named_with_the_loss_that_peft_trains_it_by(kind):
+    peft = pytest.importorskip("peft", reason="needs peft: install source-proj[peft]", exc_type=ImportError)
+    model = with_config(make("llama"), getattr(peft, kind)(num_virtual_tokens=2, task_type="CAUSAL_LM")).eval()
+    batch = make_batch("llama", padded=False)
+    with pytest.raises(ValueError, match=r"write a Task of logits\[:, 1:-1\] and all labels"):
+        sp.CausalLM().output(model, batch)
+    logits = model(input_ids=batch["input_ids"]).logits[:, 1:-1]
+    torch.testing.assert_close(nn.functional.cross_entropy(logits.mT, batch["labels"]), model(**batch).loss)
 
 
 def sharded(directory):

@@ -53,6 +53,36 @@ def test_time_is_what_a_gradient_moved_the_weights_by(tmp_path, accumulation, sm
     assert stage.lr_integrals == folder.lr_integrals
 
 
+@pytest.mark.parametrize("divided", [False, True])
+def test_a_loss_of_ones_own_says_whether_it_divides(tmp_path, divided):
+    """The Trainer leaves the division to compute_loss_func, and no file says whether it did."""
+    model, begun = without_dropout(), without_dropout()
+    batch = {key: torch.tensor([row[key] for row in examples()]) for key in ("input_ids", "labels")}
+    gradient = flat(torch.autograd.grad(begun(**batch).loss, list(begun.parameters())))
+
+    def loss(outputs, labels, num_items_in_batch):
+        total = torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
+        return total / (num_items_in_batch if divided else len(labels))
+
+    callback = RecorderCallback(tmp_path / "recorded", every=1, accumulation=1 if divided else 2)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "run"), optim="sgd", learning_rate=0.05, lr_scheduler_type="constant", max_steps=1,
+        per_device_train_batch_size=EXAMPLES // 2, gradient_accumulation_steps=2, max_grad_norm=0.0, save_steps=1,
+        logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    transformers.Trainer(
+        model, arguments, train_dataset=examples(), callbacks=[callback], compute_loss_func=loss
+    ).train()
+    moved = float((flat(begun.parameters()) - flat(model.parameters())) @ gradient / gradient.square().sum())
+    assert callback.trajectory().stages[0].lr_integrals == pytest.approx([moved], rel=1e-3)
+    told = {"model": model, "max_grad_norm": 0, "accumulation": 1 if divided else 2}
+    assert sp.Trajectory.from_hf_trainer(tmp_path / "run", **told).stages[0].lr_integrals == pytest.approx(
+        [moved], 1e-3
+    )
+    with pytest.raises(ValueError, match="accumulation= out"):
+        sp.Trajectory.from_hf_trainer(tmp_path / "recorded", accumulation=2)
+
+
 @pytest.mark.parametrize("changed", [{"gradient_accumulation_steps": 2}, {"label_smoothing_factor": 0.1}])
 def test_a_run_that_goes_on_with_another_loss_is_refused(tmp_path, changed):
     recorded(tmp_path, stop=8)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from trainer_runs import STEPS, copied, edit_state, history, train, transformers
+from trainer_runs import STEPS, copied, edit_state, examples, history, train, transformers
 from trainer_runs import classifier as make_classifier
 
 import source_proj as sp
@@ -257,3 +257,16 @@ def test_optimizers_that_are_not_described_are_refused_by_name(run, tmp_path, na
         torch.save(arguments, copy / f"checkpoint-{step}" / "training_args.bin")
     with pytest.raises(ValueError, match=rf"optim='{name}' trains with .*not described, which .*: use .*adamw_torch"):
         sp.Trajectory.from_hf_trainer(copy, max_grad_norm=0)
+
+
+def test_a_model_that_was_trained_under_autocast_is_what_a_fresh_one_is(tmp_path):
+    """accelerate leaves its autocast around the model's forward, which rounds more than the rows' law stands."""
+    model = make_classifier()
+    data = [{k: torch.as_tensor(v) for k, v in one.items()} for one in examples()]
+    train(tmp_path / "run", model=model, bf16=True)
+    run, rows = sp.Trajectory.from_hf_trainer(tmp_path / "run", model=make_classifier()), []
+    for each in (model, make_classifier()):
+        path = tmp_path / f"bank_{len(rows)}"
+        bank = sp.build(each, sp.Classification(), run, data, path, sketch=sp.Sketch(dim=64), progress=False)
+        rows.append(sp.Source(bank, model=each, progress=False).score(data[:2]).to_numpy())
+    assert (rows[0] == rows[1]).all()

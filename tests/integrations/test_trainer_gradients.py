@@ -233,6 +233,26 @@ def test_classifiers_too_also_with_label_smoothing(smoothing, accumulation, tmp_
         sp.build(model, sp.Classification(label_smoothing=0.1), run, data, tmp_path / "other", progress=False)
 
 
+@pytest.mark.parametrize("outputs", [3, 1])
+@pytest.mark.parametrize("name", ["ViT", "VideoMAE", "AST"])
+def test_classifiers_of_images_sounds_and_videos_have_the_loss_of_sequences(name, outputs):
+    kind = {"ViT": "Image", "VideoMAE": "Video", "AST": "Audio"}[name]
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sound = {"max_length": 8, "num_mel_bins": 8, "frequency_stride": 4, "time_stride": 4}
+    sizes = sound if name == "AST" else {"image_size": 8}
+    config = getattr(transformers, f"{name}Config")(**small, **sizes, patch_size=4, num_labels=outputs)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}For{kind}Classification")(config).eval()
+    shape = {"ViT": (3, 8, 8), "VideoMAE": (16, 3, 8, 8), "AST": (8, 8)}[name]
+    labels = torch.tensor([0, 2]) if outputs > 1 else torch.tensor([0.5, -1.0])
+    batch = {"input_values" if name == "AST" else "pixel_values": torch.randn(2, *shape), "labels": labels}
+    task, parameters = task_for(model), list(model.parameters())
+    value = task.output(model, batch)
+    first, _ = task.loss_derivatives(value.detach(), batch)
+    got = torch.autograd.grad((first * value).mean(), parameters)
+    torch.testing.assert_close(got, torch.autograd.grad(model(**batch).loss, parameters), rtol=1e-4, atol=1e-5)
+
+
 def test_one_output_is_a_regression(tmp_path):
     model, data = classifier(num_labels=1), labelled(lambda t: float(t[0]) / 30)
     state = {key: value.clone() for key, value in model.state_dict().items()}
