@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from source_proj.cli import bank, cluster, curate, demo, explore, inspect, output, score
+from source_proj.cli import append, bank, cluster, curate, demo, explore, inspect, output, score
 
 __all__ = ["app", "main"]
 
@@ -42,6 +42,7 @@ def _root(
 app.command("demo")(demo.demo)
 app.command("plan")(bank.plan)
 app.command("build")(bank.build)
+app.command("append")(append.append)
 app.command("finalize")(bank.finalize)
 app.command("status")(cluster.show_status)
 # What stands behind its own options is another command's.

@@ -142,6 +142,14 @@ def build(
         float | None,
         typer.Option(min=0, help="Of --hf-run, instead of the run's own; 0: none.", rich_help_panel=TRAINED),
     ] = None,
+    accumulation: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of --hf-run with a loss of its own: micro-batches summed undivided before a step.",
+            rich_help_panel=TRAINED,
+        ),
+    ] = None,
     preconditioner: Annotated[
         str | None,
         typer.Option(
@@ -267,6 +275,7 @@ def build(
         "steps": chosen_steps,
         "warmup_steps": warmup_steps,
         "max_grad_norm": max_grad_norm,
+        "accumulation": accumulation,
         "preconditioner": preconditioner,
         "momentum": None if momentum is None or hf_run is None else lambda _: momentum,
     }

@@ -119,6 +119,6 @@ def _documents(task: str, bank: str, file: Path | None, trust_remote_code: bool)
     """The training set of a language model as it read it, where that is known: tokens have scores then."""
     from source_proj.integrations import TextData, TextSettings
 
-    if task != "causal_lm" or file is None or TextSettings.data_set(bank) is None:
+    if task != "causal_lm" or file is None or not TextSettings.files(bank):
         return None
     return TextData.like(bank, file, trust_remote_code=trust_remote_code)

@@ -9,7 +9,7 @@ from source_proj._errors import SourceProjError
 
 __all__ = ["Command", "parse_options", "submit_job"]
 
-_COMMANDS = ("build", "finalize", "score", "top-k", "verify")
+_COMMANDS = ("build", "append", "finalize", "score", "top-k", "verify")
 
 
 class Command:

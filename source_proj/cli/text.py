@@ -30,7 +30,7 @@ from source_proj.integrations.trainer_data import check_training_set
 from source_proj.integrations.trainer_folders import trainer_folders
 from source_proj.task import CausalLM, Task, TokenQueries
 
-__all__ = ["TextOptions", "ask_about", "is_complete", "own_file", "own_queries", "training_texts"]
+__all__ = ["TextOptions", "ask_about", "is_complete", "note_appended", "own_file", "own_queries", "training_texts"]
 
 _OWN_QUERIES = 200  # examples of a bank's own file that stand in for queries
 
@@ -209,10 +209,11 @@ def own_queries(bank: str) -> tuple[list[Mapping[str, Any]], list[Any]]:
             f"{bank} does not know its training set's file, whose examples could be asked about: give --model and "
             "--queries, or --dataset FILE to a bank that was built from texts"
         )
-    rows = known[1].rows
+    files, rows = known[0], known[1].rows
     if len(rows) != len(ids):
         raise ValueError(
-            f"{str(known[0])!r} holds {len(rows)} examples and {bank} {len(ids)}: give queries by --dataset FILE"
+            f"{', '.join(map(repr, map(str, files)))} hold {len(rows)} examples and {bank} {len(ids)}: give queries by "
+            "--dataset FILE"
         )
     count = min(_OWN_QUERIES, len(rows))
     places = [place * len(rows) // count for place in range(count)]
@@ -220,13 +221,13 @@ def own_queries(bank: str) -> tuple[list[Mapping[str, Any]], list[Any]]:
 
 
 def own_file(bank: str | Path) -> Path | None:
-    """The text file that a bank was built from, if it is still there and as it was; warns of one that is not."""
+    """The text file that a bank was built from, if it is the only one, still there and as it was; else warns of it."""
     known = _known_rows(bank)
-    return None if known is None else known[0]
+    return known[0][0] if known is not None and len(known[0]) == 1 else None
 
 
 def training_texts(bank: str | Path, tokenizer: Any, network: nn.Module | None = None) -> Examples | None:
-    """The training examples of a bank that was built from a text file, as people read them, if it is still there.
+    """The training examples of a bank that was built from text files, as people read them, if these are still there.
 
     Args:
         bank: its place.
@@ -236,13 +237,27 @@ def training_texts(bank: str | Path, tokenizer: Any, network: nn.Module | None =
     known = _known_rows(bank)
     if known is None:
         return None
-    (file, rows), settings = known, TextSettings.read(bank)
+    rows, settings = known[1], TextSettings.read(bank)
     names = None if settings.labels is None else {number: name for name, number in settings.labels.items()}
-    data = rows if network is None else TextData(file, settings, network, tokenizer)
+    data = rows if network is None else TextData(rows.rows, settings, network, tokenizer)
     return Examples(data, class_names=names, tokenizer=tokenizer)
 
 
-def _known_rows(bank: str | Path) -> tuple[Path, TextRows] | None:
+def note_appended(bank: str, file: Path, appended: TextData, total: int) -> None:
+    """Keep beside a bank which texts were appended to it, where all others' are known.
+
+    Args:
+        bank: its place.
+        file: what was read.
+        appended: its examples.
+        total: examples of the bank, with these.
+    """
+    known = _known_rows(bank)
+    if known is not None and len(known[1]) + len(appended) == total:
+        TextSettings.add_file(bank, file, appended.digest)
+
+
+def _known_rows(bank: str | Path) -> tuple[list[Path], TextRows] | None:
     """As `own_rows`; texts that are others now, or can't be read, are warned of and left out."""
     try:
         return own_rows(bank)

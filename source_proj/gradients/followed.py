@@ -29,7 +29,7 @@ from source_proj.gradients.layout import Call, Node, where_examples_are_lost
 from source_proj.gradients.probing import called, part, probing
 from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
-from source_proj.gradients.suited import UsedElsewhere
+from source_proj.gradients.suited import Unsuited, UsedElsewhere
 from source_proj.trajectory.placement import Placement
 
 __all__ = ["FollowedPath", "used_elsewhere"]
@@ -88,6 +88,16 @@ class FollowedPath(BarePath):
             return type(module).forward(module, *args, **kwargs)
         _refuse_recomputed([f"!{self._names[module]}.*"])
         return super()._opened_forward(module, forward, names, current, live, *args, **kwargs)
+
+    def _on_output(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, *, current: Pass
+    ) -> Tensor | None:
+        try:
+            return super()._on_output(module, args, kwargs, output, current=current)
+        except Unsuited as problem:
+            raise GradientError(
+                f"{problem}: leave it out by parameters=['!{self._names[module]}.*'], or build the bank after training"
+            ) from problem
 
     def _tapped(self, name: str, output: Tensor, x: Tensor, *given: Any, **options: Any) -> Tensor:
         if self._seen is not None:

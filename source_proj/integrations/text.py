@@ -153,20 +153,22 @@ class TextData:
         return {name: column[index] for name, column in self._columns.items()}
 
 
-def own_rows(bank: str | Path) -> tuple[Path, TextRows] | None:
-    """The text file that a bank was built from and its rows; None where it is not known, or no longer there.
+def own_rows(bank: str | Path) -> tuple[list[Path], TextRows] | None:
+    """The text files that a bank was built and appended from, and their rows; None where one is not known, or gone.
 
     Raises:
-        MismatchError: its texts are no longer those that the bank was built from.
+        MismatchError: the texts of one are no longer those that the bank was made of.
     """
-    known = TextSettings.data_set(bank)
-    if known is None:
+    known = TextSettings.files(bank)
+    if not known:
         return None
-    file, digest = known
-    rows = TextRows(file, TextSettings.read(bank))
-    if rows.digest != digest:
-        raise MismatchError(f"{str(file)!r} is no longer the file that {bank} was built from: its texts are others")
-    return file, rows
+    settings, parts = TextSettings.read(bank), []
+    for file, digest in known:
+        parts.append(TextRows(file, settings))
+        if parts[-1].digest != digest:
+            raise MismatchError(f"{str(file)!r} is no longer the file that {bank} was built from: its texts are others")
+    files = [file for file, _ in known]
+    return files, parts[0] if len(parts) == 1 else TextRows([row for part in parts for row in part.rows], settings)
 
 
 def _needed(settings: TextSettings, classifies: bool, labelled: bool) -> list[str]:

@@ -79,15 +79,24 @@ class TextSettings:
             raise MismatchError(f"{where!r} is damaged ({type(error).__name__}: {error})") from error
 
     @staticmethod
-    def data_set(bank: str | Path) -> tuple[Path, str] | None:
-        """The text file that a bank was built from, if that is known and still there, and what its texts were."""
+    def files(bank: str | Path) -> list[tuple[Path, str]]:
+        """The text files that a bank was built and appended from, and what their texts were; none if one is missing."""
         store, key = _beside(bank)
         try:
             content = json.loads(store.get(key))
-            named, digest = Path(str(content["build"]["dataset"])), str(content["digest"])
+            told = [(content["build"]["dataset"], content["digest"]), *content.get("appended", [])]
+            found = [(Path(str(file)), str(digest)) for file, digest in told]
         except (OSError, ValueError, TypeError, KeyError):
-            return None
-        return (named, digest) if named.suffix in _SUFFIXES and named.is_file() else None
+            return []
+        return found if all(file.suffix in _SUFFIXES and file.is_file() for file, _ in found) else []
+
+    @staticmethod
+    def add_file(bank: str | Path, file: Path, digest: str) -> None:
+        """Note that the texts of a file were appended."""
+        store, key = _beside(bank)
+        content = json.loads(store.get(key))
+        content.setdefault("appended", []).append([str(file.absolute()), digest])
+        store.put({key: (json.dumps(content, indent=2) + "\n").encode()})
 
 
 def _beside(bank: str | Path) -> tuple[Store, str]:

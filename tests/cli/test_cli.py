@@ -71,6 +71,27 @@ def test_a_bank_built_in_parts_equals_one_built_at_a_stretch(call, tmp_path, hom
     assert sp.open(bank).fingerprint == sp.open(home / "bank").fingerprint
 
 
+def test_examples_are_appended_in_parts(call, home, tmp_path):
+    (home / "more.py").write_text(
+        "from torch.utils.data import TensorDataset\nimport mine\n"
+        "def part():\n    return TensorDataset(mine.inputs[:24], mine.labels[:24])\n"
+        "def rest():\n    return TensorDataset(mine.inputs[24:40], mine.labels[24:40])\n"
+    )
+    bank, rest = tmp_path / "bank", ("--model", "mine:model", "--data", "more:rest", "--batch-size", "8")
+    call("build", bank, *[word.replace("mine:train_set", "more:part") for word in ARGUMENTS])
+    said = call("append", bank, *rest, "--shard-rows", "8", "--shard", "0/2", "--no-progress")
+    assert "40 in all, unfinished: append its other parts" in said
+    call("append", bank, *rest, "--shard-rows", "8", "--shard", "1/2", "--no-progress")
+    assert call("finalize", bank, "--json")["rows"] == 40
+    told = call("append", bank, *rest, "--shard-rows", "8", "--no-progress", "--json")
+    assert (told["appended"], told["examples"], told["finalized"]) == (0, 40, True)
+    found, expected = (call("top-k", each, *ASK, "--json")["queries"] for each in (bank, home / "bank"))
+    for query, other in zip(found, expected, strict=True):
+        assert [one["id"] for one in query["train"]] == [one["id"] for one in other["train"]]
+    assert "one of the bank's stages ['train']" in call("append", bank, *rest, "--stage", "second", code=2)
+    assert "--data is missing" in call("append", bank, "--model", "mine:model", code=2)
+
+
 @pytest.mark.usefixtures("home")
 def test_scores_are_written_with_their_ids(call, tmp_path, scores):
     told = call("score", "bank", *ASK, "--out", tmp_path / "s.npy", "--json")

@@ -99,3 +99,30 @@ def test_a_weight_that_is_no_number_is_named(run, tmp_path):
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     asked = ("--dataset", tmp_path / "asked.jsonl", "--weight-column", "w", "--no-progress")
     assert "the weight of query 2 is 'much'" in call("curate", "harmful", tmp_path / "bank", *asked, code=1)
+
+
+def test_a_file_is_appended_and_its_texts_are_known(run, tmp_path):
+    _, directory = run
+    lines = (directory / "train.jsonl").read_text().splitlines(keepends=True)
+    for name, some in (("first", lines[:12]), ("more", lines[12:17]), ("last", lines[17:20])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(some))
+    bank, told = tmp_path / "bank", ("--batch-size", 4, "--no-progress", "--json")
+    model = ("--hf-model", directory / "model", "--sketch-dim", 64, "--segments", 1, "--batch-size", 4, "--no-progress")
+    weights = directory / "run" / "checkpoint-8" / "model.safetensors"
+    run_of = ("--checkpoint", f"8={weights}", "--lr", 0.01)
+    call("build", bank, *model, *run_of, "--dataset", tmp_path / "first.jsonl")
+    first = json.loads(call("append", bank, "--dataset", tmp_path / "more.jsonl", *told))
+    assert (first["appended"], first["examples"], first["finalized"]) == (5, 17, True)
+    again = json.loads(call("append", bank, "--dataset", tmp_path / "more.jsonl", *told))
+    assert (again["appended"], again["examples"]) == (0, 17)
+    assert "3 examples appended, 20 in all" in call("append", bank, "--dataset", tmp_path / "last.jsonl", *told[:3])
+
+    whole = tmp_path / "whole"
+    call("build", whole, *model, *run_of, "--dataset", directory / "train.jsonl")
+    asked = ("--dataset", directory / "queries.jsonl", "--no-progress", "--json", "-k", 3)
+    shown, expected = (json.loads(call("top-k", each, *asked))["queries"] for each in (bank, whole))
+    for query, other in zip(shown, expected, strict=True):
+        for side in ("helpful", "harmful"):
+            assert [hit["id"] for hit in query[side]] == [hit["id"] for hit in other[side]]
+            assert [hit["text"] for hit in query[side]] == [TEXTS[hit["id"]] for hit in query[side]]
+    assert "one or the other" in call("append", bank, "--dataset", "x.jsonl", "--model", "a:b", code=2)
