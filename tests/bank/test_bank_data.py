@@ -34,6 +34,13 @@ class Endless(IterableDataset):
         return iter([1])
 
 
+class Doubling(DataLoader):
+    """Changes what its data set gives."""
+
+    def __iter__(self):
+        return (2 * batch for batch in super().__iter__())
+
+
 def by_two(sampler=None, *, drop_last=False):
     return BatchSampler(SequentialSampler(range(7)) if sampler is None else sampler, 2, drop_last)
 
@@ -104,6 +111,7 @@ def test_reading_leaves_the_global_generator_alone():
     [
         (lambda: DataLoader(Plain(), 2, shuffle=True), ValueError, "RandomSampler"),
         (lambda: DataLoader(Plain(), 2, sampler=RandomSampler(range(7))), ValueError, "RandomSampler"),
+        (lambda: Doubling(Plain(), 2), ValueError, r"a Doubling, whose own __iter__.*collate_fn"),
         (lambda: DataLoader(Plain(), 2, drop_last=True), ValueError, "drop_last"),
         (lambda: DataLoader(Plain(), batch_size=None), ValueError, "batch_size=None"),
         (lambda: DataLoader(Plain(), batch_sampler=by_two(RandomSampler(range(7)))), ValueError, "RandomSampler"),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from random_models import BARE, STEPS, RandomModel, make_batch, value
 from test_random_models import HOOKED, plain_rows
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 import source_proj as sp
 from source_proj.gradients import ParameterSpace
@@ -32,8 +33,8 @@ def captured_and_plain(steps: list[str], sizes: list[int], gradients: list[str],
     torch.manual_seed(seed)
     model = RandomModel(steps).train()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d):
-            module.eval()  # as capture asks for
+        if isinstance(module, nn.BatchNorm1d | _SpectralNorm):
+            module.eval()  # as capture asks for of the one, and each pass changes the other
     space = ParameterSpace.from_model(model)
     batches = [make_batch(size, which) for size, which in zip(sizes, gradients, strict=False)]
     expected = torch.cat([plain_rows(model, space, batch, len(batch["labels"])) for batch in batches])

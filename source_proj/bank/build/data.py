@@ -320,6 +320,12 @@ def _refuse_reordering(loader: DataLoader[Any]) -> None:
     if isinstance(loader.dataset, IterableDataset):
         _checked_dataset(loader.dataset)
     remedy = "rows would lose their ids; give DataLoader(dataset, batch_size=...) without shuffle, sampler or drop_last"
+    by = next(kind for kind in type(loader).__mro__ if "__iter__" in vars(kind))
+    if by is not DataLoader and not by.__module__.startswith("accelerate."):  # whose own moves batches to a device
+        raise ValueError(
+            f"the DataLoader is a {_name(loader)}, whose own __iter__ may give other batches than its data set's: do "
+            "what it does in the data set or in collate_fn"
+        )
     if loader.batch_sampler is None or type(loader.batch_sampler) is not BatchSampler:
         found = "batch_size=None" if loader.batch_sampler is None else f"a {_name(loader.batch_sampler)}"
         raise ValueError(f"the DataLoader has {found}: {remedy}")
