@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,24 @@ def task_for(model: nn.Module, run: str | Path | None = None) -> Task:
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         if smoothing:
             raise ValueError(f"the run smoothed its labels by {smoothing}, which CausalLM does not know: write a Task")
+        _warn_of_routing(model.config)
         return CausalLM(reduction="token", normalizer=None if _skips_first_label(model, version) else "labels")
     raise ValueError(
         f"{name} is no classifier of whole inputs and no causal language model: give a task of your own (on the "
         "command line --task, --model and --data)"
     )
+
+
+def _warn_of_routing(config: Any) -> None:
+    """Say that a mixture of experts was trained for balance, too, which is no loss of an example's own."""
+    share = getattr(config, "router_aux_loss_coef", 0.0) or 0.0
+    if share and getattr(config, "output_router_logits", False):
+        warnings.warn(
+            f"the model adds {share:g} times a loss of how evenly a batch uses its experts (router_aux_loss_coef), which "
+            "is no example's own: the task leaves it out",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _told(run: str | Path) -> tuple[float, str]:

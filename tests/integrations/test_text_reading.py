@@ -253,3 +253,16 @@ def test_steps_and_data_of_a_run_on_the_command_line(adapter_run, tmp_path):
     assert "rule that out" in call("build", tmp_path / "b", *options, "--dataset", few, code=1)
     rates = ("--schedule", "cosine_with_min_lr", "--schedule-options", '{"min_lr": 1e-3}', "--warmup-steps", "0")
     assert "does not give the learning rates" in call("build", tmp_path / "b", *options, *train_set, *rates, code=2)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_loss_of_routing_is_no_examples_own(told):
+    options = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.MixtralConfig(
+        vocab_size=9, intermediate_size=8, num_local_experts=2, output_router_logits=told, **options
+    )
+    model = transformers.MixtralForCausalLM(config)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        task_for(model)
+    assert told is any("router_aux_loss_coef" in str(each.message) for each in said)
