@@ -54,8 +54,8 @@ def _warn_of_routing(config: Any) -> None:
     share = getattr(config, "router_aux_loss_coef", 0.0) or 0.0
     if share and getattr(config, "output_router_logits", False):
         warnings.warn(
-            f"the model adds {share:g} times a loss of how evenly a batch uses its experts (router_aux_loss_coef), which "
-            "is no example's own: the task leaves it out",
+            f"the model adds {share:g} times a loss of how evenly a batch uses its experts (router_aux_loss_coef), "
+            "which is no example's own: the task leaves it out",
             UserWarning,
             stacklevel=3,
         )
