@@ -41,7 +41,8 @@ class FitCache:
     """The fits of one bank.
 
     Args:
-        path: the bank's folder; None for one elsewhere, whose fits are all in the user's cache.
+        path: the bank's folder, whose fits others may keep to themselves; None for one elsewhere. Then all are in the
+            user's cache.
         fingerprint: the bank's; None for an unfinished one, which has no valid fits.
 
     Raises:
@@ -57,6 +58,8 @@ class FitCache:
         self._folders = [self._beside]
         if fingerprint is not None and path is not None:
             self._folders.append(cache)
+            if self._beside.exists() and not os.access(self._beside, os.R_OK | os.X_OK):
+                self._folders, self._beside = [cache], cache  # somebody else's, who keeps them private
 
     @property
     def folder(self) -> Path:

@@ -78,7 +78,7 @@ def require_same(whole: Outputs, parts: Sequence[Outputs], halves: Sequence[Tens
     """
     if any([name for name, _ in part] != [name for name, _ in whole] for part in parts):
         if strict:
-            raise GradientError("the layers that the model calls depend on which examples are in a batch")
+            raise GradientError(f"the layers that the model calls depend on which examples are in a batch: {_UNKNOWN}")
         return
     count, coarse = sum(map(len, halves)), any(map(_is_coarse, whole))
     for place, (name, there) in enumerate(whole):

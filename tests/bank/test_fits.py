@@ -5,6 +5,8 @@ import shutil
 import signal
 import warnings
 from itertools import cycle
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from source_proj._errors import BankError
 from source_proj.bank import verify
 
 SHAPE = (5, 3)
+_NOBODY = 65534
 
 
 def data(n, seed=0):
@@ -280,3 +283,27 @@ def test_the_rest_of_a_killed_writer_is_no_fit(bank):
     np.testing.assert_array_equal(scores(bank), right)
     sp.open(bank.path).finalize()
     assert not rest.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be somebody else")
+def test_fits_that_somebody_keeps_private_are_no_hindrance(bank, monkeypatch):
+    expected = scores(bank)
+    with TemporaryDirectory() as folder:  # where others may go
+        place, cache = Path(folder) / "bank", Path(folder) / "cache"
+        shutil.copytree(bank.path, place)
+        cache.mkdir()
+        for path, mode in ((Path(folder), 0o755), (place / "fits", 0o700), (cache, 0o777)):
+            path.chmod(mode)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                os.setgid(_NOBODY)
+                os.setuid(_NOBODY)
+                opened = sp.open(place)
+                same = np.array_equal(scores(opened), expected) and verify(place).ok
+                code = 0 if same and opened.nbytes()["fits"] == 0 < opened.fits.nbytes() else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

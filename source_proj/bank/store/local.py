@@ -16,6 +16,7 @@ __all__ = ["LocalStore"]
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 _TRIES = 5
+_FITS = "fits"  # no part of a bank: whoever made them may keep them private
 
 
 class LocalStore(Store):
@@ -112,6 +113,10 @@ class LocalStore(Store):
         try:
             entries = list(os.scandir(self._file(prefix) if prefix else self.root))
         except (FileNotFoundError, NotADirectoryError):
+            return
+        except PermissionError:
+            if prefix != _FITS:
+                raise
             return
         for entry in entries:
             if entry.is_symlink():
