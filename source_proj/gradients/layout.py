@@ -267,8 +267,10 @@ def _indexed(node: Node, children: list[_Child], _shape: Shape, _size: int) -> i
         raise _Lost
     if index.dim() < max(indices[d].dim() for d in used):  # broadcast over something in front
         raise _Lost
+    if child.shape[0] != len(index) or not index.numel():
+        raise _Lost
     rows = index.reshape(len(index), -1)
-    if child.shape[0] != len(rows) or not bool((rows == torch.arange(len(rows), device=rows.device)[:, None]).all()):
+    if not bool((rows == torch.arange(len(rows), device=rows.device)[:, None]).all()):
         raise _Lost
     return 0
 

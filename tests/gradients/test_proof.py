@@ -225,8 +225,10 @@ def test_a_sum_that_overflows_is_called_so(method: str) -> None:
         lambda values: torch.ones(len(values), dtype=torch.bool),
         lambda values: torch.ones_like(values, dtype=torch.bool),
         lambda values: torch.tensor(0),
+        lambda values: torch.zeros(0, dtype=torch.int64),
+        lambda values: torch.zeros(0, 2, dtype=torch.int64),
     ],
-    ids=["mask of examples", "mask of all", "scalar"],
+    ids=["mask of examples", "mask of all", "scalar", "nothing", "nothing of two"],
 )
 def test_an_index_that_may_mix_examples_is_not_followed(choose: Any) -> None:
     values = torch.randn(4, 3, requires_grad=True) * 1
