@@ -48,7 +48,7 @@ class BarePath(HookPath):
 
     def find_shared(
         self, function: Function, single: Batch, double: Batch, also: Callable[[], bool] = lambda: True
-    ) -> None:
+    ) -> bool:
         """As `HookPath.find_shared`; a layer whose output neither lies along the batch nor broadcasts has no rule.
 
         Args:
@@ -58,14 +58,12 @@ class BarePath(HookPath):
             also: whether a model gives the same for other batches, too, when such outputs are expanded to them.
         """
         try:
-            super().find_shared(function, single, double)
-            same = self.shared_as_they_were(function, single, double) and also()
+            same = super().find_shared(function, single, double) and also()
         except Exception:  # the model's own, of shapes that it did not make
             if not self._shared:
                 raise
             same = False
-        if not same and self._shared_apart():
-            self.find_shared(function, single, double, also)
+        return same or (self._shared_apart() and self.find_shared(function, single, double, also))
 
     def _shared_apart(self) -> bool:
         """Set what layers that see no batch hold apart, to be followed into it by itself; whether there is any."""

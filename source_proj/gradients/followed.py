@@ -137,7 +137,7 @@ class FollowedPath(BarePath):
         dims: set[int] = set()
         map_tensors((args, kwargs), lambda tensor: dims.update(tensor.shape) or tensor)  # type: ignore[func-returns-value]
         odd = next((number for number in _ODD if number not in dims), max(dims) + 1)
-        return self._as_it_was(called, part(args, kwargs, [place % size for place in range(odd)], size), odd)
+        return self._is_as_it_was(called, part(args, kwargs, [place % size for place in range(odd)], size), odd)
 
     def _look_ahead(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
         """Before the first pass of one example or several, make one like it: what the model, or hooks, keep is its own.

@@ -156,62 +156,54 @@ class HookPath:
             self._calls = None
         return [each.detach().float() for each in values]
 
-    def find_shared(self, function: Function, single: Batch, double: Batch) -> None:
+    def find_shared(self, function: Function, single: Batch, double: Batch) -> bool:
         """Learn which layers see no batch, and which see (T, B, …), by their outputs for one example and for two.
 
         A layer that only sees what another layer made need not be treated, so one is added at a time.
+
+        Returns:
+            Whether the model gives the same when the outputs of layers that see no batch are expanded to it. A bias, or
+            positions, that are added to a batch are the same for all; a sum over such a layer's whole output, or its
+            transpose, is not.
 
         Raises:
             Unsuited: some layer's output length does not follow the number of examples.
         """
         self._shared.clear()
         self._second.clear()
+        plain: list[Tensor] = []
+        drawn = torch.get_rng_state()
         for turn in range(len(self._covered) + 2):
-            shapes, doubled = self._shapes(function, single, 1), self._shapes(function, double, 2)
+            if self._shared:
+                torch.set_rng_state(drawn)
+            (shapes, one), (doubled, two) = self._shapes(function, single, 1), self._shapes(function, double, 2)
+            plain = plain if self._shared else [*one, *two]
             if [module for module, _ in shapes] != [module for module, _ in doubled]:
                 if turn:
-                    return  # the layers that are called depend on the values: the law decides
+                    return True  # the layers that are called depend on the values: the law decides
                 continue  # a function may call the model otherwise the first time, to look at it
             odd = [(m, s, d) for (m, s), (_, d) in zip(shapes, doubled, strict=True) if not self._follows(m, s, d)]
             if not odd:
-                return
+                return not self._shared or _are_same(plain, [*one, *two])
             module, shape, shape_of_two = odd[0]
             if module in self._shared or module in self._second:
-                return  # refused below if no batch can be cut
+                return True  # refused below if no batch can be cut
             if shape == shape_of_two:
                 self._shared.add(module)
             elif self._covered[module][0].positional and shape_of_two[1:2] == (2 * shape[1],):
                 self._second.add(module)
             else:
-                return
+                return True
+        return True
 
     def _follows(self, module: nn.Module, shape: tuple[int, ...], shape_of_two: tuple[int, ...]) -> bool:
         place = int(module in self._second)
         return shape_of_two[place : place + 1] == (2 * shape[place],)
 
-    def shared_as_they_were(self, function: Function, single: Batch, double: Batch) -> bool:
-        """Whether a model gives the same when the outputs of layers that see no batch are expanded to it.
-
-        A bias, or positions, that are added to a batch are the same for all; a sum over such a layer's whole output, or
-        its transpose, is not.
-        """
-        return not self._shared or (self._as_it_was(function, single, 1) and self._as_it_was(function, double, 2))
-
-    def _as_it_was(self, function: Function, batch: Batch, size: int) -> bool:
-        def seen(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Tensor) -> Any:
-            return expanded(output, size) if module in self._shared else None
-
-        drawn = torch.get_rng_state()
-        plain = tensors_of(function(self._model, batch))
-        torch.set_rng_state(drawn)
-        with self._hooked(seen):
-            other = tensors_of(function(self._model, batch))
-        return [tensor.shape for tensor in plain] == [tensor.shape for tensor in other] and all(
-            torch.allclose(there.float(), here.float(), rtol=_SAME, atol=_SAME * float(there.float().norm()))
-            for there, here in zip(plain, other, strict=True)
-        )
-
-    def _shapes(self, function: Function, batch: Batch, size: int) -> list[tuple[nn.Module, tuple[int, ...]]]:
+    def _shapes(
+        self, function: Function, batch: Batch, size: int
+    ) -> tuple[list[tuple[nn.Module, tuple[int, ...]]], list[Tensor]]:
+        """Shapes of the layers' outputs, and what the function gives."""
         shapes: list[tuple[nn.Module, tuple[int, ...]]] = []
 
         def seen(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -222,8 +214,17 @@ class HookPath:
 
         # As in training: without gradients, models may take other ways, and write into their parameters.
         with self._placement.running(self._space.names), self._hooked(seen), torch.enable_grad():
-            function(self._model, batch)
-        return shapes
+            given = [tensor.detach() for tensor in tensors_of(function(self._model, batch))]
+        return shapes, given
+
+    def _is_as_it_was(self, function: Function, batch: Batch, size: int) -> bool:
+        """Whether another batch gives the same, too, when outputs of layers that see none are expanded to it."""
+        shared, drawn = self._shared, torch.get_rng_state()
+        self._shared = set()
+        _, plain = self._shapes(function, batch, size)
+        self._shared = shared
+        torch.set_rng_state(drawn)
+        return _are_same(plain, self._shapes(function, batch, size)[1])
 
     @contextmanager
     def _hooked(self, seen: Callable[..., Tensor | None]) -> Iterator[None]:
@@ -370,10 +371,17 @@ class HookPath:
         return order
 
 
+def _are_same(plain: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return [tensor.shape for tensor in plain] == [tensor.shape for tensor in other] and all(
+        torch.allclose(there.float(), here.float(), rtol=_SAME, atol=_SAME * float(there.float().norm()))
+        for there, here in zip(plain, other, strict=True)
+    )
+
+
 def tensors_of(output: Any) -> list[Tensor]:
     """Tensors of numbers in whatever a model returns."""
     tensors: list[Tensor] = []
-    tree = output if isinstance(output, Tensor | Mapping | tuple | list) else vars(output)
+    tree = output if isinstance(output, Tensor | Mapping | tuple | list) else getattr(output, "__dict__", {})
     map_tensors(tree, lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
     return [tensor for tensor in tensors if not tensor.is_complex()]
 
