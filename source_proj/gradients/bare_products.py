@@ -120,7 +120,7 @@ class BareProducts:
             found = self._contracted(given[1 - place], letters[1 - place], given[place], letters[place], output)
             if found is not None:
                 return found
-        size = next(x.shape[0] for place, x in enumerate(given) if letters[place][0] == along)
+        size = next(x.shape[0] for place, x in enumerate(given) if letters[place][:1] == along)
         for place in bare:
             given[place] = self._expanded(given[place], (1, *given[place].shape), size)
             letters[place] = along + letters[place]

@@ -100,6 +100,7 @@ FOLLOWED: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] =
         lambda x, p: torch.einsum("bthd,hde->bthe", x.unflatten(-1, (HEADS, -1)), p).flatten(2), ((HEADS, 3, 3),),
     ),
     "a product of three": (lambda x, p, q: torch.einsum("btw,w,tw->btw", x, p, q), ((WIDTH,), (STEPS, WIDTH))),
+    "a product with a number": (lambda x, p, q: torch.einsum(",btw,w->btw", p, x, q), ((), (WIDTH,))),
     "operands in a list": (lambda x, p: x + torch.einsum("btw,w->bt", [x, p])[..., None], ((WIDTH,),)),
     "the examples later": (lambda x, p: torch.einsum("btw,wv->tbv", x, p).transpose(0, 1), ((WIDTH, WIDTH),)),
     "before the examples": (lambda x, p: p @ x, ((STEPS, STEPS),)),
