@@ -15,7 +15,7 @@ from source_proj.cli.parsing import make_task, needed
 from source_proj.cli.text import ask_about
 from source_proj.integrations.text_rows import lacking, text_rows
 
-__all__ = ["Delivery", "aggregate", "asked", "column", "delivery"]
+__all__ = ["Delivery", "aggregate", "asked", "delivery", "labels"]
 
 
 @dataclass(frozen=True)
@@ -129,18 +129,28 @@ def _numbers(values: Sequence[Any]) -> list[float]:
     return numbers
 
 
-def column(file: Path | None, name: str) -> list[Any]:
-    """A column of a file.
+def labels(options: Mapping[str, Any]) -> list[Any]:
+    """The training set's labels, read from ``--file`` as it is written.
 
     Raises:
         ValueError: no file is named.
-        MismatchError: there is no such column, or a record has nothing in it.
+        MismatchError: as `column`.
     """
+    name, file = options["label_column"], options["file"]
     if file is None:
         raise ValueError(f"the labels are in no file: give --file FILE, whose column {name!r} holds them")
-    called, rows = text_rows(file)
+    return column(file, name, encoding=options["encoding"], delimiter=options["delimiter"])
+
+
+def column(file: Path, name: str, *, encoding: str = "utf-8", delimiter: str = ",") -> list[Any]:
+    """A column of a file.
+
+    Raises:
+        MismatchError: there is no such column, or a record has nothing in it, as an empty cell of a table.
+    """
+    called, rows = text_rows(file, encoding=encoding, delimiter=delimiter)
     values = [row.get(name) for row in rows]
-    if None in values:
-        place = values.index(None)
-        raise lacking(name, rows[place], place + 1, called)
+    for place, value in enumerate(values):
+        if value is None or value == "":
+            raise lacking(name, rows[place], place + 1, called)
     return values

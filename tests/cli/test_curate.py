@@ -108,6 +108,20 @@ def test_slips_are_named_before_any_work(call, home, tmp_path):
     assert "--dataset is missing" in call("curate", "harmful", "bank", *ASK, "--group-column", "label", code=2)
 
 
+@pytest.mark.parametrize("verb", [["mislabelled", "bank"], ["drop-worst", "bank", *ASK], ["select", "bank", *ASK]])
+def test_labels_are_read_as_the_file_is_written(verb, call, files, tmp_path):
+    written = {"comma.csv": (",", "utf-8"), "semicolon.csv": (";", "latin-1")}
+    told = {}
+    for name, (delimiter, encoding) in written.items():
+        with (tmp_path / name).open("w", newline="", encoding=encoding) as file:
+            writer = csv.writer(file, delimiter=delimiter)
+            writer.writerows([["tête", "label"], *([row[0], f"né {row[-1]}"] for row in files)])
+        options = ["-n", "5", "--label-column", "label", "--file", tmp_path / name, "--out", tmp_path / f"out-{name}"]
+        told[name] = call("curate", *verb, *options, "--delimiter", delimiter, "--encoding", encoding, "--json")
+        assert (tmp_path / f"out-{name}").read_text(encoding).startswith(f"tête{delimiter}label")
+    assert told["comma.csv"]["examples"] == told["semicolon.csv"]["examples"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -115,6 +129,7 @@ def test_slips_are_named_before_any_work(call, home, tmp_path):
         ("a,a\n1,2\n", "the column 'a' is there twice"),
         ("a,b\n1,2,3\n", "record 1 has 3 fields"),
         ("a,b\n1,2\n", "example 1 of .* has no 'label', only"),
+        ('a,label\n1,x\n2,""\n', r"example 2 of .* has no 'label', only \['a'\]"),
     ],
 )
 def test_what_is_wrong_within_a_file_has_the_exit_code_of_bad_data(call, tmp_path, content, message):
