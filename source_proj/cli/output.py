@@ -23,8 +23,9 @@ debug: ContextVar[bool] = ContextVar("debug", default=False)
 
 
 def emit(value: Any) -> None:
-    """Print a value as JSON on standard output."""
-    typer.echo(json.dumps(value, default=_plain, indent=2))
+    """Print a value as JSON on standard output; a number that is not finite is null there, as JSON knows none."""
+    plain = json.loads(json.dumps(value, default=_plain), parse_constant=lambda _: None)
+    typer.echo(json.dumps(plain, indent=2))
 
 
 def say(text: str) -> None:

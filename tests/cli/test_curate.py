@@ -93,6 +93,8 @@ def test_verify_tells_the_gain_by_the_users_functions(call, home, tmp_path):
     assert np.allclose(told["measures"]["kept"], 1 + 0.001 * np.arange(5))
     assert told["verdict"].startswith("better than training on all examples")
     assert "kept - random" in call("curate", "verify", listing, *judge, "--seeds", 2)
+    alone = call("curate", "verify", listing, *judge, "--seeds", 1, "--json")
+    assert (alone["gain"]["mean"], alone["gain"]["low"]) == (1, None)  # JSON has no NaN
     refused = call("curate", "verify", listing, "--train", "judge:text", "--evaluate", "judge:evaluate", code=2)
     assert "--train 'judge:text' must name a function" in refused
 
