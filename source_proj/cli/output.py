@@ -71,6 +71,8 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
             with warnings.catch_warnings():
                 warnings.showwarning = _say_warning
                 command(*args, **kwargs)
+        except BrokenPipeError:  # who reads, as head does, has seen enough: typer ends in silence
+            raise
         except (SourceProjError, ValueError, TypeError, OSError, ImportError) as error:
             if debug.get():
                 raise

@@ -327,3 +327,19 @@ def test_a_real_process_prints_json_alone(home, monkeypatch, capfd):
     assert (ended.value.code, said.out) == (1, "")
     assert "nowhere" in said.err
     assert "Traceback" not in said.err
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(home):
+    read, written = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", "from source_proj.cli import main; main()", "inspect", "bank", "--json"],
+        cwd=home,
+        env={**os.environ, "PYTHONPATH": str(Path(sp.__file__).parent.parent)},
+        stdout=written,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    os.close(written)
+    assert done.stderr == ""
