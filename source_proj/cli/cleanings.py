@@ -10,9 +10,11 @@ from source_proj._errors import MismatchError
 from source_proj._io.outputs import require_free
 from source_proj.attribution.source import Source
 from source_proj.bank import open as open_bank
+from source_proj.cli.answers import require_folder
 from source_proj.cli.output import emit, say
 from source_proj.cli.parsing import make_task, needed
 from source_proj.cli.text import ask_about
+from source_proj.curate.files import require_writable
 from source_proj.integrations.text_rows import lacking, text_rows
 
 __all__ = ["Delivery", "aggregate", "asked", "delivery", "labels"]
@@ -33,8 +35,6 @@ class Delivery:
 
     def give(self, cleaning: curate.Cleaning) -> None:
         """Write what was asked for, and print the rest."""
-        if self.list is not None:
-            cleaning.save(self.list, overwrite=self.overwrite)
         if self.file is not None and self.out is not None:
             cleaning.write(
                 self.file,
@@ -44,6 +44,8 @@ class Delivery:
                 delimiter=self.delimiter,
                 annotated=self.annotated,
             )
+        if self.list is not None:
+            cleaning.save(self.list, overwrite=self.overwrite)
         if self.json:
             emit(
                 {
@@ -67,18 +69,29 @@ def delivery(options: Mapping[str, Any]) -> Delivery:
     """Where a command's options say that its cleaning goes; refuses what cannot be written before any work is done.
 
     Raises:
-        ValueError: one of ``--file`` and ``--out`` is missing, or what is to be written is the training set itself.
+        ValueError: one of ``--file`` and ``--out`` is missing, or what is to be written is the training set itself, of
+            another kind, or one file twice.
         FileExistsError: something is there that may not be overwritten.
+        FileNotFoundError: the training set is not there, or the folder to write into.
     """
     chosen: dict[str, Any] = {field.name: options.get(field.name) for field in fields(Delivery)}  # clean has no --list
     goal = Delivery(**chosen)
     if goal.out is not None and goal.file is None:
         raise ValueError("--out needs --file FILE, the training set that is written without the dropped examples")
+    if goal.annotated and goal.out is None:
+        raise ValueError("--annotated needs --out, where --file is written with new columns")
+    if goal.out is not None and goal.list is not None and goal.out.resolve() == goal.list.resolve():
+        raise ValueError(f"--out and --list are both {goal.out}: give each a file of its own")
     for flag, path in (("--out", goal.out), ("--list", goal.list)):
-        if path is not None and goal.file is not None and path.exists() and goal.file.exists():
+        if path is None:
+            continue
+        require_folder(flag, path)
+        if goal.file is not None and path.exists() and goal.file.exists():
             _require_another(path, goal.file, flag)
-        if path is not None and not path.is_dir():
-            require_free(path, overwrite=goal.overwrite)
+    if goal.list is not None:
+        require_free(goal.list, overwrite=goal.overwrite)
+    if goal.file is not None and goal.out is not None:
+        require_writable(goal.file, goal.out, annotated=goal.annotated, overwrite=goal.overwrite)
     return goal
 
 

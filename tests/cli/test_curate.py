@@ -107,6 +107,22 @@ def test_slips_are_named_before_any_work(call, home, tmp_path):
         assert f"is the training set itself, which is never replaced: give another {option}" in call(
             "curate", *words, "--overwrite", code=2
         )
+    listing = tmp_path / "list.json"
+    words = ["duplicates", "bank", "--file", "train.csv", "--list", listing]
+    assert "are both" in call("curate", *words, "--out", listing, "--overwrite", code=2)
+    assert "must end in .csv" in call("curate", *words, "--out", tmp_path / "x.jsonl", code=2)
+    assert "new columns would change" in call("curate", *words, "--out", tmp_path / "x.csv", "--annotated", code=2)
+    assert "--annotated needs --out" in call("curate", *words, "--annotated", code=2)
+    assert f"--out '{tmp_path}/no/x.csv': the directory" in call(
+        "curate", *words, "--out", tmp_path / "no" / "x.csv", code=2
+    )
+    assert "--list 'no/list.json': the directory 'no' does not exist" in call(
+        "curate", "duplicates", "bank", "--list", "no/list.json", code=2
+    )
+    (tmp_path / "short.csv").write_text("a,label\n1,2\n")
+    short = ["duplicates", "bank", "--file", tmp_path / "short.csv", "--out", tmp_path / "x.csv", "--list", listing]
+    assert "has 1 records" in call("curate", *short, code=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["short.csv"]  # neither is written where one cannot be
     assert "--dataset is missing" in call("curate", "harmful", "bank", *ASK, "--group-column", "label", code=2)
 
 
