@@ -1,17 +1,19 @@
 """Lay out a :class:`Page` as one HTML file that needs nothing beside it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from source_proj._errors import extra
 from source_proj._io.outputs import write_output
+from source_proj._io.printable import printable
 from source_proj.attribution.hits import Hits
 from source_proj.attribution.parts import PartScores
 from source_proj.attribution.scores import Scores
-from source_proj.attribution.words import TOWARDS, explained, signed
-from source_proj.bank.examples import ClassNames, Examples, Picture
+from source_proj.attribution.words import TOWARDS, explained, id_word, signed
+from source_proj.bank.examples import ClassNames, Example, Examples, Picture
 from source_proj.report.content import Attribution, Check, MethodLists, Page, QuerySection
 
 __all__ = ["make_hits_page", "make_page", "render", "write_report"]
@@ -82,7 +84,7 @@ def make_page(
     beside = {name: _strongest(other, shown, top) for name, other in others.items()}
     sections = tuple(
         QuerySection(
-            example=asked.show(query, id, None if predictions is None else predictions[query]),
+            example=asked.show(query, id_word(id), None if predictions is None else predictions[query]),
             helpful=lists[query][0],
             harmful=lists[query][1],
             measurement=None if measurements is None else float(measurements[query]),
@@ -107,7 +109,7 @@ def _strongest(
     def listed(query: int, hits: Hits, raises: bool) -> tuple[Attribution, ...]:
         return tuple(
             Attribution(
-                train_set.show(int(row), scores.train_ids[row]),
+                train_set.show(int(row), id_word(scores.train_ids[row])),
                 float(value),
                 () if parts is None else tuple(float(part) for part in parts.values[:, query, row]),
             )
@@ -132,7 +134,7 @@ def make_hits_page(title: str, lists: Mapping[str, Hits], facts: Sequence[tuple[
 
     def listed(query: int, helps: bool) -> tuple[Attribution, ...]:
         entries = [
-            Attribution(each.train_example(query, rank), hit.score)
+            Attribution(_named(each.train_example(query, rank)), hit.score)
             for name, each in lists.items()
             if name != TOWARDS[not helps]  # the least helpful may end a list of harmful ones
             for rank, hit in enumerate(each[query])
@@ -141,11 +143,17 @@ def make_hits_page(title: str, lists: Mapping[str, Hits], facts: Sequence[tuple[
         return tuple(sorted(entries, key=lambda entry: -abs(entry.score)))
 
     sections = tuple(
-        QuerySection(hits.query_example(query), listed(query, True), listed(query, False)) for query in range(len(hits))
+        QuerySection(_named(hits.query_example(query)), listed(query, True), listed(query, False))
+        for query in range(len(hits))
     )
     return Page(
         title, hits.unit, sections, facts=tuple(facts), higher_is_better=hits.higher_is_better, additive=hits.additive
     )
+
+
+def _named(example: Example) -> Example:
+    """The example by its id in one word, as terminals and notebooks write it."""
+    return replace(example, id=id_word(example.id))
 
 
 def render(page: Page) -> str:
@@ -164,6 +172,7 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
     )
     environment.filters["signed"] = partial(signed, minus="−")
+    environment.filters["printable"] = printable
     return environment.get_template("page.html").render(
         page=page, scale=_scale(page.checks), unit_in_words=explained(page.unit)
     )

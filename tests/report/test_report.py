@@ -19,6 +19,7 @@ from source_proj.report import (
     Page,
     QuerySection,
     image_uri,
+    make_hits_page,
     make_page,
     render,
     write_report,
@@ -174,6 +175,22 @@ def test_every_text_is_escaped():
     html = render(page)
     assert "<script" not in html
     assert Reader(html).text.count(EVIL) >= 24
+
+
+def test_ids_and_labels_are_words_as_everywhere():
+    """Of a stage, or turned round by a mark of direction that would take the id behind it along."""
+    ids = [("first", np.int64(3)), ("second\u202e", "b")]
+    scores = Scores(np.array([[1.0, -1.0]]), [np.int64(7)], ids, unit="u")
+    data = [("one", 0), ("two", 1)], [("asked", 1)]
+    page = make_page("t", scores, *data, predictions=[1], class_names=["no", "yes\u202e"])
+    of_hits = make_hits_page("t", {"helpful": scores.helpful(1), "harmful": scores.harmful(1)})
+    for text in (Reader(render(page)).text, Reader(render(of_hits)).text):
+        assert "id first/3" in text
+        assert "id second\\u202e/b" in text
+        assert "Query 7" in text
+        assert "\u202e" not in text
+    assert "label yes\\u202e · id second" in Reader(render(page)).text
+    assert "np.int64" not in page._repr_html_()
 
 
 def test_text_inputs_are_shown_as_text():
