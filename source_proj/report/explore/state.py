@@ -1,5 +1,6 @@
 """What the page asks for: lists of examples, the strongest of each, and their parts, as plain values."""
 
+import json
 import tempfile
 import threading
 from collections.abc import Iterable, Sequence
@@ -227,4 +228,6 @@ def _told(example: Example, place: int) -> dict[str, Any]:
         "pixelated": example.pixelated or None,
     }
     known = {name: value for name, value in told.items() if value is not None}
-    return {"place": place, "id": plain_id(example.id), "word": word, "cell": csv_cell(word), **known}
+    own = plain_id(example.id)
+    written = json.dumps(own)  # for files: a browser's own numbers are exact to 2**53 alone
+    return {"place": place, "id": own, "json": written, "word": word, "cell": csv_cell(word), **known}
