@@ -114,6 +114,7 @@ def test_strange_texts_are_shown_as_text(page):
     page.wait_for_selector("#detail h2")
     assert "<img src=x" in page.text_content("#detail .text")
     assert page.locator("img[src=x]").count() == 0
+    assert page.get_attribute("#detail .text", "dir") == "auto"  # of any script
 
 
 @pytest.mark.parametrize("width", [360, 1280, 3840])
