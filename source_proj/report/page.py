@@ -43,8 +43,9 @@ def make_page(
     Args:
         title: heading of the page.
         scores: scores of the queries; rows and columns in the order of the two data sets.
-        train_set: map-style data set of ``(input, label)`` that the scores' columns stand for.
-        queries: map-style data set of ``(input, label)`` that the scores' rows stand for.
+        train_set: what the scores' columns stand for: a map-style data set of ``(input, label)``, or what else
+            :class:`Examples` takes.
+        queries: what the scores' rows stand for, likewise.
         parts: the scores by segment of training, as ``Source.by_segment`` gives them.
         predictions: what the model says of each query, as class numbers or words.
         measurements: each query's measurement.
@@ -57,7 +58,8 @@ def make_page(
         others: scores of the same queries and training examples by other methods, under their names.
 
     Raises:
-        ValueError: if the data sets are not as long as the scores say, or parts or others belong to other scores.
+        ValueError: if the data sets, or what is said of each query, are not as long as the scores say, or parts or
+            others belong to other scores.
         ImportError: without Pillow (extra ``demo``).
 
     Example:
@@ -67,19 +69,15 @@ def make_page(
         >>> [hit.example.text for hit in page.sections[0].harmful]
         ['bad film']
     """
-    if (len(queries), len(train_set)) != scores.shape:
-        raise ValueError(
-            f"scores of shape {scores.shape} need as many queries and training examples, "
-            f"got {len(queries)} and {len(train_set)}"
-        )
+    shown = Examples(train_set, picture=picture, class_names=class_names, columns=columns)
+    asked = shown.like(queries)
+    _require_lengths(scores, shown, asked, predictions=predictions, measurements=measurements, notes=notes)
     if parts is not None and parts.values.shape[1:] != scores.shape:
         raise ValueError(f"parts of shape {parts.values.shape} do not go with scores of shape {scores.shape}")
     others = others or {}
     for name, other in others.items():
         if other.shape != scores.shape:
             raise ValueError(f"scores {name!r} of shape {other.shape} do not go with scores of shape {scores.shape}")
-    shown = Examples(train_set, picture=picture, class_names=class_names, columns=columns)
-    asked = shown.like(queries)
     lists = _strongest(scores, shown, top, parts)
     beside = {name: _strongest(other, shown, top) for name, other in others.items()}
     sections = tuple(
@@ -98,6 +96,19 @@ def make_page(
     return Page(
         title, scores.unit, sections, segments=names, higher_is_better=scores.higher_is_better, additive=scores.additive
     )
+
+
+def _require_lengths(
+    scores: Scores, train_set: Examples, queries: Examples, **of_each_query: Sequence[Any] | None
+) -> None:
+    if (len(queries), len(train_set)) != scores.shape:
+        raise ValueError(
+            f"scores of shape {scores.shape} need as many queries and training examples, "
+            f"got {len(queries)} and {len(train_set)}"
+        )
+    for name, values in of_each_query.items():
+        if values is not None and len(values) != len(queries):
+            raise ValueError(f"got {len(values)} {name} for {len(queries)} queries: give one for each")
 
 
 def _strongest(

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from source_proj.attribution.parts import PartScores
 from source_proj.attribution.scores import Scores
@@ -136,6 +137,18 @@ def test_other_scores_must_be_of_the_same_examples():
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="got 2 and 3"):
         make_page("t", small_scores(), small_data(3), small_data(2))
+    for count in (1, 3):
+        for name in ("predictions", "measurements", "notes"):
+            with pytest.raises(ValueError, match=f"got {count} {name} for 2 queries"):
+                small_page(**{name: [0] * count})
+
+
+def test_data_come_as_scores_take_them():
+    train, queries = small_data(4), small_data(2)
+    loaders = DataLoader(train, batch_size=3), DataLoader(queries, batch_size=3)
+    expected = make_page("t", small_scores(), train, queries)
+    assert make_page("t", small_scores(), *loaders) == expected
+    assert make_page("t", small_scores(), {"a": train[:1], "b": train[1:]}, queries) == expected
 
 
 def test_page_needs_nothing_beside_it():
