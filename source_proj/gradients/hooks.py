@@ -207,7 +207,7 @@ class HookPath:
         with self._hooked(seen):
             other = tensors_of(function(self._model, batch))
         return [tensor.shape for tensor in plain] == [tensor.shape for tensor in other] and all(
-            torch.allclose(there.float(), here.float(), rtol=_SAME, atol=_SAME * float(there.float().norm()))
+            torch.allclose(there.float(), here.float(), rtol=_SAME, atol=_SAME * float(there.detach().float().norm()))
             for there, here in zip(plain, other, strict=True)
         )
 
