@@ -51,7 +51,14 @@ ListFile = Annotated[
     Path | None, typer.Option("--list", metavar="JSON", help="Where to write ids, reasons and numbers.")
 ]
 Encoding = Annotated[str, typer.Option("--encoding", help="Of --file, if it begins with no byte order mark.")]
-Delimiter = Annotated[str, typer.Option("--delimiter", help="Of a .csv file.")]
+Delimiter = Annotated[
+    str,
+    typer.Option(
+        "--delimiter",
+        help=r"Of a .csv file; \t is a tab.",
+        callback=lambda sign: sign.replace(r"\t", "\t"),  # which few shells can type
+    ),
+]
 WithColumns = Annotated[
     bool, typer.Option("--annotated", help="Leave all examples in, and add columns (.parquet and folders).")
 ]

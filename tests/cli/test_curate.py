@@ -128,16 +128,17 @@ def test_slips_are_named_before_any_work(call, home, tmp_path):
 
 @pytest.mark.parametrize("verb", [["mislabelled", "bank"], ["drop-worst", "bank", *ASK], ["select", "bank", *ASK]])
 def test_labels_are_read_as_the_file_is_written(verb, call, files, tmp_path):
-    written = {"comma.csv": (",", "utf-8"), "semicolon.csv": (";", "latin-1")}
+    written = {"comma.csv": (",", "utf-8"), "semicolon.csv": (";", "latin-1"), "tab.csv": (r"\t", "utf-8")}
     told = {}
-    for name, (delimiter, encoding) in written.items():
+    for name, (typed, encoding) in written.items():
+        delimiter = typed.replace(r"\t", "\t")
         with (tmp_path / name).open("w", newline="", encoding=encoding) as file:
             writer = csv.writer(file, delimiter=delimiter)
             writer.writerows([["tête", "label"], *([row[0], f"né {row[-1]}"] for row in files)])
         options = ["-n", "5", "--label-column", "label", "--file", tmp_path / name, "--out", tmp_path / f"out-{name}"]
-        told[name] = call("curate", *verb, *options, "--delimiter", delimiter, "--encoding", encoding, "--json")
+        told[name] = call("curate", *verb, *options, "--delimiter", typed, "--encoding", encoding, "--json")
         assert (tmp_path / f"out-{name}").read_text(encoding).startswith(f"tête{delimiter}label")
-    assert told["comma.csv"]["examples"] == told["semicolon.csv"]["examples"]
+    assert told["comma.csv"]["examples"] == told["semicolon.csv"]["examples"] == told["tab.csv"]["examples"]
 
 
 @pytest.mark.parametrize(
