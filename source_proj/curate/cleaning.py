@@ -289,7 +289,10 @@ class Cleaning:
 
         Raises:
             SourceProjError: the file holds no cleaning.
+            FileNotFoundError: there is no such file.
         """
+        if not Path(path).exists():
+            raise FileNotFoundError(f"there is no {str(path)!r}: give the file that Cleaning.save or --list wrote")
         try:
             content = json.loads(Path(path).read_bytes())
             if content["format"] != _FORMAT:

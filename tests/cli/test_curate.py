@@ -159,5 +159,7 @@ def test_what_is_wrong_within_a_file_has_the_exit_code_of_bad_data(call, tmp_pat
 
 
 def test_a_list_that_is_none_is_bad_data_too(call, home, tmp_path):
+    refused = call("curate", "clean", tmp_path / "list.json", "train.csv", tmp_path / "x.csv", code=2)
+    assert "list.json': give the file that Cleaning.save or --list wrote" in refused
     (tmp_path / "list.json").write_text(json.dumps({"format": "x"}))
     assert "holds no list" in call("curate", "clean", tmp_path / "list.json", "train.csv", tmp_path / "x.csv", code=1)
