@@ -80,6 +80,8 @@ def delivery(options: Mapping[str, Any]) -> Delivery:
         raise ValueError("--out needs --file FILE, the training set that is written without the dropped examples")
     if goal.annotated and goal.out is None:
         raise ValueError("--annotated needs --out, where --file is written with new columns")
+    if goal.file is not None and goal.out is None and options.get("label_column") is None:
+        raise ValueError("--file needs --out, where it is written without the dropped examples")
     if goal.out is not None and goal.list is not None and goal.out.resolve() == goal.list.resolve():
         raise ValueError(f"--out and --list are both {goal.out}: give each a file of its own")
     for flag, path in (("--out", goal.out), ("--list", goal.list)):

@@ -113,6 +113,7 @@ def test_slips_are_named_before_any_work(call, home, tmp_path):
     assert "must end in .csv" in call("curate", *words, "--out", tmp_path / "x.jsonl", code=2)
     assert "new columns would change" in call("curate", *words, "--out", tmp_path / "x.csv", "--annotated", code=2)
     assert "--annotated needs --out" in call("curate", *words, "--annotated", code=2)
+    assert "--file needs --out" in call("curate", *words, code=2)
     assert f"--out '{tmp_path}/no/x.csv': the directory" in call(
         "curate", *words, "--out", tmp_path / "no" / "x.csv", code=2
     )
