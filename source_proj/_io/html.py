@@ -3,7 +3,7 @@
 import html
 from collections.abc import Iterable, Sequence
 
-from source_proj._io.printable import printable
+from source_proj._io.printable import SPELLING, printable
 
 __all__ = ["escape", "facts", "table", "tiles", "wrapped"]
 
@@ -18,7 +18,7 @@ def escape(text: object) -> str:
         >>> escape("<b>&\u202e")
         '&lt;b&gt;&amp;\\u202e'
     """
-    return html.escape(printable(str(text), keep="\n"))
+    return html.escape(printable(str(text), keep=SPELLING))
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[str]]) -> str:

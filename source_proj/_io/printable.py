@@ -2,10 +2,13 @@
 
 import unicodedata
 
-__all__ = ["csv_cell", "printable"]
+__all__ = ["SPELLING", "csv_cell", "printable"]
 
 _UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode categories that are no visible text: controls, direction marks, lone surrogates, line separators."""
+
+SPELLING = "\n\u200c\u200d"
+"""What a page keeps of these: lines, and the joiners within words of Persian and Hindi and the parts of an emoji."""
 
 
 def printable(text: str, *, keep: str = "") -> str:

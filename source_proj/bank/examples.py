@@ -206,7 +206,14 @@ class Examples:
         if callable(self.picture):
             return self.picture(value)
         if self.picture is not None:
-            return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value).reshape(self.picture)
+            pixels = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+            try:
+                return pixels.reshape(self.picture)
+            except ValueError:
+                raise ValueError(
+                    f"an input of {pixels.size} numbers has no shape {self.picture}: give one of as many, picture= "
+                    "(--picture)"
+                ) from None
         return value
 
     def _image(self, value: Any) -> str | None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from source_proj._errors import MismatchError
 from source_proj._io.executors import Executor
 from source_proj.attribution.attributor import Attributor
 from source_proj.attribution.hits import Hits
@@ -66,6 +67,7 @@ def ask(options: Mapping[str, Any], executor: Executor | None = None, *, own: bo
 
     Raises:
         ValueError: an option has no meaning for the method, is missing, or is said twice.
+        MismatchError: ``--data`` is another training set than the bank's.
     """
     paths: list[str] = options["bank"]
     target = parse_target(options["target"])
@@ -81,7 +83,7 @@ def ask(options: Mapping[str, Any], executor: Executor | None = None, *, own: bo
         own_answers=target == "predicted",
     )
     banks = [open_bank(path) for path in paths]
-    banks[0].examples = _examples(options, tokenizer, network if options.get("rerank") else None)
+    banks[0].examples = _examples(options, banks[0].n_rows, tokenizer, network if options.get("rerank") else None)
     method = options["method"]
     made = METHODS[method](
         banks,
@@ -161,10 +163,19 @@ def _task(bank: Bank, name: str | None, target: str | int | None) -> Task | None
     return Task.from_spec({**bank.task_spec, "target": target})
 
 
-def _examples(options: Mapping[str, Any], tokenizer: Any, network: Any) -> Examples | None:
-    """How training examples are shown: by the data that was named, or by the text file that the bank knows."""
+def _examples(options: Mapping[str, Any], n: int, tokenizer: Any, network: Any) -> Examples | None:
+    """How the n training examples are shown: by the data that was named, or by the text file that the bank knows.
+
+    Raises:
+        MismatchError: the data are of another length, so that some would stand under the ids of others.
+    """
     picture = parse_picture(options["picture"])
     if options["data"] is not None:
-        return Examples(load_object(options["data"], "--data"), picture=picture)
+        named = Examples(load_object(options["data"], "--data"), picture=picture)
+        if len(named) != n:
+            raise MismatchError(
+                f"--data {options['data']!r} gives {len(named)} examples and the bank has {n}: name its training set"
+            )
+        return named
     known = training_texts(options["bank"][0], tokenizer, network)
     return known if picture is None or known is not None else Examples([], picture=picture)

@@ -10,12 +10,14 @@ from source_proj._errors import MismatchError
 from source_proj._io.outputs import require_free
 from source_proj.attribution.source import Source
 from source_proj.bank import open as open_bank
+from source_proj.cli.answers import require_folder
 from source_proj.cli.output import emit, say
 from source_proj.cli.parsing import make_task, needed
 from source_proj.cli.text import ask_about
+from source_proj.curate.files import require_writable
 from source_proj.integrations.text_rows import lacking, text_rows
 
-__all__ = ["Delivery", "aggregate", "asked", "column", "delivery"]
+__all__ = ["Delivery", "aggregate", "asked", "delivery", "labels"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,6 @@ class Delivery:
 
     def give(self, cleaning: curate.Cleaning) -> None:
         """Write what was asked for, and print the rest."""
-        if self.list is not None:
-            cleaning.save(self.list, overwrite=self.overwrite)
         if self.file is not None and self.out is not None:
             cleaning.write(
                 self.file,
@@ -44,6 +44,8 @@ class Delivery:
                 delimiter=self.delimiter,
                 annotated=self.annotated,
             )
+        if self.list is not None:
+            cleaning.save(self.list, overwrite=self.overwrite)
         if self.json:
             emit(
                 {
@@ -67,18 +69,31 @@ def delivery(options: Mapping[str, Any]) -> Delivery:
     """Where a command's options say that its cleaning goes; refuses what cannot be written before any work is done.
 
     Raises:
-        ValueError: one of ``--file`` and ``--out`` is missing, or what is to be written is the training set itself.
+        ValueError: one of ``--file`` and ``--out`` is missing, or what is to be written is the training set itself, of
+            another kind, or one file twice.
         FileExistsError: something is there that may not be overwritten.
+        FileNotFoundError: the training set is not there, or the folder to write into.
     """
     chosen: dict[str, Any] = {field.name: options.get(field.name) for field in fields(Delivery)}  # clean has no --list
     goal = Delivery(**chosen)
     if goal.out is not None and goal.file is None:
         raise ValueError("--out needs --file FILE, the training set that is written without the dropped examples")
+    if goal.annotated and goal.out is None:
+        raise ValueError("--annotated needs --out, where --file is written with new columns")
+    if goal.file is not None and goal.out is None and options.get("label_column") is None:
+        raise ValueError("--file needs --out, where it is written without the dropped examples")
+    if goal.out is not None and goal.list is not None and goal.out.resolve() == goal.list.resolve():
+        raise ValueError(f"--out and --list are both {goal.out}: give each a file of its own")
     for flag, path in (("--out", goal.out), ("--list", goal.list)):
-        if path is not None and goal.file is not None and path.exists() and goal.file.exists():
+        if path is None:
+            continue
+        require_folder(flag, path)
+        if goal.file is not None and path.exists() and goal.file.exists():
             _require_another(path, goal.file, flag)
-        if path is not None and not path.is_dir():
-            require_free(path, overwrite=goal.overwrite)
+    if goal.list is not None:
+        require_free(goal.list, overwrite=goal.overwrite)
+    if goal.file is not None and goal.out is not None:
+        require_writable(goal.file, goal.out, annotated=goal.annotated, overwrite=goal.overwrite)
     return goal
 
 
@@ -129,18 +144,28 @@ def _numbers(values: Sequence[Any]) -> list[float]:
     return numbers
 
 
-def column(file: Path | None, name: str) -> list[Any]:
-    """A column of a file.
+def labels(options: Mapping[str, Any]) -> list[Any]:
+    """The training set's labels, read from ``--file`` as it is written.
 
     Raises:
         ValueError: no file is named.
-        MismatchError: there is no such column, or a record has nothing in it.
+        MismatchError: as `column`.
     """
+    name, file = options["label_column"], options["file"]
     if file is None:
         raise ValueError(f"the labels are in no file: give --file FILE, whose column {name!r} holds them")
-    called, rows = text_rows(file)
+    return column(file, name, encoding=options["encoding"], delimiter=options["delimiter"])
+
+
+def column(file: Path, name: str, *, encoding: str = "utf-8", delimiter: str = ",") -> list[Any]:
+    """A column of a file.
+
+    Raises:
+        MismatchError: there is no such column, or a record has nothing in it, as an empty cell of a table.
+    """
+    called, rows = text_rows(file, encoding=encoding, delimiter=delimiter)
     values = [row.get(name) for row in rows]
-    if None in values:
-        place = values.index(None)
-        raise lacking(name, rows[place], place + 1, called)
+    for place, value in enumerate(values):
+        if value is None or value == "":
+            raise lacking(name, rows[place], place + 1, called)
     return values

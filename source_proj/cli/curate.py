@@ -51,7 +51,14 @@ ListFile = Annotated[
     Path | None, typer.Option("--list", metavar="JSON", help="Where to write ids, reasons and numbers.")
 ]
 Encoding = Annotated[str, typer.Option("--encoding", help="Of --file, if it begins with no byte order mark.")]
-Delimiter = Annotated[str, typer.Option("--delimiter", help="Of a .csv file.")]
+Delimiter = Annotated[
+    str,
+    typer.Option(
+        "--delimiter",
+        help=r"Of a .csv file; \t is a tab.",
+        callback=lambda sign: sign.replace(r"\t", "\t"),  # which few shells can type
+    ),
+]
 WithColumns = Annotated[
     bool, typer.Option("--annotated", help="Leave all examples in, and add columns (.parquet and folders).")
 ]
@@ -125,7 +132,7 @@ def drop_worst(
     from source_proj.cli import cleanings
 
     delivery = cleanings.delivery(context.params)
-    labels = None if label_column is None else cleanings.column(file, label_column)
+    labels = None if label_column is None else cleanings.labels(context.params)
     source, data = cleanings.asked(context.params)
     aggregated = cleanings.aggregate(source, data, dataset, group_column, weight_column)
     delivery.give(library.drop_worst(aggregated, n, labels=labels))
@@ -159,7 +166,7 @@ def select(
     from source_proj.cli import cleanings
 
     delivery = cleanings.delivery(context.params)
-    labels = None if label_column is None else cleanings.column(file, label_column)
+    labels = None if label_column is None else cleanings.labels(context.params)
     source, data = cleanings.asked(context.params)
     delivery.give(library.select(source, data, n=n, labels=labels))
 
@@ -194,7 +201,7 @@ def mislabelled(
     from source_proj.cli import cleanings
 
     delivery = cleanings.delivery(context.params)
-    labels = cleanings.column(file, label_column)
+    labels = cleanings.labels(context.params)
     source = Source([open_bank(path) for path in bank], device=device, progress=False)
     delivery.give(library.mislabelled(source, labels, n=n, by=by.value.replace("-", "_")))  # type: ignore[arg-type]
 

@@ -102,8 +102,10 @@ def explore(
         import starlette  # noqa: F401 (before any work is done)
         import uvicorn  # noqa: F401
     from source_proj.cli.text import own_file
-    from source_proj.report.explore import Explorer, serve, write_static
+    from source_proj.report.explore import Explorer, require_writable, serve, write_static
 
+    if static is not None:
+        require_writable(static, overwrite=overwrite)
     asked, data_of_queries = ask(context.params, own=True)
     known = file or own_file(bank[0])
     documents = _documents(asked.task.name, bank[0], known, trust_remote_code) if static is None else None

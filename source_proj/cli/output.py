@@ -23,8 +23,9 @@ debug: ContextVar[bool] = ContextVar("debug", default=False)
 
 
 def emit(value: Any) -> None:
-    """Print a value as JSON on standard output."""
-    typer.echo(json.dumps(value, default=_plain, indent=2))
+    """Print a value as JSON on standard output; a number that is not finite is null there, as JSON knows none."""
+    plain = json.loads(json.dumps(value, default=_plain), parse_constant=lambda _: None)
+    typer.echo(json.dumps(plain, indent=2))
 
 
 def say(text: str) -> None:
@@ -70,6 +71,8 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
             with warnings.catch_warnings():
                 warnings.showwarning = _say_warning
                 command(*args, **kwargs)
+        except BrokenPipeError:  # who reads, as head does, has seen enough: typer ends in silence
+            raise
         except (SourceProjError, ValueError, TypeError, OSError, ImportError) as error:
             if debug.get():
                 raise

@@ -139,10 +139,11 @@ class Cleaning:
         Raises:
             ValueError: an id is not among those named.
         """
-        unknown = [its_id for its_id in ids if its_id not in set(self.ids)]
+        named, right = set(self.ids), set(ids)
+        unknown = [its_id for its_id in ids if its_id not in named]
         if unknown:
             raise ValueError(f"{unknown[:5]} are not among the {len(self)} examples that this cleaning names")
-        return self._only([place for place, its_id in enumerate(self.ids) if its_id not in set(ids)])
+        return self._only([place for place, its_id in enumerate(self.ids) if its_id not in right])
 
     def of_stage(self, name: str) -> Cleaning:
         """The part of one training stage, whose ids are no longer pairs.
@@ -288,7 +289,10 @@ class Cleaning:
 
         Raises:
             SourceProjError: the file holds no cleaning.
+            FileNotFoundError: there is no such file.
         """
+        if not Path(path).exists():
+            raise FileNotFoundError(f"there is no {str(path)!r}: give the file that Cleaning.save or --list wrote")
         try:
             content = json.loads(Path(path).read_bytes())
             if content["format"] != _FORMAT:

@@ -13,7 +13,7 @@ from source_proj._io.outputs import require_free, write_output, write_output_fol
 from source_proj._io.records import csv_records, json_lines
 from source_proj.curate.kept import annotate, require_new, take
 
-__all__ = ["write_kept"]
+__all__ = ["require_writable", "write_kept"]
 
 _DATASET_FILES = {"dataset_info.json", "state.json"}
 _LINES = (".jsonl", ".ndjson")
@@ -48,13 +48,8 @@ def write_kept(
         FileNotFoundError: there is no such file.
         ValueError: the file is of an unknown kind, or to become one of another kind, or one lies within the other.
     """
-    if not source.exists():
-        raise FileNotFoundError(f"the data set {str(source)!r} does not exist")
-    folder = source.is_dir()
-    _require_apart(source, out)
-    _check_kinds(source, out, annotated=columns is not None)
-    require_free(out, overwrite=overwrite, replaceable=_is_dataset_folder if folder else Path.is_file)
-    if folder:
+    require_writable(source, out, annotated=columns is not None, overwrite=overwrite)
+    if source.is_dir():
         _write_folder(source, out, dropped, n, columns, overwrite)
     elif source.suffix == ".parquet":
         _write_parquet(source, out, dropped, n, columns, overwrite)
@@ -68,6 +63,25 @@ def write_kept(
         )
         _require_count(source, len(records), n)
         write_output(out, records.without(dropped.tolist()), overwrite=overwrite)
+
+
+def require_writable(source: Path, out: Path, *, annotated: bool, overwrite: bool) -> None:
+    """Refuse what :func:`write_kept` could not write, as far as the names tell.
+
+    Args:
+        source: the file or folder.
+        out: where it shall be written.
+        annotated: whether columns are to be added.
+        overwrite: whether what is at ``out`` is replaced.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError: as :func:`write_kept`.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"the data set {str(source)!r} does not exist")
+    _require_apart(source, out)
+    _check_kinds(source, out, annotated=annotated)
+    require_free(out, overwrite=overwrite, replaceable=_is_dataset_folder if source.is_dir() else Path.is_file)
 
 
 def _require_apart(source: Path, out: Path) -> None:

@@ -12,12 +12,14 @@ from source_proj._io.records import csv_records, csv_rows, json_lines, json_rows
 __all__ = ["lacking", "text_rows"]
 
 
-def text_rows(data: Any) -> tuple[str, list[Mapping[str, Any]]]:
+def text_rows(data: Any, *, encoding: str = "utf-8", delimiter: str = ",") -> tuple[str, list[Mapping[str, Any]]]:
     """What the data are called in messages, and their rows by the names of the columns.
 
     Args:
         data: a ``.jsonl`` file (one object a line), a ``.csv`` one (with a header), a ``.parquet`` one, a folder that
             ``datasets`` saved, a ``datasets.Dataset``, a pandas frame, or a list of mappings.
+        encoding: of a file of text that begins with no byte order mark.
+        delimiter: of a ``.csv`` file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -27,7 +29,7 @@ def text_rows(data: Any) -> tuple[str, list[Mapping[str, Any]]]:
     """
     if isinstance(data, str | Path):
         path = Path(data)
-        return repr(str(path)), list(_rows_of_file(path))
+        return repr(str(path)), list(_rows_of_file(path, encoding, delimiter))
     if hasattr(data, "to_dict") and hasattr(data, "iloc"):  # pandas
         return "the frame", data.astype(object).where(data.notna(), None).to_dict(orient="records")
     if isinstance(data, Mapping):
@@ -40,20 +42,21 @@ def text_rows(data: Any) -> tuple[str, list[Mapping[str, Any]]]:
 
 def lacking(column: str, row: Mapping[str, Any], example: int, data: str) -> MismatchError:
     """What to say of a row that has nothing in a column; examples are counted from 1."""
-    there = sorted(str(name) for name, value in row.items() if value is not None)
+    there = sorted(str(name) for name, value in row.items() if value is not None and value != "")
     return MismatchError(f"example {example} of {data} has no {column!r}, only {there}")
 
 
-def _rows_of_file(path: Path) -> Iterable[Mapping[str, Any]]:
+def _rows_of_file(path: Path, encoding: str, delimiter: str) -> Iterable[Mapping[str, Any]]:
     if not path.exists():
         raise FileNotFoundError(f"the data set {str(path)!r} does not exist")
     try:
         if path.is_dir() or path.suffix == ".parquet":
             return _loaded(path)
         if path.suffix == ".csv":
-            return csv_rows(csv_records(path.read_bytes()))
+            records = csv_records(path.read_bytes(), encoding=encoding, delimiter=delimiter)
+            return csv_rows(records, delimiter=delimiter)
         if path.suffix in (".jsonl", ".ndjson"):
-            return list(json_rows(json_lines(path.read_bytes())))
+            return list(json_rows(json_lines(path.read_bytes(), encoding=encoding)))
     except ValueError as error:
         raise MismatchError(f"{str(path)!r}: {error}") from error
     raise ValueError(f"the data set {str(path)!r} must be a .jsonl, .csv or .parquet file, or a folder of datasets")

@@ -1,17 +1,19 @@
 """Lay out a :class:`Page` as one HTML file that needs nothing beside it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from source_proj._errors import extra
 from source_proj._io.outputs import write_output
+from source_proj._io.printable import printable
 from source_proj.attribution.hits import Hits
 from source_proj.attribution.parts import PartScores
 from source_proj.attribution.scores import Scores
-from source_proj.attribution.words import TOWARDS, explained, signed
-from source_proj.bank.examples import ClassNames, Examples, Picture
+from source_proj.attribution.words import TOWARDS, explained, id_word, signed
+from source_proj.bank.examples import ClassNames, Example, Examples, Picture
 from source_proj.report.content import Attribution, Check, MethodLists, Page, QuerySection
 
 __all__ = ["make_hits_page", "make_page", "render", "write_report"]
@@ -41,8 +43,9 @@ def make_page(
     Args:
         title: heading of the page.
         scores: scores of the queries; rows and columns in the order of the two data sets.
-        train_set: map-style data set of ``(input, label)`` that the scores' columns stand for.
-        queries: map-style data set of ``(input, label)`` that the scores' rows stand for.
+        train_set: what the scores' columns stand for: a map-style data set of ``(input, label)``, or what else
+            :class:`Examples` takes.
+        queries: what the scores' rows stand for, likewise.
         parts: the scores by segment of training, as ``Source.by_segment`` gives them.
         predictions: what the model says of each query, as class numbers or words.
         measurements: each query's measurement.
@@ -55,7 +58,8 @@ def make_page(
         others: scores of the same queries and training examples by other methods, under their names.
 
     Raises:
-        ValueError: if the data sets are not as long as the scores say, or parts or others belong to other scores.
+        ValueError: if the data sets, or what is said of each query, are not as long as the scores say, or parts or
+            others belong to other scores.
         ImportError: without Pillow (extra ``demo``).
 
     Example:
@@ -65,24 +69,20 @@ def make_page(
         >>> [hit.example.text for hit in page.sections[0].harmful]
         ['bad film']
     """
-    if (len(queries), len(train_set)) != scores.shape:
-        raise ValueError(
-            f"scores of shape {scores.shape} need as many queries and training examples, "
-            f"got {len(queries)} and {len(train_set)}"
-        )
+    shown = Examples(train_set, picture=picture, class_names=class_names, columns=columns)
+    asked = shown.like(queries)
+    _require_lengths(scores, shown, asked, predictions=predictions, measurements=measurements, notes=notes)
     if parts is not None and parts.values.shape[1:] != scores.shape:
         raise ValueError(f"parts of shape {parts.values.shape} do not go with scores of shape {scores.shape}")
     others = others or {}
     for name, other in others.items():
         if other.shape != scores.shape:
             raise ValueError(f"scores {name!r} of shape {other.shape} do not go with scores of shape {scores.shape}")
-    shown = Examples(train_set, picture=picture, class_names=class_names, columns=columns)
-    asked = shown.like(queries)
     lists = _strongest(scores, shown, top, parts)
     beside = {name: _strongest(other, shown, top) for name, other in others.items()}
     sections = tuple(
         QuerySection(
-            example=asked.show(query, id, None if predictions is None else predictions[query]),
+            example=asked.show(query, id_word(id), None if predictions is None else predictions[query]),
             helpful=lists[query][0],
             harmful=lists[query][1],
             measurement=None if measurements is None else float(measurements[query]),
@@ -98,6 +98,19 @@ def make_page(
     )
 
 
+def _require_lengths(
+    scores: Scores, train_set: Examples, queries: Examples, **of_each_query: Sequence[Any] | None
+) -> None:
+    if (len(queries), len(train_set)) != scores.shape:
+        raise ValueError(
+            f"scores of shape {scores.shape} need as many queries and training examples, "
+            f"got {len(queries)} and {len(train_set)}"
+        )
+    for name, values in of_each_query.items():
+        if values is not None and len(values) != len(queries):
+            raise ValueError(f"got {len(values)} {name} for {len(queries)} queries: give one for each")
+
+
 def _strongest(
     scores: Scores, train_set: Examples, top: int, parts: PartScores | None = None
 ) -> list[tuple[tuple[Attribution, ...], tuple[Attribution, ...]]]:
@@ -107,7 +120,7 @@ def _strongest(
     def listed(query: int, hits: Hits, raises: bool) -> tuple[Attribution, ...]:
         return tuple(
             Attribution(
-                train_set.show(int(row), scores.train_ids[row]),
+                train_set.show(int(row), id_word(scores.train_ids[row])),
                 float(value),
                 () if parts is None else tuple(float(part) for part in parts.values[:, query, row]),
             )
@@ -132,7 +145,7 @@ def make_hits_page(title: str, lists: Mapping[str, Hits], facts: Sequence[tuple[
 
     def listed(query: int, helps: bool) -> tuple[Attribution, ...]:
         entries = [
-            Attribution(each.train_example(query, rank), hit.score)
+            Attribution(_named(each.train_example(query, rank)), hit.score)
             for name, each in lists.items()
             if name != TOWARDS[not helps]  # the least helpful may end a list of harmful ones
             for rank, hit in enumerate(each[query])
@@ -141,11 +154,17 @@ def make_hits_page(title: str, lists: Mapping[str, Hits], facts: Sequence[tuple[
         return tuple(sorted(entries, key=lambda entry: -abs(entry.score)))
 
     sections = tuple(
-        QuerySection(hits.query_example(query), listed(query, True), listed(query, False)) for query in range(len(hits))
+        QuerySection(_named(hits.query_example(query)), listed(query, True), listed(query, False))
+        for query in range(len(hits))
     )
     return Page(
         title, hits.unit, sections, facts=tuple(facts), higher_is_better=hits.higher_is_better, additive=hits.additive
     )
+
+
+def _named(example: Example) -> Example:
+    """The example by its id in one word, as terminals and notebooks write it."""
+    return replace(example, id=id_word(example.id))
 
 
 def render(page: Page) -> str:
@@ -164,6 +183,7 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
     )
     environment.filters["signed"] = partial(signed, minus="−")
+    environment.filters["printable"] = printable
     return environment.get_template("page.html").render(
         page=page, scale=_scale(page.checks), unit_in_words=explained(page.unit)
     )

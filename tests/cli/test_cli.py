@@ -163,6 +163,13 @@ def test_top_k_writes_a_page(call, tmp_path, scores):
     assert "does not exist" in call("top-k", "bank", *ASK, "--html", tmp_path / "absent" / "page.html", code=2)
 
 
+def test_data_that_are_not_the_training_set_are_not_shown_as_such(call):
+    refused = call("top-k", "bank", *ASK, "--data", "mine:queries", code=1)
+    assert "--data 'mine:queries' gives 3 examples and the bank has 40: name its training set" in refused
+    refused = call("top-k", "bank", *ASK, "--data", "mine:train_set", "--picture", "8x8", code=2)
+    assert "an input of 5 numbers has no shape (8, 8): give one of as many" in refused
+
+
 def test_questions_without_labels_are_about_the_prediction(call):
     import mine
 
@@ -348,3 +355,19 @@ def test_a_real_process_prints_json_alone(home, monkeypatch, capfd):
     assert (ended.value.code, said.out) == (1, "")
     assert "nowhere" in said.err
     assert "Traceback" not in said.err
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(home):
+    read, written = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", "from source_proj.cli import main; main()", "inspect", "bank", "--json"],
+        cwd=home,
+        env={**os.environ, "PYTHONPATH": str(Path(sp.__file__).parent.parent)},
+        stdout=written,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    os.close(written)
+    assert done.stderr == ""

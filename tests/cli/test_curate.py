@@ -93,6 +93,8 @@ def test_verify_tells_the_gain_by_the_users_functions(call, home, tmp_path):
     assert np.allclose(told["measures"]["kept"], 1 + 0.001 * np.arange(5))
     assert told["verdict"].startswith("better than training on all examples")
     assert "kept - random" in call("curate", "verify", listing, *judge, "--seeds", 2)
+    alone = call("curate", "verify", listing, *judge, "--seeds", 1, "--json")
+    assert (alone["gain"]["mean"], alone["gain"]["low"]) == (1, None)  # JSON has no NaN
     refused = call("curate", "verify", listing, "--train", "judge:text", "--evaluate", "judge:evaluate", code=2)
     assert "--train 'judge:text' must name a function" in refused
 
@@ -105,7 +107,39 @@ def test_slips_are_named_before_any_work(call, home, tmp_path):
         assert f"is the training set itself, which is never replaced: give another {option}" in call(
             "curate", *words, "--overwrite", code=2
         )
+    listing = tmp_path / "list.json"
+    words = ["duplicates", "bank", "--file", "train.csv", "--list", listing]
+    assert "are both" in call("curate", *words, "--out", listing, "--overwrite", code=2)
+    assert "must end in .csv" in call("curate", *words, "--out", tmp_path / "x.jsonl", code=2)
+    assert "new columns would change" in call("curate", *words, "--out", tmp_path / "x.csv", "--annotated", code=2)
+    assert "--annotated needs --out" in call("curate", *words, "--annotated", code=2)
+    assert "--file needs --out" in call("curate", *words, code=2)
+    assert f"--out '{tmp_path}/no/x.csv': the directory" in call(
+        "curate", *words, "--out", tmp_path / "no" / "x.csv", code=2
+    )
+    assert "--list 'no/list.json': the directory 'no' does not exist" in call(
+        "curate", "duplicates", "bank", "--list", "no/list.json", code=2
+    )
+    (tmp_path / "short.csv").write_text("a,label\n1,2\n")
+    short = ["duplicates", "bank", "--file", tmp_path / "short.csv", "--out", tmp_path / "x.csv", "--list", listing]
+    assert "has 1 records" in call("curate", *short, code=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["short.csv"]  # neither is written where one cannot be
     assert "--dataset is missing" in call("curate", "harmful", "bank", *ASK, "--group-column", "label", code=2)
+
+
+@pytest.mark.parametrize("verb", [["mislabelled", "bank"], ["drop-worst", "bank", *ASK], ["select", "bank", *ASK]])
+def test_labels_are_read_as_the_file_is_written(verb, call, files, tmp_path):
+    written = {"comma.csv": (",", "utf-8"), "semicolon.csv": (";", "latin-1"), "tab.csv": (r"\t", "utf-8")}
+    told = {}
+    for name, (typed, encoding) in written.items():
+        delimiter = typed.replace(r"\t", "\t")
+        with (tmp_path / name).open("w", newline="", encoding=encoding) as file:
+            writer = csv.writer(file, delimiter=delimiter)
+            writer.writerows([["tête", "label"], *([row[0], f"né {row[-1]}"] for row in files)])
+        options = ["-n", "5", "--label-column", "label", "--file", tmp_path / name, "--out", tmp_path / f"out-{name}"]
+        told[name] = call("curate", *verb, *options, "--delimiter", typed, "--encoding", encoding, "--json")
+        assert (tmp_path / f"out-{name}").read_text(encoding).startswith(f"tête{delimiter}label")
+    assert told["comma.csv"]["examples"] == told["semicolon.csv"]["examples"] == told["tab.csv"]["examples"]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +149,7 @@ def test_slips_are_named_before_any_work(call, home, tmp_path):
         ("a,a\n1,2\n", "the column 'a' is there twice"),
         ("a,b\n1,2,3\n", "record 1 has 3 fields"),
         ("a,b\n1,2\n", "example 1 of .* has no 'label', only"),
+        ('a,label\n1,x\n2,""\n', r"example 2 of .* has no 'label', only \['a'\]"),
     ],
 )
 def test_what_is_wrong_within_a_file_has_the_exit_code_of_bad_data(call, tmp_path, content, message):
@@ -125,5 +160,7 @@ def test_what_is_wrong_within_a_file_has_the_exit_code_of_bad_data(call, tmp_pat
 
 
 def test_a_list_that_is_none_is_bad_data_too(call, home, tmp_path):
+    refused = call("curate", "clean", tmp_path / "list.json", "train.csv", tmp_path / "x.csv", code=2)
+    assert "list.json': give the file that Cleaning.save or --list wrote" in refused
     (tmp_path / "list.json").write_text(json.dumps({"format": "x"}))
     assert "holds no list" in call("curate", "clean", tmp_path / "list.json", "train.csv", tmp_path / "x.csv", code=1)

@@ -232,3 +232,7 @@ def test_a_page_is_written_by_the_method_and_options_asked_for(call, tmp_path):
     assert "index.html" in call("explore", "bank", *ASK, *given)
     assert (tmp_path / "page" / "index.html").is_file()
     assert "exists" in call("explore", "bank", *ASK, *given, code=2)
+    asked = ["explore", "bank", "--model", "no:model", "--queries", "no:queries"]  # which is not looked at yet
+    assert "exists" in call(*asked, "--static", tmp_path / "page", code=2)
+    (tmp_path / "a-file").touch()
+    assert "a-file is a file, and the page is a folder" in call(*asked, "--static", tmp_path / "a-file", code=2)

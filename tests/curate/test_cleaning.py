@@ -283,3 +283,19 @@ def test_an_index_of_pandas_survives(tmp_path):
     frame.to_parquet(tmp_path / "data.parquet")
     cleaning_of([0, 4]).write(tmp_path / "data.parquet", tmp_path / "clean.parquet")
     assert pandas.read_parquet(tmp_path / "clean.parquet")["a"].tolist() == [1, 2, 3, 5, 6]
+
+
+def test_taking_some_back_looks_at_each_id_a_few_times_whatever_their_number():
+    looked = 0
+
+    class Id(int):
+        def __hash__(self):
+            nonlocal looked
+            looked += 1
+            return super().__hash__()
+
+    ids = list(map(Id, range(300)))
+    cleaning = Cleaning("by hand", ids, [""] * 300, {}, ids)
+    looked = 0
+    assert len(cleaning.without(ids[::2])) == 150
+    assert looked < 10 * 300

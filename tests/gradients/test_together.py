@@ -1,5 +1,7 @@
 """Several functions of one forward pass have the rows that each has of a pass of its own."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -175,3 +177,28 @@ def test_backward_passes_that_can_be_made_once_get_forward_passes_of_their_own(f
         for (name, each), (_, (made,)) in zip(functions, found, strict=True):
             _, (expected,) = alone.sketch_scaled(each, batch, [None], name)
             torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+class Shifted(TiedDecoder):
+    """With a parameter that no layer has."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.ones(VOCABULARY))
+
+    def forward(self, input_ids):
+        return super().forward(input_ids) + self.shift
+
+
+def test_a_layer_that_sees_no_batch_is_proven_without_a_warning():
+    """torch warns, once in a process, of a number made of what has a gradient."""
+    _, task, batch = language(3)
+    model, before = Shifted(), torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            gradient_engine(model, ParameterSpace.from_model(model), Sketch(16)).sketch(task.output, batch)
+    finally:
+        torch.set_warn_always(before)
+    assert not told

@@ -29,7 +29,7 @@ class Words:
         return f"film number {index} {HOSTILE if index % 7 == 0 else 'was fine'}", int(self.labels[index])
 
 
-def make_explorer(folder, file=None):
+def make_explorer(folder, file=None, ids=None):
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(60, 4, generator=generator)
     labels = (inputs[:, 0] + 0.5 * inputs[:, 1] > 0).long()
@@ -51,7 +51,7 @@ def make_explorer(folder, file=None):
         train,
         folder / "bank",
         sketch=sp.Sketch(dim=32),
-        ids=[f"{HOSTILE}{place}" if place == 3 else f"=id{place}" for place in range(48)],
+        ids=ids or [f"{HOSTILE}{place}" if place == 3 else f"=id{place}" for place in range(48)],
         progress=False,
     )
     bank.examples = Examples(train, class_names=["bad", HOSTILE])

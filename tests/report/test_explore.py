@@ -1,6 +1,7 @@
 """The page's answers are the engine's own, they are for this machine alone, and strange texts stay texts."""
 
 import json
+import socket
 from urllib.parse import quote
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from explored import HOSTILE, Client, make_explorer
 
 from source_proj._io.printable import printable
-from source_proj.report.explore import write_static
+from source_proj.report.explore import serve, write_static
 from source_proj.report.explore.state import PAGE
 
 pytest.importorskip("starlette", reason="the extra explore is not installed")
@@ -155,3 +156,12 @@ def test_some_rows_scores_are_those_of_all(explorer, parts):
     assert np.array_equal(some.present, parts.present[:, rows])
     with pytest.raises(ValueError, match=r"0\.\.47, got \[48\]"):
         explorer.method.score_rows(explorer._features, [48])
+
+
+def test_a_port_that_is_taken_is_named(explorer):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"nothing can be served at port {port} .*: give another, or 0 for any"):
+            serve(explorer, port)

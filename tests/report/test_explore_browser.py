@@ -1,5 +1,6 @@
 """The page in a real browser: search, click, keyboard, the tray; no error, no request to anywhere else."""
 
+import json
 import socket
 import threading
 import time
@@ -89,11 +90,31 @@ def test_the_keyboard_alone_searches_opens_and_chooses(page):
         assert file.read().startswith("id\n\"'=id")
 
 
+def test_ids_leave_the_page_as_they_are(browser, tmp_path):
+    """Those beyond 2**53 as well, which a browser's own numbers would round."""
+    explorer = make_explorer(tmp_path, ids=[2**60 + place for place in range(48)])
+    write_static(explorer, tmp_path / "page")
+    page = browser.new_page()
+    page.goto(f"file://{tmp_path}/page/index.html")
+    page.wait_for_selector("body[data-ready]")
+    page.click("#tab-train")
+    page.focus("#rows")
+    page.keyboard.press("Space")
+    chosen = int(page.text_content("#tray li span"))
+    assert chosen >= 2**60
+    with page.expect_download() as download:
+        page.click("#save-json")
+    with open(download.value.path(), encoding="utf-8") as file:
+        assert json.load(file) == [chosen]
+    page.close()
+
+
 def test_strange_texts_are_shown_as_text(page):
     page.click("#row-0")
     page.wait_for_selector("#detail h2")
     assert "<img src=x" in page.text_content("#detail .text")
     assert page.locator("img[src=x]").count() == 0
+    assert page.get_attribute("#detail .text", "dir") == "auto"  # of any script
 
 
 @pytest.mark.parametrize("width", [360, 1280, 3840])

@@ -81,3 +81,10 @@ def test_who_searches_is_told_that_the_data_cannot_be_read():
         searched.search("fine", "", None, wanted=1)
     with pytest.raises(ValueError, match="the disk is gone"):
         _ = searched.labels
+
+
+@pytest.mark.parametrize("word", ["می\u200cخواهم", "क्\u200dष", "👩\u200d🔬"])
+def test_joiners_are_letters_of_the_words_that_are_spelled_with_them(word):
+    examples = Examples([(f"one {word}", 0), ("another", 0)])
+    assert word in examples.show(0, "a")._repr_html_()
+    assert tuple(ExampleIndex(["a", "b"], examples, [2]).search(word, "", None, 2).places) == (0,)

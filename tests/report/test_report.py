@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from source_proj.attribution.parts import PartScores
 from source_proj.attribution.scores import Scores
@@ -19,6 +20,7 @@ from source_proj.report import (
     Page,
     QuerySection,
     image_uri,
+    make_hits_page,
     make_page,
     render,
     write_report,
@@ -135,6 +137,18 @@ def test_other_scores_must_be_of_the_same_examples():
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="got 2 and 3"):
         make_page("t", small_scores(), small_data(3), small_data(2))
+    for count in (1, 3):
+        for name in ("predictions", "measurements", "notes"):
+            with pytest.raises(ValueError, match=f"got {count} {name} for 2 queries"):
+                small_page(**{name: [0] * count})
+
+
+def test_data_come_as_scores_take_them():
+    train, queries = small_data(4), small_data(2)
+    loaders = DataLoader(train, batch_size=3), DataLoader(queries, batch_size=3)
+    expected = make_page("t", small_scores(), train, queries)
+    assert make_page("t", small_scores(), *loaders) == expected
+    assert make_page("t", small_scores(), {"a": train[:1], "b": train[1:]}, queries) == expected
 
 
 def test_page_needs_nothing_beside_it():
@@ -174,6 +188,22 @@ def test_every_text_is_escaped():
     html = render(page)
     assert "<script" not in html
     assert Reader(html).text.count(EVIL) >= 24
+
+
+def test_ids_and_labels_are_words_as_everywhere():
+    """Of a stage, or turned round by a mark of direction that would take the id behind it along."""
+    ids = [("first", np.int64(3)), ("second\u202e", "b")]
+    scores = Scores(np.array([[1.0, -1.0]]), [np.int64(7)], ids, unit="u")
+    data = [("one", 0), ("two", 1)], [("asked", 1)]
+    page = make_page("t", scores, *data, predictions=[1], class_names=["no", "yes\u202e"])
+    of_hits = make_hits_page("t", {"helpful": scores.helpful(1), "harmful": scores.harmful(1)})
+    for text in (Reader(render(page)).text, Reader(render(of_hits)).text):
+        assert "id first/3" in text
+        assert "id second\\u202e/b" in text
+        assert "Query 7" in text
+        assert "\u202e" not in text
+    assert "label yes\\u202e · id second" in Reader(render(page)).text
+    assert "np.int64" not in page._repr_html_()
 
 
 def test_text_inputs_are_shown_as_text():

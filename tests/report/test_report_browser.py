@@ -51,3 +51,13 @@ def test_examples_have_room_and_nothing_has_to_be_scrolled_sideways(browser, add
         )
         assert all(share > 0.9 for share in shares)
     page.close()
+
+
+def test_a_text_begins_where_its_letters_do(browser, tmp_path):
+    scores = sp.Scores(np.array([[1.0, 0.5]]), ["q"], [0, 1], unit="u")
+    data = [("שלום, עולם!", 0), ("hello, world!", 1)], [("?", 0)]
+    page = browser.new_page()
+    page.goto(f"file://{write_report(make_page('t', scores, *data), tmp_path / 'page.html')}")
+    shown = page.locator(".tile .text").evaluate_all("texts => texts.map(text => getComputedStyle(text).direction)")
+    assert shown == ["rtl", "ltr"]
+    page.close()

@@ -2,6 +2,6 @@
 
 from source_proj.report.explore.server import application, serve
 from source_proj.report.explore.state import Explorer
-from source_proj.report.explore.static import write_static
+from source_proj.report.explore.static import require_writable, write_static
 
-__all__ = ["Explorer", "application", "serve", "write_static"]
+__all__ = ["Explorer", "application", "require_writable", "serve", "write_static"]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from source_proj._io.printable import printable
+from source_proj._io.printable import SPELLING, printable
 from source_proj.attribution.words import id_word
 from source_proj.bank.examples import Examples
 
@@ -155,7 +155,7 @@ class ExampleIndex:
 
 def _shown(text: str) -> str:
     """As the page shows it, so that what is seen can be searched."""
-    return printable(text, keep="\n")
+    return printable(text, keep=SPELLING)
 
 
 def _in_order(label: str) -> tuple[int, int, str]:

@@ -159,7 +159,7 @@ def serve(explorer: Explorer, port: int = 0, ready: Callable[[str], None] = prin
 
     Raises:
         ImportError: without uvicorn (extra ``explore``).
-        OSError: the port is taken.
+        OSError: the port is taken, or is not for everybody.
     """
     with extra("explore"):
         import uvicorn
@@ -167,7 +167,11 @@ def serve(explorer: Explorer, port: int = 0, ready: Callable[[str], None] = prin
 
     with socket.socket() as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(("127.0.0.1", port))
+        try:
+            listening.bind(("127.0.0.1", port))
+        except OSError as error:
+            reason = f"nothing can be served at port {port} ({error.strerror})"
+            raise OSError(f"{reason}: give another, or 0 for any") from None
         config = uvicorn.Config(application(explorer), log_level="warning", server_header=False)
         ready(f"http://127.0.0.1:{listening.getsockname()[1]}/")
         uvicorn.Server(config).run(sockets=[listening])

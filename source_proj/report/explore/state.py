@@ -1,5 +1,6 @@
 """What the page asks for: lists of examples, the strongest of each, and their parts, as plain values."""
 
+import json
 import tempfile
 import threading
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import Subset
 
-from source_proj._io.printable import csv_cell, printable
+from source_proj._io.printable import SPELLING, csv_cell, printable
 from source_proj.attribution.attributor import Attributor, Queries
 from source_proj.attribution.features import SketchedQueries
 from source_proj.attribution.source import Source
@@ -166,7 +167,11 @@ class Explorer:
         ids = self._documents[place]["input_ids"].tolist()[: len(values)]
         decode = (lambda token: str(token)) if read is None or read.tokenizer is None else read.tokenizer.decode
         return [
-            {"text": printable(str(decode([token])), keep="\n"), "score": float(value), "share": float(value) / largest}
+            {
+                "text": printable(str(decode([token])), keep=SPELLING),
+                "score": float(value),
+                "share": float(value) / largest,
+            }
             for token, value in zip(ids, values, strict=False)
         ]
 
@@ -219,7 +224,7 @@ def _told(example: Example, place: int) -> dict[str, Any]:
     """An example as JSON, its strange characters as escapes; what is not known of it is left out."""
     word = printable(str(id_word(example.id)))
     told = {
-        "text": None if example.text is None else printable(example.text, keep="\n"),
+        "text": None if example.text is None else printable(example.text, keep=SPELLING),
         "image": example.image,
         "row": [[printable(name), value] for name, value in example.row] or None,
         "file": None if example.file is None else printable(example.file),
@@ -227,4 +232,6 @@ def _told(example: Example, place: int) -> dict[str, Any]:
         "pixelated": example.pixelated or None,
     }
     known = {name: value for name, value in told.items() if value is not None}
-    return {"place": place, "id": plain_id(example.id), "word": word, "cell": csv_cell(word), **known}
+    own = plain_id(example.id)
+    written = json.dumps(own)  # for files: a browser's own numbers are exact to 2**53 alone
+    return {"place": place, "id": own, "json": written, "word": word, "cell": csv_cell(word), **known}

@@ -8,9 +8,23 @@ from source_proj._io.outputs import require_free, write_outputs
 from source_proj.report.explore.server import PAGE_FILES, page_file
 from source_proj.report.explore.state import Explorer, Kind, Sense
 
-__all__ = ["write_static"]
+__all__ = ["require_writable", "write_static"]
 
+_DATA = "data.js"
+_FILES = (*PAGE_FILES, _DATA)
 _SENSES: tuple[Sense, Sense] = ("helpful", "harmful")
+
+
+def require_writable(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that the page cannot be written into, before any work is done for it.
+
+    Raises:
+        FileExistsError: one of its files is there, or a file in the place of the folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, and the page is a folder of several: give another path")
+    for name in _FILES:
+        require_free(folder / name, overwrite=overwrite)
 
 
 def write_static(explorer: Explorer, folder: Path, *, overwrite: bool = False) -> None:
@@ -22,14 +36,12 @@ def write_static(explorer: Explorer, folder: Path, *, overwrite: bool = False) -
         overwrite: replace the page's files that are there.
 
     Raises:
-        FileExistsError: one of them is there.
+        FileExistsError: as :func:`require_writable`.
     """
+    require_writable(folder, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: folder / name for name in [*PAGE_FILES, "data.js"]}
-    for path in paths.values():
-        require_free(path, overwrite=overwrite)
-    content = {paths[name]: page_file(name) for name in PAGE_FILES}
-    content[paths["data.js"]] = b"window.exploreData = " + json.dumps(_data(explorer)).encode() + b";\n"
+    content = {folder / name: page_file(name) for name in PAGE_FILES}
+    content[folder / _DATA] = b"window.exploreData = " + json.dumps(_data(explorer)).encode() + b";\n"
     write_outputs(content, overwrite=overwrite)
 
 

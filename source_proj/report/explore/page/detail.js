@@ -41,7 +41,7 @@ class Detail {
 
   content(example) {
     const rows = (example.row || []).map(([name, value]) => make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, value)));
-    const shown = [picture(example), example.text ? make("p", { class: "text" }, example.text) : null];
+    const shown = [picture(example), example.text ? make("p", { class: "text", dir: "auto" }, example.text) : null];
     if (rows.length) shown.push(make("table", {}, make("tbody", {}, ...rows)));
     if (!example.image && !example.text && example.file) shown.push(make("p", { class: "text" }, example.file));
     return shown.filter(Boolean);
@@ -151,7 +151,7 @@ class Detail {
         return word;
       });
       item.querySelector(".text")?.remove();
-      item.prepend(make("p", { class: "text tokens" }, ...words));
+      item.prepend(make("p", { class: "text tokens", dir: "auto" }, ...words));
     });
     return button;
   }

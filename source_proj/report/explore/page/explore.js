@@ -85,7 +85,7 @@ async function start() {
       const names = [example.label ? `label ${example.label}` : "", `id ${example.word}`].filter(Boolean);
       const lines = known ? [known, names.reverse().join(" · ")] : names;
       if (image) option.append(image);
-      option.append(make("span", {}, ...lines.map((line) => make("span", { class: "line" }, line))));
+      option.append(make("span", {}, ...lines.map((line) => make("span", { class: "line", dir: "auto" }, line))));
       if (list.kind === "train" && tray.has(example)) option.append(make("span", { title: "in the tray" }, "✓"));
     },
   });

@@ -48,7 +48,7 @@ class Tray {
     const examples = [...this.chosen.values()];
     const quoted = (value) => `"${String(value).replaceAll('"', '""')}"`;
     const content = kind === "json"
-      ? JSON.stringify(examples.map((example) => example.id))
+      ? `[${examples.map((example) => example.json).join(",")}]`
       : ["id", ...examples.map((example) => quoted(example.cell))].join("\r\n") + "\r\n";
     const address = URL.createObjectURL(new Blob([content], { type: kind === "json" ? "application/json" : "text/csv" }));
     make("a", { href: address, download: `ids.${kind}` }).click();
