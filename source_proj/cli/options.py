@@ -80,7 +80,7 @@ BankPath = Annotated[
 ]
 BankPaths = Annotated[
     list[str],
-    typer.Argument(metavar="BANK...", help="The bank's directory or URL; scores are averaged over several."),
+    typer.Argument(metavar="BANK", help="The bank's directory or URL; scores are averaged over several."),
 ]
 BatchSize = Annotated[
     int,

@@ -101,6 +101,8 @@ class TextOptions:
             raise ValueError("--model and --data have no meaning beside --hf-model and --dataset: leave one pair out")
         if self.dataset is None:
             raise ValueError("--hf-model needs --dataset FILE, a .jsonl or .csv file")
+        if not self.dataset.exists():  # before a model is loaded
+            raise FileNotFoundError(f"the data set {str(self.dataset)!r} does not exist")
         settings = self.settings
         network, tokenizer = load_pretrained(settings.model, trust_remote_code=self.trust_remote_code)
         training_set = TextData(self.dataset, settings, network, tokenizer)
