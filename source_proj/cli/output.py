@@ -1,6 +1,7 @@
 """What commands print: JSON alone for scripts, tables for people, one line for an error."""
 
 import functools
+import inspect
 import json
 import os
 import sys
@@ -79,7 +80,13 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
             print(f"error: {printable(' '.join(str(error).split())) or type(error).__name__}", file=sys.stderr)
             raise typer.Exit(2 if _is_misused(error) else 1) from error
 
+    wrapped.__doc__ = _flowing(inspect.getdoc(command) or "")
     return wrapped
+
+
+def _flowing(text: str) -> str:
+    """Paragraphs of one line each: ``--help`` keeps the source's line breaks in all but the first."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def _hide_loading_bars() -> None:

@@ -327,6 +327,11 @@ def test_help_names_every_command():
         assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
 
 
+def test_help_breaks_no_line_where_the_source_does():
+    text = CliRunner().invoke(app, ["build", "--help"], terminal_width=300).stdout
+    assert "SOURCE_PROJ_SHARD=I/N: all processes build" in text
+
+
 def test_help_names_the_default_curvature_of_every_task():
     text = " ".join(CliRunner().invoke(app, ["score", "--help"], terminal_width=300).stdout.replace("│", "").split())
     assert "gauss-newton for regression, sampled-fisher for language models" in text
