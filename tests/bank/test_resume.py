@@ -92,7 +92,7 @@ OTHER = [
     ({"trajectory": other_trajectory(start_step=5)}, r"start_step is 0 there and 5 here"),
     ({"batch_size": 12}, "batch_size 8, got 12"),
     ({"shard_rows": 32}, "shard_rows 24, got 32"),
-    ({"data": make_data(N - 1), "shard_rows": SHARD}, "n 90, got 89"),
+    ({"data": make_data(N - 1), "shard_rows": SHARD}, "with 90 examples, got 89"),
     ({"ids": [*range(N - 1), 7000]}, "id 89 at row 89, got 7000"),
     ({"ids": [str(i) for i in range(N)]}, "id_type 'int64', got 'string'"),
 ]
@@ -284,7 +284,7 @@ def test_an_append_that_stopped_goes_on(run, tmp_path, monkeypatch):
     assert not bank.finalized
     for changes, named in [
         ({"ids": range(2000, 2050)}, "id 1000 at row 0, got 2000"),
-        ({"data": make_data(49, seed=1)}, "n 50, got 49"),
+        ({"data": make_data(49, seed=1)}, "begun with 50 examples, got 49"),
         ({"data": make_data(50, seed=2)}, "differ in"),
         ({"batch_size": 12}, "batch_size 8, got 12"),
     ]:

@@ -132,7 +132,8 @@ def require_same_part(part: Part, spec: PartSpec, ids: np.ndarray) -> None:
     for name, there in part.spec.to_json().items():
         here = spec.to_json()[name]
         if there != here:
-            raise MismatchError(f"{part.location} was begun with {name} {there!r}, got {here!r}; {remedy}")
+            begun = f"{there} examples" if name == "n" else f"{name} {there!r}"
+            raise MismatchError(f"{part.location} was begun with {begun}, got {here!r}; {remedy}")
     for place, (there, here) in enumerate(zip(part.ids, ids.tolist(), strict=True)):
         if there != here:
             raise MismatchError(f"{part.location} has id {there!r} at row {place}, got {here!r}; {remedy}")
