@@ -339,7 +339,8 @@ class Bank:
         added = part.spec.n if part.sealed() is None else 0
         if not added and progress is True:
             known = printable(f"these {part.spec.n} examples are in {part.location} already")
-            tqdm.write(f"nothing appended: {known}; give ids of their own to add them twice", file=sys.stderr)
+            remedy = "give ids of their own to add them twice, by bank.append(ids=...)"
+            tqdm.write(f"nothing appended: {known}; {remedy}", file=sys.stderr)
         if shard is None:
             placement_of(model).lockstep.from_leader(lambda: self.seal([part]))
             self.reload()
