@@ -86,7 +86,8 @@ class Bank:
         return (_reopened, (place, self.fingerprint)) if self.finalized else (open_bank, (place,))
 
     def __repr__(self) -> str:
-        rows = " + ".join(f"{stage.n} {stage.name!r} rows x {stage.n_checkpoints} checkpoints" for stage in self.stages)
+        counts = [(stage, "checkpoint" if stage.n_checkpoints == 1 else "checkpoints") for stage in self.stages]
+        rows = " + ".join(f"{stage.n} {stage.name!r} rows x {stage.n_checkpoints} {noun}" for stage, noun in counts)
         state = "" if self.finalized else ", unfinished"
         return f"Bank({str(self.path)!r}: {rows}, k={self.sketch.dim}, {self.storage}{state})"
 

@@ -118,7 +118,8 @@ class StageBank:
         return _stage_of, (self._bank, self._index)
 
     def __repr__(self) -> str:
-        return f"StageBank({self.name!r}: {self.n} rows x {self.n_checkpoints} checkpoints)"
+        noun = "checkpoint" if self.n_checkpoints == 1 else "checkpoints"
+        return f"StageBank({self.name!r}: {self.n} rows x {self.n_checkpoints} {noun})"
 
     @property
     def n(self) -> int:

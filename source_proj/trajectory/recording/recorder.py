@@ -144,7 +144,8 @@ class Recorder:
     def __repr__(self) -> str:
         run, steps = self._progress.run, self._progress.steps
         when = f"every {self._every} steps" if self._every is not None else f"at {len(self._at)} steps"
-        return f"Recorder({str(self.dir)!r}: {steps} steps, {len(run.checkpoints)} checkpoints so far, {when})"
+        noun = "checkpoint" if len(run.checkpoints) == 1 else "checkpoints"
+        return f"Recorder({str(self.dir)!r}: {steps} steps, {len(run.checkpoints)} {noun} so far, {when})"
 
     @property
     def steps(self) -> int:
