@@ -367,5 +367,5 @@ def _report(made: "Bank", json: bool) -> None:
         emit({"bank": made.path, **facts})
     else:
         state = "complete" if made.finalized else "unfinished: build its other parts, then run source-proj finalize"
-        of_fits = f" ({fits / 1e6:.1f} of fits)" if fits else ""
+        of_fits = f" ({fits / 1e6:.1f} of fits)" if fits >= 5e4 else ""  # less is 0.0
         say(f"{made.path}: {made.n_rows} rows, {size / 1e6:.1f} MB{of_fits}, {state}")
