@@ -1,4 +1,4 @@
-"""Command line: ``source-proj plan | build | status | submit | score | top-k | explore | inspect | verify | demo``."""
+"""The command line, ``source-proj COMMAND`` or ``python -m source_proj COMMAND``."""
 
 from source_proj.cli.app import app, main
 
