@@ -49,7 +49,6 @@ _REPEATING = frozenset(["repeat", "tile"])
 _JOINING = frozenset(["cat", "concat", "concatenate"])
 _TYPING = frozenset(["type_as", "to"])  # like another tensor, of which no number is taken
 _INTEGERS = frozenset([torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
-_RANDOM = frozenset(["dropout", "alpha_dropout", "feature_dropout", "bernoulli", "rrelu", "gumbel_softmax"])
 _ARGUMENTS: dict[str, tuple[str, ...]] = {  # of functions with a way of their own
     "linear": ("input", "weight", "bias"),
     "matmul": ("input", "other"),
@@ -187,7 +186,7 @@ class BareUses(TorchFunctionMode):
         """What is made of parameters alone."""
         if bare and name == "__setitem__":
             raise Unfollowed(f"a parameter of no layer takes part in {name}")
-        drawn = random_state(bare[0].value) if bare and self._live and name in _RANDOM else None
+        drawn = random_state(bare[0].value) if bare and self._live else None
         made = func(*self._swapped(args, _value), **self._swapped(kwargs, _value))
         if bare and name in _EXPANDING:
             if self._is_of_examples(made, bare[0].value, name):
@@ -197,7 +196,8 @@ class BareUses(TorchFunctionMode):
                 return self.taps.expanded(bare[0].made, blocks).flatten(0, 1)
         alone = made
         if self._live and bare and any(each.requires_grad for each in _tensors(made)):
-            with drawing_from(drawn, bare[0].value):
+            draws = drawn is not None and not torch.equal(drawn, random_state(bare[0].value))
+            with drawing_from(drawn if draws else None, bare[0].value):
                 alone = func(*self._swapped(args, _made), **self._swapped(kwargs, _made))
         for each, other in zip(_tensors(made), _tensors(alone), strict=True):
             if each.requires_grad:

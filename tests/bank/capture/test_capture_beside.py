@@ -246,6 +246,25 @@ def test_constants_are_no_examples_however_many_these_are(tmp_path, name, sizes)
     assert_captured(tmp_path / "run", Bare(use, (shape,)), (torch.randn(sum(sizes), STEPS, WIDTH),), sizes)
 
 
+DRAWN = {
+    "dropout": lambda p: F.dropout(p, 0.5),
+    "dropout of channels": lambda p: F.dropout1d(p, 0.5),
+    "dropout of planes": lambda p: F.dropout2d(p[None, None], 0.5)[0, 0],
+    "alpha dropout of features": lambda p: F.feature_alpha_dropout(p, 0.5, training=True),
+    "torch's own dropout": lambda p: torch.native_dropout(p, 0.5, True)[0],
+    "dropout in place": lambda p: torch.dropout_(p * 1, 0.5, True),
+    "attention": lambda p: F.scaled_dot_product_attention(p[None], p[None], p[None], dropout_p=0.5)[0],
+    "a draw from numbers": lambda p: torch.bernoulli(p.sigmoid()) * p,
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_what_is_made_of_parameters_draws_once(tmp_path, name):
+    torch.manual_seed(6)
+    model = Bare(lambda x, p: x * DRAWN[name](p), ((STEPS, WIDTH),))
+    assert_captured(tmp_path / "run", model, (torch.randn(10, STEPS, WIDTH),), [4, 4, 2])
+
+
 class Started(nn.Module):
     """Recurrent layers whose first state is learnt."""
 
