@@ -119,7 +119,7 @@ class BareUses(TorchFunctionMode):
             id(p): _Bare(p if live else leaves[name], leaves[name], p, followed=True) for name, p in parameters.items()
         }
         self._constants = set(filter(None, map(_place, constants)))
-        self._made: Any = WeakTensorKeyDictionary()  # what functions made of constants
+        self._made: Any = WeakTensorKeyDictionary()  # what functions made of constants, and of parameters' numbers
         self._products = products = BareProducts(self)
         self._special: dict[str, Callable[..., Any]] = {
             "linear": products.linear,
@@ -148,24 +148,27 @@ class BareUses(TorchFunctionMode):
         if known:
             return self._call(func, args, kwargs, given, known)
         made = func(*args, **kwargs)
-        if not any(each.requires_grad for each in given) and all(map(self._is_constant, given)):
-            for each in _tensors(made):
-                self._made[each] = True
+        numbers = given[:1] if _name(func) in _TYPING else given
+        if not any(each.requires_grad for each in numbers) and all(map(self._is_constant, numbers)):
+            self._keep(made)
         return made
 
     def _call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor],
         known: list[_Bare],
     ) -> Any:  # fmt: skip
-        name = getattr(func, "__name__", str(func))
+        name = _name(func)
         bare, owned = [each for each in known if each.followed], next((k.owned for k in known if k.owned), None)
         if bare and owned is not None:
             raise UsedElsewhere(owned)
+        examples = [each for each in given if id(each) not in self._bare and self.holds_examples(each)]
         if not torch.is_grad_enabled() or name in _WITHOUT_GRADIENT:
-            return func(*self._swapped(args, _value), **self._swapped(kwargs, _value))
+            made = func(*self._swapped(args, _value), **self._swapped(kwargs, _value))
+            if not examples:
+                self._keep(made)
+            return made
         if name in _TYPING and not self.follows(given[0]):
             return func(*self._swapped(args, _value), **self._swapped(kwargs, _value))
-        examples = [each for each in given if id(each) not in self._bare and self.holds_examples(each)]
         if not examples or name in _TYPING:
             return self._of_parameters(func, name, args, kwargs, bare, owned)
         if not bare:
@@ -202,7 +205,14 @@ class BareUses(TorchFunctionMode):
         for each, other in zip(_tensors(made), _tensors(alone), strict=True):
             if each.requires_grad:
                 self._bare[id(each)] = _Bare(each, other, each, bool(bare), owned)
+        self._keep(made)
         return made
+
+    def _keep(self, made: Any) -> None:
+        """Remember what no examples made, and what has no gradient, as constants are remembered."""
+        for each in _tensors(made):
+            if not each.requires_grad:
+                self._made[each] = True
 
     def names_among(self, given: Any) -> list[str]:
         """Names of the parameters in what a function is given; none where something there is made of several."""
@@ -361,6 +371,10 @@ class BareUses(TorchFunctionMode):
         if isinstance(given, tuple | list):
             return type(given)(self._swapped(value, change) for value in given)
         return given
+
+
+def _name(func: Callable[..., Any]) -> str:
+    return getattr(func, "__name__", str(func))
 
 
 def _place(tensor: Tensor) -> int | None:

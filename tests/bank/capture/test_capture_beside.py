@@ -218,6 +218,12 @@ def test_a_parameter_that_is_left_out_is_none_of_the_examples(tmp_path):
     torch.testing.assert_close(rows_of(recorder.bank(storage="float32")), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
+def scaled(p):
+    with torch.no_grad():
+        sizes = p.abs().mean(1, keepdim=True)
+    return p / sizes
+
+
 CONSTANTS = {
     "times constants": (lambda x, p: x + torch.arange(float(STEPS))[:, None] * p, (WIDTH,)),
     "positions by number": (lambda x, p: x + p[torch.arange(x.shape[1])], (STEPS + 3, WIDTH)),
@@ -235,6 +241,11 @@ CONSTANTS = {
     "no transpose": (lambda x, p: x @ p.permute(0, 1), (WIDTH, WIDTH)),
     "expanded as": (lambda x, p: x + p.expand_as(x), (WIDTH,)),
     "of another type": (lambda x, p: x * (x > p).float() * p.type_as(x), (WIDTH,)),
+    "rounded": (lambda x, p: F.linear(x, (p.round() - p).detach() + p), (WIDTH, WIDTH)),
+    "its own signs": (lambda x, p: F.linear(x, p * (p > 0).float()), (WIDTH, WIDTH)),
+    "zeros like it": (lambda x, p: F.linear(x, torch.where(p > 0, p, torch.zeros_like(p))), (WIDTH, WIDTH)),
+    "scaled without a gradient": (lambda x, p: F.linear(x, scaled(p)), (WIDTH, WIDTH)),
+    "constants of another type": (lambda x, p: x + torch.arange(STEPS)[:, None].to(x) * p, (WIDTH,)),
 }
 
 
