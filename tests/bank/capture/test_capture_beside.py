@@ -156,6 +156,23 @@ class Vision(nn.Module):
         return self.head(self.encoder(x)[:, 0])
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_gradients_that_accumulate_are_each_parameters_own(tmp_path, size):
+    torch.manual_seed(4)
+    model = Bare(*FOLLOWED["a class token and positions"]).train()
+    alone, x = copy.deepcopy(model), torch.randn(2 * size, STEPS, WIDTH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    recorder = sp.Recorder(model, optimizer, tmp_path, capture=sp.Sketch(64), task=sp.Classification())
+    for each in (model, alone):
+        for part in x.split(size):
+            (losses_of(each, (part,)).mean() / 2).backward()
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    optimizer.step()
+    recorder.step(ids=range(2 * size))
+    assert recorder.bank().finalized
+
+
 class Tied(nn.Module):
     """A table whose transpose is the head, without a layer of its own, and whose numbers a scale multiplies."""
 
