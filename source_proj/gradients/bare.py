@@ -369,7 +369,8 @@ class BareUses(TorchFunctionMode):
         if isinstance(given, dict):
             return {key: self._swapped(value, change) for key, value in given.items()}
         if isinstance(given, tuple | list):
-            return type(given)(self._swapped(value, change) for value in given)
+            swapped = [self._swapped(value, change) for value in given]
+            return swapped if isinstance(given, list) else tuple(swapped)  # also of a named one, which takes them apart
         return given
 
 
