@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -200,7 +201,7 @@ class BareUses(TorchFunctionMode):
         alone = made
         if self._live and bare and any(each.requires_grad for each in _tensors(made)):
             draws = drawn is not None and not torch.equal(drawn, random_state(bare[0].value))
-            with drawing_from(drawn if draws else None, bare[0].value):
+            with drawing_from(drawn if draws else None, bare[0].value), saved_tensors_hooks(_same, _same):
                 alone = func(*self._swapped(args, _made), **self._swapped(kwargs, _made))
         for each, other in zip(_tensors(made), _tensors(alone), strict=True):
             if each.requires_grad:
@@ -384,6 +385,11 @@ def _place(tensor: Tensor) -> int | None:
         return tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):
         return None
+
+
+def _same(saved: Tensor) -> Tensor:
+    """As it is: what is made beside the model is none of what checkpointing counts, and makes once more."""
+    return saved
 
 
 def _value(bare: _Bare) -> Tensor:

@@ -338,6 +338,12 @@ def test_a_token_before_layers_that_are_computed_once_more(tmp_path):
     assert_captured(tmp_path / "run", Recomputed(lambda x, *_: (x.tanh(),)), (torch.randn(8, STEPS, WIDTH),), [4, 4])
 
 
+def test_what_is_made_of_parameters_may_be_computed_once_more(tmp_path):
+    torch.manual_seed(7)
+    model = Bare(lambda x, p: x * checkpoint(torch.exp, p, use_reentrant=False), ((STEPS, WIDTH),))
+    assert_captured(tmp_path / "run", model, (torch.randn(8, STEPS, WIDTH),), [4, 4])
+
+
 @pytest.mark.parametrize("within", [False, True])
 def test_an_interrupted_pass_leaves_nothing_behind(tmp_path, within):
     class Interrupted(Vision):
