@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -49,7 +50,6 @@ _REPEATING = frozenset(["repeat", "tile"])
 _JOINING = frozenset(["cat", "concat", "concatenate"])
 _TYPING = frozenset(["type_as", "to"])  # like another tensor, of which no number is taken
 _INTEGERS = frozenset([torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
-_RANDOM = frozenset(["dropout", "alpha_dropout", "feature_dropout", "bernoulli", "rrelu", "gumbel_softmax"])
 _ARGUMENTS: dict[str, tuple[str, ...]] = {  # of functions with a way of their own
     "linear": ("input", "weight", "bias"),
     "matmul": ("input", "other"),
@@ -120,7 +120,7 @@ class BareUses(TorchFunctionMode):
             id(p): _Bare(p if live else leaves[name], leaves[name], p, followed=True) for name, p in parameters.items()
         }
         self._constants = set(filter(None, map(_place, constants)))
-        self._made: Any = WeakTensorKeyDictionary()  # what functions made of constants
+        self._made: Any = WeakTensorKeyDictionary()  # what functions made of constants, and of parameters' numbers
         self._products = products = BareProducts(self)
         self._special: dict[str, Callable[..., Any]] = {
             "linear": products.linear,
@@ -149,24 +149,27 @@ class BareUses(TorchFunctionMode):
         if known:
             return self._call(func, args, kwargs, given, known)
         made = func(*args, **kwargs)
-        if not any(each.requires_grad for each in given) and all(map(self._is_constant, given)):
-            for each in _tensors(made):
-                self._made[each] = True
+        numbers = given[:1] if _name(func) in _TYPING else given
+        if not any(each.requires_grad for each in numbers) and all(map(self._is_constant, numbers)):
+            self._keep(made)
         return made
 
     def _call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor],
         known: list[_Bare],
     ) -> Any:  # fmt: skip
-        name = getattr(func, "__name__", str(func))
+        name = _name(func)
         bare, owned = [each for each in known if each.followed], next((k.owned for k in known if k.owned), None)
         if bare and owned is not None:
             raise UsedElsewhere(owned)
+        examples = [each for each in given if id(each) not in self._bare and self.holds_examples(each)]
         if not torch.is_grad_enabled() or name in _WITHOUT_GRADIENT:
-            return func(*self._swapped(args, _value), **self._swapped(kwargs, _value))
+            made = func(*self._swapped(args, _value), **self._swapped(kwargs, _value))
+            if not examples:
+                self._keep(made)
+            return made
         if name in _TYPING and not self.follows(given[0]):
             return func(*self._swapped(args, _value), **self._swapped(kwargs, _value))
-        examples = [each for each in given if id(each) not in self._bare and self.holds_examples(each)]
         if not examples or name in _TYPING:
             return self._of_parameters(func, name, args, kwargs, bare, owned)
         if not bare:
@@ -187,7 +190,7 @@ class BareUses(TorchFunctionMode):
         """What is made of parameters alone."""
         if bare and name == "__setitem__":
             raise Unfollowed(f"a parameter of no layer takes part in {name}")
-        drawn = random_state(bare[0].value) if bare and self._live and name in _RANDOM else None
+        drawn = random_state(bare[0].value) if bare and self._live else None
         made = func(*self._swapped(args, _value), **self._swapped(kwargs, _value))
         if bare and name in _EXPANDING:
             if self._is_of_examples(made, bare[0].value, name):
@@ -197,12 +200,20 @@ class BareUses(TorchFunctionMode):
                 return self.taps.expanded(bare[0].made, blocks).flatten(0, 1)
         alone = made
         if self._live and bare and any(each.requires_grad for each in _tensors(made)):
-            with drawing_from(drawn, bare[0].value):
+            draws = drawn is not None and not torch.equal(drawn, random_state(bare[0].value))
+            with drawing_from(drawn if draws else None, bare[0].value), saved_tensors_hooks(_same, _same):
                 alone = func(*self._swapped(args, _made), **self._swapped(kwargs, _made))
         for each, other in zip(_tensors(made), _tensors(alone), strict=True):
             if each.requires_grad:
                 self._bare[id(each)] = _Bare(each, other, each, bool(bare), owned)
+        self._keep(made)
         return made
+
+    def _keep(self, made: Any) -> None:
+        """Remember what no examples made, and what has no gradient, as constants are remembered."""
+        for each in _tensors(made):
+            if not each.requires_grad:
+                self._made[each] = True
 
     def names_among(self, given: Any) -> list[str]:
         """Names of the parameters in what a function is given; none where something there is made of several."""
@@ -359,8 +370,13 @@ class BareUses(TorchFunctionMode):
         if isinstance(given, dict):
             return {key: self._swapped(value, change) for key, value in given.items()}
         if isinstance(given, tuple | list):
-            return type(given)(self._swapped(value, change) for value in given)
+            swapped = [self._swapped(value, change) for value in given]
+            return swapped if isinstance(given, list) else tuple(swapped)  # also of a named one, which takes them apart
         return given
+
+
+def _name(func: Callable[..., Any]) -> str:
+    return getattr(func, "__name__", str(func))
 
 
 def _place(tensor: Tensor) -> int | None:
@@ -369,6 +385,11 @@ def _place(tensor: Tensor) -> int | None:
         return tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):
         return None
+
+
+def _same(saved: Tensor) -> Tensor:
+    """As it is: what is made beside the model is none of what checkpointing counts, and makes once more."""
+    return saved
 
 
 def _value(bare: _Bare) -> Tensor:

@@ -124,7 +124,8 @@ class BareTaps:
             self._receive(made, of_examples.sum_to_size(self._size, *padded[1:]).reshape(self._size, *made.shape))
 
         # Expanded to one row, it would be the parameter itself, and an operation in place would change that.
-        return self._tap(value.clone() if value.is_contiguous() else value, listener, value.new_empty(0))
+        itself = len(value) == 1 or value.is_contiguous()
+        return self._tap(_copied(value) if itself else value, listener, value.new_empty(0))
 
     def along(self, made: Tensor, value: Tensor) -> Tensor:
         """What has rows of its own for each example, (B r, ...), with a tap.
@@ -143,7 +144,7 @@ class BareTaps:
                 apart[places, some.start + places] = few
                 self._receive(made, apart.reshape(len(few), *made.shape), some.start)
 
-        return self._tap(value.clone(), listener, value.new_empty(0))
+        return self._tap(_copied(value), listener, value.new_empty(0))
 
     def _few(self, made: Tensor) -> list[slice]:
         step = max(1, _MATRICES_BYTES // (4 * max(1, made.numel())))
@@ -168,3 +169,11 @@ class BareTaps:
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
                 self._taker().add(name, gradient.reshape(len(g), -1).float(), start)
+
+
+def _copied(value: Tensor) -> Tensor:
+    """A copy whose gradient is one, too: else several parameters' `.grad` may be one tensor, which a sum adds to twice.
+
+    What autograd hands to a parameter as a view of a gradient that others get as well becomes `.grad` as it is.
+    """
+    return value * 1

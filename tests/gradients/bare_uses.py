@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,11 @@ def changed(x: Tensor, p: Tensor) -> Tensor:
     x += p
     x *= 2
     return x
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
 
 
 FOLLOWED: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
@@ -130,6 +136,10 @@ FOLLOWED: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] =
     ),
     "a convolution of pictures": (lambda x, p: F.conv2d(x[:, None], p, padding=(0, 1))[:, 0], ((1, 1, 1, 3),)),
     "a convolution's bias": (lambda x, p: F.conv1d(x.mT, torch.ones(WIDTH, 1, 3), p, 1, 1, 1, WIDTH).mT, ((WIDTH,),)),
+    "a named tuple of tensors": (
+        lambda x, p: torch.cat(Pair(p.expand(len(x), -1, -1), x), 1) + torch.cat(Pair(p[0], p[0])).mean(0),
+        ((1, 1, WIDTH),),
+    ),
     "used by no value": (lambda x, p: x + 0 * p.detach(), ((WIDTH,),)),
 }  # fmt: skip
 APART: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {

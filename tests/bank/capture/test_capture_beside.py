@@ -156,6 +156,23 @@ class Vision(nn.Module):
         return self.head(self.encoder(x)[:, 0])
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_gradients_that_accumulate_are_each_parameters_own(tmp_path, size):
+    torch.manual_seed(4)
+    model = Bare(*FOLLOWED["a class token and positions"]).train()
+    alone, x = copy.deepcopy(model), torch.randn(2 * size, STEPS, WIDTH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    recorder = sp.Recorder(model, optimizer, tmp_path, capture=sp.Sketch(64), task=sp.Classification())
+    for each in (model, alone):
+        for part in x.split(size):
+            (losses_of(each, (part,)).mean() / 2).backward()
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    optimizer.step()
+    recorder.step(ids=range(2 * size))
+    assert recorder.bank().finalized
+
+
 class Tied(nn.Module):
     """A table whose transpose is the head, without a layer of its own, and whose numbers a scale multiplies."""
 
@@ -218,6 +235,12 @@ def test_a_parameter_that_is_left_out_is_none_of_the_examples(tmp_path):
     torch.testing.assert_close(rows_of(recorder.bank(storage="float32")), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
+def scaled(p):
+    with torch.no_grad():
+        sizes = p.abs().mean(1, keepdim=True)
+    return p / sizes
+
+
 CONSTANTS = {
     "times constants": (lambda x, p: x + torch.arange(float(STEPS))[:, None] * p, (WIDTH,)),
     "positions by number": (lambda x, p: x + p[torch.arange(x.shape[1])], (STEPS + 3, WIDTH)),
@@ -235,6 +258,11 @@ CONSTANTS = {
     "no transpose": (lambda x, p: x @ p.permute(0, 1), (WIDTH, WIDTH)),
     "expanded as": (lambda x, p: x + p.expand_as(x), (WIDTH,)),
     "of another type": (lambda x, p: x * (x > p).float() * p.type_as(x), (WIDTH,)),
+    "rounded": (lambda x, p: F.linear(x, (p.round() - p).detach() + p), (WIDTH, WIDTH)),
+    "its own signs": (lambda x, p: F.linear(x, p * (p > 0).float()), (WIDTH, WIDTH)),
+    "zeros like it": (lambda x, p: F.linear(x, torch.where(p > 0, p, torch.zeros_like(p))), (WIDTH, WIDTH)),
+    "scaled without a gradient": (lambda x, p: F.linear(x, scaled(p)), (WIDTH, WIDTH)),
+    "constants of another type": (lambda x, p: x + torch.arange(STEPS)[:, None].to(x) * p, (WIDTH,)),
 }
 
 
@@ -244,6 +272,25 @@ def test_constants_are_no_examples_however_many_these_are(tmp_path, name, sizes)
     torch.manual_seed(6)
     use, shape = CONSTANTS[name]
     assert_captured(tmp_path / "run", Bare(use, (shape,)), (torch.randn(sum(sizes), STEPS, WIDTH),), sizes)
+
+
+DRAWN = {
+    "dropout": lambda p: F.dropout(p, 0.5),
+    "dropout of channels": lambda p: F.dropout1d(p, 0.5),
+    "dropout of planes": lambda p: F.dropout2d(p[None, None], 0.5)[0, 0],
+    "alpha dropout of features": lambda p: F.feature_alpha_dropout(p, 0.5, training=True),
+    "torch's own dropout": lambda p: torch.native_dropout(p, 0.5, True)[0],
+    "dropout in place": lambda p: torch.dropout_(p * 1, 0.5, True),
+    "attention": lambda p: F.scaled_dot_product_attention(p[None], p[None], p[None], dropout_p=0.5)[0],
+    "a draw from numbers": lambda p: torch.bernoulli(p.sigmoid()) * p,
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_what_is_made_of_parameters_draws_once(tmp_path, name):
+    torch.manual_seed(6)
+    model = Bare(lambda x, p: x * DRAWN[name](p), ((STEPS, WIDTH),))
+    assert_captured(tmp_path / "run", model, (torch.randn(10, STEPS, WIDTH),), [4, 4, 2])
 
 
 class Started(nn.Module):
@@ -289,6 +336,12 @@ def test_what_is_computed_once_more_is_refused(tmp_path, layer):
 def test_a_token_before_layers_that_are_computed_once_more(tmp_path):
     torch.manual_seed(7)
     assert_captured(tmp_path / "run", Recomputed(lambda x, *_: (x.tanh(),)), (torch.randn(8, STEPS, WIDTH),), [4, 4])
+
+
+def test_what_is_made_of_parameters_may_be_computed_once_more(tmp_path):
+    torch.manual_seed(7)
+    model = Bare(lambda x, p: x * checkpoint(torch.exp, p, use_reentrant=False), ((STEPS, WIDTH),))
+    assert_captured(tmp_path / "run", model, (torch.randn(8, STEPS, WIDTH),), [4, 4])
 
 
 @pytest.mark.parametrize("within", [False, True])
