@@ -24,6 +24,18 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from source_proj.gradients.bare_names import (
+    ARGUMENTS,
+    ATTENTION,
+    BROADCASTING,
+    EXPANDING,
+    INTEGERS,
+    JOINING,
+    OTHER_NAMES,
+    REPEATING,
+    TYPING,
+    WITHOUT_GRADIENT,
+)
 from source_proj.gradients.bare_products import BareProducts
 from source_proj.gradients.bare_taps import BareTaps, Unfollowed
 from source_proj.gradients.drawing import drawing_from, random_state
@@ -32,41 +44,6 @@ from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.suited import UsedElsewhere
 
 __all__ = ["BareUses", "Unfollowed"]
-
-# Functions of torch, by name, that treat numbers one by one and broadcast their arguments.
-_BY_ENTRY = """
-    add add_ sub sub_ subtract rsub mul mul_ multiply div div_ divide true_divide pow maximum minimum where lerp addcmul
-    addcdiv __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__
-    __rdiv__ __itruediv__ __pow__ __rpow__
-"""
-_BROADCASTING = frozenset(_BY_ENTRY.split())
-_NO_GRADIENT = """
-    gt lt ge le eq ne greater less isclose __gt__ __lt__ __ge__ __le__ __eq__ __ne__
-"""
-_WITHOUT_GRADIENT = frozenset(_NO_GRADIENT.split())  # by what examples meet with a parameter there
-_ATTENTION = "scaled_dot_product_attention"  # whose mask broadcasts
-_EXPANDING = frozenset(["expand", "broadcast_to", "repeat", "tile"])
-_REPEATING = frozenset(["repeat", "tile"])
-_JOINING = frozenset(["cat", "concat", "concatenate"])
-_TYPING = frozenset(["type_as", "to"])  # like another tensor, of which no number is taken
-_INTEGERS = frozenset([torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
-_ARGUMENTS: dict[str, tuple[str, ...]] = {  # of functions with a way of their own
-    "linear": ("input", "weight", "bias"),
-    "matmul": ("input", "other"),
-    "__matmul__": ("input", "other"),
-    "mm": ("input", "other"),
-    "addmm": ("input", "mat1", "mat2"),
-    "__getitem__": ("input", "index"),
-    "index_select": ("input", "dim", "index"),
-    "embedding": ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
-    "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable"),
-    "rms_norm": ("input", "normalized_shape", "weight", "eps"),
-    "expand_as": ("input", "other"),
-    **dict.fromkeys(
-        ("conv1d", "conv2d", "conv3d"), ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    ),
-}
-_OTHER_NAMES = {"self": "input", "tensor2": "other"}
 
 
 class _Bare(NamedTuple):
@@ -149,7 +126,7 @@ class BareUses(TorchFunctionMode):
         if known:
             return self._call(func, args, kwargs, given, known)
         made = func(*args, **kwargs)
-        numbers = given[:1] if _name(func) in _TYPING else given
+        numbers = given[:1] if _name(func) in TYPING else given
         if not any(each.requires_grad for each in numbers) and all(map(self._is_constant, numbers)):
             self._keep(made)
         return made
@@ -163,14 +140,14 @@ class BareUses(TorchFunctionMode):
         if bare and owned is not None:
             raise UsedElsewhere(owned)
         examples = [each for each in given if id(each) not in self._bare and self.holds_examples(each)]
-        if not torch.is_grad_enabled() or name in _WITHOUT_GRADIENT:
+        if not torch.is_grad_enabled() or name in WITHOUT_GRADIENT:
             made = func(*self._swapped(args, _value), **self._swapped(kwargs, _value))
             if not examples:
                 self._keep(made)
             return made
-        if name in _TYPING and not self.follows(given[0]):
+        if name in TYPING and not self.follows(given[0]):
             return func(*self._swapped(args, _value), **self._swapped(kwargs, _value))
-        if not examples or name in _TYPING:
+        if not examples or name in TYPING:
             return self._of_parameters(func, name, args, kwargs, bare, owned)
         if not bare:
             return func(*args, **kwargs)
@@ -192,10 +169,10 @@ class BareUses(TorchFunctionMode):
             raise Unfollowed(f"a parameter of no layer takes part in {name}")
         drawn = random_state(bare[0].value) if bare and self._live else None
         made = func(*self._swapped(args, _value), **self._swapped(kwargs, _value))
-        if bare and name in _EXPANDING:
+        if bare and name in EXPANDING:
             if self._is_of_examples(made, bare[0].value, name):
                 return self.taps.expanded(bare[0].made, self.plain(made))
-            if name in _REPEATING and self._is_repeated(made, bare[0].value):
+            if name in REPEATING and self._is_repeated(made, bare[0].value):
                 blocks = self.plain(made).unflatten(0, (-1, len(bare[0].value)))
                 return self.taps.expanded(bare[0].made, blocks).flatten(0, 1)
         alone = made
@@ -245,8 +222,8 @@ class BareUses(TorchFunctionMode):
         return tensor if self._live else tensor.detach()
 
     def _specially(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        arguments = _ARGUMENTS[name]
-        others = {**_OTHER_NAMES, "mat2": "other"} if name == "mm" else _OTHER_NAMES
+        arguments = ARGUMENTS[name]
+        others = {**OTHER_NAMES, "mat2": "other"} if name == "mm" else OTHER_NAMES
         named = dict(zip(arguments, args, strict=False)) | {others.get(k, k): value for k, value in kwargs.items()}
         unknown = [key for key in named if key not in arguments]
         if unknown or len(args) > len(arguments) or (name == "embedding" and func is not F.embedding):
@@ -277,7 +254,7 @@ class BareUses(TorchFunctionMode):
     def _entries(self, input: Tensor, index: Any) -> Tensor:
         """Rows of a table, by one number or by several for each."""
         several = index if isinstance(index, tuple) else (index,)
-        whole = [isinstance(each, Tensor) and each.dtype in _INTEGERS for each in several]
+        whole = [isinstance(each, Tensor) and each.dtype in INTEGERS for each in several]
         if not self.follows(input) or not all(whole):
             raise Unfollowed("a parameter of no layer is looked up otherwise than by whole numbers for its first dims")
         sizes = input.shape[: len(several)]
@@ -328,11 +305,11 @@ class BareUses(TorchFunctionMode):
         Raises:
             Unfollowed: the operation is none that broadcasts, or makes no rows of examples.
         """
-        if name in _JOINING and all(each.value.shape[:1] == examples[0].shape[:1] for each in bare):
+        if name in JOINING and all(each.value.shape[:1] == examples[0].shape[:1] for each in bare):
             return self._along
-        if name == _ATTENTION:
+        if name == ATTENTION:
             shape: tuple[int, ...] = max((each.shape for each in examples), key=len)
-        elif name in _BROADCASTING:  # by numpy, as torch's imports sympy
+        elif name in BROADCASTING:  # by numpy, as torch's imports sympy
             shape = np.broadcast_shapes(*(each.shape for each in examples), *(each.value.shape for each in bare))
         else:
             raise Unfollowed(f"a parameter of no layer takes part in {name}")
@@ -356,7 +333,7 @@ class BareUses(TorchFunctionMode):
     def _is_of_examples(self, made: Any, bare: Tensor, name: str) -> bool:
         """Whether a bare tensor was expanded along a first dim that is the examples'."""
         padded = (1,) * (made.dim() - bare.dim()) + tuple(bare.shape)
-        repeated = name in _REPEATING and padded[1:] != tuple(made.shape[1:])
+        repeated = name in REPEATING and padded[1:] != tuple(made.shape[1:])
         return bool(padded) and padded[0] == 1 and made.shape[0] % self._size == 0 and not repeated
 
     def _is_repeated(self, made: Tensor, bare: Tensor) -> bool:
