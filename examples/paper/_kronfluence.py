@@ -163,9 +163,10 @@ def ekfac_influence(
     totals: list[np.ndarray] = []
     for number, checkpoint in enumerate(checkpoints):
         state = checkpoint.load()
-        told = (list(map(tuple, dampings)), fisher, batch_size, seed + number)
+        told = [checkpoint.hash(), list(map(tuple, dampings)), fisher, batch_size, seed + number]
+        name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
         here = _kept(
-            folder and folder / f"{_digest(state, told)}.npy",
+            folder and folder / f"{name}.npy",
             partial(
                 _at_checkpoint, model, task, state, train_set, queries, dampings, fisher, batch_size, seed + number,
                 progress,
@@ -184,13 +185,6 @@ def _kept(path: Path | None, compute: Callable[[], list[np.ndarray]]) -> list[np
         np.save(content, np.stack(compute()))
         write_whole(path, content.getvalue())
     return list(np.load(path))
-
-
-def _digest(state: Mapping[str, Tensor], told: Sequence[Any]) -> str:
-    digest = hashlib.sha256(json.dumps(told).encode())
-    for name, value in sorted(state.items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _at_checkpoint(

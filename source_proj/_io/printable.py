@@ -2,7 +2,7 @@
 
 import unicodedata
 
-__all__ = ["SPELLING", "csv_cell", "printable"]
+__all__ = ["SPELLING", "counted", "csv_cell", "printable"]
 
 _UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode categories that are no visible text: controls, direction marks, lone surrogates, line separators."""
@@ -45,3 +45,13 @@ def csv_cell(value: object) -> object:
     # Full-width signs as well: some spreadsheets read them as the narrow ones.
     first = unicodedata.normalize("NFKC", text.lstrip()[:1])
     return f"'{text}" if first in ("=", "+", "-", "@", "\\", "|", "%") else text
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things in words, in the singular where it is one.
+
+    Example:
+        >>> counted(1, "checkpoint"), counted(0, "checkpoint")
+        ('1 checkpoint', '0 checkpoints')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

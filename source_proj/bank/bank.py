@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from source_proj._errors import BankError, MismatchError
 from source_proj._io.html import facts
-from source_proj._io.printable import printable
+from source_proj._io.printable import counted, printable
 from source_proj._io.progress import Progress
 from source_proj.bank.build.append import append_rows
 from source_proj.bank.examples import Examples
@@ -86,8 +86,7 @@ class Bank:
         return (_reopened, (place, self.fingerprint)) if self.finalized else (open_bank, (place,))
 
     def __repr__(self) -> str:
-        counts = [(stage, "checkpoint" if stage.n_checkpoints == 1 else "checkpoints") for stage in self.stages]
-        rows = " + ".join(f"{stage.n} {stage.name!r} rows x {stage.n_checkpoints} {noun}" for stage, noun in counts)
+        rows = " + ".join(f"{s.n} {s.name!r} rows x {counted(s.n_checkpoints, 'checkpoint')}" for s in self.stages)
         state = "" if self.finalized else ", unfinished"
         return f"Bank({str(self.path)!r}: {rows}, k={self.sketch.dim}, {self.storage}{state})"
 

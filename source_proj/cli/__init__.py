@@ -1,4 +1,4 @@
-"""The command line, ``source-proj COMMAND`` or ``python -m source_proj COMMAND``."""
+"""The command line: ``source-proj COMMAND``."""
 
 from source_proj.cli.app import app, main
 

@@ -14,14 +14,13 @@ from source_proj.cli.options import (
     Json,
     Model,
     Progress,
+    ShardRows,
     TrustRemoteCode,
 )
 from source_proj.cli.output import emit, reports_errors, say
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from source_proj.integrations import TextData
 
 __all__ = ["append"]
 
@@ -47,9 +46,7 @@ def append(
     ] = None,
     stage: Annotated[str | None, typer.Option(help="Name of the stage that they belong to; default: the last.")] = None,
     batch_size: BatchSize = 64,
-    shard_rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows in a shard, a multiple of the batch size.", rich_help_panel=RUNNING)
-    ] = None,
+    shard_rows: ShardRows = None,
     shard: Annotated[
         str | None,
         typer.Option(metavar="I/N", help="Do only part I of N (from 0); then run finalize.", rich_help_panel=RUNNING),
@@ -66,7 +63,7 @@ def append(
     """
     import source_proj.bank as banks
     from source_proj.cli.parsing import load_model, load_object, make_task, needed
-    from source_proj.cli.text import note_appended
+    from source_proj.cli.text import new_texts, note_appended
     from source_proj.distribute import this_worker
     from source_proj.distribute.launch import parse_shard
     from source_proj.task import Task
@@ -79,7 +76,7 @@ def append(
     elif model is not None or data is not None:
         raise ValueError("--model and --data have no meaning beside --dataset: leave one or the other out")
     else:
-        network, texts = _read(bank, dataset, trust_remote_code)
+        network, texts = new_texts(bank, dataset, trust_remote_code)
         examples = texts
     share = worker.shard if worker.count > 1 else None
     added = made.append(
@@ -102,12 +99,3 @@ def append(
     else:
         state = "" if made.finalized else ", unfinished: append its other parts, then run source-proj finalize"
         say(f"{made.path}: {added} examples appended, {len(made.ids)} in all{state}")
-
-
-def _read(bank: str, file: Path, trust_remote_code: bool) -> "tuple[nn.Module, TextData]":
-    """The model, and texts read as the training set of the bank was."""
-    from source_proj.integrations import TextData, TextSettings, load_pretrained
-
-    settings = TextSettings.read(bank)
-    network, tokenizer = load_pretrained(settings.model, trust_remote_code=trust_remote_code)
-    return network, TextData(file, settings, network, tokenizer)

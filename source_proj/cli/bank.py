@@ -18,6 +18,7 @@ from source_proj.cli.options import (
     Json,
     Model,
     Progress,
+    ShardRows,
     TrustRemoteCode,
 )
 from source_proj.cli.output import emit, reports_errors, say
@@ -207,9 +208,7 @@ def build(
         str | None, typer.Option(help="bfloat16 or float16 for the forward pass.", rich_help_panel=SKETCH)
     ] = None,
     gradients: Annotated[str, typer.Option(help="auto, hooks or general.", rich_help_panel=SKETCH)] = "auto",
-    shard_rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows in a shard, a multiple of the batch size.", rich_help_panel=RUNNING)
-    ] = None,
+    shard_rows: ShardRows = None,
     shard: Annotated[
         str | None,
         typer.Option(

@@ -26,6 +26,7 @@ __all__ = [
     "Overwrite",
     "Progress",
     "QueryGradient",
+    "ShardRows",
     "TrustRemoteCode",
     "Workers",
 ]
@@ -114,6 +115,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 Progress = Annotated[
     bool,
     typer.Option("--progress/--no-progress", help="Progress bars on standard error.", rich_help_panel=RUNNING),
+]
+ShardRows = Annotated[
+    int | None, typer.Option(min=1, help="Rows in a shard, a multiple of the batch size.", rich_help_panel=RUNNING)
 ]
 TrustRemoteCode = Annotated[
     bool,

@@ -30,7 +30,16 @@ from source_proj.integrations.trainer_data import check_training_set
 from source_proj.integrations.trainer_folders import trainer_folders
 from source_proj.task import CausalLM, Task, TokenQueries
 
-__all__ = ["TextOptions", "ask_about", "is_complete", "note_appended", "own_file", "own_queries", "training_texts"]
+__all__ = [
+    "TextOptions",
+    "ask_about",
+    "is_complete",
+    "new_texts",
+    "note_appended",
+    "own_file",
+    "own_queries",
+    "training_texts",
+]
 
 _OWN_QUERIES = 200  # examples of a bank's own file that stand in for queries
 
@@ -179,10 +188,7 @@ def ask_about(
     if model is not None or queries is not None:
         raise ValueError("--model and --queries have no meaning beside --dataset: leave one or the other out")
     task = Task.from_spec(open_bank(bank).task_spec)  # first: there may be no bank
-    settings = TextSettings.read(bank)
-    back = "put it back, or call this from the folder that the bank was built from"
-    require_model_folder(settings.model, f"the model that {bank} was built with,", back)
-    network, tokenizer = load_pretrained(settings.model, trust_remote_code=trust_remote_code)
+    settings, network, tokenizer = _as_built(bank, trust_remote_code)
     rows = TextRows(dataset, settings).rows
     target = settings.text if isinstance(task, CausalLM) else settings.label
     has_targets = any(row.get(target) is not None for row in rows)
@@ -193,6 +199,20 @@ def ask_about(
     if not isinstance(task, CausalLM):
         raise ValueError(f"--per-token belongs to language models, and the bank's task is {task.name}: leave it out")
     return network, TokenQueries(data, task), tokenizer
+
+
+def new_texts(bank: str, file: Path, trust_remote_code: bool) -> tuple[nn.Module, TextData]:
+    """The model of a bank of texts, and other texts read as its training set was."""
+    settings, network, tokenizer = _as_built(bank, trust_remote_code)
+    return network, TextData(file, settings, network, tokenizer)
+
+
+def _as_built(bank: str, trust_remote_code: bool) -> tuple[TextSettings, nn.Module, Any]:
+    """How a bank's texts were read, and the model and the tokenizer that read them."""
+    settings = TextSettings.read(bank)
+    back = "put it back, or call this from the folder that the bank was built from"
+    require_model_folder(settings.model, f"the model that {bank} was built with,", back)
+    return settings, *load_pretrained(settings.model, trust_remote_code=trust_remote_code)
 
 
 def own_queries(bank: str) -> tuple[list[Mapping[str, Any]], list[Any]]:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from source_proj._io.printable import counted
 from source_proj._io.progress import tick
 from source_proj.bank.codecs import Codec
 from source_proj.bank.format import Settings
@@ -118,8 +119,7 @@ class StageBank:
         return _stage_of, (self._bank, self._index)
 
     def __repr__(self) -> str:
-        noun = "checkpoint" if self.n_checkpoints == 1 else "checkpoints"
-        return f"StageBank({self.name!r}: {self.n} rows x {self.n_checkpoints} {noun})"
+        return f"StageBank({self.name!r}: {self.n} rows x {counted(self.n_checkpoints, 'checkpoint')})"
 
     @property
     def n(self) -> int:

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from source_proj._errors import MismatchError
 from source_proj._io.loading import load_tensors, require_loadable
 from source_proj._io.locks import FolderLock
+from source_proj._io.printable import counted
 from source_proj.trajectory.checkpoint import matched_state
 from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.optimizers import Options, Updates
@@ -144,8 +145,8 @@ class Recorder:
     def __repr__(self) -> str:
         run, steps = self._progress.run, self._progress.steps
         when = f"every {self._every} steps" if self._every is not None else f"at {len(self._at)} steps"
-        noun = "checkpoint" if len(run.checkpoints) == 1 else "checkpoints"
-        return f"Recorder({str(self.dir)!r}: {steps} steps, {len(run.checkpoints)} {noun} so far, {when})"
+        taken = counted(len(run.checkpoints), "checkpoint")
+        return f"Recorder({str(self.dir)!r}: {steps} steps, {taken} so far, {when})"
 
     @property
     def steps(self) -> int:
