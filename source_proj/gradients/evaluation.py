@@ -29,7 +29,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for module in training:
-            module.training = True
+            own = vars(module)
+            if "training" in own:  # `Module.__setattr__` would look through parameters and buffers first
+                own["training"] = True
+            else:  # compiled by TorchScript
+                module.training = True
 
 
 def _fused(module: nn.Module) -> bool:
@@ -49,12 +53,11 @@ def _training_without_dropout(layer: Any) -> Iterator[None]:
 
 def _checkpoints_activations(module: nn.Module) -> bool:
     """Whether a layer of transformers is told to, in the way that autograd can follow."""
+    if not vars(module).get("gradient_checkpointing", False):
+        return False
     known = any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
     function = getattr(module, "_gradient_checkpointing_func", None) if known else None
-    return (
-        getattr(module, "gradient_checkpointing", False)
-        and getattr(function, "keywords", {}).get("use_reentrant", True) is False
-    )
+    return getattr(function, "keywords", {}).get("use_reentrant", True) is False
 
 
 @contextmanager
