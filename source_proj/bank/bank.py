@@ -62,8 +62,8 @@ class Bank:
     def __init__(self, path: str | Path) -> None:
         self.store = open_store(path)
         self.path: Path | str = self.store.folder or self.store.location()
-        list_objects(self.store)  # refuses links
         self.settings, self.versions, moved, self.notes = read_root(self.store)
+        list_objects(self.store)  # refuses links
         self.sketch = _sketch(self.path, self.settings)
         self.metrics = Metrics(self.store, self.settings)
         self.examples: Examples | None = None

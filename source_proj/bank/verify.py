@@ -57,8 +57,8 @@ def verify(path: str | Path) -> VerifyReport:
     try:
         store = open_store(path)
         name = store.folder or store.location()
-        there = list_objects(store)
         settings = read_root(store).settings
+        there = list_objects(store)
         parts = [part for s in range(len(settings.trajectory.stages)) for part in find_parts(store, settings, s)]
     except BankError as error:
         return VerifyReport(name, [str(error)], 0, 0)

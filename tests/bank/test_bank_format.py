@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import stat
 import struct
@@ -213,6 +214,7 @@ def test_what_is_malformed_is_refused_by_name(bank, case):
         (lambda path: path.write_text("rows"), "is a file, and a bank is a folder"),
         (lambda path: path.mkdir(), "nothing is there; build one"),
         (lambda path: (path.mkdir(), (path / "a.txt").touch()), r"no zarr.json, but \['a.txt'\]"),
+        (lambda path: (path.mkdir(), (path / "a").symlink_to("/")), r"no zarr.json, but \['a'\]"),
         (lambda path: zarr.create_group(path, zarr_format=2), "a zarr v2 node"),
         (lambda path: zarr.create_group(path), "format is None"),
         (lambda path: zarr.create_array(path, shape=(3,), dtype="int8"), "is a zarr array and must be a group"),
@@ -222,7 +224,19 @@ def test_what_is_no_bank_is_refused_by_name(tmp_path, make, named):
     make(tmp_path / "bank")
     with pytest.raises(BankError, match=named):
         banks.open(tmp_path / "bank")
-    assert [named in problem or True for problem in banks.verify(tmp_path / "bank").problems] == [True]
+    (problem,) = banks.verify(tmp_path / "bank").problems
+    assert re.search(named, problem)
+
+
+@pytest.mark.parametrize("place", [None, 3, b"bank", ["bank"]])
+def test_what_names_no_place_is_refused(place):
+    with pytest.raises(TypeError, match="a bank is named by a folder or a URL"):
+        banks.open(place)
+
+
+def test_an_empty_name_is_not_the_working_directory():
+    with pytest.raises(BankError, match="the name of a bank is empty"):
+        banks.open("")
 
 
 # What opening does not read: the rows. Reading them does, and verify says where. ---------------------------------

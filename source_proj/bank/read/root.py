@@ -1,6 +1,7 @@
 """The bank's root: what it says about itself, and the parts that lie below."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ def _root(store: Store) -> dict[str, Any]:
     """The root's attributes."""
     where = store.location()
     if object_info(store, "zarr.json") is None:
-        names = sorted({key.split("/")[0] for key in list_objects(store)})[:5]
+        names = sorted(_names(store))[:5]
         if not names:
             raise BankError(
                 f"there is no bank at {where}: nothing is there; build one with source_proj.build, or source-proj build"
@@ -76,6 +77,18 @@ def _root(store: Store) -> dict[str, Any]:
         older = " (a zarr v2 node: banks are zarr v3)" if {".zgroup", ".zarray"} & set(names) else ""
         raise BankError(f"{where} is no bank: it has no zarr.json, but {names}{older}")
     return read_group(store, "")
+
+
+def _names(store: Store) -> Iterable[str]:
+    """What lies at the top: a folder that is no bank may be somebody's home, and lead anywhere by links."""
+    if store.folder is None:
+        return {key.split("/")[0] for key in list_objects(store)}
+    try:
+        return os.listdir(store.folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise BankError(f"{store.location()} cannot be read ({error})") from error
 
 
 def find_parts(store: Store, settings: Settings, stage: int) -> list[Part]:

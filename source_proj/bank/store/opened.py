@@ -26,12 +26,17 @@ def open_store(path: str | Path) -> Store:
 
     Raises:
         BankError: the place cannot be opened, is a file, or its URL lacks a slash or holds what must not be printed.
+        TypeError: it is neither a string nor a path.
         ImportError: a package is missing; names the extra.
 
     Example:
         >>> open_store("banks/mnist").location("zarr.json").endswith("banks/mnist/zarr.json")
         True
     """
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise TypeError(f"a bank is named by a folder or a URL, as a string or a Path, got {path!r:.80}")
+    if not os.fspath(path):
+        raise BankError("the name of a bank is empty; give its folder, or '.' for this one")
     if not is_url(path):
         if _URL_AS_PATH.match(Path(path).as_posix()):
             raise BankError(f"{path} is a URL of one slash, as a Path leaves it: give it as a string, with '://'")
