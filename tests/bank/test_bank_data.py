@@ -237,6 +237,36 @@ def test_rows_of_different_lengths_are_refused_with_what_pads_them():
         list(batches(rows, 2))
 
 
+class Failing(Dataset):
+    """Raises an error for one of its examples."""
+
+    def __init__(self, error, at):
+        self.error, self.at = error, at
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        if index == self.at:
+            raise self.error
+        return torch.ones(2, device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("error", [IndexError("gone"), KeyError("text"), OSError("no such file")], ids=repr)
+def test_what_an_example_raises_says_which_batch_it_is_of(error, workers):
+    with pytest.raises(type(error)) as caught:
+        list(batches(DataLoader(Failing(error, 4), batch_size=3, num_workers=workers), 3))
+    assert caught.value.__notes__[-1] == "raised for one of the examples 3 to 5 of Failing, which has 7"
+
+
+@pytest.mark.parametrize("at", range(7))
+def test_an_example_that_raises_stop_iteration_does_not_end_the_data(at):
+    first = at // 3 * 3
+    with pytest.raises(ValueError, match=f"one of the examples {first} to {min(first + 2, 6)} of Failing"):
+        list(batches(Failing(StopIteration(), at), 3))
+
+
 def test_a_tuple_of_arrays_is_no_data_set():
     with pytest.raises(TypeError, match=r"TensorDataset\(\*map\(torch.from_numpy"):
         list(batches((np.ones(3), np.ones(3)), 2))

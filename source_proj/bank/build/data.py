@@ -99,19 +99,29 @@ class BatchSource:
             try:
                 batch = next(batches)
             except StopIteration:
+                if cuts.given:  # what a data set raises itself, a loader takes for the end
+                    raise ValueError(f"StopIteration was raised for {self._next(cuts)}; give them by index") from None
                 return
-            except RuntimeError as error:
+            except Exception as error:
+                if cuts.given:
+                    error.add_note(f"raised for {self._next(cuts)}")
                 self._require_alike(error)
                 raise
             yield (*cuts.given.popleft(), batch)
 
-    def _require_alike(self, error: RuntimeError) -> None:
+    def _next(self, cuts: "_Cuts") -> str:
+        """The examples of the batch that is asked for."""
+        start, stop = cuts.given[0]
+        return f"one of the examples {start} to {stop - 1} of {_name(self._data)}, which has {self.n}"
+
+    def _require_alike(self, error: Exception) -> None:
         """Say what makes a batch of rows of different lengths, where a loader could not.
 
         Raises:
             ValueError: torch's own collation raised the error.
         """
-        if self._options["collate_fn"] is not default_collate or not any(said in str(error) for said in _RAGGED):
+        stacked = isinstance(error, RuntimeError) and self._options["collate_fn"] is default_collate
+        if not stacked or not any(said in str(error) for said in _RAGGED):
             return
         raise ValueError(
             f"the rows of {_name(self._data)} are of different lengths, and make no batch "
