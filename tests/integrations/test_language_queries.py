@@ -22,7 +22,7 @@ def test_a_head_in_chunks_gives_the_same_gradients(name, chunk):
     model, batch = make(name, "sdpa"), make_batch(name, padded=True)
     expected, _ = rows(model, sp.CausalLM(), batch)
     got, engine = rows(model, sp.CausalLM(chunk=chunk), batch)
-    assert engine.method == ("general" if name == "mixtral" else "hooks"), engine.reason
+    assert engine.method == "hooks", engine.reason
     assert_equal(got, expected)
     with torch.no_grad():
         torch.testing.assert_close(sp.CausalLM(chunk=chunk).output(model, batch), sp.CausalLM().output(model, batch))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from source_proj.gradients.opened import attention, recurrent
+from source_proj.gradients.opened import attention, experts, recurrent
 from source_proj.gradients.opened.opening import Forward, Listener, Opening
 
 __all__ = ["Forward", "Listener", "Opening", "forward_for"]
@@ -19,4 +19,6 @@ def forward_for(module: nn.Module) -> Forward | None:
         return None
     if attention.serves(module):
         return attention.forward
+    if experts.serves(module):
+        return experts.forward
     return recurrent.forward_for(module)
