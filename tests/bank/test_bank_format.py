@@ -228,17 +228,6 @@ def test_what_is_no_bank_is_refused_by_name(tmp_path, make, named):
     assert re.search(named, problem)
 
 
-@pytest.mark.parametrize("place", [None, 3, b"bank", ["bank"]])
-def test_what_names_no_place_is_refused(place):
-    with pytest.raises(TypeError, match="a bank is named by a folder or a URL"):
-        banks.open(place)
-
-
-def test_an_empty_name_is_not_the_working_directory():
-    with pytest.raises(BankError, match="the name of a bank is empty"):
-        banks.open("")
-
-
 # What opening does not read: the rows. Reading them does, and verify says where. ---------------------------------
 
 ROWS = f"{DATA}/rows/c.1.0"

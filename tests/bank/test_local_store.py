@@ -6,7 +6,7 @@ from store_contract import StoreContract
 
 from source_proj._errors import BankError
 from source_proj._io import files
-from source_proj.bank.store import LocalStore
+from source_proj.bank.store import LocalStore, open_store
 
 
 class TestLocalStore(StoreContract):
@@ -105,3 +105,14 @@ def test_a_full_disk_leaves_nothing_half(store, monkeypatch):
     assert list(store.list()) == ["a"]
     assert list(store.leftovers()) == []
     assert store.get("a") == b"first"
+
+
+@pytest.mark.parametrize("place", [None, 3, b"bank", ["bank"]])
+def test_what_names_no_place_is_refused(place):
+    with pytest.raises(TypeError, match="a bank is named by a folder or a URL"):
+        open_store(place)
+
+
+def test_an_empty_name_is_not_the_working_directory():
+    with pytest.raises(BankError, match="the name of a bank is empty"):
+        open_store("")
