@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 __all__ = ["evaluating"]
 
@@ -62,17 +63,25 @@ def _checkpoints_activations(module: nn.Module) -> bool:
 
 @contextmanager
 def _training_outside(layer: Any) -> Iterator[None]:
-    """Let a layer checkpoint, which it does in training mode alone, and evaluate what it checkpoints."""
+    """Let a layer checkpoint, which it does in training mode alone, and evaluate what it checkpoints.
+
+    What follows torch's functions follows those that are computed once more, during the backward pass, too.
+    """
     checkpoint = layer._gradient_checkpointing_func
 
-    def evaluated(function: Callable[..., Any], *args: Any) -> Any:
+    def evaluated(function: Callable[..., Any], following: TorchFunctionMode | None, *args: Any) -> Any:
         layer.training = False
+        again = following is not None and _get_current_function_mode() is not following
         try:
-            return function(*args)
+            with following if following is not None and again else nullcontext():
+                return function(*args)
         finally:
             layer.training = True
 
-    layer._gradient_checkpointing_func = lambda function, *args: checkpoint(partial(evaluated, function), *args)
+    def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
+        return checkpoint(partial(evaluated, function, _get_current_function_mode()), *args)
+
+    layer._gradient_checkpointing_func = checkpointed
     layer.training = True
     try:
         yield

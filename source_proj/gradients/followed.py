@@ -355,7 +355,7 @@ def _refuse_recomputed(patterns: list[str]) -> None:
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is not None and getattr(hooks[0], "__module__", "") == torch.utils.checkpoint.__name__:
         raise GradientError(
-            "rows can't be captured of attention or recurrent modules, or of parameters of no layer, within "
+            "rows can't be captured of attention or recurrent modules, experts, or parameters of no layer within "
             f"activation checkpointing: leave them out by parameters={patterns}, checkpoint less, or build the bank "
             "after training"
         )

@@ -36,10 +36,11 @@ MODELS = {
         {"vocab_size": 30, "hidden_size": 12, "state_size": 4, "num_hidden_layers": 2, "intermediate_size": 24},
     ),
 }
+EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_key_value_heads": 1}
 
 
 def model_of(name):
-    config, options = MODELS[name]
+    config, options = MODELS.get(name, ("Qwen3MoeConfig", {**WORDS, **EXPERTS, "head_dim": 8}))
     model = getattr(transformers, name)(getattr(transformers, config)(**options))
     for module in model.modules():
         for dropout in ("p", "drop_prob", "dropout"):
@@ -100,3 +101,20 @@ def test_rows_are_each_examples_gradient(tmp_path, name):
     recorder.step(ids=range(N))
     (part,) = recorder.bank(storage="float32").stages[0].iter_rows(0)
     assert_near(part.rows * part.d1[:, None], expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", [*MODELS, "Qwen3MoeForCausalLM"])
+def test_what_checkpointing_computes_once_more_is_followed_too(name, reentrant):
+    torch.manual_seed(0)
+    model, batch = model_of(name), batch_of(name)
+    if not model.supports_gradient_checkpointing:
+        pytest.skip(f"{name} checkpoints nothing")
+    expected = plain_rows(copy.deepcopy(model).train(), batch)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    space = ParameterSpace.from_model(model)
+    engine = gradient_engine(model.train(), space, sp.Sketch(space.size, "identity"))
+    _, rows = engine.sketch(values_of, batch)
+    assert_near(rows, expected)
+    assert engine.method == "hooks", engine.reason
