@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import _get_current_function_mode
+
+from source_proj.gradients.checkpointing import checkpoints, wrapping
 
 __all__ = ["evaluating"]
 
@@ -23,7 +24,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             for module in training:
-                if _checkpoints_activations(module):
+                if checkpoints(module):
                     stack.enter_context(_training_outside(module))
             for module in filter(_fused, modules):
                 stack.enter_context(_training_without_dropout(module))
@@ -52,39 +53,30 @@ def _training_without_dropout(layer: Any) -> Iterator[None]:
         layer.dropout, layer.training = before, False
 
 
-def _checkpoints_activations(module: nn.Module) -> bool:
-    """Whether a layer of transformers is told to, in the way that autograd can follow."""
-    if not vars(module).get("gradient_checkpointing", False):
-        return False
-    known = any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
-    function = getattr(module, "_gradient_checkpointing_func", None) if known else None
-    return getattr(function, "keywords", {}).get("use_reentrant", True) is False
-
-
 @contextmanager
 def _training_outside(layer: Any) -> Iterator[None]:
     """Let a layer checkpoint, which it does in training mode alone, and evaluate what it checkpoints.
 
     What follows torch's functions follows those that are computed once more, during the backward pass, too.
     """
-    checkpoint = layer._gradient_checkpointing_func
 
-    def evaluated(function: Callable[..., Any], following: TorchFunctionMode | None, *args: Any) -> Any:
-        layer.training = False
-        again = following is not None and _get_current_function_mode() is not following
-        try:
-            with following if following is not None and again else nullcontext():
-                return function(*args)
-        finally:
-            layer.training = True
+    def evaluated(function: Callable[..., Any]) -> Callable[..., Any]:
+        following = _get_current_function_mode()
 
-    def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
-        return checkpoint(partial(evaluated, function, _get_current_function_mode()), *args)
+        def called(*args: Any) -> Any:
+            layer.training = False
+            again = following is not None and _get_current_function_mode() is not following
+            try:
+                with following if following is not None and again else nullcontext():
+                    return function(*args)
+            finally:
+                layer.training = True
 
-    layer._gradient_checkpointing_func = checkpointed
+        return called
+
     layer.training = True
     try:
-        yield
+        with wrapping(layer, evaluated):
+            yield
     finally:
-        layer._gradient_checkpointing_func = checkpoint
         layer.training = False

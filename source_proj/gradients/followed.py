@@ -9,21 +9,20 @@ that what the model keeps, or anybody's hooks, is the pass's own.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 
 from source_proj._errors import GradientError, SourceProjError
 from source_proj.gradients.apart import OUTPUT, Marks, Outputs, cannot_run, random_halves, require_same
-from source_proj.gradients.bare import BareUses, Unfollowed
-from source_proj.gradients.bare_path import BARE, BarePath
+from source_proj.gradients.bare_path import BARE
 from source_proj.gradients.batches import Batch, map_tensors
+from source_proj.gradients.beside import BesidePath, cannot_capture
 from source_proj.gradients.hooks import Pass, expanded, tensors_of
 from source_proj.gradients.layout import Call, Node, where_examples_are_lost
 from source_proj.gradients.probing import called, part, probing
@@ -32,20 +31,12 @@ from source_proj.gradients.space import ParameterSpace
 from source_proj.gradients.suited import Unsuited, UsedElsewhere
 from source_proj.trajectory.placement import Placement
 
-__all__ = ["FollowedPath", "used_elsewhere"]
+__all__ = ["FollowedPath"]
 
 _ODD = (5, 7, 11, 13, 17, 19, 23, 29)  # numbers of examples of which one is no other dim of a batch
 
 
-def _always() -> bool:
-    return True
-
-
-def _never() -> bool:
-    return False
-
-
-class FollowedPath(BarePath):
+class FollowedPath(BesidePath):
     """A path whose passes somebody else makes.
 
     Args:
@@ -61,33 +52,6 @@ class FollowedPath(BarePath):
         self._looked_ahead: set[bool] = set()  # whether of several examples
         self._looks, self._looked = False, 0  # whether passes are compared with those of their halves; how many were
         self._seen: tuple[Outputs, Marks] | None = None  # of taps beside the layers, while outputs are compared
-        self._awake = _always  # whether the pass under way is that of training
-
-    @contextmanager
-    def _beside_layers(self, current: Pass, awake: Callable[[], bool] = _always) -> Iterator[None]:
-        """Within, what no layer's hook sees has taps: modules that are opened, and parameters of no layer.
-
-        Args:
-            current: the pass.
-            awake: says whether what runs is that pass.
-        """
-        before, self._awake = self._awake, awake
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(self._opening(current, live=True))
-                if self._missing:
-                    options = {"missing": self._missing, "awake": awake, "live": True}
-                    stack.enter_context(self._following(current, _Uses, _entered, **options))
-                yield
-        finally:
-            self._awake = before
-
-    def _opened_forward(self, module: nn.Module, *given: Any, **kwargs: Any) -> Any:
-        forward, names, current, live, *args = given
-        if not self._awake():
-            return type(module).forward(module, *args, **kwargs)
-        _refuse_recomputed([f"!{self._names[module]}.*"])
-        return super()._opened_forward(module, forward, names, current, live, *args, **kwargs)
 
     def _on_output(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, *, current: Pass
@@ -103,7 +67,7 @@ class FollowedPath(BarePath):
         if self._seen is not None:
             return self._look_at(name, output)
         if name == BARE:
-            _refuse_recomputed([f"!{missing}" for missing in list(self._missing)[:10]])
+            self._refuse_recomputed([f"!{missing}" for missing in list(self._missing)[:10]])
         return super()._tapped(name, output, x, *given, **options)
 
     def _note(self, name: str, tapped: Tensor, *given: Any, **options: Any) -> Tensor:
@@ -283,79 +247,3 @@ def _heads(output: Any) -> list[Tensor]:
 
 def _nowhere() -> GradientSink:
     raise AssertionError("no backward pass goes through a pass that was only looked at")
-
-
-class _Uses(BareUses):
-    """Those of a pass that somebody else makes: asleep beside it, and what it refuses comes with a remedy.
-
-    Args:
-        given: to `BareUses`.
-        missing: parameter → why no rule gives its gradient.
-        awake: says whether what runs is that pass.
-        options: likewise.
-    """
-
-    def __init__(self, *given: Any, missing: Mapping[str, str], awake: Callable[[], bool], **options: Any) -> None:
-        super().__init__(*given, **options)
-        self._missing, self.awake = missing, awake
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call the function, with what stands for bare parameters in their place."""
-        if not self.awake():
-            return func(*args, **(kwargs or {}))
-        try:
-            return super().__torch_function__(func, types, args, kwargs)
-        except UsedElsewhere as problem:
-            if self.awake is _always:  # before the first pass, where it may be set apart
-                raise
-            raise used_elsewhere(problem) from problem
-        except Unfollowed as problem:
-            names = self.names_among((args, kwargs)) or list(self._missing)
-            raise cannot_capture(self._missing, names, str(problem)) from problem
-
-
-def cannot_capture(missing: Mapping[str, str], names: Sequence[str], reason: str) -> GradientError:
-    """What to say of parameters that no layer's rule covers, and that can't be followed."""
-    listed = "; ".join(f"{name}: {missing[name]}" for name in names[:10])
-    return GradientError(
-        f"rows can't be captured of some parameters ({listed}), as {reason}: leave them out by "
-        f"parameters={[f'!{name}' for name in names[:10]]}, or build the bank after training"
-    )
-
-
-def used_elsewhere(problem: UsedElsewhere) -> GradientError:
-    """What to say of a parameter that a pass, unlike the first one, uses outside of its layer."""
-    return GradientError(
-        f"{problem}: leave it out by parameters={[f'!{problem.name}']}, or build the bank after training"
-    )
-
-
-@contextmanager
-def _entered(mode: _Uses) -> Iterator[None]:
-    """As `with mode`, also where a pass is interrupted and leaves it on the stack of modes.
-
-    The end of a mode around the pass then takes this one off in its own place.
-    """
-    below = _get_current_function_mode()
-    TorchFunctionMode.__enter__(mode)
-    try:
-        yield
-    finally:
-        mode.awake = _never
-        stack = [torch._C._get_function_stack_at(place) for place in range(torch._C._len_torch_function_stack())]
-        last = mode if any(each is mode for each in stack) else below
-        if stack and last is not None and stack[-1] is last:
-            _pop_mode()
-
-
-def _refuse_recomputed(patterns: list[str]) -> None:
-    """Refuse taps in what activation checkpointing computes once more, where nobody sets them again."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None and getattr(hooks[0], "__module__", "") == torch.utils.checkpoint.__name__:
-        raise GradientError(
-            "rows can't be captured of attention or recurrent modules, experts, or parameters of no layer within "
-            f"activation checkpointing: leave them out by parameters={patterns}, checkpoint less, or build the bank "
-            "after training"
-        )

@@ -28,7 +28,8 @@ from torch.utils.hooks import RemovableHandle
 
 from source_proj._errors import GradientError
 from source_proj.gradients.batches import batch_size, own_copy
-from source_proj.gradients.followed import FollowedPath, used_elsewhere
+from source_proj.gradients.beside import used_elsewhere
+from source_proj.gradients.followed import FollowedPath
 from source_proj.gradients.hooks import Pass
 from source_proj.gradients.opened import Listener
 from source_proj.gradients.probing import is_probed

@@ -77,6 +77,16 @@ def plain_rows(model, batch):
     return torch.stack(rows)
 
 
+def captured_rows(folder, model, batch, sketch):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    recorder = sp.Recorder(model, optimizer, folder / "run", capture=sketch, task=sp.Classification(), examples=N)
+    values_of(model, batch).mean().backward()
+    optimizer.step()
+    recorder.step(ids=range(N))
+    (part,) = recorder.bank(storage="float32").stages[0].iter_rows(0)
+    return part.rows * part.d1[:, None]
+
+
 def assert_near(rows, expected):
     assert float((rows - expected).norm()) <= 3e-5 * float(expected.norm())
 
@@ -94,18 +104,12 @@ def test_rows_are_each_examples_gradient(tmp_path, name):
     assert engine.method == "hooks", engine.reason
     assert "followed by themselves" in engine.reason
 
-    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-3)
-    recorder = sp.Recorder(model, optimizer, tmp_path / "run", capture=sketch, task=sp.Classification(), examples=N)
-    values_of(model, batch).mean().backward()
-    optimizer.step()
-    recorder.step(ids=range(N))
-    (part,) = recorder.bank(storage="float32").stages[0].iter_rows(0)
-    assert_near(part.rows * part.d1[:, None], expected)
+    assert_near(captured_rows(tmp_path, model.train(), batch, sketch), expected)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", [*MODELS, "Qwen3MoeForCausalLM"])
-def test_what_checkpointing_computes_once_more_is_followed_too(name, reentrant):
+def test_what_checkpointing_computes_once_more_is_followed_too(tmp_path, name, reentrant):
     torch.manual_seed(0)
     model, batch = model_of(name), batch_of(name)
     if not model.supports_gradient_checkpointing:
@@ -114,7 +118,12 @@ def test_what_checkpointing_computes_once_more_is_followed_too(name, reentrant):
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
     space = ParameterSpace.from_model(model)
-    engine = gradient_engine(model.train(), space, sp.Sketch(space.size, "identity"))
+    sketch = sp.Sketch(space.size, "identity")
+    engine = gradient_engine(copy.deepcopy(model).train(), space, sketch)
     _, rows = engine.sketch(values_of, batch)
     assert_near(rows, expected)
     assert engine.method == "hooks", engine.reason
+    if not reentrant:
+        assert_near(captured_rows(tmp_path, model.train(), batch, sketch), expected)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]  # the loop's own
+        assert_near(torch.cat([g.flatten() for g in gradients]), expected.mean(0))
