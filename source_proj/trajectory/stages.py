@@ -68,7 +68,7 @@ class Stage:
         time_factors: the optimizer's ``time_factor`` at each update, where it changed on the way (a momentum that goes
             in cycles); given like ``lr_schedule``. Default: the optimizer's one.
         trained: names of the parameters that the optimizer held; None where that is not known. See
-            :func:`trained_parameters`.
+            :func:`trained_parameters`. What one stage trained stands still in another that did not.
         label_smoothing: of the loss that was trained with; None where that is not known.
         skipped: numbers of the updates that were not made, as a GradScaler skips some, in the stage's own count. They
             take no time, and the optimizer does not number them. None where that is not known: of the updates of rate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -166,12 +166,14 @@ def write_captured(
     resolved = trajectory.resolve(model, capture.space).record
     curvature = [captured.curvature() for captured in stages]
     hashes = [[hash_float32(matrix) for matrix in own] for own in curvature]
-    records = (record.captured(own, kind) for record, own in zip(resolved.stages, hashes, strict=True))
+    # Rows were captured as they were, those of a parameter that did not move in a stage, too.
+    plain = (replace(record, metrics=(0,) * len(record.metrics)) for record in resolved.stages)
+    records = (record.captured(own, kind) for record, own in zip(plain, hashes, strict=True))
     settings = Settings(
         sketch=identity["sketch"],
         parameters=identity["parameters"],
         task=identity["task"],
-        trajectory=RunRecord(tuple(records), resolved.metrics),
+        trajectory=RunRecord(tuple(records), (None,)),
         storage=storage_of(storage, identity["sketch"]),
         sampled_fisher=0,
         second_derivative=False,
