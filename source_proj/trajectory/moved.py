@@ -11,7 +11,7 @@ from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.optimizers import PreconditionedOptimizer, moments
 from source_proj.trajectory.stages import Stage
 
-__all__ = ["held_parameters", "left_alone", "moved_parameters", "points_of"]
+__all__ = ["held_parameters", "left_alone", "moved_by_stages", "moved_parameters", "points_of"]
 
 
 def left_alone(stages: Sequence[Stage], model: nn.Module) -> list[frozenset[str]]:
@@ -29,18 +29,22 @@ def left_alone(stages: Sequence[Stage], model: nn.Module) -> list[frozenset[str]
     """
     if len(stages) == 1:
         return [frozenset()]
-    begins: list[Sequence[Checkpoint]] = [(), *([stage.final or stage.checkpoints[-1]] for stage in stages[:-1])]
-    moved = [_of_stage(stage, begin, model) for stage, begin in zip(stages, begins, strict=True)]
+    names = {name for name, _ in model.named_parameters()}
+    moved = [own or names for own in moved_by_stages(stages, model)]
     by_any = set().union(*moved)
     return [frozenset(by_any - own) for own in moved]
 
 
-def _of_stage(stage: Stage, begin: Sequence[Checkpoint], model: nn.Module) -> set[str]:
-    """Those that a stage moved from the end of the one before; all, where that is not known."""
-    names = {name for name, _ in model.named_parameters()}
+def moved_by_stages(stages: Sequence[Stage], model: nn.Module) -> list[set[str]]:
+    """Parameters that each stage moved from the end of the one before; empty where that is not known."""
+    begins: list[Sequence[Checkpoint]] = [(), *([stage.final or stage.checkpoints[-1]] for stage in stages[:-1])]
+    return [_moved_in(stage, begin, model) for stage, begin in zip(stages, begins, strict=True)]
+
+
+def _moved_in(stage: Stage, begin: Sequence[Checkpoint], model: nn.Module) -> set[str]:
     moved = moved_parameters([*begin, *points_of(stage)], model)
     known = [own for own in (held_parameters([stage], model, has_one_state=moved is None), moved) if own]
-    return names.intersection(*known) or names
+    return set.intersection(*known) if known else set()
 
 
 def held_parameters(stages: Sequence[Stage], model: nn.Module, has_one_state: bool) -> set[str]:

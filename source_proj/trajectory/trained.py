@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from source_proj.trajectory.moved import held_parameters, moved_parameters, points_of
+from source_proj.trajectory.moved import held_parameters, moved_by_stages, moved_parameters, points_of
 from source_proj.trajectory.trajectory import Trajectory
 
 __all__ = ["trained_parameters", "weights_stamp"]
@@ -20,7 +20,8 @@ def trained_parameters(trajectory: Trajectory, model: nn.Module) -> tuple[list[s
 
     They are those that the optimizer held (as a recorder, or the run's own files, say) with a learning rate, and that
     differ between checkpoints; where one of the two is not known, the other; where neither is (a single checkpoint
-    given as a dict), those that require a gradient. Of an adapter's single file they are the adapter's.
+    given as a dict), those that require a gradient. Of an adapter's single file they are the adapter's. Of several
+    stages they are those that any of them moved, each from the end of the one before.
 
     Args:
         trajectory: the run.
@@ -29,6 +30,8 @@ def trained_parameters(trajectory: Trajectory, model: nn.Module) -> tuple[list[s
     Raises:
         MismatchError: a checkpoint does not fit the model.
     """
+    if len(trajectory.stages) > 1:
+        return _of_stages(trajectory, model)
     names = [name for name, _ in model.named_parameters()]
     moved = moved_parameters([one for stage in trajectory.stages for one in points_of(stage)], model)
     held = held_parameters(trajectory.stages, model, has_one_state=moved is None)
@@ -40,5 +43,23 @@ def trained_parameters(trajectory: Trajectory, model: nn.Module) -> tuple[list[s
         if both:
             return both, "those " + " and ".join(reasons)
         return [name for name in names if name in sets[-1]], f"those {reasons[-1]}"
+    return _trainable(model)
+
+
+def _of_stages(trajectory: Trajectory, model: nn.Module) -> tuple[list[str], str]:
+    """Those that any stage moved: what the first one did is not seen in the weights at its end alone."""
+    by_stage = moved_by_stages(trajectory.stages, model)
+    unknown = [stage.name for stage, own in zip(trajectory.stages, by_stage, strict=True) if not own]
+    moved, reason = set().union(*by_stage), "those that any stage moved"
+    if unknown:
+        others, which = _trainable(model)
+        moved, reason = moved.union(others), f"{reason} and, as nothing says what stage {unknown[0]!r} did, {which}"
+    return [name for name, _ in model.named_parameters() if name in moved], reason
+
+
+def _trainable(model: nn.Module) -> tuple[list[str], str]:
+    """Where nothing is known of training."""
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return (trainable, "those that require a gradient") if trainable else (names, "all, as none requires a gradient")
+    if trainable:
+        return trainable, "those that require a gradient"
+    return [name for name, _ in model.named_parameters()], "all, as none requires a gradient"

@@ -81,7 +81,7 @@ def test_a_stage_moves_its_own_parameters_alone(tmp_path, orders, told):
 def test_one_checkpoint_is_compared_with_the_end_of_the_stage_before(tmp_path):
     """Of the first stage, whose only weights they are, nothing is known: it may have trained all."""
     problem = frozen_run(("02", "2"), "the end")
-    bank = problem.build(tmp_path / "bank", parameters=["*"])
+    bank = problem.build(tmp_path / "bank")
     assert_equal(scores(problem, bank), dense(problem, ("02", "2")))
 
 
