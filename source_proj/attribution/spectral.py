@@ -289,14 +289,21 @@ def decay_operator(time: float, decay: float) -> SpectralFunction:
 
 
 @lru_cache(_KEPT)
-def cross_operator(time: float, decay: float) -> SpectralFunction:
+def cross_operator(time: float, decay: float, coupled: bool = False) -> SpectralFunction:
     """exp(-s λ) (exp(-s σ) - 1)/σ, and its limit -s exp(-s λ) at σ = 0.
 
     With P_l^½ H_l P_l^½ = H̃, a segment takes P_m^½ v to
     exp(-s λ) P_m^½ v + P_m^½ H_l P_l^½ cross_operator(H̃) P_l^½ v, for any other metric P_m.
+
+    Args:
+        time: the segment's time scale s.
+        decay: weight decay λ.
+        coupled: (exp(-s (σ + λ)) - 1)/(σ + λ) instead: where P_l only leaves out parameters, which do not decay,
+            P_m^½ v becomes P_m^½ v + P_m^½ (H_l + λ) P_l^½ cross_operator(H̃) P_l^½ v.
     """
-    inner = response(time, 0.0, 0.0)
-    return SpectralFunction(lambda eigenvalues: -math.exp(-time * decay) * inner(eigenvalues), inner.shifts)
+    inner = response(time, decay if coupled else 0.0, 0.0)
+    factor = 1.0 if coupled else math.exp(-time * decay)
+    return SpectralFunction(lambda eigenvalues: -factor * inner(eigenvalues), inner.shifts)
 
 
 def _forgetting(time: float) -> tuple[float, ...]:

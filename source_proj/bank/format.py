@@ -81,9 +81,10 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
 18. A preconditioned optimizer's rows are R P^½ ∇o for a diagonal P. ``metrics`` of the ``trajectory`` lists the
     metrics, null for the identity, else a hash: the SHA-256, in hex, of the diagonal of P^½ in the order of
     ``parameters`` (little-endian float32). ``metrics`` of each stage holds the index of each checkpoint's metric. Those
-    of a stage whose ``preconditioner`` is "factored" or "factored_per_segment" hold, for each parameter of two axes or
+    of a stage whose ``preconditioner`` is neither "shared" nor "per_segment" hold, for each parameter of two axes or
     more, p (the first axis) and then q (all others, C order), whose outer product is the diagonal's part; their hash is
-    that of the word "factored" (ASCII) followed by the numbers.
+    that of the word "factored" (ASCII) followed by the numbers. Of a stage without a preconditioner, or with a number
+    in its place, such a P is 0 for the parameters that the stage did not move and another one did, and else 1.
 19. A checkpoint crosses the metrics of earlier ones (of its own and earlier stages) that are not its own, and MUST hold
     its rows in these too.
 

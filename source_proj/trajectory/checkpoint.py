@@ -20,6 +20,7 @@ from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.layouts import averaged_keys, is_count, listed, model_state, unwrapped_names
 from source_proj.trajectory.optimizers.describe import kept_state
 from source_proj.trajectory.placement import placement_of
+from source_proj.trajectory.schedules import finite_rate
 from source_proj.trajectory.state_files import checked_path, read_state, state_files
 
 __all__ = ["Checkpoint"]
@@ -75,10 +76,11 @@ class Checkpoint:
         optimizer_state: Mapping[str, Any] | str | Path | None = None,
         key: str | None = None,
     ) -> None:
-        if lr is not None and not 0 <= lr < float("inf"):
-            raise ValueError(f"lr must be finite and at least 0, got {lr!r}")
+        rate = None if lr is None else finite_rate(lr)
+        if lr is not None and rate is None:
+            raise ValueError(f"lr must be a number, finite and at least 0, got {lr!r}")
         self.step = checked_count("step", step, 0)
-        self.lr = None if lr is None else float(lr)
+        self.lr = rate
         self.optimizer_state: Mapping[str, Any] | str | Path | None = (
             kept_state(optimizer_state) if isinstance(optimizer_state, Mapping) else optimizer_state
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj.trajectory.checkpoint import Checkpoint
+from source_proj.trajectory.moved import left_alone
 from source_proj.trajectory.optimizers import Moments, PreconditionedOptimizer, is_untouched, moments
 from source_proj.trajectory.record import FACTORED, PER_SEGMENT, RunRecord, StageRecord
 from source_proj.trajectory.scale import Coordinates, Scale, best_factors
@@ -54,11 +55,15 @@ class _Metrics:
 def resolve_run(stages: Sequence[Stage], model: nn.Module, space: Coordinates) -> ResolvedRun:
     """Read the optimizer states of a run, and say which metric each checkpoint is in; see `Trajectory.resolve`."""
     metrics = _Metrics()
-    records = tuple(_resolved(stage, model, space, metrics) for stage in stages)
+    still = left_alone(stages, model)
+    records = tuple(_resolved(stage, model, space, metrics, own) for stage, own in zip(stages, still, strict=True))
     return ResolvedRun(RunRecord(records, tuple(metrics.hashes)), metrics.scales)
 
 
-def _resolved(stage: Stage, model: nn.Module, space: Coordinates, metrics: _Metrics) -> StageRecord:
+def _resolved(
+    stage: Stage, model: nn.Module, space: Coordinates, metrics: _Metrics, still: frozenset[str]
+) -> StageRecord:
+    """A stage's record; parameters that stood still in it are none of its metric."""
     record = stage.describe()
     optimizer = record.optimizer  # the decay divided by the loss scale
     mode, count = stage.preconditioner, len(stage.checkpoints)
@@ -68,17 +73,27 @@ def _resolved(stage: Stage, model: nn.Module, space: Coordinates, metrics: _Metr
         own: list[int] = []
         decays: list[float] = []
         for group in groups:
-            scale, decay = _metric(stage, group, optimizer, model, space)
+            scale, decay = _metric(stage, group, optimizer, model, space, still)
             own += [metrics.index(scale)] * len(group)
             decays += [decay] * len(group)
         return replace(record, metrics=tuple(own), decays=tuple(decays))
     if isinstance(optimizer, PreconditionedOptimizer):
         if mode == "scalar":
-            scalars, decays = _scalars(stage, optimizer, model, space)
+            scalars, decays = _scalars(stage, optimizer, model, space, still)
             record = replace(record, preconditioner="scalar", scalars=tuple(scalars), decays=tuple(decays))
         else:
-            record = replace(record, decays=(_plain_decay(optimizer, space),) * count)
-    return replace(record, metrics=(metrics.index(None),) * count)
+            record = replace(record, decays=(_plain_decay(optimizer, space, still),) * count)
+    return replace(record, metrics=(metrics.index(_without(space, still)),) * count)
+
+
+def _without(space: Coordinates, still: frozenset[str]) -> Scale | None:
+    """P of ones and, for parameters that stood still, zeros; factored, for gradients that need not be formed."""
+    if still.isdisjoint(space.names):
+        return None
+    sizes = [Scale.kept(shape, factored=True) for shape in space.shapes]
+    ones = [name not in still for name in space.names]
+    values = torch.tensor(ones, dtype=torch.float32, device="cpu").repeat_interleave(torch.tensor(sizes, device="cpu"))
+    return Scale(values, space, factored=True)
 
 
 def _with_state(stage: Stage, checkpoints: Sequence[Checkpoint], what: str) -> list[Checkpoint]:
@@ -99,7 +114,12 @@ def _is_initial(stage: Stage, checkpoint: Checkpoint) -> bool:
 
 
 def _metric(
-    stage: Stage, group: Sequence[int], optimizer: PreconditionedOptimizer, model: nn.Module, space: Coordinates
+    stage: Stage,
+    group: Sequence[int],
+    optimizer: PreconditionedOptimizer,
+    model: nn.Module,
+    space: Coordinates,
+    still: frozenset[str],
 ) -> tuple[Scale, float]:
     """The square root of the mean P, factored or not, and the one number λ̄ that stands for weight decay."""
     p, v, decay = (torch.zeros(space.size, dtype=torch.float64, device="cpu") for _ in range(3))
@@ -107,7 +127,7 @@ def _metric(
     with_state = _with_state(stage, checkpoints, f"the segment of {checkpoints}")
     for checkpoint, divisor in zip(with_state, _divisors(stage, with_state), strict=True):
         plain = stage.plain_shares[stage.checkpoints.index(checkpoint)]
-        for place, own in _moments(checkpoint, optimizer, model, space, plain):
+        for place, own in _moments(checkpoint, optimizer, model, space, plain, still):
             p[place] += own.preconditioner.flatten() / divisor
             v[place] += own.second.flatten() / len(with_state)
             decay[place] += own.decay.flatten() / divisor
@@ -140,7 +160,7 @@ def _divisors(stage: Stage, checkpoints: Sequence[Checkpoint]) -> list[float]:
 
 
 def _scalars(
-    stage: Stage, optimizer: PreconditionedOptimizer, model: nn.Module, space: Coordinates
+    stage: Stage, optimizer: PreconditionedOptimizer, model: nn.Module, space: Coordinates, still: frozenset[str]
 ) -> tuple[list[float], list[float]]:
     """One number p = Σ P v̂ / Σ v̂ a checkpoint, and its decay.
 
@@ -150,7 +170,7 @@ def _scalars(
     for checkpoint in _with_state(stage, stage.checkpoints, f"stage {stage.name!r}"):
         plain = stage.plain_shares[stage.checkpoints.index(checkpoint)]
         p, v, decay = (torch.zeros(space.size, dtype=torch.float64, device="cpu") for _ in range(3))
-        for place, own in _moments(checkpoint, optimizer, model, space, plain):
+        for place, own in _moments(checkpoint, optimizer, model, space, plain, still):
             p[place], v[place], decay[place] = (part.flatten() for part in own)
         if not p.any():
             raise MismatchError(f"the optimizer state of {checkpoint} moves none of the attributed parameters")
@@ -160,20 +180,26 @@ def _scalars(
     return [number for number, _ in filled], [decay for _, decay in filled]
 
 
-def _plain_decay(optimizer: PreconditionedOptimizer, space: Coordinates) -> float:
+def _plain_decay(optimizer: PreconditionedOptimizer, space: Coordinates, still: frozenset[str]) -> float:
     """Weight decay without second moments: the mean over coordinates."""
-    sizes = torch.tensor([float(prod(shape)) for shape in space.shapes], dtype=torch.float64, device="cpu")
+    counts = [prod(shape) * (name not in still) for name, shape in zip(space.names, space.shapes, strict=True)]
+    sizes = torch.tensor(counts, dtype=torch.float64, device="cpu")
     groups = [optimizer.group(name) for name in space.names]
     decays = [group.lr_scale * float(group.weight_decay or 0.0) for group in groups]
     return _mean(torch.tensor(decays, dtype=torch.float64, device="cpu"), sizes)
 
 
 def _moments(
-    checkpoint: Checkpoint, optimizer: PreconditionedOptimizer, model: nn.Module, space: Coordinates, plain: float
+    checkpoint: Checkpoint,
+    optimizer: PreconditionedOptimizer,
+    model: nn.Module,
+    space: Coordinates,
+    plain: float,
+    still: frozenset[str],
 ) -> Iterator[tuple[slice, Moments]]:
     """The moments of the attributed parameters, and where their coordinates are."""
     for name, own in moments(checkpoint, optimizer, model, plain):
-        if name in space.offsets:
+        if name in space.offsets and name not in still:
             begin = space.offsets[name]
             yield slice(begin, begin + own.second.numel()), own
 

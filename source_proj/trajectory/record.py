@@ -350,8 +350,8 @@ class RunRecord:
         return [digest for digest in self.metrics if digest is not None]
 
     def is_factored(self, metric: int) -> bool:
-        """Whether a metric's P has two vectors in place of each matrix."""
-        return any(stage.preconditioner in FACTORED and metric in stage.metrics for stage in self.stages)
+        """Whether a metric's P has two vectors in place of each matrix, as also one that only leaves parameters out."""
+        return any(s.preconditioner not in ("shared", "per_segment") and metric in s.metrics for s in self.stages)
 
     @property
     def curvatures(self) -> list[str]:

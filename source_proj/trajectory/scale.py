@@ -62,7 +62,7 @@ class Scale:
     def __init__(self, values: Tensor, space: Coordinates, *, factored: bool = False) -> None:
         self.values, self.factored, self._space = values, factored, space
         self._shapes = dict(zip(space.names, space.shapes, strict=True))
-        sizes = [self._kept(shape) for shape in space.shapes]
+        sizes = [self.kept(shape, factored) for shape in space.shapes]
         if tuple(values.shape) != (sum(sizes),):
             form = "factors" if factored else "entries"
             raise MismatchError(f"a scale has {tuple(values.shape)} numbers; the space has {sum(sizes)} {form}")
@@ -77,6 +77,15 @@ class Scale:
     def diagonal(self) -> Tensor:
         """All entries ``(d,)``."""
         return torch.cat([self.of(name) for name in self._space.names])
+
+    @property
+    def is_selection(self) -> bool:
+        """Whether it is 1 of some parameters and 0 of the others."""
+        return bool(((self.values == 0) | (self.values == 1)).all())
+
+    def moves(self, name: str) -> bool:
+        """Whether it is other than 0 anywhere in a parameter."""
+        return bool(self._parts[name].any())
 
     def require(self, space: Coordinates) -> None:
         """Refuse other parameters.
@@ -116,9 +125,10 @@ class Scale:
             return self
         return Scale(self.values.to(device), self._space, factored=self.factored)
 
-    def _kept(self, shape: tuple[int, ...]) -> int:
-        """How many values a parameter has."""
-        if self.factored and len(shape) > 1:
+    @staticmethod
+    def kept(shape: tuple[int, ...], factored: bool) -> int:
+        """How many values a parameter of this shape has."""
+        if factored and len(shape) > 1:
             return shape[0] + prod(shape[1:])
         return prod(shape)
 

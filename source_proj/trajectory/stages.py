@@ -19,6 +19,7 @@ from source_proj.trajectory.optimizers import SGD, Optimizer, Updates, updates_c
 from source_proj.trajectory.options import ReadOptions, Schedule
 from source_proj.trajectory.record import CheckpointRef, PreconditionerMode, StageRecord
 from source_proj.trajectory.recording.run_files import RecordedRun
+from source_proj.trajectory.schedules import schedule_function
 from source_proj.trajectory.segments import Segments, split_segments
 
 __all__ = ["Stage"]
@@ -68,13 +69,14 @@ class Stage:
         time_factors: the optimizer's ``time_factor`` at each update, where it changed on the way (a momentum that goes
             in cycles); given like ``lr_schedule``. Default: the optimizer's one.
         trained: names of the parameters that the optimizer held; None where that is not known. See
-            :func:`trained_parameters`.
+            :func:`trained_parameters`. What one stage trained stands still in another that did not.
         label_smoothing: of the loss that was trained with; None where that is not known.
         skipped: numbers of the updates that were not made, as a GradScaler skips some, in the stage's own count. They
             take no time, and the optimizer does not number them. None where that is not known: of the updates of rate
             0, as many count as skipped as the optimizer's own counts at checkpoints say.
 
     Raises:
+        TypeError: an argument is of another kind, as where torch's own optimizer is given.
         ValueError: anything that does not add up; the message names the value.
     """
 
@@ -97,6 +99,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "checkpoints", self._checked_points())
+        self._check_kinds()
         self._check_loss()
         self._check_steps()
         self._check_skipped()
@@ -214,14 +217,30 @@ class Stage:
         return tuple(self._integrate(clipped=False, stepped=stepped))
 
     def _checked_points(self) -> tuple[Checkpoint, ...]:
-        for point in self.checkpoints:
+        if isinstance(self.checkpoints, Checkpoint):
+            raise TypeError(f"checkpoints must be a list, got one: give [{self.checkpoints!r}]")
+        points = tuple(self.checkpoints)  # of a generator, too, which gives them once
+        for point in points:
             if isinstance(point, Stage):
                 raise TypeError(
                     f"checkpoints holds the stage {point.name!r}: put stages together by Trajectory.from_stages([...])"
                 )
             if not isinstance(point, Checkpoint):
                 raise TypeError(f"checkpoints must be Checkpoint(state, step) each, got a {type(point).__name__}")
-        return tuple(self.checkpoints)
+        return points
+
+    def _check_kinds(self) -> None:
+        name: object = self.name
+        optimizer: object = self.optimizer
+        if not isinstance(name, str):
+            raise TypeError(f"a stage's name must be a string, got {name!r}: give {str(name)!r}")
+        if not isinstance(optimizer, Optimizer):
+            known = ", ".join(f"sp.{name}" for name in Optimizer.known)
+            given = optimizer if isinstance(optimizer, str | type) else type(optimizer)
+            raise TypeError(
+                f"optimizer must describe how gradients became steps, as sp.SGD(momentum=0.9) does (one of {known}), "
+                f"got {given!r}; a Recorder reads torch's own optimizers by itself"
+            )
 
     def _check_loss(self) -> None:
         if self.loss_reduction not in ("mean", "sum"):
@@ -349,30 +368,8 @@ class Stage:
 
     def _function(self, name: str, last_step: int, largest: float) -> Callable[[int], float]:
         """Return a schedule as a checked function of the update's number."""
-        schedule: Schedule = getattr(self, name)
-        function: Callable[[int], float]
-        if callable(schedule):
-            function = schedule
-        else:
-            values = list(schedule)
-            if len(values) != last_step - self.start_step:
-                raise ValueError(
-                    f"{name} of stage {self.name!r} has {len(values)} entries for the "
-                    f"{last_step - self.start_step} optimizer steps {self.start_step} to {last_step}: give one each"
-                )
-            offset = self.start_step
-
-            def function(step: int) -> float:
-                return values[step - offset]
-
-        def checked(step: int) -> float:
-            value = float(function(step))
-            if not 0 <= value <= largest or value == math.inf:
-                bound = "" if largest == math.inf else f" and at most {largest:g}"
-                raise ValueError(f"{name} gives {value} for update {step}: must be finite and at least 0{bound}")
-            return value
-
-        return checked
+        which = f"{name} of stage {self.name!r}"
+        return schedule_function(which, getattr(self, name), range(self.start_step, last_step), largest)
 
 
 def _reference(checkpoint: Checkpoint) -> CheckpointRef:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -58,12 +58,22 @@ class Trajectory:
         self.stages: tuple[Stage, ...] = (stage,)
 
     @classmethod
-    def from_stages(cls, stages: Sequence[Stage]) -> Trajectory:
+    def from_stages(cls, stages: Iterable[Stage]) -> Trajectory:
         """Put stages together, in order of time. Each counts its steps from its own ``start_step``.
 
         Raises:
+            TypeError: one of them is no stage.
             ValueError: there is no stage, or two have one name.
         """
+        if isinstance(stages, Stage):
+            raise TypeError(f"stages must be a list, got the stage {stages.name!r}: give [stage]")
+        stages = tuple(stages)  # of a generator, too, which gives them once
+        for stage in stages:
+            if not isinstance(stage, Stage):
+                raise TypeError(
+                    f"stages must be a Stage each, got a {type(stage).__name__}: a Recorder gives its own by stage(), "
+                    "a Trajectory has them as .stages"
+                )
         names = [stage.name for stage in stages]
         if not names:
             raise ValueError("a trajectory needs at least one stage, got none")
@@ -71,7 +81,7 @@ class Trajectory:
             if names.count(name) > 1:
                 raise ValueError(f"two stages are named {name!r}: names must differ, got {names}")
         trajectory = cls.__new__(cls)
-        trajectory.stages = tuple(stages)
+        trajectory.stages = stages
         return trajectory
 
     @classmethod

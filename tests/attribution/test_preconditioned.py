@@ -318,7 +318,7 @@ def test_clipping_shortens_the_time_and_not_the_decay(tmp_path):
     clipped = source(problem, bank).segments
     assert [one.time for one in clipped] == pytest.approx([LR * EVERY, LR * 2 * EVERY])
     assert [one.decay * one.time for one in clipped] == pytest.approx([0.3 * LR * 2 * EVERY] * 2)
-    with pytest.raises(ValueError, match=r"clip_factors gives 1.5 for update 0: must be finite and at least 0 and at"):
+    with pytest.raises(ValueError, match=r"'train' gives 1.5 for update 0: must be finite and at least 0 and at"):
         adam_run(clip_factors=lambda _: 1.5)
 
 

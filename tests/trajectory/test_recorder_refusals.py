@@ -262,6 +262,24 @@ def test_a_schedule_may_end_a_rounding_below_zero(tmp_path):
     assert recorder.trajectory().final.step == 10
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stage": 3}, "stage must be a name, got 3: give stage='3'"),
+        ({"stage": None}, "stage must be a name, got None"),
+        ({"at": 5}, "at must be numbers of optimizer steps, got 5: give at="),
+        ({"segment_ends": 5}, "segment_ends must be numbers"),
+        ({"also": nn.Linear(1, 1)}, "also must be a list, got a Linear"),
+    ],
+)
+def test_options_of_another_kind_are_refused_before_anything_is_recorded(tmp_path, options, message):
+    """A run whose stage was a number could be recorded to its end, and not be read."""
+    model, optimizer = of_class(torch.optim.SGD)
+    with pytest.raises(TypeError, match=message):
+        Recorder(model, optimizer, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
 def _step(model, optimizer):
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()

@@ -118,6 +118,52 @@ def test_what_does_not_add_up_is_refused(changes, message):
         Stage(**arguments)
 
 
+def points():
+    return checkpoints(10, 20, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr_schedule": 0.1}, "lr_schedule of stage 'train' is 0.1: give a function"),
+        ({"lr_schedule": "cosine"}, "is 'cosine': give a function"),
+        ({"lr_schedule": dict.fromkeys(range(20), 0.1)}, "give a function"),
+        ({"clip_factors": {1.0}}, "clip_factors .* give a function"),
+        ({"optimizer": torch.optim.SGD([WEIGHTS["w"].clone().requires_grad_()], lr=0.1)}, "a Recorder reads torch's"),
+        ({"optimizer": SGD}, "as sp.SGD\\(momentum=0.9\\) does .* got <class"),
+        ({"optimizer": "sgd"}, "got 'sgd'"),
+        ({"name": 1}, "name must be a string, got 1: give '1'"),
+        ({"checkpoints": points()[0]}, "must be a list, got one: give \\[Checkpoint"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(changes, message):
+    arguments = {"name": "train", "checkpoints": points(), **changes}
+    with pytest.raises(TypeError, match=message):
+        Stage(**arguments)
+
+
+def test_schedules_of_no_numbers_are_refused():
+    with pytest.raises(ValueError, match="gives None for update 0"):
+        Stage("train", points(), lr_schedule=lambda step: None)
+    for rate in ("0.1", [0.1], -0.1, float("nan"), torch.ones(2)):  # a list is what schedulers' get_last_lr() gives
+        with pytest.raises(ValueError, match="lr must be a number, finite and at least 0, got"):
+            Checkpoint(WEIGHTS, 10, lr=rate)
+
+
+def test_checkpoints_may_come_one_by_one():
+    stage = Stage("train", (point for point in points()))
+    assert [point.step for point in stage.checkpoints] == [10, 20]
+
+
+def test_stages_are_put_together_from_stages_alone():
+    stage = Stage("train", points())
+    assert Trajectory.from_stages(one for one in [stage]).stages == (stage,)
+    with pytest.raises(TypeError, match="got the stage 'train': give \\[stage\\]"):
+        Trajectory.from_stages(stage)
+    with pytest.raises(TypeError, match="got a Trajectory: a Recorder gives its own by stage"):
+        Trajectory.from_stages([Trajectory(points())])
+
+
 @given(st.data())
 def test_split_by_count(data):
     count = data.draw(st.integers(1, 40))

@@ -138,6 +138,29 @@ def test_all_stages_count(tmp_path):
     assert trained_parameters(sp.Trajectory.from_stages(stages), network())[0] == ["0.weight", "0.bias", *HEAD]
 
 
+def two_stages(directory, recorded):
+    """All parameters first, then the head, with one checkpoint at the end of each; the optimizers are known or not."""
+    model, stages = network(), []
+    for name, freeze in (("pretrain", ()), ("finetune", ("0", "1"))):
+        for part, parameter in model.named_parameters():
+            parameter.requires_grad_(part.split(".")[0] not in freeze)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        recorder = sp.Recorder(model, optimizer, directory / name, stage=name) if recorded else None
+        steps(model, optimizer, 4, recorder)
+        stages.append(recorder.stage() if recorded else sp.Stage(name, [checkpoint(model, 4)]))
+    return sp.Trajectory.from_stages(stages)
+
+
+def test_what_pretraining_alone_moved_counts_though_its_end_is_its_one_checkpoint(tmp_path):
+    """Between the two checkpoints there is no difference but the head's: that is the second stage's."""
+    assert trained_parameters(two_stages(tmp_path, recorded=True), network())[0] == NAMES
+    run = two_stages(tmp_path, recorded=False)
+    names, reason = trained_parameters(run, network())
+    assert names == NAMES
+    assert "nothing says what stage 'pretrain' did, those that require a gradient" in reason
+    assert trained_parameters(run, network(freeze=("0",)))[0] == NAMES[2:]
+
+
 def test_an_adapters_file_names_its_own(tmp_path):
     model = network()
     file = tmp_path / "adapter_model.safetensors"

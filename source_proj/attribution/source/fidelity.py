@@ -32,6 +32,7 @@ from source_proj.attribution.source.fitted_segments import FittedSegments, walk_
 from source_proj.attribution.source.query_propagator import QueryPropagator
 from source_proj.attribution.source.segments import Segment
 from source_proj.attribution.spectral import DenseHessian, Hessian, Spectrum, ridge_inverse, shifted_factor
+from source_proj.bank import Decay
 
 __all__ = ["Fidelity", "estimated_fidelity"]
 
@@ -201,6 +202,10 @@ class _Half:
     def cross_moment(self, segment: Segment, metric: int) -> Tensor:
         """2 C of the columns."""
         return 2 * self._whole.cross_moment(segment, metric).cpu()[self._columns][:, self._columns]
+
+    def decay_of(self, segment: Segment, metric: int) -> Decay:
+        """That of the whole sketch."""
+        return self._whole.decay_of(segment, metric)
 
 
 def _of_factor(factor: Tensor) -> Spectrum:

@@ -37,7 +37,7 @@ from source_proj.attribution.spectral import (
     effective_dimension,
     response,
 )
-from source_proj.bank import Bank
+from source_proj.bank import Bank, Decay
 
 __all__ = ["FittedSegments", "walk_back"]
 
@@ -50,6 +50,9 @@ class SegmentOperators(Protocol):
 
     def cross_moment(self, segment: Segment, metric: int) -> Tensor:
         """C from a segment's metric to an earlier one, ``(k, k)`` float64."""
+
+    def decay_of(self, segment: Segment, metric: int) -> Decay:
+        """Which part of a sketch in an earlier metric a segment's weight decay acts on."""
 
 
 def walk_back(
@@ -73,17 +76,18 @@ def walk_back(
         earlier = {before.metric for before in segments[:index]}
         if earlier:
             kept = SpectralOperator(hessian, decay_operator(segment.time, segment.decay))
-            cross = cross_operator(segment.time, segment.decay)
-            crossed = {
-                metric: SpectralOperator(hessian, cross, operators.cross_moment(segment, metric))
-                for metric in sorted(earlier - {segment.metric})
-            }
-            query.step(
-                segment.metric,
-                math.exp(-segment.time * segment.decay),
-                kept if segment.metric in earlier else None,
-                crossed,
-            )
+            crossed = {metric: _crossing(operators, segment, metric) for metric in sorted(earlier - {segment.metric})}
+            query.step(segment.metric, kept if segment.metric in earlier else None, crossed)
+
+
+def _crossing(operators: SegmentOperators, segment: Segment, metric: int) -> tuple[float, SpectralOperator]:
+    """What a sketch in an earlier metric decays by in a segment, and what is added to it; see `cross_operator`."""
+    decay_of, moment = operators.decay_of(segment, metric), operators.cross_moment(segment, metric)
+    if decay_of == "own":
+        moment = moment + segment.decay * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    cross = cross_operator(segment.time, segment.decay, coupled=decay_of != "all")
+    decay = math.exp(-segment.time * segment.decay) if decay_of == "all" else 1.0
+    return decay, SpectralOperator(operators.hessian(segment), cross, moment)
 
 
 Block = tuple[int, int, Tensor]
@@ -160,6 +164,10 @@ class FittedSegments:
             if key not in self._moments:
                 self._moments[key] = fitted_cross_moment(self._fit_of(*key[:2]), metric)
             return self._moments[key]
+
+    def decay_of(self, segment: Segment, metric: int) -> Decay:
+        """Which part of a sketch in an earlier metric a segment's weight decay acts on."""
+        return self.bank.metrics.decay_of(segment.metric, metric) if segment.decay else "all"
 
     def effective_dimension(self, segment: Segment) -> float:
         """Tr Ĥ(Ĥ + λ)⁻¹, λ the segment's weight decay and damping."""

@@ -51,7 +51,7 @@ class QueryPropagator:
         >>> spectrum = Spectrum(torch.ones(2), torch.eye(2))
         >>> halved = SpectralOperator(spectrum, SpectralFunction(lambda eigenvalues: eigenvalues / 2, ()))
         >>> query = QueryPropagator.of({0: torch.ones(1, 2)})
-        >>> query.step(0, 1.0, halved, {})
+        >>> query.step(0, halved, {})
         >>> query.through(halved, 0)
         {0: tensor([[0.2500, 0.2500]])}
     """
@@ -82,20 +82,20 @@ class QueryPropagator:
         }
 
     def step(
-        self, own: int, decay: float, kept: SpectralOperator | None, crossed: Mapping[int, SpectralOperator]
+        self, own: int, kept: SpectralOperator | None, crossed: Mapping[int, tuple[float, SpectralOperator]]
     ) -> None:
         """Go back through a segment; only the metrics named stay.
 
         Args:
             own: the segment's metric.
-            decay: exp(-s λ).
             kept: exp(-s (Ĥ + λ)), if the segment's metric is also that of an earlier one.
-            crossed: exp(-s λ) C h(Ĥ) for every other metric of earlier segments, each with its moment C.
+            crossed: for every other metric of earlier segments, what its sketch decays by, exp(-s λ), and the operator
+                on the own one that is added, exp(-s λ) C h(Ĥ), each with its moment C.
         """
         before: dict[tuple[int, int], Tensor | None] = {}
         if kept is not None:
             before |= {(own, origin): carried for origin, carried in self.through(kept, own).items()}
-        for metric, operator in crossed.items():
+        for metric, (decay, operator) in crossed.items():
             into = self.through(operator, own)
             for (at, origin), carried in self._carried.items():
                 if at == metric:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ __all__ = ["CapturedStage", "write_captured"]
 
 _EQUAL = 1e-6  # relative: sums of learning rates, in float64
 _LOOKED_AT = 4096  # rows at a time
+_SHOWN = 4  # parameters in a message
 _BATCH = 64  # rows; nothing was read in batches, and shards are made of some
 
 
@@ -166,12 +167,14 @@ def write_captured(
     resolved = trajectory.resolve(model, capture.space).record
     curvature = [captured.curvature() for captured in stages]
     hashes = [[hash_float32(matrix) for matrix in own] for own in curvature]
-    records = (record.captured(own, kind) for record, own in zip(resolved.stages, hashes, strict=True))
+    # Rows were captured as they were, those of a parameter that did not move in a stage, too.
+    plain = (replace(record, metrics=(0,) * len(record.metrics)) for record in resolved.stages)
+    records = (record.captured(own, kind) for record, own in zip(plain, hashes, strict=True))
     settings = Settings(
         sketch=identity["sketch"],
         parameters=identity["parameters"],
         task=identity["task"],
-        trajectory=RunRecord(tuple(records), resolved.metrics),
+        trajectory=RunRecord(tuple(records), (None,)),
         storage=storage_of(storage, identity["sketch"]),
         sampled_fisher=0,
         second_derivative=False,
@@ -205,12 +208,27 @@ def _require_alike(captured: CapturedStage, last: dict[str, Any]) -> None:
     for content in captured.contents:
         there = {**content["identity"], "kind": content["kind"]}
         for name, value in last.items():
-            if there[name] != value:
-                called = "kind of curvature" if name == "kind" else name
-                raise MismatchError(
-                    f"the {called} of stage {captured.stage.name!r} was {there[name]!r}, and that of the last stage is "
-                    f"{value!r}: capture all stages of a run alike"
-                )
+            if there[name] == value:
+                continue
+            own = f"of stage {captured.stage.name!r}"
+            if name == "parameters" and there[name]["names"] != value["names"]:
+                raise MismatchError(_other_parameters(own, there[name]["names"], value["names"]))
+            called = "kind of curvature" if name == "kind" else name
+            raise MismatchError(
+                f"the {called} {own} was {there[name]!r}, and that of the last stage is {value!r}: capture all stages "
+                "of a run alike"
+            )
+
+
+def _other_parameters(own: str, names: Sequence[str], last: Sequence[str]) -> str:
+    """What to do where stages were captured of other parameters, as where some were frozen in one of them."""
+    apart = [name for name in dict.fromkeys((*names, *last)) if (name in names) != (name in last)]
+    more = f" and {len(apart) - _SHOWN} more" if len(apart) > _SHOWN else ""
+    return (
+        f"the parameters {own} that were captured, and those of the last stage, differ by {apart[:_SHOWN]}{more}: "
+        "where stages train other parameters, give parameters=[...] of those that all train to every Recorder, or "
+        "record without capture and build the bank, which knows what each stage trained"
+    )
 
 
 def _spec(ids: np.ndarray, settings: Settings) -> PartSpec:

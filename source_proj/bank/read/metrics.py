@@ -12,6 +12,7 @@ shard and curvature (at k = 4,096, four times as much), and every curvature and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 
@@ -23,7 +24,10 @@ from source_proj.bank.store import Store
 from source_proj.gradients import ParameterSpace
 from source_proj.trajectory import Scale
 
-__all__ = ["Metrics", "metrics_objects"]
+__all__ = ["Decay", "Metrics", "metrics_objects"]
+
+Decay = Literal["all", "own", "none"]
+"""What weight decay acts on in another metric: all of it, what the segment's own metric has of it, or nothing."""
 
 
 class Metrics:
@@ -74,6 +78,25 @@ class Metrics:
     def scales(self, metrics: Sequence[int]) -> list[Scale | None]:
         """`scale` of several."""
         return [self.scale(metric) for metric in metrics]
+
+    def decay_of(self, own: int, other: int) -> Decay:
+        """On which part of a sketch in another metric the weight decay of a segment acts, given the segment's own one.
+
+        Parameters that the segment did not move do not decay. Where that cannot be told apart, as by two P's of
+        second moments, all decays.
+        """
+        moved, there = self._moved(own), self._moved(other)
+        if not moved & there:
+            return "none"
+        if there <= moved or not moved <= there:
+            return "all"
+        plain = all(scale is None or scale.is_selection for scale in self.scales([own, other]))
+        return "own" if plain else "all"
+
+    def _moved(self, metric: int) -> set[str]:
+        """Parameters that a metric does not leave out."""
+        scale = self.scale(metric)
+        return {name for name in self._space.names if scale is None or scale.moves(name)}
 
 
 def metrics_objects(scales: Mapping[str, Scale]) -> Iterator[dict[str, bytes]]:

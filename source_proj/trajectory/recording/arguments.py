@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["require_training"]
+from source_proj.trajectory.schedules import finite_rate
+
+__all__ = ["require_options", "require_training"]
 
 
 def require_training(model: Any, optimizer: Any) -> None:
@@ -35,6 +38,30 @@ def require_training(model: Any, optimizer: Any) -> None:
         raise ValueError(
             f"the optimizer trains no parameter of the model {type(model).__name__}: give the model it was made for"
         )
+
+
+def require_options(stage: Any, also: Any, max_grad_norm: Any, **steps: Any) -> None:
+    """Refuse other options of a kind that would show only when a run is read, or as an error of Python's.
+
+    Args:
+        stage: a name.
+        also: things with a state.
+        max_grad_norm: a number, or None.
+        **steps: numbers of steps, or None, by the argument's name.
+
+    Raises:
+        TypeError: one is of another kind; names what was got, and what to give.
+        ValueError: ``max_grad_norm`` is no positive number.
+    """
+    if not isinstance(stage, str):
+        raise TypeError(f"stage must be a name, got {stage!r}: give stage={str(stage)!r}")
+    if hasattr(also, "state_dict"):
+        raise TypeError(f"also must be a list, got a {_named(also)}: give also=[...] around it")
+    for name, numbers in steps.items():
+        if numbers is not None and not isinstance(numbers, Iterable):
+            raise TypeError(f"{name} must be numbers of optimizer steps, got {numbers!r}: give {name}=[{numbers!r}]")
+    if max_grad_norm is not None and not finite_rate(max_grad_norm):
+        raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm!r}; leave it out without clipping")
 
 
 def _named(value: Any) -> str:

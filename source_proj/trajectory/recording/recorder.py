@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.optimizers import Options, Updates
 from source_proj.trajectory.optimizers.describe import describe_live, held_names, read_groups, second_moments, steps_of
 from source_proj.trajectory.options import ReadOptions
-from source_proj.trajectory.recording.arguments import require_training
+from source_proj.trajectory.recording.arguments import require_options, require_training
 from source_proj.trajectory.recording.companion import Companion, Stateful, kept_content
 from source_proj.trajectory.recording.progress import Progress, Seen, skips_step, update_runs, updates_of_call
 from source_proj.trajectory.recording.run_files import (
@@ -79,7 +78,8 @@ class Recorder:
         companion: what else is kept with each checkpoint.
 
     Raises:
-        TypeError: the model or the optimizer is none, as where they are swapped.
+        TypeError: the model or the optimizer is none, as where they are swapped, or ``stage`` is no name, or ``at``,
+            ``segment_ends`` or ``also`` is none of several.
         TypeError: the state of a thing in ``also`` is not made of tensors and plain values.
         ValueError: the optimizer is another one, maximizes, has parameter groups that differ in what they must not, or
             trains no parameter of the model; ``every`` or ``at`` is out of range.
@@ -117,6 +117,7 @@ class Recorder:
         companion: Companion | None = None,
     ) -> None:
         require_training(model, optimizer)
+        require_options(stage, also, max_grad_norm, at=at, segment_ends=segment_ends)
         self.dir = Path(dir).absolute()
         self._model = model
         self._optimizer = optimizer
@@ -124,8 +125,6 @@ class Recorder:
         self._ends = frozenset(checked_count("segment_ends, in optimizer steps,", step, 1) for step in segment_ends)
         self._at = self._ends | {checked_count("at, in optimizer steps,", step, 1) for step in at or ()}
         self._companion = companion
-        if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
-            raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm!r}; leave it out without clipping")
         self._max_norm = max_grad_norm
         self._also = tuple(also)
         for thing in self._also:

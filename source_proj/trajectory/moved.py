@@ -1,0 +1,103 @@
+"""Which parameters a stage of training moved, by what its optimizer held and by what differs between checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from source_proj.trajectory.checkpoint import Checkpoint
+from source_proj.trajectory.optimizers import PreconditionedOptimizer, moments
+from source_proj.trajectory.stages import Stage
+
+__all__ = ["held_parameters", "left_alone", "moved_by_stages", "moved_parameters", "points_of"]
+
+
+def left_alone(stages: Sequence[Stage], model: nn.Module) -> list[frozenset[str]]:
+    """Of each stage, the parameters that it did not move and another one did, such as a backbone frozen in fine-tuning.
+
+    A stage of which nothing is known may have moved all. Parameters that no stage moved are none of these: whoever
+    attributes through them asked for it.
+
+    Args:
+        stages: in order of training.
+        model: a module of their architecture.
+
+    Raises:
+        MismatchError: a checkpoint does not fit the model.
+    """
+    if len(stages) == 1:
+        return [frozenset()]
+    names = {name for name, _ in model.named_parameters()}
+    moved = [own or names for own in moved_by_stages(stages, model)]
+    by_any = set().union(*moved)
+    return [frozenset(by_any - own) for own in moved]
+
+
+def moved_by_stages(stages: Sequence[Stage], model: nn.Module) -> list[set[str]]:
+    """Parameters that each stage moved from the end of the one before; empty where that is not known."""
+    begins: list[Sequence[Checkpoint]] = [(), *([stage.final or stage.checkpoints[-1]] for stage in stages[:-1])]
+    return [_moved_in(stage, begin, model) for stage, begin in zip(stages, begins, strict=True)]
+
+
+def _moved_in(stage: Stage, begin: Sequence[Checkpoint], model: nn.Module) -> set[str]:
+    moved = moved_parameters([*begin, *points_of(stage)], model)
+    known = [own for own in (held_parameters([stage], model, has_one_state=moved is None), moved) if own]
+    return set.intersection(*known) if known else set()
+
+
+def held_parameters(stages: Sequence[Stage], model: nn.Module, has_one_state: bool) -> set[str]:
+    """Parameters that any stage's optimizer held with a learning rate; empty where that is not known."""
+    held: set[str] = set()
+    for stage in stages:
+        names = stage.trained
+        if names is None and has_one_state:
+            names = _with_moments(stage, model)
+        if names is None:
+            return set()
+        held |= {name for name in names if _learns(stage, name)}
+    return held & {name for name, _ in model.named_parameters()}
+
+
+def moved_parameters(checkpoints: Sequence[Checkpoint], model: nn.Module) -> set[str] | None:
+    """Parameters that are not the same at all checkpoints; None if there is but one, and no adapter's."""
+    initial, *later = _distinct(checkpoints)
+    first = initial.parameters_of(model)
+    if not later:
+        if len(first) == sum(1 for _ in model.named_parameters()):
+            return None
+        learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return set(first) & learning or set(first)  # PEFT saves frozen embeddings beside an adapter of theirs
+    same: dict[str, Tensor] = dict(first)
+    for checkpoint in later:
+        if not same:
+            break
+        there = checkpoint.parameters_of(model)
+        same = {name: value for name, value in same.items() if name in there and torch.equal(value, there[name])}
+    return set(first) - set(same)
+
+
+def _with_moments(stage: Stage, model: nn.Module) -> list[str] | None:
+    """Parameters for which the optimizer's state of the last checkpoint has a second moment: had a gradient."""
+    last = stage.checkpoints[-1]
+    if not isinstance(stage.optimizer, PreconditionedOptimizer) or last.optimizer_state is None:
+        return None
+    return [name for name, _ in moments(last, stage.optimizer, model)]
+
+
+def _learns(stage: Stage, name: str) -> bool:
+    optimizer = stage.optimizer
+    return not isinstance(optimizer, PreconditionedOptimizer) or optimizer.group(name).lr_scale > 0
+
+
+def points_of(stage: Stage) -> list[Checkpoint]:
+    """All weights of a stage that are known."""
+    return [*stage.checkpoints, *([stage.final] if stage.final else [])]
+
+
+def _distinct(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """All checkpoints, each once: the first, the last, then the rest."""
+    by_hash = {checkpoint.hash(): checkpoint for checkpoint in checkpoints}
+    first, *rest = by_hash.values()
+    return [first, *reversed(rest)]
