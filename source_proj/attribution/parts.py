@@ -88,12 +88,13 @@ class PartScores:
             import pandas as pd
         examples, parts = np.nonzero(self.present.T)
         queries = range(len(self.query_ids))
+        scores = [self.values[parts, query, examples] for query in queries]
         return pd.DataFrame(
             {
                 "query_id": pd.Series([self.query_ids[query] for query in queries for _ in examples]),
                 "train_id": pd.Series([self.train_ids[example] for _ in queries for example in examples]),
                 "part": [self.names[part] for _ in queries for part in parts],
-                "score": np.concatenate([self.values[parts, query, examples] for query in queries]),
+                "score": np.concatenate([np.empty(0, self.values.dtype), *scores]),
             }
         )
 

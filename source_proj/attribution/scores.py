@@ -141,7 +141,7 @@ class Scores:
         if isinstance(self._values, np.ndarray):
             yield 0, self._values
             return
-        for start in range(0, len(self), self._values.height):
+        for start in range(0, max(len(self), 1), self._values.height):  # of no queries: a block of none
             yield start, self._values[start : start + self._values.height]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -369,7 +369,7 @@ class Scores:
             np.stack([values[:, own].sum(axis=1, dtype=np.float64) for own in columns], axis=1)
             for _, values in self.row_blocks()
         ]
-        return np.concatenate(parts or [np.empty((0, len(columns)))])
+        return np.concatenate(parts)
 
 
 def _whole(stage_sizes: Sequence[int] | None, count: int) -> Population:
