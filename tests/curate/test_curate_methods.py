@@ -158,6 +158,17 @@ def herded(vectors, pool, quota, labels):
     return chosen
 
 
+@given(SEEDS, st.sampled_from([1.0, 2.0**-70, 2.0**60]), st.sampled_from([8.0, 4096.0]))
+def test_a_selection_hangs_neither_on_the_unit_nor_on_what_all_examples_share(seed, unit, shared):
+    """All of them help, and float32 holds each of these numbers exactly."""
+    values = np.round(np.random.default_rng(seed).uniform(-4, 4, size=(3, 200)) * 2048) / 2048
+    plain, moved = (
+        curate.select(sp.Scores(given_values.astype(np.float32), range(3), range(200), unit="u"), n=60)
+        for given_values in (values + 5, (values + shared) * unit)
+    )
+    assert moved.ids == plain.ids
+
+
 @given(SEEDS, st.integers(1, 9), st.booleans())
 def test_a_selection_is_herding_over_the_harmless(seed, n, by_class):
     scores = random_scores(seed)
