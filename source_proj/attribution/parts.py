@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from source_proj._errors import extra
+from source_proj._io.equality import EqualByValue
 from source_proj._io.html import escape, table, wrapped
 from source_proj.attribution.hits import Shown
 from source_proj.attribution.population import Population
@@ -22,8 +23,8 @@ __all__ = ["PartScores"]
 _ROWS = 5  # examples shown in a notebook
 
 
-@dataclass(frozen=True)
-class PartScores:
+@dataclass(frozen=True, eq=False)
+class PartScores(EqualByValue):
     """The parts of each score: by segment of training (who mattered when), or by token (which words mattered).
 
     Attributes:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike
 
+from source_proj._io.equality import EqualByValue
 from source_proj.evaluate._counterfactual import (
     Retrainings,
     bootstrap_weights,
@@ -19,8 +20,8 @@ __all__ = ["Calibration", "calibrate", "calibration"]
 _ROUNDING = 1e-12  # of a sum of squares: less than this of it is no variance
 
 
-@dataclass(frozen=True)
-class Calibration:
+@dataclass(frozen=True, eq=False)
+class Calibration(EqualByValue):
     """Least-squares slope of measured against predicted outcomes.
 
     Attributes:

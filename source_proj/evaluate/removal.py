@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from source_proj._errors import MismatchError
+from source_proj._io.equality import EqualByValue
 from source_proj._io.executors import Executor
 from source_proj._io.numbers import plain_numbers
 from source_proj.evaluate._counterfactual import bootstrap_weights
@@ -20,8 +21,8 @@ from source_proj.evaluate.ground_truth import GroundTruth, TrainMany, TrainOne
 __all__ = ["RemovalDifference", "SubsetRemoval", "compare_removal", "random_same_class", "subset_removal"]
 
 
-@dataclass(frozen=True)
-class SubsetRemoval:
+@dataclass(frozen=True, eq=False)
+class SubsetRemoval(EqualByValue):
     """Outcome of removing growing sets of each query's most helpful examples.
 
     Attributes:
@@ -65,8 +66,8 @@ class SubsetRemoval:
         return f"fraction of {len(self.queries)} queries flipped: {text}"
 
 
-@dataclass(frozen=True)
-class RemovalDifference:
+@dataclass(frozen=True, eq=False)
+class RemovalDifference(EqualByValue):
     """Fraction flipped by one method's removals minus that of another's, at each size.
 
     Attributes:
