@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import numpy as np
 
 from source_proj._errors import extra
+from source_proj._io.equality import EqualByValue
 from source_proj._io.html import tiles, wrapped
 from source_proj._io.printable import printable
 from source_proj.attribution.ranking import strongest
@@ -50,8 +51,8 @@ class Shown:
     answers: Answers | None = None
 
 
-@dataclass(frozen=True)
-class Reranked:
+@dataclass(frozen=True, eq=False)
+class Reranked(EqualByValue):
     """How hits were ordered by scores that whole gradients corrected.
 
     Attributes:
@@ -79,8 +80,8 @@ class Reranked:
         )
 
 
-@dataclass(frozen=True)
-class Hits:
+@dataclass(frozen=True, eq=False)
+class Hits(EqualByValue):
     """The strongest training examples of each query, best first.
 
     ``hits[q]`` lists the :class:`Hit` s of the query at place q, a slice takes several queries, and iteration yields

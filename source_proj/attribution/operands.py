@@ -4,7 +4,7 @@ import operator
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -235,14 +235,26 @@ def checked_rows(rows: Sequence[int], n: int) -> tuple[Tensor, Tensor]:
     """Positions of training examples ``(m,)`` once each and ascending, and where each of those given stands among them.
 
     Raises:
+        TypeError: one is no whole number, as those of a mask aren't.
         ValueError: one lies outside of 0..n-1.
     """
-    given = torch.tensor([operator.index(row) for row in rows], dtype=torch.int64, device="cpu")
+    given = torch.tensor([_position(row) for row in rows], dtype=torch.int64, device="cpu")
     outside = given[(given < 0) | (given >= n)].tolist()
     if outside:
         raise ValueError(f"rows are positions among the {n} training examples, 0..{n - 1}, got {outside[:5]}")
     wanted, order = torch.unique(given, return_inverse=True)
     return wanted, order
+
+
+def _position(row: SupportsIndex) -> int:
+    try:
+        if isinstance(row, bool) or getattr(row, "dtype", None) is torch.bool:  # True would pass for the place 1
+            raise TypeError
+        return operator.index(row)
+    except TypeError:
+        raise TypeError(
+            f"rows are positions of training examples, whole numbers, got {row!r}; np.flatnonzero makes them of a mask"
+        ) from None
 
 
 def aligned(streams: Sequence[Iterator[Operand]], height: int) -> Iterator[tuple[int, int, list[tuple[int, Operand]]]]:

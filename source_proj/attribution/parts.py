@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from source_proj._errors import extra
+from source_proj._io.equality import EqualByValue
 from source_proj._io.html import escape, table, wrapped
 from source_proj.attribution.hits import Shown
 from source_proj.attribution.population import Population
@@ -22,8 +23,8 @@ __all__ = ["PartScores"]
 _ROWS = 5  # examples shown in a notebook
 
 
-@dataclass(frozen=True)
-class PartScores:
+@dataclass(frozen=True, eq=False)
+class PartScores(EqualByValue):
     """The parts of each score: by segment of training (who mattered when), or by token (which words mattered).
 
     Attributes:
@@ -88,12 +89,13 @@ class PartScores:
             import pandas as pd
         examples, parts = np.nonzero(self.present.T)
         queries = range(len(self.query_ids))
+        scores = [self.values[parts, query, examples] for query in queries]
         return pd.DataFrame(
             {
                 "query_id": pd.Series([self.query_ids[query] for query in queries for _ in examples]),
                 "train_id": pd.Series([self.train_ids[example] for _ in queries for example in examples]),
                 "part": [self.names[part] for _ in queries for part in parts],
-                "score": np.concatenate([self.values[parts, query, examples] for query in queries]),
+                "score": np.concatenate([np.empty(0, self.values.dtype), *scores]),
             }
         )
 

@@ -5,14 +5,15 @@ from typing import Any
 
 import numpy as np
 
+from source_proj._io.equality import EqualByValue
 from source_proj._io.html import facts
 from source_proj.attribution.words import signed
 
 __all__ = ["PredictedChange"]
 
 
-@dataclass(frozen=True, repr=False)
-class PredictedChange:
+@dataclass(frozen=True, repr=False, eq=False)
+class PredictedChange(EqualByValue):
     """The predicted change of each query's measurement when a subset is removed from training.
 
     Attributes:

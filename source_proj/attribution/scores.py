@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
+from numpy.typing import ArrayLike
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from source_proj._errors import extra
 from source_proj._io.html import wrapped
+from source_proj._io.numbers import plain_numbers
 from source_proj._io.outputs import write_output_folder
 from source_proj._io.printable import printable
 from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
@@ -44,7 +46,8 @@ class Scores:
     by ``-values[q, z]``.
 
     Args:
-        values: ``(Q, N)`` scores; a zarr array is read where it is asked for, and compared with what was written there.
+        values: ``(Q, N)`` scores, numbers of any library; a zarr array is read where it is asked for, and compared with
+            what was written there.
         query_ids: Q ids; they may repeat.
         train_ids: N ids, all of them different.
         unit: unit of the measurement, such as "logit margin".
@@ -72,7 +75,7 @@ class Scores:
 
     def __init__(
         self,
-        values: np.ndarray | zarr.Array[Any],
+        values: ArrayLike | zarr.Array[Any],
         query_ids: Sequence[Any],
         train_ids: Sequence[Any],
         *,
@@ -83,7 +86,7 @@ class Scores:
         shown: Shown | None = None,
         population: Population | None = None,
     ) -> None:
-        self._values = StoredValues(values) if isinstance(values, zarr.Array) else np.asarray(values)
+        self._values = StoredValues(values) if isinstance(values, zarr.Array) else np.asarray(plain_numbers(values))
         if self._values.shape != (len(query_ids), len(train_ids)):
             raise ValueError(
                 f"scores of shape {self._values.shape} do not fit {len(query_ids)} query ids "
@@ -141,7 +144,7 @@ class Scores:
         if isinstance(self._values, np.ndarray):
             yield 0, self._values
             return
-        for start in range(0, len(self), self._values.height):
+        for start in range(0, max(len(self), 1), self._values.height):  # of no queries: a block of none
             yield start, self._values[start : start + self._values.height]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -369,7 +372,7 @@ class Scores:
             np.stack([values[:, own].sum(axis=1, dtype=np.float64) for own in columns], axis=1)
             for _, values in self.row_blocks()
         ]
-        return np.concatenate(parts or [np.empty((0, len(columns)))])
+        return np.concatenate(parts)
 
 
 def _whole(stage_sizes: Sequence[int] | None, count: int) -> Population:

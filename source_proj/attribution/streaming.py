@@ -221,7 +221,7 @@ def _array(folder: Path, shape: tuple[int, int], dtype: np.dtype[Any], fill: flo
     """The array in a folder, made where it is missing; a chunk that gets lost reads as what no chunk holds."""
     if (folder / "zarr.json").is_file():
         return zarr.open_array(folder, mode="r+")
-    chunks = (min(shape[0], _CHUNK[0]), min(shape[1], _CHUNK[1]))
+    chunks = (min(max(shape[0], 1), _CHUNK[0]), min(shape[1], _CHUNK[1]))  # of no queries, too
     return zarr.create_array(
         str(folder), shape=shape, dtype=dtype, chunks=chunks, compressors=[Crc32cCodec()], fill_value=fill,
         overwrite=True,

@@ -139,8 +139,10 @@ def plain_ids(ids: Any) -> list[Any]:
 
 
 def id_of(plain: Any) -> Any:
-    """The id that :func:`plain_id` made this of."""
-    return tuple(map(id_of, plain)) if isinstance(plain, list) else plain
+    """The id that :func:`plain_id` made this of; a tensor's number, which equals itself alone, is Python's own."""
+    if isinstance(plain, list):
+        return tuple(map(id_of, plain))
+    return _plain_number(plain) if isinstance(plain, Tensor) else plain
 
 
 def id_word(given: Any) -> Any:

@@ -32,7 +32,7 @@ class Aggregate:
 
     Attributes:
         groups: names of the groups, G entries; ``["all"]`` where all queries are one.
-        sizes: queries of each group, ``(G,)``.
+        sizes: queries of each group, those of weight 0 left out, ``(G,)``.
         mean: weighted mean score over a group's queries, ``(G, N)`` float64: positive means that including the example
             raised their measurements.
         error: standard error of that mean over the queries, ``(G, N)``; NaN for a group of one query.
@@ -107,14 +107,14 @@ def aggregate(
     Args:
         scored: an attribution method, such as :class:`source_proj.Source`; or scores.
         queries: what the method is asked: a data set, or what its ``sketch(queries)`` returned. None for scores.
-        weights: one number ≥ 0 for each query; default: all alike.
+        weights: one number ≥ 0 for each query; default: all alike. One of weight 0 counts as if it were not there.
         groups: the name of each query's group, such as its label; default: all are one group.
 
     Raises:
         TypeError: queries are given beside scores, or are missing.
         MismatchError: weights or groups are not one for each query.
-        ValueError: a weight is negative or not finite, those of a group are all 0, a score is not finite, or the name
-            of a group is missing (NaN, None).
+        ValueError: there are no queries, a weight is negative or not finite, those of a group are all 0, a score is not
+            finite, or the name of a group is missing (NaN, None).
 
     Example:
         >>> scores = Scores(np.array([[1.0, -2.0], [3.0, -2.0]]), ["q", "r"], ["a", "b"], unit="logit margin")
@@ -130,13 +130,14 @@ def aggregate(
     for start, values in blocks:
         part = values.astype(np.float64)
         for group in range(len(names)):
-            own = np.flatnonzero(member[start : start + len(part)] == group)
+            span = slice(start, start + len(part))
+            own = np.flatnonzero((member[span] == group) & (weight[span] > 0))
             w, rows = weight[start + own], part[own]
             first[group] += w @ rows
             twice[group] += w**2 @ rows
             squares[group] += w**2 @ rows**2
             worsened[group] += (rows < 0 if facts.higher_is_better else rows > 0).sum(0)
-    sizes = np.bincount(member, minlength=len(names))
+    sizes = np.bincount(member[weight > 0], minlength=len(names))
     sums = np.bincount(member, weight, minlength=len(names))
     if not sums.all():
         raise ValueError(f"the weights of group {names[int(sums.argmin())]!r} are all 0: leave its queries out")
@@ -183,15 +184,18 @@ def score_blocks(scored: Attributor | Scores, queries: Any) -> tuple[int, Iterat
 
     Raises:
         TypeError: queries are given beside scores, or are missing.
-        ValueError: a score is not finite; raised while the blocks are taken.
+        ValueError: there are none; or a score is not finite, which is raised while the blocks are taken.
     """
     if isinstance(scored, Scores):
         if queries is not None:
             raise TypeError("scores have their queries: leave queries out")
-        return len(scored), _finite(iter([(0, np.asarray(scored.values))]), scored.train_ids)
-    if queries is None:
+        count, blocks = len(scored), scored.row_blocks()
+    elif queries is None:
         raise TypeError("an attribution method needs queries: give a data set, or what its sketch(queries) returned")
-    count, blocks = _scored_blocks(scored, scored.sketch(queries))
+    else:
+        count, blocks = _scored_blocks(scored, scored.sketch(queries))
+    if not count:
+        raise ValueError("there are scores of 0 queries, which say nothing of any example: give at least one query")
     return count, _finite(blocks, facts_of(scored).train_ids)
 
 

@@ -19,6 +19,7 @@ from source_proj.curate.cleaning import Cleaning
 __all__ = ["near_duplicates"]
 
 _BLOCK = 1024  # rows whose cosines with as many others are held at once
+_ROUNDING = 1e-6  # of a cosine in float32: that of two equal rows comes out up to so much below 1
 
 
 def near_duplicates(
@@ -166,7 +167,7 @@ def _linked(
                 cosines.fill_diagonal_(-2.0)
             _raise_to(nearest, partner, cosines.max(1), i, j)
             _raise_to(nearest, partner, cosines.max(0), j, i)
-            for a, b in (cosines >= threshold).nonzero().tolist():
+            for a, b in (cosines >= threshold - _ROUNDING).nonzero().tolist():
                 _join(root, i + a, j + b)
             bar.update()
     roots = np.array([_root(root, place) for place in range(n)])

@@ -106,7 +106,8 @@ def _herd(effects: Tensor, pool: np.ndarray, member: np.ndarray, quota: np.ndarr
         member: number of each example's class ``(N,)``.
         quota: how many to choose of each class; those of a class with fewer are all chosen.
     """
-    columns = effects[:, torch.from_numpy(pool)]
+    # In float32 what all examples share drowns what tells them apart: place · v̄ grows, and less Σ v leaves rounding.
+    columns = effects[:, torch.from_numpy(pool)].double()
     mean = columns.mean(1)
     own, wanted = (columns**2).sum(0), mean @ columns  # |v|² and v · v̄ of each column
     taken = torch.zeros_like(own)  # v · Σ of the chosen

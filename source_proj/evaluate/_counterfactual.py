@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from source_proj._errors import MismatchError
 from source_proj._io.numbers import plain_numbers, whole_number
-from source_proj.evaluate._ranks import Floats
+from source_proj.evaluate._ranks import Floats, joined, joined_mean
 from source_proj.evaluate.ground_truth import GroundTruth
 
 __all__ = [
@@ -86,7 +86,7 @@ class Retrainings:
     @property
     def mean(self) -> Floats:
         """Measurement of each query on each subset, averaged over retrainings: ``(Q, M)``."""
-        return np.ascontiguousarray(self.measured.mean(axis=1).T)
+        return joined_mean(np.ascontiguousarray(self.measured.transpose(1, 2, 0)))
 
     def fingerprint(self, kind: str, bootstrap: int, seed: int) -> str:
         """Digest of all that bootstrap replicates of a statistic are drawn from: equal ones are paired."""
@@ -129,10 +129,11 @@ def subset_predictions(scores: ArrayLike, retrainings: Retrainings) -> Floats:
     for start in range(0, q, _QUERY_BLOCK):
         block = slice(start, start + _QUERY_BLOCK)
         rows = matrix[block].astype(np.float64)
-        np.matmul(rows, kept, out=predicted[block])
         # Summation order alone moves a sum by ~1e-16 of the absolute mass: below that it says nothing.
-        flat = np.ptp(predicted[block], axis=1) <= 1e-12 * np.abs(rows).sum(axis=1)
-        refuse_constant(flat, start, "the scores predict the same value for every subset")
+        predicted[block] = joined(rows @ kept, 1e-12 * np.abs(rows).sum(axis=1, keepdims=True))
+        refuse_constant(
+            np.ptp(predicted[block], axis=1) == 0, start, "the scores predict the same value for every subset"
+        )
     flat = np.ptp(retrainings.mean, axis=1) == 0
     refuse_constant(flat, 0, "the outcomes are the same on every subset")
     return predicted
@@ -153,8 +154,8 @@ def bootstrap_weights(count: int, replicates: int, seed: int) -> Floats:
 
 
 def percentile_interval(replicates: Floats, level: float = 0.95) -> tuple[float, float]:
-    """Central percentile interval of bootstrap replicates; NaNs if there are none."""
-    if replicates.size == 0:
+    """Central percentile interval of bootstrap replicates; NaNs if there are none, or none that is a number."""
+    if np.isnan(replicates).all():
         return (float("nan"), float("nan"))
     low, high = np.nanquantile(replicates, [(1 - level) / 2, (1 + level) / 2])
     return (float(low), float(high))

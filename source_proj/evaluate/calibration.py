@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike
 
+from source_proj._io.equality import EqualByValue
 from source_proj.evaluate._counterfactual import (
     Retrainings,
     bootstrap_weights,
@@ -16,9 +17,11 @@ from source_proj.evaluate.ground_truth import GroundTruth
 
 __all__ = ["Calibration", "calibrate", "calibration"]
 
+_ROUNDING = 1e-12  # of a sum of squares: less than this of it is no variance
 
-@dataclass(frozen=True)
-class Calibration:
+
+@dataclass(frozen=True, eq=False)
+class Calibration(EqualByValue):
     """Least-squares slope of measured against predicted outcomes.
 
     Attributes:
@@ -26,7 +29,7 @@ class Calibration:
         interval: 95 % bootstrap interval over subsets; NaNs when ``bootstrap=0``.
         per_query: slope of each query, shape ``(Q,)``.
         correlation: Pearson correlation of the pooled, per-query centred pairs.
-        replicates: bootstrap replicates of the slope, shape ``(B,)``.
+        replicates: bootstrap replicates of the slope, shape ``(B,)``; NaN where equal predictions alone were drawn.
     """
 
     slope: float
@@ -98,5 +101,9 @@ def _replicates(predicted: Floats, measured: Floats, weights: Floats) -> Floats:
     count = predicted.shape[1]
     # Weighted moments of every query at once: (B, M) @ (M, Q), centred anew in each resampling.
     cross = weights @ (predicted * measured).T - (weights @ predicted.T) * (weights @ measured.T) / count
-    square = weights @ (predicted**2).T - (weights @ predicted.T) ** 2 / count
-    return np.asarray(cross.sum(axis=1) / square.sum(axis=1))
+    whole = weights @ (predicted**2).T
+    square = whole - (weights @ predicted.T) ** 2 / count
+    # Where only equal predictions of a query were drawn, rounding is all that is left of both, and no slope.
+    told = square > _ROUNDING * whole
+    crossed, total = (np.where(told, part, 0.0).sum(axis=1) for part in (cross, square))
+    return np.asarray(np.divide(crossed, total, out=np.full(len(total), np.nan), where=total > 0))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from source_proj._io.equality import EqualByValue
 from source_proj.evaluate._counterfactual import (
     Retrainings,
     bootstrap_weights,
@@ -21,8 +22,8 @@ from source_proj.evaluate.noise import split_half
 __all__ = ["LeaveOneOut", "leave_one_out"]
 
 
-@dataclass(frozen=True)
-class LeaveOneOut:
+@dataclass(frozen=True, eq=False)
+class LeaveOneOut(EqualByValue):
     """Predicted against actual changes of leaving out single examples.
 
     Attributes:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from source_proj._errors import MismatchError
+from source_proj._io.equality import EqualByValue
 from source_proj.evaluate._counterfactual import (
     Retrainings,
     bootstrap_weights,
@@ -22,8 +23,8 @@ from source_proj.evaluate.noise import noise_ceiling
 __all__ = ["LDS", "Difference", "Paired", "compare", "lds", "mean_lds", "rank_replicates"]
 
 
-@dataclass(frozen=True)
-class LDS:
+@dataclass(frozen=True, eq=False)
+class LDS(EqualByValue):
     """Linear datamodeling score of one method.
 
     Attributes:
@@ -71,8 +72,8 @@ class Paired(Protocol):
         """Fingerprint of what the replicates were drawn from."""
 
 
-@dataclass(frozen=True)
-class Difference:
+@dataclass(frozen=True, eq=False)
+class Difference(EqualByValue):
     """Value of one method minus that of another, on the same retrainings.
 
     Attributes:

@@ -6,14 +6,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from source_proj._errors import MismatchError
+from source_proj._io.equality import EqualByValue
 from source_proj._io.numbers import plain_numbers
 from source_proj.evaluate._ranks import Floats, midranks
 
 __all__ = ["Mislabel", "mislabel"]
 
 
-@dataclass(frozen=True)
-class Mislabel:
+@dataclass(frozen=True, eq=False)
+class Mislabel(EqualByValue):
     """How well a suspicion score separates mislabelled from correct examples.
 
     Attributes:

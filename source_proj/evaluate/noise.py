@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from source_proj._io.numbers import plain_numbers
-from source_proj.evaluate._ranks import Floats, spearman
+from source_proj.evaluate._ranks import Floats, joined_mean, spearman
 from source_proj.evaluate.ground_truth import GroundTruth
 
 __all__ = ["noise_ceiling", "split_half"]
@@ -53,7 +53,7 @@ def split_half(measured: Floats, correlate: Callable[[Floats, Floats], Floats], 
     by_query = np.ascontiguousarray(measured.transpose(1, 2, 0))  # (R, Q, M)
     correlations = []
     for left, right in _half_splits(count, seed):
-        correlation = correlate(by_query[left].mean(0), by_query[right].mean(0))
+        correlation = correlate(joined_mean(by_query[left]), joined_mean(by_query[right]))
         # A half whose mean is constant over subsets agrees with nothing: count it as no correlation.
         correlations.append(np.nan_to_num(correlation, nan=0.0).mean())
     r = max(float(np.mean(correlations)), 0.0)

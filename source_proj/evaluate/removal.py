@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from source_proj._errors import MismatchError
+from source_proj._io.equality import EqualByValue
 from source_proj._io.executors import Executor
 from source_proj._io.numbers import plain_numbers
 from source_proj.evaluate._counterfactual import bootstrap_weights
@@ -20,8 +21,8 @@ from source_proj.evaluate.ground_truth import GroundTruth, TrainMany, TrainOne
 __all__ = ["RemovalDifference", "SubsetRemoval", "compare_removal", "random_same_class", "subset_removal"]
 
 
-@dataclass(frozen=True)
-class SubsetRemoval:
+@dataclass(frozen=True, eq=False)
+class SubsetRemoval(EqualByValue):
     """Outcome of removing growing sets of each query's most helpful examples.
 
     Attributes:
@@ -65,8 +66,8 @@ class SubsetRemoval:
         return f"fraction of {len(self.queries)} queries flipped: {text}"
 
 
-@dataclass(frozen=True)
-class RemovalDifference:
+@dataclass(frozen=True, eq=False)
+class RemovalDifference(EqualByValue):
     """Fraction flipped by one method's removals minus that of another's, at each size.
 
     Attributes:
@@ -131,8 +132,8 @@ def subset_removal(
 
     Raises:
         TypeError: if baseline holds no numbers, or correct is not boolean.
-        ValueError: for wrong dimensions, non-finite scores, no query to ask about, or sizes that are not increasing or
-            leave nothing.
+        ValueError: for wrong dimensions, non-finite scores, a baseline of NaN, no query to ask about, or sizes that are
+            not increasing or leave nothing.
         MismatchError: if baseline, correct or what train returns do not match the queries, or path holds another
             method's removals.
         SourceProjError: if path holds something else, or is damaged.
@@ -147,6 +148,7 @@ def subset_removal(
     helpful = np.asarray(plain_numbers(scores), dtype=np.float64)
     base, steps = np.asarray(plain_numbers(baseline)), np.asarray(plain_numbers(sizes))
     _check(helpful, base, steps)
+    steps = steps.astype(np.int64)
     queries = _asked(correct, len(base))
     if higher_is_better is None:
         higher_is_better = bool(getattr(scores, "higher_is_better", True))
@@ -265,8 +267,11 @@ def _check(scores: Floats, baseline: NDArray[np.generic], sizes: NDArray[np.int6
         )
     if not (np.issubdtype(baseline.dtype, np.number) or baseline.dtype == np.bool_):
         raise TypeError(f"baseline must hold numbers of classes, got dtype {baseline.dtype}")
+    missing = np.flatnonzero(baseline != baseline)  # NaN, from which every prediction would differ
+    if len(missing):
+        raise ValueError(f"baseline holds no class for {len(missing)} queries, the first at place {missing[0]}")
     whole = sizes.ndim == 1 and sizes.size > 0 and np.issubdtype(sizes.dtype, np.integer)
-    if not whole or sizes[0] < 1 or (np.diff(sizes) <= 0).any() or sizes[-1] >= scores.shape[1]:
+    if not whole or sizes[0] < 1 or (sizes[1:] <= sizes[:-1]).any() or sizes[-1] >= scores.shape[1]:
         raise ValueError(
             f"sizes must be increasing whole numbers from 1 to {scores.shape[1] - 1} "
             f"(removing all examples leaves nothing to train on), got {sizes.tolist()}"

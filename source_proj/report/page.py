@@ -72,12 +72,11 @@ def make_page(
     shown = Examples(train_set, picture=picture, class_names=class_names, columns=columns)
     asked = shown.like(queries)
     _require_lengths(scores, shown, asked, predictions=predictions, measurements=measurements, notes=notes)
-    if parts is not None and parts.values.shape[1:] != scores.shape:
-        raise ValueError(f"parts of shape {parts.values.shape} do not go with scores of shape {scores.shape}")
     others = others or {}
+    if parts is not None:
+        _require_alike(f"parts of shape {parts.shape}", parts, scores)
     for name, other in others.items():
-        if other.shape != scores.shape:
-            raise ValueError(f"scores {name!r} of shape {other.shape} do not go with scores of shape {scores.shape}")
+        _require_alike(f"scores {name!r} of shape {other.shape}", other, scores)
     lists = _strongest(scores, shown, top, parts)
     beside = {name: _strongest(other, shown, top) for name, other in others.items()}
     sections = tuple(
@@ -109,6 +108,18 @@ def _require_lengths(
     for name, values in of_each_query.items():
         if values is not None and len(values) != len(queries):
             raise ValueError(f"got {len(values)} {name} for {len(queries)} queries: give one for each")
+
+
+def _require_alike(what: str, given: Scores | PartScores, scores: Scores) -> None:
+    """Refuse what is of other examples: places of its columns would be shown as the same places of the scores'."""
+    if given.shape[-2:] != scores.shape:
+        raise ValueError(f"{what} do not go with scores of shape {scores.shape}")
+    for place, (own, other) in enumerate(zip(given.train_ids, scores.train_ids, strict=True)):
+        if own != other:
+            raise ValueError(
+                f"{what} do not go with the scores, whose training example {place} is {other!r} and not {own!r}: "
+                "make both of one bank, or of banks with the same ids in the same order"
+            )
 
 
 def _strongest(

@@ -44,6 +44,31 @@ def test_an_aggregate_is_mean_error_and_share(seed, weighted, grouped, higher_is
     assert np.array_equal(summed.to_scores().values, summed.mean)
 
 
+@given(SEEDS, st.lists(st.integers(0, 2), min_size=6, max_size=6))
+def test_a_query_of_weight_0_counts_as_if_it_were_not_there(seed, weights):
+    weight, scores = np.array(weights), random_scores(seed)
+    there = weight > 0
+    assume(there.sum() > 1)
+    rest = sp.Scores(scores.values[there], np.flatnonzero(there), scores.train_ids, unit="u")
+    summed, without = aggregate(scores, weights=weight), aggregate(rest, weights=weight[there])
+    for name in ("sizes", "mean", "error", "worsened"):
+        np.testing.assert_allclose(getattr(summed, name), getattr(without, name), rtol=1e-6, atol=1e-9)
+
+
+def test_one_query_of_weight_is_as_little_proof_of_harm_as_one_query():
+    with pytest.raises(ValueError, match="has one query"):
+        curate.harmful(aggregate(random_scores(0), weights=[0, 0, 1, 0, 0, 0]))
+
+
+@pytest.mark.parametrize("verb", [aggregate, lambda scored, *asked: curate.select(scored, *asked, n=2)])
+def test_no_queries_are_refused(run, verb):
+    nothing = run.source.sketch(run.queries).only([])
+    with pytest.raises(ValueError, match="scores of 0 queries"):
+        verb(run.source, nothing)
+    with pytest.raises(ValueError, match="scores of 0 queries"):
+        verb(run.source.score(nothing))
+
+
 @pytest.mark.parametrize("block", [1, 44 * 3, 1 << 20])
 def test_blocks_of_queries_change_nothing(run, block, monkeypatch):
     monkeypatch.setattr(aggregates, "_BLOCK_SCORES", block)
@@ -131,6 +156,17 @@ def herded(vectors, pool, quota, labels):
         quota[labels[best]] -= 1
         total = total + vectors[:, best]
     return chosen
+
+
+@given(SEEDS, st.sampled_from([1.0, 2.0**-70, 2.0**60]), st.sampled_from([8.0, 4096.0]))
+def test_a_selection_hangs_neither_on_the_unit_nor_on_what_all_examples_share(seed, unit, shared):
+    """All of them help, and float32 holds each of these numbers exactly."""
+    values = np.round(np.random.default_rng(seed).uniform(-4, 4, size=(3, 200)) * 2048) / 2048
+    plain, moved = (
+        curate.select(sp.Scores(given_values.astype(np.float32), range(3), range(200), unit="u"), n=60)
+        for given_values in (values + 5, (values + shared) * unit)
+    )
+    assert moved.ids == plain.ids
 
 
 @given(SEEDS, st.integers(1, 9), st.booleans())

@@ -89,3 +89,14 @@ def test_without_a_slope_an_example_is_like_no_other_that_has_one(tmp_path, with
     named = curate.near_duplicates(bank, threshold=0.9999, progress=False)
     assert (9 in named.ids) == (without != [0])
     assert not set(named.ids) & {0, 3, 4, 5}
+
+
+@pytest.mark.parametrize("checkpoints", [1, 3])
+def test_equal_examples_are_copies_at_a_threshold_of_1(tmp_path, checkpoints):
+    """In float32 the product of a row of length 1 with itself is as often below 1 as above."""
+    states, *_ = drawn(0, checkpoints)
+    generator = torch.Generator("cpu").manual_seed(0)
+    inputs = torch.randn(50, 4, generator=generator, device="cpu", dtype=torch.float32).repeat(2, 1)
+    bank = bank_of(tmp_path, states, inputs, torch.full((100, 1), 9.0, device="cpu", dtype=torch.float32))
+    named = curate.near_duplicates(bank, threshold=1, progress=False)
+    assert sorted(named.ids) == list(range(50, 100))

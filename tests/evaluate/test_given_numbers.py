@@ -6,7 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from source_proj import Scores
 from source_proj._io.numbers import plain_numbers, whole_number
+from source_proj.attribution.methods import empirical_influence
 from source_proj.evaluate import (
     Candidate,
     GroundTruth,
@@ -69,6 +71,18 @@ def test_other_judges_take_them_too(kind):
     predicted = subset_removal(made(SCORES), torch.ones(3), lambda kept, seed: torch.tensor(kept[:3]).float(), [1, 2])
     assert predicted.flipped.shape == (3, 2)
     assert random_same_class(labels, labels[:2]).shape == (2, 10)
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_scores_and_what_makes_them_of_retrainings_take_them_too(kind):
+    made, ids = TENSORS[kind], torch.arange(10, device="cpu", dtype=torch.int64)
+    scores = Scores(made(SCORES), np.arange(3), ids, unit="u")
+    np.testing.assert_array_equal(scores.top_k(10).scores, -np.sort(-SCORES, axis=1))
+    for subset in ([4, 2], ids[[4, 2]], np.array([4, 2]), list(ids[[4, 2]])):
+        np.testing.assert_allclose(scores.predict_removal(subset).values, -SCORES[:, [4, 2]].sum(axis=1))
+    expected = empirical_influence(MASKS, OUTCOMES).values
+    given_masks = torch.tensor(MASKS, device="cpu", dtype=torch.bool)
+    np.testing.assert_array_equal(empirical_influence(given_masks, made(OUTCOMES)).values, expected)
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=5))

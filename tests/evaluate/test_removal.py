@@ -190,6 +190,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
         ({"baseline": list("abcdef")}, TypeError, "numbers of classes"),
         ({"sizes": []}, ValueError, "increasing"),
         ({"sizes": [2, 1]}, ValueError, "increasing"),
+        ({"sizes": np.array([2, 1], np.uint8)}, ValueError, "increasing"),
+        ({"baseline": [1, 1, np.nan, 1, 1, 1]}, ValueError, "no class for 1 queries, the first at place 2"),
         ({"sizes": [0, 1]}, ValueError, "increasing"),
         ({"sizes": [0.5]}, ValueError, "whole"),
         ({"sizes": [20]}, ValueError, "1 to 19"),

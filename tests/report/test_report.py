@@ -134,6 +134,16 @@ def test_other_scores_must_be_of_the_same_examples():
         small_page(others={"TRAK": Scores(np.ones((1, 1)), [0], [0], unit="u")})
 
 
+def test_the_same_examples_in_another_order_are_refused():
+    """Their columns would be shown as the examples that stand at these places here."""
+    turned = Scores(small_scores().values[:, ::-1], ["q0", "q1"], ["d", "c", "b", "a"], unit="u")
+    message = r"whose training example 0 is 'a' and not 'd'"
+    with pytest.raises(ValueError, match=rf"scores 'TRAK' of shape \(2, 4\) .* {message}"):
+        small_page(others={"TRAK": turned})
+    with pytest.raises(ValueError, match=rf"parts of shape \(2, 2, 4\) .* {message}"):
+        small_page(parts=small_parts(turned, 0.5, 0.5))
+
+
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="got 2 and 3"):
         make_page("t", small_scores(), small_data(3), small_data(2))

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from source_proj._errors import MismatchError
+from source_proj._io.numbers import plain_numbers
 from source_proj.attribution.scores import Scores
 
 __all__ = ["empirical_influence"]
@@ -75,7 +76,7 @@ def empirical_influence(
 
 def _checked(masks: ArrayLike, outcomes: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return masks ``(M, N)`` of ones and zeros, and outcomes ``(M, Q)`` averaged over retrainings."""
-    kept, measured = np.asarray(masks), np.asarray(outcomes, dtype=np.float64)
+    kept, measured = np.asarray(plain_numbers(masks)), np.asarray(plain_numbers(outcomes), dtype=np.float64)
     if kept.dtype != np.bool_:
         raise TypeError(f"masks must be boolean, True for an example that the subset holds; got dtype {kept.dtype}")
     if kept.ndim != 2 or kept.size == 0:
