@@ -13,6 +13,7 @@ __all__ = [
     "gpt2",
     "gpt2_of_transformers",
     "minilm",
+    "mixture",
     "mlp",
     "vit",
 ]
@@ -95,6 +96,15 @@ def gpt2_of_transformers() -> nn.Module:
 
     shape = {"vocab_size": 4096, "n_positions": 128, "n_embd": 256, "n_layer": 4, "n_head": 8}
     return GPT2LMHeadModel(GPT2Config.from_dict({**shape, "bos_token_id": 0, "eos_token_id": 0}))
+
+
+def mixture() -> nn.Module:
+    """The same with 8 experts a layer, 2 of them for each token, as Qwen 3 has them (the extra hf): 12 million."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    shape = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "head_dim": 32}
+    routed = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 384, "num_key_value_heads": 8}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig.from_dict({**shape, **routed}))
 
 
 def gpt2() -> nn.Module:

@@ -2,7 +2,7 @@
 
     python examples/speed/build.py                             # three models on the CPU, minutes
     python examples/speed/build.py --models resnet9 --batch 32 --repetitions 9
-    python examples/speed/build.py --models minilm decoder-hf vit  # models of transformers: the extra hf
+    python examples/speed/build.py --models minilm decoder-hf vit mixture  # models of transformers: the extra hf
     python examples/speed/build.py --models lstm gru encoder   # torch's own recurrent layers and attention
     python examples/speed/build.py --sketch sparse tensor      # kinds of sketches beside each other
     python examples/speed/build.py --metric exact factored     # Adam's metric beside none
@@ -49,7 +49,7 @@ from source_proj.sketch.projections import kinds
 from source_proj.trajectory import Scale
 
 from _bounds import Way, interleaved, seconds  # isort: skip
-from _models import Decoder, Encoder, Recurrent, ResNet9, Stack, gpt2, gpt2_of_transformers, minilm, mlp, vit  # isort: skip
+from _models import Decoder, Encoder, Recurrent, ResNet9, Stack, gpt2, gpt2_of_transformers, minilm, mixture, mlp, vit  # isort: skip
 
 DIM = 4096
 PLAIN = "plain"
@@ -130,6 +130,7 @@ SUBJECTS = {
     "lstm": Subject(partial(Recurrent, nn.LSTM), sentences(256, 64), 32, sp.CausalLM(), token_loss),
     "gru": Subject(partial(Recurrent, nn.GRU), sentences(256, 64), 32, sp.CausalLM(), token_loss),
     "decoder-hf": Subject(gpt2_of_transformers, sentences(4096, 128), 32, sp.CausalLM(), hf_token_loss),
+    "mixture": Subject(mixture, sentences(4096, 128), 16, sp.CausalLM(), hf_token_loss),
     "stack": Subject(Stack, classified(128, 4096), 16, sp.Classification(), class_loss),
     "gpt2": Subject(gpt2, sentences(50257, 512), 16, sp.CausalLM(), token_loss),
 }

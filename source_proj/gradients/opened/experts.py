@@ -21,7 +21,8 @@ from source_proj.gradients.suited import Unsuited
 __all__ = ["forward", "serves"]
 
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel")
-_CHUNK_BYTES = 64 * 2**20  # of gradients of whole weights at a time
+# Of gradients of whole weights at a time; more would come as untouched pages on a CPU, which cost more than products.
+_CHUNK_BYTES, _CHUNK_BYTES_OF_CPU = 256 * 2**20, 8 * 2**20
 _IN_FULL = "grouped_mm"  # the implementation whose products autocast does not know
 
 
@@ -108,7 +109,8 @@ def _receive(
         sums = g.new_zeros(size * experts, g.shape[1]).index_add_(0, _groups(chosen, size, experts), g)
         sink.add(full, sums.view(size, -1))
     if (full := opening.names.get(name)) is not None:
-        step = max(1, _CHUNK_BYTES // (4 * weight.numel()))
+        chunk = _CHUNK_BYTES_OF_CPU if g.device.type == "cpu" else _CHUNK_BYTES
+        step = max(1, chunk // (4 * weight.numel()))
         for start in range(0, size, step):
             rows, n = slice(start * each, (start + step) * each), min(step, size - start)
             left, right = (x, g) if transposed else (g, x)
@@ -123,15 +125,12 @@ def _groups(chosen: Tensor, size: int, experts: int) -> Tensor:
 
 def _weights(left: Tensor, right: Tensor, chosen: Tensor, size: int, experts: int) -> Tensor:
     """Sums of left_s (x) right_s over each example's rows of each expert, (size, E o i)."""
-    groups, place, counts = _groups(chosen, size, experts).unique(return_inverse=True, return_counts=True)
-    order = place.argsort(stable=True)
-    firsts = counts.cumsum(0) - counts
-    within = torch.empty_like(place)
-    within[order] = torch.arange(len(place), device=place.device) - firsts[place[order]]
+    groups = _groups(chosen, size, experts)
+    counts, order = torch.bincount(groups, minlength=size * experts), groups.argsort(stable=True)
+    within = torch.empty_like(groups)  # the place of each row among those of its group
+    within[order] = torch.arange(len(groups), device=groups.device) - (counts.cumsum(0) - counts)[groups[order]]
     lefts, rights = (
-        each.new_zeros(len(groups), int(counts.max()), each.shape[1]).index_put_((place, within), each)
+        each.new_zeros(size * experts, int(counts.max()), each.shape[1]).index_put_((groups, within), each)
         for each in (left, right)
     )
-    sums = left.new_zeros(size * experts, left.shape[1], right.shape[1])
-    sums[groups] = lefts.transpose(1, 2) @ rights
-    return sums.view(size, -1)
+    return (lefts.transpose(1, 2) @ rights).view(size, -1)
