@@ -180,7 +180,10 @@ def mislabelled(
     n: Annotated[
         int | None,
         typer.Option(
-            "-n", min=1, help="How many; default: by error those less likely than not, else those far from their class."
+            "-n",
+            min=1,
+            help="How many; default: by error those less probable than halfway between their class and another, else "
+            "those far from their class.",
         ),
     ] = None,
     by: Annotated[By, typer.Option(help="What makes a label suspicious.")] = By.error,

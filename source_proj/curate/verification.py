@@ -171,4 +171,4 @@ def _verdict(gain: Interval, than: str) -> str:
         return f"better than {than}"
     if gain.high < 0:
         return f"worse than {than}"
-    return f"not told from {than}"
+    return f"not to be told apart from {than}"

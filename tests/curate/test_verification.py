@@ -54,7 +54,11 @@ def test_the_interval_is_students(count):
 
 @pytest.mark.parametrize(
     ("gain", "words"),
-    [(1.0, "better than training on all examples"), (-1.0, "worse than training"), (0.0, "not told from training")],
+    [
+        (1.0, "better than training on all examples"),
+        (-1.0, "worse than training"),
+        (0.0, "not to be told apart from training"),
+    ],
 )
 def test_the_verdict_follows_the_interval(gain, words):
     noise = lambda seed: 0.01 * (seed % 3)  # noqa: E731
@@ -69,7 +73,7 @@ def test_one_seed_says_nothing_of_chance():
     judged = verify(cleaning_of([0]), lambda kept, seed: 1.0 - (0 in kept), float, seeds=[3], progress=False)
     assert judged.gain.mean == 1
     assert np.isnan(judged.gain.low)
-    assert "not told from training on all" in judged.verdict
+    assert "not to be told apart from training on all" in judged.verdict
 
 
 def test_what_cannot_be_judged_is_refused():

@@ -321,7 +321,12 @@ def _checked_dataset(data: Any) -> Any:
         raise TypeError(
             f"got a tuple of {len(data)} numpy arrays as a data set; give TensorDataset(*map(torch.from_numpy, arrays))"
         )
-    if isinstance(data, Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+    if isinstance(data, Mapping):
+        raise TypeError(
+            f"{_name(data)} of {[*map(str, data)][:5]} is no data set, and no batch unless tensors with the examples in "
+            "front are among them: give a list of one mapping an example, or tell a tokenizer return_tensors='pt'"
+        )
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise TypeError(f"{_name(data)} is no map-style data set (with __getitem__ and __len__) and no DataLoader")
     return data
 
