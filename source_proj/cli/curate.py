@@ -176,7 +176,10 @@ def select(
 def mislabelled(
     context: typer.Context,
     bank: BankPaths,
-    label_column: Annotated[str, typer.Option(help="Column of the labels in --file.")] = "label",
+    label_column: Annotated[
+        str | None,
+        typer.Option(help="Column of the labels in --file; default: that of a bank of texts, else 'label'."),
+    ] = None,
     n: Annotated[
         int | None,
         typer.Option(
@@ -202,9 +205,11 @@ def mislabelled(
     from source_proj.attribution.source import Source
     from source_proj.bank import open as open_bank
     from source_proj.cli import cleanings
+    from source_proj.cli.text import label_column_of
 
-    delivery = cleanings.delivery(context.params)
-    labels = cleanings.labels(context.params)
+    options = {**context.params, "label_column": label_column or label_column_of(bank[0])}
+    delivery = cleanings.delivery(options)
+    labels = cleanings.labels(options)
     source = Source([open_bank(path) for path in bank], device=device, progress=False)
     delivery.give(library.mislabelled(source, labels, n=n, by=by.value.replace("-", "_")))  # type: ignore[arg-type]
 

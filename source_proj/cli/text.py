@@ -34,6 +34,7 @@ __all__ = [
     "TextOptions",
     "ask_about",
     "is_complete",
+    "label_column_of",
     "new_texts",
     "note_appended",
     "own_file",
@@ -246,6 +247,14 @@ def own_file(bank: str | Path) -> Path | None:
     """The text file that a bank was built from, if it is the only one, still there and as it was; else warns of it."""
     known = _known_rows(bank)
     return known[0][0] if known is not None and len(known[0]) == 1 else None
+
+
+def label_column_of(bank: str) -> str:
+    """Name of the labels' column, as a bank of texts was told, or as it is by default."""
+    try:
+        return TextSettings.read(bank).label
+    except (SourceProjError, OSError, ValueError):  # of no texts
+        return "label"
 
 
 def training_texts(bank: str | Path, tokenizer: Any, network: nn.Module | None = None) -> Examples | None:

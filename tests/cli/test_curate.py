@@ -10,6 +10,7 @@ from command_line import ASK
 
 import source_proj as sp
 from source_proj import curate
+from source_proj.integrations import TextSettings
 
 JUDGE = """
 import numpy as np
@@ -140,6 +141,20 @@ def test_labels_are_read_as_the_file_is_written(verb, call, files, tmp_path):
         told[name] = call("curate", *verb, *options, "--delimiter", typed, "--encoding", encoding, "--json")
         assert (tmp_path / f"out-{name}").read_text(encoding).startswith(f"tête{delimiter}label")
     assert told["comma.csv"]["examples"] == told["semicolon.csv"]["examples"] == told["tab.csv"]["examples"]
+
+
+def test_the_column_that_a_bank_of_texts_was_told_is_that_of_its_labels(call, home, tmp_path):
+    text = (home / "train.csv").read_bytes().decode("utf-8-sig")
+    (tmp_path / "train.csv").write_bytes(text.replace("label", "kind", 1).encode())
+    expected = call("curate", "mislabelled", "bank", "-n", "5", "--file", "train.csv", "--json")
+    assert "has no 'label'" in call("curate", "mislabelled", "bank", "--file", tmp_path / "train.csv", code=1)
+    beside = home / "bank.text.json"
+    TextSettings("model", label="kind").write(home / "bank", {}, "digest")
+    try:
+        found = call("curate", "mislabelled", "bank", "-n", "5", "--file", tmp_path / "train.csv", "--json")
+    finally:
+        beside.unlink()
+    assert found["examples"] == expected["examples"]
 
 
 @pytest.mark.parametrize(

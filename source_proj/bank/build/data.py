@@ -323,7 +323,7 @@ def _checked_dataset(data: Any) -> Any:
         )
     if isinstance(data, Mapping):
         raise TypeError(
-            f"{_name(data)} of {[*map(str, data)][:5]} is no data set, and no batch unless tensors with the examples in "
+            f"{_name(data)} of {[*map(str, data)][:5]} is no data set, and no batch unless tensors with examples in "
             "front are among them: give a list of one mapping an example, or tell a tokenizer return_tensors='pt'"
         )
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
