@@ -176,7 +176,7 @@ class Hits(EqualByValue):
         if said is None:
             return example
         words = queries.said(said.value) if queries is not None else str(said.value)
-        return replace(example, prediction=words, probability=said.probability)
+        return example.with_answer(said, words)
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one line for each query and example: query_id, train_id, rank (from 1), score (``pandas`` extra)."""

@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 from source_proj._io.html import escape, table
 from source_proj._io.pictures import image_uri
 from source_proj.bank.build.columns import Table, examples_of
+from source_proj.task import Answer
 
 __all__ = ["Example", "Examples"]
 
@@ -39,6 +40,7 @@ class Example:
         row: names and values of a row of numbers, shown where there is neither picture nor text.
         file: the file that it was read from, or None.
         probability: of the prediction, or None; see :class:`Answer`.
+        by_token: whether that is a mean over the prediction's tokens.
         pixelated: whether the picture is so small that its pixels are shown as squares.
     """
 
@@ -50,12 +52,19 @@ class Example:
     row: tuple[tuple[str, str], ...] = ()
     file: str | None = None
     probability: float | None = None
+    by_token: bool = False
     pixelated: bool = False
+
+    def with_answer(self, answer: Answer, words: str) -> "Example":
+        """The same with what the model said of it, in words."""
+        by_token = isinstance(answer.value, list)
+        return replace(self, prediction=words, probability=answer.probability, by_token=by_token)
 
     @property
     def said(self) -> str:
         """What the model says of it, with what probability; empty where that was not asked."""
-        likely = "" if self.probability is None else f" (probability {self.probability:.3g})"
+        share = " a token" if self.by_token else ""
+        likely = "" if self.probability is None else f" (probability {self.probability:.3g}{share})"
         return "" if self.prediction is None else f"{self.prediction}{likely}"
 
     @property

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from source_proj import Example, Examples
+from source_proj.task import Answer
 
 pytest.importorskip("PIL")
 
@@ -103,3 +104,10 @@ def test_texts_beside_their_tokens_are_shown():
     shown = Examples(datasets.Dataset.from_dict(rows))
     assert shown.show(0, 0).text == "hello there"
     assert [text for text, _ in shown.searched()] == rows["text"]
+
+
+def test_the_probability_of_a_continuation_is_that_of_a_token():
+    shown = Example("q", text="a b")
+    assert shown.with_answer(Answer(1, 0.25), "dog").said == "dog (probability 0.25)"
+    assert shown.with_answer(Answer([5, 7], 0.25), "c d").said == "c d (probability 0.25 a token)"
+    assert shown.with_answer(Answer([5, 7], 0.25), "c d").text == "a b"
