@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.optimizers import PreconditionedOptimizer, moments
@@ -61,21 +61,23 @@ def held_parameters(stages: Sequence[Stage], model: nn.Module, has_one_state: bo
 
 
 def moved_parameters(checkpoints: Sequence[Checkpoint], model: nn.Module) -> set[str] | None:
-    """Parameters that are not the same at all checkpoints; None if there is but one, and no adapter's."""
+    """Parameters that are not the same wherever checkpoints have them; None for a single one that is no adapter's."""
     initial, *later = _distinct(checkpoints)
-    first = initial.parameters_of(model)
+    first, count = initial.parameters_of(model), sum(1 for _ in model.named_parameters())
     if not later:
-        if len(first) == sum(1 for _ in model.named_parameters()):
+        if len(first) == count:
             return None
         learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         return set(first) & learning or set(first)  # PEFT saves frozen embeddings beside an adapter of theirs
-    same: dict[str, Tensor] = dict(first)
+    moved: set[str] = set()
     for checkpoint in later:
-        if not same:
+        if len(moved) == count:
             break
-        there = checkpoint.parameters_of(model)
-        same = {name: value for name, value in same.items() if name in there and torch.equal(value, there[name])}
-    return set(first) - set(same)
+        for name, value in checkpoint.parameters_of(model).items():
+            # What an adapter's file leaves out is compared between the others.
+            if name not in moved and not torch.equal(first.setdefault(name, value), value):
+                moved.add(name)
+    return moved
 
 
 def _with_moments(stage: Stage, model: nn.Module) -> list[str] | None:
