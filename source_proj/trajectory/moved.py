@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.optimizers import PreconditionedOptimizer, moments
@@ -75,9 +75,15 @@ def moved_parameters(checkpoints: Sequence[Checkpoint], model: nn.Module) -> set
             break
         for name, value in checkpoint.parameters_of(model).items():
             # What an adapter's file leaves out is compared between the others.
-            if name not in moved and not torch.equal(first.setdefault(name, value), value):
+            if name not in moved and _differ(first.setdefault(name, value), value):
                 moved.add(name)
     return moved
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether they are not the same numbers; one may have been saved rounded, as in half precision."""
+    coarser = min(one, other, key=Tensor.element_size).dtype
+    return not torch.equal(one.to(coarser), other.to(coarser))
 
 
 def _with_moments(stage: Stage, model: nn.Module) -> list[str] | None:
