@@ -103,7 +103,7 @@ class TrainingPath(FollowedPath):
         sampler: gives another function of the outputs, whose rows the coming passes bring too; None for none.
 
     Raises:
-        GradientError: the model is compiled, quantised or spread.
+        GradientError: the model is compiled, quantised or spread, or captured already and has more than plain layers.
     """
 
     def __init__(self, model: nn.Module, space: ParameterSpace, sketch: Sketch) -> None:
@@ -116,6 +116,8 @@ class TrainingPath(FollowedPath):
                 "build the bank after training"
             )
         super().__init__(placement, space)
+        if self._opened or self._missing:
+            _refuse_captured(model)
         self._sketch = sketch
         self.passes: list[TrainingPass] = []
         self.watched = False
@@ -281,6 +283,16 @@ def _refuse_compiled(model: nn.Module) -> None:
         )
 
 
+def _refuse_captured(model: nn.Module) -> None:
+    """Refuse two at a time, of which one would take the other's taps for uses outside of a module."""
+    hooks = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _WeakHook)]
+    if any(hook.is_alive for hook in hooks):
+        raise GradientError(
+            "another Recorder captures rows of this model, and those of attention or recurrent modules, experts, or "
+            "parameters of no layer can be captured by one at a time: call its close() first"
+        )
+
+
 def _kept_back(model: nn.Module) -> list[str]:
     """What a batch may have beside the model's arguments, and the model does not take."""
     known = inspect.signature(model.forward).parameters
@@ -318,6 +330,11 @@ class _WeakHook:
 
     def __init__(self, path: TrainingPath, name: str) -> None:
         self._path, self._name = weakref.ref(path), name
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether somebody holds the path."""
+        return self._path() is not None
 
     def __call__(self, *given: Any) -> Any:
         """Hand on what torch gives."""

@@ -61,21 +61,29 @@ def held_parameters(stages: Sequence[Stage], model: nn.Module, has_one_state: bo
 
 
 def moved_parameters(checkpoints: Sequence[Checkpoint], model: nn.Module) -> set[str] | None:
-    """Parameters that are not the same at all checkpoints; None if there is but one, and no adapter's."""
+    """Parameters that are not the same wherever checkpoints have them; None for a single one that is no adapter's."""
     initial, *later = _distinct(checkpoints)
-    first = initial.parameters_of(model)
+    first, count = initial.parameters_of(model), sum(1 for _ in model.named_parameters())
     if not later:
-        if len(first) == sum(1 for _ in model.named_parameters()):
+        if len(first) == count:
             return None
         learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         return set(first) & learning or set(first)  # PEFT saves frozen embeddings beside an adapter of theirs
-    same: dict[str, Tensor] = dict(first)
+    moved: set[str] = set()
     for checkpoint in later:
-        if not same:
+        if len(moved) == count:
             break
-        there = checkpoint.parameters_of(model)
-        same = {name: value for name, value in same.items() if name in there and torch.equal(value, there[name])}
-    return set(first) - set(same)
+        for name, value in checkpoint.parameters_of(model).items():
+            # What an adapter's file leaves out is compared between the others.
+            if name not in moved and _differ(first.setdefault(name, value), value):
+                moved.add(name)
+    return moved
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether they are not the same numbers; one may have been saved rounded, as in half precision."""
+    coarser = min(one, other, key=Tensor.element_size).dtype
+    return not torch.equal(one.to(coarser), other.to(coarser))
 
 
 def _with_moments(stage: Stage, model: nn.Module) -> list[str] | None:

@@ -67,6 +67,8 @@ def _resolved(
     record = stage.describe()
     optimizer = record.optimizer  # the decay divided by the loss scale
     mode, count = stage.preconditioner, len(stage.checkpoints)
+    if still.issuperset(space.names):  # of nothing that is attributed, the optimizer's states say nothing either
+        mode = "none"
     if isinstance(optimizer, PreconditionedOptimizer) and mode not in ("scalar", "none"):
         record = replace(record, preconditioner=mode)
         groups = stage.segment_indices if mode in PER_SEGMENT else [list(range(count))]

@@ -1,5 +1,7 @@
 """SOURCE over stages that trained different parameters: each moves, and lets decay, its own ones alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -95,6 +97,27 @@ def test_adam_of_a_head_alone(tmp_path):
     times = [stage.record.cut()[0] for stage in bank.stages]
     assert times[1].decay > 0
     assert_equal(scores(problem, bank), dense(problem, orders, times))
+
+
+@pytest.mark.parametrize("mode", ["scalar", "shared", "factored", "per_segment", "factored_per_segment", "none"])
+def test_a_head_that_adam_trained_first_says_nothing_of_the_backbone(tmp_path, mode):
+    """Its optimizer held none of the attributed parameters: what counts is the other stage, as by itself."""
+    problem = frozen_run(
+        ("2", "02"), "recorder", directory=tmp_path, make=lambda p: torch.optim.AdamW(p, lr=LR, eps=1e-3)
+    )
+    stages = [replace(stage, preconditioner=mode) for stage in problem.trajectory.stages]
+    found = []
+    for own in (stages, stages[1:]):
+        told = replace(
+            problem,
+            trajectory=sp.Trajectory.from_stages(own),
+            train={stage.name: problem.train[stage.name] for stage in own},
+        )
+        bank = told.build(tmp_path / f"bank{len(own)}", parameters=["0.*"])
+        found.append(scores(problem, bank))
+    first = len(problem.train["stage0"])
+    assert_equal(found[0][:, first:], found[1])
+    assert not found[0][:, :first].any()
 
 
 def test_parameters_that_no_stage_moved_are_as_they_were_asked_for(tmp_path):

@@ -12,6 +12,7 @@ from trainer_runs import EXAMPLES, classifier, train, transformers
 
 import source_proj as sp
 from source_proj.integrations import trainable_parameters
+from source_proj.trajectory.moved import moved_by_stages
 from source_proj.trajectory.trained import trained_parameters
 
 PEFT_LAGS = "ignore:.*is deprecated and will be removed:FutureWarning"  # behind names of transformers
@@ -69,6 +70,30 @@ def test_only_the_adapter_is_attributed_and_its_bank_equals_that_of_whole_checkp
         reopened = sp.open(path)
         scores.append(sp.Source(reopened, model=lora_model()).score(data).to_numpy())
     assert (scores[0] == scores[1]).all()
+
+
+@pytest.mark.parametrize("adapter_first", [False, True])
+def test_files_of_adapters_say_nothing_of_what_they_leave_out(tmp_path, adapter_first):
+    """Beside whole checkpoints of another stage, the model's own weights neither move where it is frozen nor stand
+    still where it is trained.
+    """
+    model = lora_model()
+    adapter = set(trainable_parameters(model))
+
+    def stage(name, adapters):
+        points = []
+        for step in (1, 2):
+            for own, parameter in model.named_parameters():
+                if own in adapter or not adapters:
+                    nn.init.normal_(parameter)
+            state = adapter_file(model, tmp_path / f"{name}-{step}") if adapters else model.state_dict()
+            points.append(sp.Checkpoint(state, step=step, lr=0.1))
+        return sp.Stage(name, points, sp.SGD())
+
+    stages = [stage("first", adapter_first), stage("second", not adapter_first)]
+    moved, all_names = moved_by_stages(stages, model), {name for name, _ in model.named_parameters()}
+    assert moved == ([adapter, all_names] if adapter_first else [all_names, adapter])
+    assert trained_parameters(sp.Trajectory.from_stages(stages), model)[0] == [n for n, _ in model.named_parameters()]
 
 
 def test_frozen_models_have_nothing_to_attribute():

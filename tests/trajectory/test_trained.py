@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 import source_proj as sp
 from source_proj.trajectory import trained_parameters
+from source_proj.trajectory.moved import left_alone
 
 HEAD = ["3.weight", "3.bias"]
 
@@ -251,3 +252,19 @@ def test_a_sketch_that_is_larger_than_the_gradients_is_told(tmp_path, capsys, di
     sp.build(model, sp.Classification(), trajectory, TensorDataset(*BATCH), tmp_path / "bank", **options)
     told = 'k = 60 is more than the 59 numbers of a gradient: Sketch(59, "identity") is exact and smaller'
     assert (told in capsys.readouterr().err) == said
+
+
+@pytest.mark.parametrize("rounded_first", [False, True])
+def test_weights_that_were_saved_rounded_did_not_move(rounded_first):
+    """As where one stage's weights were saved in float32, and another's in half precision."""
+    model, stages = network(), []
+    for place, kept in enumerate((NAMES, HEAD)):
+        optimizer = torch.optim.SGD([p for name, p in model.named_parameters() if name in kept], lr=0.1)
+        dtype = torch.bfloat16 if rounded_first == (place == 0) else torch.float32
+        points = []
+        for step in (5, 10):
+            steps(model, optimizer, 5)
+            state = {n: v.to(dtype) if v.is_floating_point() else v for n, v in model.state_dict().items()}
+            points.append(sp.Checkpoint(state, step, lr=0.1))
+        stages.append(sp.Stage(f"stage {place}", points, sp.SGD()))
+    assert left_alone(stages, model) == [frozenset(), frozenset(NAMES) - frozenset(HEAD)]
