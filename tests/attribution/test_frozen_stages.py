@@ -126,6 +126,15 @@ def test_parameters_that_no_stage_moved_are_as_they_were_asked_for(tmp_path):
     assert list(bank.trajectory.metrics) == [None]
 
 
+@pytest.mark.parametrize("method", [sp.InfluenceFunction, sp.ArnoldiInfluence, sp.DataInf, sp.Trak])
+def test_what_knows_the_end_alone_refuses_a_last_stage_that_moved_nothing(tmp_path, method):
+    problem = frozen_run(("0", "2"), "recorder", directory=tmp_path)
+    bank = problem.build(tmp_path / "bank", parameters=["0.*"])
+    with pytest.raises(sp.MismatchError, match="the last stage, 'stage1', moved none of the parameters"):
+        method(bank, model=problem.model, progress=False).score(problem.queries)
+    assert sp.Source(bank, model=problem.model, progress=False).score(problem.queries).values.any()
+
+
 @pytest.mark.parametrize("kind", ["tensor", "sparse", "rademacher", "kronecker"])
 def test_sketched_rows_of_a_stage_are_of_its_own_parameters(tmp_path, kind):
     """What is frozen is none of a sketch: its rows are those of a bank of the head alone, at the same coordinates."""

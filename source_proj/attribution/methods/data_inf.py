@@ -12,6 +12,7 @@ from source_proj.attribution.arguments import checked_number
 from source_proj.attribution.attributor import Attributor, Term
 from source_proj.attribution.curvature import Curvature, count_factors, iter_factors, require_curvature
 from source_proj.attribution.features import QueryFeatures
+from source_proj.attribution.methods.last_metric import last_metric
 from source_proj.attribution.moments import add_up
 from source_proj.attribution.operands import StageOperands, encoded_gradients
 from source_proj.attribution.shards import ShardGroup, map_shards, shard_groups
@@ -94,7 +95,7 @@ class DataInf(Attributor):
         self.damping_factor = checked_number("damping_factor", damping_factor, above=0)
 
     def _query_metrics(self, bank: Bank) -> list[int]:
-        return [bank.stages[-1].metric(-1)]
+        return [last_metric(bank)]
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
         last, stage = len(bank.stages) - 1, bank.stages[-1]

@@ -19,6 +19,7 @@ from source_proj.attribution.curvature import (
 )
 from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.fits import Fit, fitted_hessian
+from source_proj.attribution.methods.last_metric import last_metric
 from source_proj.attribution.operands import StageOperands, encoded_gradients
 from source_proj.attribution.query_points import QueryGradient, check_query_gradient, query_points
 from source_proj.attribution.spectral import ridge_inverse
@@ -89,7 +90,7 @@ class InfluenceFunction(Attributor):
         return query_points(bank, self.query_gradient)
 
     def _query_metrics(self, bank: Bank) -> list[int]:
-        return [bank.stages[-1].metric(-1)]
+        return [last_metric(bank)]
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
         last, stage = len(bank.stages) - 1, bank.stages[-1]

@@ -12,6 +12,7 @@ from source_proj.attribution.arguments import checked_number
 from source_proj.attribution.attributor import Attributor, Term
 from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.fits import Fit, fitted_hessian
+from source_proj.attribution.methods.last_metric import last_metric
 from source_proj.attribution.operands import Operand, StageOperands, stage_start
 from source_proj.attribution.spectral import ridge_inverse
 from source_proj.bank import Bank
@@ -63,7 +64,7 @@ class Trak(Attributor):
         self.cache = cache
 
     def _query_metrics(self, bank: Bank) -> list[int]:
-        return [bank.stages[-1].metric(-1)]
+        return [last_metric(bank)]
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
         last, stage = len(bank.stages) - 1, bank.stages[-1]

@@ -79,6 +79,10 @@ class Metrics:
         """`scale` of several."""
         return [self.scale(metric) for metric in metrics]
 
+    def moves(self, metric: int) -> bool:
+        """Whether anything is other than 0 in a metric, as where a stage left all of the bank's parameters alone."""
+        return bool(self._moved(metric))
+
     def decay_of(self, own: int, other: int) -> Decay:
         """On which part of a sketch in another metric the weight decay of a segment acts, given the segment's own one.
 
