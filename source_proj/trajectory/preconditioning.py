@@ -94,7 +94,9 @@ def _without(space: Coordinates, still: frozenset[str]) -> Scale | None:
         return None
     sizes = [Scale.kept(shape, factored=True) for shape in space.shapes]
     ones = [name not in still for name in space.names]
-    values = torch.tensor(ones, dtype=torch.float32, device="cpu").repeat_interleave(torch.tensor(sizes, device="cpu"))
+    values = torch.tensor(ones, dtype=torch.float32, device="cpu").repeat_interleave(
+        torch.tensor(sizes, device="cpu", dtype=torch.int64)
+    )
     return Scale(values, space, factored=True)
 
 
