@@ -64,10 +64,10 @@ def _training_outside(layer: Any) -> Iterator[None]:
         following = _get_current_function_mode()
 
         def called(*args: Any) -> Any:
+            again = following if _get_current_function_mode() is not following else None
             layer.training = False
-            again = following is not None and _get_current_function_mode() is not following
             try:
-                with following if following is not None and again else nullcontext():
+                with again or nullcontext():
                     return function(*args)
             finally:
                 layer.training = True

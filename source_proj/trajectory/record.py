@@ -37,6 +37,7 @@ CapturedCurvature = Literal["empirical_fisher", "sampled_fisher"]
 """Of what Ĥ was made while a stage trained: of its gradients, or of those of labels drawn from the model."""
 
 FACTORED: frozenset[PreconditionerMode] = frozenset({"factored", "factored_per_segment"})
+_BY_COORDINATE: frozenset[PreconditionerMode] = frozenset({"shared", "per_segment"})
 """With two vectors in place of P of each matrix."""
 
 PER_SEGMENT: frozenset[PreconditionerMode] = frozenset({"per_segment", "factored_per_segment"})
@@ -351,7 +352,7 @@ class RunRecord:
 
     def is_factored(self, metric: int) -> bool:
         """Whether a metric's P has two vectors in place of each matrix, as also one that only leaves parameters out."""
-        return any(s.preconditioner not in ("shared", "per_segment") and metric in s.metrics for s in self.stages)
+        return any(s.preconditioner not in _BY_COORDINATE and metric in s.metrics for s in self.stages)
 
     @property
     def curvatures(self) -> list[str]:

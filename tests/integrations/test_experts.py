@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from example_rows import captured_rows, hooked_rows, plain_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -82,16 +83,6 @@ def values_of(model, batch):
     return model(batch).tanh() @ torch.tensor([1.0, -2.0, 0.5], device="cpu", dtype=torch.float32)
 
 
-def plain_rows(model, batch):
-    rows = []
-    for one in batch.split(1):
-        gradients = torch.autograd.grad(
-            values_of(model, one)[0], list(model.parameters()), allow_unused=True, materialize_grads=True
-        )
-        rows.append(torch.cat([g.flatten() for g in gradients]))
-    return torch.stack(rows)
-
-
 def near(rows, expected):
     return float((rows - expected).norm()) <= 1e-5 * float(expected.norm())
 
@@ -105,20 +96,10 @@ def seed():
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 def test_rows_are_each_examples_gradient(tmp_path, flags, implementation):
     model, batch = Mixture(implementation, **flags), torch.randn(SIZE, LENGTH, WIDTH)
-    expected, space = plain_rows(model, batch), ParameterSpace.from_model(model)
-    sketch = sp.Sketch(space.size, "identity")
-    engine = gradient_engine(copy.deepcopy(model), space, sketch)
-    _, rows = engine.sketch(values_of, batch)
-    assert engine.method == "hooks", engine.reason
+    expected = plain_rows(model, values_of, batch.split(1))
+    rows, _ = hooked_rows(copy.deepcopy(model), values_of, batch)
     assert near(rows, expected)
-
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    recorder = sp.Recorder(model, optimizer, tmp_path / "run", capture=sketch, task=sp.Classification(), examples=SIZE)
-    values_of(model, batch).mean().backward()
-    optimizer.step()
-    recorder.step(ids=range(SIZE))
-    (part,) = recorder.bank(storage="float32").stages[0].iter_rows(0)
-    assert near(part.rows * part.d1[:, None], expected)
+    assert near(captured_rows(tmp_path, model, values_of, batch, SIZE), expected)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -172,7 +153,7 @@ def test_tokens_of_no_expert_give_nothing():
     engine = gradient_engine(model, space, sp.Sketch(space.size, "identity"), "hooks")
     values, rows = engine.sketch(values_of, batch)
     torch.testing.assert_close(values, values_of(model, batch).detach())
-    assert near(rows, plain_rows(model, batch))
+    assert near(rows, plain_rows(model, values_of, batch.split(1)))
 
 
 def test_what_the_forward_pass_does_not_know_is_not_opened():

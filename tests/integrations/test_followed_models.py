@@ -4,9 +4,7 @@ import copy
 
 import pytest
 import torch
-
-import source_proj as sp
-from source_proj.gradients import ParameterSpace, gradient_engine
+from example_rows import captured_rows, hooked_rows, plain_rows
 
 transformers = pytest.importorskip("transformers")
 
@@ -67,24 +65,8 @@ def values_of(model, batch):
     return logits.tanh() @ torch.linspace(-1, 2, logits.shape[1])
 
 
-def plain_rows(model, batch):
-    """The gradient of each example's number, by itself."""
-    rows = []
-    for place in range(N):
-        value = values_of(model, {key: tensor[place : place + 1] for key, tensor in batch.items()})[0]
-        gradients = torch.autograd.grad(value, list(model.parameters()), allow_unused=True, materialize_grads=True)
-        rows.append(torch.cat([g.flatten() for g in gradients]))
-    return torch.stack(rows)
-
-
-def captured_rows(folder, model, batch, sketch):
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    recorder = sp.Recorder(model, optimizer, folder / "run", capture=sketch, task=sp.Classification(), examples=N)
-    values_of(model, batch).mean().backward()
-    optimizer.step()
-    recorder.step(ids=range(N))
-    (part,) = recorder.bank(storage="float32").stages[0].iter_rows(0)
-    return part.rows * part.d1[:, None]
+def rows_alone(model, batch):
+    return plain_rows(model, values_of, ({k: t[place : place + 1] for k, t in batch.items()} for place in range(N)))
 
 
 def assert_near(rows, expected):
@@ -95,16 +77,11 @@ def assert_near(rows, expected):
 def test_rows_are_each_examples_gradient(tmp_path, name):
     torch.manual_seed(0)
     model, batch = model_of(name), batch_of(name)
-    expected = plain_rows(copy.deepcopy(model).train(), batch)
-    space = ParameterSpace.from_model(model)
-    sketch = sp.Sketch(space.size, "identity")
-    engine = gradient_engine(copy.deepcopy(model).eval(), space, sketch)
-    _, rows = engine.sketch(values_of, batch)
+    expected = rows_alone(copy.deepcopy(model).train(), batch)
+    rows, reason = hooked_rows(copy.deepcopy(model).eval(), values_of, batch)
     assert_near(rows, expected)
-    assert engine.method == "hooks", engine.reason
-    assert "followed by themselves" in engine.reason
-
-    assert_near(captured_rows(tmp_path, model.train(), batch, sketch), expected)
+    assert "followed by themselves" in reason
+    assert_near(captured_rows(tmp_path, model.train(), values_of, batch, N), expected)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -114,16 +91,12 @@ def test_what_checkpointing_computes_once_more_is_followed_too(tmp_path, name, r
     model, batch = model_of(name), batch_of(name)
     if not model.supports_gradient_checkpointing:
         pytest.skip(f"{name} checkpoints nothing")
-    expected = plain_rows(copy.deepcopy(model).train(), batch)
+    expected = rows_alone(copy.deepcopy(model).train(), batch)
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
-    space = ParameterSpace.from_model(model)
-    sketch = sp.Sketch(space.size, "identity")
-    engine = gradient_engine(copy.deepcopy(model).train(), space, sketch)
-    _, rows = engine.sketch(values_of, batch)
+    rows, _ = hooked_rows(copy.deepcopy(model).train(), values_of, batch)
     assert_near(rows, expected)
-    assert engine.method == "hooks", engine.reason
     if not reentrant:
-        assert_near(captured_rows(tmp_path, model.train(), batch, sketch), expected)
+        assert_near(captured_rows(tmp_path, model.train(), values_of, batch, N), expected)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]  # the loop's own
         assert_near(torch.cat([g.flatten() for g in gradients]), expected.mean(0))
