@@ -25,7 +25,7 @@ from source_proj.trajectory import Checkpoint
 
 __all__ = ["QueryFeatures", "SketchedQueries", "checked_features", "point_key", "subject_of"]
 
-_FORMAT = "source-proj query features 2"
+_FORMAT = "source-proj query features 3"
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,13 @@ class SketchedQueries(list[QueryFeatures]):
             if features.answers is not None:
                 tensors[f"{number}/answers"] = features.answers.values.contiguous()
                 tensors[f"{number}/probabilities"] = features.answers.probabilities.contiguous()
-        paddings = [None if features.answers is None else features.answers.padding for features in self]
+        answers = [features.answers for features in self]
         facts = json.dumps(
             {
                 "ids": [plain_ids(features.ids) for features in self],
                 "sketches": [features.sketch for features in self],
                 "subjects": [features.subject for features in self],
-                "paddings": paddings,
+                "answers": [None if a is None else {"padding": a.padding, "chosen": a.chosen} for a in answers],
             }
         )
         metadata = {"format": _FORMAT, "facts": facts, "sha256": _digest(tensors, facts)}
@@ -200,13 +200,11 @@ def _read(path: Path) -> list[QueryFeatures]:
             _rows_of(tensors, f"{number}/rows/"),
             [id_of(given) for given in ids],
             sketch,
-            None
-            if padding is None
-            else Answers(tensors[f"{number}/answers"], tensors[f"{number}/probabilities"], padding),
+            None if told is None else Answers(tensors[f"{number}/answers"], tensors[f"{number}/probabilities"], **told),
             subject=subject,
         )
-        for number, (ids, sketch, padding, subject) in enumerate(
-            zip(*(facts[name] for name in ("ids", "sketches", "paddings", "subjects")), strict=True)
+        for number, (ids, sketch, told, subject) in enumerate(
+            zip(*(facts[name] for name in ("ids", "sketches", "answers", "subjects")), strict=True)
         )
     ]
 

@@ -241,7 +241,7 @@ class Hits(EqualByValue):
         rows = []
         for query in range(min(len(self), _QUERIES)):
             asked = self.query_example(query)
-            said = f", predicted {asked.said}" if asked.said else ""
+            said = f", {asked.verdict}" if asked.said else ""
             contents = [(asked._repr_html_(), f"query {self._label(asked)}{said}")]
             for rank, hit in enumerate(self[query][:_ENTRIES]):
                 example = self.train_example(query, rank)
@@ -265,14 +265,10 @@ class Hits(EqualByValue):
 
 
 def _described(example: Example) -> str:
-    """An example in one line: id, label, what the model said, and its text, numbers or file."""
-    words = example.words
-    parts = [
-        str(id_word(example.id)),
-        f"label {example.label}" if example.label else "",
-        f"predicted {example.said}" if example.said else "",
-        words if len(words) <= _TEXT else words[: _TEXT - 2] + " …",
-    ]
+    """An example in one line: id, label, what the model said, and its text (first if that goes on), numbers or file."""
+    words = example.words if len(example.words) <= _TEXT else example.words[: _TEXT - 2] + " …"
+    said = [words, example.verdict] if example.continues else [example.verdict, words]
+    parts = [str(id_word(example.id)), f"label {example.label}" if example.label else "", *said]
     return "  ".join(part for part in parts if part)
 
 

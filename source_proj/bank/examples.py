@@ -36,11 +36,11 @@ class Example:
         label: its label, as words; empty where it has none.
         image: a ``data:`` address of its picture, or None.
         text: its text, shown where there is no picture.
-        prediction: what the model says of it, as words, or None.
+        prediction: what the model says of it, or the class that it was asked about, as words, or None.
         row: names and values of a row of numbers, shown where there is neither picture nor text.
         file: the file that it was read from, or None.
         probability: of the prediction, or None; see :class:`Answer`.
-        by_token: whether that is a mean over the prediction's tokens.
+        verb: what stands before the prediction; see :class:`Answer`.
         pixelated: whether the picture is so small that its pixels are shown as squares.
     """
 
@@ -52,26 +52,36 @@ class Example:
     row: tuple[tuple[str, str], ...] = ()
     file: str | None = None
     probability: float | None = None
-    by_token: bool = False
+    verb: str = "predicted"
     pixelated: bool = False
 
     def with_answer(self, answer: Answer, words: str) -> "Example":
-        """The same with what the model said of it, in words."""
-        by_token = isinstance(answer.value, list)
-        return replace(self, prediction=words, probability=answer.probability, by_token=by_token)
+        """The same with what the model said of it, or was asked about, in words."""
+        return replace(self, prediction=words, probability=answer.probability, verb=answer.verb)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the prediction is text that goes on from the example's."""
+        return self.verb == "continued by"
 
     @property
     def said(self) -> str:
         """What the model says of it, with what probability; empty where that was not asked."""
-        share = " a token" if self.by_token else ""
-        likely = "" if self.probability is None else f" (probability {self.probability:.3g}{share})"
-        return "" if self.prediction is None else f"{self.prediction}{likely}"
+        if self.prediction is None:
+            return ""
+        words, share = (f"“{self.prediction}”", " a token") if self.continues else (self.prediction, "")
+        return words if self.probability is None else f"{words} (probability {self.probability:.3g}{share})"
+
+    @property
+    def verdict(self) -> str:
+        """The same after its verb, such as "predicted cat (probability 0.9)"."""
+        return f"{self.verb} {self.said}" if self.said else ""
 
     @property
     def description(self) -> str:
         """What a screen reader says of the picture."""
         words = f"example {self.id}" + (f", label {self.label}" if self.label else "")
-        return f"{words}, predicted {self.said}" if self.said else words
+        return f"{words}, {self.verdict}" if self.said else words
 
     @property
     def words(self) -> str:

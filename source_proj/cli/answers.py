@@ -174,7 +174,7 @@ def _known(example: Example) -> dict[str, Any]:
     """What is known of an example besides its id and score."""
     known = {
         "label": example.label or None,
-        "predicted": example.prediction,
+        example.verb.replace(" ", "_"): example.prediction,
         "probability": example.probability,
         "text": example.text,
         "file": example.file,

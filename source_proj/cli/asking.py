@@ -28,7 +28,7 @@ from source_proj.bank.examples import Examples
 from source_proj.cli.answers import require_folder
 from source_proj.cli.options import Method
 from source_proj.cli.parsing import load_object, make_task, parse_damping, parse_picture, parse_segments, parse_target
-from source_proj.cli.text import ask_about, own_queries, training_texts
+from source_proj.cli.text import ask_about, class_numbers, own_queries, training_texts
 from source_proj.task import Task
 
 __all__ = ["METHODS", "ask", "check_one_list", "stream_list", "verbs_of"]
@@ -70,7 +70,7 @@ def ask(options: Mapping[str, Any], executor: Executor | None = None, *, own: bo
         MismatchError: ``--data`` is another training set than the bank's.
     """
     paths: list[str] = options["bank"]
-    target = parse_target(options["target"])
+    target = parse_target(options["target"], class_numbers(paths[0]))
     named = not own or any(options[name] for name in ("model", "queries", "dataset", "per_token"))
     rows, ids = (options["dataset"], None) if named else own_queries(paths[0])
     network, queries, tokenizer = ask_about(

@@ -317,20 +317,26 @@ def parse_segments(text: str | None) -> Any:
     return value
 
 
-def parse_target(text: str | None) -> str | int | None:
+def parse_target(text: str | None, numbers: Mapping[str, int] | None = None) -> str | int | None:
     """Read which class queries are asked about; None for their labels.
 
+    Args:
+        text: what was typed.
+        numbers: of the classes that have names.
+
     Example:
-        >>> parse_target("predicted"), parse_target("3"), parse_target("label")
-        ('predicted', 3, None)
+        >>> parse_target("predicted"), parse_target("3"), parse_target("label"), parse_target("cat", {"cat": 1})
+        ('predicted', 3, None, 1)
     """
     if text is None or text == "label":
         return None
     if text == "predicted":
         return text
-    if text.isdecimal():
-        return int(text)
-    raise ValueError(f"--target must be label, predicted or the number of a class, got {text!r}")
+    known = numbers or {}
+    if text in known or text.isdecimal():
+        return known[text] if text in known else int(text)
+    names = f" or its name ({', '.join(known)})" if known else ""
+    raise ValueError(f"--target must be label, predicted or the number of a class{names}, got {text!r}")
 
 
 def parse_picture(text: str | None) -> tuple[int, ...] | None:

@@ -33,6 +33,7 @@ from source_proj.task import CausalLM, Task, TokenQueries
 __all__ = [
     "TextOptions",
     "ask_about",
+    "class_numbers",
     "is_complete",
     "label_column_of",
     "new_texts",
@@ -255,6 +256,14 @@ def label_column_of(bank: str) -> str:
         return TextSettings.read(bank).label
     except (SourceProjError, OSError, ValueError):  # of no texts
         return "label"
+
+
+def class_numbers(bank: str) -> dict[str, int]:
+    """Name of each class → its number, of a bank of texts; none where they have no names."""
+    try:
+        return dict(TextSettings.read(bank).labels or {})
+    except (SourceProjError, OSError, ValueError):  # of no texts
+        return {}
 
 
 def training_texts(bank: str | Path, tokenizer: Any, network: nn.Module | None = None) -> Examples | None:

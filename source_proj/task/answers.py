@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,15 +19,24 @@ _MASKS = {"input_ids", "attention_mask", "token_type_ids"}
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said of one query.
+    """What one query is asked about in the place of a target of its own.
 
     Attributes:
         value: a class index, or the tokens of a continuation.
         probability: of the class; of a continuation, the geometric mean of its tokens' probabilities.
+        chosen: whether the model chose it, not whoever asked.
     """
 
     value: int | list[int]
     probability: float
+    chosen: bool = True
+
+    @property
+    def verb(self) -> str:
+        """What stands before it where it is shown: predicted, continued by, or asked about."""
+        if isinstance(self.value, list):
+            return "continued by"
+        return "predicted" if self.chosen else "asked about"
 
     def __str__(self) -> str:
         words = f"class {self.value}" if isinstance(self.value, int) else f"{len(self.value)} tokens"
@@ -36,17 +45,19 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """What the model said of Q queries, and was asked about.
+    """What Q queries are asked about in the place of targets of their own.
 
     Attributes:
         values: classes ``(Q,)``, or tokens of continuations ``(Q, T)``, ``padding`` after their ends.
         probabilities: ``(Q,)``; see :class:`Answer`.
         padding: what is no token.
+        chosen: whether the model chose them, not whoever asked.
     """
 
     values: Tensor
     probabilities: Tensor
     padding: int = -100
+    chosen: bool = True
 
     def __len__(self) -> int:
         return len(self.values)
@@ -54,11 +65,11 @@ class Answers:
     def __getitem__(self, index: int) -> Answer:
         value = self.values[index]
         said = int(value) if value.ndim == 0 else [int(token) for token in value if token != self.padding]
-        return Answer(said, float(self.probabilities[index]))
+        return Answer(said, float(self.probabilities[index]), self.chosen)
 
     def at(self, places: Sequence[int]) -> Answers:
         """Those of the queries at some places."""
-        return Answers(self.values[list(places)], self.probabilities[list(places)], self.padding)
+        return replace(self, values=self.values[list(places)], probabilities=self.probabilities[list(places)])
 
     @classmethod
     def joined(cls, parts: Sequence[Answers]) -> Answers:
@@ -69,7 +80,8 @@ class Answers:
             values = [
                 torch.nn.functional.pad(value, (0, length - value.shape[1]), value=parts[0].padding) for value in values
             ]
-        return cls(torch.cat(values), torch.cat([part.probabilities.cpu() for part in parts]), parts[0].padding)
+        probabilities = torch.cat([part.probabilities.cpu() for part in parts])
+        return cls(torch.cat(values), probabilities, parts[0].padding, parts[0].chosen)
 
 
 def has_targets(batch: Batch) -> bool:

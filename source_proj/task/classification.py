@@ -200,9 +200,10 @@ class Classification(Task):
             )
         if isinstance(self.target, int) and self.target >= logits.shape[-1]:
             raise ValueError(f"target={self.target} is none of the model's {logits.shape[-1]} classes, from 0 on")
-        chosen = logits.argmax(-1)
-        chosen = torch.full_like(chosen, self.target) if isinstance(self.target, int) else chosen
-        return Answers(chosen, logits.softmax(-1).gather(-1, chosen[..., None]).squeeze(-1))
+        named, asked = isinstance(self.target, int), logits.argmax(-1)
+        if isinstance(self.target, int):
+            asked = torch.full_like(asked, self.target)
+        return Answers(asked, logits.softmax(-1).gather(-1, asked[..., None]).squeeze(-1), chosen=not named)
 
     def answered(self, batch: Batch, values: Tensor) -> Batch:  # noqa: D102
         return with_labels(batch, values, self.sample_weight)

@@ -109,5 +109,8 @@ def test_texts_beside_their_tokens_are_shown():
 def test_the_probability_of_a_continuation_is_that_of_a_token():
     shown = Example("q", text="a b")
     assert shown.with_answer(Answer(1, 0.25), "dog").said == "dog (probability 0.25)"
-    assert shown.with_answer(Answer([5, 7], 0.25), "c d").said == "c d (probability 0.25 a token)"
+    assert shown.with_answer(Answer([5, 7], 0.25), "c d").said == "“c d” (probability 0.25 a token)"
+    assert shown.with_answer(Answer(1, 0.25), "dog").verdict == "predicted dog (probability 0.25)"
+    assert shown.with_answer(Answer(1, 0.25, chosen=False), "dog").verdict == "asked about dog (probability 0.25)"
+    assert shown.with_answer(Answer([5], 0.25), "c").verdict == "continued by “c” (probability 0.25 a token)"
     assert shown.with_answer(Answer([5, 7], 0.25), "c d").text == "a b"

@@ -186,7 +186,8 @@ def test_questions_without_labels_are_about_the_prediction(call):
         assert (row["predicted"], row["probability"]) == (str(answer.value), pytest.approx(answer.probability))
         assert row["train"][0]["label"] == str(int(mine.labels[expected.ids[query][0]]))
     chosen = call("top-k", "bank", *asked, "--queries", "mine:queries", "--target", "1")
-    assert {row["predicted"] for row in chosen["queries"]} == {"1"}
+    assert {row["asked_about"] for row in chosen["queries"]} == {"1"}
+    assert not any("predicted" in row for row in chosen["queries"])
 
 
 def test_help_names_all_kinds_of_sketches_and_of_storage():

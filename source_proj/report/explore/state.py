@@ -123,7 +123,7 @@ class Explorer:
         answers = self._features[0].answers if kind == "queries" else None
         if answers is not None:
             said = known.said(answers[place].value) if known is not None else str(answers[place].value)
-            told["predicted"] = printable(example.with_answer(answers[place], said).said)
+            told["verdict"] = printable(example.with_answer(answers[place], said).verdict)
         return told
 
     def strongest(self, kind: Kind, place: int, sense: Sense, page: int = 0) -> dict[str, Any]:

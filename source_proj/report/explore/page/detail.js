@@ -26,7 +26,7 @@ class Detail {
 
   draw() {
     const { example, kind } = this;
-    const about = [example.label ? `label ${example.label}` : "", example.predicted ? `predicted ${example.predicted}` : ""];
+    const about = [example.label ? `label ${example.label}` : "", example.verdict ?? ""];
     const name = kind === "queries" ? "Query" : "Training example";
     this.box.replaceChildren(...[
       make("h2", { tabindex: "-1" }, `${name} ${example.word}`),
