@@ -20,7 +20,7 @@ from torch import Tensor
 from .backends import choose_backend
 from .native import give_back, require_library, run_jobs, taken
 
-__all__ = ["HEIGHT", "gram_panels", "mirrored", "packed", "packed_size", "unpacked", "upper_panels"]
+__all__ = ["HEIGHT", "gram_panels", "mirrored", "packed", "packed_size", "panel_count", "unpacked", "upper_panels"]
 
 HEIGHT = 384  # rows of a panel: whole blocks of the compiled code
 
@@ -72,6 +72,15 @@ def mirrored(panels: Sequence[Tensor]) -> Tensor:
 def upper_panels(matrix: Tensor) -> list[Tensor]:
     """The panels of a matrix ``(k, k)``, which share its memory."""
     return [matrix[start : start + HEIGHT, start:] for start in range(0, len(matrix), HEIGHT)]
+
+
+def panel_count(dim: int) -> int:
+    """Number of panels of a matrix ``(k, k)``.
+
+    >>> panel_count(384), panel_count(385)
+    (1, 2)
+    """
+    return len(_shapes(dim))
 
 
 def packed(panels: Sequence[Tensor]) -> Tensor:

@@ -2,11 +2,12 @@
 
 Of a small k the eigendecomposition is kept. Of a large one, Ĥ in float32 and the Cholesky factor that queries need, of
 either the half that says all; Ĥ itself is read again only for another factor. Where there are fewer rows than columns,
-a factor of their Gram matrix alone is kept, and the rows are read again.
+a factor of their Gram matrix alone is kept, and the rows are read again. Of a sketch that is taken as several
+(`columns`), each block of columns has entries of its own; what takes a pass over the rows is made of all at once.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache as once
 from typing import NamedTuple
 
@@ -16,14 +17,14 @@ from torch import Tensor
 
 from source_proj._errors import GradientError
 from source_proj._io.executors import Executor
+from source_proj.attribution.columns import BlockHessian, blocks_of
 from source_proj.attribution.curvature import Factors, check_curvature, count_factors
-from source_proj.attribution.gram_hessian import GramHessian, gram_matrix
+from source_proj.attribution.gram_hessian import GramHessian, gram_matrix, gram_spectrum
 from source_proj.attribution.moments import (
-    cross_moment,
+    cross_moments,
     decomposed,
     factor_rows,
     mean_panels,
-    spectrum,
     takes_gram,
     takes_spectrum,
 )
@@ -31,7 +32,7 @@ from source_proj.attribution.spectral import DenseHessian, Hessian, Spectrum, sh
 from source_proj.bank import Bank
 from source_proj.kernels.gram import mirrored, packed, unpacked, upper_panels
 
-__all__ = ["Fit", "fitted_cross_moment", "fitted_hessian", "fitted_matrix", "fitted_spectrum"]
+__all__ = ["BlockFits", "Fit", "fitted_hessian", "fitted_matrix", "fitted_spectrum"]
 
 _ROUNDING = 4e-7  # of Ĥ's norm: what its sums in single precision err by, and a few times more
 
@@ -100,72 +101,183 @@ def _is_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
-def fitted_hessian(fit: Fit) -> Hessian:
-    """Return the mean Hessian of some checkpoints, as far as its functions go.
+class BlockFits:
+    """What is fitted of some checkpoints' rows, for each block of the sketch's columns.
+
+    Args:
+        fit: what, and how.
+        count: the number of blocks.
 
     Raises:
         ValueError: for a curvature that the bank's rows do not offer.
     """
-    stage, dim = fit.bank.stages[fit.stage], fit.bank.sketch.dim
-    check_curvature(stage, fit.curvature)
-    if takes_spectrum(dim):
-        return fitted_spectrum(fit)
-    if not stage.captured and takes_gram(dim, count_factors(stage, fit.checkpoints, fit.curvature)):
-        return _gram_hessian(fit)
 
-    @once
-    def hessian() -> Tensor:
-        return fitted_matrix(fit)
+    def __init__(self, fit: Fit, count: int = 1) -> None:
+        self._fit, self._stage = fit, fit.bank.stages[fit.stage]
+        check_curvature(self._stage, fit.curvature)
+        self.blocks = blocks_of(fit.bank.sketch.dim, count)
+        self._factors = count_factors(self._stage, fit.checkpoints, fit.curvature)
+        self._made: dict[Hashable, Tensor] = {}  # of a pass over the rows, what other blocks have not asked for yet
+        self.hessian: Callable[[int], Hessian] = once(self._hessian)
 
-    def sizes() -> dict[str, Tensor]:
-        return _sizes(hessian())
+    def whole(self) -> Hessian:
+        """The mean Hessian of all blocks together."""
+        hessians = [self.hessian(index) for index in range(len(self.blocks))]
+        return hessians[0] if len(hessians) == 1 else BlockHessian(self.blocks, hessians)
 
-    def factor(shift: float, dtype: torch.dtype) -> Tensor:
-        if shift < (resolved := _ROUNDING * norm):
-            warnings.warn(
-                f"a damping, or an inverse of time, of {shift:.2g} is less than the sums of Ĥ resolve, about "
-                f"{resolved:.2g}: in directions of small eigenvalues scores are rounding. Give damping={resolved:.1g} "
-                "or more",
-                UserWarning,
-                stacklevel=2,
+    def matrix(self, index: int) -> Tensor:
+        """The mean Hessian of a block itself, float32."""
+        width = self.blocks[index].width
+        return mirrored(unpacked(self._get("hessian", index, lambda: {"upper": self._sums(index)})["upper"], width))
+
+    def spectrum(self, index: int) -> Spectrum:
+        """The eigendecomposition of a block's mean Hessian."""
+        width = self.blocks[index].width
+
+        def compute() -> dict[str, Tensor]:
+            if self._is_dual(width):
+                made = gram_spectrum(self._rows(index).double())
+            elif takes_spectrum(width):  # of sums in double precision, which are not kept
+                made = decomposed(mirrored(unpacked(self._sums(index, torch.float64), width)))
+            else:  # of the Ĥ that other functions may have asked for
+                made = decomposed(self.matrix(index))
+            return {"values": made.values, "vectors": made.vectors}
+
+        return Spectrum(**self._get("spectrum", index, compute))
+
+    def cross_moment(self, index: int, metric: int) -> Tensor:
+        """The matrix float64 that leads from the checkpoints' metric to an earlier one, in a block."""
+
+        def make_all() -> list[Tensor]:
+            fit = self._fit
+            return cross_moments(
+                self._stage,
+                fit.checkpoints,
+                self.blocks,
+                metric,
+                fit.curvature,
+                device=fit.place,
+                executor=fit.executor,
             )
 
         def compute() -> dict[str, Tensor]:
-            lower = shifted_factor(hessian(), shift, dtype)
-            if fit.cache:  # where it can be read again
-                hessian.cache_clear()
-            return {"upper": packed(upper_panels(lower.mT))}
+            return {"matrix": self._one(index, ("crossing", metric), make_all)}
 
-        return _lower(fit.get("factor", compute, shift=shift, dtype=str(dtype))["upper"], dim)
+        return self._get("crossing", index, compute, metric=metric)["matrix"]
 
-    trace, norm = fit.get("sizes", sizes)["sizes"].tolist()
-    return DenseHessian(dim, trace, norm, once(factor), once(lambda: fitted_spectrum(fit)))
+    def _hessian(self, index: int) -> Hessian:
+        """The mean Hessian of a block, as far as its functions go."""
+        width = self.blocks[index].width
+        if takes_spectrum(width):
+            return self.spectrum(index)
+        if self._is_dual(width):
+            return self._gram(index)
+
+        @once
+        def hessian() -> Tensor:
+            return self.matrix(index)
+
+        def factor(shift: float, dtype: torch.dtype) -> Tensor:
+            _warn_of_rounding(shift, norm)
+
+            def compute() -> dict[str, Tensor]:
+                lower = shifted_factor(hessian(), shift, dtype)
+                if self._fit.cache:  # where it can be read again
+                    hessian.cache_clear()
+                return {"upper": packed(upper_panels(lower.mT))}
+
+            return _lower(self._get("factor", index, compute, shift=shift, dtype=str(dtype))["upper"], width)
+
+        trace, norm = self._get("sizes", index, lambda: _sizes(hessian()))["sizes"].tolist()
+        return DenseHessian(width, trace, norm, once(factor), once(lambda: self.spectrum(index)))
+
+    def _gram(self, index: int) -> GramHessian:
+        """Ĥ by the Gram matrix of its factors, which is made again for every Cholesky factor that is not kept."""
+
+        @once
+        def rows() -> Tensor:
+            return self._rows(index)
+
+        @once
+        def gram(dtype: torch.dtype) -> Tensor:
+            return gram_matrix(rows(), dtype)
+
+        def factor(shift: float, dtype: torch.dtype) -> Tensor:
+            def compute() -> dict[str, Tensor]:
+                lower = shifted_factor(gram(dtype), shift, torch.float64)
+                if self._fit.cache:
+                    gram.cache_clear()
+                return {"upper": packed(upper_panels(lower.mT))}
+
+            made = self._get("gram_factor", index, compute, shift=shift, dtype=str(dtype))
+            return _lower(made["upper"], self._factors)
+
+        trace, norm = self._get("gram_sizes", index, lambda: _sizes(gram(torch.float32)))["sizes"].tolist()
+        width = self.blocks[index].width
+        return GramHessian(width, trace, norm, rows, once(factor), once(lambda: self.spectrum(index)))
+
+    def _is_dual(self, width: int) -> bool:
+        """Whether the Gram matrix of the factors stands in for Ĥ."""
+        if self._stage.captured:
+            return False
+        return self._factors < width if takes_spectrum(width) else takes_gram(width, self._factors)
+
+    def _rows(self, index: int) -> Tensor:
+        """The factors' columns, of which a block's Ĥ is AᵀA."""
+        columns, fit = self.blocks[index], self._fit
+        (rows,) = factor_rows(self._stage, fit.checkpoints, fit.curvature, [columns], device=fit.place)
+        return rows
+
+    def _sums(self, index: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The upper part of a block's Ĥ, packed."""
+
+        def make_all() -> list[Tensor]:
+            fit = self._fit
+            made = mean_panels(
+                self._stage, fit.checkpoints, self.blocks, fit.curvature, device=fit.place, executor=fit.executor
+            )
+            return [packed([panel.to(dtype) for panel in panels]) for panels in made]
+
+        return self._one(index, "hessian", make_all)
+
+    def _one(self, index: int, kind: Hashable, make_all: Callable[[], list[Tensor]]) -> Tensor:
+        """A block's of what one pass over the rows makes of all blocks."""
+        if (kind, index) not in self._made:
+            self._made |= {(kind, other): made for other, made in enumerate(make_all())}
+        return self._made.pop((kind, index))
+
+    def _get(
+        self, kind: str, index: int, compute: Callable[[], dict[str, Tensor]], **settings: object
+    ) -> dict[str, Tensor]:
+        columns = self.blocks[index]
+        own = {} if len(self.blocks) == 1 else {"columns": [columns.start, columns.stop]}
+        return self._fit.get(kind, compute, **settings, **own)
 
 
-def _gram_hessian(fit: Fit) -> GramHessian:
-    """Ĥ by the Gram matrix of its factors, which is made again for every Cholesky factor that is not kept."""
-    stage, dim = fit.bank.stages[fit.stage], fit.bank.sketch.dim
-    count = count_factors(stage, fit.checkpoints, fit.curvature)
+def fitted_hessian(fit: Fit, blocks: int = 1) -> Hessian:
+    """Return the mean Hessian of some checkpoints, as far as its functions go; raises as :class:`BlockFits`."""
+    return BlockFits(fit, blocks).whole()
 
-    @once
-    def rows() -> Tensor:
-        return factor_rows(stage, fit.checkpoints, fit.curvature, device=fit.place)
 
-    @once
-    def gram(dtype: torch.dtype) -> Tensor:
-        return gram_matrix(rows(), dtype)
+def fitted_spectrum(fit: Fit) -> Spectrum:
+    """Return the eigendecomposition of the mean Hessian of some checkpoints; raises as :class:`BlockFits`."""
+    return BlockFits(fit).spectrum(0)
 
-    def factor(shift: float, dtype: torch.dtype) -> Tensor:
-        def compute() -> dict[str, Tensor]:
-            lower = shifted_factor(gram(dtype), shift, torch.float64)
-            if fit.cache:
-                gram.cache_clear()
-            return {"upper": packed(upper_panels(lower.mT))}
 
-        return _lower(fit.get("gram_factor", compute, shift=shift, dtype=str(dtype))["upper"], count)
+def fitted_matrix(fit: Fit) -> Tensor:
+    """Return the mean Hessian Ĥ of some checkpoints itself, ``(k, k)`` float32; raises as :class:`BlockFits`."""
+    return BlockFits(fit).matrix(0)
 
-    trace, norm = fit.get("gram_sizes", lambda: _sizes(gram(torch.float32)))["sizes"].tolist()
-    return GramHessian(dim, trace, norm, rows, once(factor), once(lambda: fitted_spectrum(fit)))
+
+def _warn_of_rounding(shift: float, norm: float) -> None:
+    if shift < (resolved := _ROUNDING * norm):
+        warnings.warn(
+            f"a damping, or an inverse of time, of {shift:.2g} is less than the sums of Ĥ resolve, about "
+            f"{resolved:.2g}: in directions of small eigenvalues scores are rounding. Give damping={resolved:.1g} "
+            "or more",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _sizes(matrix: Tensor) -> dict[str, Tensor]:
@@ -180,42 +292,3 @@ def _lower(packed_upper: Tensor, dim: int) -> Tensor:
     for into, panel in zip(upper_panels(upper), unpacked(packed_upper, dim), strict=True):
         into.copy_(panel)
     return upper.mT
-
-
-def fitted_spectrum(fit: Fit) -> Spectrum:
-    """Return the eigendecomposition of the mean Hessian of some checkpoints; raises as :func:`fitted_hessian`."""
-    stage, dim = fit.bank.stages[fit.stage], fit.bank.sketch.dim
-    count = count_factors(stage, fit.checkpoints, fit.curvature)
-
-    def compute() -> dict[str, Tensor]:
-        if takes_spectrum(dim) or takes_gram(dim, count):
-            made = spectrum(stage, fit.checkpoints, dim, fit.curvature, device=fit.place, executor=fit.executor)
-        else:  # of the Ĥ that other functions may have asked for
-            made = decomposed(fitted_matrix(fit))
-        return {"values": made.values, "vectors": made.vectors}
-
-    return Spectrum(**fit.get("spectrum", compute))
-
-
-def fitted_cross_moment(fit: Fit, metric: int) -> Tensor:
-    """Return the matrix ``(k, k)`` float64 that leads from some checkpoints' metric to an earlier one."""
-
-    def compute() -> dict[str, Tensor]:
-        stage, dim = fit.bank.stages[fit.stage], fit.bank.sketch.dim
-        matrix = cross_moment(
-            stage, fit.checkpoints, dim, metric, fit.curvature, device=fit.place, executor=fit.executor
-        )
-        return {"matrix": matrix}
-
-    return fit.get("crossing", compute, metric=metric)["matrix"]
-
-
-def fitted_matrix(fit: Fit) -> Tensor:
-    """Return the mean Hessian Ĥ of some checkpoints itself, ``(k, k)`` float32; raises as :func:`fitted_hessian`."""
-    stage, dim = fit.bank.stages[fit.stage], fit.bank.sketch.dim
-
-    def compute() -> dict[str, Tensor]:
-        panels = mean_panels(stage, fit.checkpoints, dim, fit.curvature, device=fit.place, executor=fit.executor)
-        return {"upper": packed([panel.float() for panel in panels])}
-
-    return mirrored(unpacked(fit.get("hessian", compute)["upper"], dim))

@@ -2,17 +2,20 @@
 
 Each is a pure function of a block of rows, whose results are added up in a fixed order, within groups of shards and
 then over the groups: products in float32, sums in float64, so that the error of a sum over all rows stays that of one
-block. Of a symmetric product only the blocks on and above the diagonal are computed, half of the operations.
+block. Of a symmetric product only the blocks on and above the diagonal are computed, half of the operations. Where a
+sketch is taken as several (`columns`), all of them are made in one pass over the rows.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import islice
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from source_proj._io.executors import Executor
+from source_proj.attribution.columns import Columns, blocks_of
 from source_proj.attribution.curvature import (
     Factors,
     check_curvature,
@@ -24,11 +27,11 @@ from source_proj.attribution.gram_hessian import gram_spectrum
 from source_proj.attribution.shards import ShardGroup, map_shards, shard_groups
 from source_proj.attribution.spectral import Spectrum
 from source_proj.bank import StageBank
-from source_proj.kernels.gram import gram_panels, mirrored, upper_panels
+from source_proj.kernels.gram import gram_panels, mirrored, panel_count, upper_panels
 
 __all__ = [
     "add_up",
-    "cross_moment",
+    "cross_moments",
     "decomposed",
     "factor_rows",
     "mean_hessian",
@@ -67,42 +70,50 @@ def mean_hessian(
     executor: Executor | None = None,
 ) -> Tensor:
     """The mean Hessian Ĥ of some checkpoints of a stage, ``(k, k)`` float64; see :func:`mean_panels`."""
-    panels = mean_panels(stage, checkpoints, dim, curvature, device=device, executor=executor)
+    (panels,) = mean_panels(stage, checkpoints, blocks_of(dim, 1), curvature, device=device, executor=executor)
     return mirrored([panel.double() for panel in panels])
 
 
 def mean_panels(
     stage: StageBank,
     checkpoints: Sequence[int],
-    dim: int,
+    blocks: Sequence[Columns],
     curvature: Factors = "empirical_fisher",
     *,
     device: torch.device | str = "cpu",
     executor: Executor | None = None,
-) -> list[Tensor]:
+) -> list[list[Tensor]]:
     """The upper part of the mean Hessian Ĥ of some checkpoints, or what was captured of a segment, in panels.
 
     Args:
         stage: the stage's rows.
         checkpoints: which of its checkpoints are averaged.
-        dim: the sketch's dimension k.
+        blocks: the columns that are taken, each as a sketch of its own; see `columns`.
         curvature: which factors (see `curvature`).
         device: where the products are computed.
         executor: computes them; None for this process.
 
     Returns:
-        Panels as of :func:`~source_proj.kernels.gram.gram_panels`: float64 sums, or float32 as they were captured.
+        For each block, panels as of :func:`~source_proj.kernels.gram.gram_panels`: float64 sums, or float32 as they
+        were captured.
 
     Raises:
         ValueError: for a curvature that the bank's rows do not offer, or several segments that were captured apart.
     """
     if stage.captured:
-        return upper_panels(_captured(stage, checkpoints, curvature).to(device))
+        whole = _captured(stage, checkpoints, curvature).to(device)
+        squares = [whole[columns.slice, columns.slice] * columns.scale for columns in blocks]
+        return [upper_panels(square) for square in squares]
     check_curvature(stage, curvature)
-    panels = _summed(executor, partial(_panels, stage, curvature, device), stage, checkpoints, dim)
-    count = count_factors(stage, checkpoints, curvature)
-    nothing = [] if panels else upper_panels(torch.zeros(dim, dim, device=device, dtype=torch.float32))
-    return [panel.to(device).double().div_(count) for panel in panels] or nothing
+    summed = iter(_summed(executor, partial(_panels, stage, curvature, device, blocks), stage, checkpoints, blocks))
+    count = max(1, count_factors(stage, checkpoints, curvature))
+    found = []
+    for columns in blocks:
+        panels = list(islice(summed, panel_count(columns.width)))
+        nothing = torch.zeros(columns.width, columns.width, device=device, dtype=torch.float32)
+        made = [panel.to(device).double().mul_(columns.scale / count) for panel in panels]
+        found.append(made or upper_panels(nothing))
+    return found
 
 
 def _captured(stage: StageBank, segments: Sequence[int], curvature: Factors) -> Tensor:
@@ -120,15 +131,21 @@ def _summed(
     function: Callable[[ShardGroup], list[Tensor]],
     stage: StageBank,
     checkpoints: Sequence[int],
-    dim: int,
+    blocks: Sequence[Columns],
 ) -> list[Tensor]:
     """The sum of the matrices that a function makes of each group of shards."""
     groups = shard_groups(stage, checkpoints)
-    return add_up(map_shards(executor, function, stage, groups, nbytes=torch.float64.itemsize * dim**2))
+    nbytes = torch.float64.itemsize * sum(columns.width**2 for columns in blocks)
+    return add_up(map_shards(executor, function, stage, groups, nbytes=nbytes))
 
 
-def _panels(stage: StageBank, curvature: Factors, device: torch.device | str, shards: ShardGroup) -> list[Tensor]:
-    return add_up(gram_panels(*factors) for factors in iter_stored_factors(stage, shards, curvature, device))
+def _panels(
+    stage: StageBank, curvature: Factors, device: torch.device | str, blocks: Sequence[Columns], shards: ShardGroup
+) -> list[Tensor]:
+    return add_up(
+        [panel for columns in blocks for panel in gram_panels(rows[:, columns.slice], weights)]
+        for rows, weights in iter_stored_factors(stage, shards, curvature, device)
+    )
 
 
 def add_up(parts: Iterable[Sequence[Tensor]]) -> list[Tensor]:
@@ -141,22 +158,22 @@ def add_up(parts: Iterable[Sequence[Tensor]]) -> list[Tensor]:
     return totals
 
 
-def cross_moment(
+def cross_moments(
     stage: StageBank,
     checkpoints: Sequence[int],
-    dim: int,
+    blocks: Sequence[Columns],
     metric: int,
     curvature: Factors,
     *,
     device: torch.device | str = "cpu",
     executor: Executor | None = None,
-) -> Tensor:
-    """C = (1/N) Σ_i (R P_m^½ a_i)(R P_l^½ a_i)ᵀ, ``(k, k)`` float64: the mean over some checkpoints in the metric l.
+) -> list[Tensor]:
+    """C = (1/N) Σ_i (R P_m^½ a_i)(R P_l^½ a_i)ᵀ of each block, float64: the mean over checkpoints in the metric l.
 
     Args:
         stage: the stage's rows.
         checkpoints: which of its checkpoints are averaged.
-        dim: the sketch's dimension k.
+        blocks: the columns that are taken, each as a sketch of its own.
         metric: the metric m of earlier checkpoints.
         curvature: which factors.
         device: where the products are computed.
@@ -166,18 +183,27 @@ def cross_moment(
         ValueError: for a curvature or a metric that the bank's rows do not offer.
     """
     check_curvature(stage, curvature)
-    function = partial(_crossed, stage, curvature, device, metric)
-    products = _summed(executor, function, stage, checkpoints, dim)
+    function = partial(_crossed, stage, curvature, device, metric, blocks)
+    products = _summed(executor, function, stage, checkpoints, blocks)
     if not products:
         raise ValueError("a segment needs at least one checkpoint")
-    return products[0].to(device).double().div_(count_factors(stage, checkpoints, curvature))
+    count = count_factors(stage, checkpoints, curvature)
+    pairs = zip(products, blocks, strict=True)
+    return [product.to(device).double().mul_(columns.scale / count) for product, columns in pairs]
 
 
 def _crossed(
-    stage: StageBank, curvature: Factors, device: torch.device | str, metric: int, shards: ShardGroup
+    stage: StageBank,
+    curvature: Factors,
+    device: torch.device | str,
+    metric: int,
+    blocks: Sequence[Columns],
+    shards: ShardGroup,
 ) -> list[Tensor]:
     there, here = (iter_factors(stage, shards, curvature, device, m) for m in (metric, None))
-    return add_up([a.T @ b] for a, b in zip(there, here, strict=True))
+    return add_up(
+        [a[:, columns.slice].T @ b[:, columns.slice] for columns in blocks] for a, b in zip(there, here, strict=True)
+    )
 
 
 def spectrum(
@@ -209,16 +235,26 @@ def spectrum(
         dual = not stage.captured and (count < dim if takes_spectrum(dim) else takes_gram(dim, count))
     if not dual:
         return decomposed(mean_hessian(stage, checkpoints, dim, curvature, device=device, executor=executor))
-    return gram_spectrum(factor_rows(stage, checkpoints, curvature, device=device).double())
+    (rows,) = factor_rows(stage, checkpoints, curvature, blocks_of(dim, 1), device=device)
+    return gram_spectrum(rows.double())
 
 
 def factor_rows(
-    stage: StageBank, checkpoints: Sequence[int], curvature: Factors, *, device: torch.device | str = "cpu"
-) -> Tensor:
-    """The rows A ``(n, k)`` float32 of which Ĥ is AᵀA: all factors, over the root of their number."""
+    stage: StageBank,
+    checkpoints: Sequence[int],
+    curvature: Factors,
+    blocks: Sequence[Columns],
+    *,
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:
+    """For each block, rows A ``(n, k)`` float32 of which its Ĥ is AᵀA: all factors, over the root of their number."""
     (shards,) = shard_groups(stage, checkpoints, 1)
-    rows = torch.cat(list(iter_factors(stage, shards, curvature, device)))
-    return rows.div_(max(1, len(rows)) ** 0.5)
+    pieces: list[list[Tensor]] = [[] for _ in blocks]
+    for rows in iter_factors(stage, shards, curvature, device):
+        for own, columns in zip(pieces, blocks, strict=True):
+            own.append(rows[:, columns.slice].clone() if len(blocks) > 1 or columns.scale > 1 else rows)
+    joined = [torch.cat(own) for own in pieces]
+    return [rows.mul_((columns.scale / max(1, len(rows))) ** 0.5) for rows, columns in zip(joined, blocks, strict=True)]
 
 
 def decomposed(hessian: Tensor) -> Spectrum:

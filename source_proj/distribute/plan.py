@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from source_proj._io.progress import progress_bar
+from source_proj.attribution.columns import blocks_of, checked_blocks
 from source_proj.attribution.curvature import default_curvature
 from source_proj.attribution.source.sizes import SegmentSize, fit_peak, fitted_bytes, search_peak
 from source_proj.bank import Bank, build
@@ -222,6 +223,7 @@ def plan(
     ]
     sizes = _bytes(settings, specs)
     segments, height = _segments(bank, specs), max(heights)
+    blocks = blocks_of(sketch.dim, checked_blocks(None, sketch))
     suggested = _suggested(settings, specs, storage, disk)
     return Plan(
         examples=sum(spec.n for spec in specs),
@@ -233,9 +235,9 @@ def plan(
         batch_seconds=batch,
         batches=sum(count * -(-spec.n // spec.batch_size) for count, spec in zip(counted, specs, strict=True)),
         shards=sum(count * spec.n_shards for count, spec in zip(counted, specs, strict=True)),
-        bytes={**sizes, "fits": fitted_bytes(segments, sketch.dim)},
+        bytes={**sizes, "fits": fitted_bytes(segments, blocks)},
         build_peak=_peak(bank, specs),
-        fit_peak=fit_peak(segments, sketch.dim, height),
+        fit_peak=fit_peak(segments, blocks, height),
         search_peak=search_peak(segments, sketch.dim, height, settings.codec),
         dim=suggested.sketch["dim"],
         storage=suggested.storage,

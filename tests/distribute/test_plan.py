@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import source_proj as sp
+from source_proj.attribution.columns import blocks_of
 from source_proj.attribution.source.sizes import SegmentSize, fitted_bytes, search_peak
 from source_proj.bank.codecs import find_codec
 from source_proj.kernels.gram import packed_size
@@ -81,7 +82,8 @@ def test_fits_take_what_was_planned(planned, bank):
 
 def test_memory_of_fit_and_search_does_not_grow_with_the_examples():
     few, many = ([SegmentSize(rows, 2), SegmentSize(rows, 1)] for rows in (10**5, 10**9))
-    sizes = [(fitted_bytes(own, 4096), search_peak(own, 4096, 10_000, find_codec("int8"))) for own in (few, many)]
+    (whole,) = blocks_of(4096, 1)
+    sizes = [(fitted_bytes(own, [whole]), search_peak(own, 4096, 10_000, find_codec("int8"))) for own in (few, many)]
     assert sizes[0][0] == sizes[1][0] == 2 * 12 * packed_size(4096)
     assert all(peak <= 2 * 10**9 for _, peak in sizes)
     held = [search_peak([SegmentSize(1000, 1)], 64, 100, find_codec("int8"), memory) for memory in ("1GB", 100)]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from source_proj._io.executors import Executor
 from source_proj._io.progress import Progress
 from source_proj.attribution.attributor import Attributor, Term
+from source_proj.attribution.columns import checked_blocks
 from source_proj.attribution.curvature import (
     Curvature,
     Damping,
@@ -48,6 +49,7 @@ class InfluenceFunction(Attributor):
         curvature: as for :class:`~source_proj.Source`.
         damping: ``"noise"`` (ρ = tr(Ĥ)/k), a number, or None. Without damping and weight decay, the inverse is taken on
             the range of Ĥ.
+        blocks: as for :class:`~source_proj.Source`.
         query_gradient: as for :class:`~source_proj.Source`; without ``average`` the default is ``"final"``.
         batch_size: queries per backward pass.
         device: where products are computed and queries run.
@@ -66,6 +68,7 @@ class InfluenceFunction(Attributor):
         average: bool = False,
         curvature: Curvature | None = None,
         damping: Damping = "noise",
+        blocks: int | None = None,
         query_gradient: QueryGradient | None = None,
         batch_size: int = 64,
         device: torch.device | str | None = None,
@@ -84,6 +87,7 @@ class InfluenceFunction(Attributor):
         self.curvature: Curvature = default_curvature(self.banks) if curvature is None else curvature
         require_curvature(self.banks, self.curvature)
         self.damping: Damping = damping
+        self._blocks = {own.sketch.dim: checked_blocks(blocks, own.sketch) for own in self.banks}
         self.cache = cache
 
     def _query_points(self, bank: Bank) -> list[Checkpoint]:
@@ -106,6 +110,7 @@ class InfluenceFunction(Attributor):
 
     def _solved(self, fit: Fit, query: Tensor, decay: float) -> Tensor:
         """Queries ``(Q, k)`` times (Ĥ + λ + ρ)⁻¹, of weight decay λ."""
-        hessian, sketch = fitted_hessian(fit), fit.bank.sketch
+        sketch = fit.bank.sketch
+        hessian = fitted_hessian(fit, self._blocks[sketch.dim])
         ridge = decay + damping_value(self.damping, hessian.trace, sketch.dim, is_exact=sketch.is_exact)
         return hessian.multiply(query, ridge_inverse(ridge, hessian.dim))

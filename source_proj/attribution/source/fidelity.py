@@ -10,7 +10,8 @@ and as the errors of k numbers have half of V, what the whole sketch's scores co
 
     √(2r / (1 + r)).
 
-Halves are made of Ĥ, its moments and the rows that are there already: Ĥ₁ = 2 Ĥ[I, I] of the columns I. With fewer
+Halves are made of Ĥ, its moments and the rows that are there already: Ĥ₁ = 2 Ĥ[I, I] of the columns I, and of a sketch
+that is taken as several blocks by halves of each. With fewer
 factors of Ĥ than k/2 errors no longer halve where k doubles, and the estimate is too low.
 """
 
@@ -28,7 +29,7 @@ from source_proj._errors import BankError
 from source_proj.attribution.gram_hessian import GramHessian, gram_hessian
 from source_proj.attribution.moments import decomposed
 from source_proj.attribution.operands import Picked
-from source_proj.attribution.source.fitted_segments import FittedSegments, walk_back
+from source_proj.attribution.source.fitted_segments import FittedSegments, SegmentBlock, walk_back
 from source_proj.attribution.source.query_propagator import QueryPropagator
 from source_proj.attribution.source.segments import Segment
 from source_proj.attribution.spectral import DenseHessian, Hessian, Spectrum, ridge_inverse, shifted_factor
@@ -53,9 +54,10 @@ class Fidelity:
             damping, ``(Q,)`` float64; 1 for an exact sketch, 0 for one of a single number, which has no halves.
         leakage: λ ûᵀ(Ĥ + λ)⁻¹û / û² in the last segment, the share of the query outside the range of the sketched rows,
             ``(Q,)`` float64; λ is weight decay and damping.
-        effective_dimension: tr Ĥ(Ĥ + λ)⁻¹ of the last segment.
+        effective_dimension: tr Ĥ(Ĥ + λ)⁻¹ of the last segment, the mean over blocks.
         dim: k.
         size: number d of attributed parameters; an exact sketch has as many.
+        blocks: how many blocks the sketch's columns were taken as.
     """
 
     query_ids: list[Any]
@@ -64,6 +66,7 @@ class Fidelity:
     effective_dimension: float
     dim: int
     size: int
+    blocks: int = 1
 
     @property
     def sufficient_dim(self) -> int:
@@ -95,7 +98,8 @@ class Fidelity:
         low, median = float(self.correlation.min()), float(np.median(self.correlation))
         return (
             f"Fidelity({len(self.correlation)} queries: correlation with unsketched scores about {median:.2f}, "
-            f"at least {low:.2f}; effective dimension {self.effective_dimension:.0f} of {self.dim}; "
+            f"at least {low:.2f}; effective dimension {self.effective_dimension:.0f} of {self.dim // self.blocks}"
+            f"{f' in each of {self.blocks} blocks' if self.blocks > 1 else ''}; "
             f"leakage {float(np.median(self.leakage)):.2f})"
         )
 
@@ -127,9 +131,10 @@ def estimated_fidelity(
     leakage = (ridge * (inverted * rows.cpu()).sum(1) / squares.cpu()).clamp(0, 1)
     correlation = np.ones(len(query_ids))
     if not runs[0].bank.sketch.is_exact:
-        halved = min(run.bank.sketch.dim for run in runs) > 1
+        halved = min(block.columns.width for run in runs for block in run.blocks) > 1
         correlation = _correlation(runs, queries, apart) if halved else np.zeros(len(query_ids))
-    return Fidelity(list(query_ids), correlation, leakage.numpy(), runs[0].effective_dimension(last), dim, size)
+    effective = runs[0].effective_dimension(last)
+    return Fidelity(list(query_ids), correlation, leakage.numpy(), effective, dim, size, len(runs[0].blocks))
 
 
 def _correlation(
@@ -148,20 +153,33 @@ def _correlation(
     shape = len(next(iter(queries[0].values()))), len(examples)
     scores = [torch.zeros(shape, dtype=torch.float64, device="cpu") for _ in range(2)]
     for fitted, sketches in zip(runs, queries, strict=True):
-        dim = fitted.bank.sketch.dim
-        columns = _halves(dim)
-        moved = [_half_moved(fitted, half, sketches) for half in columns]
-        for index, segment in enumerate(fitted.segments):
-            for operand in Picked(fitted.rows(segment), examples).between(0, len(examples)):
-                rows = operand.decoded(dim).double().cpu()
-                for half, carried, total in zip(columns, moved, scores, strict=True):
-                    part = math.sqrt(2) * rows[:, half]
-                    total[:, operand.start : operand.stop] -= carried[index] @ part.T / segment.n
+        for block in fitted.blocks:
+            _add_halves(scores, fitted, block, sketches, examples)
     first, second = (total - total.mean(1, keepdim=True) for total in scores)
     products = (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1)).clamp(min=1e-300)
     halves = products.clamp(min=0)
     correlation: np.ndarray = (2 * halves / (1 + halves)).sqrt().numpy()
     return correlation
+
+
+def _add_halves(
+    scores: Sequence[Tensor],
+    fitted: FittedSegments,
+    block: SegmentBlock,
+    sketches: Mapping[int, Tensor],
+    examples: Tensor,
+) -> None:
+    """Add what the two halves of a block make of some examples' scores ``(Q, n)``."""
+    dim, own = fitted.bank.sketch.dim, block.columns
+    queries = {metric: rows[:, own.slice] for metric, rows in sketches.items()}
+    columns = _halves(own.width)
+    moved = [_half_moved(fitted, block, half, queries) for half in columns]
+    for index, segment in enumerate(fitted.segments):
+        for operand in Picked(fitted.rows(segment), examples).between(0, len(examples)):
+            rows = operand.decoded(dim)[:, own.slice].double().cpu()
+            for half, carried, total in zip(columns, moved, scores, strict=True):
+                part = math.sqrt(2) * rows[:, half]
+                total[:, operand.start : operand.stop] -= carried[index] @ part.T / segment.n
 
 
 def _halves(dim: int) -> list[Tensor]:
@@ -170,17 +188,19 @@ def _halves(dim: int) -> list[Tensor]:
     return [order[: dim // 2].sort().values, order[dim // 2 : dim // 2 * 2].sort().values]
 
 
-def _half_moved(fitted: FittedSegments, columns: Tensor, sketches: Mapping[int, Tensor]) -> list[Tensor]:
-    """Queries as each segment meets them, in half a sketch: ``(Q, k/2)`` float64."""
-    halves = {metric: math.sqrt(2) * rows[:, columns].double() for metric, rows in sketches.items()}
-    walked = walk_back(_Half(fitted, columns), fitted.segments, QueryPropagator.of(halves))
+def _half_moved(
+    fitted: FittedSegments, block: SegmentBlock, columns: Tensor, queries: Mapping[int, Tensor]
+) -> list[Tensor]:
+    """Queries as each segment meets them, in half a block: ``(Q, k/2)`` float64."""
+    halves = {metric: math.sqrt(2) * rows[:, columns].double() for metric, rows in queries.items()}
+    walked = walk_back(_Half(block, columns), fitted.segments, QueryPropagator.of(halves))
     return [rows.double().cpu() for (rows,) in (carried.values() for _, carried in walked)][::-1]
 
 
 class _Half:
-    """A bank's segments with some of the columns of its sketch."""
+    """The segments of some of a block's columns."""
 
-    def __init__(self, whole: FittedSegments, columns: Tensor) -> None:
+    def __init__(self, whole: SegmentBlock, columns: Tensor) -> None:
         self._whole, self._columns = whole, columns
 
     def hessian(self, segment: Segment) -> Hessian:
@@ -204,7 +224,7 @@ class _Half:
         return 2 * self._whole.cross_moment(segment, metric).cpu()[self._columns][:, self._columns]
 
     def decay_of(self, segment: Segment, metric: int) -> Decay:
-        """That of the whole sketch."""
+        """That of the whole block."""
         return self._whole.decay_of(segment, metric)
 
 

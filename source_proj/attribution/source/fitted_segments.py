@@ -15,8 +15,9 @@ from torch import Tensor
 
 from source_proj._io.executors import Executor
 from source_proj._io.progress import Bar
+from source_proj.attribution.columns import Columns, blocks_of
 from source_proj.attribution.curvature import Curvature, Damping, damping_value
-from source_proj.attribution.fits import Fit, fitted_cross_moment, fitted_hessian, fitted_matrix
+from source_proj.attribution.fits import BlockFits, Fit
 from source_proj.attribution.operands import (
     HeldOperands,
     Operands,
@@ -39,7 +40,7 @@ from source_proj.attribution.spectral import (
 )
 from source_proj.bank import Bank, Decay
 
-__all__ = ["FittedSegments", "walk_back"]
+__all__ = ["FittedSegments", "SegmentBlock", "walk_back"]
 
 
 class SegmentOperators(Protocol):
@@ -102,6 +103,7 @@ class FittedSegments:
         groups: which checkpoints make a segment.
         curvature: see :class:`Source`.
         damping: see :class:`Source`.
+        blocks: how many blocks the sketch's columns are taken as.
         time_scale: see :class:`Source`.
         device: where products are computed.
         cache: keep spectra beside the bank.
@@ -116,6 +118,7 @@ class FittedSegments:
         *,
         curvature: Curvature,
         damping: Damping,
+        blocks: int,
         time_scale: float,
         device: torch.device | str | None,
         cache: bool,
@@ -132,8 +135,9 @@ class FittedSegments:
         self._held = HeldOperands(limit)
         self._segments: tuple[Segment, ...] | None = None
         self._prepared = False
-        self._hessians: dict[tuple[int, tuple[int, ...]], Hessian] = {}
-        self._moments: dict[tuple[int, tuple[int, ...], int], Tensor] = {}
+        self._fits: dict[tuple[int, tuple[int, ...]], BlockFits] = {}
+        self._moments: dict[tuple[int, int, tuple[int, ...], int], Tensor] = {}
+        self.blocks = tuple(SegmentBlock(self, *own) for own in enumerate(blocks_of(bank.sketch.dim, blocks)))
         self._dimensions: dict[Segment, float] = {}
 
     @property
@@ -150,19 +154,25 @@ class FittedSegments:
             return self._segments
 
     def hessian(self, segment: Segment) -> Hessian:
-        """Ĥ_l."""
+        """Ĥ_l, of all blocks."""
         return self._hessian(segment.stage, segment.checkpoints)
 
-    def matrix(self, segment: Segment) -> Tensor:
-        """Ĥ_l itself, ``(k, k)`` float32."""
-        return fitted_matrix(self._fit_of(segment.stage, segment.checkpoints))
+    def block_hessian(self, block: int, segment: Segment) -> Hessian:
+        """Ĥ_l of a block."""
+        with self._fitting:
+            return self._fits_of(segment.stage, segment.checkpoints).hessian(block)
 
-    def cross_moment(self, segment: Segment, metric: int) -> Tensor:
-        """C from a segment's metric to an earlier one, ``(k, k)`` float64."""
-        key = (segment.stage, segment.checkpoints, metric)
+    def block_matrix(self, block: int, segment: Segment) -> Tensor:
+        """Ĥ_l of a block itself, float32."""
+        with self._fitting:
+            return self._fits_of(segment.stage, segment.checkpoints).matrix(block)
+
+    def block_moment(self, block: int, segment: Segment, metric: int) -> Tensor:
+        """C of a block from a segment's metric to an earlier one, float64."""
+        key = (block, segment.stage, segment.checkpoints, metric)
         with self._fitting:
             if key not in self._moments:
-                self._moments[key] = fitted_cross_moment(self._fit_of(*key[:2]), metric)
+                self._moments[key] = self._fits_of(segment.stage, segment.checkpoints).cross_moment(block, metric)
             return self._moments[key]
 
     def decay_of(self, segment: Segment, metric: int) -> Decay:
@@ -178,9 +188,11 @@ class FittedSegments:
 
     def described_dimension(self, segment: Segment, before: str) -> str:
         """The effective dimension in words, after some others; nothing where it would have to be computed first."""
-        if segment not in self._dimensions and not isinstance(self.hessian(segment), Spectrum):
+        if segment not in self._dimensions and not isinstance(self.block_hessian(0, segment), Spectrum):
             return ""
-        return f"{before}effective dimension {self.effective_dimension(segment):.0f} of {self.bank.sketch.dim}"
+        width = self.blocks[0].columns.width
+        each = "" if len(self.blocks) == 1 else f" in each of {len(self.blocks)} blocks"
+        return f"{before}effective dimension {self.effective_dimension(segment):.0f} of {width}{each}"
 
     def rows(self, segment: Segment) -> Operands:
         """ḡ_l: one checkpoint's rows as they are banked, or the mean of several; from memory where they fit."""
@@ -206,18 +218,8 @@ class FittedSegments:
     def moved(self, queries: Mapping[int, Tensor]) -> list[Tensor]:
         """c_l(Ĥ_l) S_{l+1} ··· S_L q̂ for each segment l, ``(Q, k)`` float32, of queries by metric."""
         placed = {metric: rows.to(self._device or "cpu") for metric, rows in queries.items()}
-        by_segment = [carried for _, carried in walk_back(self, self.segments, QueryPropagator.of(placed))]
-        return [rows.float() for (rows,) in (carried.values() for carried in reversed(by_segment))]
-
-    def operators(self, segments: Sequence[Segment]) -> list[dict[int, Tensor]]:
-        """What any query would go through, for each of the given consecutive segments.
-
-        By metric m, the ``(k, k)`` float32 matrix c_l(Ĥ_l) T_m, where Σ_m T_m û^(m) is the query's sketch in the
-        segment's own metric, after the later segments. With one metric T is S_{l+1} ··· S_L.
-        """
-        identity = QueryPropagator.identity({segment.metric for segment in segments})
-        by_metric = [matrices for _, matrices in walk_back(self, segments, identity)]
-        return [{m: matrix.float() for m, matrix in matrices.items()} for matrices in reversed(by_metric)]
+        by_block = [block.moved(placed) for block in self.blocks]
+        return [parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in zip(*by_block, strict=True)]
 
     def add_self_influence(self, total: Tensor, *, mean: bool, runs: int, bar: Bar) -> None:
         """Add what each example did to its own loss to total ``(N,)``.
@@ -233,11 +235,12 @@ class FittedSegments:
             queried = [stage.n_checkpoints - 1]
             if mean:
                 queried = [c for c in range(stage.n_checkpoints) if stage.metric(c) == stage.metric(queried[0])]
-            for segment, operators in zip(own, self.operators(own), strict=True):
-                for number, (metric, operator) in enumerate(operators.items()):
+            for segment, *operators in zip(own, *(block.operators(own) for block in self.blocks), strict=True):
+                for number, metric in enumerate(operators[0]):
                     gradients = self._gradients(index, segment.checkpoints, segment.metric)
                     queries = self._gradients(index, queried, metric)
-                    function = partial(_own_products, self._sent(operator), gradients, queries)
+                    sent = [self._sent(by_metric[metric]) for by_metric in operators]
+                    function = partial(_own_products, sent, gradients, queries)
                     for start, stop, part in self._map(function, index):
                         total[start:stop].add_(part.cpu(), alpha=1 / (segment.n * runs))
                         bar.update(0 if number else stop - start)
@@ -280,19 +283,67 @@ class FittedSegments:
 
     def _hessian(self, stage: int, checkpoints: tuple[int, ...]) -> Hessian:
         with self._fitting:
-            if (stage, checkpoints) not in self._hessians:
-                self._hessians[stage, checkpoints] = fitted_hessian(self._fit_of(stage, checkpoints))
-            return self._hessians[stage, checkpoints]
+            return self._fits_of(stage, checkpoints).whole()
 
-    def _fit_of(self, stage: int, checkpoints: Sequence[int]) -> Fit:
-        return Fit(self.bank, stage, checkpoints, self._curvature, self._device, self._cache, self.executor)
+    def _fits_of(self, stage: int, checkpoints: tuple[int, ...]) -> BlockFits:
+        if (stage, checkpoints) not in self._fits:
+            fit = Fit(self.bank, stage, checkpoints, self._curvature, self._device, self._cache, self.executor)
+            self._fits[stage, checkpoints] = BlockFits(fit, len(self.blocks))
+        return self._fits[stage, checkpoints]
 
 
-def _own_products(operator: Tensor, gradients: Operands, queries: Operands, span: Span) -> list[Block]:
-    """ḡ(z) · operator · ∇m(z) of each example z of a span."""
-    pairs = zip(gradients.between(*span), queries.between(*span), strict=True)
-    return [(own.start, own.stop, ((own.rows @ operator.to(own.rows.device)) * query.rows).sum(1))
-            for own, query in pairs]  # fmt: skip
+class SegmentBlock:
+    """The segments of a block of the sketch's columns, a sketch of its own.
+
+    Attributes:
+        columns: the block.
+    """
+
+    def __init__(self, whole: FittedSegments, index: int, columns: Columns) -> None:
+        self._whole, self._index, self.columns = whole, index, columns
+
+    def hessian(self, segment: Segment) -> Hessian:
+        """Ĥ_l of the block."""
+        return self._whole.block_hessian(self._index, segment)
+
+    def matrix(self, segment: Segment) -> Tensor:
+        """Ĥ_l of the block itself, float32."""
+        return self._whole.block_matrix(self._index, segment)
+
+    def cross_moment(self, segment: Segment, metric: int) -> Tensor:
+        """C of the block from a segment's metric to an earlier one, float64."""
+        return self._whole.block_moment(self._index, segment, metric)
+
+    def decay_of(self, segment: Segment, metric: int) -> Decay:
+        """As of all."""
+        return self._whole.decay_of(segment, metric)
+
+    def moved(self, queries: Mapping[int, Tensor]) -> list[Tensor]:
+        """c_l(Ĥ_l) S_{l+1} ··· S_L q̂ for each segment l, ``(Q, k')`` float32, of whole queries by metric."""
+        own = {metric: rows[:, self.columns.slice] for metric, rows in queries.items()}
+        by_segment = [carried for _, carried in walk_back(self, self._whole.segments, QueryPropagator.of(own))]
+        return [rows.float() for (rows,) in (carried.values() for carried in reversed(by_segment))]
+
+    def operators(self, segments: Sequence[Segment]) -> list[dict[int, Tensor]]:
+        """What any query would go through, for each of the given consecutive segments.
+
+        By metric m, the ``(k', k')`` float32 matrix c_l(Ĥ_l) T_m, where Σ_m T_m û^(m) is the query's sketch in the
+        segment's own metric, after the later segments. With one metric T is S_{l+1} ··· S_L.
+        """
+        identity = QueryPropagator.identity({segment.metric for segment in segments})
+        by_metric = [matrices for _, matrices in walk_back(self, segments, identity)]
+        return [{m: matrix.float() for m, matrix in matrices.items()} for matrices in reversed(by_metric)]
+
+
+def _own_products(operators: Sequence[Tensor], gradients: Operands, queries: Operands, span: Span) -> list[Block]:
+    """ḡ(z) · operator · ∇m(z) of each example z of a span, of an operator in diagonal blocks."""
+    widths = [len(operator) for operator in operators]
+    found = []
+    for own, query in zip(gradients.between(*span), queries.between(*span), strict=True):
+        parts = zip(own.rows.split(widths, 1), operators, query.rows.split(widths, 1), strict=True)
+        products = [((rows @ operator.to(rows.device)) * other).sum(1) for rows, operator, other in parts]
+        found.append((own.start, own.stop, torch.stack(products).sum(0)))
+    return found
 
 
 def _products(queries: Tensor, operands: Operands, span: Span) -> list[Block]:

@@ -1,8 +1,10 @@
 """What fits and searches take, before there are any: bytes on disk and in memory."""
 
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
+from source_proj.attribution.columns import Columns
 from source_proj.attribution.moments import takes_gram, takes_spectrum
 from source_proj.attribution.source.memory import parse_memory
 from source_proj.bank.codecs import Codec, find_codec
@@ -42,41 +44,44 @@ class SegmentSize(NamedTuple):
         return not takes_spectrum(dim) and takes_gram(dim, self.factors)
 
 
-def fitted_bytes(segments: Sequence[SegmentSize], dim: int) -> int:
+def fitted_bytes(segments: Sequence[SegmentSize], blocks: Sequence[Columns]) -> int:
     """Bytes on disk of Source's fits: of each segment a spectrum, or half of Ĥ and of a factor of it, some 6 k².
 
-    Where there are fewer factors than columns, half of a factor of their Gram matrix.
+    Where there are fewer factors than columns, half of a factor of their Gram matrix; all for each block of columns.
 
     Example:
-        >>> fitted_bytes([SegmentSize(10**6, 2)], dim=4096) / 4096**2
+        >>> fitted_bytes([SegmentSize(10**6, 2)], blocks_of(4096, 1)) / 4096**2
         6.55078125
     """
     total = 0
-    for segment in segments:
-        if takes_spectrum(dim):
-            total += _DOUBLE * min(dim, segment.factors) * (dim + 1)
-        elif segment.takes_gram(dim):
+    for segment, width in product(segments, (columns.width for columns in blocks)):
+        if takes_spectrum(width):
+            total += _DOUBLE * min(width, segment.factors) * (width + 1)
+        elif segment.takes_gram(width):
             total += _DOUBLE * packed_size(segment.factors)
         else:  # Ĥ in single precision, and a factor that may need double
-            total += (_SINGLE + _DOUBLE) * packed_size(dim)
-        total += segment.crossed * _DOUBLE * dim**2
+            total += (_SINGLE + _DOUBLE) * packed_size(width)
+        total += segment.crossed * _DOUBLE * width**2
     return total
 
 
-def fit_peak(segments: Sequence[SegmentSize], dim: int, shard_rows: int) -> int:
+def fit_peak(segments: Sequence[SegmentSize], blocks: Sequence[Columns], shard_rows: int) -> int:
     """Bytes of memory while Source is fitted: some k x k matrices, and a block of rows as they are read and decoded.
 
-    With Source's own damping; without any, the spectrum of a large Ĥ may be needed, which takes more.
+    With Source's own damping; without any, the spectrum of a large Ĥ may be needed, which takes more. Of several blocks
+    of columns all sums are there at once, and then the factors that queries are to go through.
     """
+    dim, width = blocks[0].dim, max(columns.width for columns in blocks)
     block = 2 * _SINGLE * min(shard_rows * dim, max(dim, DECODED_NUMBERS))
-    if takes_spectrum(dim):
-        return _SPECTRUM_MATRICES * _DOUBLE * dim**2 + block
-    by_gram = [segment for segment in segments if segment.takes_gram(dim)]
+    others = (len(blocks) - 1) * _DOUBLE * width**2
+    if takes_spectrum(width):
+        return _SPECTRUM_MATRICES * _DOUBLE * width**2 + others + block
+    by_gram = [segment for segment in segments if segment.takes_gram(width)]
     # Their factors are kept in memory, which is twice as much while they are joined.
     rows = sum(_SINGLE * dim * segment.factors for segment in by_gram)
-    rows += max((_SINGLE * dim * segment.factors for segment in by_gram), default=0)
-    sides = [segment.factors if segment.takes_gram(dim) and not segment.crossed else dim for segment in segments]
-    return _FACTOR_MATRICES * _DOUBLE * max(sides, default=dim) ** 2 + rows + block
+    rows += max((_SINGLE * width * segment.factors for segment in by_gram), default=0)
+    sides = [segment.factors if segment.takes_gram(width) and not segment.crossed else width for segment in segments]
+    return _FACTOR_MATRICES * _DOUBLE * max(sides, default=width) ** 2 + others + rows + block
 
 
 def search_peak(

@@ -1,0 +1,139 @@
+"""A large sketch that is taken as several: scores, sizes and errors, against the same formula on each block alone."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from problems import classification
+
+import source_proj as sp
+from source_proj.attribution import moments
+from source_proj.attribution.columns import blocks_of
+from source_proj.attribution.curvature import iter_factors
+from source_proj.attribution.fits import BlockFits, Fit
+from source_proj.attribution.shards import shard_groups
+from source_proj.attribution.spectral import decay_operator, response
+
+
+def naive(bank, problem, blocks, damping):
+    """One segment's scores by eigenvectors of each block's own Ĥ, of rows and queries as they are in the bank."""
+    stage, dim = bank.stages[0], bank.sketch.dim
+    (cut,) = stage.record.cut(1)
+    points = [bank.checkpoint(0, c) for c in range(stage.n_checkpoints)]
+    features = sp.Source(bank, model=problem.model, progress=False).sketch(problem.queries)[0]
+    query = torch.stack([features.at(point, bank.metrics.hash(0)) for point in points]).mean(0).double()
+    rows = [torch.cat([b.rows * b.d1[:, None] for b in stage.iter_rows(c)]) for c in range(stage.n_checkpoints)]
+    factors, mean = torch.cat(rows).double(), torch.stack(rows).double().mean(0)
+    total = torch.zeros(len(query), len(mean), dtype=torch.float64)
+    for start in range(0, dim, dim // blocks):
+        own = slice(start, start + dim // blocks)
+        part = factors[:, own] * blocks**0.5
+        values, vectors = torch.linalg.eigh(part.T @ part / len(part))
+        c = response(cut.time, cut.decay, damping)(values.clamp(min=0))
+        total -= ((query[:, own] @ vectors) * c) @ vectors.T @ mean[:, own].T / len(mean)
+    return total.numpy()
+
+
+@pytest.mark.parametrize("small", [1024, 4])
+@pytest.mark.parametrize("n", [6, 60])
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+def test_scores_are_the_sum_of_what_each_block_says(tmp_path, monkeypatch, small, n, blocks):
+    """By spectra, by factors and by Gram matrices; again from what the bank keeps."""
+    monkeypatch.setattr(moments, "_SMALL", small)
+    problem = classification(n=n)
+    bank = problem.build(tmp_path / "bank", sp.Sketch(dim=40))
+    options = {"model": problem.model, "progress": False, "segments": 1, "blocks": blocks, "damping": 0.02}
+    expected = naive(bank, problem, blocks, 0.02)
+    first = sp.Source(bank, **options).score(problem.queries).to_numpy()
+    np.testing.assert_allclose(first, expected, rtol=0, atol=2e-4 * abs(expected).max())
+    assert (sp.Source(bank, **options).score(problem.queries).to_numpy() == first).all()
+
+
+def test_damping_by_noise_is_that_of_the_whole_sketch(tmp_path):
+    problem = classification(n=60)
+    bank = problem.build(tmp_path / "bank", sp.Sketch(dim=40))
+    source, whole = (
+        sp.Source(bank, model=problem.model, progress=False, segments=1, blocks=blocks).segments[0] for blocks in (4, 1)
+    )
+    assert source.trace == pytest.approx(whole.trace)
+    assert source.damping == pytest.approx(whole.trace / 40)
+
+
+@pytest.mark.parametrize("preconditioner", ["scalar", "per_segment"])
+@pytest.mark.parametrize("segments", [1, 2])
+def test_one_block_is_the_whole_and_many_agree_among_themselves(tmp_path, preconditioner, segments):
+    """Verbs that walk the segments by queries and by matrices: scores, parts, self-influence, with metrics between."""
+    problem = classification(n=40)
+    stages = [dataclasses.replace(stage, preconditioner=preconditioner) for stage in problem.trajectory.stages]
+    problem = dataclasses.replace(problem, trajectory=sp.Trajectory.from_stages(stages))
+    bank = problem.build(tmp_path / "bank", sp.Sketch(dim=24))
+    options = {"model": problem.model, "progress": False}
+    if preconditioner == "scalar":
+        options["segments"] = segments
+    whole, one = (sp.Source(bank, **options, **more) for more in ({}, {"blocks": 1}))
+    assert (whole.score(problem.queries).to_numpy() == one.score(problem.queries).to_numpy()).all()
+    several = sp.Source(bank, blocks=3, **options)
+    scores = several.score(problem.queries)
+    np.testing.assert_allclose(several.by_segment(problem.queries).total(), scores, rtol=1e-4, atol=1e-7)
+    assert several.fidelity(problem.queries).blocks == 3
+    assert "of 8 in each of 3 blocks" in repr(several.fidelity(problem.queries))
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_self_influence_is_the_score_of_an_examples_own_loss(tmp_path, blocks):
+    """Minus the score of its loss, which is ℓ' times that of its margin, at weights where both are taken."""
+    problem = classification(n=30)
+    bank = problem.build(tmp_path / "bank", sp.Sketch(dim=24), storage="float32")
+    source = sp.Source(bank, model=problem.model, progress=False, segments=1, query_gradient="final", blocks=blocks)
+    own = np.asarray(source.self_influence())
+    last = bank.stages[0].n_checkpoints - 1
+    slopes = torch.cat([block.d1 for block in bank.stages[0].iter_rows(last)]).numpy()
+    scores = source.score(problem.train).to_numpy().diagonal()
+    np.testing.assert_allclose(own, -slopes * scores, rtol=1e-3, atol=1e-3 * abs(own).max())
+
+
+def test_all_blocks_are_made_in_one_pass_over_the_rows(tmp_path, monkeypatch):
+    bank = classification(n=60).build(tmp_path / "bank", sp.Sketch(dim=32))
+    passes = []
+    made = moments._summed
+    monkeypatch.setattr(moments, "_summed", lambda *args: passes.append(1) or made(*args))
+    fits = BlockFits(Fit(bank, 0, [0, 1], "empirical_fisher"), 4)
+    stage = bank.stages[0]
+    (shards,) = shard_groups(stage, [0, 1], 1)
+    rows = torch.cat(list(iter_factors(stage, shards, "empirical_fisher", "cpu"))).double()
+    for index, columns in enumerate(blocks_of(32, 4)):
+        own = rows[:, columns.slice]
+        torch.testing.assert_close(fits.matrix(index).double(), 4 * own.T @ own / len(own), rtol=1e-5, atol=1e-7)
+    assert len(passes) == 1
+    whole = fits.whole()
+    assert whole.trace == pytest.approx(float((rows**2).sum()) / len(rows), rel=1e-5)
+    query = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    function = decay_operator(1.0, 0.0)
+    torch.testing.assert_close(
+        whole.multiply(query, function).double(), query.double() @ whole.apply(function), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_blocks_that_cannot_be(tmp_path):
+    bank = classification(n=20).build(tmp_path / "bank", sp.Sketch(dim=16))
+    for method in (sp.Source, sp.InfluenceFunction):
+        with pytest.raises(ValueError, match=r"blocks must lie in 1\.\.16, the sketch's columns, got 17"):
+            method(bank, blocks=17)
+        with pytest.raises(TypeError, match=r"blocks must be an integer, got 2\.0"):
+            method(bank, blocks=2.0)
+    exact = classification(n=20)
+    size = sum(parameter.numel() for parameter in exact.model.parameters())
+    bank = exact.build(tmp_path / "exact", sp.Sketch(size, "identity"))
+    with pytest.raises(ValueError, match="blocks=2 takes a sketch as several, and an exact one has a column a para"):
+        sp.Source(bank, blocks=2)
+
+
+def test_influence_functions_take_the_same_blocks(tmp_path):
+    """With infinite time SOURCE of one segment is the averaged influence function."""
+    problem = classification(n=60)
+    bank = problem.build(tmp_path / "bank", sp.Sketch(dim=40))
+    options = {"model": problem.model, "progress": False, "blocks": 4}
+    source = sp.Source(bank, segments=1, time_scale=1e9, **options).score(problem.queries).to_numpy()
+    influence = sp.InfluenceFunction(bank, average=True, **options).score(problem.queries).to_numpy()
+    np.testing.assert_allclose(influence, source, rtol=0, atol=1e-4 * abs(source).max())
