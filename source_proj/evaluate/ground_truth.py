@@ -9,7 +9,7 @@ import numpy as np
 import zarr
 from numpy.typing import ArrayLike, NDArray
 
-from source_proj._errors import MismatchError, SourceProjError
+from source_proj._errors import MismatchError, SourceProjError, write_remedy
 from source_proj._io.executors import Executor, check_executor, map_in_order
 from source_proj._io.files import publish
 from source_proj._io.numbers import plain_numbers, whole_number
@@ -140,7 +140,8 @@ class GroundTruth:
             try:
                 publish(where, lambda folder: create(folder, description, kept, retrainings))
             except OSError as error:
-                raise SourceProjError(f"{where} cannot be made ({error}): make room, or give another path") from error
+                remedy = f"{write_remedy(error)}, or give another path"
+                raise SourceProjError(f"{where} cannot be made ({error}): {remedy}") from error
         truth = cls(where)
         truth._require(description)
         if retrainings > truth.shape[1]:
