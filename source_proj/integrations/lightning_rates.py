@@ -159,7 +159,7 @@ def _first_rate(saved: Sequence[SavedSchedule], known: Mapping[int, float]) -> f
         known: update's number → its rate, of at least one.
     """
     group, first = saved[0].group, min(known)
-    states = [state for checkpoint in saved for state in checkpoint.schedulers]
+    states = saved[0].schedulers  # others may follow, as that of averaging at the end
     if "initial_lr" in group and states and all(map(_begins_at_base, states)):
         return float(group["initial_lr"])
     moved = states or "initial_lr" in group  # which a scheduler writes there
