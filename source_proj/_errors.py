@@ -1,5 +1,6 @@
 """The errors that source-proj raises on purpose; each message names the value received and the remedy."""
 
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,11 @@ __all__ = [
     "SourceProjError",
     "extra",
     "named_examples",
+    "write_remedy",
 ]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class SourceProjError(Exception):
@@ -57,6 +62,20 @@ def named_examples(ids: Sequence[Any]) -> Iterator[None]:
     except ExampleError as error:
         names = [ids[i] for i in error.positions[:10]]
         raise MismatchError(error.what.format(examples=f"ids {names}")) from None
+
+
+def write_remedy(error: OSError) -> str:
+    """Say what helps against an error in writing, by its cause: room does not where one may not write.
+
+    Example:
+        >>> write_remedy(OSError(errno.ENOSPC, "No space left on device"))
+        'make room (or lift the limit)'
+        >>> write_remedy(PermissionError(errno.EACCES, "Permission denied"))
+        'make it writable'
+    """
+    if error.errno in _FULL:
+        return "make room (or lift the limit)"
+    return "make it writable" if error.errno in _FORBIDDEN else "mend that"
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What users ask to be written: whole or not there, and in the place of nothing unless they said so."""
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
@@ -8,7 +9,28 @@ from pathlib import Path
 
 from source_proj._io.files import CREATING, Content, publish, write_files, write_new_files
 
-__all__ = ["name_folder", "require_free", "write_output", "write_output_folder", "write_outputs"]
+__all__ = ["local_path", "name_folder", "require_free", "write_output", "write_output_folder", "write_outputs"]
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path leaves one slash of the two; drives have one letter
+
+
+def local_path(path: str | Path) -> Path:
+    """Return a path of this machine.
+
+    Raises:
+        ValueError: it is a URL, which would become a folder called "s3:" here, and be lost with the machine.
+
+    Example:
+        >>> local_path("runs/first").name
+        'first'
+    """
+    local = Path(path)
+    if _URL.match(local.as_posix()):
+        raise ValueError(
+            f"{str(path)!r} is a URL, and only banks lie there: give a path of this machine, and copy what is written"
+        )
+    return local
 
 
 def require_free(path: Path, *, overwrite: bool, replaceable: Callable[[Path], bool] = Path.is_file) -> None:
@@ -23,7 +45,9 @@ def require_free(path: Path, *, overwrite: bool, replaceable: Callable[[Path], b
     Raises:
         FileExistsError: something is there that may not be overwritten.
         OSError: nothing can have this name.
+        ValueError: it is a URL.
     """
+    local_path(path)
     store = next((above for above in Path(path).absolute().parents if (above / "zarr.json").is_file()), None)
     if store is not None:
         raise FileExistsError(

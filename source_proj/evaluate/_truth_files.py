@@ -14,7 +14,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from source_proj._errors import MismatchError, SourceProjError
+from source_proj._errors import MismatchError, SourceProjError, write_remedy
 from source_proj._io.files import PARTIAL, walk
 from source_proj._io.locks import locked
 
@@ -254,8 +254,8 @@ def record(path: Path, cells: Sequence[Cell], measured: NDArray[np.float64]) -> 
             proofs[j, r] = np.frombuffer(_proof(key, (j, r), row), np.uint8)
         except OSError as error:
             raise SourceProjError(
-                f"{path}: the outcome of subset {j}, retraining {r} cannot be written ({error}): make room, then "
-                "call fill(train) again"
+                f"{path}: the outcome of subset {j}, retraining {r} cannot be written ({error}): "
+                f"{write_remedy(error)}, then call fill(train) again"
             ) from error
 
 
@@ -275,7 +275,7 @@ def grow(group: zarr.Group, path: Path, retrainings: int) -> None:
                 if array.shape[1] < retrainings:
                     array.resize((array.shape[0], retrainings, array.shape[2]))
     except OSError as error:
-        raise SourceProjError(f"{path} cannot be written ({error}): make room, then try again") from error
+        raise SourceProjError(f"{path} cannot be written ({error}): {write_remedy(error)}, then try again") from error
 
 
 def _key(group: zarr.Group) -> str:

@@ -9,10 +9,11 @@ import numpy as np
 import zarr
 from numpy.typing import ArrayLike, NDArray
 
-from source_proj._errors import MismatchError, SourceProjError
+from source_proj._errors import MismatchError, SourceProjError, write_remedy
 from source_proj._io.executors import Executor, check_executor, map_in_order
 from source_proj._io.files import publish
 from source_proj._io.numbers import plain_numbers, whole_number
+from source_proj._io.outputs import local_path
 from source_proj._io.progress import Progress, progress_bar
 from source_proj.evaluate._truth_files import (
     FORMAT,
@@ -112,7 +113,7 @@ class GroundTruth:
 
         Raises:
             TypeError: if masks are not boolean, settings not JSON-able, or a number is not whole.
-            ValueError: for wrong shapes or numbers, or an empty subset.
+            ValueError: for wrong shapes or numbers, an empty subset, or a path that is a URL.
             MismatchError: if there is a store of other subsets, queries, seed or settings.
             SourceProjError: if there is something else, or a damaged store.
         """
@@ -135,12 +136,13 @@ class GroundTruth:
             "subsets": digest(kept),
             "queries": n_queries,
         }
-        where = Path(path)
+        where = local_path(path)
         if not where.exists():
             try:
                 publish(where, lambda folder: create(folder, description, kept, retrainings))
             except OSError as error:
-                raise SourceProjError(f"{where} cannot be made ({error}): make room, or give another path") from error
+                remedy = f"{write_remedy(error)}, or give another path"
+                raise SourceProjError(f"{where} cannot be made ({error}): {remedy}") from error
         truth = cls(where)
         truth._require(description)
         if retrainings > truth.shape[1]:

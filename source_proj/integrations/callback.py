@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from source_proj._io.outputs import local_path
 from source_proj.bank import Bank
 from source_proj.bank.capture import Capture, CapturedStage, write_captured
 from source_proj.bank.capture.sums import Memory
@@ -56,7 +57,7 @@ class RecorderCallback:
 
     Raises:
         TypeError: ``capture`` is given without ``task``.
-        ValueError: ``every`` or ``at`` is out of range.
+        ValueError: ``every`` or ``at`` is out of range, or ``dir`` is a URL.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class RecorderCallback:
         draw_every: int | None = None,
         accumulation: int | None = None,
     ) -> None:
-        self.dir = Path(dir).absolute()
+        self.dir = local_path(dir).absolute()
         if (capture is None) != (task is None):
             raise TypeError("capture= and task= go together: give capture=Sketch(...) and task=CausalLM(), say")
         self._ends = frozenset(checked_count("segment_ends, in optimizer steps,", step, 1) for step in segment_ends)

@@ -67,6 +67,7 @@ class CaptumInfluence:
 
         Raises:
             ValueError: entries of a batch have different numbers of examples; else as :meth:`Attributor.score`.
+            TypeError: an entry of a batch makes no tensor.
         """
         queries, improves = as_queries(inputs), self.attributor.higher_is_better
         sign = 1 if improves else -1
@@ -106,6 +107,7 @@ def as_queries(inputs: Any) -> Queries:
 
     Raises:
         ValueError: the batch is empty, or its entries have different numbers of examples.
+        TypeError: an entry makes no tensor.
     """
     if isinstance(inputs, Mapping):
         batch = {str(name): as_tensor(values) for name, values in inputs.items()}
@@ -119,8 +121,20 @@ def as_queries(inputs: Any) -> Queries:
 
 
 def as_tensor(values: Any) -> Tensor:
-    """A tensor stays on its device; anything else makes one on the CPU, whatever torch's default device is."""
-    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+    """A tensor stays on its device; anything else makes one on the CPU, whatever torch's default device is.
+
+    Raises:
+        TypeError: it is made of no numbers.
+    """
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.as_tensor(values, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:  # of words, None, rows of several lengths
+        raise TypeError(
+            f"a batch of test examples has {values!r:.80} for inputs or targets, which makes no tensor ({error}): give "
+            "(input, target) in tensors, the inputs alone, or a data set"
+        ) from error
 
 
 def _is_batch(inputs: Sequence[Any]) -> bool:

@@ -61,10 +61,10 @@ def lightning_stage(
 
     Time runs in optimizer steps (``global_step``); Lightning averages the gradients of accumulated batches. Learning
     rates come from ``schedule``, else from the saved state of a OneCycleLR, else from the ``metrics.csv`` of a
-    CSVLogger with a LearningRateMonitor, where equal rates before and after steps that were not logged hold in between,
-    else from the optimizer's state, if the rate is constant. A momentum that changes comes from the same places, and
-    every update's own enters the time scale. Lightning keeps neither gradient norms nor ``gradient_clip_val``: nothing
-    is assumed to be clipped, unless ``clip_factors`` are given.
+    CSVLogger with a LearningRateMonitor, where equal rates before and after steps that were not logged hold in between
+    (unless the schedule repeats itself), else from the optimizer's state, if the rate is constant. A momentum that
+    changes comes from the same places, and every update's own enters the time scale. Lightning keeps neither gradient
+    norms nor ``gradient_clip_val``: nothing is assumed to be clipped, unless ``clip_factors`` are given.
 
     Args:
         dir: directory with the files of one run, in it or below, all in one folder; such as a logger's ``version_0``.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from source_proj.integrations.momentum import GivenValues, given_values
 
 __all__ = ["SavedSchedule", "logged_values", "momenta", "rates"]
 
+_PERIODS = {"T_0", "T_max", "total_size"}  # in the states of torch's warm restarts, cosine and cycles
+_FROM_BASE = _PERIODS | {"step_size", "milestones", "gamma", "power", "_schedule_phases"}
 _RELATIVE = 1e-6  # a CSVLogger prints float32 numbers where a model logs its rate itself
 
 
@@ -114,11 +117,12 @@ def rates(saved: Sequence[SavedSchedule], logged: Mapping[int, float], schedule:
             "the run had a learning-rate scheduler, and there is no metrics.csv of a CSVLogger with the rates of a "
             "LearningRateMonitor: give schedule=, a function of the update's number or one value each, or metrics="
         )
-    group = saved[0].group
     known = {**{checkpoint.step: checkpoint.rate for checkpoint in saved}, **logged}
-    known.setdefault(0, float(group.get("initial_lr", group["lr"])))
+    begin = _first_rate(saved, known)
+    if begin is not None:
+        known.setdefault(0, begin)
     remedy = "(LearningRateMonitor(logging_interval='step') logs all): give schedule="
-    return _filled(known, last, "learning rate", remedy)
+    return _filled(known, last, "learning rate", remedy, longest=_updates_per_step(saved, _repeats))
 
 
 def momenta(saved: Sequence[SavedSchedule], logged: Mapping[int, float], momentum: GivenValues | None) -> list[float]:
@@ -144,7 +148,50 @@ def momenta(saved: Sequence[SavedSchedule], logged: Mapping[int, float], momentu
     if not cycled:
         known.setdefault(0, known[min(known)])
     remedy = "(LearningRateMonitor(logging_interval='step', log_momentum=True) logs all): give momentum="
-    return _filled(known, last, "momentum", remedy, holds=not cycled)
+    return _filled(known, last, "momentum", remedy, longest=0 if cycled else math.inf)
+
+
+def _first_rate(saved: Sequence[SavedSchedule], known: Mapping[int, float]) -> float | None:
+    """Rate of update 0; None where a scheduler may have begun elsewhere than at the optimizer's, as one that warms up.
+
+    Args:
+        saved: the checkpoints.
+        known: update's number → its rate, of at least one.
+    """
+    group, first = saved[0].group, min(known)
+    states = saved[0].schedulers  # others may follow, as that of averaging at the end
+    if "initial_lr" in group and states and all(map(_begins_at_base, states)):
+        return float(group["initial_lr"])
+    moved = states or "initial_lr" in group  # which a scheduler writes there
+    return known[first] if not moved or first < _updates_per_step(saved, _is_any) else None
+
+
+def _updates_per_step(saved: Sequence[SavedSchedule], which: Callable[[Mapping[str, Any]], bool]) -> float:
+    """Updates between two steps of some schedulers, as the checkpoints count them."""
+    per_step = math.inf
+    for checkpoint in saved:
+        for state in filter(which, checkpoint.schedulers):
+            taken = state.get("last_epoch", checkpoint.step)  # a chain of schedulers does not count
+            per_step = min(per_step, checkpoint.step / taken if taken else math.inf)
+    return per_step
+
+
+def _is_any(_: Mapping[str, Any]) -> bool:
+    return True
+
+
+def _begins_at_base(state: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's first rate is the one that the optimizer was made with."""
+    parts = state.get("_schedulers")
+    return all(map(_begins_at_base, parts)) if parts else not _FROM_BASE.isdisjoint(state)
+
+
+def _repeats(state: Mapping[str, Any]) -> bool:
+    """Whether a scheduler, or one that it is put together from, comes back to rates that it had.
+
+    One that does not has a rate twice only where it stays.
+    """
+    return not _PERIODS.isdisjoint(state) or any(map(_repeats, state.get("_schedulers") or ()))
 
 
 def _momentum(group: Mapping[str, Any]) -> float:
@@ -180,12 +227,13 @@ def _given(name: str, given: GivenValues, logged: Mapping[int, float], last: int
     return values
 
 
-def _filled(known: Mapping[int, float], last: int, what: str, remedy: str, *, holds: bool = True) -> list[float]:
-    """Values of updates 0 to last - 1; between known ones they must be equal, and hold at all."""
+def _filled(known: Mapping[int, float], last: int, what: str, remedy: str, *, longest: float) -> list[float]:
+    """Values of updates 0 to last - 1; between known ones they must be equal, and lie no further apart than longest."""
     points = sorted({0, *(t for t in known if t <= last)})
     values: list[float] = []
     for begin, end in zip(points, [*points[1:], last], strict=True):
-        if begin not in known or (end > begin + 1 and not (holds and known.get(end, known[begin]) == known[begin])):
+        holds = end - begin <= max(longest, 1) and known.get(end, known.get(begin)) == known.get(begin)
+        if begin not in known or (end > begin + 1 and not holds):
             here, there = (known.get(t, "not known") for t in (begin, end))
             raise ValueError(
                 f"the {what} was {here} at update {begin} and {there} at update {end}, and none was logged in between "

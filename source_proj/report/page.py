@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from source_proj._errors import extra
-from source_proj._io.outputs import write_output
+from source_proj._io.outputs import local_path, write_output
 from source_proj._io.printable import printable
 from source_proj.attribution.hits import Hits
 from source_proj.attribution.parts import PartScores
@@ -210,8 +210,9 @@ def write_report(page: Page, path: str | Path, *, overwrite: bool = False) -> Pa
 
     Raises:
         FileExistsError: something is there already that may not be overwritten.
+        ValueError: the path is a URL.
     """
-    path = Path(path)
+    path = local_path(path)
     content = render(page).encode("utf-8", errors="backslashreplace")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_output(path, content, overwrite=overwrite)

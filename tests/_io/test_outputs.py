@@ -3,14 +3,19 @@
 import os
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zarr
+from torch import nn
 
 import source_proj as sp
 from source_proj._io.outputs import write_output_folder, write_outputs
 from source_proj.attribution.score_files import FACTS, is_scores_array
+from source_proj.attribution.streaming import checked_out
+from source_proj.integrations import RecorderCallback
 from source_proj.report import Page, write_report
 
 OLD, NEW = np.full((3, 5), 1, np.float32), np.full((3, 5), 2, np.float32)
@@ -221,3 +226,24 @@ def test_nothing_is_written_into_a_store(tmp_path):
             with pytest.raises(FileExistsError, match="lies within the store"):
                 write_outputs({tmp_path / "store" / place: b"1"}, overwrite=overwrite)
     assert {path for path in (tmp_path / "store").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "memory://run", "hf://datasets/run"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_what_is_not_a_bank_is_not_written_to_a_folder_named_like_a_url(tmp_path, monkeypatch, url, kind):
+    monkeypatch.chdir(tmp_path)
+    network = nn.Linear(2, 2)
+    optimizer, sketch = torch.optim.SGD(network.parameters(), 0.1), sp.Sketch(4)
+    for write in (
+        lambda: as_zarr(kind(f"{url}.zarr"), NEW),
+        lambda: as_page(kind(f"{url}.html"), NEW),
+        lambda: checked_out(kind(f"{url}.zarr"), "scores", overwrite=False),
+        lambda: scores(NEW).to_parquet(kind(f"{url}.parquet")),
+        lambda: sp.Recorder(network, optimizer, kind(url), every=1),
+        lambda: sp.Recorder(network, optimizer, kind(url), every=1, capture=sketch, task=sp.Classification()),
+        lambda: RecorderCallback(kind(url), every=1),
+        lambda: sp.evaluate.GroundTruth.subsets(kind(url), 4, 1, count=2),
+    ):
+        with pytest.raises(ValueError, match=r"is a URL, and only banks lie there: give a path of this machine"):
+            write()
+    assert not list(tmp_path.iterdir())

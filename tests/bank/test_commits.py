@@ -1,7 +1,10 @@
 """What is committed stays: stragglers, repeated appends, exchanged shards."""
 
 import contextlib
+import errno
 import itertools
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -301,3 +304,31 @@ def test_a_shard_is_compared_once_while_it_stays(built, monkeypatch):
     assert first == 2 * 4 * 4  # rows, scale, d1 and d2 of four shards at two checkpoints
     read_all(bank)
     assert len(count) == first
+
+
+# Places that cannot be written ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "make room"),
+        (errno.EROFS, "make it writable"),
+        (errno.EACCES, "make it writable"),
+        (errno.EIO, "mend that"),
+    ],
+)
+def test_whoever_cannot_write_is_told_what_helps(run, built, tmp_path, monkeypatch, number, remedy):
+    folder = shutil.copytree(built, tmp_path / "bank")
+    bank, refused = banks.open(folder), OSError(number, os.strerror(number))
+
+    def failing(*_):
+        raise refused
+
+    monkeypatch.setattr(LocalStore, "put_if_absent", failing)
+    monkeypatch.setattr(LocalStore, "put", failing)
+    told = rf"{re.escape(str(refused))}.*{remedy}"
+    with pytest.raises(BankError, match=rf"cannot append .*{told}.*, then append again"):
+        bank.append(run.model, run.task, make_data(5, seed=1), progress=False)
+    with pytest.raises(BankError, match=rf"cannot create .*{told}.*, or give another path"):
+        run.build(tmp_path / "new")

@@ -314,3 +314,28 @@ def test_an_archive_is_read_where_it_lies(run, whole, tmp_path):
         bank.store.put_if_absent({"a": b"x"})
     assert bank.store.put_if_absent({"zarr.json": b"x"}) == {"zarr.json"}
     run.build(url)  # it is whole: nothing is written
+
+
+@pytest.mark.parametrize("name", ["zip", "gztar"])
+def test_a_damaged_archive_is_whole_where_it_counts_or_refused_by_name(whole, tmp_path, name):
+    import random
+    import shutil
+
+    pytest.importorskip("fsspec")
+    folder = Path(whole.path)
+    archive = Path(shutil.make_archive(str(tmp_path / "bank"), name, folder.parent, folder.name))
+    url = f"{'zip' if name == 'zip' else 'tar'}://{folder.name}::{archive}"
+    content, draw = archive.read_bytes(), random.Random(0)
+    assert banks.verify(url).ok
+    refused = []
+    for _ in range(30):
+        place = draw.randrange(len(content))
+        changed = bytearray(content)
+        changed[place] ^= 1 << draw.randrange(8)
+        archive.write_bytes(draw.choice([content[:place], bytes(changed)]))
+        try:
+            assert banks.open(url).fingerprint == whole.fingerprint
+        except BankError as error:
+            refused.append(str(error))
+    assert refused
+    assert all(str(archive) in message for message in refused)

@@ -1,5 +1,7 @@
 """The conventions of captum and quanda: the same numbers as the library's own verbs, with their signs and shapes."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import source_proj as sp
 from source_proj.integrations import CaptumInfluence, QuandaExplainer
+from source_proj.integrations.captum import as_queries
 
 N, Q, WIDTH = 23, 6, 4
 TASKS = {
@@ -151,3 +154,11 @@ def test_quandas_own_metrics_take_it(asked, name):
         )
         metric.update(QuandaExplainer(source.model, train, source).explain(x, targets), x, targets)
     assert 0 <= metric.compute()["score"] <= 1
+
+
+@pytest.mark.parametrize("targets", [None, ["cat", "dog"], [[0], [1, 2]]], ids=["none", "words", "ragged"])
+def test_what_makes_no_tensor_is_named(targets):
+    inputs = torch.zeros(2, 3)
+    for batch in ((inputs, targets), [inputs, targets], {"x": inputs, "labels": targets}):
+        with pytest.raises(TypeError, match=rf"has {re.escape(repr(targets))} for inputs or targets.* give"):
+            as_queries(batch)

@@ -1,10 +1,12 @@
 """Lightning's checkpoints: those it writes, where it is installed, and files of the same form."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler as schedulers
 
 import source_proj as sp
 
@@ -39,6 +41,13 @@ def write(directory, steps=(4, 8, 12), rate=lambda t: 0.1, scheduled=False, pref
 def write_metrics(directory, rates, column="lr-AdamW"):
     lines = [f"epoch,loss,{column},step", *(f",,{rate!r},{step}" for step, rate in rates.items()), "0,0.5,,3"]
     (directory / "metrics.csv").write_text("\n".join(lines) + "\n")
+
+
+def integrals_or_refusal(folder):
+    try:
+        return sp.Trajectory.from_lightning(folder, unpickle=True).stages[0].lr_integrals
+    except ValueError:  # which says what to give
+        return None
 
 
 def falling(t):
@@ -81,6 +90,47 @@ def test_rates_that_stay_are_filled_in_and_others_asked_for(tmp_path):
     with pytest.raises(ValueError, match=r"was 0.1 at update 5 and 0.01 at update 8, and none"):
         sp.Trajectory.from_lightning(tmp_path)
     assert sp.Trajectory.from_lightning(tmp_path, schedule=in_two).stages[0].lr_integrals == stage.lr_integrals
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: schedulers.CosineAnnealingWarmRestarts(optimizer, 4),
+        lambda optimizer: schedulers.CyclicLR(optimizer, 0.01, 0.1, 2, cycle_momentum=False),
+        lambda optimizer: schedulers.SequentialLR(
+            optimizer, [schedulers.ConstantLR(optimizer, 1.0, 1), schedulers.CosineAnnealingLR(optimizer, 2)], [4]
+        ),
+        lambda optimizer: schedulers.LinearLR(optimizer, 0.1, total_iters=3),
+    ],
+    ids=["restarts", "cycles", "cosine", "warm-up"],
+)
+def test_rates_are_those_of_the_optimizer_or_asked_for(tmp_path, make):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler, rates, states = make(optimizer), [], []
+    for _ in range(13):
+        rates.append(optimizer.param_groups[0]["lr"])
+        states.append((copy.deepcopy(optimizer.state_dict()), copy.deepcopy(scheduler.state_dict())))
+        optimizer.step()
+        scheduler.step()
+    for every in (1, 2, 3, 4):  # checkpoints, and logged rates
+        for first in (0, 1, 2, 4):
+            folder = tmp_path / f"{every}-{first}"
+            folder.mkdir()
+            for step in range(every, 13, every):
+                own, its = states[step]
+                content = {"global_step": step, "state_dict": {"w": torch.zeros(1)}, "optimizer_states": [own]}
+                torch.save({**content, "lr_schedulers": [its]}, folder / f"step={step}.ckpt")
+            write_metrics(folder, {t: rates[t] for t in range(first, 12, every)})
+            expected = [math.fsum(rates[:step]) for step in range(every, 13, every)]
+            integrals = integrals_or_refusal(folder)
+            assert integrals == pytest.approx(expected, rel=1e-9) if integrals else (every, first) != (1, 0)
+
+
+def test_a_rate_that_came_back_holds_where_its_schedule_took_no_step(tmp_path):
+    restarts = {"T_0": 2, "last_epoch": 1}  # by epochs, of 12 updates
+    write(tmp_path, lr_schedulers=[restarts])
+    write_metrics(tmp_path, dict.fromkeys((0, 3, 7, 11), 0.1))
+    assert sp.Trajectory.from_lightning(tmp_path).stages[0].lr_integrals == pytest.approx([0.4, 0.8, 1.2], rel=1e-12)
 
 
 def test_a_prefix_is_cut_off(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from source_proj._errors import BankError, MismatchError
+from source_proj._errors import BankError, MismatchError, write_remedy
 from source_proj._io.progress import Progress
 from source_proj.bank.build.arguments import require_arguments, require_device
 from source_proj.bank.build.columns import arranged
@@ -184,7 +184,7 @@ def _created(
             own = not store.put_if_absent({group: attributes})
     except OSError as error:
         raise BankError(
-            f"cannot append to the bank {store.location()}: {error}; make room, then append again"
+            f"cannot append to the bank {store.location()}: {error}; {write_remedy(error)}, then append again"
         ) from error  # fmt: skip
     part = Part(store, stage, len(parts), settings)
     _require_same(part, spec, new)

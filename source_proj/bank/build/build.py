@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from source_proj._errors import BankError, MismatchError, named_examples
+from source_proj._errors import BankError, MismatchError, named_examples, write_remedy
 from source_proj._io.executors import Executor, check_executor
 from source_proj._io.progress import Progress
 from source_proj.bank.bank import Bank
@@ -362,7 +362,7 @@ def _require_room(store: Store, resume: bool) -> None:
 
 
 def _not_created(store: Store, error: OSError) -> BankError:
-    return BankError(f"cannot create the bank {store.location()}: {error}; make room, or give another path")
+    return BankError(f"cannot create the bank {store.location()}: {error}; {write_remedy(error)}, or give another path")
 
 
 def _was_created(store: Store) -> bool:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from source_proj._errors import BankError
+from source_proj._errors import BankError, write_remedy
 from source_proj._io.files import PARTIAL
 from source_proj._io.json_records import read_record, write_record
 from source_proj.bank.read.part import Part
@@ -235,8 +235,8 @@ class Claims:
             yield
         except OSError as error:
             raise BankError(
-                f"cannot claim shards of the bank {self._store.location()}: {error}. What was committed is whole: make "
-                "room (or lift the limit) and call build again to go on from there"
+                f"cannot claim shards of the bank {self._store.location()}: {error}. What was committed is whole: "
+                f"{write_remedy(error)} and call build again to go on from there"
             ) from error
 
 

@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from source_proj._errors import MismatchError
 from source_proj._io.loading import load_tensors
+from source_proj._io.outputs import local_path
 from source_proj.bank.bank import Bank
 from source_proj.bank.capture import processes
 from source_proj.bank.capture.capture import Capture
@@ -149,7 +150,7 @@ class Recorder(RunRecorder):
         self._capture: Capture | None = None
         if capture is not None and task is not None:
             require_training(model, optimizer)
-            folder = Path(dir).absolute()
+            folder = local_path(dir).absolute()
             scalers = [thing for thing in also if isinstance(thing, GradScaler)]
             self._capture = Capture(
                 model, optimizer, capture, task, folder, parameters=parameters, parameter_weights=parameter_weights,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from source_proj._errors import BankError, MismatchError
+from source_proj._errors import BankError, MismatchError, write_remedy
 from source_proj._io.files import PARTIAL
 from source_proj.bank.audits import decode_audit, total
 from source_proj.bank.format import Settings, canonical, sha256
@@ -193,7 +193,7 @@ class Part:
             if not self.is_done(checkpoint, shard):  # else another one has, and removed what it took for leftovers
                 raise BankError(
                     f"cannot write {self.place(checkpoint, shard)} to {self.store.location()}: {error}. What was "
-                    f"committed is whole: make room (or lift the limit) and {self._again} to go on from there"
+                    f"committed is whole: {write_remedy(error)} and {self._again} to go on from there"
                 ) from error
         self.compare_hashes(checkpoint, shard, content["batch_hashes"], checkpoint)
 
@@ -287,9 +287,8 @@ class Part:
             self.store.put_if_absent({f"{self.name}/seal/{spec.key(0)}": spec.encode(0, values)})
         except OSError as error:
             if self.sealed() is None:  # else another process did it, and removed what it took for a leftover
-                raise BankError(
-                    f"cannot finalize the bank {self.store.location()}: {error}; make room, then try again"
-                ) from error
+                remedy = f"{write_remedy(error)}, then try again"
+                raise BankError(f"cannot finalize the bank {self.store.location()}: {error}; {remedy}") from error
         self.check_seal()  # another process may have been first
 
     def _require_objects(self) -> None:

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from source_proj._errors import MismatchError
 from source_proj._io.loading import load_tensors, require_loadable
 from source_proj._io.locks import FolderLock
+from source_proj._io.outputs import local_path
 from source_proj._io.printable import counted
 from source_proj.trajectory.checkpoint import matched_state
 from source_proj.trajectory.counts import checked_count
@@ -82,7 +83,7 @@ class Recorder:
             ``segment_ends`` or ``also`` is none of several.
         TypeError: the state of a thing in ``also`` is not made of tensors and plain values.
         ValueError: the optimizer is another one, maximizes, has parameter groups that differ in what they must not, or
-            trains no parameter of the model; ``every`` or ``at`` is out of range.
+            trains no parameter of the model; ``every`` or ``at`` is out of range; ``dir`` is a URL.
         MismatchError: the directory holds another run, or another Recorder writes to it.
 
     Example:
@@ -118,7 +119,7 @@ class Recorder:
     ) -> None:
         require_training(model, optimizer)
         require_options(stage, also, max_grad_norm, at=at, segment_ends=segment_ends)
-        self.dir = Path(dir).absolute()
+        self.dir = local_path(dir).absolute()
         self._model = model
         self._optimizer = optimizer
         self._every = None if every is None else checked_count("every, in optimizer steps,", every, 1)
