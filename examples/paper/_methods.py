@@ -132,7 +132,8 @@ def _source(problem: Problem, runs: Sequence[Run]) -> list[Candidate]:
     larger = [run.larger for run in runs if run.larger]
     if larger:
         setting = f"k={larger[0].sketch.dim}, {larger[0].storage}"
-        found.append(_made(problem, "SOURCE, four times the sketch", setting, larger, sp.Source, **mean))
+        # Undivided: what blocks cost is another question (LABORATORY.md, "Large sketches in blocks").
+        found.append(_made(problem, "SOURCE, four times the sketch", setting, larger, sp.Source, blocks=1, **mean))
     if runs[0].metric is not None:  # trained with Adam
         ignored, inside = [run.plain for run in runs], [run.metric for run in runs if run.metric]
         found += [

@@ -49,6 +49,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
     "segments": parse_segments,
     "curvature": lambda chosen: chosen.value.replace("-", "_"),
     "damping": parse_damping,
+    "blocks": int,
     "average": bool,
     "query_gradient": str,
     "ridge": float,

@@ -21,6 +21,7 @@ from source_proj.cli.options import (
 from source_proj.cli.output import reports_errors, say
 from source_proj.cli.score import (
     AverageOption,
+    BlocksOption,
     CurvatureOption,
     DampingFactorOption,
     DampingOption,
@@ -66,6 +67,7 @@ def explore(
     segments: SegmentsOption = None,
     curvature: CurvatureOption = None,
     damping: DampingOption = None,
+    blocks: BlocksOption = None,
     average: AverageOption = False,
     query_gradient: QueryGradientOption = None,
     ridge: RidgeOption = None,

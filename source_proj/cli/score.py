@@ -99,6 +99,16 @@ CurvatureOption = Annotated[
 DampingOption = Annotated[
     str | None, typer.Option("--damping", help="noise (default: by formula), off, or a number.", rich_help_panel=METHOD)
 ]
+BlocksOption = Annotated[
+    int | None,
+    typer.Option(
+        "--blocks",
+        metavar="B",
+        min=1,
+        help="Sketches that the bank's is cut into, for cheaper fits of large ones; default: of at most 4,096 columns.",
+        rich_help_panel=METHOD,
+    ),
+]
 AverageOption = Annotated[
     bool,
     typer.Option(
@@ -166,6 +176,7 @@ def score(
     segments: SegmentsOption = None,
     curvature: CurvatureOption = None,
     damping: DampingOption = None,
+    blocks: BlocksOption = None,
     average: AverageOption = False,
     query_gradient: QueryGradientOption = None,
     ridge: RidgeOption = None,
@@ -240,6 +251,7 @@ def top_k(
     segments: SegmentsOption = None,
     curvature: CurvatureOption = None,
     damping: DampingOption = None,
+    blocks: BlocksOption = None,
     average: AverageOption = False,
     query_gradient: QueryGradientOption = None,
     ridge: RidgeOption = None,

@@ -33,7 +33,7 @@ from source_proj.trajectory import Trajectory
 __all__ = ["Plan", "plan"]
 
 _BATCHES = 4  # of a trial build, spread over the data
-_LARGEST_DIM = 8192  # beyond, fits take longer than most builds
+_LARGEST_DIM = 16384  # beyond, a row of two bits a number takes more bytes than one of the default
 _CHECKPOINTS = 6  # of the paper's runs
 _SHARDS_A_WORKER = 4  # fewer, and workers wait for the last one
 _KINDS = ((1, 1), (_BATCHES, 2), (_BATCHES, 1))  # batches and shards of trial builds

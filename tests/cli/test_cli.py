@@ -219,9 +219,9 @@ def test_help_names_all_kinds_of_sketches_and_of_storage():
             ),
         ),
         (
-            ["--segments", "[[0, 1], [2]]", "--curvature", "gauss-newton", "--damping", "off"],
+            ["--segments", "[[0, 1], [2]]", "--curvature", "gauss-newton", "--damping", "off", "--blocks", "2"],
             lambda bank, model: sp.Source(
-                bank, model=model, segments=[[0, 1], [2]], curvature="gauss_newton", damping=None
+                bank, model=model, segments=[[0, 1], [2]], curvature="gauss_newton", damping=None, blocks=2
             ),
         ),
         (["--segments", "1"], lambda bank, model: sp.Source(bank, model=model, segments=1)),
