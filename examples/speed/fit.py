@@ -6,8 +6,8 @@
 Each line is a bank of a small MLP on generated data, built and fitted in this process. Times are CPU time of all
 threads, which a busy machine changes least. The bound is Ĥ itself: N C k² multiplications and additions (half of a
 full product, as Ĥ is symmetric), and the k³/3 of its Cholesky factor, at the speed of a large float32 product; of fewer
-rows than columns, N C and k exchanged. Eigenvectors, which are computed for k up to 1,024, are not in the bound. Peaks
-are the process's resident memory.
+rows than columns, N C and k exchanged; above k = 4,096 those of blocks of 4,096 columns, which ``--blocks 1`` joins.
+Eigenvectors, which are computed for k up to 1,024, are not in the bound. Peaks are the process's resident memory.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def product_rate() -> float:
     return 2 * len(a) ** 3 / min(cpu_seconds(lambda: torch.mm(a, a)) for _ in range(3))
 
 
-def measure(rows: int, dim: int, checkpoints: int, inputs: int, queries: int, folder: Path) -> None:
+def measure(rows: int, dim: int, checkpoints: int, inputs: int, queries: int, blocks: int | None, folder: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 1))
     points = [sp.Checkpoint(model.state_dict(), 1000 * (c + 1), lr=0.01) for c in range(checkpoints)]
@@ -50,11 +50,12 @@ def measure(rows: int, dim: int, checkpoints: int, inputs: int, queries: int, fo
     build = partial(sp.build, model, sp.Regression(), sp.Trajectory(points), train, folder / "bank", progress=False)
     built = cpu_seconds(lambda: build(sketch=sp.Sketch(dim), batch_size=64))
     bank = sp.open(folder / "bank")
-    source = sp.Source(bank, model=model, progress=False)
+    source = sp.Source(bank, model=model, blocks=blocks, progress=False)
     fitted = cpu_seconds(source.fit)
     peak, rate = peak_gigabytes(), product_rate()
-    few, many = sorted((rows * checkpoints, dim))
-    bound = (many * few**2 + few**3 / 3) / rate
+    count = blocks or -(-dim // 4096)
+    few, many = sorted((rows * checkpoints, dim // count))
+    bound = count * (many * few**2 + few**3 / 3) / rate
     banked = sum(size for kind, size in bank.nbytes().items() if kind != "fits")
     print(
         f"{rows:8d} rows x {checkpoints}, k = {dim:6d}: build {built:7.1f} s, fit {fitted:7.1f} s, "
@@ -77,11 +78,12 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=int, default=6)
     parser.add_argument("--input", type=int, default=784, help="features of an example")
     parser.add_argument("--queries", type=int, default=100)
+    parser.add_argument("--blocks", type=int, help="sketches that the bank's is taken as; default: of 4,096 columns")
     args = parser.parse_args()
     for rows in args.rows:
         for dim in args.dims:
             with tempfile.TemporaryDirectory() as folder:
-                measure(rows, dim, args.checkpoints, args.input, args.queries, Path(folder))
+                measure(rows, dim, args.checkpoints, args.input, args.queries, args.blocks, Path(folder))
 
 
 if __name__ == "__main__":
