@@ -1,6 +1,7 @@
 """A large sketch that is taken as several: scores, sizes and errors, against the same formula on each block alone."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -147,6 +148,37 @@ def test_blocks_of_unequal_widths_have_the_trace_of_the_whole(tmp_path, blocks):
     source, whole = (sp.Source(bank, progress=False, blocks=own).segments for own in (blocks, 1))
     assert [each.trace for each in source] == pytest.approx([each.trace for each in whole])
     assert [each.damping for each in source] == pytest.approx([each.damping for each in whole])
+
+
+@pytest.mark.parametrize("n", [6, 60])
+@pytest.mark.parametrize("small", [10, 4])
+@pytest.mark.parametrize("cache", [True, False])
+def test_rows_are_read_once_and_nothing_of_them_is_left(tmp_path, monkeypatch, cache, small, n):
+    """Of 31 columns in blocks of 10 and 11: fits, fidelity and what a damaged cache makes anew."""
+    monkeypatch.setattr(moments, "_SMALL", small)
+    reads = []
+    for place, made in (("moments._summed", moments._summed), ("fits.factor_rows", moments.factor_rows)):
+        counted = lambda *args, made=made, **more: reads.append(1) or made(*args, **more)  # noqa: E731
+        monkeypatch.setattr(f"source_proj.attribution.{place}", counted)
+    problem = classification(n=n)
+    bank = problem.build(tmp_path / "bank", sp.Sketch(dim=31))
+    options = {"model": problem.model, "progress": False, "segments": 1, "blocks": 3, "cache": cache}
+
+    def left(source):
+        return [own._made for own in source._of(bank)._fits.values() if own._made]
+
+    source = sp.Source(bank, **options)
+    expected = source.score(problem.queries).to_numpy()
+    fidelity = source.fidelity(problem.queries).correlation
+    assert len(reads) <= 2  # two where blocks go by different routes, or by Gram matrices that are in the bank
+    assert not left(source)
+    if cache:
+        for entry in sorted(bank.fits.folder.glob("*-*"))[::2]:
+            shutil.rmtree(entry)
+    again = sp.Source(bank, **options)
+    assert (again.score(problem.queries).to_numpy() == expected).all()
+    assert (again.fidelity(problem.queries).correlation == fidelity).all()
+    assert not left(again)
 
 
 def test_captured_curvature_is_cut_into_the_same_blocks(captured_run):
