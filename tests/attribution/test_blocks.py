@@ -214,3 +214,15 @@ def captured_run(tmp_path):
         optimizer.step()
         recorder.step(ids=index)
     return model, torch.utils.data.TensorDataset(inputs, labels), recorder.bank(storage="float32")
+
+
+def test_the_banks_of_an_ensemble_have_blocks_of_their_own(tmp_path, monkeypatch):
+    """A sketch beside an exact one of as many numbers, whose columns are never cut."""
+    monkeypatch.setattr("source_proj.attribution.columns._MOST", 20)
+    problem = classification(n=20)
+    banks = [problem.build(tmp_path / kind, sp.Sketch(problem.size, kind)) for kind in ("tensor", "identity")]
+    for method in (sp.Source, sp.InfluenceFunction):
+        options = {"model": problem.model, "progress": False, "query_gradient": "final"}
+        both = method(banks, **options).score(problem.queries).to_numpy()
+        alone = [method(bank, **options).score(problem.queries).to_numpy() for bank in banks]
+        np.testing.assert_allclose(both, np.mean(alone, axis=0), rtol=1e-5, atol=1e-6)
