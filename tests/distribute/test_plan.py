@@ -3,7 +3,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +97,12 @@ def test_what_a_fit_leaves_in_memory_grows_with_segments_and_blocks(dim):
         blocks = blocks_of(dim, count)
         one, *more = (fit_peak([SegmentSize(10**6, 1)] * segments, blocks, 1) for segments in (1, 2, 6))
         assert [peak - one for peak in more] == [extra * count * 8 * (dim // count) ** 2 for extra in (1, 5)]
+
+
+def test_a_sparse_sketch_that_is_cut_by_default_is_exact_in_one_block_alone(planned):
+    said = {dim: str(replace(planned, dim=dim, parameters=dim)) for dim in (4096, 4097)}
+    assert "of kind 'sparse' it is exact)" in said[4096]
+    assert "of kind 'sparse' it is exact, given blocks=1)" in said[4097]
 
 
 PROGRAM = """
