@@ -113,8 +113,9 @@ class BlockHessian:
 
     @property
     def trace(self) -> float:
-        """tr(Ĥ), the mean of what the blocks say of it."""
-        return sum(hessian.trace for hessian in self.hessians) / len(self.hessians)
+        """tr(Ĥ) of the whole sketch, to which each block adds what its own columns have of it."""
+        pairs = zip(self.blocks, self.hessians, strict=True)
+        return sum(hessian.trace / columns.scale for columns, hessian in pairs)
 
     def multiply(self, rows: Tensor, function: SpectralFunction) -> Tensor:
         """Return ``rows @ f(Ĥ)``, ``(n, k)``."""

@@ -118,17 +118,28 @@ class BlockFits:
         self.blocks = blocks_of(fit.bank.sketch.dim, count)
         self._factors = count_factors(self._stage, fit.checkpoints, fit.curvature)
         self._made: dict[Hashable, Tensor] = {}  # of a pass over the rows, what other blocks have not asked for yet
+        self._matrices: dict[int, Tensor] = {}  # where the bank keeps none
         self.hessian: Callable[[int], Hessian] = once(self._hessian)
 
     def whole(self) -> Hessian:
         """The mean Hessian of all blocks together."""
         hessians = [self.hessian(index) for index in range(len(self.blocks))]
+        self.forget()
         return hessians[0] if len(hessians) == 1 else BlockHessian(self.blocks, hessians)
 
+    def forget(self) -> None:
+        """Let go of what was made for blocks that did not ask for it, as the bank had kept theirs."""
+        self._made.clear()
+
     def matrix(self, index: int) -> Tensor:
-        """The mean Hessian of a block itself, float32."""
-        width = self.blocks[index].width
-        return mirrored(unpacked(self._get("hessian", index, lambda: {"upper": self._sums(index)})["upper"], width))
+        """The mean Hessian of a block itself, float32; not to be changed."""
+        if index in self._matrices:
+            return self._matrices[index]
+        upper = self._get("hessian", index, lambda: {"upper": self._sums(index).float()})["upper"]
+        matrix = mirrored(unpacked(upper, self.blocks[index].width))
+        if not self._fit.cache:
+            self._matrices[index] = matrix
+        return matrix
 
     def spectrum(self, index: int) -> Spectrum:
         """The eigendecomposition of a block's mean Hessian."""
@@ -138,7 +149,7 @@ class BlockFits:
             if self._is_dual(width):
                 made = gram_spectrum(self._rows(index).double())
             elif takes_spectrum(width):  # of sums in double precision, which are not kept
-                made = decomposed(mirrored(unpacked(self._sums(index, torch.float64), width)))
+                made = decomposed(mirrored(unpacked(self._sums(index), width)))
             else:  # of the Ĥ that other functions may have asked for
                 made = decomposed(self.matrix(index))
             return {"values": made.values, "vectors": made.vectors}
@@ -224,27 +235,34 @@ class BlockFits:
 
     def _rows(self, index: int) -> Tensor:
         """The factors' columns, of which a block's Ĥ is AᵀA."""
-        columns, fit = self.blocks[index], self._fit
-        (rows,) = factor_rows(self._stage, fit.checkpoints, fit.curvature, [columns], device=fit.place)
-        return rows
 
-    def _sums(self, index: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The upper part of a block's Ĥ, packed."""
+        def make_all() -> list[Tensor]:
+            fit = self._fit
+            return factor_rows(self._stage, fit.checkpoints, fit.curvature, self.blocks, device=fit.place)
+
+        return self._one(index, "rows", make_all)
+
+    def _sums(self, index: int) -> Tensor:
+        """The upper part of a block's Ĥ, packed; float64 where it is decomposed at once, else float32."""
 
         def make_all() -> list[Tensor]:
             fit = self._fit
             made = mean_panels(
                 self._stage, fit.checkpoints, self.blocks, fit.curvature, device=fit.place, executor=fit.executor
             )
-            return [packed([panel.to(dtype) for panel in panels]) for panels in made]
+            types = [torch.float64 if takes_spectrum(columns.width) else torch.float32 for columns in self.blocks]
+            return [packed([panel.to(dtype) for panel in own]) for own, dtype in zip(made, types, strict=True)]
 
         return self._one(index, "hessian", make_all)
 
     def _one(self, index: int, kind: Hashable, make_all: Callable[[], list[Tensor]]) -> Tensor:
         """A block's of what one pass over the rows makes of all blocks."""
-        if (kind, index) not in self._made:
-            self._made |= {(kind, other): made for other, made in enumerate(make_all())}
-        return self._made.pop((kind, index))
+        found = self._made.pop((kind, index), None)
+        if found is None:
+            made = dict(enumerate(make_all()))
+            found = made.pop(index)
+            self._made |= {(kind, other): part for other, part in made.items()}
+        return found
 
     def _get(
         self, kind: str, index: int, compute: Callable[[], dict[str, Tensor]], **settings: object

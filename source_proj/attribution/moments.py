@@ -102,8 +102,9 @@ def mean_panels(
     """
     if stage.captured:
         whole = _captured(stage, checkpoints, curvature).to(device)
-        squares = [whole[columns.slice, columns.slice] * columns.scale for columns in blocks]
-        return [upper_panels(square) for square in squares]
+        if len(blocks) == 1:
+            return [upper_panels(whole)]
+        return [upper_panels(whole[columns.slice, columns.slice] * columns.scale) for columns in blocks]
     check_curvature(stage, curvature)
     summed = iter(_summed(executor, partial(_panels, stage, curvature, device, blocks), stage, checkpoints, blocks))
     count = max(1, count_factors(stage, checkpoints, curvature))
@@ -252,9 +253,13 @@ def factor_rows(
     pieces: list[list[Tensor]] = [[] for _ in blocks]
     for rows in iter_factors(stage, shards, curvature, device):
         for own, columns in zip(pieces, blocks, strict=True):
-            own.append(rows[:, columns.slice].clone() if len(blocks) > 1 or columns.scale > 1 else rows)
-    joined = [torch.cat(own) for own in pieces]
-    return [rows.mul_((columns.scale / max(1, len(rows))) ** 0.5) for rows, columns in zip(joined, blocks, strict=True)]
+            own.append(rows[:, columns.slice].clone() if len(blocks) > 1 else rows)
+    made = []
+    for own, columns in zip(pieces, blocks, strict=True):
+        joined = torch.cat(own)
+        own.clear()  # a block's alone are in memory twice
+        made.append(joined.mul_((columns.scale / max(1, len(joined))) ** 0.5))
+    return made
 
 
 def decomposed(hessian: Tensor) -> Spectrum:

@@ -47,7 +47,8 @@ SINGLE_CONDITION = 1e4
 
 _TOLERANCE = 1e-6  # of max g: what a polynomial may err by, of the order of a float32 solution's rounding
 _DEGREES = range(33)
-_KEPT = 256  # functions and their series: some for each segment of a few banks
+_KEPT = 256  # functions: some for each segment of a few banks
+_KEPT_SERIES = 4096  # of some functions each, for every block of a sketch's columns
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ class Series:
         return inverse(total).T
 
 
-@lru_cache(_KEPT)
+@lru_cache(_KEPT_SERIES)
 def shortest_series(function: SpectralFunction, norm: float) -> Series | None:
     """The series of the lowest degree that is f on [0, norm] to rounding, over f's shifts; None where none is.
 

@@ -110,7 +110,10 @@ class Plan:
 
     @property
     def _limit(self) -> str:
-        return " (as many as parameters: of kind 'sparse' it is exact)" if self.dim == self.parameters else ""
+        if self.dim != self.parameters:
+            return ""
+        given = ", given blocks=1" if checked_blocks(None, Sketch(self.dim)) > 1 else ""
+        return f" (as many as parameters: of kind 'sparse' it is exact{given})"
 
     def __str__(self) -> str:
         share = self.parts[self.dominates] / self.seconds

@@ -1,6 +1,7 @@
 """A large sketch that is taken as several: scores, sizes and errors, against the same formula on each block alone."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -137,3 +138,91 @@ def test_influence_functions_take_the_same_blocks(tmp_path):
     source = sp.Source(bank, segments=1, time_scale=1e9, **options).score(problem.queries).to_numpy()
     influence = sp.InfluenceFunction(bank, average=True, **options).score(problem.queries).to_numpy()
     np.testing.assert_allclose(influence, source, rtol=0, atol=1e-4 * abs(source).max())
+
+
+@pytest.mark.parametrize("blocks", [3, 7])
+def test_blocks_of_unequal_widths_have_the_trace_of_the_whole(tmp_path, blocks):
+    """40 columns are 13, 13 and 14: a mean of what each says of the trace would weigh a column of the last by less."""
+    problem = classification(n=60)
+    bank = problem.build(tmp_path / "bank", sp.Sketch(dim=40))
+    source, whole = (sp.Source(bank, progress=False, blocks=own).segments for own in (blocks, 1))
+    assert [each.trace for each in source] == pytest.approx([each.trace for each in whole])
+    assert [each.damping for each in source] == pytest.approx([each.damping for each in whole])
+
+
+@pytest.mark.parametrize("n", [6, 60])
+@pytest.mark.parametrize("small", [10, 4])
+@pytest.mark.parametrize("cache", [True, False])
+def test_rows_are_read_once_and_nothing_of_them_is_left(tmp_path, monkeypatch, cache, small, n):
+    """Of 31 columns in blocks of 10 and 11: fits, fidelity and what a damaged cache makes anew."""
+    monkeypatch.setattr(moments, "_SMALL", small)
+    reads = []
+    for place, made in (("moments._summed", moments._summed), ("fits.factor_rows", moments.factor_rows)):
+        counted = lambda *args, made=made, **more: reads.append(1) or made(*args, **more)  # noqa: E731
+        monkeypatch.setattr(f"source_proj.attribution.{place}", counted)
+    problem = classification(n=n)
+    bank = problem.build(tmp_path / "bank", sp.Sketch(dim=31))
+    options = {"model": problem.model, "progress": False, "segments": 1, "blocks": 3, "cache": cache}
+
+    def left(source):
+        return [own._made for own in source._of(bank)._fits.values() if own._made]
+
+    source = sp.Source(bank, **options)
+    expected = source.score(problem.queries).to_numpy()
+    fidelity = source.fidelity(problem.queries).correlation
+    assert len(reads) <= 2  # two where blocks go by different routes, or by Gram matrices that are in the bank
+    assert not left(source)
+    if cache:
+        for entry in sorted(bank.fits.folder.glob("*-*"))[::2]:
+            shutil.rmtree(entry)
+    again = sp.Source(bank, **options)
+    assert (again.score(problem.queries).to_numpy() == expected).all()
+    assert (again.fidelity(problem.queries).correlation == fidelity).all()
+    assert not left(again)
+
+
+def test_captured_curvature_is_cut_into_the_same_blocks(captured_run):
+    model, data, bank = captured_run
+    source = sp.Source(bank, model=model, progress=False, blocks=3, damping=0.1)
+    features = source.sketch(data)
+    query = source._query(bank, features[0], 0).double()
+    rows = torch.cat([block.rows for block in bank.stages[0].iter_rows(0)]).double()
+    curvature, (segment,) = bank.stages[0].captured_curvature(0).double(), source.segments
+    total = torch.zeros(len(query), len(rows), dtype=torch.float64)
+    for columns in blocks_of(32, 3):
+        own = columns.slice
+        values, vectors = torch.linalg.eigh(columns.scale * curvature[own, own])
+        c = response(segment.time, segment.decay, 0.1)(values.clamp(min=0))
+        total -= ((query[:, own] @ vectors) * c) @ vectors.T @ rows[:, own].T / len(rows)
+    np.testing.assert_allclose(source.score(features), total, rtol=0, atol=1e-4 * float(total.abs().max()))
+    assert segment.trace == pytest.approx(float(curvature.trace()))
+
+
+@pytest.fixture
+def captured_run(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    inputs, labels = torch.randn(20, 4), torch.randint(3, (20,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = sp.Recorder(
+        model, optimizer, tmp_path / "run", every=5, capture=sp.Sketch(32), task=sp.Classification()
+    )  # fmt: skip
+    for _ in range(10):
+        index = torch.randperm(20)[:8]
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(inputs[index]), labels[index]).backward()
+        optimizer.step()
+        recorder.step(ids=index)
+    return model, torch.utils.data.TensorDataset(inputs, labels), recorder.bank(storage="float32")
+
+
+def test_the_banks_of_an_ensemble_have_blocks_of_their_own(tmp_path, monkeypatch):
+    """A sketch beside an exact one of as many numbers, whose columns are never cut."""
+    monkeypatch.setattr("source_proj.attribution.columns._MOST", 20)
+    problem = classification(n=20)
+    banks = [problem.build(tmp_path / kind, sp.Sketch(problem.size, kind)) for kind in ("tensor", "identity")]
+    for method in (sp.Source, sp.InfluenceFunction):
+        options = {"model": problem.model, "progress": False, "query_gradient": "final"}
+        both = method(banks, **options).score(problem.queries).to_numpy()
+        alone = [method(bank, **options).score(problem.queries).to_numpy() for bank in banks]
+        np.testing.assert_allclose(both, np.mean(alone, axis=0), rtol=1e-5, atol=1e-6)

@@ -3,7 +3,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import source_proj as sp
 from source_proj.attribution.columns import blocks_of
-from source_proj.attribution.source.sizes import SegmentSize, fitted_bytes, search_peak
+from source_proj.attribution.source.sizes import SegmentSize, fit_peak, fitted_bytes, search_peak
 from source_proj.bank.codecs import find_codec
 from source_proj.kernels.gram import packed_size
 
@@ -88,6 +88,21 @@ def test_memory_of_fit_and_search_does_not_grow_with_the_examples():
     assert all(peak <= 2 * 10**9 for _, peak in sizes)
     held = [search_peak([SegmentSize(1000, 1)], 64, 100, find_codec("int8"), memory) for memory in ("1GB", 100)]
     assert held[0] - held[1] == 1000 * 68
+
+
+@pytest.mark.parametrize("dim", [512, 4096, 16384])
+def test_what_a_fit_leaves_in_memory_grows_with_segments_and_blocks(dim):
+    """A factor, or eigenvectors, of each block in each segment."""
+    for count in (1, 4):
+        blocks = blocks_of(dim, count)
+        one, *more = (fit_peak([SegmentSize(10**6, 1)] * segments, blocks, 1) for segments in (1, 2, 6))
+        assert [peak - one for peak in more] == [extra * count * 8 * (dim // count) ** 2 for extra in (1, 5)]
+
+
+def test_a_sparse_sketch_that_is_cut_by_default_is_exact_in_one_block_alone(planned):
+    said = {dim: str(replace(planned, dim=dim, parameters=dim)) for dim in (4096, 4097)}
+    assert "of kind 'sparse' it is exact)" in said[4096]
+    assert "of kind 'sparse' it is exact, given blocks=1)" in said[4097]
 
 
 PROGRAM = """

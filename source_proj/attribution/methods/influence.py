@@ -87,7 +87,7 @@ class InfluenceFunction(Attributor):
         self.curvature: Curvature = default_curvature(self.banks) if curvature is None else curvature
         require_curvature(self.banks, self.curvature)
         self.damping: Damping = damping
-        self._blocks = {own.sketch.dim: checked_blocks(blocks, own.sketch) for own in self.banks}
+        self._blocks = {own.sketch: checked_blocks(blocks, own.sketch) for own in self.banks}
         self.cache = cache
 
     def _query_points(self, bank: Bank) -> list[Checkpoint]:
@@ -111,6 +111,6 @@ class InfluenceFunction(Attributor):
     def _solved(self, fit: Fit, query: Tensor, decay: float) -> Tensor:
         """Queries ``(Q, k)`` times (Ĥ + λ + ρ)⁻¹, of weight decay λ."""
         sketch = fit.bank.sketch
-        hessian = fitted_hessian(fit, self._blocks[sketch.dim])
+        hessian = fitted_hessian(fit, self._blocks[sketch])
         ridge = decay + damping_value(self.damping, hessian.trace, sketch.dim, is_exact=sketch.is_exact)
         return hessian.multiply(query, ridge_inverse(ridge, hessian.dim))

@@ -51,7 +51,7 @@ class Fidelity:
     Attributes:
         query_ids: Q ids.
         correlation: expected correlation over training examples with the scores that have no sketch, at the same
-            damping, ``(Q,)`` float64; 1 for an exact sketch, 0 for one of a single number, which has no halves.
+            damping, ``(Q,)`` float64; 1 for an exact sketch, 0 where a block is one number, which has no halves.
         leakage: λ ûᵀ(Ĥ + λ)⁻¹û / û² in the last segment, the share of the query outside the range of the sketched rows,
             ``(Q,)`` float64; λ is weight decay and damping.
         effective_dimension: tr Ĥ(Ĥ + λ)⁻¹ of the last segment, the mean over blocks.

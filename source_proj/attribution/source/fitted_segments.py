@@ -209,6 +209,8 @@ class FittedSegments:
             if not self._prepared:
                 nothing = torch.zeros(0, self.bank.sketch.dim, dtype=torch.float32, device="cpu")
                 self.moved({segment.metric: nothing for segment in self.segments})
+                for fits in self._fits.values():
+                    fits.forget()
                 self._prepared = True
 
     def nbytes(self) -> int:

@@ -14,7 +14,8 @@ from source_proj.kernels.gram import packed_size
 __all__ = ["SegmentSize", "fit_peak", "fitted_bytes", "search_peak"]
 
 _SINGLE, _DOUBLE = 4, 8  # bytes of a number
-# k x k doubles that are in memory at once: an eigendecomposition, its input and its work space, or Ĥ and a factor.
+# k x k doubles that are in memory at once, one of which stays: an eigendecomposition, its input and its work space, or
+# Ĥ and a factor.
 _SPECTRUM_MATRICES, _FACTOR_MATRICES = 5, 3
 _BLOCK_BYTES = 64 << 20  # of a block's scores, and of the rows that they are made of
 
@@ -66,22 +67,21 @@ def fitted_bytes(segments: Sequence[SegmentSize], blocks: Sequence[Columns]) -> 
 
 
 def fit_peak(segments: Sequence[SegmentSize], blocks: Sequence[Columns], shard_rows: int) -> int:
-    """Bytes of memory while Source is fitted: some k x k matrices, and a block of rows as they are read and decoded.
+    """Bytes of memory while Source is fitted: what queries are to go through, of all segments and blocks of columns.
 
-    With Source's own damping; without any, the spectrum of a large Ĥ may be needed, which takes more. Of several blocks
-    of columns all sums are there at once, and then the factors that queries are to go through.
+    Besides, the matrices that the last of it is made of, and a block of rows as they are read and decoded. With
+    Source's own damping; without any, the spectrum of a large Ĥ may be needed, which takes more.
     """
     dim, width = blocks[0].dim, max(columns.width for columns in blocks)
     block = 2 * _SINGLE * min(shard_rows * dim, max(dim, DECODED_NUMBERS))
-    others = (len(blocks) - 1) * _DOUBLE * width**2
-    if takes_spectrum(width):
-        return _SPECTRUM_MATRICES * _DOUBLE * width**2 + others + block
-    by_gram = [segment for segment in segments if segment.takes_gram(width)]
-    # Their factors are kept in memory, which is twice as much while they are joined.
-    rows = sum(_SINGLE * dim * segment.factors for segment in by_gram)
-    rows += max((_SINGLE * width * segment.factors for segment in by_gram), default=0)
-    sides = [segment.factors if segment.takes_gram(width) and not segment.crossed else width for segment in segments]
-    return _FACTOR_MATRICES * _DOUBLE * max(sides, default=width) ** 2 + others + rows + block
+    matrices = _SPECTRUM_MATRICES if takes_spectrum(width) else _FACTOR_MATRICES
+    by_gram = [segment.factors for segment in segments if segment.takes_gram(width)]
+    # Their factors are kept in memory, of a block twice while they are joined.
+    rows = _SINGLE * (dim * sum(by_gram) + width * max(by_gram, default=0))
+    sides = [segment.factors if segment.takes_gram(width) else width for segment in segments]
+    held = sum(side**2 + segment.crossed * width**2 for side, segment in zip(sides, segments, strict=True))
+    largest = max((width if s.crossed else side for side, s in zip(sides, segments, strict=True)), default=width)
+    return _DOUBLE * (len(blocks) * held + (matrices - 1) * largest**2) + rows + block
 
 
 def search_peak(
