@@ -16,6 +16,7 @@ from source_proj._io.html import facts
 from source_proj._io.printable import counted, printable
 from source_proj._io.progress import Progress
 from source_proj.bank.build.append import append_rows
+from source_proj.bank.build.at_work import AT_WORK
 from source_proj.bank.examples import Examples
 from source_proj.bank.fits import FitCache
 from source_proj.bank.format import Settings
@@ -259,7 +260,7 @@ class Bank:
         self.reload()
         done = [""] if self.finalized else [f"{part.name}/" for part in parts]
         for key in self.store.leftovers():
-            if key.startswith(tuple(done)) and not key.startswith("fits/"):  # others may be at work on those
+            if key.startswith(tuple(done)) and not key.startswith(("fits/", AT_WORK)):  # others may be at work on those
                 self.store.delete(key)
         if self.finalized:
             self.store.sweep("claims")

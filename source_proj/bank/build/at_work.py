@@ -1,0 +1,180 @@
+"""Who builds a bank at this moment, so that what was begun and holds no row gives way to the next build.
+
+A build that fails in its first batches, of labels out of range say, leaves a bank of no rows. The corrected one begins
+anew, unless another process is at work there. All builds and appends of a bank share the lock of one file in it, which
+the operating system takes back from a process that dies; who gets it alone knows that it is alone. A file is locked and
+not the folder, because network file systems share the locks of files only. Where there are no locks (buckets, some
+file systems) nothing is ever removed. Workers with heartbeats count as at work, too, for as long as these are there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from source_proj._errors import BankError
+from source_proj._io.files import PARTIAL
+from source_proj.bank.build.claims import heartbeats
+from source_proj.bank.format import FORMAT, VERSION
+from source_proj.bank.store import Store
+
+if sys.platform != "win32":
+    import fcntl
+
+__all__ = ["AT_WORK", "AtWork", "at_work"]
+
+AT_WORK = f"build{PARTIAL}"
+
+_TRIES = 20  # each needs another process that ends in the same instant
+_FILE = r"(zarr\.json|c(\.\d+)+)"
+_OWN = re.compile(
+    rf"zarr\.json|stage_\d+/(part_\d+/((ids|seal|checkpoint_\d+(/[^/]+)?)/)?)?{_FILE}"
+    rf"|(weights|metrics|curvature)/(zarr\.json|[0-9a-f]{{64}}/(.+/)?{_FILE})"
+)
+_DONE = re.compile(r"stage_\d+/part_\d+/(checkpoint_\d+/committed|seal)/c\.")
+
+
+class AtWork:
+    """One build's or append's share of the lock; see :func:`at_work`.
+
+    Args:
+        store: where the bank lies.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._descriptor: int | None = None
+        self._alone = False
+        self._made: list[Path] = []  # folders, innermost first
+
+    def remove_begun(self) -> None:
+        """Remove a bank, or the beginning of one, that has no row, if nobody else is at work on it.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        try:
+            keys = self._store.list() if self._alone else []
+        except BankError:  # a link, which is no bank's
+            return
+        own = [key for key in keys if _OWN.fullmatch(key)]
+        whole = _is_bank(self._store) if "zarr.json" in keys else len(own) == len(keys)
+        if own and whole and not self._has_rows(keys):
+            nodes = ("stage_", "weights/", "metrics/", "curvature/", "claims/")
+            self._remove([key for key in self._store.leftovers() if key.startswith(nodes)])
+            self._remove([key for key in own if key != "zarr.json"])
+            self._remove(["zarr.json"])  # last: killed before, it is still a bank without rows
+
+    def remove_part(self, name: str) -> bool:
+        """Remove a part of a bank, or the beginning of one, if it has no row and nobody else is at work on the bank.
+
+        Args:
+            name: its node.
+
+        Returns:
+            Whether it was removed.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        if not self._alone or self._has_rows(keys := self._store.list(name)):
+            return False
+        # What was staged goes first: a writer that was chosen would be taken for one of the next part. The group goes
+        # before the rest: without it the bank is whole, and has a part less.
+        self._remove([*self._store.leftovers(name), *self._store.leftovers(f"claims/{name}")])
+        self._remove([f"{name}/zarr.json"])
+        self._remove([key for key in keys if key != f"{name}/zarr.json"])
+        return True
+
+    def share(self) -> None:
+        """Let others work on the bank, too, from now on."""
+        if self._descriptor is not None and self._alone:
+            self._alone = False
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+
+    def _has_rows(self, keys: Sequence[str]) -> bool:
+        """Whether a shard is done, or some worker may be about to."""
+        return any(map(_DONE.match, keys)) or any(not each.ended for each in heartbeats(self._store))
+
+    def _remove(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._store.delete(key)
+
+    def begin(self) -> None:
+        """Take the lock, alone if nobody else has it."""
+        folder = self._store.folder
+        if folder is None or sys.platform == "win32":
+            return
+        self._made = [each for each in (folder, *folder.parents) if not each.exists()]
+        for _ in range(_TRIES):
+            with suppress(OSError):  # no folder can be there, or none that can be written, or there are no locks
+                folder.mkdir(parents=True, exist_ok=True)
+                if self._taken(folder / AT_WORK):
+                    return
+
+    def end(self) -> None:
+        """Give it back; the last one removes the file, and the folders if nothing came into them."""
+        folder, descriptor, self._descriptor = self._store.folder, self._descriptor, None
+        if folder is None or descriptor is None:
+            return
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (folder / AT_WORK).unlink()
+            for each in self._made:
+                each.rmdir()
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # or else forked children would keep it
+        os.close(descriptor)
+
+    def _taken(self, file: Path) -> bool:
+        """Lock the file, unless it was removed before that: then others lock another one."""
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            alone = _locked_alone(descriptor)
+            if not alone:
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                self._alone, self._descriptor = alone, descriptor
+        finally:
+            if self._descriptor is None:
+                os.close(descriptor)
+        return self._descriptor is not None
+
+
+@contextmanager
+def at_work(store: Store, *, leads: bool = True) -> Iterator[AtWork]:
+    """Hold a bank's lock while it is built or appended to.
+
+    Args:
+        store: where the bank lies.
+        leads: whether this is the process that writes; others hold none.
+    """
+    work = AtWork(store)
+    if leads:
+        work.begin()
+    try:
+        yield work
+    finally:
+        work.end()
+
+
+def _locked_alone(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_bank(store: Store) -> bool:
+    """Whether the root is one of this version's."""
+    try:
+        attributes = json.loads(store.get("zarr.json"))["attributes"]
+        return bool((attributes["format"], attributes["version"]) == (FORMAT, VERSION))
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
