@@ -13,7 +13,7 @@ from source_proj.bank import open as open_bank
 from source_proj.cli.answers import require_folder
 from source_proj.cli.output import emit, say
 from source_proj.cli.parsing import make_task, needed
-from source_proj.cli.text import ask_about
+from source_proj.cli.text import ask_about, require_own_records
 from source_proj.curate.files import require_writable
 from source_proj.integrations.text_rows import lacking, text_rows
 
@@ -73,6 +73,7 @@ def delivery(options: Mapping[str, Any]) -> Delivery:
             another kind, or one file twice.
         FileExistsError: something is there that may not be overwritten.
         FileNotFoundError: the training set is not there, or the folder to write into.
+        MismatchError: its records are not those that the bank was built from.
     """
     chosen: dict[str, Any] = {field.name: options.get(field.name) for field in fields(Delivery)}  # clean has no --list
     goal = Delivery(**chosen)
@@ -94,7 +95,15 @@ def delivery(options: Mapping[str, Any]) -> Delivery:
         require_free(goal.list, overwrite=goal.overwrite)
     if goal.file is not None and goal.out is not None:
         require_writable(goal.file, goal.out, annotated=goal.annotated, overwrite=goal.overwrite)
+    _require_own(goal, options.get("bank"))
     return goal
+
+
+def _require_own(goal: Delivery, bank: str | Sequence[str] | None) -> None:
+    """Refuse another training set than the banks', of which other records would be dropped."""
+    if goal.file is not None and bank is not None:
+        first = bank if isinstance(bank, str) else bank[0]
+        require_own_records(first, goal.file, encoding=goal.encoding, delimiter=goal.delimiter)
 
 
 def _require_another(path: Path, file: Path, flag: str) -> None:

@@ -20,10 +20,14 @@ from source_proj.integrations.text_rows import lacking, text_rows
 from source_proj.integrations.text_settings import TextSettings
 from source_proj.task import CausalLM, Regression
 
-__all__ = ["TextData", "TextRows", "own_rows"]
+__all__ = ["TextData", "TextRows", "TextsChangedError", "own_rows", "require_own_texts"]
 
 _UNCOUNTED = -100  # transformers' label of tokens that do not count
 _DIGITS = 20  # of a class's number, at most
+
+
+class TextsChangedError(MismatchError):
+    """A file is no longer what a bank was built from."""
 
 
 class TextRows:
@@ -157,7 +161,7 @@ def own_rows(bank: str | Path) -> tuple[list[Path], TextRows] | None:
     """The text files that a bank was built and appended from, and their rows; None where one is not known, or gone.
 
     Raises:
-        MismatchError: the texts of one are no longer those that the bank was made of.
+        TextsChangedError: the texts of one are no longer those that the bank was made of.
     """
     known = TextSettings.files(bank)
     if not known:
@@ -166,9 +170,43 @@ def own_rows(bank: str | Path) -> tuple[list[Path], TextRows] | None:
     for file, digest in known:
         parts.append(TextRows(file, settings))
         if parts[-1].digest != digest:
-            raise MismatchError(f"{str(file)!r} is no longer the file that {bank} was built from: its texts are others")
+            raise TextsChangedError(
+                f"{str(file)!r} is no longer the file that {bank} was built from: its texts are others"
+            )
     files = [file for file, _ in known]
     return files, parts[0] if len(parts) == 1 else TextRows([row for part in parts for row in part.rows], settings)
+
+
+def require_own_texts(bank: str | Path, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Refuse a training set whose records are not those of a bank of texts, one by one: others would be dropped.
+
+    Labels may be others, as corrected ones are. Nothing is compared where the bank does not know its texts.
+
+    Args:
+        bank: its place.
+        rows: the records.
+        name: what they are called.
+
+    Raises:
+        MismatchError: names the first record that differs, and what to give.
+        TextsChangedError: as `own_rows`.
+    """
+    known = own_rows(bank) if TextSettings.files(bank) else None
+    if known is None:
+        return
+    settings, own = TextSettings.read(bank), known[1].rows
+    built = f"the bank {bank} was built from {', '.join(repr(str(file)) for file in known[0])}"
+    remedy = "give the records as the bank has them, in the same order"
+    columns = [column for column in (settings.prompt, settings.text, settings.pair) if column is not None]
+    for number, (there, here) in enumerate(zip(own, rows, strict=False), start=1):
+        for column in columns:
+            if str(there.get(column)) != str(here.get(column)):
+                raise MismatchError(
+                    f"record {number} of {name} is another than the bank's: its {column!r} is "
+                    f"{here.get(column)!r:.80}, and {there.get(column)!r:.80} there. {built}: {remedy}"
+                )
+    if len(own) != len(rows):
+        raise MismatchError(f"{name} has {len(rows)} records, and the bank {len(own)}. {built}: {remedy}")
 
 
 def _needed(settings: TextSettings, classifies: bool, labelled: bool) -> list[str]:
