@@ -154,7 +154,8 @@ def build(
     preconditioner: Annotated[
         str | None,
         typer.Option(
-            help="scalar, factored, shared, per_segment, factored_per_segment or none: Adam's P, with --hf-run.",
+            help="scalar, factored, shared, per_segment, factored_per_segment or none: Adam's P, with --hf-run; "
+            "none takes gradients as they are, and needs no optimizer.pt.",
             rich_help_panel=TRAINED,
         ),
     ] = None,
