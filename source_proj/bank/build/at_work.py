@@ -26,9 +26,9 @@ from source_proj.bank.store import Store
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["AT_WORK", "AtWork", "at_work"]
+__all__ = ["AT_WORK", "AtWork", "at_work", "is_sealed"]
 
-AT_WORK = f"build{PARTIAL}"
+AT_WORK = f"stage_0/part_0/ids/build{PARTIAL}"  # zarr warns of what lies in a group and is none, not in an array
 
 _TRIES = 20  # each needs another process that ends in the same instant
 _FILE = r"(zarr\.json|c(\.\d+)+)"
@@ -50,7 +50,7 @@ class AtWork:
         self._store = store
         self._descriptor: int | None = None
         self._alone = False
-        self._made: list[Path] = []  # folders, innermost first
+        self._made: list[Path] = []  # folders to remove if they stay empty, innermost first
 
     def remove_begun(self) -> None:
         """Remove a bank, or the beginning of one, that has no row, if nobody else is at work on it.
@@ -66,7 +66,7 @@ class AtWork:
         whole = _is_bank(self._store) if "zarr.json" in keys else len(own) == len(keys)
         if own and whole and not self._has_rows(keys):
             nodes = ("stage_", "weights/", "metrics/", "curvature/", "claims/")
-            self._remove([key for key in self._store.leftovers() if key.startswith(nodes)])
+            self._remove([key for key in self._store.leftovers() if key.startswith(nodes) and key != AT_WORK])
             self._remove([key for key in own if key != "zarr.json"])
             self._remove(["zarr.json"])  # last: killed before, it is still a bank without rows
 
@@ -110,11 +110,13 @@ class AtWork:
         folder = self._store.folder
         if folder is None or sys.platform == "win32":
             return
-        self._made = [each for each in (folder, *folder.parents) if not each.exists()]
+        file = folder / AT_WORK
+        outer = [each for each in (folder, *folder.parents) if not each.exists()]
+        self._made = [*file.parents[: len(Path(AT_WORK).parents) - 1], *outer]
         for _ in range(_TRIES):
             with suppress(OSError):  # no folder can be there, or none that can be written, or there are no locks
-                folder.mkdir(parents=True, exist_ok=True)
-                if self._taken(folder / AT_WORK):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                if self._taken(file):
                     return
 
     def end(self) -> None:
@@ -161,6 +163,14 @@ def at_work(store: Store, *, leads: bool = True) -> Iterator[AtWork]:
         yield work
     finally:
         work.end()
+
+
+def is_sealed(store: Store) -> bool:
+    """Whether the first part of a bank is complete, as far as can be told: no build will remove it."""
+    try:
+        return any(map(_DONE.match, store.list("stage_0/part_0/seal")))
+    except (OSError, BankError):
+        return False
 
 
 def _locked_alone(descriptor: int) -> bool:

@@ -17,7 +17,7 @@ from source_proj._io.progress import Progress
 from source_proj.bank.bank import Bank
 from source_proj.bank.build.agreement import agreement, weighted_by_agreement
 from source_proj.bank.build.arguments import require_arguments, require_device
-from source_proj.bank.build.at_work import AtWork, at_work
+from source_proj.bank.build.at_work import AtWork, at_work, is_sealed
 from source_proj.bank.build.claims import Claims, checked_takeover
 from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
 from source_proj.bank.build.data import BatchSource, by_stage, checked_ids, to_device
@@ -171,7 +171,7 @@ def build(
     second_derivative, fisher_weight = _columns(task, sources[0], stage_ids[0])
     space, choice = lockstep.from_leader(lambda: chosen_space(model, trajectory, parameters, sketch, progress is True))
     weighting = weighting_of(parameter_weights, task, sketch, trajectory, [source.n for source in sources])
-    with at_work(store, leads=lockstep.leads) as work:
+    with at_work(store, leads=lockstep.leads and not is_sealed(store)) as work:
         lockstep.from_leader(lambda: _require_room(store, resume, work))
         known = lockstep.from_leader(lambda: known_space(space, model, parameter_weights, weighting, store))
         if known is None:
