@@ -270,7 +270,7 @@ def verify(
     evaluate: Annotated[
         str, typer.Option(metavar="MODULE:FUNCTION", help="evaluate(model): a number, higher is better.")
     ],
-    seeds: Annotated[int, typer.Option(min=1, help="Models of each kind.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Models of each kind; fewer than 3 give no verdict.")] = 5,
     progress: Progress = True,
     json: Json = False,
 ) -> None:
@@ -279,7 +279,7 @@ def verify(
     from source_proj.cli.parsing import load_function
 
     functions = load_function(train, "--train"), load_function(evaluate, "--evaluate")
-    judged = library.verify(library.Cleaning.load(cleaning), *functions, seeds=range(seeds), progress=progress)
+    judged = library.verify(library.Cleaning.load(cleaning), *functions, seeds=seeds, progress=progress)
     if json:
         emit(
             {

@@ -139,7 +139,7 @@ def test_answers_show_texts_and_are_about_the_models_own_where_there_are_no_labe
         assert {query["predicted"] for query in own} <= {"good", "bad"}
         assert json.loads(call(*ask, tmp_path / "plain.jsonl", "--json"))["queries"] == own
     else:
-        words = {word for query in own for word in query["predicted"].split()}
+        words = {word for query in own for word in query["continued_by"].split()}
         assert words <= {"[PAD]", "[UNK]", *WORDS}
     assert all(0 < query["probability"] <= 1 for query in own)
 
@@ -261,6 +261,23 @@ def test_a_model_that_is_no_folder_is_refused_before_the_hub_is_asked(run, tmp_p
     for name in ("bert-base-uncased", "owner/model"):  # names of the hub are its own
         with pytest.raises(AssertionError, match=f"asked for {name}"):
             load_pretrained(name)
+
+
+def test_texts_that_nobody_tokenised_name_the_remedy(run, tmp_path):
+    kind, directory = run
+    build(directory, tmp_path / "bank", "--segments", 1)
+    source = sp.Source(sp.open(tmp_path / "bank"), model=network(kind), progress=False)
+    for query in ({"text": TEXTS[0], "label": "good"}, {"text": TEXTS[0]}, TEXTS[0]):
+        with pytest.raises(TypeError, match=r"text.*tokenise as in training.*TextData.like\(bank, rows\)"):
+            source.helpful([query], k=1)
+
+
+def test_the_folder_of_a_run_is_no_model(run, tmp_path):
+    _, directory = run
+    options = ("--hf-model", directory / "run", "--hf-run", directory / "run", "--dataset", directory / "train.jsonl")
+    message = call("build", tmp_path / "bank", *options, code=1)
+    assert "holds no model (no config.json)" in message
+    assert str(directory / "run" / "checkpoint-8") in message
 
 
 def test_no_bar_is_shown_where_none_is_wanted(run, tmp_path, capfd):
