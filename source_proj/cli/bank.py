@@ -308,7 +308,9 @@ def build(
     if plan_for:
         from source_proj.distribute import plan as make_plan
 
-        _report_plan(make_plan(network, chosen, recorded, training_set, workers=plan_for, **options), json)
+        _report_plan(
+            make_plan(network, chosen, recorded, training_set, workers=plan_for, progress=progress, **options), json
+        )
         return
     was_complete = dataset is not None and is_complete(bank)
     placement = placement_of(network)

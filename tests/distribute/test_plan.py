@@ -3,7 +3,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ import source_proj as sp
 from source_proj.attribution.source.sizes import SegmentSize, fitted_bytes, search_peak
 from source_proj.bank.codecs import find_codec
 from source_proj.kernels.gram import packed_size
+from source_proj.sketch import exact_sketch
 
 module = importlib.import_module("source_proj.distribute.plan")  # whose name the function has too
 
@@ -139,6 +140,11 @@ def test_time_is_that_of_its_parts(planned):
     assert planned.parts[planned.dominates] == max(planned.parts.values())
     assert all(value >= 0 for value in planned.parts.values())
     assert planned.dominates in str(planned)
+    alone, several = str(replace(planned, workers=1)), str(replace(planned, workers=4))
+    assert ", 1 worker\n" in alone
+    assert "each" not in alone
+    assert ", 4 workers\n" in several
+    assert " of each worker, " in several
 
 
 def test_sizes_that_are_suggested_fit():
@@ -146,7 +152,7 @@ def test_sizes_that_are_suggested_fit():
     task, data = sp.Classification(), make()
     largest = sp.plan(model, task, trajectory, data, batch_size=10, sketch=sp.Sketch(dim=64))
     assert largest.dim == largest.parameters
-    assert f"sketch of {largest.dim} (as many as parameters: of kind 'sparse' it is exact)" in str(largest)
+    assert f"sketch of {largest.dim} ({exact_sketch(largest.dim)})" in str(largest)
     small = sp.plan(model, task, trajectory, data, batch_size=10, disk=200_000, workers=40, sketch=sp.Sketch(dim=64))
     assert 2 * N * small.dim <= 200_000 < 2 * N * 2 * small.dim + 2 * N * 20
     assert small.shard_rows == 10  # else some of 40 workers would have nothing to do
@@ -159,7 +165,7 @@ def test_no_sketch_has_more_numbers_than_the_network_has_parameters(width, kind)
     model, trajectory = run(checkpoints=1, width=width)
     planned = sp.plan(model, sp.Classification(), trajectory, make(), batch_size=10, sketch=sp.Sketch(16, kind))
     assert planned.dim == min(8192, planned.parameters)
-    assert (planned.dim == planned.parameters) == ("as many as parameters" in str(planned))
+    assert (planned.dim == planned.parameters) == ("identity" in str(planned))
 
 
 @given(st.integers(1, 600), st.integers(0, 1 << 20))
