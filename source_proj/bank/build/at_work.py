@@ -111,7 +111,7 @@ class AtWork:
         if folder is None or sys.platform == "win32":
             return
         file = folder / AT_WORK
-        outer = [each for each in (folder, *folder.parents) if not each.exists()]
+        outer = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
         self._made = [*file.parents[: len(Path(AT_WORK).parents) - 1], *outer]
         for _ in range(_TRIES):
             with suppress(OSError):  # no folder can be there, or none that can be written, or there are no locks
