@@ -95,7 +95,9 @@ def build(
     dataset: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Training set as .jsonl or .csv, for --hf-model's tokenizer.", rich_help_panel=TEXT
+            metavar="FILE",
+            help="Training set for --hf-model's tokenizer: .jsonl, .csv, .parquet or a folder of datasets.",
+            rich_help_panel=TEXT,
         ),
     ] = None,
     text_column: Annotated[

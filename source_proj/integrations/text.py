@@ -102,7 +102,7 @@ class TextData:
         for number, row in enumerate(rows, start=1):
             missing = [name for name in _needed(settings, classifies, labelled) if row.get(name) is None]
             if missing:
-                raise lacking(missing[0], row, number, name)
+                raise lacking(missing[0], row, number, name, _option(missing[0], settings))
             _require_words(row, settings, number, name)
         limit = settings.max_length or _limit(model, tokenizer)
         continues = not classifies and not labelled
@@ -110,6 +110,8 @@ class TextData:
         if not all(each.columns for each in encoded):
             number = next(n for n, each in enumerate(encoded, start=1) if not each.columns)
             raise MismatchError(f"example {number} of {name} has no token")
+        if not classifies and labelled:
+            _require_two_tokens(encoded, name)
         _warn_of_cut([n for n, each in enumerate(encoded, start=1) if each.cut], len(encoded), name, limit)
         self._columns = _padded([each.columns for each in encoded], tokenizer)
         if not labelled:
@@ -224,6 +226,13 @@ def _needed(settings: TextSettings, classifies: bool, labelled: bool) -> list[st
     return [name for name in named if name is not None]
 
 
+def _option(column: str, settings: TextSettings) -> str:
+    """What names a column in Python and on the command line."""
+    options = {"text": "--text-column", "label": "--label-column", "prompt": "--prompt-column"}
+    field = next((field for field in options if getattr(settings, field) == column), "pair")
+    return f"TextSettings({field}=...) ({options.get(field, '--text-pair-column')} of source-proj build)"
+
+
 def _require_words(row: Mapping[str, Any], settings: TextSettings, example: int, data: str) -> None:
     """Refuse what is no text, or no letter of any.
 
@@ -255,6 +264,20 @@ class _Encoded(NamedTuple):
     columns: Mapping[str, list[int]]
     prompt: int
     cut: bool
+
+
+def _require_two_tokens(encoded: Sequence[_Encoded], name: str) -> None:
+    """Refuse a text of which a language model predicts nothing.
+
+    Raises:
+        MismatchError: names the first.
+    """
+    for number, each in enumerate(encoded, start=1):
+        if len(each.columns["input_ids"]) < 2:
+            raise MismatchError(
+                f"example {number} of {name} has one token, and a language model predicts each from those before it: "
+                "leave the example out"
+            )
 
 
 def _warn_of_cut(numbers: Sequence[int], count: int, name: str, limit: int) -> None:

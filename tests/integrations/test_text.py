@@ -230,7 +230,7 @@ def test_options_that_contradict_each_other(run, tmp_path):
     bank = tmp_path / "bank"
     assert "leave one pair out" in build(directory, bank, "--model", "m:f", code=2)
     assert "needs --dataset FILE" in call("build", bank, "--hf-model", directory / "model", code=2)
-    assert "belong to --hf-run" in call(
+    assert "--warmup-steps belongs to --hf-run" in call(
         "build", bank, "--hf-model", directory / "model", "--dataset", directory / "train.csv", "--lr", 1,
         "--checkpoint", f"4={directory / 'run/checkpoint-4/model.safetensors'}", "--warmup-steps", 3, code=2,
     )  # fmt: skip
@@ -270,6 +270,19 @@ def test_texts_that_nobody_tokenised_name_the_remedy(run, tmp_path):
     for query in ({"text": TEXTS[0], "label": "good"}, {"text": TEXTS[0]}, TEXTS[0]):
         with pytest.raises(TypeError, match=r"text.*tokenise as in training.*TextData.like\(bank, rows\)"):
             source.helpful([query], k=1)
+
+
+def test_columns_and_texts_that_are_not_there_name_what_to_do(run, tmp_path):
+    kind, directory = run
+    told = build(directory, tmp_path / "b", "--text-column", "sentence", code=1)
+    assert "has no 'sentence', only ['label', 'text']; TextSettings(text=...) (--text-column of" in told
+    if kind == "language":
+        (tmp_path / "short.jsonl").write_text('{"text": "good bad"}\n{"text": "good"}\n')
+        message = build(directory, tmp_path / "b", file=tmp_path / "short.jsonl", code=1)
+        assert "example 2 of" in message
+        assert "has one token" in message
+    asked = ("top-k", tmp_path / "b", "--model", "mine:model", "--queries", directory / "queries.jsonl")
+    assert "files of texts go to --dataset" in call(*asked, code=2)
 
 
 def test_the_folder_of_a_run_is_no_model(run, tmp_path):

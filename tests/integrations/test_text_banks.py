@@ -128,6 +128,16 @@ def test_a_file_is_appended_and_its_texts_are_known(run, tmp_path):
     assert "one or the other" in call("append", bank, "--dataset", "x.jsonl", "--model", "a:b", code=2)
 
 
+def test_a_language_models_bank_has_no_classes(run, tmp_path):
+    kind, directory = run
+    build(directory, tmp_path / "bank", "--segments", 1)
+    options = ("curate", "mislabelled", tmp_path / "bank", "--file", directory / "train.jsonl", "--no-progress")
+    if kind == "language":
+        assert "is a language model's bank, whose examples have no classes" in call(*options, code=2)
+    else:
+        call(*options, "-n", 3)
+
+
 def test_a_training_set_in_another_order_is_refused_before_records_are_dropped(run, tmp_path):
     _, directory = run
     lines = (directory / "train.jsonl").read_text().splitlines(keepends=True)
