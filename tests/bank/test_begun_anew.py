@@ -61,6 +61,17 @@ def test_what_others_are_at_work_on_stays(run, tmp_path):
     assert run.build(tmp_path / "bank").finalized
 
 
+def test_who_was_stopped_while_it_replaced_a_bank_is_not_waited_for_without_end(run, tmp_path, monkeypatch):
+    failed(run, tmp_path / "bank")
+    monkeypatch.setattr(sys.modules["source_proj.bank.build.at_work"], "_WAIT", 0.1)
+    with (
+        at_work(LocalStore(tmp_path / "bank")),
+        pytest.raises(BankError, match=r"about to replace the bank .*: end it"),
+    ):
+        run.build(tmp_path / "bank")  # the other one never shares
+    assert run.build(tmp_path / "bank").finalized
+
+
 def test_a_bank_with_rows_stays_and_is_named(run, tmp_path):
     run.build(tmp_path / "bank", shard=(0, 2))
     before = content(tmp_path / "bank")

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = ["AT_WORK", "AtWork", "at_work", "is_sealed"]
 
 AT_WORK = f"stage_0/part_0/ids/build{PARTIAL}"  # zarr warns of what lies in a group and is none, not in an array
 
+_WAIT = 60.0  # seconds until others may share, who remove what was begun; it takes milliseconds
 _TRIES = 20  # each needs another process that ends in the same instant
 _FILE = r"(zarr\.json|c(\.\d+)+)"
 _OWN = re.compile(
@@ -106,7 +108,11 @@ class AtWork:
             self._store.delete(key)
 
     def begin(self) -> None:
-        """Take the lock, alone if nobody else has it."""
+        """Take the lock, alone if nobody else has it.
+
+        Raises:
+            BankError: another process was stopped while it removed what was begun.
+        """
         folder = self._store.folder
         if folder is None or sys.platform == "win32":
             return
@@ -137,9 +143,12 @@ class AtWork:
         """Lock the file, unless it was removed before that: then others lock another one."""
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
-            alone = _locked_alone(descriptor)
-            if not alone:
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
+            alone = _locked(descriptor, fcntl.LOCK_EX)
+            if not alone and not _locked(descriptor, fcntl.LOCK_SH, _WAIT):
+                raise BankError(
+                    f"another process has been about to replace the bank {self._store.location()} for {_WAIT:g} s: "
+                    "end it, then call this again"
+                )
             if os.path.samestat(os.fstat(descriptor), os.stat(file)):
                 self._alone, self._descriptor = alone, descriptor
         finally:
@@ -173,12 +182,18 @@ def is_sealed(store: Store) -> bool:
         return False
 
 
-def _locked_alone(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _locked(descriptor: int, kind: int, wait: float = 0.0) -> bool:
+    """Take a lock, and say whether it was had within some seconds."""
+    until = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.02)
+        else:
+            return True
 
 
 def _is_bank(store: Store) -> bool:
