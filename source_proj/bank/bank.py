@@ -16,7 +16,7 @@ from source_proj._io.html import facts
 from source_proj._io.printable import counted, printable
 from source_proj._io.progress import Progress
 from source_proj.bank.build.append import append_rows
-from source_proj.bank.build.at_work import AT_WORK
+from source_proj.bank.build.at_work import AT_WORK, sweep_builders
 from source_proj.bank.examples import KnownExamples
 from source_proj.bank.fits import FitCache
 from source_proj.bank.format import Settings
@@ -263,7 +263,7 @@ class Bank:
             if key.startswith(tuple(done)) and not key.startswith(("fits/", AT_WORK)):  # others may be at work on those
                 self.store.delete(key)
         if self.finalized:
-            self.store.sweep("claims")
+            sweep_builders(self.store)
         self.fits.remove_stale()
 
     def append(

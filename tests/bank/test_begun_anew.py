@@ -72,6 +72,14 @@ def test_who_was_stopped_while_it_replaced_a_bank_is_not_waited_for_without_end(
     assert run.build(tmp_path / "bank").finalized
 
 
+def test_the_lock_that_a_killed_builder_left_goes_with_the_next_call(run, tmp_path):
+    bank = run.build(tmp_path / "bank")
+    for again in (lambda: run.build(tmp_path / "bank"), bank.finalize):
+        (tmp_path / "bank" / AT_WORK).touch()
+        again()
+        assert not bank.store.leftovers()
+
+
 def test_a_bank_with_rows_stays_and_is_named(run, tmp_path):
     run.build(tmp_path / "bank", shard=(0, 2))
     before = content(tmp_path / "bank")

@@ -27,7 +27,7 @@ from source_proj.bank.store import Store
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["AT_WORK", "AtWork", "at_work", "is_sealed"]
+__all__ = ["AT_WORK", "AtWork", "at_work", "is_sealed", "sweep_builders"]
 
 AT_WORK = f"stage_0/part_0/ids/build{PARTIAL}"  # zarr warns of what lies in a group and is none, not in an array
 
@@ -172,6 +172,14 @@ def at_work(store: Store, *, leads: bool = True) -> Iterator[AtWork]:
         yield work
     finally:
         work.end()
+
+
+def sweep_builders(store: Store) -> None:
+    """Remove what killed builders of a complete bank left of their claims, and their lock."""
+    store.sweep("claims")
+    if store.leftovers(AT_WORK.rpartition("/")[0]):
+        with at_work(store):  # its end removes the file, unless others have it
+            pass
 
 
 def is_sealed(store: Store) -> bool:
