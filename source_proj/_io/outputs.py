@@ -9,7 +9,15 @@ from pathlib import Path
 
 from source_proj._io.files import CREATING, Content, publish, write_files, write_new_files
 
-__all__ = ["local_path", "name_folder", "require_free", "write_output", "write_output_folder", "write_outputs"]
+__all__ = [
+    "local_path",
+    "name_folder",
+    "refused_together",
+    "require_free",
+    "write_output",
+    "write_output_folder",
+    "write_outputs",
+]
 
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path leaves one slash of the two; drives have one letter
@@ -67,6 +75,26 @@ def require_free(path: Path, *, overwrite: bool, replaceable: Callable[[Path], b
         )
     if not overwrite:
         raise _taken(path)
+
+
+def refused_together(*checks: Callable[[], None]) -> None:
+    """Make checks of several outputs, and name all that are there already in one message.
+
+    Args:
+        checks: each refuses one output, as `require_free` does.
+
+    Raises:
+        FileExistsError: some are there.
+        Exception: the first other one of a check.
+    """
+    taken = []
+    for check in checks:
+        try:
+            check()
+        except FileExistsError as error:
+            taken.append(str(error))
+    if taken:
+        raise FileExistsError("; ".join(taken))
 
 
 def write_output(path: Path, content: Content, *, overwrite: bool) -> None:

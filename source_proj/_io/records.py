@@ -176,7 +176,9 @@ def json_rows(records: Records) -> Iterable[dict[str, Any]]:
             yield row
         except (ValueError, RecursionError) as error:
             line = records.text((records.mark, span[0])).count("\n") + 1
-            raise ValueError(f"line {line} is no JSON object: {error}") from error
+            # json counts lines from the record's first, which would be a second number.
+            why = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise ValueError(f"line {line} is no JSON object: {why}") from error
 
 
 def _fields(records: Records, span: tuple[int, int], delimiter: str) -> list[str]:

@@ -26,6 +26,10 @@ __all__ = ["Hit", "Hits", "Reranked", "Shown", "checked_count", "make_hits"]
 
 _QUERIES = 5  # shown in a notebook or a terminal
 _ENTRIES = 5
+_BARE = (
+    "training examples are shown by their ids: bank.examples = sp.Examples(train_set) before the question shows them "
+    "(--data MODULE:FUNCTION on the command line)"
+)
 _TEXT = 72  # characters of an example in a line
 
 
@@ -221,7 +225,13 @@ class Hits(EqualByValue):
         more = len(self) - _QUERIES
         if more > 0:
             lines += ["", f"… and {more} more {'query' if more == 1 else 'queries'}"]
+        lines += self.closing
         return "\n".join(lines)
+
+    @property
+    def closing(self) -> list[str]:
+        """What to say below the lists where nothing is known of the training examples but their ids."""
+        return ["", _BARE] if len(self) and self.shown.train is None else []
 
     def lines(self, query: int, *, named: bool = True) -> Iterator[str]:
         """A query and its examples in words, a line each; made harmless for terminals.

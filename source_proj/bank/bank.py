@@ -16,7 +16,8 @@ from source_proj._io.html import facts
 from source_proj._io.printable import counted, printable
 from source_proj._io.progress import Progress
 from source_proj.bank.build.append import append_rows
-from source_proj.bank.examples import Examples
+from source_proj.bank.build.at_work import AT_WORK, sweep_builders
+from source_proj.bank.examples import KnownExamples
 from source_proj.bank.fits import FitCache
 from source_proj.bank.format import Settings
 from source_proj.bank.read.metrics import Metrics
@@ -38,8 +39,7 @@ __all__ = ["Bank", "open_bank"]
 class Bank:
     """A store of sketched training gradients; made by :func:`source_proj.build`, opened by :func:`source_proj.open`.
 
-    It is sent to another process by its place: there it is opened, once, and refused if it is not the same. What it
-    knows of examples stays behind.
+    It is sent to another process by its place, without its examples: there it is opened, once, if it is the same.
 
     Args:
         path: the bank's folder, or a URL: s3://bucket/bank, gs://…, az://…, memory://…, or one that fsspec reads.
@@ -59,6 +59,8 @@ class Bank:
         BankError: there is no bank, or one of another version, or one whose metadata are damaged; says what was found.
     """
 
+    examples = KnownExamples()
+
     def __init__(self, path: str | Path) -> None:
         self.store = open_store(path)
         self.path: Path | str = self.store.folder or self.store.location()
@@ -66,7 +68,6 @@ class Bank:
         list_objects(self.store)  # refuses links
         self.sketch = _sketch(self.path, self.settings)
         self.metrics = Metrics(self.store, self.settings)
-        self.examples: Examples | None = None
         self._weights = Weights(self.store, self.settings, moved)
         self.reload()
 
@@ -259,10 +260,10 @@ class Bank:
         self.reload()
         done = [""] if self.finalized else [f"{part.name}/" for part in parts]
         for key in self.store.leftovers():
-            if key.startswith(tuple(done)) and not key.startswith("fits/"):  # others may be at work on those
+            if key.startswith(tuple(done)) and not key.startswith(("fits/", AT_WORK)):  # others may be at work on those
                 self.store.delete(key)
         if self.finalized:
-            self.store.sweep("claims")
+            sweep_builders(self.store)
         self.fits.remove_stale()
 
     def append(

@@ -15,7 +15,7 @@ from source_proj._io.pictures import image_uri
 from source_proj.bank.build.columns import Table, examples_of
 from source_proj.task import Answer
 
-__all__ = ["Example", "Examples"]
+__all__ = ["Example", "Examples", "KnownExamples"]
 
 ClassNames = Sequence[str] | Mapping[Any, str]
 Picture = tuple[int, ...] | Callable[[Any], Any]
@@ -309,3 +309,19 @@ def _name(label: Any, class_names: ClassNames | None) -> str:
         return str(class_names[label])
     except (KeyError, IndexError, TypeError):
         return str(label)
+
+
+class KnownExamples:
+    """The attribute of a bank that holds its :class:`Examples`, or None; it takes nothing else."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Examples | None:
+        return None if instance is None else instance.__dict__.get(self._name)
+
+    def __set__(self, instance: Any, examples: Any) -> None:
+        if examples is not None and not isinstance(examples, Examples):
+            kind = type(examples).__name__
+            raise TypeError(f"bank.examples must be source_proj.Examples, got {kind}: give Examples(train_set)")
+        instance.__dict__[self._name] = examples

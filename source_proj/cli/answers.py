@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from source_proj._io.outputs import require_free, write_output, write_outputs
+from source_proj._io.outputs import refused_together, require_free, write_output, write_outputs
 from source_proj._io.printable import csv_cell
 from source_proj.attribution.hits import Hits
 from source_proj.attribution.score_files import FACTS, is_scores_array
@@ -46,7 +46,7 @@ class Answer:
                 heading, *entries = listed.lines(query, named=named)
                 lines += [heading] if place == 0 else []
                 lines += [f"  {title}", *entries]
-        return "\n".join(lines)
+        return "\n".join([*lines, *hits.closing])
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as JSON can hold it; "train" holds the highest scores, or the list that was asked for."""
@@ -104,8 +104,10 @@ def scores_writer(out: Path, overwrite: bool) -> Callable[[Scores], None]:
         raise ValueError(f"--out must end in one of {', '.join(writers)}, got {str(out)!r}")
     require_folder("--out", out)
     replaceable = is_scores_array if out.suffix == ".zarr" else _replaceable
-    for path in [out, *([_facts_path(out)] if out.suffix == ".npy" else [])]:
-        require_free(path, overwrite=overwrite, replaceable=replaceable)
+    paths = [out, *([_facts_path(out)] if out.suffix == ".npy" else [])]
+    refused_together(
+        *(functools.partial(require_free, path, overwrite=overwrite, replaceable=replaceable) for path in paths)
+    )
     return functools.partial(writers[out.suffix], out=out, overwrite=overwrite)
 
 

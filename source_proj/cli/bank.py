@@ -95,7 +95,9 @@ def build(
     dataset: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Training set as .jsonl or .csv, for --hf-model's tokenizer.", rich_help_panel=TEXT
+            metavar="FILE",
+            help="Training set for --hf-model's tokenizer: .jsonl, .csv, .parquet or a folder of datasets.",
+            rich_help_panel=TEXT,
         ),
     ] = None,
     text_column: Annotated[
@@ -154,7 +156,8 @@ def build(
     preconditioner: Annotated[
         str | None,
         typer.Option(
-            help="scalar, factored, shared, per_segment, factored_per_segment or none: Adam's P, with --hf-run.",
+            help="scalar, factored, shared, per_segment, factored_per_segment or none: Adam's P, with --hf-run; "
+            "none takes gradients as they are, and needs no optimizer.pt.",
             rich_help_panel=TRAINED,
         ),
     ] = None,
@@ -307,7 +310,9 @@ def build(
     if plan_for:
         from source_proj.distribute import plan as make_plan
 
-        _report_plan(make_plan(network, chosen, recorded, training_set, workers=plan_for, **options), json)
+        _report_plan(
+            make_plan(network, chosen, recorded, training_set, workers=plan_for, progress=progress, **options), json
+        )
         return
     was_complete = dataset is not None and is_complete(bank)
     placement = placement_of(network)

@@ -1,19 +1,20 @@
 """What the commands of ``curate`` share: who is asked, what columns say, and where a cleaning goes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from source_proj import curate
 from source_proj._errors import MismatchError
-from source_proj._io.outputs import require_free
+from source_proj._io.outputs import refused_together, require_free
 from source_proj.attribution.source import Source
 from source_proj.bank import open as open_bank
 from source_proj.cli.answers import require_folder
 from source_proj.cli.output import emit, say
 from source_proj.cli.parsing import make_task, needed
-from source_proj.cli.text import ask_about
+from source_proj.cli.text import ask_about, require_own_records
 from source_proj.curate.files import require_writable
 from source_proj.integrations.text_rows import lacking, text_rows
 
@@ -73,6 +74,7 @@ def delivery(options: Mapping[str, Any]) -> Delivery:
             another kind, or one file twice.
         FileExistsError: something is there that may not be overwritten.
         FileNotFoundError: the training set is not there, or the folder to write into.
+        MismatchError: its records are not those that the bank was built from.
     """
     chosen: dict[str, Any] = {field.name: options.get(field.name) for field in fields(Delivery)}  # clean has no --list
     goal = Delivery(**chosen)
@@ -90,11 +92,31 @@ def delivery(options: Mapping[str, Any]) -> Delivery:
         require_folder(flag, path)
         if goal.file is not None and path.exists() and goal.file.exists():
             _require_another(path, goal.file, flag)
-    if goal.list is not None:
-        require_free(goal.list, overwrite=goal.overwrite)
-    if goal.file is not None and goal.out is not None:
-        require_writable(goal.file, goal.out, annotated=goal.annotated, overwrite=goal.overwrite)
+    _require_room(goal)
+    _require_own(goal, options.get("bank"))
     return goal
+
+
+def _require_room(goal: Delivery) -> None:
+    """Refuse outputs that are there already, all of them in one message.
+
+    Raises:
+        FileExistsError: names them.
+    """
+    checks: list[Callable[[], None]] = []
+    if goal.list is not None:
+        checks.append(partial(require_free, goal.list, overwrite=goal.overwrite))
+    if goal.file is not None and goal.out is not None:
+        room = partial(require_writable, goal.file, goal.out, annotated=goal.annotated, overwrite=goal.overwrite)
+        checks.append(room)
+    refused_together(*checks)
+
+
+def _require_own(goal: Delivery, bank: str | Sequence[str] | None) -> None:
+    """Refuse another training set than the banks', of which other records would be dropped."""
+    if goal.file is not None and bank is not None:
+        first = bank if isinstance(bank, str) else bank[0]
+        require_own_records(first, goal.file, encoding=goal.encoding, delimiter=goal.delimiter)
 
 
 def _require_another(path: Path, file: Path, flag: str) -> None:
@@ -123,8 +145,8 @@ def aggregate(
 ) -> curate.Aggregate:
     """The scores summed up, the groups and weights taken from columns of ``--dataset``."""
     groups, weights = (
-        None if name is None else column(Path(needed(None if dataset is None else str(dataset), "--dataset")), name)
-        for name in (group_column, weight_column)
+        None if name is None else column(Path(needed(None if dataset is None else str(dataset), "--dataset")), name, of)
+        for name, of in ((group_column, "--group-column"), (weight_column, "--weight-column"))
     )
     return curate.aggregate(source, data, groups=groups, weights=None if weights is None else _numbers(weights))
 
@@ -154,11 +176,11 @@ def labels(options: Mapping[str, Any]) -> list[Any]:
     name, file = options["label_column"], options["file"]
     if file is None:
         raise ValueError(f"the labels are in no file: give --file FILE, whose column {name!r} holds them")
-    return column(file, name, encoding=options["encoding"], delimiter=options["delimiter"])
+    return column(file, name, "--label-column", encoding=options["encoding"], delimiter=options["delimiter"])
 
 
-def column(file: Path, name: str, *, encoding: str = "utf-8", delimiter: str = ",") -> list[Any]:
-    """A column of a file.
+def column(file: Path, name: str, option: str, *, encoding: str = "utf-8", delimiter: str = ",") -> list[Any]:
+    """A column of a file, which an option names.
 
     Raises:
         MismatchError: there is no such column, or a record has nothing in it, as an empty cell of a table.
@@ -167,5 +189,5 @@ def column(file: Path, name: str, *, encoding: str = "utf-8", delimiter: str = "
     values = [row.get(name) for row in rows]
     for place, value in enumerate(values):
         if value is None or value == "":
-            raise lacking(name, rows[place], place + 1, called)
+            raise lacking(name, rows[place], place + 1, called, option)
     return values

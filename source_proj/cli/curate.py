@@ -32,7 +32,11 @@ Queries = Annotated[
 ]
 Dataset = Annotated[
     Path | None,
-    typer.Option("--dataset", metavar="FILE", help="Validation set, to a bank that was built from a text file."),
+    typer.Option(
+        "--dataset",
+        metavar="FILE",
+        help="Validation set, to a bank of texts: .jsonl, .csv, .parquet or a folder of datasets.",
+    ),
 ]
 GroupColumn = Annotated[
     str | None,
@@ -197,6 +201,7 @@ def mislabelled(
     delimiter: Delimiter = ",",
     annotated: WithColumns = False,
     device: Device = None,
+    progress: Progress = True,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -207,10 +212,16 @@ def mislabelled(
     from source_proj.cli import cleanings
     from source_proj.cli.text import label_column_of
 
+    banks = [open_bank(path) for path in bank]
+    if label_column is None and banks[0].task_spec["name"] == "causal_lm":
+        raise ValueError(
+            f"{bank[0]} is a language model's bank, whose examples have no classes: name a column of --file that has "
+            "some by --label-column, with --by self-influence"
+        )
     options = {**context.params, "label_column": label_column or label_column_of(bank[0])}
     delivery = cleanings.delivery(options)
     labels = cleanings.labels(options)
-    source = Source([open_bank(path) for path in bank], device=device, progress=False)
+    source = Source(banks, device=device, progress=progress)
     delivery.give(library.mislabelled(source, labels, n=n, by=by.value.replace("-", "_")))  # type: ignore[arg-type]
 
 
@@ -270,7 +281,7 @@ def verify(
     evaluate: Annotated[
         str, typer.Option(metavar="MODULE:FUNCTION", help="evaluate(model): a number, higher is better.")
     ],
-    seeds: Annotated[int, typer.Option(min=1, help="Models of each kind.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Models of each kind; fewer than 3 give no verdict.")] = 5,
     progress: Progress = True,
     json: Json = False,
 ) -> None:
@@ -279,7 +290,7 @@ def verify(
     from source_proj.cli.parsing import load_function
 
     functions = load_function(train, "--train"), load_function(evaluate, "--evaluate")
-    judged = library.verify(library.Cleaning.load(cleaning), *functions, seeds=range(seeds), progress=progress)
+    judged = library.verify(library.Cleaning.load(cleaning), *functions, seeds=seeds, progress=progress)
     if json:
         emit(
             {

@@ -193,10 +193,12 @@ def _general(stage: dict[str, Any]) -> Iterator[str]:
 
 def _sketch(facts: dict[str, Any]) -> str:
     """The sketch, and whether there is more room in it than there are numbers to sketch."""
+    from source_proj.sketch import exact_sketch
+
     sketch, sizes = facts["sketch"], [math.prod(shape) for shape in facts["parameters"].values()]
     words = f"{sketch['kind']}, {sketch['dim']} numbers an example, seed {sketch['seed']}"
     if sketch["kind"] != "identity" and sketch["dim"] > sum(sizes):
-        words += f" (only {sum(sizes)} parameters: --sketch-kind identity is exact and smaller)"
+        words += f" (only {sum(sizes)} parameters: {exact_sketch(sum(sizes))})"
     return words
 
 

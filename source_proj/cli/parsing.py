@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -34,6 +35,7 @@ __all__ = [
     "with_options",
 ]
 
+_FILES = (".jsonl", ".ndjson", ".csv", ".parquet")
 _TASKS = {"classification": Classification, "regression": Regression, "causal-lm": CausalLM}
 
 
@@ -76,6 +78,8 @@ def load_function(name: str, what: str) -> Callable[..., Any]:
 def _named(name: str, what: str) -> Any:
     """What ``module:attribute`` names."""
     module_name, _, attribute = name.partition(":")
+    if what in ("--queries", "--data") and (Path(name).is_file() or name.endswith(_FILES)):
+        raise ValueError(f"{what} is given as module:function, got the file {name!r}: files of texts go to --dataset")
     if not module_name or not attribute:
         raise ValueError(f"{what} must be given as module:function, got {name!r}")
     if os.getcwd() not in sys.path:
@@ -202,7 +206,7 @@ def make_trajectory(
     if not points and (lr is not None or momentum or weight_decay):
         raise ValueError(f"--lr, --momentum and --weight-decay belong to --checkpoint; {given[0]} brings its own")
     if hf_options and not hf_run:
-        raise ValueError(f"{', '.join(hf_options)} belong to --hf-run; {given[0]} brings its own")
+        raise ValueError(_of_trainers([*hf_options], given[0]))
     if hf_run:
         return Trajectory.from_hf_trainer(hf_run, segments=segments or 1, model=model, **(hf_options or {}))
     if recorder:
@@ -223,6 +227,15 @@ def make_trajectory(
         optimizer=SGD(momentum=momentum, weight_decay=weight_decay),
         segments=segments or 1,
     )
+
+
+def _of_trainers(options: list[str], given: str) -> str:
+    """What to say of a Trainer's options beside another run."""
+    named = " and ".join(f"--{option.replace('_', '-')}" for option in options)
+    belong = f"{named} {'belongs' if len(options) == 1 else 'belong'} to --hf-run"
+    if given == "--checkpoint" and "learning_rate" in options:
+        return f"{belong}; the constant learning rate of --checkpoint is --lr"
+    return f"{belong}; {given} brings its own"
 
 
 def needed(value: str | None, flag: str) -> str:

@@ -18,14 +18,17 @@ from source_proj.cli.parsing import load_model, load_object, make_task, needed, 
 from source_proj.integrations import (
     TextData,
     TextRows,
+    TextsChangedError,
     TextSettings,
     load_pretrained,
     own_rows,
+    require_own_texts,
     task_for,
     trainable_parameters,
 )
 from source_proj.integrations.callback_log import is_callback_dir
 from source_proj.integrations.pretrained import is_adapter, label_numbers, require_model_folder
+from source_proj.integrations.text_rows import text_rows
 from source_proj.integrations.trainer_data import check_training_set
 from source_proj.integrations.trainer_folders import trainer_folders
 from source_proj.task import CausalLM, Task, TokenQueries
@@ -40,6 +43,7 @@ __all__ = [
     "note_appended",
     "own_file",
     "own_queries",
+    "require_own_records",
     "training_texts",
 ]
 
@@ -248,6 +252,35 @@ def own_file(bank: str | Path) -> Path | None:
     """The text file that a bank was built from, if it is the only one, still there and as it was; else warns of it."""
     known = _known_rows(bank)
     return known[0][0] if known is not None and len(known[0]) == 1 else None
+
+
+def require_own_records(bank: str, file: Path, *, encoding: str, delimiter: str) -> None:
+    """Refuse a training set's file that is not, record by record, what a bank of texts was built from.
+
+    The file that the bank was built from is read once; others are compared with it. Where the bank's own texts are gone
+    nothing is compared, and where they changed that is warned of.
+
+    Raises:
+        MismatchError: names the first record that differs, and what to give.
+    """
+    try:
+        known, settings = TextSettings.files(bank), TextSettings.read(bank)
+    except (SourceProjError, OSError, ValueError):  # of no texts
+        return
+    if not known:
+        return
+    name, rows = text_rows(file, encoding=encoding, delimiter=delimiter)
+    if len(known) == 1 and TextRows(rows, settings).digest == known[0][1]:
+        return
+    try:
+        require_own_texts(bank, rows, name)
+    except TextsChangedError as error:
+        if any(file.samefile(own) for own, _ in known):
+            raise MismatchError(
+                f"{error}, or are in another order, and other examples than those of the list could be dropped: put "
+                "the file back as it was, or build a bank of it as it is"
+            ) from error
+        warnings.warn(f"{error}: the records of {name} are not compared with them", UserWarning, stacklevel=3)
 
 
 def label_column_of(bank: str) -> str:

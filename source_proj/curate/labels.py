@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from source_proj._errors import MismatchError
 
@@ -33,12 +34,18 @@ def classes_of(
 
     Raises:
         MismatchError: labels are not one for each example.
+        TypeError: they are a whole data set.
         ValueError: a label is missing (NaN, None), or a row of several numbers.
 
     Example:
         >>> classes_of(["b", "a", "b"], 3)
         (['a', 'b'], array([1, 0, 1]))
     """
+    if isinstance(labels, Dataset | DataLoader):
+        raise TypeError(
+            f"{what} are one name for each, got a {type(labels).__name__} of {of}: give the names alone, such as "
+            "[int(label) for _, label in data]"
+        )
     given = [_name(label, place, what) for place, label in enumerate(labels)]
     if len(given) != count:
         raise MismatchError(f"got {len(given)} {what} for {count} {of}: give one for each")
@@ -53,8 +60,8 @@ def _name(label: Any, place: int, what: str) -> Any:
     if getattr(label, "ndim", 0) or isinstance(label, list | dict | set):
         shown = str(label.tolist() if hasattr(label, "tolist") else label)
         raise ValueError(
-            f"{what} are one name for each, got {shown[:60]} at place {place}: give a column as x[:, 0], and the "
-            "classes of one-hot rows as x.argmax(1)"
+            f"{what} are one name for each, got {shown[:60]} at place {place}: give a column as x[:, 0], or as "
+            "[row['label'] for row in data], and the classes of one-hot rows as x.argmax(1)"
         )
     name = label.item() if hasattr(label, "item") else label
     if _is_missing(name):  # every NaN would be a class of its own, as none equals another

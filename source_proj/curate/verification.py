@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from source_proj._errors import extra
+from source_proj._io.calls import require_callable
 from source_proj._io.progress import Progress, progress_bar
 from source_proj.curate.cleaning import Cleaning
 
@@ -24,16 +25,19 @@ Train = Callable[[Any, int], Any]
 _QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """97.5 % quantiles of Student's t for 1 to 10 degrees of freedom."""
 
+_LEAST, _ENOUGH = 3, 5
+"""Seeds that an interval and a verdict need: two differences that happen to be equal would leave no doubt at all."""
+
 
 class Interval(NamedTuple):
-    """A mean over seeds and its 95 % interval by Student's t; NaNs where there is one seed."""
+    """A mean over seeds and its 95 % interval by Student's t; NaNs where there are fewer than three seeds."""
 
     mean: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+        return f"{self.mean:+.4f}" if math.isnan(self.low) else f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,14 +71,15 @@ class Verification:
     @property
     def verdict(self) -> str:
         """What the intervals say, in a sentence."""
+        if len(self.seeds) < _LEAST:
+            return f"no verdict from {_counted(len(self.seeds))}: {_LEAST} would do, and {_ENOUGH} are better"
         over_all = _verdict(self.gain, "training on all examples")
         return f"{over_all}; {_verdict(self.gain_over_random, 'a random choice of the same size')}"
 
     def __str__(self) -> str:
         kept, n = len(self.cleaning.kept), len(self.cleaning.train_ids)
-        runs = f"{len(self.seeds)} {'seed' if len(self.seeds) == 1 else 'seeds'}"
         lines = [
-            f"{self.cleaning.what}: {kept} of {n} examples kept, {runs}",
+            f"{self.cleaning.what}: {kept} of {n} examples kept, {_counted(len(self.seeds))}",
             f"all {self.whole.mean():.4f}, kept {self.cleaned.mean():.4f}, random {self.random.mean():.4f}",
             f"kept - all    {self.gain}",
             f"kept - random {self.gain_over_random}",
@@ -94,7 +99,7 @@ def verify(
     train: Train,
     evaluate: Callable[[Any], float],
     *,
-    seeds: Sequence[int] = range(5),
+    seeds: Sequence[int] | int = range(5),
     progress: Progress = True,
 ) -> Verification:
     """Train with and without the examples of a cleaning, and as often on as many examples drawn at random.
@@ -108,10 +113,11 @@ def verify(
         train: ``train(kept, seed)`` trains a model on the examples at the positions ``kept`` (int64, in order), the
             seed deciding everything random in it.
         evaluate: ``evaluate(model)`` gives a number, higher is better.
-        seeds: one for each model of a kind; at least five say something.
+        seeds: one for each model of a kind, or how many, n for ``range(n)``; at least three tell anything, better five.
         progress: show a progress bar after two seconds; False for none, or a function of (description, done, total).
 
     Raises:
+        TypeError: ``train`` or ``evaluate`` cannot be called so.
         ValueError: no seed is given, one is given twice, nothing is kept, or a measure is not finite.
 
     Example:
@@ -120,9 +126,11 @@ def verify(
         >>> judged.gain
         Interval(mean=1.0, low=1.0, high=1.0)
     """
-    chosen = [int(seed) for seed in seeds]
+    require_callable(train, "train", "train(kept, seed)")
+    require_callable(evaluate, "evaluate", "evaluate(model)")
+    chosen = [int(seed) for seed in (range(seeds) if isinstance(seeds, int) else seeds)]
     if not chosen or len(set(chosen)) != len(chosen):
-        raise ValueError(f"give at least one seed, and none twice, got {chosen}")
+        raise ValueError(f"give at least one seed, and none twice, got {seeds!r}: seeds=5 are 0 to 4")
     kept, n = cleaning.kept, len(cleaning.train_ids)
     if not len(kept):
         raise ValueError(f"the cleaning keeps none of {n} examples: there is nothing to train on")
@@ -144,7 +152,7 @@ def interval(values: np.ndarray) -> Interval:
         [2.0, -0.484, 4.484]
     """
     mean = float(values.mean())
-    if len(values) < 2:
+    if len(values) < _LEAST:
         return Interval(mean, math.nan, math.nan)
     half = _student(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
@@ -157,6 +165,10 @@ def _student(freedom: int) -> float:
     z = 1.959964
     # Abramowitz and Stegun, 26.7.5
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def _counted(seeds: int) -> str:
+    return f"{seeds} seed" if seeds == 1 else f"{seeds} seeds"
 
 
 def _measured(value: Any, seed: int) -> float:

@@ -26,7 +26,7 @@ from source_proj.bank.build.data import BatchSource, by_stage, checked_ids
 from source_proj.bank.build.parameters import AGREEMENT, NONE, weighting_of
 from source_proj.bank.format import Settings, storage_of
 from source_proj.bank.layout import PartSpec, default_shard_rows, part_arrays
-from source_proj.sketch import Sketch
+from source_proj.sketch import Sketch, exact_sketch
 from source_proj.task import Task
 from source_proj.trajectory import Trajectory
 
@@ -110,21 +110,21 @@ class Plan:
 
     @property
     def _limit(self) -> str:
-        if self.dim != self.parameters:
-            return ""
-        given = ", given blocks=1" if checked_blocks(None, Sketch(self.dim)) > 1 else ""
-        return f" (as many as parameters: of kind 'sparse' it is exact{given})"
+        return f" ({exact_sketch(self.parameters)})" if self.dim == self.parameters else ""
 
     def __str__(self) -> str:
         share = self.parts[self.dominates] / self.seconds
         peak = "unknown" if self.build_peak is None else _size(self.build_peak)
         largest = max(self.bytes, key=lambda name: self.bytes[name])
         total = sum(self.bytes.values())
+        workers, seconds = "1 worker", _time(self.seconds)
+        if self.workers > 1:
+            workers = f"{self.workers} workers"
+            seconds = f"{_time(self.seconds_each)} of each worker, {seconds} of all together"
         return "\n".join(
             [
-                f"{self.examples} examples, {self.parameters} parameters, {self.passes} passes, {self.workers} workers",
-                f"  time      {_time(self.seconds_each)} each, {_time(self.seconds)} in all: {share:.0%} is "
-                f"{self.dominates}",
+                f"{self.examples} examples, {self.parameters} parameters, {self.passes} passes, {workers}",
+                f"  time      {seconds}: {share:.0%} is {self.dominates}",
                 f"  disk      {_size(total)}, of which {largest} {self.bytes[largest] / total:.0%}",
                 f"  memory    build {peak}; fit {_size(self.fit_peak)} and search {_size(self.search_peak)} more than "
                 "the model",

@@ -8,7 +8,7 @@ from source_proj.integrations.model_task import task_for
 from source_proj.integrations.peft import trainable_parameters
 from source_proj.integrations.pretrained import load_pretrained
 from source_proj.integrations.quanda import QuandaExplainer
-from source_proj.integrations.text import TextData, TextRows, own_rows
+from source_proj.integrations.text import TextData, TextRows, TextsChangedError, own_rows, require_own_texts
 from source_proj.integrations.text_settings import TextSettings
 
 __all__ = [
@@ -18,10 +18,12 @@ __all__ = [
     "TextData",
     "TextRows",
     "TextSettings",
+    "TextsChangedError",
     "hf_trainer_stage",
     "lightning_stage",
     "load_pretrained",
     "own_rows",
+    "require_own_texts",
     "task_for",
     "trainable_parameters",
 ]

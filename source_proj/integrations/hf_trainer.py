@@ -16,6 +16,7 @@ from source_proj.integrations.trainer_arguments import (
     accumulated_undivided,
     check_trainer_optimizer,
     trainer_arguments,
+    trainer_optimizer,
     trainer_version,
 )
 from source_proj.integrations.trainer_clipping import clipping, trainer_norms
@@ -24,7 +25,8 @@ from source_proj.integrations.trainer_folder import NamedState, TrainerFolder, r
 from source_proj.integrations.trainer_folders import trainer_folders
 from source_proj.integrations.trainer_rates import GivenSchedule, trainer_rates
 from source_proj.integrations.trainer_weights import model_of, trainer_weights
-from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage
+from source_proj.trajectory import Adam, Checkpoint, Optimizer, PreconditionerMode, Segments, Stage
+from source_proj.trajectory.optimizers import ParameterGroup
 from source_proj.trajectory.optimizers.describe import describe_state
 from source_proj.trajectory.optimizers.naming import parameter_names
 
@@ -82,7 +84,8 @@ def hf_trainer_stage(
         accumulation: micro-batches whose gradients were summed undivided before a step, 1 where they were averaged.
             Default: as the Trainer does with the model's own loss. Of another one (``compute_loss_func``, an overridden
             ``compute_loss``) no file says whether it divides.
-        preconditioner: as in :class:`Stage`.
+        preconditioner: as in :class:`Stage`. "none" also reads runs of Adam that were saved without ``optimizer.pt``
+            (``save_only_model=True``): gradients count as they are, and not as Adam scaled them.
 
     Raises:
         FileNotFoundError: no Trainer's run, or a file is missing.
@@ -116,7 +119,9 @@ def hf_trainer_stage(
         warnings.warn(f"{str(dir)!r}: {clipped.assumed}", UserWarning, stacklevel=3)
     names = None
     described: dict[int, Optimizer] = {}
-    if optimizer is None or optimizer.preconditioned:
+    if preconditioner == "none" and not any((folder.path / _OPTIMIZER).is_file() for folder in folders):
+        optimizer = optimizer or _without_state(folders[-1])
+    elif optimizer is None or optimizer.preconditioned:
         _ = folders[-1].saved_optimizer  # what is missing first
         model = model or model_of(folders[-1].path)
         names, described = _described(folders, model, optimizer)
@@ -143,6 +148,19 @@ def hf_trainer_stage(
         accumulation=undivided if accumulation is None else accumulation,
         label_smoothing=smoothing,
     )
+
+
+def _without_state(last: TrainerFolder) -> Optimizer:
+    """The run's optimizer as far as plain gradients need it: the decay, of what the Trainer gives one.
+
+    Raises:
+        ValueError: it may have been SGD, whose momentum nothing tells.
+    """
+    kind = trainer_optimizer(last.path)
+    if kind is None or not kind.preconditioned:
+        _ = last.saved_optimizer  # says what is missing
+    without = tuple(ParameterGroup(name, weight_decay=0) for name in _WITHOUT_DECAY)
+    return Adam(weight_decay=trainer_arguments(last.path).get("weight_decay", 0.0), groups=without)
 
 
 def _loss(folders: Sequence[TrainerFolder], model: nn.Module | None) -> tuple[int, float | None]:
@@ -195,6 +213,7 @@ def _first_groups(folders: Sequence[TrainerFolder]) -> dict[int, Mapping[str, An
 
 
 _OPTIMIZER = "optimizer.pt"
+_WITHOUT_DECAY = ("*bias*", "*[nN]orm*", "*ln_*")  # what the Trainer does not decay, as models name it
 _PREFERENCES = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")  # as TRL logs them
 
 

@@ -14,6 +14,7 @@ from source_proj._errors import MismatchError, MissingFileError
 
 __all__ = ["is_adapter", "label_numbers", "load_pretrained", "require_model_folder"]
 
+_STEP = "checkpoint-"
 _ADAPTER = "adapter_config.json"
 _HEADS = ("classifier", "score", "classification_head")  # what PEFT saves beside an adapter, by transformers' names
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # model or owner/model; nothing else is asked of the hub
@@ -43,6 +44,7 @@ def load_pretrained(name: str, *, trust_remote_code: bool = False) -> tuple[nn.M
         raise ImportError("models by name need transformers: pip install 'source-proj[hf]'") from error
     if not _HUB_NAME.fullmatch(name):
         require_model_folder(name, "the model")
+    _require_one_model(Path(name))
     adapter = _adapter_settings(name)
     if adapter is None:
         base, model = name, _whole_model(transformers, name, trust_remote_code)
@@ -71,6 +73,24 @@ def require_model_folder(name: str, what: str, remedy: str = _SAVED) -> None:
     """
     if not Path(name).is_dir():
         raise MissingFileError(f"{what} {name!r} is no folder here: {remedy}")
+
+
+def _require_one_model(folder: Path) -> None:
+    """Refuse the folder of a whole run.
+
+    Raises:
+        MismatchError: names its last checkpoint.
+    """
+    if not folder.is_dir() or any((folder / name).is_file() for name in ("config.json", _ADAPTER)):
+        return
+    steps = [
+        int(each.name.removeprefix(_STEP)) for each in folder.glob(f"{_STEP}*") if each.name[len(_STEP) :].isdecimal()
+    ]
+    if steps:
+        raise MismatchError(
+            f"{str(folder)!r} holds no model (no config.json), but the checkpoints of a Trainer's run: give one of "
+            f"them, such as {str(folder / f'{_STEP}{max(steps)}')!r}; --hf-run without --hf-model takes the last one"
+        )
 
 
 def is_adapter(name: str) -> bool:

@@ -20,10 +20,14 @@ from source_proj.integrations.text_rows import lacking, text_rows
 from source_proj.integrations.text_settings import TextSettings
 from source_proj.task import CausalLM, Regression
 
-__all__ = ["TextData", "TextRows", "own_rows"]
+__all__ = ["TextData", "TextRows", "TextsChangedError", "own_rows", "require_own_texts"]
 
 _UNCOUNTED = -100  # transformers' label of tokens that do not count
 _DIGITS = 20  # of a class's number, at most
+
+
+class TextsChangedError(MismatchError):
+    """A file is no longer what a bank was built from."""
 
 
 class TextRows:
@@ -98,7 +102,7 @@ class TextData:
         for number, row in enumerate(rows, start=1):
             missing = [name for name in _needed(settings, classifies, labelled) if row.get(name) is None]
             if missing:
-                raise lacking(missing[0], row, number, name)
+                raise lacking(missing[0], row, number, name, _option(missing[0], settings))
             _require_words(row, settings, number, name)
         limit = settings.max_length or _limit(model, tokenizer)
         continues = not classifies and not labelled
@@ -106,6 +110,8 @@ class TextData:
         if not all(each.columns for each in encoded):
             number = next(n for n, each in enumerate(encoded, start=1) if not each.columns)
             raise MismatchError(f"example {number} of {name} has no token")
+        if not classifies and labelled:
+            _require_two_tokens(encoded, name)
         _warn_of_cut([n for n, each in enumerate(encoded, start=1) if each.cut], len(encoded), name, limit)
         self._columns = _padded([each.columns for each in encoded], tokenizer)
         if not labelled:
@@ -157,7 +163,7 @@ def own_rows(bank: str | Path) -> tuple[list[Path], TextRows] | None:
     """The text files that a bank was built and appended from, and their rows; None where one is not known, or gone.
 
     Raises:
-        MismatchError: the texts of one are no longer those that the bank was made of.
+        TextsChangedError: the texts of one are no longer those that the bank was made of.
     """
     known = TextSettings.files(bank)
     if not known:
@@ -166,9 +172,43 @@ def own_rows(bank: str | Path) -> tuple[list[Path], TextRows] | None:
     for file, digest in known:
         parts.append(TextRows(file, settings))
         if parts[-1].digest != digest:
-            raise MismatchError(f"{str(file)!r} is no longer the file that {bank} was built from: its texts are others")
+            raise TextsChangedError(
+                f"{str(file)!r} is no longer the file that {bank} was built from: its texts are others"
+            )
     files = [file for file, _ in known]
     return files, parts[0] if len(parts) == 1 else TextRows([row for part in parts for row in part.rows], settings)
+
+
+def require_own_texts(bank: str | Path, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Refuse a training set whose records are not those of a bank of texts, one by one: others would be dropped.
+
+    Labels may be others, as corrected ones are. Nothing is compared where the bank does not know its texts.
+
+    Args:
+        bank: its place.
+        rows: the records.
+        name: what they are called.
+
+    Raises:
+        MismatchError: names the first record that differs, and what to give.
+        TextsChangedError: as `own_rows`.
+    """
+    known = own_rows(bank) if TextSettings.files(bank) else None
+    if known is None:
+        return
+    settings, own = TextSettings.read(bank), known[1].rows
+    built = f"the bank {bank} was built from {', '.join(repr(str(file)) for file in known[0])}"
+    remedy = "give the records as the bank has them, in the same order"
+    columns = [column for column in (settings.prompt, settings.text, settings.pair) if column is not None]
+    for number, (there, here) in enumerate(zip(own, rows, strict=False), start=1):
+        for column in columns:
+            if str(there.get(column)) != str(here.get(column)):
+                raise MismatchError(
+                    f"record {number} of {name} is another than the bank's: its {column!r} is "
+                    f"{here.get(column)!r:.80}, and {there.get(column)!r:.80} there. {built}: {remedy}"
+                )
+    if len(own) != len(rows):
+        raise MismatchError(f"{name} has {len(rows)} records, and the bank {len(own)}. {built}: {remedy}")
 
 
 def _needed(settings: TextSettings, classifies: bool, labelled: bool) -> list[str]:
@@ -184,6 +224,13 @@ def _needed(settings: TextSettings, classifies: bool, labelled: bool) -> list[st
     text = None if not labelled and settings.prompt is not None else settings.text
     named = (text, settings.label if classifies and labelled else None, settings.prompt, settings.pair)
     return [name for name in named if name is not None]
+
+
+def _option(column: str, settings: TextSettings) -> str:
+    """What names a column in Python and on the command line."""
+    options = {"text": "--text-column", "label": "--label-column", "prompt": "--prompt-column"}
+    field = next((field for field in options if getattr(settings, field) == column), "pair")
+    return f"TextSettings({field}=...) ({options.get(field, '--text-pair-column')} of source-proj build)"
 
 
 def _require_words(row: Mapping[str, Any], settings: TextSettings, example: int, data: str) -> None:
@@ -217,6 +264,20 @@ class _Encoded(NamedTuple):
     columns: Mapping[str, list[int]]
     prompt: int
     cut: bool
+
+
+def _require_two_tokens(encoded: Sequence[_Encoded], name: str) -> None:
+    """Refuse a text of which a language model predicts nothing.
+
+    Raises:
+        MismatchError: names the first.
+    """
+    for number, each in enumerate(encoded, start=1):
+        if len(each.columns["input_ids"]) < 2:
+            raise MismatchError(
+                f"example {number} of {name} has one token, and a language model predicts each from those before it: "
+                "leave the example out"
+            )
 
 
 def _warn_of_cut(numbers: Sequence[int], count: int, name: str, limit: int) -> None:

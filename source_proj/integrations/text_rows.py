@@ -40,10 +40,10 @@ def text_rows(data: Any, *, encoding: str = "utf-8", delimiter: str = ",") -> tu
     return "the data set", rows
 
 
-def lacking(column: str, row: Mapping[str, Any], example: int, data: str) -> MismatchError:
-    """What to say of a row that has nothing in a column; examples are counted from 1."""
+def lacking(column: str, row: Mapping[str, Any], example: int, data: str, option: str) -> MismatchError:
+    """What to say of a row that has nothing in a column; examples are counted from 1, ``option`` names the column."""
     there = sorted(str(name) for name, value in row.items() if value is not None and value != "")
-    return MismatchError(f"example {example} of {data} has no {column!r}, only {there}")
+    return MismatchError(f"example {example} of {data} has no {column!r}, only {there}; {option} names the column")
 
 
 def _rows_of_file(path: Path, encoding: str, delimiter: str) -> Iterable[Mapping[str, Any]]:

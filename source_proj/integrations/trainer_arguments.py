@@ -15,12 +15,14 @@ from zipfile import BadZipFile, ZipFile
 from torch import nn
 
 from source_proj._errors import MismatchError
+from source_proj.trajectory import Optimizer
 from source_proj.trajectory.optimizers.describe import optimizer_of_trainer
 
 __all__ = [
     "accumulated_undivided",
     "check_trainer_optimizer",
     "trainer_arguments",
+    "trainer_optimizer",
     "trainer_version",
     "version_numbers",
 ]
@@ -85,6 +87,19 @@ def version_numbers(version: str) -> tuple[int, ...]:
     (5, 10)
     """
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def trainer_optimizer(checkpoint: Path) -> type[Optimizer] | None:
+    """The kind of optimizer that a run's ``optim=`` names; None where its arguments are not there.
+
+    Args:
+        checkpoint: the ``checkpoint-N`` folder.
+
+    Raises:
+        ValueError: it is not described.
+    """
+    name = _text(checkpoint / "training_args.bin", "optim")
+    return None if name is None else optimizer_of_trainer(name)
 
 
 def check_trainer_optimizer(checkpoint: Path) -> None:

@@ -60,7 +60,7 @@ def clipping(history: Sequence[Mapping[str, object]], most: Sequence[float]) -> 
         why = "gradient norms were logged at some steps only: the steps before each are assumed to have the same"
     named = " and ".join(map(str, sorted({most[update] for update in clipped})))
     return Clipping(
-        factors, why and f"max_grad_norm={named}: {why}. Give max_grad_norm=0 (--max-grad-norm 0) if none was"
+        factors, why and f"max_grad_norm={named}: {why}. Give max_grad_norm=0 (--max-grad-norm 0) if none was clipped"
     )
 
 

@@ -84,7 +84,9 @@ class TrainerFolder:
         if not file.is_file():
             raise ValueError(
                 f"{str(self.path)!r} has no optimizer.pt ({sharded_state(self.path) or 'save_only_model=True?'}), so "
-                "nothing says how gradients became steps: give optimizer=source_proj.SGD(...), which needs none"
+                "nothing says how Adam scaled gradients: give preconditioner='none' (--preconditioner none on the "
+                "command line), which takes gradients as they are, as if each step had gone along its own; of a run of "
+                "SGD give optimizer=source_proj.SGD(...)"
             )
         return file
 

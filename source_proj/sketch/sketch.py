@@ -23,7 +23,7 @@ from source_proj.sketch.checks import (
 )
 from source_proj.sketch.projections import HeldSketches, Projection, projection_class
 
-__all__ = ["Sketch", "without_autocast"]
+__all__ = ["Sketch", "exact_sketch", "without_autocast"]
 
 _PORTABLE = "portable"  # in a spec: the matrix that every backend makes
 _Arguments = ParamSpec("_Arguments")
@@ -366,3 +366,9 @@ class Sketch:
 def _require_dim(dim: int) -> None:
     if not 1 <= dim < 1 << 31:
         raise ValueError(f"dim is {dim}; give a number of columns from 1 to 2^31 - 1")
+
+
+def exact_sketch(size: int) -> str:
+    """What to say where a sketch has as many numbers as gradients, or more."""
+    options = f"--sketch-dim {size} --sketch-kind identity"
+    return f'Sketch({size}, "identity") (on the command line {options}) is exact, and no larger'

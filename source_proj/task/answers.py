@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import ExampleError, MismatchError
-from source_proj.task.batch import TOKENISE, Batch, Model, logits_of, without_cache
+from source_proj.task.batch import TOKENISE, Batch, Model, logits_of, texts_of, without_cache
 
 __all__ = ["Answer", "Answers", "continued", "greedy", "has_targets", "inputs_of", "with_labels"]
 
@@ -197,6 +197,8 @@ def _sequences(batch: Batch) -> tuple[Tensor, Tensor]:
         raise TypeError(f"the queries are texts such as {inputs[:40]!r}: {TOKENISE}")
     if not isinstance(inputs, Mapping):
         return inputs, torch.ones_like(inputs, dtype=torch.bool)
+    if texts := texts_of(inputs):
+        raise TypeError(f"the queries' {', '.join(map(repr, texts))} is text: {TOKENISE}")
     unknown = sorted(set(inputs) - _MASKS)
     if unknown or "input_ids" not in inputs:
         raise ValueError(

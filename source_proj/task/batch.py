@@ -28,6 +28,7 @@ __all__ = [
     "given_once",
     "logits_of",
     "split",
+    "texts_of",
     "weights",
     "without_cache",
 ]
@@ -138,7 +139,7 @@ def _called(model: Model, inputs: Any, by_name: bool) -> Any:
 
     try:
         return given_once(model, inputs, run)
-    except (AttributeError, TypeError, RuntimeError, IndexError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
         refuse_foreign_indices(model, run)
         slips = _slips(model, inputs if by_name else {"the input": inputs}, by_name)
         if not slips or isinstance(error, torch.OutOfMemoryError):
@@ -152,11 +153,13 @@ def _slips(model: Model, inputs: Mapping[str, Any], by_name: bool) -> list[str]:
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     formats = {p.dtype for p in model.parameters()} if isinstance(model, nn.Module) else set()
     found = []
+    if by_name and (texts := texts_of(inputs)):
+        return [f"{', '.join(map(repr, texts))} is text, and the model takes numbers: {TOKENISE}"]
     for key, value in inputs.items():
         name = repr(key) if by_name else key
         if by_name and known and not open_ended and key not in known:
             found.append(f"the model takes no argument {name}: leave the column {name} out of the data set")
-        elif isinstance(value, str) or (isinstance(value, list | tuple) and value and isinstance(value[0], str)):
+        elif _is_text(value):
             found.append(f"{name} is text, and the model takes numbers: {TOKENISE}")
         elif isinstance(value, list | tuple) and value and all(isinstance(entry, Tensor) for entry in value):
             found.append(
@@ -167,6 +170,17 @@ def _slips(model: Model, inputs: Mapping[str, Any], by_name: bool) -> list[str]:
             own = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in formats)) or "of none"
             found.append(f"{name} is float64, and the model {own}: give it as float32, by .float()")
     return found
+
+
+def texts_of(inputs: Mapping[str, Any]) -> list[str]:
+    """The entries of inputs that are texts, where none is a tensor: these were never tokenised."""
+    if any(isinstance(value, Tensor) for value in inputs.values()):
+        return []
+    return [key for key, value in inputs.items() if _is_text(value)]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list | tuple) and bool(value) and isinstance(value[0], str))
 
 
 def without_cache(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -357,14 +357,18 @@ class Stage:
             return self._function("lr_schedule", last_step, math.inf)
         rates = {c.lr for c in self.checkpoints}
         if len(rates) > 1 or None in rates:
-            given = [c.lr for c in self.checkpoints]
-            raise ValueError(
-                f"checkpoints of stage {self.name!r} give the learning rates {given}; only a constant one, named "
-                "at every checkpoint, can be integrated from them. Give lr_schedule: a function of the step, or "
-                "one value per optimizer step"
-            )
+            schedule = "of rates that change, lr_schedule: a function of the step, or one value per optimizer step"
+            raise ValueError(f"{self._without_rate()}; {schedule}")
         (constant,) = rates
         return lambda _: constant  # type: ignore[return-value]
+
+    def _without_rate(self) -> str:
+        """Say where checkpoints name no learning rate, or several, and what to give."""
+        first = next((c for c in self.checkpoints if c.lr is None), None)
+        if first is None:
+            return f"checkpoints of stage {self.name!r} give the learning rates {[c.lr for c in self.checkpoints]}"
+        what = "state" if first.path is None else repr(str(first.path))
+        return f"{first} gives no learning rate: give it to each checkpoint, Checkpoint({what}, {first.step}, lr=0.1)"
 
     def _function(self, name: str, last_step: int, largest: float) -> Callable[[int], float]:
         """Return a schedule as a checked function of the update's number."""

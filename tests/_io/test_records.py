@@ -145,3 +145,8 @@ def test_long_fields_are_read_whole():
     rows = csv_rows(csv_records(f'a,b\n1,"{long}"\n2,y\n'.encode()))
     assert [row["b"] for row in rows] == [long, "y"]
     assert csv.field_size_limit() == limit
+
+
+def test_a_broken_line_has_one_number():
+    with pytest.raises(ValueError, match=r"^line 2 is no JSON object: [^\d]*, column \d+$"):
+        list(json_rows(json_lines(b'{"a": 1}\n{"a": 1,\n', encoding="utf-8")))

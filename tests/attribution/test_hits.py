@@ -77,6 +77,13 @@ def test_examples_are_shown_where_they_are_known():
     assert hits[2:].query_example(0).label == "2"
 
 
+def test_bare_ids_say_how_examples_are_shown():
+    bare, told = scores().top_k(2), "bank.examples = sp.Examples(train_set)"
+    assert told in str(bare).splitlines()[-1]
+    assert "--data MODULE:FUNCTION" in str(bare).splitlines()[-1]
+    assert told not in str(bare.with_examples(Examples(TensorDataset(torch.rand(8, 4), torch.arange(8)))))
+
+
 def test_plots(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     pytest.importorskip("matplotlib")

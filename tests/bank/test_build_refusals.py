@@ -282,3 +282,16 @@ def test_tokens_of_another_type_are_named_by_a_language_model_too(tmp_path):
     data = TensorDataset(torch.ones(6, 3), torch.ones(6, 3, dtype=torch.long))
     with pytest.raises(TypeError, match=r"the embedding '0' was given torch.float32: tokens are integers"):
         make_run().build(tmp_path / "bank", model=model, task=CausalLM(), trajectory=trajectory, data=data)
+
+
+def test_what_is_put_in_the_place_of_examples_or_of_a_model_is_named(run, tmp_path):
+    bank = run.build(tmp_path / "bank")
+    for given in (run.data, [1, 2]):
+        with pytest.raises(
+            TypeError, match=rf"must be source_proj.Examples, got {type(given).__name__}: give Examples"
+        ):
+            bank.examples = given
+    bank.examples = None
+    bank.examples = sp.Examples(run.data)
+    with pytest.raises(TypeError, match="model must be a Module, got str; give the module itself"):
+        sp.Source(bank, model="model.pt")

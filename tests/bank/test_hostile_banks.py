@@ -13,6 +13,7 @@ from bank_runs import N, make_data, make_run
 
 from source_proj import bank as banks
 from source_proj._errors import BankError
+from source_proj.bank.build.at_work import at_work
 from source_proj.bank.store.local import LocalStore
 
 
@@ -176,7 +177,7 @@ def test_ids_that_no_text_can_hold_are_refused(run, tmp_path):
 # A beginning that was not finished -------------------------------------------------------------------------------
 
 
-def test_what_a_killed_build_began_is_gone_on_with_and_nothing_else(run, built, tmp_path):
+def test_what_a_killed_build_began_is_gone_on_with_or_gives_way(run, built, tmp_path):
     path = shutil.copytree(built, tmp_path / "bank")
     (path / "zarr.json").unlink()
     for file in path.rglob("c.*"):
@@ -186,11 +187,14 @@ def test_what_a_killed_build_began_is_gone_on_with_and_nothing_else(run, built, 
     with pytest.raises(BankError, match=r"is no bank: it has no zarr.json, but \['stage_0', 'weights'\]"):
         banks.open(path)
     assert run.build(path).fingerprint == banks.open(built).fingerprint
-    with pytest.raises(BankError, match=r"was begun by a call with other arguments: .* remove"):
-        run.build(tmp_path / "other", storage="float16")
     with pytest.raises(BankError, match="resume=False begins a new bank"):
         run.build(tmp_path / "other", resume=False)
     assert not (tmp_path / "other/zarr.json").exists()
+    with at_work(LocalStore(tmp_path / "other")) as process:
+        process.share()
+        with pytest.raises(BankError, match=r"was begun by a call with other arguments: .* remove"):
+            run.build(tmp_path / "other", storage="float16")
+    assert run.build(tmp_path / "other", storage="float16").finalized  # nobody is at work there any more
 
 
 def test_an_append_without_its_group_is_no_part(run, built, tmp_path):

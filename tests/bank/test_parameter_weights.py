@@ -22,7 +22,9 @@ import source_proj as sp
 from source_proj._errors import BankError, MismatchError
 from source_proj.bank.build import build as building
 from source_proj.bank.build.agreement import agreement
+from source_proj.bank.build.at_work import at_work
 from source_proj.bank.read.part import Part
+from source_proj.bank.store import LocalStore
 from source_proj.gradients import ParameterSpace
 
 
@@ -144,7 +146,7 @@ def test_a_build_goes_on_with_the_weights_that_it_began_with(tmp_path: Path, mon
 
 
 def test_a_bank_that_was_begun_on_other_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also before it has rows, whose data could be compared."""
+    """Also before it has rows, whose data could be compared, while another process is at work on it."""
 
     def stopped(*_: Any, **__: Any) -> None:
         raise Stopped
@@ -156,11 +158,13 @@ def test_a_bank_that_was_begun_on_other_data_is_refused(tmp_path: Path, monkeypa
         patched.setattr(building, "fill", stopped)
         with pytest.raises(Stopped):
             build(tmp_path / "bank")
-    with pytest.raises(MismatchError, match=r"parameters\.weights"):
-        sp.build(
-            Language(), sp.CausalLM(), language_run(3), other(130), tmp_path / "bank", sketch=sp.Sketch(64),
-            progress=False, batch_size=32,
-        )  # fmt: skip
+    with at_work(LocalStore(tmp_path / "bank")) as process:
+        process.share()
+        with pytest.raises(MismatchError, match=r"parameters\.weights"):
+            sp.build(
+                Language(), sp.CausalLM(), language_run(3), other(130), tmp_path / "bank", sketch=sp.Sketch(64),
+                progress=False, batch_size=32,
+            )  # fmt: skip
 
 
 def test_a_bank_without_weights_goes_on_without(tmp_path: Path) -> None:

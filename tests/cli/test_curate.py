@@ -179,3 +179,11 @@ def test_a_list_that_is_none_is_bad_data_too(call, home, tmp_path):
     assert "list.json': give the file that Cleaning.save or --list wrote" in refused
     (tmp_path / "list.json").write_text(json.dumps({"format": "x"}))
     assert "holds no list" in call("curate", "clean", tmp_path / "list.json", "train.csv", tmp_path / "x.csv", code=1)
+
+
+def test_outputs_that_are_there_are_named_all_at_once(call, home, tmp_path):
+    for name in ("out.csv", "list.json"):
+        (tmp_path / name).touch()
+    told = ("--file", home / "train.csv", "--out", tmp_path / "out.csv", "--list", tmp_path / "list.json")
+    message = call("curate", "mislabelled", "bank", *told, "--no-progress", code=2)
+    assert all(f"{tmp_path / name} exists" in message for name in ("out.csv", "list.json"))

@@ -174,3 +174,22 @@ def test_absent_options_stay_absent():
 def test_wrong_damping_is_refused():
     with pytest.raises(ValueError, match="noise, off or a number"):
         parse_damping("some")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"learning_rate": 0.1},
+            "--learning-rate belongs to --hf-run; the constant learning rate of --checkpoint is --lr",
+        ),
+        (
+            {"warmup_steps": 2, "steps": (1,)},
+            "--warmup-steps and --steps belong to --hf-run; --checkpoint brings its own",
+        ),
+    ],
+)
+def test_options_of_a_trainers_run_are_named_as_they_are_typed(options, words):
+    rest = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "segments": 1, "hf_options": options}
+    with pytest.raises(ValueError, match=f"^{words}$"):
+        make_trajectory(None, None, ["1=a.pt"], **rest)

@@ -1,6 +1,7 @@
 """Every option of every method works or is refused by name, as the methods' own signatures say; outputs are safe."""
 
 import csv
+import importlib
 import inspect
 import shutil
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 import typer
 import zarr
-from command_line import ASK
+from command_line import ASK, BUILD
 from typer.testing import CliRunner
 
 import source_proj as sp
@@ -236,3 +237,16 @@ def test_a_page_is_written_by_the_method_and_options_asked_for(call, tmp_path):
     assert "exists" in call(*asked, "--static", tmp_path / "page", code=2)
     (tmp_path / "a-file").touch()
     assert "a-file is a file, and the page is a folder" in call(*asked, "--static", tmp_path / "a-file", code=2)
+
+
+@pytest.mark.parametrize("word", ["--progress", "--no-progress"])
+def test_a_plan_draws_bars_only_where_they_are_wanted(call, monkeypatch, word):
+    told = []
+
+    def planned(*_, progress, **__):
+        told.append(progress)
+        raise ValueError("planned")
+
+    monkeypatch.setattr(importlib.import_module("source_proj.distribute"), "plan", planned)
+    assert "planned" in call("plan", "elsewhere", *BUILD[2:], word, code=2)
+    assert told == [word == "--progress"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, TensorDataset
 
 import source_proj as sp
 from source_proj import curate
@@ -86,6 +87,16 @@ def test_what_stands_for_a_missing_label_is_none(run, verb, name):
 def test_rows_are_no_labels(run, verb, rows):
     with pytest.raises(ValueError, match=r"(labels|groups) are one name for each, got .* at place 0: .*argmax"):
         verbs(run, rows)[verb]()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_data_set_is_no_labels(run, verb):
+    data = TensorDataset(torch.zeros(N, 2), torch.zeros(N))
+    for whole in (data, DataLoader(data)):
+        with pytest.raises(
+            TypeError, match=r"(labels|groups) are one name for each, got a \w+ of .* for _, label in data"
+        ):
+            verbs(run, whole)[verb]()
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -43,7 +43,7 @@ def test_progress_is_told_model_by_model():
     assert told == [("verify", done, 6) for done in range(1, 7)]
 
 
-@pytest.mark.parametrize("count", [*range(2, 40), 100, 1000])
+@pytest.mark.parametrize("count", [*range(3, 40), 100, 1000])
 def test_the_interval_is_students(count):
     values = np.random.default_rng(count).normal(size=count)
     mean, low, high = interval(values)
@@ -69,11 +69,33 @@ def test_the_verdict_follows_the_interval(gain, words):
     assert list(judged.to_pandas().columns) == ["seed", "whole", "cleaned", "random"]
 
 
-def test_one_seed_says_nothing_of_chance():
-    judged = verify(cleaning_of([0]), lambda kept, seed: 1.0 - (0 in kept), float, seeds=[3], progress=False)
+@pytest.mark.parametrize(("seeds", "words"), [([3], "1 seed"), ([3, 5], "2 seeds")])
+def test_too_few_seeds_say_nothing_of_chance(seeds, words):
+    """Also where both differences are equal, whose spread would be 0."""
+    judged = verify(cleaning_of([0]), lambda kept, seed: 1.0 - (0 in kept), float, seeds=seeds, progress=False)
     assert judged.gain.mean == 1
     assert np.isnan(judged.gain.low)
-    assert "not to be told apart from training on all" in judged.verdict
+    assert judged.verdict == f"no verdict from {words}: 3 would do, and 5 are better"
+    assert "nan" not in str(judged)
+
+
+def test_a_number_of_seeds_is_their_range():
+    train = lambda kept, seed: float(seed)  # noqa: E731
+    assert verify(cleaning_of([0]), train, float, seeds=4, progress=False).seeds == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "functions"),
+    [
+        ("train", (lambda kept: 0.0, float)),
+        ("train", ("mine:train", float)),
+        ("evaluate", (lambda kept, seed: 0.0, lambda: 1.0)),
+        ("evaluate", (lambda kept, seed: 0.0, lambda model, data: 1.0)),
+    ],
+)
+def test_functions_that_cannot_be_called_are_refused_before_training(name, functions):
+    with pytest.raises(TypeError, match=rf"^{name} (is called as|must be a function) {name}\("):
+        verify(cleaning_of([0]), *functions, seeds=3)
 
 
 def test_what_cannot_be_judged_is_refused():

@@ -18,6 +18,7 @@ from source_proj.attribution.columns import blocks_of
 from source_proj.attribution.source.sizes import SegmentSize, fit_peak, fitted_bytes, search_peak
 from source_proj.bank.codecs import find_codec
 from source_proj.kernels.gram import packed_size
+from source_proj.sketch import exact_sketch
 
 module = importlib.import_module("source_proj.distribute.plan")  # whose name the function has too
 
@@ -99,12 +100,6 @@ def test_what_a_fit_leaves_in_memory_grows_with_segments_and_blocks(dim):
         assert [peak - one for peak in more] == [extra * count * 8 * (dim // count) ** 2 for extra in (1, 5)]
 
 
-def test_a_sparse_sketch_that_is_cut_by_default_is_exact_in_one_block_alone(planned):
-    said = {dim: str(replace(planned, dim=dim, parameters=dim)) for dim in (4096, 4097)}
-    assert "of kind 'sparse' it is exact)" in said[4096]
-    assert "of kind 'sparse' it is exact, given blocks=1)" in said[4097]
-
-
 PROGRAM = """
 import sys
 import torch
@@ -156,6 +151,11 @@ def test_time_is_that_of_its_parts(planned):
     assert planned.parts[planned.dominates] == max(planned.parts.values())
     assert all(value >= 0 for value in planned.parts.values())
     assert planned.dominates in str(planned)
+    alone, several = str(replace(planned, workers=1)), str(replace(planned, workers=4))
+    assert ", 1 worker\n" in alone
+    assert "each" not in alone
+    assert ", 4 workers\n" in several
+    assert " of each worker, " in several
 
 
 def test_sizes_that_are_suggested_fit():
@@ -163,7 +163,7 @@ def test_sizes_that_are_suggested_fit():
     task, data = sp.Classification(), make()
     largest = sp.plan(model, task, trajectory, data, batch_size=10, sketch=sp.Sketch(dim=64))
     assert largest.dim == largest.parameters
-    assert f"sketch of {largest.dim} (as many as parameters: of kind 'sparse' it is exact)" in str(largest)
+    assert f"sketch of {largest.dim} ({exact_sketch(largest.dim)})" in str(largest)
     small = sp.plan(model, task, trajectory, data, batch_size=10, disk=200_000, workers=40, sketch=sp.Sketch(dim=64))
     assert 2 * N * small.dim <= 200_000 < 2 * N * 2 * small.dim + 2 * N * 20
     assert small.shard_rows == 10  # else some of 40 workers would have nothing to do
@@ -176,7 +176,7 @@ def test_no_sketch_has_more_numbers_than_the_network_has_parameters(width, kind)
     model, trajectory = run(checkpoints=1, width=width)
     planned = sp.plan(model, sp.Classification(), trajectory, make(), batch_size=10, sketch=sp.Sketch(16, kind))
     assert planned.dim == min(16384, planned.parameters)
-    assert (planned.dim == planned.parameters) == ("as many as parameters" in str(planned))
+    assert (planned.dim == planned.parameters) == ("identity" in str(planned))
 
 
 @given(st.integers(1, 600), st.integers(0, 1 << 20))

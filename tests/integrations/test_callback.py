@@ -65,6 +65,11 @@ def test_the_directory_gives_the_trajectory_of_the_trainers_own_folder(tmp_path)
         assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
+def test_a_recorders_reader_names_that_of_the_callback(saved_at_three):
+    with pytest.raises(sp.MismatchError, match=r"by a RecorderCallback: .*from_hf_trainer \(--hf-run"):
+        sp.Trajectory.from_recorder(saved_at_three)
+
+
 def test_goes_on_where_a_run_is_resumed(tmp_path):
     whole = recorded(tmp_path / "whole", every=4, warmup_steps=3)
     recorded(tmp_path / "parts", every=4, warmup_steps=3, callbacks=[StopAt(14)])

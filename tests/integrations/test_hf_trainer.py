@@ -8,6 +8,7 @@ from trainer_runs import STEPS, copied, edit_state, examples, history, train, tr
 from trainer_runs import classifier as make_classifier
 
 import source_proj as sp
+from source_proj.gradients import ParameterSpace
 from source_proj.integrations.trainer_folder import logged
 from source_proj.integrations.trainer_folders import trainer_folders
 from source_proj.integrations.trainer_rates import trainer_rates
@@ -179,7 +180,7 @@ def test_what_cannot_be_inferred_is_asked_for_by_name(run, tmp_path):
     alone = strip(unlogged(copied(run, tmp_path), keep=(12,)), "scheduler.pt", "optimizer.pt")
     with pytest.raises(ValueError, match="give learning_rate="):
         sp.Trajectory.from_hf_trainer(alone)
-    with pytest.raises(ValueError, match=r"no optimizer.pt .* give optimizer="):
+    with pytest.raises(ValueError, match=r"no optimizer.pt .*--preconditioner none .*optimizer="):
         sp.Trajectory.from_hf_trainer(alone, learning_rate=1e-2, max_grad_norm=0)
     options = {"learning_rate": 1e-2, "max_grad_norm": 0, "optimizer": sp.SGD()}
     stage = sp.Trajectory.from_hf_trainer(alone, **options).stages[0]
@@ -188,6 +189,25 @@ def test_what_cannot_be_inferred_is_asked_for_by_name(run, tmp_path):
         sp.Trajectory.from_hf_trainer(unlogged(alone), **options)
     known = sp.Trajectory.from_hf_trainer(alone, **options, schedule="linear", warmup_steps=3).stages[0]
     assert known.lr_integrals == pytest.approx(stage.lr_integrals, rel=1e-12)
+
+
+def test_plain_gradients_need_no_state_of_adams(run, tmp_path):
+    """The run counts as it does with its states."""
+    whole = sp.Trajectory.from_hf_trainer(run, preconditioner="none").stages[0]
+    alone = strip(copied(run, tmp_path), "optimizer.pt")
+    plain = sp.Trajectory.from_hf_trainer(alone, preconditioner="none").stages[0]
+    assert plain.lr_integrals == whole.lr_integrals
+    assert plain.optimizer.preconditioned == whole.optimizer.preconditioned
+    model = make_classifier()
+    space = ParameterSpace.from_model(model)
+    first, second = (
+        sp.Trajectory.from_stages([stage]).resolve(model, space).record.stages[0] for stage in (plain, whole)
+    )
+    assert first.metrics == second.metrics
+    assert first.decays == pytest.approx(second.decays, rel=1e-9)
+    strip(alone, "training_args.bin")  # it may have been SGD
+    with pytest.raises(ValueError, match=r"no optimizer\.pt"):
+        sp.Trajectory.from_hf_trainer(alone, preconditioner="none", max_grad_norm=1.0)
 
 
 def test_a_schedule_that_contradicts_the_log_is_refused(run):

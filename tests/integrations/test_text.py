@@ -139,7 +139,7 @@ def test_answers_show_texts_and_are_about_the_models_own_where_there_are_no_labe
         assert {query["predicted"] for query in own} <= {"good", "bad"}
         assert json.loads(call(*ask, tmp_path / "plain.jsonl", "--json"))["queries"] == own
     else:
-        words = {word for query in own for word in query["predicted"].split()}
+        words = {word for query in own for word in query["continued_by"].split()}
         assert words <= {"[PAD]", "[UNK]", *WORDS}
     assert all(0 < query["probability"] <= 1 for query in own)
 
@@ -230,7 +230,7 @@ def test_options_that_contradict_each_other(run, tmp_path):
     bank = tmp_path / "bank"
     assert "leave one pair out" in build(directory, bank, "--model", "m:f", code=2)
     assert "needs --dataset FILE" in call("build", bank, "--hf-model", directory / "model", code=2)
-    assert "belong to --hf-run" in call(
+    assert "--warmup-steps belongs to --hf-run" in call(
         "build", bank, "--hf-model", directory / "model", "--dataset", directory / "train.csv", "--lr", 1,
         "--checkpoint", f"4={directory / 'run/checkpoint-4/model.safetensors'}", "--warmup-steps", 3, code=2,
     )  # fmt: skip
@@ -261,6 +261,36 @@ def test_a_model_that_is_no_folder_is_refused_before_the_hub_is_asked(run, tmp_p
     for name in ("bert-base-uncased", "owner/model"):  # names of the hub are its own
         with pytest.raises(AssertionError, match=f"asked for {name}"):
             load_pretrained(name)
+
+
+def test_texts_that_nobody_tokenised_name_the_remedy(run, tmp_path):
+    kind, directory = run
+    build(directory, tmp_path / "bank", "--segments", 1)
+    source = sp.Source(sp.open(tmp_path / "bank"), model=network(kind), progress=False)
+    for query in ({"text": TEXTS[0], "label": "good"}, {"text": TEXTS[0]}, TEXTS[0]):
+        with pytest.raises(TypeError, match=r"text.*tokenise as in training.*TextData.like\(bank, rows\)"):
+            source.helpful([query], k=1)
+
+
+def test_columns_and_texts_that_are_not_there_name_what_to_do(run, tmp_path):
+    kind, directory = run
+    told = build(directory, tmp_path / "b", "--text-column", "sentence", code=1)
+    assert "has no 'sentence', only ['label', 'text']; TextSettings(text=...) (--text-column of" in told
+    if kind == "language":
+        (tmp_path / "short.jsonl").write_text('{"text": "good bad"}\n{"text": "good"}\n')
+        message = build(directory, tmp_path / "b", file=tmp_path / "short.jsonl", code=1)
+        assert "example 2 of" in message
+        assert "has one token" in message
+    asked = ("top-k", tmp_path / "b", "--model", "mine:model", "--queries", directory / "queries.jsonl")
+    assert "files of texts go to --dataset" in call(*asked, code=2)
+
+
+def test_the_folder_of_a_run_is_no_model(run, tmp_path):
+    _, directory = run
+    options = ("--hf-model", directory / "run", "--hf-run", directory / "run", "--dataset", directory / "train.jsonl")
+    message = call("build", tmp_path / "bank", *options, code=1)
+    assert "holds no model (no config.json)" in message
+    assert str(directory / "run" / "checkpoint-8") in message
 
 
 def test_no_bar_is_shown_where_none_is_wanted(run, tmp_path, capfd):

@@ -126,3 +126,41 @@ def test_a_file_is_appended_and_its_texts_are_known(run, tmp_path):
             assert [hit["id"] for hit in query[side]] == [hit["id"] for hit in other[side]]
             assert [hit["text"] for hit in query[side]] == [TEXTS[hit["id"]] for hit in query[side]]
     assert "one or the other" in call("append", bank, "--dataset", "x.jsonl", "--model", "a:b", code=2)
+
+
+def test_a_language_models_bank_has_no_classes(run, tmp_path):
+    kind, directory = run
+    build(directory, tmp_path / "bank", "--segments", 1)
+    options = ("curate", "mislabelled", tmp_path / "bank", "--file", directory / "train.jsonl", "--no-progress")
+    if kind == "language":
+        assert "is a language model's bank, whose examples have no classes" in call(*options, code=2)
+    else:
+        call(*options, "-n", 3)
+
+
+def test_a_training_set_in_another_order_is_refused_before_records_are_dropped(run, tmp_path):
+    _, directory = run
+    lines = (directory / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    build(directory, tmp_path / "bank", "--segments", 1, file=tmp_path / "train.jsonl")
+
+    def drop(order, *words, code=0):
+        (tmp_path / "other.jsonl").write_text("".join(order))
+        out = ("--file", tmp_path / "other.jsonl", "--out", tmp_path / "out.jsonl", "--overwrite")
+        return call("curate", "duplicates", tmp_path / "bank", "--no-progress", *out, *words, code=code)
+
+    place = next(i for i in range(1, len(lines)) if TEXTS[i] != TEXTS[0])
+    swapped = [lines[place], *lines[1:place], lines[0], *lines[place + 1 :]]
+    message = drop(swapped, code=1)
+    for words in ("record 1 of", repr(TEXTS[0]), repr(TEXTS[place]), str(tmp_path / "train.jsonl"), "same order"):
+        assert words in message
+    assert "has 19 records, and the bank 20" in drop(lines[:-1], code=1)
+    assert not (tmp_path / "out.jsonl").exists()
+    drop(lines)
+    drop([json.dumps({**json.loads(line), "label": "bad"}) + "\n" for line in lines])  # labels were corrected
+    (tmp_path / "train.jsonl").write_text("".join(swapped))
+    drop(lines)
+    own = ("--file", tmp_path / "train.jsonl", "--out", tmp_path / "own.jsonl")
+    message = call("curate", "duplicates", tmp_path / "bank", "--no-progress", *own, code=1)
+    assert "is no longer the file" in message
+    assert "put the file back as it was" in message

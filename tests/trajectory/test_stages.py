@@ -78,7 +78,7 @@ def test_rates_at_checkpoints_are_never_interpolated(rates):
     given = [Checkpoint(WEIGHTS, 10, rates[0]), Checkpoint(WEIGHTS, 20, rates[1])]
     with pytest.raises(ValueError, match="lr_schedule") as error:
         Trajectory(given)
-    assert str(list(rates)) in str(error.value)
+    assert (str(list(rates)) if None not in rates else "gives no learning rate") in str(error.value)
 
 
 def test_schedule_counts_from_the_stage_start_step():
@@ -321,3 +321,13 @@ def test_stages_in_place_of_checkpoints_are_sent_to_from_stages():
         Trajectory([stage])
     with pytest.raises(TypeError, match="got a dict"):
         Trajectory([WEIGHTS])
+
+
+def test_a_checkpoint_without_a_learning_rate_is_named_with_the_remedy():
+    given = [Checkpoint(WEIGHTS, 10, 0.1), Checkpoint(WEIGHTS, 76)]
+    with pytest.raises(
+        ValueError, match=r"step=76.* no learning rate: .*Checkpoint\(state, 76, lr=0.1\); .*lr_schedule"
+    ):
+        Trajectory(given, optimizer=SGD())
+    with pytest.raises(ValueError, match=r"give the learning rates \[0.1, 0.2\]; .*lr_schedule"):
+        Trajectory([given[0], Checkpoint(WEIGHTS, 76, 0.2)])

@@ -250,7 +250,7 @@ def test_a_sketch_that_is_larger_than_the_gradients_is_told(tmp_path, capsys, di
     trajectory = sp.Trajectory([sp.Checkpoint(model.state_dict(), 10, lr=0.1)])
     options = {"sketch": sp.Sketch(dim, kind), "parameters": ["*"]}
     sp.build(model, sp.Classification(), trajectory, TensorDataset(*BATCH), tmp_path / "bank", **options)
-    told = 'k = 60 is more than the 59 numbers of a gradient: Sketch(59, "identity") is exact and smaller'
+    told = 'k = 60 is more than the 59 numbers of a gradient: Sketch(59, "identity") (on the command line'
     assert (told in capsys.readouterr().err) == said
 
 

@@ -11,8 +11,9 @@ from torch import nn
 from source_proj._errors import BankError, MismatchError, write_remedy
 from source_proj._io.progress import Progress
 from source_proj.bank.build.arguments import require_arguments, require_device
+from source_proj.bank.build.at_work import AtWork, at_work
 from source_proj.bank.build.columns import arranged
-from source_proj.bank.build.create import put_same, require_same_part
+from source_proj.bank.build.create import part_difference, put_same
 from source_proj.bank.build.data import BatchSource, batch_hash, checked_ids
 from source_proj.bank.build.fill import Work, checked_shard, fill
 from source_proj.bank.format import Settings
@@ -88,25 +89,42 @@ def append_rows(
         given = checked_ids(ids, 0, source.n, parts[0].stage_name).tolist()  # read once: they may be a generator
         for each in parts:
             _require_other_names(each.ids, given)
-    part, own = _begun(parts, source, given), False
-    if part is None:
-        _require_sealed(store, parts)
-        part, own = _created(store, settings, stage, parts, source, given, shard_rows)
-    else:
-        expected = part.ids if given is None else given
-        wanted = checked_ids(expected, 0, len(expected), part.stage_name)
-        height = default_shard_rows(source.n, source.batch_size, settings, shard_rows)
-        _require_same(part, _spec(part.spec.start, source, wanted, height), wanted)
-    checkpoints = [checkpoint(stage, index) for index in range(part.n_checkpoints)]
-    works = [Work(stage, part, source, checkpoints)]
-    try:
-        with placement_of(model).kept():
-            fill(works, settings, model, task, metrics, shard=shard, device=device, progress=progress)
-    except OtherDataError as error:
-        if own:
-            raise
-        raise _of_another(part, error) from error
+    placement = placement_of(model)
+    with at_work(store, leads=placement.lockstep.leads) as work:
+        count = placement.lockstep.from_leader(lambda: _make_room(store, stage, parts, work))
+        part, own = _begun(parts[:count], source, given), False
+        if part is None:
+            _require_sealed(store, parts[:count])
+            part, own = _created(store, settings, stage, parts[:count], source, given, shard_rows)
+        else:
+            expected = part.ids if given is None else given
+            wanted = checked_ids(expected, 0, len(expected), part.stage_name)
+            height = default_shard_rows(source.n, source.batch_size, settings, shard_rows)
+            _require_same(part, _spec(part.spec.start, source, wanted, height), wanted)
+        checkpoints = [checkpoint(stage, index) for index in range(part.n_checkpoints)]
+        works = [Work(stage, part, source, checkpoints)]
+        try:
+            with placement.kept():
+                fill(works, settings, model, task, metrics, shard=shard, device=device, progress=progress)
+        except OtherDataError as error:
+            if own:
+                raise
+            raise _of_another(part, str(error)) from error
     return part
+
+
+def _make_room(store: Store, stage: int, parts: Sequence[Part], work: AtWork) -> int:
+    """Remove what an append left that failed before its first row, and say how many parts there are without it."""
+    try:
+        last = parts[-1]
+        if len(parts) > 1 and last.sealed() is None and work.remove_part(last.name):
+            return len(parts) - 1
+        work.remove_part(part_name(stage, len(parts)))  # one that has no group yet
+        return len(parts)
+    except OSError as error:
+        raise _not_appended(store, error) from error
+    finally:
+        work.share()
 
 
 def _begun(parts: Sequence[Part], source: BatchSource, ids: Sequence[Any] | None) -> Part | None:
@@ -128,16 +146,16 @@ def _require_same(part: Part, spec: PartSpec, ids: np.ndarray) -> None:
     Raises:
         MismatchError: it did; says what to do.
     """
-    try:
-        require_same_part(part, spec, ids)
-    except MismatchError as error:
-        raise _of_another(part, error) from error
+    difference = part_difference(part, spec, ids)
+    if difference is not None:
+        raise _of_another(part, difference)
 
 
-def _of_another(part: Part, error: Exception) -> MismatchError:
+def _of_another(part: Part, difference: str) -> MismatchError:
     return MismatchError(
         f"{part.location} was begun by another append, of other examples: if another process is at it now, wait "
-        f"until it is done and append again; if it was killed, give its own examples first, which finishes it ({error})"
+        f"until it is done and append again; if it was killed, give its own examples first, which finishes it "
+        f"({difference})"
     )
 
 
@@ -183,12 +201,14 @@ def _created(
         if put_same(store, dict(content), part_name(stage, len(parts))):
             own = not store.put_if_absent({group: attributes})
     except OSError as error:
-        raise BankError(
-            f"cannot append to the bank {store.location()}: {error}; {write_remedy(error)}, then append again"
-        ) from error  # fmt: skip
+        raise _not_appended(store, error) from error
     part = Part(store, stage, len(parts), settings)
     _require_same(part, spec, new)
     return part, own
+
+
+def _not_appended(store: Store, error: OSError) -> BankError:
+    return BankError(f"cannot append to the bank {store.location()}: {error}; {write_remedy(error)}, then append again")
 
 
 def _spec(start: int, source: BatchSource, ids: np.ndarray, height: int) -> PartSpec:

@@ -17,6 +17,7 @@ from source_proj._io.progress import Progress
 from source_proj.bank.bank import Bank
 from source_proj.bank.build.agreement import agreement, weighted_by_agreement
 from source_proj.bank.build.arguments import require_arguments, require_device
+from source_proj.bank.build.at_work import AtWork, at_work, is_sealed
 from source_proj.bank.build.claims import Claims, checked_takeover
 from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
 from source_proj.bank.build.data import BatchSource, by_stage, checked_ids, to_device
@@ -80,7 +81,7 @@ def build(
 
     A build that was stopped at any instant goes on from its last whole shard when it is called again with the same
     arguments, and ends with the same bits on the same device and number of threads. Data that were sketched before are
-    then read once more and compared with their hashes.
+    then read once more and compared with their hashes. What failed before its first shard was whole is begun anew.
 
     Several processes may build one bank at once: give each ``takeover=300`` and, so that they begin apart, its own
     ``shard=(i, n)``. Each makes its own share and then what nobody else is at work on, shards of workers that died or
@@ -170,72 +171,75 @@ def build(
     second_derivative, fisher_weight = _columns(task, sources[0], stage_ids[0])
     space, choice = lockstep.from_leader(lambda: chosen_space(model, trajectory, parameters, sketch, progress is True))
     weighting = weighting_of(parameter_weights, task, sketch, trajectory, [source.n for source in sources])
-    lockstep.from_leader(lambda: _require_room(store, resume))
-    known = lockstep.from_leader(lambda: known_space(space, model, parameter_weights, weighting, store))
-    if known is None:
+    with at_work(store, leads=lockstep.leads and not is_sealed(store)) as work:
+        lockstep.from_leader(lambda: _require_room(store, resume, work))
+        known = lockstep.from_leader(lambda: known_space(space, model, parameter_weights, weighting, store))
+        if known is None:
+            with placement.kept():
+                shown = progress if lockstep.leads else False
+                found = agreement(model, task, trajectory, sources, stage_ids, space, device, autocast, shown)
+            known = lockstep.from_leader(lambda: weighted_by_agreement(space, *found))
+        space = known
+        choice = "; ".join(filter(None, (choice, in_words(space, weighting))))
+        notes = Notes(choice, modules_of(model), sources[-1].columns)
+
+        def create() -> Settings:
+            resolved = trajectory.resolve(model, space)
+            settings = Settings(
+                sketch=sketch.spec(),
+                parameters=spec_of(space, weighting),
+                task=task.spec(),
+                trajectory=resolved.record,
+                storage=storage_of(storage, sketch.spec()),
+                sampled_fisher=sampled_fisher,
+                second_derivative=second_derivative,
+                fisher_weight=fisher_weight,
+                gradients=gradients,
+                autocast=autocast,
+            )
+            _begin(store, settings, trajectory, resolved.scales, _parts(settings), notes, resume=resume)
+            return settings
+
+        def _parts(settings: Settings) -> list[tuple[PartSpec, np.ndarray]]:
+            specs = [
+                _part_spec(source, own, settings, shard_rows) for source, own in zip(sources, stage_ids, strict=True)
+            ]
+            return list(zip(specs, stage_ids, strict=True))
+
         with placement.kept():
-            shown = progress if lockstep.leads else False
-            found = agreement(model, task, trajectory, sources, stage_ids, space, device, autocast, shown)
-        known = lockstep.from_leader(lambda: weighted_by_agreement(space, *found))
-    space = known
-    choice = "; ".join(filter(None, (choice, in_words(space, weighting))))
-    notes = Notes(choice, modules_of(model), sources[-1].columns)
-
-    def create() -> Settings:
-        resolved = trajectory.resolve(model, space)
-        settings = Settings(
-            sketch=sketch.spec(),
-            parameters=spec_of(space, weighting),
-            task=task.spec(),
-            trajectory=resolved.record,
-            storage=storage_of(storage, sketch.spec()),
-            sampled_fisher=sampled_fisher,
-            second_derivative=second_derivative,
-            fisher_weight=fisher_weight,
-            gradients=gradients,
-            autocast=autocast,
-        )
-        _begin(store, settings, trajectory, resolved.scales, _parts(settings), notes, resume=resume)
-        return settings
-
-    def _parts(settings: Settings) -> list[tuple[PartSpec, np.ndarray]]:
-        specs = [_part_spec(source, own, settings, shard_rows) for source, own in zip(sources, stage_ids, strict=True)]
-        return list(zip(specs, stage_ids, strict=True))
-
-    with placement.kept():
-        _check_orders(task, model, trajectory, sources, device)
-        settings = lockstep.from_leader(create)
-        bank = Bank(path)
-        settings = as_begun(settings, bank.settings)
-        require_same_settings(where, bank.settings, settings)
-        bank.notes.require_columns(sources[-1].columns, where)
-        bank.notes.warn_of_other_modules(model, stacklevel=3)
-        parts = [stage.parts[0] for stage in bank.stages]
-        for part, (spec, own) in zip(parts, _parts(settings), strict=True):
-            require_same_part(part, spec, own)
-        works = [
-            Work(index, part, source, stage.checkpoints)
-            for index, (part, source, stage) in enumerate(zip(parts, sources, trajectory.stages, strict=True))
-        ]
-        _examine(task, model, trajectory, sources, device)
-        claims = None if takeover is None or not lockstep.leads else Claims(store, takeover, share)
-        with claims or nullcontext():
-            if executor is not None:
-                # As they were read: a generator gives them once.
-                ids = None if ids is None else dict(zip(names, stage_ids, strict=True))
-                whole = partial(
-                    build, model, task, trajectory, train_set, sketch=sketch, batch_size=batch_size,
-                    device=device, storage=storage, ids=ids, parameters=parameters,
-                    parameter_weights=parameter_weights, sampled_fisher=sampled_fisher, autocast=autocast,
-                    gradients=gradients, shard_rows=shard_rows,
-                )  # fmt: skip
-                fill_by(executor, whole, where, max(part.spec.n_shards for part in parts), progress)
-            else:
-                fill(
-                    works, settings, model, task, bank.metrics, shard=shard, device=device, progress=progress,
-                    claims=claims,
-                )  # fmt: skip
-            lockstep.from_leader(lambda: _finish(bank, parts, claims, all_made=shard is None))
+            _check_orders(task, model, trajectory, sources, device)
+            settings = lockstep.from_leader(create)
+            bank = Bank(path)
+            settings = as_begun(settings, bank.settings)
+            require_same_settings(where, bank.settings, settings)
+            bank.notes.require_columns(sources[-1].columns, where)
+            bank.notes.warn_of_other_modules(model, stacklevel=3)
+            parts = [stage.parts[0] for stage in bank.stages]
+            for part, (spec, own) in zip(parts, _parts(settings), strict=True):
+                require_same_part(part, spec, own)
+            works = [
+                Work(index, part, source, stage.checkpoints)
+                for index, (part, source, stage) in enumerate(zip(parts, sources, trajectory.stages, strict=True))
+            ]
+            _examine(task, model, trajectory, sources, device)
+            claims = None if takeover is None or not lockstep.leads else Claims(store, takeover, share)
+            with claims or nullcontext():
+                if executor is not None:
+                    # As they were read: a generator gives them once.
+                    ids = None if ids is None else dict(zip(names, stage_ids, strict=True))
+                    whole = partial(
+                        build, model, task, trajectory, train_set, sketch=sketch, batch_size=batch_size,
+                        device=device, storage=storage, ids=ids, parameters=parameters,
+                        parameter_weights=parameter_weights, sampled_fisher=sampled_fisher, autocast=autocast,
+                        gradients=gradients, shard_rows=shard_rows,
+                    )  # fmt: skip
+                    fill_by(executor, whole, where, max(part.spec.n_shards for part in parts), progress)
+                else:
+                    fill(
+                        works, settings, model, task, bank.metrics, shard=shard, device=device, progress=progress,
+                        claims=claims,
+                    )  # fmt: skip
+                lockstep.from_leader(lambda: _finish(bank, parts, claims, all_made=shard is None))
     if takeover is not None or shard is None:
         bank.reload()
     bank.examples = Examples(dict(zip(names, by_stage(train_set, names, "train_set"), strict=True)))
@@ -353,12 +357,18 @@ def _is_there(store: Store, resume: bool) -> bool:
     return store.exists("zarr.json")
 
 
-def _require_room(store: Store, resume: bool) -> None:
-    """Refuse a place where no bank can be, or where one is that must not be, before anything is measured."""
+def _require_room(store: Store, resume: bool, work: AtWork) -> None:
+    """Refuse a place where no bank can be, or where one is that must not be, before anything is measured.
+
+    What a build left that failed before its first row is removed.
+    """
     try:
-        _is_there(store, resume)
+        if not _is_there(store, resume) or resume:
+            work.remove_begun()
     except OSError as error:
         raise _not_created(store, error) from error
+    finally:
+        work.share()
 
 
 def _not_created(store: Store, error: OSError) -> BankError:

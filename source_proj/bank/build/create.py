@@ -20,7 +20,7 @@ from source_proj.bank.read.weights import relative_paths, weights_objects
 from source_proj.bank.store import Store
 from source_proj.trajectory import Scale, Trajectory
 
-__all__ = ["create_bank", "put_same", "require_same_part", "require_same_settings"]
+__all__ = ["create_bank", "part_difference", "put_same", "require_same_part", "require_same_settings"]
 
 
 def create_bank(
@@ -128,15 +128,25 @@ def require_same_part(part: Part, spec: PartSpec, ids: np.ndarray) -> None:
     Raises:
         MismatchError: they differ in number, batches, shards or ids; names both values.
     """
-    remedy = "give the same to go on with it, or build another bank"
+    difference = part_difference(part, spec, ids)
+    if difference is not None:
+        raise MismatchError(
+            f"the bank {part.store.location()} holds rows of other examples: stage {part.stage_name!r} {difference}. "
+            "Build with the same to go on with it, remove it to begin anew, or give another path"
+        )
+
+
+def part_difference(part: Part, spec: PartSpec, ids: np.ndarray) -> str | None:
+    """Say where the examples of a part are others than these, in number, batches, shards or ids; None if nowhere."""
     for name, there in part.spec.to_json().items():
         here = spec.to_json()[name]
         if there != here:
             begun = f"{there} examples" if name == "n" else f"{name} {there!r}"
-            raise MismatchError(f"{part.location} was begun with {begun}, got {here!r}; {remedy}")
+            return f"was begun with {begun}, got {here!r}"
     for place, (there, here) in enumerate(zip(part.ids, ids.tolist(), strict=True)):
         if there != here:
-            raise MismatchError(f"{part.location} has id {there!r} at row {place}, got {here!r}; {remedy}")
+            return f"has id {there!r} at row {place}, got {here!r}"
+    return None
 
 
 def _versions() -> dict[str, str]:

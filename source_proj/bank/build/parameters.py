@@ -15,7 +15,7 @@ from source_proj.bank.build.agreement import LEAST_CHECKPOINTS, LEAST_EXAMPLES
 from source_proj.bank.format import Settings
 from source_proj.bank.store import Store
 from source_proj.gradients import ParameterSpace, slow_parameters
-from source_proj.sketch import Sketch
+from source_proj.sketch import Sketch, exact_sketch
 from source_proj.task import Task
 from source_proj.trajectory import Trajectory, trained_parameters
 
@@ -60,7 +60,7 @@ def chosen_space(
     if announced and sketch.dim > space.size:
         tqdm.write(
             f"the sketch's k = {sketch.dim:,} is more than the {space.size:,} numbers of a gradient: "
-            f'Sketch({space.size}, "identity") is exact and smaller',
+            f"{exact_sketch(space.size)}",
             file=sys.stderr,
         )
     return space, choice

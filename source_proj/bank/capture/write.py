@@ -18,6 +18,7 @@ from source_proj._errors import GradientError, MismatchError
 from source_proj._io.hashing import hash_float32
 from source_proj.bank.audits import encode_audit
 from source_proj.bank.bank import Bank
+from source_proj.bank.build.at_work import at_work
 from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
 from source_proj.bank.build.data import checked_ids
 from source_proj.bank.build.parameters import in_words
@@ -183,22 +184,25 @@ def write_captured(
         autocast=autocast,
     )
     specs = [_spec(captured.ids, settings) for captured in stages]
-    if not store.exists("zarr.json"):
-        choice = f"{len(capture.space.names)} parameters, {capture.space.size} numbers: those that were captured"
-        choice = "; ".join(filter(None, (choice, in_words(capture.space, {}))))
-        matrices = dict(zip(chain(*hashes), chain(*curvature), strict=True))
-        parts = [(spec, captured.ids) for spec, captured in zip(specs, stages, strict=True)]
-        create_bank(store, settings, trajectory, {}, parts, Notes(choice, modules_of(model)), matrices)
-    bank = Bank(path)
-    require_same_settings(bank.path, bank.settings, settings)
-    written = []
-    for own, captured, spec in zip(bank.stages, stages, specs, strict=True):
-        (part,) = own.parts
-        require_same_part(part, spec, captured.ids)
-        for segment, content in enumerate(captured.contents):
-            for shard, arrays in _shards(part, segment, content, settings, captured.stage.loss_scale):
-                part.commit(segment, shard, arrays)
-        written.append(part)
+    with at_work(store) as work:
+        work.remove_begun()
+        work.share()
+        if not store.exists("zarr.json"):
+            choice = f"{len(capture.space.names)} parameters, {capture.space.size} numbers: those that were captured"
+            choice = "; ".join(filter(None, (choice, in_words(capture.space, {}))))
+            matrices = dict(zip(chain(*hashes), chain(*curvature), strict=True))
+            parts = [(spec, captured.ids) for spec, captured in zip(specs, stages, strict=True)]
+            create_bank(store, settings, trajectory, {}, parts, Notes(choice, modules_of(model)), matrices)
+        bank = Bank(path)
+        require_same_settings(bank.path, bank.settings, settings)
+        written = []
+        for own, captured, spec in zip(bank.stages, stages, specs, strict=True):
+            (part,) = own.parts
+            require_same_part(part, spec, captured.ids)
+            for segment, content in enumerate(captured.contents):
+                for shard, arrays in _shards(part, segment, content, settings, captured.stage.loss_scale):
+                    part.commit(segment, shard, arrays)
+            written.append(part)
     bank.seal(written)
     return bank
 

@@ -55,6 +55,7 @@ __all__ = [
 ]
 
 _NAME = "trajectory.json"
+_CALLBACKS = "updates.jsonl"  # where integrations/callback_log.py keeps its record
 _FORMAT = "source-proj recorded run"
 _VERSION = 6
 _UNTOLD = 5  # the version before, which does not say which steps were skipped
@@ -202,6 +203,12 @@ class RecordedRun:
         """
         path = directory / _NAME
         if not os.path.lexists(path):
+            if os.path.lexists(directory / _CALLBACKS):
+                raise MismatchError(
+                    f"{str(directory)!r} was recorded by a RecorderCallback: read it by "
+                    "source_proj.Trajectory.from_hf_trainer (--hf-run on the command line); a Recorder needs a "
+                    "directory of its own"
+                )
             strays = sorted(file.name for file in _recorded_files(directory))
             if strays:
                 raise MismatchError(f"{str(directory)!r} holds {strays[0]} but no {_NAME}: give an empty directory")
