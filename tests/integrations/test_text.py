@@ -281,7 +281,7 @@ def test_columns_and_texts_that_are_not_there_name_what_to_do(run, tmp_path):
         message = build(directory, tmp_path / "b", file=tmp_path / "short.jsonl", code=1)
         assert "example 2 of" in message
         assert "has one token" in message
-    asked = ("top-k", tmp_path / "b", "--model", "mine:model", "--queries", directory / "queries.jsonl")
+    asked = ("top-k", tmp_path / "b", "--model", "torch.nn:Identity", "--queries", directory / "queries.jsonl")
     assert "files of texts go to --dataset" in call(*asked, code=2)
 
 
