@@ -16,7 +16,7 @@ from torch import Tensor
 from source_proj.attribution.spectral import Hessian, SpectralFunction
 from source_proj.sketch import Sketch
 
-__all__ = ["BlockHessian", "Columns", "blocks_of", "checked_blocks"]
+__all__ = ["BlockHessian", "Columns", "blocks_of", "check_blocks", "default_blocks"]
 
 _MOST = 4096  # columns of a block, by default
 
@@ -60,23 +60,27 @@ def blocks_of(dim: int, count: int) -> tuple[Columns, ...]:
     return tuple(Columns(start, stop, dim) for start, stop in pairwise(ends))
 
 
-def checked_blocks(blocks: int | None, sketch: Sketch) -> int:
-    """Resolve how many blocks a sketch's columns are taken as.
+def default_blocks(sketch: Sketch, *, few_rows: bool) -> int:
+    """How many blocks a sketch's columns are taken as where nobody says: as few as have 4,096 columns at most.
 
-    Args:
-        blocks: as asked for; None for as few as have 4,096 columns at most.
-        sketch: whose; an exact one, of a column a parameter, is one block.
-
-    Raises:
-        TypeError: blocks is no integer.
-        ValueError: it is not in 1..k, or more than one of an exact sketch.
+    One where a column is a parameter, and where there are so few rows that no matrix of k x k is made.
 
     Example:
-        >>> [checked_blocks(None, Sketch(dim)) for dim in (512, 4096, 16384)]
+        >>> [default_blocks(Sketch(dim), few_rows=False) for dim in (512, 4096, 16384)]
         [1, 1, 4]
     """
+    return 1 if sketch.is_exact or few_rows else -(-sketch.dim // _MOST)
+
+
+def check_blocks(blocks: int | None, sketch: Sketch) -> None:
+    """Refuse a number of blocks that a sketch's columns cannot be cut into; None is the default.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is not in 1..k, or more than one of an exact sketch.
+    """
     if blocks is None:
-        return 1 if sketch.is_exact else -(-sketch.dim // _MOST)
+        return
     if isinstance(blocks, bool) or not isinstance(blocks, int):
         raise TypeError(f"blocks must be an integer, got {blocks!r}")
     if not 1 <= blocks <= sketch.dim:
@@ -85,7 +89,6 @@ def checked_blocks(blocks: int | None, sketch: Sketch) -> int:
         raise ValueError(
             f"blocks={blocks} takes a sketch as several, and an exact one has a column a parameter: leave it out"
         )
-    return blocks
 
 
 @dataclass(frozen=True)

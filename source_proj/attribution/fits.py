@@ -17,7 +17,7 @@ from torch import Tensor
 
 from source_proj._errors import GradientError
 from source_proj._io.executors import Executor
-from source_proj.attribution.columns import BlockHessian, blocks_of
+from source_proj.attribution.columns import BlockHessian, blocks_of, default_blocks
 from source_proj.attribution.curvature import Factors, check_curvature, count_factors
 from source_proj.attribution.gram_hessian import GramHessian, gram_matrix, gram_spectrum
 from source_proj.attribution.moments import (
@@ -94,6 +94,13 @@ class Fit(NamedTuple):
     def place(self) -> torch.device | str:
         """The device, named."""
         return self.device or "cpu"
+
+    @property
+    def has_few_rows(self) -> bool:
+        """Whether the Gram matrix of the rows stands in for Ĥ of all columns."""
+        stage = self.bank.stages[self.stage]
+        count = count_factors(stage, self.checkpoints, self.curvature)
+        return not stage.captured and takes_gram(self.bank.sketch.dim, count)
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -272,9 +279,9 @@ class BlockFits:
         return self._fit.get(kind, compute, **settings, **own)
 
 
-def fitted_hessian(fit: Fit, blocks: int = 1) -> Hessian:
+def fitted_hessian(fit: Fit, blocks: int | None = 1) -> Hessian:
     """Return the mean Hessian of some checkpoints, as far as its functions go; raises as :class:`BlockFits`."""
-    return BlockFits(fit, blocks).whole()
+    return BlockFits(fit, blocks or default_blocks(fit.bank.sketch, few_rows=fit.has_few_rows)).whole()
 
 
 def fitted_spectrum(fit: Fit) -> Spectrum:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from source_proj._io.progress import progress_bar
-from source_proj.attribution.columns import blocks_of, checked_blocks
+from source_proj.attribution.columns import blocks_of, default_blocks
 from source_proj.attribution.curvature import default_curvature
 from source_proj.attribution.source.sizes import SegmentSize, fit_peak, fitted_bytes, search_peak
 from source_proj.bank import Bank, build
@@ -226,7 +226,8 @@ def plan(
     ]
     sizes = _bytes(settings, specs)
     segments, height = _segments(bank, specs), max(heights)
-    blocks = blocks_of(sketch.dim, checked_blocks(None, sketch))
+    few_rows = all(segment.takes_gram(sketch.dim) for segment in segments)
+    blocks = blocks_of(sketch.dim, default_blocks(sketch, few_rows=few_rows))
     suggested = _suggested(settings, specs, storage, disk)
     return Plan(
         examples=sum(spec.n for spec in specs),

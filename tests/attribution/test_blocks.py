@@ -226,3 +226,18 @@ def test_the_banks_of_an_ensemble_have_blocks_of_their_own(tmp_path, monkeypatch
         both = method(banks, **options).score(problem.queries).to_numpy()
         alone = [method(bank, **options).score(problem.queries).to_numpy() for bank in banks]
         np.testing.assert_allclose(both, np.mean(alone, axis=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "count"), [(6, 1), (60, 2)])
+def test_few_rows_are_fitted_by_one_gram_matrix_and_many_in_blocks(tmp_path, monkeypatch, n, count):
+    """Unless somebody says how many blocks; to each method by its own rows."""
+    monkeypatch.setattr("source_proj.attribution.columns._MOST", 20)
+    problem = classification(n=n, segments=1)
+    bank = problem.build(tmp_path / "bank", sp.Sketch(dim=40))
+    for method, options in ((sp.Source, {}), (sp.InfluenceFunction, {"average": True})):
+        by_default, asked = (
+            method(bank, model=problem.model, progress=False, **options, **more).score(problem.queries).to_numpy()
+            for more in ({}, {"blocks": count})
+        )
+        assert (by_default == asked).all()
+    assert sp.Source(bank, model=problem.model, progress=False).fidelity(problem.queries).blocks == count

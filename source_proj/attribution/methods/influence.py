@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from source_proj._io.executors import Executor
 from source_proj._io.progress import Progress
 from source_proj.attribution.attributor import Attributor, Term
-from source_proj.attribution.columns import checked_blocks
+from source_proj.attribution.columns import check_blocks
 from source_proj.attribution.curvature import (
     Curvature,
     Damping,
@@ -87,7 +87,9 @@ class InfluenceFunction(Attributor):
         self.curvature: Curvature = default_curvature(self.banks) if curvature is None else curvature
         require_curvature(self.banks, self.curvature)
         self.damping: Damping = damping
-        self._blocks = {own.sketch: checked_blocks(blocks, own.sketch) for own in self.banks}
+        for own in self.banks:
+            check_blocks(blocks, own.sketch)
+        self._blocks = blocks
         self.cache = cache
 
     def _query_points(self, bank: Bank) -> list[Checkpoint]:
@@ -111,6 +113,6 @@ class InfluenceFunction(Attributor):
     def _solved(self, fit: Fit, query: Tensor, decay: float) -> Tensor:
         """Queries ``(Q, k)`` times (Ĥ + λ + ρ)⁻¹, of weight decay λ."""
         sketch = fit.bank.sketch
-        hessian = fitted_hessian(fit, self._blocks[sketch])
+        hessian = fitted_hessian(fit, self._blocks)
         ridge = decay + damping_value(self.damping, hessian.trace, sketch.dim, is_exact=sketch.is_exact)
         return hessian.multiply(query, ridge_inverse(ridge, hessian.dim))

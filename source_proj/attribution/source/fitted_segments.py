@@ -15,7 +15,7 @@ from torch import Tensor
 
 from source_proj._io.executors import Executor
 from source_proj._io.progress import Bar
-from source_proj.attribution.columns import Columns, blocks_of
+from source_proj.attribution.columns import Columns, blocks_of, default_blocks
 from source_proj.attribution.curvature import Curvature, Damping, damping_value
 from source_proj.attribution.fits import BlockFits, Fit
 from source_proj.attribution.operands import (
@@ -103,7 +103,7 @@ class FittedSegments:
         groups: which checkpoints make a segment.
         curvature: see :class:`Source`.
         damping: see :class:`Source`.
-        blocks: how many blocks the sketch's columns are taken as.
+        blocks: how many blocks the sketch's columns are taken as; None for the default.
         time_scale: see :class:`Source`.
         device: where products are computed.
         cache: keep spectra beside the bank.
@@ -118,7 +118,7 @@ class FittedSegments:
         *,
         curvature: Curvature,
         damping: Damping,
-        blocks: int,
+        blocks: int | None,
         time_scale: float,
         device: torch.device | str | None,
         cache: bool,
@@ -137,7 +137,8 @@ class FittedSegments:
         self._prepared = False
         self._fits: dict[tuple[int, tuple[int, ...]], BlockFits] = {}
         self._moments: dict[tuple[int, int, tuple[int, ...], int], Tensor] = {}
-        self.blocks = tuple(SegmentBlock(self, *own) for own in enumerate(blocks_of(bank.sketch.dim, blocks)))
+        count = blocks or default_blocks(bank.sketch, few_rows=all(fit.has_few_rows for fit in self._all_fits()))
+        self.blocks = tuple(SegmentBlock(self, *own) for own in enumerate(blocks_of(bank.sketch.dim, count)))
         self._dimensions: dict[Segment, float] = {}
 
     @property
@@ -289,9 +290,15 @@ class FittedSegments:
 
     def _fits_of(self, stage: int, checkpoints: tuple[int, ...]) -> BlockFits:
         if (stage, checkpoints) not in self._fits:
-            fit = Fit(self.bank, stage, checkpoints, self._curvature, self._device, self._cache, self.executor)
-            self._fits[stage, checkpoints] = BlockFits(fit, len(self.blocks))
+            self._fits[stage, checkpoints] = BlockFits(self._fit_of(stage, checkpoints), len(self.blocks))
         return self._fits[stage, checkpoints]
+
+    def _all_fits(self) -> Iterator[Fit]:
+        for stage, groups in enumerate(self._groups):
+            yield from (self._fit_of(stage, group) for group in groups)
+
+    def _fit_of(self, stage: int, checkpoints: Sequence[int]) -> Fit:
+        return Fit(self.bank, stage, checkpoints, self._curvature, self._device, self._cache, self.executor)
 
 
 class SegmentBlock:

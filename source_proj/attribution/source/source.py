@@ -33,7 +33,7 @@ from source_proj._io.html import facts
 from source_proj._io.progress import Progress, progress_bar, shared_bar
 from source_proj.attribution.arguments import checked_number
 from source_proj.attribution.attributor import Queries, Term
-from source_proj.attribution.columns import checked_blocks
+from source_proj.attribution.columns import check_blocks
 from source_proj.attribution.curvature import Curvature, Damping, check_damping, default_curvature, require_curvature
 from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.hits import Shown
@@ -72,8 +72,8 @@ class Source(Diagnosing):
         damping: added to the eigenvalues inside c: ``"noise"`` takes ρ = tr(Ĥ)/k, the sketch's own noise (0 for an
             exact sketch); a number is used as it is; None switches damping off.
         blocks: into how many sketches the bank's is cut, by its columns: the scores of B are averaged, and fits take
-            k² N/B + k³/B² operations. Default: as few as have 4,096 columns at most (examples/paper/LABORATORY.md,
-            "Large sketches in blocks").
+            k² N/B + k³/B² operations. Default: as few as have 4,096 columns at most, and one where the rows of each
+            segment are ¾ k at most (examples/paper/LABORATORY.md, "Large sketches in blocks").
         query_gradient: where ∇m(q) is taken. ``"final"``: at the final weights, as the formula has it, one backward
             pass per query. ``"mean"``: the mean over the checkpoints of the last stage, a backward pass at each. What a
             single run's final weights say of a query is noisy; the mean is nearer to what retraining does on average,
@@ -166,7 +166,9 @@ class Source(Diagnosing):
         self.curvature: Curvature = default_curvature(self.banks) if curvature is None else curvature
         require_curvature(self.banks, self.curvature)
         self.damping: Damping = damping
-        self._blocks = [checked_blocks(blocks, own.sketch) for own in self.banks]
+        for own in self.banks:
+            check_blocks(blocks, own.sketch)
+        self._blocks = blocks
         self.cache = cache
         self._groups = [stage_groups(own, segments) for own in self.banks]
         self._fitted: dict[str, FittedSegments] = {}
@@ -240,9 +242,9 @@ class Source(Diagnosing):
 
     def _of(self, bank: Bank) -> FittedSegments:
         """The bank's fitted segments; anew where rows were appended to it."""
-        place = self.banks.index(bank)
         fitted = FittedSegments(
-            bank, self._groups[place], curvature=self.curvature, damping=self.damping, blocks=self._blocks[place],
+            bank, self._groups[self.banks.index(bank)], curvature=self.curvature, damping=self.damping,
+            blocks=self._blocks,
             time_scale=self.time_scale, device=self.device, cache=self.cache, executor=self.executor, limit=self._limit,
         )  # fmt: skip
         return self._fitted.setdefault(bank.fingerprint, fitted)  # of several threads' the first
