@@ -5,7 +5,8 @@ be averaged: their errors are independent of each other. Ĥ is then block-diagon
 which takes k² N/B operations and numbers instead of k² N, and k³/B² for its factors instead of k³.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 from source_proj.attribution.spectral import Hessian, SpectralFunction
 from source_proj.sketch import Sketch
 
-__all__ = ["BlockHessian", "Columns", "blocks_of", "check_blocks", "default_blocks"]
+__all__ = ["BlockHessian", "Columns", "blocks_of", "checked_blocks", "default_blocks"]
 
 _MOST = 4096  # columns of a block, by default
 
@@ -72,23 +73,31 @@ def default_blocks(sketch: Sketch, *, few_rows: bool) -> int:
     return 1 if sketch.is_exact or few_rows else -(-sketch.dim // _MOST)
 
 
-def check_blocks(blocks: int | None, sketch: Sketch) -> None:
-    """Refuse a number of blocks that a sketch's columns cannot be cut into; None is the default.
+def checked_blocks(blocks: int | None, sketches: Iterable[Sketch]) -> int | None:
+    """Return into how many blocks columns are to be cut, as an int; None is the default.
+
+    Args:
+        blocks: what the user gave; integers of NumPy do.
+        sketches: whose columns.
 
     Raises:
         TypeError: it is no integer.
         ValueError: it is not in 1..k, or more than one of an exact sketch.
     """
     if blocks is None:
-        return
-    if isinstance(blocks, bool) or not isinstance(blocks, int):
-        raise TypeError(f"blocks must be an integer, got {blocks!r}")
-    if not 1 <= blocks <= sketch.dim:
-        raise ValueError(f"blocks must lie in 1..{sketch.dim}, the sketch's columns, got {blocks}")
-    if blocks > 1 and sketch.is_exact:
-        raise ValueError(
-            f"blocks={blocks} takes a sketch as several, and an exact one has a column a parameter: leave it out"
-        )
+        return None
+    try:
+        count = operator.index(blocks)
+    except TypeError:
+        raise TypeError(f"blocks must be an integer, got {blocks!r}") from None
+    for sketch in sketches:
+        if isinstance(blocks, bool) or not 1 <= count <= sketch.dim:
+            raise ValueError(f"blocks must lie in 1..{sketch.dim}, the sketch's columns, got {blocks}")
+        if count > 1 and sketch.is_exact:
+            raise ValueError(
+                f"blocks={count} takes a sketch as several, and an exact one has a column a parameter: leave it out"
+            )
+    return count
 
 
 @dataclass(frozen=True)

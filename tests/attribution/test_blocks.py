@@ -117,12 +117,20 @@ def test_all_blocks_are_made_in_one_pass_over_the_rows(tmp_path, monkeypatch):
 
 
 def test_blocks_that_cannot_be(tmp_path):
-    bank = classification(n=20).build(tmp_path / "bank", sp.Sketch(dim=16))
+    problem = classification(n=20)
+    bank = problem.build(tmp_path / "bank", sp.Sketch(dim=16))
     for method in (sp.Source, sp.InfluenceFunction):
         with pytest.raises(ValueError, match=r"blocks must lie in 1\.\.16, the sketch's columns, got 17"):
             method(bank, blocks=17)
         with pytest.raises(TypeError, match=r"blocks must be an integer, got 2\.0"):
             method(bank, blocks=2.0)
+        with pytest.raises(ValueError, match=r"blocks must lie in 1\.\.16, the sketch's columns, got True"):
+            method(bank, blocks=True)
+        expected, found = (
+            method(bank, model=problem.model, progress=False, blocks=kind(2)).score(problem.queries).to_numpy()
+            for kind in (int, np.int64)
+        )
+        assert (found == expected).all()
     exact = classification(n=20)
     size = sum(parameter.numel() for parameter in exact.model.parameters())
     bank = exact.build(tmp_path / "exact", sp.Sketch(size, "identity"))

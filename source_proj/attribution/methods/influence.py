@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from source_proj._io.executors import Executor
 from source_proj._io.progress import Progress
 from source_proj.attribution.attributor import Attributor, Term
-from source_proj.attribution.columns import check_blocks
+from source_proj.attribution.columns import checked_blocks
 from source_proj.attribution.curvature import (
     Curvature,
     Damping,
@@ -87,9 +87,7 @@ class InfluenceFunction(Attributor):
         self.curvature: Curvature = default_curvature(self.banks) if curvature is None else curvature
         require_curvature(self.banks, self.curvature)
         self.damping: Damping = damping
-        for own in self.banks:
-            check_blocks(blocks, own.sketch)
-        self._blocks = blocks
+        self._blocks = checked_blocks(blocks, (own.sketch for own in self.banks))
         self.cache = cache
 
     def _query_points(self, bank: Bank) -> list[Checkpoint]:

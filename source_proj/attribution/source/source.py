@@ -33,7 +33,7 @@ from source_proj._io.html import facts
 from source_proj._io.progress import Progress, progress_bar, shared_bar
 from source_proj.attribution.arguments import checked_number
 from source_proj.attribution.attributor import Queries, Term
-from source_proj.attribution.columns import check_blocks
+from source_proj.attribution.columns import checked_blocks
 from source_proj.attribution.curvature import Curvature, Damping, check_damping, default_curvature, require_curvature
 from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.hits import Shown
@@ -166,9 +166,7 @@ class Source(Diagnosing):
         self.curvature: Curvature = default_curvature(self.banks) if curvature is None else curvature
         require_curvature(self.banks, self.curvature)
         self.damping: Damping = damping
-        for own in self.banks:
-            check_blocks(blocks, own.sketch)
-        self._blocks = blocks
+        self._blocks = checked_blocks(blocks, (own.sketch for own in self.banks))
         self.cache = cache
         self._groups = [stage_groups(own, segments) for own in self.banks]
         self._fitted: dict[str, FittedSegments] = {}
