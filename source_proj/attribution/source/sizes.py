@@ -51,6 +51,7 @@ def fitted_bytes(segments: Sequence[SegmentSize], blocks: Sequence[Columns]) -> 
     Where there are fewer factors than columns, half of a factor of their Gram matrix; all for each block of columns.
 
     Example:
+        >>> from source_proj.attribution.columns import blocks_of
         >>> fitted_bytes([SegmentSize(10**6, 2)], blocks_of(4096, 1)) / 4096**2
         6.55078125
     """
