@@ -46,9 +46,10 @@ def test_the_null_space_part_is_the_plain_gradient(tmp_path):
     spectrum.values.zero_()  # as if the loss were flat
     s = method.segments[0].time
     fresh = source(problem, bank, segments=1, curvature="gauss_newton", damping=None, cache=False)._of(bank)
-    operator = fresh.operators(fresh.segments)
-    fresh.hessian = lambda _: spectrum
-    torch.testing.assert_close(fresh.operators(fresh.segments)[0][0], s * torch.eye(4))
+    (block,) = fresh.blocks
+    operator = block.operators(fresh.segments)
+    block.hessian = lambda _: spectrum
+    torch.testing.assert_close(block.operators(fresh.segments)[0][0], s * torch.eye(4))
     assert not torch.allclose(operator[0][0], s * torch.eye(4))
 
 

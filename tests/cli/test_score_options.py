@@ -27,6 +27,7 @@ OPTIONS = {
     "segments": ["1"],
     "curvature": ["empirical-fisher", "gauss-newton"],
     "damping": ["1", "noise", "off"],
+    "blocks": ["1", "2"],
     "average": [None],
     "query_gradient": ["mean", "final"],
     "ridge": ["0.5"],
