@@ -111,10 +111,14 @@ def mean_panels(
     found = []
     for columns in blocks:
         panels = list(islice(summed, panel_count(columns.width)))
-        nothing = torch.zeros(columns.width, columns.width, device=device, dtype=torch.float32)
         made = [panel.to(device).double().mul_(columns.scale / count) for panel in panels]
-        found.append(made or upper_panels(nothing))
+        found.append(made or _nothing(columns.width, device))
     return found
+
+
+def _nothing(dim: int, device: torch.device | str) -> list[Tensor]:
+    """The panels of no rows' Hessian."""
+    return upper_panels(torch.zeros(dim, dim, device=device, dtype=torch.float32))
 
 
 def _captured(stage: StageBank, segments: Sequence[int], curvature: Factors) -> Tensor:

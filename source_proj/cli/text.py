@@ -263,11 +263,9 @@ def require_own_records(bank: str, file: Path, *, encoding: str, delimiter: str)
     Raises:
         MismatchError: names the first record that differs, and what to give.
     """
-    try:
-        known, settings = TextSettings.files(bank), TextSettings.read(bank)
-    except (SourceProjError, OSError, ValueError):  # of no texts
-        return
-    if not known:
+    settings = _settings_of(bank)
+    known = [] if settings is None else TextSettings.files(bank)
+    if settings is None or not known:
         return
     name, rows = text_rows(file, encoding=encoding, delimiter=delimiter)
     if len(known) == 1 and TextRows(rows, settings).digest == known[0][1]:
@@ -285,18 +283,22 @@ def require_own_records(bank: str, file: Path, *, encoding: str, delimiter: str)
 
 def label_column_of(bank: str) -> str:
     """Name of the labels' column, as a bank of texts was told, or as it is by default."""
-    try:
-        return TextSettings.read(bank).label
-    except (SourceProjError, OSError, ValueError):  # of no texts
-        return "label"
+    settings = _settings_of(bank)
+    return "label" if settings is None else settings.label
 
 
 def class_numbers(bank: str) -> dict[str, int]:
     """Name of each class → its number, of a bank of texts; none where they have no names."""
+    settings = _settings_of(bank)
+    return {} if settings is None else dict(settings.labels or {})
+
+
+def _settings_of(bank: str) -> TextSettings | None:
+    """How a bank's texts were read; None where it is of no texts."""
     try:
-        return dict(TextSettings.read(bank).labels or {})
-    except (SourceProjError, OSError, ValueError):  # of no texts
-        return {}
+        return TextSettings.read(bank)
+    except (SourceProjError, OSError, ValueError):
+        return None
 
 
 def training_texts(bank: str | Path, tokenizer: Any, network: nn.Module | None = None) -> Examples | None:

@@ -153,8 +153,13 @@ def _correlation(
     shape = len(next(iter(queries[0].values()))), len(examples)
     scores = [torch.zeros(shape, dtype=torch.float64, device="cpu") for _ in range(2)]
     for fitted, sketches in zip(runs, queries, strict=True):
-        for block in fitted.blocks:
-            _add_halves(scores, fitted, block, sketches, examples)
+        dim, halves_of = fitted.bank.sketch.dim, _halved(fitted, sketches)
+        for index, segment in enumerate(fitted.segments):
+            for operand in Picked(fitted.rows(segment), examples).between(0, len(examples)):
+                rows = operand.decoded(dim).double().cpu()
+                for (columns, carried), total in zip(halves_of, scores, strict=True):
+                    part = math.sqrt(2) * rows[:, columns]
+                    total[:, operand.start : operand.stop] -= carried[index] @ part.T / segment.n
     first, second = (total - total.mean(1, keepdim=True) for total in scores)
     products = (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1)).clamp(min=1e-300)
     halves = products.clamp(min=0)
@@ -162,24 +167,18 @@ def _correlation(
     return correlation
 
 
-def _add_halves(
-    scores: Sequence[Tensor],
-    fitted: FittedSegments,
-    block: SegmentBlock,
-    sketches: Mapping[int, Tensor],
-    examples: Tensor,
-) -> None:
-    """Add what the two halves of a block make of some examples' scores ``(Q, n)``."""
-    dim, own = fitted.bank.sketch.dim, block.columns
-    queries = {metric: rows[:, own.slice] for metric, rows in sketches.items()}
-    columns = _halves(own.width)
-    moved = [_half_moved(fitted, block, half, queries) for half in columns]
-    for index, segment in enumerate(fitted.segments):
-        for operand in Picked(fitted.rows(segment), examples).between(0, len(examples)):
-            rows = operand.decoded(dim)[:, own.slice].double().cpu()
-            for half, carried, total in zip(columns, moved, scores, strict=True):
-                part = math.sqrt(2) * rows[:, half]
-                total[:, operand.start : operand.stop] -= carried[index] @ part.T / segment.n
+def _halved(fitted: FittedSegments, sketches: Mapping[int, Tensor]) -> list[tuple[Tensor, list[Tensor]]]:
+    """Two halves of each block: their columns, and queries as each segment meets them there, ``(Q, k/2)`` float64."""
+    columns: list[list[Tensor]] = [[], []]
+    carried: list[list[list[Tensor]]] = [[], []]
+    for block in fitted.blocks:
+        for half, own, moved in zip(_halves(block.columns.width), columns, carried, strict=True):
+            own.append(block.columns.start + half)
+            moved.append(_half_moved(fitted, block, half, sketches))
+    return [
+        (torch.cat(own), [torch.cat(parts, dim=1) for parts in zip(*moved, strict=True)])
+        for own, moved in zip(columns, carried, strict=True)
+    ]
 
 
 def _halves(dim: int) -> list[Tensor]:
@@ -189,11 +188,12 @@ def _halves(dim: int) -> list[Tensor]:
 
 
 def _half_moved(
-    fitted: FittedSegments, block: SegmentBlock, columns: Tensor, queries: Mapping[int, Tensor]
+    fitted: FittedSegments, block: SegmentBlock, half: Tensor, sketches: Mapping[int, Tensor]
 ) -> list[Tensor]:
-    """Queries as each segment meets them, in half a block: ``(Q, k/2)`` float64."""
-    halves = {metric: math.sqrt(2) * rows[:, columns].double() for metric, rows in queries.items()}
-    walked = walk_back(_Half(block, columns), fitted.segments, QueryPropagator.of(halves))
+    """Queries as each segment meets them, in half a block: ``(Q, k'/2)`` float64."""
+    columns = block.columns.start + half
+    halves = {metric: math.sqrt(2) * rows[:, columns].double() for metric, rows in sketches.items()}
+    walked = walk_back(_Half(block, half), fitted.segments, QueryPropagator.of(halves))
     return [rows.double().cpu() for (rows,) in (carried.values() for _, carried in walked)][::-1]
 
 
