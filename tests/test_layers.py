@@ -14,7 +14,7 @@ ROOT = Path(sp.__file__).parent
 # From below to above: a file uses only what its own room, or one before it, holds.
 ROOMS = [
     "kernels", "_errors", "_io", "task", "trajectory", "sketch", "gradients", "bank", "attribution", "distribute",
-    "evaluate", "curate", "integrations", "report", "demo", "cli",
+    "evaluate", "curate", "integrations", "report", "demo", "cli", "__main__",
 ]  # fmt: skip
 LOADERS = {"import_module", "__import__", "run_module"}
 

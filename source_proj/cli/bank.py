@@ -373,3 +373,8 @@ def _report(made: "Bank", json: bool) -> None:
         state = "complete" if made.finalized else "unfinished: build its other parts, then run source-proj finalize"
         of_fits = f" ({fits / 1e6:.1f} of fits)" if fits >= 5e4 else ""  # less is 0.0
         say(f"{made.path}: {made.n_rows} rows, {size / 1e6:.1f} MB{of_fits}, {state}")
+        if not made.captured and made.stages[-1].n_checkpoints == 1:
+            say(
+                "It has one checkpoint, at which gradients are mostly this run's own noise. The mean over several moments "
+                "of training predicts retraining better: build another from five or more, if the run saved them."
+            )

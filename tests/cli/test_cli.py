@@ -338,6 +338,19 @@ def test_help_names_the_default_curvature_of_every_task():
     assert "gauss-newton for regression, sampled-fisher for language models" in text
 
 
+def test_a_bank_of_one_checkpoint_says_what_more_would_bring(call, tmp_path):
+    base = [one for one in ARGUMENTS if one not in ("--recorder", "run", "--segments", "2")]
+    for steps in ([30], [10, 30]):
+        weights = [f"--checkpoint={step}=run/step_000000{step}.pt" for step in steps]
+        said = call("build", tmp_path / f"bank{len(steps)}", *base, "--lr", "0.1", *weights)
+        assert ("one checkpoint" in said) == (len(steps) == 1)
+
+
+def test_python_runs_the_package():
+    shown = subprocess.run([sys.executable, "-m", "source_proj", "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == sp.__version__
+
+
 def test_version():
     assert CliRunner().invoke(app, ["--version"]).stdout.strip() == sp.__version__
 
