@@ -17,7 +17,7 @@ from torch import Tensor
 
 from source_proj._errors import GradientError
 from source_proj._io.executors import Executor
-from source_proj.attribution.columns import BlockHessian, blocks_of, default_blocks
+from source_proj.attribution.columns import BlockHessian
 from source_proj.attribution.curvature import Factors, check_curvature, count_factors
 from source_proj.attribution.gram_hessian import GramHessian, gram_matrix, gram_spectrum
 from source_proj.attribution.moments import (
@@ -31,6 +31,7 @@ from source_proj.attribution.moments import (
 from source_proj.attribution.spectral import DenseHessian, Hessian, Spectrum, shifted_factor
 from source_proj.bank import Bank
 from source_proj.kernels.gram import mirrored, packed, unpacked, upper_panels
+from source_proj.sketch.columns import blocks_of, default_blocks
 
 __all__ = ["BlockFits", "Fit", "fitted_hessian", "fitted_matrix", "fitted_spectrum"]
 

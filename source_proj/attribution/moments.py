@@ -6,7 +6,7 @@ block. Of a symmetric product only the blocks on and above the diagonal are comp
 sketch is taken as several (`columns`), all of them are made in one pass over the rows.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Literal
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from source_proj._io.executors import Executor
-from source_proj.attribution.columns import Columns, blocks_of
 from source_proj.attribution.curvature import (
     Factors,
     check_curvature,
@@ -28,6 +27,7 @@ from source_proj.attribution.shards import ShardGroup, map_shards, shard_groups
 from source_proj.attribution.spectral import Spectrum
 from source_proj.bank import StageBank
 from source_proj.kernels.gram import gram_panels, mirrored, panel_count, upper_panels
+from source_proj.sketch.columns import Columns, blocks_of
 
 __all__ = [
     "add_up",
@@ -101,10 +101,7 @@ def mean_panels(
         ValueError: for a curvature that the bank's rows do not offer, or several segments that were captured apart.
     """
     if stage.captured:
-        whole = _captured(stage, checkpoints, curvature).to(device)
-        if len(blocks) == 1:
-            return [upper_panels(whole)]
-        return [upper_panels(whole[columns.slice, columns.slice] * columns.scale) for columns in blocks]
+        return [upper_panels(own.to(device)) for own in _captured(stage, checkpoints, curvature, blocks)]
     check_curvature(stage, curvature)
     summed = iter(_summed(executor, partial(_panels, stage, curvature, device, blocks), stage, checkpoints, blocks))
     count = max(1, count_factors(stage, checkpoints, curvature))
@@ -121,14 +118,23 @@ def _nothing(dim: int, device: torch.device | str) -> list[Tensor]:
     return upper_panels(torch.zeros(dim, dim, device=device, dtype=torch.float32))
 
 
-def _captured(stage: StageBank, segments: Sequence[int], curvature: Factors) -> Tensor:
+def _captured(
+    stage: StageBank, segments: Sequence[int], curvature: Factors, blocks: Sequence[Columns]
+) -> Iterator[Tensor]:
+    """Ĥ of each block, which is one of those that were captured, or a part of one."""
     check_curvature(stage, curvature)
     if len(segments) != 1:
         raise ValueError(
             f"the rows of stage {stage.name!r} were captured by segments, and the segments {list(segments)} can't be "
             "joined afterwards: leave segments= out, or record with other segment_ends="
         )
-    return stage.captured_curvature(segments[0])
+    wholes = zip(stage.captured_blocks, stage.captured_curvature(segments[0]), strict=True)
+    there, whole = next(wholes)
+    for columns in blocks:
+        while columns.start >= there.stop:
+            there, whole = next(wholes)
+        own = slice(columns.start - there.start, columns.stop - there.start)
+        yield whole[own, own] * columns.scale if len(blocks) > 1 else whole
 
 
 def _summed(

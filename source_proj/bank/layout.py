@@ -298,7 +298,7 @@ def metric_array(count: int) -> ArraySpec:
 
 
 def curvature_array(count: int) -> ArraySpec:
-    """The k · k entries of a captured segment's Ĥ."""
+    """The entries of a captured segment's Ĥ."""
     return metric_array(count)
 
 

@@ -375,6 +375,6 @@ def _report(made: "Bank", json: bool) -> None:
         say(f"{made.path}: {made.n_rows} rows, {size / 1e6:.1f} MB{of_fits}, {state}")
         if not made.captured and made.stages[-1].n_checkpoints == 1:
             say(
-                "It has one checkpoint, at which gradients are mostly this run's own noise. The mean over several moments "
-                "of training predicts retraining better: build another from five or more, if the run saved them."
+                "It has one checkpoint, where gradients are mostly this run's own noise. The mean over several moments "
+                "of training predicts retraining better: build another of five or more, if the run saved them."
             )

@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from source_proj._io.progress import progress_bar
-from source_proj.attribution.columns import blocks_of, default_blocks
 from source_proj.attribution.curvature import default_curvature
 from source_proj.attribution.source.sizes import SegmentSize, fit_peak, fitted_bytes, search_peak
 from source_proj.bank import Bank, build
@@ -27,6 +26,7 @@ from source_proj.bank.build.parameters import AGREEMENT, NONE, weighting_of
 from source_proj.bank.format import Settings, storage_of
 from source_proj.bank.layout import PartSpec, default_shard_rows, part_arrays
 from source_proj.sketch import Sketch, exact_sketch
+from source_proj.sketch.columns import blocks_of, default_blocks
 from source_proj.task import Task
 from source_proj.trajectory import Trajectory
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ from problems import classification
 
 import source_proj as sp
 from source_proj.attribution import moments
-from source_proj.attribution.columns import blocks_of
 from source_proj.attribution.curvature import iter_factors
 from source_proj.attribution.fits import BlockFits, Fit
 from source_proj.attribution.shards import shard_groups
 from source_proj.attribution.spectral import decay_operator, response
+from source_proj.sketch.columns import blocks_of
 
 
 def naive(bank, problem, blocks, damping):
@@ -195,7 +196,7 @@ def test_captured_curvature_is_cut_into_the_same_blocks(captured_run):
     features = source.sketch(data)
     query = source._query(bank, features[0], 0).double()
     rows = torch.cat([block.rows for block in bank.stages[0].iter_rows(0)]).double()
-    curvature, (segment,) = bank.stages[0].captured_curvature(0).double(), source.segments
+    curvature, (segment,) = bank.stages[0].captured_curvature(0)[0].double(), source.segments
     total = torch.zeros(len(query), len(rows), dtype=torch.float64)
     for columns in blocks_of(32, 3):
         own = columns.slice
@@ -208,25 +209,54 @@ def test_captured_curvature_is_cut_into_the_same_blocks(captured_run):
 
 @pytest.fixture
 def captured_run(tmp_path):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
-    inputs, labels = torch.randn(20, 4), torch.randint(3, (20,))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    recorder = sp.Recorder(
-        model, optimizer, tmp_path / "run", every=5, capture=sp.Sketch(32), task=sp.Classification()
-    )  # fmt: skip
-    for _ in range(10):
-        index = torch.randperm(20)[:8]
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(inputs[index]), labels[index]).backward()
-        optimizer.step()
-        recorder.step(ids=index)
+    return capture(tmp_path / "run")
+
+
+def capture(folder, stops=(10,)):
+    """A model, its training set, and the bank of a run of ten steps, which processes carry on at some stops."""
+    inputs, labels = torch.randn(20, 4, generator=torch.manual_seed(0)), torch.arange(20) % 3
+    batches = [torch.randperm(20)[:8] for _ in range(10)]
+    for stop in stops:
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        recorder = sp.Recorder(model, optimizer, folder, every=5, capture=sp.Sketch(32), task=sp.Classification())
+        for index in batches[recorder.restore() : stop]:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(inputs[index]), labels[index]).backward()
+            optimizer.step()
+            recorder.step(ids=index)
+        if stop < len(batches):
+            recorder.close()
     return model, torch.utils.data.TensorDataset(inputs, labels), recorder.bank(storage="float32")
+
+
+def test_curvature_of_many_columns_is_captured_in_blocks(tmp_path, monkeypatch):
+    """It is that of the same columns of the whole, in a run at a stretch or carried on, and so are scores."""
+    model, data, whole = capture(tmp_path / "whole")
+    (matrix,) = whole.stages[0].captured_curvature(0)
+    expected = {count: sp.Source(whole, model=model, progress=False, blocks=count).score(data) for count in (3, 6)}
+    monkeypatch.setattr("source_proj.sketch.columns._MOST", 11)
+    for name, stops in (("blocks", (10,)), ("carried_on", (7, 10))):
+        _, _, bank = capture(tmp_path / name, stops)
+        blocks = bank.stages[0].captured_blocks
+        assert [columns.width for columns in blocks] == [10, 11, 11]
+        for columns, own in zip(blocks, bank.stages[0].captured_curvature(0), strict=True):
+            torch.testing.assert_close(own, matrix[columns.slice, columns.slice])
+        for count, scores in expected.items():
+            given = None if count == 3 else count
+            found = sp.Source(bank, model=model, progress=False, blocks=given).score(data).to_numpy()
+            np.testing.assert_allclose(found, scores.to_numpy(), rtol=0, atol=1e-5 * np.abs(found).max())
+        for method in (sp.Source, partial(sp.InfluenceFunction, average=True)):
+            with pytest.raises(ValueError, match=r"captured in 3 blocks .* a multiple of 3, got 4"):
+                method(bank, model=model, blocks=4)
+    with pytest.raises(sp.BankError, match=r"1024 numbers, and that of 3 blocks of 32 columns has 342.*another"):
+        whole.stages[0].captured_curvature(0)
 
 
 def test_the_banks_of_an_ensemble_have_blocks_of_their_own(tmp_path, monkeypatch):
     """A sketch beside an exact one of as many numbers, whose columns are never cut."""
-    monkeypatch.setattr("source_proj.attribution.columns._MOST", 20)
+    monkeypatch.setattr("source_proj.sketch.columns._MOST", 20)
     problem = classification(n=20)
     banks = [problem.build(tmp_path / kind, sp.Sketch(problem.size, kind)) for kind in ("tensor", "identity")]
     for method in (sp.Source, sp.InfluenceFunction):
@@ -239,7 +269,7 @@ def test_the_banks_of_an_ensemble_have_blocks_of_their_own(tmp_path, monkeypatch
 @pytest.mark.parametrize(("n", "count"), [(6, 1), (60, 2)])
 def test_few_rows_are_fitted_by_one_gram_matrix_and_many_in_blocks(tmp_path, monkeypatch, n, count):
     """Unless somebody says how many blocks; to each method by its own rows."""
-    monkeypatch.setattr("source_proj.attribution.columns._MOST", 20)
+    monkeypatch.setattr("source_proj.sketch.columns._MOST", 20)
     problem = classification(n=n, segments=1)
     bank = problem.build(tmp_path / "bank", sp.Sketch(dim=40))
     for method, options in ((sp.Source, {}), (sp.InfluenceFunction, {"average": True})):

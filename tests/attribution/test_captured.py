@@ -38,7 +38,7 @@ def test_scores_are_those_of_the_formula(captured):
     total = torch.zeros(20, 20, dtype=torch.float64)
     later = torch.eye(32, dtype=torch.float64)
     for segment in (1, 0):
-        hessian = stage.captured_curvature(segment).double()
+        hessian = stage.captured_curvature(segment)[0].double()
         time, damping = cuts[segment].time, float(hessian.trace()) / 32
         values, vectors = torch.linalg.eigh(hessian)
         x = values.clamp(min=0) + damping
@@ -94,4 +94,4 @@ def test_damage_to_the_curvature_is_named(captured, tmp_path):
     damaged = sp.open(tmp_path / "bank")
     assert any(digest in problem for problem in damaged.verify().problems)
     with pytest.raises(sp.BankError, match="altered"):
-        damaged.stages[0].captured_curvature(0)
+        damaged.stages[0].captured_curvature(0)[0]

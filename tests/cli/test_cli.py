@@ -347,7 +347,9 @@ def test_a_bank_of_one_checkpoint_says_what_more_would_bring(call, tmp_path):
 
 
 def test_python_runs_the_package():
-    shown = subprocess.run([sys.executable, "-m", "source_proj", "--version"], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "source_proj", "--version"], capture_output=True, text=True, check=True
+    )
     assert shown.stdout.strip() == sp.__version__
 
 

@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import source_proj as sp
-from source_proj.attribution.columns import blocks_of
 from source_proj.attribution.source.sizes import SegmentSize, fit_peak, fitted_bytes, search_peak
 from source_proj.bank.codecs import find_codec
 from source_proj.kernels.gram import packed_size
 from source_proj.sketch import exact_sketch
+from source_proj.sketch.columns import blocks_of
 
 module = importlib.import_module("source_proj.distribute.plan")  # whose name the function has too
 

@@ -87,7 +87,7 @@ class InfluenceFunction(Attributor):
         self.curvature: Curvature = default_curvature(self.banks) if curvature is None else curvature
         require_curvature(self.banks, self.curvature)
         self.damping: Damping = damping
-        self._blocks = checked_blocks(blocks, (own.sketch for own in self.banks))
+        self._blocks = checked_blocks(blocks, self.banks)
         self.cache = cache
 
     def _query_points(self, bank: Bank) -> list[Checkpoint]:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from source_proj._io.executors import Executor
 from source_proj._io.progress import Bar
-from source_proj.attribution.columns import Columns, blocks_of, default_blocks
 from source_proj.attribution.curvature import Curvature, Damping, damping_value
 from source_proj.attribution.fits import BlockFits, Fit
 from source_proj.attribution.operands import (
@@ -39,6 +38,7 @@ from source_proj.attribution.spectral import (
     response,
 )
 from source_proj.bank import Bank, Decay
+from source_proj.sketch.columns import Columns, blocks_of, default_blocks
 
 __all__ = ["FittedSegments", "SegmentBlock", "walk_back"]
 

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
 
-from source_proj.attribution.columns import Columns
 from source_proj.attribution.moments import takes_gram, takes_spectrum
 from source_proj.attribution.source.memory import parse_memory
 from source_proj.bank.codecs import Codec, find_codec
 from source_proj.bank.read.stage_bank import DECODED_NUMBERS
 from source_proj.kernels.gram import packed_size
+from source_proj.sketch.columns import Columns
 
 __all__ = ["SegmentSize", "fit_peak", "fitted_bytes", "search_peak"]
 
@@ -51,7 +51,7 @@ def fitted_bytes(segments: Sequence[SegmentSize], blocks: Sequence[Columns]) -> 
     Where there are fewer factors than columns, half of a factor of their Gram matrix; all for each block of columns.
 
     Example:
-        >>> from source_proj.attribution.columns import blocks_of
+        >>> from source_proj.sketch.columns import blocks_of
         >>> fitted_bytes([SegmentSize(10**6, 2)], blocks_of(4096, 1)) / 4096**2
         6.55078125
     """

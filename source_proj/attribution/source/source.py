@@ -166,7 +166,7 @@ class Source(Diagnosing):
         self.curvature: Curvature = default_curvature(self.banks) if curvature is None else curvature
         require_curvature(self.banks, self.curvature)
         self.damping: Damping = damping
-        self._blocks = checked_blocks(blocks, (own.sketch for own in self.banks))
+        self._blocks = checked_blocks(blocks, self.banks)
         self.cache = cache
         self._groups = [stage_groups(own, segments) for own in self.banks]
         self._fitted: dict[str, FittedSegments] = {}

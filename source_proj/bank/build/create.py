@@ -43,7 +43,7 @@ def create_bank(
         scales: the metrics, by hash.
         parts: each stage's first part with its ids.
         notes: what it says of its model and data.
-        curvature: Ĥ of captured segments, by hash.
+        curvature: Ĥ of captured segments, flat and by hash.
 
     Raises:
         BankError: there is something else, or the beginning of another bank.

@@ -23,6 +23,7 @@ from source_proj.gradients import ParameterSpace, nonfinite_examples
 from source_proj.gradients.proof import drawn
 from source_proj.gradients.training import TrainingPass, TrainingPath
 from source_proj.sketch import Sketch
+from source_proj.sketch.columns import blocks_of, default_blocks
 from source_proj.task import Task
 from source_proj.trajectory.recording.progress import scale_left
 
@@ -103,7 +104,8 @@ class Capture:
         self._needs_batch = _needs_batch(task)
         self.draws = DrawnLabels(task, draw_every, sketch.dim, sketch.seed, scaler)
         self._path = TrainingPath(model, self.space, sketch)
-        self._sums = SegmentSums(sketch.dim, examples, memory, folder, next(iter(self._parameters.values())).device)
+        blocks = blocks_of(sketch.dim, default_blocks(sketch))
+        self._sums = SegmentSums(blocks, examples, memory, folder, next(iter(self._parameters.values())).device)
         self._audits: Counter[str] = Counter()
         self._worst = 0.0
         self._steps = 0  # of the optimizer since `begin_session`
@@ -292,7 +294,8 @@ class Capture:
         if content is None:
             self._sums.clear()
         else:
-            if "passes" not in content:  # which rows are freed of, since
+            # Rows are freed of passes, and curvature is flat, since.
+            if "passes" not in content or content["curvature"].ndim > 1:
                 raise MismatchError(
                     "the capture was recorded by an older version, and cannot be gone on with: record the run anew in "
                     "another directory"

@@ -6,7 +6,8 @@ At step t, with learning rate η_t, a batch of B_t examples gives the loss gradi
 
 The row of z is N/W times its sum: an example that was seen as often as the others has the mean of its gradients,
 weighted by the learning rates, and one that was seen twice as often has twice that. The mean Hessian is the second sum
-over V. Of the empirical Fisher, whose factors a are w g with w what :meth:`Task.fisher_weight` says, every step has
+over V; of a sketch of many numbers, whose columns are taken as several sketches, that of each block of columns. Of the
+empirical Fisher, whose factors a are w g with w what :meth:`Task.fisher_weight` says, every step has
 some, and s is 1; of the sampled Fisher, whose a are gradients of the likelihood of labels drawn from the model, some
 steps have, each of which stands for the s steps until the next one. Σ_t η_t M_t, with M_t the step's passes, tells
 whether all steps had as many.
@@ -15,13 +16,17 @@ whether all steps had as many.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from source_proj.bank.read.curvature import curvature_size, panels_of
+from source_proj.kernels.gram import HEIGHT
+from source_proj.sketch.columns import Columns
 
 __all__ = ["Memory", "SegmentSums"]
 
@@ -34,20 +39,23 @@ class SegmentSums:
     """Sums of sketched gradients over the steps of one segment.
 
     Args:
-        dim: numbers a row, k.
+        blocks: the blocks of a row's k columns that have a Hessian of their own.
         examples: N, where it is known; else there is room for the largest index so far.
         memory: where the N x k float32 sums lie: in main memory, or in a file that is mapped into it.
         folder: of that file, which has no name and goes with the process.
-        device: where curvature is summed, k x k float32.
+        device: where curvature is summed, half of k' x k' float32 of each block.
 
     Raises:
         ValueError: memory is neither "ram" nor "disk".
     """
 
-    def __init__(self, dim: int, examples: int | None, memory: Memory, folder: Path, device: torch.device) -> None:
+    def __init__(
+        self, blocks: Sequence[Columns], examples: int | None, memory: Memory, folder: Path, device: torch.device
+    ) -> None:
         if memory not in get_args(Memory):
             raise ValueError(f"memory must be one of {', '.join(get_args(Memory))}, got {memory!r}")
-        self._dim, self._examples, self._device = dim, examples, device
+        self._blocks, self._dim = tuple(blocks), blocks[0].dim
+        self._examples, self._device = examples, device
         self._memory, self._folder = memory, folder
         self.clear()
 
@@ -55,7 +63,9 @@ class SegmentSums:
         """Begin anew."""
         self._count = self._examples or 0
         self._room = self._zeros(self._count)  # of rows, more than there are
-        self._curvature = torch.zeros(self._dim, self._dim, device=self._device, dtype=torch.float32)
+        size = curvature_size(self._blocks)
+        self._curvature = torch.zeros(size, device=self._device, dtype=torch.float32)
+        self._panels = panels_of(self._curvature, self._blocks)
         self._factors = torch.empty(_BLOCK, self._dim, device=self._device, dtype=torch.float32)
         self._waiting = 0  # factors whose outer products are not summed yet
         self._weight = self._curvature_weight = self._passes = 0.0
@@ -122,7 +132,10 @@ class SegmentSums:
 
     def _sum_waiting(self) -> None:
         factors = self._factors[: self._waiting]
-        self._curvature.addmm_(factors.T, factors)
+        for columns, panels in zip(self._blocks, self._panels, strict=True):
+            own = factors[:, columns.slice]
+            for start, panel in zip(range(0, columns.width, HEIGHT), panels, strict=True):
+                panel.addmm_(own[:, start : start + HEIGHT].T, own[:, start:])
         self._waiting = 0
 
     def _reserve(self, count: int) -> None:

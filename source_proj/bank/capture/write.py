@@ -120,7 +120,7 @@ class CapturedStage:
             )
 
     def curvature(self) -> list[Tensor]:
-        """Ĥ (k, k) of each segment."""
+        """Ĥ of each segment, flat."""
         return [_curvature(content, self.stage.loss_scale) for content in self.contents]
 
     @property
@@ -167,7 +167,7 @@ def write_captured(
     trajectory = Trajectory.from_stages([captured.stage for captured in stages])
     resolved = trajectory.resolve(model, capture.space).record
     curvature = [captured.curvature() for captured in stages]
-    hashes = [[hash_float32(matrix) for matrix in own] for own in curvature]
+    hashes = [[hash_float32(flat) for flat in own] for own in curvature]
     # Rows were captured as they were, those of a parameter that did not move in a stage, too.
     plain = (replace(record, metrics=(0,) * len(record.metrics)) for record in resolved.stages)
     records = (record.captured(own, kind) for record, own in zip(plain, hashes, strict=True))
@@ -241,12 +241,12 @@ def _spec(ids: np.ndarray, settings: Settings) -> PartSpec:
 
 
 def _curvature(content: dict[str, Any], loss_scale: float) -> Tensor:
-    """Ĥ (k, k), of the gradients of the mean loss; a task's sampled gradients are of that whatever the loop's loss."""
+    """Ĥ, of the gradients of the mean loss; a task's sampled gradients are of that whatever the loop's loss."""
     weight = _weight(content, "curvature_weight")
-    matrix: Tensor = content["curvature"].float() / weight
+    flat: Tensor = content["curvature"].float() / weight
     if content["kind"] == "empirical_fisher":
-        matrix /= loss_scale**2
-    return (matrix + matrix.T) / 2  # symmetric to the last bit
+        flat /= loss_scale**2
+    return flat
 
 
 def _weight(content: dict[str, Any], name: str = "weight") -> float:

@@ -13,9 +13,12 @@ from source_proj._io.progress import tick
 from source_proj.bank.codecs import Codec
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import crossing_name
-from source_proj.bank.read.curvature import read_curvature
+from source_proj.bank.read.curvature import panels_of, read_curvature
 from source_proj.bank.read.part import Part
 from source_proj.bank.store import Store
+from source_proj.kernels.gram import mirrored
+from source_proj.sketch import Sketch
+from source_proj.sketch.columns import Columns, blocks_of, default_blocks
 from source_proj.trajectory import CapturedCurvature, CaptureRecord
 
 __all__ = ["DECODED_NUMBERS", "EncodedBlock", "RowBlock", "StageBank"]
@@ -164,15 +167,22 @@ class StageBank:
         """Which curvature was captured with its rows; raises ValueError where they were not captured."""
         return self._capture.kind
 
-    def captured_curvature(self, segment: int) -> Tensor:
-        """The Ĥ ``(k, k)`` float32 that was captured in a segment, of that kind.
+    @property
+    def captured_blocks(self) -> tuple[Columns, ...]:
+        """The blocks of the sketch's columns that have an Ĥ of their own where curvature was captured."""
+        sketch = Sketch.from_spec(self._settings.sketch)
+        return blocks_of(sketch.dim, default_blocks(sketch))
+
+    def captured_curvature(self, segment: int) -> tuple[Tensor, ...]:
+        """The Ĥ ``(k', k')`` float32 that was captured in a segment, of that kind, of each of the blocks of columns.
 
         Raises:
-            BankError: the bank is not finalized, or the matrix is missing or damaged.
+            BankError: the bank is not finalized, or the matrices are missing or damaged.
             ValueError: the stage was not captured.
         """
         self._bank.require_finalized()
-        return read_curvature(self._store, self._capture.curvature[segment])
+        flat = read_curvature(self._store, self._capture.curvature[segment])
+        return tuple(mirrored(panels) for panels in panels_of(flat, self.captured_blocks))
 
     @property
     def _capture(self) -> CaptureRecord:

@@ -47,7 +47,7 @@ def test_rows_and_curvature_are_the_weighted_sums_of_the_steps_gradients(tmp_pat
     recorder = train(tmp_path / "run", model, size=5, steps=7, before_step=before_step, optimizer=made)
     bank = recorder.bank(storage="float32")
     assert close(rows_of(bank), twin.bank_rows())
-    assert close(bank.stages[0].captured_curvature(0), twin.bank_curvature())
+    assert close(bank.stages[0].captured_curvature(0)[0], twin.bank_curvature())
     assert [point.step for point in bank.query_points()] == [3, 6, 7]
     assert bank.verify().ok
 
@@ -67,7 +67,7 @@ def test_each_segment_has_its_own_rows(tmp_path):
     bank = recorder.bank(storage="float32")
     for segment, twin in enumerate(twins):
         assert close(rows_of(bank, segment), twin.bank_rows())
-        assert close(bank.stages[0].captured_curvature(segment), twin.bank_curvature())
+        assert close(bank.stages[0].captured_curvature(segment)[0], twin.bank_curvature())
     cuts, whole = bank.stages[0].record.cut(), recorder.stage().describe().cut()
     assert [cut.time for cut in cuts] == pytest.approx([cut.time for cut in whole])
 

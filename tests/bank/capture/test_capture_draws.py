@@ -55,7 +55,7 @@ def test_curvature_is_that_of_the_drawn_labels(tmp_path, make, every, ends):
     )
     bank = recorder.bank(storage="float32")
     for segment in range(len(ends) + 1):
-        assert close(bank.stages[0].captured_curvature(segment), twin.curvature(segment))
+        assert close(bank.stages[0].captured_curvature(segment)[0], twin.curvature(segment))
     source = sp.Source(bank, model=model, progress=False)
     assert source.curvature == "sampled_fisher"
     with pytest.raises(ValueError, match="take 'sampled_fisher'"):
@@ -70,7 +70,7 @@ def test_by_default_labels_are_drawn_more_seldom_the_more_there_are(tmp_path):
     twin = Factors(model, lambda count: 2 if count < dim else 4 if count < 4 * dim else 8)
     recorder = train(tmp_path / "run", model, n=120, size=60, steps=90, before_step=twin, draw_every=None, every=30)
     assert twin.count > 4 * dim
-    assert close(recorder.bank(storage="float32").stages[0].captured_curvature(0), twin.curvature(), 1e-4)
+    assert close(recorder.bank(storage="float32").stages[0].captured_curvature(0)[0], twin.curvature(), 1e-4)
 
 
 @pytest.mark.parametrize("make", [mlp, Decoder])
@@ -107,7 +107,7 @@ def test_layers_that_are_computed_once_more(tmp_path):
         banks.append(train(tmp_path / make.__name__, make(), draw_every=2).bank(storage="float32"))
     plain, other = banks
     assert close(rows_of(other), rows_of(plain))
-    assert close(other.stages[0].captured_curvature(0), plain.stages[0].captured_curvature(0))
+    assert close(other.stages[0].captured_curvature(0)[0], plain.stages[0].captured_curvature(0)[0])
 
 
 def test_a_scaled_loss_changes_nothing(tmp_path):
@@ -129,7 +129,7 @@ def test_a_scaled_loss_changes_nothing(tmp_path):
             scaler.update()
             recorder.step(ids=index)
         found.append(recorder.bank(storage="float32"))
-    assert close(found[1].stages[0].captured_curvature(0), found[0].stages[0].captured_curvature(0), 1e-4)
+    assert close(found[1].stages[0].captured_curvature(0)[0], found[0].stages[0].captured_curvature(0)[0], 1e-4)
 
 
 class WithoutLabels(nn.Module):

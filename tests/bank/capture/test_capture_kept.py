@@ -185,7 +185,7 @@ def test_two_processes_capture_what_one_would_have(tmp_path, draw_every):
         optimizer.step()
     expected = twin.bank_rows()
     assert float((rows_of(bank) - expected).norm()) <= 1e-5 * float(expected.norm())
-    curvature = bank.stages[0].captured_curvature(0)
+    curvature = bank.stages[0].captured_curvature(0)[0]
     drawn = torch.cat(factors) if draw_every else None
     expected = twin.bank_curvature() if drawn is None else drawn.T @ drawn / len(drawn)
     assert float((curvature - expected).norm()) <= 1e-5 * float(curvature.norm())

@@ -19,7 +19,7 @@ def test_accumulated_gradients_give_the_rows_of_the_whole_batch(tmp_path, divide
     options = {} if divided else {"accumulation": 2}
     bank = loop.recorder.bank(storage="float32", **options)
     assert float((rows_of(bank) - expected).norm()) <= 1e-5 * float(expected.norm())
-    curvature = bank.stages[0].captured_curvature(0)
+    curvature = bank.stages[0].captured_curvature(0)[0]
     assert float((curvature - loop.twin.bank_curvature()).norm()) <= 1e-5 * float(curvature.norm())
 
 

@@ -29,7 +29,7 @@ def test_captured_rows_and_curvature_have_the_weights(tmp_path, make, draw_every
     assert [weighted.parameter_weights[name] for name in (names[0], names[-1])] == [0.25, 3.0]
     factors = by_coordinate(weighted)
     torch.testing.assert_close(rows_of(weighted), rows_of(plain) * factors, rtol=1e-4, atol=1e-6)
-    curvatures = [bank.stages[0].captured_curvature(0) for bank in banks]
+    curvatures = [bank.stages[0].captured_curvature(0)[0] for bank in banks]
     torch.testing.assert_close(curvatures[1], factors[:, None] * curvatures[0] * factors, rtol=1e-4, atol=1e-6)
     assert "gradients weighted by parameter_weights" in weighted.parameter_choice
     assert weighted.verify().ok
