@@ -2,6 +2,7 @@
 
 from source_proj import curate, distribute, evaluate, integrations, report
 from source_proj._errors import BankError, GradientError, MismatchError, SourceProjError
+from source_proj.attribution.condense import condense
 from source_proj.attribution.features import QueryFeatures
 from source_proj.attribution.hits import Hit, Hits
 from source_proj.attribution.hits_file import HitsFile
@@ -100,6 +101,7 @@ __all__ = [
     "Trajectory",
     "Trak",
     "build",
+    "condense",
     "curate",
     "distribute",
     "empirical_influence",

@@ -60,14 +60,14 @@ class Attributor(ABC):
         TypeError: if the executor is none.
         MismatchError: if the banks' training ids differ, or the task is not the banks' own.
         BankError: if a bank is not finalized.
-        ValueError: if rows were captured in training, and the method needs gradients at a checkpoint.
+        ValueError: if rows are of whole segments, and the method needs gradients at a checkpoint.
     """
 
     additive = True
     """Whether scores are changes of the measurement."""
 
     takes_captured = False
-    """Whether rows captured over a segment of training will do, and not only gradients at a checkpoint."""
+    """Whether rows of whole segments of training will do, and not only gradients at a checkpoint."""
 
     def __init__(
         self,
@@ -85,8 +85,8 @@ class Attributor(ABC):
         for member in self.banks:
             if member.captured and not self.takes_captured:
                 raise ValueError(
-                    f"{type(self).__name__} needs gradients at a checkpoint, and the rows of {member.path} were "
-                    "captured over whole segments of training: take Source or Hydra, or build the bank from checkpoints"
+                    f"{type(self).__name__} needs gradients at a checkpoint, and the rows of {member.path} "
+                    "are of whole segments of training: take Source or Hydra, or a bank that was built of checkpoints"
                 )
         self._compared: tuple[str, ...] = ()
         self._compare_banks()

@@ -41,8 +41,8 @@ def checked_blocks(blocks: int | None, banks: Iterable[Bank]) -> int | None:
             )
         if count % captured:
             raise ValueError(
-                f"the curvature of {bank.path} was captured in {captured} blocks of columns, of which no joint one is "
-                f"known: leave blocks= out, or give a multiple of {captured}, got {count}"
+                f"the curvature of {bank.path} was kept in {captured} blocks of columns, which have no joint one: "
+                f"leave blocks= out, or give a multiple of {captured}, got {count}"
             )
     return count
 

@@ -103,8 +103,8 @@ def check_curvature(stage: StageBank, curvature: Factors) -> None:
     if stage.captured:
         if curvature != stage.captured_kind:
             raise ValueError(
-                f"curvature {curvature!r} can't be had of rows captured in training, which sum loss gradients over a "
-                f"segment: take {stage.captured_kind!r}, captured with them, or build the bank from checkpoints"
+                f"curvature {curvature!r} can't be had of rows of whole segments of training: take "
+                f"{stage.captured_kind!r}, which was kept with them, or a bank that was built of checkpoints"
             )
         return
     if curvature == "sampled_fisher" and stage.draws == 0:

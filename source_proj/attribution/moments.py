@@ -125,8 +125,8 @@ def _captured(
     check_curvature(stage, curvature)
     if len(segments) != 1:
         raise ValueError(
-            f"the rows of stage {stage.name!r} were captured by segments, and the segments {list(segments)} can't be "
-            "joined afterwards: leave segments= out, or record with other segment_ends="
+            f"the rows of stage {stage.name!r} are of whole segments of training, and {list(segments)} can't be "
+            "joined afterwards: leave segments= out, or record (segment_ends=) or condense (segments=) with others"
         )
     wholes = zip(stage.captured_blocks, stage.captured_curvature(segments[0]), strict=True)
     there, whole = next(wholes)

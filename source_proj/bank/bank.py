@@ -50,10 +50,11 @@ class Bank:
         sketch: the projection that its rows went through.
         settings: everything that the rows depend on besides the data.
         metrics: the metrics that its rows are in; one, the identity, unless an optimizer was preconditioned.
+        weights: finds the run's checkpoints, in files or in the bank.
         versions: what software made the bank, for people.
         notes: on the model and the data that it was built with.
-        examples: how training examples are shown beside scores: a bank that was just built knows its data set, for an
-            opened one set ``bank.examples = Examples(train_set)``. None: by their ids alone.
+        examples: shows training examples beside scores: a bank that was just built knows its data set, of an opened one
+            set ``bank.examples = Examples(train_set)``.
 
     Raises:
         BankError: there is no bank, or one of another version, or one whose metadata are damaged; says what was found.
@@ -68,7 +69,7 @@ class Bank:
         list_objects(self.store)  # refuses links
         self.sketch = _sketch(self.path, self.settings)
         self.metrics = Metrics(self.store, self.settings)
-        self._weights = Weights(self.store, self.settings, moved)
+        self.weights = Weights(self.store, self.settings, moved)
         self.reload()
 
     def reload(self) -> None:
@@ -133,7 +134,7 @@ class Bank:
 
     @property
     def captured(self) -> bool:
-        """Whether rows were captured while a stage trained: see :class:`source_proj.Recorder`."""
+        """Whether rows are of whole segments: of a ``Recorder(capture=)``, or :func:`source_proj.condense`."""
         return any(stage.capture is not None for stage in self.trajectory.stages)
 
     @property
@@ -228,19 +229,15 @@ class Bank:
             IndexError: there is no such stage or checkpoint.
             MismatchError: its file is missing, or changed since the bank was begun.
         """
-        return self._weights.checkpoint(self.stage_index(stage) if isinstance(stage, str) else stage, index)
+        return self.weights.checkpoint(self.stage_index(stage) if isinstance(stage, str) else stage, index)
 
     def query_points(self, stage: int = -1) -> list[Checkpoint]:
-        """Where a mean over a stage's checkpoints is taken of queries: all that were recorded of a captured one.
-
-        Raises:
-            IndexError, MismatchError: as :meth:`checkpoint`.
-        """
-        return self._weights.query_points(stage)
+        """Where a mean over a stage's checkpoints is taken of queries; raises as :meth:`checkpoint`."""
+        return self.weights.query_points(stage)
 
     def final_checkpoint(self) -> Checkpoint:
-        """The weights at the end of training, which queries are asked of; raises as :meth:`checkpoint`."""
-        return self._weights.final()
+        """The weights at the end of training; raises as :meth:`checkpoint`."""
+        return self.weights.final()
 
     # Verbs -----------------------------------------------------------------------------------------------------
 
@@ -313,7 +310,7 @@ class Bank:
         """
         self.reload()
         if self.captured:
-            raise BankError(f"the rows of {self.path} were captured while the model trained: none can be appended")
+            raise BankError(f"the rows of {self.path} are of whole segments of training: none can be appended")
         count = len(self.stages)
         place = self.stage_index(stage + count if isinstance(stage, int) and -count <= stage < 0 else stage)
         try:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from source_proj.cli import append, bank, cluster, curate, demo, explore, inspect, output, score
+from source_proj.cli import append, bank, cluster, condense, curate, demo, explore, inspect, output, score
 
 __all__ = ["app", "main"]
 
@@ -44,6 +44,7 @@ app.command("plan")(bank.plan)
 app.command("build")(bank.build)
 app.command("append")(append.append)
 app.command("finalize")(bank.finalize)
+app.command("condense")(condense.condense)
 app.command("status")(cluster.show_status)
 # What stands behind its own options is another command's.
 app.command(

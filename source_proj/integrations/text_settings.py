@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,13 @@ class TextSettings:
             return cls(**json.loads(content)["text"])
         except (ValueError, TypeError, KeyError) as error:
             raise MismatchError(f"{where!r} is damaged ({type(error).__name__}: {error})") from error
+
+    @staticmethod
+    def copy(bank: str | Path, other: str | Path) -> None:
+        """Keep what lies beside a bank beside another one that was made of it, too; nothing where nothing does."""
+        (store, key), (there, own) = _beside(bank), _beside(other)
+        with suppress(FileNotFoundError):
+            there.put({own: store.get(key)})
 
     @staticmethod
     def files(bank: str | Path) -> list[tuple[Path, str]]:

@@ -33,7 +33,7 @@ __all__ = [
 PreconditionerMode = Literal["shared", "per_segment", "factored", "factored_per_segment", "scalar", "none"]
 """What becomes of a preconditioner; see :class:`Stage`."""
 
-CapturedCurvature = Literal["empirical_fisher", "sampled_fisher"]
+CapturedCurvature = Literal["empirical_fisher", "sampled_fisher", "gauss_newton"]
 """Of what Ĥ was made while a stage trained: of its gradients, or of those of labels drawn from the model."""
 
 FACTORED: frozenset[PreconditionerMode] = frozenset({"factored", "factored_per_segment"})

@@ -145,6 +145,12 @@ class Trajectory:
         return facts("Trajectory", [(f"stage {stage.name}", described(stage)) for stage in self.stages])
 
     @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints of all stages, each stage's followed by the weights at its end where these are others."""
+        ended = [[*stage.checkpoints, *([] if stage.final is None else [stage.final])] for stage in self.stages]
+        return [checkpoint for own in ended for checkpoint in own]
+
+    @property
     def final(self) -> Checkpoint:
         """The weights at the end of the last stage: the model that queries are asked of."""
         last = self.stages[-1]

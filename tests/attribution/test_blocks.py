@@ -248,7 +248,7 @@ def test_curvature_of_many_columns_is_captured_in_blocks(tmp_path, monkeypatch):
             found = sp.Source(bank, model=model, progress=False, blocks=given).score(data).to_numpy()
             np.testing.assert_allclose(found, scores.to_numpy(), rtol=0, atol=1e-5 * np.abs(found).max())
         for method in (sp.Source, partial(sp.InfluenceFunction, average=True)):
-            with pytest.raises(ValueError, match=r"captured in 3 blocks .* a multiple of 3, got 4"):
+            with pytest.raises(ValueError, match=r"kept in 3 blocks .* a multiple of 3, got 4"):
                 method(bank, model=model, blocks=4)
     with pytest.raises(sp.BankError, match=r"1024 numbers, and that of 3 blocks of 32 columns has 342.*another"):
         whole.stages[0].captured_curvature(0)

@@ -61,7 +61,7 @@ def test_what_needs_more_than_the_sums_is_refused(captured):
         with pytest.raises(ValueError, match=f"{make.__name__} needs gradients at a checkpoint"):
             make(bank, model=model)
     for curvature in ("gauss_newton", "sampled_fisher"):
-        with pytest.raises(ValueError, match=f"{curvature}' can't be had of rows captured"):
+        with pytest.raises(ValueError, match=f"{curvature}' can't be had of rows of whole segments"):
             sp.Source(bank, model=model, curvature=curvature).fit()
     with pytest.raises(ValueError, match="can't be joined"):
         sp.Source(bank, model=model, segments=[[0, 1]]).fit()

@@ -209,8 +209,8 @@ class Reranking(Attributor):
         captured = [bank.path for bank in self.banks if bank.captured]
         if captured:
             raise ValueError(
-                f"the rows of {captured[0]} were captured over whole segments of training, where no single gradient is "
-                "theirs: leave rerank= out, or build the bank from checkpoints"
+                f"the rows of {captured[0]} are of whole segments of training, where no one gradient is theirs: leave "
+                "rerank= out, or take a bank that was built of checkpoints"
             )
         if self._models is None:
             raise ValueError(

@@ -335,15 +335,15 @@ class Source(Diagnosing):
 
         Raises:
             TypeError: the task is no language modelling.
-            ValueError: no model was given, there is no such stage, or rows were captured in training.
+            ValueError: no model was given, there is no such stage, or rows are of whole segments.
         """
         task = cast(CausalLM, self.task)
         tokens = TokenQueries(documents, task)  # which refuses every other task
         stage = self.banks[0].stage_index(stage)
         if self.banks[0].captured:
             raise ValueError(
-                "by_token splits gradients at checkpoints, and these rows were captured over whole segments of "
-                "training: build the bank from checkpoints"
+                "by_token splits gradients at checkpoints, and these rows are of whole segments of training: take a "
+                "bank that was built of checkpoints"
             )
         if self.model is None:
             raise ValueError("tokens are differentiated anew, by the model itself: pass model= when constructing")

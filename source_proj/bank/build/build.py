@@ -259,7 +259,7 @@ def _begin(
     """Create the bank, unless it is there."""
     try:
         if not _is_there(store, resume):
-            create_bank(store, settings, trajectory, scales, parts, notes)
+            create_bank(store, settings, trajectory.checkpoints, scales, parts, notes)
     except OSError as error:
         if not _was_created(store):  # else another process has, and removed what it took for leftovers
             raise _not_created(store, error) from error

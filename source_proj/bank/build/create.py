@@ -1,7 +1,7 @@
 """A bank's beginning: its root appears last, so that it is there whole or not, whoever is first."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from source_proj.bank.read.metrics import metrics_objects
 from source_proj.bank.read.part import Part, part_objects
 from source_proj.bank.read.weights import relative_paths, weights_objects
 from source_proj.bank.store import Store
-from source_proj.trajectory import Scale, Trajectory
+from source_proj.trajectory import Checkpoint, Scale
 
 __all__ = ["create_bank", "part_difference", "put_same", "require_same_part", "require_same_settings"]
 
@@ -26,7 +26,7 @@ __all__ = ["create_bank", "part_difference", "put_same", "require_same_part", "r
 def create_bank(
     store: Store,
     settings: Settings,
-    trajectory: Trajectory,
+    weights: Iterable[Checkpoint],
     scales: Mapping[str, Scale],
     parts: Sequence[tuple[PartSpec, np.ndarray]],
     notes: Notes,
@@ -39,7 +39,7 @@ def create_bank(
     Args:
         store: where the bank shall lie.
         settings: its settings.
-        trajectory: the run.
+        weights: the run's checkpoints, of which those that were given as dicts are copied.
         scales: the metrics, by hash.
         parts: each stage's first part with its ids.
         notes: what it says of its model and data.
@@ -54,7 +54,7 @@ def create_bank(
         objects |= part_objects(settings, index, 0, spec, ids)
         objects[f"stage_{index}/zarr.json"] = group_document({"name": stage.name})
     _require_own(store, objects, settings, [*scales], [*curvature])
-    beside = (*weights_objects(trajectory), *metrics_objects(scales), *curvature_objects(curvature))
+    beside = (*weights_objects(weights), *metrics_objects(scales), *curvature_objects(curvature))
     for batch in (objects, *beside):
         if not put_same(store, batch, ""):
             return

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,13 @@ from torch import Tensor, nn
 
 from source_proj._errors import GradientError, MismatchError
 from source_proj._io.hashing import hash_float32
-from source_proj.bank.audits import encode_audit
 from source_proj.bank.bank import Bank
-from source_proj.bank.build.at_work import at_work
-from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
 from source_proj.bank.build.data import checked_ids
 from source_proj.bank.build.parameters import in_words
 from source_proj.bank.capture.capture import Capture
+from source_proj.bank.capture.segments import Segments, write_segments
 from source_proj.bank.format import Settings, storage_of
-from source_proj.bank.layout import PartSpec, default_shard_rows
 from source_proj.bank.notes import Notes, modules_of
-from source_proj.bank.read.part import Part
-from source_proj.bank.store import open_store
 from source_proj.trajectory import CapturedCurvature, RunRecord, Stage, Trajectory
 
 __all__ = ["CapturedStage", "write_captured"]
@@ -160,7 +154,6 @@ def write_captured(
     """
     for captured in stages:
         captured.warn_of_unseen()
-    store = open_store(path)
     identity, kind = capture.identity(), stages[-1].kind
     for captured in stages:
         _require_alike(captured, {**identity, "kind": kind})
@@ -183,28 +176,31 @@ def write_captured(
         gradients="auto",
         autocast=autocast,
     )
-    specs = [_spec(captured.ids, settings) for captured in stages]
-    with at_work(store) as work:
-        work.remove_begun()
-        work.share()
-        if not store.exists("zarr.json"):
-            choice = f"{len(capture.space.names)} parameters, {capture.space.size} numbers: those that were captured"
-            choice = "; ".join(filter(None, (choice, in_words(capture.space, {}))))
-            matrices = dict(zip(chain(*hashes), chain(*curvature), strict=True))
-            parts = [(spec, captured.ids) for spec, captured in zip(specs, stages, strict=True)]
-            create_bank(store, settings, trajectory, {}, parts, Notes(choice, modules_of(model)), matrices)
-        bank = Bank(path)
-        require_same_settings(bank.path, bank.settings, settings)
-        written = []
-        for own, captured, spec in zip(bank.stages, stages, specs, strict=True):
-            (part,) = own.parts
-            require_same_part(part, spec, captured.ids)
-            for segment, content in enumerate(captured.contents):
-                for shard, arrays in _shards(part, segment, content, settings, captured.stage.loss_scale):
-                    part.commit(segment, shard, arrays)
-            written.append(part)
-    bank.seal(written)
-    return bank
+    choice = f"{len(capture.space.names)} parameters, {capture.space.size} numbers: those that were captured"
+    choice = "; ".join(filter(None, (choice, in_words(capture.space, {}))))
+    content = Segments(settings, Notes(choice, modules_of(model)), trajectory.checkpoints, curvature, {})
+    return write_segments(path, content, [_Rows(captured) for captured in stages])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What was captured of a stage, as rows: see `SegmentRows`."""
+
+    captured: CapturedStage
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self.captured.ids
+
+    def rows(self, segment: int, start: int, stop: int) -> Tensor:
+        content, n = self.captured.contents[segment], len(self.captured.ids)
+        there = content["rows"][start:stop]  # of examples behind them, none was seen
+        rows = torch.zeros(stop - start, content["rows"].shape[1], dtype=torch.float32, device="cpu")
+        torch.mul(there, n / (_weight(content) * self.captured.stage.loss_scale), out=rows[: len(there)])
+        return rows
+
+    def audit(self, segment: int) -> dict[str, Any]:
+        return {**self.captured.contents[segment]["audit"], "general": {}}
 
 
 def _require_alike(captured: CapturedStage, last: dict[str, Any]) -> None:
@@ -235,11 +231,6 @@ def _other_parameters(own: str, names: Sequence[str], last: Sequence[str]) -> st
     )
 
 
-def _spec(ids: np.ndarray, settings: Settings) -> PartSpec:
-    height = default_shard_rows(len(ids), _BATCH, settings)
-    return PartSpec(0, len(ids), _BATCH, height, "string" if ids.dtype == object else "int64")
-
-
 def _curvature(content: dict[str, Any], loss_scale: float) -> Tensor:
     """Ĥ, of the gradients of the mean loss; a task's sampled gradients are of that whatever the loop's loss."""
     weight = _weight(content, "curvature_weight")
@@ -256,28 +247,3 @@ def _weight(content: dict[str, Any], name: str = "weight") -> float:
             "no step of a segment was captured, or all had a learning rate of 0: record longer segments"
         )
     return weight
-
-
-def _shards(
-    part: Part, segment: int, content: dict[str, Any], settings: Settings, loss_scale: float
-) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """The arrays of each shard of a segment that is not committed yet."""
-    codec, spec = settings.codec, part.spec
-    factor = spec.n / (_weight(content) * loss_scale)
-    for shard in range(spec.n_shards):
-        if part.is_done(segment, shard):
-            continue
-        start, stop = spec.span(shard)
-        rows = torch.zeros(stop - start, settings.sketch["dim"], dtype=torch.float32, device="cpu")
-        there = content["rows"][start:stop]  # of examples behind them, none was seen
-        torch.mul(there, factor, out=rows[: len(there)])
-        codes, scale = codec.encode(rows)
-        nothing = dict.fromkeys(("examples", "audited_batches", "audited_examples"), 0)
-        audit = {**(content["audit"] if shard == 0 else {**nothing, "worst_error": 0.0}), "general": {}}
-        arrays = {
-            "rows": codes.numpy(),
-            "d1": np.ones(len(rows), np.float32),
-            "batch_hashes": np.zeros((-(-len(rows) // spec.batch_size), 32), np.uint8),
-            "audit": encode_audit(audit),
-        }
-        yield shard, arrays if scale is None else {**arrays, "scale": scale.numpy()}

@@ -79,6 +79,11 @@ class Metrics:
         """`scale` of several."""
         return [self.scale(metric) for metric in metrics]
 
+    def by_hash(self) -> dict[str, Scale]:
+        """Those that are no identity; raises as :meth:`scale`."""
+        found = {self.hash(metric): self.scale(metric) for metric in range(len(self))}
+        return {digest: scale for digest, scale in found.items() if digest is not None and scale is not None}
+
     def moves(self, metric: int) -> bool:
         """Whether anything is other than 0 in a metric, as where a stage left all of the bank's parameters alone."""
         return bool(self._moved(metric))

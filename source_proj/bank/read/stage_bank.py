@@ -187,7 +187,7 @@ class StageBank:
     @property
     def _capture(self) -> CaptureRecord:
         if self.record.capture is None:
-            raise ValueError(f"stage {self.name!r} was not captured in training: make its curvature of its rows")
+            raise ValueError(f"stage {self.name!r} has rows of checkpoints: make its curvature of them")
         return self.record.capture
 
     def metric(self, checkpoint: int) -> int:

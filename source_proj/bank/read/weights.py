@@ -1,7 +1,8 @@
 """Checkpoints as a bank refers to them: files elsewhere, or copies inside of it."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from source_proj.bank.format import Settings
 from source_proj.bank.layout import flat_objects, group_document, weights_array
 from source_proj.bank.read.objects import read_flat
 from source_proj.bank.store import Store
-from source_proj.trajectory import Checkpoint, CheckpointRef, Trajectory
+from source_proj.trajectory import Checkpoint, CheckpointRef
 
 __all__ = ["Weights", "relative_paths", "weights_objects"]
 
@@ -64,13 +65,25 @@ class Weights:
         self._files[wanted.hash] = checkpoint
         return checkpoint
 
-    def _opened(self, wanted: CheckpointRef) -> Checkpoint:
-        places = [Path(wanted.path or "")]
-        folder = self._store.folder
-        if (
-            wanted.hash in self._moved and folder is not None
-        ):  # the bank and its checkpoints may have been moved together
+    def copies(self) -> Iterator[Checkpoint]:
+        """The weights that lie in the bank itself, one at a time; raises as :meth:`stored`."""
+        for wanted in self._run.checkpoints:
+            if wanted.path is None:
+                yield self.stored(wanted.hash, wanted.step)
+
+    def placed(self, wanted: CheckpointRef) -> CheckpointRef:
+        """The same weights where their file lies now; as they are named where it lies nowhere."""
+        place = next((place for place in self._places(wanted) if place.is_file()), None)
+        return wanted if wanted.path is None or place is None else replace(wanted, path=str(place.resolve()))
+
+    def _places(self, wanted: CheckpointRef) -> list[Path]:
+        places, folder = [Path(wanted.path or "")], self._store.folder
+        if wanted.hash in self._moved and folder is not None:  # the bank may have been moved, and they with it
             places.append(folder / self._moved[wanted.hash])
+        return places
+
+    def _opened(self, wanted: CheckpointRef) -> Checkpoint:
+        places = self._places(wanted)
         for place in places:
             if place.is_file():
                 return Checkpoint(place.resolve(), wanted.step)
@@ -100,17 +113,16 @@ class Weights:
         return checkpoint
 
 
-def weights_objects(trajectory: Trajectory) -> Iterator[dict[str, bytes]]:
-    """The checkpoints that were given as dicts, each once, as the objects to write."""
-    given: dict[str, Checkpoint] = {}
-    for stage in trajectory.stages:
-        for checkpoint in [*stage.checkpoints, *([stage.final] if stage.final is not None else [])]:
-            if checkpoint.path is None:
-                given.setdefault(checkpoint.hash(), checkpoint)
-    for digest, checkpoint in given.items():
+def weights_objects(checkpoints: Iterable[Checkpoint]) -> Iterator[dict[str, bytes]]:
+    """The checkpoints that lie in no file, each once, as the objects to write."""
+    written: set[str] = set()
+    for checkpoint in checkpoints:
+        if checkpoint.path is not None or (digest := checkpoint.hash()) in written:
+            continue
         content = save({name: value.contiguous() for name, value in checkpoint.load().items()})
         yield flat_objects(f"weights/{digest}", weights_array(len(content)), np.frombuffer(content, np.uint8))
-    if given:
+        written.add(digest)
+    if written:
         yield {"weights/zarr.json": group_document({})}
 
 

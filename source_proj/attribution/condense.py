@@ -1,0 +1,180 @@
+r"""A bank with one row for each example and segment in place of one a checkpoint.
+
+All that SOURCE asks of a segment's rows is their mean over its checkpoints, and Ĥ. A bank of nothing else,
+
+    ḡ_l(z) = (1/C) Σ_c g_c(z)  for each example z,    Ĥ_l,
+
+gives the same scores from a C-th of the bytes, and reads as much less for each query. So the number of checkpoints,
+which predicts retraining better the more there are, costs time to build and no room. Ĥ takes 2 k² bytes, or of a sketch
+of B blocks 2 k²/B: less than the rows where there are more than k or so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from source_proj._errors import BankError
+from source_proj._io.executors import Executor, check_executor
+from source_proj._io.hashing import hash_float32
+from source_proj._io.progress import Progress, shared_bar
+from source_proj.attribution.curvature import Curvature, default_curvature, require_curvature
+from source_proj.attribution.moments import mean_panels
+from source_proj.attribution.operands import StageOperands, encoded_gradients, stage_start
+from source_proj.attribution.source.segments import Groups, StageSegments, stage_groups
+from source_proj.bank import Bank
+from source_proj.bank.audits import total
+from source_proj.bank.capture.segments import Segments, write_segments
+from source_proj.bank.format import Settings
+from source_proj.kernels.gram import packed
+from source_proj.sketch.columns import blocks_of, default_blocks
+from source_proj.trajectory import CapturedCurvature, RunRecord
+
+__all__ = ["condense"]
+
+
+def condense(
+    bank: Bank,
+    path: str | Path,
+    *,
+    segments: StageSegments | None = None,
+    curvature: Curvature | None = None,
+    storage: str | None = None,
+    device: torch.device | str | None = None,
+    executor: Executor | None = None,
+    progress: Progress = True,
+) -> Bank:
+    """Write a bank that holds the mean rows of each segment and their curvature, and gives the same scores.
+
+    :class:`Source`, averaged :class:`InfluenceFunction` and :class:`Hydra` ask it as they ask any other; what needs
+    gradients at a single checkpoint (TracIn, TRAK, ``rerank=``, ``by_token``) wants the bank that it was made of, as do
+    other segments and curvature, and more rows. Queries are differentiated at the same checkpoints; in
+    ``self_influence`` an example's own gradient is the mean over the segments' rows.
+
+    Args:
+        bank: a finalized bank; it stays as it is.
+        path: the new bank's folder, or the URL of one in an object store; a killed call goes on when it is repeated.
+        segments: how checkpoints fall into segments, as for :class:`Source`; default: the bank's.
+        curvature: which Hessian is kept; default: by the task, as for :class:`Source`.
+        storage: the codec of the rows; default: the bank's own.
+        device: where products are computed; default: the CPU.
+        executor: computes them, as for :class:`Source`; default: this process.
+        progress: as for :class:`Source`.
+
+    Returns:
+        The new bank, finalized.
+
+    Raises:
+        BankError: the bank is unfinished or has one row a segment already; or something else is at the path.
+        MismatchError: a bank made of another, or with other options, is at the path.
+        ValueError: segments, curvature or storage are none of this bank, or its rows are in several metrics.
+
+    Example:
+        >>> small = sp.condense(bank, folder / "condensed")
+        >>> small.stages[0]
+        StageBank('train': 20 rows x 1 checkpoint)
+    """
+    check_executor(executor)
+    bank.require_finalized()
+    kind = _checked(bank, curvature)
+    groups = stage_groups(bank, segments)
+    reads = sum(2 * stage.n * stage.n_checkpoints for stage in bank.stages)
+    with shared_bar(progress, "condense", reads, "rows"):
+        made = [
+            [_curvature(bank, stage, segment, kind, device, executor) for segment in own]
+            for stage, own in enumerate(groups)
+        ]
+        content = Segments(
+            _settings(bank, groups, kind, storage, made),
+            bank.notes,
+            bank.weights.copies(),
+            made,
+            bank.metrics.by_hash(),
+        )
+        return write_segments(path, content, [_MeanRows(bank, stage, own, device) for stage, own in enumerate(groups)])
+
+
+def _checked(bank: Bank, curvature: Curvature | None) -> Curvature:
+    """Which curvature is kept."""
+    if bank.captured:
+        raise BankError(f"the bank {bank.path} has one row for each example and segment already")
+    if len(bank.trajectory.metrics) > 1:
+        raise ValueError(
+            f"the rows of {bank.path} are in {len(bank.trajectory.metrics)} metrics, and have no mean: build it with "
+            "preconditioner='scalar', 'factored' or 'shared'"
+        )
+    kind = default_curvature([bank]) if curvature is None else curvature
+    require_curvature([bank], kind)
+    return kind
+
+
+def _curvature(
+    bank: Bank,
+    stage: int,
+    checkpoints: Sequence[int],
+    kind: Curvature,
+    device: torch.device | str | None,
+    executor: Executor | None,
+) -> Tensor:
+    """Ĥ of a segment, flat: of each block of columns, one after the other."""
+    blocks = blocks_of(bank.sketch.dim, default_blocks(bank.sketch))
+    of_blocks = mean_panels(bank.stages[stage], checkpoints, blocks, kind, device=device or "cpu", executor=executor)
+    pairs = zip(of_blocks, blocks, strict=True)
+    return torch.cat([packed(panels).div_(columns.scale).float().cpu() for panels, columns in pairs])
+
+
+def _settings(
+    bank: Bank, groups: Groups, kind: CapturedCurvature, storage: str | None, curvature: Sequence[Sequence[Tensor]]
+) -> Settings:
+    place = bank.weights.placed
+    records = []
+    for stage, own, flat in zip(bank.trajectory.stages, groups, curvature, strict=True):
+        cut = replace(
+            stage,
+            checkpoints=tuple(map(place, stage.checkpoints)),
+            final=place(stage.final),
+            segments=tuple(map(tuple, own)),
+        )
+        records.append(cut.captured([hash_float32(values) for values in flat], kind))
+    return replace(
+        bank.settings,
+        trajectory=RunRecord(tuple(records), bank.trajectory.metrics),
+        storage=storage or bank.storage,
+        sampled_fisher=0,
+        second_derivative=False,
+        fisher_weight=False,
+    )
+
+
+@dataclass(frozen=True)
+class _MeanRows:
+    """The mean rows of a stage's segments; see `SegmentRows`."""
+
+    bank: Bank
+    stage: int
+    segments: Sequence[Sequence[int]]
+    device: torch.device | str | None
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Ids of its examples, of all parts."""
+        return np.concatenate([part.ids for part in self.bank.stages[self.stage].parts])
+
+    def rows(self, segment: int, start: int, stop: int) -> Tensor:
+        """The mean loss gradients of some examples."""
+        first, dim = stage_start(self.bank, self.stage), self.bank.sketch.dim
+        read = partial(encoded_gradients, checkpoints=self.segments[segment], device=self.device)
+        operands = StageOperands(self.bank, self.stage, read).between(first + start, first + stop)
+        return torch.cat([operand.decoded(dim).cpu() for operand in operands])
+
+    def audit(self, segment: int) -> Mapping[str, Any]:
+        """The audits of all checkpoints' rows together."""
+        parts = self.bank.stages[self.stage].parts
+        return total(part.audit(checkpoint) for part in parts for checkpoint in self.segments[segment])

@@ -1,0 +1,158 @@
+"""A bank of mean rows and their curvature gives the scores of the bank that it was made of."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from problems import Problem, classification, regression, source, two_stages
+from torch.utils.data import TensorDataset
+
+import source_proj as sp
+from source_proj.attribution.condense import _MeanRows
+
+PROBLEMS = {"segments": classification, "stages": two_stages, "regression": regression}
+
+
+def adam(preconditioner: str, segments: int = 1) -> Problem:
+    """The classifier as if Adam had trained it."""
+    problem = classification(segments=1)
+    points = []
+    for checkpoint in problem.trajectory.stages[0].checkpoints:
+        moments = [torch.rand_like(p) * 1e-4 for p in problem.model.parameters()]
+        state = {index: {"step": 1.0, "exp_avg_sq": moment} for index, moment in enumerate(moments)}
+        optimizer = {"state": state, "param_groups": [{"params": list(state)}]}
+        points.append(sp.Checkpoint(checkpoint.load(), checkpoint.step, lr=1e-3, optimizer_state=optimizer))
+    run = sp.Trajectory(points, sp.Adam(), preconditioner=preconditioner, segments=segments)
+    return replace(problem, trajectory=run)
+
+
+def influence(problem: Problem, bank: sp.Bank, **options) -> sp.InfluenceFunction:
+    return sp.InfluenceFunction(bank, model=problem.model, average=True, progress=False, **options)
+
+
+def same(condensed: sp.Bank, bank: sp.Bank, problem: Problem, tolerance: float = 1e-4, **options) -> None:
+    methods = [source]
+    if all(stage.n_checkpoints == 1 for stage in condensed.stages):  # influence functions know no segments
+        methods.append(influence)
+    for method in methods:
+        expected, found = (
+            method(problem, each, **options).score(problem.queries).to_numpy() for each in (bank, condensed)
+        )
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", PROBLEMS)
+@pytest.mark.parametrize("sketch", [None, sp.Sketch(32)])
+def test_scores_are_those_of_the_checkpoints_rows(tmp_path, kind, sketch):
+    problem = PROBLEMS[kind]()
+    bank = problem.build(tmp_path / "bank", sketch)
+    condensed = sp.condense(bank, tmp_path / "condensed", progress=False)
+    assert [stage.n_checkpoints for stage in condensed.stages] == [len(s.record.segments) for s in bank.stages]
+    assert condensed.ids == bank.ids
+    assert condensed.verify().ok
+    assert [c.hash() for c in condensed.query_points()] == [c.hash() for c in bank.query_points()]
+    same(condensed, bank, problem)
+
+
+def test_self_influence_and_parts_are_the_same(tmp_path):
+    """Of one segment: of several, an example's own gradient is the mean of theirs."""
+    problem = classification(segments=1)
+    bank = problem.build(tmp_path / "bank", sp.Sketch(32))
+    both = [source(problem, each) for each in (sp.condense(bank, tmp_path / "condensed", progress=False), bank)]
+    np.testing.assert_allclose(*(np.asarray(each.self_influence()) for each in both), rtol=1e-4)
+    np.testing.assert_allclose(*(each.by_segment(problem.queries).to_numpy() for each in both), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("preconditioner", ["scalar", "shared", "factored"])
+def test_rows_stay_in_adams_metric(tmp_path, preconditioner):
+    problem = adam(preconditioner)
+    bank = problem.build(tmp_path / "bank")
+    same(sp.condense(bank, tmp_path / "condensed", progress=False), bank, problem)
+
+
+def test_segments_and_curvature_are_chosen_when_it_is_made(tmp_path):
+    problem = classification(segments=1)
+    bank = problem.build(tmp_path / "bank", sampled_fisher=2)
+    options = {"segments": [[0], [1, 2, 3]], "curvature": "sampled_fisher"}
+    condensed = sp.condense(bank, tmp_path / "condensed", progress=False, **options)
+    expected = source(problem, bank, **options)
+    assert source(problem, condensed).curvature == "sampled_fisher"
+    scores = source(problem, condensed).score(problem.queries).to_numpy()
+    np.testing.assert_allclose(scores, expected.score(problem.queries).to_numpy(), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="take 'sampled_fisher', which was kept with them"):
+        source(problem, condensed, curvature="empirical_fisher")
+    for method in (sp.TracIn, sp.Trak):
+        with pytest.raises(ValueError, match="are of whole segments of training"):
+            method(condensed, model=problem.model)
+    with pytest.raises(sp.BankError, match="one row for each example and segment already"):
+        sp.condense(condensed, tmp_path / "again")
+
+
+def test_a_large_sketch_is_kept_in_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr("source_proj.sketch.columns._MOST", 20)
+    problem = classification(n=60, segments=1)
+    bank = problem.build(tmp_path / "bank", sp.Sketch(40))
+    condensed = sp.condense(bank, tmp_path / "condensed", progress=False)
+    assert len(condensed.stages[0].captured_curvature(0)) == 2
+    same(condensed, bank, problem)
+    same(condensed, bank, problem, blocks=4)
+
+
+def test_appended_rows_and_codes_come_along(tmp_path):
+    """Of several parts, and in fewer bytes: a code errs by less than the sketch."""
+    problem = classification(n=48, segments=1)
+    inputs, labels = problem.train.tensors
+    first = replace(problem, train=TensorDataset(inputs[:40], labels[:40]))
+    bank = first.build(tmp_path / "bank", shard_rows=16)
+    bank.append(problem.model, problem.task, TensorDataset(inputs[40:], labels[40:]), progress=False)
+    same(sp.condense(bank, tmp_path / "plain", progress=False), bank, problem)
+    coded = sp.condense(bank, tmp_path / "coded", storage="int8", progress=False)
+    assert coded.storage == "int8"
+    assert coded.nbytes()["rows"] < bank.nbytes()["rows"] / 4
+    same(coded, bank, problem, tolerance=0.05)
+
+
+def test_one_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    problem = classification()
+    bank = problem.build(tmp_path / "bank")
+    whole = sp.condense(bank, tmp_path / "whole", progress=False)
+    rows = _MeanRows.rows
+
+    def stopped(self, segment, start, stop):
+        if segment == 1:
+            raise KeyboardInterrupt
+        return rows(self, segment, start, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_MeanRows, "rows", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            sp.condense(bank, tmp_path / "stopped", progress=False)
+    assert not sp.open(tmp_path / "stopped").finalized
+    assert sp.condense(bank, tmp_path / "stopped", progress=False).fingerprint == whole.fingerprint
+    with pytest.raises(sp.MismatchError, match="storage"):
+        sp.condense(bank, tmp_path / "stopped", storage="float16", progress=False)
+
+
+def test_a_moved_bank_finds_its_checkpoints(tmp_path):
+    """Files that were moved with the bank are named where they lie now."""
+    problem = classification(segments=1)
+    (tmp_path / "old").mkdir()
+    points = []
+    for checkpoint in problem.trajectory.stages[0].checkpoints:
+        torch.save(checkpoint.load(), tmp_path / "old" / f"{checkpoint.step}.pt")
+        points.append(sp.Checkpoint(tmp_path / "old" / f"{checkpoint.step}.pt", checkpoint.step, lr=0.05))
+    problem = replace(problem, trajectory=sp.Trajectory(points, sp.SGD(momentum=0.5, weight_decay=1e-2)))
+    problem.build(tmp_path / "old" / "bank")
+    (tmp_path / "old").rename(tmp_path / "new")
+    bank = sp.open(tmp_path / "new" / "bank")
+    condensed = sp.condense(bank, tmp_path / "condensed", progress=False)
+    assert {c.path.parent.name for c in condensed.query_points()} == {"new"}
+    same(condensed, bank, problem)
+
+
+def test_rows_in_several_metrics_have_no_mean(tmp_path):
+    bank = adam("per_segment", segments=2).build(tmp_path / "bank")
+    with pytest.raises(ValueError, match="are in 2 metrics"):
+        sp.condense(bank, tmp_path / "condensed")
+    assert not (tmp_path / "condensed").exists()
