@@ -35,9 +35,12 @@ from source_proj.bank.capture.segments import Segments, write_segments
 from source_proj.bank.format import Settings
 from source_proj.kernels.gram import packed
 from source_proj.sketch.columns import blocks_of, default_blocks
-from source_proj.trajectory import CapturedCurvature, RunRecord
+from source_proj.trajectory import CapturedCurvature, CaptureRecord, CheckpointRef, RunRecord
+from source_proj.trajectory.counts import checked_count
 
 __all__ = ["condense"]
+
+_COARSE = ("int4", "int2", "int1")
 
 
 def condense(
@@ -46,6 +49,7 @@ def condense(
     *,
     segments: StageSegments | None = None,
     curvature: Curvature | None = None,
+    query_points: int | None = None,
     storage: str | None = None,
     device: torch.device | str | None = None,
     executor: Executor | None = None,
@@ -63,7 +67,10 @@ def condense(
         path: the new bank's folder, or the URL of one in an object store; a killed call goes on when it is repeated.
         segments: how checkpoints fall into segments, as for :class:`Source`; default: the bank's.
         curvature: which Hessian is kept; default: by the task, as for :class:`Source`.
-        storage: the codec of the rows; default: the bank's own.
+        query_points: at how many of a stage's checkpoints queries are differentiated, evenly spread, the last one among
+            them; default: all. A pass over the queries each: six of 24 lose little.
+        storage: the codec of the rows; default: int8, or the bank's own if that has more bits. The noise of few bits
+            averages out over a mean, and does not in a mean's own code.
         device: where products are computed; default: the CPU.
         executor: computes them, as for :class:`Source`; default: this process.
         progress: as for :class:`Source`.
@@ -74,16 +81,24 @@ def condense(
     Raises:
         BankError: the bank is unfinished or has one row a segment already; or something else is at the path.
         MismatchError: a bank made of another, or with other options, is at the path.
-        ValueError: segments, curvature or storage are none of this bank, or its rows are in several metrics.
+        ValueError: segments, curvature, query_points or storage are none of this bank, or its rows are in several
+            metrics.
 
     Example:
-        >>> small = sp.condense(bank, folder / "condensed")
-        >>> small.stages[0]
-        StageBank('train': 20 rows x 1 checkpoint)
+        >>> import tempfile
+        >>> import source_proj as sp
+        >>> model, data = torch.nn.Linear(2, 2), torch.utils.data.TensorDataset(torch.eye(2), torch.tensor([0, 1]))
+        >>> run = sp.Trajectory([sp.Checkpoint(model.state_dict(), step, lr=0.1) for step in (10, 20, 30)])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     bank = sp.build(model, sp.Classification(), run, data, f"{folder}/bank", sketch=sp.Sketch(4))
+        ...     sp.condense(bank, f"{folder}/condensed").stages
+        (StageBank('train': 2 rows x 1 checkpoint),)
     """
     check_executor(executor)
     bank.require_finalized()
     kind = _checked(bank, curvature)
+    if query_points is not None:
+        query_points = checked_count("query_points", query_points, 1)
     groups = stage_groups(bank, segments)
     reads = sum(2 * stage.n * stage.n_checkpoints for stage in bank.stages)
     with shared_bar(progress, "condense", reads, "rows"):
@@ -92,7 +107,7 @@ def condense(
             for stage, own in enumerate(groups)
         ]
         content = Segments(
-            _settings(bank, groups, kind, storage, made),
+            _settings(bank, groups, kind, query_points, storage, made),
             bank.notes,
             bank.weights.copies(),
             made,
@@ -131,7 +146,12 @@ def _curvature(
 
 
 def _settings(
-    bank: Bank, groups: Groups, kind: CapturedCurvature, storage: str | None, curvature: Sequence[Sequence[Tensor]]
+    bank: Bank,
+    groups: Groups,
+    kind: CapturedCurvature,
+    query_points: int | None,
+    storage: str | None,
+    curvature: Sequence[Sequence[Tensor]],
 ) -> Settings:
     place = bank.weights.placed
     records = []
@@ -142,15 +162,22 @@ def _settings(
             final=place(stage.final),
             segments=tuple(map(tuple, own)),
         )
-        records.append(cut.captured([hash_float32(values) for values in flat], kind))
+        hashes, points = tuple(map(hash_float32, flat)), _evenly(cut.checkpoints, query_points)
+        records.append(replace(cut.captured(hashes, kind), capture=CaptureRecord(points, hashes, kind)))
     return replace(
         bank.settings,
         trajectory=RunRecord(tuple(records), bank.trajectory.metrics),
-        storage=storage or bank.storage,
+        storage=storage or ("int8" if bank.storage in _COARSE else bank.storage),
         sampled_fisher=0,
         second_derivative=False,
         fisher_weight=False,
     )
+
+
+def _evenly(checkpoints: Sequence[CheckpointRef], count: int | None) -> tuple[CheckpointRef, ...]:
+    """So many of some checkpoints, the last one among them."""
+    wanted = min(count or len(checkpoints), len(checkpoints))
+    return tuple(checkpoints[round(len(checkpoints) * (place + 1) / wanted) - 1] for place in range(wanted))
 
 
 @dataclass(frozen=True)

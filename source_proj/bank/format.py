@@ -9,7 +9,7 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
                                         parameter_choice, modules, columns
     /weights/<hash>                     uint8: safetensors file of a checkpoint that was given as a dict
     /metrics/<hash>                     float32: P^½ of a metric (18); only where optimizers were preconditioned
-    /curvature/<hash>                   float32: Ĥ of a captured segment, k · k; only where rows were captured
+    /curvature/<hash>                   float32: Ĥ of a segment (23); only where rows are of whole segments
     /stage_<s>/                         attributes: name
     /stage_<s>/part_<p>/                attributes: start, n, batch_size, shard_rows, id_type
     /stage_<s>/part_<p>/ids             (n,)
@@ -88,15 +88,19 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
 19. A checkpoint crosses the metrics of earlier ones (of its own and earlier stages) that are not its own, and MUST hold
     its rows in these too.
 
-**Captured stages**
+**Rows of whole segments**
 
-23. Where a stage of the ``trajectory`` has a ``capture``, its rows were captured while it trained. There is one
-    checkpoint for each segment, and its rows are the loss gradients of the segment, weighted as
-    `source_proj.bank.capture.sums` says: ``d1`` MUST be 1, ``batch_hashes`` all zeros, as no data were read again.
-    ``curvature`` lists the hash of each segment's Ĥ: the SHA-256, in hex, of its entries (little-endian float32, C
-    order), ``kind`` says which curvature that is, "empirical_fisher" or "sampled_fisher", and ``query_points`` the
-    weights at which queries are differentiated. Such a bank MUST have no
-    ``fisher_rows``, no second derivatives and one metric, the identity.
+23. Where a stage of the ``trajectory`` has a ``capture``, its rows were captured while it trained, or are the means of
+    those of another bank. There is one checkpoint for each segment, and its rows are the loss gradients of the segment,
+    weighted as `source_proj.bank.capture.sums` says, or their mean over its checkpoints: ``d1`` MUST be 1,
+    ``batch_hashes`` all zeros, as no data were read again. ``curvature`` lists the hash of each segment's Ĥ, ``kind``
+    says which curvature that is, "empirical_fisher", "sampled_fisher" or "gauss_newton", and ``query_points`` the
+    weights at which queries are differentiated. Such a bank MUST have no ``fisher_rows``, no second derivatives and one
+    metric.
+24. An Ĥ is that of each of the ⌈k / 4096⌉ blocks of columns, of which block b of B has the columns ⌊b k / B⌋ to
+    ⌊(b + 1) k / B⌋ (one block where the sketch is exact), and of each block the panels of 384 rows from the diagonal
+    on, as `source_proj.kernels.gram` packs them, one after the other; what lies below the diagonal in a panel is of no
+    meaning. Its hash is the SHA-256, in hex, of its numbers (little-endian float32).
 
 **Commits**
 

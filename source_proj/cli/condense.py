@@ -21,8 +21,12 @@ def condense(
     curvature: Annotated[
         Curvature | None, typer.Option(help="Hessian estimate to keep; default: by the task, as score takes it.")
     ] = None,
+    query_points: Annotated[
+        int | None,
+        typer.Option(min=1, help="At how many checkpoints queries are differentiated, evenly spread; default: all."),
+    ] = None,
     storage: Annotated[
-        str | None, typer.Option(help="How the mean rows are stored; default: as the bank's rows are.")
+        str | None, typer.Option(help="How the mean rows are stored; default: int8, or the bank's own if finer.")
     ] = None,
     device: Device = None,
     progress: Progress = True,
@@ -45,6 +49,7 @@ def condense(
         out,
         segments=parse_segments(segments),
         curvature=kept,
+        query_points=query_points,
         storage=storage,
         device=device,
         progress=progress,

@@ -99,6 +99,21 @@ def test_a_large_sketch_is_kept_in_blocks(tmp_path, monkeypatch):
     same(condensed, bank, problem, blocks=4)
 
 
+def test_queries_are_asked_at_some_checkpoints(tmp_path):
+    problem = classification(checkpoints=5, segments=1)
+    bank = problem.build(tmp_path / "bank", sp.Sketch(32), storage="int2")
+    condensed = sp.condense(bank, tmp_path / "condensed", query_points=2, progress=False)
+    assert condensed.storage == "int8"
+    assert [c.step for c in condensed.query_points()] == [40, 100]
+    own = source(problem, condensed)
+    sketched = own.sketch(problem.queries)
+    assert len(sketched[0].rows) == 2
+    assert own.score(sketched).shape == (7, 40)
+    for count in (0, -1, 2.5, "all"):
+        with pytest.raises((ValueError, TypeError), match="query_points"):
+            sp.condense(bank, tmp_path / "other", query_points=count)
+
+
 def test_appended_rows_and_codes_come_along(tmp_path):
     """Of several parts, and in fewer bytes: a code errs by less than the sketch."""
     problem = classification(n=48, segments=1)
