@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from _bench import Bench
 from _captured import captured_rows
+from _condensed import condensed_rows
 from _damping import without_retraining
 from _exact import ExactSource
 from _members import cheap_members
@@ -349,4 +350,5 @@ STUDIES: dict[str, Callable[[Bench], Iterator[Variant]]] = {
     "p": captured_rows,
     "q": chosen_parameters,
     "r": weights_of_parameters,
+    "s": condensed_rows,
 }

@@ -19,7 +19,7 @@ without a sketch (where asked for), each line against one segment; (o) weight no
 runs, at equal bytes (where asked for); (p) rows captured while training, against checkpoints' (where asked for);
 (q) which parameters to attribute through, each line against all of them (where asked for); (r) what gradients of
 parameters are multiplied by, on which checkpoints agree more or less, each line against equal weights, which all other
-studies have (where asked for):
+studies have (where asked for); (s) the rows of many checkpoints kept as their mean (where asked for):
 
     python examples/paper/laboratory.py --tasks fashion_mnist_adamw,rte,wikitext2 --studies f,j
     python examples/paper/laboratory.py --tasks pima_logistic,mnist,concrete,fashion_mnist,rotated_mnist --studies k
@@ -28,6 +28,7 @@ studies have (where asked for):
     python examples/paper/laboratory.py --tasks wikitext2,wikitext2_letters,shakespeare,shakespeare_words \
         --studies q,r --dim 4096
     python examples/paper/laboratory.py --tasks mnist,fashion_mnist,fashion_mnist_noise,rte --studies r --dim 4096
+    python examples/paper/laboratory.py --tasks concrete,mnist,fashion_mnist --studies s
 """
 
 import argparse

@@ -40,6 +40,7 @@ TITLES = {
     "p": "Rows captured while training",
     "q": "Which parameters",
     "r": "Weights of parameters",
+    "s": "Many checkpoints in one row",
 }
 TASKS = {
     "fashion_mnist": "Fashion-MNIST",
