@@ -113,7 +113,10 @@ def condense(
             made,
             bank.metrics.by_hash(),
         )
-        return write_segments(path, content, [_MeanRows(bank, stage, own, device) for stage, own in enumerate(groups)])
+        rows = [_MeanRows(bank, stage, own, device) for stage, own in enumerate(groups)]
+        condensed = write_segments(path, content, rows)
+    condensed.examples = bank.examples
+    return condensed
 
 
 def _checked(bank: Bank, curvature: Curvature | None) -> Curvature:

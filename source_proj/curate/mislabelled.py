@@ -121,8 +121,14 @@ def _mean_error(source: Source) -> np.ndarray:
     """Mean of |ℓ'| over the checkpoints of an example's stage, and over the runs, ``(N,)`` float64.
 
     Raises:
-        ValueError: it is the same for all.
+        ValueError: it is the same for all, or not known of rows of whole segments.
     """
+    for bank in source.banks:
+        if bank.captured:
+            raise ValueError(
+                f"the rows of {bank.path} are of whole segments of training, and say nothing of errors at checkpoints: "
+                "use by='self_influence', or a bank that was built of checkpoints"
+            )
     total = np.zeros(source.n_rows)
     for bank in source.banks:
         first = 0

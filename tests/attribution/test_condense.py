@@ -85,6 +85,9 @@ def test_segments_and_curvature_are_chosen_when_it_is_made(tmp_path):
     for method in (sp.TracIn, sp.Trak):
         with pytest.raises(ValueError, match="are of whole segments of training"):
             method(condensed, model=problem.model)
+    with pytest.raises(ValueError, match="say nothing of errors at checkpoints: use by='self_influence'"):
+        sp.curate.mislabelled(source(problem, condensed), problem.train.tensors[1].tolist())
+    assert condensed.examples is bank.examples is not None
     with pytest.raises(sp.BankError, match="one row for each example and segment already"):
         sp.condense(condensed, tmp_path / "again")
 
