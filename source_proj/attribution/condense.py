@@ -26,12 +26,15 @@ from source_proj._io.executors import Executor, check_executor
 from source_proj._io.hashing import hash_float32
 from source_proj._io.progress import Progress, shared_bar
 from source_proj.attribution.curvature import Curvature, default_curvature, require_curvature
+from source_proj.attribution.ensembles import as_banks
 from source_proj.attribution.moments import mean_panels
 from source_proj.attribution.operands import StageOperands, encoded_gradients, stage_start
 from source_proj.attribution.source.segments import Groups, StageSegments, stage_groups
 from source_proj.bank import Bank
 from source_proj.bank.audits import total
+from source_proj.bank.build.arguments import require_device
 from source_proj.bank.capture.segments import Segments, write_segments
+from source_proj.bank.codecs import find_codec
 from source_proj.bank.format import Settings
 from source_proj.kernels.gram import packed
 from source_proj.sketch.columns import blocks_of, default_blocks
@@ -80,9 +83,10 @@ def condense(
 
     Raises:
         BankError: the bank is unfinished or has one row a segment already; or something else is at the path.
+        TypeError: something else stands in the bank's place.
         MismatchError: a bank made of another, or with other options, is at the path.
-        ValueError: segments, curvature, query_points or storage are none of this bank, or its rows are in several
-            metrics.
+        ValueError: segments, curvature, query_points, storage or device are none that can be had, or the bank's rows
+            are in several metrics.
 
     Example:
         >>> import tempfile
@@ -95,7 +99,12 @@ def condense(
         (StageBank('train': 2 rows x 1 checkpoint),)
     """
     check_executor(executor)
-    bank.require_finalized()
+    require_device(device)
+    if isinstance(bank, list | tuple):
+        raise TypeError(f"condense takes one bank, got {len(bank)}: condense each, and give Source the list")
+    as_banks(bank)
+    if storage is not None:
+        find_codec(storage)
     kind = _checked(bank, curvature)
     if query_points is not None:
         query_points = checked_count("query_points", query_points, 1)

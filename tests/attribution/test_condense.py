@@ -169,6 +169,28 @@ def test_a_moved_bank_finds_its_checkpoints(tmp_path):
     same(condensed, bank, problem)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "named"),
+    [
+        ({"device": "gpu"}, ValueError, "'gpu' cannot be used"),
+        ({"storage": "int3"}, ValueError, "got 'int3'"),
+        ({"segments": 7}, ValueError, "segments=7"),
+        ({"curvature": "fisher"}, ValueError, "unknown curvature 'fisher'"),
+        ({"executor": 3}, TypeError, "executor"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_before_any_work(tmp_path, options, error, named):
+    bank = classification().build(tmp_path / "bank")
+    with pytest.raises(error, match=named):
+        sp.condense(bank, tmp_path / "condensed", **options)
+    for place in ("bank", [bank, bank]):
+        with pytest.raises(TypeError, match="bank"):
+            sp.condense(place, tmp_path / "condensed")
+    with pytest.raises(sp.MismatchError, match="begun with other settings"):
+        sp.condense(bank, bank.path, progress=False)
+    assert not (tmp_path / "condensed").exists()
+
+
 def test_rows_in_several_metrics_have_no_mean(tmp_path):
     bank = adam("per_segment", segments=2).build(tmp_path / "bank")
     with pytest.raises(ValueError, match="are in 2 metrics"):
