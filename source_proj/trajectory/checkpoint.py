@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj._io.hashing import hash_file
+from source_proj._io.outputs import local_path
 from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.layouts import averaged_keys, is_count, listed, model_state, unwrapped_names
 from source_proj.trajectory.optimizers.describe import kept_state
 from source_proj.trajectory.placement import placement_of
 from source_proj.trajectory.schedules import finite_rate
-from source_proj.trajectory.state_files import checked_path, read_state, state_files
+from source_proj.trajectory.state_files import checked_path, read_state, state_files, whole_path
 
 __all__ = ["Checkpoint"]
 
@@ -37,11 +38,11 @@ class Checkpoint:
     Args:
         state: what ``model.state_dict()`` gave, as a dict, or a file that holds it: ``.safetensors``, or ``.pt``,
             ``.pth``, ``.pth.tar``, ``.bin``, ``.ckpt`` written by :func:`torch.save`, or the
-            ``.safetensors.index.json`` of one in several files; or a folder of transformers or accelerate with such a
-            file. One named ``adapter_model`` holds PEFT's adapters alone: the rest is the model's own. A dict that
-            holds the state under "model", "state_dict", "net" and the like is unwrapped. Tensors of a dict are copied
-            to the CPU, because ``state_dict()`` returns the live weights, which training goes on to overwrite. A file
-            is read when needed.
+            ``.safetensors.index.json`` or ``.bin.index.json`` of one in several files; or a folder of transformers or
+            accelerate with such a file. One named ``adapter_model`` holds PEFT's adapters alone: the rest is the
+            model's own. A dict that holds the state under "model", "state_dict", "net" and the like is unwrapped.
+            Tensors of a dict are copied to the CPU, because ``state_dict()`` returns the live weights, which training
+            goes on to overwrite. A file is read when needed.
         step: optimizer steps taken so far, ≥ 0.
         lr: learning rate at that time; enough where it is constant (see :class:`Stage` for schedules).
         optimizer_state: the optimizer's ``state_dict()``, or a file with it, for optimizers whose preconditioner is
@@ -55,6 +56,7 @@ class Checkpoint:
     Raises:
         ValueError: ``step`` or ``lr`` is out of range, the file type is unknown, or the state is ambiguous.
         MissingFileError: no such file.
+        MismatchError: a file is one of several that hold a state.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -88,7 +90,7 @@ class Checkpoint:
         self._state: dict[str, Tensor] | None = None
         self._hash: tuple[object, str] | None = None
         if isinstance(state, str | Path):
-            path = checked_path(Path(state).absolute())
+            path = whole_path(local_path(state).absolute())
             if key is None:
                 self.path = path
             else:
@@ -97,7 +99,8 @@ class Checkpoint:
             tensors = model_state(state, "the dict", key)
             self._state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         else:
-            raise TypeError(f"state must be a dict of tensors or a path, got {type(state).__name__}")
+            remedy = ": give its state_dict()" if hasattr(state, "state_dict") else ""
+            raise TypeError(f"state must be a dict of tensors or a path, got {type(state).__name__}{remedy}")
 
     def __repr__(self) -> str:
         where = "a dict" if self.path is None else repr(str(self.path))
