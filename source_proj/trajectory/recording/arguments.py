@@ -10,16 +10,30 @@ from torch import nn
 
 from source_proj.trajectory.schedules import finite_rate
 
-__all__ = ["require_options", "require_training"]
+__all__ = ["innermost", "require_options", "require_training"]
 
 
-def require_training(model: Any, optimizer: Any) -> None:
+def innermost(optimizer: Any) -> Any:
+    """The optimizer within wrappers that step by it, as accelerate's and Lightning's do; of all else, itself."""
+    while hasattr(optimizer, "accelerator_state") or not isinstance(optimizer, torch.optim.Optimizer | nn.Module):
+        within = getattr(optimizer, "optimizer", None)
+        if within is None:
+            break
+        optimizer = within
+    return optimizer
+
+
+def require_training(model: Any, optimizer: Any) -> torch.optim.Optimizer:
     """Refuse what is no model or no optimizer, and an optimizer of another model.
+
+    Returns:
+        The optimizer, without wrappers around it.
 
     Raises:
         TypeError: one of them is something else, such as the other one; names what was got.
         ValueError: the optimizer trains no parameter of the model.
     """
+    optimizer = innermost(optimizer)
     kinds: list[tuple[str, Any, type]] = [
         ("model", model, nn.Module),
         ("optimizer", optimizer, torch.optim.Optimizer),
@@ -38,6 +52,8 @@ def require_training(model: Any, optimizer: Any) -> None:
         raise ValueError(
             f"the optimizer trains no parameter of the model {type(model).__name__}: give the model it was made for"
         )
+    trained: torch.optim.Optimizer = optimizer
+    return trained
 
 
 def require_options(stage: Any, also: Any, max_grad_norm: Any, **steps: Any) -> None:

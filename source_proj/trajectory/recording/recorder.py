@@ -117,7 +117,7 @@ class Recorder:
         segment_ends: Iterable[int] = (),
         companion: Companion | None = None,
     ) -> None:
-        require_training(model, optimizer)
+        optimizer = require_training(model, optimizer)
         require_options(stage, also, max_grad_norm, at=at, segment_ends=segment_ends)
         self.dir = local_path(dir).absolute()
         self._model = model
