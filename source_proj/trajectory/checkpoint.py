@@ -81,10 +81,12 @@ class Checkpoint:
         rate = None if lr is None else finite_rate(lr)
         if lr is not None and rate is None:
             raise ValueError(f"lr must be a number, finite and at least 0, got {lr!r}")
+        if hasattr(optimizer_state, "state_dict"):
+            raise TypeError(f"optimizer_state must be a dict or a file, got {_named(optimizer_state)}")
         self.step = checked_count("step", step, 0)
         self.lr = rate
         self.optimizer_state: Mapping[str, Any] | str | Path | None = (
-            kept_state(optimizer_state) if isinstance(optimizer_state, Mapping) else optimizer_state
+            optimizer_state if isinstance(optimizer_state, str | Path) else kept_state(optimizer_state)
         )
         self.path: Path | None = None
         self._state: dict[str, Tensor] | None = None
@@ -99,8 +101,7 @@ class Checkpoint:
             tensors = model_state(state, "the dict", key)
             self._state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         else:
-            remedy = ": give its state_dict()" if hasattr(state, "state_dict") else ""
-            raise TypeError(f"state must be a dict of tensors or a path, got {type(state).__name__}{remedy}")
+            raise TypeError(f"state must be a dict of tensors or a path, got {_named(state)}")
 
     def __repr__(self) -> str:
         where = "a dict" if self.path is None else repr(str(self.path))
@@ -208,6 +209,10 @@ class Checkpoint:
                     buffer.copy_(value)
             for module, flag in own_flags:
                 module.training = flag
+
+
+def _named(thing: object) -> str:
+    return f"{type(thing).__name__}{': give its state_dict()' if hasattr(thing, 'state_dict') else ''}"
 
 
 def _evaluate(model: nn.Module) -> None:

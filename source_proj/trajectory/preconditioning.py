@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj.trajectory.checkpoint import Checkpoint
+from source_proj.trajectory.described import require_described
 from source_proj.trajectory.moved import left_alone
 from source_proj.trajectory.optimizers import Moments, PreconditionedOptimizer, is_untouched, moments
 from source_proj.trajectory.record import FACTORED, PER_SEGMENT, RunRecord, StageRecord
@@ -69,6 +70,8 @@ def _resolved(
     mode, count = stage.preconditioner, len(stage.checkpoints)
     if still.issuperset(space.names):  # of nothing that is attributed, the optimizer's states say nothing either
         mode = "none"
+    else:
+        require_described(stage)
     if isinstance(optimizer, PreconditionedOptimizer) and mode not in ("scalar", "none"):
         record = replace(record, preconditioner=mode)
         groups = stage.segment_indices if mode in PER_SEGMENT else [list(range(count))]

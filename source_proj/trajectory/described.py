@@ -1,0 +1,93 @@
+"""Whether a stage's optimizer is described as its own states say: what was forgotten shows in no score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from source_proj._errors import MismatchError
+from source_proj.trajectory.optimizers import Optimizer, Options
+from source_proj.trajectory.optimizers.describe import plain_value, recognised
+from source_proj.trajectory.optimizers.moments import optimizer_state_of
+from source_proj.trajectory.recording.momentum import with_momentum_of
+from source_proj.trajectory.stages import Stage
+
+__all__ = ["require_described"]
+
+_PRECISION = 1e-6  # of options that were kept as tensors in single precision
+
+
+def require_described(stage: Stage) -> None:
+    """Refuse a description that contradicts the state of the stage's last checkpoint that has one.
+
+    What groups do not agree on is not compared, since one value for all stands for it, nor is a state that cannot be
+    read or is of no optimizer that is known: where P is read from it, its reader says what is wrong.
+
+    Raises:
+        MismatchError: the optimizer was another one, or made with other options; says what to give.
+    """
+    with_state = [checkpoint for checkpoint in stage.checkpoints if checkpoint.optimizer_state is not None]
+    if not with_state or stage.preconditioner == "none":
+        return
+    optimizer, momentum_changed = stage.optimizer, stage.time_factors is not None
+    try:
+        state = optimizer_state_of(with_state[-1])
+        kind = recognised(state, "the state")
+        told = _told(kind, state, optimizer)
+        others = told if kind is not type(optimizer) else _contradictions(told, optimizer, momentum_changed)
+    except Exception:  # whatever stands in a foreign file
+        return
+    if kind is type(optimizer) and not others:
+        return
+    own = {name: getattr(optimizer, name) for name in others} if kind is type(optimizer) else {}
+    raise MismatchError(
+        f"{with_state[-1]!r}: its optimizer_state is of {kind.__name__}({_listed(others)}), and stage {stage.name!r} "
+        f"is described by {type(optimizer).__name__}({_listed(own)}): give optimizer=source_proj.{kind.__name__}"
+        f"({_listed(told)}), as it was made; or preconditioner='none', which reads no state"
+    )
+
+
+def _told(kind: type[Optimizer], state: Mapping[str, Any], described: Optimizer) -> dict[str, Any]:
+    """Fields of a description that all groups of a state agree on, and the largest weight decay of any."""
+    # Before torch 2.7 a state does not say which decay it has.
+    assumed = {"decoupled_weight_decay": getattr(described, "decoupled", True)}
+    groups: list[Options] = [
+        {**assumed, **{key: plain_value(value) for key, value in group.items() if key not in ("params", "param_names")}}
+        for group in state["param_groups"]
+        if group["params"]
+    ]
+    first, *rest = (kind.fields(group, "the state") for group in groups)
+    told = {name: value for name, value in first.items() if all(other[name] == value for other in rest)}
+    decay = max(float(group["weight_decay"]) for group in groups)
+    if not decay:
+        told.pop("decoupled", None)  # without decay both are one
+    return {**told, "weight_decay": decay}
+
+
+def _contradictions(told: Mapping[str, Any], optimizer: Optimizer, momentum_changed: bool) -> dict[str, Any]:
+    """What of a state's options is not as described; β₁ and a momentum that changed enter step by step."""
+    own = replace(optimizer, **{name: value for name, value in told.items() if name != "weight_decay"})
+    aligned = with_momentum_of(optimizer, own)
+    found = {}
+    for name in told:
+        value = getattr(aligned if momentum_changed or name == "betas" else own, name)
+        if name == "weight_decay":  # which may fall while training goes on, and is none if it was forgotten
+            if told[name] and not optimizer.weight_decay and not optimizer.groups:
+                found[name] = told[name]
+        elif not _is_same(value, getattr(optimizer, name)):
+            found[name] = value
+    return found
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    if isinstance(value, tuple) and isinstance(other, tuple):
+        return len(value) == len(other) and all(map(_is_same, value, other))
+    if isinstance(value, float) and isinstance(other, float | int):
+        return math.isclose(value, other, rel_tol=_PRECISION)
+    return bool(value == other)
+
+
+def _listed(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in fields.items())
