@@ -139,3 +139,26 @@ def test_an_optimizer_in_place_of_its_state_is_named():
     model = nn.Linear(3, 2)
     with pytest.raises(TypeError, match=r"optimizer_state must be .*, got Adam: give its state_dict\(\)"):
         sp.Checkpoint(model.state_dict(), 1, optimizer_state=torch.optim.Adam(model.parameters()))
+
+
+@pytest.mark.parametrize("preconditioner", ["scalar", "shared", "per_segment", "factored"])
+def test_what_moved_without_a_second_moment_is_named(preconditioner):
+    """As where one optimizer trains matrices and another one the rest, and the state of one was saved."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(2, 2))
+    model[2].requires_grad_(False)
+    matrices = torch.optim.SGD([model[0].weight], lr=0.1)
+    rest = torch.optim.AdamW([(n, p) for n, p in model.named_parameters() if n != "0.weight" and p.requires_grad])
+    points = []
+    for step in (1, 2):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape)
+        matrices.step()
+        rest.step()
+        points.append(sp.Checkpoint(model.state_dict(), step, lr=1e-3, optimizer_state=rest.state_dict()))
+    run = sp.Trajectory(points, optimizer=sp.Adam(weight_decay=0.01), preconditioner=preconditioner)
+    space = ParameterSpace.from_model(model)
+    with pytest.raises(sp.MismatchError, match=r"parameters: 0.weight moved .* 'train'.*parameters=\['!0.weight'\]"):
+        run.resolve(model, space)
+    run.resolve(model, ParameterSpace.from_model(model, ["!0.weight"]))  # what stood still needs none
+    sp.Trajectory(points, optimizer=sp.Adam(weight_decay=0.01), preconditioner="none").resolve(model, space)
