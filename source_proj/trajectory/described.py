@@ -12,9 +12,10 @@ from source_proj.trajectory.optimizers import Optimizer, Options
 from source_proj.trajectory.optimizers.describe import plain_value, recognised
 from source_proj.trajectory.optimizers.moments import optimizer_state_of
 from source_proj.trajectory.recording.momentum import with_momentum_of
+from source_proj.trajectory.schedules import finite_rate
 from source_proj.trajectory.stages import Stage
 
-__all__ = ["require_described"]
+__all__ = ["require_described", "require_rates"]
 
 _PRECISION = 1e-6  # of options that were kept as tensors in single precision
 
@@ -47,6 +48,32 @@ def require_described(stage: Stage) -> None:
         f"is described by {type(optimizer).__name__}({_listed(own)}): give optimizer=source_proj.{kind.__name__}"
         f"({_listed(told)}), as it was made; or preconditioner='none', which reads no state"
     )
+
+
+def require_rates(stage: Stage) -> None:
+    """Refuse a constant learning rate that is no group's in the states at checkpoints: a schedule changed it.
+
+    States that are files are not read for it, and a scheduler may have stepped before the last one was kept.
+
+    Raises:
+        MismatchError: it is another there; names both.
+    """
+    if stage.lr_schedule is not None or stage.preconditioner == "none":
+        return
+    for checkpoint in stage.checkpoints:
+        state = checkpoint.optimizer_state
+        groups = state.get("param_groups") if isinstance(state, Mapping) else None
+        rates = [rate for group in groups or () if (rate := _rate(group)) is not None]
+        is_next = checkpoint is stage.checkpoints[-1] and any("initial_lr" in group for group in groups or ())
+        if rates and not is_next and not any(_is_same(rate, checkpoint.lr) for rate in rates):
+            raise MismatchError(
+                f"{checkpoint!r}: its optimizer_state has the learning rate {rates[0] if len(rates) == 1 else rates}: "
+                "where it changed give lr_schedule, a function of the step or one value per optimizer step"
+            )
+
+
+def _rate(group: Any) -> float | None:
+    return finite_rate(group.get("lr")) if isinstance(group, Mapping) and group.get("params") else None
 
 
 def _told(kind: type[Optimizer], state: Mapping[str, Any], described: Optimizer) -> dict[str, Any]:

@@ -141,6 +141,44 @@ def test_an_optimizer_in_place_of_its_state_is_named():
         sp.Checkpoint(model.state_dict(), 1, optimizer_state=torch.optim.Adam(model.parameters()))
 
 
+def scheduled(lr, schedule, optimizer=torch.optim.SGD):
+    """Checkpoints that all claim one rate, of a run that a scheduler took through others."""
+    model = nn.Linear(3, 2)
+    trainer = optimizer(model.parameters(), lr=0.01)
+    scheduler = schedule(trainer)
+    points = []
+    for step in range(1, 5):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape)
+        trainer.step()
+        scheduler.step()
+        points.append(sp.Checkpoint(model.state_dict(), step, lr=lr, optimizer_state=trainer.state_dict()))
+    return points, describe_state(trainer.state_dict(), "the run")
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_a_constant_rate_that_was_none_is_refused(optimizer):
+    def falling(trainer):
+        return torch.optim.lr_scheduler.ExponentialLR(trainer, 0.5)
+
+    points, described = scheduled(0.01, falling, optimizer)
+    with pytest.raises(sp.MismatchError, match=r"step=1, lr=0.01\): .* rate 0.005: where it changed give lr_schedule"):
+        resolve(points, described)
+    resolve(points, described, lr_schedule=lambda step: 0.01 * 0.5**step)
+
+
+@pytest.mark.parametrize("last", [1, 2, 3, 4])
+def test_a_rate_that_falls_behind_the_last_checkpoint_was_constant_until_then(last):
+    def drop(trainer):
+        return torch.optim.lr_scheduler.StepLR(trainer, last)
+
+    points, described = scheduled(0.01, drop)
+    resolve(points[:last], described)
+    if last < 4:
+        with pytest.raises(sp.MismatchError, match=f"step={last}, .* rate 0.001: "):
+            resolve(points[: last + 1], described)
+
+
 @pytest.mark.parametrize("preconditioner", ["scalar", "shared", "per_segment", "factored"])
 def test_what_moved_without_a_second_moment_is_named(preconditioner):
     """As where one optimizer trains matrices and another one the rest, and the state of one was saved."""
