@@ -1,21 +1,22 @@
-"""Whether a stage's optimizer is described as its own states say: what was forgotten shows in no score."""
+"""Whether a stage is described as its optimizer's own states say: what was forgotten shows in no score."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from source_proj._errors import MismatchError
 from source_proj.trajectory.optimizers import Optimizer, Options
 from source_proj.trajectory.optimizers.describe import plain_value, recognised
-from source_proj.trajectory.optimizers.moments import optimizer_state_of
+from source_proj.trajectory.optimizers.moments import optimizer_state_of, updates_counted
 from source_proj.trajectory.recording.momentum import with_momentum_of
 from source_proj.trajectory.schedules import finite_rate
 from source_proj.trajectory.stages import Stage
 
-__all__ = ["require_described", "require_rates"]
+__all__ = ["require_described", "require_rates", "require_steps"]
 
 _PRECISION = 1e-6  # of options that were kept as tensors in single precision
 
@@ -69,6 +70,29 @@ def require_rates(stage: Stage) -> None:
             raise MismatchError(
                 f"{checkpoint!r}: its optimizer_state has the learning rate {rates[0] if len(rates) == 1 else rates}: "
                 "where it changed give lr_schedule, a function of the step or one value per optimizer step"
+            )
+
+
+def require_steps(stage: Stage) -> None:
+    """Refuse checkpoints between which the optimizer made more updates than they count steps: these are epochs, say.
+
+    States that are files are not read for it. Fewer updates than steps there may be, as some were skipped.
+
+    Raises:
+        MismatchError: there are; names both numbers.
+    """
+    if stage.preconditioner == "none":
+        return
+    told = [
+        (checkpoint, count)
+        for checkpoint in stage.checkpoints
+        if isinstance(checkpoint.optimizer_state, Mapping) and (count := updates_counted(checkpoint))
+    ]
+    for (first, before), (second, after) in pairwise(told):
+        if after - before > second.step - first.step:
+            raise MismatchError(
+                f"the optimizer made {after - before} updates between the checkpoints of the steps {first.step} and "
+                f"{second.step} of stage {stage.name!r}, by its states: step= counts optimizer steps, and not epochs"
             )
 
 

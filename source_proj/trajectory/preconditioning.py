@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj.trajectory.checkpoint import Checkpoint
-from source_proj.trajectory.described import require_described, require_rates
+from source_proj.trajectory.described import require_described, require_rates, require_steps
 from source_proj.trajectory.layouts import listed
 from source_proj.trajectory.moved import left_alone, moved_parameters, points_of
 from source_proj.trajectory.optimizers import Moments, PreconditionedOptimizer, is_untouched, moments
@@ -75,6 +75,7 @@ def _resolved(
     else:
         require_described(stage)
         require_rates(stage)
+        require_steps(stage)
     if not isinstance(optimizer, PreconditionedOptimizer):
         return replace(record, metrics=(metrics.index(_without(space, still)),) * count)
     if mode == "none":

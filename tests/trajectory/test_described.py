@@ -4,6 +4,8 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import source_proj as sp
@@ -85,8 +87,8 @@ def test_another_optimizer_is_refused_also_where_none_was_named(as_file, tmp_pat
         return tmp_path / "optimizer.pt"
 
     points, _ = trained("AdamW", wrap=kept if as_file else lambda state: state)
-    given = r"give optimizer=source_proj.Adam\(betas=\(0.9, 0.999\), .*weight_decay=0.01\)"
-    with pytest.raises(sp.MismatchError, match=rf"is of Adam\(.*described by SGD\(\): {given}"):
+    remedy = r"give optimizer=source_proj.Adam\(betas=\(0.9, 0.999\), .*weight_decay=0.01\)"
+    with pytest.raises(sp.MismatchError, match=rf"is of Adam\(.*described by SGD\(\): {remedy}"):
         resolve(points, sp.SGD())
 
 
@@ -177,6 +179,26 @@ def test_a_rate_that_falls_behind_the_last_checkpoint_was_constant_until_then(la
     if last < 4:
         with pytest.raises(sp.MismatchError, match=f"step={last}, .* rate 0.001: "):
             resolve(points[: last + 1], described)
+
+
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=6), st.integers(1, 3))
+@settings(max_examples=20, deadline=None)
+def test_more_updates_than_steps_are_none(skipped, each):
+    """Checkpoints after ``each`` updates and some that were skipped; and counted by checkpoints, as epochs are."""
+    points, optimizer = trained("AdamW", steps=each * len(skipped))
+    own = points[each - 1 :: each]
+    steps = [each * (place + 1) + sum(skipped[: place + 1]) for place in range(len(own))]
+    resolve([moved(point, step) for point, step in zip(own, steps, strict=True)], optimizer)
+    epochs = [moved(point, epoch) for epoch, point in enumerate(own, 1)]
+    if each == 1:
+        resolve(epochs, optimizer)
+    else:
+        with pytest.raises(sp.MismatchError, match=rf"made {each} updates between .* steps 1 and 2 .* not epochs"):
+            resolve(epochs, optimizer)
+
+
+def moved(point, step):
+    return sp.Checkpoint(point.load(), step, lr=0.01, optimizer_state=point.optimizer_state)
 
 
 @pytest.mark.parametrize("preconditioner", ["scalar", "shared", "per_segment", "factored"])
