@@ -36,7 +36,7 @@ def local_path(path: str | Path) -> Path:
     local = Path(path)
     if _URL.match(local.as_posix()):
         raise ValueError(
-            f"{str(path)!r} is a URL, and only banks lie there: give a path of this machine, and copy what is written"
+            f"{str(path)!r} is a URL, and only banks lie there: give a path of this machine, and copy the files"
         )
     return local
 

@@ -211,10 +211,13 @@ class HeldOperands:
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._held: dict[Hashable, RowsInMemory] = {}
         self._used = 0
         self._lock = threading.Lock()  # they are read once, however many threads ask
+
+    def __reduce__(self) -> "tuple[type[HeldOperands], tuple[int]]":
+        return HeldOperands, (self.limit,)  # a copy, and another process, read them anew
 
     def of(self, key: Hashable, nbytes: int, operands: StageOperands) -> Operands:
         """The operands of a key, from memory or to be read (and held, if they fit).
@@ -225,7 +228,7 @@ class HeldOperands:
             operands: reads it.
         """
         with self._lock:
-            if key not in self._held and self._used + nbytes <= self._limit:
+            if key not in self._held and self._used + nbytes <= self.limit:
                 self._held[key] = RowsInMemory(list(operands.between(0, operands.bank.n_rows)))
                 self._used += nbytes
             return self._held.get(key, operands)

@@ -115,6 +115,9 @@ class QueryModels:
         self._idle: list[OpenModel] = []
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[QueryModels], tuple[nn.Module, torch.device | str | None]]:
+        return QueryModels, (self.model, self._device)  # what is open, and who waits for it, is this process's
+
     @contextmanager
     def borrowed(self) -> Iterator[OpenModel]:
         """An open model that nobody else uses; after an error it is not used again."""

@@ -21,6 +21,7 @@ from source_proj.task import Task
 from source_proj.trajectory import PreconditionerMode, Segments, Trajectory, weights_stamp
 from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.optimizers.describe import describe_live
+from source_proj.trajectory.recording.arguments import innermost
 from source_proj.trajectory.recording.progress import skips_step
 from source_proj.trajectory.recording.run_files import clip_factor
 
@@ -175,7 +176,7 @@ class RecorderCallback:
         """
         if not state.is_world_process_zero:
             return
-        inner = _innermost(optimizer)
+        inner = innermost(optimizer)
         describe_live(inner, model)
         self._momentum = inner.param_groups[0].get("momentum")
         given_up = self._log is not None  # as by auto_find_batch_size, which begins again after running out of memory
@@ -213,7 +214,7 @@ class RecorderCallback:
         ends = step >= state.max_steps or bool(getattr(control, "should_training_stop", False))
         if ends or step in self._at or (self._every is not None and step % self._every == 0):
             self._keep_capture(step)
-            self._log.add_checkpoint(step, model, _innermost(optimizer))
+            self._log.add_checkpoint(step, model, innermost(optimizer))
 
     def on_log(self, _args: Any, state: Any, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
         """Take the norm that the Trainer logged."""
@@ -224,7 +225,7 @@ class RecorderCallback:
         """Record a checkpoint where the Trainer saves one, if nothing else was asked for."""
         self._keep_capture(int(state.global_step))
         if self._log is not None and self._every is None and not self._given_at:
-            self._log.add_checkpoint(int(state.global_step), model, _innermost(optimizer))
+            self._log.add_checkpoint(int(state.global_step), model, innermost(optimizer))
 
     def on_train_end(self, _args: Any, state: Any, *_: Any, model: nn.Module, optimizer: Any, **__: Any) -> None:
         """Record the end, and listen no more.
@@ -235,7 +236,7 @@ class RecorderCallback:
         self._keep_capture(int(state.global_step))
         if self._log is not None and int(state.global_step) not in self._log.checkpoints:
             if self._weights in (None, weights_stamp(model)):
-                self._log.add_checkpoint(int(state.global_step), model, _innermost(optimizer))
+                self._log.add_checkpoint(int(state.global_step), model, innermost(optimizer))
             else:
                 warnings.warn(
                     f"the weights after training are not those of its last step, {state.global_step}, as with "
@@ -272,7 +273,7 @@ class RecorderCallback:
         self._model, self._max_norm = model, float(args.max_grad_norm or 0.0)
         self._capture = Capture(
             model,
-            _innermost(optimizer),
+            innermost(optimizer),
             sketch,
             task,
             self.dir,
@@ -305,10 +306,3 @@ class RecorderCallback:
 
 def _ignored(*_: object, **__: object) -> None:
     """An event that needs no answer."""
-
-
-def _innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer within accelerate's wrappers."""
-    while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "accelerator_state"):
-        optimizer = getattr(optimizer, "optimizer")  # noqa: B009
-    return optimizer

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,16 @@ from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj._io.hashing import hash_file
+from source_proj._io.outputs import local_path
+from source_proj.trajectory.adapters import adapted_state, adapter_places, is_adapter
 from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.layouts import averaged_keys, is_count, listed, model_state, unwrapped_names
 from source_proj.trajectory.optimizers.describe import kept_state
 from source_proj.trajectory.placement import placement_of
 from source_proj.trajectory.schedules import finite_rate
-from source_proj.trajectory.state_files import checked_path, read_state, state_files
+from source_proj.trajectory.state_files import checked_path, read_state, state_files, whole_path
 
 __all__ = ["Checkpoint"]
-
-_ADAPTER = "adapter_model."  # PEFT's name for a file
-_WHOLE = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")  # PEFT's copy of a module that is trained whole, one an adapter
-_PROMPT = re.compile(r"prompt_encoder\..+")
-_PROMPTS = "prompt_embeddings"  # what PEFT saves of it
 
 
 class Checkpoint:
@@ -37,11 +33,11 @@ class Checkpoint:
     Args:
         state: what ``model.state_dict()`` gave, as a dict, or a file that holds it: ``.safetensors``, or ``.pt``,
             ``.pth``, ``.pth.tar``, ``.bin``, ``.ckpt`` written by :func:`torch.save`, or the
-            ``.safetensors.index.json`` of one in several files; or a folder of transformers or accelerate with such a
-            file. One named ``adapter_model`` holds PEFT's adapters alone: the rest is the model's own. A dict that
-            holds the state under "model", "state_dict", "net" and the like is unwrapped. Tensors of a dict are copied
-            to the CPU, because ``state_dict()`` returns the live weights, which training goes on to overwrite. A file
-            is read when needed.
+            ``.safetensors.index.json`` or ``.bin.index.json`` of one in several files; or a folder of transformers or
+            accelerate with such a file. One named ``adapter_model``, or of a model of PEFT with nothing of what is
+            frozen, holds adapters alone: the rest is the model's own. A dict that holds the state under "model",
+            "state_dict", "net" and the like is unwrapped. Tensors of a dict are copied to the CPU, because
+            ``state_dict()`` returns the live weights, which training goes on to overwrite. A file is read when needed.
         step: optimizer steps taken so far, ≥ 0.
         lr: learning rate at that time; enough where it is constant (see :class:`Stage` for schedules).
         optimizer_state: the optimizer's ``state_dict()``, or a file with it, for optimizers whose preconditioner is
@@ -55,6 +51,7 @@ class Checkpoint:
     Raises:
         ValueError: ``step`` or ``lr`` is out of range, the file type is unknown, or the state is ambiguous.
         MissingFileError: no such file.
+        MismatchError: a file is one of several that hold a state.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -79,16 +76,18 @@ class Checkpoint:
         rate = None if lr is None else finite_rate(lr)
         if lr is not None and rate is None:
             raise ValueError(f"lr must be a number, finite and at least 0, got {lr!r}")
+        if hasattr(optimizer_state, "state_dict"):
+            raise TypeError(f"optimizer_state must be a dict or a file, got {_named(optimizer_state)}")
         self.step = checked_count("step", step, 0)
         self.lr = rate
         self.optimizer_state: Mapping[str, Any] | str | Path | None = (
-            kept_state(optimizer_state) if isinstance(optimizer_state, Mapping) else optimizer_state
+            optimizer_state if isinstance(optimizer_state, str | Path) else kept_state(optimizer_state)
         )
         self.path: Path | None = None
         self._state: dict[str, Tensor] | None = None
         self._hash: tuple[object, str] | None = None
         if isinstance(state, str | Path):
-            path = checked_path(Path(state).absolute())
+            path = whole_path(local_path(state).absolute())
             if key is None:
                 self.path = path
             else:
@@ -97,7 +96,7 @@ class Checkpoint:
             tensors = model_state(state, "the dict", key)
             self._state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         else:
-            raise TypeError(f"state must be a dict of tensors or a path, got {type(state).__name__}")
+            raise TypeError(f"state must be a dict of tensors or a path, got {_named(state)}")
 
     def __repr__(self) -> str:
         where = "a dict" if self.path is None else repr(str(self.path))
@@ -156,24 +155,20 @@ class Checkpoint:
         Raises:
             MismatchError: the state does not fit the model.
         """
-        if self._is_adapter:
-            adapter = self.load()
-            places = _places(adapter, model, repr(self))
-            state = {places[name]: value for name, value in adapter.items()}
+        state = self.load()
+        if is_adapter(self.path, state, model):
+            places = adapter_places(state, model, repr(self))
+            state = {places[name]: value for name, value in state.items()}
         else:
-            state = self._state_of(model)
+            state = matched_state(state, model, repr(self))
         own = dict(model.named_parameters(remove_duplicate=False))
         values = {id(own[name]): value for name, value in state.items() if name in own}  # one name of tied ones
         return {name: values[id(value)] for name, value in model.named_parameters() if id(value) in values}
 
-    @property
-    def _is_adapter(self) -> bool:
-        return self.path is not None and self.path.name.startswith(_ADAPTER)
-
     def _state_of(self, model: nn.Module) -> dict[str, Tensor]:
         """These weights under the names that a model has."""
         state = self.load()
-        if self._is_adapter:
+        if is_adapter(self.path, state, model):
             state = adapted_state(state, model, repr(self))
         return matched_state(state, model, repr(self))
 
@@ -205,6 +200,10 @@ class Checkpoint:
                     buffer.copy_(value)
             for module, flag in own_flags:
                 module.training = flag
+
+
+def _named(thing: object) -> str:
+    return f"{type(thing).__name__}{': give its state_dict()' if hasattr(thing, 'state_dict') else ''}"
 
 
 def _evaluate(model: nn.Module) -> None:
@@ -273,49 +272,6 @@ def _loses(value: Tensor, own: Tensor) -> bool:
 def _bookkeeping(own: Mapping[str, Any]) -> dict[str, Tensor]:
     """What a wrapper of torch counts for itself, which a checkpoint of the bare model has not."""
     return {name: value.detach() for name, value in own.items() if is_count(name)}
-
-
-def adapted_state(adapter: Mapping[str, Tensor], model: nn.Module, source: str) -> dict[str, Tensor]:
-    """A model's own state with an adapter's entries in the place of its own.
-
-    Args:
-        adapter: entries of an adapter file.
-        model: the base model with the adapter's modules in place.
-        source: what an error calls the adapter.
-
-    Raises:
-        MismatchError: the model has no such entry, or several.
-    """
-    places = _places(adapter, model, source)
-    full = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    replaced = {id(full[place]) for place in places.values() if place in full}  # under all names of tied ones
-    rest = {name: value for name, value in full.items() if id(value) not in replaced}
-    return rest | {places[name]: value for name, value in adapter.items()}
-
-
-def _places(adapter: Iterable[str], model: nn.Module, source: str) -> dict[str, str]:
-    """The model's name for each entry of an adapter: PEFT leaves the adapter's own ("default") out when it saves."""
-    own: dict[str, Any] = model.state_dict()
-    saved: dict[str, list[str]] = {}
-    for name in own:
-        saved.setdefault(_PROMPT.sub(_PROMPTS, _WHOLE.sub("", name)), []).append(name)
-    names = {}
-    for name in adapter:
-        stem, dot, leaf = name.rpartition(".")
-        within = [
-            n
-            for n in own
-            if n.startswith(f"{stem}{dot}") and n.endswith(f".{leaf}") and n.count(".") == name.count(".") + 1
-        ]
-        places = saved.get(name) or within or [n for n in own if n.startswith(f"{name}.")]
-        if len(places) != 1:
-            remedy = "give the base model with this one adapter in place (peft.get_peft_model)"
-            if name == _PROMPTS and places:
-                remedy = "PEFT saved what they make of it, and not their weights: record the run by a RecorderCallback"
-            kind = type(model).__name__
-            raise MismatchError(f"{source} has {name}, which the model {kind} has as {places}: {remedy}")
-        names[name] = places[0]
-    return names
 
 
 def _hash_state(state: Mapping[str, Tensor]) -> str:

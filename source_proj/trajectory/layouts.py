@@ -28,6 +28,7 @@ WEIGHTS = (
     "model.safetensors.index.json",
     "adapter_model.safetensors",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
     "adapter_model.bin",
     "pytorch_model_fsdp.bin",
 )

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj.trajectory.checkpoint import Checkpoint
-from source_proj.trajectory.moved import left_alone
+from source_proj.trajectory.described import require_described
+from source_proj.trajectory.layouts import listed
+from source_proj.trajectory.moved import left_alone, moved_parameters, points_of
 from source_proj.trajectory.optimizers import Moments, PreconditionedOptimizer, is_untouched, moments
 from source_proj.trajectory.record import FACTORED, PER_SEGMENT, RunRecord, StageRecord
 from source_proj.trajectory.scale import Coordinates, Scale, best_factors
@@ -21,6 +23,7 @@ from source_proj.trajectory.stages import Stage
 
 __all__ = ["ResolvedRun", "resolve_run"]
 
+_NAMED = 3  # parameters spelled out in a remedy
 _DIGITS = 12  # of numbers in a record: sums may round differently elsewhere, and records are compared
 
 
@@ -69,23 +72,26 @@ def _resolved(
     mode, count = stage.preconditioner, len(stage.checkpoints)
     if still.issuperset(space.names):  # of nothing that is attributed, the optimizer's states say nothing either
         mode = "none"
-    if isinstance(optimizer, PreconditionedOptimizer) and mode not in ("scalar", "none"):
-        record = replace(record, preconditioner=mode)
+    else:
+        require_described(stage)
+    if not isinstance(optimizer, PreconditionedOptimizer):
+        return replace(record, metrics=(metrics.index(_without(space, still)),) * count)
+    if mode == "none":
+        decays = (_plain_decay(optimizer, space, still),) * count
+        return replace(record, decays=decays, metrics=(metrics.index(_without(space, still)),) * count)
+    reader = _Reader(stage, optimizer, model, space, still)
+    if mode == "scalar":
+        scalars, own_decays = _scalars(reader)
+        record = replace(record, preconditioner="scalar", scalars=tuple(scalars), decays=tuple(own_decays))
+        own = [metrics.index(_without(space, still))] * count
+    else:
         groups = stage.segment_indices if mode in PER_SEGMENT else [list(range(count))]
-        own: list[int] = []
-        decays: list[float] = []
-        for group in groups:
-            scale, decay = _metric(stage, group, optimizer, model, space, still)
-            own += [metrics.index(scale)] * len(group)
-            decays += [decay] * len(group)
-        return replace(record, metrics=tuple(own), decays=tuple(decays))
-    if isinstance(optimizer, PreconditionedOptimizer):
-        if mode == "scalar":
-            scalars, decays = _scalars(stage, optimizer, model, space, still)
-            record = replace(record, preconditioner="scalar", scalars=tuple(scalars), decays=tuple(decays))
-        else:
-            record = replace(record, decays=(_plain_decay(optimizer, space, still),) * count)
-    return replace(record, metrics=(metrics.index(_without(space, still)),) * count)
+        found = [(group, *_metric(reader, group)) for group in groups]
+        own = [metrics.index(scale) for group, scale, _ in found for _ in group]
+        spread = tuple(decay for group, _, decay in found for _ in group)
+        record = replace(record, preconditioner=mode, decays=spread)
+    reader.require_all_moved()
+    return replace(record, metrics=tuple(own))
 
 
 def _without(space: Coordinates, still: frozenset[str]) -> Scale | None:
@@ -117,21 +123,14 @@ def _is_initial(stage: Stage, checkpoint: Checkpoint) -> bool:
     return stage.lr_integrals[stage.checkpoints.index(checkpoint)] == 0 and is_untouched(checkpoint)
 
 
-def _metric(
-    stage: Stage,
-    group: Sequence[int],
-    optimizer: PreconditionedOptimizer,
-    model: nn.Module,
-    space: Coordinates,
-    still: frozenset[str],
-) -> tuple[Scale, float]:
+def _metric(reader: _Reader, group: Sequence[int]) -> tuple[Scale, float]:
     """The square root of the mean P, factored or not, and the one number λ̄ that stands for weight decay."""
-    p, v, decay = (torch.zeros(space.size, dtype=torch.float64, device="cpu") for _ in range(3))
+    stage, space = reader.stage, reader.space
+    p, v, decay = reader.zeros(3)
     checkpoints = [stage.checkpoints[c] for c in group]
     with_state = _with_state(stage, checkpoints, f"the segment of {checkpoints}")
     for checkpoint, divisor in zip(with_state, _divisors(stage, with_state), strict=True):
-        plain = stage.plain_shares[stage.checkpoints.index(checkpoint)]
-        for place, own in _moments(checkpoint, optimizer, model, space, plain, still):
+        for place, own in reader.moments(checkpoint):
             p[place] += own.preconditioner.flatten() / divisor
             v[place] += own.second.flatten() / len(with_state)
             decay[place] += own.decay.flatten() / divisor
@@ -163,18 +162,16 @@ def _divisors(stage: Stage, checkpoints: Sequence[Checkpoint]) -> list[float]:
     return [sum(own) / time if time > 0 else math.inf for time in own]
 
 
-def _scalars(
-    stage: Stage, optimizer: PreconditionedOptimizer, model: nn.Module, space: Coordinates, still: frozenset[str]
-) -> tuple[list[float], list[float]]:
+def _scalars(reader: _Reader) -> tuple[list[float], list[float]]:
     """One number p = Σ P v̂ / Σ v̂ a checkpoint, and its decay.
 
     p H has the trace of P^½ H P^½ where v̂ is H's diagonal.
     """
+    stage = reader.stage
     numbers: dict[int, tuple[float, float]] = {}
     for checkpoint in _with_state(stage, stage.checkpoints, f"stage {stage.name!r}"):
-        plain = stage.plain_shares[stage.checkpoints.index(checkpoint)]
-        p, v, decay = (torch.zeros(space.size, dtype=torch.float64, device="cpu") for _ in range(3))
-        for place, own in _moments(checkpoint, optimizer, model, space, plain, still):
+        p, v, decay = reader.zeros(3)
+        for place, own in reader.moments(checkpoint):
             p[place], v[place], decay[place] = (part.flatten() for part in own)
         if not p.any():
             raise MismatchError(f"the optimizer state of {checkpoint} moves none of the attributed parameters")
@@ -193,19 +190,56 @@ def _plain_decay(optimizer: PreconditionedOptimizer, space: Coordinates, still: 
     return _mean(torch.tensor(decays, dtype=torch.float64, device="cpu"), sizes)
 
 
-def _moments(
-    checkpoint: Checkpoint,
-    optimizer: PreconditionedOptimizer,
-    model: nn.Module,
-    space: Coordinates,
-    plain: float,
-    still: frozenset[str],
-) -> Iterator[tuple[slice, Moments]]:
-    """The moments of the attributed parameters, and where their coordinates are."""
-    for name, own in moments(checkpoint, optimizer, model, plain):
-        if name in space.offsets and name not in still:
-            begin = space.offsets[name]
-            yield slice(begin, begin + own.second.numel()), own
+class _Reader:
+    """The moments of the attributed parameters, and of which there were any.
+
+    Args:
+        stage: whose states they are.
+        optimizer: how gradients became steps, its decay that for the mean loss.
+        model: the model that was trained.
+        space: the attributed parameters.
+        still: those that stood still.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        optimizer: PreconditionedOptimizer,
+        model: nn.Module,
+        space: Coordinates,
+        still: frozenset[str],
+    ) -> None:
+        self.stage, self.optimizer, self.model, self.space, self.still = stage, optimizer, model, space, still
+        self._seen: set[str] = set()
+
+    def zeros(self, count: int) -> list[Tensor]:
+        """Vectors with a place for each attributed coordinate."""
+        return [torch.zeros(self.space.size, dtype=torch.float64, device="cpu") for _ in range(count)]
+
+    def moments(self, checkpoint: Checkpoint) -> Iterator[tuple[slice, Moments]]:
+        """Those at a checkpoint, and where their coordinates are."""
+        plain = self.stage.plain_shares[self.stage.checkpoints.index(checkpoint)]
+        for name, own in moments(checkpoint, self.optimizer, self.model, plain):
+            if name in self.space.offsets and name not in self.still:
+                self._seen.add(name)
+                begin = self.space.offsets[name]
+                yield slice(begin, begin + own.second.numel()), own
+
+    def require_all_moved(self) -> None:
+        """Refuse parameters that moved, and of which no state has a second moment: P would be 0 there.
+
+        Raises:
+            MismatchError: there are some, as where a second optimizer trained them; names them.
+        """
+        unseen = [name for name in self.space.names if name not in self._seen and name not in self.still]
+        moved = moved_parameters(points_of(self.stage), self.model) if unseen else None
+        others = [name for name in unseen if name in (moved or ())]
+        if others:
+            raise MismatchError(
+                f"{listed('parameters', others)} moved between the checkpoints of stage {self.stage.name!r}, and the "
+                "optimizer's states have no second moments of them: did another optimizer train them? Give states "
+                f"that hold all, or leave them out by parameters={[f'!{name}' for name in others[:_NAMED]]}"
+            )
 
 
 def _mean(values: Tensor, weights: Tensor) -> float:

@@ -1,5 +1,7 @@
 """Any number of threads may ask at once, while the model itself is in use: the bits are those of one thread."""
 
+import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
 
@@ -42,6 +44,17 @@ def test_many_threads_get_the_bits_of_one(blobs):
         for (_, _, expected), scores in zip(tasks, results, strict=True):
             assert np.array_equal(scores, expected)
     assert all(torch.equal(value, weights[name]) for name, value in problem.model.state_dict().items())
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda method: pickle.loads(pickle.dumps(method))])
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_copy_gives_the_same_bits(blobs, copied, asked):
+    problem, bank = blobs
+    for method in methods(problem, bank):
+        if asked:
+            method.score(problem.queries)
+        scores = copied(method).score(problem.queries).to_numpy()
+        assert np.array_equal(scores, method.score(problem.queries).to_numpy())
 
 
 def test_the_model_is_trained_while_it_is_asked_about(blobs):

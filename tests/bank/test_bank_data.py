@@ -16,7 +16,8 @@ from torch.utils.data import (
 
 from source_proj._errors import MismatchError
 from source_proj.bank import batches, dataset_size
-from source_proj.bank.build.data import BatchSource, batch_hash, checked_ids, to_device
+from source_proj.bank.build.batch_hash import batch_hash
+from source_proj.bank.build.data import BatchSource, checked_ids, to_device
 
 X, Y = torch.arange(14.0).reshape(7, 2), torch.arange(7)
 
@@ -127,7 +128,8 @@ def test_reading_leaves_the_global_generator_alone():
         ),
         (lambda: DataLoader(Endless()), TypeError, "IterableDataset"),
         (Endless, TypeError, "IterableDataset"),
-        (lambda: iter([1, 2]), TypeError, "list_iterator"),
+        (Endless, TypeError, r"list\(data\)"),
+        (lambda: iter([1, 2]), TypeError, r"a list_iterator gives its examples once.*list\("),
         (lambda: {"train": Plain()}, TypeError, "dict"),
         (lambda: (X, Y), TypeError, r"TensorDataset\(\*tensors\)"),
         (list, ValueError, "list is empty"),
@@ -265,6 +267,31 @@ def test_an_example_that_raises_stop_iteration_does_not_end_the_data(at):
     first = at // 3 * 3
     with pytest.raises(ValueError, match=f"one of the examples {first} to {min(first + 2, 6)} of Failing"):
         list(batches(Failing(StopIteration(), at), 3))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda row: row.pop("labels"), r"number 2 of this one has \['x'\].*give all of them the same"),
+        (lambda row: row.update(mask=1), r"number 2 of this one has \['labels', 'mask', 'x'\]"),
+        (lambda row: row.update(labels=None), r"number 2 of this batch of list has None as its entry 'labels'"),
+    ],
+)
+def test_examples_of_different_entries_make_no_batch(change, named, workers):
+    rows = [{"x": X[place], "labels": int(Y[place])} for place in range(7)]
+    change(rows[5])
+    with pytest.raises(ValueError, match=named) as caught:
+        list(batches(rows if not workers else DataLoader(rows, 3, num_workers=workers), 3))
+    assert caught.value.__notes__[-1] == "raised for one of the examples 3 to 5 of list, which has 7"
+
+
+def test_streamed_data_sets_are_refused_with_the_remedy():
+    datasets = pytest.importorskip("datasets")
+    streamed = datasets.Dataset.from_dict({"x": X.tolist(), "labels": Y.tolist()}).to_iterable_dataset()
+    for data in (streamed, DataLoader(streamed, 2)):
+        with pytest.raises(TypeError, match=r"IterableDataset, whose .*list\(data\).*without streaming=True"):
+            dataset_size(data)
 
 
 def test_a_tuple_of_arrays_is_no_data_set():

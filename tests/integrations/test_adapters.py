@@ -192,6 +192,46 @@ def test_an_adapters_file_is_read_as_peft_writes_it(tmp_path, way):
         assert all(torch.equal(state[name], value) for name, value in trained.state_dict().items())
 
 
+@pytest.mark.parametrize("way", ["dict", "file", "trainable"])
+@pytest.mark.parametrize("whole", [None, ["head"]])
+def test_an_adapters_state_needs_no_name(tmp_path, way, whole):
+    """As ``get_peft_model_state_dict`` gives it, or the parameters that were trained, by their own names."""
+    peft = pytest.importorskip("peft")
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(self.body(x).tanh())
+
+    def make():
+        torch.manual_seed(0)
+        return peft.get_peft_model(Network(), peft.LoraConfig(target_modules=["body"], modules_to_save=whole, r=2))
+
+    trained, x = make(), torch.randn(4, 5)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    state = peft.get_peft_model_state_dict(trained)
+    if way == "trainable":
+        state = {name: value for name, value in trained.named_parameters() if value.requires_grad}
+    lacking = {name: value for place, (name, value) in enumerate(state.items()) if place}
+    if way == "file":
+        torch.save(state, tmp_path / "epoch_1.pt")
+        state = tmp_path / "epoch_1.pt"
+    model, checkpoint = make(), sp.Checkpoint(state, step=1)
+    with checkpoint.applied_to(model), torch.no_grad():
+        torch.testing.assert_close(model(x), trained(x), rtol=0, atol=0)
+    assert set(checkpoint.parameters_of(model)) == {n for n, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(sp.MismatchError, match="does not fit the model PeftModel: missing"):
+        sp.Checkpoint(lacking, step=1).load_into(model)
+    base = {name: value for name, value in trained.state_dict().items() if "lora_B" not in name}
+    with pytest.raises(sp.MismatchError, match=r"missing: .*lora_B"):
+        sp.Checkpoint(base, step=1).load_into(model)
+
+
 @pytest.mark.filterwarnings(PEFT_LAGS)
 def test_merged_adapters_are_refused_as_nothing_reaches_them():
     model, batch = with_peft(make("llama"), ["q_proj"]).eval(), make_batch("llama", padded=True)

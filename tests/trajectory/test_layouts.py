@@ -208,6 +208,46 @@ def test_cut_and_empty_files_are_named(share, suffix, tmp_path):
         sp.Checkpoint(cut, step=1).load()
 
 
+def in_pieces(state, folder, kind):
+    """As transformers saves what is too large for one file."""
+    stem = "model" if kind == ".safetensors" else "pytorch_model"
+    places = {name: f"{stem}-{number:05d}-of-{len(state):05d}{kind}" for number, name in enumerate(state, 1)}
+    for name, file in places.items():
+        (save_file if kind == ".safetensors" else torch.save)({name: state[name]}, folder / file)
+    (folder / f"{stem}{kind}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return [folder / file for file in places.values()], folder / f"{stem}{kind}.index.json"
+
+
+@pytest.mark.parametrize("kind", [".safetensors", ".bin"])
+def test_a_state_in_several_files_is_read_by_its_index(kind, tmp_path):
+    state = network(1).state_dict()
+    pieces, index = in_pieces(state, tmp_path, kind)
+    for path in (tmp_path, index):
+        checkpoint = sp.Checkpoint(path, step=1)
+        loaded = checkpoint.load()
+        assert loaded.keys() == state.keys()
+        assert all(torch.equal(loaded[name], state[name]) for name in state)
+    with pytest.raises(sp.MismatchError, match=rf"one of {len(state)} that hold a state: .*{index.name}"):
+        sp.Checkpoint(pieces[0], step=1)
+    before = checkpoint.hash()
+    (save_file if kind == ".safetensors" else torch.save)({next(iter(state)): torch.zeros(2, 3)}, pieces[0])
+    assert sp.Checkpoint(tmp_path, step=1).hash() != before
+    pieces[-1].write_bytes(pieces[-1].read_bytes()[:50])
+    with pytest.raises(sp.MismatchError, match=pieces[-1].name):
+        checkpoint.load()
+    if kind == ".bin":
+        torch.save([torch.zeros(1)], pieces[-1])
+        with pytest.raises(sp.MismatchError, match=rf"{pieces[-1].name} must hold a model's state_dict"):
+            checkpoint.load()
+
+
+def test_what_stands_for_a_state_is_named_with_the_remedy():
+    with pytest.raises(TypeError, match=r"got Sequential: give its state_dict\(\)"):
+        sp.Checkpoint(network(), step=1)
+    with pytest.raises(ValueError, match=r"'s3://bucket/model.pt' is a URL"):
+        sp.Checkpoint("s3://bucket/model.pt", step=1)
+
+
 def test_an_index_without_its_files_is_named(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"0.weight": "model-00001-of-00002.safetensors"}}))

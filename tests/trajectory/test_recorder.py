@@ -6,6 +6,7 @@ from recorded_runs import STEPS, advance, described, linear, recorded, same, tra
 from torch import nn
 from torch.optim import lr_scheduler
 
+import source_proj as sp
 from source_proj.trajectory import SGD, Recorder, Stage, Trajectory
 
 
@@ -117,3 +118,48 @@ def test_schedulers_go_on(tmp_path, scheduler, stop):
 
     run(tmp_path / "stopped", stop)
     assert run(tmp_path / "stopped", 8) == run(tmp_path / "whole", 8)
+
+
+class Wrapped:
+    """As Lightning's optimizers are: no optimizer of torch, with one inside."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+
+@pytest.mark.parametrize("capture", [{}, {"capture": sp.Sketch(8), "task": sp.Regression()}], ids=["", "capture"])
+@pytest.mark.parametrize("kind", ["SGD", "RAdam"])
+def test_optimizers_in_wrappers_are_recorded_as_those_within(kind, capture, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(8, 3), torch.randn(8, 1)
+    stages = []
+    for wrapped in (False, True):
+        torch.manual_seed(1)
+        model = nn.Linear(3, 1)
+        optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.1)
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        if wrapped:
+            model, optimizer = accelerator.prepare(model, optimizer)
+        recorder = sp.Recorder(model, optimizer, tmp_path / str(wrapped), every=4, **capture)
+        for _ in range(recorder.restore(), 12):
+            optimizer.zero_grad()
+            for half in (slice(0, 4), slice(4, 8)):
+                with accelerator.accumulate(model):
+                    loss = nn.functional.mse_loss(model(inputs[half]), targets[half])
+                    if wrapped:
+                        accelerator.backward(loss)
+                        optimizer.step()  # at the second half alone
+                    else:
+                        (loss / 2).backward()
+            if not wrapped:
+                optimizer.step()
+            recorder.step(**({"ids": range(8)} if capture else {}))
+        stages.append(recorder.stage())
+    plain, own = stages
+    assert own.lr_integrals == plain.lr_integrals
+    assert own.optimizer == plain.optimizer
+    assert torch.equal(own.checkpoints[-1].load()["weight"], plain.checkpoints[-1].load()["weight"])
+    bare = nn.Linear(3, 1)
+    inner = torch.optim.SGD(bare.parameters(), lr=0.1)
+    assert Recorder(bare, Wrapped(Wrapped(inner)), tmp_path / "bare").stage

@@ -70,8 +70,16 @@ def test_a_parameter_that_is_unfrozen_later_was_trained(tmp_path):
     recorder = sp.Recorder(model, optimizer, tmp_path, at=[2, 4])
     steps(model, optimizer, 2, recorder)
     model[0].requires_grad_(True)
-    steps(model, optimizer, 2, recorder)
-    assert trained_parameters(recorder.trajectory(), network())[0] == ["0.weight", "0.bias", *HEAD]
+    with pytest.warns(UserWarning, match=r"\['0.bias', '0.weight'\] \(2\) were unfrozen .*step 4: .*another Recorder"):
+        steps(model, optimizer, 2, recorder)
+    model[3].requires_grad_(False)
+    model[1].requires_grad_(True)
+    steps(model, optimizer, 1, recorder)
+    with pytest.warns(UserWarning, match=r"'3.weight'\] \(2\) were frozen and \['1.bias', '1.weight'\] .* unfrozen"):
+        recorder.trajectory()
+    model[3].requires_grad_(True)
+    names, _ = trained_parameters(recorder.trajectory(), network())
+    assert names == ["0.weight", "0.bias", "1.weight", "1.bias", *HEAD]
 
 
 @pytest.mark.parametrize("every", [3, 6])

@@ -1,6 +1,5 @@
 """RepSim: cosine of hidden representations at the final checkpoint."""
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -11,13 +10,15 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from source_proj._errors import GradientError, MismatchError, SourceProjError
+from source_proj._io.locks import ThreadLock
 from source_proj._io.progress import Progress, progress_bar
 from source_proj.attribution.attributor import Attributor, Queries, Term
 from source_proj.attribution.features import QueryFeatures, SketchedQueries
 from source_proj.attribution.operands import Operand, RowsInMemory
 from source_proj.attribution.queries import checked_query_ids, query_source
 from source_proj.bank import Bank, StageBank
-from source_proj.bank.build.data import BatchSource, batch_hash, to_device
+from source_proj.bank.build.batch_hash import batch_hash
+from source_proj.bank.build.data import BatchSource, to_device
 from source_proj.gradients import nonfinite_examples, private_copy, require_own_weights
 from source_proj.task import Batch, Task
 from source_proj.trajectory.placement import placement_of
@@ -89,7 +90,7 @@ class RepSim(Attributor):
     ) -> None:
         super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
         self._module = model
-        self._reading = threading.Lock()  # of the training data: once for each bank, however many threads ask
+        self._reading = ThreadLock()  # of the training data: once for each bank, however many threads ask
         self._sources = _sources(self.banks[0], train_set)
         self._candidates = _candidates(model, layer)
         self._train: dict[str, Tensor] = {}

@@ -141,6 +141,14 @@ class FittedSegments:
         self.blocks = tuple(SegmentBlock(self, *own) for own in enumerate(blocks_of(bank.sketch.dim, count)))
         self._dimensions: dict[Segment, float] = {}
 
+    def __reduce__(self) -> "tuple[partial[FittedSegments], tuple[()]]":
+        make = partial(
+            FittedSegments, self.bank, self._groups, curvature=self._curvature, damping=self._damping,
+            blocks=len(self.blocks), time_scale=self._time_scale, device=self._device, cache=self._cache,
+            executor=self.executor, limit=self._held.limit,
+        )  # fmt: skip
+        return make, ()  # a copy, and another process, find what was computed in the bank
+
     @property
     def is_fitted(self) -> bool:
         """Whether the segments are known already."""

@@ -12,9 +12,10 @@ from source_proj._errors import BankError, MismatchError, write_remedy
 from source_proj._io.progress import Progress
 from source_proj.bank.build.arguments import require_arguments, require_device
 from source_proj.bank.build.at_work import AtWork, at_work
+from source_proj.bank.build.batch_hash import batch_hash
 from source_proj.bank.build.columns import arranged
 from source_proj.bank.build.create import part_difference, put_same
-from source_proj.bank.build.data import BatchSource, batch_hash, checked_ids
+from source_proj.bank.build.data import BatchSource, checked_ids
 from source_proj.bank.build.fill import Work, checked_shard, fill
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows

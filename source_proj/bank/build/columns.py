@@ -168,7 +168,8 @@ def _is_frame(data: Any) -> bool:
 
 
 def _is_dataset(data: Any) -> bool:
-    return _is_from("datasets", data) and hasattr(data, "features") and hasattr(data, "with_format")
+    """Whether it is a ``datasets.Dataset``; a streamed one has no length, and no rows by number."""
+    return _is_from("datasets", data) and hasattr(data, "features") and hasattr(data, "__len__")
 
 
 def _is_from(package: str, data: Any) -> bool:

@@ -1,6 +1,5 @@
 """Training sets and queries as batches in a fixed order, so that a row's place says which example it is."""
 
-import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,13 +19,13 @@ from torch.utils.data import (
 
 from source_proj._errors import MismatchError
 from source_proj._io.progress import Progress, progress_bar
+from source_proj.bank.build.collation import Collation
 from source_proj.bank.build.columns import Table, examples_of, splits_of
 
 __all__ = [
     "Batch",
     "BatchSource",
     "Span",
-    "batch_hash",
     "batches",
     "by_stage",
     "checked_ids",
@@ -90,8 +89,9 @@ class BatchSource:
                 yield start, stop, [tensor[start:stop].clone() for tensor in self._data.tensors]
             return
         # Its own generator: a DataLoader draws a seed for its workers, and would take it from the global one.
+        options = {**self._options, "collate_fn": Collation(self._options["collate_fn"], _name(self._data))}
         loader: DataLoader[Any] = DataLoader(
-            self._data, batch_sampler=cuts, generator=torch.Generator().manual_seed(0), **self._options
+            self._data, batch_sampler=cuts, generator=torch.Generator().manual_seed(0), **options
         )
         with torch.device("cpu"):  # where the seed is drawn, also if torch's default device is another
             batches = iter(loader)
@@ -105,7 +105,6 @@ class BatchSource:
             except Exception as error:
                 if cuts.given:
                     error.add_note(f"raised for {self._next(cuts)}")
-                self._require_alike(error)
                 raise
             yield (*cuts.given.popleft(), batch)
 
@@ -114,28 +113,9 @@ class BatchSource:
         start, stop = cuts.given[0]
         return f"one of the examples {start} to {stop - 1} of {_name(self._data)}, which has {self.n}"
 
-    def _require_alike(self, error: Exception) -> None:
-        """Say what makes a batch of rows of different lengths, where a loader could not.
-
-        Raises:
-            ValueError: torch's own collation raised the error.
-        """
-        stacked = isinstance(error, RuntimeError) and self._options["collate_fn"] is default_collate
-        if not stacked or not any(said in str(error) for said in _RAGGED):
-            return
-        raise ValueError(
-            f"the rows of {_name(self._data)} are of different lengths, and make no batch "
-            f"({str(error).splitlines()[-1]}): give a DataLoader that pads them as in training, "
-            "DataLoader(data, batch_size=..., collate_fn=...), say by transformers' DataCollatorWithPadding"
-        ) from error
-
     def _is_plain(self) -> bool:
         plain_collate = self._options["collate_fn"] is default_collate
         return type(self._data) in (TensorDataset, Table) and plain_collate and not self._options.get("num_workers")
-
-
-# What torch says of rows of different lengths: tensors, and lists.
-_RAGGED = ("stack expects each tensor to be equal size", "each element in list of batch should be of equal size")
 
 
 class _Cuts(Sampler[list[int]]):
@@ -224,46 +204,6 @@ def to_device(batch: Batch, device: torch.device | str, dtype: torch.dtype | Non
     return batch.to(device) if hasattr(batch, "to") else batch
 
 
-def batch_hash(batch: Batch) -> bytes:
-    """SHA-256 over all of a batch: types, shapes and bytes of its tensors, keys and places of its entries.
-
-    Raises:
-        TypeError: an entry is neither tensor, array, string, number, None, nor a list, tuple or mapping of them.
-    """
-    digest = hashlib.sha256()
-    _update(digest, batch)
-    return digest.digest()
-
-
-def _update(digest: Any, entry: Any) -> None:
-    if isinstance(entry, np.generic):
-        entry = entry.item()
-    elif isinstance(entry, np.ndarray):
-        entry = entry.tolist() if entry.dtype.kind in "USO" else torch.from_numpy(np.ascontiguousarray(entry))
-    if isinstance(entry, Tensor):
-        if entry.layout != torch.strided:
-            raise TypeError(f"a batch holds a tensor of layout {entry.layout}; make it dense in collate_fn")
-        values = entry.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        digest.update(f"tensor {values.dtype} {tuple(values.shape)}\n".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
-    elif isinstance(entry, Mapping):
-        digest.update(f"mapping {len(entry)}\n".encode())
-        for key, value in entry.items():
-            digest.update(f"key {key!r}\n".encode())
-            _update(digest, value)
-    elif isinstance(entry, tuple | list):
-        digest.update(f"sequence {len(entry)}\n".encode())
-        for value in entry:
-            _update(digest, value)
-    elif entry is None or isinstance(entry, str | bytes | bool | int | float):
-        digest.update(f"{type(entry).__name__} {entry!r}\n".encode())
-    else:
-        raise TypeError(
-            f"a batch holds a {type(entry).__name__}; its content cannot be compared between checkpoints: "
-            "make it a tensor, string or number in collate_fn"
-        )
-
-
 def checked_ids(ids: Sequence[Any] | np.ndarray | None, start: int, n: int, stage: str) -> np.ndarray:
     """Ids ``(n,)`` of a stage's examples: int64, or an object array of strings; ``start, start + 1, …`` by default.
 
@@ -310,8 +250,11 @@ def _checked_dataset(data: Any) -> Any:
     data = examples_of(data)
     if isinstance(data, IterableDataset):
         raise TypeError(
-            f"{_name(data)} is an IterableDataset, whose examples have no fixed place; give a map-style data set"
+            f"{_name(data)} is an IterableDataset, whose examples have no fixed place; give a map-style data set: "
+            "list(data) where it fits into memory, or load_dataset without streaming=True"
         )
+    if isinstance(data, Iterator):
+        raise TypeError(f"a {_name(data)} gives its examples once, and each checkpoint reads them: give list(...)")
     if isinstance(data, tuple) and data and all(isinstance(part, Tensor) for part in data):
         raise TypeError(
             f"got a tuple of {len(data)} tensors as a data set; give TensorDataset(*tensors), or [example] if it is a "

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj._io.progress import Bar, Progress, progress_bar
+from source_proj.bank.build.batch_hash import batch_hash
 from source_proj.bank.build.claims import Claims
-from source_proj.bank.build.data import Batch, BatchSource, batch_hash
+from source_proj.bank.build.data import Batch, BatchSource
 from source_proj.bank.build.rounds import loaded_in_rounds
 from source_proj.bank.build.row_encoder import BatchLocation, RowEncoder
 from source_proj.bank.format import Settings

@@ -149,7 +149,7 @@ class Recorder(RunRecorder):
         self._weights = 0
         self._capture: Capture | None = None
         if capture is not None and task is not None:
-            require_training(model, optimizer)
+            optimizer = require_training(model, optimizer)
             folder = local_path(dir).absolute()
             scalers = [thing for thing in also if isinstance(thing, GradScaler)]
             self._capture = Capture(

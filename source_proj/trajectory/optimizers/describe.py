@@ -19,16 +19,19 @@ __all__ = [
     "held_names",
     "kept_state",
     "optimizer_of_trainer",
+    "plain_value",
     "read_groups",
     "recognised",
     "second_moments",
     "steps_of",
+    "within",
 ]
 
 # What schedulers and torch itself put into groups, and names that people give them.
 _NEUTRAL = keys(
     "params param_names names initial_lr max_lr min_lr max_momentum base_momentum swa_lr lr_scale name group_name"
 )
+_WRAPPERS = ("optimizer", "optimizer_state_dict", "optimizer_state", "optimizer_states", "base_optimizer_state")
 # Who records has nothing to describe the optimizer by; whoever reads a trainer's files has.
 WHILE_TRAINING = (
     "train with one value in all groups, such as torch.optim.SGD(model.parameters(), ...), which a Trainer takes by "
@@ -52,7 +55,7 @@ def read_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[dict
     return [
         {
             **implied,
-            **{key: _plain(value) for key, value in group.items() if key != "params"},
+            **{key: plain_value(value) for key, value in group.items() if key != "params"},
             "names": tuple(names[id(p)] for p in group["params"] if id(p) in names),
         }
         for group in optimizer.param_groups
@@ -92,7 +95,7 @@ def describe_state(
     groups = [
         {
             **(assumed or {}),
-            **{key: _plain(value) for key, value in group.items() if key not in ("params", "param_names")},
+            **{key: plain_value(value) for key, value in group.items() if key not in ("params", "param_names")},
             "names": None if its_names is None else tuple(its_names),
         }
         for group, its_names in zip(state["param_groups"], named, strict=True)
@@ -170,13 +173,27 @@ def second_moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[s
     return {"state": state, "param_groups": counts}
 
 
-def kept_state(state: Mapping[str, Any]) -> dict[str, Any]:
+def within(state: Any) -> Any:
+    """An optimizer's ``state_dict()`` inside what scripts put around it; whatever else is given, itself."""
+    while not (isinstance(state, Mapping) and {"state", "param_groups"} <= set(state)):
+        if isinstance(state, Mapping) and len(inner := [key for key in _WRAPPERS if key in state]) == 1:
+            state = state[inner[0]]
+        elif isinstance(state, list) and len(state) == 1:  # Lightning: one entry per optimizer
+            state = state[0]
+        else:
+            return state
+    return state
+
+
+def kept_state(state: Any) -> Any:
     """Copy, from an optimizer's live state, what any P is computed from; of other tensors the shapes alone.
 
-    All keys stay, because they are what an optimizer is recognised by.
+    All keys stay, because they are what an optimizer is recognised by. What stands around the state is left out: its
+    tensors are live, too, and training goes on to change them.
     """
-    if not isinstance(state.get("state"), Mapping):
-        return dict(state)
+    state = within(state)
+    if not isinstance(state, Mapping) or not isinstance(state.get("state"), Mapping):
+        return state
     wanted = {key for kind in Optimizer.known.values() for key in kind.kept}
 
     def copied(entry: Any) -> Any:
@@ -232,12 +249,12 @@ def _unknown(options: Sequence[set[str]], entries: Sequence[set[str]], source: s
     )
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """A number for a tensor; a tuple of numbers for a sequence."""
     if isinstance(value, Tensor):
         return float(value) if value.numel() == 1 else tuple(value.tolist())
     if isinstance(value, list | tuple):
-        return tuple(_plain(part) for part in value)
+        return tuple(plain_value(part) for part in value)
     return value
 
 

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from source_proj._errors import MismatchError, SourceProjError
 from source_proj._io.loading import load_tensors
 from source_proj.trajectory.optimizers.base import PreconditionedOptimizer
-from source_proj.trajectory.optimizers.describe import check_state, steps_of
+from source_proj.trajectory.optimizers.describe import check_state, steps_of, within
 from source_proj.trajectory.optimizers.naming import named_entries
 
-__all__ = ["Moments", "is_untouched", "moments", "names_parameters", "updates_counted"]
-
-_WRAPPERS = ("optimizer", "optimizer_state_dict", "optimizer_state", "optimizer_states")
+__all__ = ["Moments", "is_untouched", "moments", "names_parameters", "optimizer_state_of", "updates_counted"]
 
 
 class StateAtStep(Protocol):
@@ -120,9 +118,18 @@ def names_parameters(checkpoint: StateAtStep) -> bool:
     Raises:
         MismatchError: there is no state.
     """
-    state = _unwrap(_load(checkpoint), repr(checkpoint))
+    state = optimizer_state_of(checkpoint)
     by_name = all(isinstance(key, str) for key in state["state"])
     return by_name or all("param_names" in group for group in state["param_groups"])
+
+
+def optimizer_state_of(checkpoint: StateAtStep) -> Mapping[str, Any]:
+    """A checkpoint's optimizer state, read.
+
+    Raises:
+        MismatchError: there is none, or it is no optimizer's.
+    """
+    return _unwrap(_load(checkpoint), repr(checkpoint))
 
 
 def updates_counted(checkpoint: StateAtStep) -> int:
@@ -131,7 +138,7 @@ def updates_counted(checkpoint: StateAtStep) -> int:
     Where the state does not say, or cannot be read, it is 0; what is wrong with it is said where P is read.
     """
     try:
-        return steps_of(_unwrap(_load(checkpoint), repr(checkpoint)))
+        return steps_of(optimizer_state_of(checkpoint))
     except Exception:  # whatever stands in a foreign file
         return 0
 
@@ -139,7 +146,7 @@ def updates_counted(checkpoint: StateAtStep) -> int:
 def is_untouched(checkpoint: StateAtStep) -> bool:
     """Whether a checkpoint's optimizer state says that no update was ever made."""
     try:
-        entries = _unwrap(_load(checkpoint), repr(checkpoint))["state"].values()
+        entries = optimizer_state_of(checkpoint)["state"].values()
         return not any(float(entry.get("step", bool(entry))) for entry in entries)
     except Exception:  # whatever stands in a foreign file
         return False
@@ -160,12 +167,8 @@ def _load(checkpoint: StateAtStep) -> Any:
 
 
 def _unwrap(state: Any, source: str) -> Mapping[str, Any]:
-    if isinstance(state, Mapping):
-        if {"state", "param_groups"} <= set(state) and isinstance(state["state"], Mapping):
-            return state
-        if len(inner := [key for key in _WRAPPERS if key in state]) == 1:
-            return _unwrap(state[inner[0]], source)
-    if isinstance(state, list) and len(state) == 1:  # Lightning: one entry per optimizer
-        return _unwrap(state[0], source)
-    content = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+    found = within(state)
+    if isinstance(found, Mapping) and {"state", "param_groups"} <= set(found) and isinstance(found["state"], Mapping):
+        return found
+    content = sorted(map(str, found)) if isinstance(found, Mapping) else type(found).__name__
     raise MismatchError(f"{source}: its optimizer_state must be an optimizer's state_dict(), and has {content}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,16 +11,32 @@ from torch import nn
 
 from source_proj.trajectory.schedules import finite_rate
 
-__all__ = ["require_options", "require_training"]
+__all__ = ["innermost", "require_options", "require_training", "still_trained"]
+
+_NAMED = 3  # parameters spelled out in a warning
 
 
-def require_training(model: Any, optimizer: Any) -> None:
+def innermost(optimizer: Any) -> Any:
+    """The optimizer within wrappers that step by it, as accelerate's and Lightning's do; of all else, itself."""
+    while hasattr(optimizer, "accelerator_state") or not isinstance(optimizer, torch.optim.Optimizer | nn.Module):
+        within = getattr(optimizer, "optimizer", None)
+        if within is None:
+            break
+        optimizer = within
+    return optimizer
+
+
+def require_training(model: Any, optimizer: Any) -> torch.optim.Optimizer:
     """Refuse what is no model or no optimizer, and an optimizer of another model.
+
+    Returns:
+        The optimizer, without wrappers around it.
 
     Raises:
         TypeError: one of them is something else, such as the other one; names what was got.
         ValueError: the optimizer trains no parameter of the model.
     """
+    optimizer = innermost(optimizer)
     kinds: list[tuple[str, Any, type]] = [
         ("model", model, nn.Module),
         ("optimizer", optimizer, torch.optim.Optimizer),
@@ -38,6 +55,8 @@ def require_training(model: Any, optimizer: Any) -> None:
         raise ValueError(
             f"the optimizer trains no parameter of the model {type(model).__name__}: give the model it was made for"
         )
+    trained: torch.optim.Optimizer = optimizer
+    return trained
 
 
 def require_options(stage: Any, also: Any, max_grad_norm: Any, **steps: Any) -> None:
@@ -62,6 +81,30 @@ def require_options(stage: Any, also: Any, max_grad_norm: Any, **steps: Any) -> 
             raise TypeError(f"{name} must be numbers of optimizer steps, got {numbers!r}: give {name}=[{numbers!r}]")
     if max_grad_norm is not None and not finite_rate(max_grad_norm):
         raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm!r}; leave it out without clipping")
+
+
+def still_trained(before: Sequence[str], now: Sequence[str], step: int) -> Sequence[str]:
+    """Names of the parameters that are trained now.
+
+    Args:
+        before: those that were at the checkpoint before.
+        now: those that are.
+        step: optimizer steps until now.
+
+    Warns:
+        UserWarning: these are others; a stage has one set of them, which moved from its beginning to its end.
+    """
+    changes = [(set(before) - set(now), "frozen"), (set(now) - set(before), "unfrozen")]
+    said = [f"{sorted(names)[:_NAMED]} ({len(names)}) were {what}" for names, what in changes if names]
+    if said:
+        warnings.warn(
+            f"parameters {' and '.join(said)} since the checkpoint before step {step}: scores take all of a stage's "
+            "for trained throughout; where they are frozen or unfrozen, end the stage by trajectory(), and record what "
+            "follows by another Recorder",
+            UserWarning,
+            stacklevel=5,
+        )
+    return now
 
 
 def _named(value: Any) -> str:

@@ -22,7 +22,7 @@ from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.optimizers import Options, Updates
 from source_proj.trajectory.optimizers.describe import describe_live, held_names, read_groups, second_moments, steps_of
 from source_proj.trajectory.options import ReadOptions
-from source_proj.trajectory.recording.arguments import require_options, require_training
+from source_proj.trajectory.recording.arguments import require_options, require_training, still_trained
 from source_proj.trajectory.recording.companion import Companion, Stateful, kept_content
 from source_proj.trajectory.recording.progress import Progress, Seen, skips_step, update_runs, updates_of_call
 from source_proj.trajectory.recording.run_files import (
@@ -117,7 +117,7 @@ class Recorder:
         segment_ends: Iterable[int] = (),
         companion: Companion | None = None,
     ) -> None:
-        require_training(model, optimizer)
+        optimizer = require_training(model, optimizer)
         require_options(stage, also, max_grad_norm, at=at, segment_ends=segment_ends)
         self.dir = local_path(dir).absolute()
         self._model = model
@@ -130,8 +130,8 @@ class Recorder:
         self._also = tuple(also)
         for thing in self._also:
             require_loadable(thing.state_dict(), f"the state of {type(thing).__name__} (in also=)")
-        held = tuple(held_names(optimizer, model))
-        fresh = RecordedRun(stage, describe_live(optimizer, model), describe_state(model), held)
+        self._held: Sequence[str] = tuple(held_names(optimizer, model))
+        fresh = RecordedRun(stage, describe_live(optimizer, model), describe_state(model), tuple(self._held))
         self._lock = FolderLock(self.dir, "recorder.lock")
         self._progress = Progress(self._open(fresh), [], 0)
         self._goes_on = not self._progress.run.checkpoints  # False until restore() where there is something to restore
@@ -343,7 +343,8 @@ class Recorder:
         weights, resume = hashes[weights_name(step)], hashes[resume_name(step)]
         moments, captured = hashes.get(moments_name(step)), hashes.get(capture_name(step))
         checkpoint = RecordedCheckpoint(step, weights, moments, updates, captured, step in self._ends, progress.skipped)
-        trained = dict.fromkeys([*progress.run.trained, *held_names(self._optimizer, self._model)])
+        self._held = still_trained(self._held, held_names(self._optimizer, self._model), step)
+        trained = dict.fromkeys([*progress.run.trained, *self._held])
         checkpoints = (*progress.run.checkpoints, checkpoint)
         run = replace(progress.run, trained=tuple(trained), checkpoints=checkpoints, resume=resume)
         run.write(self.dir)

@@ -1,0 +1,162 @@
+"""Whether a stage is described as its optimizer's own states say: what was forgotten shows in no score.
+
+Another optimizer is refused. Other options, rates and counts are warned of, and stand as they were described: who gives
+states that were made for the purpose, or steps of their own, knows better.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+from source_proj._errors import MismatchError
+from source_proj.trajectory.checkpoint import Checkpoint
+from source_proj.trajectory.optimizers import Optimizer, Options
+from source_proj.trajectory.optimizers.describe import plain_value, recognised
+from source_proj.trajectory.optimizers.moments import optimizer_state_of, updates_counted
+from source_proj.trajectory.recording.momentum import with_momentum_of
+from source_proj.trajectory.schedules import finite_rate
+from source_proj.trajectory.stages import Stage
+
+__all__ = ["require_described"]
+
+_CALLER = 7  # of sp.build, whose line is named
+_PRECISION = 1e-6  # of options that were kept as tensors in single precision
+
+
+def require_described(stage: Stage) -> None:
+    """Compare a description with the states of the stage's checkpoints, and first with the last one that has one.
+
+    What groups do not agree on is not compared, since one value for all stands for it, nor is a state that cannot be
+    read or is of no optimizer that is known: where P is read from it, its reader says what is wrong.
+
+    Raises:
+        MismatchError: the optimizer was another one; says what to give.
+
+    Warns:
+        UserWarning: it was made with other options, had another learning rate at a checkpoint than the constant one
+            that is described, or made more updates than checkpoints count steps.
+    """
+    with_state = [checkpoint for checkpoint in stage.checkpoints if checkpoint.optimizer_state is not None]
+    if not with_state or stage.preconditioner == "none":
+        return
+    _compare_options(stage, with_state[-1])
+    _compare_rates(stage)
+    _compare_steps(stage)
+
+
+def _compare_options(stage: Stage, last: Checkpoint) -> None:
+    optimizer, momentum_changed = stage.optimizer, stage.time_factors is not None
+    try:
+        state = optimizer_state_of(last)
+        kind = recognised(state, "the state")
+        told = _told(kind, state, optimizer)
+        others = told if kind is not type(optimizer) else _contradictions(told, optimizer, momentum_changed)
+    except Exception:  # whatever stands in a foreign file
+        return
+    if kind is type(optimizer) and not others:
+        return
+    own = {name: getattr(optimizer, name) for name in others} if kind is type(optimizer) else {}
+    said = (
+        f"{last!r}: its optimizer_state is of {kind.__name__}({_listed(others)}), and stage {stage.name!r} is "
+        f"described by {type(optimizer).__name__}({_listed(own)}): give optimizer=source_proj.{kind.__name__}"
+        f"({_listed(told)}), as it was made"
+    )
+    if kind is not type(optimizer):
+        raise MismatchError(f"{said}; or preconditioner='none', which reads no state")
+    warnings.warn(f"{said}, if that is what you mean", UserWarning, stacklevel=_CALLER)
+
+
+def _compare_rates(stage: Stage) -> None:
+    """Warn of a constant learning rate that is no group's in the states at checkpoints: a schedule changed it.
+
+    States that are files are not read for it, and a scheduler may have stepped before the last one was kept.
+    """
+    if stage.lr_schedule is not None:
+        return
+    for checkpoint in stage.checkpoints:
+        state = checkpoint.optimizer_state
+        groups = state.get("param_groups") if isinstance(state, Mapping) else None
+        rates = [rate for group in groups or () if (rate := _rate(group)) is not None]
+        is_next = checkpoint is stage.checkpoints[-1] and any("initial_lr" in group for group in groups or ())
+        if rates and not is_next and not any(_is_same(rate, checkpoint.lr) for rate in rates):
+            warnings.warn(
+                f"{checkpoint!r}: its optimizer_state has the learning rate {rates[0] if len(rates) == 1 else rates}: "
+                "where it changed give lr_schedule, a function of the step or one value per optimizer step",
+                UserWarning,
+                stacklevel=_CALLER,
+            )
+            return
+
+
+def _compare_steps(stage: Stage) -> None:
+    """Warn of checkpoints between which the optimizer made more updates than they count steps: these are epochs, say.
+
+    States that are files are not read for it. Fewer updates than steps there may be, as some were skipped.
+    """
+    told = [
+        (checkpoint, count)
+        for checkpoint in stage.checkpoints
+        if isinstance(checkpoint.optimizer_state, Mapping) and (count := updates_counted(checkpoint))
+    ]
+    for (first, before), (second, after) in pairwise(told):
+        if after - before > second.step - first.step:
+            warnings.warn(
+                f"the optimizer made {after - before} updates between the checkpoints of the steps {first.step} and "
+                f"{second.step} of stage {stage.name!r}, by its states: step= counts optimizer steps, and not epochs",
+                UserWarning,
+                stacklevel=_CALLER,
+            )
+            return
+
+
+def _rate(group: Any) -> float | None:
+    return finite_rate(group.get("lr")) if isinstance(group, Mapping) and group.get("params") else None
+
+
+def _told(kind: type[Optimizer], state: Mapping[str, Any], described: Optimizer) -> dict[str, Any]:
+    """Fields of a description that all groups of a state agree on, and the largest weight decay of any."""
+    # Before torch 2.7 a state does not say which decay it has.
+    assumed = {"decoupled_weight_decay": getattr(described, "decoupled", True)}
+    groups: list[Options] = [
+        {**assumed, **{key: plain_value(value) for key, value in group.items() if key not in ("params", "param_names")}}
+        for group in state["param_groups"]
+        if group["params"]
+    ]
+    first, *rest = (kind.fields(group, "the state") for group in groups)
+    told = {name: value for name, value in first.items() if all(other[name] == value for other in rest)}
+    decay = max(float(group["weight_decay"]) for group in groups)
+    if not decay:
+        told.pop("decoupled", None)  # without decay both are one
+    return {**told, "weight_decay": decay}
+
+
+def _contradictions(told: Mapping[str, Any], optimizer: Optimizer, momentum_changed: bool) -> dict[str, Any]:
+    """What of a state's options is not as described; β₁ and a momentum that changed enter step by step."""
+    own = replace(optimizer, **{name: value for name, value in told.items() if name != "weight_decay"})
+    aligned = with_momentum_of(optimizer, own)
+    found = {}
+    for name in told:
+        value = getattr(aligned if momentum_changed or name == "betas" else own, name)
+        if name == "weight_decay":  # which may fall while training goes on, and is none if it was forgotten
+            if told[name] and not optimizer.weight_decay and not optimizer.groups:
+                found[name] = told[name]
+        elif not _is_same(value, getattr(optimizer, name)):
+            found[name] = value
+    return found
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    if isinstance(value, tuple) and isinstance(other, tuple):
+        return len(value) == len(other) and all(map(_is_same, value, other))
+    if isinstance(value, float) and isinstance(other, float | int):
+        return math.isclose(value, other, rel_tol=_PRECISION)
+    return bool(value == other)
+
+
+def _listed(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in fields.items())
