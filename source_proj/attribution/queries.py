@@ -222,7 +222,7 @@ def _sketched(
     """For each batch of queries, the rows ``(B, k)`` of their measurements in each metric.
 
     Raises:
-        GradientError: a measurement or its gradient is not finite; names the ids.
+        GradientError: a measurement or its gradient is not finite, or has no graph; names the ids.
         Refuted: the rows so far are to be made again.
     """
     rows: list[list[Tensor]] = []
@@ -246,4 +246,11 @@ def _sketched(
                     )
             rows.append([row.cpu() for row in made])
             bar.update(stop - start)
+    silent = bool(rows) and not any(bool(row.any()) for of_batch in rows for row in of_batch)
+    if silent and loaded.engine.is_detached(task.measurement, placed):  # else zeros are right: no label counts, say
+        raise GradientError(
+            f"no query up to {ids[stop - 1]!r} has a gradient at step {step}: the measurement of task {task.name!r} is "
+            "detached from the model's parameters, and all scores would be 0; look for detach(), no_grad(), argmax or "
+            "a comparison in it"
+        )
     return rows

@@ -24,6 +24,7 @@ from source_proj.gradients import private_copy
 from source_proj.gradients.batches import own_copy
 from source_proj.gradients.replaced import call_with
 from source_proj.task import Batch, Model, Task
+from source_proj.task.base import derivatives_of
 
 __all__ = ["ExactUnrolling"]
 
@@ -256,10 +257,10 @@ def _slope(task: Task, output: Tensor, batch: Batch) -> Tensor:
     Raises:
         ValueError: a task's ℓ' varies with the output, and its ℓ'' is not told.
     """
-    first, second = task.loss_derivatives(output, batch)
+    first, second = derivatives_of(task, output, batch)
     if second is not None:
         return first.detach() + second.detach() * (output - output.detach())
-    moved, _ = task.loss_derivatives(output.detach() + 1, batch)
+    moved, _ = derivatives_of(task, output.detach() + 1, batch)
     if not first.requires_grad and not torch.equal(moved, first):
         raise ValueError(f"loss_derivatives of the task {task.name!r} gives an ℓ' that varies, and no ℓ'': return both")
     return first

@@ -33,6 +33,7 @@ from source_proj.gradients.law import AUTOCAST, autocasting
 from source_proj.gradients.proof import share_sink
 from source_proj.gradients.sink import SinkByParameter
 from source_proj.task import Task
+from source_proj.task.base import derivatives_of
 from source_proj.trajectory import Trajectory
 from source_proj.trajectory.placement import placement_of
 
@@ -161,7 +162,7 @@ def _loss_gradient(task: Task, model: nn.Module, batch: Batch) -> Tensor:
     """What has the gradients of the losses: ℓ' as a constant, times the outputs."""
     outputs = task.output(model, batch)
     with torch.no_grad():
-        first, _ = task.loss_derivatives(outputs.detach().float(), batch)
+        first, _ = derivatives_of(task, outputs.detach().float(), batch)
     return outputs * first.to(outputs.device)
 
 
