@@ -351,8 +351,7 @@ class GradientEngine:
         values = self._general.add_to(sink, work.function, work.batch, work.size, self._law.autocast())
         sink.gather()
         if not bool(torch.isfinite(values).all()):
-            with torch.no_grad():  # under vmap the function could not say what is wrong
-                work.function(self._model, work.batch)
+            self._law.examine(work, values)
         audit = None
         if due and shares is not None and work.name != SAMPLED:  # rows of one example each, and others drawn than here
             audit = self._law.audit(proof, work, values, outs, shares)

@@ -190,7 +190,7 @@ class HookPath:
                 return True  # refused below if no batch can be cut
             if shape == shape_of_two:
                 self._shared.add(module)
-            elif self._covered[module][0].positional and shape_of_two[1:2] == (2 * shape[1],):
+            elif self._covered[module][0].positional and shape_of_two[1:2] == tuple(2 * n for n in shape[1:2]) != ():
                 self._second.add(module)
             else:
                 return True

@@ -103,10 +103,16 @@ def given_once(module: Model, inputs: Any, run: Callable[[], Any]) -> Any:
     return given[key][0]
 
 
-def forward(model: Model, batch: Batch, sample_weight: str | int | None) -> tuple[Tensor, Tensor]:
-    """Run the model; return its logits or predictions, in float32 at least, and the labels."""
+def forward(model: Model, batch: Batch, sample_weight: str | int | None, dims: int) -> tuple[Tensor, Tensor]:
+    """Run the model; return its logits or predictions, in float32 at least, and the labels.
+
+    A model that says ``squeeze()`` loses the first of ``dims`` dims of a batch of one, and has it again.
+    """
     inputs, labels, _ = split(batch, sample_weight)
-    return logits_of(model, inputs, isinstance(batch, Mapping)), labels
+    logits = logits_of(model, inputs, isinstance(batch, Mapping))
+    of_one = isinstance(labels, Tensor) and labels.shape[:1] == (1,)
+    squeezed = of_one and logits.ndim == dims - 1 and logits.shape[:1] != (1,)
+    return logits[None] if squeezed else logits, labels
 
 
 def logits_of(model: Model, inputs: Any, by_name: bool) -> Tensor:

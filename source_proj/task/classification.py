@@ -248,7 +248,7 @@ class Classification(Task):
         return (1 - self.label_smoothing) * self._label_weight(batch) + self.label_smoothing * uniform
 
     def _logits(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits, labels = forward(model, batch, self.sample_weight)
+        logits, labels = forward(model, batch, self.sample_weight, 2)
         if logits.ndim != 2 or logits.shape[1] < 2:
             raise ValueError(
                 f"Classification needs logits of shape (batch, classes) with two classes or more, got "
