@@ -139,6 +139,7 @@ def _examine(loaded: LoadedModel, original: nn.Module, task: Task, asked: "_Aske
     if final:
         task.examine(loaded.module, batch)
     if not loaded.checked:
+        loaded.engine.placement.forget()
         require_own_weights(task.measurement, loaded.module, original, batch)
         loaded.checked = True
 
@@ -165,6 +166,7 @@ class _Asked:
         with progress_bar(progress, "the model's own answers", self.n, "queries") as bar:
             for low, high, batch in self._source.load([self.span]):
                 batch = to_device(batch, _device(loaded))
+                loaded.engine.placement.forget()
                 try:
                     parts.append(self._task.answers(loaded.module, batch))
                 except (RuntimeError, IndexError):

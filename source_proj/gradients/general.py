@@ -128,6 +128,7 @@ class GeneralPath:
             raise ValueError("the batch holds lists of examples")
         tensors, rebuild = per_example_tensors(batch, size)
         tensors = [tensor[examples[0] : examples[-1] + 1] for tensor in tensors]
+        self._placement.forget()
         module = _WithModel(self._model, function)
         parameters = {f"model.{name}": p.detach() for name, p in self._space.parameters(self._model).items()}
 

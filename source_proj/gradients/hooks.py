@@ -138,7 +138,8 @@ class HookPath:
                 hides layers.
         """
         turn: list[GradientSink] = []  # its last is that of the backward pass under way
-        current = Pass(size, torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu"), lambda: turn[-1])
+        anchor = torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")
+        current = Pass(size, anchor, partial(_last, turn))
         self._calls = []
         try:
             with self._tapping(current) as live, torch.enable_grad():
@@ -369,6 +370,12 @@ class HookPath:
         if any(label(node) == "CheckpointFunction" for node in order):
             raise GradientError(REENTRANT)
         return order
+
+
+def _last(turn: Sequence[GradientSink]) -> GradientSink:
+    if not turn:
+        raise Unsuited("the function differentiates layers by itself, as forces and gradient penalties do")
+    return turn[-1]
 
 
 def _are_same(plain: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

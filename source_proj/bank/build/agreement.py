@@ -128,7 +128,8 @@ def agreement(
             total, squares = (torch.zeros(size, dtype=torch.float64, device="cpu") for size in sizes)
             function = partial(_loss_gradient, task.of_stage(index))
             for checkpoint in stage:
-                checkpoint.load_into(private)
+                with placement.other_weights():
+                    checkpoint.load_into(private)
                 sink = share_sink(len(spans), space, placement.device)
                 for start, stop, batch in source.load(spans):  # several of a span, where batches are smaller
                     receive = partial(_receive, sink, bisect_right(starts, start) - 1, placement.device)

@@ -106,7 +106,8 @@ class RowEncoder:
         Raises:
             MismatchError: they do not fit the model.
         """
-        checkpoint.load_into(self._model)
+        with self._engine.placement.other_weights():
+            checkpoint.load_into(self._model)
 
     def begin(self, stage: int, checkpoint: int, shard: int) -> None:
         """Begin a shard: its rows are proven by its own batches alone, so that none committed rests on another's."""
