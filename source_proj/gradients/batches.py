@@ -106,7 +106,8 @@ def batch_size(batch: Batch) -> int:
     map_tensors(labels if isinstance(labels, Tensor) and labels.dim() else batch, look, look_at_list)
     if not lengths:
         raise ValueError(
-            f"the batch of type {type(batch).__name__} holds no tensor whose first dimension counts examples"
+            f"the batch of type {type(batch).__name__} holds no tensor whose first dimension counts examples: let the "
+            "DataLoader give tensors, or tuples, lists and dicts of them"
         )
     return max(lengths, key=lengths.count)
 
