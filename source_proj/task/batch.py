@@ -29,6 +29,7 @@ __all__ = [
     "logits_of",
     "split",
     "texts_of",
+    "unsqueezed",
     "weights",
     "without_cache",
 ]
@@ -117,15 +118,19 @@ def given_once(module: Model, inputs: Any, run: Callable[[], Any]) -> Any:
 
 
 def forward(model: Model, batch: Batch, sample_weight: str | int | None, dims: int) -> tuple[Tensor, Tensor]:
-    """Run the model; return its logits or predictions, in float32 at least, and the labels.
-
-    A model that says ``squeeze()`` loses the first of ``dims`` dims of a batch of one, and has it again.
-    """
+    """Run the model; return its logits or predictions, of ``dims`` dims, in float32 at least, and the labels."""
     inputs, labels, _ = split(batch, sample_weight)
     logits = logits_of(model, inputs, isinstance(batch, Mapping))
-    of_one = isinstance(labels, Tensor) and labels.shape[:1] == (1,)
-    squeezed = of_one and logits.ndim == dims - 1 and logits.shape[:1] != (1,)
-    return logits[None] if squeezed else logits, labels
+    return unsqueezed(logits, labels, dims), labels
+
+
+def unsqueezed(logits: Tensor, batch: Any, dims: int) -> Tensor:
+    """Logits of so many dims for a batch: a model that says ``squeeze()`` loses the first one of a batch of one."""
+    if isinstance(batch, Mapping | tuple | list):
+        entries = batch.values() if isinstance(batch, Mapping) else batch
+        batch = next((entry for entry in entries if isinstance(entry, Tensor)), None)
+    of_one = isinstance(batch, Tensor) and batch.shape[:1] == (1,)
+    return logits[None] if of_one and logits.ndim == dims - 1 and logits.shape[:1] != (1,) else logits
 
 
 def logits_of(model: Model, inputs: Any, by_name: bool) -> Tensor:

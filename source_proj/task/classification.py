@@ -25,6 +25,7 @@ from source_proj.task.batch import (
     forward,
     logits_of,
     split,
+    unsqueezed,
     weights,
 )
 from source_proj.task.labels import refuse_foreign_labels
@@ -191,8 +192,9 @@ class Classification(Task):
         Raises:
             ValueError: the target is none of the model's classes, or the queries are no batch.
         """
+        inputs = inputs_of(batch, self.sample_weight)
         with torch.no_grad():
-            logits = logits_of(model, inputs_of(batch, self.sample_weight), isinstance(batch, Mapping))
+            logits = unsqueezed(logits_of(model, inputs, isinstance(batch, Mapping)), inputs, 2)
         if logits.ndim < 2:
             raise ValueError(
                 f"the model answers with shape {tuple(logits.shape)}, and the logits of a batch are (B, C): give "

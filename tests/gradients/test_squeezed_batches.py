@@ -84,3 +84,19 @@ def test_examples_that_are_not_finite_alone_depend_on_the_others(method):
     engine = gradient_engine(model, ParameterSpace.from_model(model), sp.Sketch(8), method)
     with pytest.raises(GradientError, match="must not depend on the other examples of its batch, and its value does"):
         engine.sketch(sp.Classification().output, (torch.randn(4, 3), torch.tensor([0, 1, 1, 0])))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_queries_without_labels_are_answered_one_by_one(count, tmp_path):
+    models = [Pooled(3, squeezes=way) for way in (True, False)]
+    models[1].load_state_dict(models[0].state_dict())
+    run = sp.Trajectory([sp.Checkpoint(models[0].state_dict(), step=1, lr=0.1)])
+    images = torch.randn(7, 2, 4, 4)
+    data, scores = torch.utils.data.TensorDataset(images, torch.arange(7) % 3), []
+    for number, model in enumerate(models):
+        bank = sp.build(
+            model, sp.Classification(), run, data, tmp_path / str(number), sketch=sp.Sketch(64), progress=False
+        )
+        ask = sp.TracIn(bank, model=model, batch_size=2, progress=False)
+        scores.append(torch.as_tensor(ask.score(images[:count]).values))
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-6)
