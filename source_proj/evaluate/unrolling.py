@@ -25,6 +25,7 @@ from source_proj.gradients.batches import own_copy
 from source_proj.gradients.replaced import call_with
 from source_proj.task import Batch, Model, Task
 from source_proj.task.base import derivatives_of
+from source_proj.trajectory.checkpoint import set_evaluating
 
 __all__ = ["ExactUnrolling"]
 
@@ -81,7 +82,7 @@ class ExactUnrolling:
         ids: Sequence[Any] | None = None,
         progress: Progress = True,
     ) -> None:
-        self._model = private_copy(model).eval()
+        self._model = set_evaluating(private_copy(model))
         self._task, self._data, self._progress = task, examples_of(train_set), progress
         if not hasattr(self._data, "__getitem__"):
             raise TypeError(
