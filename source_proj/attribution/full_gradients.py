@@ -17,6 +17,7 @@ from source_proj.bank.build.data import BatchSource, dataset_size, to_device
 from source_proj.gradients import ParameterSpace, nonfinite_examples
 from source_proj.sketch import Sketch
 from source_proj.task import Task
+from source_proj.task.base import derivatives_of
 
 __all__ = ["FullRows", "TrainingGradients", "sketched_rows", "training_parts"]
 
@@ -114,7 +115,7 @@ class TrainingGradients:
                 with named_examples(ids):
                     values, (gradients,) = loaded.engine.sketch_scaled(task.output, placed, scales, size=stop - start)
                     with torch.no_grad():
-                        first, _ = task.loss_derivatives(values, placed)
+                        first, _ = derivatives_of(task, values, placed)
                 gradients.mul_(first.to(gradients)[:, None])
                 bad = nonfinite_examples(gradients)
                 if bad:

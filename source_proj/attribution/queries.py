@@ -139,6 +139,7 @@ def _examine(loaded: LoadedModel, original: nn.Module, task: Task, asked: "_Aske
     if final:
         task.examine(loaded.module, batch)
     if not loaded.checked:
+        loaded.engine.placement.forget()
         require_own_weights(task.measurement, loaded.module, original, batch)
         loaded.checked = True
 
@@ -165,6 +166,7 @@ class _Asked:
         with progress_bar(progress, "the model's own answers", self.n, "queries") as bar:
             for low, high, batch in self._source.load([self.span]):
                 batch = to_device(batch, _device(loaded))
+                loaded.engine.placement.forget()
                 try:
                     parts.append(self._task.answers(loaded.module, batch))
                 except (RuntimeError, IndexError):
@@ -222,7 +224,7 @@ def _sketched(
     """For each batch of queries, the rows ``(B, k)`` of their measurements in each metric.
 
     Raises:
-        GradientError: a measurement or its gradient is not finite; names the ids.
+        GradientError: a measurement or its gradient is not finite, or has no graph; names the ids.
         Refuted: the rows so far are to be made again.
     """
     rows: list[list[Tensor]] = []
@@ -246,4 +248,11 @@ def _sketched(
                     )
             rows.append([row.cpu() for row in made])
             bar.update(stop - start)
+    silent = bool(rows) and not any(bool(row.any()) for of_batch in rows for row in of_batch)
+    if silent and loaded.engine.is_detached(task.measurement, placed):  # else zeros are right: no label counts, say
+        raise GradientError(
+            f"no query up to {ids[stop - 1]!r} has a gradient at step {step}: the measurement of task {task.name!r} is "
+            "detached from the model's parameters, and all scores would be 0; look for detach(), no_grad(), argmax or "
+            "a comparison in it"
+        )
     return rows

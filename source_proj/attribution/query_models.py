@@ -89,7 +89,9 @@ class OpenModel:
             return self._model
         size = sum(tensor.nbytes for tensor in [*self._model.parameters(), *self._model.buffers()])
         if self._loaded and size * (len(self._loaded) + 1) > _HELD_BYTES:
-            return self._loaded.popitem(last=False)[1].module
+            former = self._loaded.popitem(last=False)[1]
+            former.engine.placement.forget()
+            return former.module
         return private_copy(self._model, self._device)
 
 

@@ -23,6 +23,7 @@ from source_proj._io.numbers import whole_number
 from source_proj._io.progress import Progress, progress_bar
 from source_proj.evaluate._lockstep import MakeOptimizer, lockstep_optimizer
 from source_proj.gradients.replaced import call_with
+from source_proj.trajectory.checkpoint import set_evaluating
 
 __all__ = ["StackedState", "half_subsets", "retrain", "stacked_outputs", "train_stacked"]
 
@@ -243,7 +244,7 @@ def train_stacked(
 def stacked_outputs(make_model: Callable[[], nn.Module], inputs: Tensor) -> Callable[[StackedState], Tensor]:
     """Build an ``evaluate`` for :func:`retrain`: the outputs ``(models, N, ...)`` of every model on ``inputs``."""
     with torch.random.fork_rng():
-        skeleton = make_model().to(inputs.device).eval()
+        skeleton = set_evaluating(make_model().to(inputs.device))
     return partial(_outputs, skeleton, inputs)
 
 

@@ -24,6 +24,8 @@ from source_proj.gradients import private_copy
 from source_proj.gradients.batches import own_copy
 from source_proj.gradients.replaced import call_with
 from source_proj.task import Batch, Model, Task
+from source_proj.task.base import derivatives_of
+from source_proj.trajectory.checkpoint import set_evaluating
 
 __all__ = ["ExactUnrolling"]
 
@@ -80,7 +82,7 @@ class ExactUnrolling:
         ids: Sequence[Any] | None = None,
         progress: Progress = True,
     ) -> None:
-        self._model = private_copy(model).eval()
+        self._model = set_evaluating(private_copy(model))
         self._task, self._data, self._progress = task, examples_of(train_set), progress
         if not hasattr(self._data, "__getitem__"):
             raise TypeError(
@@ -256,10 +258,10 @@ def _slope(task: Task, output: Tensor, batch: Batch) -> Tensor:
     Raises:
         ValueError: a task's ℓ' varies with the output, and its ℓ'' is not told.
     """
-    first, second = task.loss_derivatives(output, batch)
+    first, second = derivatives_of(task, output, batch)
     if second is not None:
         return first.detach() + second.detach() * (output - output.detach())
-    moved, _ = task.loss_derivatives(output.detach() + 1, batch)
+    moved, _ = derivatives_of(task, output.detach() + 1, batch)
     if not first.requires_grad and not torch.equal(moved, first):
         raise ValueError(f"loss_derivatives of the task {task.name!r} gives an ℓ' that varies, and no ℓ'': return both")
     return first

@@ -109,6 +109,7 @@ class BareUses(TorchFunctionMode):
             "conv2d": partial(products.convolution, F.conv2d),
             "conv3d": partial(products.convolution, F.conv3d),
             "embedding": self._embedding,
+            "embedding_bag": products.bags,
             "__getitem__": self._entries,
             "index_select": self._selected,
             "layer_norm": partial(self._normalised, F.layer_norm),

@@ -34,6 +34,10 @@ REPEATING = frozenset(["repeat", "tile"])
 JOINING = frozenset(["cat", "concat", "concatenate"])
 TYPING = frozenset(["type_as", "to"])  # like another tensor, of which no number is taken
 INTEGERS = frozenset([torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
+_OF_BAGS = """
+    input weight offsets max_norm norm_type scale_grad_by_freq mode sparse per_sample_weights include_last_offset
+    padding_idx
+"""
 ARGUMENTS: dict[str, tuple[str, ...]] = {  # of functions with a way of their own
     "linear": ("input", "weight", "bias"),
     "matmul": ("input", "other"),
@@ -43,6 +47,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {  # of functions with a way of their ow
     "__getitem__": ("input", "index"),
     "index_select": ("input", "dim", "index"),
     "embedding": ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+    "embedding_bag": tuple(_OF_BAGS.split()),
     "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable"),
     "rms_norm": ("input", "normalized_shape", "weight", "eps"),
     "expand_as": ("input", "other"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -180,6 +180,28 @@ class BareProducts:
         if bias is None:
             return made
         return known.again(torch.add, made, known.again(torch.reshape, bias, (-1,) + (1,) * dims))
+
+    def bags(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        offsets: Tensor | None = None,
+        mode: str = "mean",
+        per_sample_weights: Tensor | None = None,
+        padding_idx: int | None = None,
+        **other: Any,
+    ) -> Tensor:
+        """As `torch.nn.functional.embedding_bag`, of bags of one length, an example's own."""
+        known, scaled = self._known, other.get("max_norm") is not None or other.get("scale_grad_by_freq")
+        if offsets is not None or input.dim() != 2 or mode == "max" or scaled or known.follows(per_sample_weights):
+            raise Unfollowed(f"a parameter of no layer takes part in embedding_bag of {tuple(input.shape)} ({mode=})")
+        rows = known.again(F.embedding, input, weight)  # (B, L, n)
+        counted = torch.ones_like(input, dtype=rows.dtype)
+        if padding_idx is not None:
+            counted = (input != padding_idx % len(weight)).to(rows)
+        factors = counted if per_sample_weights is None else counted * per_sample_weights
+        sums = (rows * factors.unsqueeze(2)).sum(1)
+        return sums / counted.sum(1, keepdim=True).clamp(min=1) if mode == "mean" else sums
 
     def of_examples(self, x: Tensor, where: str) -> Tensor:
         """What must be the examples'.

@@ -106,7 +106,8 @@ def batch_size(batch: Batch) -> int:
     map_tensors(labels if isinstance(labels, Tensor) and labels.dim() else batch, look, look_at_list)
     if not lengths:
         raise ValueError(
-            f"the batch of type {type(batch).__name__} holds no tensor whose first dimension counts examples"
+            f"the batch of type {type(batch).__name__} holds no tensor whose first dimension counts examples: let the "
+            "DataLoader give tensors, or tuples, lists and dicts of them"
         )
     return max(lengths, key=lengths.count)
 
@@ -250,5 +251,5 @@ def require_in_front(
         f"the model takes a batch of {size} examples, and no example of it alone ({said}): the first "
         f"dimension of its tensors, of shapes {shapes[:10]}, must count examples, and where it is not {size} a tensor "
         "counts as shared by all. Let the DataLoader give batches with the examples in front, and transpose or join "
-        "them in the model"
+        "them in the model. Where the model says squeeze(), squeeze(-1) or flatten(1) keeps the examples"
     ) from problem

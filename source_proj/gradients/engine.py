@@ -98,29 +98,31 @@ class GradientEngine:
     Attributes:
         method: the path of the last batch, `"hooks"` or `"general"`; before the first, the one that will be tried.
         reason: why.
+        placement: of the model, whose passes find nothing that others left.
     """
 
     def __init__(
         self, model: nn.Module, space: ParameterSpace, sketch: Sketch, method: str, autocast: str | None
     ) -> None:
         refuse_unsuited(model)
-        self._placement = placement_of(model)
-        self._lockstep = self._placement.lockstep
+        self.placement = placement_of(model)
+        self.placement.remember()
+        self._lockstep = self.placement.lockstep
         self._model = model
         self._space = space
         self._sketch = sketch
-        self._may_change = method == "auto" and self._placement.is_whole
-        self._law = Law(self._placement, space, sketch, None if autocast is None else AUTOCAST[autocast])
-        self._general = GeneralPath(self._placement, space)
+        self._may_change = method == "auto" and self.placement.is_whole
+        self._law = Law(self.placement, space, sketch, None if autocast is None else AUTOCAST[autocast])
+        self._general = GeneralPath(self.placement, space)
         self._memory = RowMemory()
         self._hooks: HookPath | None = None
-        self._devices = self._placement.devices(space.names)
+        self._devices = self.placement.devices(space.names)
         self._shared_known = False
         self._why_general = "asked for"
         if method != "general":
             self._try_hooks()
-        elif not self._placement.is_whole:
-            raise GradientError(f"the model is {self._placement.kind}, which hooks alone can serve, not {method!r}")
+        elif not self.placement.is_whole:
+            raise GradientError(f"the model is {self.placement.kind}, which hooks alone can serve, not {method!r}")
         self.method = "general" if self._hooks is None else "hooks"
         self.begin(0)
 
@@ -222,7 +224,7 @@ class GradientEngine:
         for scale in (each for each in scales if each is not None):
             scale.require(self._space)
         # Sharded weights are gathered for one backward pass.
-        if len(functions) > 1 and (self._proof.apart or not self._placement.is_whole):
+        if len(functions) > 1 and (self._proof.apart or not self.placement.is_whole):
             return [self.sketch_scaled(each, batch, scales, name, size) for name, each in functions]
         size = batch_size(batch) if size is None else size
         works = [Work(with_own_batch(f), batch, size, list(scales), n, self._proof.next_batch(n)) for n, f in functions]
@@ -246,7 +248,7 @@ class GradientEngine:
         parameters = [name for name, p in self._model.named_parameters() if p.is_floating_point()]
         with (
             torch.inference_mode(False),
-            self._placement.running(parameters),
+            self.placement.running(parameters),
             torch.enable_grad(),
             evaluating(self._model),
             self._law.autocast()(),
@@ -255,11 +257,11 @@ class GradientEngine:
 
     def _try_hooks(self) -> None:
         if self._may_change:
-            self._hooks = MixedPath(self._placement, self._space)
+            self._hooks = MixedPath(self.placement, self._space)
         elif missing := uncovered(self._model, self._space):
             self._leave_hooks("; ".join(f"{name}: {why}" for name, why in list(missing.items())[:10]))
         else:
-            self._hooks = HookPath(self._placement, self._space)
+            self._hooks = HookPath(self.placement, self._space)
 
     def _leave_hooks(self, cause: str | Exception) -> None:
         why = str(cause) if isinstance(cause, str | Unsuited) else f"{type(cause).__name__}: {first_line(cause)}"
@@ -267,8 +269,8 @@ class GradientEngine:
             if isinstance(cause, TypeError | ValueError):
                 raise cause
             remedy = "use method 'auto' or 'general'"
-            if not self._placement.is_whole:
-                remedy = f"as it is {self._placement.kind}, leave these parameters out by parameters=['!name', ...]"
+            if not self.placement.is_whole:
+                remedy = f"as it is {self.placement.kind}, leave these parameters out by parameters=['!name', ...]"
             refusal = GradientError(f"the hook path cannot serve this model ({why}); {remedy}")
             raise refusal from (None if isinstance(cause, str) else cause)
         self._why_general = why
@@ -351,8 +353,7 @@ class GradientEngine:
         values = self._general.add_to(sink, work.function, work.batch, work.size, self._law.autocast())
         sink.gather()
         if not bool(torch.isfinite(values).all()):
-            with torch.no_grad():  # under vmap the function could not say what is wrong
-                work.function(self._model, work.batch)
+            self._law.examine(work, values)
         audit = None
         if due and shares is not None and work.name != SAMPLED:  # rows of one example each, and others drawn than here
             audit = self._law.audit(proof, work, values, outs, shares)
@@ -367,7 +368,7 @@ class GradientEngine:
 
     def _sinks(self, work: Work, watched: set[str]) -> tuple[list[Tensor], SinkByParameter | None, GradientSink]:
         """Rows for each scale, shares of the watched parameters, and the sink that adds to both."""
-        first = self._placement.device
+        first = self.placement.device
         parts = {device: self._sinks_on(device, work, watched) for device in dict.fromkeys([first, *self._devices])}
         outs, shares, sink = parts[first]
         if len(parts) > 1:

@@ -19,8 +19,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and each module's own mode again afterwards; layers of transformers go on checkpointing."""
     modules = list(model.modules())  # once: it takes as long as a small layer
     training = [module for module in modules if module.training]
-    if training:
-        model.eval()
+    for (
+        module
+    ) in training:  # by its flag: eval() of a module's own may fold weights into others, or make tables of them
+        _set_training(module, False)
     try:
         with ExitStack() as stack:
             for module in training:
@@ -31,11 +33,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for module in training:
-            own = vars(module)
-            if "training" in own:  # `Module.__setattr__` would look through parameters and buffers first
-                own["training"] = True
-            else:  # compiled by TorchScript
-                module.training = True
+            _set_training(module, True)
+
+
+def _set_training(module: nn.Module, flag: bool) -> None:
+    own = vars(module)
+    if "training" in own:  # `Module.__setattr__` would look through parameters and buffers first
+        own["training"] = flag
+    else:  # compiled by TorchScript
+        module.training = flag
 
 
 def _fused(module: nn.Module) -> bool:

@@ -128,6 +128,7 @@ class GeneralPath:
             raise ValueError("the batch holds lists of examples")
         tensors, rebuild = per_example_tensors(batch, size)
         tensors = [tensor[examples[0] : examples[-1] + 1] for tensor in tensors]
+        self._placement.forget()
         module = _WithModel(self._model, function)
         parameters = {f"model.{name}": p.detach() for name, p in self._space.parameters(self._model).items()}
 
@@ -200,13 +201,28 @@ def _backward(total: Tensor, live: Live, receive: Callable[[str, Tensor], None])
 
 
 def checked_values(values: Tensor, size: int) -> Tensor:
-    """What a function of (model, batch) returned, if it is one scalar per example."""
-    if not isinstance(values, Tensor) or tuple(values.shape) != (size,):
-        got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"type {type(values).__name__}"
-        raise TypeError(
-            f"the function of (model, batch) must return one scalar per example, shape ({size},), got {got}"
-        )
-    return values
+    """What a function of (model, batch) returned, if it is one scalar per example.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if isinstance(values, Tensor) and tuple(values.shape) == (size,) and not values.is_complex():
+        return values
+    raise TypeError(
+        f"the function of (model, batch) must return one scalar per example, shape ({size},), got "
+        f"{_returned(values, size)}"
+    )
+
+
+def _returned(values: object, size: int) -> str:
+    """What was returned in place of one real number an example, and what to return."""
+    if not isinstance(values, Tensor):
+        return f"type {type(values).__name__}"
+    if values.is_complex():  # whose imaginary part torch would drop
+        return f"{values.dtype}: return its .real or .abs()"
+    own = ": return each example's own number, as losses with reduction='none' are"
+    remedies = {(): own, (size, 1): ": squeeze(1) it"}
+    return f"shape {tuple(values.shape)}{remedies.get(tuple(values.shape), '')}"
 
 
 def first_line(problem: Exception) -> str:

@@ -138,7 +138,8 @@ class HookPath:
                 hides layers.
         """
         turn: list[GradientSink] = []  # its last is that of the backward pass under way
-        current = Pass(size, torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu"), lambda: turn[-1])
+        anchor = torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")
+        current = Pass(size, anchor, partial(_last, turn))
         self._calls = []
         try:
             with self._tapping(current) as live, torch.enable_grad():
@@ -190,7 +191,7 @@ class HookPath:
                 return True  # refused below if no batch can be cut
             if shape == shape_of_two:
                 self._shared.add(module)
-            elif self._covered[module][0].positional and shape_of_two[1:2] == (2 * shape[1],):
+            elif self._covered[module][0].positional and shape_of_two[1:2] == tuple(2 * n for n in shape[1:2]) != ():
                 self._second.add(module)
             else:
                 return True
@@ -369,6 +370,12 @@ class HookPath:
         if any(label(node) == "CheckpointFunction" for node in order):
             raise GradientError(REENTRANT)
         return order
+
+
+def _last(turn: Sequence[GradientSink]) -> GradientSink:
+    if not turn:
+        raise Unsuited("the function differentiates layers by itself, as forces and gradient penalties do")
+    return turn[-1]
 
 
 def _are_same(plain: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

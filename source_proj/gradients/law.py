@@ -5,14 +5,16 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from math import nan
 
 import torch
 from torch import Tensor
 
+from source_proj._errors import GradientError
 from source_proj.gradients.apart import random_halves
 from source_proj.gradients.batches import Batch, take
 from source_proj.gradients.general import Autocast, Function, weighted_gradient
-from source_proj.gradients.proof import Audit, Expected, Proof, audited, law_weights
+from source_proj.gradients.proof import Audit, Expected, Proof, audited, dependent, law_weights
 from source_proj.gradients.sink import SinkByParameter
 from source_proj.gradients.space import ParameterSpace
 from source_proj.sketch import Sketch
@@ -105,6 +107,21 @@ class Law:
         if not torch.allclose(values, plain.to(values.device), rtol=tolerance, atol=tolerance / 100):
             return replace(audit, passed=False, values_differ=True)
         return audit
+
+    def examine(self, work: Work, values: Tensor) -> None:
+        """Look at a batch whose values, each of an example alone, are not all finite.
+
+        Under vmap the function could not say what is wrong.
+
+        Raises:
+            GradientError: among the others an example's value is finite, and alone it is not.
+        """
+        with torch.no_grad(), self.autocast()():
+            whole = work.function(self._placement.model, work.batch)
+            for b in (whole.isfinite() & ~values.to(whole.device).isfinite()).nonzero()[:1, 0].tolist():
+                if not bool(work.function(self._placement.model, take(work.batch, [b], work.size)).isfinite()):
+                    audit = Audit(nan, [], set(), passed=False, values_differ=True)
+                    raise GradientError(dependent(work.name, work.batch, work.size, audit))
 
     def _plain(self, work: Work, weights: Tensor, expected: Expected) -> Tensor:
         """Values, and ∇ Σ w f by plain backward passes over two halves, which agree with the whole if examples do.

@@ -7,6 +7,7 @@ the caller's module, they would give wrong numbers to every other thread that us
 import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -65,6 +66,8 @@ def private_copy(model: nn.Module, device: torch.device | str | None = None) -> 
     _leave_autocast(own)
     for module in own.modules():
         if type(module).train is not nn.Module.train:
+            with suppress(Exception):  # of a train() that refuses
+                _train_once(module)
             module.register_forward_pre_hook(_let_go)
     return own if device is None else own.to(device)
 
@@ -80,10 +83,17 @@ def _let_go(module: nn.Module, _inputs: object) -> None:
     """Have an evaluated module let go of tensors that it keeps in dicts, as it does by itself where it is trained."""
     if module.training or not any(_keeps_tensors(name, value) for name, value in vars(module).items()):
         return
+    _train_once(module)
+
+
+def _train_once(module: nn.Module) -> None:
+    """Have a module take out of its weights what it folds into them, or makes of them, for evaluation; flags stay."""
     flags = [(each, each.training) for each in module.modules()]
-    module.train()
-    for each, flag in flags:
-        each.training = flag
+    try:
+        module.train()
+    finally:
+        for each, flag in flags:
+            each.training = flag
 
 
 def _keeps_tensors(name: str, value: object) -> bool:

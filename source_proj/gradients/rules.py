@@ -196,6 +196,7 @@ _RULES: dict[type[nn.Module], Apply] = {
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
     nn.BatchNorm3d: _batch_norm,
+    nn.SyncBatchNorm: _batch_norm,  # in evaluation, as any other
     nn.InstanceNorm1d: _instance_norm,
     nn.InstanceNorm2d: _instance_norm,
     nn.InstanceNorm3d: _instance_norm,

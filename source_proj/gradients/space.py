@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -17,6 +17,7 @@ from source_proj._errors import MismatchError
 
 __all__ = ["LEAST_WEIGHT", "ParameterSpace"]
 
+_BY_NAME = "give names, such as [name for name, _ in model.named_parameters() if ...] or ['head.*']"
 LEAST_WEIGHT = 1e-6  # of a parameter, and the inverse of the largest: products of two stay far within float32
 
 
@@ -59,11 +60,10 @@ class ParameterSpace:
             ValueError: a pattern matches no parameter, or nothing is left; the message lists the names.
         """
         aliases = _aliases(model)
-        names = [name for name in aliases if _is_chosen(aliases, name, _checked(patterns, aliases))]
+        chosen = _checked(patterns, aliases)
+        names = [name for name in aliases if _is_chosen(aliases, name, chosen)]
         if not names:
-            raise ValueError(
-                f"the patterns {list(patterns or [])} select no parameter; the model has {_listed(aliases)}"
-            )
+            raise ValueError(f"the patterns {chosen} select no parameter; the model has {_listed(aliases)}")
         return cls.of_names(model, names)
 
     @classmethod
@@ -162,11 +162,17 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
     return aliases
 
 
-def _checked(patterns: Sequence[str] | None, aliases: Mapping[str, list[str]]) -> list[str]:
+def _checked(patterns: Any, aliases: Mapping[str, list[str]]) -> list[str]:
     """The patterns as a list; a string in place of a list, or a pattern without a match, is a slip worth naming."""
     if isinstance(patterns, str):
         raise TypeError(f"parameters must be a list of globs, got the string {patterns!r}; write [{patterns!r}]")
-    chosen = [] if patterns is None else list(patterns)
+    if patterns is not None and (isinstance(patterns, Iterator) or not isinstance(patterns, Iterable)):
+        raise TypeError(f"parameters must be a list of globs on their names, got {patterns!r:.80}; {_BY_NAME}")
+    chosen: list[Any] = [] if patterns is None else list(patterns)
+    for pattern in chosen:
+        if not isinstance(pattern, str):
+            kind = type(pattern).__name__
+            raise TypeError(f"parameters must be globs on their names, got a {kind} among them; {_BY_NAME}")
     if patterns is not None and not chosen:
         raise ValueError(f"parameters={patterns!r} names no parameter; give globs, ['*'] for all, or None")
     for pattern in chosen:

@@ -22,8 +22,10 @@ __all__ = [
 
 
 def integer(name: str, value: Any) -> int:
-    """An integer of any type that is one; TypeError for all else."""
+    """An integer of any type that is one; TypeError for all else, and for what is true or false."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}; give an integer") from None
@@ -91,7 +93,8 @@ def check_windows(left: Tensor, right: Tensor, taps: Tensor, windows: Tensor) ->
 
 
 def check_range(offset: int, count: int) -> None:
-    """Refuse coordinates that 63 bits cannot count."""
+    """Refuse coordinates that are no integers, or that 63 bits cannot count."""
+    offset = integer("offset", offset)
     if offset < 0 or offset + count >= 1 << 63:
         raise ValueError(f"coordinates {offset} to {offset + count} are outside of 0 to 2^63 - 1")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from source_proj.task.answers import Answers
 from source_proj.task.batch import Batch, Model, Uniform, forwarded_once
 
-__all__ = ["Derivatives", "Task", "checked_normalizer", "checked_pair"]
+__all__ = ["Derivatives", "Task", "checked_normalizer", "derivatives_of", "fisher_weight_of", "per_example"]
 
 Derivatives = tuple[Tensor, Tensor | None]
 """ℓ'(o) (B,), and ℓ''(o) (B,), or None where the loss is no function of the output alone."""
@@ -85,12 +85,12 @@ class Task:
 
     def output(self, model: Model, batch: Batch) -> Tensor:
         """Scalar output :math:`o(z)` of each example, (B,)."""
-        return _per_example(self._custom("output")(model, batch), "output")
+        return per_example(self._custom("output")(model, batch), "output")
 
     def loss_derivatives(self, output: Tensor, batch: Batch) -> Derivatives:
         """Loss derivatives :math:`ℓ'(o)` and :math:`ℓ''(o)` by the output, (B,) each; None where ℓ'' has no meaning."""
-        first, second = checked_pair(self._custom("loss_derivatives")(output, batch))
-        return _per_example(first, "ℓ'"), None if second is None else _per_example(second, "ℓ''")
+        first, second = _checked_pair(self._custom("loss_derivatives")(output, batch))
+        return per_example(first, "ℓ'"), None if second is None else per_example(second, "ℓ''")
 
     def fisher_weight(self, batch: Batch) -> Tensor | None:  # noqa: ARG002
         r"""What the loss gradient is times in the empirical Fisher, (B,); None for 1.
@@ -141,7 +141,7 @@ class Task:
     def measurement(self, model: Model, batch: Batch) -> Tensor:
         """Measurement :math:`m(q)` of each query, (B,)."""
         function = self._functions.get("measurement")
-        return self.output(model, batch) if function is None else _per_example(function(model, batch), "measurement")
+        return self.output(model, batch) if function is None else per_example(function(model, batch), "measurement")
 
     def asks_for_answers(self, batch: Batch) -> bool:  # noqa: ARG002
         """Whether the measurement of a batch of queries is of the model's own answers, not of targets that they have.
@@ -192,7 +192,7 @@ class Task:
 
         It is scaled so that the mean outer product of its gradient is the Gauss-Newton Hessian of the training loss.
         """
-        return _per_example(self._custom("sampled_output")(model, batch, uniform), "sampled_output")
+        return per_example(self._custom("sampled_output")(model, batch, uniform), "sampled_output")
 
     def spec(self) -> dict[str, Any]:
         """JSON-able description, compared when a bank is opened with a task: name, options, names of functions."""
@@ -235,7 +235,31 @@ class Task:
         return function
 
 
-def checked_pair(derivatives: Any) -> Derivatives:
+def derivatives_of(task: Task, output: Tensor, batch: Batch) -> Derivatives:
+    """A task's ℓ' and ℓ'' at a batch's outputs (B,), whoever wrote it.
+
+    What is of another shape would be broadcast, or leave entries of the bank unwritten.
+
+    Raises:
+        TypeError: it returns no pair.
+        ValueError: one of them is not one number an example.
+    """
+    first, second = _checked_pair(task.loss_derivatives(output, batch))
+    size = len(output)
+    return per_example(first, "ℓ'", size), None if second is None else per_example(second, "ℓ''", size)
+
+
+def fisher_weight_of(task: Task, batch: Batch, size: int) -> Tensor | None:
+    """A task's weights of the empirical Fisher for a batch of so many examples, whoever wrote it; None for 1.
+
+    Raises:
+        ValueError: they are not one number an example.
+    """
+    weight = task.fisher_weight(batch)
+    return None if weight is None else per_example(weight, "fisher_weight", size)
+
+
+def _checked_pair(derivatives: Any) -> Derivatives:
     """What a task's loss_derivatives returned, if it is a pair.
 
     Raises:
@@ -264,11 +288,17 @@ def checked_normalizer(normalizer: Sequence[float] | float | None) -> tuple[floa
     return tuple(float(number) for number in numbers)
 
 
-def _per_example(values: Tensor, what: str) -> Tensor:
-    if not isinstance(values, Tensor) or values.ndim != 1:
-        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"{what} must be one number per example, shape (batch,), got {found}")
-    return values
+def per_example(values: Tensor, what: str, size: int | None = None) -> Tensor:
+    """What a task returned, if it is one number for each of a batch's examples, `size` where that is known.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(values, Tensor) and values.ndim == 1 and size in (None, len(values)):
+        return values
+    found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    expected = "batch" if size is None else size
+    raise ValueError(f"{what} must be one number per example, shape ({expected},), got {found}")
 
 
 def _qualified_name(thing: Any) -> str:

@@ -29,6 +29,7 @@ __all__ = [
     "logits_of",
     "split",
     "texts_of",
+    "unsqueezed",
     "weights",
     "without_cache",
 ]
@@ -57,7 +58,7 @@ def split(batch: Batch, sample_weight: str | int | None) -> tuple[Any, Tensor, T
         if missing:
             remedy = _labelled(batch) if missing[0] == "labels" else ""
             raise ValueError(f"the batch has no entry {missing[0]!r}, only {sorted(map(str, batch))}{remedy}")
-        labels = inputs.pop("labels")
+        labels = _numbers(inputs.pop("labels"))
         return inputs, labels, None if sample_weight is None else inputs.pop(sample_weight)
     expected = 2 if sample_weight is None else 3
     if not isinstance(batch, Sequence) or len(batch) != expected or isinstance(sample_weight, str):
@@ -66,7 +67,20 @@ def split(batch: Batch, sample_weight: str | int | None) -> tuple[Any, Tensor, T
             f"{f' and {sample_weight!r}' if isinstance(sample_weight, str) else ''}, or a tuple (input, target"
             f"{', weight' if expected == 3 else ''}), got {_describe(batch)}{_paired(batch)}"
         )
-    return batch[0], batch[1], None if sample_weight is None else batch[2]
+    return batch[0], _numbers(batch[1]), None if sample_weight is None else batch[2]
+
+
+def _numbers(labels: Any) -> Tensor:
+    """Labels as collating makes them of numbers.
+
+    Raises:
+        TypeError: they are something else, such as the names of classes.
+    """
+    if isinstance(labels, Tensor):
+        return labels
+    of_rows, of_names = "rows as tensors, torch.tensor(row)", "each class a number from 0 on, names.index(label)"
+    got, remedy = type(labels).__name__, of_names if _is_text(labels) else of_rows
+    raise TypeError(f"the labels of a batch must be a tensor of numbers, got a {got}: give {remedy}")
 
 
 def first_examples(batch: Batch, count: int) -> Batch:
@@ -103,10 +117,20 @@ def given_once(module: Model, inputs: Any, run: Callable[[], Any]) -> Any:
     return given[key][0]
 
 
-def forward(model: Model, batch: Batch, sample_weight: str | int | None) -> tuple[Tensor, Tensor]:
-    """Run the model; return its logits or predictions, in float32 at least, and the labels."""
+def forward(model: Model, batch: Batch, sample_weight: str | int | None, dims: int) -> tuple[Tensor, Tensor]:
+    """Run the model; return its logits or predictions, of ``dims`` dims, in float32 at least, and the labels."""
     inputs, labels, _ = split(batch, sample_weight)
-    return logits_of(model, inputs, isinstance(batch, Mapping)), labels
+    logits = logits_of(model, inputs, isinstance(batch, Mapping))
+    return unsqueezed(logits, labels, dims), labels
+
+
+def unsqueezed(logits: Tensor, batch: Any, dims: int) -> Tensor:
+    """Logits of so many dims for a batch: a model that says ``squeeze()`` loses the first one of a batch of one."""
+    if isinstance(batch, Mapping | tuple | list):
+        entries = batch.values() if isinstance(batch, Mapping) else batch
+        batch = next((entry for entry in entries if isinstance(entry, Tensor)), None)
+    of_one = isinstance(batch, Tensor) and batch.shape[:1] == (1,)
+    return logits[None] if of_one and logits.ndim == dims - 1 and logits.shape[:1] != (1,) else logits
 
 
 def logits_of(model: Model, inputs: Any, by_name: bool) -> Tensor:
@@ -164,7 +188,8 @@ def _slips(model: Model, inputs: Mapping[str, Any], by_name: bool) -> list[str]:
         elif isinstance(value, list | tuple) and value and all(isinstance(entry, Tensor) for entry in value):
             found.append(
                 f"{name} is a list of {len(value)} tensors {tuple(value[0].shape)}, as default_collate makes "
-                "of rows that are Python lists: give rows as tensors, torch.tensor(row)"
+                "of rows that are Python lists: give rows as tensors, torch.tensor(row), or inputs of their own as a "
+                "dict, by the names of the model's arguments, with 'labels'"
             )
         elif isinstance(value, Tensor) and value.dtype == torch.float64 and torch.float64 not in formats:
             own = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in formats)) or "of none"
@@ -262,9 +287,11 @@ def _labelled(batch: Mapping[str, Any]) -> str:
 
 
 def _paired(batch: Batch) -> str:
-    """What a batch of inputs alone lacks."""
-    alone = isinstance(batch, Tensor) or (isinstance(batch, Sequence) and len(batch) == 1)
-    return ": the labels are missing, give TensorDataset(inputs, labels)" if alone else ""
+    """What a batch of inputs alone lacks, and how several inputs are given."""
+    if isinstance(batch, Tensor) or (isinstance(batch, Sequence) and len(batch) == 1):
+        return ": the labels are missing, give TensorDataset(inputs, labels)"
+    several = ": give several inputs as a dict, by the names of the model's arguments, with 'labels'"
+    return several if isinstance(batch, Sequence) and not isinstance(batch, str) else ""
 
 
 def _describe(batch: Batch) -> str:

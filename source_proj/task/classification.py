@@ -25,6 +25,7 @@ from source_proj.task.batch import (
     forward,
     logits_of,
     split,
+    unsqueezed,
     weights,
 )
 from source_proj.task.labels import refuse_foreign_labels
@@ -191,8 +192,9 @@ class Classification(Task):
         Raises:
             ValueError: the target is none of the model's classes, or the queries are no batch.
         """
+        inputs = inputs_of(batch, self.sample_weight)
         with torch.no_grad():
-            logits = logits_of(model, inputs_of(batch, self.sample_weight), isinstance(batch, Mapping))
+            logits = unsqueezed(logits_of(model, inputs, isinstance(batch, Mapping)), inputs, 2)
         if logits.ndim < 2:
             raise ValueError(
                 f"the model answers with shape {tuple(logits.shape)}, and the logits of a batch are (B, C): give "
@@ -248,7 +250,7 @@ class Classification(Task):
         return (1 - self.label_smoothing) * self._label_weight(batch) + self.label_smoothing * uniform
 
     def _logits(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits, labels = forward(model, batch, self.sample_weight)
+        logits, labels = forward(model, batch, self.sample_weight, 2)
         if logits.ndim != 2 or logits.shape[1] < 2:
             raise ValueError(
                 f"Classification needs logits of shape (batch, classes) with two classes or more, got "

@@ -145,7 +145,7 @@ class CausalLM(Task):
         _require_decoder_inputs(model, batch)
         with torch.no_grad():
             try:
-                logits, labels = forward(model, first_examples(batch, _EXAMINED), None)
+                logits, labels = forward(model, first_examples(batch, _EXAMINED), None, 3)
             except (RuntimeError, IndexError) as error:
                 if isinstance(error, SourceProjError):
                     raise
@@ -276,7 +276,7 @@ class CausalLM(Task):
     def _tokens(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (B, T, V), labels (B, S) of the first S positions, safe to gather with, and whether each counts."""
         _require_decoder_inputs(model, batch)
-        logits, labels = forward(model, batch, None)
+        logits, labels = forward(model, batch, None, 3)
         labels, counted = self._aligned(labels, logits)
         return *refuse_foreign_tokens(logits, labels, counted, self.ignore_index, int(self.shift)), counted
 

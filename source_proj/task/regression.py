@@ -91,7 +91,7 @@ class Regression(Task):
         }
 
     def _prediction(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
-        prediction, target = forward(model, batch, self.sample_weight)
+        prediction, target = forward(model, batch, self.sample_weight, 1)
         prediction, target = _column(prediction, "predictions"), _column(target, "targets")
         if prediction.shape != target.shape:
             raise ValueError(f"{len(prediction)} predictions for {len(target)} targets: one each")

@@ -24,7 +24,7 @@ from source_proj.trajectory.placement import placement_of
 from source_proj.trajectory.schedules import finite_rate
 from source_proj.trajectory.state_files import checked_path, read_state, state_files, whole_path
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "set_evaluating"]
 
 
 class Checkpoint:
@@ -147,7 +147,7 @@ class Checkpoint:
             MismatchError: as for :meth:`applied_to`.
         """
         placement_of(model).load(lambda: self._state_of(model))
-        _evaluate(model)
+        set_evaluating(model)
 
     def parameters_of(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's parameters that the state has, by name; of an adapter's file its own ones alone.
@@ -191,7 +191,7 @@ class Checkpoint:
         own_flags = [(module, module.training) for module in model.modules()]
         try:
             model.load_state_dict(state)
-            _evaluate(model)
+            set_evaluating(model)
             yield model
         finally:
             model.load_state_dict(own_state)
@@ -206,9 +206,11 @@ def _named(thing: object) -> str:
     return f"{type(thing).__name__}{': give its state_dict()' if hasattr(thing, 'state_dict') else ''}"
 
 
-def _evaluate(model: nn.Module) -> None:
+def set_evaluating(model: nn.Module) -> nn.Module:
+    """Put a model into evaluation mode by its modules' flags: an overridden train() may fold weights into others."""
     for module in model.modules():
-        module.training = False  # not eval(): an overridden train() may do more than set the flag
+        module.training = False
+    return model
 
 
 def matched_state(state: Mapping[str, Tensor], model: nn.Module, source: str) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj.task import Batch, Task
+from source_proj.task.base import derivatives_of
 from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.optimizers import PreconditionedOptimizer, moments, names_parameters
 from source_proj.trajectory.stages import Stage
@@ -114,7 +115,7 @@ def _squared_gradients(model: nn.Module, task: Task, batches: Iterable[Batch]) -
     for batch in batches:
         with torch.enable_grad():
             output = task.output(model, batch)
-            slope, _ = task.loss_derivatives(output.detach(), batch)
+            slope, _ = derivatives_of(task, output.detach(), batch)
             gradients = torch.autograd.grad((slope * output).sum(), list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:

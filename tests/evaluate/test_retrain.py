@@ -199,3 +199,27 @@ def test_half_subsets_are_fair_draws(fraction):
     np.testing.assert_array_equal(masks[:10], half_subsets(40, 10, fraction=fraction, seed=2))
     with pytest.raises(ValueError, match="fraction"):
         half_subsets(40, 3, fraction=fraction + 1)
+
+
+class Folding(nn.Linear):
+    """As an adapter of loralib's: ``eval()`` adds it to the weight, and it is used no more."""
+
+    def __init__(self):
+        super().__init__(3, 2)
+        self.adapter, self.is_folded = nn.Parameter(torch.randn(2, 3)), False
+
+    def train(self, mode=True):
+        if not mode and not self.is_folded:
+            self.weight.data += self.adapter.data
+            self.is_folded = True
+        return super().train(mode)
+
+    def forward(self, x):
+        return super().forward(x) + (0 if self.is_folded else x @ self.adapter.T)
+
+
+def test_outputs_are_of_the_weights_that_are_given_and_not_of_what_eval_folds():
+    models, x = [Folding() for _ in range(3)], torch.randn(5, 3)
+    state = {name: torch.stack([m.state_dict()[name] for m in models]) for name in models[0].state_dict()}
+    expected = torch.stack([m(x) for m in models])
+    torch.testing.assert_close(stacked_outputs(Folding, x)(state), expected)

@@ -361,6 +361,7 @@ CASES = [
     _image_case("signals", Signals),
     _image_case("upwards", Upwards),
     _image_case("upwards-running", lambda: Upwards(running=True), side=3),
+    _image_case("synchronised", lambda: nn.SyncBatchNorm.convert_sync_batchnorm(Signals())),
     _token_case("decoder", Decoder),
     _token_case("decoder-batched-positions", lambda: Decoder(batched_positions=True)),
     _token_case("decoder-no-embedding", Decoder, patterns=("*.bias", "up.*", "qkv.*")),

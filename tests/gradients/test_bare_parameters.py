@@ -171,3 +171,41 @@ def test_the_hook_path_alone_refuses_them() -> None:
     model = Bare(*FOLLOWED["positions"])
     with pytest.raises(GradientError, match=r"cannot serve this model \(p\.0: no rule covers ParameterList\)"):
         gradient_engine(model, ParameterSpace.from_model(model), Sketch(16), "hooks")
+
+
+BAGS: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "mean but padding": {"padding_idx": 0},
+    "sum but padding from behind": {"padding_idx": -1, "mode": "sum"},
+    "weighted": {"mode": "sum", "padding_idx": 2},
+    "sparse": {"mode": "sum", "sparse": True},
+    "maximum": {"mode": "max"},
+}
+
+
+class Bags(nn.Module):
+    """Words of a small vocabulary, some of them several times."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.bags, self.head = nn.EmbeddingBag(4, WIDTH, **BAGS[name]), nn.Linear(WIDTH, 3)
+        self.scores = nn.Embedding(4, 1) if name == "weighted" else None
+
+    def forward(self, words: Tensor) -> Tensor:
+        scores = None if self.scores is None else self.scores(words).squeeze(2)
+        made: Tensor = self.head(self.bags(words, per_sample_weights=scores))
+        return made
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("name", BAGS)
+def test_bags_are_followed_but_for_maxima(name: str, size: int) -> None:
+    torch.manual_seed(size)
+    model, words = Bags(name), torch.randint(0, 4, (size, STEPS))
+    words[0] = model.bags.padding_idx or 0  # an example may be nothing but padding
+    space = ParameterSpace.from_model(model)
+    engine = gradient_engine(model, space, Sketch(space.size, "identity"))
+    _, rows = engine.sketch(summed, words)
+    assert (engine.method == "hooks") is (name != "maximum"), engine.reason
+    model.bags.sparse = False  # the plain gradients are dense
+    assert_plain(rows, model, words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -54,9 +55,14 @@ def test_spec_survives_json() -> None:
         (["!nothing"], ValueError, "'!nothing' matches no parameter"),
         (["1.*", "!*"], ValueError, "select no parameter"),
         ("1.*", TypeError, r"write \['1\.\*'\]"),
+        ([nn.Parameter(torch.ones(1))], TypeError, r"got a Parameter among them; give names"),
+        ([nn.Linear(1, 1)], TypeError, r"got a Linear among them; give names"),
+        ([("1.weight", 0)], TypeError, r"got a tuple among them; give names"),
+        (len, TypeError, r"globs on their names, got <built-in function len>"),
+        (iter(["1.*"]), TypeError, r"list of globs on their names, got <list_iterator"),
     ],
 )
-def test_bad_patterns_are_named(patterns: list[str], problem: type[Exception], message: str) -> None:
+def test_bad_patterns_are_named(patterns: Any, problem: type[Exception], message: str) -> None:
     with pytest.raises(problem, match=message):
         ParameterSpace.from_model(InplaceMlp(), patterns)
 

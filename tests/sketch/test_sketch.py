@@ -69,6 +69,8 @@ def test_bad_options_are_refused(options, message):
         Sketch(**options)
     with pytest.raises(TypeError, match=r"dim is 8\.5"):
         Sketch(dim=8.5)
+    with pytest.raises(TypeError, match=r"dim is True; give an integer"):
+        Sketch(dim=True)
     with pytest.raises(ValueError, match="entries"):
         Sketch.from_spec({"kind": "sparse", "dim": 8})
 
@@ -107,6 +109,8 @@ def test_bad_calls_are_refused():
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+    with pytest.raises(TypeError, match=r"offset is 1\.5; give an integer"):
+        sketch(torch.zeros(5), 1.5)
     with pytest.raises(TypeError, match=r"x is an array of int64"):
         sketch(np.arange(4))
     with pytest.raises(TypeError, match=r"rows \(B, n\) is torch.int64"):

@@ -203,3 +203,26 @@ def test_rows_of_python_lists_are_no_tokens(tmp_path):
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 4
     with pytest.raises((ValueError, TypeError), match=r"torch.tensor\("):
         sp.build(model, sp.CausalLM(), run, rows, tmp_path / "b", progress=False)
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize("task", [sp.Classification(), sp.Regression()], ids=["classes", "numbers"])
+def test_labels_that_are_texts_are_named(tmp_path, task, as_dict):
+    def rows(labels):
+        return [
+            {"input": x, "labels": its} if as_dict else (x, its)
+            for x, its in zip(torch.randn(N, 4), labels, strict=True)
+        ]
+
+    numbers = [i % 3 if task.name == "classification" else float(i) for i in range(N)]
+    model = nn.Linear(4, 3 if task.name == "classification" else 1)
+    message = "labels of a batch must be a tensor of numbers, got a .*: give each class a number"
+    refused(tmp_path, model, task, rows(numbers), rows(["cat", "dog"] * (N // 2)), TypeError, message)
+
+
+def test_several_inputs_are_given_by_name(tmp_path):
+    model = nn.Bilinear(4, 4, 3)
+    run = sp.Trajectory([sp.Checkpoint(model.state_dict(), 10, lr=0.1)])
+    data = TensorDataset(torch.randn(N, 4), torch.randn(N, 4), torch.arange(N) % 3)
+    with pytest.raises(ValueError, match="got a list of 3: give several inputs as a dict, by the names of the model's"):
+        sp.build(model, sp.Classification(), run, data, tmp_path / "bank", sketch=sp.Sketch(16), progress=False)

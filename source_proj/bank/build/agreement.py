@@ -33,6 +33,7 @@ from source_proj.gradients.law import AUTOCAST, autocasting
 from source_proj.gradients.proof import share_sink
 from source_proj.gradients.sink import SinkByParameter
 from source_proj.task import Task
+from source_proj.task.base import derivatives_of
 from source_proj.trajectory import Trajectory
 from source_proj.trajectory.placement import placement_of
 
@@ -127,7 +128,8 @@ def agreement(
             total, squares = (torch.zeros(size, dtype=torch.float64, device="cpu") for size in sizes)
             function = partial(_loss_gradient, task.of_stage(index))
             for checkpoint in stage:
-                checkpoint.load_into(private)
+                with placement.other_weights():
+                    checkpoint.load_into(private)
                 sink = share_sink(len(spans), space, placement.device)
                 for start, stop, batch in source.load(spans):  # several of a span, where batches are smaller
                     receive = partial(_receive, sink, bisect_right(starts, start) - 1, placement.device)
@@ -161,7 +163,7 @@ def _loss_gradient(task: Task, model: nn.Module, batch: Batch) -> Tensor:
     """What has the gradients of the losses: ℓ' as a constant, times the outputs."""
     outputs = task.output(model, batch)
     with torch.no_grad():
-        first, _ = task.loss_derivatives(outputs.detach().float(), batch)
+        first, _ = derivatives_of(task, outputs.detach().float(), batch)
     return outputs * first.to(outputs.device)
 
 

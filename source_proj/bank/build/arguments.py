@@ -9,6 +9,7 @@ from torch import nn
 from source_proj.sketch import Sketch
 from source_proj.task import Task
 from source_proj.trajectory import Recorder, Trajectory
+from source_proj.trajectory.placement import require_shapes
 from source_proj.trajectory.recording.run_files import recorders_own
 
 __all__ = ["require_arguments", "require_device"]
@@ -22,10 +23,10 @@ _KINDS: dict[str, tuple[type, str]] = {
 
 
 def require_arguments(**arguments: Any) -> None:
-    """Refuse a model, task, trajectory or sketch that is something else.
+    """Refuse a model, task, trajectory or sketch that is something else, and a model whose shapes are not known yet.
 
     Raises:
-        TypeError: names the argument, what was got and the remedy.
+        TypeError, ValueError: names the argument, what was got and the remedy.
     """
     for name, value in arguments.items():
         kind, remedy = _KINDS[name]
@@ -33,6 +34,8 @@ def require_arguments(**arguments: Any) -> None:
             remedy = (_trajectory_of(value) if kind is Trajectory else None) or remedy
             got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
             raise TypeError(f"{name} must be a {kind.__name__}, got {'None' if value is None else got}; {remedy}")
+        if isinstance(value, nn.Module):
+            require_shapes(value)
 
 
 def _trajectory_of(value: Any) -> str | None:

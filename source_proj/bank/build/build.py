@@ -43,7 +43,7 @@ from source_proj.gradients import private_copy
 from source_proj.gradients.law import require_autocast
 from source_proj.sketch import Sketch
 from source_proj.task import Task
-from source_proj.task.base import checked_pair
+from source_proj.task.base import derivatives_of, fisher_weight_of
 from source_proj.trajectory import Scale, Trajectory
 from source_proj.trajectory.placement import placement_of, refuse_parallelism
 from source_proj.trajectory.state_order import check_state_order, unnamed_alike
@@ -338,8 +338,8 @@ def _columns(task: Task, source: BatchSource, ids: np.ndarray) -> tuple[bool, bo
     _, stop, batch = next(iter(source.load([(0, min(source.n, source.batch_size))])))
     task = task.of_stage(0)
     with named_examples(ids.tolist()):
-        _, second = checked_pair(task.loss_derivatives(torch.zeros(stop, dtype=torch.float32, device="cpu"), batch))
-        return second is not None, task.fisher_weight(batch) is not None
+        _, second = derivatives_of(task, torch.zeros(stop, dtype=torch.float32, device="cpu"), batch)
+        return second is not None, fisher_weight_of(task, batch, stop) is not None
 
 
 def _part_spec(source: BatchSource, ids: np.ndarray, settings: Settings, shard_rows: int | None) -> PartSpec:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from source_proj._errors import named_examples
 from source_proj.bank.build.data import BatchSource
 from source_proj.task import Task
+from source_proj.task.base import per_example
 
 __all__ = ["with_normalizer"]
 
@@ -19,7 +20,7 @@ def with_normalizer(task: Task, sources: Sequence[BatchSource], stages: Sequence
         stages: their names.
 
     Raises:
-        ValueError: no example of a stage has a share, so that no loss was defined.
+        ValueError: no example of a stage has a share, so that no loss was defined, or a share is not one number each.
     """
     if not task.needs_normalizer:
         return task
@@ -28,7 +29,7 @@ def with_normalizer(task: Task, sources: Sequence[BatchSource], stages: Sequence
         shares = []
         for start, stop, batch in source.load([(0, source.n)]):
             with named_examples(range(start, stop)):
-                shares += task.share(batch).tolist()
+                shares += per_example(task.share(batch), "share", stop - start).tolist()
         means.append(math.fsum(shares) / source.n)
         if not means[-1] > 0:
             raise ValueError(

@@ -29,6 +29,7 @@ from source_proj.gradients.general import Function
 from source_proj.gradients.law import SAMPLED
 from source_proj.sketch import Sketch
 from source_proj.task import Task
+from source_proj.task.base import derivatives_of, fisher_weight_of
 from source_proj.trajectory import Checkpoint, Scale
 from source_proj.trajectory.placement import placement_of
 
@@ -105,7 +106,8 @@ class RowEncoder:
         Raises:
             MismatchError: they do not fit the model.
         """
-        checkpoint.load_into(self._model)
+        with self._engine.placement.other_weights():
+            checkpoint.load_into(self._model)
 
     def begin(self, stage: int, checkpoint: int, shard: int) -> None:
         """Begin a shard: its rows are proven by its own batches alone, so that none committed rests on another's."""
@@ -197,8 +199,8 @@ class RowEncoder:
     def _derivatives(self, place: BatchLocation, values: Tensor, batch: Batch) -> dict[str, Tensor]:
         task = self._task.of_stage(place.stage)
         with torch.no_grad(), named_examples(place.ids):
-            d1, d2 = task.loss_derivatives(values, batch)
-            fisher_weight = task.fisher_weight(batch)
+            d1, d2 = derivatives_of(task, values, batch)
+            fisher_weight = fisher_weight_of(task, batch, len(values))
         if (d2 is not None) != self._settings.second_derivative:
             raise MismatchError(
                 f"the task gives {'a' if d2 is not None else 'no'} second derivative for ids {place.ids[:3]}, and the "

@@ -25,6 +25,7 @@ from source_proj.gradients.training import TrainingPass, TrainingPath
 from source_proj.sketch import Sketch
 from source_proj.sketch.columns import blocks_of, default_blocks
 from source_proj.task import Task
+from source_proj.task.base import per_example
 from source_proj.trajectory.recording.progress import scale_left
 
 __all__ = ["Capture"]
@@ -247,7 +248,9 @@ class Capture:
         """
         if self.draws.kind == "empirical_fisher":
             weight = self._fisher_weight(passes, batch)
-            return rows if weight is None else rows * weight.to(rows)[:, None], 1
+            if weight is not None:
+                rows = rows * per_example(weight, "fisher_weight", len(rows)).to(rows)[:, None]
+            return rows, 1
         drawn = [each.sampled * (each.size / self._scale) for each in passes if each.sampled is not None]
         if not drawn:
             return None, 1

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from source_proj.trajectory.placement.leftovers import Leftovers
 from source_proj.trajectory.placement.lockstep import Lockstep
 
 __all__ = ["Live", "Placement", "State", "entries_to_load", "requiring_only"]
@@ -36,6 +37,7 @@ class Placement:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.lockstep = Lockstep()
+        self._left: Leftovers | None = None
 
     @property
     def device(self) -> torch.device:
@@ -58,12 +60,32 @@ class Placement:
         """
         self.model.load_state_dict(entries_to_load(state(), self.model), strict=False)  # `state` has been checked
 
+    def remember(self) -> None:
+        """From now on each pass finds what modules hold as it is now: nothing that others left, of other weights.
+
+        For a model that is nobody else's; one that is split or moved keeps what its passes leave.
+        """
+        self._left = Leftovers(self.model) if type(self) is Placement else None
+
+    def forget(self) -> None:
+        """Put back what passes left since `remember`."""
+        if self._left is not None:
+            self._left.put_back()
+
+    @contextmanager
+    def other_weights(self) -> Iterator[None]:
+        """Within, the model gets other weights: what passes left is gone before, and what is loaded stays."""
+        self.forget()
+        yield
+        self.remember()
+
     @contextmanager
     def running(self, names: Collection[str]) -> Iterator[Live]:
         """Within, passes may be made, and only the named parameters require a gradient, as the graph shows then.
 
         Gives the parameters as autograd has them, once the forward pass is over.
         """
+        self.forget()
         with requiring_only(self.model, names) as present:
             yield {name: [present[name]] for name in names}
 

@@ -1,14 +1,16 @@
-"""Ways of splitting a model through which no process sees an example's whole gradient; refused by name."""
+"""Models whose parameters are not all there: split so that no process sees a whole gradient, or not made yet."""
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from source_proj._errors import SourceProjError
 
-__all__ = ["refuse_parallelism", "refuse_placements"]
+__all__ = ["refuse_parallelism", "refuse_placements", "require_shapes"]
 
 _REMEDY = "shard the plain model by torch.distributed.fsdp.fully_shard alone, or give it a device_map"
 
@@ -68,4 +70,19 @@ def refuse_placements(name: str, parameter: Any, *, of_fsdp: bool) -> None:
             f"parameter {name!r} is split by tensor or expert parallelism (placements {tuple(parameter.placements)} on "
             f"the mesh dimensions {mesh.mesh_dim_names or mesh.ndim}), so that no process has a layer's whole "
             f"gradient: {_REMEDY}"
+        )
+
+
+def require_shapes(model: nn.Module) -> None:
+    """Refuse a model of lazy modules that have not seen a batch yet.
+
+    Raises:
+        ValueError: names their parameters.
+    """
+    lazy = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        more = f" and {len(lazy) - 10} more" if len(lazy) > 10 else ""
+        raise ValueError(
+            f"{lazy[:10]}{more} of the model have no shape yet, as those of lazy modules before their first batch: "
+            "call the model on a batch first, model(inputs)"
         )

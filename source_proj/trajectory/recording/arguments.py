@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from source_proj.trajectory.placement import require_shapes
 from source_proj.trajectory.schedules import finite_rate
 
 __all__ = ["innermost", "require_options", "require_training", "still_trained"]
@@ -34,7 +35,7 @@ def require_training(model: Any, optimizer: Any) -> torch.optim.Optimizer:
 
     Raises:
         TypeError: one of them is something else, such as the other one; names what was got.
-        ValueError: the optimizer trains no parameter of the model.
+        ValueError: the model is not made yet, or the optimizer trains no parameter of it.
     """
     optimizer = innermost(optimizer)
     kinds: list[tuple[str, Any, type]] = [
@@ -50,6 +51,7 @@ def require_training(model: Any, optimizer: Any) -> torch.optim.Optimizer:
         swapped = isinstance(model, torch.optim.Optimizer) and isinstance(optimizer, nn.Module)
         remedy = "they are swapped: " if swapped else ""
         raise TypeError(f"{'; '.join(wrong)}: {remedy}give Recorder(model, optimizer, dir)")
+    require_shapes(model)
     own = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError(
