@@ -96,5 +96,6 @@ def decoder_problem(
         sizes=sized(options, Sizes(), Sizes(100, runs, 2), Sizes(4, 2, 2, 64, (32,))),
         notes=(f"{n:,} stretches of {tokens} {corpus.piece}s of the {corpus.where}.",),
         layer="head", peers=True, cheap=False, panel="text", show=show,
-        extra={"workers": 2, "accuracy": training.perplexity, "captured": training.captured},
+        extra={"workers": 2, "accuracy": training.perplexity, "captured": training.captured,
+               "record_more": training.record_more},
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """What the two text tasks share: rows of tensors, and a loop of AdamW that records itself."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -142,6 +142,10 @@ class Training:
         for _ in tqdm(updates, "train", total, unit="step", delay=2):
             recorder.step()
         return recorder.trajectory()
+
+    def record_more(self, seed: int, folder: Path, checkpoints: int) -> sp.Trajectory:
+        """Record the same run with another number of checkpoints."""
+        return replace(self, checkpoints=checkpoints).record(seed, folder)
 
     def captured(
         self, seed: int, folder: Path, sketch: sp.Sketch, weights: Mapping[str, float] | None = None

@@ -271,7 +271,8 @@ def pair_problem(options: argparse.Namespace, corpus: Corpus, full: tuple[int, i
                   "start": [COSINE_MEDIAN, COSINE_SLOPE], **asdict(recipe)},
         sizes=sized(options, Sizes(), Sizes(100, 2, 3), Sizes(4, 2, 2, 64, (32,))),
         notes=notes, layer="classifier", peers=not options.full, cheap=False, panel="text", show=show,
-        extra={"workers": 2, "accuracy": training.accuracy, "captured": training.captured},
+        extra={"workers": 2, "accuracy": training.accuracy, "captured": training.captured,
+               "record_more": training.record_more},
     )  # fmt: skip
 
 
