@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -72,17 +72,17 @@ def _compare_options(stage: Stage, last: Checkpoint) -> None:
 
 
 def _compare_rates(stage: Stage) -> None:
-    """Warn of a constant learning rate that is no group's in the states at checkpoints: a schedule changed it.
+    """Warn of a constant learning rate where the states at checkpoints have several, of which it is not always one.
 
     States that are files are not read for it, and a scheduler may have stepped before the last one was kept.
     """
     if stage.lr_schedule is not None:
         return
-    for checkpoint in stage.checkpoints:
-        state = checkpoint.optimizer_state
-        groups = state.get("param_groups") if isinstance(state, Mapping) else None
-        rates = [rate for group in groups or () if (rate := _rate(group)) is not None]
-        is_next = checkpoint is stage.checkpoints[-1] and any("initial_lr" in group for group in groups or ())
+    told = [(checkpoint, _rates(checkpoint)) for checkpoint in stage.checkpoints]
+    if len({tuple(rates) for _, rates in told if rates}) < 2:
+        return
+    for checkpoint, rates in told:
+        is_next = checkpoint is stage.checkpoints[-1] and any("initial_lr" in group for group in _groups(checkpoint))
         if rates and not is_next and not any(_is_same(rate, checkpoint.lr) for rate in rates):
             warnings.warn(
                 f"{checkpoint!r}: its optimizer_state has the learning rate {rates[0] if len(rates) == 1 else rates}: "
@@ -112,6 +112,15 @@ def _compare_steps(stage: Stage) -> None:
                 stacklevel=_CALLER,
             )
             return
+
+
+def _groups(checkpoint: Checkpoint) -> Sequence[Any]:
+    state = checkpoint.optimizer_state
+    return state.get("param_groups") or () if isinstance(state, Mapping) else ()
+
+
+def _rates(checkpoint: Checkpoint) -> list[float]:
+    return [rate for group in _groups(checkpoint) if (rate := _rate(group)) is not None]
 
 
 def _rate(group: Any) -> float | None:
