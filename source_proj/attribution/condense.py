@@ -125,13 +125,9 @@ def condense(
             [_curvature(bank, stage, segment, kind, device, executor) for segment in own]
             for stage, own in enumerate(groups)
         ]
-        content = Segments(
-            _settings(bank, groups, kind, query_points, storage, made),
-            bank.notes,
-            bank.weights.copies(),
-            made,
-            bank.metrics.by_hash(),
-        )
+        settings = _settings(bank, groups, kind, query_points, storage, made)
+        weights = bank.weights.copies(settings.trajectory)
+        content = Segments(settings, bank.notes, weights, made, bank.metrics.by_hash())
         rows = [_MeanRows(bank, stage, own, device) for stage, own in enumerate(groups)]
         condensed = write_segments(path, content, rows)
     condensed.examples = bank.examples
@@ -160,8 +156,8 @@ def _warn_of_few_rows(bank: Bank, groups: Groups, kind: Curvature) -> None:
     ]
     if blocks > 1 and all(takes_gram(dim, count) for count in counts):
         warnings.warn(
-            f"no segment of {bank.path} has more than {max(counts)} rows of {dim} numbers, which Source takes as they are; "
-            f"their curvature is kept in {blocks} blocks of columns, with the scores of Source(..., blocks={blocks}): "
+            f"no segment of {bank.path} has more than {max(counts)} rows of {dim} numbers, which Source takes as they "
+            f"are; their curvature is kept in {blocks} blocks of columns, with the scores of Source(..., blocks={blocks}): "
             "for those of the bank's own default keep the bank itself",
             UserWarning,
             stacklevel=3,

@@ -108,6 +108,7 @@ def test_queries_are_asked_at_some_checkpoints(tmp_path):
     condensed = sp.condense(bank, tmp_path / "condensed", query_points=2, progress=False)
     assert condensed.storage == "int8"
     assert [c.step for c in condensed.query_points()] == [40, 100]
+    assert condensed.verify().ok  # holds no other weights
     own = source(problem, condensed)
     sketched = own.sketch(problem.queries)
     assert len(sketched[0].rows) == 2

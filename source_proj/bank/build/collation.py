@@ -25,8 +25,8 @@ class Collation:
 
     A function that sorts them, by length for :func:`torch.nn.utils.rnn.pack_padded_sequence` say, would put every row
     under another example's id. It is given the same examples the other way round: rows that are then the same ones in
-    an order that is not the other way round were moved. Rows that are others, as random masks make them, say nothing, and nor do rows that
-    the same examples do not make again.
+    an order that is not the other way round were moved. Rows that are others, as random masks make them, say nothing,
+    nor do rows that the same examples don't make again.
 
     Args:
         collate: makes a batch of a list of examples.
