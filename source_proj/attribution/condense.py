@@ -157,8 +157,8 @@ def _warn_of_few_rows(bank: Bank, groups: Groups, kind: Curvature) -> None:
     if blocks > 1 and all(takes_gram(dim, count) for count in counts):
         warnings.warn(
             f"no segment of {bank.path} has more than {max(counts)} rows of {dim} numbers, which Source takes as they "
-            f"are; their curvature is kept in {blocks} blocks of columns, with the scores of Source(..., blocks={blocks}): "
-            "for those of the bank's own default keep the bank itself",
+            f"are; their curvature is kept in {blocks} blocks of columns, with the scores of Source(..., "
+            f"blocks={blocks}): for those of the bank's own default keep the bank itself",
             UserWarning,
             stacklevel=3,
         )
