@@ -11,6 +11,7 @@ of B blocks 2 k²/B: less than the rows where there are more than k or so.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,9 +26,9 @@ from source_proj._errors import BankError
 from source_proj._io.executors import Executor, check_executor
 from source_proj._io.hashing import hash_float32
 from source_proj._io.progress import Progress, shared_bar
-from source_proj.attribution.curvature import Curvature, default_curvature, require_curvature
+from source_proj.attribution.curvature import Curvature, count_factors, default_curvature, require_curvature
 from source_proj.attribution.ensembles import as_banks
-from source_proj.attribution.moments import mean_panels
+from source_proj.attribution.moments import mean_panels, takes_gram
 from source_proj.attribution.operands import StageOperands, encoded_gradients, stage_start
 from source_proj.attribution.source.segments import Groups, StageSegments, stage_groups
 from source_proj.bank import Bank
@@ -36,6 +37,7 @@ from source_proj.bank.build.arguments import require_device
 from source_proj.bank.capture.segments import Segments, write_segments
 from source_proj.bank.codecs import find_codec
 from source_proj.bank.format import Settings
+from source_proj.bank.store import open_store
 from source_proj.kernels.gram import packed
 from source_proj.sketch.columns import blocks_of, default_blocks
 from source_proj.trajectory import CapturedCurvature, CaptureRecord, CheckpointRef, RunRecord
@@ -62,8 +64,9 @@ def condense(
 
     :class:`Source`, averaged :class:`InfluenceFunction` and :class:`Hydra` ask it as they ask any other; what needs
     gradients at a single checkpoint (TracIn, TRAK, ``rerank=``, ``by_token``) wants the bank that it was made of, as do
-    other segments and curvature, and more rows. Queries are differentiated at the same checkpoints; in
-    ``self_influence`` an example's own gradient is the mean over the segments' rows.
+    other segments and curvature, and more rows. Queries are differentiated at the same checkpoints. Where an example's
+    own gradient at each checkpoint counts there is the segment's mean: in ``self_influence`` of several segments, and
+    in Hydra, whose weights then are of segments (a tenth off where checkpoints are unevenly spread).
 
     Args:
         bank: a finalized bank; it stays as it is.
@@ -81,8 +84,12 @@ def condense(
     Returns:
         The new bank, finalized.
 
+    Warns:
+        UserWarning: a large sketch of so few rows that Source takes its columns as one block, and here as several.
+
     Raises:
-        BankError: the bank is unfinished or has one row a segment already; or something else is at the path.
+        BankError: the bank is unfinished or has one row a segment already; or something else is at the path, or it is
+            within the bank.
         TypeError: something else stands in the bank's place.
         MismatchError: a bank made of another, or with other options, is at the path.
         ValueError: segments, curvature, query_points, storage or device are none that can be had, or the bank's rows
@@ -106,22 +113,21 @@ def condense(
     if storage is not None:
         find_codec(storage)
     kind = _checked(bank, curvature)
+    if open_store(path).location().startswith(f"{bank.store.location()}/"):
+        raise BankError(f"{path} lies within the bank {bank.path}; give a path outside of it")
     if query_points is not None:
         query_points = checked_count("query_points", query_points, 1)
     groups = stage_groups(bank, segments)
+    _warn_of_few_rows(bank, groups, kind)
     reads = sum(2 * stage.n * stage.n_checkpoints for stage in bank.stages)
     with shared_bar(progress, "condense", reads, "rows"):
         made = [
             [_curvature(bank, stage, segment, kind, device, executor) for segment in own]
             for stage, own in enumerate(groups)
         ]
-        content = Segments(
-            _settings(bank, groups, kind, query_points, storage, made),
-            bank.notes,
-            bank.weights.copies(),
-            made,
-            bank.metrics.by_hash(),
-        )
+        settings = _settings(bank, groups, kind, query_points, storage, made)
+        weights = bank.weights.copies(settings.trajectory)
+        content = Segments(settings, bank.notes, weights, made, bank.metrics.by_hash())
         rows = [_MeanRows(bank, stage, own, device) for stage, own in enumerate(groups)]
         condensed = write_segments(path, content, rows)
     condensed.examples = bank.examples
@@ -131,7 +137,7 @@ def condense(
 def _checked(bank: Bank, curvature: Curvature | None) -> Curvature:
     """Which curvature is kept."""
     if bank.captured:
-        raise BankError(f"the bank {bank.path} has one row for each example and segment already")
+        raise BankError(f"the bank {bank.path} has one row for each example and segment already: ask it as it is")
     if len(bank.trajectory.metrics) > 1:
         raise ValueError(
             f"the rows of {bank.path} are in {len(bank.trajectory.metrics)} metrics, and have no mean: build it with "
@@ -140,6 +146,22 @@ def _checked(bank: Bank, curvature: Curvature | None) -> Curvature:
     kind = default_curvature([bank]) if curvature is None else curvature
     require_curvature([bank], kind)
     return kind
+
+
+def _warn_of_few_rows(bank: Bank, groups: Groups, kind: Curvature) -> None:
+    """Say so where Source takes the bank's columns as one block, and has to take these as several."""
+    blocks, dim = default_blocks(bank.sketch), bank.sketch.dim
+    counts = [
+        count_factors(stage, segment, kind) for stage, own in zip(bank.stages, groups, strict=True) for segment in own
+    ]
+    if blocks > 1 and all(takes_gram(dim, count) for count in counts):
+        warnings.warn(
+            f"no segment of {bank.path} has more than {max(counts)} rows of {dim} numbers, which Source takes as they "
+            f"are; their curvature is kept in {blocks} blocks of columns, with the scores of Source(..., "
+            f"blocks={blocks}): for those of the bank's own default keep the bank itself",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _curvature(
@@ -204,7 +226,8 @@ class _MeanRows:
     @property
     def ids(self) -> np.ndarray:
         """Ids of its examples, of all parts."""
-        return np.concatenate([part.ids for part in self.bank.stages[self.stage].parts])
+        ids = self.bank.stages[self.stage].ids
+        return np.array(ids, dtype=object if isinstance(ids[0], str) else np.int64)
 
     def rows(self, segment: int, start: int, stop: int) -> Tensor:
         """The mean loss gradients of some examples."""

@@ -108,6 +108,7 @@ def test_queries_are_asked_at_some_checkpoints(tmp_path):
     condensed = sp.condense(bank, tmp_path / "condensed", query_points=2, progress=False)
     assert condensed.storage == "int8"
     assert [c.step for c in condensed.query_points()] == [40, 100]
+    assert condensed.verify().ok  # holds no other weights
     own = source(problem, condensed)
     sketched = own.sketch(problem.queries)
     assert len(sketched[0].rows) == 2
@@ -129,6 +130,58 @@ def test_appended_rows_and_codes_come_along(tmp_path):
     assert coded.storage == "int8"
     assert coded.nbytes()["rows"] < bank.nbytes()["rows"] / 4
     same(coded, bank, problem, tolerance=0.05)
+
+
+def test_ids_that_are_strings_come_along(tmp_path):
+    problem = classification(n=48, segments=1)
+    inputs, labels = problem.train.tensors
+    first = replace(problem, train=TensorDataset(inputs[:40], labels[:40]))
+    bank = first.build(tmp_path / "bank", ids=[f"é{place}" for place in range(40)])
+    more = TensorDataset(inputs[40:], labels[40:])
+    bank.append(problem.model, problem.task, more, ids=[str(place) for place in range(8)], progress=False)
+    condensed = sp.condense(bank, tmp_path / "condensed", progress=False)
+    assert condensed.ids == bank.ids
+    assert condensed.verify().ok
+    same(condensed, bank, problem)
+
+
+def test_weight_decay_is_that_of_all_intervals(tmp_path):
+    """Where a number stands for P, each interval between checkpoints has a weight decay of its own."""
+    problem = adam("scalar")
+    points = [
+        sp.Checkpoint(checkpoint.load(), step, lr=1e-3, optimizer_state=checkpoint.optimizer_state)
+        for checkpoint, step in zip(problem.trajectory.stages[0].checkpoints, (10, 100, 110, 500), strict=True)
+    ]
+    run = sp.Trajectory(points, sp.Adam(weight_decay=0.1), preconditioner="scalar", segments=1)
+    problem = replace(problem, trajectory=run)
+    bank = problem.build(tmp_path / "bank", sp.Sketch(32))
+    intervals = bank.stages[0].record.cut(4)
+    assert len({interval.decay for interval in intervals}) == 4
+    condensed = sp.condense(bank, tmp_path / "condensed", progress=False)
+    same(condensed, bank, problem, damping=1e-6)
+
+
+def test_few_rows_of_a_large_sketch_are_warned_of(tmp_path, monkeypatch):
+    """Source takes them in one block, and blocks are what is kept."""
+    monkeypatch.setattr("source_proj.sketch.columns._MOST", 20)
+    problem = classification(n=10)
+    bank = problem.build(tmp_path / "bank", sp.Sketch(90))
+    with pytest.warns(UserWarning, match=r"has more than 20 rows of 90 numbers.*blocks=5"):
+        condensed = sp.condense(bank, tmp_path / "condensed", progress=False)
+    same(condensed, bank, problem, blocks=5)
+
+
+def test_no_bank_is_written_into_another(tmp_path):
+    """Whose objects it would be taken for."""
+    problem = classification()
+    bank = problem.build(tmp_path / "bank")
+    with pytest.raises(sp.BankError, match=r"within the bank .*; give a path outside of it"):
+        sp.condense(bank, tmp_path / "bank" / "inside", progress=False)
+    (tmp_path / "link").symlink_to(tmp_path / "bank")
+    for outer in ("bank", "link"):
+        with pytest.raises(sp.BankError, match=r"within the bank .*; give a path outside of it"):
+            problem.build(tmp_path / outer / "inside")
+    assert sp.open(tmp_path / "bank").verify().ok
 
 
 def test_one_that_was_stopped_goes_on(tmp_path, monkeypatch):

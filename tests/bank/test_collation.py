@@ -94,6 +94,17 @@ def test_a_function_that_keeps_the_order_is_not(collate, lengths, size):
             assert torch.equal(batch["mask"], other["mask"])  # nothing was drawn beside it
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_that_are_drawn_may_be_the_same_ones_in_another_order(seed):
+    """Nothing moved: the batch that is made beside drew the labels of two examples the other way round, say."""
+    draw = random.Random(seed)
+
+    def labelled(rows):
+        return {"label": torch.tensor([draw.randint(0, 1) for _ in rows])}
+
+    assert len(list(batches(DataLoader(examples([1, 2]), 2, collate_fn=labelled)))) == 1
+
+
 def test_workers_look_too():
     loader = DataLoader(examples([1, 5, 3, 7]), 2, collate_fn=by_length, num_workers=2)
     with pytest.raises(ValueError, match="collate_fn 'by_length'"):

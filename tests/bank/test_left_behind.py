@@ -1,5 +1,7 @@
 """What passes leave in a model, and what ``eval()`` makes of its weights, is of no other checkpoint."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch.nn.functional import linear
 from torch.utils.data import TensorDataset
 
 import source_proj as sp
+from source_proj.trajectory.placement.leftovers import Leftovers
 
 N = 12
 
@@ -177,3 +180,30 @@ class Beginning(Recurring):
 @pytest.mark.parametrize("gradients", ["auto", "general"])
 def test_every_pass_begins_with_the_state_that_the_model_had(gradients, tmp_path):
     assert_same(Recurring(), Beginning(), states_of(Beginning), gradients, tmp_path)
+
+
+class Wanting(OrderedDict):
+    """A container whose copy() fails, as it is made of more than what it holds."""
+
+    def __init__(self, name, *entries):
+        super().__init__(*entries)
+        self.name = name
+
+
+class InItsOwn(Keeping):
+    place = "dict"
+
+    def clear(self):
+        super().clear()
+        self.dict = Wanting("tables")
+
+
+def test_containers_of_a_models_own_are_put_back():
+    torch.manual_seed(0)
+    model = InItsOwn().eval()
+    left = Leftovers(model)
+    model(torch.randn(2, 4))
+    assert model.dict
+    left.put_back()
+    assert isinstance(model.dict, Wanting)
+    assert not model.dict

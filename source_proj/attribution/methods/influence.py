@@ -26,7 +26,7 @@ from source_proj.attribution.query_points import QueryGradient, check_query_grad
 from source_proj.attribution.spectral import ridge_inverse
 from source_proj.bank import Bank
 from source_proj.task import Task
-from source_proj.trajectory import Checkpoint
+from source_proj.trajectory import Checkpoint, StageRecord
 
 __all__ = ["InfluenceFunction"]
 
@@ -104,7 +104,7 @@ class InfluenceFunction(Attributor):
             checkpoints = [c for c in range(stage.n_checkpoints) if stage.metric(c) == metric]
         fit = Fit(bank, last, checkpoints, self.curvature, self.device, self.cache, self.executor)
         given = self._query(bank, features, metric).to(self.device or "cpu")
-        query = self._solved(fit, given, stage.record.cut(stage.n_checkpoints)[-1].decay)
+        query = self._solved(fit, given, _decay(stage.record, checkpoints))
         rows = StageOperands(bank, last, partial(encoded_gradients, checkpoints=checkpoints, device=self.device))
         return [Term(query.float() * (-1 / stage.n), rows)]
 
@@ -114,3 +114,12 @@ class InfluenceFunction(Attributor):
         hessian = fitted_hessian(fit, self._blocks)
         ridge = decay + damping_value(self.damping, hessian.trace, sketch.dim, is_exact=sketch.is_exact)
         return hessian.multiply(query, ridge_inverse(ridge, hessian.dim))
+
+
+def _decay(record: StageRecord, checkpoints: Sequence[int]) -> float:
+    """Weight decay λ over the intervals that end at some checkpoints: they may differ, by clipping or scalar P."""
+    intervals = record.cut(len(record.checkpoints))
+    own = [intervals[checkpoint] for checkpoint in checkpoints]
+    time = sum(each.time for each in own)
+    same = len({each.decay for each in own}) == 1
+    return own[-1].decay if same or not time else sum(each.decay * each.time for each in own) / time

@@ -27,7 +27,7 @@ from source_proj.bank.store import Store
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["AT_WORK", "AtWork", "at_work", "is_sealed", "sweep_builders"]
+__all__ = ["AT_WORK", "AtWork", "at_work", "is_bank", "is_sealed", "sweep_builders"]
 
 AT_WORK = f"stage_0/part_0/ids/build{PARTIAL}"  # zarr warns of what lies in a group and is none, not in an array
 
@@ -65,7 +65,7 @@ class AtWork:
         except BankError:  # a link, which is no bank's
             return
         own = [key for key in keys if _OWN.fullmatch(key)]
-        whole = _is_bank(self._store) if "zarr.json" in keys else len(own) == len(keys)
+        whole = is_bank(self._store) if "zarr.json" in keys else len(own) == len(keys)
         if own and whole and not self._has_rows(keys):
             nodes = ("stage_", "weights/", "metrics/", "curvature/", "claims/")
             self._remove([key for key in self._store.leftovers() if key.startswith(nodes) and key != AT_WORK])
@@ -204,8 +204,8 @@ def _locked(descriptor: int, kind: int, wait: float = 0.0) -> bool:
             return True
 
 
-def _is_bank(store: Store) -> bool:
-    """Whether the root is one of this version's."""
+def is_bank(store: Store) -> bool:
+    """Whether a store's root is a bank's of this version."""
     try:
         attributes = json.loads(store.get("zarr.json"))["attributes"]
         return bool((attributes["format"], attributes["version"]) == (FORMAT, VERSION))

@@ -14,6 +14,8 @@ from source_proj.bank.build.batch_hash import batch_hash
 
 __all__ = ["Collation"]
 
+_REPEATS = 4  # before a function is said to draw nothing
+
 # What torch says of rows of different lengths: tensors, and lists.
 _RAGGED = ("stack expects each tensor to be equal size", "each element in list of batch should be of equal size")
 
@@ -23,7 +25,8 @@ class Collation:
 
     A function that sorts them, by length for :func:`torch.nn.utils.rnn.pack_padded_sequence` say, would put every row
     under another example's id. It is given the same examples the other way round: rows that are then the same ones in
-    an order that is not the other way round were moved. Rows that are others, as random masks make them, say nothing.
+    an order that is not the other way round were moved. Rows that are others, as random masks make them, say nothing,
+    nor do rows that the same examples don't make again.
 
     Args:
         collate: makes a batch of a list of examples.
@@ -64,22 +67,32 @@ class Collation:
                 "DataLoader(data, batch_size=..., collate_fn=...), say by transformers' DataCollatorWithPadding"
             ) from error
 
-    def _require_order(self, batch: Any, examples: Sequence[Any]) -> None:
+    def _require_order(self, batch: Any, examples: list[Any]) -> None:
         if _is_palindrome(examples):
             return
         try:
             with torch.random.fork_rng(devices=[]):
                 reverse = self._collate(examples[::-1])
-            rows, reversed_rows = (_row_digests(each, len(examples)) for each in (batch, reverse))
+                rows, reversed_rows = (_row_digests(each, len(examples)) for each in (batch, reverse))
+                moved = bool(rows) and reversed_rows != rows[::-1] and sorted(reversed_rows) == sorted(rows)
+                moved = moved and self._is_repeated(rows, examples)
         except Exception:  # what it cannot do twice, or what has no digest, says nothing of the order
             return
-        if rows and reversed_rows != rows[::-1] and sorted(reversed_rows) == sorted(rows):
+        if moved:
             function = getattr(self._collate, "__name__", type(self._collate).__name__)
             raise ValueError(
                 f"collate_fn {function!r} gives the examples of a batch in another order than it got them, by length "
                 "say: each row would have another example's id. Let it keep the order; where the model wants them "
                 "sorted, pack_padded_sequence(..., enforce_sorted=False) sorts by itself"
             )
+
+    def _is_repeated(self, rows: list[bytes], examples: list[Any]) -> bool:
+        """Whether the same examples make the same rows again: of rows that are drawn, an order may come by chance."""
+        try:
+            again = [_row_digests(self._collate(list(examples)), len(examples)) for _ in range(_REPEATS)]
+        except Exception:  # it changes what it is given
+            return True
+        return all(each == rows for each in again)
 
 
 def _copied(examples: Any) -> list[Any] | None:

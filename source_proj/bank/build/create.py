@@ -1,5 +1,6 @@
 """A bank's beginning: its root appears last, so that it is there whole or not, whoever is first."""
 
+import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
@@ -10,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from source_proj._errors import BankError, MismatchError
+from source_proj.bank.build.at_work import is_bank
 from source_proj.bank.format import FORMAT, VERSION, Settings
 from source_proj.bank.layout import PartSpec, group_document
 from source_proj.bank.notes import Notes
@@ -17,7 +19,7 @@ from source_proj.bank.read.curvature import curvature_objects
 from source_proj.bank.read.metrics import metrics_objects
 from source_proj.bank.read.part import Part, part_objects
 from source_proj.bank.read.weights import relative_paths, weights_objects
-from source_proj.bank.store import Store
+from source_proj.bank.store import LocalStore, Store
 from source_proj.trajectory import Checkpoint, Scale
 
 __all__ = ["create_bank", "part_difference", "put_same", "require_same_part", "require_same_settings"]
@@ -46,13 +48,14 @@ def create_bank(
         curvature: Ĥ of captured segments, flat and by hash.
 
     Raises:
-        BankError: there is something else, or the beginning of another bank.
+        BankError: there is something else, or the beginning of another bank, or it is within one.
         OSError: it cannot be written; what was, another attempt goes on with.
     """
     objects: dict[str, bytes] = {}
     for index, (stage, (spec, ids)) in enumerate(zip(settings.trajectory.stages, parts, strict=True)):
         objects |= part_objects(settings, index, 0, spec, ids)
         objects[f"stage_{index}/zarr.json"] = group_document({"name": stage.name})
+    _require_outside(store)
     _require_own(store, objects, settings, [*scales], [*curvature])
     beside = (*weights_objects(weights), *metrics_objects(scales), *curvature_objects(curvature))
     for batch in (objects, *beside):
@@ -87,6 +90,14 @@ def put_same(store: Store, objects: Mapping[str, bytes], group: str) -> bool:
                 f"remove {store.location(group)}"
             )
     return True
+
+
+def _require_outside(store: Store) -> None:
+    """Write into no other bank's folder, whose objects these would be taken for: it would be said to be damaged."""
+    folder = store.folder
+    for outer in () if folder is None else folder.resolve().parents:
+        if os.path.isfile(outer / "zarr.json") and is_bank(LocalStore(outer)):
+            raise BankError(f"{folder} lies within the bank {outer}; give a path outside of it")
 
 
 def _require_own(

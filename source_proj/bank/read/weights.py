@@ -14,7 +14,7 @@ from source_proj.bank.format import Settings
 from source_proj.bank.layout import flat_objects, group_document, weights_array
 from source_proj.bank.read.objects import read_flat
 from source_proj.bank.store import Store
-from source_proj.trajectory import Checkpoint, CheckpointRef
+from source_proj.trajectory import Checkpoint, CheckpointRef, RunRecord
 
 __all__ = ["Weights", "relative_paths", "weights_objects"]
 
@@ -65,9 +65,9 @@ class Weights:
         self._files[wanted.hash] = checkpoint
         return checkpoint
 
-    def copies(self) -> Iterator[Checkpoint]:
-        """The weights that lie in the bank itself, one at a time; raises as :meth:`stored`."""
-        for wanted in self._run.checkpoints:
+    def copies(self, run: RunRecord) -> Iterator[Checkpoint]:
+        """The weights of a run that lie in the bank itself, one at a time; raises as :meth:`stored`."""
+        for wanted in run.checkpoints:
             if wanted.path is None:
                 yield self.stored(wanted.hash, wanted.step)
 

@@ -60,7 +60,8 @@ class _OfModule:
         self._module, self._size = module, len(vars(module))
         self._own = {name: value for name, value in vars(module).items() if name not in _NOT_LEFT}
         containers = [module._buffers, *(each for value in self._own.values() for each in _containers(value))]
-        self._contents = [(each, each.copy()) for each in containers]
+        # Plain copies: a class of the model's own may have no copy(), or one that wants more than what it holds.
+        self._contents = [(each, dict(each) if isinstance(each, dict) else list(each)) for each in containers]
 
     def put_back(self) -> None:
         now, own = vars(self._module), self._own
