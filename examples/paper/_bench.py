@@ -97,6 +97,11 @@ class Bench:
         source = sp.Source(bank, progress=False)
         return np.asarray(source.score(self.features(bank)))[:, : self.problem.n]
 
+    def asked(self, bank: sp.Bank) -> np.ndarray:
+        """As :meth:`by_default`, of queries that are differentiated where the bank's own ones are."""
+        source = sp.Source(bank, model=self.problem.make_model(), progress=False)
+        return np.asarray(source.score(self.problem.queries))[:, : self.problem.n]
+
     def scores(self, recipe: Recipe, **choices: Any) -> list[np.ndarray]:
         """Scores of each run."""
         return [self.one(self.bank(run, **choices), recipe) for run in range(self.runs)]

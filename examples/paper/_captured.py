@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from _bench import Bench
 from _pipeline import RUN_SEED
-from _problem import Problem
 
 import source_proj as sp
 from source_proj.evaluate import GroundTruth
@@ -28,11 +27,11 @@ def captured_rows(bench: Bench) -> Iterator[tuple[str, list[np.ndarray], GroundT
     weighted = bench.problem.task.parameter_weights
     for dim in (bench.dim, 2 * bench.dim):
         count = len(bench.trajectories[0].stages[0].checkpoints)
-        first = [_scores(bench.problem, bench.bank(run, dim=dim, kind="tensor")) for run in range(bench.runs)]
+        first = [bench.asked(bench.bank(run, dim=dim, kind="tensor")) for run in range(bench.runs)]
         yield f"{count} checkpoints, k = {dim:,}", first, bench.truth, first
         if draws := bench.problem.task.sampled_draws:
             banks = [bench.bank(run, dim=dim, kind="tensor", fisher=draws) for run in range(bench.runs)]
-            sampled = [_scores(bench.problem, bank) for bank in banks]
+            sampled = [bench.asked(bank) for bank in banks]
             yield f"{count} checkpoints, sampled Fisher, k = {dim:,}", sampled, bench.truth, first
         weights: list[dict[str, float]] = []
         if weighted != "none":
@@ -40,24 +39,18 @@ def captured_rows(bench: Bench) -> Iterator[tuple[str, list[np.ndarray], GroundT
             for run, trajectory in enumerate(bench.trajectories):
                 path = bench.folder / "laboratory" / f"weighted-{run}-{dim}"
                 bank = bench.build(trajectory, path, sp.Sketch(dim, seed=run), parameter_weights=weighted)
-                by_agreement.append(_scores(bench.problem, bank))
+                by_agreement.append(bench.asked(bank))
                 weights.append(bank.parameter_weights)
             yield f"{count} checkpoints, weights by agreement, k = {dim:,}", by_agreement, bench.truth, first
         rows = []
         for run in range(bench.runs):
             folder = bench.folder / "laboratory" / f"captured-{run}-{dim}"
-            rows.append(_scores(bench.problem, captured(RUN_SEED + run, folder, sp.Sketch(dim, seed=run))))
+            rows.append(bench.asked(captured(RUN_SEED + run, folder, sp.Sketch(dim, seed=run))))
         yield f"captured at every step, k = {dim:,}", rows, bench.truth, first
         if weights:
             rows = []
             for run in range(bench.runs):
                 folder = bench.folder / "laboratory" / f"captured-weighted-{run}-{dim}"
                 bank = captured(RUN_SEED + run, folder, sp.Sketch(dim, seed=run), weights[run - 1])
-                rows.append(_scores(bench.problem, bank))
+                rows.append(bench.asked(bank))
             yield f"captured at every step, another run's weights, k = {dim:,}", rows, bench.truth, first
-
-
-def _scores(problem: Problem, bank: sp.Bank) -> np.ndarray:
-    """By the library's defaults."""
-    source = sp.Source(bank, model=problem.make_model(), progress=False)
-    return np.asarray(source.score(problem.queries))[:, : problem.n]

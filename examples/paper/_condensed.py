@@ -16,7 +16,7 @@ __all__ = ["condensed_rows"]
 def condensed_rows(bench: Bench) -> Iterator[tuple[str, list[np.ndarray], GroundTruth, list[np.ndarray]]]:
     """(s) More checkpoints in the room of one? Each against the task's own checkpoints, a row each, at the same k."""
     dim, count = 2 * bench.dim, len(bench.trajectories[0].stages[0].checkpoints)
-    first = [_scores(bench, bench.bank(run, dim=dim, kind="tensor")) for run in range(bench.runs)]
+    first = [bench.asked(bench.bank(run, dim=dim, kind="tensor")) for run in range(bench.runs)]
     yield f"{count} checkpoints, k = {dim:,}, a row each", first, bench.truth, first
     for many in (12, 24, 48):
         yield f"{many} checkpoints, one row", _of(bench, many, dim), bench.truth, first
@@ -33,12 +33,6 @@ def _of(bench: Bench, many: int, dim: int, **options: object) -> list[np.ndarray
         trajectory = bench.problem.extra["record_more"](RUN_SEED + run, place / "run", many)
         bank = bench.build(trajectory, place / "bank", sp.Sketch(dim, seed=run))
         condensed = place / "-".join(["condensed", *map(str, options.values())])
-        found.append(_scores(bench, sp.condense(bank, condensed, **options)))  # type: ignore[arg-type]
+        found.append(bench.asked(sp.condense(bank, condensed, **options)))  # type: ignore[arg-type]
         shutil.rmtree(condensed)
     return found
-
-
-def _scores(bench: Bench, bank: sp.Bank) -> np.ndarray:
-    """By the library's defaults."""
-    source = sp.Source(bank, model=bench.problem.make_model(), progress=False)
-    return np.asarray(source.score(bench.problem.queries))[:, : bench.problem.n]

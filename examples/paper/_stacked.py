@@ -45,8 +45,8 @@ class StageSetting:
         return self.epochs * -(-len(self.data) // self.batch)
 
     def recorded(self) -> list[int]:
-        """Steps at which a checkpoint is recorded."""
-        return [round(self.steps() * (i + 1) / self.checkpoints) for i in range(self.checkpoints)]
+        """Steps at which a checkpoint is recorded; fewer where there are fewer steps."""
+        return sorted({max(1, round(self.steps() * (i + 1) / self.checkpoints)) for i in range(self.checkpoints)})
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import source_proj as sp
 from source_proj.bank.capture.sums import SegmentSums
-from source_proj.sketch.columns import blocks_of, default_blocks
+from source_proj.sketch.columns import kept_blocks
 from source_proj.sketch.projections import kinds
 
 
@@ -99,7 +99,7 @@ def measure(name: str, a: argparse.Namespace) -> None:
                 if which:
                     recorder.step(ids=range(len(data)))
                 times[which].append(now(device) - began)
-        sums = SegmentSums(blocks_of(a.dim, default_blocks(sketch)), len(data), "ram", recorder.dir, device)
+        sums = SegmentSums(kept_blocks(sketch), len(data), "ram", recorder.dir, device)
         rows, began = torch.randn(len(data), a.dim, device=device), now(device)
         for _ in range(a.steps):
             sums.add(torch.arange(len(data)), rows, 0.1, rows)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from source_proj.attribution.spectral import Hessian, SpectralFunction
 from source_proj.bank import Bank
-from source_proj.sketch.columns import Columns, default_blocks
+from source_proj.sketch.columns import Columns, kept_blocks
 
 __all__ = ["BlockHessian", "checked_blocks"]
 
@@ -32,7 +32,7 @@ def checked_blocks(blocks: int | None, banks: Iterable[Bank]) -> int | None:
     except TypeError:
         raise TypeError(f"blocks must be an integer, got {blocks!r}") from None
     for bank in banks:
-        sketch, captured = bank.sketch, default_blocks(bank.sketch) if bank.captured else 1
+        sketch, captured = bank.sketch, len(kept_blocks(bank.sketch)) if bank.captured else 1
         if isinstance(blocks, bool) or not 1 <= count <= sketch.dim:
             raise ValueError(f"blocks must lie in 1..{sketch.dim}, the sketch's columns, got {blocks}")
         if count > 1 and sketch.is_exact:

@@ -26,9 +26,10 @@ from source_proj._errors import BankError
 from source_proj._io.executors import Executor, check_executor
 from source_proj._io.hashing import hash_float32
 from source_proj._io.progress import Progress, shared_bar
-from source_proj.attribution.curvature import Curvature, count_factors, default_curvature, require_curvature
+from source_proj.attribution.curvature import Curvature, default_curvature, require_curvature
 from source_proj.attribution.ensembles import as_banks
-from source_proj.attribution.moments import mean_panels, takes_gram
+from source_proj.attribution.fits import Fit
+from source_proj.attribution.moments import mean_panels
 from source_proj.attribution.operands import StageOperands, encoded_gradients, stage_start
 from source_proj.attribution.source.segments import Groups, StageSegments, stage_groups
 from source_proj.bank import Bank
@@ -39,7 +40,7 @@ from source_proj.bank.codecs import find_codec
 from source_proj.bank.format import Settings
 from source_proj.bank.store import open_store
 from source_proj.kernels.gram import packed
-from source_proj.sketch.columns import blocks_of, default_blocks
+from source_proj.sketch.columns import kept_blocks
 from source_proj.trajectory import CapturedCurvature, CaptureRecord, CheckpointRef, RunRecord
 from source_proj.trajectory.counts import checked_count
 
@@ -150,14 +151,13 @@ def _checked(bank: Bank, curvature: Curvature | None) -> Curvature:
 
 def _warn_of_few_rows(bank: Bank, groups: Groups, kind: Curvature) -> None:
     """Say so where Source takes the bank's columns as one block, and has to take these as several."""
-    blocks, dim = default_blocks(bank.sketch), bank.sketch.dim
-    counts = [
-        count_factors(stage, segment, kind) for stage, own in zip(bank.stages, groups, strict=True) for segment in own
-    ]
-    if blocks > 1 and all(takes_gram(dim, count) for count in counts):
+    blocks = len(kept_blocks(bank.sketch))
+    fits = [Fit(bank, stage, segment, kind) for stage, own in enumerate(groups) for segment in own]
+    if blocks > 1 and all(fit.has_few_rows for fit in fits):
+        most = max(fit.n_factors for fit in fits)
         warnings.warn(
-            f"no segment of {bank.path} has more than {max(counts)} rows of {dim} numbers, which Source takes as they "
-            f"are; their curvature is kept in {blocks} blocks of columns, with the scores of Source(..., "
+            f"no segment of {bank.path} has more than {most} rows of {bank.sketch.dim} numbers, which Source takes as "
+            f"they are; their curvature is kept in {blocks} blocks of columns, with the scores of Source(..., "
             f"blocks={blocks}): for those of the bank's own default keep the bank itself",
             UserWarning,
             stacklevel=3,
@@ -173,7 +173,7 @@ def _curvature(
     executor: Executor | None,
 ) -> Tensor:
     """Ĥ of a segment, flat: of each block of columns, one after the other."""
-    blocks = blocks_of(bank.sketch.dim, default_blocks(bank.sketch))
+    blocks = kept_blocks(bank.sketch)
     of_blocks = mean_panels(bank.stages[stage], checkpoints, blocks, kind, device=device or "cpu", executor=executor)
     pairs = zip(of_blocks, blocks, strict=True)
     return torch.cat([packed(panels).div_(columns.scale).float().cpu() for panels, columns in pairs])

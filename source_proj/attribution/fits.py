@@ -99,9 +99,13 @@ class Fit(NamedTuple):
     @property
     def has_few_rows(self) -> bool:
         """Whether the Gram matrix of the rows stands in for Ĥ of all columns."""
-        stage = self.bank.stages[self.stage]
-        count = count_factors(stage, self.checkpoints, self.curvature)
-        return not stage.captured and takes_gram(self.bank.sketch.dim, count)
+        captured = self.bank.stages[self.stage].captured
+        return not captured and takes_gram(self.bank.sketch.dim, self.n_factors)
+
+    @property
+    def n_factors(self) -> int:
+        """Number of factors a_i of Ĥ."""
+        return count_factors(self.bank.stages[self.stage], self.checkpoints, self.curvature)
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -124,7 +128,7 @@ class BlockFits:
         self._fit, self._stage = fit, fit.bank.stages[fit.stage]
         check_curvature(self._stage, fit.curvature)
         self.blocks = blocks_of(fit.bank.sketch.dim, count)
-        self._factors = count_factors(self._stage, fit.checkpoints, fit.curvature)
+        self._factors = fit.n_factors
         self._made: dict[Hashable, Tensor] = {}  # of a pass over the rows, what other blocks have not asked for yet
         self._matrices: dict[int, Tensor] = {}  # where the bank keeps none
         self.hessian: Callable[[int], Hessian] = once(self._hessian)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from source_proj.sketch.sketch import Sketch
 
-__all__ = ["Columns", "blocks_of", "default_blocks"]
+__all__ = ["Columns", "blocks_of", "default_blocks", "kept_blocks"]
 
 _MOST = 4096  # columns of a block, by default
 
@@ -64,3 +64,8 @@ def default_blocks(sketch: Sketch, *, few_rows: bool = False) -> int:
         [1, 1, 4]
     """
     return 1 if sketch.is_exact or few_rows else -(-sketch.dim // _MOST)
+
+
+def kept_blocks(sketch: Sketch) -> tuple[Columns, ...]:
+    """The blocks of columns that have an Ĥ of their own where it is kept and the rows that it is of are not."""
+    return blocks_of(sketch.dim, default_blocks(sketch))

@@ -23,7 +23,7 @@ from source_proj.gradients import ParameterSpace, nonfinite_examples
 from source_proj.gradients.proof import drawn
 from source_proj.gradients.training import TrainingPass, TrainingPath
 from source_proj.sketch import Sketch
-from source_proj.sketch.columns import blocks_of, default_blocks
+from source_proj.sketch.columns import kept_blocks
 from source_proj.task import Task
 from source_proj.task.base import per_example
 from source_proj.trajectory.recording.progress import scale_left
@@ -105,8 +105,8 @@ class Capture:
         self._needs_batch = _needs_batch(task)
         self.draws = DrawnLabels(task, draw_every, sketch.dim, sketch.seed, scaler)
         self._path = TrainingPath(model, self.space, sketch)
-        blocks = blocks_of(sketch.dim, default_blocks(sketch))
-        self._sums = SegmentSums(blocks, examples, memory, folder, next(iter(self._parameters.values())).device)
+        device = next(iter(self._parameters.values())).device
+        self._sums = SegmentSums(kept_blocks(sketch), examples, memory, folder, device)
         self._audits: Counter[str] = Counter()
         self._worst = 0.0
         self._steps = 0  # of the optimizer since `begin_session`

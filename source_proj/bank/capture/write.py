@@ -29,7 +29,6 @@ __all__ = ["CapturedStage", "write_captured"]
 _EQUAL = 1e-6  # relative: sums of learning rates, in float64
 _LOOKED_AT = 4096  # rows at a time
 _SHOWN = 4  # parameters in a message
-_BATCH = 64  # rows; nothing was read in batches, and shards are made of some
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from source_proj.bank.read.part import Part
 from source_proj.bank.store import Store
 from source_proj.kernels.gram import mirrored
 from source_proj.sketch import Sketch
-from source_proj.sketch.columns import Columns, blocks_of, default_blocks
+from source_proj.sketch.columns import Columns, kept_blocks
 from source_proj.trajectory import CapturedCurvature, CaptureRecord
 
 __all__ = ["DECODED_NUMBERS", "EncodedBlock", "RowBlock", "StageBank"]
@@ -170,8 +170,7 @@ class StageBank:
     @property
     def captured_blocks(self) -> tuple[Columns, ...]:
         """The blocks of the sketch's columns that have an Ĥ of their own where curvature was captured."""
-        sketch = Sketch.from_spec(self._settings.sketch)
-        return blocks_of(sketch.dim, default_blocks(sketch))
+        return kept_blocks(Sketch.from_spec(self._settings.sketch))
 
     def captured_curvature(self, segment: int) -> tuple[Tensor, ...]:
         """The Ĥ ``(k', k')`` float32 that was captured in a segment, of that kind, of each of the blocks of columns.
