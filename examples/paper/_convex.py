@@ -51,7 +51,8 @@ def convex_problem(
     if not optimal:
         return Problem(
             name=name, title=title, record=run.record, retrain=run.retrain, group=50,
-            settings={"task": name, **run.settings()}, extra={"accuracy": run.accuracy, "workers": 2}, **common,
+            settings={"task": name, **run.settings()},
+            extra={"accuracy": run.accuracy, "record_more": run.record_more, "workers": 2}, **common,
         )  # fmt: skip
 
     def state_of(kept: np.ndarray) -> dict[str, Tensor]:

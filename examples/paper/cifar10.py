@@ -15,7 +15,7 @@ import io
 import pickle
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,7 @@ class Training:
         batch: batch size.
         lr: highest learning rate.
         device: where models are trained.
+        checkpoints: how many are recorded, at equal distances.
     """
 
     make_model: Callable[[], nn.Module]
@@ -167,6 +168,7 @@ class Training:
     batch: int
     lr: float
     device: str
+    checkpoints: int = CHECKPOINTS
 
     def retrain(self, kept: list[np.ndarray], seeds: list[int]) -> np.ndarray:
         """Margins ``(M, Q)`` of the queries after training on subsets."""
@@ -181,6 +183,10 @@ class Training:
         _, recorder = self._train(np.arange(len(self.data)), seed, folder)
         assert recorder is not None
         return recorder.trajectory()
+
+    def record_more(self, seed: int, folder: Path, checkpoints: int) -> sp.Trajectory:
+        """Record the same run with another number of checkpoints."""
+        return replace(self, checkpoints=checkpoints).record(seed, folder)
 
     def accuracy(self, seed: int, folder: Path) -> str:
         """How well the recorded run does, for the notes."""
@@ -212,7 +218,7 @@ class Training:
         batches = [batch.to(self.device) for order in orders for batch in order.split(self.batch)]
         steps, recorder = len(batches), None
         if folder is not None:
-            at = [round(steps * (i + 1) / CHECKPOINTS) for i in range(CHECKPOINTS)]
+            at = [round(steps * (i + 1) / self.checkpoints) for i in range(self.checkpoints)]
             recorder = sp.Recorder(model, optimizer, folder, at=at)
         with few_threads(0):  # a second thread gains little at this size, and the other core has a model of its own
             for step in range(recorder.restore() if recorder else 0, steps):
@@ -262,7 +268,7 @@ def problem(options: argparse.Namespace) -> Problem:
             f"normalisation, SGD with a learning rate that falls in a line, {epochs} epochs, no augmentation.",
         ),
         peers=not options.full, cheap=False, panel="image", show=show,
-        extra={"accuracy": training.accuracy, "workers": 1 if options.full else 2},
+        extra={"accuracy": training.accuracy, "record_more": training.record_more, "workers": 1 if options.full else 2},
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from source_proj.attribution.scores import Scores
 from source_proj.attribution.streaming import QueryBlocks, checked_out, queries_per_block, stream_hits, stream_scores
 from source_proj.attribution.words import plain_ids
 from source_proj.bank import Bank
+from source_proj.bank.build.arguments import require_device
 from source_proj.task import Answers, Task
 from source_proj.trajectory import Checkpoint, counts
 
@@ -81,6 +82,7 @@ class Attributor(ABC):
         progress: Progress = True,
     ) -> None:
         check_executor(executor)
+        require_device(device)
         self.banks = as_banks(bank)
         for member in self.banks:
             if member.captured and not self.takes_captured:
@@ -326,15 +328,10 @@ class Attributor(ABC):
         self, values: np.ndarray | zarr.Array[Any], query_ids: Sequence[Any], features: QueryFeatures | None = None
     ) -> Scores:
         return Scores(
-            values,
-            query_ids,
-            self.banks[0].ids,
-            unit=self.unit,
-            higher_is_better=self.higher_is_better,
-            stage_sizes=[stage.n for stage in self.banks[0].stages],
-            additive=self.additive,
+            values, query_ids, self.banks[0].ids, unit=self.unit, higher_is_better=self.higher_is_better,
+            stage_sizes=[stage.n for stage in self.banks[0].stages], additive=self.additive,
             shown=self._shown(features),
-        )
+        )  # fmt: skip
 
     def _sketch_spec(self, bank: Bank) -> dict[str, Any]:
         """What features of queries to a bank must be of."""

@@ -35,7 +35,7 @@ from source_proj.attribution.source.segments import Groups, StageSegments, stage
 from source_proj.bank import Bank
 from source_proj.bank.audits import total
 from source_proj.bank.build.arguments import require_device
-from source_proj.bank.capture.segments import Segments, write_segments
+from source_proj.bank.capture.segments import Segments, require_room, write_segments
 from source_proj.bank.codecs import find_codec
 from source_proj.bank.format import Settings
 from source_proj.bank.store import open_store
@@ -118,6 +118,7 @@ def condense(
         raise BankError(f"{path} lies within the bank {bank.path}; give a path outside of it")
     if query_points is not None:
         query_points = checked_count("query_points", query_points, 1)
+    require_room(path)
     groups = stage_groups(bank, segments)
     _warn_of_few_rows(bank, groups, kind)
     reads = sum(2 * stage.n * stage.n_checkpoints for stage in bank.stages)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from source_proj.bank import Bank
-from source_proj.bank.build.arguments import require_arguments, require_device
+from source_proj.bank.build.arguments import require_arguments
 from source_proj.gradients import GradientEngine, ParameterSpace, gradient_engine, private_copy
 from source_proj.sketch import Sketch
 from source_proj.trajectory import Checkpoint
@@ -107,12 +107,10 @@ class QueryModels:
 
     Raises:
         TypeError: it is no module, such as a file's name.
-        ValueError: this machine, or this torch, has no such device.
     """
 
     def __init__(self, model: nn.Module, device: torch.device | str | None = None) -> None:
         require_arguments(model=model)
-        require_device(device)
         self.model, self._device = model, device
         self._idle: list[OpenModel] = []
         self._lock = threading.Lock()

@@ -149,23 +149,26 @@ _WIDEST = {"int8": 4096, "int4": 8192}  # numbers a row in 4,096 bytes
 _LISTED = 5
 
 
-def storage_of(storage: str | None, sketch: Mapping[str, Any]) -> str:
+def storage_of(storage: str | None, sketch: Mapping[str, Any], size: int) -> str:
     """The name of a codec, by default the one of most bits that keeps a row in 4,096 bytes, or int2.
 
     In as many bytes, more numbers of fewer bits predict retraining better (examples/paper/LABORATORY.md, study l): a
-    row of k <= 4,096 is int8, up to 8,192 it is int4, and beyond int2. Rows that are not projected are int8.
+    row of k <= 4,096 is int8, up to 8,192 it is int4, and beyond int2. Rows that are not projected are int8, and so are
+    those of a sketch that is larger than the gradient: most of their numbers are zeros, which zstd packs in int8, and
+    which the few levels of other codecs lie beside.
 
     Args:
         storage: a codec's name, or None for the default.
         sketch: ``Sketch.spec()``.
+        size: d, of the gradients.
 
     Example:
-        >>> [storage_of(None, Sketch(dim).spec()) for dim in (4096, 8192, 16384)]
+        >>> [storage_of(None, Sketch(dim).spec(), 100_000) for dim in (4096, 8192, 16384)]
         ['int8', 'int4', 'int2']
     """
     if storage is not None:
         return storage
-    exact = sketch["kind"] == "identity"
+    exact = sketch["kind"] == "identity" or sketch["dim"] >= size
     return next((name for name, most in _WIDEST.items() if exact or sketch["dim"] <= most), "int2")
 
 

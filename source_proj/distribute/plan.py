@@ -318,10 +318,11 @@ def _suggested(settings: Settings, specs: Sequence[PartSpec], storage: str | Non
 
     A power of two; or the number of parameters where these are few: a sparse sketch of as many numbers is exact.
     """
-    dim = min(_LARGEST_DIM, sum(_numbers(settings)))
+    numbers = sum(_numbers(settings))
+    dim = min(_LARGEST_DIM, numbers)
     while True:
         sketch = {**settings.sketch, "dim": dim}
-        sized = replace(settings, sketch=sketch, storage=storage_of(storage, sketch))
+        sized = replace(settings, sketch=sketch, storage=storage_of(storage, sketch, numbers))
         if dim == 1 or disk is None or sum(_bytes(sized, specs).values()) <= disk:
             return sized
         dim = 1 << (dim - 1).bit_length() - 1  # the next power of two below

@@ -226,6 +226,7 @@ def test_a_moved_bank_finds_its_checkpoints(tmp_path):
     ("options", "error", "named"),
     [
         ({"device": "gpu"}, ValueError, "'gpu' cannot be used"),
+        ({"device": "meta"}, ValueError, "'meta' cannot be used"),
         ({"storage": "int3"}, ValueError, "got 'int3'"),
         ({"segments": 7}, ValueError, "segments=7"),
         ({"curvature": "fisher"}, ValueError, "unknown curvature 'fisher'"),
@@ -242,6 +243,18 @@ def test_what_cannot_be_had_is_refused_before_any_work(tmp_path, options, error,
     with pytest.raises(sp.MismatchError, match="begun with other settings"):
         sp.condense(bank, bank.path, progress=False)
     assert not (tmp_path / "condensed").exists()
+
+
+def test_a_place_where_nothing_can_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
+    bank = classification().build(tmp_path / "bank")
+    monkeypatch.setattr("source_proj.attribution.condense.mean_panels", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(sp.BankError, match=r"cannot create the bank .*Not a directory"):
+        sp.condense(bank, tmp_path / "file" / "condensed", progress=False)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(sp.BankError, match=r"cannot create the bank .*Permission denied.*make it writable"):
+        sp.condense(bank, tmp_path / "new" / "condensed", progress=False)
+    assert not (tmp_path / "new").exists()
 
 
 def test_rows_in_several_metrics_have_no_mean(tmp_path):

@@ -64,6 +64,8 @@ def test_replace_is_a_new_source_that_shares_what_it_can(blobs):
     np.testing.assert_array_equal(method.score(features), source(problem, bank).score(features))
     with pytest.raises(TypeError, match="dampening"):
         method.replace(dampening=1.0)
+    with pytest.raises(TypeError, match=r"replace\(\) keeps the banks"):
+        method.replace(bank=bank)
 
 
 def test_self_influence_counts_as_its_array(blobs):

@@ -1,5 +1,6 @@
 """What a build refuses, and that it names the cause."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -151,8 +152,8 @@ def test_no_parameters_are_refused(run, tmp_path, empty):
         run.build(tmp_path / "bank", parameters=empty)
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "xpu:99", "nonsense", torch.device("cuda", 99)])
-def test_a_device_that_is_not_there_is_refused(run, tmp_path, device):
+@pytest.mark.parametrize("device", ["cuda:99", "xpu:99", "nonsense", "meta", torch.device("cuda", 99)])
+def test_a_device_that_is_not_there_or_has_no_numbers_is_refused(run, tmp_path, device):
     named = f"device {str(device)!r} cannot be used here"
     with pytest.raises(ValueError, match=rf"{named} \(.+\); give one that torch has, such as 'cpu'"):
         run.build(tmp_path / "bank", device=device)
@@ -161,6 +162,23 @@ def test_a_device_that_is_not_there_is_refused(run, tmp_path, device):
     with pytest.raises(ValueError, match=named):
         bank.append(run.model, run.task, run.data, device=device)
     assert bank.n_rows == N
+    for method in (sp.Source, sp.Trak):
+        with pytest.raises(ValueError, match=named):
+            method(bank, device=device)
+
+
+def test_gradients_that_training_changed_on_their_way_are_warned_of(run, tmp_path):
+    """Rows are of the loss's own gradients: a mask that a hook on a weight applies is not seen."""
+    model = copy.deepcopy(run.model)
+    name, weight = next(iter(model.named_parameters()))
+    handle = weight.register_hook(torch.zeros_like)
+    with pytest.warns(UserWarning, match=rf"gradients of {name} pass through register_hook in training"):
+        banks.build(model, run.task, run.trajectory, run.data, tmp_path / "hooked", progress=False)
+    handle.remove()
+    plain = banks.build(model, run.task, run.trajectory, run.data, tmp_path / "plain", progress=False)
+    hooked = banks.open(tmp_path / "hooked")
+    rows, same = (torch.cat([block.rows for block in bank.stages[0].iter_rows(0)]) for bank in (hooked, plain))
+    assert torch.equal(rows, same)
 
 
 def test_an_append_refuses_arguments_of_another_kind(run, tmp_path):

@@ -222,11 +222,13 @@ def test_names_are_listed_by_bytes_and_others_refused():
 @given(st.integers(1, 1 << 15), st.sampled_from(["tensor", "sparse", "rademacher", "kronecker"]))
 def test_by_default_rows_have_the_most_bits_that_fit_into_4096_bytes(k, kind):
     """Of int8, int4 and int2; two bits where none does."""
-    chosen, room = find_codec(storage_of(None, Sketch(k, kind).spec())), 4096
+    chosen, room = find_codec(storage_of(None, Sketch(k, kind).spec(), k + 1)), 4096
     fitting = [codec for codec in map(find_codec, ("int8", "int4", "int2")) if codec.row_bytes(k) <= room]
     assert chosen is (fitting[0] if fitting else find_codec("int2"))
 
 
-def test_rows_without_a_projection_are_int8_by_default_and_a_name_is_taken_as_it_is():
-    assert storage_of(None, Sketch(1 << 20, "identity").spec()) == "int8"
-    assert [storage_of(name, Sketch(1 << 14).spec()) for name in codec_names()] == list(codec_names())
+@given(st.integers(1, 1 << 15), st.integers(0, 1 << 15))
+def test_rows_without_a_projection_to_less_are_int8_by_default_and_a_name_is_taken_as_it_is(d, more):
+    assert storage_of(None, Sketch(d, "identity").spec(), d) == "int8"
+    assert storage_of(None, Sketch(d + more).spec(), d) == "int8"
+    assert [storage_of(name, Sketch(1 << 14).spec(), d) for name in codec_names()] == list(codec_names())

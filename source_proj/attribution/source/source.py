@@ -214,8 +214,10 @@ class Source(Diagnosing):
             **options: those of :class:`Source` but the bank.
 
         Raises:
-            TypeError: an option is unknown.
+            TypeError: an option is unknown, or it is the bank.
         """
+        if "bank" in options:
+            raise TypeError("replace() keeps the banks: for another one make Source(bank, ...) anew")
         return Source(list(self.banks), **{**self._options, **options})
 
     # Fit -------------------------------------------------------------------------------------------------------

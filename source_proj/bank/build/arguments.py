@@ -1,5 +1,6 @@
 """What `build` and `Bank.append` are called with, refused by name before anything is written."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,20 @@ def require_arguments(**arguments: Any) -> None:
             raise TypeError(f"{name} must be a {kind.__name__}, got {'None' if value is None else got}; {remedy}")
         if isinstance(value, nn.Module):
             require_shapes(value)
+            _warn_of_gradient_hooks(value)
+
+
+def _warn_of_gradient_hooks(model: nn.Module) -> None:
+    """Say so where training changed a gradient between backward and step: an example's own gradient is taken before."""
+    hooked = [name for name, parameter in model.named_parameters() if parameter._backward_hooks]
+    if hooked:
+        more = f" and {len(hooked) - 3} others" if len(hooked) > 3 else ""
+        warnings.warn(
+            f"the gradients of {', '.join(hooked[:3])}{more} pass through register_hook in training, and examples' own "
+            "are taken as they are before: freeze what the hook holds still, or leave it out by parameter_weights=",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _trajectory_of(value: Any) -> str | None:
@@ -51,13 +66,15 @@ def _trajectory_of(value: Any) -> str | None:
 
 
 def require_device(device: torch.device | str | None) -> None:
-    """Refuse a device that this machine or this torch lacks.
+    """Refuse a device that this machine or this torch lacks, or that has no numbers, as "meta".
 
     Raises:
         ValueError: names it, and says what torch says of it.
     """
+    if device is None:
+        return
     try:
-        torch.empty(0, dtype=torch.uint8, device=device)
+        torch.zeros((), dtype=torch.uint8, device=device).item()
     except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was compiled without CUDA
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from source_proj._errors import BankError, MismatchError, named_examples, write_remedy
+from source_proj._errors import BankError, MismatchError, named_examples
 from source_proj._io.executors import Executor, check_executor
 from source_proj._io.progress import Progress
 from source_proj.bank.bank import Bank
@@ -19,7 +19,7 @@ from source_proj.bank.build.agreement import agreement, weighted_by_agreement
 from source_proj.bank.build.arguments import require_arguments, require_device
 from source_proj.bank.build.at_work import AtWork, at_work, is_sealed
 from source_proj.bank.build.claims import Claims, checked_takeover
-from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
+from source_proj.bank.build.create import create_bank, not_created, require_same_part, require_same_settings
 from source_proj.bank.build.data import BatchSource, by_stage, checked_ids, to_device
 from source_proj.bank.build.fill import Work, checked_shard, fill
 from source_proj.bank.build.normalizer import with_normalizer
@@ -101,8 +101,9 @@ def build(
         batch_size: examples a batch; a DataLoader brings its own.
         device: where the model runs; default: where it is.
         storage: "int8", "int4", "int2", "int1" (one scale a row), "float16" or "float32". Default: what keeps a
-            row in 4,096 bytes, int8 for k <= 4,096, int4 up to 8,192, int2 beyond; int8 where nothing is projected.
-            "int1" errs less than the sketch does only where k is at most a quarter of the examples.
+            row in 4,096 bytes, int8 for k <= 4,096, int4 up to 8,192, int2 beyond; int8 where nothing is projected, or
+            the sketch is as large as the gradient. "int1" errs less than the sketch does only where k is at most a
+            quarter of the examples.
         shard: (i, n) to do the i-th of n workers' share, counted from 0.
         takeover: seconds without progress of another worker after which its shards are taken over; more than a batch
             takes, and the loading of a checkpoint. None: other workers' shards are left alone.
@@ -190,7 +191,7 @@ def build(
                 parameters=spec_of(space, weighting),
                 task=task.spec(),
                 trajectory=resolved.record,
-                storage=storage_of(storage, sketch.spec()),
+                storage=storage_of(storage, sketch.spec(), space.size),
                 sampled_fisher=sampled_fisher,
                 second_derivative=second_derivative,
                 fisher_weight=fisher_weight,
@@ -262,7 +263,7 @@ def _begin(
             create_bank(store, settings, trajectory.checkpoints, scales, parts, notes)
     except OSError as error:
         if not _was_created(store):  # else another process has, and removed what it took for leftovers
-            raise _not_created(store, error) from error
+            raise not_created(store, error) from error
 
 
 def _finish(bank: Bank, parts: Sequence[Part], claims: Claims | None, *, all_made: bool) -> None:
@@ -366,13 +367,9 @@ def _require_room(store: Store, resume: bool, work: AtWork) -> None:
         if not _is_there(store, resume) or resume:
             work.remove_begun()
     except OSError as error:
-        raise _not_created(store, error) from error
+        raise not_created(store, error) from error
     finally:
         work.share()
-
-
-def _not_created(store: Store, error: OSError) -> BankError:
-    return BankError(f"cannot create the bank {store.location()}: {error}; {write_remedy(error)}, or give another path")
 
 
 def _was_created(store: Store) -> bool:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import numpy as np
 from torch import Tensor
 
-from source_proj._errors import BankError, MismatchError
+from source_proj._errors import BankError, MismatchError, write_remedy
 from source_proj.bank.build.at_work import is_bank
 from source_proj.bank.format import FORMAT, VERSION, Settings
 from source_proj.bank.layout import PartSpec, group_document
@@ -22,7 +22,12 @@ from source_proj.bank.read.weights import relative_paths, weights_objects
 from source_proj.bank.store import LocalStore, Store
 from source_proj.trajectory import Checkpoint, Scale
 
-__all__ = ["create_bank", "part_difference", "put_same", "require_same_part", "require_same_settings"]
+__all__ = ["create_bank", "not_created", "part_difference", "put_same", "require_same_part", "require_same_settings"]
+
+
+def not_created(store: Store, error: OSError) -> BankError:
+    """The error of a place where no bank can be created."""
+    return BankError(f"cannot create the bank {store.location()}: {error}; {write_remedy(error)}, or give another path")
 
 
 def create_bank(

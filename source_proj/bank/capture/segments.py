@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -14,7 +16,7 @@ from torch import Tensor
 from source_proj.bank.audits import encode_audit
 from source_proj.bank.bank import Bank
 from source_proj.bank.build.at_work import at_work
-from source_proj.bank.build.create import create_bank, require_same_part, require_same_settings
+from source_proj.bank.build.create import create_bank, not_created, require_same_part, require_same_settings
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
 from source_proj.bank.notes import Notes
@@ -22,7 +24,7 @@ from source_proj.bank.read.part import Part
 from source_proj.bank.store import open_store
 from source_proj.trajectory import Checkpoint, Scale
 
-__all__ = ["SegmentRows", "Segments", "write_segments"]
+__all__ = ["SegmentRows", "Segments", "require_room", "write_segments"]
 
 _BATCH = 64  # rows; nothing is read in batches, and shards are made of some
 
@@ -60,6 +62,24 @@ class Segments:
     scales: Mapping[str, Scale]
 
 
+def require_room(path: str | Path) -> None:
+    """Refuse a folder that cannot be made or written, before what goes there is computed.
+
+    Raises:
+        BankError: says what keeps it from being written.
+    """
+    store = open_store(path)
+    with at_work(store):  # makes the folder, if it can be, and takes it away again
+        if (folder := store.folder) is None:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        except OSError as error:
+            raise not_created(store, error) from error
+
+
 def write_segments(path: str | Path, content: Segments, stages: Sequence[SegmentRows]) -> Bank:
     """Write a finalized bank; a killed call goes on when it is repeated.
 
@@ -75,14 +95,17 @@ def write_segments(path: str | Path, content: Segments, stages: Sequence[Segment
     settings, store = content.settings, open_store(path)
     specs = [_spec(stage.ids, settings) for stage in stages]
     with at_work(store) as work:
-        work.remove_begun()
-        work.share()
-        if not store.exists("zarr.json"):
-            captures = [stage.capture for stage in settings.trajectory.stages]
-            hashes = chain.from_iterable(capture.curvature for capture in captures if capture is not None)
-            matrices = dict(zip(hashes, chain(*content.curvature), strict=True))
-            parts = [(spec, stage.ids) for spec, stage in zip(specs, stages, strict=True)]
-            create_bank(store, settings, content.weights, content.scales, parts, content.notes, matrices)
+        try:
+            work.remove_begun()
+            work.share()
+            if not store.exists("zarr.json"):
+                captures = [stage.capture for stage in settings.trajectory.stages]
+                hashes = chain.from_iterable(capture.curvature for capture in captures if capture is not None)
+                matrices = dict(zip(hashes, chain(*content.curvature), strict=True))
+                parts = [(spec, stage.ids) for spec, stage in zip(specs, stages, strict=True)]
+                create_bank(store, settings, content.weights, content.scales, parts, content.notes, matrices)
+        except OSError as error:
+            raise not_created(store, error) from error
         bank = Bank(path)
         require_same_settings(bank.path, bank.settings, settings)
         written = []

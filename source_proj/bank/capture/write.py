@@ -168,7 +168,7 @@ def write_captured(
         parameters=identity["parameters"],
         task=identity["task"],
         trajectory=RunRecord(tuple(records), (None,)),
-        storage=storage_of(storage, identity["sketch"]),
+        storage=storage_of(storage, identity["sketch"], capture.space.size),
         sampled_fisher=0,
         second_derivative=False,
         fisher_weight=False,
