@@ -17,6 +17,7 @@ from torch import Tensor
 
 from source_proj._errors import GradientError
 from source_proj._io.executors import Executor
+from source_proj._io.numbers import all_finite
 from source_proj.attribution.columns import BlockHessian
 from source_proj.attribution.curvature import Factors, check_curvature, count_factors
 from source_proj.attribution.gram_hessian import GramHessian, gram_matrix, gram_spectrum
@@ -69,7 +70,7 @@ class Fit(NamedTuple):
                 if kind == "spectrum":  # which every matrix has whose numbers are finite
                     raise self._overflown(kind) from error
                 raise
-            if not all(_is_finite(tensor) for tensor in made.values()):
+            if not all(all_finite(tensor) for tensor in made.values()):
                 raise self._overflown(kind)
             return {name: tensor.cpu().numpy() for name, tensor in made.items()}
 
@@ -106,11 +107,6 @@ class Fit(NamedTuple):
     def n_factors(self) -> int:
         """Number of factors a_i of Ĥ."""
         return count_factors(self.bank.stages[self.stage], self.checkpoints, self.curvature)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """By the extremes, which takes no memory."""
-    return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 class BlockFits:

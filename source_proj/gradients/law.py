@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from source_proj._errors import GradientError
+from source_proj._io.numbers import all_finite
 from source_proj.gradients.apart import random_halves
 from source_proj.gradients.batches import Batch, take
 from source_proj.gradients.general import Autocast, Function, weighted_gradient
@@ -96,7 +97,7 @@ class Law:
             outs: the rows (B, dim) for each scale.
             shares: each parameter's share of the same gradients.
         """
-        if not bool(torch.isfinite(values).all()) or not all(bool(torch.isfinite(rows).all()) for rows in outs):
+        if not all(map(all_finite, (values, *outs))):
             return None
         coarsest = self._coarsest()
         weights = law_weights(proof.draw(work.name, work.number), outs[0], evened=coarsest < 1e-4)

@@ -32,6 +32,7 @@ from source_proj.gradients.sink import (
     SinkByParameter,
     SinkOfMetrics,
     WeightedSink,
+    weighted_sum,
 )
 from source_proj.gradients.space import ParameterSpace
 from source_proj.sketch import Sketch
@@ -307,9 +308,9 @@ def audited(
 
 def _relative(weights: Tensor, rows: Tensor, expected: Tensor) -> float:
     """The error of Σ w_b row_b relative to the terms' root sum of squares, or to the sum if that is larger."""
-    terms = weights[:, None] * rows
-    size = max(float(terms.norm()), float(expected.norm()))
-    return float((terms.sum(0) - expected).norm()) / size if size else 0.0
+    total, norm = weighted_sum(weights, rows)
+    size = max(float(norm), float(expected.norm()))
+    return float((total - expected).norm()) / size if size else 0.0
 
 
 def dependent(name: str, batch: Batch, size: int, audit: Audit) -> str:

@@ -13,7 +13,17 @@ from source_proj.sketch import Sketch, without_autocast
 from source_proj.sketch.projections import HeldSketches
 from source_proj.trajectory import Scale
 
-__all__ = ["GradientSink", "HandingSink", "ScaledSink", "SinkByParameter", "SinkOfMetrics", "WeightedSink"]
+__all__ = [
+    "GradientSink",
+    "HandingSink",
+    "ScaledSink",
+    "SinkByParameter",
+    "SinkOfMetrics",
+    "WeightedSink",
+    "weighted_sum",
+]
+
+_PART = 1 << 16  # numbers that are weighted at a time
 
 
 class GradientSink:
@@ -269,6 +279,22 @@ def _scaled(factor: Tensor, by: Tensor) -> Tensor:
     return scaled.to(factor.dtype) if factor.dtype == torch.bfloat16 else scaled
 
 
+def weighted_sum(weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_b w_b row_b (..., k) and the root sum of squares (...) of its terms, of weights (B,) and rows (..., B, k).
+
+    Part by part: all terms at once would take as much memory as the rows. Not as a product of matrices, which autocast
+    and TF32 round.
+    """
+    *outer, size, dim = rows.shape
+    total, squares = (rows.new_zeros(shape, dtype=rows.dtype, device=rows.device) for shape in ([*outer, dim], outer))
+    count = max(1, _PART * size // max(1, rows.numel()))
+    for own, part in zip(weights.split(count), rows.split(count, dim=-2), strict=True):
+        terms = own[:, None] * part
+        total += terms.sum(-2)
+        squares += terms.flatten(-2).norm(dim=-1).square()
+    return total, squares.sqrt()
+
+
 class SinkByParameter(GradientSink):
     """Keeps the sketches of the parameters apart, to tell which of them differ.
 
@@ -313,8 +339,8 @@ class SinkByParameter(GradientSink):
             relative: to the norm of the parameter's terms.
             floor: to the norm of all parameters' terms.
         """
-        terms = weights[None, :, None] * self._out  # (parameters, B, k)
-        error = (terms.sum(1) - expected._out[:, 0]).norm(dim=1)
-        norms = torch.maximum(terms.flatten(1).norm(dim=1), expected._out[:, 0].norm(dim=1))
+        totals, norms = weighted_sum(weights, self._out)
+        error = (totals - expected._out[:, 0]).norm(dim=1)
+        norms = torch.maximum(norms, expected._out[:, 0].norm(dim=1))
         wrong = (error > relative * norms + floor * norms.norm()).tolist()
         return [name for name, n in self._at.items() if wrong[n]]

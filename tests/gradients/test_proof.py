@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 import source_proj as sp
 from source_proj._errors import GradientError
+from source_proj._io.numbers import all_finite
 from source_proj.gradients import ParameterSpace, Refuted, gradient_engine, proof
 from source_proj.gradients.layout import Call, label, walk, where_examples_are_lost
 from source_proj.gradients.proof import _TOLERANCE, Expected, audited, law_weights, share_sink
+from source_proj.gradients.sink import weighted_sum
 from source_proj.sketch import Sketch
 
 
@@ -254,3 +256,25 @@ def test_products_with_a_vector_are_followed_where_they_keep_examples(follow: An
     tap, made = values.grad_fn, follow(values)
     order = walk([made.grad_fn], lambda node: [c for c, _ in node.next_functions if c is not None and node is not tap])
     assert (where_examples_are_lost(order, [Call(tap, ())], made.grad_fn, 4) is None) is kept
+
+
+@settings(max_examples=40)
+@given(
+    outer=st.integers(0, 3), size=st.integers(0, 70), dim=st.sampled_from([0, 1, 5, 3000]), draw=st.integers(0, 2**31)
+)
+def test_weighted_sums_part_by_part_are_those_of_the_whole(outer: int, size: int, dim: int, draw: int) -> None:
+    """Also under autocast, which would round a product of matrices."""
+    generator = torch.Generator().manual_seed(draw)
+    shape = (*[outer][: draw % 2], size, dim)
+    rows, weights = torch.randn(*shape, generator=generator), torch.randn(size, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        total, norm = weighted_sum(weights, rows)
+    terms = weights.double()[:, None] * rows.double()
+    torch.testing.assert_close(total.double(), terms.sum(-2), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(norm.double(), terms.square().sum((-2, -1)).sqrt(), rtol=1e-5, atol=1e-4)
+
+
+@given(st.lists(st.floats(width=32), max_size=40))
+def test_numbers_are_finite_if_all_are(numbers: list[float]) -> None:
+    values = torch.tensor(numbers, dtype=torch.float32)
+    assert all_finite(values) is bool(values.isfinite().all())
