@@ -78,7 +78,7 @@ def student_cdf(values: np.ndarray, freedom: np.ndarray) -> np.ndarray:
         >>> student_cdf(np.array([-1.0, 0.0, 1.0]), np.ones(3)).round(6).tolist()
         [0.25, 0.5, 0.75]
     """
-    normal = torch.special.ndtr(torch.from_numpy(values)).numpy()
+    normal: np.ndarray = torch.special.ndtr(torch.from_numpy(values)).numpy()
     few = freedom < _NORMAL_FROM
     squares, own = np.minimum(np.abs(values[few]), _LARGEST) ** 2, freedom[few]
     tail = _incomplete_beta(own / 2, own / (own + squares), squares / (own + squares)) / 2

@@ -17,7 +17,7 @@ from source_proj.attribution.source import Source
 from source_proj.attribution.words import id_word
 from source_proj.bank import Bank
 from source_proj.curate.cleaning import Cleaning
-from source_proj.curate.labels import Labels, classes_of
+from source_proj.curate.labels import Labels, classes_of, named_column
 from source_proj.task import Classification, Task
 
 __all__ = ["mislabelled"]
@@ -88,7 +88,7 @@ def mislabelled(source: Source, labels: Labels, *, n: int | None = None, by: By 
         chosen = chosen[: checked_count(n, len(ids) - 1, "n")]
     values: dict[str, np.ndarray] = {by: suspicion[chosen]}
     if rival is not None:
-        values["rival"] = np.array([names[label] for label in rival[chosen]])
+        values["rival"] = named_column([names[label] for label in rival[chosen]])
     reasons = [
         f"labelled {id_word(names[member[place]])}, {_reason(place, by, suspicion, member, names, rival)}"
         for place in chosen.tolist()
