@@ -62,7 +62,7 @@ def half_subsets(n: int, count: int, *, fraction: float = 0.5, seed: int = 0) ->
         raise ValueError(f"fraction must lie strictly between 0 and 1, got {fraction}")
     n, count = whole_number(n, "n", least=1), whole_number(count, "count", least=1)
     size = round(n * fraction)
-    rng = np.random.default_rng(whole_number(seed, "seed"))
+    rng = np.random.default_rng(whole_number(seed, "seed", least=0))
     masks = np.zeros((count, n), dtype=bool)
     for row in masks:
         row[rng.permutation(n)[:size]] = True
