@@ -15,6 +15,7 @@ from source_proj.attribution.attributor import Attributor
 from source_proj.attribution.features import SketchedQueries
 from source_proj.attribution.population import Population
 from source_proj.attribution.scores import Scores
+from source_proj.curate.chance import Spread
 from source_proj.curate.labels import Labels, classes_of
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Aggregate:
         higher_is_better: whether a rise of the measurement is an improvement.
         additive: whether scores are changes of the measurement, and no similarities.
         population: which training examples the N columns stand for; None: all of one stage.
+        freedom: degrees of freedom of each group's errors, ``(G,)``; None: one less than its queries.
     """
 
     groups: list[Any]
@@ -54,6 +56,7 @@ class Aggregate:
     higher_is_better: bool
     additive: bool = True
     population: Population | None = field(default=None, repr=False)
+    freedom: np.ndarray | None = None
 
     def __repr__(self) -> str:
         names = "1 group" if len(self.groups) == 1 else f"{len(self.groups)} groups"
@@ -101,8 +104,9 @@ def aggregate(
 ) -> Aggregate:
     r"""Sum the scores of many queries up, without ever holding all of them.
 
-    The mean over a group's queries with weights w is :math:`\bar s(z) = \sum_q w_q s(q, z) / \sum_q w_q`, its standard
-    error :math:`\sqrt{\frac{n}{n-1} \sum_q w_q^2 (s(q, z) - \bar s(z))^2} / \sum_q w_q`.
+    The mean over a group's queries with shares :math:`p_q = w_q / \sum w` of the weight is
+    :math:`\bar s(z) = \sum_q p_q s(q, z)`, its standard error
+    :math:`\sqrt{\frac{\sum p^2}{1 - \sum p^2} \sum_q p_q (s(q, z) - \bar s(z))^2}`.
 
     Args:
         scored: an attribution method, such as :class:`source_proj.Source`; or scores.
@@ -126,28 +130,30 @@ def aggregate(
     weight = _weights(weights, count)
     names, member = _groups(groups, count)
     shape = len(names), len(facts.train_ids)
-    first, twice, squares, worsened = (np.zeros(shape) for _ in range(4))  # Σ w s, Σ w² s, Σ w² s², Σ [worse]
+    first, squares, worsened = (np.zeros(shape) for _ in range(3))  # Σ w s, Σ w s², Σ [worse]
+    shift = np.zeros(shape[1])  # what all queries share would drown what tells them apart
     for start, values in blocks:
         part = values.astype(np.float64)
+        shift = shift if start else part[0].copy()
         for group in range(len(names)):
             span = slice(start, start + len(part))
             own = np.flatnonzero((member[span] == group) & (weight[span] > 0))
             w, rows = weight[start + own], part[own]
-            first[group] += w @ rows
-            twice[group] += w**2 @ rows
-            squares[group] += w**2 @ rows**2
             worsened[group] += (rows < 0 if facts.higher_is_better else rows > 0).sum(0)
+            rows -= shift
+            first[group] += w @ rows
+            squares[group] += w @ rows**2
     sizes = np.bincount(member[weight > 0], minlength=len(names))
     sums = np.bincount(member, weight, minlength=len(names))
     if not sums.all():
         raise ValueError(f"the weights of group {names[int(sums.argmin())]!r} are all 0: leave its queries out")
     mean = first / sums[:, None]
-    spread = squares - 2 * mean * twice + mean**2 * np.bincount(member, weight**2, minlength=len(names))[:, None]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        bessel = np.where(sizes > 1, sizes / (sizes - 1), np.nan)
-    error = np.sqrt(bessel[:, None] * np.maximum(spread, 0)) / sums[:, None]
+    variance = np.maximum(squares / sums[:, None] - mean**2, 0)
+    spreads = [Spread.of(weight[(member == group) & (weight > 0)]) for group in range(len(names))]
+    factor, freedom = np.array(spreads).T
+    error = np.sqrt(factor[:, None] * variance)
     population = facts.population.averaged(partial(_mean, weight=weight, member=member, sums=sums))
-    return Aggregate(names, sizes, mean, error, worsened / sizes[:, None], *facts[:-1], population)
+    return Aggregate(names, sizes, mean + shift, error, worsened / sizes[:, None], *facts[:-1], population, freedom)
 
 
 def _mean(values: np.ndarray, *, weight: np.ndarray, member: np.ndarray, sums: np.ndarray) -> np.ndarray:

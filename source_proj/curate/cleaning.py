@@ -139,8 +139,9 @@ class Cleaning:
         Raises:
             ValueError: an id is not among those named.
         """
-        named, right = set(self.ids), set(ids)
-        unknown = [its_id for its_id in ids if its_id not in named]
+        given = [id_of(its_id) for its_id in ([ids] if isinstance(ids, str | int | np.generic) else ids)]
+        named, right = set(self.ids), set(given)
+        unknown = [its_id for its_id in given if its_id not in named]
         if unknown:
             raise ValueError(f"{unknown[:5]} are not among the {len(self)} examples that this cleaning names")
         return self._only([place for place, its_id in enumerate(self.ids) if its_id not in right])
@@ -258,8 +259,10 @@ class Cleaning:
         """A row for each example named: ``id``, ``position``, the numbers, ``reason`` (needs the ``pandas`` extra)."""
         with extra("pandas"):
             import pandas as pd
-        columns = {"position": self._positions, **self.values, "reason": self.reasons}
-        frame = pd.DataFrame({name: list(np.asarray(column).tolist()) for name, column in columns.items()})
+        columns = {"position": self._positions, **self.values, "reason": np.array(self.reasons, dtype=object)}
+        arrays = {name: np.asarray(column) for name, column in columns.items()}
+        # Columns of nothing have their kinds all the same: positions of no rows are those of iloc, too.
+        frame = pd.DataFrame({name: array.tolist() if len(self) else array for name, array in arrays.items()})
         frame.insert(0, "id", pd.Series(self.ids, dtype=object).infer_objects())
         return frame
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
 from source_proj._errors import MismatchError
 
@@ -27,6 +27,8 @@ def take(data: Any, kept: np.ndarray, n: int, split: str) -> Any:
     """
     if isinstance(data, Mapping):
         return _with_split(data, split, take(_split(data, split), kept, n, split))
+    if isinstance(data, DataLoader):
+        return take(data.dataset, kept, n, split)
     _require_size(data, n)
     if hasattr(data, "select") and hasattr(data, "add_column"):  # datasets.Dataset
         return data.select(kept.tolist())
@@ -50,7 +52,7 @@ def annotate(data: Any, columns: Mapping[str, list[Any]], n: int, split: str) ->
     _require_size(data, n)
     names = getattr(data, "column_names", None)
     if names is None and hasattr(data, "iloc"):
-        names = list(data.columns)
+        names = list(getattr(data, "columns", [])) or None  # a series has none
     if names is None:
         raise TypeError(f"{type(data).__name__} has no columns: give a datasets.Dataset or a pandas frame")
     require_new(columns, names)
@@ -84,6 +86,11 @@ def _with_split(data: Mapping[str, Any], split: str, new: Any) -> Any:
 
 
 def _require_size(data: Any, n: int) -> None:
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise TypeError(
+            f"examples are taken by their positions, which a {type(data).__name__} has none of: give a list, a frame, "
+            "a datasets.Dataset or a map-style data set"
+        )
     if len(data) != n:
         raise MismatchError(
             f"the data set has {len(data)} examples and the training set of the bank {n}: give the data set that the "

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from source_proj._errors import MismatchError
+from source_proj.attribution.words import id_word
 
-__all__ = ["Labels", "classes_of"]
+__all__ = ["Labels", "classes_of", "named_column"]
 
 Labels = Sequence[Any] | np.ndarray | Tensor
 """A label of each training example."""
@@ -54,6 +55,16 @@ def classes_of(
         names = sorted(names)
     number = {name: position for position, name in enumerate(names)}
     return names, np.array([number[name] for name in given], dtype=np.int64)
+
+
+def named_column(names: Sequence[Any]) -> np.ndarray:
+    """Names as a column that a file can hold: tuples, dates and the like are words, and all are where one is.
+
+    Example:
+        >>> named_column([1, 2]).tolist(), named_column([("a", 1), ("b",)]).tolist()
+        ([1, 2], ['a/1', 'b'])
+    """
+    return np.asarray([name if isinstance(name, str | int | float) else str(id_word(name)) for name in names])
 
 
 def _name(label: Any, place: int, what: str) -> Any:

@@ -14,8 +14,9 @@ from source_proj.attribution.hits import checked_count
 from source_proj.attribution.scores import Scores
 from source_proj.attribution.words import mean_effect
 from source_proj.curate.aggregates import facts_of, score_blocks
+from source_proj.curate.chance import beyond_chance
 from source_proj.curate.cleaning import Cleaning
-from source_proj.curate.harm import beyond_chance, class_quotas, within_quotas
+from source_proj.curate.harm import class_quotas, within_quotas
 from source_proj.curate.labels import Labels
 
 __all__ = ["select"]
@@ -69,7 +70,7 @@ def select(
     facts = facts_of(scored)
     count = checked_count(n, len(facts.train_ids), "n")
     queried, blocks = score_blocks(scored, queries)
-    effects = torch.cat([torch.from_numpy(np.asarray(values)) for _, values in blocks]).float()  # (Q, N)
+    effects = torch.cat([_tensor(values) for _, values in blocks])  # (Q, N)
     benefit = effects.double().mean(0).numpy() * (1 if facts.higher_is_better else -1)
     member, quota = class_quotas(np.zeros(len(benefit)) if labels is None else labels, len(benefit), count)
     if exclude is not None and exclude.train_ids != facts.train_ids:
@@ -89,12 +90,18 @@ def select(
     return Cleaning("selected for the target set", ids, reasons, {"score": score}, facts.train_ids, selects=True)
 
 
+def _tensor(values: np.ndarray) -> Tensor:
+    """Scores as they came, in float32 at least: float32 has no room for what double ones tell apart."""
+    kind = values.dtype if values.dtype == np.float64 else np.float32
+    return torch.from_numpy(np.array(values, dtype=kind))  # a copy: arrays may be read-only, or run backwards
+
+
 def _harmful(effects: Tensor, benefit: np.ndarray) -> np.ndarray:
     """Positions of the examples that harm the target on average: beyond chance, where there are several queries."""
     if len(effects) == 1:
         return np.flatnonzero(benefit < 0)
     error = effects.double().std(0).numpy() / len(effects) ** 0.5
-    return beyond_chance(benefit, error, _FALSE_SHARE)
+    return beyond_chance(benefit, error, np.full(len(error), len(effects) - 1.0), _FALSE_SHARE)
 
 
 def _herd(effects: Tensor, pool: np.ndarray, member: np.ndarray, quota: np.ndarray) -> np.ndarray:

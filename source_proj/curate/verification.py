@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from source_proj._errors import extra
 from source_proj._io.calls import require_callable
+from source_proj._io.numbers import plain_numbers, whole_number
 from source_proj._io.progress import Progress, progress_bar
 from source_proj.curate.cleaning import Cleaning
 
@@ -117,7 +118,7 @@ def verify(
         progress: show a progress bar after two seconds; False for none, or a function of (description, done, total).
 
     Raises:
-        TypeError: ``train`` or ``evaluate`` cannot be called so.
+        TypeError: ``train`` or ``evaluate`` cannot be called so, a seed is no whole number, or a measure no number.
         ValueError: no seed is given, one is given twice, nothing is kept, or a measure is not finite.
 
     Example:
@@ -128,7 +129,7 @@ def verify(
     """
     require_callable(train, "train", "train(kept, seed)")
     require_callable(evaluate, "evaluate", "evaluate(model)")
-    chosen = [int(seed) for seed in (range(seeds) if isinstance(seeds, int) else seeds)]
+    chosen = _listed(seeds)
     if not chosen or len(set(chosen)) != len(chosen):
         raise ValueError(f"give at least one seed, and none twice, got {seeds!r}: seeds=5 are 0 to 4")
     kept, n = cleaning.kept, len(cleaning.train_ids)
@@ -137,7 +138,8 @@ def verify(
     measured = np.empty((3, len(chosen)))
     with progress_bar(progress, "verify", measured.size, "models") as bar:
         for place, seed in enumerate(chosen):
-            drawn = np.sort(np.random.default_rng(seed).permutation(n)[: len(kept)])
+            rng = np.random.default_rng(seed if seed >= 0 else (1, -seed))  # torch's seeds may be negative
+            drawn = np.sort(rng.permutation(n)[: len(kept)])
             for kind, positions in enumerate((np.arange(n), kept, drawn)):
                 measured[kind, place] = _measured(evaluate(train(positions, seed)), seed)
                 bar.update()
@@ -158,6 +160,13 @@ def interval(values: np.ndarray) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def _listed(seeds: Any) -> list[int]:
+    """Seeds one by one, or those of a range, whatever library their numbers are of."""
+    if isinstance(seeds, Iterable) and getattr(seeds, "ndim", None) != 0:
+        return [whole_number(seed, "a seed") for seed in seeds]
+    return list(range(whole_number(seeds, "seeds")))
+
+
 def _student(freedom: int) -> float:
     """97.5 % quantile of Student's t, to three digits; above ten degrees by its expansion in 1/freedom."""
     if freedom <= len(_QUANTILES):
@@ -172,7 +181,10 @@ def _counted(seeds: int) -> str:
 
 
 def _measured(value: Any, seed: int) -> float:
-    number = float(value)
+    try:
+        number = float(np.asarray(plain_numbers(value)).item())
+    except (TypeError, ValueError):
+        raise TypeError(f"evaluate gave {value!r:.60} for seed {seed}: it must give one number") from None
     if not math.isfinite(number):
         raise ValueError(f"evaluate gave {number} for seed {seed}: it must give a finite number, higher is better")
     return number

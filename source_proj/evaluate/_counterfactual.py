@@ -144,12 +144,12 @@ def bootstrap_weights(count: int, replicates: int, seed: int) -> Floats:
 
     Raises:
         TypeError: if replicates or seed are no whole numbers.
-        ValueError: if it is negative.
+        ValueError: if one is negative.
     """
     replicates = whole_number(replicates, "bootstrap")
     if replicates < 0:
         raise ValueError(f"bootstrap must be the number of resamplings (0 for none), got {replicates}")
-    rng = np.random.default_rng(whole_number(seed, "seed"))
+    rng = np.random.default_rng(whole_number(seed, "seed", least=0))
     return rng.multinomial(count, np.full(count, 1 / count), size=replicates).astype(np.float64)
 
 

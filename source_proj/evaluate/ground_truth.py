@@ -10,6 +10,7 @@ import zarr
 from numpy.typing import ArrayLike, NDArray
 
 from source_proj._errors import MismatchError, SourceProjError, write_remedy
+from source_proj._io.calls import require_callable
 from source_proj._io.executors import Executor, check_executor, map_in_order
 from source_proj._io.files import publish
 from source_proj._io.numbers import plain_numbers, whole_number
@@ -228,7 +229,7 @@ class GroundTruth:
             progress: show a progress bar.
 
         Raises:
-            TypeError: if the executor is none.
+            TypeError: if the executor is none, or train cannot be called so.
             ValueError: for numbers out of range, or measurements that are no numbers or not finite; names subset and
                 seed.
             MismatchError: if ``train`` returns another shape.
@@ -239,6 +240,7 @@ class GroundTruth:
             raise ValueError(f"shard must be (i, n) with 0 <= i < n, got {shard}")
         group = None if group is None else whole_number(group, "group", least=1)
         check_executor(executor)
+        require_callable(train, "train", "train(kept, seed)" if group is None else "train(kept, seeds)")
         todo = [cell for cell in self.missing() if (cell[0] + cell[1] * len(self.masks)) % shards == index]
         calls = [todo[start : start + (group or 1)] for start in range(0, len(todo), group or 1)]
         with progress_bar(progress, "retrain", len(todo), "models") as bar:

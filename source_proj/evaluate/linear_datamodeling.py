@@ -176,6 +176,7 @@ def mean_lds(results: Sequence[LDS]) -> LDS:
         ValueError: for no results.
         MismatchError: if they were not computed on the same retrainings with the same bootstrap and seed.
     """
+    results = list(results)
     if not results:
         raise ValueError("mean_lds needs at least one result, got none")
     _require_paired(results)

@@ -19,7 +19,7 @@ from torch.func import stack_module_state, vmap
 
 from source_proj._errors import MismatchError
 from source_proj._io.executors import Executor, check_executor, map_in_order
-from source_proj._io.numbers import whole_number
+from source_proj._io.numbers import plain_numbers, whole_number
 from source_proj._io.progress import Progress, progress_bar
 from source_proj.evaluate._lockstep import MakeOptimizer, lockstep_optimizer
 from source_proj.gradients.replaced import call_with
@@ -62,7 +62,7 @@ def half_subsets(n: int, count: int, *, fraction: float = 0.5, seed: int = 0) ->
         raise ValueError(f"fraction must lie strictly between 0 and 1, got {fraction}")
     n, count = whole_number(n, "n", least=1), whole_number(count, "count", least=1)
     size = round(n * fraction)
-    rng = np.random.default_rng(whole_number(seed, "seed"))
+    rng = np.random.default_rng(whole_number(seed, "seed", least=0))
     masks = np.zeros((count, n), dtype=bool)
     for row in masks:
         row[rng.permutation(n)[:size]] = True
@@ -123,7 +123,7 @@ def retrain(
     """
     if whole_number(group, "group") < 1:
         raise ValueError(f"group must be at least 1 model, got {group}")
-    _check_pairs(subsets, seeds, len(inputs))
+    subsets, seeds = _checked_pairs(subsets, seeds, len(inputs))
     check_executor(executor)
     evaluations: dict[int, Tensor] = {}
     shared = initial is not None and _is_single(make_model, initial)
@@ -202,13 +202,14 @@ def train_stacked(
             alone.
         MismatchError: if subsets and seeds, inputs and targets, or the initial state and model do not match.
     """
-    _check_pairs(subsets, seeds, len(inputs))
+    subsets, seeds = _checked_pairs(subsets, seeds, len(inputs))
     _check_setting(len(inputs), len(targets), epochs, batch_size, momentum)
     if optimizer is not None and (momentum or weight_decay):
         raise ValueError("momentum and weight_decay are SGD's: give them to the optimizer that is made instead")
     sizes = sorted({len(subset) for subset in subsets})
     if len(sizes) != 1:
         raise ValueError(f"models in lock-step need subsets of one length, got lengths {sizes}; retrain() groups them")
+    inputs, targets = torch.as_tensor(inputs), torch.as_tensor(targets)
     rate = lr if callable(lr) else lambda _step: float(lr)
     indices = torch.from_numpy(np.stack(subsets)).long()  # (M, n)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -230,10 +231,7 @@ def train_stacked(
             order = torch.stack(orders)
             shuffled = torch.gather(indices, 1, order)
             for batch in torch.split(shuffled, batch_size, dim=1):  # batch: (M, b) indices of examples
-                total = losses(parameters, buffers, inputs[batch], targets[batch]).sum()
-                gradients = torch.autograd.grad(total, stacked)
-                for value, gradient in zip(stacked, gradients, strict=True):
-                    value.grad = gradient.contiguous()  # fused optimizers go wrong, silently, where strides differ
+                _differentiate(losses(parameters, buffers, inputs[batch], targets[batch]).sum(), stacked)
                 for group in descent.param_groups:
                     group["lr"] = rate(count)
                 descent.step()
@@ -241,8 +239,18 @@ def train_stacked(
     return {name: value.detach() for name, value in {**parameters, **buffers}.items()}
 
 
+def _differentiate(total: Tensor, stacked: Sequence[Tensor]) -> None:
+    """Give parameters their gradients; those that are frozen or take no part have none, as in a loop of one's own."""
+    trained = [value for value in stacked if value.requires_grad]
+    gradients = torch.autograd.grad(total, trained, allow_unused=True)
+    for value, gradient in zip(trained, gradients, strict=True):
+        # Fused optimizers go wrong, silently, where strides differ.
+        value.grad = None if gradient is None else gradient.contiguous()
+
+
 def stacked_outputs(make_model: Callable[[], nn.Module], inputs: Tensor) -> Callable[[StackedState], Tensor]:
     """Build an ``evaluate`` for :func:`retrain`: the outputs ``(models, N, ...)`` of every model on ``inputs``."""
+    inputs = torch.as_tensor(inputs)
     with torch.random.fork_rng():
         skeleton = set_evaluating(make_model().to(inputs.device))
     return partial(_outputs, skeleton, inputs)
@@ -301,20 +309,23 @@ def _lockstep_groups(subsets: Sequence[np.ndarray], group: int) -> list[list[int
     return [same[i : i + group] for same in by_length.values() for i in range(0, len(same), group)]
 
 
-def _check_pairs(subsets: Sequence[np.ndarray], seeds: Sequence[int], n: int) -> None:
+def _checked_pairs(subsets: Sequence[np.ndarray], seeds: Sequence[int], n: int) -> tuple[list[np.ndarray], list[int]]:
+    """Subsets as index arrays and seeds as ints, whatever library they are of."""
     if len(subsets) == 0:
         raise ValueError("there is nothing to train: got no subsets")
     if len(subsets) != len(seeds):
         raise MismatchError(f"got {len(subsets)} subsets but {len(seeds)} seeds; give one seed a subset")
-    for position, subset in enumerate(subsets):
-        if len(subset) == 0 or not np.issubdtype(np.asarray(subset).dtype, np.integer):
+    indices = [np.asarray(plain_numbers(subset)) for subset in subsets]
+    for position, subset in enumerate(indices):
+        if subset.ndim != 1 or subset.size == 0 or not np.issubdtype(subset.dtype, np.integer):
             raise ValueError(
-                f"subset {position} must be a non-empty array of example indices, got {np.asarray(subset).dtype} "
-                f"of length {len(subset)}; np.flatnonzero turns a mask into indices"
+                f"subset {position} must be a non-empty array of example indices, got {subset.dtype} "
+                f"of shape {subset.shape}; np.flatnonzero turns a mask into indices"
             )
-        low, high = int(np.min(subset)), int(np.max(subset))
+        low, high = int(subset.min()), int(subset.max())
         if low < 0 or high >= n:  # a negative one would count from the end
             raise ValueError(f"subset {position} names the examples {low}..{high}, and there are 0..{n - 1}")
+    return indices, [whole_number(seed, "a seed") for seed in seeds]
 
 
 def _check_setting(n_inputs: int, n_targets: int, epochs: int, batch_size: int, momentum: float) -> None:

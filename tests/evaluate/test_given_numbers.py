@@ -23,6 +23,7 @@ from source_proj.evaluate import (
     retrain,
     subset_removal,
 )
+from source_proj.evaluate._counterfactual import bootstrap_weights
 
 RNG = np.random.default_rng(0)
 SCORES = RNG.integers(-8, 8, size=(3, 10)).astype(np.float32)  # half precision holds them
@@ -156,3 +157,16 @@ def test_other_counts_are_refused_by_name(tmp_path):
             retrain(lambda: torch.nn.Linear(2, 2), inputs, targets, [np.arange(4)], [0], **options)
     with pytest.raises(TypeError, match=r"settings must be .*of type object is none of these"):
         GroundTruth.subsets(tmp_path / "other", 10, 3, settings={"model": object()})
+
+
+@pytest.mark.parametrize("train", [None, lambda kept: [0.0], "mine:train"])
+def test_what_does_not_train_is_refused_before_any_training(tmp_path, train):
+    truth = GroundTruth.subsets(tmp_path / "truth", 6, 2, count=3)
+    with pytest.raises(TypeError, match=r"^train (is called as|must be a function) train\(kept, seed\)"):
+        truth.fill(train, progress=False)
+
+
+@pytest.mark.parametrize("call", [lambda: half_subsets(6, 3, seed=-1), lambda: bootstrap_weights(6, 3, -1)])
+def test_a_seed_below_zero_is_named(call):
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        call()
