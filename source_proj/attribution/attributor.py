@@ -31,6 +31,7 @@ from source_proj.attribution.streaming import QueryBlocks, checked_out, queries_
 from source_proj.attribution.words import plain_ids
 from source_proj.bank import Bank
 from source_proj.bank.build.arguments import require_device
+from source_proj.sketch import plain_modes
 from source_proj.task import Answers, Task
 from source_proj.trajectory import Checkpoint, counts
 
@@ -106,6 +107,7 @@ class Attributor(ABC):
 
     # The verbs ------------------------------------------------------------------------------------------------
 
+    @plain_modes()
     def score(self, queries: Queries, out: str | Path | None = None, *, overwrite: bool = False) -> Scores:
         """Score every training example for every query.
 
@@ -133,6 +135,7 @@ class Attributor(ABC):
             values[:, start:stop] = block
         return self._scores(values.numpy(), features.ids, features[0])
 
+    @plain_modes()
     def score_rows(self, queries: Queries, rows: Sequence[int]) -> np.ndarray:
         """The scores ``(Q, n)`` float32 of the training examples at n positions; raises ValueError where none is."""
         features = self.sketch(queries)
@@ -194,6 +197,7 @@ class Attributor(ABC):
         """Return the k examples that worsen each query most, in the task's own sense; see :meth:`top_k`."""
         return self._listed(queries, k, out, highest=not self.higher_is_better, overwrite=overwrite)
 
+    @plain_modes()
     def sketch(self, queries: Queries, ids: Sequence[Any] | None = None) -> SketchedQueries:
         """Compute the queries' features, one entry per bank; every verb takes them in place of the data.
 
@@ -352,18 +356,10 @@ class Attributor(ABC):
         if self._models is None:
             raise ValueError("scoring queries given as data needs the model: pass model= when constructing")
         return sketch_queries(
-            bank,
-            self._models,
-            self.task,
-            queries,
-            checkpoints=checkpoints,
-            metrics=metrics,
-            ids=ids,
-            batch_size=self.batch_size,
-            span=span,
-            progress=self.progress if progress is None else progress,
+            bank, self._models, self.task, queries, checkpoints=checkpoints, metrics=metrics, ids=ids,
+            batch_size=self.batch_size, span=span, progress=self.progress if progress is None else progress,
             answers=answers,
-        )
+        )  # fmt: skip
 
     def blocks(self, terms: list[Term], count: int) -> Iterator[tuple[int, int, Tensor]]:
         """Yield ``(start, stop, scores (Q, stop - start))`` of Q = count queries over all rows, in order."""
@@ -374,6 +370,7 @@ class Attributor(ABC):
         self._compare_banks()
         return [term for bank, queried in zip(self.banks, features, strict=True) for term in self._terms(bank, queried)]
 
+    @plain_modes()
     def _listed(
         self, queries: Queries, k: int, out: str | Path | None, *, highest: bool, overwrite: bool
     ) -> Hits | HitsFile:

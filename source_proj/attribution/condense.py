@@ -40,6 +40,7 @@ from source_proj.bank.codecs import find_codec
 from source_proj.bank.format import Settings
 from source_proj.bank.store import open_store
 from source_proj.kernels.gram import packed
+from source_proj.sketch import plain_modes
 from source_proj.sketch.columns import kept_blocks
 from source_proj.trajectory import CapturedCurvature, CaptureRecord, CheckpointRef, RunRecord
 from source_proj.trajectory.counts import checked_count
@@ -122,7 +123,7 @@ def condense(
     groups = stage_groups(bank, segments)
     _warn_of_few_rows(bank, groups, kind)
     reads = sum(2 * stage.n * stage.n_checkpoints for stage in bank.stages)
-    with shared_bar(progress, "condense", reads, "rows"):
+    with plain_modes(), shared_bar(progress, "condense", reads, "rows"):
         made = [
             [_curvature(bank, stage, segment, kind, device, executor) for segment in own]
             for stage, own in enumerate(groups)

@@ -23,6 +23,7 @@ from source_proj.evaluate._stepper import OptimizerFactory, State, Stepper, deri
 from source_proj.gradients import private_copy
 from source_proj.gradients.batches import own_copy
 from source_proj.gradients.replaced import call_with
+from source_proj.sketch import plain_modes
 from source_proj.task import Batch, Model, Task
 from source_proj.task.base import derivatives_of
 from source_proj.trajectory.checkpoint import set_evaluating
@@ -70,6 +71,7 @@ class ExactUnrolling:
         (8, 8)
     """
 
+    @plain_modes()
     def __init__(
         self,
         model: nn.Module,
@@ -103,6 +105,7 @@ class ExactUnrolling:
     def __repr__(self) -> str:
         return f"ExactUnrolling({len(self._batches)} steps, {len(self.ids)} training examples)"
 
+    @plain_modes()
     def final_weights(self) -> dict[str, Tensor]:
         """The weights that training ends with, to compare with those of the run itself."""
         steps = len(self._batches)
@@ -117,6 +120,7 @@ class ExactUnrolling:
             self._kept[steps] = state
         return dict(zip(self._names, self._kept[steps].parameters, strict=True))
 
+    @plain_modes()
     def score(self, queries: Any, *, ids: Sequence[Any] | None = None, batch_size: int = 64) -> Scores:
         """Exact scores of queries against all training examples, ``(Q, N)``.
 

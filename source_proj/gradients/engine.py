@@ -31,7 +31,7 @@ from source_proj.gradients.sink import GradientSink, SinkByParameter
 from source_proj.gradients.space import ParameterSpace
 from source_proj.gradients.spread import DeviceSink, SpreadSink
 from source_proj.gradients.suited import Unsuited, refuse_unsuited
-from source_proj.sketch import Sketch
+from source_proj.sketch import Sketch, plain_modes
 from source_proj.trajectory import Scale
 from source_proj.trajectory.placement import placement_of
 
@@ -228,7 +228,7 @@ class GradientEngine:
             return [self.sketch_scaled(each, batch, scales, name, size) for name, each in functions]
         size = batch_size(batch) if size is None else size
         works = [Work(with_own_batch(f), batch, size, list(scales), n, self._proof.next_batch(n)) for n, f in functions]
-        with torch.inference_mode(False), torch.enable_grad(), evaluating(self._model), square_lists_noted(batch, size):
+        with plain_modes(), torch.enable_grad(), evaluating(self._model), square_lists_noted(batch, size):
             if self._hooks is not None and not self._proof.general:
                 try:
                     return self._by_hooks(self._hooks, works, together)
@@ -247,7 +247,7 @@ class GradientEngine:
         """Whether function(model, batch) has no graph that leads to any parameter of the model, attributed or not."""
         parameters = [name for name, p in self._model.named_parameters() if p.is_floating_point()]
         with (
-            torch.inference_mode(False),
+            plain_modes(),
             self.placement.running(parameters),
             torch.enable_grad(),
             evaluating(self._model),

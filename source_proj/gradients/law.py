@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from math import nan
@@ -18,11 +17,11 @@ from source_proj.gradients.general import Autocast, Function, weighted_gradient
 from source_proj.gradients.proof import Audit, Expected, Proof, audited, dependent, law_weights
 from source_proj.gradients.sink import SinkByParameter
 from source_proj.gradients.space import ParameterSpace
-from source_proj.sketch import Sketch
+from source_proj.sketch import Sketch, without_autocast
 from source_proj.trajectory import Scale
 from source_proj.trajectory.placement import Placement
 
-__all__ = ["AUTOCAST", "SAMPLED", "Law", "Work", "autocasting", "require_autocast"]
+__all__ = ["AUTOCAST", "SAMPLED", "Law", "Work", "autocasting", "chosen_autocast", "require_autocast"]
 
 SAMPLED = "sampled_output"  # the function that draws labels
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,9 +38,22 @@ def require_autocast(autocast: str | None) -> None:
         raise ValueError(f"autocast {autocast!r} is unknown; choose one of {tuple(AUTOCAST)} or None")
 
 
+def chosen_autocast(autocast: str | None, device: torch.device) -> str | None:
+    """The number format of forward passes: the one given, else that of the ``torch.autocast`` around the call.
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    require_autocast(autocast)
+    if autocast is not None or not torch.is_autocast_enabled(device.type):
+        return autocast
+    around = torch.get_autocast_dtype(device.type)
+    return next((name for name, dtype in AUTOCAST.items() if dtype == around), None)
+
+
 def autocasting(placement: Placement, dtype: torch.dtype | None) -> Autocast:
     """The context of a forward pass whose products are of a type; None for the weights' own."""
-    return nullcontext if dtype is None else partial(torch.autocast, placement.device.type, dtype)
+    return without_autocast if dtype is None else partial(torch.autocast, placement.device.type, dtype)
 
 
 @dataclass(frozen=True)

@@ -328,5 +328,6 @@ def dependent(name: str, batch: Batch, size: int, audit: Audit) -> str:
         f"an example's rows must not depend on the other examples of its batch, and {what} does: {name} of "
         f"{size} examples at once and of each alone disagree (error {audit.error:.1e}, parameters "
         f"{audit.wrong[:10]}). Either the model mixes its examples (statistics over the batch, attention between "
-        f"examples, no_grad for some of them) or draws random numbers{shared} it another shape or batch size)"
+        f"examples, no_grad for some of them), draws random numbers, or is in autocast by itself (say so by "
+        f"autocast='bfloat16'){shared} it another shape or batch size)"
     )

@@ -2,8 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec
 
@@ -21,22 +20,13 @@ from source_proj.sketch.checks import (
     floating_tensor,
     integer,
 )
+from source_proj.sketch.modes import without_autocast
 from source_proj.sketch.projections import HeldSketches, Projection, projection_class
 
-__all__ = ["Sketch", "exact_sketch", "without_autocast"]
+__all__ = ["Sketch", "exact_sketch"]
 
 _PORTABLE = "portable"  # in a spec: the matrix that every backend makes
 _Arguments = ParamSpec("_Arguments")
-
-
-@contextmanager
-def without_autocast() -> Iterator[None]:
-    """In full precision also where the caller's model runs under autocast."""
-    with ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
 
 
 def _plain(method: Callable[_Arguments, None]) -> Callable[_Arguments, None]:

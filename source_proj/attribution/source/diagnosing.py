@@ -13,6 +13,7 @@ from source_proj.attribution.scores import Scores
 from source_proj.attribution.source.fidelity import Fidelity, estimated_fidelity
 from source_proj.attribution.source.fitted_segments import FittedSegments
 from source_proj.attribution.source.reranking import Reranking
+from source_proj.sketch import plain_modes
 
 __all__ = ["Diagnosing"]
 
@@ -30,6 +31,7 @@ class Diagnosing(Reranking):
         scores.attach_fidelity(partial(self.fidelity, features))
         return scores
 
+    @plain_modes()
     def fidelity(self, queries: Queries | None = None) -> Fidelity:
         """Estimate how far the sketch's scores of some queries can be trusted: see :class:`Fidelity`.
 
@@ -58,7 +60,7 @@ class Diagnosing(Reranking):
             ids = features.ids
         fidelity = estimated_fidelity(runs, sketches, ids, apart)
         if fidelity.warning is not None:
-            warnings.warn(fidelity.warning, stacklevel=2)
+            warnings.warn(fidelity.warning, stacklevel=3)  # of whoever called the decorated method
         return fidelity
 
 

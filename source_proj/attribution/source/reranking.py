@@ -20,6 +20,7 @@ from source_proj.attribution.source.fitted_segments import FittedSegments
 from source_proj.attribution.source.rerank import SketchedQuery, segment_corrections
 from source_proj.bank import Bank
 from source_proj.gradients import ParameterSpace
+from source_proj.sketch import plain_modes
 
 __all__ = ["Reranking"]
 
@@ -161,6 +162,7 @@ class Reranking(Attributor):
         """Return the k examples that worsen each query most, in the task's own sense; see :meth:`top_k`."""
         return self._ordered_anew(queries, k, out, not self.task.higher_is_better, overwrite, rerank, train)
 
+    @plain_modes()
     def _ordered_anew(
         self,
         queries: Queries,

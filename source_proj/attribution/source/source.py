@@ -50,6 +50,7 @@ from source_proj.attribution.source.memory import parse_memory
 from source_proj.attribution.source.segment_parts import add_segment_parts
 from source_proj.attribution.source.segments import Segment, StageSegments, stage_groups
 from source_proj.bank import Bank
+from source_proj.sketch import plain_modes
 from source_proj.task import CausalLM, Task, TokenQueries
 from source_proj.task.tokens import loss_weights
 from source_proj.trajectory import Checkpoint
@@ -143,21 +144,10 @@ class Source(Diagnosing):
             bank, model=model, task=task, batch_size=batch_size, device=device, executor=executor, progress=progress
         )
         self._options: dict[str, Any] = {
-            "model": model,
-            "task": task,
-            "segments": segments,
-            "curvature": curvature,
-            "damping": damping,
-            "blocks": blocks,
-            "query_gradient": query_gradient,
-            "time_scale": time_scale,
-            "memory": memory,
-            "batch_size": batch_size,
-            "device": device,
-            "executor": executor,
-            "cache": cache,
-            "progress": progress,
-        }
+            "model": model, "task": task, "segments": segments, "curvature": curvature, "damping": damping,
+            "blocks": blocks, "query_gradient": query_gradient, "time_scale": time_scale, "memory": memory,
+            "batch_size": batch_size, "device": device, "executor": executor, "cache": cache, "progress": progress,
+        }  # fmt: skip
         check_damping(damping)
         check_query_gradient(query_gradient)
         self.time_scale = checked_number("time_scale", time_scale, above=0)
@@ -222,6 +212,7 @@ class Source(Diagnosing):
 
     # Fit -------------------------------------------------------------------------------------------------------
 
+    @plain_modes()
     def fit(self) -> "Source":
         """Compute what scoring needs, or find it in the cache; scoring does so by itself on first use."""
         self._compare_banks()
@@ -236,6 +227,7 @@ class Source(Diagnosing):
         return sum(self._of(bank).nbytes() for bank in self.banks)
 
     @property
+    @plain_modes()
     def segments(self) -> tuple[Segment, ...]:
         """The fitted segments of the (first) bank, in order of training."""
         return self._of(self.banks[0]).segments
@@ -272,6 +264,7 @@ class Source(Diagnosing):
     def _query_points(self, bank: Bank) -> list[Checkpoint]:
         return query_points(bank, self.query_gradient)
 
+    @plain_modes()
     def by_segment(self, queries: Queries, rows: Sequence[int] | None = None) -> PartScores:
         """Split each score into the parts of the segments.
 
@@ -319,6 +312,7 @@ class Source(Diagnosing):
             shown, population,
         )  # fmt: skip
 
+    @plain_modes()
     def by_token(self, queries: Queries, documents: Any, *, stage: int | str = 0) -> PartScores:
         """Split the scores of some training sequences over their tokens: which words of a document mattered.
 
@@ -376,6 +370,7 @@ class Source(Diagnosing):
         digest = bank.metrics.hash(segment.metric)
         return torch.stack([features.at(point, digest) for point in points]).mean(0)
 
+    @plain_modes()
     def self_influence(self) -> SelfInfluence:
         """Return how much each training example lowered its own training loss, with ids; an array of ``(N,)`` float32.
 

@@ -23,6 +23,7 @@ from source_proj.bank.notes import Notes
 from source_proj.bank.read.metrics import Metrics
 from source_proj.bank.read.part import OtherDataError, Part, listed, part_name, part_objects
 from source_proj.bank.store import Store
+from source_proj.sketch import plain_modes
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint
 from source_proj.trajectory.placement import placement_of
@@ -91,7 +92,7 @@ def append_rows(
         for each in parts:
             _require_other_names(each.ids, given)
     placement = placement_of(model)
-    with at_work(store, leads=placement.lockstep.leads) as work:
+    with plain_modes(), at_work(store, leads=placement.lockstep.leads) as work:
         count = placement.lockstep.from_leader(lambda: _make_room(store, stage, parts, work))
         part, own = _begun(parts[:count], source, given), False
         if part is None:

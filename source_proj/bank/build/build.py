@@ -40,8 +40,8 @@ from source_proj.bank.notes import Notes, modules_of
 from source_proj.bank.read.part import Part
 from source_proj.bank.store import Store, open_store
 from source_proj.gradients import private_copy
-from source_proj.gradients.law import require_autocast
-from source_proj.sketch import Sketch
+from source_proj.gradients.law import chosen_autocast
+from source_proj.sketch import Sketch, plain_modes
 from source_proj.task import Task
 from source_proj.task.base import derivatives_of, fisher_weight_of
 from source_proj.trajectory import Scale, Trajectory
@@ -121,7 +121,7 @@ def build(
         sampled_fisher: draws of labels from the model's prediction per example, for the curvature of that name: each
             takes a backward pass more, and half an int8 row's bytes. Default: 1 for :class:`CausalLM`, of which it
             predicts retraining better; else 0.
-        autocast: "bfloat16" or "float16" for the forward pass.
+        autocast: "bfloat16" or "float16" for the forward pass; default: that of a ``torch.autocast`` around the call.
         gradients: "auto", "hooks" or "general"; see :func:`source_proj.gradients.gradient_engine`.
         shard_rows: rows a shard, a multiple of the batch size; default: as many as make 16 MiB, 4,096 at most.
         executor: makes the rows: anything shaped like :class:`concurrent.futures.Executor`, whose workers get the
@@ -153,9 +153,9 @@ def build(
     refuse_parallelism(model)
     require_arguments(model=model, task=task, trajectory=trajectory, sketch=sketch)
     require_device(device)
-    require_autocast(autocast)
     check_executor(executor)
     placement = placement_of(model)
+    autocast = chosen_autocast(autocast, placement.device if device is None else torch.device(device))
     require_whole(executor, shard, takeover, placement)
     lockstep = placement.lockstep
     store = open_store(path)
@@ -172,7 +172,7 @@ def build(
     second_derivative, fisher_weight = _columns(task, sources[0], stage_ids[0])
     space, choice = lockstep.from_leader(lambda: chosen_space(model, trajectory, parameters, sketch, progress is True))
     weighting = weighting_of(parameter_weights, task, sketch, trajectory, [source.n for source in sources])
-    with at_work(store, leads=lockstep.leads and not is_sealed(store)) as work:
+    with plain_modes(), at_work(store, leads=lockstep.leads and not is_sealed(store)) as work:
         lockstep.from_leader(lambda: _require_room(store, resume, work))
         known = lockstep.from_leader(lambda: known_space(space, model, parameter_weights, weighting, store))
         if known is None:
