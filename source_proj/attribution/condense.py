@@ -35,7 +35,7 @@ from source_proj.attribution.source.segments import Groups, StageSegments, stage
 from source_proj.bank import Bank
 from source_proj.bank.audits import total
 from source_proj.bank.build.arguments import require_device
-from source_proj.bank.capture.segments import Segments, write_segments
+from source_proj.bank.capture.segments import Segments, require_place, write_segments
 from source_proj.bank.codecs import find_codec
 from source_proj.bank.format import Settings
 from source_proj.bank.store import open_store
@@ -91,7 +91,7 @@ def condense(
 
     Raises:
         BankError: the bank is unfinished or has one row a segment already; or something else is at the path, or it is
-            within the bank.
+            within the bank, or cannot be written.
         TypeError: something else stands in the bank's place.
         MismatchError: a bank made of another, or with other options, is at the path.
         ValueError: segments, curvature, query_points, storage or device are none that can be had, or the bank's rows
@@ -117,6 +117,7 @@ def condense(
     kind = _checked(bank, curvature)
     if open_store(path).location().startswith(f"{bank.store.location()}/"):
         raise BankError(f"{path} lies within the bank {bank.path}; give a path outside of it")
+    require_place(path)
     if query_points is not None:
         query_points = checked_count("query_points", query_points, 1)
     groups = stage_groups(bank, segments)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from source_proj._errors import BankError, SourceProjError, write_remedy
 from source_proj.bank.audits import encode_audit
 from source_proj.bank.bank import Bank
 from source_proj.bank.build.at_work import at_work
@@ -19,10 +20,10 @@ from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
 from source_proj.bank.notes import Notes
 from source_proj.bank.read.part import Part
-from source_proj.bank.store import open_store
+from source_proj.bank.store import Store, open_store
 from source_proj.trajectory import Checkpoint, Scale
 
-__all__ = ["SegmentRows", "Segments", "write_segments"]
+__all__ = ["SegmentRows", "Segments", "require_place", "write_segments"]
 
 _BATCH = 64  # rows; nothing is read in batches, and shards are made of some
 
@@ -72,7 +73,34 @@ def write_segments(path: str | Path, content: Segments, stages: Sequence[Segment
         BankError: something else is at the path, or it cannot be written.
         MismatchError: a bank of other settings or ids is there.
     """
-    settings, store = content.settings, open_store(path)
+    store = open_store(path)
+    try:
+        return _written(path, store, content, stages)
+    except OSError as error:
+        if isinstance(error, SourceProjError):
+            raise
+        raise _not_written(store, error) from error
+
+
+def require_place(path: str | Path) -> None:
+    """Refuse a path where no bank can be, before there is anything to write.
+
+    Raises:
+        BankError: nothing can have this name.
+    """
+    store = open_store(path)
+    try:
+        store.stat("zarr.json")
+    except OSError as error:
+        raise _not_written(store, error) from error
+
+
+def _not_written(store: Store, error: OSError) -> BankError:
+    return BankError(f"cannot write the bank {store.location()}: {error}; {write_remedy(error)}, or give another path")
+
+
+def _written(path: str | Path, store: Store, content: Segments, stages: Sequence[SegmentRows]) -> Bank:
+    settings = content.settings
     specs = [_spec(stage.ids, settings) for stage in stages]
     with at_work(store) as work:
         work.remove_begun()
