@@ -91,7 +91,7 @@ def condense(
 
     Raises:
         BankError: the bank is unfinished or has one row a segment already; or something else is at the path, or it is
-            within the bank.
+            within the bank, or cannot be written.
         TypeError: something else stands in the bank's place.
         MismatchError: a bank made of another, or with other options, is at the path.
         ValueError: segments, curvature, query_points, storage or device are none that can be had, or the bank's rows

@@ -157,7 +157,7 @@ def test_a_bank_may_have_any_name_that_a_folder_may(run, tmp_path, name):
 
 
 def test_a_name_that_is_too_long_is_said_to_be(run, tmp_path):
-    with pytest.raises(BankError, match=r"cannot create the bank .*too long.*give another path"):
+    with pytest.raises(BankError, match=r"cannot write the bank .*too long.*give another path"):
         run.build(tmp_path / ("b" * 256))
     with pytest.raises(BankError, match="too long"):
         banks.open(tmp_path / ("b" * 256))

@@ -215,7 +215,7 @@ def files_limited_to(nbytes):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
-@pytest.mark.parametrize(("limit", "named"), [(100, "cannot create the bank"), (100_000, "cannot write shard 0")])
+@pytest.mark.parametrize(("limit", "named"), [(100, "cannot write the bank"), (100_000, "cannot write shard 0")])
 def test_a_full_disk_leaves_a_bank_to_go_on_with(run, tmp_path, limit, named):
     # Rows of 24 x 2048 float32 fill 196,608 bytes; the metadata of each array a good kilobyte.
     path, options = tmp_path / "bank", {"sketch": Sketch(dim=2048, seed=5), "storage": "float32"}

@@ -237,7 +237,8 @@ def test_a_page_is_written_by_the_method_and_options_asked_for(call, tmp_path):
     asked = ["explore", "bank", "--model", "no:model", "--queries", "no:queries"]  # which is not looked at yet
     assert "exists" in call(*asked, "--static", tmp_path / "page", code=2)
     (tmp_path / "a-file").touch()
-    assert "a-file is a file, and the page is a folder" in call(*asked, "--static", tmp_path / "a-file", code=2)
+    for place in (tmp_path / "a-file", tmp_path / "a-file" / "below" / "it"):
+        assert "a-file is a file, and the page is a folder" in call(*asked, "--static", place, code=2)
 
 
 @pytest.mark.parametrize("word", ["--progress", "--no-progress"])

@@ -19,7 +19,7 @@ from source_proj.bank.build.agreement import agreement, weighted_by_agreement
 from source_proj.bank.build.arguments import require_arguments, require_device
 from source_proj.bank.build.at_work import AtWork, at_work, is_sealed
 from source_proj.bank.build.claims import Claims, checked_takeover
-from source_proj.bank.build.create import create_bank, not_created, require_same_part, require_same_settings
+from source_proj.bank.build.create import create_bank, not_written, require_same_part, require_same_settings
 from source_proj.bank.build.data import BatchSource, by_stage, checked_ids, to_device
 from source_proj.bank.build.fill import Work, checked_shard, fill
 from source_proj.bank.build.normalizer import with_normalizer
@@ -263,7 +263,7 @@ def _begin(
             create_bank(store, settings, trajectory.checkpoints, scales, parts, notes)
     except OSError as error:
         if not _was_created(store):  # else another process has, and removed what it took for leftovers
-            raise not_created(store, error) from error
+            raise not_written(store, error) from error
 
 
 def _finish(bank: Bank, parts: Sequence[Part], claims: Claims | None, *, all_made: bool) -> None:
@@ -367,7 +367,7 @@ def _require_room(store: Store, resume: bool, work: AtWork) -> None:
         if not _is_there(store, resume) or resume:
             work.remove_begun()
     except OSError as error:
-        raise not_created(store, error) from error
+        raise not_written(store, error) from error
     finally:
         work.share()
 

@@ -22,12 +22,12 @@ from source_proj.bank.read.weights import relative_paths, weights_objects
 from source_proj.bank.store import LocalStore, Store
 from source_proj.trajectory import Checkpoint, Scale
 
-__all__ = ["create_bank", "not_created", "part_difference", "put_same", "require_same_part", "require_same_settings"]
+__all__ = ["create_bank", "not_written", "part_difference", "put_same", "require_same_part", "require_same_settings"]
 
 
-def not_created(store: Store, error: OSError) -> BankError:
-    """The error of a place where no bank can be created."""
-    return BankError(f"cannot create the bank {store.location()}: {error}; {write_remedy(error)}, or give another path")
+def not_written(store: Store, error: OSError) -> BankError:
+    """The error of a place where a bank cannot be written."""
+    return BankError(f"cannot write the bank {store.location()}: {error}; {write_remedy(error)}, or give another path")
 
 
 def create_bank(

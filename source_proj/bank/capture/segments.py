@@ -13,15 +13,16 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from source_proj._errors import SourceProjError
 from source_proj.bank.audits import encode_audit
 from source_proj.bank.bank import Bank
 from source_proj.bank.build.at_work import at_work
-from source_proj.bank.build.create import create_bank, not_created, require_same_part, require_same_settings
+from source_proj.bank.build.create import create_bank, not_written, require_same_part, require_same_settings
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
 from source_proj.bank.notes import Notes
 from source_proj.bank.read.part import Part
-from source_proj.bank.store import open_store
+from source_proj.bank.store import Store, open_store
 from source_proj.trajectory import Checkpoint, Scale
 
 __all__ = ["SegmentRows", "Segments", "require_room", "write_segments"]
@@ -77,7 +78,7 @@ def require_room(path: str | Path) -> None:
             if not os.access(folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
         except OSError as error:
-            raise not_created(store, error) from error
+            raise not_written(store, error) from error
 
 
 def write_segments(path: str | Path, content: Segments, stages: Sequence[SegmentRows]) -> Bank:
@@ -92,20 +93,27 @@ def write_segments(path: str | Path, content: Segments, stages: Sequence[Segment
         BankError: something else is at the path, or it cannot be written.
         MismatchError: a bank of other settings or ids is there.
     """
-    settings, store = content.settings, open_store(path)
+    store = open_store(path)
+    try:
+        return _written(path, store, content, stages)
+    except OSError as error:
+        if isinstance(error, SourceProjError):  # of a checkpoint that is gone
+            raise
+        raise not_written(store, error) from error
+
+
+def _written(path: str | Path, store: Store, content: Segments, stages: Sequence[SegmentRows]) -> Bank:
+    settings = content.settings
     specs = [_spec(stage.ids, settings) for stage in stages]
     with at_work(store) as work:
-        try:
-            work.remove_begun()
-            work.share()
-            if not store.exists("zarr.json"):
-                captures = [stage.capture for stage in settings.trajectory.stages]
-                hashes = chain.from_iterable(capture.curvature for capture in captures if capture is not None)
-                matrices = dict(zip(hashes, chain(*content.curvature), strict=True))
-                parts = [(spec, stage.ids) for spec, stage in zip(specs, stages, strict=True)]
-                create_bank(store, settings, content.weights, content.scales, parts, content.notes, matrices)
-        except OSError as error:
-            raise not_created(store, error) from error
+        work.remove_begun()
+        work.share()
+        if not store.exists("zarr.json"):
+            captures = [stage.capture for stage in settings.trajectory.stages]
+            hashes = chain.from_iterable(capture.curvature for capture in captures if capture is not None)
+            matrices = dict(zip(hashes, chain(*content.curvature), strict=True))
+            parts = [(spec, stage.ids) for spec, stage in zip(specs, stages, strict=True)]
+            create_bank(store, settings, content.weights, content.scales, parts, content.notes, matrices)
         bank = Bank(path)
         require_same_settings(bank.path, bank.settings, settings)
         written = []

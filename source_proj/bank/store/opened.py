@@ -60,6 +60,7 @@ def open_store(path: str | Path) -> Store:
 
 
 def _local(folder: Path) -> LocalStore:
-    if os.path.isfile(folder):  # a name that is too long is refused where it is used
-        raise BankError(f"{folder.absolute()} is a file, and a bank is a folder; give another path")
+    for place in (folder.absolute(), *folder.absolute().parents):
+        if os.path.isfile(place):  # a name that is too long is refused where it is used
+            raise BankError(f"{place} is a file, and a bank is a folder; give another path")
     return LocalStore(folder)

@@ -21,8 +21,9 @@ def require_writable(folder: Path, *, overwrite: bool) -> None:
     Raises:
         FileExistsError: one of its files is there, or a file in the place of the folder.
     """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file, and the page is a folder of several: give another path")
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise FileExistsError(f"{place} is a file, and the page is a folder of several: give another path")
     for name in _FILES:
         require_free(folder / name, overwrite=overwrite)
 
