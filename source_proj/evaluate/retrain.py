@@ -209,7 +209,7 @@ def train_stacked(
     sizes = sorted({len(subset) for subset in subsets})
     if len(sizes) != 1:
         raise ValueError(f"models in lock-step need subsets of one length, got lengths {sizes}; retrain() groups them")
-    inputs, targets = torch.as_tensor(inputs), torch.as_tensor(targets)
+    inputs, targets = _as_tensor(inputs), _as_tensor(targets)
     rate = lr if callable(lr) else lambda _step: float(lr)
     indices = torch.from_numpy(np.stack(subsets)).long()  # (M, n)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -239,6 +239,11 @@ def train_stacked(
     return {name: value.detach() for name, value in {**parameters, **buffers}.items()}
 
 
+def _as_tensor(values: Tensor | np.ndarray) -> Tensor:
+    """As ``torch.as_tensor``, but where it is, whatever torch's default device is."""
+    return values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+
+
 def _differentiate(total: Tensor, stacked: Sequence[Tensor]) -> None:
     """Give parameters their gradients; those that are frozen or take no part have none, as in a loop of one's own."""
     trained = [value for value in stacked if value.requires_grad]
@@ -250,7 +255,7 @@ def _differentiate(total: Tensor, stacked: Sequence[Tensor]) -> None:
 
 def stacked_outputs(make_model: Callable[[], nn.Module], inputs: Tensor) -> Callable[[StackedState], Tensor]:
     """Build an ``evaluate`` for :func:`retrain`: the outputs ``(models, N, ...)`` of every model on ``inputs``."""
-    inputs = torch.as_tensor(inputs)
+    inputs = _as_tensor(inputs)
     with torch.random.fork_rng():
         skeleton = set_evaluating(make_model().to(inputs.device))
     return partial(_outputs, skeleton, inputs)

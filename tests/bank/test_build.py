@@ -1,6 +1,7 @@
 """What a build puts into the bank, against the engine itself."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -322,6 +323,11 @@ def test_sampled_rows_are_stored_as_the_format_says(run, tmp_path, storage):
 
 @pytest.mark.parametrize(("dim", "storage"), [(4096, "int8"), (4097, "int4"), (8193, "int2")])
 def test_larger_sketches_have_fewer_bits_a_number(run, tmp_path, dim, storage):
+    """Of a model that has more numbers than that; else most of a row are zeros, which int8 packs."""
+    assert run.build(tmp_path / "small", sketch=Sketch(dim, seed=5)).storage == "int8"
+    wide = nn.Sequential(nn.Linear(6, 1000), nn.ReLU(), nn.Linear(1000, 3))
+    states = [{name: value * scale for name, value in wide.state_dict().items()} for scale in (1, 2)]
+    run = replace(run, model=wide, trajectory=Trajectory([Checkpoint(s, i + 1, lr=0.1) for i, s in enumerate(states)]))
     bank = run.build(tmp_path / "bank", sketch=Sketch(dim, seed=5))
     assert bank.storage == storage
     assert_same(bank.path, run.build(tmp_path / "named", sketch=Sketch(dim, seed=5), storage=storage).path)
