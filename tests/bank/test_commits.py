@@ -330,5 +330,5 @@ def test_whoever_cannot_write_is_told_what_helps(run, built, tmp_path, monkeypat
     told = rf"{re.escape(str(refused))}.*{remedy}"
     with pytest.raises(BankError, match=rf"cannot append .*{told}.*, then append again"):
         bank.append(run.model, run.task, make_data(5, seed=1), progress=False)
-    with pytest.raises(BankError, match=rf"cannot create .*{told}.*, or give another path"):
+    with pytest.raises(BankError, match=rf"cannot write .*{told}.*, or give another path"):
         run.build(tmp_path / "new")
