@@ -115,11 +115,12 @@ def condense(
     if storage is not None:
         find_codec(storage)
     kind = _checked(bank, curvature)
-    if open_store(path).location().startswith(f"{bank.store.location()}/"):
+    store = open_store(path)
+    if store.location().startswith(f"{bank.store.location()}/"):
         raise BankError(f"{path} lies within the bank {bank.path}; give a path outside of it")
     if query_points is not None:
         query_points = checked_count("query_points", query_points, 1)
-    require_room(path)
+    require_room(store)
     groups = stage_groups(bank, segments)
     _warn_of_few_rows(bank, groups, kind)
     reads = sum(2 * stage.n * stage.n_checkpoints for stage in bank.stages)

@@ -70,7 +70,7 @@ class Fit(NamedTuple):
                 if kind == "spectrum":  # which every matrix has whose numbers are finite
                     raise self._overflown(kind) from error
                 raise
-            if not all(all_finite(tensor) for tensor in made.values()):
+            if not all(map(all_finite, made.values())):
                 raise self._overflown(kind)
             return {name: tensor.cpu().numpy() for name, tensor in made.items()}
 

@@ -7,10 +7,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["Spread", "beyond_chance", "pooled_freedom", "student_cdf"]
+__all__ = ["Spread", "beyond_chance", "pooled_freedom", "student_cdf", "student_quantile"]
 
 _TINY, _PRECISION = 1e-300, 1e-13
 _LARGEST = 1e150  # whose square is a number
+_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""97.5 % quantiles of Student's t for 1 to 10 degrees of freedom."""
+
 _NORMAL_FROM = 1e5  # degrees of freedom: from here on tails are the normal ones to 1 % at six standard errors
 
 
@@ -85,6 +88,15 @@ def student_cdf(values: np.ndarray, freedom: np.ndarray) -> np.ndarray:
     tail[np.isinf(values[few])] = 0
     normal[few] = np.where(values[few] < 0, tail, 1 - tail)
     return normal
+
+
+def student_quantile(freedom: int) -> float:
+    """97.5 % quantile of Student's t, to three digits; above ten degrees by its expansion in 1/freedom."""
+    if freedom <= len(_QUANTILES):
+        return _QUANTILES[freedom - 1]
+    z = 1.959964
+    # Abramowitz and Stegun, 26.7.5
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def _incomplete_beta(a: np.ndarray, x: np.ndarray, rest: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from source_proj._errors import extra
 from source_proj._io.calls import require_callable
 from source_proj._io.numbers import plain_numbers, whole_number
 from source_proj._io.progress import Progress, progress_bar
+from source_proj.curate.chance import student_quantile
 from source_proj.curate.cleaning import Cleaning
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ __all__ = ["Interval", "Verification", "verify"]
 
 Train = Callable[[Any, int], Any]
 """``train(kept, seed)``: train on the examples at the positions ``kept``; whatever ``evaluate`` takes is returned."""
-
-_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""97.5 % quantiles of Student's t for 1 to 10 degrees of freedom."""
 
 _LEAST, _ENOUGH = 3, 5
 """Seeds that an interval and a verdict need: two differences that happen to be equal would leave no doubt at all."""
@@ -156,7 +154,7 @@ def interval(values: np.ndarray) -> Interval:
     mean = float(values.mean())
     if len(values) < _LEAST:
         return Interval(mean, math.nan, math.nan)
-    half = _student(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    half = student_quantile(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
 
 
@@ -165,15 +163,6 @@ def _listed(seeds: Any) -> list[int]:
     if isinstance(seeds, Iterable) and getattr(seeds, "ndim", None) != 0:
         return [whole_number(seed, "a seed") for seed in seeds]
     return list(range(whole_number(seeds, "seeds")))
-
-
-def _student(freedom: int) -> float:
-    """97.5 % quantile of Student's t, to three digits; above ten degrees by its expansion in 1/freedom."""
-    if freedom <= len(_QUANTILES):
-        return _QUANTILES[freedom - 1]
-    z = 1.959964
-    # Abramowitz and Stegun, 26.7.5
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def _counted(seeds: int) -> str:

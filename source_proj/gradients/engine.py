@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from source_proj._errors import GradientError, SourceProjError
+from source_proj._io.numbers import all_finite
 from source_proj.gradients.batches import Batch, batch_size, own_copy, square_lists_noted, take, with_own_batch
 from source_proj.gradients.evaluation import evaluating
 from source_proj.gradients.general import Function, Functions, GeneralPath, first_line
@@ -352,7 +353,7 @@ class GradientEngine:
         outs, shares, sink = self._sinks(work, set(self._space.names) if due else set())
         values = self._general.add_to(sink, work.function, work.batch, work.size, self._law.autocast())
         sink.gather()
-        if not bool(torch.isfinite(values).all()):
+        if not all_finite(values):
             self._law.examine(work, values)
         audit = None
         if due and shares is not None and work.name != SAMPLED:  # rows of one example each, and others drawn than here

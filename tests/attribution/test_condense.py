@@ -254,6 +254,13 @@ def test_a_place_where_nothing_can_be_written_is_refused_before_any_work(tmp_pat
     assert not (tmp_path / "new").exists()
 
 
+def test_a_whole_one_is_found_again_where_nothing_can_be_written(tmp_path, monkeypatch):
+    bank = classification().build(tmp_path / "bank")
+    made = sp.condense(bank, tmp_path / "condensed", progress=False)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert sp.condense(bank, tmp_path / "condensed", progress=False).fingerprint == made.fingerprint
+
+
 def test_rows_in_several_metrics_have_no_mean(tmp_path):
     bank = adam("per_segment", segments=2).build(tmp_path / "bank")
     with pytest.raises(ValueError, match="are in 2 metrics"):

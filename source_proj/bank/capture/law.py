@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from source_proj._errors import GradientError, MismatchError
+from source_proj._io.numbers import all_finite
 from source_proj.bank.capture import processes
 from source_proj.gradients.proof import gradient_sink, share_sink
 from source_proj.gradients.sink import SinkByParameter
@@ -90,7 +91,7 @@ def checked_law(
         dense = (gradient.to_dense() if gradient.is_sparse else gradient).detach().unsqueeze(0) / left
         sink.add(name, dense)
         expected_shares.add(name, dense)
-    if not bool(torch.isfinite(total).all()) or not bool(torch.isfinite(expected).all()):
+    if not all(map(all_finite, (total, expected))):
         return None
     tolerance = max(_TOLERANCE, _ROUNDINGS * max(each.spacing for each in passes))
     norm = float(total.norm())

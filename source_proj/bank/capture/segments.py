@@ -16,7 +16,7 @@ from torch import Tensor
 from source_proj._errors import SourceProjError
 from source_proj.bank.audits import encode_audit
 from source_proj.bank.bank import Bank
-from source_proj.bank.build.at_work import at_work
+from source_proj.bank.build.at_work import at_work, is_bank
 from source_proj.bank.build.create import create_bank, not_written, require_same_part, require_same_settings
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
@@ -63,15 +63,14 @@ class Segments:
     scales: Mapping[str, Scale]
 
 
-def require_room(path: str | Path) -> None:
-    """Refuse a folder that cannot be made or written, before what goes there is computed.
+def require_room(store: Store) -> None:
+    """Refuse a folder that cannot be made or written, before what goes there is computed; a bank that is there may be.
 
     Raises:
         BankError: says what keeps it from being written.
     """
-    store = open_store(path)
     with at_work(store):  # makes the folder, if it can be, and takes it away again
-        if (folder := store.folder) is None:
+        if (folder := store.folder) is None or is_bank(store):
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
