@@ -157,7 +157,8 @@ def problem(options: argparse.Namespace) -> Problem:
         retrain=training.retrain, group=4, settings={"task": "wikitext2", **settings},
         sizes=sized(options, Sizes(100, 1, 5), Sizes(100, 2, 3), Sizes(4, 2, 2, 64, (32,))), notes=notes,
         layer="lm_head" if options.full else "head", peers=not options.full, cheap=False, panel="text", show=show,
-        extra={"workers": 1 if options.full else 2, "accuracy": training.perplexity, "captured": training.captured},
+        extra={"workers": 1 if options.full else 2, "accuracy": training.perplexity, "captured": training.captured,
+               "record_more": training.record_more},
     )  # fmt: skip
 
 
