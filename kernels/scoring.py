@@ -9,9 +9,9 @@ and is refused; infinite scores have one.
 Backends, all of which apply the same definitions, so that they differ by the rounding of a sum alone:
 
 * native: few queries are multiplied by compiled code that reads each row once, converts it in registers (or looks codes
-  up in a query's table of sums) and forgets a score at once unless it is among the best; many are multiplied by torch,
-  blocks of rows being converted into memory that stays in the cache, and compiled code scans the products.
-  `takes_product` draws the line.
+  up in a query's table of sums) and forgets a score at once unless it is among the best. Many are multiplied by this
+  code too, some at a time, or by torch, blocks of rows being converted into memory that stays in the cache; compiled
+  code scans the products. `takes_product` draws the line.
 * triton: the same for GPUs, in `triton_scoring`.
 * torch: blocks of products and torch's own search; the plain reference on any device.
 """

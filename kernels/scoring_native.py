@@ -1,7 +1,8 @@
 """Launches the compiled kernels of scoring: which route, in which thread.
 
-For few queries an inner product is summed by compiled code in an order of its own, whatever the number of threads; for
-many it is torch's matrix product, whose order is that of its library.
+For few queries, and with AVX-512 for any number of them where rows are int8 or float16, an inner product is summed by
+compiled code in an order of its own, whatever the number of queries and threads; else it is torch's matrix product,
+whose order is that of its library.
 """
 
 import ctypes
@@ -25,8 +26,10 @@ _FEW_OF_CODES = {1: _FEW, 2: 16, 4: 8}  # queries of packed codes, by bits
 _TABLES = 4 << 20  # bytes of several queries' tables: these stay in the last-level cache
 _NUMBERS = 1 << 21  # of a block of rows in float32: 8 MiB, which stay in the last-level cache
 _BLOCK_SCORES = 1 << 21  # of its product with the queries, likewise
+_LANES = 16  # of AVX-512
 _HEIGHT = (64, 2048)  # rows of a block, at least and at most
-_JOB_BYTES = 4 << 20  # of rows, the least that is worth a job
+_JOB_BYTES = 4 << 20  # of rows, the least that is worth a job of at most _FEW queries
+_CACHED_BYTES = 1 << 20  # of rows that meet all queries, _FEW at a time, while they are in a core's own cache
 
 
 class _Few(NamedTuple):
@@ -58,14 +61,19 @@ def _nibble_sums(queries: Tensor, rows: PackedRows) -> Tensor:
     return tables
 
 
-def takes_product(count: int) -> bool:
+def takes_product(count: int, rows: Rows) -> bool:
     """Whether so many queries are multiplied by torch's product of blocks, and not by dot products in registers.
 
-    Measured at k = 4,096 on one core of Zen 4, where a large product runs at 99 GFLOP/s: with 32 queries the dot
-    products run at 82 (float32) to 104 (int8), and torch's product of a block at 75 to 80; with 64 queries it reaches
-    85 to 91, and the dot products would read queries from the second-level cache too often.
+    Measured at k = 4,096 on one core of Zen 4, where a large product runs at 95 to 99 GFLOP/s: dot products of int8
+    rows run at 94 to 100 with 32 to 1,024 queries, since they convert rows in registers, and torch's product of
+    converted blocks at 66 to 94; with two threads on two busy cores at 93 to 99 and 14 to 55. Of float32 rows they run
+    at 89 with 32 queries, where torch has 75 to 80, and at 83 with 1,024, where it has 95 to 99. With AVX2 they run at
+    55 to 62.
     """
-    return count > _FEW
+    if count <= _FEW:
+        return False
+    in_registers = isinstance(rows, Tensor) and rows.dtype != torch.float32
+    return not (in_registers and require_library().sp_lanes() == _LANES)
 
 
 def _unpacked_first(count: int, rows: Rows) -> bool:
@@ -92,7 +100,7 @@ def score_native(queries: Tensor, rows: Rows, scale: Tensor | None) -> Tensor:
     out = torch.empty(count, n, dtype=torch.float32, device="cpu")
     if not out.numel():
         return out
-    if takes_product(count):
+    if takes_product(count, rows):
         for start, stop, part in _blocks(rows, count):
             torch.mm(queries, part.T, out=out[:, start:stop])
         return out if scale is None else out.mul_(scale)
@@ -102,24 +110,28 @@ def score_native(queries: Tensor, rows: Rows, scale: Tensor | None) -> Tensor:
 
 
 def _score_few(out: Tensor, taken: Tensor, stored: Tensor, scale: Tensor | None) -> None:
-    """Fill (Q, n), contiguous along a row."""
+    """Fill (Q, n), contiguous along a row; more than _FEW queries are taken in groups of so many."""
+    groups = range(0, len(taken), _FEW)
+    bounds = _shares(stored, len(groups))
+    step = len(stored) if len(groups) == 1 else max(1, _CACHED_BYTES // max(1, stored.shape[1] * stored.element_size()))
 
     def some(first: int, last: int) -> None:
-        require_library().sp_score(
-            out.data_ptr() + 4 * first,
-            out.stride(0),
-            taken.data_ptr(),
-            taken.stride(0),
-            len(taken),
-            _address(stored, first),
-            stored.stride(0) * stored.element_size(),
-            _address(scale, first),
-            last - first,
-            stored.shape[1],
-            _TYPES[stored.dtype],
-        )
+        for row in range(first, last, step):
+            for query in groups:
+                require_library().sp_score(
+                    _address(out, query) + 4 * row,
+                    out.stride(0),
+                    _address(taken, query),
+                    taken.stride(0),
+                    min(_FEW, len(taken) - query),
+                    _address(stored, row),
+                    stored.stride(0) * stored.element_size(),
+                    _address(scale, row),
+                    min(step, last - row),
+                    stored.shape[1],
+                    _TYPES[stored.dtype],
+                )
 
-    bounds = _shares(stored)
     run_jobs([partial(some, *pair) for pair in pairwise(bounds)], _nanoseconds(len(taken), stored))
 
 
@@ -135,18 +147,22 @@ class StrongestNative:
 
     def add(self, queries: Tensor, rows: Rows, scale: Tensor | None, first: int) -> None:
         """Offer rows."""
-        if takes_product(len(queries)):
-            for start, stop, part in _blocks(rows, len(queries)):
-                block = aligned_scratch("scores", len(queries) * len(part)).view(len(queries), len(part))
-                torch.mm(queries, part.T, out=block)
-                self.add_scores(block, None if scale is None else scale[start:stop], first + start)
+        product = takes_product(len(queries), rows)
+        if not product and len(queries) <= _FEW:
+            for start, _, few, own in _taken(queries, rows, scale):
+                self._add_few(*few, own, first + start)
             return
-        for start, _, few, own in _taken(queries, rows, scale):
-            self._add_few(*few, own, first + start)
+        for start, stop, part in _blocks(rows, len(queries)):
+            block = aligned_scratch("scores", len(queries) * len(part)).view(len(queries), len(part))
+            if product:
+                torch.mm(queries, part.T, out=block)
+            else:
+                _score_few(block, *_Few.of(queries, part), None)
+            self.add_scores(block, None if scale is None else scale[start:stop], first + start)
 
     def _add_few(self, queries: Tensor, rows: Tensor, scale: Tensor | None, first: int) -> None:
         """Each job has heaps of its own, which take no score that the common ones would refuse."""
-        bounds = _shares(rows)
+        bounds = _shares(rows, 1)
         pairs = list(pairwise(bounds))
         own = [self._heaps]
         if len(pairs) > 1:
@@ -234,7 +250,7 @@ class _Heaps:
 
 
 def _blocks(rows: Rows, count: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Blocks of rows as float32; where they must be converted, all in the same memory."""
+    """Blocks of rows, as float32 where a product takes them; where they must be converted, all in the same memory."""
     dim = rows.shape[1]
     height = min(max(_NUMBERS // max(1, dim), _HEIGHT[0]), max(_BLOCK_SCORES // count, _HEIGHT[0]), _HEIGHT[1])
     if isinstance(rows, PackedRows):
@@ -242,7 +258,7 @@ def _blocks(rows: Rows, count: int) -> Iterator[tuple[int, int, Tensor]]:
         return
     for start in range(0, len(rows), height):
         part = rows[start : start + height]
-        if rows.dtype != torch.float32:
+        if rows.dtype != torch.float32 and takes_product(count, rows):
             part = aligned_scratch("rows", height * dim)[: part.numel()].view(part.shape).copy_(part)
         yield start, start + len(part), part
 
@@ -261,10 +277,11 @@ def _refuse(bad: "ctypes.Array[ctypes.c_int64]") -> None:
         raise nan_error(min(found))
 
 
-def _shares(rows: Tensor) -> list[int]:
-    """Bounds of the rows that jobs take."""
+def _shares(rows: Tensor, groups: int) -> list[int]:
+    """Bounds of the rows that jobs take, each with so many groups of queries."""
     n, size = len(rows), rows.shape[1] * rows.element_size()
-    jobs = max(1, min(2 * torch.get_num_threads() if torch.get_num_threads() > 1 else 1, n * size // _JOB_BYTES))
+    most = 2 * torch.get_num_threads() if torch.get_num_threads() > 1 else 1
+    jobs = max(1, min(most, n * size * groups // _JOB_BYTES))
     step = -(-n // jobs)
     return [*range(0, n, step), n]
 

@@ -248,8 +248,28 @@ def test_threads_change_no_bit(count, dtype, monkeypatch):
 @native
 def test_few_queries_are_as_many_as_the_compiled_code_takes():
     assert ctypes.c_int.in_dll(native_library(), "sp_score_few").value == scoring_native._FEW
-    assert not scoring_native.takes_product(scoring_native._FEW)
-    assert scoring_native.takes_product(scoring_native._FEW + 1)
+    for dtype in TYPES:
+        assert not scoring_native.takes_product(scoring_native._FEW, torch.ones(1, 1).to(dtype))
+    assert scoring_native.takes_product(scoring_native._FEW + 1, torch.ones(1, 1))
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
+@pytest.mark.parametrize("count", [33, 64, 150])
+def test_with_avx512_a_score_does_not_depend_on_the_other_queries(count, dtype, at_level, monkeypatch):
+    """Of rows that become float32 in registers; pieces of them, jobs and threads change no bit either."""
+    at_level(2)
+    queries, rows, scale = operands(count, 530, 100, dtype)
+    each = torch.cat([score(one, rows, scale) for one in queries.split(1)])
+    best = torch.cat([top_k(one, rows, 7, scale)[1] for one in queries.split(1)])
+    monkeypatch.setattr("source_proj.kernels.native._WORTH_THREADS", 0)
+    for threads, cached, least in ((1, 1 << 20, 1 << 22), (3, 1 << 10, 1 << 10), (2, 1, 1 << 10)):
+        torch.set_num_threads(threads)
+        monkeypatch.setattr(scoring_native, "_CACHED_BYTES", cached)
+        monkeypatch.setattr(scoring_native, "_JOB_BYTES", least)
+        assert torch.equal(score(queries, rows, scale), each)
+        assert torch.equal(top_k(queries, rows, 7, scale)[1], best)
+    torch.set_num_threads(1)
 
 
 @native
