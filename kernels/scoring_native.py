@@ -119,7 +119,7 @@ def _score_few(out: Tensor, taken: Tensor, stored: Tensor, scale: Tensor | None)
         for row in range(first, last, step):
             for query in groups:
                 require_library().sp_score(
-                    _address(out, query) + 4 * row,
+                    out.data_ptr() + 4 * (query * out.stride(0) + row),
                     out.stride(0),
                     _address(taken, query),
                     taken.stride(0),
