@@ -1,8 +1,8 @@
 """Launches the compiled kernels of scoring: which route, in which thread.
 
-For few queries, and with AVX-512 for any number of them where rows are int8 or float16, an inner product is summed by
-compiled code in an order of its own, whatever the number of queries and threads; else it is torch's matrix product,
-whose order is that of its library.
+For few queries, and with AVX-512 for more of them, any number where rows are int8 or float16, an inner product is
+summed by compiled code in an order of its own, whatever the number of queries and threads; else it is torch's matrix
+product, whose order is that of its library.
 """
 
 import ctypes
@@ -26,6 +26,7 @@ _FEW_OF_CODES = {1: _FEW, 2: 16, 4: 8}  # queries of packed codes, by bits
 _TABLES = 4 << 20  # bytes of several queries' tables: these stay in the last-level cache
 _NUMBERS = 1 << 21  # of a block of rows in float32: 8 MiB, which stay in the last-level cache
 _BLOCK_SCORES = 1 << 21  # of its product with the queries, likewise
+_MANY = 128  # queries of float32 rows that are multiplied in registers with AVX-512
 _LANES = 16  # of AVX-512
 _HEIGHT = (64, 2048)  # rows of a block, at least and at most
 _JOB_BYTES = 4 << 20  # of rows, the least that is worth a job of at most _FEW queries
@@ -66,14 +67,13 @@ def takes_product(count: int, rows: Rows) -> bool:
 
     Measured at k = 4,096 on one core of Zen 4, where a large product runs at 95 to 99 GFLOP/s: dot products of int8
     rows run at 94 to 100 with 32 to 1,024 queries, since they convert rows in registers, and torch's product of
-    converted blocks at 66 to 94; with two threads on two busy cores at 93 to 99 and 14 to 55. Of float32 rows they run
-    at 89 with 32 queries, where torch has 75 to 80, and at 83 with 1,024, where it has 95 to 99. With AVX2 they run at
-    55 to 62.
+    converted blocks at 66 to 94; with two threads on two busy cores at 93 to 99 and 14 to 55. Of float32 rows, and of
+    codes unpacked to them, they run at 88 with 64 queries, where torch has 80, at 89 with 128, where it has 90, and at 83
+    with 1,024, where it has 95 to 99. With AVX2 they run at 55 to 62.
     """
-    if count <= _FEW:
-        return False
-    in_registers = isinstance(rows, Tensor) and rows.dtype != torch.float32
-    return not (in_registers and require_library().sp_lanes() == _LANES)
+    if count <= _FEW or require_library().sp_lanes() < _LANES:
+        return count > _FEW
+    return (isinstance(rows, PackedRows) or rows.dtype == torch.float32) and count > _MANY
 
 
 def _unpacked_first(count: int, rows: Rows) -> bool:

@@ -250,12 +250,13 @@ def test_few_queries_are_as_many_as_the_compiled_code_takes():
     assert ctypes.c_int.in_dll(native_library(), "sp_score_few").value == scoring_native._FEW
     for dtype in TYPES:
         assert not scoring_native.takes_product(scoring_native._FEW, torch.ones(1, 1).to(dtype))
-    assert scoring_native.takes_product(scoring_native._FEW + 1, torch.ones(1, 1))
+    assert scoring_native.takes_product(scoring_native._MANY + 1, torch.ones(1, 1))
 
 
 @native
-@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
-@pytest.mark.parametrize("count", [33, 64, 150])
+@pytest.mark.parametrize(
+    ("count", "dtype"), [(33, torch.float32), (128, torch.float32), (64, torch.float16), (150, torch.int8)]
+)
 def test_with_avx512_a_score_does_not_depend_on_the_other_queries(count, dtype, at_level, monkeypatch):
     """Of rows that become float32 in registers; pieces of them, jobs and threads change no bit either."""
     at_level(2)
