@@ -23,6 +23,8 @@ __all__ = ["StrongestNative", "score_native", "takes_product"]
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 2, torch.uint8: 3}  # the last are packed codes
 _FEW = 32  # queries: SCORE_FEW of native.c
 _FEW_OF_CODES = {1: _FEW, 2: 16, 4: 8}  # queries of packed codes, by bits
+_LANES_FOR_ANY = {1: 8, 2: 16}  # by bits: of the instructions with which any number of queries is looked up
+_WORTH_GROUPS = 4  # queries at once, the least with which more are taken in groups
 _TABLES = 4 << 20  # bytes of several queries' tables: these stay in the last-level cache
 _NUMBERS = 1 << 21  # of a block of rows in float32: 8 MiB, which stay in the last-level cache
 _BLOCK_SCORES = 1 << 21  # of its product with the queries, likewise
@@ -68,25 +70,29 @@ def takes_product(count: int, rows: Rows) -> bool:
     Measured at k = 4,096 on one core of Zen 4, where a large product runs at 95 to 99 GFLOP/s: dot products of int8
     rows run at 94 to 100 with 32 to 1,024 queries, since they convert rows in registers, and torch's product of
     converted blocks at 66 to 94; with two threads on two busy cores at 93 to 99 and 14 to 55. Of float32 rows, and of
-    codes unpacked to them, they run at 88 with 64 queries, where torch has 80, at 89 with 128, where it has 90, and at 83
-    with 1,024, where it has 95 to 99. With AVX2 they run at 55 to 62.
+    codes unpacked to them, they run at 88 with 64 queries, where torch has 80, at 89 with 128, where it has 90, and at
+    83 with 1,024, where it has 95 to 99. With AVX2 they run at 55 to 62.
     """
     if count <= _FEW or require_library().sp_lanes() < _LANES:
         return count > _FEW
     return (isinstance(rows, PackedRows) or rows.dtype == torch.float32) and count > _MANY
 
 
-def _unpacked_first(count: int, rows: Rows) -> bool:
-    """Whether so many queries, too few for a product, take packed codes as unpacked blocks and not by their tables.
+def looked_up(count: int, rows: Rows) -> int:
+    """How many of so many queries meet packed codes at once, by tables of their sums; 0 where rows are not looked up.
 
-    Codes are looked up in tables of each query, which takes time by their bytes and the queries alone: with AVX2, 8
+    Looking up takes time by the bytes of codes and the queries alone, and tables must stay in the cache. With AVX2, 8
     queries are 1.5 (4 bits), 3 (2) and 6 (1) times as fast as torch's product of unpacked blocks. With AVX-512, 4 bits
     and 9, 12 and 16 queries the dot products take 10, 11 and 12 ms for 8,000 rows of 4,096 numbers, 5 of them to
-    unpack, where torch's product of the same blocks takes 15, 16 and 19.
+    unpack, where torch's product of the same blocks takes 15, 16 and 19. Of 64 and 1,000 queries, some at a time, 1
+    bit is 3 and 2.5 times as fast as the product (with AVX2 a quarter faster), 2 bits with AVX-512 1.6 and 1.2 times.
     """
     if isinstance(rows, Tensor):
-        return False
-    return count > max(1, min(_FEW_OF_CODES[rows.bits], _TABLES // (4 * _table_size(rows))))
+        return 0
+    together = max(1, min(_FEW_OF_CODES[rows.bits], _TABLES // (4 * _table_size(rows))))
+    lanes = _LANES_FOR_ANY.get(rows.bits, 2 * _LANES)
+    any_number = require_library().sp_lanes() >= lanes and together >= _WORTH_GROUPS
+    return together if any_number or count <= together else 0
 
 
 def _table_size(rows: PackedRows) -> int:
@@ -96,16 +102,22 @@ def _table_size(rows: PackedRows) -> int:
 
 def score_native(queries: Tensor, rows: Rows, scale: Tensor | None) -> Tensor:
     """scale_r · q·row_r for all queries and rows: ``(Q, n)`` float32."""
-    count, n = len(queries), len(rows)
+    count, n, scale = len(queries), len(rows), _contiguous(scale)
     out = torch.empty(count, n, dtype=torch.float32, device="cpu")
     if not out.numel():
         return out
-    if takes_product(count, rows):
-        for start, stop, part in _blocks(rows, count):
+    if together := looked_up(count, rows):
+        for asked in range(0, count, together):
+            few = _Few.of(queries[asked : asked + together], rows)
+            _score_few(out[asked : asked + together], *few, scale)
+        return out
+    product = takes_product(count, rows)
+    if product:
+        for start, stop, part in _blocks(rows, count, convert=True):
             torch.mm(queries, part.T, out=out[:, start:stop])
         return out if scale is None else out.mul_(scale)
-    for start, stop, few, own in _taken(queries, rows, scale):
-        _score_few(out[:, start:stop], *few, own)
+    for start, stop, part in _pieces(rows, count):
+        _score_few(out[:, start:stop], *_Few.of(queries, part), None if scale is None else scale[start:stop])
     return out
 
 
@@ -143,30 +155,38 @@ class StrongestNative:
 
     def __init__(self, count: int, k: int, largest: bool) -> None:
         self._k, self._sign = k, 1.0 if largest else -1.0
-        self._heaps = _Heaps(count, k, -torch.inf)
+        self._heaps = _Heaps.empty(count, k, -torch.inf)
 
     def add(self, queries: Tensor, rows: Rows, scale: Tensor | None, first: int) -> None:
         """Offer rows."""
-        product = takes_product(len(queries), rows)
-        if not product and len(queries) <= _FEW:
-            for start, _, few, own in _taken(queries, rows, scale):
-                self._add_few(*few, own, first + start)
+        count, scale = len(queries), _contiguous(scale)
+        if together := looked_up(count, rows):
+            for asked in range(0, count, together):
+                few = _Few.of(queries[asked : asked + together], rows)
+                self._add_few(*few, scale, first, asked)
             return
-        for start, stop, part in _blocks(rows, len(queries)):
-            block = aligned_scratch("scores", len(queries) * len(part)).view(len(queries), len(part))
+        product = takes_product(count, rows)
+        if not product and count <= _FEW:
+            for start, stop, part in _pieces(rows, count):
+                own = None if scale is None else scale[start:stop]
+                self._add_few(*_Few.of(queries, part), own, first + start, 0)
+            return
+        for start, stop, part in _blocks(rows, count, convert=product):
+            block = aligned_scratch("scores", count * len(part)).view(count, len(part))
             if product:
                 torch.mm(queries, part.T, out=block)
             else:
                 _score_few(block, *_Few.of(queries, part), None)
             self.add_scores(block, None if scale is None else scale[start:stop], first + start)
 
-    def _add_few(self, queries: Tensor, rows: Tensor, scale: Tensor | None, first: int) -> None:
-        """Each job has heaps of its own, which take no score that the common ones would refuse."""
+    def _add_few(self, queries: Tensor, rows: Tensor, scale: Tensor | None, first: int, asked: int) -> None:
+        """Of queries from `asked` on; each job has heaps of its own, which take no score that theirs would refuse."""
+        heaps = self._heaps.part(asked, len(queries))
         bounds = _shares(rows, 1)
         pairs = list(pairwise(bounds))
-        own = [self._heaps]
+        own = [heaps]
         if len(pairs) > 1:
-            own = [_Heaps(len(queries), min(self._k, b - a), self._heaps.threshold) for a, b in pairs]
+            own = [_Heaps.empty(len(queries), min(self._k, b - a), heaps.threshold) for a, b in pairs]
         bad = (ctypes.c_int64 * len(pairs))()
 
         def some(job: int) -> None:
@@ -190,8 +210,8 @@ class StrongestNative:
         run_jobs([partial(some, job) for job in range(len(pairs))], _nanoseconds(len(queries), rows))
         _refuse(bad)
         if len(pairs) > 1:
-            for heaps in own:
-                self._heaps.merge(heaps)
+            for found in own:
+                heaps.merge(found)
 
     def add_scores(self, scores: Tensor, scale: Tensor | None, first: int) -> None:
         """Offer given scores, times a scale for each row; the queries are shared among threads."""
@@ -204,7 +224,7 @@ class StrongestNative:
         def some(job: int) -> None:
             query = starts[job]
             require_library().sp_keep(
-                *self._heaps.arguments_from(query),
+                *self._heaps.part(query, share).arguments,
                 _address(scores, query),
                 scores.stride(0),
                 _address(scale, 0),
@@ -226,31 +246,39 @@ class StrongestNative:
         return values * self._sign, rows.gather(1, by_value)
 
 
-class _Heaps:
+class _Heaps(NamedTuple):
     """What native_heap.c calls best: values and rows ``(count, k)``, how many are there, and thresholds."""
 
-    def __init__(self, count: int, k: int, threshold: Tensor | float) -> None:
-        self.k = k
-        self.value = torch.empty(count, k, dtype=torch.float32, device="cpu")
-        self.row = torch.empty(count, k, dtype=torch.int64, device="cpu")
-        self.filled = torch.zeros(count, dtype=torch.int64, device="cpu")
-        self.threshold = torch.empty(count, dtype=torch.float32, device="cpu")
-        self.threshold[:] = threshold
+    value: Tensor
+    row: Tensor
+    filled: Tensor
+    threshold: Tensor
 
-    def arguments_from(self, query: int) -> tuple[int | None, ...]:
-        arrays = (self.value, self.row, self.filled, self.threshold)
-        return *(_address(array, query) for array in arrays), self.k
+    @classmethod
+    def empty(cls, count: int, k: int, threshold: Tensor | float) -> "_Heaps":
+        limits = torch.empty(count, dtype=torch.float32, device="cpu")
+        limits[:] = threshold
+        return cls(
+            torch.empty(count, k, dtype=torch.float32, device="cpu"),
+            torch.empty(count, k, dtype=torch.int64, device="cpu"),
+            torch.zeros(count, dtype=torch.int64, device="cpu"),
+            limits,
+        )
+
+    def part(self, first: int, count: int) -> "_Heaps":
+        """Those of some queries, in the same memory."""
+        return _Heaps(*(array[first : first + count] for array in self))
 
     @property
-    def arguments(self) -> tuple[int | None, ...]:
-        return self.arguments_from(0)
+    def arguments(self) -> tuple[int, ...]:
+        return *(array.data_ptr() for array in self), self.value.shape[1]
 
     def merge(self, other: "_Heaps") -> None:
-        require_library().sp_merge(*self.arguments, len(self.filled), *other.arguments[:3], other.k)
+        require_library().sp_merge(*self.arguments, len(self.filled), *other.arguments[:3], other.value.shape[1])
 
 
-def _blocks(rows: Rows, count: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Blocks of rows, as float32 where a product takes them; where they must be converted, all in the same memory."""
+def _blocks(rows: Rows, count: int, *, convert: bool) -> Iterator[tuple[int, int, Tensor]]:
+    """Blocks of rows; those that must become float32, as codes must, all in the same memory."""
     dim = rows.shape[1]
     height = min(max(_NUMBERS // max(1, dim), _HEIGHT[0]), max(_BLOCK_SCORES // count, _HEIGHT[0]), _HEIGHT[1])
     if isinstance(rows, PackedRows):
@@ -258,17 +286,17 @@ def _blocks(rows: Rows, count: int) -> Iterator[tuple[int, int, Tensor]]:
         return
     for start in range(0, len(rows), height):
         part = rows[start : start + height]
-        if rows.dtype != torch.float32 and takes_product(count, rows):
+        if convert and rows.dtype != torch.float32:
             part = aligned_scratch("rows", height * dim)[: part.numel()].view(part.shape).copy_(part)
         yield start, start + len(part), part
 
 
-def _taken(queries: Tensor, rows: Rows, scale: Tensor | None) -> Iterator[tuple[int, int, _Few, Tensor | None]]:
-    """The rows as the compiled code takes them, with their scale: all at once, or by unpacked blocks."""
-    scale = _contiguous(scale)
-    whole = [(0, len(rows), rows)]
-    for start, stop, part in _blocks(rows, len(queries)) if _unpacked_first(len(queries), rows) else whole:
-        yield start, stop, _Few.of(queries, part), None if scale is None else scale[start:stop]
+def _pieces(rows: Rows, count: int) -> Iterator[tuple[int, int, Tensor]]:
+    """What dot products in registers take: rows as they are, all at once, or codes by unpacked blocks."""
+    if isinstance(rows, PackedRows):
+        yield from _blocks(rows, count, convert=False)
+    else:
+        yield 0, len(rows), rows
 
 
 def _refuse(bad: "ctypes.Array[ctypes.c_int64]") -> None:

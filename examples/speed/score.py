@@ -123,22 +123,23 @@ def time_queries(bank: sp.Bank, model: nn.Module, count: int, repetitions: int) 
 
 
 def time_codecs(n: int, k: int, repetitions: int) -> None:
-    """The ten strongest of random rows in memory, by codec, against one read of their bytes at the speed of a sum."""
-    counts = (1, 4, 16, 64)
+    """The ten strongest of random rows in memory, by codec, against a read at the speed of a sum, or large products."""
+    counts = (1, 4, 16, 64, 256)
     rows = {name: random_rows(name, n, k) for name in CODECS}
     queries = torch.randn(max(counts), k)
-    read = rows["float32"][0].view(-1)
+    read, square = rows["float32"][0].view(-1), torch.randn(2048, 2048)
     for count in counts:
         searches = [partial(search, name, queries[:count], *rows[name]) for name in CODECS]
-        bandwidth, *times = interleaved(repetitions, read.sum, *searches)
-        speed = read.nbytes / bandwidth
-        print(f"{count} queries: memory {speed / 1e9:.1f} GB/s")
+        reading, large, *times = interleaved(repetitions, read.sum, lambda: torch.mm(square, square), *searches)
+        speed, flops = read.nbytes / reading, 2 * len(square) ** 3 / large
+        print(f"{count} queries: memory {speed / 1e9:.1f} GB/s, large products {flops / 1e9:.0f} GFLOP/s")
         for name, spent in zip(CODECS, times, strict=True):
-            nbytes = find_codec(name).nbytes(n, k)
+            nbytes, work = find_codec(name).nbytes(n, k), 2 * n * k * count
             print(
                 f"  {name:8s} {nbytes / 2**20:6.0f} MiB of rows   top_k(10) {spent * 1e3:8.1f} ms: "
                 f"{n / spent / 1e6:6.2f} million rows/s, {nbytes / spent / 1e9:5.1f} GB/s, "
-                f"{nbytes / spent / speed:4.0%} of memory's",
+                f"{nbytes / spent / speed:4.0%} of memory's, {work / spent / 1e9:6.1f} GFLOP/s, "
+                f"{work / spent / flops:4.0%} of products'",
                 flush=True,
             )
 

@@ -187,9 +187,9 @@ def test_neither_processors_nor_threads_change_a_bit(count, bits, at_level, monk
 def test_both_routes_of_the_compiled_code_agree(bits, monkeypatch):
     queries, rows, scale = operands(9, 300, 50, LEVELS[bits])
     exact, bound = exact_and_bound(queries, decoded(rows), scale)
-    for takes_product, unpacked_first in ((False, False), (False, True), (True, False)):
+    for takes_product, looked_up in ((False, 9), (False, 4), (False, 0), (True, 0)):
         monkeypatch.setattr(scoring_native, "takes_product", lambda *_, chosen=takes_product: chosen)
-        monkeypatch.setattr(scoring_native, "_unpacked_first", lambda *_, chosen=unpacked_first: chosen)
+        monkeypatch.setattr(scoring_native, "looked_up", lambda *_, chosen=looked_up: chosen)
         monkeypatch.setattr(scoring_native, "_HEIGHT", (7, 64))
         best = scoring_native.StrongestNative(9, 4, True)
         best.add(queries, rows, scale, 0)
@@ -200,19 +200,37 @@ def test_both_routes_of_the_compiled_code_agree(bits, monkeypatch):
 
 
 @native
-def test_how_many_queries_are_looked_up():
-    """As many as pay, but tables of several queries must fit the cache."""
-    narrow, wide = ({bits: packed(1, k, WHOLE[bits]) for bits in WHOLE} for k in (8, 1 << 17))
+@pytest.mark.parametrize(("level", "always"), [(0, set()), (1, {1}), (2, {1, 2})])
+def test_how_many_queries_are_looked_up(level, always, at_level):
+    """As many as pay, but tables of several queries must fit the cache; any number, in groups, where that pays."""
+    at_level(level)
+    narrow, wide = ({bits: packed(1, k, WHOLE[bits]) for bits in WHOLE} for k in (8, 1 << 18))
     for bits, most in scoring_native._FEW_OF_CODES.items():
-        looked_up = [not scoring_native._unpacked_first(count, narrow[bits]) for count in (1, most, most + 1)]
-        assert looked_up == [True, True, False]
-        assert [not scoring_native._unpacked_first(count, wide[bits]) for count in (1, most)] == [True, False]
+        looked_up = [scoring_native.looked_up(count, narrow[bits]) for count in (1, most, most + 1)]
+        assert looked_up == [most, most, most if bits in always else 0]
+        assert [scoring_native.looked_up(count, wide[bits]) for count in (1, most)] == [1, 0]
+
+
+@native
+@pytest.mark.parametrize("bits", [1, 2])
+@pytest.mark.parametrize("count", [33, 70])
+def test_a_score_of_codes_that_are_looked_up_does_not_depend_on_the_other_queries(count, bits, at_level):
+    at_level(2)
+    queries, rows, scale = operands(count, 330, 1030, LEVELS[bits])
+    each = torch.cat([score(one, rows, scale) for one in queries.split(1)])
+    assert torch.equal(score(queries, rows, scale), each)
+    values, found = top_k(queries, rows, 7, scale)
+    assert torch.equal(values, each.gather(1, found))
+    for one in (33, 70):
+        most = top_k(queries[:one], rows, 5, scale)
+        assert torch.equal(most[1], found[:one, :5])
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=native)])
 @every_size
-def test_rows_are_unpacked_by_blocks(bits, backend, monkeypatch):
-    """For many queries too, the float32 rows of a shard are never there at once."""
+def test_rows_are_unpacked_by_blocks(bits, backend, monkeypatch, at_level):
+    """Where codes are not looked up, the float32 rows of a shard are never there at once."""
+    at_level(0)
     heights, plain = [], codes_module.unpack_rows
     monkeypatch.setattr(
         codes_module,
