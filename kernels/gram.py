@@ -1,13 +1,15 @@
 """Gram matrices of stored rows, Σ_i f_i² rows_iᵀ rows_i: what a Hessian is made of.
 
-Rows ``(n, k)`` are float32, float16 or int8, with or without a float32 factor f a row. Products are summed in float32.
+Rows ``(n, k)`` are float32, float16 or int8, with or without a float32 factor f a row. Products are summed in float32;
+of many int8 rows, by instructions for whole numbers, f² rows_i is first rounded to sixteen bits.
 Of the symmetric matrix only the part on and above the diagonal is made, half of the operations, in panels of `HEIGHT`
 rows: panel p has the columns from p · `HEIGHT` on, and what lies in it below the diagonal is of no meaning.
 
-Backends, which differ by the rounding of a sum alone:
+Backends, which differ by rounding alone:
 
 * native: converts rows as they are packed for the registers, skips what lies below the diagonal, and leaves a block of
-  the result in the cache while all rows pass by.
+  the result in the cache while all rows pass by. Where it pays and the processor can (`_takes_integers`), products are
+  of whole numbers.
 * torch: the library's product of converted rows, a panel at a time; the plain reference on any device.
 """
 
@@ -25,6 +27,9 @@ __all__ = ["HEIGHT", "gram_panels", "mirrored", "packed", "packed_size", "panel_
 HEIGHT = 384  # rows of a panel: whole blocks of the compiled code
 
 _SIDE, _STEPS = 192, 64  # of a block: GRAM and GRAM_STEPS of native.c
+_INTEGER_STEPS = 128  # INTEGER_STEPS of native.c
+_EXACT = 16  # of how many rows the largest one is not rounded to whole numbers
+_WORTH_INTEGERS = 1 << 32  # products, half of which are computed, from which on whole numbers are worth their rounding
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
 
 
@@ -117,28 +122,55 @@ def _native(rows: Tensor, factor: Tensor | None) -> list[Tensor]:
     n, dim = rows.shape
     # Zeros, as what no block is written to is stored, too.
     panels = [torch.zeros(shape, dtype=torch.float32, device="cpu") for shape in _shapes(dim)]
-    strips = [rows[:, start : start + _SIDE].contiguous() for start in range(0, dim, _SIDE)]
+    exact = n  # rows whose products are of floats
+    strips = [rows[:, start : start + _SIDE] for start in range(0, dim, _SIDE)]
+    if _takes_integers(rows, factor):
+        exact = 0
+        if factor is not None:
+            # Rounding is beside the largest factor of a group: groups are of one size, and the largest rows exact.
+            factor, order = factor.abs().sort(descending=True, stable=True)
+            strips, exact = [strip.index_select(0, order) for strip in strips], n // _EXACT
+    strips = [strip.contiguous() for strip in strips]
     factor = None if factor is None else factor.contiguous()
 
     def make(row: int) -> None:
         """The blocks of a strip's columns with those at its place and after it."""
-        left, work, library = strips[row], taken(_SIDE * (_SIDE + 2 * _STEPS)), require_library()
+        work = taken(_SIDE * (_SIDE + 2 * _STEPS))
         above, start = divmod(row * _SIDE, HEIGHT)
         panel = panels[above][start:, start:]
         for place, right in enumerate(strips[row:]):
-            library.sp_gram(
-                panel.data_ptr() + 4 * place * _SIDE,
-                panel.stride(0),
-                left.data_ptr(),
-                left.shape[1],
-                right.data_ptr(),
-                right.shape[1],
-                None if factor is None else factor.data_ptr(),
-                n,
-                _TYPES[rows.dtype],
-                work.data_ptr(),
-            )
+            _multiply(panel[:, place * _SIDE :], strips[row], right, factor, exact, work)
         give_back(work)
 
     run_jobs([partial(make, row) for row in range(len(strips))], 0.012 * n * dim**2)
     return panels
+
+
+def _takes_integers(rows: Tensor, factor: Tensor | None) -> bool:
+    """Whether products are of whole numbers: 1.6 times as fast with AVX-512's instructions for them (VNNI).
+
+    That is on one core of Zen 4, at k = 1,024 and 4,096. The rounding of f² rows to sixteen bits moves Ĥ by 10⁻⁴ of
+    tr(Ĥ)/k or less, whether rows are of one size or log-normal ones, as the largest sixteenth of them is not rounded.
+    """
+    return (
+        rows.dtype == torch.int8
+        and rows.shape[0] * rows.shape[1] ** 2 >= _WORTH_INTEGERS
+        and bool(require_library().sp_integers())
+        and (factor is None or bool(factor.isfinite().all()))
+    )
+
+
+def _multiply(out: Tensor, left: Tensor, right: Tensor, factor: Tensor | None, exact: int, work: Tensor) -> None:
+    """A block of the result, of two strips without gaps: of so many rows by floats, then by whole numbers."""
+    library, block = require_library(), (out.data_ptr(), out.stride(0))
+    n, own = len(left), None if factor is None else factor.data_ptr()
+    if exact:
+        library.sp_gram(
+            *block, left.data_ptr(), left.shape[1], right.data_ptr(), right.shape[1], own, exact, _TYPES[left.dtype],
+            work.data_ptr(),
+        )  # fmt: skip
+    if exact < n:
+        library.sp_gram_integer(
+            *block, left[exact:].data_ptr(), left.shape[1], right[exact:].data_ptr(), right.shape[1],
+            None if factor is None else factor[exact:].data_ptr(), n - exact, work.data_ptr(),
+        )  # fmt: skip

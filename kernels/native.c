@@ -53,6 +53,7 @@ enum {
   NIBBLE_VECTORS = 4, /* of rows that meet a table while it is in registers */
   GRAM = 192,         /* columns on a side of a block of a Gram matrix: whole panels at every number of LANES */
   GRAM_STEPS = 64,    /* rows whose products are summed in registers; two panels of them fit the first-level cache */
+  INTEGER_STEPS = 128, /* likewise, of products of whole numbers, which take half of the room */
   CODES_CHUNK = 256,  /* numbers that are encoded at once */
   CODES_LANES = 16,   /* interleaved sums of a row */
   CODES_NEAR = 16,    /* neighbours that a rotation adds in registers */
@@ -62,11 +63,12 @@ enum {
 enum { FLOAT32, FLOAT16, INT8, CODES }; /* types of stored rows */
 typedef float four __attribute__((vector_size(16)));
 
-EXPORT const int sp_version = 14; /* of the functions' signatures: a library of another version is not used */
+EXPORT const int sp_version = 15; /* of the functions' signatures: a library of another version is not used */
 EXPORT const int sp_outer_copies = OUTER_COPIES;
 EXPORT const int sp_score_few = SCORE_FEW;
 EXPORT const int sp_gram_side = GRAM;
 EXPORT const int sp_gram_steps = GRAM_STEPS;
+EXPORT const int sp_integer_steps = INTEGER_STEPS;
 EXPORT int sp_highest_level = 2; /* tests lower it to reach the code for other processors */
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -175,6 +177,15 @@ INLINE int64_t apart(const map *m, uint64_t i) {
 #undef ACROSS
 #if defined(__clang__)
 #pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")
+#endif
+#include "native_gram_integer.c"
+#if defined(__clang__)
+#pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
@@ -186,6 +197,9 @@ EXPORT int sp_level(void) { /* 2: AVX-512, 1: AVX2, 0: neither */
     return 2;
   return sp_highest_level > 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
+
+EXPORT int sp_integers(void) { return sp_level() == 2 && __builtin_cpu_supports("avx512vnni"); }
+
 #define DISPATCH(name, parameters, arguments)                    \
   EXPORT void name parameters {                                  \
     const int level = sp_level();                                \
@@ -193,6 +207,8 @@ EXPORT int sp_level(void) { /* 2: AVX-512, 1: AVX2, 0: neither */
   }
 #else
 EXPORT int sp_level(void) { return 0; }
+EXPORT int sp_integers(void) { return 0; } /* whether sp_gram_integer computes anything */
+#define gram_integer(...) ((void)0)
 #define DISPATCH(name, parameters, arguments) \
   EXPORT void name parameters { name##_4 arguments; }
 #endif
@@ -259,6 +275,10 @@ DISPATCH(sp_gram,
          (float *out, int64_t out_stride, const void *left, int64_t high, const void *right, int64_t wide,
           const float *factor, int64_t n, int type, float *work),
          (out, out_stride, left, high, right, wide, factor, n, type, work))
+EXPORT void sp_gram_integer(float *out, int64_t out_stride, const void *left, int64_t high, const void *right,
+                            int64_t wide, const float *factor, int64_t n, float *work) {
+  if (sp_integers()) gram_integer(out, out_stride, left, high, right, wide, factor, n, work);
+}
 DISPATCH(sp_keep,
          (float *value, int64_t *row, int64_t *filled, float *threshold, int64_t keep, const float *scores,
           int64_t stride, const float *scale, int64_t queries, int64_t n, int64_t first, float sign, int64_t *bad),

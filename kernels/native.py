@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 PANEL = 16  # examples whose rows are added to by all before the next ones: they stay in the second-level cache
-_VERSION = 14
+_VERSION = 15
 _ALIGNMENT = 64  # bytes, as the widest vectors want it
 _SPARE, _MOST_SPARE = 2, 1 << 22  # pieces of memory that `taken` finds again, and their numbers at most
 _WORTH_THREADS = 100_000  # nanoseconds of work below which waking another thread costs more than it saves
@@ -131,6 +131,7 @@ _SIGNATURES = {
     ],
     "sp_score": [_pointer, _i64, _pointer, _i64, _i64, _pointer, _i64, _pointer, _i64, _i64, _int],
     "sp_gram": [*(_pointer, _i64, _pointer, _i64, _pointer, _i64), *(_pointer, _i64, _int, _pointer)],
+    "sp_gram_integer": [*(_pointer, _i64, _pointer, _i64, _pointer, _i64), *(_pointer, _i64, _pointer)],
     "sp_keep": [
         *(_pointer, _pointer, _pointer, _pointer, _i64),
         *(_pointer, _i64, _pointer, _i64, _i64, _i64, _float, _pointer),
