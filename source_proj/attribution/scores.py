@@ -17,7 +17,7 @@ from source_proj._errors import extra
 from source_proj._io.html import wrapped
 from source_proj._io.numbers import plain_numbers
 from source_proj._io.outputs import write_output_folder
-from source_proj._io.printable import printable
+from source_proj._io.printable import drawn
 from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
 from source_proj.attribution.population import Population
 from source_proj.attribution.predicted_change import PredictedChange
@@ -25,7 +25,7 @@ from source_proj.attribution.ranking import strongest
 from source_proj.attribution.score_files import is_scores_array, scores_facts, write_scores_parquet
 from source_proj.attribution.stored_values import StoredValues, sealed_array_facts
 from source_proj.attribution.subsets import Subset, TrainingIds
-from source_proj.attribution.words import id_of
+from source_proj.attribution.words import id_of, id_word
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -168,9 +168,9 @@ class Scores:
         axes.hist(np.asarray(self._values[query]), bins=60, color="#3a4fb0")
         axes.set_yscale("log")
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_xlabel(f"score ({self.unit})")
+        axes.set_xlabel(drawn(f"score ({self.unit})"))
         axes.set_ylabel("training examples")
-        axes.set_title(f"query {printable(str(self.query_ids[query]))}")
+        axes.set_title(drawn(f"query {id_word(self.query_ids[query])}"))
         return axes
 
     def __repr__(self) -> str:
