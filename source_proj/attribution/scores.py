@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Scores"]
 
 _SHOWN = 3  # queries, and examples of each, in a notebook
+_NO_NUMBERS = "cSUMm"  # NumPy's kinds of complex numbers, texts and times
 
 
 class Scores:
@@ -60,7 +61,7 @@ class Scores:
 
     Raises:
         ValueError: shapes, ids and sizes do not fit, or a training id stands there twice.
-        TypeError: a training id is not hashable.
+        TypeError: a training id is not hashable, or values are no real numbers.
         MismatchError: an array that was written as scores is damaged; its values are compared when they are read.
 
     Example:
@@ -92,6 +93,9 @@ class Scores:
                 f"scores of shape {self._values.shape} do not fit {len(query_ids)} query ids "
                 f"and {len(train_ids)} training ids"
             )
+        kind = self._values.dtype if isinstance(self._values, np.ndarray) else self._values.array.dtype
+        if kind.kind in _NO_NUMBERS:
+            raise TypeError(f"scores are real numbers, got {kind}: give floats")
         self.query_ids = [id_of(given) for given in query_ids]  # lists, where they were read from JSON
         self.train_ids = [id_of(given) for given in train_ids]
         self.unit = unit
