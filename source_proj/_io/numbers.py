@@ -26,18 +26,30 @@ def all_finite(tensor: Tensor) -> bool:
 def plain_numbers(given: Any) -> Any:
     """What NumPy takes: tensors, also in lists and tuples, come without gradients, to the CPU, in a type that it knows.
 
+    Raises:
+        TypeError: numbers are complex, of which NumPy would drop the imaginary part.
+
     Example:
         >>> import numpy as np
         >>> np.asarray(plain_numbers([torch.ones(2, dtype=torch.bfloat16, requires_grad=True), [1, 2]]))
         array([[1., 1.],
                [1., 2.]])
     """
+    if _is_complex(given):
+        raise TypeError(f"real numbers are wanted, got complex ones, {given!r:.60}: give their .real, or abs() of them")
     if isinstance(given, Tensor):
         value = given.detach().cpu().resolve_conj().resolve_neg()
         return (value.float() if value.is_floating_point() and value.dtype not in _NUMPYS_OWN else value).numpy()
     if isinstance(given, list | tuple):
         return [plain_numbers(part) for part in given]
     return given
+
+
+def _is_complex(given: Any) -> bool:
+    """Whether it holds complex numbers, as far as its type says."""
+    if isinstance(given, Tensor):
+        return given.is_complex()
+    return isinstance(given, complex) or getattr(getattr(given, "dtype", None), "kind", "") == "c"
 
 
 def whole_number(given: Any, name: str, *, least: int | None = None) -> int:

@@ -2,7 +2,7 @@
 
 import unicodedata
 
-__all__ = ["SPELLING", "counted", "csv_cell", "printable"]
+__all__ = ["SPELLING", "counted", "csv_cell", "drawn", "printable"]
 
 _UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode categories that are no visible text: controls, direction marks, lone surrogates, line separators."""
@@ -45,6 +45,16 @@ def csv_cell(value: object) -> object:
     # Full-width signs as well: some spreadsheets read them as the narrow ones.
     first = unicodedata.normalize("NFKC", text.lstrip()[:1])
     return f"'{text}" if first in ("=", "+", "-", "@", "\\", "|", "%") else text
+
+
+def drawn(text: object) -> str:
+    r"""A text as matplotlib draws it letter by letter, where two dollars would begin and end a formula.
+
+    Example:
+        >>> print(drawn("from $5 to $6_"))
+        from \$5 to \$6_
+    """
+    return printable(str(text)).replace("$", r"\$")
 
 
 def counted(count: int, noun: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from source_proj._errors import extra
 from source_proj._io.equality import EqualByValue
 from source_proj._io.html import tiles, wrapped
-from source_proj._io.printable import printable
+from source_proj._io.printable import drawn, printable
 from source_proj.attribution.ranking import strongest
 from source_proj.attribution.words import explained, id_word, signed, toward
 from source_proj.bank.examples import Example, Examples
@@ -204,12 +204,12 @@ class Hits(EqualByValue):
         values = self.scores[query]
         helps = (values > 0) == self.higher_is_better
         axes.barh(np.arange(self.k), values, color=np.where(helps, "#0b6e66", "#a83c0c"))
-        names = [self._label(self.train_example(query, rank)) for rank in range(self.k)]
+        names = [drawn(self._label(self.train_example(query, rank))) for rank in range(self.k)]
         axes.set_yticks(np.arange(self.k), names)
         axes.invert_yaxis()
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_xlabel(f"score ({self.unit})")
-        axes.set_title(f"query {printable(str(id_word(self.query_ids[query])))}")
+        axes.set_xlabel(drawn(f"score ({self.unit})"))
+        axes.set_title(drawn(f"query {id_word(self.query_ids[query])}"))
         return axes
 
     def __repr__(self) -> str:

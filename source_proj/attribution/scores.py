@@ -17,7 +17,7 @@ from source_proj._errors import extra
 from source_proj._io.html import wrapped
 from source_proj._io.numbers import plain_numbers
 from source_proj._io.outputs import write_output_folder
-from source_proj._io.printable import printable
+from source_proj._io.printable import drawn
 from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
 from source_proj.attribution.population import Population
 from source_proj.attribution.predicted_change import PredictedChange
@@ -25,7 +25,7 @@ from source_proj.attribution.ranking import strongest
 from source_proj.attribution.score_files import is_scores_array, scores_facts, write_scores_parquet
 from source_proj.attribution.stored_values import StoredValues, sealed_array_facts
 from source_proj.attribution.subsets import Subset, TrainingIds
-from source_proj.attribution.words import id_of
+from source_proj.attribution.words import id_of, id_word
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Scores"]
 
 _SHOWN = 3  # queries, and examples of each, in a notebook
+_NO_NUMBERS = "cSUMm"  # NumPy's kinds of complex numbers, texts and times
 
 
 class Scores:
@@ -60,7 +61,7 @@ class Scores:
 
     Raises:
         ValueError: shapes, ids and sizes do not fit, or a training id stands there twice.
-        TypeError: a training id is not hashable.
+        TypeError: a training id is not hashable, or values are no real numbers.
         MismatchError: an array that was written as scores is damaged; its values are compared when they are read.
 
     Example:
@@ -92,6 +93,9 @@ class Scores:
                 f"scores of shape {self._values.shape} do not fit {len(query_ids)} query ids "
                 f"and {len(train_ids)} training ids"
             )
+        kind = self._values.dtype if isinstance(self._values, np.ndarray) else self._values.array.dtype
+        if kind.kind in _NO_NUMBERS:
+            raise TypeError(f"scores are real numbers, got {kind}: give floats")
         self.query_ids = [id_of(given) for given in query_ids]  # lists, where they were read from JSON
         self.train_ids = [id_of(given) for given in train_ids]
         self.unit = unit
@@ -168,9 +172,9 @@ class Scores:
         axes.hist(np.asarray(self._values[query]), bins=60, color="#3a4fb0")
         axes.set_yscale("log")
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_xlabel(f"score ({self.unit})")
+        axes.set_xlabel(drawn(f"score ({self.unit})"))
         axes.set_ylabel("training examples")
-        axes.set_title(f"query {printable(str(self.query_ids[query]))}")
+        axes.set_title(drawn(f"query {id_word(self.query_ids[query])}"))
         return axes
 
     def __repr__(self) -> str:

@@ -279,7 +279,7 @@ class Cleaning:
             "selects": self.selects,
             "ids": plain_ids(self.ids),
             "reasons": self.reasons,
-            "values": {name: np.asarray(column).tolist() for name, column in self.values.items()},
+            "values": {name: _plain_column(column) for name, column in self.values.items()},
             "train_ids": plain_ids(self.train_ids),
         }
         encoded = json.dumps(content, indent=1).encode()
@@ -304,7 +304,7 @@ class Cleaning:
                 str(content["what"]),
                 [id_of(its_id) for its_id in content["ids"]],
                 [str(reason) for reason in content["reasons"]],
-                {str(name): np.asarray(column) for name, column in content["values"].items()},
+                {str(name): _column(plain) for name, plain in content["values"].items()},
                 [id_of(its_id) for its_id in content["train_ids"]],
                 bool(content["selects"]),
             )
@@ -318,3 +318,13 @@ class Cleaning:
         stages = {entry[0] for entry in self.train_ids if isinstance(entry, tuple)}
         if stages:
             raise ValueError(f"the training set has the stages {sorted(stages)}: take one by of_stage(name)")
+
+
+def _plain_column(column: np.ndarray) -> list[Any]:
+    """Numbers as JSON can hold them: one that is not known, NaN, is null there."""
+    return [None if value != value else value for value in np.asarray(column).tolist()]
+
+
+def _column(plain: Sequence[Any]) -> np.ndarray:
+    """The numbers that :func:`_plain_column` made this of."""
+    return np.asarray([np.nan if value is None else value for value in plain])

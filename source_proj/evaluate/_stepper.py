@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -81,8 +82,11 @@ class Stepper:
             group["params"] = [parameters[i] for i in places]
             if self._lr is not None:
                 group["lr"] = self._lr[t]
-        optimizer.step()
-        return State(parameters, [dict(optimizer.state[p]) for p in parameters])
+        with _no_rate_of_zero(optimizer) as resting:
+            optimizer.step()
+        still = {i for group in resting for i in self._groups[group]}
+        after = [state.parameters[i].clone() if i in still else p for i, p in enumerate(parameters)]
+        return State(after, [dict(optimizer.state[p]) for p in parameters])
 
     def pull_back(
         self, t: int, state: State, gradients: list[Tensor], adjoint: list[Tensor], moments: list[dict[str, Tensor]]
@@ -113,6 +117,26 @@ class Stepper:
             [_limit(d, own) for d, own in zip(found[n : 2 * n], settled, strict=True)],
             [{k: _limit(next(rest), own) for k in keys} for keys, own in zip(kept, settled, strict=True)],
         )
+
+
+@contextmanager
+def _no_rate_of_zero(optimizer: torch.optim.Optimizer) -> Iterator[list[int]]:
+    """Let a differentiable Adam step by another rate where its own is 0, by which it divides.
+
+    Yields:
+        The groups that it would leave where they are. Their moments, which do not depend on the rate, are right.
+    """
+    resting = []
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        resting = [place for place, group in enumerate(optimizer.param_groups) if float(group["lr"]) == 0]
+    rates = [optimizer.param_groups[place]["lr"] for place in resting]
+    for place in resting:
+        optimizer.param_groups[place]["lr"] = 1.0
+    try:
+        yield resting
+    finally:
+        for place, rate in zip(resting, rates, strict=True):
+            optimizer.param_groups[place]["lr"] = rate
 
 
 def _settled(gradient: Tensor, adjoint: Tensor, moments: dict[str, Tensor]) -> Tensor:

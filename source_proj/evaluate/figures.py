@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from source_proj._io.printable import drawn
 from source_proj.evaluate._counterfactual import Retrainings, bootstrap_weights, subset_predictions
 from source_proj.evaluate.calibration import calibrate
 from source_proj.evaluate.ground_truth import GroundTruth
@@ -47,7 +48,7 @@ def plot_lds(results: Mapping[str, LDS], *, axes: Axes | None = None) -> Figure:
         at, ceilings = (np.array(column) for column in zip(*known, strict=True))
         ax.vlines(ceilings, at - 0.5, at + 0.5, color="gray", linestyle="--", label="noise ceiling")
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set_yticks(places, list(results))
+    ax.set_yticks(places, [drawn(name) for name in results])
     ax.set_xlabel("linear datamodeling score")
     ax.legend(fontsize="small")
     return _figure(ax)
@@ -62,7 +63,7 @@ def plot_removal(results: Mapping[str, SubsetRemoval], *, axes: Axes | None = No
     """
     ax = _axes(axes, results)
     for name, result in results.items():
-        (line,) = ax.plot(result.sizes, result.fraction, marker="o", label=name)
+        (line,) = ax.plot(result.sizes, result.fraction, marker="o", label=drawn(name))
         ax.fill_between(result.sizes, *result.interval.T, color=line.get_color(), alpha=0.15, linewidth=0)
     ax.set_ylim(bottom=0)
     ax.set_xlabel("helpful training examples removed")
@@ -80,7 +81,7 @@ def plot_inspection(results: Mapping[str, Mislabel], *, axes: Axes | None = None
     """
     ax = _axes(axes, results)
     for name, one in results.items():
-        ax.plot(np.linspace(0, 1, len(one.found)), one.found, label=f"{name}, AUC {one.auc:.3f}")
+        ax.plot(np.linspace(0, 1, len(one.found)), one.found, label=drawn(f"{name}, AUC {one.auc:.3f}"))
     ax.plot([0, 1], [0, 1], color="gray", linestyle="--", label="chance")
     ax.set_xlabel("share of training examples inspected")
     ax.set_ylabel("share of mislabelled ones found")

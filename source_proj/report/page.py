@@ -8,7 +8,7 @@ from typing import Any
 
 from source_proj._errors import extra
 from source_proj._io.outputs import local_path, write_output
-from source_proj._io.printable import printable
+from source_proj._io.printable import SPELLING, printable
 from source_proj.attribution.hits import Hits
 from source_proj.attribution.parts import PartScores
 from source_proj.attribution.scores import Scores
@@ -179,7 +179,7 @@ def _named(example: Example) -> Example:
 
 
 def render(page: Page) -> str:
-    """Return the page as HTML; every text is escaped.
+    """Return the page as HTML; every text is escaped, its controls and direction marks too.
 
     Raises:
         ImportError: without jinja2 (extra ``demo``).
@@ -192,12 +192,18 @@ def render(page: Page) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_harmless,
     )
     environment.filters["signed"] = partial(signed, minus="−")
     environment.filters["printable"] = printable
     return environment.get_template("page.html").render(
         page=page, scale=_scale(page.checks), unit_in_words=explained(page.unit)
     )
+
+
+def _harmless(value: Any) -> Any:
+    """What a stranger's text may hold is shown as an escape: controls, and marks that would turn what stands beside."""
+    return printable(value, keep=SPELLING) if type(value) is str else value
 
 
 def write_report(page: Page, path: str | Path, *, overwrite: bool = False) -> Path:

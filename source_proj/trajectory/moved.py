@@ -11,7 +11,14 @@ from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.optimizers import PreconditionedOptimizer, moments
 from source_proj.trajectory.stages import Stage
 
-__all__ = ["held_parameters", "left_alone", "moved_by_stages", "moved_parameters", "points_of"]
+__all__ = [
+    "held_parameters",
+    "left_alone",
+    "moved_by_others",
+    "moved_by_stages",
+    "moved_parameters",
+    "points_of",
+]
 
 
 def left_alone(stages: Sequence[Stage], model: nn.Module) -> list[frozenset[str]]:
@@ -58,6 +65,15 @@ def held_parameters(stages: Sequence[Stage], model: nn.Module, has_one_state: bo
             return set()
         held |= {name for name in names if _learns(stage, name)}
     return held & {name for name, _ in model.named_parameters()}
+
+
+def moved_by_others(stage: Stage, model: nn.Module) -> set[str]:
+    """Parameters that differ between a stage's checkpoints and are none of its optimizer's, where both are known."""
+    held = held_parameters([stage], model, has_one_state=False)
+    points = points_of(stage)
+    if not held or len(held) == sum(1 for _ in model.named_parameters()) or len({p.hash() for p in points}) < 2:
+        return set()  # checkpoints need not be read
+    return (moved_parameters(points, model) or set()) - held
 
 
 def moved_parameters(checkpoints: Sequence[Checkpoint], model: nn.Module) -> set[str] | None:

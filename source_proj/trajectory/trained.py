@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 
-from source_proj.trajectory.moved import held_parameters, moved_by_stages, moved_parameters, points_of
+from source_proj.trajectory.moved import held_parameters, moved_by_others, moved_by_stages, moved_parameters, points_of
+from source_proj.trajectory.stages import Stage
 from source_proj.trajectory.trajectory import Trajectory
 
 __all__ = ["trained_parameters", "weights_stamp"]
+
+_NAMED = 3  # parameters spelled out in a warning
 
 
 def weights_stamp(model: nn.Module) -> int:
@@ -29,7 +34,12 @@ def trained_parameters(trajectory: Trajectory, model: nn.Module) -> tuple[list[s
 
     Raises:
         MismatchError: a checkpoint does not fit the model.
+
+    Warns:
+        UserWarning: some differ between a stage's checkpoints though its optimizer does not hold them.
     """
+    for stage in trajectory.stages:
+        _warn_of_others(stage, model)
     if len(trajectory.stages) > 1:
         return _of_stages(trajectory, model)
     names = [name for name, _ in model.named_parameters()]
@@ -44,6 +54,20 @@ def trained_parameters(trajectory: Trajectory, model: nn.Module) -> tuple[list[s
             return both, "those " + " and ".join(reasons)
         return [name for name in names if name in sets[-1]], f"those {reasons[-1]}"
     return _trainable(model)
+
+
+def _warn_of_others(stage: Stage, model: nn.Module) -> None:
+    """Say which parameters are left out though they moved, as those of a second optimizer."""
+    others = sorted(moved_by_others(stage, model))
+    if others:
+        warnings.warn(
+            f"parameters {others[:_NAMED]} ({len(others)}) moved in stage {stage.name!r}, and the optimizer that was "
+            "recorded does not hold them: scores take them for constants. Where a second optimizer trains them, give "
+            "Trajectory([Checkpoint(state, step, lr=...), ...], optimizer=the one of the two that suits most), which "
+            "takes all that moved; where they follow others, as an average's, nothing is to be done",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _of_stages(trajectory: Trajectory, model: nn.Module) -> tuple[list[str], str]:

@@ -84,6 +84,24 @@ def test_bare_ids_say_how_examples_are_shown():
     assert told not in str(bare.with_examples(Examples(TensorDataset(torch.rand(8, 4), torch.arange(8)))))
 
 
+@pytest.mark.parametrize("word", ["$x_$", "$5 to $6", r"\$5", "one $"])
+def test_plots_draw_ids_and_labels_as_they_are(word):
+    """Between two dollars matplotlib reads a formula, and raises where it is none."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    given = Scores(np.array([[1.0, -2.0]]), [word], [word, "b"], unit=word)
+    known = given.top_k(2).with_examples(Examples([("text", word), ("text", "b")]))
+    for plot in (given.plot, known.plot):
+        figure = Figure()
+        axes = plot(ax=figure.subplots())
+        figure.canvas.draw()
+        for text in (axes.title, axes.xaxis.label, *axes.get_yticklabels()[: 1 if plot == known.plot else 0]):
+            shown, is_formula = text._preprocess_math(text.get_text())
+            assert word in shown
+            assert not is_formula
+
+
 def test_plots(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     pytest.importorskip("matplotlib")

@@ -109,3 +109,32 @@ def test_workers_look_too():
     loader = DataLoader(examples([1, 5, 3, 7]), 2, collate_fn=by_length, num_workers=2)
     with pytest.raises(ValueError, match="collate_fn 'by_length'"):
         list(batches(loader))
+
+
+class Point:
+    """What a data set may give, and no batch holds."""
+
+
+@pytest.mark.parametrize("made", [Point, lambda: {"x": Point()}, lambda: (torch.ones(2), Point())])
+def test_examples_that_make_no_batch_are_named(made):
+    with pytest.raises(TypeError, match=r"the examples of list make no batch \(.*Point.*\): let the data set give"):
+        list(batches([(made(), 0)] * 3))
+
+
+def nested(rows):
+    return torch.nested.nested_tensor([row["ids"] for row in rows], layout=torch.jagged)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kind"), [(nested, "nested"), (lambda rows: torch.eye(len(rows)).to_sparse(), "sparse_coo")]
+)
+def test_tensors_without_rows_of_their_own_are_refused(inputs, kind):
+    loader = DataLoader(examples([3, 1, 2]), 3, collate_fn=lambda rows: {"x": inputs(rows), "labels": torch.arange(3)})
+    with pytest.raises(TypeError, match=f"a batch of list holds a {kind} tensor, of which single examples cannot be"):
+        list(batches(loader))
+
+
+def test_what_all_examples_share_may_be_sparse():
+    shared = torch.eye(5).to_sparse()
+    loader = DataLoader(examples([1, 1, 1]), 3, collate_fn=lambda rows: {**padded(rows), "graph": shared})
+    assert next(batches(loader))[1]["graph"] is shared

@@ -299,3 +299,19 @@ def test_taking_some_back_looks_at_each_id_a_few_times_whatever_their_number():
     looked = 0
     assert len(cleaning.without(ids[::2])) == 150
     assert looked < 10 * 300
+
+
+def test_a_saved_list_is_json_also_where_an_error_is_not_known(tmp_path):
+    """Of one query there is none: NaN, which JSON has no word for."""
+    scores = sp.Scores(np.array([[1.0, -2.0, 3.0]]), ["q"], ["a", "b", "c"], unit="u")
+    cleaning = sp.curate.drop_worst(sp.curate.aggregate(scores), 2)
+    assert np.isnan(cleaning.values["error"]).all()
+    cleaning.save(tmp_path / "list.json")
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    json.loads((tmp_path / "list.json").read_bytes(), parse_constant=refuse)
+    loaded = Cleaning.load(tmp_path / "list.json")
+    np.testing.assert_array_equal(loaded.values["error"], cleaning.values["error"])
+    assert loaded.values["error"].dtype == np.float64

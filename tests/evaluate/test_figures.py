@@ -163,3 +163,16 @@ for call in (plot_lds, table):
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert re.findall(r"source-proj\[(\w+)\]", done.stdout) == ["plot", "pandas"]
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_names_of_methods_are_no_formulas(plot):
+    """Between two dollars matplotlib reads one, and raises where it is none."""
+    pytest.importorskip("matplotlib")
+    named = {f"{name} $x_$": result for name, result in RESULTS[plot].items()}
+    figure = PLOTS[plot](named)
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    texts = [*axes.get_legend().get_texts(), *axes.get_yticklabels()]
+    shown = [text._preprocess_math(text.get_text())[0] for text in texts]
+    assert {name for name in named if any(name in text for text in shown)} == set(named)

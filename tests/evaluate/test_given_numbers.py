@@ -170,3 +170,17 @@ def test_what_does_not_train_is_refused_before_any_training(tmp_path, train):
 def test_a_seed_below_zero_is_named(call):
     with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
         call()
+
+
+@pytest.mark.parametrize("given", [np.ones((3, 10)) * 1j, torch.ones(3, 10, dtype=torch.complex64), [[1j] * 10] * 3])
+def test_complex_numbers_are_refused(given):
+    """NumPy drops the imaginary part, with a warning at best."""
+    with pytest.raises(TypeError, match="real numbers are wanted, got complex ones"):
+        Scores(given, range(3), range(10), unit="u")
+    with pytest.raises(TypeError, match="real numbers are wanted, got complex ones"):
+        lds(given, MASKS, OUTCOMES)
+
+
+def test_scores_of_texts_are_refused():
+    with pytest.raises(TypeError, match="scores are real numbers, got <U3: give floats"):
+        Scores(np.array([["0.5", "1"]]), ["q"], [0, 1], unit="u")

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -28,6 +28,9 @@ OPTIMIZERS = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, eps=1e-3),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05, eps=1e-3),
     "nadam": lambda p: torch.optim.NAdam(p, lr=0.02, eps=1e-3),
+    "group at rest": lambda p: torch.optim.AdamW(
+        [{"params": p[:1], "lr": 0.0}, {"params": p[1:], "lr": 0.02}], eps=1e-3
+    ),
     "groups": lambda p: torch.optim.SGD([{"params": p[:1], "lr": 0.2}, {"params": p[1:], "weight_decay": 0.3}], lr=0.1),
 }
 
@@ -45,6 +48,13 @@ def classification(seed, norm=None):
     train = TensorDataset(draw(N, 3), torch.randint(3, (N,), generator=generator))
     queries = TensorDataset(draw(Q, 3), torch.randint(3, (Q,), generator=generator))
     return model, train, queries
+
+
+SCHEDULES = {
+    "none": lambda steps: None,
+    "falling": lambda steps: [0.03 / (1 + t) for t in range(steps)],
+    "warm-up": lambda steps: [0.01 * (t % 4) for t in range(steps)],  # from 0, with restarts
+}
 
 
 def retrained(model, data, batches, optimizer, weights, lr=None):
@@ -92,10 +102,11 @@ def test_normalised_models_have_the_slope_of_retraining(norm):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @settings(max_examples=3, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-@given(seed=st.integers(0, 2**31), steps=st.integers(1, 12), scheduled=st.booleans())
-def test_scores_are_the_slope_of_retraining(name, seed, steps, scheduled):
+@given(seed=st.integers(0, 2**31), steps=st.integers(1, 12), schedule=st.sampled_from(sorted(SCHEDULES)))
+@example(seed=0, steps=7, schedule="warm-up")
+def test_scores_are_the_slope_of_retraining(name, seed, steps, schedule):
     model, train, queries = classification(seed)
-    batches, lr = drawn_batches(seed, steps), [0.03 / (1 + t) for t in range(steps)] if scheduled else None
+    batches, lr = drawn_batches(seed, steps), SCHEDULES[schedule](steps)
     run = ExactUnrolling(model, sp.Classification(), train, batches, OPTIMIZERS[name], lr=lr, progress=False)
     scores = np.asarray(run.score(queries, batch_size=3))
     ends = retrained(model, train, batches, OPTIMIZERS[name], torch.ones(N, dtype=torch.float64), lr)

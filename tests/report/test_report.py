@@ -2,6 +2,7 @@ import base64
 import io
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -281,3 +282,18 @@ def test_a_missing_extra_is_named(monkeypatch, module, call):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r"source-proj\[demo\]"):
         call()
+
+
+def test_no_text_turns_what_stands_beside_it():
+    """Whatever strangers wrote: texts, notes, names of methods and segments, facts."""
+    mark = "\u202e\x00"
+    scores = Scores(np.array([[1.0, -1.0]]), [0], [0, 1], unit=f"unit{mark}")
+    page = make_page(
+        f"title{mark}", scores, [(f"text{mark}", 0), ("b", 1)], [(f"asked{mark}", 1)],
+        notes=[f"note{mark}"], method=f"method{mark}", others={f"other{mark}": scores},
+    )  # fmt: skip
+    page = replace(page, summary=f"summary{mark}", facts=((f"fact{mark}", f"value{mark}"),))
+    text = render(page)
+    assert not set(mark) & set(text)
+    for word in ("title", "unit", "text", "asked", "note", "method", "other", "summary", "fact", "value"):
+        assert f"{word}\\u202e\\x00" in text

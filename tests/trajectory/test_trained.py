@@ -1,5 +1,7 @@
 """The parameters that training moved: what each source of that knowledge says, and that the scores are theirs."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -276,3 +278,31 @@ def test_weights_that_were_saved_rounded_did_not_move(rounded_first):
             points.append(sp.Checkpoint(state, step, lr=0.1))
         stages.append(sp.Stage(f"stage {place}", points, sp.SGD()))
     assert left_alone(stages, model) == [frozenset(), frozenset(NAMES) - frozenset(HEAD)]
+
+
+def two_optimizers(model, count, recorder, second):
+    first = recorder._optimizer
+    for _ in range(count):
+        for optimizer in (first, second):
+            optimizer.zero_grad()
+        cross_entropy(model(BATCH[0]), BATCH[1]).backward()
+        first.step()
+        second.step()
+        recorder.step()
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_what_a_second_optimizer_trains_is_named(tmp_path, stages):
+    """Its parameters are left out, as nothing says how far they went; that must not pass without a word."""
+    model, made = network(), []
+    for number in range(stages):
+        body = torch.optim.SGD([*model[0].parameters(), *model[1].parameters()], lr=0.1)
+        recorder = sp.Recorder(model, body, tmp_path / str(number), every=3, stage=f"stage{number}")
+        two_optimizers(model, 6, recorder, torch.optim.AdamW(model[3].parameters(), lr=0.1))
+        made.append(recorder.stage())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        names, _ = trained_parameters(sp.Trajectory.from_stages(made), model)
+    assert set(names) == set(NAMES) - set(HEAD)
+    expected = [f"parameters ['3.bias', '3.weight'] (2) moved in stage 'stage{number}'," for number in range(stages)]
+    assert [str(warning.message)[: len(expected[0])] for warning in told] == expected

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import default_collate
 
 from source_proj.bank.build.batch_hash import batch_hash
+from source_proj.gradients.batches import map_tensors
 
 __all__ = ["Collation"]
 
@@ -18,6 +19,7 @@ _REPEATS = 4  # before a function is said to draw nothing
 
 # What torch says of rows of different lengths: tensors, and lists.
 _RAGGED = ("stack expects each tensor to be equal size", "each element in list of batch should be of equal size")
+_OWN_COLLATE = "give a DataLoader that makes batches of them as in training, DataLoader(data, ..., collate_fn=...)"
 
 
 class Collation:
@@ -42,10 +44,15 @@ class Collation:
         """The batch of some examples.
 
         Raises:
+            TypeError: the batch holds what examples cannot be taken out of.
             ValueError: the examples are not alike, or come out in another order.
         """
-        if self._collate is default_collate:
-            return self._stacked(examples)
+        batch = self._stacked(examples) if self._collate is default_collate else self._ordered(examples)
+        self._require_rows(batch, len(examples))
+        return batch
+
+    def _ordered(self, examples: Any) -> Any:
+        """A batch by the loader's own function, whose first one is looked at."""
         again = None if self._looked or len(examples) < 2 else _copied(examples)
         batch = self._collate(examples)
         if again is not None:
@@ -58,6 +65,12 @@ class Collation:
         _require_same_entries(examples, self._name)
         try:
             return default_collate(examples)
+        except TypeError as error:
+            raise TypeError(
+                f"the examples of {self._name} make no batch ({str(error).splitlines()[-1]}): let the data set give "
+                "tensors, arrays, numbers, texts, and tuples, lists or dicts of them (of a picture of PIL by "
+                f"transform=torchvision.transforms.ToTensor()), or {_OWN_COLLATE}"
+            ) from error
         except RuntimeError as error:
             if not any(said in str(error) for said in _RAGGED):
                 raise
@@ -66,6 +79,24 @@ class Collation:
                 f"({str(error).splitlines()[-1]}): give a DataLoader that pads them as in training, "
                 "DataLoader(data, batch_size=..., collate_fn=...), say by transformers' DataCollatorWithPadding"
             ) from error
+
+    def _require_rows(self, batch: Any, count: int) -> None:
+        """Refuse tensors whose rows torch cannot take by their numbers.
+
+        Raises:
+            TypeError: says of which kind.
+        """
+
+        def look(tensor: Tensor) -> Tensor:
+            if tensor.is_nested or (tensor.layout != torch.strided and tensor.shape[:1] == (count,)):
+                kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+                raise TypeError(
+                    f"a batch of {self._name} holds a {kind} tensor, of which single examples cannot be taken: pad "
+                    "and stack its rows, or give a list of one tensor for each example, and let the model make it"
+                )
+            return tensor
+
+        map_tensors(batch, look)
 
     def _require_order(self, batch: Any, examples: list[Any]) -> None:
         if _is_palindrome(examples):

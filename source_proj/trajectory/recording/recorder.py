@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -24,7 +24,8 @@ from source_proj.trajectory.optimizers.describe import describe_live, held_names
 from source_proj.trajectory.options import ReadOptions
 from source_proj.trajectory.recording.arguments import require_options, require_training, still_trained
 from source_proj.trajectory.recording.companion import Companion, Stateful, kept_content
-from source_proj.trajectory.recording.progress import Progress, Seen, skips_step, update_runs, updates_of_call
+from source_proj.trajectory.recording.own_steps import WeightsWatch, called_weakly
+from source_proj.trajectory.recording.progress import Progress, Seen, update_runs, updates_of_call
 from source_proj.trajectory.recording.run_files import (
     RecordedCheckpoint,
     RecordedRun,
@@ -138,8 +139,8 @@ class Recorder:
         self._seen: list[Seen] = []  # the optimizer's steps since the last of ours
         self._call: tuple[float | Tensor | None] | None = None  # norm of a step() that has begun, and not ended
         self._unsure = False  # whether a checkpoint is being written, or was when something interrupted
-        self._watch = ScheduleWatch(self._also)
-        hook = optimizer.register_step_post_hook(_weakly(self._see))
+        self._watch, self._weights_watch = ScheduleWatch(self._also), WeightsWatch(optimizer)
+        hook = optimizer.register_step_post_hook(called_weakly(self._see))
         self._end = weakref.finalize(self, _end, hook, self._lock)
 
     def __repr__(self) -> str:
@@ -164,9 +165,9 @@ class Recorder:
 
         Raises:
             TypeError: there is a norm and no ``max_grad_norm``, or the other way round.
-            MismatchError: the optimizer's options changed, it stepped more than once since the last call, the
-                directory holds checkpoints and :meth:`restore` was not called, a scheduler in ``also`` stepped after
-                the Recorder, or another Recorder writes to the directory.
+            MismatchError: the optimizer's options changed, it stepped more than once since the last call, another
+                optimizer moves its weights, the directory holds checkpoints and :meth:`restore` was not called, a
+                scheduler in ``also`` stepped after the Recorder, or another Recorder writes to the directory.
             OSError: the checkpoint could not be written.
             ValueError: the parameter groups have become different; or, with a checkpoint, a norm is NaN.
         """
@@ -177,6 +178,8 @@ class Recorder:
         # Nothing new since an interrupted call: this one is its repetition, for what that could not end.
         progress = self._counted([*(interrupted or ()), norm], skipped=interrupted is None)
         self._watch.require_in_time(progress.steps)
+        for last in progress.pending[-1:]:
+            self._weights_watch.count(progress.steps, made=last.made)
         due = progress.steps in self._at or (self._every is not None and progress.steps % self._every == 0)
         if due and progress.pending:
             self._write_checkpoint()
@@ -218,6 +221,7 @@ class Recorder:
         self._seen, self._call = [], None
         self._progress = Progress(run, [], seen)
         self._watch.begin()
+        self._weights_watch.begin()
         self._goes_on = True
         return run.last_step
 
@@ -251,7 +255,10 @@ class Recorder:
     def _options(self) -> Sequence[Options]:
         return read_groups(self._optimizer, self._model)
 
-    def _see(self) -> None:
+    def _see(self, made: bool) -> None:
+        if not made:
+            self._weights_watch.step_skipped()
+            return
         if len(self._seen) < 3:  # of more, only their being too many matters; a recorder may be idle for a whole stage
             last = self._seen[-1].number if self._seen else self._progress.last_seen
             self._seen.append(Seen(last + 1, self._options()))
@@ -380,18 +387,6 @@ class Recorder:
                 "that were recorded, or record anew in an empty directory"
             ) from error
         self._model.load_state_dict(state)
-
-
-def _weakly(method: Callable[[], None]) -> Callable[..., None]:
-    """A hook that keeps nothing alive: a Recorder that nobody holds any more ends, and gives its directory back."""
-    reference = weakref.WeakMethod(method)
-
-    def hook(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        alive = reference()
-        if alive is not None and not skips_step(optimizer):
-            alive()
-
-    return hook
 
 
 def _end(hook: RemovableHandle, lock: FolderLock) -> None:
