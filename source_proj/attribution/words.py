@@ -14,6 +14,7 @@ __all__ = [
     "mean_effect",
     "plain_id",
     "plain_ids",
+    "plain_number",
     "sign_of",
     "signed",
     "toward",
@@ -122,7 +123,7 @@ def plain_id(given: Any) -> Any:
         >>> plain_id(("fine", np.int64(2))), id_of(["fine", 2])
         (['fine', 2], ('fine', 2))
     """
-    given = _plain_number(given)
+    given = plain_number(given)
     if isinstance(given, tuple):
         return [plain_id(part) for part in given]
     if given is None or isinstance(given, str | int | float):
@@ -142,17 +143,17 @@ def id_of(plain: Any) -> Any:
     """The id that :func:`plain_id` made this of; a tensor's number, which equals itself alone, is Python's own."""
     if isinstance(plain, list):
         return tuple(map(id_of, plain))
-    return _plain_number(plain) if isinstance(plain, Tensor) else plain
+    return plain_number(plain) if isinstance(plain, Tensor) else plain
 
 
 def id_word(given: Any) -> Any:
     """An id in one word: (stage, id) becomes stage/id."""
     if isinstance(given, tuple):
         return "/".join(map(str, given))
-    return _plain_number(given)
+    return plain_number(given)
 
 
-def _plain_number(given: Any) -> Any:
+def plain_number(given: Any) -> Any:
     """A number of NumPy or torch as Python's own; all else as it is."""
-    is_number = isinstance(given, np.generic) or (isinstance(given, Tensor) and given.ndim == 0)
+    is_number = isinstance(given, np.generic) or (isinstance(given, np.ndarray | Tensor) and given.ndim == 0)
     return given.item() if is_number else given

@@ -17,7 +17,7 @@ from source_proj._errors import MismatchError, SourceProjError, extra
 from source_proj._io.html import escape, table, wrapped
 from source_proj._io.outputs import require_free, write_output
 from source_proj._io.printable import printable
-from source_proj.attribution.words import id_of, id_word, plain_ids
+from source_proj.attribution.words import id_of, id_word, plain_ids, plain_number
 from source_proj.curate.files import write_kept
 from source_proj.curate.kept import annotate, take
 
@@ -139,7 +139,8 @@ class Cleaning:
         Raises:
             ValueError: an id is not among those named.
         """
-        given = [id_of(its_id) for its_id in ([ids] if isinstance(ids, str | int | np.generic) else ids)]
+        is_one = isinstance(ids, str | int) or getattr(ids, "ndim", None) == 0
+        given = [id_of(its_id) for its_id in ([plain_number(ids)] if is_one else ids)]
         named, right = set(self.ids), set(given)
         unknown = [its_id for its_id in given if its_id not in named]
         if unknown:

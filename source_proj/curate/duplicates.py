@@ -62,7 +62,7 @@ def near_duplicates(
 
     Raises:
         ValueError: the threshold is out of range, checkpoints are none, or ``prefer`` is not finite.
-        TypeError: something else is given in the place of a bank.
+        TypeError: something else is given in the place of a bank, or checkpoints is no list.
         MismatchError: ``prefer`` has not one number for each training example.
     """
     if not 0 < threshold <= 1:
@@ -115,6 +115,8 @@ def _cleaning(
 def _chosen(stage: StageBank, checkpoints: Sequence[int] | None) -> Sequence[int]:
     if checkpoints is None:
         return range(stage.n_checkpoints)
+    if isinstance(checkpoints, int):
+        raise TypeError(f"checkpoints is a list of indices, got {checkpoints}: give [{checkpoints}]")
     if not len(checkpoints):
         raise ValueError("checkpoints is empty: name at least one, or leave it out for all")
     return checkpoints

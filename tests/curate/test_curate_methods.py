@@ -341,6 +341,8 @@ def test_of_a_cluster_the_preferred_stays(run):
         curate.near_duplicates(run.bank, prefer=[1, 2, 3])
     with pytest.raises(ValueError, match="checkpoints is empty"):
         curate.near_duplicates(run.bank, checkpoints=[])
+    with pytest.raises(TypeError, match=r"got 0: give \[0\]"):
+        curate.near_duplicates(run.bank, checkpoints=0)
     with pytest.raises(ValueError, match=r"threshold is a cosine in \(0, 1\]"):
         curate.near_duplicates(run.bank, threshold=1.5)
     with pytest.raises(TypeError, match="sought in a bank"):
