@@ -41,6 +41,7 @@ from source_proj.bank.notes import Notes, modules_of
 from source_proj.bank.read.part import Part
 from source_proj.bank.store import Store, open_store
 from source_proj.gradients import private_copy
+from source_proj.gradients.batches import require_examples
 from source_proj.gradients.law import chosen_autocast
 from source_proj.sketch import Sketch, plain_modes
 from source_proj.task import Task
@@ -339,6 +340,7 @@ def _examine(
 def _columns(task: Task, source: BatchSource, ids: np.ndarray) -> tuple[bool, bool]:
     """Whether the task gives ℓ'', and a weight for the empirical Fisher; asked with the first batch."""
     _, stop, batch = next(iter(source.load([(0, min(source.n, source.batch_size))])))
+    require_examples(batch, ids[:stop].tolist())
     task = task.of_stage(0)
     with named_examples(ids.tolist()):
         _, second = derivatives_of(task, torch.zeros(stop, dtype=torch.float32, device="cpu"), batch)
