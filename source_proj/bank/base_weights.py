@@ -27,7 +27,7 @@ _ROUNDED = 2.0**-7  # of the sum's own size: rounding to bfloat16 changes it by 
 def base_print(model: nn.Module, checkpoints: Iterable[Checkpoint]) -> dict[str, tuple[float, float]]:
     """Numbers of those weights of a model that some of the checkpoints do not hold; none where each holds all.
 
-    Nothing is said of a model that is sharded over processes, nor of weights that are not in memory.
+    Nothing is said of a model that is sharded over processes, nor of weights that are quantised or not in memory.
 
     Args:
         model: what was trained.
@@ -74,7 +74,8 @@ def _left(model: nn.Module, checkpoints: Iterable[Checkpoint]) -> dict[str, Tens
 
 
 def _is_plain(value: Tensor) -> bool:
-    return not value.is_meta and not value.is_quantized and not value.is_complex() and value.numel() > 0
+    """Whether it holds the numbers that it stands for, in memory: no codes of quantised ones, and nothing offloaded."""
+    return type(value) is Tensor and value.is_floating_point() and not value.is_meta and value.numel() > 0
 
 
 def _numbers(value: Tensor) -> tuple[float, float]:
