@@ -91,7 +91,7 @@ def condense(
 
     Raises:
         BankError: the bank is unfinished or has one row a segment already; or something else is at the path, or it is
-            within the bank, or cannot be written.
+            the bank's own or within it, or cannot be written.
         TypeError: something else stands in the bank's place.
         MismatchError: a bank made of another, or with other options, is at the path.
         ValueError: segments, curvature, query_points, storage or device are none that can be had, or the bank's rows
@@ -116,6 +116,8 @@ def condense(
         find_codec(storage)
     kind = _checked(bank, curvature)
     store = open_store(path)
+    if store.location() == bank.store.location():
+        raise BankError(f"{path} is the bank itself; give another path for the new one")
     if store.location().startswith(f"{bank.store.location()}/"):
         raise BankError(f"{path} lies within the bank {bank.path}; give a path outside of it")
     if query_points is not None:

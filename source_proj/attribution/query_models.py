@@ -65,12 +65,14 @@ class OpenModel:
             exact: for gradients of all d coordinates, and not their sketches.
 
         Raises:
-            MismatchError: the model's parameters are not the bank's, or the checkpoint changed since the build.
+            MismatchError: the model's parameters are not the bank's, those under an adapter are others, or the
+                checkpoint changed since the build.
         """
         key = (bank.fingerprint, point.hash(), exact)
         if key not in self._loaded:
             space = ParameterSpace.from_spec(bank.space_spec)
             space.parameters(self._model)  # refuses another model
+            bank.notes.require_base(self._model, [point], str(bank.path))
             module = self._free_copy()
             point.load_into(module)
             sketch = Sketch(space.size, "identity") if exact else bank.sketch

@@ -42,8 +42,9 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
    ``trajectory`` MUST hold exactly the entries of `source_proj.trajectory.record.RunRecord`, each of its type.
 3. ``versions`` says what software made the bank, ``parameter_choice`` in words which parameters are attributed.
    ``modules`` MAY say how many modules of each kind the model has, and ``columns`` which numbers the examples of a
-   table hold, by name and in order: a reader compares them with what it is asked with. It MUST NOT depend on them
-   otherwise, and no fingerprint covers them.
+   table hold, by name and in order; ``base`` MAY hold two numbers for each tensor that adapters' checkpoints do not
+   hold, as `source_proj.bank.base_weights` makes them: a reader compares them with what it is asked with. It MUST NOT
+   depend on them otherwise, and no fingerprint covers them.
 4. The root's ``zarr.json`` MUST appear last, if it is absent, after all other metadata, ids, weights and metrics; so
    MUST a part's own, after all that lies below it. What is there already MUST be compared, and a writer whose own
    differs MUST NOT go on. A writer MUST NOT change any of it later. Where the root, or a part's group, is absent, a

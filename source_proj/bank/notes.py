@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from source_proj._errors import MismatchError
+from source_proj.bank.base_weights import BasePrint, require_base
+from source_proj.trajectory import Checkpoint
 
 __all__ = ["Notes", "modules_of"]
 
@@ -25,11 +27,13 @@ class Notes:
         parameter_choice: in words, which parameters are attributed.
         modules: how many modules of each kind the model has, see `modules_of`; empty where that is not known.
         columns: of a training set that was a table of numbers, their names in order; else empty.
+        base: what tells the weights that no checkpoint holds, of an adapter's base model, from others; else empty.
     """
 
     parameter_choice: str
     modules: Mapping[str, int]
     columns: tuple[str, ...] = ()
+    base: BasePrint = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As the root's attributes hold them."""
@@ -37,6 +41,7 @@ class Notes:
             "parameter_choice": self.parameter_choice,
             "modules": dict(self.modules),
             "columns": list(self.columns),
+            **({"base": {name: list(numbers) for name, numbers in self.base.items()}} if self.base else {}),
         }
 
     @classmethod
@@ -54,7 +59,7 @@ class Notes:
             raise ValueError(f"modules is {modules!r}, not numbers by name")
         if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
             raise ValueError(f"columns is {columns!r}, not a list of names")
-        return cls(choice, dict(modules), tuple(columns))
+        return cls(choice, dict(modules), tuple(columns), _base_of(attributes.get("base") or {}))
 
     def require_columns(self, columns: Sequence[str], where: str) -> None:
         """Compare a table with the one that the bank was begun with: rows are made of numbers in their order.
@@ -67,6 +72,14 @@ class Notes:
                 f"the bank {where} was begun with the columns {list(self.columns)}, got {list(columns)}: give them "
                 "in that order to go on with it, or build another bank"
             )
+
+    def require_base(self, model: nn.Module, checkpoints: Iterable[Checkpoint], where: str) -> None:
+        """Compare a model's weights with those that the bank was made with and the checkpoints do not hold.
+
+        Raises:
+            MismatchError: they are others, as of another base model under an adapter; names the first.
+        """
+        require_base(model, self.base, checkpoints, where)
 
     def warn_of_other_modules(self, model: nn.Module, stacklevel: int = 4) -> None:
         """Compare a model with the one that the bank was made with, whose parameters are of the same names and shapes.
@@ -87,6 +100,20 @@ class Notes:
                 UserWarning,
                 stacklevel=stacklevel,
             )
+
+
+def _base_of(base: Any) -> BasePrint:
+    """What the root says of a base model.
+
+    Raises:
+        ValueError: it is no pair of numbers by name.
+    """
+    if not isinstance(base, Mapping) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(number, float | int) for number in pair)
+        for pair in base.values()
+    ):
+        raise ValueError(f"base is {base!r:.200}, not pairs of numbers by name")
+    return {str(name): (float(pair[0]), float(pair[1])) for name, pair in base.items()}
 
 
 def modules_of(model: nn.Module) -> dict[str, int]:

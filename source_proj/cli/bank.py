@@ -256,6 +256,11 @@ def build(
     from source_proj.distribute.launch import parse_shard
     from source_proj.trajectory.placement import placement_of
 
+    if plan_for and context.info_name != "plan":
+        raise ValueError(
+            "--workers is for source-proj plan; to build by several processes call build once in each: by a launcher "
+            "such as torchrun, or with SOURCE_PROJ_SHARD=I/N"
+        )
     chosen_steps, worker = parse_steps(steps), this_worker()
     alone = None if shard is None else parse_shard(shard, "--shard")
     text = TextOptions(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Number
 from typing import Any, TypeAlias, TypeVar
@@ -21,6 +21,7 @@ __all__ = [
     "nonfinite_examples",
     "own_copy",
     "per_example_tensors",
+    "require_examples",
     "require_in_front",
     "square_lists_noted",
     "take",
@@ -130,6 +131,20 @@ def per_example_tensors(batch: Batch, size: int) -> tuple[list[Tensor], Callable
 
     map_tensors(batch, collect)
     return tensors, rebuild
+
+
+def require_examples(batch: Batch, ids: Sequence[Any]) -> None:
+    """Refuse a batch that has not one entry for each of the examples that it was made of.
+
+    Raises:
+        ValueError: says how many it has.
+    """
+    if not per_example_tensors(batch, len(ids))[0]:
+        raise ValueError(
+            f"the batch of ids {ids[0]!r} to {ids[-1]!r} has {batch_size(batch)} examples, and {len(ids)} were asked "
+            "for: collate_fn must neither drop nor add examples, nor join them in one row, as "
+            "DataCollatorWithFlattening does (give what was packed as the examples, or batches of one)"
+        )
 
 
 def take(batch: Batch, examples: list[int], size: int | None = None) -> Batch:

@@ -17,7 +17,7 @@ from source_proj._errors import MismatchError
 from source_proj._io.loading import load_tensors
 from source_proj.integrations.lightning_rates import SavedSchedule, logged_values, momenta, rates
 from source_proj.integrations.moments_follow import moments_contradict
-from source_proj.integrations.momentum import GivenValues, has_momentum, time_factors
+from source_proj.integrations.momentum import GivenValues, has_momentum, require_momentum, time_factors
 from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage
 from source_proj.trajectory.layouts import averaged_keys, model_state
 from source_proj.trajectory.optimizers.describe import describe_state
@@ -133,6 +133,7 @@ def _time_factors(
     optimizer: Optimizer, saved: Sequence[_Saved], logged: Mapping[int, float], given: GivenValues | None
 ) -> list[float] | None:
     """The optimizer's ``time_factor`` at each update; None where its momentum never changed, or plays no part in it."""
+    require_momentum(optimizer, given)
     if not has_momentum(optimizer):
         return None
     own = momenta(saved, logged, given)

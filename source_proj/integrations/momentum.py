@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from source_proj.trajectory import Optimizer
 from source_proj.trajectory.recording.momentum import require_integrable
 
-__all__ = ["GivenValues", "given_values", "has_momentum", "momentum_factors", "time_factors"]
+__all__ = ["GivenValues", "given_values", "has_momentum", "momentum_factors", "require_momentum", "time_factors"]
 
 GivenValues: TypeAlias = Callable[[int], float] | Sequence[float]
 """Learning rate or momentum of every update: a function of its number, or one value each."""
@@ -36,11 +36,13 @@ def momentum_factors(
         given: momentum of every update, which counts before what was logged.
 
     Raises:
-        ValueError: momentum changed, and not every update's is known; or ``given`` is not one value each.
+        ValueError: momentum changed, and not every update's is known; or ``given`` is not one value each, or of an
+            optimizer without momentum.
         MismatchError: another option changed between checkpoints.
     """
     for step, now in described.items():
         require_integrable(optimizer, now, step)
+    require_momentum(optimizer, given)
     if not has_momentum(optimizer):
         return None
     if given is not None:
@@ -64,6 +66,19 @@ def momentum_factors(
 def has_momentum(optimizer: Optimizer) -> bool:
     """Whether momentum enters the optimizer's time factor; Adam's β₁ does not."""
     return "momentum" in {field.name for field in fields(optimizer)}
+
+
+def require_momentum(optimizer: Optimizer, given: GivenValues | None) -> None:
+    """Refuse momenta of an optimizer whose time they do not change, which would be left out of account.
+
+    Raises:
+        ValueError: they were given for such a one.
+    """
+    if given is not None and not has_momentum(optimizer):
+        raise ValueError(
+            f"momentum= (--momentum) belongs to SGD and RMSprop, and the run was trained with "
+            f"{type(optimizer).__name__}, whose steps no momentum makes longer: leave it out"
+        )
 
 
 def time_factors(optimizer: Optimizer, momenta: Sequence[float]) -> list[float]:

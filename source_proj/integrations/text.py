@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from source_proj.integrations.model_task import task_for
 from source_proj.integrations.pretrained import label_numbers, load_pretrained
 from source_proj.integrations.text_rows import lacking, text_rows
 from source_proj.integrations.text_settings import TextSettings
+from source_proj.integrations.text_tokens import Encoded, encode, padded, token_limit
 from source_proj.task import CausalLM, Regression
 
 __all__ = ["TextData", "TextRows", "TextsChangedError", "own_rows", "require_own_texts"]
@@ -104,16 +105,16 @@ class TextData:
             if missing:
                 raise lacking(missing[0], row, number, name, _option(missing[0], settings))
             _require_words(row, settings, number, name)
-        limit = settings.max_length or _limit(model, tokenizer)
+        limit = settings.max_length or token_limit(model, tokenizer)
         continues = not classifies and not labelled
-        encoded = [_encode(tokenizer, row, settings, limit, continues) for row in rows]
+        encoded = [encode(tokenizer, row, settings, limit, continues) for row in rows]
         if not all(each.columns for each in encoded):
             number = next(n for n, each in enumerate(encoded, start=1) if not each.columns)
             raise MismatchError(f"example {number} of {name} has no token")
         if not classifies and labelled:
             _require_two_tokens(encoded, name)
         _warn_of_cut([n for n, each in enumerate(encoded, start=1) if each.cut], len(encoded), name, limit)
-        self._columns = _padded([each.columns for each in encoded], tokenizer)
+        self._columns = padded([each.columns for each in encoded], tokenizer)
         if not labelled:
             return
         if isinstance(task, Regression):
@@ -241,7 +242,8 @@ def _require_words(row: Mapping[str, Any], settings: TextSettings, example: int,
     """
     for column in (settings.prompt, settings.text, settings.pair):
         value = None if column is None else row.get(column)
-        if isinstance(value, Mapping | list | tuple | bool):
+        nothing = isinstance(value, float) and math.isnan(value)  # of a frame whose rows became dicts
+        if nothing or isinstance(value, Mapping | list | tuple | bool | bytes):
             raise MismatchError(
                 f"example {example} of {data} has no text in {column!r} but {value!r:.80}: write it as one string"
             )
@@ -252,21 +254,7 @@ def _require_words(row: Mapping[str, Any], settings: TextSettings, example: int,
             )
 
 
-class _Encoded(NamedTuple):
-    """An example's tokens.
-
-    Attributes:
-        columns: what the tokenizer says of it, by column; empty where it has no token.
-        prompt: how many of its tokens are the prompt's.
-        cut: whether it has more tokens than were taken.
-    """
-
-    columns: Mapping[str, list[int]]
-    prompt: int
-    cut: bool
-
-
-def _require_two_tokens(encoded: Sequence[_Encoded], name: str) -> None:
+def _require_two_tokens(encoded: Sequence[Encoded], name: str) -> None:
     """Refuse a text of which a language model predicts nothing.
 
     Raises:
@@ -289,58 +277,6 @@ def _warn_of_cut(numbers: Sequence[int], count: int, name: str, limit: int) -> N
             UserWarning,
             stacklevel=3,
         )
-
-
-def _encode(tokenizer: Any, row: Mapping[str, Any], settings: TextSettings, limit: int, continues: bool) -> _Encoded:
-    """The tokens of an example, cut by itself."""
-    if continues:  # an end-of-text token of the tokenizer's would stop the model at once
-        columns, prompt, cut = _after_prompt(tokenizer, str(row[settings.prompt or settings.text]), "", limit)
-        return _Encoded({key: values[:prompt] for key, values in columns.items()}, prompt, cut)
-    text = str(row[settings.text])
-    if settings.prompt is not None:
-        return _after_prompt(tokenizer, str(row[settings.prompt]), text, limit)
-    second = () if settings.pair is None else (str(row[settings.pair]),)
-    columns = _columns_of(tokenizer(text, *second, truncation=True, max_length=limit))
-    full = len(columns.get("input_ids", ())) >= limit
-    cut = full and len(tokenizer(text, *second, verbose=False)["input_ids"]) > limit
-    return _Encoded(columns, 0, cut)
-
-
-def _columns_of(encoding: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Token columns of an encoding; nothing where it has no token."""
-    return {key: list(value) for key, value in encoding.items()} if encoding["input_ids"] else {}
-
-
-def _after_prompt(tokenizer: Any, prompt: str, text: str, limit: int) -> _Encoded:
-    """A text behind its prompt, the tokenizer's own first and last tokens around both; the text's end is cut."""
-    whole = tokenizer(prompt, return_special_tokens_mask=True)
-    tokens, special = list(whole["input_ids"]), list(whole["special_tokens_mask"])
-    ordinary = [place for place, is_special in enumerate(special) if not is_special]
-    end = ordinary[-1] + 1 if ordinary else len(tokens)  # what follows the last ordinary token closes an example
-    body = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    head, tail = tokens[:end], tokens[end:]
-    inner = (head + body)[: max(0, limit - len(tail))]
-    joined = (inner + tail)[:limit]
-    columns = {"input_ids": joined, "attention_mask": [1] * len(joined)} if joined else {}
-    return _Encoded(columns, min(len(head), len(inner)), len(head) + len(body) + len(tail) > limit)
-
-
-def _padded(encoded: list[Mapping[str, list[int]]], tokenizer: Any) -> dict[str, Tensor]:
-    """Columns ``(N, longest)`` of what the model reads; padding is masked."""
-    padding = {"input_ids": int(tokenizer.pad_token_id), "attention_mask": 0, "token_type_ids": 0}
-    length = max(len(columns["input_ids"]) for columns in encoded)
-    whole = {
-        key: [columns[key] + [value] * (length - len(columns[key])) for columns in encoded]
-        for key, value in padding.items()
-        if all(key in columns for columns in encoded)
-    }
-    return {key: torch.tensor(rows, dtype=torch.int64, device="cpu") for key, rows in whole.items()}
-
-
-def _limit(model: nn.Module, tokenizer: Any) -> int:
-    """Longest sequence that the model takes; tokenizers without a limit say so by an absurd number."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    return min(int(positions or 512), int(tokenizer.model_max_length))
 
 
 def _class(value: Any, numbers: Mapping[str, int], classes: int, example: int, data: str) -> int:

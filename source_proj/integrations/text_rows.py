@@ -68,7 +68,10 @@ def _loaded(path: Path) -> Iterable[Mapping[str, Any]]:
         from pyarrow import parquet
     except ImportError as error:
         raise ImportError(f'{str(path)!r} needs datasets: pip install "source-proj[datasets]"') from error
-    rows: Iterable[Mapping[str, Any]] = (
-        datasets.load_from_disk(str(path)) if path.is_dir() else parquet.read_table(path).to_pylist()
-    )
+    if not path.is_dir():
+        table: list[Mapping[str, Any]] = parquet.read_table(path).to_pylist()
+        return table
+    rows: Iterable[Mapping[str, Any]] = datasets.load_from_disk(str(path))
+    if isinstance(rows, Mapping):
+        raise ValueError(f"it holds the splits {list(rows)}: give the folder of one, {str(path / next(iter(rows)))!r}")
     return rows

@@ -14,6 +14,7 @@ from source_proj.trajectory.recording.run_files import clip_factor
 __all__ = ["Clipping", "clipping", "trainer_norms"]
 
 _DEFAULT = 1.0  # the Trainer's
+_ENOUGH = 30  # steps looked at: where none of them was clipped, a tenth of all were at most (95 %)
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Clipping:
 
     Attributes:
         factors: of every update, 1 where nothing was clipped.
-        assumed: what could not be read and was assumed; None where every step's norm was logged.
+        assumed: what could not be read and was assumed; None where every step's norm was logged, or enough of them and
+            none was clipped.
     """
 
     factors: list[float]
@@ -54,8 +56,13 @@ def clipping(history: Sequence[Mapping[str, object]], most: Sequence[float]) -> 
         return Clipping(factors, None)
     if not looked_at:
         why = "no gradient norm was logged, so that no gradient is assumed to have been clipped"
+    elif min(looked_at) == 1.0 and len(looked_at) >= _ENOUGH:
+        why = None
     elif min(looked_at) == 1.0:
-        why = None  # what was looked at was never clipped
+        why = (
+            f"the gradient norms of {len(looked_at)} of {len(clipped)} steps were logged, and none of these was "
+            "clipped: the others are assumed not to have been either"
+        )
     else:
         why = "gradient norms were logged at some steps only: the steps before each are assumed to have the same"
     named = " and ".join(map(str, sorted({most[update] for update in clipped})))

@@ -13,7 +13,15 @@ from torch import Tensor
 from source_proj.task.answers import Answers
 from source_proj.task.batch import Batch, Model, Uniform, forwarded_once
 
-__all__ = ["Derivatives", "Task", "checked_normalizer", "derivatives_of", "fisher_weight_of", "per_example"]
+__all__ = [
+    "Derivatives",
+    "Task",
+    "as_numbers",
+    "checked_normalizer",
+    "derivatives_of",
+    "fisher_weight_of",
+    "per_example",
+]
 
 Derivatives = tuple[Tensor, Tensor | None]
 """ℓ'(o) (B,), and ℓ''(o) (B,), or None where the loss is no function of the output alone."""
@@ -282,10 +290,21 @@ def checked_normalizer(normalizer: Sequence[float] | float | None) -> tuple[floa
     """
     if normalizer is None:
         return None
-    numbers = (normalizer,) if isinstance(normalizer, int | float) else tuple(normalizer)
+    numbers = as_numbers((normalizer,) if isinstance(normalizer, int | float) else normalizer)
     if not numbers or not all(0 < number < math.inf for number in numbers):
         raise ValueError(f"normalizer must be a positive number, or one a stage, got {normalizer!r}")
-    return tuple(float(number) for number in numbers)
+    return numbers
+
+
+def as_numbers(values: Any) -> tuple[float, ...] | None:
+    """Numbers as a tuple; None for anything else, also for texts, which `float` and `tuple` would take apart."""
+    if isinstance(values, str | Mapping):
+        return None
+    try:
+        numbers = [None if isinstance(value, str | bool) else float(value) for value in values]
+    except (TypeError, ValueError):
+        return None
+    return None if None in numbers else tuple(number for number in numbers if number is not None)
 
 
 def per_example(values: Tensor, what: str, size: int | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from source_proj.task.answers import Answers, has_targets, inputs_of, with_labels
-from source_proj.task.base import Derivatives, Task, checked_normalizer
+from source_proj.task.base import Derivatives, Task, as_numbers, checked_normalizer
 from source_proj.task.batch import (
     Batch,
     Model,
@@ -87,13 +87,15 @@ class Classification(Task):
         target: str | int = "label",
     ) -> None:
         super().__init__()
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
-        self.label_smoothing = float(label_smoothing)
+        (self.label_smoothing,) = as_numbers([label_smoothing]) or (math.nan,)
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be a number in [0, 1), got {label_smoothing!r}")
         self.sample_weight = checked_weight(sample_weight)
-        self.class_weights = None if class_weights is None else tuple(float(weight) for weight in class_weights)
+        self.class_weights = None if class_weights is None else as_numbers(class_weights) or (math.nan,)
         if self.class_weights is not None and not all(0 <= weight < math.inf for weight in self.class_weights):
-            raise ValueError(f"class_weights must be finite and at least 0, got {class_weights!r}")
+            raise ValueError(
+                f"class_weights must be numbers, one a class, finite and at least 0, got {class_weights!r}"
+            )
         if normalizer is not None and class_weights is None:
             raise ValueError(f"normalizer={normalizer!r} belongs to class_weights=, which were not given")
         self.normalizer = checked_normalizer(normalizer)

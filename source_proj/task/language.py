@@ -92,6 +92,10 @@ class CausalLM(Task):
             raise ValueError(f"max_new_tokens counts tokens, from 1 on, got {max_new_tokens!r}")
         if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
             raise ValueError(f"chunk counts tokens, from 1 on, got {chunk!r}")
+        if shift not in (True, False):
+            raise ValueError(f"shift must be True or False, got {shift!r}")
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise ValueError(f"ignore_index is a label, an integer such as -100, got {ignore_index!r}")
         if reduction not in ("mean", "sum", "token"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'token', got {reduction!r}")
         if normalizer is not None and reduction != "token":

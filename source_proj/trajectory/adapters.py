@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from source_proj._errors import MismatchError
 from source_proj.trajectory.layouts import unwrapped_names
 
-__all__ = ["adapted_state", "adapter_places", "is_adapter"]
+__all__ = ["ADAPTER_FILE", "adapted_state", "adapter_places", "is_adapter"]
 
-_FILE = "adapter_model."  # PEFT's name for one
+ADAPTER_FILE = "adapter_model."  # PEFT's name for one
 _WHOLE = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")  # PEFT's copy of a module that is trained whole, one an adapter
 _PROMPT = re.compile(r"prompt_encoder\..+")
 _PROMPTS = "prompt_embeddings"  # what PEFT saves of it
@@ -28,7 +28,7 @@ def is_adapter(path: Path | None, state: Mapping[str, Tensor], model: nn.Module)
         state: entries by name.
         model: the model that it is for.
     """
-    if path is not None and path.name.startswith(_FILE):
+    if path is not None and path.name.startswith(ADAPTER_FILE):
         return True
     own = model.state_dict(keep_vars=True) if hasattr(model, "peft_config") else {}
     if own.keys() <= unwrapped_names(state, own).keys():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from source_proj._errors import MismatchError
 from source_proj._io.hashing import hash_file
 from source_proj._io.outputs import local_path
-from source_proj.trajectory.adapters import adapted_state, adapter_places, is_adapter
+from source_proj.trajectory.adapters import ADAPTER_FILE, adapted_state, adapter_places, is_adapter
 from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.layouts import averaged_keys, is_count, listed, model_state, unwrapped_names
 from source_proj.trajectory.optimizers.describe import kept_state
@@ -164,6 +164,20 @@ class Checkpoint:
         own = dict(model.named_parameters(remove_duplicate=False))
         values = {id(own[name]): value for name, value in state.items() if name in own}  # one name of tied ones
         return {name: values[id(value)] for name, value in model.named_parameters() if id(value) in values}
+
+    def left_to(self, model: nn.Module) -> list[str]:
+        """Names of the model's entries that these weights leave as they are: of an adapter's file all but its own.
+
+        Raises:
+            MismatchError: the adapter does not fit the model.
+        """
+        if not hasattr(model, "peft_config") and (self.path is None or not self.path.name.startswith(ADAPTER_FILE)):
+            return []
+        state = self.load()
+        if not is_adapter(self.path, state, model):
+            return []
+        own, full = model.state_dict(keep_vars=True), adapted_state(state, model, repr(self))
+        return [name for name, value in full.items() if value is own.get(name)]
 
     def _state_of(self, model: nn.Module) -> dict[str, Tensor]:
         """These weights under the names that a model has."""

@@ -175,6 +175,8 @@ def test_no_bank_is_written_into_another(tmp_path):
     """Whose objects it would be taken for."""
     problem = classification()
     bank = problem.build(tmp_path / "bank")
+    with pytest.raises(sp.BankError, match="is the bank itself; give another path"):  # and not: remove it
+        sp.condense(bank, bank.path, progress=False)
     with pytest.raises(sp.BankError, match=r"within the bank .*; give a path outside of it"):
         sp.condense(bank, tmp_path / "bank" / "inside", progress=False)
     (tmp_path / "link").symlink_to(tmp_path / "bank")
@@ -240,8 +242,9 @@ def test_what_cannot_be_had_is_refused_before_any_work(tmp_path, options, error,
     for place in ("bank", [bank, bank]):
         with pytest.raises(TypeError, match="bank"):
             sp.condense(place, tmp_path / "condensed")
+    other = classification(segments=1).build(tmp_path / "other")
     with pytest.raises(sp.MismatchError, match="begun with other settings"):
-        sp.condense(bank, bank.path, progress=False)
+        sp.condense(bank, other.path, progress=False)
     assert not (tmp_path / "condensed").exists()
 
 

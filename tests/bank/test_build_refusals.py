@@ -66,6 +66,33 @@ def test_a_collate_that_drops_examples_is_refused(run, tmp_path):
         run.build(tmp_path / "bank", data=DataLoader(run.data, batch_size=BATCH, collate_fn=dropping))
 
 
+def flattened(samples):
+    """As DataCollatorWithFlattening: one row of all sequences."""
+    return {name: torch.cat([sample[name] for sample in samples])[None] for name in samples[0]}
+
+
+@pytest.mark.parametrize("reduction", ["token", "mean", "sum"])
+def test_a_collate_that_joins_examples_is_refused_whatever_the_loss(tmp_path, reduction):
+    tokens = torch.randint(12, (6, 5))
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    model = Bigrams()
+    trajectory = sp.Trajectory([sp.Checkpoint(model.state_dict(), step=1, lr=0.1)])
+    with pytest.raises(ValueError, match=r"ids 0 to 3 has 1 examples, and 4 were asked for.*nor join them in one row"):
+        sp.build(
+            model, sp.CausalLM(reduction=reduction), trajectory, DataLoader(data, batch_size=4, collate_fn=flattened),
+            tmp_path / "bank", sketch=sp.Sketch(16), progress=False,
+        )  # fmt: skip
+
+
+class Bigrams(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(12, 4), nn.Linear(4, 12)
+
+    def forward(self, input_ids):
+        return self.head(self.embedding(input_ids))
+
+
 # Sampled Fisher ------------------------------------------------------------------------------------------------
 
 

@@ -117,7 +117,10 @@ def test_adapters_on_a_quantised_base_have_the_rows_of_its_float_weights(tmp_pat
         layer.mlp.forward = partial(_counting, layer.mlp.forward, layer)
     bank = built(model, tmp_path / "bank", run, data)
     assert bank.parameter_choice.startswith("8 of ")
-    assert_same_rows(bank, built(llama(quantised=False), tmp_path / "whole", run, data))
+    whole = built(llama(quantised=False), tmp_path / "whole", run, data)
+    assert_same_rows(bank, whole)
+    for known, quantised in ((bank, False), (whole, True)):  # one base, however it is held
+        known.notes.require_base(llama(quantised), run.checkpoints, "the bank")
     if checkpointing:  # more passes than the 8 with a backward pass, and nothing trains in them
         assert sum(graph for graph, _ in CALLS) > 8
         assert not any(trains for _, trains in CALLS)

@@ -147,6 +147,8 @@ def test_a_captured_bank_knows_its_modules(tmp_path):
         ({"parameter_choice": "all", "modules": {"Linear": True}}, "modules is"),
         ({"parameter_choice": "all", "columns": "abc"}, "columns is 'abc'"),
         ({"parameter_choice": "all", "columns": [1]}, r"columns is \[1\]"),
+        ({"parameter_choice": "all", "base": {"weight": [1.0]}}, "base is .*not pairs of numbers by name"),
+        ({"parameter_choice": "all", "base": ["weight"]}, "base is"),
     ],
 )
 def test_damaged_notes_are_refused(attributes, words):

@@ -241,6 +241,14 @@ def test_a_page_is_written_by_the_method_and_options_asked_for(call, tmp_path):
         assert "a-file is a file, and the page is a folder" in call(*asked, "--static", place, code=2)
 
 
+def test_workers_are_a_plans_and_build_nothing(call):
+    """A build with them only planned, and ended as one that is done."""
+    assert "--workers is for source-proj plan; to build by" in call(
+        "build", "elsewhere", *BUILD[2:], "--workers", 3, code=2
+    )
+    assert call("plan", "elsewhere", *BUILD[2:], "--workers", 3)
+
+
 @pytest.mark.parametrize("word", ["--progress", "--no-progress"])
 def test_a_plan_draws_bars_only_where_they_are_wanted(call, monkeypatch, word):
     told = []

@@ -72,6 +72,43 @@ def test_only_the_adapter_is_attributed_and_its_bank_equals_that_of_whole_checkp
     assert (scores[0] == scores[1]).all()
 
 
+def test_an_adapters_bank_is_of_one_base_model(tmp_path):
+    """No checkpoint holds the base's weights: rows and queries over others would be of another model, in silence."""
+    data = TensorDataset(torch.randn(8, 5), torch.arange(8) % 3)
+
+    def build(model, path="bank"):
+        run = sp.Trajectory([sp.Checkpoint(tmp_path / "adapter_model.safetensors", step=10, lr=0.1)])
+        return sp.build(model, sp.Classification(), run, data, tmp_path / path, sketch=sp.Sketch(16), progress=False)
+
+    model, other = lora_model(), lora_model()
+    adapter_file(model, tmp_path)
+    bank = build(model)
+    nn.init.normal_(other[2].base.weight)
+    refused = "bank hold an adapter alone, and the model has another base: its 2.base.weight is not what"
+    for ask in (
+        lambda: sp.Source(bank, model=other, progress=False).score(data),
+        lambda: sp.RepSim(bank, train_set=data, model=other, progress=False).score(data),
+        lambda: bank.append(
+            other, sp.Classification(), TensorDataset(torch.randn(3, 5), torch.arange(3)), progress=False
+        ),
+        lambda: build(other),
+    ):
+        with pytest.raises(sp.MismatchError, match=refused):
+            ask()
+    assert bank.verify().ok
+    assert sp.open(tmp_path / "bank").n_rows == 8
+    near = lora_model().bfloat16().float()  # as where the base is loaded in half precision
+    for fits in (near, lora_model()):
+        assert sp.Source(bank, model=fits, progress=False).score(data).shape == (8, 8)
+    assert not build_whole(model, data, tmp_path / "whole").notes.base
+
+
+def build_whole(model, data, path):
+    run = sp.Trajectory([sp.Checkpoint(model.state_dict(), step=10, lr=0.1)])
+    names = trainable_parameters(model)
+    return sp.build(model, sp.Classification(), run, data, path, parameters=names, progress=False)
+
+
 @pytest.mark.parametrize("adapter_first", [False, True])
 def test_files_of_adapters_say_nothing_of_what_they_leave_out(tmp_path, adapter_first):
     """Beside whole checkpoints of another stage, the model's own weights neither move where it is frozen nor stand

@@ -210,6 +210,11 @@ def test_plain_gradients_need_no_state_of_adams(run, tmp_path):
         sp.Trajectory.from_hf_trainer(alone, preconditioner="none", max_grad_norm=1.0)
 
 
+def test_a_momentum_that_plays_no_part_is_refused(run):
+    with pytest.raises(ValueError, match=r"momentum= \(--momentum\) belongs to SGD and RMSprop, .* trained with Adam"):
+        sp.Trajectory.from_hf_trainer(run, momentum=[0.9] * STEPS)
+
+
 def test_a_schedule_that_contradicts_the_log_is_refused(run):
     with pytest.raises(ValueError, match=r"fit none of the schedules tried .cosine"):
         sp.Trajectory.from_hf_trainer(run, schedule="cosine")

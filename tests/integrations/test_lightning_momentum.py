@@ -81,6 +81,9 @@ def test_other_cycles_that_were_not_logged_are_asked_for(tmp_path):
     for given in (own, own.__getitem__):
         stage = sp.Trajectory.from_lightning(tmp_path, momentum=given).stages[0]
         assert times(stage) == pytest.approx([total(used, "sgd", step) for step in STEPS], rel=1e-9)
+    adam = sp.Adam()
+    with pytest.raises(ValueError, match="belongs to SGD and RMSprop, and the run was trained with Adam"):
+        sp.Trajectory.from_lightning(tmp_path, optimizer=adam, preconditioner="none", momentum=(0.9).__float__)
     with pytest.raises(ValueError, match="momentum has 3 entries for the 20 updates"):
         sp.Trajectory.from_lightning(tmp_path, momentum=[0.9] * 3)
 

@@ -3,6 +3,7 @@
 import json
 import warnings
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from test_text import TEXTS, WORDS, call, network
 from trainer_runs import transformers
 
 import source_proj as sp
+from source_proj import MismatchError
 from source_proj.integrations import TextData, TextSettings, load_pretrained, task_for, trainable_parameters
 
 PEFT_LAGS = "ignore:.*is deprecated and will be removed:FutureWarning"  # behind names of transformers
@@ -56,6 +58,44 @@ def test_what_is_too_long_is_cut_by_the_tokenizer(side, limit, tmp_path):
     for name in ("input_ids", "attention_mask", "token_type_ids"):
         assert [data[i][name].tolist() for i in range(2)] == own[name]
     assert data[0]["input_ids"][-1] == 3  # [SEP]
+
+
+def test_texts_are_no_longer_than_tokens_have_positions(tmp_path):
+    """RoBERTa and its kind have rows of positions, of padding and before it, that no token comes to."""
+    words = bert_tokenizer(model_max_length=10**9)
+    config = transformers.RobertaConfig(
+        vocab_size=14, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=14, pad_token_id=1,
+    )  # fmt: skip
+    model = transformers.RobertaForSequenceClassification(config).eval()
+    file = written(tmp_path / "d.jsonl", [{"text": " ".join(WORDS * 3), "label": 1}])
+    with pytest.warns(UserWarning, match="more than 12 tokens"):
+        data = TextData(file, TextSettings("model"), model, words)
+    assert data[0]["input_ids"].shape == (12,)
+    model(**{name: column[None] for name, column in data[0].items()})
+
+
+@pytest.mark.parametrize("kind", ["classification", "language"])
+def test_rows_are_filled_up_by_whatever_token_there_is(kind, tmp_path):
+    file = written(tmp_path / "d.jsonl", [{"text": "good bad film", "label": 1}, {"text": "good bad", "label": 0}])
+    read = partial(TextData, file, TextSettings("model"), network(kind))
+    ends = read(bert_tokenizer(pad_token=None, eos_token="[SEP]"))
+    assert ends[1]["attention_mask"].tolist() == [1, 1, 1, 1, 0]
+    assert ends[1]["input_ids"][-1] == 3
+    with pytest.raises(ValueError, match="neither a token for padding nor one that ends a text: set its pad_token"):
+        read(bert_tokenizer(pad_token=None))
+
+
+@pytest.mark.parametrize("nothing", [float("nan"), b"good film"])
+def test_what_is_no_text_is_not_read_as_one(nothing, tmp_path):
+    rows = [{"text": "good film", "label": 1}, {"text": nothing, "label": 0}]
+    with pytest.raises(MismatchError, match="example 2 of the data set has no text in 'text' but "):
+        TextData(rows, TextSettings("model"), network("classification"), bert_tokenizer())
+    if isinstance(nothing, float):  # JSON of Python's, and of pandas', has NaN
+        with pytest.raises(MismatchError, match=r"example 2 of .* has no text in 'text' but nan"):
+            TextData(
+                written(tmp_path / "d.jsonl", rows), TextSettings("model"), network("classification"), bert_tokenizer()
+            )
 
 
 def test_pairs_are_told_apart(tmp_path):

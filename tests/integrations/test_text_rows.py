@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from test_text import LABELS, TEXTS, build, call, run  # noqa: F401 (a fixture)
 
 import source_proj as sp
+from source_proj import MismatchError
 from source_proj.integrations import TextData, load_pretrained
 from source_proj.integrations.text_rows import text_rows
 
@@ -47,6 +48,10 @@ def test_frames_and_data_sets_are_rows(tmp_path):
         assert text_rows(given_data)[1] == rows
     with pytest.raises(TypeError, match=r"splits \['train'\]: give one of them"):
         text_rows(datasets.DatasetDict({"train": data}))
+    datasets.DatasetDict({"train": data}).save_to_disk(str(tmp_path / "splits"))
+    with pytest.raises(MismatchError, match=r"splits'?: it holds the splits \['train'\]: give .*splits/train'"):
+        text_rows(tmp_path / "splits")
+    assert text_rows(tmp_path / "splits" / "train")[1] == rows
     with pytest.raises(TypeError, match="list has no named columns"):
         text_rows(["a", "b"])
 

@@ -80,6 +80,16 @@ def test_each_update_has_its_own_norm_and_most(seed):
     assert whole.assumed is None  # norms of what was not clipped do not matter
 
 
+@pytest.mark.parametrize(("looked_at", "said"), [(1, True), (29, True), (30, False), (100, False)])
+def test_a_few_short_gradients_say_little_of_the_others(looked_at, said):
+    """One logged norm of a hundred, shorter than was allowed, leaves all others' clipping to chance."""
+    history = [{"step": 100 // looked_at * place + 1, "grad_norm": 0.5} for place in range(looked_at)]
+    found = clipping(history, [1.0] * 100)
+    assert found.factors == [1.0] * 100
+    words = f"norms of {looked_at} of 100 steps were logged, and none of these was clipped: the others are assumed"
+    assert (found.assumed is not None and words in found.assumed) is said
+
+
 def test_the_callbacks_directory_takes_no_norm(tmp_path):
     train(tmp_path / "run", callbacks=[RecorderCallback(tmp_path / "recorded")])
     with pytest.raises(ValueError, match=r"wrote down .* clipping .* max_grad_norm="):

@@ -128,8 +128,10 @@ class RepSim(Attributor):
             raise GradientError(
                 f"RepSim reads representations from a copy of the model, and it is {placement.kind}: give a whole model"
             )
+        final = bank.final_checkpoint()
+        bank.notes.require_base(self._module, [final], str(bank.path))
         model = private_copy(self._module, self.device)
-        bank.final_checkpoint().load_into(model)
+        final.load_into(model)
         return model
 
     def _features(

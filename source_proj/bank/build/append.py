@@ -77,6 +77,7 @@ def append_rows(
     require_device(device)
     checked_shard(shard)
     notes.warn_of_other_modules(model)
+    notes.require_base(model, (checkpoint(stage, i) for i in range(parts[0].n_checkpoints)), store.location())
     if stage == len(settings.trajectory.stages) - 1:  # whose columns the notes are of
         train_set = arranged(train_set, notes.columns)
     task = task.told_by(settings.task)

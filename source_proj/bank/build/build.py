@@ -15,6 +15,7 @@ from source_proj._errors import BankError, MismatchError, named_examples
 from source_proj._io.executors import Executor, check_executor
 from source_proj._io.progress import Progress
 from source_proj.bank.bank import Bank
+from source_proj.bank.base_weights import base_print
 from source_proj.bank.build.agreement import agreement, weighted_by_agreement
 from source_proj.bank.build.arguments import require_arguments, require_device
 from source_proj.bank.build.at_work import AtWork, at_work, is_sealed
@@ -40,6 +41,7 @@ from source_proj.bank.notes import Notes, modules_of
 from source_proj.bank.read.part import Part
 from source_proj.bank.store import Store, open_store
 from source_proj.gradients import private_copy
+from source_proj.gradients.batches import require_examples
 from source_proj.gradients.law import chosen_autocast
 from source_proj.sketch import Sketch, plain_modes
 from source_proj.task import Task
@@ -182,7 +184,7 @@ def build(
             known = lockstep.from_leader(lambda: weighted_by_agreement(space, *found))
         space = known
         choice = "; ".join(filter(None, (choice, in_words(space, weighting))))
-        notes = Notes(choice, modules_of(model), sources[-1].columns)
+        notes = Notes(choice, modules_of(model), sources[-1].columns, base_print(model, trajectory.checkpoints))
 
         def create() -> Settings:
             resolved = trajectory.resolve(model, space)
@@ -215,6 +217,7 @@ def build(
             require_same_settings(where, bank.settings, settings)
             bank.notes.require_columns(sources[-1].columns, where)
             bank.notes.warn_of_other_modules(model, stacklevel=3)
+            bank.notes.require_base(model, trajectory.checkpoints, where)
             parts = [stage.parts[0] for stage in bank.stages]
             for part, (spec, own) in zip(parts, _parts(settings), strict=True):
                 require_same_part(part, spec, own)
@@ -337,6 +340,7 @@ def _examine(
 def _columns(task: Task, source: BatchSource, ids: np.ndarray) -> tuple[bool, bool]:
     """Whether the task gives ℓ'', and a weight for the empirical Fisher; asked with the first batch."""
     _, stop, batch = next(iter(source.load([(0, min(source.n, source.batch_size))])))
+    require_examples(batch, ids[:stop].tolist())
     task = task.of_stage(0)
     with named_examples(ids.tolist()):
         _, second = derivatives_of(task, torch.zeros(stop, dtype=torch.float32, device="cpu"), batch)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from source_proj._errors import named_examples
 from source_proj.bank.build.data import BatchSource
+from source_proj.gradients.batches import require_examples
 from source_proj.task import Task
 from source_proj.task.base import per_example
 
@@ -28,6 +29,7 @@ def with_normalizer(task: Task, sources: Sequence[BatchSource], stages: Sequence
     for source, name in zip(sources, stages, strict=True):
         shares = []
         for start, stop, batch in source.load([(0, source.n)]):
+            require_examples(batch, range(start, stop))
             with named_examples(range(start, stop)):
                 shares += per_example(task.share(batch), "share", stop - start).tolist()
         means.append(math.fsum(shares) / source.n)

@@ -24,7 +24,7 @@ from source_proj.gradients import (
     private_copy,
     require_own_weights,
 )
-from source_proj.gradients.batches import batch_size, per_example_tensors
+from source_proj.gradients.batches import require_examples
 from source_proj.gradients.general import Function
 from source_proj.gradients.law import SAMPLED
 from source_proj.sketch import Sketch
@@ -151,12 +151,7 @@ class RowEncoder:
             self._original = None
         names = self._metrics_of(place)
         scales = list(self._scales.values())
-        size = place.stop - place.start
-        if not per_example_tensors(batch, size)[0]:
-            raise ValueError(
-                f"the batch of ids {place.ids[0]!r} to {place.ids[-1]!r} has {batch_size(batch)} examples, and "
-                f"{size} were asked for: collate_fn must neither drop nor add examples"
-            )
+        require_examples(batch, place.ids)
         with named_examples(place.ids):
             (values, (rows, *others)), *sampled = self._sketched(place, batch, scales)
         silent = self._detached and not bool(rows.any())
