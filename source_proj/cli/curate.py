@@ -205,7 +205,7 @@ def mislabelled(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Name the examples whose label is likely wrong; needs neither model nor queries."""
+    """Name the examples whose label is likely wrong; needs the labels (--file), and neither model nor queries."""
     from source_proj import curate as library
     from source_proj.attribution.source import Source
     from source_proj.bank import open as open_bank

@@ -82,10 +82,10 @@ def judged(removal: Removal) -> str:
         >>> judged(Removal("without 20", 20, -2.0, (1.0, -1.1, 0.9)))
         'FAILS, no change beyond the noise of retraining'
         >>> judged(Removal("20 at random", 20, 0.1, (0.2, -0.1, 0.1), named=((-1.0, -1.1, -0.9),)))
-        'Holds, less than the named ones change'
+        'Control holds, a smaller change than of the named ones'
     """
     if removal.named:
-        return f"{'Holds, less' if removal.holds else 'FAILS, not less'} than the named ones change"
+        return f"Control {'holds, a' if removal.holds else 'FAILS, no'} smaller change than of the named ones"
     if removal.holds:
         close = abs(removal.actual - removal.predicted) <= removal.noise
         return "Sign and size hold" if close else "Sign holds, size does not"
