@@ -105,7 +105,7 @@ def condense(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     bank = sp.build(model, sp.Classification(), run, data, f"{folder}/bank", sketch=sp.Sketch(4))
         ...     sp.condense(bank, f"{folder}/condensed").stages
-        (StageBank('train': 2 rows x 1 checkpoint),)
+        (StageBank('train': 2 rows x 1 whole segment),)
     """
     check_executor(executor)
     require_device(device)

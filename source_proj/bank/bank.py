@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from source_proj._errors import BankError, MismatchError
 from source_proj._io.html import facts
-from source_proj._io.printable import counted, printable
+from source_proj._io.printable import printable
 from source_proj._io.progress import Progress
 from source_proj.bank.build.append import append_rows
 from source_proj.bank.build.at_work import AT_WORK, sweep_builders
@@ -88,7 +88,7 @@ class Bank:
         return (_reopened, (place, self.fingerprint)) if self.finalized else (open_bank, (place,))
 
     def __repr__(self) -> str:
-        rows = " + ".join(f"{s.n} {s.name!r} rows x {counted(s.n_checkpoints, 'checkpoint')}" for s in self.stages)
+        rows = " + ".join(f"{s.n} {s.name!r} rows x {s.counted_rows()}" for s in self.stages)
         state = "" if self.finalized else ", unfinished"
         return f"Bank({str(self.path)!r}: {rows}, k={self.sketch.dim}, {self.storage}{state})"
 
@@ -97,7 +97,8 @@ class Bank:
         pairs: list[tuple[object, object]] = [("task", self.task_spec.get("name"))]
         for stage in self.stages:
             steps = ", ".join(map(str, stage.record.steps))
-            pairs.append((f"stage {stage.name}", f"{stage.n:,} examples, checkpoints at steps {steps}"))
+            rows = "whole segments up to" if stage.captured else "checkpoints at"
+            pairs.append((f"stage {stage.name}", f"{stage.n:,} examples, {rows} steps {steps}"))
         pairs += [
             ("sketch", f"{self.sketch.kind}, {self.sketch.dim} numbers an example, as {self.storage}"),
             ("size", f"{size / 1e6:,.1f} MB"),

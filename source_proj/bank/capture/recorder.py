@@ -111,7 +111,7 @@ class Recorder(RunRecorder):
         ...     recorder.step(ids=ids)
         >>> bank = recorder.bank()
         >>> bank.stages[0], len(bank.query_points())
-        (StageBank('train': 10 rows x 1 checkpoint), 4)
+        (StageBank('train': 10 rows x 1 whole segment), 4)
     """
 
     def __init__(
@@ -302,7 +302,7 @@ class Recorder(RunRecorder):
             >>> before = first.captured()
             >>> first.close()
             >>> train("second", 6).bank(after=[before]).stages
-            (StageBank('first': 10 rows x 1 checkpoint), StageBank('second': 6 rows x 1 checkpoint))
+            (StageBank('first': 10 rows x 1 whole segment), StageBank('second': 6 rows x 1 whole segment))
         """
         if self._capture is None:
             raise TypeError("a Recorder without capture= has no bank: give capture=Sketch(...), or call build()")

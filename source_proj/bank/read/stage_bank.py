@@ -122,7 +122,11 @@ class StageBank:
         return _stage_of, (self._bank, self._index)
 
     def __repr__(self) -> str:
-        return f"StageBank({self.name!r}: {self.n} rows x {counted(self.n_checkpoints, 'checkpoint')})"
+        return f"StageBank({self.name!r}: {self.n} rows x {self.counted_rows()})"
+
+    def counted_rows(self) -> str:
+        """What an example has a row of: so many checkpoints, or segments of training, as condensed or captured."""
+        return counted(self.n_checkpoints, "whole segment" if self.captured else "checkpoint")
 
     @property
     def n(self) -> int:
