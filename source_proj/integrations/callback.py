@@ -209,7 +209,7 @@ class RecorderCallback:
         self._log.add_step(step, self._rate, self._norm, self._momentum)
         if self._capture is not None:
             self._capture.add_step(self._rate or 0.0, None, None, self._clip_factor)
-        self._rate, self._norm, self._weights = None, None, weights_stamp(model)
+        self._rate, self._norm, self._weights = None, None, weights_stamp(model.parameters())
         # The end is recorded here: `load_best_model_at_end` brings other weights before `on_train_end`.
         ends = step >= state.max_steps or bool(getattr(control, "should_training_stop", False))
         if ends or step in self._at or (self._every is not None and step % self._every == 0):
@@ -235,7 +235,7 @@ class RecorderCallback:
         """
         self._keep_capture(int(state.global_step))
         if self._log is not None and int(state.global_step) not in self._log.checkpoints:
-            if self._weights in (None, weights_stamp(model)):
+            if self._weights in (None, weights_stamp(model.parameters())):
                 self._log.add_checkpoint(int(state.global_step), model, innermost(optimizer))
             else:
                 warnings.warn(

@@ -1,6 +1,7 @@
 """The trajectory of a training run: checkpoints, the optimizer's action, stages and segments."""
 
 from source_proj.trajectory.checkpoint import Checkpoint
+from source_proj.trajectory.moved import weights_stamp
 from source_proj.trajectory.optimizers import (
     SGD,
     Adafactor,
@@ -34,7 +35,7 @@ from source_proj.trajectory.recording.recorder import Recorder
 from source_proj.trajectory.scale import Scale
 from source_proj.trajectory.segments import Segments, split_segments
 from source_proj.trajectory.stages import Stage
-from source_proj.trajectory.trained import trained_parameters, weights_stamp
+from source_proj.trajectory.trained import trained_parameters
 from source_proj.trajectory.trajectory import Trajectory
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,13 @@ __all__ = [
     "moved_by_stages",
     "moved_parameters",
     "points_of",
+    "weights_stamp",
 ]
+
+
+def weights_stamp(parameters: Iterable[nn.Parameter]) -> int:
+    """Another number once one of the parameters was changed in place, by whatever but ``.data``."""
+    return sum(p._version for p in parameters)
 
 
 def left_alone(stages: Sequence[Stage], model: nn.Module) -> list[frozenset[str]]:
@@ -67,13 +73,19 @@ def held_parameters(stages: Sequence[Stage], model: nn.Module, has_one_state: bo
     return held & {name for name, _ in model.named_parameters()}
 
 
-def moved_by_others(stage: Stage, model: nn.Module) -> set[str]:
-    """Parameters that differ between a stage's checkpoints and are none of its optimizer's, where both are known."""
+def moved_by_others(stage: Stage, model: nn.Module, moved: set[str] | None = None) -> set[str]:
+    """Parameters that differ between a stage's checkpoints and are none of its optimizer's, where both are known.
+
+    Args:
+        stage: of training.
+        model: a module of its architecture.
+        moved: those that differ, where checkpoints were compared already.
+    """
     held = held_parameters([stage], model, has_one_state=False)
     points = points_of(stage)
     if not held or len(held) == sum(1 for _ in model.named_parameters()) or len({p.hash() for p in points}) < 2:
         return set()  # checkpoints need not be read
-    return (moved_parameters(points, model) or set()) - held
+    return (moved or moved_parameters(points, model) or set()) - held
 
 
 def moved_parameters(checkpoints: Sequence[Checkpoint], model: nn.Module) -> set[str] | None:

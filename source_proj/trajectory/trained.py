@@ -10,14 +10,9 @@ from source_proj.trajectory.moved import held_parameters, moved_by_others, moved
 from source_proj.trajectory.stages import Stage
 from source_proj.trajectory.trajectory import Trajectory
 
-__all__ = ["trained_parameters", "weights_stamp"]
+__all__ = ["trained_parameters"]
 
 _NAMED = 3  # parameters spelled out in a warning
-
-
-def weights_stamp(model: nn.Module) -> int:
-    """Another number once a parameter was changed in place, by whatever but ``.data``."""
-    return sum(p._version for p in model.parameters())
 
 
 def trained_parameters(trajectory: Trajectory, model: nn.Module) -> tuple[list[str], str]:
@@ -38,12 +33,13 @@ def trained_parameters(trajectory: Trajectory, model: nn.Module) -> tuple[list[s
     Warns:
         UserWarning: some differ between a stage's checkpoints though its optimizer does not hold them.
     """
-    for stage in trajectory.stages:
-        _warn_of_others(stage, model)
     if len(trajectory.stages) > 1:
+        for stage in trajectory.stages:
+            _warn_of_others(stage, model)
         return _of_stages(trajectory, model)
     names = [name for name, _ in model.named_parameters()]
     moved = moved_parameters([one for stage in trajectory.stages for one in points_of(stage)], model)
+    _warn_of_others(trajectory.stages[0], model, moved)
     held = held_parameters(trajectory.stages, model, has_one_state=moved is None)
     known = {"that the optimizer held": held, "that differ between checkpoints": moved}
     reasons = [reason for reason, found in known.items() if found]
@@ -56,9 +52,9 @@ def trained_parameters(trajectory: Trajectory, model: nn.Module) -> tuple[list[s
     return _trainable(model)
 
 
-def _warn_of_others(stage: Stage, model: nn.Module) -> None:
+def _warn_of_others(stage: Stage, model: nn.Module, moved: set[str] | None = None) -> None:
     """Say which parameters are left out though they moved, as those of a second optimizer."""
-    others = sorted(moved_by_others(stage, model))
+    others = sorted(moved_by_others(stage, model, moved))
     if others:
         warnings.warn(
             f"parameters {others[:_NAMED]} ({len(others)}) moved in stage {stage.name!r}, and the optimizer that was "

@@ -198,7 +198,7 @@ class Recorder(RunRecorder):
                 rate = float(seen[0].options[0]["lr"]) if seen else 0.0
                 capture.add_step(rate, ids, batch, partial(self._clip_factor, grad_norm))
         if capture is not None:
-            self._weights = weights_stamp(self._model)
+            self._weights = weights_stamp(self._model.parameters())
         super().step(grad_norm)
 
     def restore(self) -> int:
@@ -222,7 +222,7 @@ class Recorder(RunRecorder):
                 raise MismatchError("the optimizer's last step was not captured: call step(ids=...) after it")
             if self._settled().pending:
                 self._hold()
-                if weights_stamp(self._model) != self._weights:
+                if weights_stamp(self._model.parameters()) != self._weights:
                     raise MismatchError(
                         f"the weights were changed after the last step of stage {self._progress.run.stage!r}, so that "
                         "its end is lost: call trajectory(), bank() or captured() before they are trained on or "

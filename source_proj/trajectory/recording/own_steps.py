@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import nn
 
 from source_proj._errors import MismatchError
+from source_proj.trajectory.moved import weights_stamp
 from source_proj.trajectory.recording.progress import skips_step
 
 __all__ = ["WeightsWatch", "called_weakly"]
@@ -61,12 +63,14 @@ class WeightsWatch:
 
     def _now(self) -> int:
         """Another number once a weight of the optimizer's was changed in place."""
-        return sum(p._version for group in self._optimizer.param_groups for p in group["params"])
+        return weights_stamp(self._weights())
 
     def _found_infinite(self) -> bool:
         """Whether gradients are still there that a GradScaler skips a step for."""
-        weights = (p for group in self._optimizer.param_groups for p in group["params"])
-        return not all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in weights)
+        return not all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in self._weights())
+
+    def _weights(self) -> Iterator[nn.Parameter]:
+        return (p for group in self._optimizer.param_groups for p in group["params"])
 
 
 def called_weakly(method: Callable[[bool], None]) -> Callable[..., None]:
