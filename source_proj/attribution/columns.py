@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from source_proj.attribution.spectral import Hessian, SpectralFunction
+from source_proj.attribution.series import SpectralFunction
+from source_proj.attribution.spectral import Hessian
 from source_proj.bank import Bank
 from source_proj.sketch.columns import Columns, kept_blocks
 

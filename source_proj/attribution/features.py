@@ -39,6 +39,7 @@ class QueryFeatures:
         answers: what the model said of the queries, where it was asked about that and not about their targets.
         examples: how the queries are shown; None where only their features are known.
         subject: what else the gradients are of, see :func:`subject_of`; None where nobody said.
+        whole: how many queries were asked, where these are some of them; 0 where they are all.
     """
 
     rows: dict[str, Tensor]
@@ -47,9 +48,15 @@ class QueryFeatures:
     answers: Answers | None = None
     examples: Examples | None = field(default=None, repr=False, compare=False)
     subject: dict[str, str] | None = None
+    whole: int = field(default=0, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def asked(self) -> int:
+        """How many queries are asked in all, of which these are the ones at hand."""
+        return max(self.whole, len(self.ids))
 
     def at(self, checkpoint: Checkpoint, metric: str | None = None) -> Tensor:
         """Return the rows ``(Q, k)`` taken at a checkpoint, in the metric of a hash.
@@ -76,6 +83,7 @@ class QueryFeatures:
             None if self.answers is None else self.answers.at(places),
             None if self.examples is None else self.examples.at(places),
             self.subject,
+            self.asked,
         )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:

@@ -18,14 +18,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from source_proj.attribution.series import Series, SpectralFunction, shortest_series
 from source_proj.attribution.spectral import (
     ROWS_AT_ONCE,
     SINGLE_CONDITION,
-    SpectralFunction,
     Spectrum,
     factored_dimension,
     shifted_factor,
-    shortest_series,
 )
 from source_proj.kernels.gram import HEIGHT, mirrored
 
@@ -60,16 +59,9 @@ class GramHessian:
 
     def multiply(self, rows: Tensor, function: SpectralFunction) -> Tensor:
         """Return ``rows @ f(Ĥ)``, ``(n, k)``: 4 n k operations a row, and 2 n² a degree of the polynomial."""
-        series = shortest_series(function, self.norm)
-        if series is None:
+        if (polynomial := self._polynomial(function)) is None:
             return self.spectrum().multiply(rows, function)
-        # What large eigenvalues add is a difference of numbers that are f(0)/f(σ) times as large.
-        dtype = torch.float32 if self.norm / series.shift + 1 <= SINGLE_CONDITION else torch.float64
-        try:
-            factor = self.factor(series.shift, dtype)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the shift is lost in the rounding of the sums
-            return self.spectrum().multiply(rows, function)
-        own, (rest, inner) = self.rows().to(dtype), series.at_zero()
+        own, factor, rest, inner = polynomial
         moved = []
         for chunk in rows.to(own).split(ROWS_AT_ONCE):
             inside = inner.apply(factor, (chunk @ own.T).double())
@@ -77,8 +69,28 @@ class GramHessian:
         return torch.cat(moved)
 
     def apply(self, function: SpectralFunction) -> Tensor:
-        """Return the matrix f(Ĥ), ``(k, k)``."""
-        return self.multiply(torch.eye(self.dim, dtype=torch.float32, device="cpu"), function)
+        """Return the matrix f(Ĥ), ``(k, k)``: 2 k n² + k² n operations, and n³ a product of `Series.matrix`."""
+        if (polynomial := self._polynomial(function)) is None:
+            return self.spectrum().apply(function)
+        own, factor, rest, inner = polynomial
+        right = inner.matrix(factor).to(own) @ own  # (n, k)
+        starts = range(0, self.dim, HEIGHT)
+        matrix = mirrored([own[:, start : start + HEIGHT].T @ right[:, start:] for start in starts])
+        matrix.diagonal().add_(rest)
+        return matrix
+
+    def _polynomial(self, function: SpectralFunction) -> tuple[Tensor, Tensor, float, Series] | None:
+        """A, the factor of AAᵀ + μ, f(0) and the series of h; None where eigenvectors are needed."""
+        series = shortest_series(function, self.norm)
+        if series is None:
+            return None
+        # What large eigenvalues add is a difference of numbers that are f(0)/f(σ) times as large.
+        dtype = torch.float32 if self.norm / series.shift + 1 <= SINGLE_CONDITION else torch.float64
+        try:
+            factor = self.factor(series.shift, dtype)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the shift is lost in the rounding of the sums
+            return None
+        return self.rows().to(dtype), factor, *series.at_zero()
 
     def effective_dimension(self, ridge: float) -> float:
         """Tr Ĥ(Ĥ + λ)⁻¹, for λ > 0."""

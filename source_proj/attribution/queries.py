@@ -108,7 +108,7 @@ def sketch_queries(
     start, stop = asked.span
     if asked.span != (0, source.n):
         shown = shown.at(range(start, stop))
-    return QueryFeatures(features, query_ids[start:stop], bank.sketch.spec(), asked.answers, shown, subject)
+    return QueryFeatures(features, query_ids[start:stop], bank.sketch.spec(), asked.answers, shown, subject, source.n)
 
 
 def query_source(queries: Any, batch_size: int, columns: Sequence[str] = ()) -> BatchSource:

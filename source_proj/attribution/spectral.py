@@ -4,31 +4,26 @@ Every verb needs f(Ĥ) on a few rows only, so that Ĥ's k eigenvectors are seldo
 operations). Ways to the same numbers, of which `gram_hessian` has a third, for few rows:
 
 * :class:`Spectrum`: eigenvalues and eigenvectors in float64, for a small k, few rows, or an f that has a jump.
-* :class:`DenseHessian`: one Cholesky factor (k³/3 operations) of Ĥ + μ. With T = μ (Ĥ + μ)⁻¹, whose eigenvalues
-  t = μ/(σ + μ) lie in (0, 1], f(Ĥ) = T g(T), and g is a polynomial: of degree 0 where f is an inverse (time is
-  infinite), of degree 10 or so for what forgets exponentially, at any σ ("restricted denominators": Nørsett,
-  "Restricted Padé approximations to the exponential function", SIAM J. Numer. Anal. 15, 1978). It is the Chebyshev
-  interpolant of the lowest degree that errs by less than float32's rounding is worth.
+* :class:`DenseHessian`: one Cholesky factor (k³/3 operations) of Ĥ + μ, and polynomials in its inverse (`series`): a
+  solution a degree for some rows, the matrix f(Ĥ) for many.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.polynomial import chebyshev
 from torch import Tensor
+
+from source_proj.attribution.series import Series, SpectralFunction, shortest_series
 
 __all__ = [
     "ROWS_AT_ONCE",
     "SINGLE_CONDITION",
     "DenseHessian",
     "Hessian",
-    "Series",
-    "SpectralFunction",
     "Spectrum",
     "cross_operator",
     "decay_operator",
@@ -37,7 +32,6 @@ __all__ = [
     "response",
     "ridge_inverse",
     "shifted_factor",
-    "shortest_series",
 ]
 
 ROWS_AT_ONCE = 4096
@@ -45,27 +39,7 @@ ROWS_AT_ONCE = 4096
 SINGLE_CONDITION = 1e4
 """Of Ĥ + μ, up to which single precision is exact enough."""
 
-_TOLERANCE = 1e-6  # of max g: what a polynomial may err by, of the order of a float32 solution's rounding
-_DEGREES = range(33)
 _KEPT = 256  # functions: some for each segment of a few banks
-_KEPT_SERIES = 4096  # of some functions each, for every block of a sketch's columns
-
-
-@dataclass(frozen=True)
-class SpectralFunction:
-    """A function f of eigenvalues.
-
-    Attributes:
-        values: f, elementwise on eigenvalues ``(r,)`` float64.
-        shifts: numbers μ > 0 such that f is near a polynomial in 1/(σ + μ), times 1/(σ + μ); none for an f with a jump.
-    """
-
-    values: Callable[[Tensor], Tensor]
-    shifts: tuple[float, ...]
-
-    def __call__(self, eigenvalues: Tensor) -> Tensor:
-        """f(σ)."""
-        return self.values(eigenvalues)
 
 
 class Hessian(Protocol):
@@ -162,106 +136,33 @@ class DenseHessian:
 
     def multiply(self, rows: Tensor, function: SpectralFunction) -> Tensor:
         """Return ``rows @ f(Ĥ)``, ``(n, k)``: 2 k² operations a row and degree of the polynomial."""
-        series = shortest_series(function, self.norm)
-        if series is None:
+        if (polynomial := self._polynomial(function)) is None:
             return self.spectrum().multiply(rows, function)
-        condition = self.norm / series.shift + 1
-        try:
-            factor = self.factor(series.shift, torch.float32 if condition <= SINGLE_CONDITION else torch.float64)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the shift is lost in the rounding of Ĥ's own sums
-            return self.spectrum().multiply(rows, function)
+        series, factor = polynomial
         moved = [series.apply(factor, chunk.to(factor)) for chunk in rows.split(ROWS_AT_ONCE) if len(chunk)]
         return torch.cat(moved) if moved else rows.to(factor)
 
     def apply(self, function: SpectralFunction) -> Tensor:
-        """Return the matrix f(Ĥ), ``(k, k)``."""
-        return self.multiply(torch.eye(self.dim, dtype=torch.float32, device="cpu"), function)
+        """Return the matrix f(Ĥ), ``(k, k)``: k³ operations a product, some 2 √degree of them."""
+        if (polynomial := self._polynomial(function)) is None:
+            return self.spectrum().apply(function)
+        series, factor = polynomial
+        return series.matrix(factor)
+
+    def _polynomial(self, function: SpectralFunction) -> tuple[Series, Tensor] | None:
+        """The series of a function and the factor that it is of; None where eigenvectors are needed."""
+        series = shortest_series(function, self.norm)
+        if series is None:
+            return None
+        condition = self.norm / series.shift + 1
+        try:
+            return series, self.factor(series.shift, torch.float32 if condition <= SINGLE_CONDITION else torch.float64)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the shift is lost in the rounding of Ĥ's own sums
+            return None
 
     def effective_dimension(self, ridge: float) -> float:
         """Tr Ĥ(Ĥ + λ)⁻¹, for λ > 0."""
         return factored_dimension(self, ridge, torch.float32)
-
-
-@dataclass(frozen=True, eq=False)
-class Series:
-    """f(σ) = t g(t), t = μ/(σ + μ), with g a Chebyshev series on the interval that t is in.
-
-    Attributes:
-        shift: μ.
-        lowest: the lower end of the interval; the upper one is 1.
-        coefficients: g's, ``(degree + 1,)`` float64.
-    """
-
-    shift: float
-    lowest: float
-    coefficients: np.ndarray
-
-    @cached_property
-    def _map(self) -> tuple[float, float]:
-        """A and b of a·t + b, which lies in [-1, 1]; an interval of no width is its own centre."""
-        width = max(1 - self.lowest, 1e-12)
-        return 2 / width, -(1 + self.lowest) / width
-
-    def error(self, function: Callable[[Tensor], Tensor]) -> float:
-        """Largest error of g on a fine grid, over its largest value there."""
-        grid = np.concatenate([np.geomspace(self.lowest, 1, 512), np.linspace(self.lowest, 1, 512)])
-        wanted = _quotient(function, self.shift, grid)
-        slope, offset = self._map
-        errors = np.abs(chebyshev.chebval(slope * grid + offset, self.coefficients) - wanted)
-        return float(errors.max() / max(np.abs(wanted).max(), np.finfo(np.float64).tiny))
-
-    def at_zero(self) -> "tuple[float, Series]":
-        """f(0), and the series of (f(σ) - f(0))/σ, which is -t q(t)/μ with q(t) = (t g(t) - g(1))/(t - 1)."""
-        slope, offset = self._map
-        whole = chebyshev.chebmul(self.coefficients, [-offset / slope, 1 / slope])  # t g(t), of a·t + b
-        value = float(chebyshev.chebval(1.0, whole))
-        whole[0] -= value
-        quotient = slope * chebyshev.chebdiv(whole, [-1.0, 1.0])[0]
-        return value, Series(self.shift, self.lowest, -quotient / self.shift)
-
-    def apply(self, factor: Tensor, rows: Tensor) -> Tensor:
-        """``rows @ f(Ĥ)`` by Clenshaw's recurrence, one solution with the factor of Ĥ + μ a degree."""
-        slope, offset = self._map
-        columns = rows.T
-
-        def inverse(x: Tensor) -> Tensor:  # T x
-            return torch.cholesky_solve(x, factor).mul_(self.shift)
-
-        def mapped(x: Tensor) -> Tensor:
-            return inverse(x).mul_(slope).add_(x, alpha=offset)
-
-        first, *later = (float(c) for c in self.coefficients)
-        after, after_next = torch.zeros_like(columns), torch.zeros_like(columns)
-        for coefficient in reversed(later):
-            before = mapped(after).mul_(2) if after.any() else torch.zeros_like(columns)
-            after, after_next = before.sub_(after_next).add_(columns, alpha=coefficient), after
-        total = mapped(after).sub_(after_next).add_(columns, alpha=first) if later else columns * first
-        return inverse(total).T
-
-
-@lru_cache(_KEPT_SERIES)
-def shortest_series(function: SpectralFunction, norm: float) -> Series | None:
-    """The series of the lowest degree that is f on [0, norm] to rounding, over f's shifts; None where none is.
-
-    The search takes longer than a query, so that it is remembered, and the functions are the same objects each time.
-    """
-    for degree in _DEGREES:
-        for shift in function.shifts:
-            lowest = shift / (norm + shift)
-            nodes = np.cos((np.arange(degree + 1) + 0.5) * np.pi / (degree + 1))
-            places = (1 + lowest) / 2 + (1 - lowest) / 2 * nodes
-            values = _quotient(function, shift, places)
-            series = Series(shift, lowest, chebyshev.chebfit(nodes, values, degree) if degree else values)
-            if series.error(function) <= _TOLERANCE:
-                return series
-    return None
-
-
-def _quotient(function: Callable[[Tensor], Tensor], shift: float, places: np.ndarray) -> np.ndarray:
-    """g(t) = f(μ/t - μ)/t."""
-    eigenvalues = torch.from_numpy(np.maximum(shift / places - shift, 0))
-    values: np.ndarray = function(eigenvalues).numpy() / places
-    return values
 
 
 @lru_cache(_KEPT)

@@ -49,8 +49,8 @@ def test_the_null_space_part_is_the_plain_gradient(tmp_path):
     (block,) = fresh.blocks
     operator = block.operators(fresh.segments)
     block.hessian = lambda _: spectrum
-    torch.testing.assert_close(block.operators(fresh.segments)[0][0], s * torch.eye(4))
-    assert not torch.allclose(operator[0][0], s * torch.eye(4))
+    torch.testing.assert_close(block.operators(fresh.segments)[0][0], s * torch.eye(4, dtype=torch.float64))
+    assert not torch.allclose(operator[0][0], s * torch.eye(4, dtype=torch.float64))
 
 
 def test_short_training_is_tracin(tmp_path):

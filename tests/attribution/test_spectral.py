@@ -16,6 +16,7 @@ from source_proj.attribution import moments
 from source_proj.attribution.fits import Fit, fitted_hessian
 from source_proj.attribution.gram_hessian import GramHessian, gram_hessian
 from source_proj.attribution.moments import mean_hessian
+from source_proj.attribution.series import shortest_series
 from source_proj.attribution.spectral import (
     DenseHessian,
     Spectrum,
@@ -24,7 +25,6 @@ from source_proj.attribution.spectral import (
     effective_dimension,
     response,
     ridge_inverse,
-    shortest_series,
 )
 
 DIM = 24

@@ -17,6 +17,7 @@ from source_proj._io.executors import Executor
 from source_proj._io.progress import Bar
 from source_proj.attribution.curvature import Curvature, Damping, damping_value
 from source_proj.attribution.fits import BlockFits, Fit
+from source_proj.attribution.moments import takes_spectrum
 from source_proj.attribution.operands import (
     HeldOperands,
     Operands,
@@ -140,6 +141,7 @@ class FittedSegments:
         count = blocks or default_blocks(bank.sketch, few_rows=all(fit.has_few_rows for fit in self._all_fits()))
         self.blocks = tuple(SegmentBlock(self, *own) for own in enumerate(blocks_of(bank.sketch.dim, count)))
         self._dimensions: dict[Segment, float] = {}
+        self._operators: dict[int, list[dict[int, Tensor]]] = {}
 
     def __reduce__(self) -> "tuple[partial[FittedSegments], tuple[()]]":
         make = partial(
@@ -226,11 +228,33 @@ class FittedSegments:
         """Bytes of the rows that queries are multiplied with."""
         return sum(gradient_bytes(self.bank, s.stage, s.checkpoints) for s in self.segments)
 
-    def moved(self, queries: Mapping[int, Tensor]) -> list[Tensor]:
-        """c_l(Ĥ_l) S_{l+1} ··· S_L q̂ for each segment l, ``(Q, k)`` float32, of queries by metric."""
+    def moved(self, queries: Mapping[int, Tensor], asked: int = 0) -> list[Tensor]:
+        """c_l(Ĥ_l) S_{l+1} ··· S_L q̂ for each segment l, ``(Q, k)`` float32.
+
+        Args:
+            queries: by metric, each ``(Q, k)``.
+            asked: how many queries these are some of. Of many, the matrices that they go through are made first.
+        """
         placed = {metric: rows.to(self._device or "cpu") for metric, rows in queries.items()}
-        by_block = [block.moved(placed) for block in self.blocks]
+        by_block = [block.moved(placed, by_operators=self._pays_operators(asked)) for block in self.blocks]
         return [parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in zip(*by_block, strict=True)]
+
+    def _pays_operators(self, asked: int) -> bool:
+        """Whether so many queries are multiplied by matrices k' x k', and not each by solutions with a factor.
+
+        A matrix takes 4 to 8 s at k' = 4,096 on one core, solutions .5 ms a query and degree of a polynomial, up to 16
+        a segment. With eigenvectors, of small k', both are cheap. They stay in memory, where a quarter of it will do.
+        """
+        width, metrics = self.blocks[0].columns.width, {segment.metric for segment in self.segments}
+        nbytes = torch.float64.itemsize * width * self.bank.sketch.dim * len(self.segments) * len(metrics)
+        return 2 * asked >= width and not takes_spectrum(width) and 2 * nbytes <= self._held.limit
+
+    def block_operators(self, block: int) -> list[dict[int, Tensor]]:
+        """What any query goes through in a block, made once; see :meth:`SegmentBlock.operators`."""
+        with self._fitting:
+            if block not in self._operators:
+                self._operators[block] = self.blocks[block].operators(self.segments)
+            return self._operators[block]
 
     def add_self_influence(self, total: Tensor, *, mean: bool, runs: int, bar: Bar) -> None:
         """Add what each example did to its own loss to total ``(N,)``.
@@ -250,7 +274,7 @@ class FittedSegments:
                 for number, metric in enumerate(operators[0]):
                     gradients = self._gradients(index, segment.checkpoints, segment.metric)
                     queries = self._gradients(index, queried, metric)
-                    sent = [self._sent(by_metric[metric]) for by_metric in operators]
+                    sent = [self._sent(by_metric[metric].float()) for by_metric in operators]
                     function = partial(_own_products, sent, gradients, queries)
                     for start, stop, part in self._map(function, index):
                         total[start:stop].add_(part.cpu(), alpha=1 / (segment.n * runs))
@@ -335,21 +359,25 @@ class SegmentBlock:
         """As of all."""
         return self._whole.decay_of(segment, metric)
 
-    def moved(self, queries: Mapping[int, Tensor]) -> list[Tensor]:
+    def moved(self, queries: Mapping[int, Tensor], *, by_operators: bool) -> list[Tensor]:
         """c_l(Ĥ_l) S_{l+1} ··· S_L q̂ for each segment l, ``(Q, k')`` float32, of whole queries by metric."""
         own = {metric: rows[:, self.columns.slice] for metric, rows in queries.items()}
+        if by_operators:
+            return [
+                torch.stack([own[m].to(matrix) @ matrix.T for m, matrix in matrices.items()]).sum(0).float()
+                for matrices in self._whole.block_operators(self._index)
+            ]
         by_segment = [carried for _, carried in walk_back(self, self._whole.segments, QueryPropagator.of(own))]
         return [rows.float() for (rows,) in (carried.values() for carried in reversed(by_segment))]
 
     def operators(self, segments: Sequence[Segment]) -> list[dict[int, Tensor]]:
         """What any query would go through, for each of the given consecutive segments.
 
-        By metric m, the ``(k', k')`` float32 matrix c_l(Ĥ_l) T_m, where Σ_m T_m û^(m) is the query's sketch in the
+        By metric m, the ``(k', k')`` matrix c_l(Ĥ_l) T_m, where Σ_m T_m û^(m) is the query's sketch in the
         segment's own metric, after the later segments. With one metric T is S_{l+1} ··· S_L.
         """
         identity = QueryPropagator.identity({segment.metric for segment in segments})
-        by_metric = [matrices for _, matrices in walk_back(self, segments, identity)]
-        return [{m: matrix.float() for m, matrix in matrices.items()} for matrices in reversed(by_metric)]
+        return [matrices for _, matrices in walk_back(self, segments, identity)][::-1]
 
 
 def _own_products(operators: Sequence[Tensor], gradients: Operands, queries: Operands, span: Span) -> list[Block]:

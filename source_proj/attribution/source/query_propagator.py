@@ -11,7 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from source_proj.attribution.spectral import Hessian, SpectralFunction
+from source_proj.attribution.series import SpectralFunction
+from source_proj.attribution.spectral import Hessian
 
 __all__ = ["QueryPropagator", "SpectralOperator"]
 

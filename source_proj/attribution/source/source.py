@@ -85,7 +85,8 @@ class Source(Diagnosing):
             (measured in examples/paper/LABORATORY.md; it matters where training has not converged).
         memory: bytes that fit and search may take beyond the model and their results, as a number or such as "4GB".
             Training rows stay in memory where they fit into half of it, and are read from the bank for every set of
-            queries where they do not; what is scored is the same. Default: 2 GB, and what a fit at this k takes.
+            queries where they do not; what is scored is the same. Of many queries (k/2 or more) so do the matrices
+            that they go through, where a quarter will do. Default: 2 GB, and what a fit at this k takes.
         batch_size: queries per backward pass.
         device: where products are computed and queries run.
         executor: computes what reads the whole bank, fit and verbs alike; see
@@ -259,7 +260,8 @@ class Source(Diagnosing):
     def _moved(self, fitted: FittedSegments, features: QueryFeatures) -> list[Tensor]:
         """Queries as the segments' training gradients meet them, each ``(Q, k)`` float32."""
         metrics = sorted({segment.metric for segment in fitted.segments})
-        return fitted.moved({metric: self._query(fitted.bank, features, metric) for metric in metrics})
+        queries = {metric: self._query(fitted.bank, features, metric) for metric in metrics}
+        return fitted.moved(queries, features.asked)
 
     def _query_points(self, bank: Bank) -> list[Checkpoint]:
         return query_points(bank, self.query_gradient)
