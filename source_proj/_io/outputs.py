@@ -10,6 +10,7 @@ from pathlib import Path
 from source_proj._io.files import CREATING, Content, publish, write_files, write_new_files
 
 __all__ = [
+    "from_home",
     "local_path",
     "name_folder",
     "refused_together",
@@ -24,7 +25,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path leaves one slash of th
 
 
 def local_path(path: str | Path) -> Path:
-    """Return a path of this machine.
+    """Return a path of this machine; "~" is the user's own folder, as in a shell.
 
     Raises:
         ValueError: it is a URL, which would become a folder called "s3:" here, and be lost with the machine.
@@ -33,12 +34,18 @@ def local_path(path: str | Path) -> Path:
         >>> local_path("runs/first").name
         'first'
     """
-    local = Path(path)
+    local = from_home(path)
     if _URL.match(local.as_posix()):
         raise ValueError(
             f"{str(path)!r} is a URL, and only banks lie there: give a path of this machine, and copy the files"
         )
     return local
+
+
+def from_home(path: str | Path) -> Path:
+    """A path whose "~", which nothing but a shell knows, is the user's own folder."""
+    local = Path(path)
+    return local.expanduser() if local.parts[:1] == ("~",) else local
 
 
 def require_free(path: Path, *, overwrite: bool, replaceable: Callable[[Path], bool] = Path.is_file) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from source_proj._errors import MismatchError, MissingFileError
 from source_proj._io.loading import load_safetensors
-from source_proj._io.outputs import write_output
+from source_proj._io.outputs import from_home, local_path, write_output
 from source_proj.attribution.words import id_of, plain_ids
 from source_proj.bank import Bank
 from source_proj.bank.examples import Examples
@@ -98,7 +98,7 @@ class QueryFeatures:
             MissingFileError: there is no such file.
             MismatchError: it holds no features, or was damaged.
         """
-        return SketchedQueries(_read(Path(path)))
+        return SketchedQueries(_read(from_home(path)))
 
 
 class SketchedQueries(list[QueryFeatures]):
@@ -144,7 +144,7 @@ class SketchedQueries(list[QueryFeatures]):
             }
         )
         metadata = {"format": _FORMAT, "facts": facts, "sha256": _digest(tensors, facts)}
-        write_output(Path(path), save(tensors, metadata), overwrite=overwrite)
+        write_output(local_path(path), save(tensors, metadata), overwrite=overwrite)
 
 
 def subject_of(bank: Bank, task: Task) -> dict[str, str]:

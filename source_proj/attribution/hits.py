@@ -224,7 +224,7 @@ class Hits(EqualByValue):
             lines += ["", *self.lines(query)]
         more = len(self) - _QUERIES
         if more > 0:
-            lines += ["", f"… and {more} more {'query' if more == 1 else 'queries'}"]
+            lines += ["", f"… and {more} more {'query' if more == 1 else 'queries'}: to_pandas() has all"]
         lines += self.closing
         return "\n".join(lines)
 

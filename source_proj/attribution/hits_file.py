@@ -11,6 +11,7 @@ import numpy as np
 import zarr
 
 from source_proj._errors import MismatchError, MissingFileError, extra
+from source_proj._io.outputs import from_home
 from source_proj.attribution.hits import Hit, Hits
 from source_proj.attribution.score_files import (
     Part,
@@ -54,7 +55,7 @@ class HitsFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = from_home(path)
         self._reader: _Parquet | _Zarr
         if self.path.is_dir() and is_hits_folder(self.path):
             self._reader = _Zarr(self.path)

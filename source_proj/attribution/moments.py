@@ -26,7 +26,7 @@ from source_proj.attribution.gram_hessian import gram_spectrum
 from source_proj.attribution.shards import ShardGroup, map_shards, shard_groups
 from source_proj.attribution.spectral import Spectrum
 from source_proj.bank import StageBank
-from source_proj.kernels.gram import gram_panels, mirrored, panel_count, upper_panels
+from source_proj.kernels.gram import HEIGHT, gram_panels, mirrored, panel_count, upper_panels
 from source_proj.sketch.columns import Columns, blocks_of
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
 
 Route = Literal["auto", "primal", "dual"]
 
+_LARGEST, _APART = 16, 100  # of how many rows the largest is set apart, and how much larger it is than the next ones
 _SMALL = 1024  # up to this k an eigendecomposition takes a fraction of a second
 
 
@@ -154,9 +155,32 @@ def _panels(
     stage: StageBank, curvature: Factors, device: torch.device | str, blocks: Sequence[Columns], shards: ShardGroup
 ) -> list[Tensor]:
     return add_up(
-        [panel for columns in blocks for panel in gram_panels(rows[:, columns.slice], weights)]
+        [panel for columns in blocks for panel in _of_rows(rows[:, columns.slice], weights)]
         for rows, weights in iter_stored_factors(stage, shards, curvature, device)
     )
+
+
+def _of_rows(rows: Tensor, weights: Tensor | None) -> list[Tensor]:
+    """The panels of some rows' sum, the largest rows' in float64 where eigenvalues are to be told from rounding.
+
+    One example whose gradient is a thousand times as large as all others' would leave of these what float32 resolves of
+    a millionfold, and functions without damping ask for just that.
+    """
+    if not takes_spectrum(rows.shape[1]):
+        return gram_panels(rows, weights)
+    sizes = rows.float().square().sum(1) * (1 if weights is None else weights.square())
+    count = len(sizes) // _LARGEST
+    largest, where = sizes.topk(count + 1)
+    if not count or bool(largest[0] <= _APART * largest[-1]):
+        return gram_panels(rows, weights)
+    where, others = where[:count], sizes.new_ones(len(sizes)) if weights is None else weights.clone()
+    exact = rows[where].double().mul_(others[where].double()[:, None])
+    others[where] = 0
+    starts = range(0, rows.shape[1], HEIGHT)
+    return [
+        panel.double().add_(exact[:, start : start + HEIGHT].T @ exact[:, start:])
+        for start, panel in zip(starts, gram_panels(rows, others), strict=True)
+    ]
 
 
 def add_up(parts: Iterable[Sequence[Tensor]]) -> list[Tensor]:

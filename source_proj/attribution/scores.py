@@ -16,7 +16,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from source_proj._errors import extra
 from source_proj._io.html import wrapped
 from source_proj._io.numbers import plain_numbers
-from source_proj._io.outputs import write_output_folder
+from source_proj._io.outputs import local_path, write_output_folder
 from source_proj._io.printable import drawn
 from source_proj.attribution.hits import Hits, Shown, checked_count, make_hits
 from source_proj.attribution.population import Population
@@ -306,7 +306,8 @@ class Scores:
             )
             array.update_attributes(sealed_array_facts(facts, array))
 
-        write_output_folder(Path(path), fill, overwrite=overwrite, replaceable=is_scores_array)
+        path = local_path(path)
+        write_output_folder(path, fill, overwrite=overwrite, replaceable=is_scores_array)
         return zarr.open_array(path, mode="r")
 
     def to_parquet(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -321,7 +322,7 @@ class Scores:
         """
         k = len(self.train_ids)
         parts = ((start, *strongest(values, k, highest=True)) for start, values in self.row_blocks())
-        write_scores_parquet(Path(path), parts, self.query_ids, self.train_ids, overwrite=overwrite)
+        write_scores_parquet(local_path(path), parts, self.query_ids, self.train_ids, overwrite=overwrite)
 
     def corner(self, queries: int, examples: int) -> Scores:
         """The first queries' scores of the first training examples; of scores in a file, only these are read."""

@@ -20,7 +20,7 @@ from zarr.codecs import Crc32cCodec
 
 from source_proj._errors import extra
 from source_proj._io.files import sync_folder
-from source_proj._io.outputs import name_folder, require_free
+from source_proj._io.outputs import local_path, name_folder, require_free
 from source_proj._io.progress import Bar, Progress, progress_bar
 from source_proj._io.unfinished import Unfinished
 from source_proj.attribution.features import SketchedQueries
@@ -95,7 +95,7 @@ def checked_out(out: str | Path, what: str, *, overwrite: bool, more: tuple[str,
         FileExistsError: something is there that may not be overwritten.
         ImportError: without pyarrow (extra ``parquet``), where it is needed.
     """
-    path, endings = Path(out), (*_ENDINGS[what], *more)
+    path, endings = local_path(out), (*_ENDINGS[what], *more)
     if path.suffix not in endings:
         raise ValueError(f"{name} of {what} must end in {' or '.join(endings)}, got {str(out)!r}")
     if path.suffix == ".parquet":

@@ -15,7 +15,7 @@ import numpy as np
 
 from source_proj._errors import MismatchError, SourceProjError, extra
 from source_proj._io.html import escape, table, wrapped
-from source_proj._io.outputs import require_free, write_output
+from source_proj._io.outputs import from_home, local_path, require_free, write_output
 from source_proj._io.printable import printable
 from source_proj.attribution.words import id_of, id_word, plain_ids, plain_number
 from source_proj.curate.files import write_kept
@@ -244,8 +244,8 @@ class Cleaning:
         self._require_one_stage()
         columns = self.columns() if annotated else None
         write_kept(
-            Path(source),
-            Path(out),
+            from_home(source),
+            local_path(out),
             self.dropped,
             len(self.train_ids),
             columns=columns,
@@ -284,8 +284,9 @@ class Cleaning:
             "train_ids": plain_ids(self.train_ids),
         }
         encoded = json.dumps(content, indent=1).encode()
-        require_free(Path(path), overwrite=overwrite)
-        write_output(Path(path), encoded, overwrite=overwrite)
+        path = local_path(path)
+        require_free(path, overwrite=overwrite)
+        write_output(path, encoded, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | Path) -> Cleaning:
@@ -295,10 +296,11 @@ class Cleaning:
             SourceProjError: the file holds no cleaning.
             FileNotFoundError: there is no such file.
         """
-        if not Path(path).exists():
+        path = from_home(path)
+        if not path.exists():
             raise FileNotFoundError(f"there is no {str(path)!r}: give the file that Cleaning.save or --list wrote")
         try:
-            content = json.loads(Path(path).read_bytes())
+            content = json.loads(path.read_bytes())
             if content["format"] != _FORMAT:
                 raise ValueError(f"it says {content['format']!r} and not {_FORMAT!r}")
             return cls(

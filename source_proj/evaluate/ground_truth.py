@@ -74,7 +74,7 @@ class GroundTruth:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = local_path(path)
         self._group, attributes = checked(self.path)
         self.seed = int(cast(int, attributes["seed"]))
         self.settings: dict[str, Any] = cast(dict[str, Any], attributes["settings"])

@@ -173,6 +173,9 @@ class BareUses(TorchFunctionMode):
         if bare and name in EXPANDING:
             if self._is_of_examples(made, bare[0].value, name):
                 return self.taps.expanded(bare[0].made, self.plain(made))
+            if self._is_of_second(made, bare[0].value):  # (T, B, …), as recurrent layers and attention may have it
+                in_front = (each.transpose(0, 1) for each in (bare[0].made, self.plain(made)))
+                return self.taps.expanded(*in_front).transpose(0, 1)
             if name in REPEATING and self._is_repeated(made, bare[0].value):
                 blocks = self.plain(made).unflatten(0, (-1, len(bare[0].value)))
                 return self.taps.expanded(bare[0].made, blocks).flatten(0, 1)
@@ -336,6 +339,11 @@ class BareUses(TorchFunctionMode):
         padded = (1,) * (made.dim() - bare.dim()) + tuple(bare.shape)
         repeated = name in REPEATING and padded[1:] != tuple(made.shape[1:])
         return bool(padded) and padded[0] == 1 and made.shape[0] % self._size == 0 and not repeated
+
+    def _is_of_second(self, made: Any, bare: Tensor) -> bool:
+        """Whether a bare tensor (T, 1, …) was expanded along its second dim, which is the examples'."""
+        expanded = (*bare.shape[:1], self._size, *bare.shape[2:])
+        return self._size > 1 and bare.shape[1:2] == (1,) and tuple(made.shape) == expanded
 
     def _is_repeated(self, made: Tensor, bare: Tensor) -> bool:
         """Whether all of a bare tensor was repeated for each example, along its first dim."""

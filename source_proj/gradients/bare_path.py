@@ -80,7 +80,7 @@ class BarePath(HookPath):
         kind: Callable[..., BareUses] = BareUses,
         entered: Callable[[Any], AbstractContextManager[object]] = lambda uses: uses,
         **options: Any,
-    ) -> Iterator[None]:
+    ) -> Iterator[BareUses]:
         """Within, these parameters have taps where they meet the examples."""
 
         def tap(output: Tensor, listener: Listener, x: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class BarePath(HookPath):
         self._uses = uses
         try:
             with entered(uses):
-                yield
+                yield uses
         finally:
             self._uses = None
 

@@ -41,7 +41,7 @@ class BareTaps:
         taker: Callable[[], GradientSink],
         tap: Callable[[Tensor, Listener, Tensor], Tensor],
     ) -> None:
-        self._leaves, self._size, self._taker, self._tap = leaves, size, taker, tap
+        self.leaves, self._size, self._taker, self._tap = leaves, size, taker, tap
         self._names = {id(leaf): name for name, leaf in leaves.items()}
 
     def name_of(self, made: Tensor) -> str | None:
@@ -162,7 +162,7 @@ class BareTaps:
 
     def _receive(self, made: Tensor, g: Tensor, start: int = 0) -> None:
         """Hand gradients (n, ...) for some examples to the parameters of which something was made."""
-        names, leaves = list(self._leaves), list(self._leaves.values())
+        names, leaves = list(self.leaves), list(self.leaves.values())
         gradients: Sequence[Tensor | None] = [g if leaf is made else None for leaf in leaves]
         if made.grad_fn is not None:
             gradients = batched_products([made], leaves, [g.to(made.dtype)])

@@ -40,7 +40,6 @@ __all__ = ["METHODS", "GradientEngine", "gradient_engine"]
 
 _NOT_OF_HOOKS = (SourceProjError, MemoryError, torch.OutOfMemoryError)
 METHODS = ("auto", "hooks", "general")
-
 _OVERFLOW = (
     "the sum of a batch's gradients is not finite (overflow), though each of them is: look at the size of inputs "
     "and weights"
@@ -298,6 +297,7 @@ class GradientEngine:
         values = hooks.add_to(sinks, with_own_batch(together), batch, size, self._law.autocast(), admit)
         for each in passes:
             each.sink.gather()
+        self._law.compare([pair for pair in zip(works, values, strict=True) if proof.compares(pair[0].number)])
         made = zip(passes, values, structures, strict=True)
         audits = [self._proven(hooks, *each, shared=len(works) > 1) for each in made]
         self.method = "hooks"

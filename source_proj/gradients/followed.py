@@ -30,6 +30,7 @@ from source_proj.gradients.sink import GradientSink
 from source_proj.gradients.space import ParameterSpace
 from source_proj.gradients.suited import Unsuited, UsedElsewhere
 from source_proj.trajectory.placement import Placement
+from source_proj.trajectory.placement.base import Live
 
 __all__ = ["FollowedPath"]
 
@@ -46,7 +47,7 @@ class FollowedPath(BesidePath):
 
     def __init__(self, placement: Placement, space: ParameterSpace) -> None:
         super().__init__(placement, space)
-        self._live = {name: [p] for name, p in space.parameters(placement.model).items()}
+        self._live: Live = {name: [p] for name, p in space.parameters(placement.model).items()}
         self._anchor = torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")
         self._shared_known = False
         self._looked_ahead: set[bool] = set()  # whether of several examples

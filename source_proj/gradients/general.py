@@ -128,7 +128,6 @@ class GeneralPath:
             raise ValueError("the batch holds lists of examples")
         tensors, rebuild = per_example_tensors(batch, size)
         tensors = [tensor[examples[0] : examples[-1] + 1] for tensor in tensors]
-        self._placement.forget()
         module = _WithModel(self._model, function)
         parameters = {f"model.{name}": p.detach() for name, p in self._space.parameters(self._model).items()}
 
@@ -139,11 +138,14 @@ class GeneralPath:
             value = checked_values(value, 1)[0].float()
             return value, value
 
-        with warnings.catch_warnings():
+        # What is still the model's own has a graph: weights in a plain list, say, or flat ones of a recurrent module.
+        with warnings.catch_warnings(), self._placement.running(self._space.names), torch.enable_grad():
             # An operator without a batching rule is looped over inside vmap: slow, right, and nothing to act upon.
             warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
             in_dims = (None, *(0 for _ in tensors))
             gradients, values = vmap(grad(scalar, has_aux=True), in_dims=in_dims)(parameters, *tensors)
+        if any(made.requires_grad for made in (values, *gradients.values())):
+            raise ValueError("weights are used that torch.func can't exchange")
         return values.detach(), {name.removeprefix("model."): rows for name, rows in gradients.items()}
 
 

@@ -42,7 +42,6 @@ from source_proj.trajectory.placement.base import Live
 
 __all__ = ["HookPath", "Pass", "Structure", "alone", "expanded", "tensors_of"]
 
-
 _SAME = 1e-3  # relative: outputs of a pass and of its repetition
 
 
@@ -238,10 +237,10 @@ class HookPath:
                 handle.remove()
 
     @contextmanager
-    def _tapping(self, current: Pass) -> Iterator[Live]:
-        """Within, the layers of passes have taps, also those that checkpointing computes once more."""
-        seen = partial(self._on_output, current=current)
-        with self._placement.running(self._attributed) as live, self._hooked(seen), self._opening(current):
+    def _tapping(self, current: Pass, followed: Collection[str] = ()) -> Iterator[Live]:
+        """Within, layers have taps; in the graph are other uses of their parameters and of followed ones."""
+        seen, names = partial(self._on_output, current=current), [*self._attributed, *followed]
+        with self._placement.running(names) as live, self._hooked(seen), self._opening(current):
             yield live
 
     @contextmanager

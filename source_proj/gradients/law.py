@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import nan
@@ -13,7 +14,7 @@ from source_proj._errors import GradientError
 from source_proj._io.numbers import all_finite
 from source_proj.gradients.apart import random_halves
 from source_proj.gradients.batches import Batch, take
-from source_proj.gradients.general import Autocast, Function, weighted_gradient
+from source_proj.gradients.general import Autocast, Function, checked_values, weighted_gradient
 from source_proj.gradients.proof import Audit, Expected, Proof, audited, dependent, law_weights
 from source_proj.gradients.sink import SinkByParameter
 from source_proj.gradients.space import ParameterSpace
@@ -25,6 +26,7 @@ __all__ = ["AUTOCAST", "SAMPLED", "Law", "Work", "autocasting", "chosen_autocast
 
 SAMPLED = "sampled_output"  # the function that draws labels
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAME = 1e-3  # relative: values of an example in a batch and in half of it
 _TF32 = 2.0**-10  # cuDNN's convolutions of float32
 
 
@@ -121,6 +123,35 @@ class Law:
             return replace(audit, passed=False, values_differ=True)
         return audit
 
+    def compare(self, made: Sequence[tuple[Work, Tensor]]) -> None:
+        """Compare the values of batches with those of their random halves, by two forward passes each.
+
+        Drawn labels are left out: halves draw others now and then.
+
+        Raises:
+            GradientError: they differ, so that examples depend on each other.
+        """
+        for work, values in made:
+            if work.name != SAMPLED and self._placement.lockstep.any(work.size > 1):
+                self._compare(work, values)
+
+    def _compare(self, work: Work, values: Tensor) -> None:
+        halves = self._halves(work, whole=False)
+        parts = []
+        for half in halves:
+            with self._placement.running(()), torch.enable_grad(), self.autocast()():
+                part = checked_values(work.function(self._placement.model, _some(work, half)), len(half))
+            parts.append(part.detach().float())
+        alone, examples = torch.cat(parts), torch.cat(halves)
+        among = values[examples.to(values.device)].to(alone.device)
+        tolerance = max(_SAME, 8 * self._coarsest())
+        finite = among.isfinite()  # what is not is refused elsewhere
+        room = tolerance * (among.abs() + among[finite].square().mean().sqrt())
+        if bool((~((alone - among).abs() <= room) & finite).any()):
+            error = float((alone - among).norm() / among.norm().clamp(min=torch.finfo(torch.float32).tiny))
+            audit = Audit(error, [], set(), passed=False, values_differ=True)
+            raise GradientError(dependent(work.name, work.batch, work.size, audit))
+
     def examine(self, work: Work, values: Tensor) -> None:
         """Look at a batch whose values, each of an example alone, are not all finite.
 
@@ -142,23 +173,32 @@ class Law:
         Drawn labels are taken whole: halves draw others now and then, where a draw is within rounding of a step.
         """
         whole = work.name == SAMPLED or not self._placement.lockstep.any(work.size > 1)
+        values = torch.zeros(work.size, device=self._placement.device, dtype=torch.float32)
+        for number, half in enumerate(self._halves(work, whole=whole)):
+            again = number > 0 and work.size == 1
+            part = weighted_gradient(
+                self._placement, self._space, work.function, _some(work, half), weights[half] * (not again),
+                self.autocast(), expected.add,
+            )  # fmt: skip
+            values[half.to(values.device)] = part.to(values)
+        return values
+
+    @staticmethod
+    def _halves(work: Work, *, whole: bool) -> list[Tensor]:
+        """The examples of two random halves of a batch, each in order, or of all."""
         drawn = [torch.arange(work.size, device="cpu")] if whole else random_halves(work.size, work.number)
         halves = [half.sort().values for half in drawn]
         if len(halves) < 2 and not whole:  # one example here, where other processes have two passes to make
             halves.append(halves[0])
-        values = torch.zeros(work.size, device=self._placement.device, dtype=torch.float32)
-        for number, half in enumerate(halves):
-            batch = work.batch if len(half) == work.size else take(work.batch, half.tolist(), work.size)
-            again = number > 0 and work.size == 1
-            part = weighted_gradient(
-                self._placement, self._space, work.function, batch, weights[half] * (not again), self.autocast(),
-                expected.add,
-            )  # fmt: skip
-            values[half.to(values.device)] = part.to(values)
-        return values
+        return halves
 
     def _coarsest(self) -> float:
         """The relative spacing of the coarsest number format of a pass."""
         spacing = max(self._placement.spacing(self._space.names), torch.finfo(self._dtype or torch.float64).eps)
         convolves = self._placement.device.type == "cuda" and torch.backends.cudnn.allow_tf32
         return max(spacing, _TF32 if convolves else 0.0)
+
+
+def _some(work: Work, examples: Tensor) -> Batch:
+    """Some of a batch's examples."""
+    return work.batch if len(examples) == work.size else take(work.batch, examples.tolist(), work.size)

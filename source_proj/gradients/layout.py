@@ -234,6 +234,14 @@ def _cut(_node: Node, children: list[_Child], shape: Shape, _size: int) -> int:
     return position
 
 
+def _padded(node: Node, children: list[_Child], shape: Shape, size: int) -> int:
+    """Numbers before or behind those of other dims; pairs of them are counted from the last dim on."""
+    from_last = len(shape) - 1 - children[0].position
+    if any(node._saved_pad[2 * from_last : 2 * from_last + 2]):
+        raise _Lost
+    return _cut(node, children, shape, size)
+
+
 def _passed(_node: Node, children: list[_Child], _shape: Shape, _size: int) -> int:
     """A node that FSDP puts behind the inputs of a module, all of which hold the examples in one dim."""
     if len({child.position for child in children}) > 1:
@@ -295,7 +303,8 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(["View", "UnsafeView", "ReshapeAlias", "Squeeze"], _viewed),
     **dict.fromkeys(["Transpose", "T"], _transposed),
     "Permute": _permuted,
-    **dict.fromkeys(["Slice", "Split", "SplitWithSizes", "Cat", "ConstantPadNd", "Unfold"], _cut),
+    **dict.fromkeys(["Slice", "Split", "SplitWithSizes", "Cat", "Unfold"], _cut),
+    "ConstantPadNd": _padded,
     **dict.fromkeys(["Mm", "Addmm", "Bmm", "Baddbmm"], _multiplied),
     "Index": _indexed,
     "RegisterPostBackwardFunction": _passed,

@@ -95,6 +95,9 @@ class MixedPath(BarePath):
             try:
                 return super().add_to(*given)
             except UsedElsewhere as problem:  # by the forward pass, before anything was added
+                if problem.name in self._missing:
+                    self._unfollowed = Unfollowed(f"{problem.name!r} is used where nothing is followed")
+                    return self.add_to(*given)
                 self._set_apart({**self._elsewhere, problem.name: str(problem)})
                 return self.add_to(*given)
             except Unfollowed as problem:  # likewise
@@ -112,11 +115,13 @@ class MixedPath(BarePath):
         return _are_few(self._missing, self._space) and 4 * size * self._space.size > CHUNK_BYTES
 
     @contextmanager
-    def _tapping(self, current: Pass) -> Iterator[Live]:
+    def _tapping(self, current: Pass, _: Collection[str] = ()) -> Iterator[Live]:
+        followed = [] if self._unfollowed else list(self._missing)
         with ExitStack() as stack:
-            live = stack.enter_context(super()._tapping(current))
-            if self._missing and self._unfollowed is None:
-                stack.enter_context(self._following(current))
+            live = stack.enter_context(super()._tapping(current, followed))
+            if followed:  # what stands for them is in the graph of what was made of them, too, and not followed
+                uses = stack.enter_context(self._following(current))
+                live |= {name: [*live[name], leaf] for name, leaf in uses.taps.leaves.items()}
             yield live
 
 

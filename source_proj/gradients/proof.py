@@ -141,6 +141,15 @@ class Proof:
         """Whether this batch is audited whatever it looks like."""
         return not self._of(name).signatures or self.draw(name, batch) % _SAMPLED == 0
 
+    @staticmethod
+    def compares(batch: int) -> bool:
+        """Whether this batch's values are compared with those of its halves: at the 2nd, 3rd, 5th, 9th and so on.
+
+        Examples may depend on each other without a trace in the graph (padding cut to the longest, say), and those of
+        the first batch, which is audited, may happen not to.
+        """
+        return batch > 0 and batch & (batch - 1) == 0
+
     def draw(self, name: str, batch: int) -> int:
         """A 63-bit number, a pure function of scope, function and batch."""
         return drawn(self._key, name, batch) >> 1
@@ -328,6 +337,7 @@ def dependent(name: str, batch: Batch, size: int, audit: Audit) -> str:
         f"an example's rows must not depend on the other examples of its batch, and {what} does: {name} of "
         f"{size} examples at once and of each alone disagree (error {audit.error:.1e}, parameters "
         f"{audit.wrong[:10]}). Either the model mixes its examples (statistics over the batch, attention between "
-        f"examples, no_grad for some of them), draws random numbers, or is in autocast by itself (say so by "
-        f"autocast='bfloat16'){shared} it another shape or batch size)"
+        "examples, no_grad for some of them), draws random numbers, clips gradients on their way back (in a hook, or "
+        f"a Function), or is in autocast by itself (say so by autocast='bfloat16'){shared} it another shape or batch "
+        "size)"
     )

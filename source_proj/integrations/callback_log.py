@@ -26,6 +26,7 @@ from torch import nn
 from source_proj._errors import MismatchError
 from source_proj._io.files import write_files
 from source_proj._io.loading import load_tensors
+from source_proj._io.outputs import from_home
 from source_proj.integrations.callback_settings import RunSettings
 from source_proj.integrations.momentum import momentum_factors
 from source_proj.integrations.trainer_clipping import clipping
@@ -206,7 +207,7 @@ class CallbackLog:
 
 def is_callback_dir(dir: str | Path) -> bool:
     """Whether a RecorderCallback wrote to a directory."""
-    return (Path(dir) / _NAME).is_file()
+    return (from_home(dir) / _NAME).is_file()
 
 
 def callback_stage(
@@ -228,7 +229,7 @@ def callback_stage(
     Warns:
         UserWarning: if clip factors had to be assumed for steps whose gradient norm is not known.
     """
-    directory = Path(dir).absolute()
+    directory = from_home(dir).absolute()
     if not is_callback_dir(directory):
         raise FileNotFoundError(f"{str(directory)!r} holds no {_NAME}: give the directory of a RecorderCallback")
     log = CallbackLog.replay(directory, _lines(directory))

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from source_proj._errors import MismatchError
+from source_proj._io.outputs import from_home
 from source_proj.integrations.callback_log import callback_stage, is_callback_dir
 from source_proj.integrations.momentum import GivenValues, momentum_factors
 from source_proj.integrations.trainer_arguments import (
@@ -107,7 +108,7 @@ def hf_trainer_stage(
     if optimizer is None:
         check_trainer_optimizer(folders[-1].path)
     if steps is None:
-        end, remark = step_of_final_model(Path(dir).absolute(), folders, model)
+        end, remark = step_of_final_model(from_home(dir).absolute(), folders, model)
         folders, run = ([folder for folder in some if folder.step <= end] for some in (folders, run))
         if remark:
             warnings.warn(remark, UserWarning, stacklevel=3)

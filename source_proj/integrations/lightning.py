@@ -15,6 +15,7 @@ from torch import Tensor
 
 from source_proj._errors import MismatchError
 from source_proj._io.loading import load_tensors
+from source_proj._io.outputs import from_home
 from source_proj.integrations.lightning_rates import SavedSchedule, logged_values, momenta, rates
 from source_proj.integrations.moments_follow import moments_contradict
 from source_proj.integrations.momentum import GivenValues, has_momentum, require_momentum, time_factors
@@ -93,9 +94,9 @@ def lightning_stage(
     """
     if weights not in ("trained", "averaged"):
         raise ValueError(f"weights must be 'trained' or 'averaged', got {weights!r}")
-    saved = _saved(Path(dir).absolute(), steps, unpickle)
+    saved = _saved(from_home(dir).absolute(), steps, unpickle)
     last = saved[-1]
-    logged = logged_values(Path(dir).absolute(), metrics)
+    logged = logged_values(from_home(dir).absolute(), metrics)
     lr_schedule = rates(saved, logged.rates, schedule)
     if optimizer is None:
         optimizer = describe_state(last.optimizer, last.path.name)

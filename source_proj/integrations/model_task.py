@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from source_proj._io.outputs import from_home
 from source_proj.integrations.callback_log import CallbackLog, is_callback_dir
 from source_proj.integrations.trainer_arguments import trainer_arguments, trainer_version, version_numbers
 from source_proj.integrations.trainer_folders import trainer_folders
@@ -66,7 +67,7 @@ def _told(run: str | Path) -> tuple[float, str]:
     import transformers
 
     if is_callback_dir(run):
-        settings = CallbackLog.open(Path(run)).settings
+        settings = CallbackLog.open(from_home(run)).settings
         return settings.label_smoothing, settings.transformers or transformers.__version__
     last = trainer_folders(run)[0][-1].path
     smoothing = float(trainer_arguments(last).get("label_smoothing_factor", 0.0))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from source_proj._errors import MismatchError
+from source_proj._io.outputs import from_home
 from source_proj.integrations.callback_log import is_callback_dir
 from source_proj.integrations.trainer_folders import trainer_folders
 
@@ -49,7 +50,7 @@ def check_training_set(dir: str | Path, n: int, name: str = "the training set") 
     """
     if is_callback_dir(dir):
         return
-    counts = _counts(Path(dir))
+    counts = _counts(from_home(dir))
     if not counts or any(_agrees(n, batches, counts) for batches in _splits(n, counts)):
         return
     last = counts[-1]

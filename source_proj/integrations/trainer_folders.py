@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from source_proj._errors import MismatchError
+from source_proj._io.outputs import from_home
 from source_proj.integrations.trainer_folder import TrainerFolder
 from source_proj.integrations.trainer_splices import splice
 from source_proj.trajectory.recording.run_files import recorders_own
@@ -30,7 +31,7 @@ def trainer_folders(
         FileNotFoundError: no such directory, or no checkpoint in it.
         MismatchError: two of the checkpoints to use come from different runs.
     """
-    directory = Path(dir).absolute()
+    directory = from_home(dir).absolute()
     found = {
         int(match[1]): path
         for path in (directory.iterdir() if directory.is_dir() else ())

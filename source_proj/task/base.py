@@ -173,7 +173,7 @@ class Task:
     @property
     def forwards_once(self) -> bool:
         """Whether :meth:`output_and_samples` runs the model once for all of them."""
-        return self._is_builtin()
+        return self.is_builtin()
 
     def output_and_samples(self, model: Model, batch: Batch, uniforms: Sequence[Uniform]) -> tuple[Tensor, ...]:
         """The output, and a sampled output for each source of numbers, (B,) each; of one forward pass if built in."""
@@ -204,7 +204,7 @@ class Task:
 
     def spec(self) -> dict[str, Any]:
         """JSON-able description, compared when a bank is opened with a task: name, options, names of functions."""
-        if self._is_builtin():
+        if self.is_builtin():
             return {"name": self.name, **self._options()}
         functions = {key: _qualified_name(f) for key, f in self._functions.items() if f is not None}
         named = {"name": self.name, "class": _qualified_name(type(self)), **self._options(), **functions}
@@ -219,7 +219,7 @@ class Task:
         """
         options = dict(spec)
         name = options.pop("name", None)
-        builtin = {task.name: task for task in Task.__subclasses__() if task._is_builtin()}
+        builtin = {task.name: task for task in Task.__subclasses__() if task.is_builtin()}
         if name not in builtin or "class" in options:
             known = ", ".join(sorted(builtin))
             raise ValueError(f"task {name!r} is none of the built-in ones ({known}): give the task object as task=")
@@ -230,7 +230,7 @@ class Task:
         return {}
 
     @classmethod
-    def _is_builtin(cls) -> bool:
+    def is_builtin(cls) -> bool:
         """Whether the class itself, and not one that it derives from, is built in."""
         return "_builtin" in vars(cls)
 

@@ -198,7 +198,7 @@ class CausalLM(Task):
     @property
     def sampled_draws(self) -> int:
         """One: the sampled Fisher predicts retraining better than the empirical one, and needs labels drawn."""
-        return 1 if self._is_builtin() else 0  # where the likelihood is another, so is the Fisher
+        return 1 if self.is_builtin() else 0  # where the likelihood is another, so is the Fisher
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_checked": None}  # what was checked here is not what is there
@@ -209,7 +209,7 @@ class CausalLM(Task):
     @property
     def parameter_weights(self) -> str:
         """By agreement: checkpoints of language models disagree on the embeddings, whose gradients are large."""
-        return "agreement" if self._is_builtin() else "none"
+        return "agreement" if self.is_builtin() else "none"
 
     @property
     def draws_from_outputs(self) -> bool:

@@ -12,6 +12,7 @@ from typing import Unpack, get_args
 import torch
 
 from source_proj._errors import MismatchError, MissingFileError
+from source_proj._io.outputs import from_home
 from source_proj.trajectory.checkpoint import Checkpoint
 from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.made import Count, MadeUpdates
@@ -150,7 +151,7 @@ class Stage:
             MissingFileError: no run was recorded there, or a checkpoint file has gone.
             MismatchError: the directory is foreign, a file of it was changed, or no checkpoint was recorded yet.
         """
-        directory = Path(dir).absolute()
+        directory = from_home(dir).absolute()
         run = RecordedRun.read(directory)
         if run is None:
             raise MissingFileError(f"no run was recorded in {str(directory)!r}: give the directory of a Recorder")

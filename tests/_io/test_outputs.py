@@ -247,3 +247,29 @@ def test_what_is_not_a_bank_is_not_written_to_a_folder_named_like_a_url(tmp_path
         with pytest.raises(ValueError, match=r"is a URL, and only banks lie there: give a path of this machine"):
             write()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tilde_is_the_users_own_folder(tmp_path, monkeypatch):
+    """As a shell says, which quotation marks keep from saying so; a folder called "~" would be a trap to remove."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = torch.utils.data.TensorDataset(torch.randn(6, 3), torch.randint(2, (6,)))
+    recorder = sp.Recorder(model, optimizer, "~/run", every=1)
+    nn.functional.cross_entropy(model(data.tensors[0]), data.tensors[1]).backward()
+    optimizer.step()
+    recorder.step()
+    trajectory = sp.Trajectory.from_recorder("~/run")
+    bank = sp.build(model, sp.Classification(), trajectory, data, Path("~/bank"), sketch=sp.Sketch(8), progress=False)
+    assert bank.path == tmp_path / "bank"
+    assert sp.open("~/bank").fingerprint == bank.fingerprint
+    source = sp.Source(bank, model=model, progress=False)
+    source.sketch(data).save("~/features.safetensors")
+    features = sp.QueryFeatures.load("~/features.safetensors")
+    source.score(features, out="~/scores.zarr").to_zarr("~/copy.zarr")
+    assert sp.HitsFile(source.top_k(features, 2, out="~/hits.zarr").path).path == tmp_path / "hits.zarr"
+    names = {"run", "bank", "features.safetensors", "scores.zarr", "copy.zarr", "hits.zarr"}
+    assert names <= {path.name for path in tmp_path.iterdir()}
+    assert not (tmp_path / "~").exists()

@@ -45,6 +45,10 @@ class Pair(NamedTuple):
 
 
 FOLLOWED: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "expanded, time first": (
+        lambda x, p: (x.transpose(0, 1) * p.expand(-1, len(x), -1)).transpose(0, 1),
+        ((STEPS, 1, WIDTH),),
+    ),
     "positions": (lambda x, p: x + p, ((1, STEPS, WIDTH),)),
     "positions without a first dim": (lambda x, p: p + x, ((STEPS, WIDTH),)),
     "a slice of positions": (lambda x, p: x + p[:, : x.shape[1]], ((1, STEPS + 3, WIDTH),)),

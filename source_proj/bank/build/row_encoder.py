@@ -24,7 +24,8 @@ from source_proj.gradients import (
     private_copy,
     require_own_weights,
 )
-from source_proj.gradients.batches import require_examples
+from source_proj.gradients.apart import random_halves
+from source_proj.gradients.batches import require_examples, square_lists_noted, take
 from source_proj.gradients.general import Function
 from source_proj.gradients.law import SAMPLED
 from source_proj.sketch import Sketch
@@ -34,6 +35,8 @@ from source_proj.trajectory import Checkpoint, Scale
 from source_proj.trajectory.placement import placement_of
 
 __all__ = ["BatchLocation", "RowEncoder"]
+
+_SAME = 1e-3  # relative: numbers of examples in a batch and in half of it
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,8 @@ class RowEncoder:
         with torch.no_grad(), named_examples(place.ids):
             d1, d2 = derivatives_of(task, values, batch)
             fisher_weight = fisher_weight_of(task, batch, len(values))
+            if not task.is_builtin():
+                _require_own(task, values, batch, [d1, d2, fisher_weight])
         if (d2 is not None) != self._settings.second_derivative:
             raise MismatchError(
                 f"the task gives {'a' if d2 is not None else 'no'} second derivative for ids {place.ids[:3]}, and the "
@@ -240,3 +245,26 @@ class RowEncoder:
         if task.forwards_once:
             return engine.sketch_together(functions, together, both, scales, size)
         return [engine.sketch_scaled(function, both, scales, name, size) for name, function in functions]
+
+
+def _require_own(task: Task, values: Tensor, batch: Batch, found: Sequence[Tensor | None]) -> None:
+    """Refuse ℓ', ℓ'' or weights of examples that are others in half of their batch: no proof of gradients sees them.
+
+    Raises:
+        GradientError: says which.
+    """
+    size = len(values)
+    for half in random_halves(size, size) if size > 1 else ():
+        with square_lists_noted(batch, size):
+            part = take(batch, half.tolist(), size)
+        own = [*derivatives_of(task, values[half.to(values.device)], part), fisher_weight_of(task, part, len(half))]
+        for name, whole, alone in zip(("ℓ'", "ℓ''", "fisher_weight"), found, own, strict=True):
+            if whole is None or alone is None:
+                continue
+            among = whole[half.to(whole.device)]
+            if float((alone - among).norm()) > _SAME * float(among.norm()):
+                raise GradientError(
+                    f"the {name} of task {task.name!r} depends on the other examples of a batch: those of {size} and "
+                    f"of {len(half)} of them disagree. Let it be of each example alone, with weights that are the same "
+                    "in any batch (a mean over the batch is no example's own)"
+                )

@@ -40,15 +40,19 @@ __all__ = ["Recorder"]
 
 
 class Recorder(RunRecorder):
-    r"""Records a run while it trains (:class:`source_proj.trajectory.Recorder`), and with ``capture=`` its bank too.
+    r"""Records a run while it trains, and with ``capture=`` its bank too.
 
-    A training step has all that a row is made of: what each layer saw, and the gradient of its output. Hooks on the
-    model's layers sketch each example's loss gradient while the loop's own backward pass runs, and :meth:`step` adds it
-    to the example's row of the current segment, times the step's learning rate, and to the segment's Ĥ. After training
-    :meth:`bank` gives a bank that took no pass over the data: a row for each example and segment, an average over all
-    steps that saw the example, with the mean of the empirical Fisher over these steps as its curvature, or of a
-    language model of the sampled Fisher over some of them. Checkpoints are
-    needed for queries alone, and may be few.
+    Call :meth:`step` after each step of the optimizer. It notes the learning rate and whether gradients were clipped,
+    and after every so many steps keeps a checkpoint; a run that was killed goes on from :meth:`restore`. What was
+    recorded is the :meth:`trajectory` that :func:`source_proj.build` takes (:class:`source_proj.trajectory.Recorder`).
+
+    **Capture.** A training step has all that a row is made of: what each layer saw, and the gradient of its output.
+    Hooks on the model's layers sketch each example's loss gradient while the loop's own backward pass runs, and
+    :meth:`step` adds it to the example's row of the current segment, times the step's learning rate, and to the
+    segment's Ĥ. After training :meth:`bank` gives a bank that took no pass over the data: a row for each example and
+    segment, an average over all steps that saw the example, with the mean of the empirical Fisher over these steps as
+    its curvature, or of a language model of the sampled Fisher over some of them. Checkpoints are needed for queries
+    alone, and may be few.
 
     Rows are gradients as training had them, at that step's weights, with its dropout and augmentation, and before
     clipping. They are sums over micro-batches where these are accumulated, and are divided by a GradScaler's scale

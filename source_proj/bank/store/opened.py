@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from source_proj._errors import BankError
+from source_proj._io.outputs import from_home
 from source_proj.bank.store.base import Store
 from source_proj.bank.store.local import LocalStore
 
@@ -40,7 +41,7 @@ def open_store(path: str | Path) -> Store:
     if not is_url(path):
         if _URL_AS_PATH.match(Path(path).as_posix()):
             raise BankError(f"{path} is a URL of one slash, as a Path leaves it: give it as a string, with '://'")
-        return _local(Path(path))
+        return _local(from_home(path))
     url = str(path)
     scheme = url.partition("://")[0].lower()
     if scheme == "file":

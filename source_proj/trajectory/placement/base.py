@@ -14,7 +14,7 @@ from source_proj.trajectory.placement.lockstep import Lockstep
 __all__ = ["Live", "Placement", "State", "entries_to_load", "requiring_only"]
 
 State = Callable[[], Mapping[str, Tensor]]  # reads a model's state where it is needed
-Live = dict[str, list[nn.Parameter]]  # by name, the tensors that autograd has of a parameter: several if made anew
+Live = dict[str, list[Tensor]]  # by name, the tensors that autograd has of a parameter: several if made anew
 
 
 class Placement:

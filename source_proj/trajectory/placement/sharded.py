@@ -114,7 +114,7 @@ class Sharded(Placement):
     def running(self, names: Collection[str]) -> Iterator[Live]:
         """As for whole models: FSDP passes on the flags of the slices, which are in their places before and after."""
         self._rest()
-        live = {name: [p] for name, p in self._whole(names).items()}
+        live: Live = {name: [p] for name, p in self._whole(names).items()}
         with requiring_only(self.model, names):
             try:
                 yield live
