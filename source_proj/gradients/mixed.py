@@ -3,7 +3,8 @@
 A class token, a table of positions, a scale: one parameter that a module uses by itself would send a whole vision
 transformer the general way, whose gradients are examples x parameters. Instead these few are followed in the layers'
 own pass (`bare.py`); where that can't be, they take a forward and a backward pass of their own by `vmap(grad)`, in
-which nothing else has a gradient.
+which nothing else has a gradient. A use that is not followed shows in autograd's graph, whether or not examples have a
+share in it.
 """
 
 from __future__ import annotations

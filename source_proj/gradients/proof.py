@@ -106,9 +106,10 @@ class Proof:
     """What the rows of a scope (one shard at one checkpoint, or one set of queries) rest on.
 
     A batch is audited if it is the first of its function, if a counter-based draw says so, if its structure was not
-    proven yet or cannot be followed, or if it is the first in which some parameter's gradient is not zero. Nothing is
-    taken over from another scope: what a scope holds, and what is noted of it, is the same in whatever order scopes
-    are made, by whomever.
+    proven yet or cannot be followed, or if it is the first in which some parameter's gradient is not zero. Of others
+    the values alone are compared with those of their halves now and then (`compares`). Nothing is taken over from
+    another scope: what a scope holds, and what is noted of it, is the same in whatever order scopes are made, by
+    whomever.
 
     Args:
         key: numbers that name the scope; they decide the weights and the sample.

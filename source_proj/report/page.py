@@ -22,8 +22,8 @@ __all__ = ["make_hits_page", "make_page", "render", "write_report"]
 def make_page(
     title: str,
     scores: Scores,
-    train_set: Any,
-    queries: Any,
+    train_set: Any = None,
+    queries: Any = None,
     *,
     parts: PartScores | None = None,
     predictions: Sequence[Any] | None = None,
@@ -44,8 +44,9 @@ def make_page(
         title: heading of the page.
         scores: scores of the queries; rows and columns in the order of the two data sets.
         train_set: what the scores' columns stand for: a map-style data set of ``(input, label)``, or what else
-            :class:`Examples` takes.
-        queries: what the scores' rows stand for, likewise.
+            :class:`Examples` takes, or such examples themselves. Default: what the scores know, as they do where
+            ``bank.examples`` was set.
+        queries: what the scores' rows stand for, likewise; default: those that were asked.
         parts: the scores by segment of training, as ``Source.by_segment`` gives them.
         predictions: what the model says of each query, as class numbers or words.
         measurements: each query's measurement.
@@ -59,7 +60,7 @@ def make_page(
 
     Raises:
         ValueError: if the data sets, or what is said of each query, are not as long as the scores say, or parts or
-            others belong to other scores.
+            others belong to other scores, or nothing is known of the examples.
         ImportError: without Pillow (extra ``demo``).
 
     Example:
@@ -69,8 +70,8 @@ def make_page(
         >>> [hit.example.text for hit in page.sections[0].harmful]
         ['bad film']
     """
-    shown = Examples(train_set, picture=picture, class_names=class_names, columns=columns)
-    asked = shown.like(queries)
+    shown = _known("train_set", train_set, scores.shown.train, picture, class_names, columns)
+    asked = shown.like(queries) if queries is not None else _known("queries", None, scores.shown.queries)
     _require_lengths(scores, shown, asked, predictions=predictions, measurements=measurements, notes=notes)
     others = others or {}
     if parts is not None:
@@ -95,6 +96,25 @@ def make_page(
     return Page(
         title, scores.unit, sections, segments=names, higher_is_better=scores.higher_is_better, additive=scores.additive
     )
+
+
+def _known(name: str, data: Any, default: Examples | None, *options: Any) -> Examples:
+    """Examples that were given, or that scores know of.
+
+    Raises:
+        ValueError: nothing is known, or options are given beside examples that have theirs.
+    """
+    if data is None and default is None:
+        raise ValueError(
+            f"nothing is known of the scores' examples but their ids: give {name}=, or set bank.examples = "
+            "sp.Examples(train_set) before scoring"
+        )
+    found = default if data is None else data
+    if not isinstance(found, Examples):
+        return Examples(found, **dict(zip(("picture", "class_names", "columns"), options, strict=True)))
+    if any(option is not None for option in options):
+        raise ValueError(f"picture, class_names and columns go with a data set: {name} is of examples that have theirs")
+    return found
 
 
 def _require_lengths(

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from source_proj.attribution.hits import Shown
 from source_proj.attribution.parts import PartScores
 from source_proj.attribution.scores import Scores
 from source_proj.attribution.source import Segment
+from source_proj.bank.examples import Examples
 from source_proj.report import (
     Attribution,
     Check,
@@ -297,3 +299,19 @@ def test_no_text_turns_what_stands_beside_it():
     assert not set(mark) & set(text)
     for word in ("title", "unit", "text", "asked", "note", "method", "other", "summary", "fact", "value"):
         assert f"{word}\\u202e\\x00" in text
+
+
+def test_what_scores_know_of_their_examples_is_on_the_page():
+    """As they do where `bank.examples` was set; and examples that were described once are not described again."""
+    train = Examples([("good", 1), ("bad", 0), ("fine", 1), ("poor", 0)], class_names=["no", "yes"])
+    shown = Shown(train, train.like([("great", 1), ("dull", 0)]))
+    page = make_page("Why?", small_scores(shown=shown))
+    assert [(s.example.text, s.example.label) for s in page.sections] == [("great", "yes"), ("dull", "no")]
+    assert [hit.example.text for hit in page.sections[0].helpful] == ["good", "fine"]
+    assert make_page("Why?", small_scores(), train, [("great", 1), ("dull", 0)]) == page
+    with pytest.raises(ValueError, match=r"bank\.examples = sp\.Examples"):
+        make_page("Why?", small_scores())
+    with pytest.raises(ValueError, match="queries="):
+        make_page("Why?", small_scores(), train)
+    with pytest.raises(ValueError, match="have theirs"):
+        make_page("Why?", small_scores(), train, [("great", 1), ("dull", 0)], class_names=["a", "b"])
