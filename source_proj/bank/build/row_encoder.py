@@ -199,8 +199,6 @@ class RowEncoder:
         with torch.no_grad(), named_examples(place.ids):
             d1, d2 = derivatives_of(task, values, batch)
             fisher_weight = fisher_weight_of(task, batch, len(values))
-            if not task.is_builtin():
-                _require_own(task, values, batch, [d1, d2, fisher_weight])
         if (d2 is not None) != self._settings.second_derivative:
             raise MismatchError(
                 f"the task gives {'a' if d2 is not None else 'no'} second derivative for ids {place.ids[:3]}, and the "
@@ -210,6 +208,9 @@ class RowEncoder:
         given = {name: numbers.float() for name, numbers in derivatives.items() if numbers is not None}
         for name, numbers in given.items():
             place.require_finite(numbers, {"d1": "ℓ'", "d2": "ℓ''"}.get(name, "the empirical Fisher's weight"))
+        if not task.is_builtin():
+            with torch.no_grad(), named_examples(place.ids):
+                _require_own(task, values, batch, [d1, d2, fisher_weight])
         return given
 
     def _sketched(
