@@ -1,9 +1,9 @@
 """Where the examples are in the passes of a live model: looked at before anything rests on it.
 
 Autograd's graph follows examples from layer to layer (`layout.py`). What it can't follow, and what has no graph, is
-seen by comparing the layers' outputs for a batch with those for its halves (`apart.py`): of the first batch in
-evaluation mode, and where the graph is lost, of every batch in training mode. That is done before the pass itself, so
-that what the model keeps, or anybody's hooks, is the pass's own.
+seen by comparing the layers' outputs for a batch with those for its halves (`apart.py`): of the first, the 2nd, 3rd,
+5th, 9th and so on in evaluation mode, and where the graph is lost, of every batch in training mode. That is done before
+the pass itself, so that what the model keeps, or anybody's hooks, is the pass's own.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class FollowedPath(BesidePath):
         self._shared_known = False
         self._looked_ahead: set[bool] = set()  # whether of several examples
         self._looks, self._looked = False, 0  # whether passes are compared with those of their halves; how many were
+        self._is_drawn = False  # whether outputs are random in evaluation mode, so that nothing can be compared
         self._seen: tuple[Outputs, Marks] | None = None  # of taps beside the layers, while outputs are compared
 
     def _on_output(
@@ -193,6 +194,7 @@ class FollowedPath(BesidePath):
         except GradientError:
             if training or not self._is_random(batches[0], size, whole):
                 raise
+            self._is_drawn = True
             warnings.warn(
                 "the model's outputs are random in evaluation mode, so that those of a batch and of its halves can't "
                 "be compared: which row is whose rests on autograd's graph alone",

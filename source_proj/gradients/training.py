@@ -33,7 +33,7 @@ from source_proj.gradients.followed import FollowedPath
 from source_proj.gradients.hooks import Pass
 from source_proj.gradients.opened import Listener
 from source_proj.gradients.probing import is_probed
-from source_proj.gradients.proof import WatchedSink, gradient_sink, share_sink
+from source_proj.gradients.proof import Proof, WatchedSink, gradient_sink, share_sink
 from source_proj.gradients.sink import GradientSink, SinkByParameter
 from source_proj.gradients.space import ParameterSpace
 from source_proj.gradients.suited import UsedElsewhere, refuse_unsuited
@@ -123,6 +123,7 @@ class TrainingPath(FollowedPath):
         self.watched = False
         self.sampler: Sampler | None = None
         self._open: TrainingPass | None = None
+        self._several = 0  # passes of several examples
         self._nested = 0  # calls of the model within that pass, as another path's probes are
         self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # to the pass that is open, before it began
         self._within = ExitStack()  # taps beside the layers' hooks, of the pass that is open
@@ -175,9 +176,12 @@ class TrainingPath(FollowedPath):
         if (size > 1) not in self._looked_ahead:
             self._look_ahead(args, kwargs, size)
         if size > 1:
+            self._several += 1
             if self._looks:
                 self._compare(args, kwargs, size, training=True)
             else:
+                if Proof.compares(self._several - 1) and not self._is_drawn:
+                    self._compare(args, kwargs, size, training=False)
                 self._calls, self._given = [], own_copy((args, kwargs), keep_flags=True)  # which the pass may change
         if self._opened or self._missing:
             current = self._open

@@ -271,7 +271,7 @@ def test_flat_outputs_are_followed(tmp_path):
         F.cross_entropy(model(inputs[ids]).view(-1, 2), labels[ids].view(-1)).backward()
         optimizer.step()
         recorder.step(ids=ids)
-        assert len(forwards) == 1 or step == 0
+        assert len(forwards) == 1 or step & (step - 1) == 0
 
 
 def test_parameters_to_leave_out_are_of_those_that_are_trained(tmp_path):
