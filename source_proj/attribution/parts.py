@@ -65,7 +65,8 @@ class PartScores(EqualByValue):
 
     def __repr__(self) -> str:
         parts, queries, rows = self.shape
-        return f"PartScores({parts} parts x {queries} queries x {rows} training examples, in the {self.unit})"
+        counted = f"{parts} {'part' if parts == 1 else 'parts'} x {queries} {'query' if queries == 1 else 'queries'}"
+        return f"PartScores({counted} x {rows} training examples, in the {self.unit})"
 
     def total(self) -> Scores:
         """Sum over the parts: the scores ``(Q, N)``."""

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from source_proj._errors import BankError, MismatchError
 from source_proj._io.html import facts
+from source_proj._io.numbers import bytes_in_words
 from source_proj._io.printable import printable
 from source_proj._io.progress import Progress
 from source_proj.bank.build.append import append_rows
@@ -101,7 +102,7 @@ class Bank:
             pairs.append((f"stage {stage.name}", f"{stage.n:,} examples, {rows} steps {steps}"))
         pairs += [
             ("sketch", f"{self.sketch.kind}, {self.sketch.dim} numbers an example, as {self.storage}"),
-            ("size", f"{size / 1e6:,.1f} MB"),
+            ("size", bytes_in_words(size)),
         ]
         return facts(f"Bank {self.path}" + ("" if self.finalized else " (unfinished)"), pairs)
 

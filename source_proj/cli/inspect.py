@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from source_proj._io.numbers import bytes_in_words
 from source_proj.cli.options import BankPath, Json
 from source_proj.cli.output import emit, reports_errors, say, table
 
@@ -149,7 +150,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     """The same for people."""
     state = f"complete, fingerprint {facts['fingerprint'][:16]}" if facts["finalized"] else "unfinished"
     size = sum(facts["bytes"].values())
-    sizes = ", ".join(f"{name} {count / 1e6:.1f}" for name, count in facts["bytes"].items() if count >= 50_000)
+    sizes = ", ".join(f"{name} {bytes_in_words(count)}" for name, count in facts["bytes"].items() if count >= 50_000)
     yield f"{facts['bank']}: {state}"
     yield f"  rows        {facts['rows']} training examples, {facts['storage']}"
     yield f"  sketch      {_sketch(facts)}"
@@ -157,14 +158,15 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
         yield f"  fidelity    {_trusted(facts['fidelity'])}"
     yield f"  task        {_options(facts['task'])}"
     yield f"  parameters  {facts['parameter_choice']}"
-    yield f"  size        {size / 1e6:.1f} MB{f' ({sizes})' if sizes else ''}"
+    yield f"  size        {bytes_in_words(size)}{f' ({sizes})' if sizes else ''}"
     yield f"  made by     {_options(facts['versions'])}"
     for stage in facts["stages"]:
         yield ""
         yield f"stage {stage['name']}: {stage['rows']} rows, {_options(stage['optimizer'])}"
         segment_of = {checkpoint: number for number, group in enumerate(stage["segments"], 1) for checkpoint in group}
         yield table(
-            ["checkpoint", "segment", "step", "integral of lr", "shards done", "audited, worst error", "weights"],
+            ["checkpoint", "segment", "step", "integral of lr", "shards done", "compared with autograd, off by",
+             "weights"],
             [
                 [index, segment_of[index], checkpoint["step"], f"{checkpoint['lr_integral']:.6g}",
                  f"{checkpoint['shards_done']} of {checkpoint['shards']}", _audit(checkpoint["audit"]),

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Subset
 
+from source_proj._io.numbers import bytes_in_words
 from source_proj.attribution.parts import PartScores
 from source_proj.attribution.scores import Scores
 from source_proj.attribution.source import Segment
@@ -130,7 +131,7 @@ def demo_page(
                 f"SGD, {EPOCHS} epochs, batches of {BATCH_SIZE}, learning rate {LR}, momentum {MOMENTUM}, "
                 f"weight decay {WEIGHT_DECAY}",
             ),
-            ("bank", f"{bank_bytes / 1e6:.0f} MB"),
+            ("bank", bytes_in_words(bank_bytes)),
             ("segments", "; ".join(_segment_fact(segment) for segment in parts.parts)),
         ),
         checks=tuple(

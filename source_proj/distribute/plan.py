@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from source_proj._io.numbers import bytes_in_words
 from source_proj._io.progress import progress_bar
 from source_proj.attribution.curvature import default_curvature
 from source_proj.attribution.source.sizes import SegmentSize, fit_peak, fitted_bytes, search_peak
@@ -114,7 +115,7 @@ class Plan:
 
     def __str__(self) -> str:
         share = self.parts[self.dominates] / self.seconds
-        peak = "unknown" if self.build_peak is None else _size(self.build_peak)
+        peak = "unknown" if self.build_peak is None else bytes_in_words(self.build_peak)
         largest = max(self.bytes, key=lambda name: self.bytes[name])
         total = sum(self.bytes.values())
         workers, seconds = "1 worker", _time(self.seconds)
@@ -125,9 +126,9 @@ class Plan:
             [
                 f"{self.examples} examples, {self.parameters} parameters, {self.passes} passes, {workers}",
                 f"  time      {seconds}: {share:.0%} is {self.dominates}",
-                f"  disk      {_size(total)}, of which {largest} {self.bytes[largest] / total:.0%}",
-                f"  memory    build {peak}; fit {_size(self.fit_peak)} and search {_size(self.search_peak)} more than "
-                "the model",
+                f"  disk      {bytes_in_words(total)}, of which {largest} {self.bytes[largest] / total:.0%}",
+                f"  memory    build {peak}; fit {bytes_in_words(self.fit_peak)} and search "
+                f"{bytes_in_words(self.search_peak)} more than the model",
                 f"  suggested sketch of {self.dim}{self._limit}, {self.storage}, "
                 f"{self.checkpoints} checkpoints a stage, {self.shard_rows} rows a shard",
             ]
@@ -334,10 +335,6 @@ def _suggested_rows(specs: Sequence[PartSpec], counted: Sequence[int], workers: 
     wanted = max(1, _SHARDS_A_WORKER * workers // sum(counted))
     rows = min(spec.shard_rows, -(-spec.n // wanted))
     return max(1, rows // spec.batch_size) * spec.batch_size
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _time(seconds: float) -> str:

@@ -8,6 +8,7 @@ import torch
 from problems import classification, two_stages
 
 import source_proj as sp
+from source_proj._io.numbers import bytes_in_words
 from source_proj.attribution.moments import mean_hessian
 from source_proj.bank.codecs import codec_names, find_codec
 
@@ -157,7 +158,7 @@ def test_rows_in_memory_score_as_rows_read_each_time(banks, storage, segments):
     features = held.sketch(problem.queries)
     assert "held in memory" in repr(held)
     assert "read from the bank each time" in repr(read)
-    assert f"{held.nbytes()} bytes of rows" in repr(held)
+    assert f"{bytes_in_words(held.nbytes())} of rows" in repr(held)
     for _ in range(2):
         scores = [method.score(features).to_numpy() for method in (held, read)]
         np.testing.assert_array_equal(*scores)

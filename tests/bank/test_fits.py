@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 import source_proj as sp
 from source_proj._errors import BankError
+from source_proj._io.numbers import bytes_in_words
 from source_proj.bank import verify
 
 SHAPE = (5, 3)
@@ -222,7 +223,7 @@ def test_clearing_frees_what_it_says(bank):
     scores(bank)
     kept = bank.nbytes()["fits"]
     assert kept > 0
-    assert f"{kept} bytes of fits on disk" in repr(sp.Source(bank, model=model()))
+    assert f"{bytes_in_words(kept)} of fits on disk" in repr(sp.Source(bank, model=model()))
     assert bank.clear_fits() == kept
     assert sum(bank.nbytes().values()) == before
     assert bank.clear_fits() == 0

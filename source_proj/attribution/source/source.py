@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from source_proj._io.executors import Executor
 from source_proj._io.html import facts
+from source_proj._io.numbers import bytes_in_words
 from source_proj._io.progress import Progress, progress_bar, shared_bar
 from source_proj.attribution.arguments import checked_number
 from source_proj.attribution.attributor import Queries, Term
@@ -167,7 +168,7 @@ class Source(Diagnosing):
         held = self.executor is None and all(self._of(bank).nbytes() <= self._limit for bank in self.banks)
         where = "held in memory" if held else "read from the bank each time"
         kept = sum(bank.fits.nbytes() for bank in self.banks)
-        sizes = f"{self.nbytes()} bytes of rows, {where}; {kept} bytes of fits on disk"
+        sizes = f"{bytes_in_words(self.nbytes())} of rows, {where}; {bytes_in_words(kept)} of fits on disk"
         fitted = self._fitted.get(self.banks[0].fingerprint)
         if fitted is not None and fitted.is_fitted:
             sizes += fitted.described_dimension(fitted.segments[-1], "; ")
