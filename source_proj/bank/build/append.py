@@ -17,6 +17,7 @@ from source_proj.bank.build.columns import arranged
 from source_proj.bank.build.create import part_difference, put_same
 from source_proj.bank.build.data import BatchSource, checked_ids
 from source_proj.bank.build.fill import Work, checked_shard, fill
+from source_proj.bank.build.first_data import NotFirstError
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
 from source_proj.bank.notes import Notes
@@ -110,7 +111,7 @@ def append_rows(
             with placement.kept():
                 fill(works, settings, model, task, metrics, shard=shard, device=device, progress=progress)
         except OtherDataError as error:
-            if own:
+            if own and not isinstance(error, NotFirstError):
                 raise
             raise _of_another(part, str(error)) from error
     return part
@@ -157,8 +158,8 @@ def _require_same(part: Part, spec: PartSpec, ids: np.ndarray) -> None:
 def _of_another(part: Part, difference: str) -> MismatchError:
     return MismatchError(
         f"{part.location} was begun by another append, of other examples: if another process is at it now, wait "
-        f"until it is done and append again; if it was killed, give its own examples first, which finishes it "
-        f"({difference})"
+        f"until it is done and append again; if it was killed, give its own examples first, which finishes it, or "
+        f"remove {part.location} and append again ({difference})"
     )
 
 
