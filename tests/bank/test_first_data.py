@@ -188,3 +188,26 @@ def test_a_part_that_no_data_fit_is_removed_as_the_error_says(run, built, tmp_pa
     shutil.rmtree(part)
     assert append(path, run, 2) == ROWS
     assert banks.open(path).verify().ok
+
+
+OWN = range(900, 900 + ROWS)
+NO_REPETITIONS = [
+    (None, {"shard_rows": 2 * BATCH}, "was begun with shard_rows 8, got 16"),
+    (OWN, {"shard_rows": 2 * BATCH}, "was begun with shard_rows 8, got 16"),
+    (OWN, {"batch_size": BATCH // 2}, "was begun with batch_size 8, got 4"),
+    (OWN, {"seed": 2}, "the data of stage 'train' differ in 1 of 1 batches of shard 0"),
+]
+
+
+@pytest.mark.parametrize(("given", "changes", "named"), NO_REPETITIONS)
+def test_what_is_no_repetition_of_a_finished_append_is_named(run, place, given, changes, named):
+    run.build(place)
+    append(place, run, 1, ids=given)
+    first, last = (900, 899 + ROWS) if given else (N, N + ROWS - 1)
+    with pytest.raises(
+        MismatchError, match=f"ids {first} to {last} are in stage 'train'.*no repetition.*{named}"
+    ) as it:
+        append(place, run, **{"seed": 1, "ids": given, **changes})
+    assert "give new ids" in str(it.value)
+    assert "killed" not in str(it.value)
+    assert append(place, run, **{"seed": 1, **changes, "ids": range(500, 500 + ROWS)}) == ROWS
