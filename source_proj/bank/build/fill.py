@@ -109,8 +109,9 @@ def fill(
     first_data = FirstData()
     try:
         lockstep.from_leader(lambda: _say_data(works, first_data))
-        passes = list(_passes(works, *worker))
-        checks = _checks(works, passes)
+        done = [np.stack([work.part.done(c) for c in range(work.part.n_checkpoints)]) for work in works]
+        passes = list(_passes(works, done, *worker))
+        checks = _checks(works, done, passes)
         total = sum(_rows(works[run.work].part, run.todo) for run in passes)
         total += sum(_rows(work.part, shards) for work, shards in checks)
         with progress_bar(progress if lockstep.leads else False, "bank", total, "rows") as bar:
@@ -135,14 +136,15 @@ def _say_data(works: Sequence[Work], first_data: FirstData) -> None:
         first_data.say(work.part, work.source)
 
 
-def _passes(works: Sequence[Work], index: int, count: int) -> Iterator[_Pass]:
+def _passes(works: Sequence[Work], done: Sequence[np.ndarray], index: int, count: int) -> Iterator[_Pass]:
+    """One worker's passes, by what is committed of each work, ``(checkpoints, shards)`` bool."""
     number = 0
     for place, work in enumerate(works):
         for checkpoint in range(work.part.n_checkpoints):
             shards = range(work.part.spec.n_shards)
             mine = [shard for shard in shards if (number + shard) % count == index]
             number += len(shards)
-            committed = work.part.done(checkpoint)
+            committed = done[place][checkpoint]
             todo = [shard for shard in mine if not committed[shard]]
             yield _Pass(place, checkpoint, todo, [shard for shard in mine if committed[shard]])
 
@@ -174,7 +176,7 @@ def _rows(part: Part, shards: Sequence[int]) -> int:
     return sum(stop - start for start, stop in map(part.spec.span, shards))
 
 
-def _checks(works: Sequence[Work], passes: Sequence[_Pass]) -> list[tuple[Work, list[int]]]:
+def _checks(works: Sequence[Work], done: Sequence[np.ndarray], passes: Sequence[_Pass]) -> list[tuple[Work, list[int]]]:
     """Committed shards whose data no pass to come compares before it commits a shard that no checkpoint has.
 
     Of wrong data, such a shard would stay: the right ones could never finish the part.
@@ -183,13 +185,13 @@ def _checks(works: Sequence[Work], passes: Sequence[_Pass]) -> list[tuple[Work, 
     for place, work in enumerate(works):
         own = [run for run in passes if run.work == place]
         coming = {shard for run in own for shard in run.todo}
-        done = {shard for run in own for shard in run.done}
-        there = {shard for checkpoint in range(work.part.n_checkpoints) for shard in work.part.committed(checkpoint)}
+        compared = {shard for run in own for shard in run.done}
+        there = set(np.flatnonzero(done[place].any(axis=0)).tolist())
         if coming <= there:  # each is compared when it is made
-            done -= coming
-        elif there and not done:
-            done = {min(there)}
-        checks.append((work, sorted(done)))
+            compared -= coming
+        elif there and not compared:
+            compared = {min(there)}
+        checks.append((work, sorted(compared)))
     return checks
 
 
