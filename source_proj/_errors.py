@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "MissingFileError",
     "SourceProjError",
     "extra",
+    "full_disk_named",
     "named_examples",
     "write_remedy",
 ]
@@ -76,6 +78,26 @@ def write_remedy(error: OSError) -> str:
     if error.errno in _FULL:
         return "make room (or lift the limit)"
     return "make it writable" if error.errno in _FORBIDDEN else "mend that"
+
+
+@contextmanager
+def full_disk_named(path: str | PathLike[str], again: str = "try again") -> Iterator[None]:
+    """Name what cannot be written for want of room, and the remedy: the system's own error says neither.
+
+    Args:
+        path: what is written within the block.
+        again: what to do once there is room.
+
+    Raises:
+        OSError: as the block's, of the same number.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL or str(path) in str(error):  # named already
+            raise
+        remedy = f"{write_remedy(error)}, then {again}"
+        raise OSError(error.errno, f"{error.strerror}: {path} cannot be written; {remedy}") from error
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from source_proj._errors import full_disk_named
 from source_proj._io.files import CREATING, Content, publish, write_files, write_new_files
 
 __all__ = [
@@ -125,10 +126,11 @@ def write_outputs(
     """
     for path in contents:
         require_free(path, overwrite=overwrite, replaceable=replaceable)
-    if overwrite:
-        write_files(contents, last_counts=len(contents) > 1)
-        return
-    taken = write_new_files(contents)
+    with full_disk_named(" and ".join(map(str, contents))):
+        if overwrite:
+            write_files(contents, last_counts=len(contents) > 1)
+            return
+        taken = write_new_files(contents)
     if taken:
         raise _taken(min(taken))
 
@@ -149,12 +151,13 @@ def write_output_folder(
         OSError: it cannot be written; what was there is as it was.
     """
     require_free(path, overwrite=overwrite, replaceable=replaceable)
-    if not os.path.lexists(path):
-        if not publish(path, fill):
-            raise _taken(path)
-        return
-    whole = path.with_name(f".{uuid.uuid4().hex}{CREATING}")
-    publish(whole, fill)
+    with full_disk_named(path):
+        if not os.path.lexists(path):
+            if not publish(path, fill):
+                raise _taken(path)
+            return
+        whole = path.with_name(f".{uuid.uuid4().hex}{CREATING}")
+        publish(whole, fill)
     try:
         name_folder(whole, path, overwrite=True, replaceable=replaceable)
     finally:

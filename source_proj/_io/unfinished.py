@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from source_proj._io.files import write_file
+from source_proj._io.files import PARTIAL, walk, write_file
 from source_proj._io.locks import FolderLock
 
 __all__ = ["Unfinished"]
@@ -48,6 +48,7 @@ class Unfinished:
                 self._clear()
                 write_file(self.folder / "begun.json", json.dumps(self._description).encode())
             (self.folder / "blocks").mkdir(exist_ok=True)
+            self._sweep()
         except BaseException:
             self._lock.release()
             raise
@@ -89,6 +90,12 @@ class Unfinished:
             return json.loads((self.folder / "begun.json").read_bytes())
         except (OSError, ValueError):
             return None
+
+    def _sweep(self) -> None:
+        """Remove files that a killed process was about to rename, also as zarr does: they would be in the output."""
+        for file in walk(self.folder):
+            if file.name.endswith(PARTIAL):
+                file.unlink()
 
     def _clear(self) -> None:
         for entry in self.folder.iterdir():

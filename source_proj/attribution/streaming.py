@@ -18,7 +18,7 @@ import zarr
 from torch import Tensor
 from zarr.codecs import Crc32cCodec
 
-from source_proj._errors import extra
+from source_proj._errors import extra, full_disk_named
 from source_proj._io.files import sync_folder
 from source_proj._io.outputs import local_path, name_folder, require_free
 from source_proj._io.progress import Bar, Progress, progress_bar
@@ -36,6 +36,7 @@ __all__ = ["QueryBlocks", "checked_out", "queries_per_block", "stream_hits", "st
 _CHUNK = (64, 16_384)  # queries and examples of a chunk, 4 MiB
 _BLOCK_BYTES = 256 << 20  # of a block's features
 _MOST_QUERIES = 2048
+_AGAIN = "ask the same again, which goes on with the blocks that are done"
 
 _FOLDERS = {"scores": is_scores_array, "hits": is_hits_folder}
 _ENDINGS = {"scores": (".zarr",), "hits": (".parquet", ".zarr")}
@@ -118,7 +119,7 @@ def stream_scores(
     blocks = method.query_blocks(queries)
     count, size = blocks.count, blocks.size
     ids: list[Any] = []
-    with Unfinished(path, _description("scores", method, count, size)) as made:
+    with full_disk_named(path, _AGAIN), Unfinished(path, _description("scores", method, count, size)) as made:
         array = _array(made.content, (count, method.n_rows), np.dtype(np.float32))
         for number, features in enumerate(_features(blocks, method.progress)):
             ids += features.ids
@@ -147,7 +148,7 @@ def stream_hits(method: Streamable, queries: Any, k: int, path: Path, *, highest
     count, size = blocks.count, blocks.size
     ids: list[Any] = []
     description = {**_description("hits", method, count, size), "k": k, "highest": highest}
-    with Unfinished(path, description) as made:
+    with full_disk_named(path, _AGAIN), Unfinished(path, description) as made:
         group = zarr.open_group(made.content, mode="a")
         indices = _array(made.content / "indices", (count, k), np.dtype(np.int64), fill=-1)
         scores = _array(made.content / "scores", (count, k), np.dtype(np.float32))

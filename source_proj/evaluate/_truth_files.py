@@ -42,7 +42,7 @@ Cell = tuple[int, int]
 
 FORMAT, VERSION = "source-proj ground truth", 3
 
-_LOCK = "grow.lock"
+_LOCK, _WRITING = "grow.lock", "write.lock"
 _CHECKSUM = 4  # bytes at a chunk's end
 _DOCUMENT_BYTES = 64 << 20  # of metadata
 _PLAIN_BYTES = 256 << 20  # an array of so many bytes may be claimed by a store of any size
@@ -202,8 +202,8 @@ def read_outcomes(group: zarr.Group, path: Path) -> tuple[NDArray[np.float64], l
 
     Cells still to be done come first retrainings first; they are NaN.
     """
+    proofs, without_proof = _cells(array_of(group, "proofs", path))  # first: what has one stays as it is
     outcomes, unreadable = _cells(array_of(group, "outcomes", path))
-    proofs, without_proof = _cells(array_of(group, "proofs", path))
     values = np.full(outcomes.shape, np.nan)
     undone: list[Cell] = []
     wrong: dict[Cell, str] = {}
@@ -243,6 +243,9 @@ def _cells(array: zarr.Array[Any]) -> tuple[NDArray[Any], dict[Cell, Exception]]
 def record(path: Path, cells: Sequence[Cell], measured: NDArray[np.float64]) -> None:
     """Write the measurements ``(n, Q)`` of cells; each is in the store once its proof is.
 
+    Of several processes that measured one cell, whose outcomes can differ in bits, the first one counts: they take
+    turns, and each looks what is there when its turn has come.
+
     Raises:
         SourceProjError: they cannot be written, as on a full disk; those before are kept.
     """
@@ -250,13 +253,36 @@ def record(path: Path, cells: Sequence[Cell], measured: NDArray[np.float64]) -> 
     outcomes, proofs, key = array_of(group, "outcomes", path), array_of(group, "proofs", path), _key(group)
     for (j, r), row in zip(cells, measured, strict=True):
         try:
-            outcomes[j, r] = row
-            proofs[j, r] = np.frombuffer(_proof(key, (j, r), row), np.uint8)
+            with locked(path, _WRITING):
+                _record(outcomes, proofs, key, (j, r), row)
         except OSError as error:
             raise SourceProjError(
                 f"{path}: the outcome of subset {j}, retraining {r} cannot be written ({error}): "
                 f"{write_remedy(error)}, then call fill(train) again"
             ) from error
+
+
+def _record(
+    outcomes: zarr.Array[Any], proofs: zarr.Array[Any], key: str, cell: Cell, measured: NDArray[np.float64]
+) -> None:
+    """Write one outcome with its proof, unless there is one."""
+    there, proof = _stored(outcomes, cell), _stored(proofs, cell)
+    if there is not None and proof is not None and _proof(key, cell, there) == proof.tobytes():
+        return
+    if proof is None or proof.any():
+        proofs[cell] = 0  # of a file that was removed: who is killed in between leaves none beside another outcome
+    outcomes[cell] = measured
+    proofs[cell] = np.frombuffer(_proof(key, cell, measured), np.uint8)
+
+
+def _stored(array: zarr.Array[Any], cell: Cell) -> NDArray[Any] | None:
+    """What stands in a cell; None if it cannot be decoded."""
+    try:
+        return np.asarray(array[cell])
+    except OSError:
+        raise
+    except Exception:  # a codec's, of whatever kind
+        return None
 
 
 def grow(group: zarr.Group, path: Path, retrainings: int) -> None:

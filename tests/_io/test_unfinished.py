@@ -33,6 +33,16 @@ def test_one_that_was_stopped_while_it_began_is_gone_on_with(tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_process_was_about_to_rename_goes(tmp_path):
+    killed = Unfinished(tmp_path / "x", ABOUT)
+    (killed.__enter__().content / "c").mkdir(parents=True)
+    for name in ("zarr.json", "zarr.0123.partial", "c/0", "c/0.4567.partial"):
+        (killed.content / name).write_bytes(b"")
+    killed.__exit__(Killed, Killed(), None)
+    with Unfinished(tmp_path / "x", ABOUT) as unfinished:
+        assert sorted(path.name for path in unfinished.content.rglob("*")) == ["0", "c", "zarr.json"]
+
+
 @pytest.mark.parametrize("what", ["a file", "a folder with a file"])
 def test_what_is_no_output_in_the_making_is_left_alone(tmp_path, what):
     place = tmp_path / ".x.unfinished"

@@ -149,6 +149,27 @@ def test_another_querys_block_is_made_anew(blobs, tmp_path, few_queries, monkeyp
     np.testing.assert_allclose(scores.values, method.score(other).values, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("what", ["scores", "hits"])
+def test_what_zarr_was_about_to_rename_is_not_in_the_output(blobs, tmp_path, few_queries, monkeypatch, what):
+    method, queries = asked(blobs)
+    path = tmp_path / f"{what}.zarr"
+
+    def ask(**options):
+        if what == "scores":
+            return method.score(queries, out=path, **options)
+        return method.top_k(queries, 3, out=path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(streaming, "name_folder", lambda *given, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            ask()
+    for inner in [tmp_path / f".{what}.zarr.unfinished/content", *tmp_path.rglob("c/0")]:
+        (inner / "zarr.0123456789abcdef.partial").write_bytes(b"{")
+    ask()
+    assert not list(tmp_path.rglob("*.partial"))
+    ask(overwrite=True)
+
+
 def method_values(path):
     import zarr
 

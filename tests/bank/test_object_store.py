@@ -278,6 +278,34 @@ def test_a_bank_in_a_bucket_is_the_bank_of_a_folder(run, whole, s3, cache, place
     assert "fits" not in str(list(cache.rglob("*")))
 
 
+def test_a_bank_within_a_bank_of_a_bucket_is_refused(run, s3):
+    """Its objects would be the outer one's, or go with its fits."""
+    bank = run.build(s3)
+    for inner in ("inner", "fits/small"):
+        with pytest.raises(BankError, match=rf"{s3}/{inner} lies within the bank {s3}; give a path outside of it"):
+            run.build(f"{s3}/{inner}")
+    assert bank.verify().ok
+    assert run.build(f"{s3}-beside/inner").finalized
+    with pytest.raises(BankError, match="is no bank"):
+        run.build(f"{s3}-beside")
+
+
+def test_a_place_above_that_may_not_be_read_is_in_nobodys_way(run, s3, monkeypatch):
+    get, head = module.ObjectStore.get, module.ObjectStore.stat
+
+    def denied(read):
+        def call(self, key):
+            if self.location() != f"{s3}/a/bank":
+                raise PermissionError(self.location(key))
+            return read(self, key)
+
+        return call
+
+    monkeypatch.setattr(module.ObjectStore, "get", denied(get))
+    monkeypatch.setattr(module.ObjectStore, "stat", denied(head))
+    assert run.build(f"{s3}/a/bank").finalized
+
+
 def test_nothing_there_is_said_so(s3):
     with pytest.raises(BankError, match=f"there is no bank at {s3}"):
         banks.open(s3)

@@ -1,10 +1,12 @@
 """Outcomes are where they were measured: swapped, foreign or unproven files are named, and a full disk too."""
 
+import contextlib
 import errno
 import itertools
 import json
 import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import zarr
 from retrainings import COUNT, RETRAININGS, open_truth, train
 
 from source_proj._errors import SourceProjError
-from source_proj.evaluate import GroundTruth
+from source_proj.evaluate import GroundTruth, _truth_files
 
 CELLS = [(0, 0), (0, 3), (4, 2), (COUNT - 1, RETRAININGS - 1)]
 SWAPPED = {"outcomes": ["outcomes"], "outcomes and proofs": ["outcomes", "proofs"], "proofs": ["proofs"]}
@@ -73,6 +75,76 @@ def test_an_outcome_without_its_proof_is_done_again(truth):
     chunk(truth, "proofs", (2, 1)).unlink()
     assert truth.missing() == [(2, 1)]
     assert truth.verify() == []
+
+
+@pytest.mark.parametrize("moment", ["before it writes", "between its two writes"])
+def test_the_first_of_two_outcomes_of_a_cell_counts(tmp_path, monkeypatch, moment):
+    """Two processes fill one store, and training gives other bits each time."""
+    truth, starts = open_truth(tmp_path / "truth"), itertools.count()
+
+    def noisy(kept, seed):
+        return np.arange(truth.shape[2]) + next(starts)
+
+    def other():
+        monkeypatch.undo()
+        fill = threading.Thread(target=GroundTruth(truth.path).fill, args=[noisy], kwargs={"progress": False})
+        fill.start()
+        fill.join(None if moment == "before it writes" else 0.5)
+        return fill
+
+    others = []
+    owner, name = (_truth_files, "locked") if moment == "before it writes" else (_truth_files, "_proof")
+    real = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *given: (others.append(other()), real(*given))[1])
+    truth.fill(noisy, progress=False)
+    others[0].join()
+    assert truth.verify() == []
+    first = truth.outcomes
+    assert truth.fill(noisy, progress=False).complete
+    np.testing.assert_array_equal(truth.outcomes, first)
+
+
+def test_who_is_killed_at_a_cell_of_another_harms_nothing(tmp_path, monkeypatch):
+    truth = open_truth(tmp_path / "truth")
+
+    def slow(kept, seed):
+        if not GroundTruth(truth.path).complete:
+            GroundTruth(truth.path).fill(train, progress=False)
+        return np.full(truth.shape[2], 0.5)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(_truth_files, "_proof", killed_at(_truth_files._proof, truth.shape[2]))
+        truth.fill(slow, progress=False)
+    assert truth.verify() == []
+
+
+def killed_at(proof, queries):
+    """Stops whoever proves the slow one's outcome."""
+
+    def stopping(key, cell, measured):
+        if np.array_equal(measured, np.full(queries, 0.5)):
+            raise KeyboardInterrupt
+        return proof(key, cell, measured)
+
+    return stopping
+
+
+def test_a_removed_outcome_is_done_again_though_its_proof_is_there(truth, monkeypatch):
+    """Killed between the two writes, the old proof is not left beside the new outcome."""
+    chunk(truth, "outcomes", (2, 1)).unlink()
+    proof = _truth_files._proof
+
+    def killed(key, cell, measured):
+        if cell == (2, 1) and not np.isnan(measured).any():
+            raise KeyboardInterrupt
+        return proof(key, cell, measured)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_truth_files, "_proof", killed)
+        with pytest.raises(KeyboardInterrupt):
+            truth.fill(lambda kept, seed: train(kept, seed) + 1, progress=False)
+    assert truth.verify() == []
+    assert truth.missing() == [(2, 1)]
 
 
 def test_a_full_disk_is_named_and_costs_only_what_was_not_written(tmp_path, monkeypatch):

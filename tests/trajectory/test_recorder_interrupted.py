@@ -174,6 +174,27 @@ def test_a_full_disk_that_was_caught(tmp_path, whole, monkeypatch, place, again)
     assert described(Training(tmp_path).go_on(), tmp_path)[0]["checkpoints"][-1] == whole[0]["checkpoints"][-1]
 
 
+@pytest.mark.parametrize("room", [0, 700])  # bytes of a file
+def test_a_full_disk_is_named_with_what_helps(tmp_path, whole, room):
+    """The system's own error, in whatever writes: torch puts one of its own in its place."""
+    resource = pytest.importorskip("resource", reason="Windows has no limits of files")
+    training, before = Training(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step in range(STEPS):
+        call = training.take(step)
+        if step == 2 * EVERY - 1:
+            said = (
+                rf"{tmp_path}/step_0+6.pt cannot be written; make room \(or lift the limit\), then call step\(\) again"
+            )
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+            try:
+                with pytest.raises(OSError, match=said):
+                    call()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        call()
+    assert described(training.recorder.trajectory(), tmp_path) == whole
+
+
 def test_clipped_steps_keep_their_norms(tmp_path):
     """The call that was interrupted had begun, and so told of its norm."""
     clean = Training(tmp_path / "clean", clip=0.3)

@@ -17,6 +17,7 @@ from source_proj.bank.build.columns import arranged
 from source_proj.bank.build.create import part_difference, put_same
 from source_proj.bank.build.data import BatchSource, checked_ids
 from source_proj.bank.build.fill import Work, checked_shard, fill
+from source_proj.bank.build.first_data import NotFirstError
 from source_proj.bank.format import Settings
 from source_proj.bank.layout import PartSpec, default_shard_rows
 from source_proj.bank.notes import Notes
@@ -96,6 +97,7 @@ def append_rows(
     with plain_modes(), at_work(store, leads=placement.lockstep.leads) as work:
         count = placement.lockstep.from_leader(lambda: _make_room(store, stage, parts, work))
         part, own = _begun(parts[:count], source, given), False
+        complete = part is not None and part.sealed() is not None
         if part is None:
             _require_sealed(store, parts[:count])
             part, own = _created(store, settings, stage, parts[:count], source, given, shard_rows)
@@ -103,16 +105,16 @@ def append_rows(
             expected = part.ids if given is None else given
             wanted = checked_ids(expected, 0, len(expected), part.stage_name)
             height = default_shard_rows(source.n, source.batch_size, settings, shard_rows)
-            _require_same(part, _spec(part.spec.start, source, wanted, height), wanted)
+            _require_same(part, _spec(part.spec.start, source, wanted, height), wanted, complete=complete)
         checkpoints = [checkpoint(stage, index) for index in range(part.n_checkpoints)]
         works = [Work(stage, part, source, checkpoints)]
         try:
             with placement.kept():
                 fill(works, settings, model, task, metrics, shard=shard, device=device, progress=progress)
         except OtherDataError as error:
-            if own:
+            if own and not isinstance(error, NotFirstError):
                 raise
-            raise _of_another(part, str(error)) from error
+            raise (_no_repetition(part, error.args[0]) if complete else _of_another(part, str(error))) from error
     return part
 
 
@@ -143,22 +145,31 @@ def _begun(parts: Sequence[Part], source: BatchSource, ids: Sequence[Any] | None
     return next((part for part in appended if part.sealed() is None), None)
 
 
-def _require_same(part: Part, spec: PartSpec, ids: np.ndarray) -> None:
-    """Refuse to go on with what another append began.
+def _require_same(part: Part, spec: PartSpec, ids: np.ndarray, *, complete: bool = False) -> None:
+    """Refuse to go on with what another append began, or to repeat a complete one in another way.
 
     Raises:
         MismatchError: it did; says what to do.
     """
     difference = part_difference(part, spec, ids)
     if difference is not None:
-        raise _of_another(part, difference)
+        raise _no_repetition(part, f"it {difference}") if complete else _of_another(part, difference)
 
 
 def _of_another(part: Part, difference: str) -> MismatchError:
     return MismatchError(
         f"{part.location} was begun by another append, of other examples: if another process is at it now, wait "
-        f"until it is done and append again; if it was killed, give its own examples first, which finishes it "
-        f"({difference})"
+        f"until it is done and append again; if it was killed, give its own examples first, which finishes it, or "
+        f"remove {part.location} and append again ({difference})"
+    )
+
+
+def _no_repetition(part: Part, difference: str) -> MismatchError:
+    return MismatchError(
+        f"the ids {part.ids[0]!r} to {part.ids[-1]!r} are in stage {part.stage_name!r} of the bank "
+        f"{part.store.location()} already, as {part.name}, and this is no repetition of that append: {difference}. "
+        "Rows that are there are never replaced: give new ids to add these examples beside them, or for a repetition "
+        "the data, batch_size and shard_rows of then"
     )
 
 

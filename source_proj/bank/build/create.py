@@ -1,8 +1,8 @@
 """A bank's beginning: its root appears last, so that it is there whole or not, whoever is first."""
 
-import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from source_proj.bank.read.curvature import curvature_objects
 from source_proj.bank.read.metrics import metrics_objects
 from source_proj.bank.read.part import Part, part_objects
 from source_proj.bank.read.weights import relative_paths, weights_objects
-from source_proj.bank.store import LocalStore, Store
+from source_proj.bank.store import Store
 from source_proj.trajectory import Checkpoint, Scale
 
 __all__ = ["create_bank", "not_written", "part_difference", "put_same", "require_same_part", "require_same_settings"]
@@ -98,11 +98,12 @@ def put_same(store: Store, objects: Mapping[str, bytes], group: str) -> bool:
 
 
 def _require_outside(store: Store) -> None:
-    """Write into no other bank's folder, whose objects these would be taken for: it would be said to be damaged."""
-    folder = store.folder
-    for outer in () if folder is None else folder.resolve().parents:
-        if os.path.isfile(outer / "zarr.json") and is_bank(LocalStore(outer)):
-            raise BankError(f"{folder} lies within the bank {outer}; give a path outside of it")
+    """Write into no other bank, whose objects these would be taken for: it would be said to be damaged."""
+    for outer in store.above():
+        with suppress(OSError):  # a place that one may not look into
+            if outer.exists("zarr.json") and is_bank(outer):
+                where = f"{store.location()} lies within the bank {outer.location()}"
+                raise BankError(f"{where}; give a path outside of it")
 
 
 def _require_own(

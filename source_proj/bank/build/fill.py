@@ -15,11 +15,12 @@ from source_proj._io.progress import Bar, Progress, progress_bar
 from source_proj.bank.build.batch_hash import batch_hash
 from source_proj.bank.build.claims import Claims
 from source_proj.bank.build.data import Batch, BatchSource
+from source_proj.bank.build.first_data import FirstData, NotFirstError
 from source_proj.bank.build.rounds import loaded_in_rounds
 from source_proj.bank.build.row_encoder import BatchLocation, RowEncoder
 from source_proj.bank.format import Settings
 from source_proj.bank.read.metrics import Metrics
-from source_proj.bank.read.part import Part
+from source_proj.bank.read.part import OtherDataError, Part
 from source_proj.gradients import ParameterSpace, Refuted
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint
@@ -87,7 +88,8 @@ def fill(
     """Compute and commit all shards of a worker that are not committed yet.
 
     All shards of all checkpoints are numbered through, and worker i of n takes those with number % n = i. The data of
-    its shards that are committed already are compared with their hashes, each batch once.
+    its shards that are committed already are compared with their hashes, each batch once: before anything is committed
+    of a shard that no checkpoint has. Where it has none yet, one of the others' is compared.
 
     With claims, a shard of which another worker is at work is left out, and after its own share a worker makes whatever
     nobody who lives has claimed, the last shards first, until all shards are committed.
@@ -100,35 +102,49 @@ def fill(
         MismatchError: the data differ from those of another checkpoint, or a checkpoint changed.
         BankError: a shard cannot be written.
     """
-    passes = list(_passes(works, *checked_shard(shard)))
+    worker = checked_shard(shard)
     space = ParameterSpace.from_spec(settings.parameters)
     space.parameters(model)  # refuses another model
     lockstep = placement_of(model).lockstep
-    checks = _checks(works, passes)
-    total = sum(_rows(works[run.work].part, run.todo) for run in passes)
-    total += sum(_rows(work.part, shards) for work, shards in checks)
-    with progress_bar(progress if lockstep.leads else False, "bank", total, "rows") as bar:
-        lockstep.from_leader(lambda: _check_committed(checks, bar))
-        rest = iter(()) if claims is None else _rest(works, claims)
-        to_come = lockstep.followed(chain((run for run in passes if run.todo), rest))
-        first = next(to_come, None)
-        if first is None:
-            return
-        rows = RowEncoder(model, task, space, settings, device, metrics)
-        with _Committer(claims) as committer:
-            for run in chain([first], to_come):
-                _run(run, works[run.work], rows, committer, bar, claims, lockstep)
-        lockstep.barrier()  # all are committed
+    first_data = FirstData()
+    try:
+        lockstep.from_leader(lambda: _say_data(works, first_data))
+        done = [np.stack([work.part.done(c) for c in range(work.part.n_checkpoints)]) for work in works]
+        passes = list(_passes(works, done, *worker))
+        checks = _checks(works, done, passes)
+        total = sum(_rows(works[run.work].part, run.todo) for run in passes)
+        total += sum(_rows(work.part, shards) for work, shards in checks)
+        with progress_bar(progress if lockstep.leads else False, "bank", total, "rows") as bar:
+            lockstep.from_leader(lambda: _check_committed(checks, bar))
+            rest = iter(()) if claims is None else _rest(works, claims)
+            to_come = lockstep.followed(chain((run for run in passes if run.todo), rest))
+            first = next(to_come, None)
+            if first is None:
+                return
+            rows = RowEncoder(model, task, space, settings, device, metrics)
+            with _Committer(claims, first_data) as committer:
+                for run in chain([first], to_come):
+                    _run(run, works[run.work], rows, committer, bar, claims, lockstep)
+            lockstep.barrier()  # all are committed
+    finally:
+        for work in works:
+            first_data.take_back(work.part)
 
 
-def _passes(works: Sequence[Work], index: int, count: int) -> Iterator[_Pass]:
+def _say_data(works: Sequence[Work], first_data: FirstData) -> None:
+    for work in works:
+        first_data.say(work.part, work.source)
+
+
+def _passes(works: Sequence[Work], done: Sequence[np.ndarray], index: int, count: int) -> Iterator[_Pass]:
+    """One worker's passes, by what is committed of each work, ``(checkpoints, shards)`` bool."""
     number = 0
     for place, work in enumerate(works):
         for checkpoint in range(work.part.n_checkpoints):
             shards = range(work.part.spec.n_shards)
             mine = [shard for shard in shards if (number + shard) % count == index]
             number += len(shards)
-            committed = work.part.done(checkpoint)
+            committed = done[place][checkpoint]
             todo = [shard for shard in mine if not committed[shard]]
             yield _Pass(place, checkpoint, todo, [shard for shard in mine if committed[shard]])
 
@@ -160,13 +176,22 @@ def _rows(part: Part, shards: Sequence[int]) -> int:
     return sum(stop - start for start, stop in map(part.spec.span, shards))
 
 
-def _checks(works: Sequence[Work], passes: Sequence[_Pass]) -> list[tuple[Work, list[int]]]:
-    """Committed shards whose data no pass to come compares anyway."""
+def _checks(works: Sequence[Work], done: Sequence[np.ndarray], passes: Sequence[_Pass]) -> list[tuple[Work, list[int]]]:
+    """Committed shards whose data no pass to come compares before it commits a shard that no checkpoint has.
+
+    Of wrong data, such a shard would stay: the right ones could never finish the part.
+    """
     checks = []
     for place, work in enumerate(works):
         own = [run for run in passes if run.work == place]
         coming = {shard for run in own for shard in run.todo}
-        checks.append((work, sorted({shard for run in own for shard in run.done} - coming)))
+        compared = {shard for run in own for shard in run.done}
+        there = set(np.flatnonzero(done[place].any(axis=0)).tolist())
+        if coming <= there:  # each is compared when it is made
+            compared -= coming
+        elif there and not compared:
+            compared = {min(there)}
+        checks.append((work, sorted(compared)))
     return checks
 
 
@@ -179,7 +204,10 @@ def _check_committed(checks: Sequence[tuple[Work, list[int]]], bar: Bar) -> None
             for start, stop, batch in work.source.load([work.part.spec.span(shard)]):
                 hashes.append(batch_hash(batch))
                 bar.update(stop - start)
-            work.part.check_data(shard, _as_array(hashes))
+            try:
+                work.part.check_data(shard, _as_array(hashes))
+            except OtherDataError as error:
+                raise NotFirstError(*error.args) from error
 
 
 def _run(
@@ -278,8 +306,9 @@ class _Buffer:
 class _Committer:
     """Commits shards in a thread of its own, one after the other, while the next is made: flushing takes long."""
 
-    def __init__(self, claims: Claims | None) -> None:
+    def __init__(self, claims: Claims | None, first_data: FirstData) -> None:
         self._claims = claims
+        self._first_data = first_data
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bank")
         self._pending: Future[None] | None = None
         self._arrays: dict[tuple[int, tuple[str, ...]], list[dict[str, np.ndarray]]] = {}
@@ -302,7 +331,7 @@ class _Committer:
     def commit(self, part: Part, checkpoint: int, shard: int, buffer: _Buffer) -> None:
         """Wait for the shard before, then commit this one in the background."""
         self.wait()
-        self._pending = self._thread.submit(_commit, part, checkpoint, shard, buffer, self._claims)
+        self._pending = self._thread.submit(self._commit, part, checkpoint, shard, buffer)
 
     def wait(self) -> None:
         """Wait for the last shard, and raise what went wrong with it."""
@@ -310,13 +339,13 @@ class _Committer:
         if pending is not None:
             pending.result()
 
-
-def _commit(part: Part, checkpoint: int, shard: int, buffer: _Buffer, claims: Claims | None) -> None:
-    content: Mapping[str, np.ndarray] = buffer.content()
-    part.check_hashes(checkpoint, shard, content["batch_hashes"])
-    part.commit(checkpoint, shard, content)
-    if claims is not None:
-        claims.release(part, checkpoint, shard)
+    def _commit(self, part: Part, checkpoint: int, shard: int, buffer: _Buffer) -> None:
+        content: Mapping[str, np.ndarray] = buffer.content()
+        part.check_hashes(checkpoint, shard, content["batch_hashes"])
+        part.commit(checkpoint, shard, content)
+        self._first_data.forget(part)
+        if self._claims is not None:
+            self._claims.release(part, checkpoint, shard)
 
 
 def _allocated(part: Part, checkpoint: int) -> dict[str, np.ndarray]:

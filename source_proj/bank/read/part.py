@@ -30,7 +30,10 @@ __all__ = ["OtherDataError", "Part", "listed", "part_objects"]
 
 
 class OtherDataError(MismatchError):
-    """Batches are other ones than those that were banked."""
+    """Batches are other ones than those that were banked: what differs, and what to do."""
+
+    def __str__(self) -> str:
+        return ". ".join(self.args)
 
 
 class Part:
@@ -247,19 +250,19 @@ class Part:
             MismatchError: they differ.
         """
         stored = self.read(other, "batch_hashes", shard)
-        different = np.flatnonzero((stored != hashes).any(axis=1))
-        if not len(different):
+        if not len(different := np.flatnonzero((stored != hashes).any(axis=1))):
             return
         batch = int(different[0])
-        start = self.spec.span(shard)[0] + batch * self.spec.batch_size
-        stop = min(self.spec.n, start + self.spec.batch_size)
+        ids = self.ids[self.spec.span(shard)[0] :][batch * self.spec.batch_size :][: self.spec.batch_size]
         now = "now" if checkpoint in (-1, other) else f"at the checkpoint of step {self.steps[checkpoint]}"
+        unfit = self.location if self.spec.start else self.store.location()
         raise OtherDataError(
             f"the data of stage {self.stage_name!r} differ in {len(different)} of {len(hashes)} batches of shard "
-            f"{shard}, first in that of ids {self.ids[start]!r} to {self.ids[stop - 1]!r}: hash "
+            f"{shard}, first in that of ids {ids[0]!r} to {ids[-1]!r}: hash "
             f"{hashes[batch].tobytes().hex()[:16]} {now}, {stored[batch].tobytes().hex()[:16]} at that of step "
-            f"{self.steps[other]}. Every pass must see the same examples in the same order: switch off shuffling and "
-            "random augmentation, or build another bank"
+            f"{self.steps[other]}",
+            "Every pass must see the same examples in the same order: switch off shuffling and random augmentation. "
+            f"Where no data fit all shards, remove {unfit} and {self._again}",
         )
 
     # Seal ------------------------------------------------------------------------------------------------------

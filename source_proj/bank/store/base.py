@@ -112,6 +112,10 @@ class Store(ABC):
         """The store's folder; None where it is no folder of this machine."""
         return None
 
+    def above(self) -> Iterable["Store"]:
+        """The places that this one lies within, the innermost first."""
+        return ()
+
     def exists(self, key: str) -> bool:
         """Whether there is an object of this key."""
         return self.stat(key) is not None

@@ -81,6 +81,9 @@ class LocalStore(Store):
     def folder(self) -> Path:  # noqa: D102
         return self.root
 
+    def above(self) -> Iterable[Store]:  # noqa: D102
+        return map(LocalStore, self.root.resolve().parents)
+
     def _file(self, key: str) -> str:
         """The file of a key, by strings: a bank asks for thousands, and path objects would take most of the time.
 

@@ -108,6 +108,14 @@ class ObjectStore(Store):
     def location(self, key: str = "") -> str:  # noqa: D102
         return f"{self._url}/{key}" if key else self._url
 
+    def above(self) -> Iterable[Store]:  # noqa: D102
+        scheme, _, path = self._url.partition("://")
+        if scheme.lower() == "memory":  # each name has a store of its own
+            return
+        bucket, *folders = filter(None, path.split("/"))
+        for count in reversed(range(len(folders))):
+            yield open_object_store(f"{scheme}://{'/'.join([bucket, *folders[:count]])}")
+
     def _taken(self, key: str, content: bytes) -> bool:
         """Put an object where there is none: whether there was one.
 

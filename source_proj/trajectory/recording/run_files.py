@@ -28,7 +28,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from source_proj._errors import MismatchError, MissingFileError
+from source_proj._errors import MismatchError, MissingFileError, full_disk_named
 from source_proj._io.files import PARTIAL, Content, walk, write_files
 from source_proj._io.hashing import hash_file
 from source_proj._io.json_records import read_json, read_record, write_record
@@ -55,6 +55,7 @@ __all__ = [
 ]
 
 _NAME = "trajectory.json"
+_AGAIN = "call step() again, or just go on training: the step counts"
 _CALLBACKS = "updates.jsonl"  # where integrations/callback_log.py keeps its record
 _FORMAT = "source-proj recorded run"
 _VERSION = 6
@@ -192,7 +193,8 @@ class RecordedRun:
     def write(self, directory: Path) -> None:
         """Replace ``trajectory.json``, at one stroke."""
         content = {"format": _FORMAT, "version": _VERSION, **write_record(self)}
-        write_files({directory / _NAME: json.dumps({**content, "digest": _digest(content)}).encode()})
+        with full_disk_named(directory / _NAME):
+            write_files({directory / _NAME: json.dumps({**content, "digest": _digest(content)}).encode()})
 
     @classmethod
     def read(cls, directory: Path) -> RecordedRun | None:
@@ -302,7 +304,8 @@ def write_tensors(contents: Mapping[Path, Mapping[str, Any]]) -> list[str]:
 
         return save
 
-    write_files({path: saved(content) for path, content in contents.items()})
+    with full_disk_named(next(iter(contents)), _AGAIN):
+        write_files({path: saved(content) for path, content in contents.items()})
     return [hash_file(path) for path in contents]
 
 
