@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import nan
@@ -123,16 +123,17 @@ class Law:
             return replace(audit, passed=False, values_differ=True)
         return audit
 
-    def compare(self, made: Sequence[tuple[Work, Tensor]]) -> None:
-        """Compare the values of batches with those of their random halves, by two forward passes each.
+    def compare(self, proof: Proof, made: Iterable[tuple[Work, Tensor]]) -> None:
+        """Compare the values of batches, where that is due, with those of their random halves, by two forward passes.
 
-        Drawn labels are left out: halves draw others now and then.
+        Drawn labels are left out: halves draw others now and then. What is due in one process, all do.
 
         Raises:
             GradientError: they differ, so that examples depend on each other.
         """
         for work, values in made:
-            if work.name != SAMPLED and self._placement.lockstep.any(work.size > 1):
+            due = work.size > 1 and proof.compares(work.number)
+            if work.name != SAMPLED and self._placement.lockstep.any(due):
                 self._compare(work, values)
 
     def _compare(self, work: Work, values: Tensor) -> None:
