@@ -9,7 +9,7 @@ from source_proj.trajectory.stages import Stage
 
 __all__ = ["warn_of_copies", "warn_without_rate"]
 
-_CALLER = 6  # of sp.build, whose line is named
+_CALLER = 9  # of sp.build, whose line is named
 
 
 def warn_of_copies(stage: Stage) -> None:
@@ -45,5 +45,5 @@ def warn_without_rate(stages: Sequence[Stage]) -> None:
             "all learning rates of the run are 0, or all its updates were skipped: no example had an effect, and "
             "SOURCE's scores are all 0. Give the rates of training, Checkpoint(..., lr=0.1) or lr_schedule",
             UserWarning,
-            stacklevel=_CALLER - 1,
+            stacklevel=_CALLER - 2,
         )
