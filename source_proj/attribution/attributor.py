@@ -34,6 +34,7 @@ from source_proj.bank.build.arguments import require_device
 from source_proj.sketch import plain_modes
 from source_proj.task import Answers, Task
 from source_proj.trajectory import Checkpoint, counts
+from source_proj.trajectory.placement import unwrapped
 
 __all__ = ["Attributor", "Queries", "Term"]
 
@@ -93,6 +94,7 @@ class Attributor(ABC):
                 )
         self._compared: tuple[str, ...] = ()
         self._compare_banks()
+        model = unwrapped(model)
         self.model = model
         self._models = None if model is None else QueryModels(model, device)
         if model is not None:

@@ -30,6 +30,7 @@ from source_proj.sketch import Sketch, exact_sketch
 from source_proj.sketch.columns import blocks_of, default_blocks
 from source_proj.task import Task
 from source_proj.trajectory import Trajectory
+from source_proj.trajectory.placement import unwrapped
 
 __all__ = ["Plan", "plan"]
 
@@ -176,6 +177,7 @@ def plan(
         raise ValueError(f"disk must be a positive number of bytes, such as 10e9, got {disk!r}")
     if options.get("shard") is not None:
         raise ValueError(f"plan times a whole build, got shard={options['shard']!r}: leave it out, and give workers=")
+    model = unwrapped(model)
     require_arguments(model=model, task=task, trajectory=trajectory, sketch=sketch)
     names = [stage.name for stage in trajectory.stages]
     data = dict(zip(names, by_stage(train_set, names, "train_set"), strict=True))

@@ -27,6 +27,7 @@ from source_proj.sketch import plain_modes
 from source_proj.task import Batch, Model, Task
 from source_proj.task.base import derivatives_of
 from source_proj.trajectory.checkpoint import set_evaluating
+from source_proj.trajectory.placement import unwrapped
 
 __all__ = ["ExactUnrolling"]
 
@@ -84,7 +85,7 @@ class ExactUnrolling:
         ids: Sequence[Any] | None = None,
         progress: Progress = True,
     ) -> None:
-        self._model = set_evaluating(private_copy(model))
+        self._model = set_evaluating(private_copy(unwrapped(model)))
         self._task, self._data, self._progress = task, examples_of(train_set), progress
         if not hasattr(self._data, "__getitem__"):
             raise TypeError(

@@ -20,7 +20,7 @@ from source_proj.trajectory.adapters import ADAPTER_FILE, adapted_state, adapter
 from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.layouts import averaged_keys, is_count, listed, model_state, unwrapped_names
 from source_proj.trajectory.optimizers.describe import kept_state
-from source_proj.trajectory.placement import placement_of
+from source_proj.trajectory.placement import placement_of, require_shapes_of
 from source_proj.trajectory.schedules import finite_rate
 from source_proj.trajectory.state_files import checked_path, read_state, state_files, whole_path
 
@@ -49,7 +49,8 @@ class Checkpoint:
         UserWarning: if a file also holds averaged weights, when it is read.
 
     Raises:
-        ValueError: ``step`` or ``lr`` is out of range, the file type is unknown, or the state is ambiguous.
+        ValueError: ``step`` or ``lr`` is out of range, the file type is unknown, the state is ambiguous, or is of lazy
+            modules before their first batch.
         MissingFileError: no such file.
         MismatchError: a file is one of several that hold a state.
 
@@ -94,6 +95,7 @@ class Checkpoint:
                 self._state = model_state(read_state(path), str(path), key)
         elif isinstance(state, Mapping):
             tensors = model_state(state, "the dict", key)
+            require_shapes_of(tensors)
             self._state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         else:
             raise TypeError(f"state must be a dict of tensors or a path, got {_named(state)}")

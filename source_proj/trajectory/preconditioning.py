@@ -20,6 +20,7 @@ from source_proj.trajectory.optimizers import Moments, PreconditionedOptimizer, 
 from source_proj.trajectory.record import FACTORED, PER_SEGMENT, RunRecord, StageRecord
 from source_proj.trajectory.scale import Coordinates, Scale, best_factors
 from source_proj.trajectory.stages import Stage
+from source_proj.trajectory.unmoved import warn_of_copies, warn_without_rate
 
 __all__ = ["ResolvedRun", "resolve_run"]
 
@@ -60,6 +61,7 @@ def resolve_run(stages: Sequence[Stage], model: nn.Module, space: Coordinates) -
     metrics = _Metrics()
     still = left_alone(stages, model)
     records = tuple(_resolved(stage, model, space, metrics, own) for stage, own in zip(stages, still, strict=True))
+    warn_without_rate(stages)
     return ResolvedRun(RunRecord(records, tuple(metrics.hashes)), metrics.scales)
 
 
@@ -68,6 +70,7 @@ def _resolved(
 ) -> StageRecord:
     """A stage's record; parameters that stood still in it are none of its metric."""
     record = stage.describe()
+    warn_of_copies(stage)
     optimizer = record.optimizer  # the decay divided by the loss scale
     mode, count = stage.preconditioner, len(stage.checkpoints)
     if still.issuperset(space.names):  # of nothing that is attributed, the optimizer's states say nothing either

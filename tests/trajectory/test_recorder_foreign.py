@@ -5,6 +5,7 @@ import torch
 from recorded_runs import linear
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import source_proj as sp
 from source_proj._errors import MismatchError
@@ -31,8 +32,128 @@ def test_an_optimizer_that_took_the_place_of_the_recorded_one_is_noticed(tmp_pat
     model, optimizer = linear()
     recorder = sp.Recorder(model, optimizer, tmp_path / "run", every=5)
     loop(model, optimizer, recorder, 5)
+    with pytest.raises(
+        MismatchError, match=r"weights moved until step 6 by .* another optimizer, Adam, and not of the SGD"
+    ):
+        loop(model, torch.optim.Adam(model.parameters(), lr=0.01), recorder, 10)
+
+
+def test_whoever_else_moves_the_weights_is_noticed_after_some_steps(tmp_path):
+    model, optimizer = linear()
+    recorder = sp.Recorder(model, optimizer, tmp_path / "run", every=5)
+    loop(model, optimizer, recorder, 5)
     with pytest.raises(MismatchError, match=r"weights moved until step 8, and the SGD that is recorded made none"):
-        loop(model, torch.optim.SGD(model.parameters(), lr=0.01), recorder, 10)
+        loop(model, ByHand(model.parameters()), recorder, 10)
+
+
+class ByHand:
+    """No optimizer of torch's."""
+
+    def __init__(self, parameters):
+        self.parameters = list(parameters)
+
+    def zero_grad(self):
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def step(self):
+        with torch.no_grad():
+            for parameter in self.parameters:
+                parameter -= 0.01 * parameter.grad
+
+
+class Silent:
+    """Takes no notes of steps."""
+
+    def step(self):
+        pass
+
+
+def test_a_single_step_of_another_optimizer_is_noticed_at_the_end(tmp_path):
+    model, optimizer = linear()
+    recorder = sp.Recorder(model, optimizer, tmp_path / "run", every=5)
+    loop(model, optimizer, recorder, 6)
+    loop(model, torch.optim.SGD(model.parameters(), lr=0.01), Silent(), 1)
+    for _ in range(2):
+        with pytest.raises(MismatchError, match="weights moved until step 6 by a step of another optimizer, SGD"):
+            recorder.trajectory()
+    assert sp.Trajectory.from_recorder(tmp_path / "run").final.step == 5
+
+
+def test_a_stage_that_is_whole_is_given_whatever_came_after(tmp_path):
+    model, optimizer = linear()
+    recorder = sp.Recorder(model, optimizer, tmp_path / "run", every=5)
+    loop(model, optimizer, recorder, 5)
+    loop(model, torch.optim.SGD(model.parameters(), lr=0.01), Silent(), 3)
+    assert recorder.trajectory().final.step == 5
+
+
+def test_an_optimizer_that_steps_between_is_noticed(tmp_path):
+    model, optimizer = linear()
+    recorder = sp.Recorder(model, optimizer, tmp_path / "run", every=5)
+    other = torch.optim.SGD(model.parameters(), lr=0.01)
+    loop(model, other, Silent(), 3)  # before the run, as a search for a learning rate
+    loop(model, optimizer, recorder, 2)
+    loop(model, other, Silent(), 1)
+    with pytest.raises(MismatchError, match="until step 3 by a step of another optimizer"):
+        loop(model, optimizer, recorder, 1)
+
+
+class Around(torch.optim.SGD):
+    """Steps by another optimizer, as ZeroRedundancyOptimizer does."""
+
+    def __init__(self, within):
+        super().__init__([weight for group in within.param_groups for weight in group["params"]], lr=0.1)
+        self.within = within
+
+    def step(self, closure=None):
+        return self.within.step(closure)
+
+
+def test_one_that_steps_by_the_recorded_one_is_none(tmp_path):
+    model, optimizer = linear()
+    recorder = sp.Recorder(model, optimizer, tmp_path / "run", every=5)
+    loop(model, Around(optimizer), recorder, 6)
+    assert recorder.trajectory().final.step == 6
+
+
+def test_one_without_gradients_or_a_rate_moves_nothing(tmp_path):
+    model, optimizer = linear()
+    recorder = sp.Recorder(model, optimizer, tmp_path / "run", every=5)
+    loop(model, optimizer, recorder, 2)
+    other = torch.optim.SGD(model.parameters(), lr=0.0)
+    other.step()
+    other.param_groups[0]["lr"] = 1.0
+    other.zero_grad()
+    other.step()
+    loop(model, optimizer, recorder, 2)
+    assert recorder.trajectory().final.step == 4
+
+
+def test_a_recorder_that_has_gone_leaves_no_hook(tmp_path):
+    hooks = len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)
+    model, optimizer = linear()
+    recorder = sp.Recorder(model, optimizer, tmp_path / "run", every=5)
+    assert len(_global_optimizer_pre_hooks) == hooks[0] + 1
+    del recorder
+    assert hooks == (len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks))
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+def test_updates_that_are_told_of_before_they_are_made_are_all_counted(tmp_path, steps):
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = sp.Recorder(model, optimizer, tmp_path / "run", every=2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(4, 2)).mean().backward()
+        recorder.step()
+        optimizer.step()
+    with pytest.warns(UserWarning, match=r"called before optimizer.step\(\): the last update is counted now"):
+        stage = recorder.stage()
+    assert stage.skipped == (0,)
+    assert stage.lr_integrals[-1] == pytest.approx(steps * 0.1)
+    assert torch.equal(stage.checkpoints[-1].load()["weight"], model.weight.detach())
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])

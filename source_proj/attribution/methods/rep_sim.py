@@ -21,7 +21,7 @@ from source_proj.bank.build.batch_hash import batch_hash
 from source_proj.bank.build.data import BatchSource, to_device
 from source_proj.gradients import nonfinite_examples, private_copy, require_own_weights
 from source_proj.task import Batch, Task
-from source_proj.trajectory.placement import placement_of
+from source_proj.trajectory.placement import placement_of, unwrapped
 
 __all__ = ["RepSim"]
 
@@ -89,7 +89,7 @@ class RepSim(Attributor):
         progress: Progress = True,
     ) -> None:
         super().__init__(bank, model=model, task=task, batch_size=batch_size, device=device, progress=progress)
-        self._module = model
+        self._module = model = unwrapped(model)
         self._reading = ThreadLock()  # of the training data: once for each bank, however many threads ask
         self._sources = _sources(self.banks[0], train_set)
         self._candidates = _candidates(model, layer)

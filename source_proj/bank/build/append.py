@@ -27,7 +27,7 @@ from source_proj.bank.store import Store
 from source_proj.sketch import plain_modes
 from source_proj.task import Task
 from source_proj.trajectory import Checkpoint
-from source_proj.trajectory.placement import placement_of
+from source_proj.trajectory.placement import placement_of, unwrapped
 
 __all__ = ["append_rows"]
 
@@ -74,6 +74,7 @@ def append_rows(
     Returns:
         The part: a sealed one, if the examples were there already.
     """
+    model = unwrapped(model)
     require_arguments(model=model, task=task)
     require_device(device)
     checked_shard(shard)

@@ -47,7 +47,7 @@ from source_proj.sketch import Sketch, plain_modes
 from source_proj.task import Task
 from source_proj.task.base import derivatives_of, fisher_weight_of
 from source_proj.trajectory import Scale, Trajectory
-from source_proj.trajectory.placement import placement_of, refuse_parallelism
+from source_proj.trajectory.placement import placement_of, refuse_parallelism, unwrapped
 from source_proj.trajectory.state_order import check_state_order, unnamed_alike
 
 __all__ = ["build"]
@@ -92,7 +92,8 @@ def build(
     launcher says of (i, n) and the device, :func:`source_proj.distribute.this_worker` reads.
 
     Args:
-        model: a module of the architecture that was trained. What runs is a copy; the model itself is left as it is.
+        model: a module of the architecture that was trained. What runs is a copy, of the module within where it is
+            wrapped by DataParallel, DistributedDataParallel or torch.compile; the model itself is left as it is.
         task: what it was trained on, and what is asked of it.
         trajectory: the training run. Checkpoints given as dicts are copied into the bank.
         train_set: map-style data set or DataLoader without shuffling; {stage name: data set} for several stages. A
@@ -152,6 +153,7 @@ def build(
         ...     [(block.start, block.stop, block.rows.shape) for block in bank.stages[0].iter_rows(0)]
         [(0, 5, torch.Size([5, 16]))]
     """
+    model = unwrapped(model)
     refuse_parallelism(model)
     require_arguments(model=model, task=task, trajectory=trajectory, sketch=sketch)
     require_device(device)

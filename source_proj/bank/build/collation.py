@@ -1,21 +1,21 @@
 """How examples become a batch, and what would go wrong in it unseen: unlike examples, and examples in another order."""
 
 import copy
+import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import default_collate
 
-from source_proj.bank.build.batch_hash import batch_hash
+from source_proj.bank.build.example_places import change_of_places
 from source_proj.gradients.batches import map_tensors
 
 __all__ = ["Collation"]
 
-_REPEATS = 4  # before a function is said to draw nothing
+_MOST = 64  # examples of a batch that are looked at
 
 # What torch says of rows of different lengths: tensors, and lists.
 _RAGGED = ("stack expects each tensor to be equal size", "each element in list of batch should be of equal size")
@@ -23,12 +23,13 @@ _OWN_COLLATE = "give a DataLoader that makes batches of them as in training, Dat
 
 
 class Collation:
-    """A loader's ``collate_fn``, of which the first batch is looked at: its examples must be in the order given.
+    """A loader's ``collate_fn``, of which some batches are looked at: examples must stay in the order given.
 
-    A function that sorts them, by length for :func:`torch.nn.utils.rnn.pack_padded_sequence` say, would put every row
-    under another example's id. It is given the same examples the other way round: rows that are then the same ones in
-    an order that is not the other way round were moved. Rows that are others, as random masks make them, say nothing,
-    nor do rows that the same examples don't make again.
+    A function that sorts them, by length for :func:`torch.nn.utils.rnn.pack_padded_sequence` say, or that puts one in
+    the place of another, would put rows under other examples' ids. At the first batch, and the 2nd, 3rd, 5th, 9th and
+    so on, as those before may have been in order, it is given the same examples in other orders: see
+    :func:`change_of_places`. Rows that are others each time, as random masks make them, say nothing, unless the same
+    ones come each time in another order.
 
     Args:
         collate: makes a batch of a list of examples.
@@ -38,7 +39,8 @@ class Collation:
     def __init__(self, collate: Callable[[Any], Any], name: str) -> None:
         self._collate = collate
         self._name = name
-        self._looked = collate is default_collate
+        self._batches = 0  # of at least two examples
+        self._mixes = False  # as was said already
 
     def __call__(self, examples: Any) -> Any:
         """The batch of some examples.
@@ -46,18 +48,25 @@ class Collation:
         Raises:
             TypeError: the batch holds what examples cannot be taken out of.
             ValueError: the examples are not alike, or come out in another order.
+
+        Warns:
+            UserWarning: the examples are mixed.
         """
         batch = self._stacked(examples) if self._collate is default_collate else self._ordered(examples)
         self._require_rows(batch, len(examples))
         return batch
 
     def _ordered(self, examples: Any) -> Any:
-        """A batch by the loader's own function, whose first one is looked at."""
-        again = None if self._looked or len(examples) < 2 else _copied(examples)
+        """A batch by the loader's own function, of which some are looked at."""
+        look = len(examples) > 1 and not self._mixes
+        if look:
+            self._batches += 1
+            before = self._batches - 1
+            look = before & (before - 1) == 0  # the first, and after each power of 2
+        again = _copied(_some(examples, self._batches)) if look else None
         batch = self._collate(examples)
         if again is not None:
-            self._looked = True
-            self._require_order(batch, again)
+            self._require_places(again)
         return batch
 
     def _stacked(self, examples: Any) -> Any:
@@ -98,32 +107,37 @@ class Collation:
 
         map_tensors(batch, look)
 
-    def _require_order(self, batch: Any, examples: list[Any]) -> None:
-        if _is_palindrome(examples):
-            return
+    def _require_places(self, examples: list[Any]) -> None:
+        """Refuse a function that moves examples, and tell of one that mixes them."""
         try:
-            with torch.random.fork_rng(devices=[]):
-                reverse = self._collate(examples[::-1])
-                rows, reversed_rows = (_row_digests(each, len(examples)) for each in (batch, reverse))
-                moved = bool(rows) and reversed_rows != rows[::-1] and sorted(reversed_rows) == sorted(rows)
-                moved = moved and self._is_repeated(rows, examples)
-        except Exception:  # what it cannot do twice, or what has no digest, says nothing of the order
+            change = change_of_places(self._collate, examples, self._batches)
+        except Exception:  # what it cannot do again, or what has no digest, says nothing of places
             return
-        if moved:
-            function = getattr(self._collate, "__name__", type(self._collate).__name__)
-            raise ValueError(
-                f"collate_fn {function!r} gives the examples of a batch in another order than it got them, by length "
-                "say: each row would have another example's id. Let it keep the order; where the model wants them "
-                "sorted, pack_padded_sequence(..., enforce_sorted=False) sorts by itself"
+        if change is None:
+            return
+        function = f"collate_fn {getattr(self._collate, '__name__', type(self._collate).__name__)!r}"
+        if change == "mixed":
+            self._mixes = True
+            warnings.warn(
+                f"{function} makes other rows of an example where others of its batch change their places, as mixup "
+                "with a partner does: its row in the bank, or its scores, are of the mixture. Let it make of each "
+                "example what it is by itself",
+                UserWarning,
+                stacklevel=2,
             )
+            return
+        how = "an order that it draws" if change == "shuffled" else "another order than it got them, or some twice"
+        raise ValueError(
+            f"{function} gives the examples of a batch in {how}, sorted by length or in place of broken ones say: each "
+            "row would have another example's id. Let it keep the order, and leave broken examples out of the data "
+            "set; where the model wants them sorted, pack_padded_sequence(..., enforce_sorted=False) sorts by itself"
+        )
 
-    def _is_repeated(self, rows: list[bytes], examples: list[Any]) -> bool:
-        """Whether the same examples make the same rows again: of rows that are drawn, an order may come by chance."""
-        try:
-            again = [_row_digests(self._collate(list(examples)), len(examples)) for _ in range(_REPEATS)]
-        except Exception:  # it changes what it is given
-            return True
-        return all(each == rows for each in again)
+
+def _some(examples: Sequence[Any], seed: int) -> list[Any]:
+    """As many as are looked at, in their order."""
+    places = range(len(examples))
+    return [examples[place] for place in sorted(random.Random(seed).sample(places, min(_MOST, len(examples))))]
 
 
 def _copied(examples: Any) -> list[Any] | None:
@@ -156,37 +170,3 @@ def _require_same_entries(examples: Any, name: str) -> None:
                 f"number {place} of this batch of {name} has None as its entry {absent[0]!r}: leave such examples out, "
                 "or give them a value"
             )
-
-
-def _is_palindrome(examples: Sequence[Any]) -> bool:
-    """Whether examples are the same ones the other way round."""
-    try:
-        return batch_hash(examples) == batch_hash(examples[::-1])
-    except TypeError:  # of other things than numbers
-        return False
-
-
-def _row_digests(batch: Any, count: int) -> list[bytes]:
-    """A digest of all that a batch holds for each of its examples, in its order; none where it holds nothing by row."""
-    columns = list(_columns(batch, count))
-    return [batch_hash([column[row] for column in columns]) for row in range(count if columns else 0)]
-
-
-def _columns(batch: Any, count: int) -> list[Any]:
-    """What has one entry for each example.
-
-    Raises:
-        ValueError: nothing has.
-    """
-    if isinstance(batch, Tensor | np.ndarray):
-        return [batch] if batch.ndim and len(batch) == count else []
-    if isinstance(batch, Mapping):
-        return [column for value in batch.values() for column in _columns(value, count)]
-    if isinstance(batch, PackedSequence):
-        raise ValueError("its examples are mixed")
-    if not isinstance(batch, list | tuple):
-        return []
-    within = [[] if isinstance(value, Mapping) and len(batch) == count else _columns(value, count) for value in batch]
-    if len(batch) == count and not all(within):
-        return [batch]  # a list of the examples; or of two columns of two, of which one is by step
-    return [column for columns in within for column in columns]

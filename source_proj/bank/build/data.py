@@ -70,6 +70,7 @@ class BatchSource:
         self.n: int = len(self._data)
         if self.n == 0:
             raise ValueError(f"the data set {_name(self._data)} is empty; give at least one example")
+        self._collation = Collation(self._options["collate_fn"], _name(self._data))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -89,7 +90,7 @@ class BatchSource:
                 yield start, stop, [tensor[start:stop].clone() for tensor in self._data.tensors]
             return
         # Its own generator: a DataLoader draws a seed for its workers, and would take it from the global one.
-        options = {**self._options, "collate_fn": Collation(self._options["collate_fn"], _name(self._data))}
+        options = {**self._options, "collate_fn": self._collation}
         loader: DataLoader[Any] = DataLoader(
             self._data, batch_sampler=cuts, generator=torch.Generator().manual_seed(0), **options
         )

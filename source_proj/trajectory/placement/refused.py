@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from source_proj._errors import SourceProjError
 
-__all__ = ["refuse_parallelism", "refuse_placements", "require_shapes"]
+__all__ = ["refuse_parallelism", "refuse_placements", "require_shapes", "require_shapes_of"]
 
 _REMEDY = "shard the plain model by torch.distributed.fsdp.fully_shard alone, or give it a device_map"
 
@@ -79,7 +80,16 @@ def require_shapes(model: nn.Module) -> None:
     Raises:
         ValueError: names their parameters.
     """
-    lazy = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if is_lazy(tensor)]
+    require_shapes_of(dict(chain(model.named_parameters(), model.named_buffers())))
+
+
+def require_shapes_of(tensors: Mapping[str, Any]) -> None:
+    """Refuse tensors of lazy modules that have not seen a batch yet, by name.
+
+    Raises:
+        ValueError: names them.
+    """
+    lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
     if lazy:
         more = f" and {len(lazy) - 10} more" if len(lazy) > 10 else ""
         raise ValueError(

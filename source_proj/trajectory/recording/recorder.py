@@ -25,7 +25,7 @@ from source_proj.trajectory.options import ReadOptions
 from source_proj.trajectory.recording.arguments import require_options, require_training, still_trained
 from source_proj.trajectory.recording.companion import Companion, Stateful, kept_content
 from source_proj.trajectory.recording.own_steps import WeightsWatch, called_weakly
-from source_proj.trajectory.recording.progress import Progress, Seen, update_runs, updates_of_call
+from source_proj.trajectory.recording.progress import Progress, Seen, skips_step, update_runs, updates_of_call
 from source_proj.trajectory.recording.run_files import (
     RecordedCheckpoint,
     RecordedRun,
@@ -234,9 +234,11 @@ class Recorder:
 
         Raises:
             ValueError: no step was taken yet.
+            MismatchError: another optimizer moved the weights since the last checkpoint.
         """
-        if self._settled().pending or self._call is not None:
+        if self._weights_watch.left_out(self._seen) or self._settled().pending or self._call is not None:
             self._hold()
+            self._weights_watch.require_alone(self.steps)
             self._counted(list(self._call or ()), skipped=False)
             self._call = None
             if self._progress.pending:
@@ -255,8 +257,8 @@ class Recorder:
     def _options(self) -> Sequence[Options]:
         return read_groups(self._optimizer, self._model)
 
-    def _see(self, made: bool) -> None:
-        if not made:
+    def _see(self, optimizer: torch.optim.Optimizer) -> None:
+        if skips_step(optimizer):
             self._weights_watch.step_skipped()
             return
         if len(self._seen) < 3:  # of more, only their being too many matters; a recorder may be idle for a whole stage
