@@ -108,10 +108,10 @@ def _require_arrays(group: zarr.Group, attributes: Mapping[str, Any], path: Path
             raise SourceProjError(
                 f"{path}: the metadata of {name} are not those that it was made with: remove the store"
             )
-    _require_sizes(arrays, path)
+    _require_sizes(group, arrays, path)
 
 
-def _require_sizes(arrays: Mapping[str, zarr.Array[Any]], path: Path) -> None:
+def _require_sizes(group: zarr.Group, arrays: Mapping[str, zarr.Array[Any]], path: Path) -> None:
     """Refuse arrays that claim much more than the disk has, and chunks that belong to no retraining.
 
     Raises:
@@ -131,10 +131,11 @@ def _require_sizes(arrays: Mapping[str, zarr.Array[Any]], path: Path) -> None:
     most = max(_PLAIN_BYTES, _MOST_TIMES * sum(sizes.values()))
     if outcomes.nbytes > most or arrays["proofs"].nbytes > most:
         raise SourceProjError(f"{path}: outcomes of {outcomes.shape} are claimed in so small a store: remove it")
+    shape = array_of(group, "outcomes", path).shape  # after the files were seen: another process may have grown it
     for name in sizes:
         kind, *cell = name.split("/")
-        if kind == "outcomes" and len(cell) == 4 and not name.endswith(PARTIAL) and not _is_cell(cell, outcomes.shape):
-            raise SourceProjError(f"{path / name} is of none of the retrainings {outcomes.shape}: remove it")
+        if kind == "outcomes" and len(cell) == 4 and not name.endswith(PARTIAL) and not _is_cell(cell, shape):
+            raise SourceProjError(f"{path / name} is of none of the retrainings {shape}: remove it")
         if kind in ("outcomes", "proofs") and sizes[name] > _DOCUMENT_BYTES + 8 * outcomes.shape[2]:
             raise SourceProjError(f"{path / name} has {sizes[name]} bytes, more than it can have: remove the store")
 
@@ -202,8 +203,9 @@ def read_outcomes(group: zarr.Group, path: Path) -> tuple[NDArray[np.float64], l
 
     Cells still to be done come first retrainings first; they are NaN.
     """
-    proofs, without_proof = _cells(array_of(group, "proofs", path))  # first: what has one stays as it is
-    outcomes, unreadable = _cells(array_of(group, "outcomes", path))
+    array = array_of(group, "outcomes", path)  # whose size is read first: of a store that grows, proofs go before
+    proofs, without_proof = _cells(array_of(group, "proofs", path))  # read first: an outcome that has one stays
+    outcomes, unreadable = _cells(array)
     values = np.full(outcomes.shape, np.nan)
     undone: list[Cell] = []
     wrong: dict[Cell, str] = {}

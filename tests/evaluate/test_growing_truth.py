@@ -51,6 +51,35 @@ def test_another_grows_and_fills_while_one_is_about_to_grow(tmp_path, monkeypatc
     assert late.verify() == []
 
 
+def test_another_grows_and_fills_while_one_opens(tmp_path, monkeypatch):
+    """Between what one reads of the arrays' sizes and what it sees of their files."""
+    folder = tmp_path / "truth"
+    open_truth(folder, retrainings=1)
+    monkeypatch.setattr(_truth_files, "walk", first_then(lambda: grow_and_fill(folder), _truth_files.walk))
+    assert GroundTruth(folder).complete
+
+
+@pytest.mark.parametrize("moment", range(1, 5))
+def test_another_grows_and_fills_while_one_reads(tmp_path, monkeypatch, moment):
+    """Before or after each of the two arrays' sizes, or cells, was read."""
+    folder = tmp_path / "truth"
+    truth, calls = grow_and_fill(folder, 1), iter(range(1, 9))
+
+    def late(function):
+        def call(*arguments):
+            if next(calls) == moment:
+                monkeypatch.undo()
+                grow_and_fill(folder)
+            return function(*arguments)
+
+        return call
+
+    for name in ("array_of", "_cells"):
+        monkeypatch.setattr(_truth_files, name, late(getattr(_truth_files, name)))
+    assert truth.missing() == []
+    assert truth.shape[1] == RETRAININGS
+
+
 def test_another_waits_while_one_grows(tmp_path, monkeypatch):
     """One stops between what it read and what it writes; without a lock the other has grown and filled by then."""
     folder, done = tmp_path / "truth", threading.Event()
