@@ -27,7 +27,8 @@ def warn_of_copies(stage: Stage) -> None:
         if times[place] > times[first]:
             warnings.warn(
                 f"{stage.checkpoints[first]!r} and {checkpoint!r} of stage {stage.name!r} hold the same weights, with "
-                "updates between them: a file was given or copied twice, or nothing was trained. Give each step's own",
+                "updates between them: a file was given or copied twice, a state_dict() was kept without copying its "
+                "tensors, or nothing was trained. Give each step's own, unless training stood still there",
                 UserWarning,
                 stacklevel=_CALLER,
             )
