@@ -197,10 +197,10 @@ class Hits(EqualByValue):
         )
 
     def plot(self, query: int = 0, ax: Axes | None = None) -> Axes:
-        """Draw the scores of one query's examples as bars (needs the ``plot`` extra)."""
+        """Draw the scores of one query's examples, by default the first one's, as bars (needs the ``plot`` extra)."""
         with extra("plot"):
             import matplotlib.pyplot as plt
-        axes: Axes = plt.subplots(figsize=(5, 0.6 + 0.28 * self.k))[1] if ax is None else ax
+        axes: Axes = plt.subplots(figsize=(5, 0.9 + 0.28 * self.k), layout="constrained")[1] if ax is None else ax
         values = self.scores[query]
         helps = (values > 0) == self.higher_is_better
         axes.barh(np.arange(self.k), values, color=np.where(helps, "#0b6e66", "#a83c0c"))

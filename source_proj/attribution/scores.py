@@ -168,7 +168,7 @@ class Scores:
         """Draw how one query's scores are spread, examples counted on a log scale (needs the ``plot`` extra)."""
         with extra("plot"):
             import matplotlib.pyplot as plt
-        axes: Axes = plt.subplots(figsize=(5, 2.5))[1] if ax is None else ax
+        axes: Axes = plt.subplots(figsize=(5, 2.5), layout="constrained")[1] if ax is None else ax
         axes.hist(np.asarray(self._values[query]), bins=60, color="#3a4fb0")
         axes.set_yscale("log")
         axes.axvline(0, color="black", linewidth=0.8)

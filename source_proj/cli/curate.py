@@ -205,12 +205,12 @@ def mislabelled(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Name the examples whose label is likely wrong; needs the labels (--file), and neither model nor queries."""
+    """Name the examples whose label is likely wrong; needs the labels: --file, or the bank's own texts."""
     from source_proj import curate as library
     from source_proj.attribution.source import Source
     from source_proj.bank import open as open_bank
     from source_proj.cli import cleanings
-    from source_proj.cli.text import label_column_of
+    from source_proj.cli.text import label_column_of, own_file
 
     banks = [open_bank(path) for path in bank]
     if label_column is None and banks[0].task_spec["name"] == "causal_lm":
@@ -218,7 +218,9 @@ def mislabelled(
             f"{bank[0]} is a language model's bank, whose examples have no classes: name a column of --file that has "
             "some by --label-column, with --by self-influence"
         )
-    options = {**context.params, "label_column": label_column or label_column_of(bank[0])}
+    options = {
+        **context.params, "label_column": label_column or label_column_of(bank[0]), "file": file or own_file(bank[0])
+    }  # fmt: skip
     delivery = cleanings.delivery(options)
     labels = cleanings.labels(options)
     source = Source(banks, device=device, progress=progress)

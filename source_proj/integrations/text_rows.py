@@ -43,7 +43,9 @@ def text_rows(data: Any, *, encoding: str = "utf-8", delimiter: str = ",") -> tu
 def lacking(column: str, row: Mapping[str, Any], example: int, data: str, option: str) -> MismatchError:
     """What to say of a row that has nothing in a column; examples are counted from 1, ``option`` names the column."""
     there = sorted(str(name) for name, value in row.items() if value is not None and value != "")
-    return MismatchError(f"example {example} of {data} has no {column!r}, only {there}; {option} names the column")
+    return MismatchError(
+        f"example {example} of {data} has no {column!r}, only {there}; {option} names the column, or give it that name"
+    )
 
 
 def _rows_of_file(path: Path, encoding: str, delimiter: str) -> Iterable[Mapping[str, Any]]:

@@ -134,8 +134,8 @@ def test_a_language_models_bank_has_no_classes(run, tmp_path):
     options = ("curate", "mislabelled", tmp_path / "bank", "--file", directory / "train.jsonl", "--no-progress")
     if kind == "language":
         assert "is a language model's bank, whose examples have no classes" in call(*options, code=2)
-    else:
-        call(*options, "-n", 3)
+    else:  # and the texts' own labels are found where they lie
+        assert call(*options, "-n", 3, "--json") == call(*options[:3], "-n", 3, "--json", "--no-progress")
 
 
 def test_a_training_set_in_another_order_is_refused_before_records_are_dropped(run, tmp_path):
