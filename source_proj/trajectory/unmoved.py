@@ -13,9 +13,10 @@ _CALLER = 9  # of sp.build, whose line is named
 
 
 def warn_of_copies(stage: Stage) -> None:
-    """Tell of two checkpoints of the same weights, between which updates with a learning rate were made.
+    """Tell of two checkpoint files of the same bytes, between which updates with a learning rate were made.
 
-    Weights are compared by their hashes: of files, these are of the bytes.
+    Of states given as dicts nothing is said: training may stand still to the last bit, and a trial take one state for
+    all.
 
     Warns:
         UserWarning: names both.
@@ -23,12 +24,13 @@ def warn_of_copies(stage: Stage) -> None:
     seen: dict[str, int] = {}
     times = stage.lr_integrals
     for place, checkpoint in enumerate(stage.checkpoints):
+        if checkpoint.path is None:
+            continue
         first = seen.setdefault(checkpoint.hash(), place)
         if times[place] > times[first]:
             warnings.warn(
                 f"{stage.checkpoints[first]!r} and {checkpoint!r} of stage {stage.name!r} hold the same weights, with "
-                "updates between them: a file was given or copied twice, a state_dict() was kept without copying its "
-                "tensors, or nothing was trained. Give each step's own, unless training stood still there",
+                "updates between them: a file was given or copied twice, or nothing was trained. Give each step's own",
                 UserWarning,
                 stacklevel=_CALLER,
             )

@@ -1,7 +1,5 @@
 """Laws 6 and 7: what storage costs, and what retraining says."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
@@ -52,9 +50,7 @@ def convex(tmp_path_factory):
     )
     train, queries = TensorDataset(x.float(), y), TensorDataset(qx.float(), qy)
     problem = Problem(model, sp.Classification(), trajectory, train, queries)
-    with warnings.catch_warnings():  # descent stands still to the last bit in the end, as if a checkpoint were copied
-        warnings.filterwarnings("ignore", message=".* hold the same weights")
-        bank = problem.build(tmp_path_factory.mktemp("convex") / "bank", batch_size=100)
+    bank = problem.build(tmp_path_factory.mktemp("convex") / "bank", batch_size=100)
     left_out = 1 - torch.eye(n, dtype=torch.float64)
     before = margin(logistic_descent(x, y, full, lr, decay, steps), qx, qy)
     after = margin(logistic_descent(x, y, left_out, lr, decay, steps), qx, qy)

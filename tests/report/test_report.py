@@ -215,7 +215,7 @@ def test_ids_and_labels_are_words_as_everywhere():
         assert "id second\\u202e/b" in text
         assert "Query 7" in text
         assert "\u202e" not in text
-    assert "label yes\\u202e · id second" in Reader(render(page)).text
+    assert "label yes\\u202e id second" in Reader(render(page)).text
     assert "np.int64" not in page._repr_html_()
 
 

@@ -200,10 +200,14 @@ def _close(row: Any, other: Any) -> bool:
         return True
     if not isinstance(row, Tensor | np.ndarray) or not isinstance(other, Tensor | np.ndarray):
         return False
-    row, other = torch.as_tensor(row), torch.as_tensor(other)
+    row, other = _tensor(row), _tensor(other)
     if row.shape != other.shape or not row.is_floating_point() or not other.is_floating_point():
         return False
     return bool((row - other).abs().max() <= _ROUNDING * row.abs().max())
+
+
+def _tensor(row: Tensor | np.ndarray) -> Tensor:
+    return row if isinstance(row, Tensor) else torch.from_numpy(np.array(row))
 
 
 def _other_order(count: int, draw: random.Random) -> list[int]:
@@ -221,7 +225,7 @@ def _padded(row: Any, alone: Any) -> bool:
     """Whether a row is what was made of its example alone, with one value more often at the ends of its dims."""
     if not isinstance(row, Tensor | np.ndarray) or not isinstance(alone, Tensor | np.ndarray):
         return batch_hash(row) == batch_hash(alone)
-    row, alone = torch.as_tensor(row), torch.as_tensor(alone)
+    row, alone = _tensor(row), _tensor(alone)
     if row.dtype != alone.dtype or row.dim() != alone.dim() or not alone.numel():
         return False
     if any(long < short for long, short in zip(row.shape, alone.shape, strict=True)):
