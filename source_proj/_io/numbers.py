@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["all_finite", "bytes_in_words", "plain_numbers", "whole_number"]
+__all__ = ["all_finite", "plain_numbers", "whole_number"]
 
 _NUMPYS_OWN = (torch.float16, torch.float32, torch.float64)
 
@@ -21,18 +21,6 @@ def all_finite(tensor: Tensor) -> bool:
         (False, True)
     """
     return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
-
-
-def bytes_in_words(count: int) -> str:
-    """An amount of memory as people write it.
-
-    Example:
-        >>> bytes_in_words(307_200), bytes_in_words(12_000), bytes_in_words(2_500_000_000)
-        ('0.3 MB', '12 kB', '2.50 GB')
-    """
-    if count >= 10**8:
-        return f"{count / 1e9:.2f} GB"
-    return f"{count / 1e6:.1f} MB" if count >= 10**5 else f"{count / 1e3:.0f} kB"
 
 
 def plain_numbers(given: Any) -> Any:

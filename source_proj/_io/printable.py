@@ -1,8 +1,8 @@
-"""Words of strangers, such as ids, made harmless for terminals and spreadsheets."""
+"""Words for people: those of strangers, such as ids, made harmless for terminals and spreadsheets, and amounts."""
 
 import unicodedata
 
-__all__ = ["SPELLING", "counted", "csv_cell", "drawn", "printable"]
+__all__ = ["SPELLING", "bytes_in_words", "counted", "csv_cell", "drawn", "printable"]
 
 _UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode categories that are no visible text: controls, direction marks, lone surrogates, line separators."""
@@ -65,3 +65,15 @@ def counted(count: int, noun: str) -> str:
         ('1 checkpoint', '0 checkpoints')
     """
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def bytes_in_words(count: int) -> str:
+    """An amount of memory as people write it.
+
+    Example:
+        >>> bytes_in_words(307_200), bytes_in_words(12_000), bytes_in_words(2_500_000_000)
+        ('0.3 MB', '12 kB', '2.50 GB')
+    """
+    if count >= 10**8:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.1f} MB" if count >= 10**5 else f"{count / 1e3:.0f} kB"

@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from source_proj._errors import BankError, MismatchError
 from source_proj._io.html import facts
-from source_proj._io.numbers import bytes_in_words
-from source_proj._io.printable import printable
+from source_proj._io.printable import bytes_in_words, printable
 from source_proj._io.progress import Progress
 from source_proj.bank.build.append import append_rows
 from source_proj.bank.build.at_work import AT_WORK, sweep_builders

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Subset
 
-from source_proj._io.numbers import bytes_in_words
+from source_proj._io.printable import bytes_in_words
 from source_proj.attribution.parts import PartScores
 from source_proj.attribution.scores import Scores
 from source_proj.attribution.source import Segment

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from source_proj._io.numbers import bytes_in_words
+from source_proj._io.printable import bytes_in_words
 from source_proj._io.progress import progress_bar
 from source_proj.attribution.curvature import default_curvature
 from source_proj.attribution.source.sizes import SegmentSize, fit_peak, fitted_bytes, search_peak

@@ -8,7 +8,7 @@ import torch
 from problems import classification, two_stages
 
 import source_proj as sp
-from source_proj._io.numbers import bytes_in_words
+from source_proj._io.printable import bytes_in_words
 from source_proj.attribution.moments import mean_hessian
 from source_proj.bank.codecs import codec_names, find_codec
 

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 import source_proj as sp
 from source_proj._errors import BankError
-from source_proj._io.numbers import bytes_in_words
+from source_proj._io.printable import bytes_in_words
 from source_proj.bank import verify
 
 SHAPE = (5, 3)

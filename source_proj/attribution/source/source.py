@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from source_proj._io.executors import Executor
 from source_proj._io.html import facts
-from source_proj._io.numbers import bytes_in_words
+from source_proj._io.printable import bytes_in_words
 from source_proj._io.progress import Progress, progress_bar, shared_bar
 from source_proj.attribution.arguments import checked_number
 from source_proj.attribution.attributor import Queries, Term
