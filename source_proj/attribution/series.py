@@ -2,9 +2,8 @@
 
 With T = μ (Ĥ + μ)⁻¹, whose eigenvalues t = μ/(σ + μ) lie in (0, 1], f(Ĥ) = T g(T), and g is a polynomial: of degree 0
 where f is an inverse (time is infinite), of degree 10 or so for what forgets exponentially, at any σ ("restricted
-denominators": Nørsett, "Restricted Padé approximations to the exponential function", SIAM J. Numer. Anal. 15, 1978,
-https://doi.org/10.1137/0715066). It is the Chebyshev interpolant of the lowest degree that errs by less than float32's
-rounding is worth.
+denominators": Nørsett, "Restricted Padé approximations to the exponential function", SIAM J. Numer. Anal. 15, 1978).
+It is the Chebyshev interpolant of the lowest degree that errs by less than float32's rounding is worth.
 
 On rows it takes a solution a degree. The matrix f(Ĥ) itself takes T, and some 2 √degree products of matrices
 (Paterson and Stockmeyer, "On the number of nonscalar multiplications necessary to evaluate polynomials", SIAM J.
