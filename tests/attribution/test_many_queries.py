@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from preconditioned import adam_run
 from problems import classification
@@ -25,6 +25,7 @@ FUNCTIONS = {
 
 
 @settings(max_examples=40)
+@example(kind="cross", dim=384, seed=0, slope=2.0, scale=1.0, reach=45.0)
 @given(
     kind=st.sampled_from(sorted(FUNCTIONS)),
     dim=st.sampled_from([1, 2, 24, 384, 400]),
@@ -40,11 +41,13 @@ def test_the_matrix_of_a_series_is_the_function_of_eigenvalues(kind, dim, seed, 
     values = scale * torch.arange(1, dim + 1, dtype=torch.float64) ** -slope
     damping, time = float(values.mean()), reach / float(values.mean())
     function = FUNCTIONS[kind](time, damping)
+    largest = float(function(torch.zeros(1, dtype=torch.float64)).abs())
+    assume(largest > 1e-100)  # of weight decay over a long time nothing is left
     series = shortest_series(function, float(values.norm()))
     shifted = (vectors * (values + series.shift)) @ vectors.T
     found = series.matrix(torch.linalg.cholesky(shifted))
     expected = (vectors * function(values)) @ vectors.T
-    assert float(torch.linalg.matrix_norm(found - expected, 2)) <= 1e-5 * float(function(torch.zeros(1)).abs())
+    assert float(torch.linalg.matrix_norm(found - expected, 2)) <= 1e-5 * largest
     assert torch.equal(found, found.T)
 
 
