@@ -204,6 +204,11 @@ def _read(path: Path, description: Mapping[str, Any]) -> Arrays:
 
 
 def _fill(folder: Path, description: Mapping[str, Any], arrays: Arrays) -> None:
+    """Write an entry.
+
+    Raises:
+        FileNotFoundError: whoever was first with the same one removed the folder, which zarr makes anew without a word.
+    """
     digests = {name: _digest(values) for name, values in arrays.items()}
     group = zarr.open_group(folder, mode="w", attributes={"description": dict(description), "digests": digests})
     for name, values in arrays.items():
@@ -218,6 +223,8 @@ def _fill(folder: Path, description: Mapping[str, Any], arrays: Arrays) -> None:
             config={"write_empty_chunks": True},  # `_read` counts bytes, and looking for zeros takes longer
         )
         array[...] = values
+    if "description" not in zarr.open_group(folder, mode="r").attrs:
+        raise FileNotFoundError(f"{folder} was removed while it was filled: another process was first")
 
 
 def _digest(values: np.ndarray) -> str:

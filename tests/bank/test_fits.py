@@ -308,3 +308,22 @@ def test_fits_that_somebody_keeps_private_are_no_hindrance(bank, monkeypatch):
             finally:
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_folder_that_goes_while_it_is_filled_is_no_fit(bank):
+    """As where another process was first with the same fit; zarr makes the folder anew, and says nothing."""
+    folder = bank.fits.folder
+    arrays = {"values": np.ones((4, 4)), "vectors": np.ones((2, 2))}
+
+    class Going(dict):
+        def items(self):
+            for name, values in super().items():
+                if name == "vectors":
+                    for temporary in folder.glob(".spectrum-*"):
+                        shutil.rmtree(temporary)
+                yield name, values
+
+    with pytest.warns(UserWarning, match="could not be kept"):
+        bank.fits.get("spectrum", {"of": "nothing"}, lambda: Going(arrays))
+    assert not list(folder.glob("spectrum-*"))
+    assert bank.verify().ok
