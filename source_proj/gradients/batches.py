@@ -16,6 +16,7 @@ __all__ = [
     "Batch",
     "batch_size",
     "has_lists",
+    "is_compared",
     "lists_examples",
     "map_tensors",
     "nonfinite_examples",
@@ -81,6 +82,19 @@ def own_copy(batch: Batch, *, keep_flags: bool = False) -> Batch:
 def with_own_batch(function: Callable[[Any, Batch], _T]) -> Callable[[Any, Batch], _T]:
     """The function of (model, batch), called with a copy of the batch each time."""
     return lambda model, batch: function(model, own_copy(batch))
+
+
+def is_compared(number: int) -> bool:
+    """Whether the batch of this number, from 0 on, is compared with parts of it: the 2nd, 3rd, 5th, 9th and so on.
+
+    Examples may depend on each other without a trace in the graph (padding cut to the longest, say), and those of the
+    first batch, which is always looked at, may happen not to.
+
+    Example:
+        >>> [number for number in range(20) if is_compared(number)]
+        [1, 2, 4, 8, 16]
+    """
+    return number > 0 and number & (number - 1) == 0
 
 
 def batch_size(batch: Batch) -> int:

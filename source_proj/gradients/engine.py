@@ -297,7 +297,7 @@ class GradientEngine:
         values = hooks.add_to(sinks, with_own_batch(together), batch, size, self._law.autocast(), admit)
         for each in passes:
             each.sink.gather()
-        self._law.compare(proof, zip(works, values, strict=True))
+        self._law.compare(zip(works, values, strict=True))
         made = zip(passes, values, structures, strict=True)
         audits = [self._proven(hooks, *each, shared=len(works) > 1) for each in made]
         self.method = "hooks"

@@ -13,7 +13,7 @@ from torch import Tensor
 from source_proj._errors import GradientError
 from source_proj._io.numbers import all_finite
 from source_proj.gradients.apart import random_halves
-from source_proj.gradients.batches import Batch, take
+from source_proj.gradients.batches import Batch, is_compared, take
 from source_proj.gradients.general import Autocast, Function, checked_values, weighted_gradient
 from source_proj.gradients.proof import Audit, Expected, Proof, audited, dependent, law_weights
 from source_proj.gradients.sink import SinkByParameter
@@ -123,7 +123,7 @@ class Law:
             return replace(audit, passed=False, values_differ=True)
         return audit
 
-    def compare(self, proof: Proof, made: Iterable[tuple[Work, Tensor]]) -> None:
+    def compare(self, made: Iterable[tuple[Work, Tensor]]) -> None:
         """Compare the values of batches, where that is due, with those of their random halves, by two forward passes.
 
         Drawn labels are left out: halves draw others now and then. What is due in one process, all do.
@@ -132,7 +132,7 @@ class Law:
             GradientError: they differ, so that examples depend on each other.
         """
         for work, values in made:
-            due = work.size > 1 and proof.compares(work.number)
+            due = work.size > 1 and is_compared(work.number)
             if work.name != SAMPLED and self._placement.lockstep.any(due):
                 self._compare(work, values)
 

@@ -107,9 +107,9 @@ class Proof:
 
     A batch is audited if it is the first of its function, if a counter-based draw says so, if its structure was not
     proven yet or cannot be followed, or if it is the first in which some parameter's gradient is not zero. Of others
-    the values alone are compared with those of their halves now and then (`compares`). Nothing is taken over from
-    another scope: what a scope holds, and what is noted of it, is the same in whatever order scopes are made, by
-    whomever.
+    the values alone are compared with those of their halves now and then (`batches.is_compared`). Nothing is taken
+    over from another scope: what a scope holds, and what is noted of it, is the same in whatever order scopes are made,
+    by whomever.
 
     Args:
         key: numbers that name the scope; they decide the weights and the sample.
@@ -141,15 +141,6 @@ class Proof:
     def is_due(self, name: str, batch: int) -> bool:
         """Whether this batch is audited whatever it looks like."""
         return not self._of(name).signatures or self.draw(name, batch) % _SAMPLED == 0
-
-    @staticmethod
-    def compares(batch: int) -> bool:
-        """Whether this batch's values are compared with those of its halves: at the 2nd, 3rd, 5th, 9th and so on.
-
-        Examples may depend on each other without a trace in the graph (padding cut to the longest, say), and those of
-        the first batch, which is audited, may happen not to.
-        """
-        return batch > 0 and batch & (batch - 1) == 0
 
     def draw(self, name: str, batch: int) -> int:
         """A 63-bit number, a pure function of scope, function and batch."""

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from source_proj._errors import GradientError
-from source_proj.gradients.batches import batch_size, own_copy
+from source_proj.gradients.batches import batch_size, is_compared, own_copy
 from source_proj.gradients.beside import used_elsewhere
 from source_proj.gradients.followed import FollowedPath
 from source_proj.gradients.hooks import Pass
 from source_proj.gradients.opened import Listener
 from source_proj.gradients.probing import is_probed
-from source_proj.gradients.proof import Proof, WatchedSink, gradient_sink, share_sink
+from source_proj.gradients.proof import WatchedSink, gradient_sink, share_sink
 from source_proj.gradients.sink import GradientSink, SinkByParameter
 from source_proj.gradients.space import ParameterSpace
 from source_proj.gradients.suited import UsedElsewhere, refuse_unsuited
@@ -180,7 +180,7 @@ class TrainingPath(FollowedPath):
             if self._looks:
                 self._compare(args, kwargs, size, training=True)
             else:
-                if Proof.compares(self._several - 1) and not self._is_drawn:
+                if is_compared(self._several - 1) and not self._is_drawn:
                     self._compare(args, kwargs, size, training=False)
                 self._calls, self._given = [], own_copy((args, kwargs), keep_flags=True)  # which the pass may change
         if self._opened or self._missing:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from source_proj.bank.build.example_places import change_of_places
-from source_proj.gradients.batches import map_tensors
+from source_proj.gradients.batches import is_compared, map_tensors
 
 __all__ = ["Collation"]
 
@@ -61,8 +61,7 @@ class Collation:
         look = len(examples) > 1 and not self._mixes
         if look:
             self._batches += 1
-            before = self._batches - 1
-            look = before & (before - 1) == 0  # the first, and after each power of 2
+            look = self._batches == 1 or is_compared(self._batches - 1)
         again = _copied(_some(examples, self._batches)) if look else None
         batch = self._collate(examples)
         if again is not None:
