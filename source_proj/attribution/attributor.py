@@ -135,7 +135,7 @@ class Attributor(ABC):
         values = torch.zeros(len(features.ids), self.n_rows, dtype=torch.float32, device="cpu")
         for start, stop, block in self.blocks(self.all_terms(features), len(features.ids)):
             values[:, start:stop] = block
-        return self._scores(values.numpy(), features.ids, features[0])
+        return self._scores(values.numpy(), features.ids, features)
 
     @plain_modes()
     def score_rows(self, queries: Queries, rows: Sequence[int]) -> np.ndarray:
@@ -317,12 +317,15 @@ class Attributor(ABC):
 
     # Inside ----------------------------------------------------------------------------------------------------
 
-    def _shown(self, features: QueryFeatures | None = None) -> Shown:
+    def shown(self, features: SketchedQueries | None = None) -> Shown:
         """What is known of the examples besides their ids."""
         train = self.banks[0].examples
         if train is not None and len(train) != self.n_rows:  # rows were appended since
             train = None
-        return Shown(train) if features is None else Shown(train, features.examples, features.answers)
+        if features is None:
+            return Shown(train)
+        measured = features.measurements if self.additive else None
+        return Shown(train, features[0].examples, features[0].answers, measured)
 
     def facts_of(self, query_ids: Sequence[Any]) -> dict[str, Any]:
         """What is written with scores and hits."""
@@ -331,12 +334,12 @@ class Attributor(ABC):
         )
 
     def _scores(
-        self, values: np.ndarray | zarr.Array[Any], query_ids: Sequence[Any], features: QueryFeatures | None = None
+        self, values: np.ndarray | zarr.Array[Any], query_ids: Sequence[Any], features: SketchedQueries | None = None
     ) -> Scores:
         return Scores(
             values, query_ids, self.banks[0].ids, unit=self.unit, higher_is_better=self.higher_is_better,
             stage_sizes=[stage.n for stage in self.banks[0].stages], additive=self.additive,
-            shown=self._shown(features),
+            shown=self.shown(features),
         )  # fmt: skip
 
     def _sketch_spec(self, bank: Bank) -> dict[str, Any]:
@@ -386,7 +389,7 @@ class Attributor(ABC):
         values, where = self.strongest_of(self.all_terms(features), len(features.ids), k, highest=highest)
         return make_hits(
             where, values, self.banks[0].ids, features.ids, self.unit, self.higher_is_better,
-            self._shown(features[0]), additive=self.additive,
+            self.shown(features), additive=self.additive,
         )  # fmt: skip
 
     def strongest_of(self, terms: list[Term], count: int, k: int, *, highest: bool) -> tuple[np.ndarray, np.ndarray]:

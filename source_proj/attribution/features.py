@@ -39,6 +39,7 @@ class QueryFeatures:
         answers: what the model said of the queries, where it was asked about that and not about their targets.
         examples: how the queries are shown; None where only their features are known.
         subject: what else the gradients are of, see :func:`subject_of`; None where nobody said.
+        measurements: m(q) at the bank's final weights ``(Q,)`` float32; None where no gradient is taken there.
         whole: how many queries were asked, where these are some of them; 0 where they are all.
     """
 
@@ -48,6 +49,7 @@ class QueryFeatures:
     answers: Answers | None = None
     examples: Examples | None = field(default=None, repr=False, compare=False)
     subject: dict[str, str] | None = None
+    measurements: Tensor | None = field(default=None, repr=False, compare=False)
     whole: int = field(default=0, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -83,6 +85,7 @@ class QueryFeatures:
             None if self.answers is None else self.answers.at(places),
             None if self.examples is None else self.examples.at(places),
             self.subject,
+            None if self.measurements is None else self.measurements[list(places)],
             self.asked,
         )
 
@@ -109,6 +112,12 @@ class SketchedQueries(list[QueryFeatures]):
         """Q query ids."""
         return self[0].ids
 
+    @property
+    def measurements(self) -> Tensor | None:
+        """The queries' measurements ``(Q,)``, the mean over the banks; None where one bank's are not known."""
+        known = [features.measurements for features in self if features.measurements is not None]
+        return torch.stack(known).mean(0) if known and len(known) == len(self) else None
+
     def part(self, start: int, stop: int) -> SketchedQueries:
         """Those of the queries start to stop."""
         return self.only(range(start, min(stop, len(self.ids))))
@@ -131,6 +140,8 @@ class SketchedQueries(list[QueryFeatures]):
         tensors: dict[str, Tensor] = {}
         for number, features in enumerate(self):
             tensors |= {f"{number}/rows/{point}": rows.contiguous() for point, rows in features.rows.items()}
+            if features.measurements is not None:
+                tensors[f"{number}/measurements"] = features.measurements.contiguous()
             if features.answers is not None:
                 tensors[f"{number}/answers"] = features.answers.values.contiguous()
                 tensors[f"{number}/probabilities"] = features.answers.probabilities.contiguous()
@@ -210,6 +221,7 @@ def _read(path: Path) -> list[QueryFeatures]:
             sketch,
             None if told is None else Answers(tensors[f"{number}/answers"], tensors[f"{number}/probabilities"], **told),
             subject=subject,
+            measurements=tensors.get(f"{number}/measurements"),
         )
         for number, (ids, sketch, told, subject) in enumerate(
             zip(*(facts[name] for name in ("ids", "sketches", "answers", "subjects")), strict=True)

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
+from torch import Tensor
 
 from source_proj._errors import extra
 from source_proj._io.equality import EqualByValue
 from source_proj._io.html import tiles, wrapped
 from source_proj._io.printable import drawn, printable
 from source_proj.attribution.ranking import strongest
-from source_proj.attribution.words import explained, id_word, signed, toward
+from source_proj.attribution.words import explained, id_word, measured, signed, toward
 from source_proj.bank.examples import Example, Examples
 from source_proj.task import Answers
 
@@ -48,11 +49,40 @@ class Shown:
         train: how training examples are shown; None where the data set is not known.
         queries: how queries are shown; likewise.
         answers: what the model said of the queries, where it was asked about that.
+        measurements: the queries' measurements ``(Q,)`` at the final weights, where they are known.
     """
 
     train: Examples | None = None
     queries: Examples | None = None
     answers: Answers | None = None
+    measurements: Tensor | None = None
+
+    def at(self, places: Sequence[int]) -> Shown:
+        """The same of the queries at some places."""
+        return Shown(
+            self.train,
+            None if self.queries is None else self.queries.at(places),
+            None if self.answers is None else self.answers.at(places),
+            None if self.measurements is None else self.measurements[list(places)],
+        )
+
+    def query(self, place: int, query_id: Any, unit: str) -> Example:
+        """A query with what is known of it: what the model said, where it was asked about that, else its measurement.
+
+        Args:
+            place: of the query.
+            query_id: its id.
+            unit: of its measurement.
+        """
+        queries = self.queries
+        known = queries is not None and place < len(queries)
+        example = queries.show(place, query_id) if queries is not None and known else Example(query_id)
+        if self.answers is not None:
+            said = self.answers[place]
+            return example.with_answer(said, str(said.value) if queries is None else queries.said(said.value))
+        if self.measurements is None:
+            return example
+        return replace(example, measured=measured(float(self.measurements[place]), unit))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,17 +157,13 @@ class Hits(EqualByValue):
     def __getitem__(self, query: slice) -> Hits: ...
     def __getitem__(self, query: int | slice) -> list[Hit] | Hits:
         if isinstance(query, slice):
-            places = list(range(len(self)))[query]
-            shown = self.shown
-            queries = None if shown.queries is None else shown.queries.at(places)
-            answers = None if shown.answers is None else shown.answers.at(places)
             return replace(
                 self,
                 ids=self.ids[query],
                 scores=self.scores[query],
                 indices=self.indices[query],
                 query_ids=self.query_ids[query],
-                shown=replace(shown, queries=queries, answers=answers),
+                shown=self.shown.at(range(len(self))[query]),
                 reranked=None if self.reranked is None else self.reranked.at(query),
             )
         return [Hit(i, float(s)) for i, s in zip(self.ids[query], self.scores[query], strict=True)]
@@ -172,15 +198,8 @@ class Hits(EqualByValue):
         return Example(train_id) if train is None or index >= len(train) else train.show(index, train_id)
 
     def query_example(self, query: int) -> Example:
-        """The query at a place, with what is known of it, and what the model said where it was asked about that."""
-        answers, queries, query_id = self.shown.answers, self.shown.queries, self.query_ids[query]
-        said = None if answers is None else answers[query]
-        known = queries is not None and query < len(queries)
-        example = queries.show(query, query_id) if queries is not None and known else Example(query_id)
-        if said is None:
-            return example
-        words = queries.said(said.value) if queries is not None else str(said.value)
-        return example.with_answer(said, words)
+        """The query at a place, with what is known of it: see :meth:`Shown.query`."""
+        return self.shown.query(query, self.query_ids[query], self.unit)
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one line for each query and example: query_id, train_id, rank (from 1), score (``pandas`` extra)."""
@@ -251,7 +270,7 @@ class Hits(EqualByValue):
         rows = []
         for query in range(min(len(self), _QUERIES)):
             asked = self.query_example(query)
-            said = f", {asked.verdict}" if asked.said else ""
+            said = f", {asked.verdict}" if asked.verdict else ""
             contents = [(asked._repr_html_(), f"query {self._label(asked)}{said}")]
             for rank, hit in enumerate(self[query][:_ENTRIES]):
                 example = self.train_example(query, rank)

@@ -80,11 +80,13 @@ def sketch_queries(
         MismatchError: if the model's parameters are not the bank's, or a checkpoint changed since the build.
         GradientError: if a query's measurement or its gradient is not finite; names the query ids.
     """
-    points = list(checkpoints) if checkpoints is not None else [bank.final_checkpoint()]
+    final = bank.final_checkpoint()
+    points = list(checkpoints) if checkpoints is not None else [final]
     source = query_source(queries, batch_size, bank.notes.columns)
     query_ids = checked_query_ids(queries, ids, source.n)
     wanted = list(range(len(bank.metrics))) if metrics is None else list(metrics)
     features: dict[str, Tensor] = {}
+    measurements = None
     asked = _Asked(source, task, span or (0, source.n), answers)
     with models.borrowed() as opened:
         if answers is None:
@@ -99,16 +101,20 @@ def sketch_queries(
             scales = [None if scale is None else scale.to(_device(loaded)) for scale in bank.metrics.scales(wanted)]
             sketched = partial(_sketched, loaded, task, asked, scales, query_ids, point.step, progress, place)
             try:
-                rows = sketched()
+                values, rows = sketched()
             except Refuted:  # a later batch showed that earlier rows may be wrong: all again, by the general path
-                rows = sketched()
+                values, rows = sketched()
             by_metric = zip(wanted, zip(*rows, strict=True), strict=True)
+            if point.hash() == final.hash():
+                measurements = torch.cat(values)
             features |= {point_key(point, bank.metrics.hash(m)): torch.cat(r) for m, r in by_metric}
     shown = Examples(queries) if bank.examples is None else bank.examples.like(queries)
     start, stop = asked.span
     if asked.span != (0, source.n):
         shown = shown.at(range(start, stop))
-    return QueryFeatures(features, query_ids[start:stop], bank.sketch.spec(), asked.answers, shown, subject, source.n)
+    return QueryFeatures(
+        features, query_ids[start:stop], bank.sketch.spec(), asked.answers, shown, subject, measurements, source.n
+    )
 
 
 def query_source(queries: Any, batch_size: int, columns: Sequence[str] = ()) -> BatchSource:
@@ -220,13 +226,14 @@ def _sketched(
     step: int,
     progress: Progress,
     place: str,
-) -> list[list[Tensor]]:
-    """For each batch of queries, the rows ``(B, k)`` of their measurements in each metric.
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """For each batch of queries, their measurements ``(B,)``, and the rows ``(B, k)`` of these in each metric.
 
     Raises:
         GradientError: a measurement or its gradient is not finite, or has no graph; names the ids.
         Refuted: the rows so far are to be made again.
     """
+    measured: list[Tensor] = []
     rows: list[list[Tensor]] = []
     with progress_bar(progress, place, source.n, "queries") as bar:
         for start, stop, batch in source.load():
@@ -246,6 +253,7 @@ def _sketched(
                         f"the {what} is not finite for queries {[ids[start + i] for i in bad]} at step {step}; look at "
                         "their inputs and targets, or at the weights of that checkpoint"
                     )
+            measured.append(values.float().cpu())
             rows.append([row.cpu() for row in made])
             bar.update(stop - start)
     silent = bool(rows) and not any(bool(row.any()) for of_batch in rows for row in of_batch)
@@ -255,4 +263,4 @@ def _sketched(
             "detached from the model's parameters, and all scores would be 0; look for detach(), no_grad(), argmax or "
             "a comparison in it"
         )
-    return rows
+    return measured, rows

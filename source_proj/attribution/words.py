@@ -12,6 +12,7 @@ __all__ = [
     "id_of",
     "id_word",
     "mean_effect",
+    "measured",
     "plain_id",
     "plain_ids",
     "plain_number",
@@ -88,6 +89,17 @@ def signed(value: float, minus: str = "-") -> str:
         mantissa, exponent = f"{size:.2e}".split("e")
         text = f"{mantissa}e{int(exponent)}"
     return (minus if value < 0 else "+") + text
+
+
+def measured(value: float, unit: str) -> str:
+    """A measurement in words.
+
+    Example:
+        >>> measured(-1.5, "logit margin"), measured(-0.25, "sequence log-likelihood (nats)")
+        ('logit margin -1.50', 'sequence log-likelihood -0.250 nats')
+    """
+    name, _, rest = unit.partition(" (")
+    return f"{name} {signed(value)}" + (f" {rest.removesuffix(')')}" if rest else "")
 
 
 def mean_effect(unit: str, queries: int, size: str, *, additive: bool, groups: int = 1) -> str:

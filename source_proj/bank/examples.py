@@ -42,6 +42,7 @@ class Example:
         probability: of the prediction, or None; see :class:`Answer`.
         verb: what stands before the prediction; see :class:`Answer`.
         pixelated: whether the picture is so small that its pixels are shown as squares.
+        measured: its measurement, as words; empty where that is not known.
     """
 
     id: Any
@@ -54,6 +55,7 @@ class Example:
     probability: float | None = None
     verb: str = "predicted"
     pixelated: bool = False
+    measured: str = ""
 
     def with_answer(self, answer: Answer, words: str) -> "Example":
         """The same with what the model said of it, or was asked about, in words."""
@@ -74,14 +76,14 @@ class Example:
 
     @property
     def verdict(self) -> str:
-        """The same after its verb, such as "predicted cat (probability 0.9)"."""
-        return f"{self.verb} {self.said}" if self.said else ""
+        """The same after its verb, such as "predicted cat (probability 0.9)"; else what was measured."""
+        return f"{self.verb} {self.said}" if self.said else self.measured
 
     @property
     def description(self) -> str:
         """What a screen reader says of the picture."""
         words = f"example {self.id}" + (f", label {self.label}" if self.label else "")
-        return f"{words}, {self.verdict}" if self.said else words
+        return f"{words}, {self.verdict}" if self.verdict else words
 
     @property
     def words(self) -> str:

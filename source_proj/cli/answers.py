@@ -54,11 +54,12 @@ class Answer:
         up = TOWARDS[hits.higher_is_better]
         reranked = {name: listed.reranked.facts() for name, listed in self.lists.items() if listed.reranked is not None}
         main = self.lists.get("lowest") or (self.lists[up] if len(self.lists) > 1 else hits)
-        queries = []
+        measured, queries = hits.shown.measurements, []
         for query in range(len(hits)):
             lists = {name: _entries(listed, query) for name, listed in self.lists.items()}
             queries.append(
                 {"query": plain_id(hits.query_ids[query]), **_known(hits.query_example(query)),
+                 **({} if measured is None else {"measurement": float(measured[query])}),
                  "train": _entries(main, query), **(lists if len(lists) > 1 else {})}
             )  # fmt: skip
         sign = sign_of(hits.unit, additive=hits.additive)

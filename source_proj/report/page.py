@@ -48,8 +48,8 @@ def make_page(
             ``bank.examples`` was set.
         queries: what the scores' rows stand for, likewise; default: those that were asked.
         parts: the scores by segment of training, as ``Source.by_segment`` gives them.
-        predictions: what the model says of each query, as class numbers or words.
-        measurements: each query's measurement.
+        predictions: what the model says of each query, as class numbers or words; default: as the scores know it.
+        measurements: each query's measurement; likewise.
         notes: a sentence on each query.
         class_names: names of the classes; labels are shown as they are without it.
         picture: how an input becomes a picture, and columns: names of a row's numbers; see :class:`Examples`.
@@ -72,6 +72,8 @@ def make_page(
     """
     shown = _known("train_set", train_set, scores.shown.train, picture, class_names, columns)
     asked = shown.like(queries) if queries is not None else _known("queries", None, scores.shown.queries)
+    said = replace(scores.shown, queries=asked)
+    measured = scores.shown.measurements if measurements is None else measurements
     _require_lengths(scores, shown, asked, predictions=predictions, measurements=measurements, notes=notes)
     others = others or {}
     if parts is not None:
@@ -82,10 +84,12 @@ def make_page(
     beside = {name: _strongest(other, shown, top) for name, other in others.items()}
     sections = tuple(
         QuerySection(
-            example=asked.show(query, id_word(id), None if predictions is None else predictions[query]),
+            example=_named(said.query(query, id, scores.unit))
+            if predictions is None
+            else asked.show(query, id_word(id), predictions[query]),
             helpful=lists[query][0],
             harmful=lists[query][1],
-            measurement=None if measurements is None else float(measurements[query]),
+            measurement=None if measured is None else float(measured[query]),
             note="" if notes is None else notes[query],
             method=method,
             others=tuple(MethodLists(name, *lists[query], others[name].unit) for name, lists in beside.items()),
@@ -173,6 +177,7 @@ def make_hits_page(title: str, lists: Mapping[str, Hits], facts: Sequence[tuple[
         facts: pairs (name, value) shown at the end.
     """
     hits = next(iter(lists.values()))
+    measured = hits.shown.measurements
 
     def listed(query: int, helps: bool) -> tuple[Attribution, ...]:
         entries = [
@@ -185,7 +190,12 @@ def make_hits_page(title: str, lists: Mapping[str, Hits], facts: Sequence[tuple[
         return tuple(sorted(entries, key=lambda entry: -abs(entry.score)))
 
     sections = tuple(
-        QuerySection(_named(hits.query_example(query)), listed(query, True), listed(query, False))
+        QuerySection(
+            _named(hits.query_example(query)),
+            listed(query, True),
+            listed(query, False),
+            None if measured is None else float(measured[query]),
+        )
         for query in range(len(hits))
     )
     return Page(

@@ -199,7 +199,7 @@ class Reranking(Attributor):
         return replace(
             make_hits(
                 hits.places, hits.values, self.banks[0].ids, features.ids, self.unit, self.task.higher_is_better,
-                self._shown(features[0]),
+                self.shown(features),
             ),
             reranked=Reranked(rerank, count, hits.recall),
         )  # fmt: skip

@@ -290,7 +290,7 @@ class Source(Diagnosing):
         population = self._population()
         sizes = population.sizes
         own = np.stack([np.repeat(np.arange(len(sizes)) == segment.stage, sizes) for segment in self.segments])
-        shown = self._shown(features[0])
+        shown = self.shown(features)
         if rows is not None:
             values, own, train_ids = values[:, :, order], own[:, list(rows)], [train_ids[row] for row in rows]
             shown = replace(shown, train=None if shown.train is None else shown.train.at(rows))
@@ -362,7 +362,7 @@ class Source(Diagnosing):
         present = np.zeros((length, len(documents)), dtype=bool)
         present[positions, places] = True
         read = self.banks[0].examples
-        shown = Shown(None if read is None else read.like(documents), features[0].examples, features[0].answers)
+        shown = replace(self.shown(features), train=None if read is None else read.like(documents))
         population = some_of(self, features, self._population().sizes, np.full(len(documents), stage))
         return self._parts(values, range(length), features[0], range(len(documents)), present, shown, population)
 
@@ -390,7 +390,7 @@ class Source(Diagnosing):
         with progress_bar(self.progress, "self-influence", reads, "rows") as bar:
             for bank, own in fits:
                 own.add_self_influence(total, mean=takes_mean(bank, self.query_gradient), runs=len(fits), bar=bar)
-        return SelfInfluence(total.numpy(), self.banks[0].ids, shown=self._shown())
+        return SelfInfluence(total.numpy(), self.banks[0].ids, shown=self.shown())
 
     def predict_removal(self, queries: Queries, subset: Any, *, renormalize: bool = False) -> PredictedChange:
         """Predict how queries' measurements change when a subset is left out: see :meth:`Scores.predict_removal`."""

@@ -57,6 +57,7 @@ class Explorer:
         self.method, self.title, self.file = method, title, file
         self._documents = documents
         self._features = method.sketch(queries)
+        self._asked = method.shown(self._features)
         bank, first = method.banks[0], self._features[0]
         known = bank.examples if bank.examples is not None and len(bank.examples) == method.n_rows else None
         self._stages = [stage.name for stage in bank.stages]
@@ -118,13 +119,9 @@ class Explorer:
         if not 0 <= place < len(index):
             raise IndexError(f"there is no example {place} among {len(index)}")
         known, its_id = index.examples, index.ids[place]
-        example = Example(its_id) if known is None or place >= len(known) else known.show(place, its_id)
-        told = _told(example, place)
-        answers = self._features[0].answers if kind == "queries" else None
-        if answers is not None:
-            said = known.said(answers[place].value) if known is not None else str(answers[place].value)
-            told["verdict"] = printable(example.with_answer(answers[place], said).verdict)
-        return told
+        if kind == "queries":
+            return _told(self._asked.query(place, its_id, self.method.unit), place)
+        return _told(Example(its_id) if known is None or place >= len(known) else known.show(place, its_id), place)
 
     def strongest(self, kind: Kind, place: int, sense: Sense, page: int = 0) -> dict[str, Any]:
         """A page of the training examples that mattered most to a query, or of the queries that one mattered most to.
@@ -230,6 +227,7 @@ def _told(example: Example, place: int) -> dict[str, Any]:
         "file": None if example.file is None else printable(example.file),
         "label": printable(example.label) or None,
         "pixelated": example.pixelated or None,
+        "verdict": printable(example.verdict) or None,
     }
     known = {name: value for name, value in told.items() if value is not None}
     own = plain_id(example.id)
