@@ -32,7 +32,7 @@ def resolve_task(bank: Bank, task: Task | None) -> Task:
     if task is None:
         return Task.from_spec(bank.task_spec)
     task = task.told_by(bank.task_spec)
-    if task.spec() != bank.task_spec:
+    if not task.trains_as(bank.task_spec):
         raise MismatchError(
             f"the bank {bank.path} was built with task {bank.task_spec}, got {task.spec()}; "
             "leave task= out, or build another bank"

@@ -30,6 +30,7 @@ _UNITS = {
     "mean token log-likelihood (nats)": "mean log-probability of the sequence's tokens: 0 is certainty, -0.7 is "
     "probability one half a token",
     "sequence log-likelihood (nats)": "log-probability of the whole sequence: 0 is certainty",
+    "prediction": "the number that the model gives; helpful examples raised it",
     "cosine": "how alike two examples look to the model, from -1 to 1; no change of its answer",
 }
 
@@ -99,7 +100,7 @@ def measured(value: float, unit: str) -> str:
         ('logit margin -1.50', 'sequence log-likelihood -0.250 nats')
     """
     name, _, rest = unit.partition(" (")
-    return f"{name} {signed(value)}" + (f" {rest.removesuffix(')')}" if rest else "")
+    return f"{name} {signed(value).removeprefix('+')}" + (f" {rest.removesuffix(')')}" if rest else "")
 
 
 def mean_effect(unit: str, queries: int, size: str, *, additive: bool, groups: int = 1) -> str:

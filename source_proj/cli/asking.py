@@ -151,15 +151,18 @@ def _method_options(method: Method, options: Mapping[str, Any]) -> dict[str, Any
 
 
 def _task(bank: Bank, name: str | None, target: str | int | None) -> Task | None:
-    """The task that was named, or the bank's own about another class than the labels'."""
+    """The task that was named, or the bank's own about what the model says, or another class than the labels'."""
     if target is None or (target == "predicted" and bank.task_spec["name"] == "causal_lm"):
         return None if name is None else make_task(name)
+    if target == "predicted" and name is None and bank.task_spec["name"] == "regression":
+        return Task.from_spec({**bank.task_spec, "measurement": "prediction"})
     if name is not None or bank.task_spec["name"] != "classification":
         task = name or bank.task_spec["name"]
         if task == "causal_lm":
             raise ValueError(f"--target of a language model is label or predicted, got the class {target}")
         raise ValueError(
-            f"--target is for classification and for continuations of language models, got the task {task}"
+            f"--target is for classification, predictions of a regression and language models' continuations, got the "
+            f"task {task}"
         )
     return Task.from_spec({**bank.task_spec, "target": target})
 

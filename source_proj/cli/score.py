@@ -56,7 +56,8 @@ Target = Annotated[
         "--target",
         metavar="TARGET",
         help="Which class queries are asked about: label (default), predicted (why did the model say this?) or a "
-        "class's number or name; predicted asks a language model about its own continuations.",
+        "class's number or name; predicted asks a regression about its prediction, a language model about its own "
+        "continuations.",
         rich_help_panel=ASKED,
     ),
 ]

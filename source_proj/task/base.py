@@ -61,6 +61,9 @@ class Task:
     normalizer: tuple[float, ...] | None = None
     """By what a batch's loss is divided, for each of its examples on average: one number a stage. See :meth:`share`."""
 
+    query_options: frozenset[str] = frozenset()
+    """Entries of the description that are of queries alone: one bank can be asked with any of their values."""
+
     _functions: Mapping[str, Callable[..., Any] | None] = {}
 
     def __init__(
@@ -210,6 +213,10 @@ class Task:
         named = {"name": self.name, "class": _qualified_name(type(self)), **self._options(), **functions}
         return {**named, "unit": self.unit, "higher_is_better": self.higher_is_better}
 
+    def trains_as(self, spec: Mapping[str, Any]) -> bool:
+        """Whether rows of a bank that is described so are this task's: all but :attr:`query_options` is equal."""
+        return _without(self.spec(), self.query_options) == _without(spec, self.query_options)
+
     @staticmethod
     def from_spec(spec: Mapping[str, Any]) -> Task:
         """Rebuild one of the built-in tasks from its :meth:`spec`.
@@ -241,6 +248,10 @@ class Task:
                 f"the task {self.name!r} has no {key}: give {key}= to Task, or override it in {type(self).__name__}"
             )
         return function
+
+
+def _without(spec: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    return {name: value for name, value in spec.items() if name not in names}
 
 
 def derivatives_of(task: Task, output: Tensor, batch: Batch) -> Derivatives:

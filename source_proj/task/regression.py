@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from source_proj.task.answers import inputs_of
 from source_proj.task.base import Derivatives, Task
-from source_proj.task.batch import Batch, Model, Uniform, checked_weight, forward, split, weights
+from source_proj.task.batch import (
+    Batch,
+    Model,
+    Uniform,
+    checked_weight,
+    forward,
+    logits_of,
+    split,
+    unsqueezed,
+    weights,
+)
 from source_proj.task.labels import refuse_infinite
 
 __all__ = ["Regression"]
@@ -19,12 +31,17 @@ class Regression(Task):
     r"""Regression of one number by the squared error.
 
     The output is the prediction :math:`o`. ``loss="mse"`` is torch's :math:`(o - y)^2`, ``"half_mse"`` is
-    :math:`½(o - y)^2`. The measurement is the error :math:`|o - y|` ("absolute") or :math:`(o - y)^2` ("squared").
+    :math:`½(o - y)^2`. The measurement is the error :math:`|o - y|` ("absolute") or :math:`(o - y)^2` ("squared"), of
+    which less is better, or :math:`o` itself ("prediction"), which helpful examples raised and harmful ones lowered,
+    and which queries without targets have, too. A bank that was built with one can be asked about the others.
+
+    Errors have a kink, or a minimum, at 0: first-order changes that are larger than a query's error say which way its
+    prediction moves, and can't be changes of the error. Ask about the prediction there.
 
     Predictions are (B,) or (B, 1), and so are the targets.
 
     Args:
-        measurement: "absolute" or "squared".
+        measurement: "absolute", "squared" or "prediction".
         loss: "mse" or "half_mse".
         sample_weight: as in :class:`Classification`.
 
@@ -39,17 +56,18 @@ class Regression(Task):
 
     name = "regression"
     _builtin = True
-    higher_is_better = False
+    query_options = frozenset({"measurement"})
 
     def __init__(
         self, measurement: str = "absolute", loss: str = "mse", sample_weight: str | int | None = None
     ) -> None:
-        if measurement not in ("absolute", "squared"):
-            raise ValueError(f"measurement must be 'absolute' or 'squared', got {measurement!r}")
+        if measurement not in ("absolute", "squared", "prediction"):
+            raise ValueError(f"measurement must be 'absolute', 'squared' or 'prediction', got {measurement!r}")
         if loss not in ("mse", "half_mse"):
             raise ValueError(f"loss must be 'mse' or 'half_mse', got {loss!r}")
-        super().__init__(unit=f"{measurement} error")
-        self.error = measurement
+        of_errors = measurement != "prediction"
+        super().__init__(unit=f"{measurement} error" if of_errors else measurement, higher_is_better=not of_errors)
+        self.measured = measurement
         self.loss = loss
         self.sample_weight = checked_weight(sample_weight)
         self._curvature = 2.0 if loss == "mse" else 1.0
@@ -70,9 +88,13 @@ class Regression(Task):
         return torch.where(weight > 0, weight.rsqrt(), 0.0)
 
     def measurement(self, model: Model, batch: Batch) -> Tensor:  # noqa: D102
+        if self.measured == "prediction":
+            inputs = inputs_of(batch, self.sample_weight)
+            outputs = logits_of(model, inputs, isinstance(batch, Mapping))
+            return _column(unsqueezed(outputs, batch, 1), "predictions")
         prediction, target = self._prediction(model, batch)
         error = prediction - refuse_infinite(target).to(prediction)
-        return error.abs() if self.error == "absolute" else error.square()
+        return error.abs() if self.measured == "absolute" else error.square()
 
     def sampled_output(self, model: Model, batch: Batch, uniform: Uniform) -> Tensor:
         """Gaussian log-likelihood, the loss's own: variance 1/ℓ'', drawn by the Box-Muller transform."""
@@ -85,7 +107,7 @@ class Regression(Task):
 
     def _options(self) -> dict[str, Any]:
         return {
-            "measurement": self.error,
+            "measurement": self.measured,
             "loss": self.loss,
             "sample_weight": self.sample_weight,
         }
