@@ -31,7 +31,6 @@ _BARE = (
     "training examples are shown by their ids: bank.examples = sp.Examples(train_set) before the question shows them "
     "(--data MODULE:FUNCTION on the command line)"
 )
-_TEXT = 72  # characters of an example in a line
 
 
 class Hit(NamedTuple):
@@ -295,8 +294,7 @@ class Hits(EqualByValue):
 
 def _described(example: Example) -> str:
     """An example in one line: id, label, what the model said, and its text (first if that goes on), numbers or file."""
-    words = example.words if len(example.words) <= _TEXT else example.words[: _TEXT - 2] + " …"
-    said = [words, example.verdict] if example.continues else [example.verdict, words]
+    said = [example.line, example.verdict] if example.continues else [example.verdict, example.line]
     parts = [str(id_word(example.id)), f"label {example.label}" if example.label else "", *said]
     return "  ".join(part for part in parts if part)
 

@@ -24,6 +24,7 @@ _CELLS = 12  # numbers of a row that are shown
 _MORE = "…"
 _SMALL = 64  # pixels; a picture of fewer is shown pixel by pixel
 _BEFORE = 12  # tokens that are shown before the one that a query asks about
+_LINE = 72  # characters of an example in a line
 _WORDS = 280  # characters of a text in a notebook
 
 
@@ -95,6 +96,11 @@ class Example:
         if self.row and self.row[-1][0] == _MORE:  # a long row says nothing in a line
             return ""
         return ", ".join(f"{name}={value}" for name, value in self.row)
+
+    @property
+    def line(self) -> str:
+        """The same, cut where it is long."""
+        return self.words if len(self.words) <= _LINE else self.words[: _LINE - 2] + " …"
 
     def _repr_html_(self) -> str:
         if self.image is not None:

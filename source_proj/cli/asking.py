@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from source_proj._errors import MismatchError
 from source_proj._io.executors import Executor
 from source_proj.attribution.attributor import Attributor
@@ -24,14 +26,14 @@ from source_proj.attribution.streaming import checked_out, stream_hits
 from source_proj.attribution.words import sign_of
 from source_proj.bank import Bank
 from source_proj.bank import open as open_bank
-from source_proj.bank.examples import Examples
+from source_proj.bank.examples import Examples, Picture
 from source_proj.cli.answers import require_folder
 from source_proj.cli.options import Method
 from source_proj.cli.parsing import load_object, make_task, parse_damping, parse_picture, parse_segments, parse_target
 from source_proj.cli.text import ask_about, class_numbers, own_queries, training_texts
 from source_proj.task import Task
 
-__all__ = ["METHODS", "ask", "check_one_list", "stream_list", "verbs_of"]
+__all__ = ["METHODS", "ask", "check_one_list", "stream_list", "training_examples", "verbs_of"]
 
 METHODS: dict[Method, Callable[..., Attributor]] = {
     Method.source: Source,
@@ -84,7 +86,14 @@ def ask(options: Mapping[str, Any], executor: Executor | None = None, *, own: bo
         own_answers=target == "predicted",
     )
     banks = [open_bank(path) for path in paths]
-    banks[0].examples = _examples(options, banks[0].n_rows, tokenizer, network if options.get("rerank") else None)
+    banks[0].examples = training_examples(
+        paths[0],
+        banks[0].n_rows,
+        options["data"],
+        parse_picture(options["picture"]),
+        tokenizer,
+        network if options.get("rerank") else None,
+    )
     method = options["method"]
     made = METHODS[method](
         banks,
@@ -167,19 +176,35 @@ def _task(bank: Bank, name: str | None, target: str | int | None) -> Task | None
     return Task.from_spec({**bank.task_spec, "target": target})
 
 
-def _examples(options: Mapping[str, Any], n: int, tokenizer: Any, network: Any) -> Examples | None:
+def training_examples(
+    bank: str,
+    n: int,
+    data: str | None,
+    picture: Picture | None = None,
+    tokenizer: Any = None,
+    network: nn.Module | None = None,
+) -> Examples | None:
     """How the n training examples are shown: by the data that was named, or by the text file that the bank knows.
+
+    Args:
+        bank: its place.
+        n: its examples.
+        data: names a data set, a DataLoader, or :class:`Examples` of one.
+        picture: how inputs become pictures.
+        tokenizer: the model's.
+        network: the model where examples are wanted as it reads them, too.
 
     Raises:
         MismatchError: the data are of another length, so that some would stand under the ids of others.
+        ValueError: a picture's shape is given beside examples that have theirs.
     """
-    picture = parse_picture(options["picture"])
-    if options["data"] is not None:
-        named = Examples(load_object(options["data"], "--data"), picture=picture)
-        if len(named) != n:
-            raise MismatchError(
-                f"--data {options['data']!r} gives {len(named)} examples and the bank has {n}: name its training set"
-            )
-        return named
-    known = training_texts(options["bank"][0], tokenizer, network)
-    return known if picture is None or known is not None else Examples([], picture=picture)
+    if data is None:
+        known = training_texts(bank, tokenizer, network)
+        return known if picture is None or known is not None else Examples([], picture=picture)
+    named = load_object(data, "--data")
+    if isinstance(named, Examples) and picture is not None:
+        raise ValueError(f"--data {data!r} gives Examples, which say how they are shown: leave --picture out")
+    shown = named if isinstance(named, Examples) else Examples(named, picture=picture)
+    if len(shown) != n:
+        raise MismatchError(f"--data {data!r} gives {len(shown)} examples and the bank has {n}: name its training set")
+    return shown

@@ -10,15 +10,18 @@ from source_proj import curate
 from source_proj._errors import MismatchError
 from source_proj._io.outputs import refused_together, require_free
 from source_proj.attribution.source import Source
+from source_proj.bank import Bank
 from source_proj.bank import open as open_bank
+from source_proj.bank.examples import Examples
 from source_proj.cli.answers import require_folder
+from source_proj.cli.asking import training_examples
 from source_proj.cli.output import emit, say
-from source_proj.cli.parsing import make_task, needed
+from source_proj.cli.parsing import load_object, make_task, needed
 from source_proj.cli.text import ask_about, require_own_records
 from source_proj.curate.files import require_writable
 from source_proj.integrations.text_rows import lacking, text_rows
 
-__all__ = ["Delivery", "aggregate", "asked", "delivery", "labels"]
+__all__ = ["Delivery", "aggregate", "asked", "delivery", "labels", "opened"]
 
 
 @dataclass(frozen=True)
@@ -125,12 +128,20 @@ def _require_another(path: Path, file: Path, flag: str) -> None:
         raise ValueError(f"{path} is the training set itself, which is never replaced: give another {flag}")
 
 
+def opened(options: Mapping[str, Any], tokenizer: Any = None) -> list[Bank]:
+    """The banks that a command names; the first knows how its examples are shown."""
+    paths = [options["bank"]] if isinstance(options["bank"], str) else options["bank"]
+    banks = [open_bank(path) for path in paths]
+    banks[0].examples = training_examples(paths[0], banks[0].n_rows, options["data"], tokenizer=tokenizer)
+    return banks
+
+
 def asked(options: Mapping[str, Any]) -> tuple[Source, Any]:
     """SOURCE on the banks, and the queries that a command's options name."""
     banks, task = options["bank"], options["task"]
-    network, data, _ = ask_about(banks[0], options["model"], options["queries"], options["dataset"], False)
+    network, data, tokenizer = ask_about(banks[0], options["model"], options["queries"], options["dataset"], False)
     source = Source(
-        [open_bank(path) for path in banks],
+        opened(options, tokenizer),
         model=network,
         task=None if task is None else make_task(task),
         batch_size=options["batch_size"],
@@ -167,16 +178,32 @@ def _numbers(values: Sequence[Any]) -> list[float]:
 
 
 def labels(options: Mapping[str, Any]) -> list[Any]:
-    """The training set's labels, read from ``--file`` as it is written.
+    """The training set's labels: of ``--file``, as it is written there, or of the examples of ``--data``.
 
     Raises:
-        ValueError: no file is named.
-        MismatchError: as `column`.
+        ValueError: neither is named.
+        MismatchError: as `column`, or an example has no label.
     """
     name, file = options["label_column"], options["file"]
+    if file is None and options["data"] is not None:
+        return _labels_of(options["data"])
     if file is None:
-        raise ValueError(f"the labels are in no file: give --file FILE, whose column {name!r} holds them")
+        raise ValueError(
+            f"the labels are not known: give --file FILE, whose column {name!r} holds them, or --data MODULE:FUNCTION, "
+            "the training set with its labels"
+        )
     return column(file, name, "--label-column", encoding=options["encoding"], delimiter=options["delimiter"])
+
+
+def _labels_of(data: str) -> list[str]:
+    named = load_object(data, "--data")
+    examples = named if isinstance(named, Examples) else Examples(named)
+    found = [label for _, label in examples.searched()]
+    if "" in found:
+        raise MismatchError(
+            f"example {found.index('')} of --data {data!r} has no label: give the training set with its"
+        )
+    return found
 
 
 def column(file: Path, name: str, option: str, *, encoding: str = "utf-8", delimiter: str = ",") -> list[Any]:

@@ -43,6 +43,14 @@ GroupColumn = Annotated[
     typer.Option("--group-column", help="Column of --dataset: its groups count alike, whatever their sizes."),
 ]
 WeightColumn = Annotated[str | None, typer.Option("--weight-column", help="Column of --dataset: the queries' weights.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="MODULE:FUNCTION",
+        help="Gives the training set, or Examples of it, to show the examples named; a bank of texts knows its own.",
+    ),
+]
 TaskName = Annotated[
     str | None, typer.Option("--task", metavar="MODULE:FUNCTION", help="The bank's task, if it is one of your own.")
 ]
@@ -81,6 +89,7 @@ def harmful(
     weight_column: WeightColumn = None,
     false_share: Annotated[float, typer.Option(help="Expected share of the named that are named by chance.")] = 0.05,
     task: TaskName = None,
+    data: Data = None,
     file: File = None,
     out: Out = None,
     list: ListFile = None,
@@ -119,6 +128,7 @@ def drop_worst(
     weight_column: WeightColumn = None,
     label_column: LabelColumn = None,
     task: TaskName = None,
+    data: Data = None,
     file: File = None,
     out: Out = None,
     list: ListFile = None,
@@ -153,6 +163,7 @@ def select(
     dataset: Dataset = None,
     label_column: LabelColumn = None,
     task: TaskName = None,
+    data: Data = None,
     file: File = None,
     out: Out = None,
     list: ListFile = None,
@@ -194,6 +205,7 @@ def mislabelled(
         ),
     ] = None,
     by: Annotated[By, typer.Option(help="What makes a label suspicious.")] = By.error,
+    data: Data = None,
     file: File = None,
     out: Out = None,
     list: ListFile = None,
@@ -205,14 +217,13 @@ def mislabelled(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Name the examples whose label is likely wrong; needs the labels: --file, or the bank's own texts."""
+    """Name the examples whose label is likely wrong; needs the labels: --file, --data, or the bank's own texts."""
     from source_proj import curate as library
     from source_proj.attribution.source import Source
-    from source_proj.bank import open as open_bank
     from source_proj.cli import cleanings
     from source_proj.cli.text import label_column_of, own_file
 
-    banks = [open_bank(path) for path in bank]
+    banks = cleanings.opened(context.params)
     if label_column is None and banks[0].task_spec["name"] == "causal_lm":
         raise ValueError(
             f"{bank[0]} is a language model's bank, whose examples have no classes: name a column of --file that has "
@@ -233,6 +244,7 @@ def duplicates(
     context: typer.Context,
     bank: BankPath,
     threshold: Annotated[float, typer.Option(help="Least cosine of two examples' gradients.")] = 0.98,
+    data: Data = None,
     file: File = None,
     out: Out = None,
     list: ListFile = None,
@@ -245,11 +257,11 @@ def duplicates(
 ) -> None:
     """Name all but one of each cluster of examples that teach the model the same."""
     from source_proj import curate as library
-    from source_proj.bank import open as open_bank
     from source_proj.cli import cleanings
 
     delivery = cleanings.delivery(context.params)
-    delivery.give(library.near_duplicates(open_bank(bank), threshold=threshold, progress=progress))
+    (opened,) = cleanings.opened(context.params)
+    delivery.give(library.near_duplicates(opened, threshold=threshold, progress=progress))
 
 
 @app.command("clean")
@@ -290,8 +302,11 @@ def verify(
     """Judge a cleaning by retraining: on all examples, on the kept ones, on as many at random."""
     from source_proj import curate as library
     from source_proj.cli.parsing import load_function
+    from source_proj.curate.verification import no_verdict
 
     functions = load_function(train, "--train"), load_function(evaluate, "--evaluate")
+    if missing := no_verdict(seeds):
+        typer.echo(missing, err=True)  # before the work, which may take long
     judged = library.verify(library.Cleaning.load(cleaning), *functions, seeds=seeds, progress=progress)
     if json:
         emit(

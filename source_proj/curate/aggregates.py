@@ -15,6 +15,7 @@ from source_proj.attribution.attributor import Attributor
 from source_proj.attribution.features import SketchedQueries
 from source_proj.attribution.population import Population
 from source_proj.attribution.scores import Scores
+from source_proj.bank.examples import Examples
 from source_proj.curate.chance import Spread
 from source_proj.curate.labels import Labels, classes_of
 
@@ -44,6 +45,7 @@ class Aggregate:
         additive: whether scores are changes of the measurement, and no similarities.
         population: which training examples the N columns stand for; None: all of one stage.
         freedom: degrees of freedom of each group's errors, ``(G,)``; None: one less than its queries.
+        examples: how the training examples are shown; None where that is not known.
     """
 
     groups: list[Any]
@@ -57,6 +59,7 @@ class Aggregate:
     additive: bool = True
     population: Population | None = field(default=None, repr=False)
     freedom: np.ndarray | None = None
+    examples: Examples | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         names = "1 group" if len(self.groups) == 1 else f"{len(self.groups)} groups"
@@ -153,7 +156,8 @@ def aggregate(
     factor, freedom = np.array(spreads).T
     error = np.sqrt(factor[:, None] * variance)
     population = facts.population.averaged(partial(_mean, weight=weight, member=member, sums=sums))
-    return Aggregate(names, sizes, mean + shift, error, worsened / sizes[:, None], *facts[:-1], population, freedom)
+    told = facts._replace(population=population)
+    return Aggregate(names, sizes, mean + shift, error, worsened / sizes[:, None], *told[:-1], freedom, facts.examples)
 
 
 def _mean(values: np.ndarray, *, weight: np.ndarray, member: np.ndarray, sums: np.ndarray) -> np.ndarray:
@@ -172,17 +176,19 @@ class Facts(NamedTuple):
     higher_is_better: bool
     additive: bool
     population: Population
+    examples: Examples | None
 
 
 def facts_of(scored: Attributor | Scores) -> Facts:
     """The facts of a method's scores, or of scores."""
     if isinstance(scored, Scores):
-        return Facts(scored.train_ids, scored.unit, scored.higher_is_better, scored.additive, scored.population)
+        known = scored.shown.train
+        return Facts(scored.train_ids, scored.unit, scored.higher_is_better, scored.additive, scored.population, known)
     if not isinstance(scored, Attributor):
         raise TypeError(f"give an attribution method, such as Source(bank), or scores, got {type(scored).__name__}")
     bank = scored.banks[0]
     population = Population.of_sizes([stage.n for stage in bank.stages])
-    return Facts(bank.ids, scored.unit, scored.higher_is_better, scored.additive, population)
+    return Facts(bank.ids, scored.unit, scored.higher_is_better, scored.additive, population, scored.shown().train)
 
 
 def score_blocks(scored: Attributor | Scores, queries: Any) -> tuple[int, Iterator[tuple[int, np.ndarray]]]:

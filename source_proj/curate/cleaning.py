@@ -6,7 +6,7 @@ import json
 import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from source_proj._io.html import escape, table, wrapped
 from source_proj._io.outputs import from_home, local_path, require_free, write_output
 from source_proj._io.printable import printable
 from source_proj.attribution.words import id_of, id_word, plain_ids, plain_number
+from source_proj.bank.examples import Example, Examples
 from source_proj.curate.files import write_kept
 from source_proj.curate.kept import annotate, take
 
@@ -44,6 +45,7 @@ class Cleaning:
         values: numbers behind the reasons, by name, ``(n,)`` each.
         train_ids: ids of the whole training set, in its order, each once.
         selects: whether the examples named are those to keep; by default they are those to drop.
+        examples: how the training examples are shown beside the reasons; None where that is not known.
 
     Example:
         >>> cleaning = Cleaning("by hand", ["b"], ["it is a copy of 'a'"], {}, ["a", "b", "c"])
@@ -59,6 +61,7 @@ class Cleaning:
     values: Mapping[str, np.ndarray]
     train_ids: list[Any]
     selects: bool = False
+    examples: Examples | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         lengths = {"reasons": len(self.reasons), **{name: len(column) for name, column in self.values.items()}}
@@ -82,14 +85,49 @@ class Cleaning:
 
     def __str__(self) -> str:
         """The first examples and their reasons, made harmless for a terminal."""
-        lines = [repr(self), *(f"{id_word(its_id)}: {reason}" for its_id, reason in list(self)[:_SHOWN])]
+        lines = [printable(repr(self))]
+        for place, (its_id, reason) in enumerate(list(self)[:_SHOWN]):
+            lines.append(printable(f"{id_word(its_id)}: {reason}"))
+            if words := self.example(place).line:
+                lines.append(printable(f"    {words}"))
         more = [] if len(self) <= _SHOWN else [f"... and {len(self) - _SHOWN} more"]
-        return printable("\n".join([*lines, *more]), keep="\n")
+        return "\n".join([*lines, *more])
 
     def _repr_html_(self) -> str:
-        rows = [[escape(id_word(its_id)), escape(reason)] for its_id, reason in list(self)[:_SHOWN]]
+        shown = [self.example(place) for place in range(min(len(self), _SHOWN))]
+        columns = {
+            "example": [example._repr_html_() for example in shown],
+            "id": [escape(id_word(example.id)) for example in shown],
+            "label": [escape(example.label) for example in shown],
+            "reason": [escape(reason) for reason in self.reasons[:_SHOWN]],
+        }
+        known = {name: column for name, column in columns.items() if any(column) or name in ("id", "reason")}
         left = f". The first {_SHOWN}:" if len(self) > _SHOWN else ""
-        return wrapped(f"{self!r}{left}", table(["id", "reason"], rows))
+        return wrapped(f"{self!r}{left}", table(list(known), zip(*known.values(), strict=True)))
+
+    def example(self, place: int) -> Example:
+        """The example named at a place, with what is known of it."""
+        known = self.examples
+        if known is None or len(known) != len(self.train_ids):
+            return Example(self.ids[place])
+        return known.show(int(self._positions[place]), self.ids[place])
+
+    def with_examples(self, examples: Any, **options: Any) -> Cleaning:
+        """The same with its examples shown beside the reasons, in notebooks and lines of text.
+
+        Args:
+            examples: the training set, or :class:`source_proj.Examples` of it.
+            options: as for :class:`source_proj.Examples`, of a training set.
+
+        Raises:
+            MismatchError: it has another number of examples than the training set.
+        """
+        shown = examples if isinstance(examples, Examples) else Examples(examples, **options)
+        if len(shown) != len(self.train_ids):
+            raise MismatchError(
+                f"got {len(shown)} examples to show for a training set of {len(self.train_ids)}: give the training set"
+            )
+        return replace(self, examples=shown)
 
     # Which --------------------------------------------------------------------------------------------------------
 
@@ -158,7 +196,10 @@ class Cleaning:
             raise ValueError(f"the stages are {sorted({s for s in stages if s is not None})}, got {name!r}")
         part = self._only([place for place, its_id in enumerate(self.ids) if its_id[0] == name])
         own = [entry[1] for entry in self.train_ids if entry[0] == name]
-        return replace(part, ids=[entry[1] for entry in part.ids], train_ids=own)
+        known = self.examples if self.examples is not None and len(self.examples) == len(self.train_ids) else None
+        places = [place for place, entry in enumerate(self.train_ids) if entry[0] == name]
+        shown = None if known is None else known.at(places)
+        return replace(part, ids=[entry[1] for entry in part.ids], train_ids=own, examples=shown)
 
     def _only(self, places: list[int]) -> Cleaning:
         return replace(

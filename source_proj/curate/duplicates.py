@@ -109,7 +109,7 @@ def _cleaning(
                 f"cluster of {len(members)}, {id_word(ids[stays])} stays"
             )
     values = {"cluster": np.array(number, np.int64), "size": np.array(sizes, np.int64), "cosine": nearest[copies]}
-    return Cleaning("near-duplicates", [ids[copy] for copy in copies], reasons, values, ids)
+    return Cleaning("near-duplicates", [ids[copy] for copy in copies], reasons, values, ids, examples=bank.examples)
 
 
 def _chosen(stage: StageBank, checkpoints: Sequence[int] | None) -> Sequence[int]:

@@ -152,4 +152,5 @@ def _named(what: str, aggregated: Aggregate, chosen: np.ndarray) -> Cleaning:
         reasons,
         {"score": score, "error": error, "worsened": worsened},
         aggregated.train_ids,
+        examples=aggregated.examples,
     )

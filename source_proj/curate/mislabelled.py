@@ -95,7 +95,7 @@ def mislabelled(source: Source, labels: Labels, *, n: int | None = None, by: By 
         for place in chosen.tolist()
     ]
     what = f"likely mislabelled by {by.replace('_', '-')}"
-    return Cleaning(what, [ids[place] for place in chosen], reasons, values, ids)
+    return Cleaning(what, [ids[place] for place in chosen], reasons, values, ids, examples=source.shown().train)
 
 
 def _reason(

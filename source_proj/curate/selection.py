@@ -87,7 +87,9 @@ def select(
         for place, value in enumerate(score, start=1)
     ]
     ids = [facts.train_ids[place] for place in chosen]
-    return Cleaning("selected for the target set", ids, reasons, {"score": score}, facts.train_ids, selects=True)
+    return Cleaning(
+        "selected for the target set", ids, reasons, {"score": score}, facts.train_ids, True, facts.examples
+    )
 
 
 def _tensor(values: np.ndarray) -> Tensor:

@@ -19,13 +19,18 @@ from source_proj.curate.cleaning import Cleaning
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Interval", "Verification", "verify"]
+__all__ = ["Interval", "Verification", "no_verdict", "verify"]
 
 Train = Callable[[Any, int], Any]
 """``train(kept, seed)``: train on the examples at the positions ``kept``; whatever ``evaluate`` takes is returned."""
 
 _LEAST, _ENOUGH = 3, 5
 """Seeds that an interval and a verdict need: two differences that happen to be equal would leave no doubt at all."""
+
+
+def no_verdict(seeds: int) -> str:
+    """What so many seeds lack for a verdict, in words; empty where they do."""
+    return "" if seeds >= _LEAST else f"no verdict from {_counted(seeds)}: {_LEAST} would do, and {_ENOUGH} are better"
 
 
 class Interval(NamedTuple):
@@ -70,8 +75,8 @@ class Verification:
     @property
     def verdict(self) -> str:
         """What the intervals say, in a sentence."""
-        if len(self.seeds) < _LEAST:
-            return f"no verdict from {_counted(len(self.seeds))}: {_LEAST} would do, and {_ENOUGH} are better"
+        if missing := no_verdict(len(self.seeds)):
+            return missing
         over_all = _verdict(self.gain, "training on all examples")
         return f"{over_all}; {_verdict(self.gain_over_random, 'a random choice of the same size')}"
 

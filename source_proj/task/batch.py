@@ -27,6 +27,7 @@ __all__ = [
     "forwarded_once",
     "given_once",
     "logits_of",
+    "made_once",
     "split",
     "texts_of",
     "unsqueezed",
@@ -92,12 +93,15 @@ def first_examples(batch: Batch, count: int) -> Batch:
     return batch[:count] if isinstance(batch, Tensor) and batch.ndim else batch
 
 
+_DRAWN_AT_ONCE = 4 << 20
+"""Probabilities whose cumulative sums are held at once, but for those of one example (16 MiB of float32)."""
+
 _GIVEN: ContextVar[dict[object, tuple[Any, Any]] | None] = ContextVar("_GIVEN", default=None)
 
 
 @contextmanager
 def forwarded_once() -> Iterator[None]:
-    """Within, a model that is run again on the very same inputs is not: what it gave is given again, with its graph."""
+    """Within, what a model gave for the very same inputs, and was made of it, is given again, with its graph."""
     token = _GIVEN.set({})
     try:
         yield
@@ -107,14 +111,25 @@ def forwarded_once() -> Iterator[None]:
 
 def given_once(module: Model, inputs: Any, run: Callable[[], Any]) -> Any:
     """What a module gives for inputs, or gave for them within :func:`forwarded_once`."""
-    given = _GIVEN.get()
-    if given is None:
-        return run()
     parts = tuple((name, id(value)) for name, value in inputs.items()) if isinstance(inputs, Mapping) else id(inputs)
-    key = (id(module), parts, torch.is_grad_enabled())
-    if key not in given:
-        given[key] = run(), inputs  # held with their values, so that no others take their numbers
-    return given[key][0]
+    return made_once((id(module), parts), inputs, run)
+
+
+def made_once(key: tuple[Any, ...], source: Any, make: Callable[[], Any]) -> Any:
+    """What is made of a source, or was made of it within :func:`forwarded_once`.
+
+    Args:
+        key: what is made, and of what: the source by its ``id``.
+        source: held with what was made of it, so that nothing else takes its ``id``.
+        make: makes it.
+    """
+    made = _GIVEN.get()
+    if made is None:
+        return make()
+    key = (*key, torch.is_grad_enabled())
+    if key not in made:
+        made[key] = make(), source
+    return made[key][0]
 
 
 def forward(model: Model, batch: Batch, sample_weight: str | int | None, dims: int) -> tuple[Tensor, Tensor]:
@@ -251,7 +266,15 @@ def draw(logp: Tensor, uniform: Tensor) -> Tensor:
         logp: log-probabilities.
         uniform: one number in [0, 1) for each draw, (...).
     """
-    cumulative = logp.detach().exp().cumsum(-1)
+    if logp.ndim < 3:
+        return _drawn(logp.detach(), uniform)
+    some = max(1, _DRAWN_AT_ONCE // max(1, logp[0].numel()))  # of a large vocabulary two copies are more than the model
+    parts = zip(logp.detach().split(some), uniform.split(some), strict=True)
+    return torch.cat([_drawn(*part) for part in parts])
+
+
+def _drawn(logp: Tensor, uniform: Tensor) -> Tensor:
+    cumulative = logp.exp().cumsum(-1)
     threshold = uniform.to(logp)[..., None] * cumulative[..., -1:]
     return (cumulative <= threshold).sum(-1).clamp(max=logp.shape[-1] - 1)
 

@@ -17,7 +17,17 @@ from source_proj import kernels
 from source_proj._errors import SourceProjError
 from source_proj.task.answers import Answers, continued, greedy, has_targets
 from source_proj.task.base import Derivatives, Task, checked_normalizer
-from source_proj.task.batch import Batch, Model, Uniform, class_indices, draw, first_examples, forward, split
+from source_proj.task.batch import (
+    Batch,
+    Model,
+    Uniform,
+    class_indices,
+    draw,
+    first_examples,
+    forward,
+    made_once,
+    split,
+)
 from source_proj.task.head import Head, check_head, hidden_and_head, sum_over_chunks
 from source_proj.task.labels import refuse_foreign_tokens
 
@@ -347,9 +357,14 @@ def _likelihood(head: Head, hidden: Tensor, labels: Tensor, counted: Tensor, num
 
 
 def _log_probabilities(logits: Tensor, steps: int) -> Tensor:
-    """Of the first positions, (B, steps, V), in float32 at least."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return log_softmax(logits[:, :steps], dim=-1, dtype=wide)
+    """Of the first positions, (B, steps, V), in float32 at least; made once for labels and for drawn tokens."""
+
+    def make() -> Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return log_softmax(logits[:, :steps], dim=-1, dtype=wide)
+
+    made: Tensor = made_once(("log-probabilities", id(logits), steps), logits, make)
+    return made
 
 
 def _picked(logits: Tensor, labels: Tensor, logp: Tensor | None = None) -> Tensor:

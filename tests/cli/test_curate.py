@@ -187,3 +187,43 @@ def test_outputs_that_are_there_are_named_all_at_once(call, home, tmp_path):
     told = ("--file", home / "train.csv", "--out", tmp_path / "out.csv", "--list", tmp_path / "list.json")
     message = call("curate", "mislabelled", "bank", *told, "--no-progress", code=2)
     assert all(f"{tmp_path / name} exists" in message for name in ("out.csv", "list.json"))
+
+
+SHOWN = """
+import mine
+import source_proj as sp
+
+def examples():
+    return sp.Examples(mine.train_set(), class_names=["none", "one", "both"], columns=list("abcde"))
+
+def unlabelled():
+    return [inputs for inputs, _ in mine.train_set()]
+"""
+
+
+def test_labels_and_what_is_shown_come_of_data(call, home, source):
+    """The labels of a data set of one's own had to be written to a file first, and examples were ids alone."""
+    import mine
+
+    (home / "shown.py").write_text(SHOWN)
+    inputs, labels = mine.train_set().tensors
+    named = curate.mislabelled(source, labels, n=4).ids
+    words = ["curate", "mislabelled", "bank", "-n", "4", "--data", "shown:examples"]
+    assert [entry["id"] for entry in call(*words, "--json")["examples"]] == named
+    text, shown = call(*words), ["none", "one", "both"]
+    for its_id in named:
+        assert f"{its_id}: labelled {shown[labels[its_id]]}, " in text
+        assert f"a={inputs[its_id, 0]:.4g}, " in text
+    assert "a=" in call("curate", "duplicates", "bank", "--threshold", "0.9", "--data", "shown:examples")
+    refused = call("curate", "mislabelled", "bank", "--data", "shown:unlabelled", code=1)
+    assert "example 0 of --data 'shown:unlabelled' has no label" in refused
+    assert "or --data MODULE:FUNCTION" in call("curate", "mislabelled", "bank", code=2)
+    assert "name its training set" in call("curate", "duplicates", "bank", "--data", "mine:queries", code=1)
+
+
+def test_lists_show_examples_as_they_say_themselves(call, home):
+    """`Examples` were taken for a data set, whose examples could not be read."""
+    (home / "shown.py").write_text(SHOWN)
+    asked = ["top-k", "bank", *ASK, "-k", "1", "--data", "shown:examples"]
+    assert re.search(r"label (none|one|both)  .*a=", call(*asked))
+    assert "leave --picture out" in call(*asked, "--picture", "5x1", code=2)
