@@ -1,5 +1,6 @@
 """Progress, as a bar or as calls of the user's own function."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,6 +13,10 @@ __all__ = ["Bar", "Progress", "progress_bar", "shared_bar", "tick", "unshared"]
 
 Progress = bool | Callable[[str, int, int], None]
 """True for a bar, False for silence, or a function of (description, done, total), for what a logger shows."""
+
+
+_IN_LOGS = 10.0
+"""Seconds between two states of a bar where nobody watches it: in a file each of them is a line."""
 
 
 class Bar:
@@ -76,7 +81,10 @@ def progress_bar(progress: Progress, description: str, total: int, unit: str) ->
     else:
         from tqdm import tqdm
 
-    with tqdm(total=total, desc=printable(description), unit=f" {unit}", delay=2, disable=not progress) as shown:
+    seen = sys.stderr.isatty() or "ipykernel" in sys.modules
+    often = {"mininterval": 0.1 if seen else _IN_LOGS, "maxinterval": _IN_LOGS}
+    bar = tqdm(total=total, desc=printable(description), unit=f" {unit}", delay=2, disable=not progress, **often)
+    with bar as shown:
         yield Bar(description, total, shown=shown)
 
 

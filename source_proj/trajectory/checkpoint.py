@@ -19,7 +19,8 @@ from source_proj._io.outputs import local_path
 from source_proj.trajectory.adapters import ADAPTER_FILE, adapted_state, adapter_places, is_adapter
 from source_proj.trajectory.counts import checked_count
 from source_proj.trajectory.layouts import averaged_keys, is_count, listed, model_state, unwrapped_names
-from source_proj.trajectory.optimizers.describe import kept_state
+from source_proj.trajectory.optimizers.describe import is_optimizer_state, kept_state, within
+from source_proj.trajectory.optimizers.moments import holds_optimizer
 from source_proj.trajectory.placement import placement_of, require_shapes_of
 from source_proj.trajectory.schedules import finite_rate
 from source_proj.trajectory.state_files import checked_path, read_state, state_files, whole_path
@@ -42,6 +43,7 @@ class Checkpoint:
         lr: learning rate at that time; enough where it is constant (see :class:`Stage` for schedules).
         optimizer_state: the optimizer's ``state_dict()``, or a file with it, for optimizers whose preconditioner is
             read from their state. SGD needs none. Of a dict, the second moments are copied, the rest is left out.
+            Default: the one that stands beside the weights in the same dict or file, if one does.
         key: the entry that holds the state, such as "state_dict_ema"; default: that of the trained weights. The state
             is then read at once, and is a dict's from there on.
 
@@ -81,9 +83,10 @@ class Checkpoint:
             raise TypeError(f"optimizer_state must be a dict or a file, got {_named(optimizer_state)}")
         self.step = checked_count("step", step, 0)
         self.lr = rate
-        self.optimizer_state: Mapping[str, Any] | str | Path | None = (
+        self._optimizer_state: Mapping[str, Any] | str | Path | None = (
             optimizer_state if isinstance(optimizer_state, str | Path) else kept_state(optimizer_state)
         )
+        self._beside: tuple[object, bool] | None = None
         self.path: Path | None = None
         self._state: dict[str, Tensor] | None = None
         self._hash: tuple[object, str] | None = None
@@ -97,12 +100,25 @@ class Checkpoint:
             tensors = model_state(state, "the dict", key)
             require_shapes_of(tensors)
             self._state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            if optimizer_state is None and is_optimizer_state(within(state)):
+                self._optimizer_state = kept_state(state)
         else:
             raise TypeError(f"state must be a dict of tensors or a path, got {_named(state)}")
 
     def __repr__(self) -> str:
         where = "a dict" if self.path is None else repr(str(self.path))
         return f"Checkpoint({where}, step={self.step}, lr={self.lr})"
+
+    @property
+    def optimizer_state(self) -> Mapping[str, Any] | str | Path | None:
+        """The optimizer's state, or a file with it: the one given, else the weights' own file where it is in there."""
+        if self._optimizer_state is not None or self.path is None or not self.path.is_file():
+            return self._optimizer_state
+        facts = self.path.stat()
+        key = facts.st_size, facts.st_mtime_ns
+        if self._beside is None or self._beside[0] != key:
+            self._beside = key, holds_optimizer(self.path)
+        return self.path if self._beside[1] else None
 
     def load(self) -> dict[str, Tensor]:
         """Return the state, on the CPU: a new dict; the tensors of a checkpoint given as a dict are shared, not copied.

@@ -74,7 +74,7 @@ def _compare_options(stage: Stage, last: Checkpoint) -> None:
 def _compare_rates(stage: Stage) -> None:
     """Warn of a constant learning rate where the states at checkpoints have several, of which it is not always one.
 
-    States that are files are not read for it, and a scheduler may have stepped before the last one was kept.
+    A scheduler may have stepped before the last one was kept.
     """
     if stage.lr_schedule is not None:
         return
@@ -96,12 +96,12 @@ def _compare_rates(stage: Stage) -> None:
 def _compare_steps(stage: Stage) -> None:
     """Warn of checkpoints between which the optimizer made more updates than they count steps: these are epochs, say.
 
-    States that are files are not read for it. Fewer updates than steps there may be, as some were skipped.
+    Fewer updates than steps there may be, as some were skipped.
     """
     told = [
         (checkpoint, count)
         for checkpoint in stage.checkpoints
-        if isinstance(checkpoint.optimizer_state, Mapping) and (count := updates_counted(checkpoint))
+        if checkpoint.optimizer_state is not None and (count := updates_counted(checkpoint))
     ]
     for (first, before), (second, after) in pairwise(told):
         if after - before > second.step - first.step:
@@ -115,8 +115,10 @@ def _compare_steps(stage: Stage) -> None:
 
 
 def _groups(checkpoint: Checkpoint) -> Sequence[Any]:
-    state = checkpoint.optimizer_state
-    return state.get("param_groups") or () if isinstance(state, Mapping) else ()
+    try:
+        return optimizer_state_of(checkpoint)["param_groups"] or ()
+    except Exception:  # whatever stands in a foreign file
+        return ()
 
 
 def _rates(checkpoint: Checkpoint) -> list[float]:

@@ -17,6 +17,7 @@ __all__ = [
     "describe_live",
     "describe_state",
     "held_names",
+    "is_optimizer_state",
     "kept_state",
     "optimizer_of_trainer",
     "plain_value",
@@ -173,9 +174,14 @@ def second_moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[s
     return {"state": state, "param_groups": counts}
 
 
+def is_optimizer_state(state: Any) -> bool:
+    """Whether it has the entries of an optimizer's ``state_dict()``."""
+    return isinstance(state, Mapping) and {"state", "param_groups"} <= set(state)
+
+
 def within(state: Any) -> Any:
     """An optimizer's ``state_dict()`` inside what scripts put around it; whatever else is given, itself."""
-    while not (isinstance(state, Mapping) and {"state", "param_groups"} <= set(state)):
+    while not is_optimizer_state(state):
         if isinstance(state, Mapping) and len(inner := [key for key in _WRAPPERS if key in state]) == 1:
             state = state[inner[0]]
         elif isinstance(state, list) and len(state) == 1:  # Lightning: one entry per optimizer

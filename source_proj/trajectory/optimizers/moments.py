@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,18 @@ from torch import Tensor, nn
 from source_proj._errors import MismatchError, SourceProjError
 from source_proj._io.loading import load_tensors
 from source_proj.trajectory.optimizers.base import PreconditionedOptimizer
-from source_proj.trajectory.optimizers.describe import check_state, steps_of, within
+from source_proj.trajectory.optimizers.describe import check_state, is_optimizer_state, steps_of, within
 from source_proj.trajectory.optimizers.naming import named_entries
 
-__all__ = ["Moments", "is_untouched", "moments", "names_parameters", "optimizer_state_of", "updates_counted"]
+__all__ = [
+    "Moments",
+    "holds_optimizer",
+    "is_untouched",
+    "moments",
+    "names_parameters",
+    "optimizer_state_of",
+    "updates_counted",
+]
 
 
 class StateAtStep(Protocol):
@@ -123,6 +132,16 @@ def names_parameters(checkpoint: StateAtStep) -> bool:
     return by_name or all("param_names" in group for group in state["param_groups"])
 
 
+def holds_optimizer(path: Path) -> bool:
+    """Whether a file of weights that :func:`torch.save` wrote has its optimizer's state beside them."""
+    if not is_zipfile(path):  # neither safetensors nor torch's former format, which could only be read whole
+        return False
+    try:
+        return is_optimizer_state(within(load_tensors(path, "", mapped=True)))
+    except SourceProjError:  # whoever reads the weights says what is wrong
+        return False
+
+
 def optimizer_state_of(checkpoint: StateAtStep) -> Mapping[str, Any]:
     """A checkpoint's optimizer state, read.
 
@@ -163,7 +182,9 @@ def _load(checkpoint: StateAtStep) -> Any:
         )
     if not isinstance(state, str | Path):
         return state
-    return load_tensors(Path(state), f"{checkpoint!r} needs its optimizer's state_dict() there, saved alone")
+    return load_tensors(
+        Path(state), f"{checkpoint!r} needs its optimizer's state_dict() there, saved alone", mapped=True
+    )
 
 
 def _unwrap(state: Any, source: str) -> Mapping[str, Any]:
