@@ -26,6 +26,7 @@ __all__ = [
     "loss_gradients",
     "mean_gradients",
     "stage_start",
+    "unit_rows",
 ]
 
 _PLAIN = find_codec("float32")
@@ -258,6 +259,19 @@ def _position(row: SupportsIndex) -> int:
         raise TypeError(
             f"rows are positions of training examples, whole numbers, got {row!r}; np.flatnonzero makes them of a mask"
         ) from None
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows ``(n, k)`` of length 1, however short or long they were; those of zeros stay.
+
+    Example:
+        >>> unit_rows(torch.tensor([[3e-30, 4e-30], [0.0, -2e30], [0.0, 0.0]]))
+        tensor([[ 0.6000,  0.8000],
+                [ 0.0000, -1.0000],
+                [ 0.0000,  0.0000]])
+    """
+    largest = rows.abs().amax(1, keepdim=True)  # by which nothing is squared that has no square in float32
+    return torch.nn.functional.normalize(rows / largest.where(largest > 0, 1.0))
 
 
 def aligned(streams: Sequence[Iterator[Operand]], height: int) -> Iterator[tuple[int, int, list[tuple[int, Operand]]]]:

@@ -47,8 +47,9 @@ class SelfInfluence(np.lib.mixins.NDArrayOperatorsMixin):
         return np.array(self.values, dtype=dtype, copy=copy)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
-        plain = (given.values if isinstance(given, SelfInfluence) else given for given in inputs)
-        return getattr(ufunc, method)(*plain, **options)
+        if "out" in options:  # as of influence /= 2
+            options["out"] = tuple(map(_plain, options["out"]))
+        return getattr(ufunc, method)(*map(_plain, inputs), **options)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # of copies and pickles, before there are values
@@ -93,3 +94,8 @@ class SelfInfluence(np.lib.mixins.NDArrayOperatorsMixin):
             label = f" (label {example.label})" if example.label else ""
             contents.append((example._repr_html_(), f"{signed(hit.score)}: {id_word(hit.id)}{label}"))
         return wrapped(f"{self!r}. The highest:", tiles(contents))
+
+
+def _plain(given: Any) -> Any:
+    """The array of values, and all else as it is."""
+    return given.values if isinstance(given, SelfInfluence) else given

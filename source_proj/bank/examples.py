@@ -313,6 +313,8 @@ def _name(label: Any, class_names: ClassNames | None) -> str:
             return ""
     if class_names is None or isinstance(label, str):
         return f"{label:.4g}" if isinstance(label, float) else str(label)
+    if isinstance(class_names, Sequence) and isinstance(label, int) and label < 0:
+        return str(label)  # -1 stands for no label in many data sets, and not for the last class
     try:
         return str(class_names[label])
     except (KeyError, IndexError, TypeError):

@@ -12,6 +12,7 @@ from torch import Tensor
 from source_proj._errors import MismatchError
 from source_proj._io.numbers import plain_numbers
 from source_proj._io.progress import Progress, progress_bar
+from source_proj.attribution.operands import unit_rows
 from source_proj.attribution.words import id_word
 from source_proj.bank import Bank, StageBank
 from source_proj.curate.cleaning import Cleaning
@@ -142,9 +143,9 @@ class _Directions(NamedTuple):
 
 
 def _directions(stage: StageBank, checkpoint: int) -> _Directions:
-    blocks = [(block.rows, block.d1.sign()) for block in stage.iter_rows(checkpoint)]
+    blocks = [(unit_rows(block.rows), block.d1.sign()) for block in stage.iter_rows(checkpoint)]
     rows, signs = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    return _Directions(torch.nn.functional.normalize(rows, dim=1, out=rows), signs)
+    return _Directions(rows, signs)
 
 
 def _linked(

@@ -197,7 +197,10 @@ def _slips(model: Model, inputs: Mapping[str, Any], by_name: bool) -> list[str]:
     for key, value in inputs.items():
         name = repr(key) if by_name else key
         if by_name and known and not open_ended and key not in known:
-            found.append(f"the model takes no argument {name}: leave the column {name} out of the data set")
+            found.append(
+                f"the model takes no argument {name}: leave the column {name} out in the collate_fn, and it is still "
+                "shown, or out of the data set"
+            )
         elif _is_text(value):
             found.append(f"{name} is text, and the model takes numbers: {TOKENISE}")
         elif isinstance(value, list | tuple) and value and all(isinstance(entry, Tensor) for entry in value):

@@ -2,8 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from problems import classification, regression
+from torch import nn
+from torch.utils.data import TensorDataset
 
 import source_proj as sp
 
@@ -37,6 +42,35 @@ def test_a_training_example_helps_itself_by_the_cosine_of_its_gradient(built):
     problem = built[0]
     helpful = METHODS["GradCos"](*built).helpful(problem.train, 1)
     assert np.abs(np.abs(helpful.scores) - 1).max() < 1e-4
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 2**20), st.sampled_from([1.0, 40.0, 80.0]), st.sampled_from([1e-25, 1e-15, 1.0, 1e22]))
+def test_a_cosine_knows_no_lengths(tmp_path_factory, seed, margin, size):
+    """Examples that were learnt so well that ℓ' is below 1e-12 were like nothing, themselves included."""
+    generator, path = torch.Generator().manual_seed(seed), tmp_path_factory.mktemp("lengths") / "bank"
+    sizes = size ** torch.rand(7, 1, generator=generator)
+    inputs, labels = torch.randn(7, 5, generator=generator) * sizes, torch.zeros(7, dtype=torch.int64)
+    inputs[6] = inputs[0]
+    model = nn.Linear(5, 2)
+    with torch.no_grad():  # of every example's label
+        model.weight.zero_()
+        model.bias.copy_(torch.tensor([margin / 2, -margin / 2]))
+    run = sp.Trajectory([sp.Checkpoint(model.state_dict(), step=10, lr=0.1)])
+    data, options = TensorDataset(inputs, labels), {"storage": "float32", "progress": False}
+    bank = sp.build(model, sp.Classification(), run, data, path, sketch=sp.Sketch(12, "identity"), **options)
+    rows = torch.cat([inputs, torch.ones(7, 1)], 1).double()  # a gradient is (1, -1) times these
+    expected, alike = (cosines(x) for x in (rows, inputs.double()))
+    np.testing.assert_allclose(sp.GradCos(bank, model=model, progress=False).score(data), expected, atol=1e-5)
+    similar = sp.RepSim(bank, model=model, train_set=data, progress=False).score(data)
+    np.testing.assert_allclose(similar, alike, atol=1e-5)
+    copies = sp.curate.near_duplicates(bank, threshold=0.999999, progress=False)
+    assert 6 in copies.ids
+
+
+def cosines(rows: torch.Tensor) -> np.ndarray:
+    directions = rows / rows.norm(dim=1, keepdim=True)
+    return (directions @ directions.T).numpy()
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,6 +1,7 @@
 """Source and its results as notebooks use them: own answers, shared features, parts, progress, and what is shown."""
 
 import copy
+import operator
 import pickle
 
 import numpy as np
@@ -10,6 +11,7 @@ from problems import classification, source
 from torch.utils.data import TensorDataset
 
 import source_proj as sp
+from source_proj.attribution.self_influence import SelfInfluence
 
 
 def predicted(problem, bank):
@@ -84,6 +86,19 @@ def test_self_influence_counts_as_its_array(blobs):
     frame = influence.to_pandas()
     assert list(frame.columns) == ["train_id", "self_influence"]
     assert "SelfInfluence(40" in influence._repr_html_()
+
+
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow"])
+def test_operators_do_to_self_influence_what_they_do_to_its_array(name):
+    """What is written into itself, as by `influence /= influence.max()`, called itself without end."""
+    drawn = np.random.default_rng(0).uniform(0.5, 2, (2, 9)).astype(np.float32)
+    for operand in ("number", "array", "itself"):
+        for kind in (name, f"i{name}"):
+            values, influence = drawn[0].copy(), SelfInfluence(drawn[0].copy(), list(range(9)))
+            others = {"number": (2, 2), "array": (drawn[1], drawn[1]), "itself": (values, influence)}[operand]
+            apply = getattr(operator, kind)
+            np.testing.assert_array_equal(apply(influence, others[1]), apply(values, others[0]))
+            np.testing.assert_array_equal(influence, values)  # changed, or left as it was
 
 
 def test_parts_know_whose_they_are(staged):

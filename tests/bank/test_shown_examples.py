@@ -32,6 +32,21 @@ def test_places_are_those_of_the_data_set_through_subsets_and_stages(size, data)
         shown.show(2 * size, 0)
 
 
+@given(st.integers(-9, 9), st.integers(1, 5), st.sampled_from([int, np.int64, torch.tensor]))
+def test_a_label_has_the_name_of_its_class_or_none(label, classes, kind):
+    """-1, as data sets have it where nobody labelled, was shown as the last class."""
+    names, item = [f"class {number}" for number in range(classes)], ("text", kind(label))
+    expected = names[label] if 0 <= label < classes else str(label)
+    for given_names in (names, tuple(names), dict(enumerate(names))):
+        shown = Examples([item], class_names=given_names)
+        assert [shown.show(0, 0).label, shown.said(label), *shown.searched()] == [
+            expected,
+            expected,
+            ("text", expected),
+        ]
+    assert Examples([item], class_names={label: "any"}).show(0, 0).label == "any"
+
+
 def test_a_picture_has_the_shape_that_the_user_says_and_no_other():
     flat = TensorDataset(torch.rand(2, 64), torch.tensor([3, 4]))
     assert Examples(flat).show(0, 0).image is None  # nothing is guessed

@@ -80,6 +80,20 @@ def test_what_is_not_there_is_refused(client, path, status):
     assert client.ask(path)[0] == status
 
 
+@pytest.mark.parametrize("error", [KeyError("gone"), OSError("gone"), RuntimeError("gone")])
+def test_what_a_data_set_raises_is_told_to_the_page(client, explorer, monkeypatch, error):
+    """The page reads JSON, and said that "Internal Server Error" is none."""
+
+    def show(*_):
+        raise error
+
+    monkeypatch.setattr(type(explorer._index["train"].examples), "show", show)
+    status, headers, body = client.ask("/api/train/1")
+    assert (status, headers["content-type"]) == (500, "application/json")
+    assert json.loads(body)["error"].startswith(f"{type(error).__name__}: ")
+    assert "gone" in json.loads(body)["error"]
+
+
 @pytest.mark.parametrize("name", ["start", "count", "stage"])
 def test_what_is_no_number_is_named(client, name):
     status, *_, body = client.ask(f"/api/train?{name}=abc")

@@ -1,12 +1,14 @@
 """The report in a real browser: from a phone to a wide screen every text and row has the room that it needs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
 import source_proj as sp
-from source_proj.report import make_page, write_report
+from source_proj.report import Check, make_page, write_report
 
 WORDS = ["a", "film", "that", "knows", "what", "it", "wants", "says", "so", "without", "one", "word", "too", "many"]
 
@@ -51,6 +53,22 @@ def test_examples_have_room_and_nothing_has_to_be_scrolled_sideways(browser, add
         )
         assert all(share > 0.9 for share in shares)
     page.close()
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_no_word_is_wider_than_the_page(browser, tmp_path, width):
+    """Of what the model said, notes, ids and all that a caller wrote, one long word moved the whole page aside."""
+    word = "unbroken" * 40
+    values = np.random.default_rng(0).standard_normal((1, 6))
+    scores = sp.Scores(values, [word], [f"{word}{i}" for i in range(6)], unit=word)
+    data = [(word, word)] * 6, [(word, word)]
+    page = make_page(word, scores, *data, predictions=[word], notes=[word], method=word, others={word: scores})
+    check = Check(word, 0.5, 0.4, 0.1, 3, word)
+    page = replace(page, summary=word, facts=((word, word),), checks=(check,), check_title=word, segments=(word,))
+    shown = browser.new_page(viewport={"width": width, "height": 900})
+    shown.goto(f"file://{write_report(page, tmp_path / 'page.html')}")
+    assert shown.evaluate("document.documentElement.scrollWidth") <= width
+    shown.close()
 
 
 def test_a_text_begins_where_its_letters_do(browser, tmp_path):

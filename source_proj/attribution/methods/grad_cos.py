@@ -7,7 +7,7 @@ import torch
 
 from source_proj.attribution.attributor import Attributor, Term
 from source_proj.attribution.features import QueryFeatures
-from source_proj.attribution.operands import Operand, StageOperands, loss_gradients
+from source_proj.attribution.operands import Operand, StageOperands, stage_start, unit_rows
 from source_proj.bank import Bank
 
 __all__ = ["GradCos"]
@@ -36,13 +36,15 @@ class GradCos(Attributor):
             metric = bank.metrics.hash(stage.metric(stage.n_checkpoints - 1))
             query = features.at(bank.final_checkpoint(), metric).to(self.device or "cpu")
             rows = StageOperands(bank, index, partial(_directions, device=self.device))
-            terms.append(Term(-torch.nn.functional.normalize(query), rows))
+            terms.append(Term(-unit_rows(query), rows))
         return terms
 
 
 def _directions(
     bank: Bank, stage: int, device: torch.device | str | None, shards: range | None = None
 ) -> Iterator[Operand]:
-    last = bank.stages[stage].n_checkpoints - 1
-    for operand in loss_gradients(bank, stage, last, device, shards=shards):
-        yield operand._replace(rows=torch.nn.functional.normalize(operand.rows))
+    """The directions of φ with the sign of ℓ': of an example that was learnt well their product can be too small."""
+    own, start = bank.stages[stage], stage_start(bank, stage)
+    for block in own.iter_rows(own.n_checkpoints - 1, shards=shards):
+        rows = unit_rows(block.rows.to(device or "cpu")).mul_(block.d1.sign().to(device or "cpu")[:, None])
+        yield Operand(start + block.start, start + block.stop, rows)

@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from source_proj._errors import GradientError, MismatchError, SourceProjError
 from source_proj._io.locks import ThreadLock
 from source_proj._io.progress import Progress, progress_bar
 from source_proj.attribution.attributor import Attributor, Queries, Term
 from source_proj.attribution.features import QueryFeatures, SketchedQueries
-from source_proj.attribution.operands import Operand, RowsInMemory
+from source_proj.attribution.operands import Operand, RowsInMemory, unit_rows
 from source_proj.attribution.queries import checked_query_ids, query_source
 from source_proj.bank import Bank, StageBank
 from source_proj.bank.build.batch_hash import batch_hash
@@ -165,7 +164,7 @@ class RepSim(Attributor):
 
     def _terms(self, bank: Bank, features: QueryFeatures) -> list[Term]:
         rows = self._training_rows(bank)
-        query = normalize(features.at(bank.final_checkpoint())).to(rows.device)
+        query = unit_rows(features.at(bank.final_checkpoint())).to(rows.device)
         return [Term(query, RowsInMemory([Operand(0, len(rows), rows)]))]
 
     def _training_rows(self, bank: Bank) -> Tensor:
@@ -176,7 +175,7 @@ class RepSim(Attributor):
                 model = self._at_the_end(bank)
                 stages = zip(bank.stages, self._sources, strict=True)
                 rows = torch.cat([self._stage_rows(model, stage, source) for stage, source in stages])
-                self._train[bank.fingerprint] = normalize(rows).to(self.device or "cpu")
+                self._train[bank.fingerprint] = unit_rows(rows).to(self.device or "cpu")
             return self._train[bank.fingerprint]
 
     def _stage_rows(self, model: nn.Module, stage: StageBank, source: BatchSource) -> Tensor:

@@ -82,6 +82,8 @@ def _answered(answer: Callable[["Request"], Any]) -> Callable[["Request"], "Resp
             given, status = answer(request), 200
         except (ValueError, IndexError, SourceProjError) as error:
             given, status = {"error": " ".join(str(error).split())}, 404 if isinstance(error, IndexError) else 400
+        except Exception as error:  # whatever a data set raises of an example, such as a picture that is gone
+            given, status = {"error": " ".join(f"{type(error).__name__}: {error}".split())}, 500
         if isinstance(given, Response):
             return given
         return Response(json.dumps(given), status_code=status, media_type="application/json")
