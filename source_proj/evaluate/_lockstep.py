@@ -1,4 +1,4 @@
-"""The optimizer of stacked models: made as for one of them, and held to what it does to each by itself."""
+"""What stacked models are held to: one module stands for all, and one optimizer does to each what its own would."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from source_proj.evaluate._stepper import COUNTERS, made
+from source_proj.gradients.replaced import call_with
 
-__all__ = ["MakeOptimizer", "lockstep_optimizer"]
+__all__ = ["MakeOptimizer", "lockstep_optimizer", "named_tensors", "require_one_function"]
 
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 """Makes the optimizer of one model's parameters."""
@@ -49,6 +50,40 @@ def lockstep_optimizer(
     _require_each_number_alone(make, model)
     optimizer, templates = _made_for(make, model)
     return _moved(optimizer, templates, stacked)
+
+
+def require_one_function(
+    models: Sequence[nn.Module], seeds: Sequence[int], x: Tensor, result: Callable[[Any], Tensor]
+) -> None:
+    """Try models with the weights of the first, at some inputs: stacked, they are one module with weights of each.
+
+    Args:
+        models: they may be left in another state.
+        seeds: that they were made under.
+        x: inputs.
+        result: what is compared of their outputs.
+
+    Raises:
+        ValueError: they differ in more than their weights and buffers.
+    """
+    state = {name: value.detach().clone() for name, value in named_tensors(models[0])}
+    results = []
+    for model in models:
+        torch.manual_seed(0)  # for dropout
+        with torch.no_grad():
+            results.append(result(call_with(model, {name: value.clone() for name, value in state.items()}, (x,))))
+    for seed, own in zip(seeds, results, strict=True):
+        if not torch.allclose(own, results[0], rtol=1e-4, atol=1e-6, equal_nan=True):
+            raise ValueError(
+                f"the models of the seeds {seeds[0]} and {seed} differ with the same weights, and stacked ones are one "
+                "module with weights of each: what make_model draws must be parameters and buffers (register_buffer), "
+                "or train one by one (GroundTruth.fill)"
+            )
+
+
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers, by name."""
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def _made_for(make: MakeOptimizer, model: Sequence[Tensor]) -> tuple[torch.optim.Optimizer, list[Tensor]]:
