@@ -120,12 +120,15 @@ class Capture:
                 closed = any(map(callable, (*args[1:], kwargs.get("closure"))))  # the first is the optimizer
                 alive(closed)
 
-        self._handle = optimizer.register_step_pre_hook(before_step)
+        self._handles = [optimizer.register_step_pre_hook(before_step)]
+        if processes.count() > 1:
+            self._handles.append(model.register_forward_pre_hook(processes.refuse_join))
         self.forget_passes()
 
     def close(self) -> None:
         """Capture no more."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         self._path.close()
 
     # Steps -----------------------------------------------------------------------------------------------------
@@ -153,7 +156,8 @@ class Capture:
             if law is not None:
                 law.require_factor(clip_factor())
             index = places_of(passes, ids, self._examples)
-            rows = torch.cat([each.rows for each in passes]) * (len(index) / self._scale)
+            size = processes.mean_number(len(index))  # gradients are means over processes, of however many examples
+            rows = torch.cat([each.rows for each in passes]) * (size / self._scale)
             bad = nonfinite_examples(rows)
             if bad:
                 raise GradientError(f"the loss gradients of ids {[int(index[b]) for b in bad][:10]} are not finite")
