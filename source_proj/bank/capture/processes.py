@@ -16,7 +16,7 @@ __all__ = [
     "is_first",
     "largest",
     "mean",
-    "mean_number",
+    "means",
     "rank",
     "refuse_join",
     "sum_to_first",
@@ -66,9 +66,9 @@ def mean(tensor: Tensor) -> Tensor:
     return sent.to(tensor.device) / count()
 
 
-def mean_number(number: int) -> float:
-    """The mean of the processes' numbers."""
-    return float(mean(torch.tensor([number], dtype=torch.float64, device="cpu")))
+def means(*numbers: float) -> list[float]:
+    """The mean of each of some numbers over all processes."""
+    return mean(torch.tensor(numbers, dtype=torch.float64, device="cpu")).tolist()
 
 
 def refuse_join(module: nn.Module, *_: Any) -> None:

@@ -31,7 +31,29 @@ def network():
     return mlp()
 
 
-def worker(rank, folder, seed, joined):
+def joined(parallel, inputs, *_):
+    with parallel.join(), pytest.raises(sp.GradientError, match=r"DistributedDataParallel\.join\(\), can't add up"):
+        parallel(inputs[:2])
+
+
+def thrown_away(parallel, inputs, labels, optimizer, recorder):
+    """One process alone zeroes a gradient, long after the steps that are always audited."""
+    for step in range(30):
+        thrown = step == 29 and dist.get_rank() == 0
+        if thrown:
+            with parallel.no_sync():
+                loss_of(parallel, inputs[:2], labels[:2]).backward()
+        optimizer.zero_grad()
+        loss_of(parallel, inputs[2:4], labels[2:4]).backward()
+        if step == 29:
+            with pytest.raises(sp.GradientError, match=r"do not sum to the gradient.*a batch that was thrown away"):
+                optimizer.step()
+            return
+        optimizer.step()
+        recorder.step(ids=[2, 3])
+
+
+def worker(rank, folder, seed, refused):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
     model = network()
@@ -40,18 +62,16 @@ def worker(rank, folder, seed, joined):
     sketch, (inputs, labels) = sp.Sketch(size_of(model), "identity"), data_for(model, N)
     recorder = sp.Recorder(model, optimizer, folder / "run", every=4, capture=sketch, task=sp.Classification())
     recorder.restore()
-    with parallel.join() if joined else nullcontext():
-        if joined:
-            with pytest.raises(sp.GradientError, match=r"DistributedDataParallel\.join\(\), can't add up"):
-                parallel(inputs[:2])
-        for batches in [] if joined else steps_of(seed):
+    if refused is not None:
+        refused(parallel, inputs, labels, optimizer, recorder)
+    else:
+        for batches in steps_of(seed):
             optimizer.zero_grad()
             for place, ids in enumerate(batches, 1):
                 with parallel.no_sync() if place < len(batches) else nullcontext():
                     (loss_of(parallel, inputs[ids[rank]], labels[ids[rank]]) / len(batches)).backward()
             optimizer.step()
             recorder.step(ids=torch.cat([ids[rank] for ids in batches]))
-    if not joined:
         recorder.bank(storage="float32")
     recorder.close()
     dist.barrier()
@@ -60,9 +80,9 @@ def worker(rank, folder, seed, joined):
     dist.destroy_process_group()
 
 
-def run(folder, seed=0, joined=False):
+def run(folder, seed=0, refused=None):
     preloaded()
-    torch.multiprocessing.start_processes(worker, (folder, seed, joined), nprocs=2, start_method="forkserver")
+    torch.multiprocessing.start_processes(worker, (folder, seed, refused), nprocs=2, start_method="forkserver")
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -87,5 +107,6 @@ def test_batches_of_different_sizes_count_as_they_do_in_the_gradient(tmp_path, s
         assert float((got - expected).norm()) <= 1e-5 * float(expected.norm())
 
 
-def test_processes_that_end_before_others_are_refused(tmp_path):
-    run(tmp_path, joined=True)
+@pytest.mark.parametrize("refused", [joined, thrown_away], ids=["join", "thrown away"])
+def test_what_processes_cannot_capture_together_is_refused_in_all(tmp_path, refused):
+    run(tmp_path, refused=refused)
