@@ -11,6 +11,7 @@ takes as ``initial``.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from source_proj._errors import MismatchError
 from source_proj._io.executors import Executor, check_executor, map_in_order
 from source_proj._io.numbers import plain_numbers, whole_number
 from source_proj._io.progress import Progress, progress_bar
-from source_proj.evaluate._lockstep import MakeOptimizer, lockstep_optimizer
+from source_proj.evaluate._lockstep import MakeOptimizer, lockstep_optimizer, named_tensors, require_one_function
 from source_proj.gradients.replaced import call_with
 from source_proj.trajectory.checkpoint import set_evaluating
 
@@ -198,8 +199,8 @@ def train_stacked(
     Raises:
         TypeError: if what is given makes no optimizer.
         ValueError: for no, empty or unequally long subsets, indices beyond the N examples, an optimizer setting out of
-            range, or an optimizer that has other parameters, several learning rates, or does not act on each number
-            alone.
+            range, models that differ in more than weights and buffers, or an optimizer that has other parameters,
+            several learning rates, or does not act on each number alone.
         MismatchError: if subsets and seeds, inputs and targets, or the initial state and model do not match.
     """
     subsets, seeds = _checked_pairs(subsets, seeds, len(inputs))
@@ -214,15 +215,23 @@ def train_stacked(
     indices = torch.from_numpy(np.stack(subsets)).long()  # (M, n)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with _GENERATOR, torch.random.fork_rng():
-        skeleton, parameters, buffers = _initialise(make_model, seeds, initial, inputs.device)
+        models, parameters, buffers = _initialise(make_model, seeds, initial, inputs.device)
+        skeleton, first = models[0], indices[0, :batch_size]
+        if len(models) > 1:
+            again = _made(make_model, seeds[0], inputs.device)  # the skeleton must not notice that it was tried
+            require_one_function([again, *models[1:]], seeds, inputs[first], lambda found: loss(found, targets[first]))
+        skeleton.register_forward_hook(_and_buffers)
         stacked = list(parameters.values())
         if optimizer is None:
             descent: torch.optim.Optimizer = torch.optim.SGD(stacked, momentum=momentum, weight_decay=weight_decay)
         else:
             descent = lockstep_optimizer(optimizer, list(skeleton.parameters()), stacked)
 
-        def model_loss(state: StackedState, static: StackedState, x: Tensor, y: Tensor) -> Tensor:
-            return loss(call_with(skeleton, {**state, **static}, (x,)), y)
+        def model_loss(
+            state: StackedState, static: StackedState, x: Tensor, y: Tensor
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            outputs, after = call_with(skeleton, {**state, **static}, (x,))
+            return loss(outputs, y), {name: after[name] for name in static if name in after}
 
         losses = vmap(model_loss, randomness="different")
         count = 0
@@ -231,7 +240,9 @@ def train_stacked(
             order = torch.stack(orders)
             shuffled = torch.gather(indices, 1, order)
             for batch in torch.split(shuffled, batch_size, dim=1):  # batch: (M, b) indices of examples
-                _differentiate(losses(parameters, buffers, inputs[batch], targets[batch]).sum(), stacked)
+                found, after = losses(parameters, buffers, inputs[batch], targets[batch])
+                buffers.update({name: value.detach() for name, value in after.items()})
+                _differentiate(found.sum(), stacked)
                 for group in descent.param_groups:
                     group["lr"] = rate(count)
                 descent.step()
@@ -254,11 +265,16 @@ def _differentiate(total: Tensor, stacked: Sequence[Tensor]) -> None:
 
 
 def stacked_outputs(make_model: Callable[[], nn.Module], inputs: Tensor) -> Callable[[StackedState], Tensor]:
-    """Build an ``evaluate`` for :func:`retrain`: the outputs ``(models, N, ...)`` of every model on ``inputs``."""
+    """Build an ``evaluate`` for :func:`retrain`: the outputs ``(models, N, ...)`` of every model on ``inputs``.
+
+    Raises:
+        ValueError: models of two seeds differ in more than weights and buffers.
+    """
     inputs = _as_tensor(inputs)
     with torch.random.fork_rng():
-        skeleton = set_evaluating(make_model().to(inputs.device))
-    return partial(_outputs, skeleton, inputs)
+        models = [set_evaluating(_made(make_model, seed, inputs.device)) for seed in (0, 1)]
+        require_one_function(models, (0, 1), inputs, lambda outputs: outputs)
+    return partial(_outputs, models[0], inputs)
 
 
 def _outputs(skeleton: nn.Module, inputs: Tensor, state: StackedState) -> Tensor:
@@ -269,12 +285,9 @@ def _outputs(skeleton: nn.Module, inputs: Tensor, state: StackedState) -> Tensor
 
 def _initialise(
     make_model: Callable[[], nn.Module], seeds: Sequence[int], initial: StackedState | None, device: torch.device
-) -> tuple[nn.Module, StackedState, StackedState]:
-    """Build all models; return one of them as a skeleton, and the stacked parameters and buffers of all."""
-    models = []
-    for seed in seeds:
-        torch.manual_seed(seed)
-        models.append(make_model().to(device).train())
+) -> tuple[list[nn.Module], StackedState, StackedState]:
+    """Build all models, and stack the parameters and buffers of all."""
+    models = [_made(make_model, seed, device) for seed in seeds]
     parameters, buffers = stack_module_state(models)
     if initial is not None:
         single = _is_single(make_model, initial)
@@ -286,14 +299,24 @@ def _initialise(
                 if not single and len(start) != len(seeds):
                     raise MismatchError(f"initial holds the states of {len(start)} models, but there are {len(seeds)}")
                 value.copy_(start.expand_as(value))
-    return models[0], parameters, buffers
+    return models, parameters, buffers
+
+
+def _made(make_model: Callable[[], nn.Module], seed: int, device: torch.device) -> nn.Module:
+    torch.manual_seed(seed)
+    return make_model().to(device).train()
+
+
+def _and_buffers(model: nn.Module, _: Any, outputs: Any) -> tuple[Any, dict[str, Tensor]]:
+    """A hook that returns the buffers too: those that a pass puts others in the place of would be lost after it."""
+    return outputs, dict(model.named_buffers())
 
 
 def _is_single(make_model: Callable[[], nn.Module], initial: StackedState) -> bool:
     """Whether ``initial`` is one model's state dict (True) or a stack of several (False)."""
     with torch.random.fork_rng():
         model = make_model()
-    own = {name: tuple(value.shape) for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    own = {name: tuple(value.shape) for name, value in named_tensors(model)}
     saved = model.state_dict().keys()  # without the buffers that are not persistent, with every name of a tied weight
     given = {name: tuple(value.shape) for name, value in initial.items()}
     wrong = sorted((own.keys() & saved) - given.keys() | given.keys() - own.keys() - saved)

@@ -16,7 +16,7 @@ from torch import Tensor
 from source_proj._errors import MismatchError
 from source_proj._io.loading import load_tensors
 from source_proj._io.outputs import from_home
-from source_proj.integrations.lightning_rates import SavedSchedule, logged_values, momenta, rates
+from source_proj.integrations.lightning_rates import SavedSchedule, logged_values, momenta, of_updates, rates
 from source_proj.integrations.moments_follow import moments_contradict
 from source_proj.integrations.momentum import GivenValues, has_momentum, require_momentum, time_factors
 from source_proj.trajectory import Checkpoint, Optimizer, PreconditionerMode, Segments, Stage
@@ -63,7 +63,8 @@ def lightning_stage(
     Time runs in optimizer steps (``global_step``); Lightning averages the gradients of accumulated batches. Learning
     rates come from ``schedule``, else from the saved state of a OneCycleLR, else from the ``metrics.csv`` of a
     CSVLogger with a LearningRateMonitor, where equal rates before and after steps that were not logged hold in between
-    (unless the schedule repeats itself), else from the optimizer's state, if the rate is constant. A momentum that
+    (unless the schedule repeats itself), else from the optimizer's state, if the rate is constant. A log counts
+    batches: of a module with manual optimization that does not step once a batch it tells nothing. A momentum that
     changes comes from the same places, and every update's own enters the time scale. Lightning keeps neither gradient
     norms nor ``gradient_clip_val``: nothing is assumed to be clipped, unless ``clip_factors`` are given.
 
@@ -96,7 +97,7 @@ def lightning_stage(
         raise ValueError(f"weights must be 'trained' or 'averaged', got {weights!r}")
     saved = _saved(from_home(dir).absolute(), steps, unpickle)
     last = saved[-1]
-    logged = logged_values(from_home(dir).absolute(), metrics)
+    logged = of_updates(saved, logged_values(from_home(dir).absolute(), metrics))
     lr_schedule = rates(saved, logged.rates, schedule)
     if optimizer is None:
         optimizer = describe_state(last.optimizer, last.path.name)
@@ -215,7 +216,16 @@ def _read(file: Path, unpickle: bool) -> _Saved:
             f"{str(file)!r} holds the states of {len(states)} optimizers, and a stage has one: make stages"
         )
     averaged = _averaged(content, file, unpickle) is not None
-    return _Saved(int(content["global_step"]), states[0], content.get("lr_schedulers") or [], file, averaged)
+    schedulers = content.get("lr_schedulers") or []
+    return _Saved(int(content["global_step"]), _batches(content), states[0], schedulers, file, averaged)
+
+
+def _batches(content: Mapping[str, Any]) -> int | None:
+    """How many batches Lightning's logs have counted."""
+    loop = content.get("loops")
+    for key in ("fit_loop", "epoch_loop.state_dict"):
+        loop = loop.get(key) if isinstance(loop, Mapping) else None
+    return loop.get("_batches_that_stepped") if isinstance(loop, Mapping) else None
 
 
 def _load(file: Path, unpickle: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from source_proj._errors import MismatchError
 from source_proj.integrations.momentum import GivenValues, given_values
 
-__all__ = ["SavedSchedule", "logged_values", "momenta", "rates"]
+__all__ = ["SavedSchedule", "logged_values", "momenta", "of_updates", "rates"]
 
 _PERIODS = {"T_0", "T_max", "total_size"}  # in the states of torch's warm restarts, cosine and cycles
 _FROM_BASE = _PERIODS | {"step_size", "milestones", "gamma", "power", "_schedule_phases"}
@@ -27,11 +27,13 @@ class SavedSchedule:
 
     Attributes:
         step: updates before it.
+        batches: Lightning's own count for its logs, of batches (accumulated ones together); None if it is not known.
         optimizer: its optimizer's ``state_dict()``.
         schedulers: the states of its schedulers.
     """
 
     step: int
+    batches: int | None
     optimizer: Mapping[str, Any]
     schedulers: Sequence[Mapping[str, Any]]
 
@@ -40,6 +42,14 @@ class SavedSchedule:
         """Options of the first parameter group."""
         options: Mapping[str, Any] = self.optimizer["param_groups"][0]
         return options
+
+    @property
+    def logs_updates(self) -> bool:
+        """Whether logs count updates; they count batches where a module steps its optimizer itself, not once a batch.
+
+        A checkpoint that is written at the end of a batch does not count that one yet.
+        """
+        return self.batches is None or self.step - self.batches in (0, 1)
 
     @property
     def rate(self) -> float:
@@ -94,6 +104,11 @@ def logged_values(directory: Path, metrics: str | Path | None) -> LoggedValues:
     return logged
 
 
+def of_updates(saved: Sequence[SavedSchedule], logged: LoggedValues) -> LoggedValues:
+    """The logged values, or none of them if their numbers are not those of updates."""
+    return logged if all(checkpoint.logs_updates for checkpoint in saved) else LoggedValues({}, {})
+
+
 def rates(saved: Sequence[SavedSchedule], logged: Mapping[int, float], schedule: GivenValues | None) -> list[float]:
     """Learning rate of updates 0 to the last checkpoint's step.
 
@@ -113,16 +128,24 @@ def rates(saved: Sequence[SavedSchedule], logged: Mapping[int, float], schedule:
     if cycle is not None:
         return _given("saved OneCycleLR", [rate for rate, _ in cycle], logged, last)
     if not logged and any(checkpoint.schedulers for checkpoint in saved):
-        raise ValueError(
-            "the run had a learning-rate scheduler, and there is no metrics.csv of a CSVLogger with the rates of a "
-            "LearningRateMonitor: give schedule=, a function of the update's number or one value each, or metrics="
-        )
+        raise ValueError(_no_rates(saved))
     known = {**{checkpoint.step: checkpoint.rate for checkpoint in saved}, **logged}
     begin = _first_rate(saved, known)
     if begin is not None:
         known.setdefault(0, begin)
     remedy = "(LearningRateMonitor(logging_interval='step') logs all): give schedule="
     return _filled(known, last, "learning rate", remedy, longest=_updates_per_step(saved, _repeats))
+
+
+def _no_rates(saved: Sequence[SavedSchedule]) -> str:
+    lacking = "there is no metrics.csv (or metrics=) of a CSVLogger with the rates of a LearningRateMonitor"
+    for checkpoint in saved:
+        if not checkpoint.logs_updates:
+            lacking = f"its {checkpoint.step} updates took {checkpoint.batches} batches, by which Lightning logs"
+    return (
+        f"the run had a learning-rate scheduler, and {lacking}: give schedule=, a function of the update's number or "
+        "one value each"
+    )
 
 
 def momenta(saved: Sequence[SavedSchedule], logged: Mapping[int, float], momentum: GivenValues | None) -> list[float]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from source_proj.trajectory.checkpoint import Checkpoint
-from source_proj.trajectory.optimizers import PreconditionedOptimizer, moments
+from source_proj.trajectory.layouts import unwrapped_names
+from source_proj.trajectory.optimizers import Optimizer, PreconditionedOptimizer, moments
 from source_proj.trajectory.stages import Stage
 
 __all__ = [
@@ -62,6 +63,7 @@ def _moved_in(stage: Stage, begin: Sequence[Checkpoint], model: nn.Module) -> se
 
 def held_parameters(stages: Sequence[Stage], model: nn.Module, has_one_state: bool) -> set[str]:
     """Parameters that any stage's optimizer held with a learning rate; empty where that is not known."""
+    own = [name for name, _ in model.named_parameters()]
     held: set[str] = set()
     for stage in stages:
         names = stage.trained
@@ -69,8 +71,9 @@ def held_parameters(stages: Sequence[Stage], model: nn.Module, has_one_state: bo
             names = _with_moments(stage, model)
         if names is None:
             return set()
-        held |= {name for name in names if _learns(stage, name)}
-    return held & {name for name, _ in model.named_parameters()}
+        optimizer = stage.optimizer.named_for(own)
+        held |= {name for name in unwrapped_names(dict.fromkeys(names), own) if _learns(optimizer, name)}
+    return held & set(own)
 
 
 def moved_by_others(stage: Stage, model: nn.Module, moved: set[str] | None = None) -> set[str]:
@@ -122,8 +125,7 @@ def _with_moments(stage: Stage, model: nn.Module) -> list[str] | None:
     return [name for name, _ in moments(last, stage.optimizer, model)]
 
 
-def _learns(stage: Stage, name: str) -> bool:
-    optimizer = stage.optimizer
+def _learns(optimizer: Optimizer, name: str) -> bool:
     return not isinstance(optimizer, PreconditionedOptimizer) or optimizer.group(name).lr_scale > 0
 
 

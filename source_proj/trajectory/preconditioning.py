@@ -71,7 +71,9 @@ def _resolved(
     """A stage's record; parameters that stood still in it are none of its metric."""
     record = stage.describe()
     warn_of_copies(stage)
-    optimizer = record.optimizer  # the decay divided by the loss scale
+    # Its decay is divided by the loss scale; its groups may be of the model within a wrapper, or around it.
+    optimizer = record.optimizer.named_for([name for name, _ in model.named_parameters()])
+    record = replace(record, optimizer=optimizer)
     mode, count = stage.preconditioner, len(stage.checkpoints)
     if still.issuperset(space.names):  # of nothing that is attributed, the optimizer's states say nothing either
         mode = "none"

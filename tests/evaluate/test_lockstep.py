@@ -12,17 +12,6 @@ from torch import nn
 from source_proj.evaluate import stacked_outputs, train_stacked
 
 N, SETTING = 20, {"epochs": 2, "batch_size": 4}
-OPTIMIZERS = {
-    "sgd": torch.optim.SGD,
-    "momentum": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
-    "adam": torch.optim.Adam,
-    "adamw": partial(torch.optim.AdamW, amsgrad=True, foreach=True),
-    "fused": partial(torch.optim.AdamW, fused=True),
-    "adagrad": partial(torch.optim.Adagrad, initial_accumulator_value=0.3),
-    "rmsprop": partial(torch.optim.RMSprop, momentum=0.5, centered=True),
-    "nadam": torch.optim.NAdam,
-    "radam": torch.optim.RAdam,
-}
 RULES = {
     "no decay on biases": lambda p: p.ndim < 2,
     "by size": lambda p: p.numel() > 6,
@@ -47,6 +36,55 @@ class Normed(torch.optim.SGD):
             for p in group["params"]:
                 p.grad /= p.grad.norm()
         return super().step(closure)
+
+
+class ClippedLater(torch.optim.SGD):
+    """Clips once it has warmed up, at a norm that no gradient of the first steps is below."""
+
+    taken = 0
+
+    def step(self, closure=None):
+        self.taken += 1
+        if self.taken > 5:
+            torch.nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 0.01)
+        return super().step(closure)
+
+
+class Lookahead(torch.optim.SGD):
+    """Every fifth step goes half of the way from where the weights were (Zhang et al. 2019, arXiv 1907.08610)."""
+
+    def __init__(self, parameters, lr=0.1):
+        super().__init__(parameters, lr=lr)
+        self.taken = 0
+        for p in self.weights():
+            self.state[p]["slow"] = p.detach().clone()
+
+    def weights(self):
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+        self.taken += 1
+        if self.taken % 5 == 0:
+            for p in self.weights():
+                p.copy_(self.state[p]["slow"].lerp_(p, 0.5))
+
+
+class Remembering(Lookahead):
+    """Keeps where the weights were in a list of its own, of which nothing that stacks models can know."""
+
+    def __init__(self, parameters, lr=0.1):
+        super().__init__(parameters, lr=lr)
+        self.slow = [self.state.pop(p)["slow"] for p in self.weights()]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        torch.optim.SGD.step(self, closure)
+        self.taken += 1
+        if self.taken % 5 == 0:
+            for p, slow in zip(self.weights(), self.slow, strict=True):
+                p.copy_(slow.lerp(p, 0.5))
 
 
 def with_hook(parameters):
@@ -82,6 +120,20 @@ def one_by_one(make_optimizer, x, y, subset, seed, rate):
     return model
 
 
+OPTIMIZERS = {
+    "sgd": torch.optim.SGD,
+    "momentum": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "adam": torch.optim.Adam,
+    "adamw": partial(torch.optim.AdamW, amsgrad=True, foreach=True),
+    "fused": partial(torch.optim.AdamW, fused=True),
+    "adagrad": partial(torch.optim.Adagrad, initial_accumulator_value=0.3),
+    "rmsprop": partial(torch.optim.RMSprop, momentum=0.5, centered=True),
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "lookahead": Lookahead,
+}
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @settings(max_examples=4)
 @given(seed=st.integers(0, 2**20), rule=st.sampled_from(list(RULES)), count=st.integers(1, 3))
@@ -114,6 +166,8 @@ NOT_ALONE = {
     "SparseAdam": torch.optim.SparseAdam,
     "Clipped": Clipped,
     "Normed": Normed,
+    "ClippedLater": ClippedLater,
+    "Remembering": Remembering,
     "AdamW": with_hook,
     **({"Muon": muon} if hasattr(torch.optim, "Muon") else {}),
 }

@@ -111,7 +111,7 @@ class Capture:
         self._worst = 0.0
         self._steps = 0  # of the optimizer since `begin_session`
         self._law: LawOfStep | None = None
-        self._scale = 1.0
+        self._scale, self._size = 1.0, 0.0
         reference = weakref.WeakMethod(self._before_step)
 
         def before_step(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -120,12 +120,15 @@ class Capture:
                 closed = any(map(callable, (*args[1:], kwargs.get("closure"))))  # the first is the optimizer
                 alive(closed)
 
-        self._handle = optimizer.register_step_pre_hook(before_step)
+        self._handles = [optimizer.register_step_pre_hook(before_step)]
+        if processes.count() > 1:
+            self._handles.append(model.register_forward_pre_hook(processes.refuse_join))
         self.forget_passes()
 
     def close(self) -> None:
         """Capture no more."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         self._path.close()
 
     # Steps -----------------------------------------------------------------------------------------------------
@@ -153,7 +156,7 @@ class Capture:
             if law is not None:
                 law.require_factor(clip_factor())
             index = places_of(passes, ids, self._examples)
-            rows = torch.cat([each.rows for each in passes]) * (len(index) / self._scale)
+            rows = torch.cat([each.rows for each in passes]) * (self._size / self._scale)
             bad = nonfinite_examples(rows)
             if bad:
                 raise GradientError(f"the loss gradients of ids {[int(index[b]) for b in bad][:10]} are not finite")
@@ -190,6 +193,9 @@ class Capture:
             )
         self._steps += 1
         self._seen = len(passes)
+        # Gradients are means over processes, of however many examples each. Where there are more passes than at other
+        # steps, some may be of a gradient that was zeroed; one process sees it for all, which audit together.
+        self._size, unusual = processes.means(sum(each.size for each in passes), self._seen != self._usual)
         if closed and not passes:
             raise GradientError(_CLOSURE)
         if not passes:
@@ -199,9 +205,7 @@ class Capture:
                     "itself, in training mode (model.train(); single modules may be in evaluation mode), not compiled"
                 )
             return
-        # Where there are more passes than at other steps, some may be of a gradient that was zeroed.
-        other = len(passes) != self._usual and processes.count() == 1  # several would have to see it alike
-        if self._path.watched or other:
+        if self._path.watched or unusual:
             gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
             self._law = checked_law(
                 passes, gradients, self.sketch, self.space, self._scale, left=left, clipped=self._clipped

@@ -6,9 +6,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["count", "from_first", "is_first", "largest", "mean", "rank", "sum_to_first", "wait"]
+from source_proj._errors import GradientError
+
+__all__ = [
+    "count",
+    "from_first",
+    "is_first",
+    "largest",
+    "mean",
+    "means",
+    "rank",
+    "refuse_join",
+    "sum_to_first",
+    "wait",
+]
 
 _CHUNK = 1 << 24  # numbers that are sent at once
 
@@ -51,6 +64,26 @@ def mean(tensor: Tensor) -> Tensor:
     sent = tensor.to(_device(tensor))
     dist.all_reduce(sent)
     return sent.to(tensor.device) / count()
+
+
+def means(*numbers: float) -> list[float]:
+    """The mean of each of some numbers over all processes."""
+    return mean(torch.tensor(numbers, dtype=torch.float64, device="cpu")).tolist()
+
+
+def refuse_join(module: nn.Module, *_: Any) -> None:
+    """A hook before a module's forward passes.
+
+    Raises:
+        GradientError: it trains within ``join()``, where a process that has ended takes no part in sums of others' own.
+    """
+    parallel = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    if module.training and parallel is not None and parallel._join_config.enable:
+        raise GradientError(
+            "processes that end one before another, as within DistributedDataParallel.join(), can't add up what they "
+            "capture: give each as many batches (DistributedSampler does), or leave capture= out and build the bank "
+            "after training"
+        )
 
 
 def largest(number: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, Self
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from source_proj._errors import MismatchError
-from source_proj.trajectory.optimizers.groups import ParameterGroup, check_at_least_zero
+from source_proj.trajectory.layouts import unwrapped_names
+from source_proj.trajectory.optimizers.groups import ParameterGroup, check_at_least_zero, is_glob
 
 __all__ = ["Optimizer", "Options", "PreconditionedOptimizer", "Updates", "check_betas", "keys"]
 
@@ -139,6 +140,21 @@ class Optimizer:
         holder = next((group for group in self.groups if group.holds(name)), ParameterGroup((name,)))
         decay = self.weight_decay if holder.weight_decay is None else holder.weight_decay
         return ParameterGroup(holder.parameters, holder.lr_scale, decay)
+
+    def named_for(self, names: Iterable[str]) -> Self:
+        """The same optimizer with its groups under the names that a model has, whichever wrapper is around either.
+
+        Args:
+            names: of all parameters of the model.
+        """
+        full = [name for group in self.groups for name in group.parameters if not is_glob(name)]
+        placed = {old: name for name, old in unwrapped_names(dict(zip(full, full, strict=True)), names).items()}
+        groups = tuple(
+            replace(group, parameters=tuple(placed.get(name, name) for name in group.parameters))
+            for group in self.groups
+        )
+        changed: dict[str, Any] = {} if groups == self.groups else {"groups": groups}
+        return replace(self, **changed)
 
     def with_decay_divided(self, scale: float) -> Self:
         """The same optimizer with every weight decay divided by a number: that for the mean loss."""

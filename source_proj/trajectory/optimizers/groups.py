@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-__all__ = ["ParameterGroup", "check_at_least_zero"]
+__all__ = ["ParameterGroup", "check_at_least_zero", "is_glob"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class ParameterGroup:
     def holds(self, name: str) -> bool:
         """Whether a parameter of this name belongs to the group."""
         return any(name == pattern or fnmatchcase(name, pattern) for pattern in self.parameters)
+
+
+def is_glob(name: str) -> bool:
+    """Whether a group's name stands for several."""
+    return any(letter in name for letter in "*?[")
 
 
 def check_at_least_zero(name: str, value: float) -> None:
