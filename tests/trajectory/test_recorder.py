@@ -131,6 +131,8 @@ class Wrapped:
 @pytest.mark.parametrize("kind", ["SGD", "RAdam"])
 def test_optimizers_in_wrappers_are_recorded_as_those_within(kind, capture, tmp_path):
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()  # one for the process: loops of other tests may have left theirs
     torch.manual_seed(0)
     inputs, targets = torch.randn(8, 3), torch.randn(8, 1)
     stages = []
