@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
@@ -28,8 +29,8 @@ __all__ = ["Hit", "Hits", "Reranked", "Shown", "checked_count", "make_hits"]
 _QUERIES = 5  # shown in a notebook or a terminal
 _ENTRIES = 5
 _BARE = (
-    "training examples are shown by their ids: bank.examples = sp.Examples(train_set) before the question shows them "
-    "(--data MODULE:FUNCTION on the command line)"
+    "training examples are named by their ids: to see them, set bank.examples = sp.Examples(train_set) before asking "
+    "(on the command line --data MODULE:FUNCTION)"
 )
 
 
@@ -200,12 +201,17 @@ class Hits(EqualByValue):
         """The query at a place, with what is known of it: see :meth:`Shown.query`."""
         return self.shown.query(query, self.query_ids[query], self.unit)
 
-    def to_pandas(self) -> pd.DataFrame:
-        """Return one line for each query and example: query_id, train_id, rank (from 1), score (``pandas`` extra)."""
+    def to_pandas(self, *, examples: bool = False) -> pd.DataFrame:
+        """Return one line for each query and example: query_id, train_id, rank (from 1), score (``pandas`` extra).
+
+        Args:
+            examples: add what is known of the examples: whether each was "helpful" or "harmful", label and text (or
+                numbers, or file) of both, what the model said of the query, and what was measured of it.
+        """
         with extra("pandas"):
             import pandas as pd
         count = len(self)
-        return pd.DataFrame(
+        frame = pd.DataFrame(
             {
                 "query_id": pd.Series([query_id for query_id in self.query_ids for _ in range(self.k)]),
                 "train_id": pd.Series([train_id for ids in self.ids for train_id in ids]),
@@ -213,6 +219,26 @@ class Hits(EqualByValue):
                 "score": self.scores.reshape(-1),
             }
         )
+        return frame.assign(**self._told()) if examples else frame
+
+    def _told(self) -> dict[str, list[Any]]:
+        """Columns of what is known of queries and examples, those of nothing left out."""
+        measured = self.shown.measurements
+        columns: dict[str, list[Any]] = defaultdict(list)
+        read: dict[int, Example] = {}  # each once: of pictures that is work
+        for query in range(len(self)):
+            asked = self.query_example(query)
+            for rank, hit in enumerate(self[query]):
+                place = int(self.indices[query, rank])
+                example = read[place] = read.get(place) or self.train_example(query, rank)
+                columns["toward"].append(toward(hit.score, self.higher_is_better))
+                columns["query_label"].append(asked.label)
+                columns["query"].append(asked.words)
+                columns["predicted"].append(asked.prediction or "")
+                columns["measurement"].append("" if measured is None else float(measured[query]))
+                columns["train_label"].append(example.label)
+                columns["train"].append(example.words)
+        return {name: column for name, column in columns.items() if any(entry != "" for entry in column)}
 
     def plot(self, query: int = 0, ax: Axes | None = None) -> Axes:
         """Draw the scores of one query's examples, by default the first one's, as bars (needs the ``plot`` extra)."""

@@ -172,6 +172,7 @@ class Scores:
         axes.hist(np.asarray(self._values[query]), bins=60, color="#3a4fb0")
         axes.set_yscale("log")
         axes.axvline(0, color="black", linewidth=0.8)
+        axes.locator_params(axis="x", nbins=6)  # more labels run into each other
         axes.set_xlabel(drawn(f"score ({self.unit})"))
         axes.set_ylabel("training examples")
         axes.set_title(drawn(f"query {id_word(self.query_ids[query])}"))

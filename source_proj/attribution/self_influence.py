@@ -68,6 +68,12 @@ class SelfInfluence(np.lib.mixins.NDArrayOperatorsMixin):
     def __repr__(self) -> str:
         return f"SelfInfluence({len(self)} training examples; +: the example lowered its {self.unit})"
 
+    def __str__(self) -> str:
+        """The highest ones, a line each."""
+        hits = self._strongest(min(_ROWS, len(self)))
+        _, *lines = hits.lines(0, named=False) if len(self) else [""]
+        return "\n".join([f"{self!r}. The highest:", *lines])
+
     def top_k(self, k: int) -> list[Hit]:
         """Return the k examples with the highest values, highest first: mislabelled and rare ones are among them."""
         return self._strongest(k)[0]

@@ -1,5 +1,7 @@
 """Hits in order, in frames, in words, and as HTML in which no id is code."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,27 @@ def test_examples_are_shown_where_they_are_known():
     assert first.label == hits.ids[0][0][1:]
     assert hits._repr_html_().count("<img") == 6
     assert hits[2:].query_example(0).label == "2"
+
+
+def test_frames_hold_what_is_known_of_the_examples_where_that_is_asked_for():
+    """Texts and labels had to be joined to the ids by hand."""
+    pytest.importorskip("pandas")
+    train = Examples([(f"text {place}", place % 2) for place in range(8)], class_names=["no", "yes"])
+    hits = scores().top_k(3).with_examples(train, Examples([(f"query {place}", 1) for place in range(8)]))
+    plain, told = hits.to_pandas(), hits.to_pandas(examples=True)
+    assert list(plain.columns) == ["query_id", "train_id", "rank", "score"]
+    assert list(told.columns) == [*plain.columns, "toward", "query_label", "query", "train_label", "train"]
+    assert told[list(plain.columns)].equals(plain)
+    for line, (query, rank) in zip(told.itertuples(), np.ndindex(*hits.scores.shape), strict=True):
+        place = int(hits.indices[query, rank])
+        assert (line.train, line.train_label) == (f"text {place}", ["no", "yes"][place % 2])
+        assert (line.query, line.query_label) == (f"query {query}", "1")
+        assert line.toward == ("helpful" if line.score > 0 else "harmful" if line.score < 0 else "neither")
+    known = replace(hits, shown=replace(hits.shown, measurements=torch.arange(len(hits)) - 1.5))
+    assert known.to_pandas(examples=True)["measurement"].tolist() == [
+        q - 1.5 for q in range(len(hits)) for _ in range(3)
+    ]
+    assert list(scores().top_k(3).to_pandas(examples=True).columns) == [*plain.columns, "toward"]
 
 
 def test_bare_ids_say_how_examples_are_shown():

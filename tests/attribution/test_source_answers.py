@@ -70,6 +70,15 @@ def test_replace_is_a_new_source_that_shares_what_it_can(blobs):
         method.replace(bank=bank)
 
 
+def test_self_influence_prints_the_highest(blobs):
+    problem, bank = blobs
+    influence = source(problem, bank).self_influence()
+    title, *lines = str(influence).splitlines()
+    assert title == f"{influence!r}. The highest:"
+    assert [int(line.split()[2]) for line in lines] == [hit.id for hit in influence.top_k(5)]
+    assert [float(line.split()[1]) for line in lines] == pytest.approx([hit.score for hit in influence.top_k(5)], 1e-2)
+
+
 def test_self_influence_counts_as_its_array(blobs):
     problem, bank = blobs
     influence = source(problem, bank).self_influence()

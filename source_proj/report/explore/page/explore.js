@@ -60,7 +60,7 @@ async function start() {
   let kind = "queries";
 
   document.title = document.getElementById("title").textContent = facts.title;
-  const kept = window.exploreData ? "; in this folder, the training examples that are among the strongest of a query" : "";
+  const kept = window.exploreData ? "; this folder holds those training examples alone that are among the strongest of some query" : "";
   document.getElementById("facts").textContent =
     `${facts.queries.toLocaleString("en")} queries, ${facts.train.toLocaleString("en")} training examples, ${facts.method}; ${facts.unit_in_words}${kept}`;
   document.body.dataset.told = "true";
@@ -151,11 +151,11 @@ async function start() {
   }
 
   async function follow() {
-    const [, its, place] = /^#(queries|train)\/(\d+)$/.exec(location.hash) || [];
+    const [, its, place] = /^#(queries|train)\/(\d+)$/.exec(location.hash || (facts.queries ? "#queries/0" : "")) || [];
     if (!its) return;
     try {
       await detail.show(its, Number(place));
-      if (matchMedia("(max-width: 46rem)").matches) detail.box.scrollIntoView();
+      if (location.hash && matchMedia("(max-width: 46rem)").matches) detail.box.scrollIntoView();
     } catch (error) {
       fail(error);
     }
