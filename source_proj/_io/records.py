@@ -7,11 +7,15 @@ import json
 import re
 import threading
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Records", "csv_records", "csv_rows", "json_lines", "json_rows"]
+__all__ = ["TABLES", "Records", "csv_delimiter", "csv_records", "csv_rows", "json_lines", "json_rows"]
+
+TABLES = (".csv", ".tsv")
+"""Files of rows that begin with the columns' names."""
 
 _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16's, which begins alike
@@ -77,6 +81,16 @@ class Records(NamedTuple):
             raise ValueError(
                 f"byte {span[0] + error.start} is no {self.encoding} ({error.reason}): name the file's encoding"
             ) from None
+
+
+def csv_delimiter(path: Path, given: str) -> str:
+    r"""What stands between two fields of a file: what was given, and of a ``.tsv`` file by default a tab.
+
+    Example:
+        >>> csv_delimiter(Path("x.csv"), ","), csv_delimiter(Path("x.tsv"), ","), csv_delimiter(Path("x.tsv"), ";")
+        (',', '\t', ';')
+    """
+    return "\t" if path.suffix == ".tsv" and given == "," else given
 
 
 def csv_records(content: bytes, *, encoding: str = "utf-8", delimiter: str = ",", header: bool = True) -> Records:

@@ -96,7 +96,7 @@ def build(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Training set for --hf-model's tokenizer: .jsonl, .csv, .parquet or a folder of datasets.",
+            help="Training set for --hf-model's tokenizer: .jsonl, .csv, .tsv, .parquet or a folder of datasets.",
             rich_help_panel=TEXT,
         ),
     ] = None,

@@ -35,7 +35,7 @@ Dataset = Annotated[
     typer.Option(
         "--dataset",
         metavar="FILE",
-        help="Validation set, to a bank of texts: .jsonl, .csv, .parquet or a folder of datasets.",
+        help="Validation set, to a bank of texts: .jsonl, .csv, .tsv, .parquet or a folder of datasets.",
     ),
 ]
 GroupColumn = Annotated[

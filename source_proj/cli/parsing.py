@@ -35,7 +35,7 @@ __all__ = [
     "with_options",
 ]
 
-_FILES = (".jsonl", ".ndjson", ".csv", ".parquet")
+_FILES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _TASKS = {"classification": Classification, "regression": Regression, "causal-lm": CausalLM}
 
 

@@ -42,7 +42,7 @@ Dataset = Annotated[
     typer.Option(
         "--dataset",
         metavar="FILE",
-        help="Queries to a bank that was built from texts: .jsonl, .csv, .parquet or a folder of datasets.",
+        help="Queries to a bank that was built from texts: .jsonl, .csv, .tsv, .parquet or a folder of datasets.",
         rich_help_panel=ASKED,
     ),
 ]

@@ -10,7 +10,7 @@ import numpy as np
 
 from source_proj._errors import MismatchError
 from source_proj._io.outputs import require_free, write_output, write_output_folder
-from source_proj._io.records import csv_records, json_lines
+from source_proj._io.records import TABLES, csv_delimiter, csv_records, json_lines
 from source_proj.curate.kept import annotate, require_new, take
 
 __all__ = ["require_writable", "write_kept"]
@@ -55,9 +55,9 @@ def write_kept(
         _write_parquet(source, out, dropped, n, columns, overwrite)
     else:
         content = source.read_bytes()
-        csv = source.suffix == ".csv"
+        csv = source.suffix in TABLES
         records = (
-            csv_records(content, encoding=encoding, delimiter=delimiter)
+            csv_records(content, encoding=encoding, delimiter=csv_delimiter(source, delimiter))
             if csv
             else json_lines(content, encoding=encoding)
         )
@@ -106,13 +106,13 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _check_kinds(source: Path, out: Path, *, annotated: bool) -> None:
-    known = (".csv", *_LINES, ".parquet")
+    known = (*TABLES, *_LINES, ".parquet")
     if source.is_dir():
         if not _is_dataset_folder(source):
             raise ValueError(f"{str(source)!r} is no folder that a datasets.Dataset was saved to (save_to_disk)")
         return
     if source.suffix not in known:
-        raise ValueError(f"{str(source)!r} must be a .csv, .jsonl or .parquet file, or a folder of datasets")
+        raise ValueError(f"{str(source)!r} must be a .csv, .tsv, .jsonl or .parquet file, or a folder of datasets")
     if out.suffix != source.suffix:
         raise ValueError(
             f"{str(out)!r} must end in {source.suffix}, as {str(source)!r} does: records are not converted"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from source_proj._errors import MismatchError
-from source_proj._io.records import csv_records, csv_rows, json_lines, json_rows
+from source_proj._io.records import TABLES, csv_delimiter, csv_records, csv_rows, json_lines, json_rows
 
 __all__ = ["lacking", "text_rows"]
 
@@ -16,10 +16,10 @@ def text_rows(data: Any, *, encoding: str = "utf-8", delimiter: str = ",") -> tu
     """What the data are called in messages, and their rows by the names of the columns.
 
     Args:
-        data: a ``.jsonl`` file (one object a line), a ``.csv`` one (with a header), a ``.parquet`` one, a folder that
-            ``datasets`` saved, a ``datasets.Dataset``, a pandas frame, or a list of mappings.
+        data: a ``.jsonl`` file (one object a line), a ``.csv`` or ``.tsv`` one (with a header), a ``.parquet`` one, a
+            folder that ``datasets`` saved, a ``datasets.Dataset``, a pandas frame, or a list of mappings.
         encoding: of a file of text that begins with no byte order mark.
-        delimiter: of a ``.csv`` file.
+        delimiter: of a ``.csv`` file; of a ``.tsv`` one it is a tab by default.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -54,14 +54,17 @@ def _rows_of_file(path: Path, encoding: str, delimiter: str) -> Iterable[Mapping
     try:
         if path.is_dir() or path.suffix == ".parquet":
             return _loaded(path)
-        if path.suffix == ".csv":
+        if path.suffix in TABLES:
+            delimiter = csv_delimiter(path, delimiter)
             records = csv_records(path.read_bytes(), encoding=encoding, delimiter=delimiter)
             return csv_rows(records, delimiter=delimiter)
         if path.suffix in (".jsonl", ".ndjson"):
             return list(json_rows(json_lines(path.read_bytes(), encoding=encoding)))
     except ValueError as error:
         raise MismatchError(f"{str(path)!r}: {error}") from error
-    raise ValueError(f"the data set {str(path)!r} must be a .jsonl, .csv or .parquet file, or a folder of datasets")
+    raise ValueError(
+        f"the data set {str(path)!r} must be a .jsonl, .csv, .tsv or .parquet file, or a folder of datasets"
+    )
 
 
 def _loaded(path: Path) -> Iterable[Mapping[str, Any]]:

@@ -14,7 +14,7 @@ from source_proj.bank.store import Store, is_url, open_store
 
 __all__ = ["TextSettings"]
 
-_SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
+_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 
 @dataclass(frozen=True)

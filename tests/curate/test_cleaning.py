@@ -14,6 +14,7 @@ from torch.utils.data import Subset, TensorDataset
 
 import source_proj as sp
 from source_proj.curate import Cleaning
+from source_proj.integrations.text_rows import text_rows
 
 N = 7
 
@@ -231,6 +232,18 @@ def test_files_of_text_lose_the_records_and_nothing_else(mark, line_end, tmp_pat
         cleaning.write(tmp_path / "data.csv", tmp_path / "clean.csv")
     cleaning.write(tmp_path / "data.csv", tmp_path / "data.csv", overwrite=True)
     assert (tmp_path / "data.csv").read_bytes() == expected
+
+
+@given(st.lists(st.tuples(st.text('ab,\t" \n', max_size=5), st.integers(0, 1)), min_size=N, max_size=N), NAMED)
+def test_tables_by_tabs_are_read_and_written_as_such(tmp_path_factory, rows, named):
+    folder = tmp_path_factory.mktemp("tables")
+    with (folder / "data.tsv").open("w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([("text", "label"), *rows])
+    _, found = text_rows(folder / "data.tsv")
+    assert [(row["text"], row["label"]) for row in found] == [(text, str(label)) for text, label in rows]
+    cleaning_of(named).write(folder / "data.tsv", folder / "clean.tsv")
+    _, left = text_rows(folder / "clean.tsv")
+    assert [dict(row) for row in left] == [dict(row) for place, row in enumerate(found) if place not in named]
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):

@@ -197,7 +197,7 @@ def test_files_that_are_wrong_are_named_by_their_example(run, tmp_path):
         read(good + '{"words": "bad", "label": 1}')
     with pytest.raises(ValueError, match=r"line 2 is no JSON object"):
         read(good + "nonsense")
-    with pytest.raises(ValueError, match=r"must be a .jsonl, .csv or .parquet file"):
+    with pytest.raises(ValueError, match=r"must be a .jsonl, .csv, .tsv or .parquet file"):
         read(good, "data.txt")
     with pytest.raises(ValueError, match="holds no example"):
         read("")
