@@ -55,8 +55,13 @@ def condense(
         progress=progress,
     )
     TextSettings.copy(bank, out)
-    before, after = (sum(each.nbytes().values()) for each in (opened, made))
+    before, after = (sum(size for part, size in each.nbytes().items() if part != "fits") for each in (opened, made))
     if json:
         emit({"bank": made.path, "rows": made.n_rows, "bytes": after, "bytes_before": before})
     else:
-        say(f"{made.path}: {made.n_rows} rows, {after / 1e6:.1f} MB, of {before / 1e6:.1f}")
+        say(f"{made.path}: {made.n_rows} rows, {after / 1e6:.1f} MB, of {before / 1e6:.1f} without fits")
+        if after > before:
+            say(
+                f"it is larger, by its Hessian of {made.sketch.dim} columns: condense banks of more examples than that "
+                "or of more checkpoints"
+            )

@@ -243,7 +243,13 @@ def mislabelled(
 def duplicates(
     context: typer.Context,
     bank: BankPath,
-    threshold: Annotated[float, typer.Option(help="Least cosine of two examples' gradients.")] = 0.98,
+    threshold: Annotated[
+        float,
+        typer.Option(
+            help="Least cosine of two examples' gradients. Of few parameters, as adapters have, many examples are "
+            "alike: look at the clusters, and take .999 or more."
+        ),
+    ] = 0.98,
     data: Data = None,
     file: File = None,
     out: Out = None,

@@ -221,7 +221,9 @@ def _options(spec: dict[str, Any]) -> str:
             continue
         if name in ("name", "kind"):
             words.append(str(value).replace("_", " "))
-        elif isinstance(value, dict) or (isinstance(value, list) and len(value) > _LISTED):
+        elif isinstance(value, dict) or (
+            isinstance(value, list) and (len(value) > _LISTED or any(isinstance(entry, dict) for entry in value))
+        ):
             words.append(f"{len(value)} {plain}")
         else:
             words.append(f"{plain} {', '.join(map(str, value)) if isinstance(value, list) else value}")

@@ -107,10 +107,13 @@ def _cleaning(
             sizes.append(len(members))
             reasons.append(
                 f"its gradient has cosine {nearest[copy]:.4f} with that of {id_word(ids[partner[copy]])}; of this "
-                f"cluster of {len(members)}, {id_word(ids[stays])} stays"
+                f"cluster of {len(members)}, {id_word(ids[stays])} is kept"
             )
     values = {"cluster": np.array(number, np.int64), "size": np.array(sizes, np.int64), "cosine": nearest[copies]}
-    return Cleaning("near-duplicates", [ids[copy] for copy in copies], reasons, values, ids, examples=bank.examples)
+    found = f" in {len(clusters)} clusters, the largest of {len(clusters[0])}" if clusters else ""
+    return Cleaning(
+        "near-duplicates" + found, [ids[copy] for copy in copies], reasons, values, ids, examples=bank.examples
+    )
 
 
 def _chosen(stage: StageBank, checkpoints: Sequence[int] | None) -> Sequence[int]:

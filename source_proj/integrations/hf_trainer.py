@@ -13,6 +13,7 @@ from source_proj._errors import MismatchError
 from source_proj._io.outputs import from_home
 from source_proj.integrations.callback_log import callback_stage, is_callback_dir
 from source_proj.integrations.momentum import GivenValues, momentum_factors
+from source_proj.integrations.peft import require_adapter
 from source_proj.integrations.trainer_arguments import (
     accumulated_undivided,
     check_trainer_optimizer,
@@ -192,6 +193,7 @@ def _described(
 ) -> tuple[list[list[str]], dict[int, Optimizer]]:
     """Names of the parameters of each group in ``optimizer.pt``; the optimizer of each file, if none is given."""
     last = folders[-1]
+    require_adapter(last.path, model)
     names = parameter_names(read_tensors(last.saved_optimizer), model, f"{_OPTIMIZER} of {last.path.name}", given)
     # Before torch 2.7 the state does not say which decay it has; the Trainer's is AdamW's.
     assumed = {"decoupled_weight_decay": True}

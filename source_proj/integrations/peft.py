@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import nn
 
-__all__ = ["trainable_parameters"]
+from source_proj._errors import MismatchError
+from source_proj.trajectory.adapters import ADAPTER_FILE
+
+__all__ = ["require_adapter", "trainable_parameters"]
 
 
 def trainable_parameters(model: nn.Module) -> list[str]:
@@ -28,3 +33,21 @@ def trainable_parameters(model: nn.Module) -> list[str]:
             f"no parameter of {type(model).__name__} requires a gradient: load the adapter with is_trainable=True"
         )
     return names
+
+
+def require_adapter(folder: Path, model: nn.Module) -> None:
+    """Refuse a model without the adapter that a checkpoint's folder holds, or with it frozen.
+
+    Raises:
+        MismatchError: says how to load it.
+    """
+    if not any(folder.glob(f"{ADAPTER_FILE}*")):
+        return
+    how = f"peft.AutoPeftModelFor….from_pretrained({str(folder)!r}, is_trainable=True)"
+    if not hasattr(model, "peft_config"):
+        raise MismatchError(
+            f"{str(folder)!r} holds an adapter of PEFT, and the model, a {type(model).__name__}, has none: give the "
+            f"model with its adapter, {how}; on the command line leave --hf-model out"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise MismatchError(f"no parameter of {type(model).__name__} requires a gradient: load the adapter by {how}")

@@ -122,6 +122,24 @@ def test_rows_of_tokens_are_dicts_of_tensors_without_their_text():
     assert examples_of(formatted) is formatted
 
 
+def test_a_collator_may_make_the_labels_of_token_sequences():
+    """A tokenised set without a column of labels was refused, though its loader's collator makes them of the tokens."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    from transformers import BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdef"]
+    tokenizer = BertTokenizerFast(vocab={word: place for place, word in enumerate(words)})
+    rows = [[4 + (i + j) % 6 for j in range(3 + i % 2)] for i in range(7)]
+    data = hugging_face().Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
+    collate = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    source = BatchSource(torch.utils.data.DataLoader(data, batch_size=3, collate_fn=collate))
+    for start, stop, batch in source.load([(0, 7)]):
+        for row, ids, labels in zip(rows[start:stop], batch["input_ids"], batch["labels"], strict=True):
+            assert ids[: len(row)].tolist() == labels[: len(row)].tolist() == row
+            assert set(labels[len(row) :].tolist()) <= {-100}
+    assert "labels" not in examples_of(data)[0]
+
+
 def test_what_no_model_takes_is_named():
     texts = hugging_face().Dataset.from_dict({"text": ["x"], "label": [0]})
     with pytest.raises(ValueError, match=r"columns \['text'\] are text, which no model takes"):

@@ -327,7 +327,7 @@ def test_near_duplicates_are_the_connected_cosines(run, threshold):
     assert np.all(np.diff(named.values["size"]) <= 0)
     if threshold == 0.9999:
         assert named.ids == [40, 41, 42]
-        assert "of this cluster of 3, 3 stays" in named.reasons[0]
+        assert "of this cluster of 3, 3 is kept" in named.reasons[0]
 
 
 def test_of_a_cluster_the_preferred_stays(run):

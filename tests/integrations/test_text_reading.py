@@ -278,6 +278,21 @@ def test_an_adapters_run_needs_no_python(adapter_run, tmp_path):
 
 
 @pytest.mark.filterwarnings(PEFT_LAGS)
+def test_an_adapters_run_with_another_model_says_how_to_load_it(adapter_run):
+    """The optimizer's state was said to have groups of other sizes."""
+    directory, _ = adapter_run
+    run = directory / "run"
+    base, _ = load_pretrained(str(directory / "base"))
+    with pytest.raises(sp.MismatchError, match=r"has none: give the model with its adapter, .* leave --hf-model out"):
+        sp.Trajectory.from_hf_trainer(run, model=base, max_grad_norm=0)
+    model, _ = load_pretrained(str(run / "checkpoint-8"))
+    given = {"model": model, "max_grad_norm": 0}
+    assert sp.Trajectory.from_hf_trainer(run, **given).stages[0].checkpoints[-1].step == 8
+    with pytest.raises(sp.MismatchError, match=r"requires a gradient: load the adapter by .*is_trainable=True"):
+        sp.Trajectory.from_hf_trainer(run, **{**given, "model": model.requires_grad_(False)})
+
+
+@pytest.mark.filterwarnings(PEFT_LAGS)
 def test_steps_and_data_of_a_run_on_the_command_line(adapter_run, tmp_path):
     directory, _ = adapter_run
     options = ("--hf-run", directory / "run", "--sketch-dim", 64, "--no-progress", "--max-grad-norm", 0)

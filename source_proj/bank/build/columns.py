@@ -19,7 +19,8 @@ def examples_of(data: Any) -> Any:
 
     A table, whose columns are all numbers, becomes (input, target): one float32 vector of the columns in their order,
     and the label. A ``datasets.Dataset`` of other columns becomes dicts of tensors, as transformers' Trainer takes
-    them: ``label`` is called ``labels``, and columns of text are left out beside token columns. One with a format or a
+    them: ``label`` is called ``labels``, and columns of text are left out beside token columns; token sequences without
+    labels are left so. One with a format or a
     transform of its own (``set_format``, ``set_transform``) is used as it is.
 
     Raises:
@@ -47,7 +48,10 @@ def examples_of(data: Any) -> Any:
     if all(_is_number(kind) for kind in kinds.values()):
         numbers = data.with_format("numpy")
         return _table({name: np.asarray(numbers[:][name]) for name in columns})
-    return _Rows(data, [name for name in columns if name not in texts], _label_of(list(columns)))
+    unlabelled = _TOKENS in columns and not any(name in _LABELS for name in columns)  # a collate_fn may make labels
+    return _Rows(
+        data, [name for name in columns if name not in texts], None if unlabelled else _label_of(list(columns))
+    )
 
 
 def splits_of(data: Any) -> Mapping[str, Any] | None:
@@ -76,10 +80,10 @@ class _Rows:
     Args:
         data: the data set.
         names: the columns to take.
-        label: which of them is the label.
+        label: which of them is the label; None where none is.
     """
 
-    def __init__(self, data: Any, names: Sequence[str], label: str) -> None:
+    def __init__(self, data: Any, names: Sequence[str], label: str | None) -> None:
         self._data = data.with_format("torch", columns=list(names))
         self._label = label
 
@@ -88,7 +92,8 @@ class _Rows:
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = dict(self._data[index])
-        row["labels"] = row.pop(self._label)
+        if self._label is not None:
+            row["labels"] = row.pop(self._label)
         return row
 
 
