@@ -132,7 +132,7 @@ def checked_query_ids(queries: Any, ids: Sequence[Any] | None, count: int) -> li
         ids = queries.ids
     query_ids = list(ids) if ids is not None else list(range(count))
     if len(query_ids) != count:
-        raise MismatchError(f"got {len(query_ids)} query ids for {count} queries; give one id per query")
+        raise MismatchError(f"got {len(query_ids)} ids for {count} examples; give one id each")
     return query_ids
 
 

@@ -52,7 +52,7 @@ class LDS(EqualByValue):
     def __str__(self) -> str:
         """Render value, interval, slope and ceiling in one line."""
         text = f"LDS {self.value:.3f} [{self.interval[0]:.3f}, {self.interval[1]:.3f}]"
-        text += f", slope {self.calibration.slope:.3g}"
+        text += f", slope {self.calibration.slope:.3g} (actual on predicted)"
         return text if self.ceiling is None else f"{text}, noise ceiling {self.ceiling:.3f}"
 
 
@@ -84,6 +84,10 @@ class Difference(EqualByValue):
 
     value: float
     interval: tuple[float, float]
+
+    def __str__(self) -> str:
+        """Render value and interval in one line."""
+        return f"{self.value:+.3f} [{self.interval[0]:+.3f}, {self.interval[1]:+.3f}]"
 
     @property
     def significant(self) -> bool:

@@ -71,8 +71,8 @@ class TextSettings:
             content = store.get(key)
         except FileNotFoundError:
             raise ValueError(
-                f"there is no {where!r}, which a build from a text file leaves: give --model and --queries to "
-                "a bank that was built otherwise"
+                f"there is no {where!r}, which a build from a text file leaves: if the bank was moved, move it along; "
+                "give --model and --queries to a bank that was built otherwise"
             ) from None
         try:
             return cls(**json.loads(content)["text"])

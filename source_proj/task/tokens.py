@@ -77,7 +77,8 @@ class TokenQueries:
 def _labels(item: Any) -> Tensor:
     labels = item.get("labels") if isinstance(item, Mapping) else item[1] if isinstance(item, tuple | list) else None
     if labels is None:
-        raise TypeError(f"a sequence must be a dict with 'labels' or (inputs, labels), got {type(item).__name__}")
+        found = f"a dict of {sorted(map(str, item))}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
+        raise TypeError(f"a sequence must be a dict with 'labels' or (inputs, labels), got {found}: give it its labels")
     return labels if isinstance(labels, Tensor) else torch.as_tensor(labels, device="cpu")
 
 

@@ -101,6 +101,11 @@ def test_parts_of_a_training_sequence_by_token_add_up_to_its_score(tmp_path, red
     whole = torch.as_tensor(source.score(data[:3]).to_numpy())
     tokens = sp.TokenQueries([data[4], data[1]], task)
     assert parts.train_ids == [0, 1]
+    named = source.by_token(data[:3], [data[4], data[1]], ids=["d", "a"])
+    assert named.train_ids == ["d", "a"]
+    np.testing.assert_array_equal(named, parts)
+    with pytest.raises(sp.MismatchError, match="got 1 ids for 2 examples"):
+        source.by_token(data[:3], [data[4], data[1]], ids=["d"])
     assert [f"{place}/{position}" for position, place in np.argwhere(parts.present)] == sorted(
         tokens.ids, key=lambda word: tuple(map(int, word.split("/")[::-1]))
     )

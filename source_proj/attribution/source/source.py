@@ -42,6 +42,7 @@ from source_proj.attribution.operands import checked_rows
 from source_proj.attribution.parts import PartScores
 from source_proj.attribution.population import Population, some_of
 from source_proj.attribution.predicted_change import PredictedChange
+from source_proj.attribution.queries import checked_query_ids
 from source_proj.attribution.query_points import QueryGradient, check_query_gradient, query_points, takes_mean
 from source_proj.attribution.scores import Scores
 from source_proj.attribution.self_influence import SelfInfluence
@@ -287,8 +288,7 @@ class Source(Diagnosing):
         for bank, queried in zip(self.banks, features, strict=True):
             fitted = self._of(bank)
             add_segment_parts(values, fitted, self._moved(fitted, queried), len(self.banks), wanted)
-        population = self._population()
-        sizes = population.sizes
+        sizes = (population := self._population()).sizes
         own = np.stack([np.repeat(np.arange(len(sizes)) == segment.stage, sizes) for segment in self.segments])
         shown = self.shown(features)
         if rows is not None:
@@ -316,7 +316,7 @@ class Source(Diagnosing):
         )  # fmt: skip
 
     @plain_modes()
-    def by_token(self, queries: Queries, documents: Any, *, stage: int | str = 0) -> PartScores:
+    def by_token(self, queries: Queries, documents: Any, *, stage: int | str = 0, ids: Any = None) -> PartScores:
         """Split the scores of some training sequences over their tokens: which words of a document mattered.
 
         The loss of a sequence under :class:`CausalLM` is a sum (or mean) over its tokens, and scores are linear in its
@@ -328,9 +328,10 @@ class Source(Diagnosing):
             queries: as for :meth:`score`.
             documents: map-style data set of some of the training sequences.
             stage: name or index of the stage that they were trained on in.
+            ids: the documents' ids, a sequence; default: their places among these, and not in the training set.
 
         Returns:
-            A part for each position of a token; the documents' ids are their places.
+            A part for each position of a token.
 
         Raises:
             TypeError: the task is no language modelling.
@@ -364,7 +365,8 @@ class Source(Diagnosing):
         read = self.banks[0].examples
         shown = replace(self.shown(features), train=None if read is None else read.like(documents))
         population = some_of(self, features, self._population().sizes, np.full(len(documents), stage))
-        return self._parts(values, range(length), features[0], range(len(documents)), present, shown, population)
+        names = checked_query_ids(documents, ids, len(documents))
+        return self._parts(values, range(length), features[0], names, present, shown, population)
 
     def _token_rows(self, bank: Bank, segment: Segment, tokens: TokenQueries) -> Tensor:
         """Sketched gradients of the tokens' log-likelihoods, the mean over a segment's checkpoints ``(T, k)``."""
