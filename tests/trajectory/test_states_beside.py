@@ -159,3 +159,10 @@ def test_averaged_weights_have_the_state_beside_them_too(tmp_path):
     torch.save({"state_dict": weights, "state_dict_ema": weights, "optimizer": state}, tmp_path / "x.pth")
     point = sp.Checkpoint(tmp_path / "x.pth", 1, lr=0.1, key="state_dict_ema")
     assert point.optimizer_state == tmp_path / "x.pth"
+
+
+def test_a_file_that_holds_itself_is_read_to_an_end(tmp_path):
+    content = {"model": nn.Linear(3, 2).state_dict()}
+    content["optimizer"] = content
+    torch.save(content, tmp_path / "x.pt")
+    assert sp.Checkpoint(tmp_path / "x.pt", 1, lr=0.1).optimizer_state is None
