@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Any
@@ -81,11 +81,17 @@ def progress_bar(progress: Progress, description: str, total: int, unit: str) ->
     else:
         from tqdm import tqdm
 
-    seen = sys.stderr.isatty() or "ipykernel" in sys.modules
-    often = {"mininterval": 0.1 if seen else _IN_LOGS, "maxinterval": _IN_LOGS}
+    often = {"mininterval": 0.1 if _is_watched() else _IN_LOGS, "maxinterval": _IN_LOGS}
     bar = tqdm(total=total, desc=printable(description), unit=f" {unit}", delay=2, disable=not progress, **often)
     with bar as shown:
         yield Bar(description, total, shown=shown)
+
+
+def _is_watched() -> bool:
+    """Whether a terminal or a notebook shows the bar; what scripts put in the place of stderr may not know."""
+    with suppress(AttributeError, ValueError):
+        return "ipykernel" in sys.modules or bool(sys.stderr.isatty())
+    return False
 
 
 _shared: ContextVar[Bar | None] = ContextVar("shared", default=None)

@@ -80,8 +80,7 @@ def sketch_queries(
         MismatchError: if the model's parameters are not the bank's, or a checkpoint changed since the build.
         GradientError: if a query's measurement or its gradient is not finite; names the query ids.
     """
-    final = bank.final_checkpoint()
-    points = list(checkpoints) if checkpoints is not None else [final]
+    points = list(checkpoints) if checkpoints is not None else [bank.final_checkpoint()]
     source = query_source(queries, batch_size, bank.notes.columns)
     query_ids = checked_query_ids(queries, ids, source.n)
     wanted = list(range(len(bank.metrics))) if metrics is None else list(metrics)
@@ -105,7 +104,7 @@ def sketch_queries(
             except Refuted:  # a later batch showed that earlier rows may be wrong: all again, by the general path
                 values, rows = sketched()
             by_metric = zip(wanted, zip(*rows, strict=True), strict=True)
-            if point.hash() == final.hash():
+            if point.hash() == bank.trajectory.final.hash:  # which need not be read
                 measurements = torch.cat(values)
             features |= {point_key(point, bank.metrics.hash(m)): torch.cat(r) for m, r in by_metric}
     shown = Examples(queries) if bank.examples is None else bank.examples.like(queries)

@@ -98,9 +98,12 @@ def measured(value: float, unit: str) -> str:
     Example:
         >>> measured(-1.5, "logit margin"), measured(-0.25, "sequence log-likelihood (nats)")
         ('logit margin -1.50', 'sequence log-likelihood -0.250 nats')
+        >>> measured(0.5, "accuracy (0 to 1)")
+        'accuracy (0 to 1) 0.500'
     """
-    name, _, rest = unit.partition(" (")
-    return f"{name} {signed(value).removeprefix('+')}" + (f" {rest.removesuffix(')')}" if rest else "")
+    number = signed(value).removeprefix("+")
+    name, _, rest = unit.removesuffix(")").rpartition(" (")
+    return f"{name} {number} {rest}" if rest.isalpha() and unit.endswith(f"({rest})") else f"{unit} {number}".lstrip()
 
 
 def mean_effect(unit: str, queries: int, size: str, *, additive: bool, groups: int = 1) -> str:

@@ -288,11 +288,19 @@ class CausalLM(Task):
         return torch.where(counted, labels, 0), counted
 
     def _tokens(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (B, T, V), labels (B, S) of the first S positions, safe to gather with, and whether each counts."""
-        _require_decoder_inputs(model, batch)
-        logits, labels = forward(model, batch, None, 3)
-        labels, counted = self._aligned(labels, logits)
-        return *refuse_foreign_tokens(logits, labels, counted, self.ignore_index, int(self.shift)), counted
+        """Logits (B, T, V), labels (B, S) of the first S positions, safe to gather with, and whether each counts.
+
+        Made once for labels and for drawn tokens: logits in half precision, or under vmap, are copied on the way.
+        """
+
+        def make() -> tuple[Tensor, Tensor, Tensor]:
+            _require_decoder_inputs(model, batch)
+            logits, labels = forward(model, batch, None, 3)
+            labels, counted = self._aligned(labels, logits)
+            return *refuse_foreign_tokens(logits, labels, counted, self.ignore_index, int(self.shift)), counted
+
+        made: tuple[Tensor, Tensor, Tensor] = made_once(("tokens", id(self), id(model), id(batch)), batch, make)
+        return made
 
     def _length(self, counted: Tensor) -> Tensor:
         length = counted.sum(-1).clamp(min=1).float()

@@ -43,7 +43,8 @@ class Checkpoint:
         lr: learning rate at that time; enough where it is constant (see :class:`Stage` for schedules).
         optimizer_state: the optimizer's ``state_dict()``, or a file with it, for optimizers whose preconditioner is
             read from their state. SGD needs none. Of a dict, the second moments are copied, the rest is left out.
-            Default: the one that stands beside the weights in the same dict or file, if one does.
+            Default: the one that stands beside the weights in the same dict or file, if one does, but for step 0: there
+            it is of whoever trained these weights before.
         key: the entry that holds the state, such as "state_dict_ema"; default: that of the trained weights. The state
             is then read at once, and is a dict's from there on.
 
@@ -95,12 +96,15 @@ class Checkpoint:
             if key is None:
                 self.path = path
             else:
-                self._state = model_state(read_state(path), str(path), key)
+                content = read_state(path)
+                self._state = model_state(content, str(path), key)
+                if optimizer_state is None and self.step and is_optimizer_state(within(content)):
+                    self._optimizer_state = path
         elif isinstance(state, Mapping):
             tensors = model_state(state, "the dict", key)
             require_shapes_of(tensors)
             self._state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-            if optimizer_state is None and is_optimizer_state(within(state)):
+            if optimizer_state is None and self.step and is_optimizer_state(within(state)):
                 self._optimizer_state = kept_state(state)
         else:
             raise TypeError(f"state must be a dict of tensors or a path, got {_named(state)}")
@@ -112,7 +116,7 @@ class Checkpoint:
     @property
     def optimizer_state(self) -> Mapping[str, Any] | str | Path | None:
         """The optimizer's state, or a file with it: the one given, else the weights' own file where it is in there."""
-        if self._optimizer_state is not None or self.path is None or not self.path.is_file():
+        if self._optimizer_state is not None or not self.step or self.path is None or not self.path.is_file():
             return self._optimizer_state
         facts = self.path.stat()
         key = facts.st_size, facts.st_mtime_ns

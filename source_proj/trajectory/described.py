@@ -41,11 +41,15 @@ def require_described(stage: Stage) -> None:
         UserWarning: it was made with other options, had another learning rate at a checkpoint than the constant one
             that is described, or made more updates than checkpoints count steps.
     """
-    with_state = [checkpoint for checkpoint in stage.checkpoints if checkpoint.optimizer_state is not None]
-    if not with_state or stage.preconditioner == "none":
+    if stage.preconditioner == "none":
+        return
+    # At a stage's begin there may be the state of an optimizer that trained before it.
+    own = [checkpoint for checkpoint in stage.checkpoints if checkpoint.step > stage.start_step]
+    with_state = [checkpoint for checkpoint in own if checkpoint.optimizer_state is not None]
+    if not with_state:
         return
     _compare_options(stage, with_state[-1])
-    _compare_rates(stage)
+    _compare_rates(stage, with_state)
     _compare_steps(stage)
 
 
@@ -71,14 +75,14 @@ def _compare_options(stage: Stage, last: Checkpoint) -> None:
     warnings.warn(f"{said}, if that is what you mean", UserWarning, stacklevel=_CALLER)
 
 
-def _compare_rates(stage: Stage) -> None:
+def _compare_rates(stage: Stage, checkpoints: Sequence[Checkpoint]) -> None:
     """Warn of a constant learning rate where the states at checkpoints have several, of which it is not always one.
 
     A scheduler may have stepped before the last one was kept.
     """
     if stage.lr_schedule is not None:
         return
-    told = [(checkpoint, _rates(checkpoint)) for checkpoint in stage.checkpoints]
+    told = [(checkpoint, _rates(checkpoint)) for checkpoint in checkpoints]
     if len({tuple(rates) for _, rates in told if rates}) < 2:
         return
     for checkpoint, rates in told:

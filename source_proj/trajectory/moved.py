@@ -120,6 +120,8 @@ def _differ(one: Tensor, other: Tensor) -> bool:
 def _with_moments(stage: Stage, model: nn.Module) -> list[str] | None:
     """Parameters for which the optimizer's state of the last checkpoint has a second moment: had a gradient."""
     last = stage.checkpoints[-1]
+    if stage.preconditioner == "none":  # which reads no state
+        return None
     if not isinstance(stage.optimizer, PreconditionedOptimizer) or last.optimizer_state is None:
         return None
     return [name for name, _ in moments(last, stage.optimizer, model)]

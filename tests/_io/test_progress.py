@@ -1,5 +1,7 @@
 """Progress as calls of the user's own function, and as nothing at all."""
 
+from io import StringIO
+
 import pytest
 
 from source_proj._io.progress import progress_bar, shared_bar, tick
@@ -44,3 +46,19 @@ def test_a_bar_warns_of_nothing_and_is_a_widget_where_there_are_some(widgets, mo
     with progress_bar(True, "rows", 3, "rows") as bar:
         bar.update(3)
     assert [str(warning.message) for warning in recwarn] == []
+
+
+class Logged:
+    """What many scripts put in the place of stderr: it writes, and that is all."""
+
+    write = flush = staticmethod(lambda *_: None)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+@pytest.mark.parametrize("kind", ["written to a log", "closed", "none"])
+def test_a_bar_asks_nothing_of_stderr_that_it_may_not_have(kind, progress, monkeypatch):
+    closed = StringIO()
+    closed.close()
+    monkeypatch.setattr("sys.stderr", {"written to a log": Logged(), "closed": closed, "none": None}[kind])
+    with progress_bar(progress, "rows", 3, "rows") as bar:
+        bar.update(3)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -106,3 +107,17 @@ def test_scores_of_numbers_alone_have_none():
     scores = sp.Scores(np.ones((1, 2)), ["q"], ["a", "b"], unit="logit margin")
     assert scores.shown.measurements is None
     assert "margin" not in scores.top_k(1).query_example(0).verdict
+
+
+def test_weights_where_no_query_is_differentiated_are_not_read(tmp_path):
+    """An average that a bank refers to as the final weights may be gone: TracIn asks at the checkpoints alone."""
+    problem = classification()
+    (stage,) = problem.trajectory.stages
+    averaged = stage.checkpoints[-1].load()
+    torch.save({name: value / 2 for name, value in averaged.items()}, tmp_path / "averaged.pt")
+    final = sp.Checkpoint(tmp_path / "averaged.pt", stage.checkpoints[-1].step)
+    problem.trajectory = sp.Trajectory.from_stages([replace(stage, final=final)])
+    bank = problem.build(tmp_path / "bank")
+    (tmp_path / "averaged.pt").unlink()
+    method = sp.TracIn(sp.open(bank.path), model=problem.model, progress=False)
+    assert method.score(problem.queries).shown.measurements is None

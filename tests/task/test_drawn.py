@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.func import functional_call, vmap
 
 import source_proj as sp
 from source_proj.task import batch as batches
@@ -27,23 +28,44 @@ def test_draws_by_parts_are_those_of_a_search(seed, examples, steps, classes, at
         assert torch.equal(part, drawn[0, 0])
 
 
-def test_the_probabilities_of_a_vocabulary_are_made_once_for_labels_and_draws(monkeypatch):
-    """They are as large as the logits: made anew for each draw they were most of a pass's memory."""
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_the_probabilities_of_a_vocabulary_are_made_once_for_labels_and_draws(half, mapped, monkeypatch):
+    """They are as large as the logits: made anew for each draw they were most of a pass's memory.
+
+    Logits in half precision are copied to float32 on the way, and under vmap those whose labels can't be looked at are.
+    """
     made = []
     monkeypatch.setattr(
         language, "log_softmax", lambda *given, **how: made.append(1) or torch.log_softmax(*given, **how)
     )
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 11))
+    parameters = dict(model.named_parameters())
     tokens = torch.randint(0, 11, (3, 6))
     task = sp.CausalLM()
-    numbers = [torch.rand(3, 6) for _ in range(2)]
-    uniforms = [lambda n, own=own: own[:, :n] for own in numbers]
-    together = task.output_and_samples(model, (tokens, tokens), uniforms)
-    assert len(made) == 1
-    alone = task.output(model, (tokens, tokens)), *(task.sampled_output(model, (tokens, tokens), u) for u in uniforms)
-    assert len(made) == 4
-    for ours, theirs in zip(together, alone, strict=True):
-        assert torch.equal(ours, theirs)
-        gradients = [torch.autograd.grad(out.sum(), model[0].weight, retain_graph=True)[0] for out in (ours, theirs)]
-        torch.testing.assert_close(*gradients)
+    numbers = torch.rand(2, 3, 6)
+
+    def asked(run):
+        """A run's outputs (3, 3) on batches of one or of all, and their gradients."""
+
+        def of(parameters, tokens, numbers):
+            uniforms = [lambda n, own=own: own[:, :n] for own in numbers]
+            own = lambda inputs: functional_call(model, parameters, (inputs,))  # noqa: E731
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                return torch.stack(run(own, (tokens, tokens), uniforms))
+
+        if not mapped:
+            return of(parameters, tokens, numbers), torch.func.jacrev(of)(parameters, tokens, numbers)
+        places = (None, 0, 1)
+        given = parameters, tokens[:, None], numbers[:, :, None]
+        return vmap(of, places, 1)(*given)[..., 0], vmap(torch.func.jacrev(of), places)(*given)
+
+    def alone(model, batch, uniforms):
+        return task.output(model, batch), *(task.sampled_output(model, batch, uniform) for uniform in uniforms)
+
+    together = asked(task.output_and_samples)
+    assert len(made) == 2  # with the values and with their gradients
+    apart = asked(alone)
+    assert len(made) == 8
+    torch.testing.assert_close(together, apart)

@@ -10,6 +10,7 @@ from torch import nn
 
 import source_proj as sp
 from source_proj.gradients import ParameterSpace
+from source_proj.trajectory.trained import trained_parameters
 
 WRAPS = {
     "plain": lambda weights, state: {"model": weights, "optimizer": state, "epoch": 3},
@@ -107,3 +108,61 @@ def test_weights_alone_have_none_and_what_is_written_anew_is_read_anew(tmp_path)
     assert sp.Checkpoint(tmp_path / "old.pt", 1, lr=0.1).optimizer_state is None
     given = sp.Checkpoint(path, 1, lr=0.1, optimizer_state=tmp_path / "other.pt")
     assert given.optimizer_state == tmp_path / "other.pt"
+
+
+@pytest.mark.parametrize("kept", ["file", "dict"])
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("preconditioner", ["scalar", "shared"])
+def test_beside_initial_weights_lies_the_state_of_whoever_trained_them(kind, kept, preconditioner, tmp_path):
+    """A fine-tuning's first checkpoint is the file of the run before: of its optimizer, rates and second moments."""
+    options = {"momentum": 0.9} if kind == "SGD" else {}
+    before = run(tmp_path, kind, steps=6, kept=kept, **options)[-1]
+    (tmp_path / "after").mkdir()
+    after = run(tmp_path / "after", kept=kept)
+    found, wanted = (
+        resolved([sp.Checkpoint(state, 0, lr=0.01), *after], sp.Adam(weight_decay=0.01), preconditioner=preconditioner)
+        for state in (before.path or beside(before), before.load())
+    )
+    assert found.record.stages[0].scalars == wanted.record.stages[0].scalars
+    assert found.scales.keys() == wanted.scales.keys()
+
+
+@pytest.mark.parametrize("begin", [0, 20])
+def test_the_rate_of_the_run_before_is_none_of_a_stage(begin, tmp_path):
+    pretrained = run(tmp_path, "SGD", schedule=lambda step: 0.5)[-1].path
+    (tmp_path / "after").mkdir()
+    after = run(tmp_path / "after", "SGD")
+    points = [sp.Checkpoint(pretrained, begin, lr=0.01)]
+    points += [sp.Checkpoint(point.path, begin + point.step, lr=0.01) for point in after]
+    resolved(points, sp.SGD(), start_step=begin)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_without_a_preconditioner_no_state_is_read(kind, tmp_path):
+    """Neither one of another optimizer nor one of the head alone, whose parameters have no names."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    optimizer = getattr(torch.optim, kind)(model[1].parameters(), lr=0.01)
+    for p in model[1].parameters():
+        p.grad = torch.ones(p.shape)
+    optimizer.step()
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(content, tmp_path / "1.pt")
+    for state in (content, tmp_path / "1.pt"):
+        trajectory = sp.Trajectory([sp.Checkpoint(state, 1, lr=0.01)], optimizer=sp.Adam(), preconditioner="none")
+        names, _ = trained_parameters(trajectory, model)
+        assert names == [name for name, _ in model.named_parameters()]
+
+
+def test_averaged_weights_have_the_state_beside_them_too(tmp_path):
+    weights = nn.Linear(3, 2).state_dict()
+    state = torch.optim.AdamW(nn.Linear(3, 2).parameters()).state_dict()
+    torch.save({"state_dict": weights, "state_dict_ema": weights, "optimizer": state}, tmp_path / "x.pth")
+    point = sp.Checkpoint(tmp_path / "x.pth", 1, lr=0.1, key="state_dict_ema")
+    assert point.optimizer_state == tmp_path / "x.pth"
+
+
+def test_a_file_that_holds_itself_is_read_to_an_end(tmp_path):
+    content = {"model": nn.Linear(3, 2).state_dict()}
+    content["optimizer"] = content
+    torch.save(content, tmp_path / "x.pt")
+    assert sp.Checkpoint(tmp_path / "x.pt", 1, lr=0.1).optimizer_state is None

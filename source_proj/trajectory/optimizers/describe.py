@@ -32,6 +32,7 @@ __all__ = [
 _NEUTRAL = keys(
     "params param_names names initial_lr max_lr min_lr max_momentum base_momentum swa_lr lr_scale name group_name"
 )
+_DEEPEST = 16  # levels of dicts and lists around a state
 _WRAPPERS = ("optimizer", "optimizer_state_dict", "optimizer_state", "optimizer_states", "base_optimizer_state")
 # Who records has nothing to describe the optimizer by; whoever reads a trainer's files has.
 WHILE_TRAINING = (
@@ -181,7 +182,9 @@ def is_optimizer_state(state: Any) -> bool:
 
 def within(state: Any) -> Any:
     """An optimizer's ``state_dict()`` inside what scripts put around it; whatever else is given, itself."""
-    while not is_optimizer_state(state):
+    for _ in range(_DEEPEST):  # a pickle may hold itself
+        if is_optimizer_state(state):
+            return state
         if isinstance(state, Mapping) and len(inner := [key for key in _WRAPPERS if key in state]) == 1:
             state = state[inner[0]]
         elif isinstance(state, list) and len(state) == 1:  # Lightning: one entry per optimizer
