@@ -143,12 +143,12 @@ def holds_optimizer(path: Path) -> bool:
 
 
 def optimizer_state_of(checkpoint: StateAtStep) -> Mapping[str, Any]:
-    """A checkpoint's optimizer state, read.
+    """A checkpoint's optimizer state, of a file mapped: take options and counts of it, and let it go.
 
     Raises:
         MismatchError: there is none, or it is no optimizer's.
     """
-    return _unwrap(_load(checkpoint), repr(checkpoint))
+    return _unwrap(_load(checkpoint, mapped=True), repr(checkpoint))
 
 
 def updates_counted(checkpoint: StateAtStep) -> int:
@@ -171,7 +171,7 @@ def is_untouched(checkpoint: StateAtStep) -> bool:
         return False
 
 
-def _load(checkpoint: StateAtStep) -> Any:
+def _load(checkpoint: StateAtStep, *, mapped: bool = False) -> Any:
     state = checkpoint.optimizer_state
     if state is None:
         raise MismatchError(
@@ -182,9 +182,8 @@ def _load(checkpoint: StateAtStep) -> Any:
         )
     if not isinstance(state, str | Path):
         return state
-    return load_tensors(
-        Path(state), f"{checkpoint!r} needs its optimizer's state_dict() there, saved alone", mapped=True
-    )
+    remedy = f"{checkpoint!r} needs its optimizer's state_dict() there, saved alone"
+    return load_tensors(Path(state), remedy, mapped=mapped)
 
 
 def _unwrap(state: Any, source: str) -> Mapping[str, Any]:
