@@ -223,7 +223,7 @@ class Hits(EqualByValue):
 
     def _told(self) -> dict[str, list[Any]]:
         """Columns of what is known of queries and examples, those of nothing left out."""
-        measured = self.shown.measurements
+        values = self.shown.measurements
         columns: dict[str, list[Any]] = defaultdict(list)
         read: dict[int, Example] = {}  # each once: of pictures that is work
         for query in range(len(self)):
@@ -235,7 +235,7 @@ class Hits(EqualByValue):
                 columns["query_label"].append(asked.label)
                 columns["query"].append(asked.words)
                 columns["predicted"].append(asked.prediction or "")
-                columns["measurement"].append("" if measured is None else float(measured[query]))
+                columns["measurement"].append("" if values is None else float(values[query]))
                 columns["train_label"].append(example.label)
                 columns["train"].append(example.words)
         return {name: column for name, column in columns.items() if any(entry != "" for entry in column)}

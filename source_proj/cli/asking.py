@@ -33,7 +33,7 @@ from source_proj.cli.parsing import load_object, make_task, parse_damping, parse
 from source_proj.cli.text import ask_about, class_numbers, own_queries, training_texts
 from source_proj.task import Task
 
-__all__ = ["METHODS", "ask", "check_one_list", "stream_list", "training_examples", "verbs_of"]
+__all__ = ["METHODS", "ask", "check_one_list", "named_examples", "stream_list", "training_examples", "verbs_of"]
 
 METHODS: dict[Method, Callable[..., Attributor]] = {
     Method.source: Source,
@@ -196,15 +196,26 @@ def training_examples(
 
     Raises:
         MismatchError: the data are of another length, so that some would stand under the ids of others.
-        ValueError: a picture's shape is given beside examples that have theirs.
+        ValueError: as :func:`named_examples`.
     """
     if data is None:
         known = training_texts(bank, tokenizer, network)
         return known if picture is None or known is not None else Examples([], picture=picture)
-    named = load_object(data, "--data")
-    if isinstance(named, Examples) and picture is not None:
-        raise ValueError(f"--data {data!r} gives Examples, which say how they are shown: leave --picture out")
-    shown = named if isinstance(named, Examples) else Examples(named, picture=picture)
+    shown = named_examples(data, picture)
     if len(shown) != n:
         raise MismatchError(f"--data {data!r} gives {len(shown)} examples and the bank has {n}: name its training set")
     return shown
+
+
+def named_examples(data: str, picture: Picture | None = None) -> Examples:
+    """The examples of a data set, a DataLoader, or :class:`Examples` that ``--data`` names.
+
+    Raises:
+        ValueError: a picture's shape is given beside examples that have theirs.
+    """
+    named = load_object(data, "--data")
+    if not isinstance(named, Examples):
+        return Examples(named, picture=picture)
+    if picture is not None:
+        raise ValueError(f"--data {data!r} gives Examples, which say how they are shown: leave --picture out")
+    return named

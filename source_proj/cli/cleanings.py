@@ -14,9 +14,9 @@ from source_proj.bank import Bank
 from source_proj.bank import open as open_bank
 from source_proj.bank.examples import Examples
 from source_proj.cli.answers import require_folder
-from source_proj.cli.asking import training_examples
+from source_proj.cli.asking import named_examples, training_examples
 from source_proj.cli.output import emit, say
-from source_proj.cli.parsing import load_object, make_task, needed
+from source_proj.cli.parsing import make_task, needed
 from source_proj.cli.text import ask_about, require_own_records
 from source_proj.curate.files import require_writable
 from source_proj.integrations.text_rows import lacking, text_rows
@@ -177,8 +177,12 @@ def _numbers(values: Sequence[Any]) -> list[float]:
     return numbers
 
 
-def labels(options: Mapping[str, Any]) -> list[Any]:
+def labels(options: Mapping[str, Any], examples: Examples | None = None) -> list[Any]:
     """The training set's labels: of ``--file``, as it is written there, or of the examples of ``--data``.
+
+    Args:
+        options: those of the command, by name.
+        examples: those of ``--data``, where they were loaded already.
 
     Raises:
         ValueError: neither is named.
@@ -186,24 +190,18 @@ def labels(options: Mapping[str, Any]) -> list[Any]:
     """
     name, file = options["label_column"], options["file"]
     if file is None and options["data"] is not None:
-        return _labels_of(options["data"])
+        shown = named_examples(options["data"]) if examples is None else examples
+        found = [label for _, label in shown.searched()]
+        if "" in found:
+            place = f"example {found.index('')} of --data {options['data']!r}"
+            raise MismatchError(f"{place} has no label: give the training set with its")
+        return found
     if file is None:
         raise ValueError(
             f"the labels are not known: give --file FILE, whose column {name!r} holds them, or --data MODULE:FUNCTION, "
             "the training set with its labels"
         )
     return column(file, name, "--label-column", encoding=options["encoding"], delimiter=options["delimiter"])
-
-
-def _labels_of(data: str) -> list[str]:
-    named = load_object(data, "--data")
-    examples = named if isinstance(named, Examples) else Examples(named)
-    found = [label for _, label in examples.searched()]
-    if "" in found:
-        raise MismatchError(
-            f"example {found.index('')} of --data {data!r} has no label: give the training set with its"
-        )
-    return found
 
 
 def column(file: Path, name: str, option: str, *, encoding: str = "utf-8", delimiter: str = ",") -> list[Any]:

@@ -233,7 +233,7 @@ def mislabelled(
         **context.params, "label_column": label_column or label_column_of(bank[0]), "file": file or own_file(bank[0])
     }  # fmt: skip
     delivery = cleanings.delivery(options)
-    labels = cleanings.labels(options)
+    labels = cleanings.labels(options, banks[0].examples)
     source = Source(banks, device=device, progress=progress)
     delivery.give(library.mislabelled(source, labels, n=n, by=by.value.replace("-", "_")))  # type: ignore[arg-type]
 

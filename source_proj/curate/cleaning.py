@@ -107,10 +107,8 @@ class Cleaning:
 
     def example(self, place: int) -> Example:
         """The example named at a place, with what is known of it."""
-        known = self.examples
-        if known is None or len(known) != len(self.train_ids):
-            return Example(self.ids[place])
-        return known.show(int(self._positions[place]), self.ids[place])
+        known, its_id = self._known, self.ids[place]
+        return Example(its_id) if known is None else known.show(int(self._positions[place]), its_id)
 
     def with_examples(self, examples: Any, **options: Any) -> Cleaning:
         """The same with its examples shown beside the reasons, in notebooks and lines of text.
@@ -144,6 +142,12 @@ class Cleaning:
         if unknown:
             raise ValueError(f"unknown training ids {unknown[:5]}; the first known ones are {self.train_ids[:5]}")
         return np.array([place[its_id] for its_id in self.ids], dtype=np.int64)
+
+    @property
+    def _known(self) -> Examples | None:
+        """How examples are shown, unless those given are others: a bank may have grown since it was told."""
+        known = self.examples
+        return known if known is not None and len(known) == len(self.train_ids) else None
 
     @property
     def kept(self) -> np.ndarray:
@@ -195,10 +199,9 @@ class Cleaning:
         if name not in stages:
             raise ValueError(f"the stages are {sorted({s for s in stages if s is not None})}, got {name!r}")
         part = self._only([place for place, its_id in enumerate(self.ids) if its_id[0] == name])
-        own = [entry[1] for entry in self.train_ids if entry[0] == name]
-        known = self.examples if self.examples is not None and len(self.examples) == len(self.train_ids) else None
         places = [place for place, entry in enumerate(self.train_ids) if entry[0] == name]
-        shown = None if known is None else known.at(places)
+        own = [self.train_ids[place][1] for place in places]
+        shown = None if self._known is None else self._known.at(places)
         return replace(part, ids=[entry[1] for entry in part.ids], train_ids=own, examples=shown)
 
     def _only(self, places: list[int]) -> Cleaning:

@@ -20,8 +20,8 @@ def examples_of(data: Any) -> Any:
     A table, whose columns are all numbers, becomes (input, target): one float32 vector of the columns in their order,
     and the label. A ``datasets.Dataset`` of other columns becomes dicts of tensors, as transformers' Trainer takes
     them: ``label`` is called ``labels``, and columns of text are left out beside token columns; token sequences without
-    labels are left so. One with a format or a
-    transform of its own (``set_format``, ``set_transform``) is used as it is.
+    labels are left so. One with a format or a transform of its own (``set_format``, ``set_transform``) is used as it
+    is.
 
     Raises:
         ValueError: there is no label column, or several; or a column of text that nothing has tokenised.

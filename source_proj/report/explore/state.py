@@ -59,11 +59,10 @@ class Explorer:
         self._features = method.sketch(queries)
         self._asked = method.shown(self._features)
         bank, first = method.banks[0], self._features[0]
-        known = bank.examples if bank.examples is not None and len(bank.examples) == method.n_rows else None
         self._stages = [stage.name for stage in bank.stages]
         self._index: dict[str, ExampleIndex] = {
             "queries": ExampleIndex(first.ids, first.examples, [len(first)]),
-            "train": ExampleIndex(bank.ids, known, [stage.n for stage in bank.stages]),
+            "train": ExampleIndex(bank.ids, self._asked.train, [stage.n for stage in bank.stages]),
         }
         self._engine = threading.Lock()  # one pass over the bank at a time, so that memory does not grow with readers
         self._strongest = lru_cache(maxsize=64)(self._computed_strongest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +175,7 @@ def second_moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[s
     return {"state": state, "param_groups": counts}
 
 
-def is_optimizer_state(state: Any) -> bool:
+def is_optimizer_state(state: Any) -> TypeGuard[Mapping[str, Any]]:
     """Whether it has the entries of an optimizer's ``state_dict()``."""
     return isinstance(state, Mapping) and {"state", "param_groups"} <= set(state)
 

@@ -188,7 +188,7 @@ def _load(checkpoint: StateAtStep, *, mapped: bool = False) -> Any:
 
 def _unwrap(state: Any, source: str) -> Mapping[str, Any]:
     found = within(state)
-    if isinstance(found, Mapping) and {"state", "param_groups"} <= set(found) and isinstance(found["state"], Mapping):
+    if is_optimizer_state(found) and isinstance(found["state"], Mapping):
         return found
     content = sorted(map(str, found)) if isinstance(found, Mapping) else type(found).__name__
     raise MismatchError(f"{source}: its optimizer_state must be an optimizer's state_dict(), and has {content}")
