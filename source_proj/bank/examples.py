@@ -20,6 +20,7 @@ __all__ = ["Example", "Examples", "KnownExamples"]
 ClassNames = Sequence[str] | Mapping[Any, str]
 Picture = tuple[int, ...] | Callable[[Any], Any]
 
+_UNCOUNTED = -100  # transformers' label of tokens that do not count
 _CELLS = 12  # numbers of a row that are shown
 _MORE = "…"
 _SMALL = 64  # pixels; a picture of fewer is shown pixel by pixel
@@ -174,17 +175,37 @@ class Examples:
         names = self.class_names if self.class_names is not None else getattr(self._parts[0], "classes", None)
         return _name(value, names)
 
+    def tokens(self, index: int) -> list[str] | None:
+        """Each token of an example in words, those that are predicted as its labels have them; None where unknown.
+
+        Raises:
+            IndexError: there is no such example.
+        """
+        part, place = self._place(index)
+        given, labels = _split(part[place])
+        ids = given.get("input_ids") if isinstance(given, Mapping) else given
+        if self.tokenizer is None or ids is None or np.ndim(ids) != 1:
+            return None
+        predicted = ids if np.shape(labels) != np.shape(ids) else labels
+        pairs = zip(predicted, ids, strict=True)
+        return [str(self.tokenizer.decode([int(read if token == _UNCOUNTED else token)])) for token, read in pairs]
+
     def show(self, index: int, id: Any, prediction: Any = None) -> Example:
         """The example at a place, of all stages together.
 
         Raises:
             IndexError: there is none.
         """
+        return self._show(*self._place(index), id, prediction)
+
+    def _place(self, index: int) -> tuple[Any, int]:
+        """The stage's data set that an example is of, and its place there."""
+        place = index
         for part in self._parts:
-            if index < len(part):
-                return self._show(part, index, id, prediction)
-            index -= len(part)
-        raise IndexError(f"there is no example {index + len(self)} among {len(self)}")
+            if place < len(part):
+                return part, place
+            place -= len(part)
+        raise IndexError(f"there is no example {index} among {len(self)}")
 
     def searched(self) -> Iterator[tuple[str, str]]:
         """Text and label of each example in order, without making its picture: what a search looks at."""
@@ -291,7 +312,7 @@ def _asked_token(given: Any) -> tuple[int, Any] | None:
     labels = given.get("labels") if isinstance(given, Mapping) else None
     if not isinstance(labels, Tensor) or labels.ndim != 1:
         return None
-    counted = (labels != -100).nonzero()[:, 0].tolist()
+    counted = (labels != _UNCOUNTED).nonzero()[:, 0].tolist()
     return (counted[0], labels[counted[0]]) if len(counted) == 1 else None
 
 

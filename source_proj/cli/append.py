@@ -63,9 +63,10 @@ def append(
     """
     import source_proj.bank as banks
     from source_proj.cli.parsing import load_model, load_object, make_task, needed
-    from source_proj.cli.text import new_texts, note_appended
+    from source_proj.cli.text import note_appended
     from source_proj.distribute import this_worker
     from source_proj.distribute.launch import parse_shard
+    from source_proj.integrations.text_bank import TextBank
     from source_proj.task import Task
 
     made, worker, texts = banks.open(bank), this_worker(), None
@@ -76,7 +77,8 @@ def append(
     elif model is not None or data is not None:
         raise ValueError("--model and --data have no meaning beside --dataset: leave one or the other out")
     else:
-        network, texts = new_texts(bank, dataset, trust_remote_code)
+        own = TextBank(bank, trust_remote_code=trust_remote_code)
+        network, texts = own.model, own.read(dataset, labelled=True)
         examples = texts
     share = worker.shard if worker.count > 1 else None
     added = made.append(

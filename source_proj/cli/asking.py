@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from torch import nn
-
 from source_proj._errors import MismatchError
 from source_proj._io.executors import Executor
 from source_proj.attribution.attributor import Attributor
@@ -30,7 +28,8 @@ from source_proj.bank.examples import Examples, Picture
 from source_proj.cli.answers import require_folder
 from source_proj.cli.options import Method
 from source_proj.cli.parsing import load_object, make_task, parse_damping, parse_picture, parse_segments, parse_target
-from source_proj.cli.text import ask_about, class_numbers, own_queries, training_texts
+from source_proj.cli.text import ask_about, class_numbers, own_queries
+from source_proj.integrations.text_bank import TextBank, training_texts
 from source_proj.task import Task
 
 __all__ = ["METHODS", "ask", "check_one_list", "named_examples", "stream_list", "training_examples", "verbs_of"]
@@ -76,7 +75,7 @@ def ask(options: Mapping[str, Any], executor: Executor | None = None, *, own: bo
     target = parse_target(options["target"], class_numbers(paths[0]))
     named = not own or any(options[name] for name in ("model", "queries", "dataset", "per_token"))
     rows, ids = (options["dataset"], None) if named else own_queries(paths[0])
-    network, queries, tokenizer = ask_about(
+    network, queries, texts = ask_about(
         paths[0],
         options["model"],
         options["queries"],
@@ -91,8 +90,7 @@ def ask(options: Mapping[str, Any], executor: Executor | None = None, *, own: bo
         banks[0].n_rows,
         options["data"],
         parse_picture(options["picture"]),
-        tokenizer,
-        network if options.get("rerank") else None,
+        texts,
     )
     method = options["method"]
     made = METHODS[method](
@@ -181,8 +179,7 @@ def training_examples(
     n: int,
     data: str | None,
     picture: Picture | None = None,
-    tokenizer: Any = None,
-    network: nn.Module | None = None,
+    texts: TextBank | None = None,
 ) -> Examples | None:
     """How the n training examples are shown: by the data that was named, or by the text file that the bank knows.
 
@@ -191,15 +188,14 @@ def training_examples(
         n: its examples.
         data: names a data set, a DataLoader, or :class:`Examples` of one.
         picture: how inputs become pictures.
-        tokenizer: the model's.
-        network: the model where examples are wanted as it reads them, too.
+        texts: the bank as one of texts, where that was opened.
 
     Raises:
         MismatchError: the data are of another length, so that some would stand under the ids of others.
         ValueError: as :func:`named_examples`.
     """
     if data is None:
-        known = training_texts(bank, tokenizer, network)
+        known = training_texts(bank, None, None) if texts is None else texts.bank.examples
         return known if picture is None or known is not None else Examples([], picture=picture)
     shown = named_examples(data, picture)
     if len(shown) != n:

@@ -19,6 +19,7 @@ from source_proj.cli.output import emit, say
 from source_proj.cli.parsing import make_task, needed
 from source_proj.cli.text import ask_about, require_own_records
 from source_proj.curate.files import require_writable
+from source_proj.integrations.text_bank import TextBank
 from source_proj.integrations.text_rows import lacking, text_rows
 
 __all__ = ["Delivery", "aggregate", "asked", "delivery", "labels", "opened"]
@@ -128,20 +129,20 @@ def _require_another(path: Path, file: Path, flag: str) -> None:
         raise ValueError(f"{path} is the training set itself, which is never replaced: give another {flag}")
 
 
-def opened(options: Mapping[str, Any], tokenizer: Any = None) -> list[Bank]:
+def opened(options: Mapping[str, Any], texts: TextBank | None = None) -> list[Bank]:
     """The banks that a command names; the first knows how its examples are shown."""
     paths = [options["bank"]] if isinstance(options["bank"], str) else options["bank"]
     banks = [open_bank(path) for path in paths]
-    banks[0].examples = training_examples(paths[0], banks[0].n_rows, options["data"], tokenizer=tokenizer)
+    banks[0].examples = training_examples(paths[0], banks[0].n_rows, options["data"], texts=texts)
     return banks
 
 
 def asked(options: Mapping[str, Any]) -> tuple[Source, Any]:
     """SOURCE on the banks, and the queries that a command's options name."""
     banks, task = options["bank"], options["task"]
-    network, data, tokenizer = ask_about(banks[0], options["model"], options["queries"], options["dataset"], False)
+    network, data, texts = ask_about(banks[0], options["model"], options["queries"], options["dataset"], False)
     source = Source(
-        opened(options, tokenizer),
+        opened(options, texts),
         model=network,
         task=None if task is None else make_task(task),
         batch_size=options["batch_size"],

@@ -1,7 +1,7 @@
 """``explore``: a page to look around in."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,6 +38,9 @@ from source_proj.cli.score import (
     Target,
     TaskName,
 )
+
+if TYPE_CHECKING:
+    from source_proj.attribution.attributor import Attributor
 
 __all__ = ["explore"]
 
@@ -110,7 +113,7 @@ def explore(
         require_writable(static, overwrite=overwrite)
     asked, data_of_queries = ask(context.params, own=True)
     known = file or own_file(bank[0])
-    documents = _documents(asked.task.name, bank[0], known, trust_remote_code) if static is None else None
+    documents = _documents(asked) if static is None else None
     explorer = Explorer(asked, data_of_queries, file=known, documents=documents)
     if static is not None:
         write_static(explorer, static, overwrite=overwrite)
@@ -119,10 +122,11 @@ def explore(
     serve(explorer, port, lambda address: say(f"open {address} (Ctrl-C ends it)"))
 
 
-def _documents(task: str, bank: str, file: Path | None, trust_remote_code: bool) -> Any:
+def _documents(method: "Attributor") -> Any:
     """The training set of a language model as it read it, where that is known: tokens have scores then."""
-    from source_proj.integrations import TextData, TextSettings
+    from source_proj.integrations.text_bank import OwnTexts
 
-    if task != "causal_lm" or file is None or not TextSettings.files(bank):
+    known = method.banks[0].examples
+    if method.task.name != "causal_lm" or known is None or not isinstance(known.sources[0], OwnTexts):
         return None
-    return TextData.like(bank, file, trust_remote_code=trust_remote_code)
+    return known.sources[0]

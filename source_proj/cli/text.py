@@ -13,7 +13,6 @@ from torch import nn
 
 from source_proj._errors import MismatchError, SourceProjError
 from source_proj.bank import open as open_bank
-from source_proj.bank.examples import Examples
 from source_proj.cli.parsing import load_model, load_object, make_task, needed, with_options
 from source_proj.integrations import (
     TextData,
@@ -28,6 +27,7 @@ from source_proj.integrations import (
 )
 from source_proj.integrations.callback_log import is_callback_dir
 from source_proj.integrations.pretrained import is_adapter, label_numbers, require_model_folder
+from source_proj.integrations.text_bank import TextBank, known_rows
 from source_proj.integrations.text_rows import text_rows
 from source_proj.integrations.trainer_data import check_training_set
 from source_proj.integrations.trainer_folders import trainer_folders
@@ -39,12 +39,10 @@ __all__ = [
     "class_numbers",
     "is_complete",
     "label_column_of",
-    "new_texts",
     "note_appended",
     "own_file",
     "own_queries",
     "require_own_records",
-    "training_texts",
 ]
 
 _OWN_QUERIES = 200  # examples of a bank's own file that stand in for queries
@@ -175,8 +173,8 @@ def ask_about(
     per_token: bool,
     trust_remote_code: bool = False,
     own_answers: bool = False,
-) -> tuple[nn.Module, Any, Any]:
-    """The model, the queries, and the tokenizer of texts, else None.
+) -> tuple[nn.Module, Any, TextBank | None]:
+    """The model, the queries, and the bank of texts, else None.
 
     They come from a text file, read as the training set was, or from ``module:function``.
 
@@ -193,32 +191,14 @@ def ask_about(
         return load_model(names[0]), load_object(names[1], "--queries"), None
     if model is not None or queries is not None:
         raise ValueError("--model and --queries have no meaning beside --dataset: leave one or the other out")
-    task = Task.from_spec(open_bank(bank).task_spec)  # first: there may be no bank
-    settings, network, tokenizer = _as_built(bank, trust_remote_code)
-    rows = TextRows(dataset, settings).rows
-    target = settings.text if isinstance(task, CausalLM) else settings.label
-    has_targets = any(row.get(target) is not None for row in rows)
-    labelled = has_targets and not (own_answers and isinstance(task, CausalLM))
-    data = TextData(dataset, settings, network, tokenizer, labelled)
+    texts = TextBank(bank, trust_remote_code=trust_remote_code)
+    task = texts.task
+    data = texts.read(dataset, labelled=False if own_answers and isinstance(task, CausalLM) else None)
     if not per_token:
-        return network, data, tokenizer
+        return texts.model, data, texts
     if not isinstance(task, CausalLM):
         raise ValueError(f"--per-token belongs to language models, and the bank's task is {task.name}: leave it out")
-    return network, TokenQueries(data, task), tokenizer
-
-
-def new_texts(bank: str, file: Path, trust_remote_code: bool) -> tuple[nn.Module, TextData]:
-    """The model of a bank of texts, and other texts read as its training set was."""
-    settings, network, tokenizer = _as_built(bank, trust_remote_code)
-    return network, TextData(file, settings, network, tokenizer)
-
-
-def _as_built(bank: str, trust_remote_code: bool) -> tuple[TextSettings, nn.Module, Any]:
-    """How a bank's texts were read, and the model and the tokenizer that read them."""
-    settings = TextSettings.read(bank)
-    back = "put it back, or call this from the folder that the bank was built from"
-    require_model_folder(settings.model, f"the model that {bank} was built with,", back)
-    return settings, *load_pretrained(settings.model, trust_remote_code=trust_remote_code)
+    return texts.model, TokenQueries(data, task), texts
 
 
 def own_queries(bank: str) -> tuple[list[Mapping[str, Any]], list[Any]]:
@@ -250,7 +230,7 @@ def own_queries(bank: str) -> tuple[list[Mapping[str, Any]], list[Any]]:
 
 def own_file(bank: str | Path) -> Path | None:
     """The text file that a bank was built from, if it is the only one, still there and as it was; else warns of it."""
-    known = _known_rows(bank)
+    known = known_rows(bank)
     return known[0][0] if known is not None and len(known[0]) == 1 else None
 
 
@@ -301,23 +281,6 @@ def _settings_of(bank: str) -> TextSettings | None:
         return None
 
 
-def training_texts(bank: str | Path, tokenizer: Any, network: nn.Module | None = None) -> Examples | None:
-    """The training examples of a bank that was built from text files, as people read them, if these are still there.
-
-    Args:
-        bank: its place.
-        tokenizer: the model's; None where none was loaded.
-        network: the model where examples are wanted as it reads them, too.
-    """
-    known = _known_rows(bank)
-    if known is None:
-        return None
-    rows, settings = known[1], TextSettings.read(bank)
-    names = None if settings.labels is None else {number: name for name, number in settings.labels.items()}
-    data = rows if network is None else TextData(rows.rows, settings, network, tokenizer)
-    return Examples(data, class_names=names, tokenizer=tokenizer)
-
-
 def note_appended(bank: str, file: Path, appended: TextData, total: int) -> None:
     """Keep beside a bank which texts were appended to it, where all others' are known.
 
@@ -327,15 +290,6 @@ def note_appended(bank: str, file: Path, appended: TextData, total: int) -> None
         appended: its examples.
         total: examples of the bank, with these.
     """
-    known = _known_rows(bank)
+    known = known_rows(bank)
     if known is not None and len(known[1]) + len(appended) == total:
         TextSettings.add_file(bank, file, appended.digest)
-
-
-def _known_rows(bank: str | Path) -> tuple[list[Path], TextRows] | None:
-    """As `own_rows`; texts that are others now, or can't be read, are warned of and left out."""
-    try:
-        return own_rows(bank)
-    except (SourceProjError, OSError, ValueError, ImportError) as error:
-        warnings.warn(f"{error}: training examples are shown by their ids alone", UserWarning, stacklevel=3)
-        return None

@@ -9,12 +9,14 @@ from source_proj.integrations.peft import trainable_parameters
 from source_proj.integrations.pretrained import load_pretrained
 from source_proj.integrations.quanda import QuandaExplainer
 from source_proj.integrations.text import TextData, TextRows, TextsChangedError, own_rows, require_own_texts
+from source_proj.integrations.text_bank import TextBank
 from source_proj.integrations.text_settings import TextSettings
 
 __all__ = [
     "CaptumInfluence",
     "QuandaExplainer",
     "RecorderCallback",
+    "TextBank",
     "TextData",
     "TextRows",
     "TextSettings",

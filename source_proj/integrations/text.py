@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from source_proj._errors import MismatchError
 from source_proj.integrations.model_task import task_for
-from source_proj.integrations.pretrained import label_numbers, load_pretrained
+from source_proj.integrations.pretrained import label_numbers
 from source_proj.integrations.text_rows import lacking, text_rows
 from source_proj.integrations.text_settings import TextSettings
 from source_proj.integrations.text_tokens import Encoded, encode, padded, token_limit
@@ -131,22 +131,6 @@ class TextData:
             for mask, each in zip(uncounted, encoded, strict=True):
                 mask[: each.prompt] = True
             self._columns["labels"] = self._columns["input_ids"].masked_fill(uncounted, _UNCOUNTED)
-
-    @classmethod
-    def like(cls, bank: str | Path, data: Any, *, trust_remote_code: bool = False) -> TextData:
-        """Texts read as the training set of a bank was: same columns, same tokenizer, same length.
-
-        Args:
-            bank: a bank that ``source-proj build --dataset`` made.
-            data: see the class.
-            trust_remote_code: let transformers run Python code that lies in the model's directory.
-
-        Raises:
-            ValueError: the bank was not built from texts; or as the class.
-        """
-        settings = TextSettings.read(bank)
-        network, tokenizer = load_pretrained(settings.model, trust_remote_code=trust_remote_code)
-        return cls(data, settings, network, tokenizer)
 
     @property
     def digest(self) -> str:

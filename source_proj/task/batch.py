@@ -43,7 +43,7 @@ Batch = Any
 
 TOKENISE = (
     "tokenise as in training, tokenizer(texts, padding=True, return_tensors='pt'); for a bank that was built "
-    "from texts, give source_proj.integrations.TextData.like(bank, rows)"
+    "from texts, give source_proj.integrations.TextBank(path).read(rows)"
 )
 
 Uniform = Callable[[int], Tensor]

@@ -268,7 +268,7 @@ def test_texts_that_nobody_tokenised_name_the_remedy(run, tmp_path):
     build(directory, tmp_path / "bank", "--segments", 1)
     source = sp.Source(sp.open(tmp_path / "bank"), model=network(kind), progress=False)
     for query in ({"text": TEXTS[0], "label": "good"}, {"text": TEXTS[0]}, TEXTS[0]):
-        with pytest.raises(TypeError, match=r"text.*tokenise as in training.*TextData.like\(bank, rows\)"):
+        with pytest.raises(TypeError, match=r"text.*tokenise as in training.*TextBank\(path\).read\(rows\)"):
             source.helpful([query], k=1)
 
 

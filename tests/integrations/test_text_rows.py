@@ -12,7 +12,7 @@ from test_text import LABELS, TEXTS, build, call, run  # noqa: F401 (a fixture)
 
 import source_proj as sp
 from source_proj import MismatchError
-from source_proj.integrations import TextData, load_pretrained
+from source_proj.integrations import TextBank, load_pretrained
 from source_proj.integrations.text_rows import text_rows
 
 # What str.splitlines takes for the end of a line, and CSV and JSON do not.
@@ -61,9 +61,9 @@ def test_queries_in_memory_are_tokenised_as_the_banks_were(run, tmp_path):  # no
     _, directory = run
     build(directory, tmp_path / "bank", "--hf-model", directory / "model")
     rows = [{"text": TEXTS[i], "label": "good" if LABELS[i] else "bad"} for i in range(20, 24)]
-    expected = TextData.like(tmp_path / "bank", directory / "queries.jsonl")
+    expected = TextBank(tmp_path / "bank").read(directory / "queries.jsonl", labelled=True)
     for queries in (rows, pandas.DataFrame(rows)):
-        made = TextData.like(tmp_path / "bank", queries)
+        made = TextBank(tmp_path / "bank").read(queries, labelled=True)
         for i in range(4):
             assert all(torch.equal(made[i][name], expected[i][name]) for name in expected[i])
     model, _ = load_pretrained(str(directory / "model"))

@@ -158,17 +158,16 @@ class Explorer:
         stage = int(np.searchsorted(np.cumsum([s.n for s in self.method.banks[0].stages]), place, side="right"))
         with self._engine:
             parts = self.method.by_token(self._only(query), Subset(self._documents, [place]), stage=stage)
-        values, read = parts.values[:, 0, 0], self._index["train"].examples
+        values = parts.values[:, 0, 0]
         largest = float(np.abs(values).max()) or 1.0
-        ids = self._documents[place]["input_ids"].tolist()[: len(values)]
-        decode = (lambda token: str(token)) if read is None or read.tokenizer is None else read.tokenizer.decode
+        words = parts.tokens() or list(map(str, self._documents[place]["input_ids"].tolist()))
         return [
             {
-                "text": printable(str(decode([token])), keep=SPELLING),
+                "text": printable(word, keep=SPELLING),
                 "score": float(value),
                 "share": float(value) / largest,
             }
-            for token, value in zip(ids, values, strict=False)
+            for word, value in zip(words, values, strict=False)
         ]
 
     def cleaned(self, places: Iterable[int]) -> tuple[str, bytes]:
