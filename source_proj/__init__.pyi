@@ -44,6 +44,7 @@ from source_proj.trajectory import (
     ScheduleFreeSGD,
     Stage,
     Trajectory,
+    scheduler_rates,
 )
 
 __version__: str
@@ -110,4 +111,5 @@ __all__ = [
     "open",
     "plan",
     "report",
+    "scheduler_rates",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -90,22 +90,24 @@ def mislabelled(source: Source, labels: Labels, *, n: int | None = None, by: By 
     values: dict[str, np.ndarray] = {by: suspicion[chosen]}
     if rival is not None:
         values["rival"] = named_column([names[label] for label in rival[chosen]])
+    shown = source.shown().train
+    words = [shown.said(name) if shown is not None and isinstance(name, int) else str(id_word(name)) for name in names]
     reasons = [
-        f"labelled {id_word(names[member[place]])}, {_reason(place, by, suspicion, member, names, rival)}"
+        f"labelled {words[member[place]]}, {_reason(place, by, suspicion, member, words, rival)}"
         for place in chosen.tolist()
     ]
     what = f"likely mislabelled by {by.replace('_', '-')}"
-    return Cleaning(what, [ids[place] for place in chosen], reasons, values, ids, examples=source.shown().train)
+    return Cleaning(what, [ids[place] for place in chosen], reasons, values, ids, examples=shown)
 
 
 def _reason(
-    place: int, by: By, suspicion: np.ndarray, member: np.ndarray, names: Sequence[Any], rival: np.ndarray | None
+    place: int, by: By, suspicion: np.ndarray, member: np.ndarray, words: Sequence[str], rival: np.ndarray | None
 ) -> str:
     """What makes an example suspicious, and how it ranks; ``rival`` is the class that each harmed most."""
     own = suspicion[member == member[place]]
     rank = f"rank {1 + int((own > suspicion[place]).sum())} of {len(own)} in its class"
     if rival is not None:
-        return f"it changed the mean loss of class {id_word(names[rival[place]])} by {suspicion[place]:+.3g}, {rank}"
+        return f"it changed the mean loss of class {words[rival[place]]} by {suspicion[place]:+.3g}, {rank}"
     if by == "error":
         return f"its error was {suspicion[place]:.3g} on average over the checkpoints, {rank}"
     return f"it lowered its own loss by {suspicion[place]:.3g}, {rank}"

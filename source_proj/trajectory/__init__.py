@@ -33,6 +33,7 @@ from source_proj.trajectory.record import (
 from source_proj.trajectory.recording.companion import Stateful
 from source_proj.trajectory.recording.recorder import Recorder
 from source_proj.trajectory.scale import Scale
+from source_proj.trajectory.schedules import scheduler_rates
 from source_proj.trajectory.segments import Segments, split_segments
 from source_proj.trajectory.stages import Stage
 from source_proj.trajectory.trained import trained_parameters
@@ -70,6 +71,7 @@ __all__ = [
     "Stateful",
     "Trajectory",
     "moments",
+    "scheduler_rates",
     "split_segments",
     "trained_parameters",
     "weights_stamp",

@@ -19,7 +19,7 @@ from source_proj.trajectory.optimizers import Optimizer, Options
 from source_proj.trajectory.optimizers.describe import plain_value, recognised
 from source_proj.trajectory.optimizers.moments import optimizer_state_of, updates_counted
 from source_proj.trajectory.recording.momentum import with_momentum_of
-from source_proj.trajectory.schedules import finite_rate
+from source_proj.trajectory.schedules import finite_rate, schedule_function
 from source_proj.trajectory.stages import Stage
 
 __all__ = ["require_described"]
@@ -81,6 +81,7 @@ def _compare_rates(stage: Stage, checkpoints: Sequence[Checkpoint]) -> None:
     A scheduler may have stepped before the last one was kept.
     """
     if stage.lr_schedule is not None:
+        _compare_schedule(stage, checkpoints)
         return
     told = [(checkpoint, _rates(checkpoint)) for checkpoint in checkpoints]
     if len({tuple(rates) for _, rates in told if rates}) < 2:
@@ -91,6 +92,31 @@ def _compare_rates(stage: Stage, checkpoints: Sequence[Checkpoint]) -> None:
             warnings.warn(
                 f"{checkpoint!r}: its optimizer_state has the learning rate {rates[0] if len(rates) == 1 else rates}: "
                 "where it changed give lr_schedule, a function of the step or one value per optimizer step",
+                UserWarning,
+                stacklevel=_CALLER,
+            )
+            return
+
+
+def _compare_schedule(stage: Stage, checkpoints: Sequence[Checkpoint]) -> None:
+    """Warn of a schedule that gives, next to a checkpoint, another learning rate than its state has.
+
+    The state has the rate of the update before it, or of the next where a scheduler has stepped. What lies behind the
+    last one, no schedule needs to know.
+    """
+    last = stage.checkpoints[-1].step
+    rate = schedule_function("lr_schedule", stage.lr_schedule, range(stage.start_step, last), math.inf)
+    for checkpoint in checkpoints:
+        told, step = _rates(checkpoint), checkpoint.step
+        scheduled = [rate(update) for update in (step - 1, step) if update < last]
+        if step == last and any("initial_lr" in group for group in _groups(checkpoint)):
+            continue
+        if told and not any(_is_same(own, each) for own in told for each in scheduled):
+            warnings.warn(
+                f"{checkpoint!r}: its optimizer_state has the learning rate {told[0] if len(told) == 1 else told}, and "
+                f"lr_schedule gives {scheduled[0]:g} for the update before it"
+                + (f" and {scheduled[1]:g} for the next" if scheduled[1:] else "")
+                + ": it takes the number of an update, and of no epoch; source_proj.scheduler_rates replays torch's",
                 UserWarning,
                 stacklevel=_CALLER,
             )

@@ -271,6 +271,20 @@ def test_labels_with_braces_are_words(run):
         assert "labelled {" in " ".join(curate.mislabelled(run.source, names, n=43, by=by).reasons)
 
 
+def test_classes_are_called_by_their_names(run):
+    bank = run.source.banks[0]
+    before, data = bank.examples, [(torch.zeros(2), int(label)) for label in run.labels]
+    try:
+        bank.examples = sp.Examples(data, class_names=["ape", "bee", "cat"])
+        for by in ("error", "disagreement"):
+            named = curate.mislabelled(run.source, run.labels, n=9, by=by)
+            for reason, place in zip(named.reasons, named.ids, strict=True):
+                assert reason.startswith(f"labelled {['ape', 'bee', 'cat'][run.labels[place]]}, ")
+        assert any(f"class {name} by" in reason for reason in named.reasons for name in ("ape", "bee", "cat"))
+    finally:
+        bank.examples = before
+
+
 def test_mislabelled_refuses_what_it_cannot_use(run):
     with pytest.raises(sp.MismatchError, match="43 labels for 44"):
         curate.mislabelled(run.source, run.labels[:-1])
