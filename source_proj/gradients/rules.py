@@ -136,7 +136,8 @@ def _layer_norm(module: nn.LayerNorm, names: Names, x: Tensor, g: Tensor, sink: 
 
 
 def _rms_norm(module: nn.RMSNorm, names: Names, x: Tensor, g: Tensor, sink: GradientSink) -> None:
-    eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
+    precise = torch.promote_types(module.weight.dtype, torch.float32)  # torch computes halves in float32
+    eps = torch.finfo(precise).eps if module.eps is None else module.eps
     _along_rows(names, list(module.normalized_shape), eps, x, g, sink, centred=False)
 
 

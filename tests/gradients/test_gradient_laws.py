@@ -163,3 +163,29 @@ def test_padded_positions_receive_nothing() -> None:
     positions = rows[:, space.offsets["wpe.weight"] :][:, : 6 * 8].view(4, 6, 8)
     assert (positions[3, 3:] == 0).all()  # example 3 has its last three tokens padded
     assert (positions[0, :5] != 0).any(1).all()
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-3])
+def test_normalisations_of_small_numbers(size: float, dtype: torch.dtype, bare: bool) -> None:
+    """Where torch's own ε, which is the type's, is not small beside them; each parameter by itself."""
+
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(4, 6), nn.RMSNorm(6), nn.Linear(6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x) * size
+            h = torch.nn.functional.rms_norm(h, (6,), self.norm.weight) if bare else self.norm(h)
+            return self.last(h)[:, 0]
+
+    torch.manual_seed(0)
+    model, batch = Small().to(dtype), torch.randn(SIZE, 4, dtype=dtype)
+    space = ParameterSpace.from_model(model)
+    _, rows = gradient_engine(model, space, Sketch(space.size, "identity")).sketch(lambda m, x: m(x), batch)
+    for b, row in enumerate(rows):
+        expected = torch.autograd.grad(model(batch[b : b + 1])[0], [*model.parameters()])
+        for own, plain in zip(row.split([p.numel() for p in expected]), expected, strict=True):
+            torch.testing.assert_close(own, plain.flatten().float(), rtol=1e-4, atol=1e-5 * float(plain.norm()))
