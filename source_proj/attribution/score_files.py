@@ -19,8 +19,8 @@ from source_proj.attribution.seals import SEAL
 from source_proj.attribution.words import id_word, plain_ids, sign_of
 
 __all__ = [
-    "FACTS", "Part", "id_words", "is_scores_array", "long_columns", "scores_facts", "write_scores_csv",
-    "write_scores_parquet",
+    "FACTS", "Part", "id_words", "is_scores_array", "long_columns", "require_told_apart", "scores_facts",
+    "write_scores_csv", "write_scores_parquet",
 ]  # fmt: skip
 
 Part = tuple[int, np.ndarray, np.ndarray]
@@ -79,6 +79,24 @@ def id_words(ids: Iterable[Any]) -> tuple[list[Any], bool]:
     return words, all(isinstance(given, str) and given == word for given, word in zip(given_ids, words, strict=True))
 
 
+def require_told_apart(ids: Sequence[Any]) -> None:
+    """Refuse ids that a table's words would make one.
+
+    Raises:
+        ValueError: two ids are written alike, as 1 and "1" are; names them.
+    """
+    words, first = [str(id_word(given)) for given in ids], dict[str, Any]()
+    if len(set(words)) == len(words):
+        return
+    for word, given in zip(words, ids, strict=True):
+        other = first.setdefault(word, given)
+        if type(other) is not type(given) or other != given:
+            raise ValueError(
+                f"the ids {other!r} and {given!r} would both be {word!r} in a table: give others, ids=, or keep the "
+                "scores by to_zarr, which holds ids as they are"
+            )
+
+
 def long_columns(parts: Iterable[Part], query_words: Sequence[Any], train_words: Sequence[Any]) -> Iterator[Columns]:
     """Each part's query_id, train_id, rank, score and train_index, a line a score."""
     for start, where, values in parts:
@@ -114,10 +132,13 @@ def write_scores_parquet(
 
     Raises:
         FileExistsError: something is there that may not be overwritten.
+        ValueError: two ids would be one word.
     """
     with extra("parquet"):
         import pyarrow
         from pyarrow import parquet
+    for ids in () if told else (query_ids, train_ids):
+        require_told_apart(ids)
     words = [id_words(ids)[0] for ids in (query_ids, train_ids)]
     kinds = [pyarrow.string() if own and isinstance(own[0], str) else pyarrow.int64() for own in words]
     kinds += [pyarrow.int64(), pyarrow.float32(), pyarrow.int64()]
@@ -144,6 +165,8 @@ def write_scores_csv(
     overwrite: bool,
 ) -> None:
     """Write ranked examples in long form for a spreadsheet; arguments as for :func:`write_scores_parquet`."""
+    for ids in (query_ids, train_ids):
+        require_told_apart(ids)
 
     def write(file: BinaryIO) -> None:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")

@@ -14,7 +14,7 @@ import numpy as np
 from source_proj._io.outputs import refused_together, require_free, write_output, write_outputs
 from source_proj._io.printable import csv_cell
 from source_proj.attribution.hits import Hits
-from source_proj.attribution.score_files import FACTS, is_scores_array
+from source_proj.attribution.score_files import FACTS, is_scores_array, require_told_apart
 from source_proj.attribution.scores import Scores
 from source_proj.attribution.words import TOWARDS, explained, id_word, plain_id, sign_of, toward
 from source_proj.bank.examples import Example
@@ -149,6 +149,9 @@ def _write_zarr(scores: Scores, out: Path, overwrite: bool) -> None:
 
 
 def _write_csv(scores: Scores, out: Path, overwrite: bool) -> None:
+    for ids in (scores.query_ids, scores.train_ids):
+        require_told_apart(ids)
+
     def write(file: BinaryIO) -> None:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")
         lines = csv.writer(text)

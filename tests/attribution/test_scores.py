@@ -173,3 +173,23 @@ def test_tuple_ids_export(tmp_path):
         warnings.simplefilter("error")
         assert scores.to_pandas()[("finetune", 0)].iloc[0] == 1
     assert scores.to_zarr(tmp_path / "s.zarr").attrs["train_ids"] == [["pretrain", 0], ["finetune", 0]]
+
+
+_IDS = st.one_of(
+    st.integers(0, 3), st.sampled_from(["0", "1", "a/0", "a"]), st.tuples(st.sampled_from("ab"), st.integers(0, 1))
+)
+
+
+@given(ids=st.lists(_IDS, min_size=1, max_size=6, unique=True))
+def test_a_table_says_every_id_apart_or_is_refused(tmp_path_factory, ids):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path_factory.mktemp("tables") / "scores.parquet"
+    scores = Scores(np.arange(len(ids), dtype=np.float32)[None], ["q"], ids, unit="logit margin")
+    words = {"/".join(map(str, given)) if isinstance(given, tuple) else str(given) for given in ids}
+    if len(words) < len(ids):
+        with pytest.raises(ValueError, match=r"would both be '.*' in a table"):
+            scores.to_parquet(path)
+        assert not path.exists()
+    else:
+        scores.to_parquet(path)
+        assert {str(word) for word in parquet.read_table(path).column("train_id").to_pylist()} == words
