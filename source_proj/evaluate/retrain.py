@@ -11,7 +11,6 @@ takes as ``initial``.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from source_proj._io.executors import Executor, check_executor, map_in_order
 from source_proj._io.numbers import plain_numbers, whole_number
 from source_proj._io.progress import Progress, progress_bar
 from source_proj.evaluate._lockstep import MakeOptimizer, lockstep_optimizer, named_tensors, require_one_function
+from source_proj.evaluate._stacked_loss import proven_loss
 from source_proj.gradients.replaced import call_with
 from source_proj.trajectory.checkpoint import set_evaluating
 
@@ -216,33 +216,25 @@ def train_stacked(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with _GENERATOR, torch.random.fork_rng():
         models, parameters, buffers = _initialise(make_model, seeds, initial, inputs.device)
-        skeleton, first = models[0], indices[0, :batch_size]
+        skeleton, first = models[0], indices[:, :batch_size]
+        again = partial(_made, make_model, seeds[0], inputs.device)  # the skeleton must not notice that it was tried
         if len(models) > 1:
-            again = _made(make_model, seeds[0], inputs.device)  # the skeleton must not notice that it was tried
-            require_one_function([again, *models[1:]], seeds, inputs[first], lambda found: loss(found, targets[first]))
-        skeleton.register_forward_hook(_and_buffers)
+            own = inputs[first[0]], targets[first[0]]
+            require_one_function([again(), *models[1:]], seeds, own[0], lambda found: loss(found, own[1]))
+        losses = proven_loss(again, skeleton, loss, parameters, buffers, inputs[first], targets[first])
         stacked = list(parameters.values())
         if optimizer is None:
             descent: torch.optim.Optimizer = torch.optim.SGD(stacked, momentum=momentum, weight_decay=weight_decay)
         else:
             descent = lockstep_optimizer(optimizer, list(skeleton.parameters()), stacked)
 
-        def model_loss(
-            state: StackedState, static: StackedState, x: Tensor, y: Tensor
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            outputs, after = call_with(skeleton, {**state, **static}, (x,))
-            return loss(outputs, y), {name: after[name] for name in static if name in after}
-
-        losses = vmap(model_loss, randomness="different")
         count = 0
         for _ in range(epochs):
             orders = [torch.randperm(sizes[0], generator=generator, device="cpu") for generator in generators]
             order = torch.stack(orders)
             shuffled = torch.gather(indices, 1, order)
             for batch in torch.split(shuffled, batch_size, dim=1):  # batch: (M, b) indices of examples
-                found, after = losses(parameters, buffers, inputs[batch], targets[batch])
-                buffers.update({name: value.detach() for name, value in after.items()})
-                _differentiate(found.sum(), stacked)
+                buffers.update(losses.differentiate(parameters, buffers, inputs[batch], targets[batch]))
                 for group in descent.param_groups:
                     group["lr"] = rate(count)
                 descent.step()
@@ -253,15 +245,6 @@ def train_stacked(
 def _as_tensor(values: Tensor | np.ndarray) -> Tensor:
     """As ``torch.as_tensor``, but where it is, whatever torch's default device is."""
     return values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
-
-
-def _differentiate(total: Tensor, stacked: Sequence[Tensor]) -> None:
-    """Give parameters their gradients; those that are frozen or take no part have none, as in a loop of one's own."""
-    trained = [value for value in stacked if value.requires_grad]
-    gradients = torch.autograd.grad(total, trained, allow_unused=True)
-    for value, gradient in zip(trained, gradients, strict=True):
-        # Fused optimizers go wrong, silently, where strides differ.
-        value.grad = None if gradient is None else gradient.contiguous()
 
 
 def stacked_outputs(make_model: Callable[[], nn.Module], inputs: Tensor) -> Callable[[StackedState], Tensor]:
@@ -305,11 +288,6 @@ def _initialise(
 def _made(make_model: Callable[[], nn.Module], seed: int, device: torch.device) -> nn.Module:
     torch.manual_seed(seed)
     return make_model().to(device).train()
-
-
-def _and_buffers(model: nn.Module, _: Any, outputs: Any) -> tuple[Any, dict[str, Tensor]]:
-    """A hook that returns the buffers too: those that a pass puts others in the place of would be lost after it."""
-    return outputs, dict(model.named_buffers())
 
 
 def _is_single(make_model: Callable[[], nn.Module], initial: StackedState) -> bool:
