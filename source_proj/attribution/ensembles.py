@@ -1,12 +1,17 @@
 """Banks of several runs on one training set, whose scores are averaged."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from source_proj._errors import MismatchError
 from source_proj.bank import Bank
 
 __all__ = ["as_banks", "require_one_training_set"]
+
+_CALLER = 5  # of a method's constructor, whose line is named
 
 
 def as_banks(given: Any) -> tuple[Bank, ...]:
@@ -32,6 +37,9 @@ def require_one_training_set(banks: Sequence[Bank]) -> None:
 
     Raises:
         MismatchError: ids, in their order, or tasks differ.
+
+    Warns:
+        UserWarning: other examples may stand under the same ids, as where they are numbers of places.
     """
     first = banks[0]
     for member in banks[1:]:
@@ -45,3 +53,26 @@ def require_one_training_set(banks: Sequence[Bank]) -> None:
             raise MismatchError(
                 f"the banks of an ensemble measure different things: {first.task_spec} and {member.task_spec}"
             )
+        if (other := _first_other_batch(first, member)) is not None:
+            warnings.warn(
+                f"the banks {first.path} and {member.path} were built of other data under the same ids, first in the "
+                f"batch of {other!r}, and scores of an id are averaged: if examples lie in another order there, build "
+                "with the same order, or give ids=; if they are the same, prepared in another way, all is well",
+                UserWarning,
+                stacklevel=_CALLER,
+            )
+
+
+def _first_other_batch(first: Bank, member: Bank) -> Any:
+    """Id of the first example of a batch that differs, of those that may be compared; None where none does."""
+    for own, other in zip(first.stages, member.stages, strict=False):
+        here, there = own.first_batches(), other.first_batches()
+        if here is None or there is None or here[0] != there[0]:
+            continue
+        (size, mine), (_, theirs) = here, there
+        count = min(len(mine), len(theirs))
+        full = count - 1 if len(mine) != len(theirs) else count  # the last one of a shard may be short
+        different = np.flatnonzero((mine[:full] != theirs[:full]).any(axis=1))
+        if len(different):
+            return own.ids[int(different[0]) * size]
+    return None

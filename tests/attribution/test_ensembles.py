@@ -73,3 +73,26 @@ def test_representations_are_of_as_many_examples_as_the_bank_has(ensemble):
     append(problem, banks[0])
     with pytest.raises(sp.MismatchError, match=r"train_set has 20 examples .* has 22"):
         method.score(problem.queries)
+
+
+@pytest.mark.parametrize("method", [sp.Source, sp.TracIn, sp.Trak])
+@pytest.mark.parametrize("moved", [[0, 1], [0, 19], [18, 19]])
+def test_other_examples_under_the_same_ids_are_warned_of(tmp_path, method, moved):
+    """Two that changed places, anywhere; ids are numbers of places by default."""
+    problem = classification(20)
+    order = np.arange(20)
+    order[moved] = order[moved[::-1]]
+    first, again = (problem.build(tmp_path / f"bank{seed}", sketch=sp.Sketch(16, seed=seed)) for seed in range(2))
+    method([first, again], model=problem.model)
+    other_set = TensorDataset(*(tensor[order] for tensor in problem.train.tensors))
+    other = sp.build(
+        problem.model, problem.task, problem.trajectory, other_set, tmp_path / "other", sketch=sp.Sketch(16, seed=3),
+        progress=False, batch_size=first.stages[0].first_batches()[0],
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match=r"other data under the same ids, first in the batch of \d+.*give ids="):
+        method([first, other], model=problem.model)
+    whole = sp.build(
+        problem.model, problem.task, problem.trajectory, other_set, tmp_path / "whole", sketch=sp.Sketch(16, seed=3),
+        progress=False, batch_size=20,
+    )  # fmt: skip
+    method([first, whole], model=problem.model)  # batches of other examples cannot be compared

@@ -1,5 +1,7 @@
 """The examples that a cleaning names are shown beside the reasons: whoever is to drop them must look at them first."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -55,7 +57,11 @@ def test_every_verb_shows_what_the_bank_knows(verb, run):
         told = VERBS[verb](run)
     finally:
         run.bank.examples = run.source.banks[0].examples = None
-    assert (told.ids, told.reasons) == (bare.ids, bare.reasons)
+    by_name = [
+        re.sub(r"(?<=^labelled )\d|(?<=class )\d", lambda found: known.class_names[int(found[0])], reason)
+        for reason in bare.reasons
+    ]
+    assert (told.ids, told.reasons) == (bare.ids, by_name)
     for place, its_id in enumerate(told.ids):
         row = run.train_set.tensors[0][its_id]
         np.testing.assert_allclose([float(value) for _, value in told.example(place).row], row, rtol=1e-3)

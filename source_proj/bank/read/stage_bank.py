@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -160,6 +161,13 @@ class StageBank:
     def n_checkpoints(self) -> int:
         """Number of checkpoints."""
         return len(self.record.checkpoints)
+
+    def first_batches(self) -> tuple[int, np.ndarray] | None:
+        """Examples in a batch, and hashes ``(m, 32)`` of the first shard's batches; None where no pass was made."""
+        if self.captured or not self.parts:
+            return None
+        part = self.parts[0]
+        return part.spec.batch_size, part.read(0, "batch_hashes", 0)
 
     @property
     def captured(self) -> bool:
