@@ -101,6 +101,7 @@ class Attributor(ABC):
             self.banks[0].notes.warn_of_other_modules(model)
         if task is not None:
             resolve_task(self.banks[0], task)
+            self.banks[0].notes.warn_of_other_code(task)
         self._given_task = task
         self.batch_size = counts.checked_count("batch_size", batch_size, 1)
         self.device = device

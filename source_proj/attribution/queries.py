@@ -33,9 +33,12 @@ def resolve_task(bank: Bank, task: Task | None) -> Task:
         return Task.from_spec(bank.task_spec)
     task = task.told_by(bank.task_spec)
     if not task.trains_as(bank.task_spec):
+        remedy = "leave task= out"
+        if "class" in bank.task_spec:  # a task of one's own
+            remedy = "give the task that it was built with (its measurement may be another)"
         raise MismatchError(
-            f"the bank {bank.path} was built with task {bank.task_spec}, got {task.spec()}; "
-            "leave task= out, or build another bank"
+            f"the bank {bank.path} was built with task {bank.task_spec}, got {task.spec()}; {remedy}, or build another "
+            "bank"
         )
     return task
 

@@ -6,7 +6,7 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
 **Tree**::
 
     /                                   attributes: format, version, settings, versions, checkpoint_paths,
-                                        parameter_choice, modules, columns
+                                        parameter_choice, modules, columns, base, task_code
     /weights/<hash>                     uint8: safetensors file of a checkpoint that was given as a dict
     /metrics/<hash>                     float32: P^½ of a metric (18); only where optimizers were preconditioned
     /curvature/<hash>                   float32: Ĥ of a segment (23); only where rows are of whole segments
@@ -43,7 +43,8 @@ readable with plain zarr (``zarr.open_group(path)``). The key words MUST, MUST N
 3. ``versions`` says what software made the bank, ``parameter_choice`` in words which parameters are attributed.
    ``modules`` MAY say how many modules of each kind the model has, and ``columns`` which numbers the examples of a
    table hold, by name and in order; ``base`` MAY hold two numbers for each tensor that adapters' checkpoints do not
-   hold, as `source_proj.bank.base_weights` makes them: a reader compares them with what it is asked with. It MUST NOT
+   hold, as `source_proj.bank.base_weights` makes them, and ``task_code`` hashes of a task's own functions, by name: a
+   reader compares them with what it is asked with. It MUST NOT
    depend on them otherwise, and no fingerprint covers them.
 4. The root's ``zarr.json`` MUST appear last, if it is absent, after all other metadata, ids, weights and metrics; so
    MUST a part's own, after all that lies below it. What is there already MUST be compared, and a writer whose own

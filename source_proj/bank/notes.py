@@ -12,6 +12,7 @@ from torch import nn
 
 from source_proj._errors import MismatchError
 from source_proj.bank.base_weights import BasePrint, require_base
+from source_proj.task import Task
 from source_proj.trajectory import Checkpoint
 
 __all__ = ["Notes", "modules_of"]
@@ -27,6 +28,7 @@ class Notes:
         parameter_choice: in words, which parameters are attributed.
         modules: how many modules of each kind the model has, see `modules_of`; empty where that is not known.
         columns: of a training set that was a table of numbers, their names in order; else empty.
+        task_code: hashes of the code of a task of one's own, see `Task.code`; else empty.
         base: what tells the weights that no checkpoint holds, of an adapter's base model, from others; else empty.
     """
 
@@ -34,6 +36,7 @@ class Notes:
     modules: Mapping[str, int]
     columns: tuple[str, ...] = ()
     base: BasePrint = field(default_factory=dict)
+    task_code: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As the root's attributes hold them."""
@@ -41,6 +44,7 @@ class Notes:
             "parameter_choice": self.parameter_choice,
             "modules": dict(self.modules),
             "columns": list(self.columns),
+            **({"task_code": dict(self.task_code)} if self.task_code else {}),
             **({"base": {name: list(numbers) for name, numbers in self.base.items()}} if self.base else {}),
         }
 
@@ -59,7 +63,10 @@ class Notes:
             raise ValueError(f"modules is {modules!r}, not numbers by name")
         if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
             raise ValueError(f"columns is {columns!r}, not a list of names")
-        return cls(choice, dict(modules), tuple(columns), _base_of(attributes.get("base") or {}))
+        code = attributes.get("task_code") or {}
+        if not isinstance(code, Mapping) or not all(isinstance(each, str) for each in code.values()):
+            raise ValueError(f"task_code is {code!r:.200}, not texts by name")
+        return cls(choice, dict(modules), tuple(columns), _base_of(attributes.get("base") or {}), dict(code))
 
     def require_columns(self, columns: Sequence[str], where: str) -> None:
         """Compare a table with the one that the bank was begun with: rows are made of numbers in their order.
@@ -97,6 +104,28 @@ class Notes:
             warnings.warn(
                 f"the model is not made like the one that the bank was built with: that one has {missing} where this "
                 f"one has {new}. Its answers, rows and scores are those of another model if that is more than a name",
+                UserWarning,
+                stacklevel=stacklevel,
+            )
+
+    def warn_of_other_code(self, task: Task, stacklevel: int = 4) -> None:
+        """Compare the code of a task of one's own with that of the one that the bank was built with.
+
+        Args:
+            task: the task, whose functions have the same names.
+            stacklevel: whose line is named: 2 is the caller's.
+
+        Warns:
+            UserWarning: a function that makes rows is another one now; names it.
+        """
+        here = task.code()
+        if here.get("python") != self.task_code.get("python"):
+            return
+        others = sorted(key for key in here.keys() & self.task_code.keys() if here[key] != self.task_code[key])
+        if others:
+            warnings.warn(
+                f"the code of the task's {' and '.join(others)}, or a value that it uses, was another when the bank "
+                "was built, and rows are that one's: if more than its wording changed, build another bank",
                 UserWarning,
                 stacklevel=stacklevel,
             )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from source_proj.attribution.query_points import takes_mean
 from source_proj.attribution.source import Source
 from source_proj.attribution.words import id_word
 from source_proj.bank import Bank
+from source_proj.bank.examples import Examples
 from source_proj.curate.cleaning import Cleaning
 from source_proj.curate.labels import Labels, classes_of, named_column
-from source_proj.task import Classification, Task
+from source_proj.task import Classification, Regression, Task
 from source_proj.trajectory import Checkpoint
 
 __all__ = ["mislabelled"]
@@ -54,14 +55,15 @@ def mislabelled(source: Source, labels: Labels, *, n: int | None = None, by: By 
         n: how many to name; default: by the error of a classifier (without smoothing and weights) those whose label was
             on average less probable than halfway from what labels of their class had, p, to what that left to each of
             the K - 1 others, (1 - p) / (K - 1): below 1/2 with two classes. Else those whose value lies beyond 3.5
-            robust standard deviations (median and median absolute deviation) of their own class.
+            robust standard deviations (median and median absolute deviation) of their own class, or of all where labels
+            are numbers, as of a regression.
         by: which of the three.
 
     Raises:
         TypeError: something else is given in the place of SOURCE, such as a bank or another method.
         ValueError: ``by`` is none of them, n is not in 1..N-1, a label is missing (NaN, None) or a row, there is one
             class alone, all errors are the same (as those of language models are), or disagreement is asked of a run of
-            several stages.
+            several stages, or of labels that are numbers.
         MismatchError: labels are not one for each training example; or an optimizer's metrics differ between
             checkpoints, where disagreement needs ``Source(..., query_gradient="final")``.
     """
@@ -70,9 +72,13 @@ def mislabelled(source: Source, labels: Labels, *, n: int | None = None, by: By 
     if by not in get_args(By):
         raise ValueError(f"by must be one of {list(get_args(By))}, got {by!r}")
     ids = source.banks[0].ids
-    names, member = classes_of(labels, len(ids))
+    names, label = classes_of(labels, len(ids))
     if len(names) < 2:
         raise ValueError(f"all labels are {names[0]!r}: there must be at least two classes")
+    numbers = _are_numbers(names, source.banks[0].task_spec)
+    if numbers and by == "disagreement":
+        raise ValueError("labels are numbers, and no class disagrees: use by='error' or by='self_influence'")
+    member = np.zeros_like(label) if numbers else label
     rival: np.ndarray | None = None
     if by == "error":
         suspicion = _mean_error(source)
@@ -91,9 +97,10 @@ def mislabelled(source: Source, labels: Labels, *, n: int | None = None, by: By 
     if rival is not None:
         values["rival"] = named_column([names[label] for label in rival[chosen]])
     shown = source.shown().train
-    words = [shown.said(name) if shown is not None and isinstance(name, int) else str(id_word(name)) for name in names]
+    words = [_word(name, None if numbers else shown) for name in names]
+    among = "" if numbers else " in its class"
     reasons = [
-        f"labelled {words[member[place]]}, {_reason(place, by, suspicion, member, words, rival)}"
+        f"labelled {words[label[place]]}, {_reason(place, by, suspicion, member, words, rival)}{among}"
         for place in chosen.tolist()
     ]
     what = f"likely mislabelled by {by.replace('_', '-')}"
@@ -105,12 +112,25 @@ def _reason(
 ) -> str:
     """What makes an example suspicious, and how it ranks; ``rival`` is the class that each harmed most."""
     own = suspicion[member == member[place]]
-    rank = f"rank {1 + int((own > suspicion[place]).sum())} of {len(own)} in its class"
+    rank = f"rank {1 + int((own > suspicion[place]).sum())} of {len(own)}"
     if rival is not None:
         return f"it changed the mean loss of class {words[rival[place]]} by {suspicion[place]:+.3g}, {rank}"
     if by == "error":
         return f"its error was {suspicion[place]:.3g} on average over the checkpoints, {rank}"
     return f"it lowered its own loss by {suspicion[place]:.3g}, {rank}"
+
+
+def _are_numbers(names: Sequence[Any], task: Mapping[str, Any]) -> bool:
+    """Whether labels are numbers of a regression, and no classes."""
+    own = "class" in task and any(isinstance(name, float) and name % 1 for name in names)
+    return own or bool(task["name"] == Regression.name)
+
+
+def _word(name: Any, shown: Examples | None) -> str:
+    """A label as a reason says it."""
+    if shown is not None and isinstance(name, int):
+        return shown.said(name)
+    return f"{name:.4g}" if isinstance(name, float) else str(id_word(name))
 
 
 def _tells_probability(task: Task) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from source_proj.task.answers import Answers
 from source_proj.task.batch import Batch, Model, Uniform, forwarded_once
+from source_proj.task.code import code_digest, importable_name, interpreter
 
 __all__ = [
     "Derivatives",
@@ -61,7 +62,7 @@ class Task:
     normalizer: tuple[float, ...] | None = None
     """By what a batch's loss is divided, for each of its examples on average: one number a stage. See :meth:`share`."""
 
-    query_options: frozenset[str] = frozenset()
+    query_options: frozenset[str] = frozenset({"measurement", "unit", "higher_is_better"})
     """Entries of the description that are of queries alone: one bank can be asked with any of their values."""
 
     _functions: Mapping[str, Callable[..., Any] | None] = {}
@@ -209,13 +210,36 @@ class Task:
         """JSON-able description, compared when a bank is opened with a task: name, options, names of functions."""
         if self.is_builtin():
             return {"name": self.name, **self._options()}
-        functions = {key: _qualified_name(f) for key, f in self._functions.items() if f is not None}
-        named = {"name": self.name, "class": _qualified_name(type(self)), **self._options(), **functions}
+        functions = {key: importable_name(f) for key, f in self._functions.items() if f is not None}
+        named = {"name": self.name, "class": importable_name(type(self)), **self._options(), **functions}
         return {**named, "unit": self.unit, "higher_is_better": self.higher_is_better}
 
+    def code(self) -> dict[str, str]:
+        """A hash of the code that makes rows, of each function that is the user's own; none of a built-in task.
+
+        The entry "python" says whose compiler made the code: of two versions nothing can be compared.
+        """
+        if self.is_builtin():
+            return {}
+        own: dict[str, Any] = {key: self._functions.get(key) for key in ("output", "loss_derivatives")}
+        own["class"] = None if type(self) is Task else type(self)
+        hashes = {key: code_digest(thing) for key, thing in own.items() if thing is not None}
+        return {"python": interpreter(), **hashes}
+
     def trains_as(self, spec: Mapping[str, Any]) -> bool:
-        """Whether rows of a bank that is described so are this task's: all but :attr:`query_options` is equal."""
-        return _without(self.spec(), self.query_options) == _without(spec, self.query_options)
+        """Whether rows of a bank that is described so are this task's: all but :attr:`query_options` is equal.
+
+        Functions are known by their names, and not by the module, which may have been a script or a notebook.
+        """
+        return self._compared(self.spec()) == self._compared(spec)
+
+    def _compared(self, spec: Mapping[str, Any]) -> dict[str, Any]:
+        names = {"class", *self._functions} if "class" in spec else set()
+        return {
+            key: str(value).rpartition(":")[2] if key in names else value
+            for key, value in spec.items()
+            if key not in self.query_options
+        }
 
     @staticmethod
     def from_spec(spec: Mapping[str, Any]) -> Task:
@@ -248,10 +272,6 @@ class Task:
                 f"the task {self.name!r} has no {key}: give {key}= to Task, or override it in {type(self).__name__}"
             )
         return function
-
-
-def _without(spec: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
-    return {name: value for name, value in spec.items() if name not in names}
 
 
 def derivatives_of(task: Task, output: Tensor, batch: Batch) -> Derivatives:
@@ -329,8 +349,3 @@ def per_example(values: Tensor, what: str, size: int | None = None) -> Tensor:
     found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
     expected = "batch" if size is None else size
     raise ValueError(f"{what} must be one number per example, shape ({expected},), got {found}")
-
-
-def _qualified_name(thing: Any) -> str:
-    named = thing if hasattr(thing, "__qualname__") else type(thing)
-    return f"{named.__module__}.{named.__qualname__}"

@@ -79,12 +79,13 @@ def append_rows(
     require_device(device)
     checked_shard(shard)
     notes.warn_of_other_modules(model)
+    notes.warn_of_other_code(task)
     notes.require_base(model, (checkpoint(stage, i) for i in range(parts[0].n_checkpoints)), store.location())
     if stage == len(settings.trajectory.stages) - 1:  # whose columns the notes are of
         train_set = arranged(train_set, notes.columns)
     task = task.told_by(settings.task)
     spec = replace(settings, task=task.spec()).task
-    if spec != settings.task:
+    if not task.trains_as(settings.task):
         raise MismatchError(
             f"the bank {store.location()} was built with task {settings.task}, got {spec}; append with its own task"
         )

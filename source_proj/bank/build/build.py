@@ -186,7 +186,8 @@ def build(
             known = lockstep.from_leader(lambda: weighted_by_agreement(space, *found))
         space = known
         choice = "; ".join(filter(None, (choice, in_words(space, weighting))))
-        notes = Notes(choice, modules_of(model), sources[-1].columns, base_print(model, trajectory.checkpoints))
+        base = base_print(model, trajectory.checkpoints)
+        notes = Notes(choice, modules_of(model), sources[-1].columns, base, task.code())
 
         def create() -> Settings:
             resolved = trajectory.resolve(model, space)
@@ -219,6 +220,7 @@ def build(
             require_same_settings(where, bank.settings, settings)
             bank.notes.require_columns(sources[-1].columns, where)
             bank.notes.warn_of_other_modules(model, stacklevel=3)
+            bank.notes.warn_of_other_code(task, stacklevel=3)
             bank.notes.require_base(model, trajectory.checkpoints, where)
             parts = [stage.parts[0] for stage in bank.stages]
             for part, (spec, own) in zip(parts, _parts(settings), strict=True):

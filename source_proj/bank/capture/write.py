@@ -177,7 +177,8 @@ def write_captured(
     )
     choice = f"{len(capture.space.names)} parameters, {capture.space.size} numbers: those that were captured"
     choice = "; ".join(filter(None, (choice, in_words(capture.space, {}))))
-    content = Segments(settings, Notes(choice, modules_of(model)), trajectory.checkpoints, curvature, {})
+    notes = Notes(choice, modules_of(model), task_code=capture.task.code())
+    content = Segments(settings, notes, trajectory.checkpoints, curvature, {})
     return write_segments(path, content, [_Rows(captured) for captured in stages])
 
 
