@@ -62,6 +62,16 @@ def _compare_options(stage: Stage, last: Checkpoint) -> None:
         others = told if kind is not type(optimizer) else _contradictions(told, optimizer, momentum_changed)
     except Exception:  # whatever stands in a foreign file
         return
+    cycled = _cycled(state)
+    if kind is type(optimizer) and cycled is not None and "momentum" in told and not momentum_changed:
+        warnings.warn(
+            f"{last!r}: a scheduler moved the momentum between {cycled[0]:g} and {cycled[1]:g}, says its "
+            f"optimizer_state, and stage {stage.name!r} has one momentum for all steps: give each step's own, "
+            "time_factors=[1 / (1 - beta) for beta in source_proj.scheduler_rates(..., momentum=True)]",
+            UserWarning,
+            stacklevel=_CALLER,
+        )
+        return
     if kind is type(optimizer) and not others:
         return
     own = {name: getattr(optimizer, name) for name in others} if kind is type(optimizer) else {}
@@ -73,6 +83,15 @@ def _compare_options(stage: Stage, last: Checkpoint) -> None:
     if kind is not type(optimizer):
         raise MismatchError(f"{said}; or preconditioner='none', which reads no state")
     warnings.warn(f"{said}, if that is what you mean", UserWarning, stacklevel=_CALLER)
+
+
+def _cycled(state: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Between what a scheduler moves the momentum, as OneCycleLR does by default; None if none does."""
+    for group in state["param_groups"]:
+        ends = group.get("base_momentum"), group.get("max_momentum")
+        if None not in ends and ends[0] != ends[1]:
+            return float(ends[0]), float(ends[1])
+    return None
 
 
 def _compare_rates(stage: Stage, checkpoints: Sequence[Checkpoint]) -> None:
@@ -187,7 +206,7 @@ def _contradictions(told: Mapping[str, Any], optimizer: Optimizer, momentum_chan
             if told[name] and not optimizer.weight_decay and not optimizer.groups:
                 found[name] = told[name]
         elif not _is_same(value, getattr(optimizer, name)):
-            found[name] = value
+            found[name] = getattr(own, name)  # as the state says it
     return found
 
 

@@ -118,3 +118,27 @@ def test_a_schedule_that_states_contradict_is_warned_of(tmp_path, name):
     rates = sp.scheduler_rates(SCHEDULERS[name], 0.2, STEPS)
     with pytest.warns(UserWarning, match=r"optimizer_state has the learning rate 0\.\d+, and lr_schedule gives"):
         built(tmp_path, kept, rates, model)
+
+
+@pytest.mark.parametrize("beta", [0.9, 0.8500001, 0.95])
+def test_a_momentum_that_a_scheduler_moves_is_integrated_where_it_is_told(tmp_path, beta):
+    """Any one momentum is wrong, the last one most of all; the moved one is that of a recorder's run."""
+    make = SCHEDULERS["cycle"]
+    model, had, kept = trained(make, 1)
+    rates, momenta = ([pair[place] for pair in had] for place in (0, 1))
+    checkpoints = [sp.Checkpoint(weights, step, optimizer_state=state) for step, weights, state in kept]
+    data = [(torch.randn(2), torch.randn(1)) for _ in range(6)]
+
+    def build(name, **options):
+        run = sp.Trajectory(checkpoints, optimizer=sp.SGD(momentum=beta), lr_schedule=rates, **options)
+        return sp.build(model, sp.Regression(), run, data, tmp_path / name, sketch=sp.Sketch(8), progress=False)
+
+    with pytest.warns(
+        UserWarning, match=r"moved the momentum between 0\.85 and 0\.95.*time_factors=\[1 / \(1 - beta\)"
+    ):
+        build("one")
+    moved = sp.scheduler_rates(make, 0.2, STEPS, momentum=True)
+    assert moved == momenta
+    bank = build("moved", time_factors=[1 / (1 - each) for each in moved])
+    expected = sum(rate / (1 - each) for rate, each in zip(rates, momenta, strict=True))
+    assert sum(segment.time for segment in sp.Source(bank).segments) == pytest.approx(expected)
