@@ -10,6 +10,7 @@ from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,7 +20,11 @@ from source_proj._errors import MismatchError, MissingFileError
 __all__ = ["load_safetensors", "load_tensors", "require_loadable"]
 
 # What scripts keep beside weights: holders of values, of which reading runs no code of the file's.
-_PLAIN: list[Any] = [argparse.Namespace, PosixPath, PurePosixPath]
+_SCALAR = np.float64(0).__reduce__()[0]  # what makes a number of NumPy, such as the best accuracy so far
+_NUMBERS = [np.dtype(code) for code in ("?", *"bBhHiIlLqQefdFD")]
+_PLAIN: list[Any] = [
+    argparse.Namespace, PosixPath, PurePosixPath, _SCALAR, np.dtype, *{type(number) for number in _NUMBERS},
+]  # fmt: skip
 _MOST_EXPANDED = 16 << 20  # bytes of tensors beyond those stored: a mask may be saved as one row, expanded
 _ZIP = b"PK\x03\x04"  # how a file of torch.save begins
 
@@ -106,7 +111,8 @@ def _trouble(path: Path, error: Exception) -> str:
         return "is empty"
     if start == _ZIP and not is_zipfile(path):
         return "was cut short: it begins as a file of torch.save and has no end"
-    said = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]  # without advice to run foreign code
+    said = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
+    said = said.split(" Please use")[0]  # without advice to run foreign code
     return (
         "is corrupt, or holds other objects, and cannot be read as tensors and plain values alone "
         f"({type(error).__name__}: {said[:200]})"
