@@ -154,7 +154,8 @@ class CausalLM(Task):
         """Compare the likelihood of a batch's labels with that under the other value of ``shift``.
 
         Warns:
-            UserWarning: it is worse by more than a nat a token, so that ``shift`` does not fit the labels.
+            UserWarning: it is worse by more than a nat a token, so that ``shift`` does not fit the labels; where there
+                are few labels and the other likelihood says that the model knows them, by a quarter of chance's.
         """
         _require_decoder_inputs(model, batch)
         with torch.no_grad():
@@ -177,8 +178,9 @@ class CausalLM(Task):
                     stacklevel=3,
                 )
         here, other = (aligned, shifted) if self.shift else (shifted, aligned)
-        if other - here > _FAR:
-            state = "shifted already" if self.shift else "not shifted"
+        chance = math.log(logits.shape[2])
+        if other - here > (min(_FAR, chance / 4) if other > -chance / 2 else _FAR):
+            state = "shifted already, or to belong to their own tokens (tags)" if self.shift else "not shifted"
             warnings.warn(
                 f"the labels seem to be {state}: their log-likelihood is {here:.3g} nats a token with "
                 f"CausalLM(shift={self.shift}), and {other:.3g} with shift={not self.shift}",

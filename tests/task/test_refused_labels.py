@@ -1,5 +1,7 @@
 """Labels, targets and tokens that a model can't have: the error names the value, its place and the remedy."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -226,3 +228,20 @@ def test_several_inputs_are_given_by_name(tmp_path):
     data = TensorDataset(torch.randn(N, 4), torch.randn(N, 4), torch.arange(N) % 3)
     with pytest.raises(ValueError, match="got a list of 3: give several inputs as a dict, by the names of the model's"):
         sp.build(model, sp.Classification(), run, data, tmp_path / "bank", sketch=sp.Sketch(16), progress=False)
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_tags_are_no_next_tokens(knows):
+    """A model that knows each token's tag, of which there are few; one that knows nothing is no sign."""
+    torch.manual_seed(0)
+    tokens = torch.randint(6, (8, 12))
+    batch, table = {"input_ids": tokens, "labels": tokens % 3}, torch.zeros(6, 3)
+    table[torch.arange(6), torch.arange(6) % 3] = 1.5 if knows else 0.0
+    model = lambda input_ids: table[input_ids]  # noqa: E731
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sp.CausalLM(shift=True).examine(model, batch)
+    assert any("own tokens (tags)" in str(each.message) for each in caught) is knows
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sp.CausalLM(shift=False).examine(model, batch)
