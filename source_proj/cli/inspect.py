@@ -208,7 +208,8 @@ def _trusted(fidelity: dict[str, Any]) -> str:
     median = statistics.median(fidelity["correlation"])
     return (
         f"effective dimension {fidelity['effective_dimension']:.0f}; scores of training examples' own losses correlate "
-        f"by about {median:.2f} with those without a sketch; k = {fidelity['sufficient_dim']} would do for .90"
+        f"by about {median:.2f} with those without a sketch at the same damping; "
+        f"k = {fidelity['sufficient_dim']} would do for .90"
     )
 
 
