@@ -145,6 +145,16 @@ class Named(nn.Module):
             r"^'x' is float64, .*as float32, by \.float\(\)",
         ),
         (Named(), [{"x": row, "y": row, "labels": 0} for row in INPUTS], "^the model takes no argument 'y': leave the"),
+        (
+            Named(),
+            [{"image": row, "labels": 0} for row in INPUTS],
+            "^the model takes no argument 'image': call the column 'image' 'x', as its forward does, or give tuples",
+        ),
+        (
+            Named(),
+            [{"image": row, "y": row, "labels": 0} for row in INPUTS],
+            "^the model takes no argument 'image': leave the column .* or out of the data set; the model needs 'x'",
+        ),
     ],
 )
 def test_inputs_of_another_type_are_named(tmp_path, model, data, message):
