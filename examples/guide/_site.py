@@ -22,8 +22,8 @@ ROLE = re.compile(r":(?:class|meth|func|mod|data|attr|exc|math):(?=<code>)")
 CHAPTERS = {
     "Start": ["index.md", "first-steps.md", "scores.md", "choosing.md", "random.md", "faq.md"],
     "Use": [
-        "commands.md", "trainer.md", "language.md", "curation.md", "capture.md", "workloads.md", "cluster.md",
-        "conventions.md",
+        "commands.md", "trainer.md", "tasks.md", "language.md", "curation.md", "capture.md", "workloads.md",
+        "cluster.md", "conventions.md",
     ],
     "Measured": ["results.md", "../paper/RESULTS.md", "../paper/LABORATORY.md", "../paper/STUDIES.md"],
     "Inside": [

@@ -37,9 +37,8 @@ def local_path(path: str | Path) -> Path:
     """
     local = from_home(path)
     if _URL.match(local.as_posix()):
-        raise ValueError(
-            f"{str(path)!r} is a URL, and only banks lie there: give a path of this machine, and copy the files"
-        )
+        url = _URL.sub(lambda scheme: f"{scheme[0]}/", local.as_posix(), count=1)
+        raise ValueError(f"{url!r} is a URL, and only banks lie there: give a path of this machine, and copy the files")
     return local
 
 

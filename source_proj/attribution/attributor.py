@@ -321,12 +321,13 @@ class Attributor(ABC):
     def shown(self, features: SketchedQueries | None = None) -> Shown:
         """What is known of the examples besides their ids."""
         train = self.banks[0].examples
+        unlike = None
         if train is not None and len(train) != self.n_rows:  # rows were appended since
-            train = None
+            unlike, train = (len(train), self.n_rows), None
         if features is None:
-            return Shown(train)
+            return Shown(train, unlike=unlike)
         measured = features.measurements if self.additive else None
-        return Shown(train, features[0].examples, features[0].answers, measured)
+        return Shown(train, features[0].examples, features[0].answers, measured, unlike)
 
     def facts_of(self, query_ids: Sequence[Any]) -> dict[str, Any]:
         """What is written with scores and hits."""

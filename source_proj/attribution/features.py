@@ -55,6 +55,16 @@ class QueryFeatures:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __repr__(self) -> str:
+        return f"QueryFeatures({self._described()})"
+
+    def _described(self) -> str:
+        count, points = len(self.ids), len(self.rows)
+        return (
+            f"{count} {'query' if count == 1 else 'queries'}, k={self.sketch.get('dim')}, at {points} "
+            f"checkpoint{'' if points == 1 else 's'}"
+        )
+
     @property
     def asked(self) -> int:
         """How many queries are asked in all, of which these are the ones at hand."""
@@ -106,6 +116,11 @@ class QueryFeatures:
 
 class SketchedQueries(list[QueryFeatures]):
     """The features of some queries, one entry a bank of the method that sketched them."""
+
+    def __repr__(self) -> str:
+        if not self:
+            return "SketchedQueries()"
+        return f"SketchedQueries({self[0]._described()}{f'; {len(self)} banks' if len(self) > 1 else ''})"
 
     @property
     def ids(self) -> list[Any]:

@@ -32,6 +32,10 @@ _BARE = (
     "training examples are named by their ids: to see them, set bank.examples = sp.Examples(train_set) before asking "
     "(on the command line --data MODULE:FUNCTION)"
 )
+_UNLIKE = (
+    "training examples are named by their ids, as bank.examples are {} and the bank has {} (appended ones count): set "
+    "bank.examples = sp.Examples(train_set) of as many before asking"
+)
 
 
 class Hit(NamedTuple):
@@ -50,12 +54,15 @@ class Shown:
         queries: how queries are shown; likewise.
         answers: what the model said of the queries, where it was asked about that.
         measurements: the queries' measurements ``(Q,)`` at the final weights, where they are known.
+        unlike: how many training examples there were to be shown, and how many the bank has, where these differ and
+            none is shown.
     """
 
     train: Examples | None = None
     queries: Examples | None = None
     answers: Answers | None = None
     measurements: Tensor | None = None
+    unlike: tuple[int, int] | None = None
 
     def at(self, places: Sequence[int]) -> Shown:
         """The same of the queries at some places."""
@@ -64,6 +71,7 @@ class Shown:
             None if self.queries is None else self.queries.at(places),
             None if self.answers is None else self.answers.at(places),
             None if self.measurements is None else self.measurements[list(places)],
+            self.unlike,
         )
 
     def query(self, place: int, query_id: Any, unit: str) -> Example:
@@ -275,7 +283,9 @@ class Hits(EqualByValue):
     @property
     def closing(self) -> list[str]:
         """What to say below the lists where nothing is known of the training examples but their ids."""
-        return ["", _BARE] if len(self) and self.shown.train is None else []
+        if not len(self) or self.shown.train is not None:
+            return []
+        return ["", _BARE if self.shown.unlike is None else _UNLIKE.format(*self.shown.unlike)]
 
     def lines(self, query: int, *, named: bool = True) -> Iterator[str]:
         """A query and its examples in words, a line each; made harmless for terminals.

@@ -48,6 +48,15 @@ class Population:
         """All examples of stages of these sizes, a column each."""
         return cls(tuple(map(int, sizes)), np.repeat(np.arange(len(sizes)), sizes))
 
+    def kind(self, count: int) -> str:
+        """What so many columns are of."""
+        return "training examples" if self.members is None else f"group{'' if count == 1 else 's'} of training examples"
+
+    def __repr__(self) -> str:
+        count = len(self.stages if self.members is None else self.members)
+        sizes = ", ".join(map(str, self.sizes))
+        return f"Population({count} {self.kind(count)}; stages of {sizes})"
+
     def __getstate__(self) -> dict[str, object]:
         """Without what would take a whole method or all scores along."""
         return {**self.__dict__, "totals": _left_behind if callable(self.totals) else self.totals}

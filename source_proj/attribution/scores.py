@@ -181,7 +181,8 @@ class Scores:
     def __repr__(self) -> str:
         queries, rows = self.shape
         meaning = f"including the example raised the {self.unit}" if self.additive else f"similarity ({self.unit})"
-        return f"Scores({queries} {'query' if queries == 1 else 'queries'} x {rows} training examples; +: {meaning})"
+        asked = f"{queries} {'query' if queries == 1 else 'queries'}"
+        return f"Scores({asked} x {rows} {self._population.kind(rows)}; +: {meaning})"
 
     def top_k(self, k: int) -> Hits:
         """Return the k highest scores of each query, highest first: the examples that raise its measurement most."""

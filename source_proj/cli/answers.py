@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from source_proj._io.outputs import refused_together, require_free, write_output, write_outputs
+from source_proj._io.outputs import local_path, refused_together, require_free, write_output, write_outputs
 from source_proj._io.printable import csv_cell
 from source_proj.attribution.hits import Hits
 from source_proj.attribution.score_files import FACTS, is_scores_array, require_told_apart
@@ -34,19 +34,19 @@ class Answer:
         """One of the lists: what they share is in each."""
         return next(iter(self.lists.values()))
 
-    def text(self, queries: int | None = None) -> str:
-        """Lines for people; of the first queries only, where a number is given."""
+    def text(self, more: str = "") -> str:
+        """Lines for people; with what is to be said of queries that are not among these."""
         hits = self.any
         lines = [f"{explained(hits.unit)}{'; +: including the example raised it' if hits.additive else ''}"]
         lines += [f"{name}: {listed.reranked}" for name, listed in self.lists.items() if listed.reranked is not None]
-        for query in range(len(hits) if queries is None else min(queries, len(hits))):
+        for query in range(len(hits)):
             lines.append("")
             for place, (name, listed) in enumerate(self.lists.items()):
                 title, named = _title(name, listed, query)
                 heading, *entries = listed.lines(query, named=named)
                 lines += [heading] if place == 0 else []
                 lines += [f"  {title}", *entries]
-        return "\n".join([*lines, *hits.closing])
+        return "\n".join([*lines, *(["", more] if more else []), *hits.closing])
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as JSON can hold it; "train" holds the highest scores, or the list that was asked for."""
@@ -93,7 +93,12 @@ def require_folder(flag: str, path: Path) -> None:
 
     Raises:
         FileNotFoundError: it is not.
+        ValueError: the path is a URL.
     """
+    try:
+        local_path(path)
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from error
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{flag} {str(path)!r}: the directory {str(path.parent)!r} does not exist")
 

@@ -99,5 +99,6 @@ def append(
     if json:
         emit({"bank": made.path, "appended": added, "examples": len(made.ids), "finalized": made.finalized})
     else:
-        state = "" if made.finalized else ", unfinished: append its other parts, then run source-proj finalize"
+        rest = "append its other parts, then run" if made.missing() else "all rows are there, run"
+        state = "" if made.finalized else f", unfinished: {rest} source-proj finalize"
         say(f"{made.path}: {added} examples appended, {len(made.ids)} in all{state}")

@@ -375,7 +375,8 @@ def _report(made: "Bank", json: bool) -> None:
         facts = {"rows": made.n_rows, "finalized": made.finalized, "bytes": size, "bytes_of_fits": fits}
         emit({"bank": made.path, **facts})
     else:
-        state = "complete" if made.finalized else "unfinished: build its other parts, then run source-proj finalize"
+        rest = "build its other parts, then run" if made.missing() else "all rows are there, run"
+        state = "complete" if made.finalized else f"unfinished: {rest} source-proj finalize"
         of_fits = f" ({fits / 1e6:.1f} of fits)" if fits >= 5e4 else ""  # less is 0.0
         say(f"{made.path}: {made.n_rows} rows, {size / 1e6:.1f} MB{of_fits}, {state}")
         if not made.captured and made.stages[-1].n_checkpoints == 1:

@@ -16,7 +16,7 @@ from source_proj.bank.examples import Examples
 from source_proj.cli.answers import require_folder
 from source_proj.cli.asking import named_examples, training_examples
 from source_proj.cli.output import emit, say
-from source_proj.cli.parsing import make_task, needed
+from source_proj.cli.parsing import make_task
 from source_proj.cli.text import ask_about, require_own_records
 from source_proj.curate.files import require_writable
 from source_proj.integrations.text_bank import TextBank
@@ -157,10 +157,24 @@ def aggregate(
 ) -> curate.Aggregate:
     """The scores summed up, the groups and weights taken from columns of ``--dataset``."""
     groups, weights = (
-        None if name is None else column(Path(needed(None if dataset is None else str(dataset), "--dataset")), name, of)
+        None if name is None else column(_of_dataset(dataset, name, of), name, of)
         for name, of in ((group_column, "--group-column"), (weight_column, "--weight-column"))
     )
     return curate.aggregate(source, data, groups=groups, weights=None if weights is None else _numbers(weights))
+
+
+def _of_dataset(dataset: Path | None, name: str, option: str) -> Path:
+    """The file that a column is named of.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if dataset is None:
+        raise ValueError(
+            f"{option} {name!r} names a column of --dataset, and there is none: give the validation set by --dataset "
+            f"FILE, or leave {option} out (in Python source_proj.curate.aggregate takes groups= and weights= as lists)"
+        )
+    return dataset
 
 
 def _numbers(values: Sequence[Any]) -> list[float]:

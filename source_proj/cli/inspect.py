@@ -14,6 +14,7 @@ from source_proj.cli.output import emit, reports_errors, say, table
 
 if TYPE_CHECKING:
     from source_proj.bank import Bank, StageBank
+    from source_proj.bank.read.weights import Weights
 
 __all__ = ["clean", "inspect", "verify"]
 
@@ -46,9 +47,11 @@ def inspect(bank: BankPath, fidelity: Fidelity = False, json: Json = False) -> N
 @reports_errors
 def verify(bank: BankPath, json: Json = False) -> None:
     """Read every byte of a bank; list what is wrong, and exit with code 1 if anything is."""
+    from source_proj.bank import open as open_bank
     from source_proj.bank import verify as verify_bank
 
     report = verify_bank(bank)
+    gone = open_bank(bank).weights.missing() if report.ok else []  # no fault of the bank's own
     if json:
         emit(
             {
@@ -58,6 +61,7 @@ def verify(bank: BankPath, json: Json = False) -> None:
                 "files": report.files,
                 "bytes_read": report.bytes_read,
                 "leftovers": report.leftovers,
+                "missing_weights": gone,
             }
         )
     else:
@@ -66,6 +70,8 @@ def verify(bank: BankPath, json: Json = False) -> None:
         count = len(report.problems)
         verdict = "whole" if report.ok else f"{count} problem{'' if count == 1 else 's'}"
         say(f"{bank}: {verdict}; {report.files} files, {report.bytes_read / 1e6:.1f} MB read")
+        if gone:
+            say(_gone(gone))
         if report.leftovers:
             say(f"{len(report.leftovers)} leftovers, such as {report.leftovers[0]}: source-proj clean removes them")
     if not report.ok:
@@ -98,8 +104,9 @@ def _facts(bank: "Bank") -> dict[str, Any]:
         "parameters": dict(zip(bank.space_spec["names"], shapes, strict=True)),
         "parameter_choice": bank.parameter_choice,
         "parameter_weights": bank.parameter_weights,
-        "stages": [_stage(stage) for stage in bank.stages],
+        "stages": [_stage(stage, bank.weights) for stage in bank.stages],
         "missing": bank.missing(),
+        "missing_weights": bank.weights.missing(),
         "bytes": {**bank.nbytes(), "fits": bank.fits.nbytes()},
         "versions": bank.versions,
     }
@@ -117,7 +124,7 @@ def _fidelity(bank: "Bank") -> dict[str, Any]:
     }
 
 
-def _stage(stage: "StageBank") -> dict[str, Any]:
+def _stage(stage: "StageBank", weights: "Weights") -> dict[str, Any]:
     from source_proj.bank.audits import total
     from source_proj.trajectory.record import write_optimizer
 
@@ -133,7 +140,8 @@ def _stage(stage: "StageBank") -> dict[str, Any]:
             {
                 "step": checkpoint.step,
                 "lr_integral": integral,
-                "path": checkpoint.path,
+                "path": weights.placed(checkpoint).path,
+                "there": weights.is_there(checkpoint),
                 "hash": checkpoint.hash,
                 "shards": sum(len(done) for done in shards),
                 "shards_done": sum(int(done.sum()) for done in shards),
@@ -170,18 +178,34 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
             [
                 [index, segment_of[index], checkpoint["step"], f"{checkpoint['lr_integral']:.6g}",
                  f"{checkpoint['shards_done']} of {checkpoint['shards']}", _audit(checkpoint["audit"]),
-                 checkpoint["path"] or "in the bank"]
+                 _place(checkpoint)]
                 for index, checkpoint in enumerate(stage["checkpoints"])
             ],
         )  # fmt: skip
         yield from _general(stage)
+    if facts["missing_weights"]:
+        yield f"\n{_gone(facts['missing_weights'])}"
     if facts["missing"]:
         more = len(facts["missing"]) - _LISTED
         yield "\nmissing: " + "; ".join(facts["missing"][:_LISTED]) + (f"; and {more} more" if more > 0 else "")
 
 
+def _place(checkpoint: dict[str, Any]) -> str:
+    """Where weights lie."""
+    return f"{checkpoint['path'] or 'in the bank'}{'' if checkpoint['there'] else ' (not there)'}"
+
+
 def _audit(audit: dict[str, Any]) -> str:
     return f"{audit['audited_examples']} of {audit['examples']}, {audit['worst_error']:.0e}"
+
+
+def _gone(paths: list[str]) -> str:
+    """What to say of files of weights that are not there."""
+    count = len(paths)
+    return (
+        f"{count} file{'' if count == 1 else 's'} of weights not there, such as {paths[0]}: queries given as data need "
+        "them; put them back, or beside the bank as they were"
+    )
 
 
 def _general(stage: dict[str, Any]) -> Iterator[str]:
@@ -208,7 +232,8 @@ def _trusted(fidelity: dict[str, Any]) -> str:
     median = statistics.median(fidelity["correlation"])
     return (
         f"effective dimension {fidelity['effective_dimension']:.0f}; scores of training examples' own losses correlate "
-        f"by about {median:.2f} with those without a sketch; k = {fidelity['sufficient_dim']} would do for .90"
+        f"by about {median:.2f} with those without a sketch at the same damping; "
+        f"k = {fidelity['sufficient_dim']} would do for .90"
     )
 
 

@@ -216,7 +216,9 @@ def score(
     k = min(_PREVIEW, rows)
     first = scores.corner(_PREVIEW, rows)
     lists = {"helpful": first.helpful(k), "harmful": first.harmful(k)}
-    say("\n" + Answer(lists, method.value).text(queries=_PREVIEW))
+    left = count - _PREVIEW
+    more = f"… and {left} more {'query' if left == 1 else 'queries'}: {out} has all" if left > 0 else ""
+    say("\n" + Answer(lists, method.value).text(more))
 
 
 @reports_errors

@@ -17,6 +17,7 @@ from source_proj.task import CausalLM, Classification, Regression, Task
 __all__ = ["task_for"]
 
 _CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Audio", "Video"))  # of one loss
+_TAGGERS = ("ForTokenClassification", "ForMaskedLM")
 
 
 def task_for(model: nn.Module, run: str | Path | None = None) -> Task:
@@ -45,9 +46,16 @@ def task_for(model: nn.Module, run: str | Path | None = None) -> Task:
         _warn_of_routing(model.config)
         return CausalLM(reduction="token", normalizer=None if _skips_first_label(model, version) else "labels")
     raise ValueError(
-        f"{name} is no classifier of whole inputs and no causal language model: give a task of your own (on the "
+        f"{name} is no classifier of whole inputs and no causal language model: {_other(name, smoothing)} (on the "
         "command line --task, --model and --data)"
     )
+
+
+def _other(name: str, smoothing: float) -> str:
+    """Which task a model of another kind may have."""
+    if name.endswith(_TAGGERS) and not smoothing:
+        return "as its loss is the mean over all labels of a batch, give sp.CausalLM(shift=False, reduction='token')"
+    return "give a task of your own, or sp.CausalLM(shift=False) where every token has a label"
 
 
 def _warn_of_routing(config: Any) -> None:

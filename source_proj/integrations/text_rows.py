@@ -42,6 +42,10 @@ def text_rows(data: Any, *, encoding: str = "utf-8", delimiter: str = ",") -> tu
 
 def lacking(column: str, row: Mapping[str, Any], example: int, data: str, option: str) -> MismatchError:
     """What to say of a row that has nothing in a column; examples are counted from 1, ``option`` names the column."""
+    if column in row:
+        return MismatchError(
+            f"example {example} of {data} has nothing in its column {column!r}: fill it in, or leave the example out"
+        )
     there = sorted(str(name) for name, value in row.items() if value is not None and value != "")
     return MismatchError(
         f"example {example} of {data} has no {column!r}, only {there}; {option} names the column, or give it that name"

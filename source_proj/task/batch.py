@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -197,10 +197,7 @@ def _slips(model: Model, inputs: Mapping[str, Any], by_name: bool) -> list[str]:
     for key, value in inputs.items():
         name = repr(key) if by_name else key
         if by_name and known and not open_ended and key not in known:
-            found.append(
-                f"the model takes no argument {name}: leave the column {name} out in the collate_fn, and it is still "
-                "shown, or out of the data set"
-            )
+            found.append(f"the model takes no argument {name}: {_renamed(key, inputs, known)}")
         elif _is_text(value):
             found.append(f"{name} is text, and the model takes numbers: {TOKENISE}")
         elif isinstance(value, list | tuple) and value and all(isinstance(entry, Tensor) for entry in value):
@@ -213,6 +210,18 @@ def _slips(model: Model, inputs: Mapping[str, Any], by_name: bool) -> list[str]:
             own = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in formats)) or "of none"
             found.append(f"{name} is float64, and the model {own}: give it as float32, by .float()")
     return found
+
+
+def _renamed(key: str, inputs: Mapping[str, Any], known: Mapping[str, Parameter]) -> str:
+    """What to do about a column that is no argument of the model's: a model's one input has another name there."""
+    needed = [name for name, argument in known.items() if argument.default is argument.empty and name not in inputs]
+    if len(inputs) == 1 and len(needed) <= 1:
+        name = (needed or list(known))[0]
+        return f"call the column {key!r} {name!r}, as its forward does, or give tuples (input, target)"
+    return (
+        f"leave the column {key!r} out in the collate_fn, and it is still shown, or out of the data set"
+        f"{f'; the model needs {needed[0]!r}' if len(needed) == 1 else ''}"
+    )
 
 
 def texts_of(inputs: Mapping[str, Any]) -> list[str]:

@@ -174,7 +174,8 @@ class Classification(Task):
         if labels.ndim != 1:
             raise ValueError(
                 f"labels must be one class an example, (B,), got {tuple(labels.shape)}: of one-hot rows give "
-                "labels.argmax(-1)"
+                "labels.argmax(-1); of a label for every token write a Task, as sp.CausalLM(shift=False) has no class "
+                "weights"
             )
         logits = torch.empty(len(labels), len(known), device=labels.device, dtype=torch.float32)  # of as many classes
         _, labels = refuse_foreign_labels(logits, labels)
@@ -256,7 +257,7 @@ class Classification(Task):
         if logits.ndim != 2 or logits.shape[1] < 2:
             raise ValueError(
                 f"Classification needs logits of shape (batch, classes) with two classes or more, got "
-                f"{tuple(logits.shape)}; {_binary(logits) or 'write a Task'}"
+                f"{tuple(logits.shape)}; {_binary(logits) or _of_tokens(logits)}"
             )
         if self.class_weights is not None and len(self.class_weights) != logits.shape[1]:
             raise ValueError(
@@ -269,6 +270,16 @@ class Classification(Task):
                 f"{', labels.squeeze(1)' if labels.shape == (len(logits), 1) else ''}"
             )
         return refuse_foreign_labels(logits, class_indices(labels))
+
+
+def _of_tokens(logits: Tensor) -> str:
+    """What to do about logits of more dims than two, such as those of a label for every token."""
+    if logits.ndim != 3:
+        return "write a Task"
+    return (
+        "where every token has a label, take sp.CausalLM(shift=False), whose logits are (batch, tokens, classes) and "
+        "whose labels are (batch, tokens), -100 where none counts; else write a Task"
+    )
 
 
 def _binary(logits: Tensor) -> str | None:

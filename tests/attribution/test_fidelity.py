@@ -137,7 +137,11 @@ def test_errors_fall_with_one_over_k(correlation):
 
     assert at(fidelity.sufficient_dim // 2) < 0.9 <= at(fidelity.sufficient_dim)
     assert (fidelity.warning is None) == (correlation >= 0.7)
-    assert fidelity.warning is None or f"Sketch(dim={fidelity.sufficient_dim})" in fidelity.warning
+    assert (
+        fidelity.warning is None
+        or f"without a sketch at the same damping; build a bank with Sketch(dim={fidelity.sufficient_dim})"
+        in fidelity.warning
+    )
 
 
 @pytest.mark.parametrize("size", [1000, 1024, 2000, 10**9])
@@ -155,7 +159,7 @@ def test_a_small_sketch_is_warned_of(tmp_path):
     for asked in ((problem.queries,), ()):
         with pytest.warns(UserWarning, match="the sketch of 8 numbers is too small"):
             fidelity = method.fidelity(*asked)
-        assert "effective dimension" in repr(fidelity)
+        assert "with unsketched scores at the same damping about" in repr(fidelity)
     assert fidelity.query_ids == [95 * i // 12 for i in range(12)]
     for shown in (repr(method), method._repr_html_()):
         assert f"effective dimension {fidelity.effective_dimension:.0f} of 8" in shown

@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import source
 from torch.utils.data import TensorDataset
 
+import source_proj as sp
 from source_proj import Examples, Scores
 
 EVIL = '<script>alert("x")</script>\x1b[2J'
@@ -134,3 +136,29 @@ def test_plots(monkeypatch):
     assert len(axes.patches) == 3
     assert sum(bar.get_height() for bar in scores().plot(0).patches) == 8
     plt.close("all")
+
+
+def test_examples_of_another_number_than_the_banks_are_not_shown_and_counted(blobs):
+    problem, bank = blobs[0], sp.open(blobs[1].path)
+    method = source(problem, bank)
+    n = bank.n_rows
+    assert "to see them, set bank.examples" in str(method.top_k(problem.queries, 2))
+    bank.examples = Examples([("some", 0)] * (n - 1))
+    for hits in (method.top_k(problem.queries, 2), method.score(problem.queries).top_k(2)[1:]):
+        assert (
+            f"named by their ids, as bank.examples are {n - 1} and the bank has {n} (appended ones count): set bank."
+            in (str(hits))
+        )
+    bank.examples = Examples([("some", 0)] * n)
+    assert "named by their ids" not in str(method.top_k(problem.queries, 2))
+
+
+def test_features_are_counted_and_not_printed(blobs):
+    problem, bank = blobs
+    features = source(problem, bank).sketch(problem.queries)
+    k, points = features[0].sketch["dim"], len(features[0].rows)
+    said = f"{len(features.ids)} queries, k={k}, at {points} checkpoint{'s' if points > 1 else ''}"
+    assert repr(features) == f"SketchedQueries({said})"
+    assert repr(features[0]) == f"QueryFeatures({said})"
+    assert repr(type(features)([*features, *features])) == f"SketchedQueries({said}; 2 banks)"
+    assert repr(type(features)()) == "SketchedQueries()"

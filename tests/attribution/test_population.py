@@ -155,3 +155,13 @@ def test_similarities_stay_similarities():
     assert all("including" not in reason and "its mean cosine with 4 queries is" in reason for reason in reasons)
     changes = sp.curate.aggregate(Scores(values, range(4), range(8), unit="nats"))
     assert "including it changed the mean nats of 4 queries by" in sp.curate.drop_worst(changes, 1).reasons[0]
+
+
+def test_groups_are_said_to_be_groups():
+    scores = scores_of([2, 3])
+    grouped = scores.group({"a": ["z0"], "b": ["z1", "z2"]})
+    assert repr(scores).startswith("Scores(3 queries x 5 training examples; ")
+    assert repr(grouped).startswith("Scores(3 queries x 2 groups of training examples; ")
+    assert repr(grouped.group(["a"])).startswith("Scores(3 queries x 1 group of training examples; ")
+    assert repr(scores.population) == "Population(5 training examples; stages of 2, 3)"
+    assert repr(grouped.population) == "Population(2 groups of training examples; stages of 2, 3)"

@@ -297,3 +297,35 @@ def test_streamed_data_sets_are_refused_with_the_remedy():
 def test_a_tuple_of_arrays_is_no_data_set():
     with pytest.raises(TypeError, match=r"TensorDataset\(\*map\(torch.from_numpy"):
         list(batches((np.ones(3), np.ones(3)), 2))
+
+
+BATCH = next(iter(DataLoader(TensorDataset(X, Y), 7)))  # a list
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            BATCH,
+            r"a list of 2 tensors as a data set; give TensorDataset\(\*tensors\), or \[example\] if it is a single",
+        ),
+        (tuple(BATCH), r"a tuple of 2 tensors as a data set; give TensorDataset\(\*tensors\), or \[example\]"),
+        ([X.numpy(), Y.numpy()], r"a list of 2 numpy arrays as a data set; give TensorDataset\(\*map\(torch.from_n"),
+        ((X[0], 1), r"a tuple of arrays and numbers as a data set: of one example give \[example\]"),
+        ([X[0].numpy(), 1.5], r"a list of arrays and numbers as a data set: of one example give \[example\]"),
+        (
+            {"input": X, "labels": Y},
+            r"a dict of the columns \['input', 'labels'\] as a data set; give a list of its row",
+        ),
+    ],
+)
+def test_one_batch_and_one_example_are_no_data_set(data, message):
+    with pytest.raises(TypeError, match=f"got {message}"):
+        dataset_size(data)
+
+
+def test_tensors_of_as_many_dims_are_examples():
+    rows = [X[0], X[1, :1]]
+    assert dataset_size(rows) == 2
+    assert dataset_size([tensor.numpy() for tensor in rows]) == 2
+    assert dataset_size([(X[0], 1)]) == 1

@@ -137,7 +137,9 @@ def test_top_k_prints_the_strongest(call, scores):
 def test_inspect_says_how_far_scores_can_be_trusted(call):
     found = call("inspect", "bank", "--fidelity", "--json")["fidelity"]
     assert len(found["correlation"]) == len(found["leakage"]) > 0
-    assert f"effective dimension {found['effective_dimension']:.0f};" in call("inspect", "bank", "--fidelity")
+    shown = call("inspect", "bank", "--fidelity")
+    assert f"effective dimension {found['effective_dimension']:.0f};" in shown
+    assert "without a sketch at the same damping; k = " in shown
     assert "fidelity" not in call("inspect", "bank", "--json")
 
 

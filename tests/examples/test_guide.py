@@ -88,7 +88,7 @@ def environment():
     return {**os.environ, "PYTHONPATH": search}
 
 
-@pytest.mark.parametrize("name", ["architecture", "first-steps", "scores", "language", "workloads", "format"])
+@pytest.mark.parametrize("name", ["architecture", "first-steps", "scores", "language", "tasks", "workloads", "format"])
 def test_pages_that_show_how_have_code_that_runs(name):
     assert GUIDE / f"{name}.md" in WITH_CODE
 

@@ -267,6 +267,19 @@ def test_losses_that_no_task_has_are_refused(kind):
         task_for(classifier(num_labels=3, problem_type=kind))
 
 
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [
+        ("BertForTokenClassification", r"give sp.CausalLM\(shift=False, reduction='token'\) \("),
+        ("BertForMaskedLM", r"give sp.CausalLM\(shift=False, reduction='token'\) \("),
+        ("BertForQuestionAnswering", r"give a task of your own, or sp.CausalLM\(shift=False\) where every token"),
+    ],
+)
+def test_other_models_are_led_to_a_task(kind, remedy):
+    with pytest.raises(ValueError, match=f"{kind} is no classifier of whole inputs.*: .*{remedy}"):
+        task_for(type(kind, (torch.nn.Module,), {})())
+
+
 def test_a_smoothed_language_model_is_refused(tmp_path):
     model, data = language_model("gpt2"), DATA["padded right"]()
     fit(tmp_path, model, data, max_steps=2, label_smoothing_factor=0.1)

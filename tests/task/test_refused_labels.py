@@ -147,6 +147,16 @@ class Named(nn.Module):
             r"^'x' is float64, .*as float32, by \.float\(\)",
         ),
         (Named(), [{"x": row, "y": row, "labels": 0} for row in INPUTS], "^the model takes no argument 'y': leave the"),
+        (
+            Named(),
+            [{"image": row, "labels": 0} for row in INPUTS],
+            "^the model takes no argument 'image': call the column 'image' 'x', as its forward does, or give tuples",
+        ),
+        (
+            Named(),
+            [{"image": row, "y": row, "labels": 0} for row in INPUTS],
+            "^the model takes no argument 'image': leave the column .* or out of the data set; the model needs 'x'",
+        ),
     ],
 )
 def test_inputs_of_another_type_are_named(tmp_path, model, data, message):
@@ -195,7 +205,7 @@ def test_labels_that_have_no_class_weight_are_named(tmp_path, label):
             model, task, run, TensorDataset(torch.randn(N, 4), labels), tmp_path / "b", progress=False, batch_size=4
         )
     one_hot = TensorDataset(torch.randn(N, 4), nn.functional.one_hot(torch.arange(N) % CLASSES))
-    with pytest.raises(ValueError, match=r"one class an example.*labels.argmax"):
+    with pytest.raises(ValueError, match=r"one class an example.*labels.argmax.*CausalLM\(shift=False\) has no class"):
         sp.build(model, task, run, one_hot, tmp_path / "c", progress=False)
 
 

@@ -91,14 +91,16 @@ class Fidelity:
         exact = ", kind='identity'" if enough == self.size else ""
         return (
             f"the sketch of {self.dim} numbers is too small for these queries: their scores correlate by about "
-            f"{median:.2f} with those without a sketch; build a bank with Sketch(dim={enough}{exact}), or rerank"
+            f"{median:.2f} with those without a sketch at the same damping; build a bank with "
+            f"Sketch(dim={enough}{exact}), or rerank"
         )
 
     def __repr__(self) -> str:
         low, median = float(self.correlation.min()), float(np.median(self.correlation))
         return (
-            f"Fidelity({len(self.correlation)} queries: correlation with unsketched scores about {median:.2f}, "
-            f"at least {low:.2f}; effective dimension {self.effective_dimension:.0f} of {self.dim // self.blocks}"
+            f"Fidelity({len(self.correlation)} queries: correlation with unsketched scores at the same damping about "
+            f"{median:.2f}, at least {low:.2f}; "
+            f"effective dimension {self.effective_dimension:.0f} of {self.dim // self.blocks}"
             f"{f' in each of {self.blocks} blocks' if self.blocks > 1 else ''}; "
             f"leakage {float(np.median(self.leakage)):.2f})"
         )

@@ -235,7 +235,10 @@ def _next_id(parts: Sequence[Part]) -> int:
     """The first integer after all ids."""
     known = [known_id for part in parts for known_id in part.ids]
     if any(isinstance(known_id, str) for known_id in known):
-        raise ValueError(f"stage {parts[0].stage_name!r} has ids that are strings; give ids for the new examples too")
+        raise ValueError(
+            f"stage {parts[0].stage_name!r} has ids that are strings; give ids for the new examples too, in Python by "
+            "bank.append(..., ids=[...]): source-proj append can only go on counting"
+        )
     return int(max(known)) + 1
 
 

@@ -256,14 +256,13 @@ def _checked_dataset(data: Any) -> Any:
         )
     if isinstance(data, Iterator):
         raise TypeError(f"a {_name(data)} gives its examples once, and each checkpoint reads them: give list(...)")
-    if isinstance(data, tuple) and data and all(isinstance(part, Tensor) for part in data):
+    if isinstance(data, tuple | list):
+        _refuse_batch(data)
+    if isinstance(data, Mapping) and data and all(map(_is_column, data.values())):
         raise TypeError(
-            f"got a tuple of {len(data)} tensors as a data set; give TensorDataset(*tensors), or [example] if it is a "
-            "single example"
-        )
-    if isinstance(data, tuple) and data and all(isinstance(part, np.ndarray) for part in data):
-        raise TypeError(
-            f"got a tuple of {len(data)} numpy arrays as a data set; give TensorDataset(*map(torch.from_numpy, arrays))"
+            f"got a {_name(data)} of the columns {[*map(str, data)][:5]} as a data set; give a list of its rows, "
+            "[{name: column[i] for name, column in batch.items()} for i in range(n)], or [example] if it is a single "
+            "example"
         )
     if isinstance(data, Mapping):
         raise TypeError(
@@ -273,6 +272,33 @@ def _checked_dataset(data: Any) -> Any:
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise TypeError(f"{_name(data)} is no map-style data set (with __getitem__ and __len__) and no DataLoader")
     return data
+
+
+def _is_column(part: Any) -> bool:
+    return isinstance(part, Tensor | np.ndarray) and part.ndim > 0
+
+
+def _refuse_batch(data: Sequence[Any]) -> None:
+    """Refuse what is one batch, or one example, and no sequence of examples.
+
+    In a list tensors may be examples, which have as many dims each, though rows of several lengths.
+
+    Raises:
+        TypeError: says what it is taken for, and how it is given.
+    """
+    held = [isinstance(part, Tensor | np.ndarray) for part in data]
+    if not any(held):
+        return
+    if not all(held):
+        if all(isinstance(part, Tensor | np.ndarray | np.generic | int | float) for part in data):
+            raise TypeError(f"got a {_name(data)} of arrays and numbers as a data set: of one example give [example]")
+    elif isinstance(data, tuple) or len({part.ndim for part in data}) > 1:
+        tensors = all(isinstance(part, Tensor) for part in data)
+        what, given = ("tensors", "tensors") if tensors else ("numpy arrays", "map(torch.from_numpy, arrays)")
+        raise TypeError(
+            f"got a {_name(data)} of {len(data)} {what} as a data set; give TensorDataset(*{given}), or [example] if "
+            "it is a single example"
+        )
 
 
 def _refuse_reordering(loader: DataLoader[Any]) -> None:

@@ -76,6 +76,17 @@ class Weights:
         place = next((place for place in self._places(wanted) if place.is_file()), None)
         return wanted if wanted.path is None or place is None else replace(wanted, path=str(place.resolve()))
 
+    def missing(self) -> list[str]:
+        """Files of weights that the bank refers to and that are not there, each once, as they are named."""
+        stages = self._run.stages
+        refs = [ref for stage in stages for ref in (*stage.checkpoints, *stage.query_points)] + [self._run.final]
+        gone = [ref.path for ref in refs if ref.path is not None and not self.is_there(ref)]
+        return list(dict.fromkeys(gone))
+
+    def is_there(self, wanted: CheckpointRef) -> bool:
+        """Whether there is a file of these weights, or they are in the bank; what is in it is not read."""
+        return wanted.path is None or any(place.is_file() for place in self._places(wanted))
+
     def _places(self, wanted: CheckpointRef) -> list[Path]:
         places, folder = [Path(wanted.path or "")], self._store.folder
         if wanted.hash in self._moved and folder is not None:  # the bank may have been moved, and they with it
