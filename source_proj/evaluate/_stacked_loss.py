@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from source_proj.gradients.replaced import call_with
+from source_proj.gradients.replaced import call_with, exchanged
 from source_proj.trajectory.checkpoint import set_evaluating
 
 __all__ = ["StackedLoss", "proven_loss"]
@@ -148,8 +148,8 @@ def _single_gradients(
     rows: dict[str, list[Tensor | None]] = {name: [] for name, value in own.items() if value.requires_grad}
     for m in range(len(x)):
         one = {name: value[m].detach().clone().requires_grad_(value.requires_grad) for name, value in own.items()}
-        outputs = call_with(model, {**one, **{name: value[m].clone() for name, value in static.items()}}, (x[m],))
-        found = torch.autograd.grad(loss(outputs, y[m]), [one[name] for name in rows], allow_unused=True)
+        with exchanged(model, {**one, **{name: value[m].clone() for name, value in static.items()}}):
+            found = torch.autograd.grad(loss(model(x[m]), y[m]), [one[name] for name in rows], allow_unused=True)
         for row, gradient in zip(rows.values(), found, strict=True):
             row.append(gradient)
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from source_proj.bank.build.data import BatchSource, to_device
 from source_proj.evaluate._stepper import OptimizerFactory, State, Stepper, derivatives
 from source_proj.gradients import private_copy
 from source_proj.gradients.batches import own_copy
-from source_proj.gradients.replaced import call_with
+from source_proj.gradients.replaced import call_with, exchanged
 from source_proj.sketch import plain_modes
 from source_proj.task import Batch, Model, Task
 from source_proj.task.base import derivatives_of
@@ -180,6 +181,12 @@ class ExactUnrolling:
         named = dict(zip(self._names, parameters, strict=True))
         return lambda *inputs, **keywords: call_with(self._model, named, inputs, keywords)
 
+    @contextmanager
+    def _held(self, parameters: list[Tensor]) -> Iterator[None]:
+        """Within, the model has these weights: what it computes again on the way back sees them, too."""
+        with exchanged(self._model, dict(zip(self._names, parameters, strict=True))):
+            yield
+
     def _measured(self, final: list[Tensor], batch: Batch) -> list[Tensor]:
         """Gradient of each query's measurement by the final weights, ``(B, *shape)`` for each parameter."""
         task = self._task
@@ -187,7 +194,7 @@ class ExactUnrolling:
         batch, model = self._placed(batch), self._with(leaves)
         if task.asks_for_answers(batch):
             batch, task = task.answered(batch, task.answers(model, own_copy(batch)).values), task.by_target()
-        with _twice_differentiable():
+        with _twice_differentiable(), self._held(leaves):
             values = task.measurement(model, batch)
             identity = torch.eye(len(values), dtype=values.dtype, device=values.device)
             return derivatives([values], leaves, [identity])
@@ -217,7 +224,7 @@ class ExactUnrolling:
 
     def _step(self, t: int, state: State) -> State:
         leaves = [p.detach().clone().requires_grad_() for p in state.parameters]
-        with _twice_differentiable():
+        with _twice_differentiable(), self._held(leaves):
             gradients = self._gradients(t, leaves, None)
         with torch.no_grad():
             return self._stepper.step(t, state, [g.detach() for g in gradients])
@@ -248,7 +255,7 @@ class ExactUnrolling:
         parameters = [p.detach().clone().requires_grad_() for p in state.parameters]
         weights = torch.ones(len(self._batches[t]), dtype=parameters[0].dtype, device=parameters[0].device)
         weights.requires_grad_()
-        with _twice_differentiable():
+        with _twice_differentiable(), self._held(parameters):
             gradients = self._gradients(t, parameters, weights)
             by_parameters, by_gradients, before = self._stepper.pull_back(
                 t, state, [g.detach() for g in gradients], adjoint, moments
