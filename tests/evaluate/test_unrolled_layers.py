@@ -36,6 +36,35 @@ class Checkpointed(Plain):
         return self.outer(checkpoint(self.body, x, use_reentrant=False))
 
 
+class Normalised(Plain):
+    """Of torch's fused weight normalisation the second derivative is wrong."""
+
+    def __init__(self, norm=nn.utils.parametrizations.weight_norm):
+        super().__init__()
+        norm(self.inner), norm(self.outer, dim=None)
+
+
+class Cut(Plain):
+    def body(self, x):
+        inner = self.inner(x)
+        return inner * inner.detach().sigmoid()
+
+
+class Clamped(Plain):
+    def body(self, x):
+        with torch.no_grad():
+            self.inner.bias.clamp_(-0.1, 0.1)
+        return super().body(x)
+
+
+class Counting(Plain):
+    calls = 0
+
+    def body(self, x):
+        self.calls += 1
+        return super().body(x) / (1 + 0.01 * self.calls)
+
+
 class Words(nn.Module):
     def __init__(self, kind=nn.Embedding, **options):
         super().__init__()
@@ -44,6 +73,26 @@ class Words(nn.Module):
     def forward(self, x):
         words = self.words(x)
         return self.outer((words if words.ndim == 2 else words.mean(1)).tanh())
+
+
+class ByFrequency(Words):
+    """Scales the gradient of a word by its count, as no module says."""
+
+    def forward(self, x):
+        words = nn.functional.embedding(x, self.words.weight, scale_grad_by_freq=True)
+        return self.outer(words.mean(1).tanh())
+
+
+class Kinks(nn.Module):
+    """As many as there are units, in every layer."""
+
+    def __init__(self):
+        super().__init__()
+        wide = (nn.Linear(64, 64), nn.ReLU())
+        self.layers = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), *wide, nn.MaxPool1d(2), nn.Linear(32, 1))
+
+    def forward(self, x):
+        return nn.functional.dropout(self.layers(x), 0.3, training=True)
 
 
 def problem(make, seed=0):
@@ -94,7 +143,11 @@ def _both(model, data, shift):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("make", [Plain, Checkpointed, Words, lambda: Words(padding_idx=1)])
+@pytest.mark.parametrize(
+    "make",
+    [Plain, Checkpointed, Normalised, Words, lambda: Words(padding_idx=1)],
+    ids=["plain", "checkpointed", "weight norm", "words", "padded"],
+)
 def test_scores_are_the_slope_of_retraining(make, seed):
     model, data, queries = problem(make, seed)
     run = unrolled(model, data)
@@ -119,3 +172,52 @@ def test_what_stacked_models_are_held_to_knows_checkpoints():
         nn.functional.mse_loss(other(x[m]), y[m]).backward()
         for name, parameter in other.named_parameters():
             torch.testing.assert_close(rows[name][m], parameter.grad)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Words(max_norm=1.0), r"'words' is an Embedding with max_norm=1\.0, which renormalises"),
+        (lambda: Words(nn.EmbeddingBag, max_norm=2.0), r"'words' is an EmbeddingBag with max_norm=2\.0.*or freeze it"),
+        (lambda: Words(scale_grad_by_freq=True), r"scale_grad_by_freq=True.*train with scale_grad_by_freq=False"),
+    ],
+)
+def test_layers_that_train_otherwise_are_refused_before_the_run(make, message):
+    model, data, queries = problem(make)
+    with pytest.raises(sp.GradientError, match=message):
+        unrolled(model, data)
+    model.words.weight.requires_grad_(False)
+    if isinstance(model.words, nn.Embedding):
+        assert unrolled(model, data).score(queries).values.any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (ByFrequency, r"differentiates the gradient by 'words\.weight' wrongly.*off central differences"),
+        (Cut, r"differentiates the gradient by 'inner\.weight' wrongly.*a detach\(\).*or freeze it"),
+        (Clamped, r"changes the weights \['inner\.bias'\] in place"),
+        (Counting, "a second pass with the same weights gives another gradient.*counts its passes"),
+    ],
+)
+def test_what_torch_differentiates_wrongly_is_refused_by_name(make, message, seed):
+    model, data, queries = problem(make, seed)
+    with pytest.raises(sp.GradientError, match=message):
+        unrolled(model, data).score(queries)
+
+
+def test_a_wrong_second_derivative_shows_in_the_scores_that_are_refused(monkeypatch):
+    """The guard is not about nothing: without it these are off by a part of them."""
+    monkeypatch.setattr(ExactUnrolling, "_prove", lambda self: None)
+    for make in (ByFrequency, Cut):
+        model, data, queries = problem(make)
+        expected = slopes(model, data, queries)
+        assert abs(unrolled(model, data).score(queries).values - expected).max() > 1e-3 * abs(expected).max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kinks_and_draws_are_no_reason_to_refuse(dtype):
+    for seed in range(8):
+        model, data, queries = problem(Kinks, seed)
+        assert np.isfinite(unrolled(model.to(dtype), data, STEPS[:2]).score(queries).values).all()
