@@ -1,6 +1,8 @@
 """What every comparison of scores with retrainings shares: checked inputs, subset predictions, resampling."""
 
 import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,7 @@ from source_proj.evaluate.ground_truth import GroundTruth
 __all__ = [
     "Retrainings",
     "bootstrap_weights",
+    "bracketed",
     "checked_scores",
     "percentile_interval",
     "refuse_constant",
@@ -159,6 +162,17 @@ def percentile_interval(replicates: Floats, level: float = 0.95) -> tuple[float,
         return (float("nan"), float("nan"))
     low, high = np.nanquantile(replicates, [(1 - level) / 2, (1 + level) / 2])
     return (float(low), float(high))
+
+
+def bracketed(interval: Sequence[float], form: str) -> str:
+    """An interval behind its value, each end in some format; nothing for one of NaNs, as without a bootstrap.
+
+    Example:
+        >>> bracketed((0.25, 0.5), ".1f"), bracketed((float("nan"), float("nan")), ".1f")
+        (' [0.2, 0.5]', '')
+    """
+    low, high = interval
+    return "" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]"
 
 
 def _refuse_nonfinite(values: NDArray[np.generic], name: str, axes: str) -> None:

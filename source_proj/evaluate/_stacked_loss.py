@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from source_proj.gradients.replaced import call_with
+from source_proj.gradients.general import first_line
+from source_proj.gradients.replaced import call_with, exchanged
 from source_proj.trajectory.checkpoint import set_evaluating
 
-__all__ = ["StackedLoss", "proven_loss"]
+__all__ = ["StackedLoss", "proven_loss", "stacking"]
 
 State = Mapping[str, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -21,6 +23,25 @@ Gradients = dict[str, Tensor | None]
 
 _EXACT = 1e-6  # of a parameter's gradient in double precision
 _ROUNDED = 0.05  # in the model's own, where a unit that is 0 but for rounding may fall on either side
+
+
+class _UnstackedError(ValueError):
+    """What torch cannot do to stacked models."""
+
+
+@contextmanager
+def stacking(what: str) -> Iterator[None]:
+    """Within, what torch cannot do to stacked models is a ValueError with torch's reason and the remedy."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as problem:  # whatever a layer makes of tensors that are not quite tensors
+        reason = first_line(problem).partition(". ")[0].removesuffix(".")
+        raise _UnstackedError(
+            f"torch cannot {what} stacked models ({reason}): replace that layer or loss, or train one by one "
+            "(GroundTruth.fill)"
+        ) from problem
 
 
 class StackedLoss:
@@ -97,7 +118,7 @@ def proven_loss(
         y: targets likewise.
 
     Raises:
-        ValueError: neither way gives the gradients of single models.
+        ValueError: torch cannot run stacked models, or neither way gives the gradients of single ones.
     """
     places = sorted({0, len(x) - 1})
     with torch.random.fork_rng():
@@ -107,7 +128,7 @@ def proven_loss(
             try:
                 each_alone, unused = _choice(make, loss, own, static, *batch, tolerance)
                 return StackedLoss(model, loss, each_alone=each_alone, unused=unused)
-            except RuntimeError:  # the module makes numbers of a precision of its own
+            except (RuntimeError, _UnstackedError):  # the module makes numbers of a precision of its own
                 if dtype is None:
                     raise
     raise AssertionError("the loop returns or raises")
@@ -124,14 +145,18 @@ def _choice(
         pairs = zip(chain(*plain.values()), chain(*again.values()), strict=True)
         if all(_is_same(first, second) for first, second in pairs):
             break
-    else:
-        return False, frozenset()  # it draws, in evaluation as well: nothing can be compared
+    else:  # it draws, in evaluation as well: nothing can be compared
+        _run(StackedLoss(make(), loss), own, static, x, y)
+        return False, frozenset()
+    _require_dense(plain)
+    if evaluating:
+        _run(StackedLoss(make(), loss), own, static, x, y)
     unused = frozenset(name for name, rows in plain.items() if rows[0] is None)
     whole = max((float(row.norm()) for row in chain(*plain.values()) if row is not None), default=0.0)
     for each_alone in (False, True):
         made = set_evaluating(make()) if evaluating else make()
         tried = StackedLoss(made, loss, each_alone=each_alone, unused=unused)
-        stacked, _ = tried.gradients(own, static, x, y)
+        stacked = _run(tried, own, static, x, y)
         wrong = [name for name, rows in plain.items() if not _alike(stacked[name], rows, tolerance, whole)]
         if not wrong:
             return each_alone, unused
@@ -141,6 +166,22 @@ def _choice(
     )
 
 
+def _run(losses: StackedLoss, own: State, static: State, x: Tensor, y: Tensor) -> Gradients:
+    with stacking("train"):
+        return losses.gradients(own, static, x, y)[0]
+
+
+def _require_dense(plain: Mapping[str, Sequence[Tensor | None]]) -> None:
+    sparse = [
+        name for name, rows in plain.items() if any(r is not None and r.layout is not torch.strided for r in rows)
+    ]
+    if sparse:
+        raise ValueError(
+            f"the gradients of {sparse[:5]} are sparse, and torch stacks dense ones alone: make the embedding with "
+            "sparse=False, or train one by one (GroundTruth.fill)"
+        )
+
+
 def _single_gradients(
     model: nn.Module, loss: Loss, own: State, static: State, x: Tensor, y: Tensor
 ) -> dict[str, list[Tensor | None]]:
@@ -148,8 +189,8 @@ def _single_gradients(
     rows: dict[str, list[Tensor | None]] = {name: [] for name, value in own.items() if value.requires_grad}
     for m in range(len(x)):
         one = {name: value[m].detach().clone().requires_grad_(value.requires_grad) for name, value in own.items()}
-        outputs = call_with(model, {**one, **{name: value[m].clone() for name, value in static.items()}}, (x[m],))
-        found = torch.autograd.grad(loss(outputs, y[m]), [one[name] for name in rows], allow_unused=True)
+        with exchanged(model, {**one, **{name: value[m].clone() for name, value in static.items()}}):
+            found = torch.autograd.grad(loss(model(x[m]), y[m]), [one[name] for name in rows], allow_unused=True)
         for row, gradient in zip(rows.values(), found, strict=True):
             row.append(gradient)
     return rows
@@ -164,6 +205,7 @@ def _as(value: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _is_same(first: Tensor | None, second: Tensor | None) -> bool:
     if first is None or second is None:
         return first is second
+    first, second = first.to_dense(), second.to_dense()
     return torch.allclose(first, second, rtol=1e-5, atol=1e-8, equal_nan=True)
 
 

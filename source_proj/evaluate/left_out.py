@@ -9,6 +9,7 @@ from source_proj._io.equality import EqualByValue
 from source_proj.evaluate._counterfactual import (
     Retrainings,
     bootstrap_weights,
+    bracketed,
     checked_scores,
     percentile_interval,
     refuse_constant,
@@ -55,8 +56,8 @@ class LeaveOneOut(EqualByValue):
     def __str__(self) -> str:
         """Render both correlations, slope and ceiling in one line."""
         text = (
-            f"leave-one-out {self.value:.3f} [{self.interval[0]:.3f}, {self.interval[1]:.3f}], "
-            f"Pearson {self.pearson:.3f} [{self.pearson_interval[0]:.3f}, {self.pearson_interval[1]:.3f}], "
+            f"leave-one-out {self.value:.3f}{bracketed(self.interval, '.3f')}, "
+            f"Pearson {self.pearson:.3f}{bracketed(self.pearson_interval, '.3f')}, "
             f"slope {self.calibration.slope:.3g}"
         )
         return text if self.ceiling is None else f"{text}, noise ceiling {self.ceiling:.3f}"

@@ -12,6 +12,7 @@ from source_proj._io.equality import EqualByValue
 from source_proj.evaluate._counterfactual import (
     Retrainings,
     bootstrap_weights,
+    bracketed,
     percentile_interval,
     subset_predictions,
 )
@@ -51,7 +52,7 @@ class LDS(EqualByValue):
 
     def __str__(self) -> str:
         """Render value, interval, slope and ceiling in one line."""
-        text = f"LDS {self.value:.3f} [{self.interval[0]:.3f}, {self.interval[1]:.3f}]"
+        text = f"LDS {self.value:.3f}{bracketed(self.interval, '.3f')}"
         text += f", slope {self.calibration.slope:.3g} (actual on predicted)"
         return text if self.ceiling is None else f"{text}, noise ceiling {self.ceiling:.3f}"
 
@@ -87,7 +88,7 @@ class Difference(EqualByValue):
 
     def __str__(self) -> str:
         """Render value and interval in one line."""
-        return f"{self.value:+.3f} [{self.interval[0]:+.3f}, {self.interval[1]:+.3f}]"
+        return f"{self.value:+.3f}{bracketed(self.interval, '+.3f')}"
 
     @property
     def significant(self) -> bool:

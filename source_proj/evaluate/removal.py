@@ -14,7 +14,7 @@ from source_proj._errors import MismatchError
 from source_proj._io.equality import EqualByValue
 from source_proj._io.executors import Executor
 from source_proj._io.numbers import plain_numbers
-from source_proj.evaluate._counterfactual import bootstrap_weights
+from source_proj.evaluate._counterfactual import bootstrap_weights, bracketed
 from source_proj.evaluate._ranks import Floats
 from source_proj.evaluate.ground_truth import GroundTruth, TrainMany, TrainOne
 
@@ -62,7 +62,7 @@ class SubsetRemoval(EqualByValue):
     def __str__(self) -> str:
         """Render the fractions with their intervals in one line."""
         steps = zip(self.sizes, self.fraction, self.interval, strict=True)
-        text = ", ".join(f"{value:.2f} [{low:.2f}, {high:.2f}] at {size}" for size, value, (low, high) in steps)
+        text = ", ".join(f"{value:.2f}{bracketed(ends, '.2f')} at {size}" for size, value, ends in steps)
         return f"fraction of {len(self.queries)} queries flipped: {text}"
 
 

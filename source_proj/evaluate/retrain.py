@@ -22,7 +22,7 @@ from source_proj._io.executors import Executor, check_executor, map_in_order
 from source_proj._io.numbers import plain_numbers, whole_number
 from source_proj._io.progress import Progress, progress_bar
 from source_proj.evaluate._lockstep import MakeOptimizer, lockstep_optimizer, named_tensors, require_one_function
-from source_proj.evaluate._stacked_loss import proven_loss
+from source_proj.evaluate._stacked_loss import proven_loss, stacking
 from source_proj.gradients.replaced import call_with
 from source_proj.trajectory.checkpoint import set_evaluating
 
@@ -199,7 +199,8 @@ def train_stacked(
     Raises:
         TypeError: if what is given makes no optimizer.
         ValueError: for no, empty or unequally long subsets, indices beyond the N examples, an optimizer setting out of
-            range, models that differ in more than weights and buffers, or an optimizer that has other parameters,
+            range, models that differ in more than weights and buffers or that torch cannot stack (LSTM, GRU,
+            spectral_norm, checkpoints, control flow that depends on data), or an optimizer that has other parameters,
             several learning rates, or does not act on each number alone.
         MismatchError: if subsets and seeds, inputs and targets, or the initial state and model do not match.
     """
@@ -261,7 +262,7 @@ def stacked_outputs(make_model: Callable[[], nn.Module], inputs: Tensor) -> Call
 
 
 def _outputs(skeleton: nn.Module, inputs: Tensor, state: StackedState) -> Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), stacking("evaluate"):
         outputs: Tensor = vmap(lambda parameters: call_with(skeleton, parameters, (inputs,)))(state)
     return outputs
 
@@ -271,7 +272,8 @@ def _initialise(
 ) -> tuple[list[nn.Module], StackedState, StackedState]:
     """Build all models, and stack the parameters and buffers of all."""
     models = [_made(make_model, seed, device) for seed in seeds]
-    parameters, buffers = stack_module_state(models)
+    with stacking("make"):
+        parameters, buffers = stack_module_state(models)
     if initial is not None:
         single = _is_single(make_model, initial)
         with torch.no_grad():

@@ -9,23 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import Subset
 
-from source_proj._errors import GradientError, MismatchError
+from source_proj._errors import GradientError, MismatchError, SourceProjError
 from source_proj._io.progress import Progress, progress_bar
 from source_proj.attribution.hits import Hits
 from source_proj.attribution.queries import checked_query_ids, query_source
 from source_proj.attribution.scores import Scores
 from source_proj.bank.build.columns import examples_of
-from source_proj.bank.build.data import BatchSource, to_device
+from source_proj.evaluate._second_derivatives import require_true_products
+from source_proj.evaluate._step_gradient import StepGradient
 from source_proj.evaluate._stepper import OptimizerFactory, State, Stepper, derivatives
 from source_proj.gradients import private_copy
 from source_proj.gradients.batches import own_copy
-from source_proj.gradients.replaced import call_with
 from source_proj.sketch import plain_modes
-from source_proj.task import Batch, Model, Task
-from source_proj.task.base import derivatives_of
+from source_proj.task import Batch, Task
 from source_proj.trajectory.checkpoint import set_evaluating
 from source_proj.trajectory.placement import unwrapped
 
@@ -42,6 +39,8 @@ class ExactUnrolling:
     more backward pass a query and step; states are kept at every √T-th of T steps and made again between them.
 
     The model runs in evaluation mode, as for a bank: without dropout, and normalised by the statistics that it has.
+    Before the first scores, second derivatives of the first and the last step are held to central differences in double
+    precision, where the model runs in it: torch has some that are wrong, and cuts others off silently.
 
     Args:
         model: with the weights that training began with; a private copy runs. Use ``.double()`` for a reference.
@@ -54,6 +53,7 @@ class ExactUnrolling:
         progress: show a progress bar after two seconds; False for none, or a function of (description, done, total).
 
     Raises:
+        GradientError: a trained embedding with ``max_norm`` or ``scale_grad_by_freq``.
         MismatchError: places that the training set lacks, or as many learning rates as there are no steps.
         TypeError: a training set that is no map, or places that are no integers.
         ValueError: no steps, an empty step, an optimizer that cannot be differentiated or has other parameters than
@@ -85,7 +85,6 @@ class ExactUnrolling:
         ids: Sequence[Any] | None = None,
         progress: Progress = True,
     ) -> None:
-        self._model = set_evaluating(private_copy(unwrapped(model)))
         self._task, self._data, self._progress = task, examples_of(train_set), progress
         if not hasattr(self._data, "__getitem__"):
             raise TypeError(
@@ -97,11 +96,12 @@ class ExactUnrolling:
         _check_steps(self._batches, len(self._data), None if lr is None else len(lr), len(self.ids))
         if task.needs_normalizer:
             raise ValueError(f"the task {task.name!r} divides a batch's loss by a sum: give task.normalized([…])")
-        self._names = [name for name, p in self._model.named_parameters() if p.requires_grad]
-        self._start = [p.detach().clone() for p in self._model.parameters() if p.requires_grad]
+        self._gradient = StepGradient(set_evaluating(private_copy(unwrapped(model))), task, self._data)
+        self._start = self._gradient.start
         self._stepper = Stepper(optimizer, self._start, lr)
         self._every = max(1, math.isqrt(len(self._batches)))
         self._kept: dict[int, State] = {}
+        self._is_proven = False
 
     def __repr__(self) -> str:
         return f"ExactUnrolling({len(self._batches)} steps, {len(self.ids)} training examples)"
@@ -119,7 +119,7 @@ class ExactUnrolling:
                     state = self._step(t, state)
                     bar.update(1)
             self._kept[steps] = state
-        return dict(zip(self._names, self._kept[steps].parameters, strict=True))
+        return dict(zip(self._gradient.names, self._kept[steps].parameters, strict=True))
 
     @plain_modes()
     def score(self, queries: Any, *, ids: Sequence[Any] | None = None, batch_size: int = 64) -> Scores:
@@ -131,12 +131,14 @@ class ExactUnrolling:
             batch_size: queries that go through the run together.
 
         Raises:
-            GradientError: the run or its derivative is not finite, gradients of embeddings are sparse, or a layer
-                cannot be differentiated twice.
+            GradientError: the run or its derivative is not finite, gradients of embeddings are sparse, weights are
+                changed in place, a layer cannot be differentiated twice, torch's second derivative of it is wrong, or
+                a second pass gives another gradient.
         """
         final = list(self.final_weights().values())
         source = query_source(queries, batch_size)
         try:
+            self._prove()
             values = np.concatenate(
                 [self._backward(self._measured(final, batch)) for _, _, batch in source.load([(0, source.n)])]
             )
@@ -171,23 +173,32 @@ class ExactUnrolling:
         """The k examples that worsened each query most, in the task's own sense."""
         return self.score(queries).harmful(k)
 
-    def _placed(self, batch: Batch) -> Batch:
-        """The batch where the weights are, in their precision: data are seldom in float64."""
-        return to_device(batch, self._start[0].device, self._start[0].dtype)
+    def _prove(self) -> None:
+        """Hold the derivatives of the first and the last step's gradient to differences, once.
 
-    def _with(self, parameters: list[Tensor]) -> Model:
-        """The model with other weights."""
-        named = dict(zip(self._names, parameters, strict=True))
-        return lambda *inputs, **keywords: call_with(self._model, named, inputs, keywords)
+        A model that cannot run in double precision is taken as it is.
+        """
+        if self._is_proven:
+            return
+        ends = ((self._batches[0], self._start), (self._batches[-1], self._kept[len(self._batches)].parameters))
+        try:
+            double = self._gradient.in_double()
+            for places, parameters in ends:
+                require_true_products(double, places, parameters)
+        except (SourceProjError, NotImplementedError):
+            raise
+        except (RuntimeError, TypeError):  # numbers of a precision of its own, or a device that has no float64
+            pass
+        self._is_proven = True
 
     def _measured(self, final: list[Tensor], batch: Batch) -> list[Tensor]:
         """Gradient of each query's measurement by the final weights, ``(B, *shape)`` for each parameter."""
         task = self._task
         leaves = [p.clone().requires_grad_() for p in final]
-        batch, model = self._placed(batch), self._with(leaves)
-        if task.asks_for_answers(batch):
-            batch, task = task.answered(batch, task.answers(model, own_copy(batch)).values), task.by_target()
-        with _twice_differentiable():
+        batch = self._gradient.placed(batch)
+        with self._gradient.held(leaves) as model:
+            if task.asks_for_answers(batch):
+                batch, task = task.answered(batch, task.answers(model, own_copy(batch)).values), task.by_target()
             values = task.measurement(model, batch)
             identity = torch.eye(len(values), dtype=values.dtype, device=values.device)
             return derivatives([values], leaves, [identity])
@@ -217,29 +228,10 @@ class ExactUnrolling:
 
     def _step(self, t: int, state: State) -> State:
         leaves = [p.detach().clone().requires_grad_() for p in state.parameters]
-        with _twice_differentiable():
-            gradients = self._gradients(t, leaves, None)
+        with self._gradient.held(leaves):
+            gradients = self._gradient.of(self._batches[t], leaves, None)
         with torch.no_grad():
             return self._stepper.step(t, state, [g.detach() for g in gradients])
-
-    def _gradients(self, t: int, parameters: list[Tensor], weights: Tensor | None) -> list[Tensor]:
-        """The step's mean gradient; a function of parameters and weights where there are weights."""
-        places = self._batches[t]
-        ((_, _, batch),) = BatchSource(Subset(self._data, places), len(places)).load([(0, len(places))])
-        batch = self._placed(batch)
-        output = self._task.output(self._with(parameters), own_copy(batch))
-        slope = _slope(self._task, output, batch) / len(places)
-        slope = slope.detach() if weights is None else slope * weights
-        gradients = torch.autograd.grad(
-            output, parameters, slope, create_graph=weights is not None, materialize_grads=True
-        )
-        sparse = [name for name, g in zip(self._names, gradients, strict=True) if g.layout is not torch.strided]
-        if sparse:
-            raise GradientError(
-                f"the gradients of {sparse[:5]} are sparse, which torch does not differentiate again: make the "
-                "embedding with sparse=False, or freeze it"
-            )
-        return list(gradients)
 
     def _pulled_back(
         self, t: int, state: State, adjoint: list[Tensor], moments: list[dict[str, Tensor]]
@@ -248,33 +240,13 @@ class ExactUnrolling:
         parameters = [p.detach().clone().requires_grad_() for p in state.parameters]
         weights = torch.ones(len(self._batches[t]), dtype=parameters[0].dtype, device=parameters[0].device)
         weights.requires_grad_()
-        with _twice_differentiable():
-            gradients = self._gradients(t, parameters, weights)
+        with self._gradient.held(parameters):
+            gradients = self._gradient.of(self._batches[t], parameters, weights)
             by_parameters, by_gradients, before = self._stepper.pull_back(
                 t, state, [g.detach() for g in gradients], adjoint, moments
             )
             through = derivatives(gradients, [*parameters, weights], by_gradients)
         return [a + b for a, b in zip(by_parameters, through[:-1], strict=True)], before, through[-1]
-
-
-def _slope(task: Task, output: Tensor, batch: Batch) -> Tensor:
-    """The loss's derivative by the output, (B,), as a function that can itself be differentiated.
-
-    Raises:
-        ValueError: a task's ℓ' varies with the output, and its ℓ'' is not told.
-    """
-    first, second = derivatives_of(task, output, batch)
-    if second is not None:
-        return first.detach() + second.detach() * (output - output.detach())
-    moved, _ = derivatives_of(task, output.detach() + 1, batch)
-    if not first.requires_grad and not torch.equal(moved, first):
-        raise ValueError(f"loss_derivatives of the task {task.name!r} gives an ℓ' that varies, and no ℓ'': return both")
-    return first
-
-
-def _twice_differentiable() -> Any:
-    """Fused attention has no second derivative."""
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _places(step: int, places: Any) -> list[int]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.stateless import _reparametrize_module
 
-__all__ = ["call_with"]
+__all__ = ["call_with", "exchanged"]
 
 
 def call_with(
@@ -36,15 +38,45 @@ def call_with(
         >>> block.weight.requires_grad
         True
     """
+    return functional_call(module, _placed(module, tensors), args, keywords, tie_weights=False)
+
+
+@contextmanager
+def exchanged(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within, a module has other parameters and buffers, in the backward pass as well.
+
+    What a module checkpoints (``torch.utils.checkpoint``) it computes once more on the way back, with the weights that
+    it then has: after a `call_with` these would be its own. Calls within may exchange the same ones again.
+
+    Args:
+        module: afterwards as it was.
+        tensors: by any name of a parameter or buffer, one of each.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> weight = torch.tensor([[3.0]], requires_grad=True)
+        >>> with exchanged(layer, {"weight": weight}):
+        ...     y = checkpoint(lambda x: layer(x).exp(), torch.ones(1, 1), use_reentrant=False)
+        ...     (slope,) = torch.autograd.grad(y.sum(), weight)
+        >>> bool(slope == y)
+        True
+    """
+    with _reparametrize_module(module, _placed(module, tensors), tie_weights=False):
+        yield
+
+
+def _placed(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by one name of each place that they go to."""
     own = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
-    exchanged = {id(tensor): tensors[name] for name, tensor in own if name in tensors}
-    placed = {
-        f"{prefix}.{name}" if prefix else name: exchanged[id(tensor)]
+    others = {id(tensor): tensors[name] for name, tensor in own if name in tensors}
+    return {
+        f"{prefix}.{name}" if prefix else name: others[id(tensor)]
         for prefix, part in module.named_modules()
         for name, tensor in chain(
             part.named_parameters(recurse=False, remove_duplicate=False),
             part.named_buffers(recurse=False, remove_duplicate=False),
         )
-        if id(tensor) in exchanged
+        if id(tensor) in others
     }
-    return functional_call(module, placed, args, keywords, tie_weights=False)

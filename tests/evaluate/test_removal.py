@@ -71,6 +71,7 @@ def test_retrainings_vote():
     assert result.counts.tolist() == [1]
     assert result.smallest.tolist() == [1, -1]
     assert np.isnan(result.interval).all()
+    assert str(result) == "fraction of 2 queries flipped: 0.50 at 1"
 
 
 def test_only_correctly_predicted_queries_are_asked_about():
