@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from source_proj.task.answers import Answers
@@ -32,24 +33,27 @@ class Task:
     """What a model was trained on and what is asked of it: subclass it, or give functions.
 
     Args:
-        output: function of (model, batch) to (B,): the scalar :math:`o(z)` of each example.
+        output: function of (model, batch) to (B,): the scalar :math:`o(z)` of each example. Give it, or ``loss``.
         loss_derivatives: function of (outputs (B,), batch) to :math:`ℓ'(o)` (B,) and :math:`ℓ''(o)` (B,) or None,
             which refuses Gauss-Newton curvature for this task. Needed for training examples, not for queries.
-        measurement: function of (model, batch) to (B,): what is asked of a query. The output, if not given.
+        measurement: function of (model, batch) to (B,): what is asked of a query. The output, if not given: of a task
+            by its loss, minus the loss.
         sampled_output: function of (model, batch, uniform) to (B,): log-likelihood of labels drawn from the model's
             own prediction. Needed for the sampled Fisher only.
         higher_is_better: whether a larger measurement is a better one.
         unit: unit of the measurement.
         name: the task's name.
+        loss: function of (model, batch) to (B,): the loss of each example, in the place of ``output`` and
+            ``loss_derivatives``: the output is minus the loss, and ℓ' is -1.
 
     Functions must run under ``torch.func.vmap(grad)``: no control flow that depends on values.
 
     Example:
         >>> import torch
-        >>> def negative_error(model, batch):
+        >>> def error(model, batch):
         ...     inputs, targets = batch
-        ...     return -(model(inputs).squeeze(-1) - targets).abs()
-        >>> task = Task(negative_error, lambda output, batch: (-torch.ones_like(output), None), name="robust")
+        ...     return (model(inputs).squeeze(-1) - targets).abs()
+        >>> task = Task(loss=error, name="robust")
         >>> model = torch.nn.Linear(2, 1)
         >>> task.output(model, (torch.zeros(3, 2), torch.zeros(3))).shape
         torch.Size([3])
@@ -76,8 +80,11 @@ class Task:
         higher_is_better: bool | None = None,
         unit: str | None = None,
         name: str | None = None,
+        *,
+        loss: Callable[[Model, Batch], Tensor] | None = None,
     ) -> None:
         self._functions = {
+            "loss": loss,
             "output": output,
             "loss_derivatives": loss_derivatives,
             "measurement": measurement,
@@ -86,10 +93,16 @@ class Task:
         for key, function in self._functions.items():
             if function is not None and not callable(function):
                 raise TypeError(f"{key} must be a function, got {function!r}")
-        if type(self) is Task and output is None:
-            raise TypeError("a custom task needs output=, a function of (model, batch) to one scalar per example")
+        if type(self) is Task and output is None and loss is None:
+            raise TypeError(
+                "a custom task needs output= (with loss_derivatives=), or loss=, a function of (model, batch) to one "
+                "scalar per example"
+            )
+        if loss is not None and (output is not None or loss_derivatives is not None):
+            raise TypeError("loss= stands for output= and loss_derivatives=, which follow from it: leave these out")
         self.higher_is_better = type(self).higher_is_better if higher_is_better is None else higher_is_better
-        self.unit = type(self).unit if unit is None else unit
+        by_default = type(self).unit if loss is None or measurement is not None else "minus loss"
+        self.unit = by_default if unit is None else unit
         self.name = type(self).name if name is None else name
 
     def __repr__(self) -> str:
@@ -97,10 +110,14 @@ class Task:
 
     def output(self, model: Model, batch: Batch) -> Tensor:
         """Scalar output :math:`o(z)` of each example, (B,)."""
+        if (loss := self._functions.get("loss")) is not None:
+            return -per_example(loss(model, batch), "loss")
         return per_example(self._custom("output")(model, batch), "output")
 
     def loss_derivatives(self, output: Tensor, batch: Batch) -> Derivatives:
         """Loss derivatives :math:`ℓ'(o)` and :math:`ℓ''(o)` by the output, (B,) each; None where ℓ'' has no meaning."""
+        if self._functions.get("loss") is not None:
+            return -torch.ones_like(output), None
         first, second = _checked_pair(self._custom("loss_derivatives")(output, batch))
         return per_example(first, "ℓ'"), None if second is None else per_example(second, "ℓ''")
 
@@ -221,7 +238,7 @@ class Task:
         """
         if self.is_builtin():
             return {}
-        own: dict[str, Any] = {key: self._functions.get(key) for key in ("output", "loss_derivatives")}
+        own: dict[str, Any] = {key: self._functions.get(key) for key in ("loss", "output", "loss_derivatives")}
         own["class"] = None if type(self) is Task else type(self)
         hashes = {key: code_digest(thing) for key, thing in own.items() if thing is not None}
         return {"python": interpreter(), **hashes}

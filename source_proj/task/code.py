@@ -56,9 +56,8 @@ def code_digest(thing: Any) -> str:
         16 hexadecimal digits. They are the same in every process of one version of Python.
 
     Example:
-        >>> def scaled(by):
-        ...     return lambda output: by * output
-        >>> code_digest(scaled(2)) == code_digest(scaled(2)), code_digest(scaled(2)) == code_digest(scaled(3))
+        >>> two, again, three = partial(round, ndigits=2), partial(round, ndigits=2), partial(round, ndigits=3)
+        >>> code_digest(two) == code_digest(again), code_digest(two) == code_digest(three)
         (True, False)
     """
     digest = hashlib.sha256()

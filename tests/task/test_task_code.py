@@ -192,3 +192,40 @@ def test_hashes_are_the_same_in_every_process(tmp_path):
         for seed in ("1", "2")
     }  # fmt: skip
     assert len(told) == 1
+
+
+def test_a_task_by_its_loss_is_the_task_by_minus_its_loss(tmp_path):
+    torch.manual_seed(0)
+    net, data = nn.Linear(4, 3), TensorDataset(torch.randn(20, 4), torch.arange(20) % 3)
+    run = sp.Trajectory([sp.Checkpoint(net.state_dict(), step=100, lr=0.1)])
+    scores = []
+    for name, task in (
+        ("by loss", sp.Task(loss=_loss)),
+        ("by output", sp.Task(smoothed(0.2), falling, unit="minus loss")),
+    ):
+        bank = sp.build(net, task, run, data, tmp_path / name, sketch=sp.Sketch(15, "identity"), progress=False)
+        scores.append(sp.Source(bank, model=net, task=task, progress=False).score(data))
+    np.testing.assert_array_equal(*scores)
+    assert scores[0].unit == scores[1].unit == "minus loss"
+    losses = cross_entropy_rows(net, data)
+    exact = torch.stack(
+        [
+            torch.cat([g.flatten() for g in torch.autograd.grad(each, [*net.parameters()], retain_graph=True)])
+            for each in losses
+        ]
+    )
+    tracin = sp.TracIn(sp.open(tmp_path / "by loss"), model=net, task=sp.Task(loss=_loss), progress=False).score(data)
+    np.testing.assert_allclose(tracin.values, (exact @ exact.T * 10 / 20).numpy(), rtol=0.03, atol=0.02)
+    assert set(sp.Task(loss=_loss).code()) == {"python", "loss"}
+    with pytest.raises(TypeError, match="loss= stands for output= and loss_derivatives="):
+        sp.Task(smoothed(0.2), loss=_loss)
+    with pytest.raises(TypeError, match="a custom task needs output="):
+        sp.Task(measurement=_loss)
+
+
+def _loss(model, batch):
+    return -smoothed(0.2)(model, batch)
+
+
+def cross_entropy_rows(net, data):
+    return _loss(net, data.tensors)
