@@ -10,8 +10,8 @@ from source_proj.evaluate._counterfactual import (
     Retrainings,
     bootstrap_weights,
     bracketed,
+    centred_interval,
     checked_scores,
-    percentile_interval,
     refuse_constant,
 )
 from source_proj.evaluate._ranks import Floats, mean_over_queries, pearson, spearman, weighted_pearson
@@ -121,11 +121,11 @@ def leave_one_out(
     noisy = retrainings.measured.shape[1] > 1
     return LeaveOneOut(
         value=float(ranked.mean()),
-        interval=percentile_interval(rank_draws),
+        interval=centred_interval(float(ranked.mean()), rank_draws, bound=1.0),
         per_query=ranked,
         ceiling=split_half(retrainings.measured[1:], spearman, seed)[1] if noisy else None,
         pearson=float(linear.mean()),
-        pearson_interval=percentile_interval(linear_draws),
+        pearson_interval=centred_interval(float(linear.mean()), linear_draws, bound=1.0),
         pearson_per_query=linear,
         pearson_ceiling=split_half(retrainings.measured[1:], pearson, seed)[1] if noisy else None,
         calibration=calibrate(predicted, actual, weights),
