@@ -120,22 +120,21 @@ def _compare_rates(stage: Stage, checkpoints: Sequence[Checkpoint]) -> None:
 def _compare_schedule(stage: Stage, checkpoints: Sequence[Checkpoint]) -> None:
     """Warn of a schedule that gives, next to a checkpoint, another learning rate than its state has.
 
-    The state has the rate of the update before it, or of the next where a scheduler has stepped. What lies behind the
-    last one, no schedule needs to know.
+    The state has the rate of the update before it, or of the next where that was set already. What lies behind the last
+    checkpoint no schedule needs to know, so that one is left out.
     """
     last = stage.checkpoints[-1].step
     rate = schedule_function("lr_schedule", stage.lr_schedule, range(stage.start_step, last), math.inf)
     for checkpoint in checkpoints:
         told, step = _rates(checkpoint), checkpoint.step
-        scheduled = [rate(update) for update in (step - 1, step) if update < last]
-        if step == last and any("initial_lr" in group for group in _groups(checkpoint)):
-            continue
+        if step == last:
+            return
+        scheduled = [rate(update) for update in (step - 1, step)]
         if told and not any(_is_same(own, each) for own in told for each in scheduled):
             warnings.warn(
                 f"{checkpoint!r}: its optimizer_state has the learning rate {told[0] if len(told) == 1 else told}, and "
-                f"lr_schedule gives {scheduled[0]:g} for the update before it"
-                + (f" and {scheduled[1]:g} for the next" if scheduled[1:] else "")
-                + ": it takes the number of an update, and of no epoch; source_proj.scheduler_rates replays torch's",
+                f"lr_schedule gives {scheduled[0]:g} for the update before it and {scheduled[1]:g} for the next: it "
+                "takes the number of an update, not of an epoch; source_proj.scheduler_rates replays those of torch",
                 UserWarning,
                 stacklevel=_CALLER,
             )
