@@ -136,7 +136,7 @@ def _of_mapping(mapping: Mapping[Any, Any], seen: set[int]) -> Iterator[bytes]:
 
 def _of_tensor(tensor: Tensor, _: set[int]) -> Iterator[bytes]:
     yield repr((tuple(tensor.shape), str(tensor.dtype))).encode()
-    if tensor.numel() <= _NUMBERS and not tensor.is_meta:
+    if tensor.numel() <= _NUMBERS and not tensor.is_meta and not tensor.requires_grad:  # a model's weights move
         yield repr(tensor.detach().cpu().tolist()).encode()
 
 

@@ -171,6 +171,19 @@ def test_what_a_function_keeps_is_no_part_of_its_code():
     assert code_digest(counting) == before
 
 
+def test_weights_that_a_function_sees_may_move():
+    weight, constant = nn.Parameter(torch.ones(3)), torch.ones(3)
+
+    def output(model, batch):
+        return model(batch) + weight.square().sum() + constant.sum()
+
+    before = code_digest(output)
+    weight.data += 1
+    assert code_digest(output) == before
+    constant += 1
+    assert code_digest(output) != before
+
+
 def test_words_are_no_part_of_code_and_constants_are():
     def made(words, key):
         scope = {}
