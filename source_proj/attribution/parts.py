@@ -181,7 +181,8 @@ class PartScores(EqualByValue):
                 ]
             )
         title = f"{self!r}. Most helpful for query {id_word(self.query_ids[0])}:"
-        return wrapped(title, table(["id", "training example", "score", *names], rows))
+        asked = hits.query_example(0)._repr_html_()
+        return wrapped(title, f"<div>{asked}</div>{table(['id', 'training example', 'score', *names], rows)}")
 
     def _coloured(self, example: int) -> str | None:
         """A document's tokens, each coloured by what it did to the first query; None where the words are not known."""
@@ -193,4 +194,5 @@ class PartScores(EqualByValue):
         for word, value in zip(words[:end], values.tolist(), strict=False):
             colour = f"rgba({_COLOURS[value > 0]},{_DEEPEST * abs(value) / largest:.2f})"
             spans.append(f'<span style="background:{colour}" title="{escape(signed(value))}">{escape(word)}</span>')
-        return f'<span style="white-space:pre-wrap">{"".join(spans)}</span>'
+        apart = "" if any(word != word.strip() for word in words) else " "  # some tokenizers keep no spaces
+        return f'<span style="white-space:pre-wrap">{apart.join(spans)}</span>'

@@ -1,6 +1,7 @@
 """Banks of text files in Python: opened with model, tokenizer and texts; documents token by token."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -78,6 +79,9 @@ def test_documents_are_split_into_words(run, texts):
     line = said.splitlines()[4]
     assert line.strip().startswith(f"“{parts.tokens(best)[strongest].strip()}” ({strongest}) ")
     assert page.count('<span style="background') == sum(len(present) for present in counted)
+    seen = " ".join(re.sub(r"<[^>]*>", "", page.replace("</td>", " ")).split())  # as a reader sees it
+    assert parts.shown.queries.show(0, 0).text in seen
+    assert all(TEXTS[place][: len(TEXTS[place]) // 2] in seen for place in places)
 
 
 def test_words_that_are_not_known_are_positions(run, texts):
