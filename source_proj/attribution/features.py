@@ -17,6 +17,7 @@ from torch import Tensor
 from source_proj._errors import MismatchError, MissingFileError
 from source_proj._io.loading import load_safetensors
 from source_proj._io.outputs import from_home, local_path, write_output
+from source_proj._io.printable import counted
 from source_proj.attribution.words import id_of, plain_ids
 from source_proj.bank import Bank
 from source_proj.bank.examples import Examples
@@ -59,11 +60,8 @@ class QueryFeatures:
         return f"QueryFeatures({self._described()})"
 
     def _described(self) -> str:
-        count, points = len(self.ids), len(self.rows)
-        return (
-            f"{count} {'query' if count == 1 else 'queries'}, k={self.sketch.get('dim')}, at {points} "
-            f"checkpoint{'' if points == 1 else 's'}"
-        )
+        queries = f"{len(self)} {'query' if len(self) == 1 else 'queries'}"
+        return f"{queries}, k={self.sketch.get('dim')}, at {counted(len(self.rows), 'checkpoint')}"
 
     @property
     def asked(self) -> int:

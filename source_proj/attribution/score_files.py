@@ -79,22 +79,22 @@ def id_words(ids: Iterable[Any]) -> tuple[list[Any], bool]:
     return words, all(isinstance(given, str) and given == word for given, word in zip(given_ids, words, strict=True))
 
 
-def require_told_apart(ids: Sequence[Any]) -> None:
-    """Refuse ids that a table's words would make one.
+def require_told_apart(*axes: Sequence[Any]) -> None:
+    """Refuse ids that a table's words would make one, along each of its axes.
 
     Raises:
         ValueError: two ids are written alike, as 1 and "1" are; names them.
     """
-    words, first = [str(id_word(given)) for given in ids], dict[str, Any]()
-    if len(set(words)) == len(words):
-        return
-    for word, given in zip(words, ids, strict=True):
-        other = first.setdefault(word, given)
-        if type(other) is not type(given) or other != given:
-            raise ValueError(
-                f"the ids {other!r} and {given!r} would both be {word!r} in a table: give others, ids=, or keep the "
-                "scores by to_zarr, which holds ids as they are"
-            )
+    for ids in axes:
+        first: dict[str, Any] = {}
+        for given in ids:
+            word = str(id_word(given))
+            other = first.setdefault(word, given)
+            if other is not given and (type(other) is not type(given) or other != given):
+                raise ValueError(
+                    f"the ids {other!r} and {given!r} would both be {word!r} in a table: give others, ids=, or keep "
+                    "the scores by to_zarr, which holds ids as they are"
+                )
 
 
 def long_columns(parts: Iterable[Part], query_words: Sequence[Any], train_words: Sequence[Any]) -> Iterator[Columns]:
@@ -137,8 +137,8 @@ def write_scores_parquet(
     with extra("parquet"):
         import pyarrow
         from pyarrow import parquet
-    for ids in () if told else (query_ids, train_ids):
-        require_told_apart(ids)
+    if not told:
+        require_told_apart(query_ids, train_ids)
     words = [id_words(ids)[0] for ids in (query_ids, train_ids)]
     kinds = [pyarrow.string() if own and isinstance(own[0], str) else pyarrow.int64() for own in words]
     kinds += [pyarrow.int64(), pyarrow.float32(), pyarrow.int64()]
@@ -165,8 +165,7 @@ def write_scores_csv(
     overwrite: bool,
 ) -> None:
     """Write ranked examples in long form for a spreadsheet; arguments as for :func:`write_scores_parquet`."""
-    for ids in (query_ids, train_ids):
-        require_told_apart(ids)
+    require_told_apart(query_ids, train_ids)
 
     def write(file: BinaryIO) -> None:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")

@@ -154,8 +154,7 @@ def _write_zarr(scores: Scores, out: Path, overwrite: bool) -> None:
 
 
 def _write_csv(scores: Scores, out: Path, overwrite: bool) -> None:
-    for ids in (scores.query_ids, scores.train_ids):
-        require_told_apart(ids)
+    require_told_apart(scores.query_ids, scores.train_ids)
 
     def write(file: BinaryIO) -> None:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from source_proj._io.printable import bytes_in_words
+from source_proj._io.printable import bytes_in_words, counted
 from source_proj.cli.options import BankPath, Json
 from source_proj.cli.output import emit, reports_errors, say, table
 
@@ -201,10 +201,9 @@ def _audit(audit: dict[str, Any]) -> str:
 
 def _gone(paths: list[str]) -> str:
     """What to say of files of weights that are not there."""
-    count = len(paths)
     return (
-        f"{count} file{'' if count == 1 else 's'} of weights not there, such as {paths[0]}: queries given as data need "
-        "them; put them back, or beside the bank as they were"
+        f"{counted(len(paths), 'file')} of weights not there, such as {paths[0]}: queries given as data need them; put "
+        "them back, or beside the bank as they were"
     )
 
 
